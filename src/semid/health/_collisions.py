@@ -1,0 +1,303 @@
+"""How many items share their id, with copies in the input told apart from the tokenizer's doing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from semid.errors import InputError, UsageError
+from semid.health._usage import check_codes
+
+__all__ = ["CollisionCounter", "Collisions", "bucket_keys", "collisions", "row_hashes"]
+
+_HASH_ROWS = 2048  # rows hashed at once: 2048 x 256 float32 is 2 MB and stays in the cache
+
+
+@dataclass(frozen=True)
+class Collisions:
+    """How items fall into buckets, a bucket being all items of one whole id.
+
+    "Collision rate" means two things in the literature; both are here under a name of their own.
+
+    Attributes:
+        items: items counted.
+        unique_ids: different ids among them.
+        collision_rate: ``1 - unique_ids / items``.
+        shared_share: share of the items whose id at least one other item has.
+        largest_bucket: items in the fullest bucket.
+        histogram: bucket size -> number of buckets of that size, by size.
+        distinct_items: different (id, input) pairs, so exact copies of an input count once; None
+            when no input hashes were given, as the following ones.
+        duplicate_items: ``items`` less the number of different inputs: rows that are exact
+            copies of an earlier row and must collide, whatever the tokenizer.
+        collision_rate_distinct: ``1 - unique_ids / distinct_items``, what remains when copies
+            count once.
+        shared_share_distinct: share of the distinct items that share their id with a
+            different input.
+        largest_bucket_distinct: different inputs in the bucket that holds most of them.
+    """
+
+    items: int
+    unique_ids: int
+    collision_rate: float
+    shared_share: float
+    largest_bucket: int
+    histogram: Mapping[int, int] = field(repr=False)
+    distinct_items: int | None = None
+    duplicate_items: int | None = None
+    collision_rate_distinct: float | None = None
+    shared_share_distinct: float | None = None
+    largest_bucket_distinct: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-able dict; histogram keys become strings, as JSON wants them."""
+        result = dict(self.__dict__)
+        result["histogram"] = {str(size): count for size, count in self.histogram.items()}
+        return result
+
+
+def _pack(columns: npt.NDArray[Any], bits: Sequence[int]) -> npt.NDArray[np.uint64]:
+    """Pack columns of ``bits`` bits each into one uint64, first column highest."""
+    key = np.zeros(len(columns), np.uint64)
+    for column, width in zip(columns.T, bits, strict=True):
+        key <<= np.uint64(width)
+        key |= column.astype(np.uint64)
+    return key
+
+
+def bucket_keys(codes: npt.ArrayLike) -> npt.NDArray[np.uint64]:
+    """Give every item a number that equals another item's exactly when their ids are equal.
+
+    Never a hash: up to 64 bits the id itself is packed, wider ids are ranked in steps. Keys
+    order as the ids do (first level first); keys of different calls are not comparable.
+
+    Args:
+        codes: non-negative integers ``(items, levels)``.
+
+    Returns:
+        uint64 ``(items,)``.
+
+    Raises:
+        InputError: the codes are not non-negative integers ``(items, levels)``.
+
+    Cost: one pass up to 64 bits, a sort of the items for every further 64 less log2(items) bits.
+    """
+    array = check_codes(codes)
+    bits = [max(int(array[:, level].max()).bit_length(), 1) for level in range(array.shape[1])]
+    key, used, start = None, 0, 0
+    while start < len(bits):
+        stop = start
+        while stop < len(bits) and used + sum(bits[start : stop + 1]) <= 64:
+            stop += 1
+        if stop == start:  # no room: replace the key so far by its rank
+            assert key is not None  # a single level has at most 64 bits
+            ranks = np.unique(key, return_inverse=True)[1]
+            key = ranks.astype(np.uint64)
+            used = max(int(key.max()).bit_length(), 1)
+            if used + bits[start] > 64:
+                raise InputError(
+                    f"level {start} holds codes of {bits[start]} bits; at most {64 - used} fit"
+                )
+            continue
+        packed = _pack(array[:, start:stop], bits[start:stop])
+        width = sum(bits[start:stop])
+        key = packed if key is None else (key << np.uint64(width)) | packed
+        used, start = used + width, stop
+    assert key is not None  # check_codes refuses codes without levels
+    return key
+
+
+def row_hashes(block: npt.ArrayLike) -> npt.NDArray[np.uint64]:
+    """Hash each row's content, so that exact copies of an input can be found while streaming.
+
+    Rows are compared as float32 with -0 equal to 0, so a float16 and a float32 copy of one
+    vector agree. The hash of a row depends on nothing but the row: any cutting into blocks gives
+    the same. 64 bits: among 15 million different rows a false copy has a chance of about 1e-5.
+
+    Args:
+        block: numbers ``(batch, dim)``.
+
+    Returns:
+        uint64 ``(batch,)``.
+
+    Raises:
+        InputError: the block is not two-dimensional.
+    """
+    array = np.asarray(block)
+    if array.ndim != 2:
+        raise InputError(f"rows to hash have shape {array.shape}; (batch, dim) is needed")
+    result = np.empty(len(array), np.uint64)
+    words = (array.shape[1] + 1) // 2
+    weights = np.random.Generator(np.random.PCG64(0x5EED)).integers(
+        0, 2**64, size=words, dtype=np.uint64
+    ) | np.uint64(1)
+    for start in range(0, len(array), _HASH_ROWS):
+        rows = array[start : start + _HASH_ROWS]
+        padded = np.zeros((len(rows), 2 * words), np.float32)
+        padded[:, : array.shape[1]] = rows
+        padded += 0.0  # turns -0 into 0
+        w = padded.view(np.uint64)
+        # A sum of odd multiples alone is weak in the low bits, so every word is mixed first.
+        w ^= w >> np.uint64(32)
+        w *= np.uint64(0xD6E8FEB86659FD93)
+        w ^= w >> np.uint64(32)
+        w += weights
+        w *= weights
+        w ^= w >> np.uint64(29)
+        w *= weights[::-1]
+        total = w.sum(1, dtype=np.uint64)
+        total ^= total >> np.uint64(31)
+        total *= np.uint64(0xD6E8FEB86659FD93)
+        result[start : start + len(rows)] = total ^ (total >> np.uint64(32))
+    return result
+
+
+def _run_lengths(ordered: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """Return the lengths of the runs of equal values in a sorted array."""
+    edges = np.flatnonzero(ordered[1:] != ordered[:-1]) + 1
+    bounds = np.concatenate([[0], edges, [len(ordered)]])
+    return np.diff(bounds).astype(np.int64)
+
+
+def _distinct_sizes(
+    keys: npt.NDArray[np.uint64], groups: npt.NDArray[np.uint64]
+) -> npt.NDArray[np.int64]:
+    """Return for every bucket how many different inputs it holds."""
+    order = np.lexsort((groups, keys))
+    keys, groups = keys[order], groups[order]
+    first = np.ones(len(keys), bool)
+    first[1:] = (keys[1:] != keys[:-1]) | (groups[1:] != groups[:-1])
+    return _run_lengths(keys[first])
+
+
+def _summary(sizes: npt.NDArray[np.int64]) -> tuple[int, float, float, int]:
+    """Return total, ``1 - buckets/total``, the share in shared buckets, and the largest bucket."""
+    total = int(sizes.sum())
+    shared = int(sizes[sizes > 1].sum())
+    return total, (total - len(sizes)) / total, shared / total, int(sizes.max())
+
+
+def collisions(
+    codes: npt.ArrayLike, *, duplicate_groups: npt.ArrayLike | None = None
+) -> Collisions:
+    """Count how many items share their id.
+
+    Args:
+        codes: integers ``(items, levels)``.
+        duplicate_groups: one integer an item, equal exactly for items whose inputs are exact
+            copies, such as `row_hashes` of the embeddings; copies are then counted apart.
+
+    Returns:
+        A `Collisions`.
+
+    Raises:
+        InputError: bad codes, or groups of another length than the codes.
+
+    Cost: a sort of the items; 8 bytes an item beside the codes up to 64-bit ids.
+    """
+    keys = bucket_keys(codes)
+    sizes = _run_lengths(np.sort(keys))
+    items, rate, shared, largest = _summary(sizes)
+    values, counts = np.unique(sizes, return_counts=True)
+    histogram = {int(v): int(c) for v, c in zip(values, counts, strict=True)}
+    if duplicate_groups is None:
+        return Collisions(items, len(sizes), rate, shared, largest, histogram)
+    groups = np.asarray(duplicate_groups)
+    if groups.shape != (items,) or not np.issubdtype(groups.dtype, np.integer):
+        raise InputError(
+            f"duplicate_groups have shape {groups.shape} and dtype {groups.dtype}; one integer "
+            f"for each of the {items} items is needed"
+        )
+    groups = groups.astype(np.uint64)
+    distinct = _summary(_distinct_sizes(keys, groups))
+    return Collisions(
+        items=items,
+        unique_ids=len(sizes),
+        collision_rate=rate,
+        shared_share=shared,
+        largest_bucket=largest,
+        histogram=histogram,
+        distinct_items=distinct[0],
+        duplicate_items=items - len(np.unique(groups)),
+        collision_rate_distinct=distinct[1],
+        shared_share_distinct=distinct[2],
+        largest_bucket_distinct=distinct[3],
+    )
+
+
+class CollisionCounter:
+    """Collects codes, and input hashes where wanted, block by block or shard by shard.
+
+    Holds the packed id of every item (8 bytes an item up to 64 bits) and its hash (8 more).
+
+    Args:
+        codebook_sizes: K of each level, ``(levels,)``.
+    """
+
+    def __init__(self, codebook_sizes: Sequence[int]) -> None:
+        self.codebook_sizes = tuple(int(size) for size in codebook_sizes)
+        self._bits = [max((size - 1).bit_length(), 1) for size in self.codebook_sizes]
+        self._spans: list[slice] = []  # levels that share a 64-bit word
+        start = 0
+        for level in range(len(self._bits)):
+            if sum(self._bits[start : level + 1]) > 64:
+                self._spans.append(slice(start, level))
+                start = level
+        self._spans.append(slice(start, len(self._bits)))
+        self._words: list[npt.NDArray[np.uint64]] = []
+        self._groups: list[npt.NDArray[np.uint64] | None] = []
+
+    def update(
+        self, codes: npt.ArrayLike, *, duplicate_groups: npt.ArrayLike | None = None
+    ) -> None:
+        """Add a block of codes ``(batch, levels)`` with, optionally, their `row_hashes`."""
+        block = check_codes(codes, self.codebook_sizes)
+        groups = None if duplicate_groups is None else np.asarray(duplicate_groups, np.uint64)
+        if groups is not None and groups.shape != (len(block),):
+            raise InputError(
+                f"duplicate_groups have shape {groups.shape}; ({len(block)},) is needed"
+            )
+        self._words.append(
+            np.stack([_pack(block[:, s], self._bits[s]) for s in self._spans], axis=1)
+        )
+        self._groups.append(groups)
+
+    def merge(self, other: CollisionCounter) -> None:
+        """Add what another counter over the same codebooks has collected."""
+        if other.codebook_sizes != self.codebook_sizes:
+            raise UsageError(
+                f"counters over codebooks of sizes {list(self.codebook_sizes)} and "
+                f"{list(other.codebook_sizes)} cannot be merged"
+            )
+        self._words += other._words
+        self._groups += other._groups
+
+    def result(self) -> Collisions:
+        """Return the `Collisions` of everything collected so far.
+
+        Raises:
+            InputError: nothing was collected, or only some blocks came with hashes.
+        """
+        if not self._words:
+            raise InputError("no codes were counted yet; call update first")
+        given = [g for g in self._groups if g is not None]
+        if given and len(given) != len(self._groups):
+            raise InputError(
+                f"{len(given)} of {len(self._groups)} blocks came with duplicate_groups; give them "
+                "with every block or with none"
+            )
+        words = np.concatenate(self._words)
+        groups = np.concatenate(given) if given else None
+        return collisions(_dense(words), duplicate_groups=groups)
+
+
+def _dense(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Turn several packed words a row into one column that is equal exactly when they all are."""
+    if words.shape[1] == 1:
+        return words
+    ranks = [np.unique(column, return_inverse=True)[1] for column in words.T]
+    return np.stack([rank.astype(np.uint64) for rank in ranks], axis=1)
