@@ -45,6 +45,7 @@ def test_usage_of_a_hand_computed_level():
     assert found.probabilities.tolist() == [0.5, 0.25, 0.0, 0.25]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=40).filter(any))
 def test_usage_matches_brute_force_and_its_order(counts):
     array = np.array(counts)
@@ -88,7 +89,7 @@ def test_the_papers_collision_identity():
     assert found.collision_rate == pytest.approx(0.074680, abs=1e-12)
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(
     st.integers(0, 10_000),
     st.integers(1, 120),

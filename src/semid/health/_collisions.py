@@ -14,7 +14,8 @@ from semid.health._usage import check_codes
 
 __all__ = ["CollisionCounter", "Collisions", "bucket_keys", "collisions", "row_hashes"]
 
-_HASH_ROWS = 2048  # rows hashed at once: 2048 x 256 float32 is 2 MB and stays in the cache
+_HASH_ROWS = 512  # rows hashed at once: 512 x 256 float32 is half a MB and stays in the cache
+_PACK_ROWS = 65_536
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,15 @@ class Collisions:
 
 def _pack(columns: npt.NDArray[Any], bits: Sequence[int]) -> npt.NDArray[np.uint64]:
     """Pack columns of ``bits`` bits each into one uint64, first column highest."""
-    key = np.zeros(len(columns), np.uint64)
-    for column, width in zip(columns.T, bits, strict=True):
-        key <<= np.uint64(width)
-        key |= column.astype(np.uint64)
-    return key
+    packed = np.empty(len(columns), np.uint64)
+    for start in range(0, len(columns), _PACK_ROWS):
+        block = columns[start : start + _PACK_ROWS]
+        key = np.zeros(len(block), np.uint64)
+        for level, width in enumerate(bits):
+            key <<= np.uint64(width)
+            key |= block[:, level].astype(np.uint64)
+        packed[start : start + len(block)] = key
+    return packed
 
 
 def bucket_keys(codes: npt.ArrayLike) -> npt.NDArray[np.uint64]:
@@ -88,26 +93,27 @@ def bucket_keys(codes: npt.ArrayLike) -> npt.NDArray[np.uint64]:
     """
     array = check_codes(codes)
     bits = [max(int(array[:, level].max()).bit_length(), 1) for level in range(array.shape[1])]
-    key, used, start = None, 0, 0
+    key = np.zeros(len(array), np.uint64)
+    used = start = 0
     while start < len(bits):
         stop = start
         while stop < len(bits) and used + sum(bits[start : stop + 1]) <= 64:
             stop += 1
         if stop == start:  # no room: replace the key so far by its rank
-            assert key is not None  # a single level has at most 64 bits
-            ranks = np.unique(key, return_inverse=True)[1]
-            key = ranks.astype(np.uint64)
-            used = max(int(key.max()).bit_length(), 1)
+            key = np.unique(key, return_inverse=True)[1].astype(np.uint64)
+            used = int(key.max()).bit_length()
             if used + bits[start] > 64:
                 raise InputError(
                     f"level {start} holds codes of {bits[start]} bits; at most {64 - used} fit"
                 )
             continue
-        packed = _pack(array[:, start:stop], bits[start:stop])
         width = sum(bits[start:stop])
-        key = packed if key is None else (key << np.uint64(width)) | packed
+        if start:
+            key <<= np.uint64(width)
+            key |= _pack(array[:, start:stop], bits[start:stop])
+        else:
+            key = _pack(array[:, :stop], bits[:stop])
         used, start = used + width, stop
-    assert key is not None  # check_codes refuses codes without levels
     return key
 
 
@@ -131,25 +137,25 @@ def row_hashes(block: npt.ArrayLike) -> npt.NDArray[np.uint64]:
     if array.ndim != 2:
         raise InputError(f"rows to hash have shape {array.shape}; (batch, dim) is needed")
     result = np.empty(len(array), np.uint64)
-    words = (array.shape[1] + 1) // 2
+    dim, words = array.shape[1], (array.shape[1] + 1) // 2
     weights = np.random.Generator(np.random.PCG64(0x5EED)).integers(
         0, 2**64, size=words, dtype=np.uint64
     ) | np.uint64(1)
+    padded = np.zeros((_HASH_ROWS, 2 * words), np.float32)
+    mixed = np.empty((_HASH_ROWS, words), np.uint64)
     for start in range(0, len(array), _HASH_ROWS):
         rows = array[start : start + _HASH_ROWS]
-        padded = np.zeros((len(rows), 2 * words), np.float32)
-        padded[:, : array.shape[1]] = rows
-        padded += 0.0  # turns -0 into 0
-        w = padded.view(np.uint64)
-        # A sum of odd multiples alone is weak in the low bits, so every word is mixed first.
-        w ^= w >> np.uint64(32)
-        w *= np.uint64(0xD6E8FEB86659FD93)
-        w ^= w >> np.uint64(32)
-        w += weights
-        w *= weights
-        w ^= w >> np.uint64(29)
-        w *= weights[::-1]
-        total = w.sum(1, dtype=np.uint64)
+        floats = padded[: len(rows)]
+        floats[:, :dim] = rows
+        floats[:, dim:] = 0.0  # the mixing of the last block reached the padding
+        floats += 0.0  # turns -0 into 0
+        # A sum of odd multiples sees only what lies above the lowest set bit of a difference, and
+        # short floats end in zeros: fold each word's high bits into its low ones first.
+        w = floats.view(np.uint64)
+        for shift in (32, 23):
+            np.right_shift(w, np.uint64(shift), out=mixed[: len(rows)])
+            np.bitwise_xor(w, mixed[: len(rows)], out=w)
+        total = np.einsum("ij,j->i", w, weights)
         total ^= total >> np.uint64(31)
         total *= np.uint64(0xD6E8FEB86659FD93)
         result[start : start + len(rows)] = total ^ (total >> np.uint64(32))
@@ -158,20 +164,37 @@ def row_hashes(block: npt.ArrayLike) -> npt.NDArray[np.uint64]:
 
 def _run_lengths(ordered: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
     """Return the lengths of the runs of equal values in a sorted array."""
-    edges = np.flatnonzero(ordered[1:] != ordered[:-1]) + 1
-    bounds = np.concatenate([[0], edges, [len(ordered)]])
-    return np.diff(bounds).astype(np.int64)
+    last = np.flatnonzero(ordered[1:] != ordered[:-1])  # where every run but the last one ends
+    lengths = np.empty(len(last) + 1, np.int64)
+    lengths[:-1] = last
+    lengths[-1] = len(ordered) - 1
+    lengths[1:] -= last
+    lengths[0] += 1
+    return lengths
 
 
 def _distinct_sizes(
     keys: npt.NDArray[np.uint64], groups: npt.NDArray[np.uint64]
-) -> npt.NDArray[np.int64]:
-    """Return for every bucket how many different inputs it holds."""
-    order = np.lexsort((groups, keys))
-    keys, groups = keys[order], groups[order]
-    first = np.ones(len(keys), bool)
-    first[1:] = (keys[1:] != keys[:-1]) | (groups[1:] != groups[:-1])
-    return _run_lengths(keys[first])
+) -> tuple[npt.NDArray[np.int64], int]:
+    """Return how many different inputs each bucket holds, and how many items are copies.
+
+    Only the few items whose input occurs twice are sorted by both keys; a bucket never vanishes,
+    since the first of its copies stays.
+    """
+    ordered = np.sort(groups)
+    repeated = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    if not len(repeated):
+        return _run_lengths(np.sort(keys)), 0
+    place = np.minimum(np.searchsorted(repeated, groups), len(repeated) - 1)
+    candidates = np.flatnonzero(repeated[place] == groups)
+    order = np.lexsort((groups[candidates], keys[candidates]))
+    candidates = candidates[order]
+    same = (keys[candidates][1:] == keys[candidates][:-1]) & (
+        groups[candidates][1:] == groups[candidates][:-1]
+    )
+    kept = np.ones(len(keys), bool)
+    kept[candidates[1:][same]] = False
+    return _run_lengths(np.sort(keys[kept])), len(candidates) - len(repeated)
 
 
 def _summary(sizes: npt.NDArray[np.int64]) -> tuple[int, float, float, int]:
@@ -202,8 +225,8 @@ def collisions(
     keys = bucket_keys(codes)
     sizes = _run_lengths(np.sort(keys))
     items, rate, shared, largest = _summary(sizes)
-    values, counts = np.unique(sizes, return_counts=True)
-    histogram = {int(v): int(c) for v, c in zip(values, counts, strict=True)}
+    buckets = np.bincount(sizes)
+    histogram = {int(size): int(buckets[size]) for size in np.flatnonzero(buckets)}
     if duplicate_groups is None:
         return Collisions(items, len(sizes), rate, shared, largest, histogram)
     groups = np.asarray(duplicate_groups)
@@ -213,7 +236,8 @@ def collisions(
             f"for each of the {items} items is needed"
         )
     groups = groups.astype(np.uint64)
-    distinct = _summary(_distinct_sizes(keys, groups))
+    distinct_sizes, copies = _distinct_sizes(keys, groups)
+    distinct = _summary(distinct_sizes)
     return Collisions(
         items=items,
         unique_ids=len(sizes),
@@ -222,7 +246,7 @@ def collisions(
         largest_bucket=largest,
         histogram=histogram,
         distinct_items=distinct[0],
-        duplicate_items=items - len(np.unique(groups)),
+        duplicate_items=copies,
         collision_rate_distinct=distinct[1],
         shared_share_distinct=distinct[2],
         largest_bucket_distinct=distinct[3],
