@@ -1,0 +1,108 @@
+"""The `semid` program: its commands, and how errors reach a person."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from semid.cli.compare import compare
+from semid.cli.demo import demo
+from semid.cli.encode import encode
+from semid.cli.fit import fit
+from semid.cli.report import report
+from semid.errors import SemidError
+
+__all__ = ["app", "main"]
+
+HELP = """Semantic IDs for recommendation: learn them, know whether they are good, use them.
+
+A first run on data of your own:
+
+    semid fit     items.parquet -o model/             learn the codebooks
+    semid encode  model/ items.parquet -o ids.parquet     give every item its codes
+    semid report  model/ items.parquet -o report.html     see whether they are good
+
+No data at hand? 'semid demo' makes a catalogue and runs all three.
+"""
+
+app = typer.Typer(
+    help=HELP,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    epilog="Errors are one sentence; --debug anywhere shows the traceback.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(fit)
+app.command()(encode)
+app.command()(report)
+app.command()(compare)
+app.command()(demo)
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(
+        False, "--version", help="Print the version and stop.", is_eager=True, callback=lambda v: _version(v)
+    ),
+) -> None:
+    """Hold the options of the program itself; the help text is given to the Typer app."""
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"semid {version('semid')}")
+        raise typer.Exit
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the program and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    console = Console(stderr=True)
+    _configure(console, debug)
+    try:
+        app([argument for argument in given if argument != "--debug"], standalone_mode=True)
+    except SemidError as error:
+        if debug:
+            raise
+        _complain(console, str(error))
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        _complain(console, "interrupted")
+        sys.exit(130)
+    except (OSError, MemoryError) as error:
+        if debug:
+            raise
+        _complain(console, f"{type(error).__name__}: {error}")
+        sys.exit(1)
+
+
+def _configure(console: Console, debug: bool) -> None:
+    level = logging.DEBUG if debug else logging.WARNING
+    if console.is_terminal:
+        handler: logging.Handler = RichHandler(
+            console=console, show_time=False, show_path=debug, markup=False
+        )
+        logging.basicConfig(level=level, format="%(message)s", handlers=[handler], force=True)
+    else:
+        logging.basicConfig(
+            level=level, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True
+        )
+    logging.getLogger("numba").setLevel(logging.WARNING)
+    if not debug:
+        warnings.simplefilter("ignore")
+
+
+def _complain(console: Console, message: str) -> None:
+    for line in message.splitlines() or [""]:
+        console.print(f"error: {line}", style="bold red", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,1 @@
+"""What comes in: embeddings, item ids, interactions, item texts, and a synthetic catalogue."""

@@ -1,0 +1,115 @@
+"""Every error semid raises on purpose, in one tree.
+
+A message says what was given, what is allowed and how to put it right, in the user's own words
+(the flag, the column, the argument). `UsageError` means the call itself is wrong (exit code 2 on
+the command line); everything else means the call was fine and the data or the machine was not
+(exit code 1).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+__all__ = [
+    "ArtefactError",
+    "DivergedError",
+    "EmbeddingError",
+    "FingerprintError",
+    "IdsError",
+    "InputError",
+    "InteractionsError",
+    "MissingExtraError",
+    "NotFittedError",
+    "OutputExistsError",
+    "SemidError",
+    "UsageError",
+    "check_choice",
+    "nearest_name",
+]
+
+
+class SemidError(Exception):
+    """Root of the tree: catch this to catch everything semid raises on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(SemidError, ValueError):
+    """An argument, flag, column or recipe key that does not exist or is out of range."""
+
+    exit_code = 2
+
+
+class InputError(SemidError, ValueError):
+    """Data that cannot be used. Carries every problem found, not only the first.
+
+    Args:
+        problems: one sentence a problem, or a single sentence.
+    """
+
+    def __init__(self, problems: str | Sequence[str]) -> None:
+        self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class EmbeddingError(InputError):
+    """Embeddings that are empty, ragged, not finite, of the wrong width, or unreadable."""
+
+
+class IdsError(InputError):
+    """Item ids that are missing, duplicated, or of another length than the rows."""
+
+
+class InteractionsError(InputError):
+    """Interactions without the needed columns, order or known items."""
+
+
+class ArtefactError(SemidError):
+    """A saved model or ids file that is incomplete, altered, or of an unknown version."""
+
+
+class FingerprintError(ArtefactError):
+    """Codes that were made with another codebook than the one they are used with."""
+
+
+class OutputExistsError(SemidError, FileExistsError):
+    """The output path exists and overwriting was not asked for."""
+
+    exit_code = 2
+
+
+class MissingExtraError(SemidError, ImportError):
+    """An optional dependency is not installed; the message holds the exact pip command."""
+
+    def __init__(self, package: str, *, extra: str, purpose: str) -> None:
+        super().__init__(
+            f"{purpose} needs the package '{package}', which is not installed; "
+            f"install it with: pip install 'semid[{extra}]'"
+        )
+
+
+class NotFittedError(SemidError, AttributeError):
+    """A tokenizer was used before `fit` (or `semid.load`)."""
+
+
+class DivergedError(SemidError, ArithmeticError):
+    """Training produced a loss that is not finite; the last good checkpoint was kept."""
+
+
+def nearest_name(given: str, allowed: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the closest allowed name, or an empty string."""
+    close = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def check_choice(name: str, given: str, allowed: Sequence[str]) -> str:
+    """Return ``given`` if it is one of ``allowed``.
+
+    Raises:
+        UsageError: naming the argument, what was given, what is allowed and the nearest name.
+    """
+    if given in allowed:
+        return given
+    listed = ", ".join(f"'{a}'" for a in allowed)
+    raise UsageError(f"{name}='{given}' is not one of {listed}{nearest_name(given, allowed)}")

@@ -1,0 +1,39 @@
+"""`semid.load`: open any artefact by the kind written in it."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Any
+
+from semid.artefact import read_config
+from semid.errors import ArtefactError, nearest_name
+
+__all__ = ["KINDS", "load"]
+
+# kind -> (module, class). Modules are imported when an artefact of the kind is opened.
+KINDS: dict[str, tuple[str, str]] = {
+    "rqkmeans": ("semid.tokenizers.rqkmeans", "RQKMeans"),
+}
+
+
+def load(path: str | os.PathLike[str]) -> Any:
+    """Open a saved tokenizer.
+
+    Args:
+        path: artefact folder, as written by ``semid fit -o`` or ``tokenizer.save``.
+
+    Returns:
+        The object that was saved, ready to use.
+
+    Raises:
+        ArtefactError: if the folder is incomplete, altered, or of an unknown kind or version.
+    """
+    kind = read_config(path)["kind"]
+    if kind not in KINDS:
+        known = ", ".join(f"'{name}'" for name in sorted(KINDS))
+        raise ArtefactError(
+            f"'{path}' holds a '{kind}'; this semid knows {known}{nearest_name(kind, KINDS)}"
+        )
+    module, name = KINDS[kind]
+    return getattr(importlib.import_module(module), name).load(path)

@@ -1,0 +1,255 @@
+"""Residual quantization: what a level leaves is what the next one quantizes.
+
+Tensors in, tensors out: fitting level by level (DRQ §4.2), greedy and beam encoding, decoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from semid.quantization.blocks import ArrayBlocks, Blocks, ResidualBlocks, in_memory
+from semid.quantization.kmeans import (
+    KMeansOptions,
+    KMeansResult,
+    KMeansState,
+    draw_sample,
+    kmeans,
+)
+from semid.quantization.nearest import PreparedCodebook, nearest, nearest_m
+from semid.seeds import child_seed
+
+__all__ = [
+    "LevelFit",
+    "ResidualCodes",
+    "dequantize",
+    "encode_residual",
+    "fit_residual",
+]
+
+Array = npt.NDArray[np.float32]
+
+# A beam holds `beam_width` residuals a row: fewer rows at once keep that within tens of megabytes.
+BEAM_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class LevelFit:
+    """How one level's K-means ended.
+
+    Attributes:
+        inertia: sum of squared residual norms after this level, over the training rows.
+        iterations: Lloyd iterations of the kept restart.
+        converged: whether the tolerance was met before the iterations ran out.
+        distinct: codewords that could be told apart.
+    """
+
+    inertia: float
+    iterations: int
+    converged: bool
+    distinct: int
+
+
+@dataclass(frozen=True)
+class ResidualCodes:
+    """Codes of a block.
+
+    Attributes:
+        codes: ``(n, levels)`` int64.
+        residual_norms: ``(n,)`` float32, length of what the last level leaves.
+    """
+
+    codes: npt.NDArray[np.int64]
+    residual_norms: Array
+
+
+def fit_residual(
+    blocks: Blocks,
+    codebook_sizes: Sequence[int],
+    *,
+    seed: int,
+    options: KMeansOptions | None = None,
+    weights: npt.NDArray[np.float64] | None = None,
+    init: Sequence[Array] | None = None,
+    threads: int | None = None,
+    memory_bytes: int = 1 << 30,
+    done: Sequence[tuple[Array, npt.NDArray[np.int64], LevelFit]] = (),
+    state: KMeansState | None = None,
+    on_iteration: Callable[[int, KMeansState], None] | None = None,
+    on_level: Callable[[int, KMeansResult], None] | None = None,
+) -> tuple[list[Array], list[LevelFit]]:
+    """Fit one codebook a level by K-means on what the levels before leave.
+
+    Args:
+        blocks: ``(items, dim)`` training rows.
+        codebook_sizes: codewords of each level.
+        seed: any integer; each level has a child seed of its own.
+        options: how K-means runs at every level.
+        weights: ``(items,)`` item weights; None counts rows once.
+        init: starting codebooks, one a level, instead of k-means++.
+        threads: plain threads; None takes what the machine allows.
+        memory_bytes: a level's residuals are held as float32 up to this size, and computed again
+            from the blocks at every pass above it; the result is the same.
+        done: codebook, labels of the rows trained on and fit of levels that need not be fitted again.
+        state: K-means state inside the first level that is not done.
+        on_iteration: called with the level and the K-means state after every iteration.
+        on_level: called with the level and its result.
+
+    Returns:
+        Codebooks ``(codes, dim)`` and the level fits. Cost: `kmeans` once a level.
+        Source: DRQ §4.2.
+    """
+    options = options or KMeansOptions()
+    chosen = draw_sample(blocks, max(codebook_sizes), seed=seed, options=options)
+    train = blocks if chosen is None else ArrayBlocks(blocks.rows(chosen))
+    train_weights = weights if weights is None or chosen is None else weights[chosen]
+    codebooks = [codebook for codebook, _, _ in done]
+    labels = [label for _, label, _ in done]
+    fits = [fit for _, _, fit in done]
+    for level in range(len(done), len(codebook_sizes)):
+        residuals = ResidualBlocks(train, labels, codebooks) if level else train
+        result = kmeans(
+            in_memory(residuals, limit_bytes=memory_bytes),
+            codebook_sizes[level],
+            seed=child_seed(seed, "level", level),
+            options=replace(options, sample_per_code=None),
+            weights=train_weights,
+            init=None if init is None else init[level],
+            threads=threads,
+            state=state if level == len(done) else None,
+            on_iteration=None if on_iteration is None else _at_level(on_iteration, level),
+        )
+        codebooks.append(result.centroids)
+        labels.append(result.labels)
+        fits.append(
+            LevelFit(result.inertia, len(result.history), result.converged, result.distinct)
+        )
+        if on_level is not None:
+            on_level(level, result)
+    if chosen is not None and options.full_pass:
+        codebooks = _refine(blocks, codebooks, weights, threads)
+    return codebooks, fits
+
+
+def _refine(
+    blocks: Blocks,
+    codebooks: list[Array],
+    weights: npt.NDArray[np.float64] | None,
+    threads: int | None,
+) -> list[Array]:
+    """One Lloyd iteration of every level over all rows, each on what the refined ones leave."""
+    refined: list[Array] = []
+    labels: list[npt.NDArray[np.int64]] = []
+    for codebook in codebooks:
+        result = kmeans(
+            ResidualBlocks(blocks, labels, refined) if refined else blocks,
+            len(codebook),
+            seed=0,  # unused: it starts from `init`
+            options=KMeansOptions(iterations=1),
+            weights=weights,
+            init=codebook,
+            threads=threads,
+        )
+        refined.append(result.centroids)
+        labels.append(result.labels)
+    return refined
+
+
+def _at_level(
+    callback: Callable[[int, KMeansState], None], level: int
+) -> Callable[[KMeansState], None]:
+    return lambda state: callback(level, state)
+
+
+def encode_residual(
+    block: Array,
+    codebooks: Sequence[PreparedCodebook],
+    *,
+    beam_width: int = 1,
+    threads: int | None = None,
+) -> ResidualCodes:
+    """Quantize rows level by level.
+
+    Args:
+        block: ``(n, dim)`` float32 rows.
+        codebooks: prepared codebooks, one a level.
+        beam_width: partial codes kept a row; 1 is greedy. A wider beam lowers the error at
+            ``beam_width`` times the cost; its first code need not be the nearest codeword.
+        threads: plain threads; None takes what the machine allows.
+
+    Returns:
+        `ResidualCodes`. Each row's codes depend on that row alone. Ties go to the lowest code.
+    """
+    if beam_width > 1:
+        parts = [
+            _encode_beam(block[start : start + BEAM_ROWS], codebooks, beam_width, threads)
+            for start in range(0, len(block), BEAM_ROWS)
+        ]
+        return ResidualCodes(
+            np.concatenate([part.codes for part in parts]),
+            np.concatenate([part.residual_norms for part in parts]),
+        )
+    codes = np.empty((len(block), len(codebooks)), dtype=np.int64)
+    residual = block
+    for level, codebook in enumerate(codebooks):
+        found = nearest(torch.from_numpy(residual), codebook, threads=threads)
+        codes[:, level] = found.labels.numpy()
+        residual = residual - codebook.codewords.numpy()[codes[:, level]]
+    return ResidualCodes(codes, _norms(residual))
+
+
+def _norms(rows: Array) -> Array:
+    squared = np.einsum("nd,nd->n", rows, rows, dtype=np.float64)
+    return np.sqrt(squared).astype(np.float32)
+
+
+def _encode_beam(
+    block: Array,
+    codebooks: Sequence[PreparedCodebook],
+    width: int,
+    threads: int | None,
+) -> ResidualCodes:
+    """Keep the ``width`` partial codes with the smallest residuals after every level."""
+    items, dim = block.shape
+    codes = np.empty((items, 1, 0), dtype=np.int64)
+    residual = block[:, None, :]
+    for codebook in codebooks:
+        kept = residual.shape[1]
+        words = codebook.codewords.numpy()
+        reach = min(width, len(words))
+        found = nearest_m(
+            torch.from_numpy(residual.reshape(-1, dim)), codebook, reach, threads=threads
+        )
+        labels = found.labels.numpy().reshape(items, kept * reach)
+        distances = found.distances.numpy().reshape(items, kept * reach)
+        # Stable: equal distances keep the better parent, then the lower code.
+        best = np.argsort(distances, axis=1, kind="stable")[:, :width]
+        parent = best // reach
+        chosen = np.take_along_axis(labels, best, axis=1)
+        rows = np.arange(items)[:, None]
+        codes = np.concatenate([codes[rows, parent], chosen[:, :, None]], axis=2)
+        residual = residual[rows, parent] - words[chosen]
+    return ResidualCodes(np.ascontiguousarray(codes[:, 0]), _norms(residual[:, 0]))
+
+
+def dequantize(
+    codes: npt.NDArray[np.integer], codebooks: Sequence[Array], *, levels: int | None = None
+) -> Array:
+    """Sum the codewords of each row's codes.
+
+    Args:
+        codes: ``(n, levels)`` integers, each within its codebook.
+        codebooks: ``(codes, dim)`` float32, one a level.
+        levels: use only the first so many; None uses all.
+
+    Returns:
+        ``(n, dim)`` float32, added in level order.
+    """
+    total = np.zeros((len(codes), codebooks[0].shape[1]), dtype=np.float32)
+    for level, codebook in list(enumerate(codebooks))[:levels]:
+        total += codebook[codes[:, level]]
+    return total

@@ -1,0 +1,500 @@
+"""The contract of a tokenizer: fit, encode, decode, quantize, save and load.
+
+A tokenizer is a file of its own that fills in the methods marked abstract. Opening the data,
+holding rows out, judging the result, streaming, fingerprints and artefacts are the same for all
+and live here.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from semid.artefact import fingerprint, read_artefact, write_artefact
+from semid.codes import CodesInfo, SemanticIds, code_dtype
+from semid.data.embeddings import EmbeddingSource, open_embeddings
+from semid.data.ids import held_out_mask
+from semid.errors import ArtefactError, EmbeddingError, InputError, NotFittedError, UsageError
+from semid.progress import Progress, QuietProgress
+from semid.quantization.blocks import BLOCK_ROWS, prefetched
+from semid.quantization.residual import ResidualCodes
+from semid.tokenizers.card import card
+from semid.tokenizers.fitreport import FitReport, HealthCounter
+from semid.tokenizers.scan import InputScan, scan
+from semid.training.checkpoint import Checkpoint, run_key
+
+__all__ = ["EncodedBlock", "FitContext", "Tokenizer", "level_sizes"]
+
+Array = npt.NDArray[np.float32]
+
+HELD_OUT_SALT = "semid/items"
+
+
+@dataclass(frozen=True)
+class FitContext:
+    """What a tokenizer's `_fit` works with.
+
+    Attributes:
+        source: all rows.
+        train: the rows that may be trained on.
+        scan: what the first pass over all rows saw.
+        weights: ``(train rows,)`` item weights, or None.
+        interactions: as given to `fit`.
+        pairs: as given to `fit`.
+        checkpoint: where to keep the state of the run, or None.
+        progress: told about every step.
+    """
+
+    source: EmbeddingSource
+    train: EmbeddingSource
+    scan: InputScan
+    weights: npt.NDArray[np.float64] | None
+    interactions: Any
+    pairs: Any
+    checkpoint: Checkpoint | None
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class EncodedBlock:
+    """A block of encoded rows.
+
+    Attributes:
+        start: row number of its first row.
+        x: ``(n, dim)`` float32 rows as read.
+        codes: ``(n, levels)`` int64.
+        residual_norms: ``(n,)`` float32.
+    """
+
+    start: int
+    x: Array
+    codes: npt.NDArray[np.int64]
+    residual_norms: Array
+
+
+def level_sizes(levels: int, codebook_size: int | Sequence[int]) -> tuple[int, ...]:
+    """Return the codebook size of each level.
+
+    Raises:
+        UsageError: if a value is out of range or the lengths differ.
+    """
+    if levels < 1:
+        raise UsageError(f"levels={levels}: give at least 1")
+    sizes = (codebook_size,) * levels if isinstance(codebook_size, int) else tuple(codebook_size)
+    if len(sizes) != levels:
+        raise UsageError(
+            f"codebook_size has {len(sizes)} entries for {levels} levels; give one number, or one "
+            "a level"
+        )
+    if min(sizes) < 2 or max(sizes) > 2**32:
+        raise UsageError(f"codebook_size={codebook_size}: give between 2 and 2**32 codewords")
+    return sizes
+
+
+class Tokenizer(ABC):
+    """Base of every tokenizer.
+
+    Attributes:
+        kind: name in artefacts and on the command line.
+        hierarchical: whether a shared prefix of codes means relatedness.
+        report: the `FitReport` of the last fit, or None before it.
+    """
+
+    kind: ClassVar[str]
+    hierarchical: ClassVar[bool]
+
+    codebook_sizes: tuple[int, ...]
+    seed: int
+    beam_width: int = 1
+    validation_fraction: float = 0.05
+
+    def __init__(self) -> None:
+        self.report: FitReport | None = None
+        self._dim: int | None = None
+
+    # What a tokenizer fills in -------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """Constructor arguments, JSON-able; ``cls(**settings)`` makes an equal tokenizer."""
+
+    @abstractmethod
+    def _fit(self, context: FitContext) -> dict[str, Any]:
+        """Learn from ``context.train``; return JSON-able figures for the report."""
+
+    @abstractmethod
+    def _encode_block(self, x: Array, beam_width: int) -> ResidualCodes:
+        """Encode rows ``(n, dim)``; each row's codes depend on that row alone."""
+
+    @abstractmethod
+    def _decode_codes(self, codes: npt.NDArray[np.int64]) -> Array:
+        """Return ``(n, dim)`` float32 reconstructions in the input space."""
+
+    @abstractmethod
+    def _quantize_codes(self, codes: npt.NDArray[np.int64]) -> Array:
+        """Return ``(n, latent)`` float32 quantized latent vectors."""
+
+    @abstractmethod
+    def _latent_block(self, x: Array) -> Array:
+        """Return ``(n, latent)`` float32 latent vectors before quantization."""
+
+    @abstractmethod
+    def _codebooks(self) -> tuple[Array, ...]:
+        """Return one ``(codes, latent)`` float32 array a level."""
+
+    @abstractmethod
+    def _tensors(self) -> dict[str, np.ndarray]:
+        """Return every learnt array by name, the codebooks among them."""
+
+    @abstractmethod
+    def _set_tensors(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """Take the arrays that `_tensors` gave."""
+
+    # What every tokenizer has --------------------------------------------------------------
+
+    @property
+    def levels(self) -> int:
+        """Number of codes an item."""
+        return len(self.codebook_sizes)
+
+    @property
+    def dim(self) -> int:
+        """Width of the embeddings it was fitted on.
+
+        Raises:
+            NotFittedError: before `fit`.
+        """
+        if self._dim is None:
+            raise NotFittedError(
+                f"this {type(self).__name__} is not fitted; call fit(embeddings) or semid.load(path)"
+            )
+        return self._dim
+
+    @property
+    def codebooks(self) -> tuple[Array, ...]:
+        """Codewords of each level: ``(codes, latent)`` float32.
+
+        Raises:
+            NotFittedError: before `fit`.
+        """
+        _ = self.dim
+        return self._codebooks()
+
+    @property
+    def codebook_fingerprint(self) -> str:
+        """SHA-256 of the codebooks; ids carry it."""
+        return fingerprint({f"{level:04d}": book for level, book in enumerate(self.codebooks)})
+
+    @property
+    def weights_fingerprint(self) -> str:
+        """SHA-256 of all learnt arrays."""
+        _ = self.dim
+        return fingerprint(self._tensors())
+
+    def fit(
+        self,
+        source: Any,
+        *,
+        interactions: Any = None,
+        pairs: Any = None,
+        ids: Any = None,
+        weights: npt.ArrayLike | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        resume: bool = False,
+        progress: Progress | None = None,
+    ) -> Self:
+        """Learn the codebooks.
+
+        Args:
+            source: embeddings ``(items, dim)``: anything `semid.data.open_embeddings` reads.
+            interactions: user sequences, for tokenizers that learn from behaviour.
+            pairs: ``(n, 2)`` item pairs, for tokenizers that learn from relations.
+            ids: item ids for a source that has none; they decide which items are held out.
+            weights: ``(items,)`` non-negative item weights, for example popularity.
+            checkpoint: folder for the state of the run, so that it can be continued.
+            resume: continue from ``checkpoint`` if it holds a state of this run.
+            progress: told about every step; silent by default.
+
+        Returns:
+            self, fitted; ``self.report`` holds the verdict.
+
+        Raises:
+            EmbeddingError: for NaN, inf, no rows, or fewer distinct rows than codewords.
+            UsageError: for arguments this tokenizer cannot use.
+            ArtefactError: if the checkpoint belongs to another run.
+        """
+        began = time.monotonic()
+        steps = progress or QuietProgress()
+        opened = open_embeddings(source, ids=ids)
+        train = ~held_out_mask(opened.ids, self.validation_fraction, HELD_OUT_SALT)
+        seen = scan(opened, train, steps)
+        self._check_rows(seen, int(train.sum()))
+        item_weights = _weights(weights, len(opened))
+        context = FitContext(
+            source=opened,
+            train=opened if train.all() else opened.subset(train),
+            scan=seen,
+            weights=None if item_weights is None else item_weights[train],
+            interactions=interactions,
+            pairs=pairs,
+            checkpoint=None
+            if checkpoint is None
+            else Checkpoint(
+                checkpoint,
+                key=run_key({"kind": self.kind, **self.settings}, seen.digest),
+                resume=resume,
+            ),
+            progress=steps,
+        )
+        details = self._fit(context)
+        self._dim = opened.dim
+        self.report = self._judge(opened, train, seen, details, steps, began)
+        return self
+
+    def _check_rows(self, seen: InputScan, trained: int) -> None:
+        largest = max(self.codebook_sizes)
+        if seen.distinct < largest:
+            raise EmbeddingError(
+                f"{seen.distinct} distinct rows cannot fill codebook_size={largest}; give more "
+                "items or a smaller --codebook-size (codebook_size)"
+            )
+        if trained < largest:
+            raise EmbeddingError(
+                f"{trained} training rows (validation_fraction={self.validation_fraction}) cannot "
+                f"fill codebook_size={largest}; give more items, a smaller codebook_size, or "
+                "validation_fraction=0"
+            )
+
+    def _judge(
+        self,
+        source: EmbeddingSource,
+        train: npt.NDArray[np.bool_],
+        seen: InputScan,
+        details: dict[str, Any],
+        progress: Progress,
+        began: float,
+    ) -> FitReport:
+        """Encode and decode every row once, and judge the codes and errors."""
+        counter = HealthCounter(self.codebook_sizes, seen.variance)
+        progress.start("judge", total=len(source))
+        for block in self.encode_blocks(source):
+            span = slice(block.start, block.start + len(block.x))
+            counter.update(
+                block.codes,
+                block.x,
+                self._decode_codes(block.codes),
+                train=train[span],
+                row_hashes=seen.row_hashes[span],
+            )
+            progress.step(len(block.x))
+        judged = counter.verdict()
+        return FitReport(
+            items=len(source),
+            trained_items=int(train.sum()),
+            held_out_items=int((~train).sum()),
+            seconds=round(time.monotonic() - began, 3),
+            details=details,
+            health=judged.to_dict(),
+            summary=judged.summary(),
+        )
+
+    def encode_blocks(
+        self, source: EmbeddingSource, *, beam_width: int | None = None, first: int = 0
+    ) -> Iterator[EncodedBlock]:
+        """Encode in blocks, so that memory does not grow with the catalogue.
+
+        Args:
+            source: opened embeddings.
+            beam_width: overrides the tokenizer's own.
+            first: skip blocks before this row (a multiple of the block size).
+
+        Raises:
+            EmbeddingError: for rows of another width, or with NaN or inf.
+        """
+        if source.dim != self.dim:
+            raise EmbeddingError(
+                f"these embeddings have width {source.dim}, the tokenizer was fitted on width "
+                f"{self.dim}; give embeddings of the same model"
+            )
+        width = self.beam_width if beam_width is None else beam_width
+        for start, x in prefetched(source.blocks(BLOCK_ROWS)):
+            if start < first:
+                continue
+            found = self._encode_block(x, width)
+            yield EncodedBlock(start, x, found.codes, found.residual_norms)
+
+    def encode(
+        self,
+        source: Any,
+        *,
+        ids: Any = None,
+        beam_width: int | None = None,
+        progress: Progress | None = None,
+    ) -> SemanticIds:
+        """Give every row its codes; rows need not have been seen by `fit`.
+
+        Args:
+            source: embeddings ``(items, dim)`` as for `fit`; a single ``(dim,)`` vector is one
+                item.
+            ids: item ids for a source that has none.
+            beam_width: partial codes kept a row; None takes the tokenizer's own.
+            progress: told about every block; silent by default.
+
+        Returns:
+            `SemanticIds` with codes ``(items, levels)``.
+
+        Raises:
+            NotFittedError: before `fit`.
+            EmbeddingError: for rows of another width, or with NaN or inf.
+        """
+        info = self.codes_info(beam_width)
+        if isinstance(source, np.ndarray) and source.ndim == 1:
+            source = source[None]
+        opened = open_embeddings(source, ids=ids)
+        codes = np.empty((len(opened), self.levels), dtype=code_dtype(self.codebook_sizes))
+        norms = np.empty(len(opened), dtype=np.float32)
+        steps = progress or QuietProgress()
+        steps.start("encode", total=len(opened))
+        for block in self.encode_blocks(opened, beam_width=info.beam_width):
+            span = slice(block.start, block.start + len(block.x))
+            codes[span] = block.codes
+            norms[span] = block.residual_norms
+            steps.step(len(block.x))
+        return SemanticIds(opened.ids, codes, norms, info)
+
+    def codes_info(self, beam_width: int | None = None) -> CodesInfo:
+        """Return what ids of this tokenizer carry in their metadata.
+
+        Raises:
+            UsageError: if ``beam_width`` is below 1.
+        """
+        width = self.beam_width if beam_width is None else beam_width
+        if width < 1:
+            raise UsageError(f"beam_width={width}: give at least 1")
+        return CodesInfo(
+            tokenizer=self.kind,
+            codebook_sizes=self.codebook_sizes,
+            hierarchical=self.hierarchical,
+            codebook_fingerprint=self.codebook_fingerprint,
+            weights_fingerprint=self.weights_fingerprint,
+            beam_width=width,
+        )
+
+    def decode(self, codes: Any) -> Array:
+        """Return reconstructions ``(n, dim)`` float32 in the input space.
+
+        Args:
+            codes: ``(n, levels)`` integers, or `SemanticIds` of this tokenizer.
+
+        Raises:
+            InputError: for a wrong shape or codes out of range.
+            FingerprintError: for `SemanticIds` of another codebook.
+        """
+        return self._decode_codes(self._checked(codes))
+
+    def quantize(self, codes: Any) -> Array:
+        """Return quantized latent vectors ``(n, latent)`` float32; arguments as for `decode`."""
+        return self._quantize_codes(self._checked(codes))
+
+    def latent(self, source: Any) -> Array:
+        """Return latent vectors ``(items, latent)`` float32 before quantization."""
+        opened = open_embeddings(source)
+        _ = self.dim
+        return np.concatenate([self._latent_block(x) for _, x in opened.blocks(BLOCK_ROWS)])
+
+    def _checked(self, codes: Any) -> npt.NDArray[np.int64]:
+        _ = self.dim
+        if isinstance(codes, SemanticIds):
+            codes.check_codebook(self.codebook_fingerprint)
+            codes = codes.codes
+        array = np.asarray(codes)
+        if array.ndim != 2 or array.shape[1] != self.levels or array.dtype.kind not in "iu":
+            raise InputError(
+                f"codes have shape {array.shape} and type {array.dtype}; give integers of shape "
+                f"(items, {self.levels})"
+            )
+        wide = array.astype(np.int64)
+        outside = (wide < 0) | (wide >= np.array(self.codebook_sizes))
+        if outside.any():
+            row, level = map(int, np.argwhere(outside)[0])
+            raise InputError(
+                f"{int(outside.any(axis=1).sum())} rows hold codes outside their codebook (first: "
+                f"row {row}, level {level}, code {wide[row, level]}, allowed 0 to "
+                f"{self.codebook_sizes[level] - 1}); were they made by another model?"
+            )
+        return wide
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Write the artefact folder (``config.json``, ``model.safetensors``, ``README.md``).
+
+        Raises:
+            NotFittedError: before `fit`.
+            OutputExistsError: if ``path`` exists and ``overwrite`` is false.
+        """
+        config = {
+            "kind": self.kind,
+            "settings": self.settings,
+            "dim": self.dim,
+            "codebook_sizes": list(self.codebook_sizes),
+            "codebook_fingerprint": self.codebook_fingerprint,
+            "held_out": {"fraction": self.validation_fraction, "salt": HELD_OUT_SALT},
+            "fit_report": None if self.report is None else self.report.to_dict(),
+        }
+        return write_artefact(
+            path,
+            config=config,
+            tensors=self._tensors(),
+            card=card(self.kind, config),
+            overwrite=overwrite,
+        )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read what `save` wrote; encodes exactly as the saved tokenizer did.
+
+        Raises:
+            ArtefactError: if the folder is incomplete, altered, or of another kind.
+        """
+        config, tensors = read_artefact(path)
+        if config["kind"] != cls.kind:
+            raise ArtefactError(
+                f"'{path}' holds a '{config['kind']}', not a '{cls.kind}'; open it with semid.load"
+            )
+        try:
+            tokenizer = cls(**config["settings"])
+            tokenizer._set_tensors(tensors)
+            tokenizer._dim = int(config["dim"])
+            report = config["fit_report"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ArtefactError(
+                f"'{path}' does not describe a {cls.__name__} ({error}); save the model again"
+            ) from None
+        tokenizer.report = None if report is None else FitReport.from_dict(report)
+        return tokenizer
+
+    def __repr__(self) -> str:
+        """Show the settings and whether it is fitted."""
+        shown = ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+        state = "not fitted" if self._dim is None else f"dim={self._dim}"
+        return f"{type(self).__name__}({shown}) [{state}]"
+
+
+def _weights(weights: npt.ArrayLike | None, items: int) -> npt.NDArray[np.float64] | None:
+    if weights is None:
+        return None
+    array = np.asarray(weights, dtype=np.float64)
+    if array.shape != (items,) or not np.isfinite(array).all() or (array < 0).any():
+        raise UsageError(
+            f"weights have shape {array.shape}; give {items} finite, non-negative numbers, one an "
+            "item"
+        )
+    return array

@@ -1,0 +1,98 @@
+"""One-file checkpoints that are whole or absent, and belong to one run.
+
+A checkpoint lives in ``<output>.partial/`` beside the output. It holds arrays and a JSON-able
+record, and the key of the run (settings and data), so that a resume with other settings or data
+is refused instead of mixed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from semid.errors import ArtefactError, OutputExistsError
+
+__all__ = ["Checkpoint", "run_key"]
+
+STATE_FILE = "state.safetensors"
+
+
+def run_key(settings: Mapping[str, Any], data_digest: str) -> str:
+    """Return the SHA-256 of a run's settings and data: equal for runs that may be continued."""
+    document = json.dumps(settings, sort_keys=True, default=str)
+    return hashlib.sha256(f"{document}\n{data_digest}".encode()).hexdigest()
+
+
+class Checkpoint:
+    """The latest state of a run.
+
+    Args:
+        folder: where it lives; made when the first state is saved.
+        key: the run's `run_key`.
+        resume: continue from the state in ``folder``; without one the run starts afresh.
+
+    Raises:
+        OutputExistsError: if ``folder`` holds a state and ``resume`` is false.
+        ArtefactError: if the state belongs to other settings or data, or cannot be read.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, key: str, resume: bool = False) -> None:
+        self.folder = Path(folder)
+        self.key = key
+        self._state: tuple[dict[str, np.ndarray], dict[str, Any]] | None = None
+        file = self.folder / STATE_FILE
+        if file.exists() and not resume:
+            raise OutputExistsError(
+                f"'{self.folder}' holds an unfinished run; continue it with --resume "
+                "(resume=True) or delete that folder"
+            )
+        if file.exists():
+            self._state = self._read(file)
+
+    def _read(self, file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        try:
+            with safe_open(file, framework="numpy") as stored:
+                metadata = stored.metadata() or {}
+                arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+            record = json.loads(metadata["record"])
+            key = metadata["key"]
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise ArtefactError(
+                f"the checkpoint '{file}' cannot be read ({error}); delete '{self.folder}' "
+                "and start again"
+            ) from None
+        if key != self.key:
+            raise ArtefactError(
+                f"the checkpoint in '{self.folder}' belongs to other settings or data; repeat the "
+                "command that began it, or delete that folder"
+            )
+        return arrays, record
+
+    @property
+    def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+        """The arrays and record to continue from, or None for a fresh run."""
+        return self._state
+
+    def save(self, arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> None:
+        """Replace the state atomically."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        work = self.folder / f".{STATE_FILE}.tmp"
+        save_file(
+            {name: np.ascontiguousarray(array) for name, array in arrays.items()},
+            work,
+            metadata={"key": self.key, "record": json.dumps(record)},
+        )
+        work.replace(self.folder / STATE_FILE)
+
+    def clear(self) -> None:
+        """Remove the folder: the run is complete and its result is saved."""
+        shutil.rmtree(self.folder, ignore_errors=True)
