@@ -112,7 +112,7 @@ class Verdict:
         c = self.collisions
         lines = [f"verdict: {self.level}"]
         for i, u in enumerate(self.usage):
-            line = f"  level {u.level}: perplexity {u.perplexity:.1f} of {u.codebook_size}"
+            line = f"  level {u.level + 1}: perplexity {u.perplexity:.1f} of {u.codebook_size}"
             line += f", {u.dead} dead codes, largest code {u.largest_share:.2%}"
             if self.effective_sizes is not None:
                 line += f", effective size {self.effective_sizes[i]:.1f}"
@@ -151,7 +151,7 @@ def _usage_findings(level: LevelUsage) -> list[Finding]:
                 "collapsed-level",
                 "unhealthy" if share < PERPLEXITY_UNHEALTHY else "warning",
                 level.level,
-                f"level {level.level} uses its {level.codebook_size} codes like "
+                f"level {level.level + 1} uses its {level.codebook_size} codes like "
                 f"{level.perplexity:.1f} even ones ({share:.1%} of the attainable {attainable}, "
                 f"{bits:.1f} bits lost; the largest code holds {level.largest_share:.1%})",
                 "Codewords compete for few regions: weak seeding, no revival of dead codes, "
@@ -167,7 +167,7 @@ def _usage_findings(level: LevelUsage) -> list[Finding]:
                 "dead-codes",
                 "warning",
                 level.level,
-                f"level {level.level} has {level.dead} dead codes of {level.codebook_size}",
+                f"level {level.level + 1} has {level.dead} dead codes of {level.codebook_size}",
                 "No item is nearest to them, so they carry nothing",
                 "revival of dead codes, k-means seeding, or a smaller codebook",
             )
