@@ -1,0 +1,85 @@
+"""CSV and TSV files, read by column, with ids kept as the text they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.csv as pc_csv
+
+from semid.errors import InputError, UsageError
+
+__all__ = ["csv_columns", "is_csv", "read_csv"]
+
+_SUFFIXES = {".csv": ",", ".tsv": "\t"}
+
+
+def is_csv(path: Path) -> bool:
+    """Whether a path is named like CSV or TSV, compressed (``.gz``, ``.bz2``) or not."""
+    return _delimiter(path) is not None
+
+
+def csv_columns(path: Path, *, error: type[InputError]) -> list[str]:
+    """Return the column names, read from the first lines.
+
+    Raises:
+        UsageError: the file does not exist.
+        InputError: the file is empty or no CSV; of the class ``error``.
+    """
+    try:
+        with _open(path, None) as reader:
+            return list(reader.schema.names)
+    except pa.ArrowException as failure:
+        raise _refusal(path, failure, error) from failure
+
+
+def read_csv(
+    path: Path, columns: list[str], *, text: list[str], error: type[InputError]
+) -> pa.Table:
+    """Read columns into memory.
+
+    Args:
+        path: the file; its first line names the columns.
+        columns: names to read, all present.
+        text: the columns of ids: kept as text, so that ``007`` stays, dictionary-coded, with an
+            empty field as null. Types of the others are inferred.
+        error: which error a file that cannot be read raises.
+    """
+    options = pc_csv.ConvertOptions(
+        include_columns=columns,
+        column_types={c: pa.dictionary(pa.int32(), pa.string()) for c in text},
+        strings_can_be_null=True,
+        # Only an empty field is missing: an item may well be called "NA" or "null".
+        null_values=[""],
+    )
+    try:
+        with _open(path, options) as reader:
+            table = reader.read_all()
+    except pa.ArrowException as failure:
+        raise _refusal(path, failure, error) from failure
+    if len(table) == 0:
+        raise error(f"'{path}' has a header and no rows; give at least one row")
+    return table
+
+
+def _open(path: Path, convert: pc_csv.ConvertOptions | None) -> pc_csv.CSVStreamingReader:
+    if not path.is_file():
+        raise UsageError(f"'{path}' does not exist; check the path")
+    return pc_csv.open_csv(
+        str(path),
+        parse_options=pc_csv.ParseOptions(delimiter=_delimiter(path)),
+        convert_options=convert,
+    )
+
+
+def _delimiter(path: Path) -> str | None:
+    suffixes = [s.lower() for s in path.suffixes]
+    if suffixes and suffixes[-1] in (".gz", ".bz2"):
+        suffixes.pop()
+    return _SUFFIXES.get(suffixes[-1]) if suffixes else None
+
+
+def _refusal(path: Path, failure: Exception, error: type[InputError]) -> InputError:
+    if path.stat().st_size == 0:
+        return error(f"'{path}' is empty; its first line must name the columns")
+    return error(f"'{path}' could not be read as CSV ({failure}); mend the file")

@@ -1,0 +1,157 @@
+"""Open embeddings of any container as one `EmbeddingSource`."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from semid.data.array_source import ArraySource, TensorSource, open_npy
+from semid.data.arrow_source import ArrowSource
+from semid.data.blocks import BLOCK
+from semid.data.columns import pick_embedding_column
+from semid.data.frames import is_frame, library_of, open_frame
+from semid.data.id_sources import frame_ids, load_ids, parquet_ids
+from semid.data.ids import ItemIds
+from semid.data.parquet_files import ParquetFiles
+from semid.data.parquet_source import ParquetSource
+from semid.data.source import EmbeddingSource
+from semid.errors import EmbeddingError, UsageError, check_choice
+
+__all__ = ["BLOCK", "EmbeddingSource", "open_embeddings"]
+
+_log = logging.getLogger(__name__)
+
+
+def open_embeddings(
+    source: Any,
+    *,
+    ids: Any = None,
+    embedding_column: str | None = None,
+    id_column: str | None = None,
+    on_invalid: str = "error",
+) -> EmbeddingSource:
+    """Open embeddings wherever they lie, without loading them.
+
+    Args:
+        source: a path to ``.npy`` (memory-mapped) or Parquet (file, folder or glob); a numpy array
+            or torch tensor (items, dim); an Arrow table, pandas or polars frame with a column of
+            float lists; or an `EmbeddingSource`. Values are float16, float32 or float64.
+        ids: item ids from elsewhere, see `semid.data.id_sources.load_ids`: a path such as
+            ``items.parquet`` or ``items.parquet:asin``, an array, a list or a table. None takes
+            the id column beside the embeddings, else row numbers.
+        embedding_column: a table's embedding column; None takes ``embedding``, else the only
+            column of float lists.
+        id_column: the id column; None takes ``item_id``.
+        on_invalid: ``error`` refuses rows with null, NaN or infinite values when they are read;
+            ``skip`` drops them and their ids, for one pass over the rows now.
+
+    Returns:
+        The source. Opening reads headers, the ids, and no embeddings beyond the first rows.
+
+    Raises:
+        UsageError: an option that does not fit, a path or a column that is not there.
+        EmbeddingError: the embeddings are empty, of a wrong type or shape, or unreadable.
+        IdsError: ids are null, repeated, of a wrong type, or not one a row.
+    """
+    check_choice("on_invalid", on_invalid, ("error", "skip"))
+    opened = _open(source, ids, embedding_column, id_column)
+    _log.info("embeddings: %s", opened.describe())
+    return _drop_invalid(opened) if on_invalid == "skip" else opened
+
+
+def _open(
+    source: Any, ids: Any, embedding_column: str | None, id_column: str | None
+) -> EmbeddingSource:
+    separate = None if ids is None else load_ids(ids, id_column=id_column)
+    if isinstance(source, str | Path):
+        return _open_path(source, separate, embedding_column, id_column)
+    if is_frame(source):
+        frame = open_frame(source)
+        column = pick_embedding_column(frame.schema, embedding_column, label=frame.label)
+        return ArrowSource(
+            frame.chunks(column),
+            dtype=frame.value_type(column),
+            ids=separate if separate is not None else frame_ids(frame, id_column),
+            label=f"embedding column '{column}' of {frame.label}",
+            kind=frame.kind,
+        )
+    _refuse_columns(type(source).__name__, embedding_column, id_column, separate)
+    if isinstance(source, EmbeddingSource):
+        return source if separate is None else source.with_ids(separate)
+    if isinstance(source, np.ndarray):
+        return ArraySource(source, ids=separate)
+    if library_of(source) == "torch" and hasattr(source, "is_floating_point"):
+        return TensorSource(source, ids=separate)
+    hint = ""
+    if isinstance(source, list | tuple):
+        hint = "; make a matrix of a list first: numpy.asarray(rows, dtype='float32')"
+    raise UsageError(
+        f"embeddings are a {type(source).__name__}; give a path (.npy, Parquet file, folder or "
+        f"glob), a numpy array, a torch tensor, an Arrow table, or a pandas or polars frame{hint}"
+    )
+
+
+def _open_path(
+    path: str | Path, ids: ItemIds | None, embedding_column: str | None, id_column: str | None
+) -> EmbeddingSource:
+    given = Path(path).expanduser()
+    suffix = given.suffix.lower()
+    if suffix == ".npy" and given.is_file():
+        _refuse_columns("an .npy file", embedding_column, id_column, ids)
+        return open_npy(given, ids=ids)
+    if suffix == ".npz":
+        raise UsageError(
+            f"'{path}' is an archive of arrays, which cannot be memory-mapped; save the one matrix "
+            "with numpy.save as .npy"
+        )
+    if suffix in (".csv", ".tsv", ".json", ".jsonl", ".txt", ".pt", ".pkl"):
+        raise UsageError(
+            f"'{path}' is neither .npy nor Parquet; write embeddings with numpy.save or as a "
+            "Parquet column of float lists"
+        )
+    files = ParquetFiles.open(given)
+    column = pick_embedding_column(files.schemas[0], embedding_column, label=files.label)
+    return ParquetSource(
+        files, column, ids=ids if ids is not None else parquet_ids(files, id_column)
+    )
+
+
+def _refuse_columns(
+    what: str, embedding_column: str | None, id_column: str | None, ids: ItemIds | None
+) -> None:
+    """Refuse column names for a matrix, which has none, rather than ignore them."""
+    if embedding_column is not None:
+        raise UsageError(
+            f"{what} has no columns, so --embedding-column (embedding_column='{embedding_column}') "
+            "does not apply; leave it out"
+        )
+    if id_column is not None and ids is None:
+        raise UsageError(
+            f"{what} has no columns, so --id-column (id_column='{id_column}') does not apply; name "
+            f"the table with the ids too: --ids items.parquet:{id_column}"
+        )
+
+
+def _drop_invalid(source: EmbeddingSource) -> EmbeddingSource:
+    usable = source.valid_rows()
+    dropped = len(source) - int(usable.sum())
+    if dropped == len(source):
+        raise EmbeddingError(
+            f"{source.label}: none of its {len(source)} rows is without null, NaN or infinite "
+            "values; nothing would be left"
+        )
+    if not dropped:
+        return source
+    first = int(np.flatnonzero(~usable)[0])
+    _log.warning(
+        "%s: dropped %d of %d rows with null, NaN or infinite values (first: item '%s', row %d)",
+        source.label,
+        dropped,
+        len(source),
+        source.ids[first],
+        first,
+    )
+    return source.subset(usable)

@@ -1,0 +1,177 @@
+"""Item ids from wherever they lie: a table's column, a text file, an array, or row numbers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from semid.data.columns import listed, require_column
+from semid.data.csv_files import csv_columns, is_csv, read_csv
+from semid.data.frames import Frame, library_of, open_frame
+from semid.data.ids import ItemIds
+from semid.data.parquet_files import ParquetFiles, is_glob
+from semid.errors import IdsError, UsageError, nearest_name
+
+__all__ = ["DEFAULT_ID_COLUMN", "frame_ids", "load_ids", "parquet_ids", "split_column"]
+
+DEFAULT_ID_COLUMN = "item_id"
+_FLAG = "--id-column (id_column=)"
+_log = logging.getLogger(__name__)
+
+
+def load_ids(ids: Any, *, id_column: str | None = None) -> ItemIds:
+    """Read item ids given apart from the embeddings.
+
+    Args:
+        ids: a path, ``items.parquet`` or with its column ``items.parquet:asin``, to Parquet (file,
+            folder or glob), CSV, or a text file with one id a line; or an array, list, Arrow
+            array, table or frame; or `ItemIds`.
+        id_column: the column, where a table does not name it itself. Without it ``item_id``, else
+            a table's only column.
+
+    Returns:
+        The ids. Those from CSV and text files stay text, so ``007`` does not become 7.
+
+    Raises:
+        UsageError: nothing is there, or no such column.
+        IdsError: ids are null, repeated, of a wrong type, or the file cannot be read.
+    """
+    if isinstance(ids, ItemIds):
+        return ids
+    if isinstance(ids, str | Path):
+        path, column = split_column(ids)
+        if column and id_column and column != id_column:
+            raise UsageError(
+                f"the ids are to come from column '{column}' (in '{ids}') and from '{id_column}' "
+                f"({_FLAG}); name one of them"
+            )
+        return _from_path(path, column or id_column)
+    library = library_of(ids)
+    if library == "torch":
+        return ItemIds(ids.cpu().numpy())
+    if isinstance(ids, pa.Array | pa.ChunkedArray):
+        return ItemIds(ids)
+    if library in ("pandas", "polars", "pyarrow"):
+        if type(ids).__name__ in ("Series", "Index") or (library == "pandas" and ids.ndim == 1):
+            return ItemIds(_one_column(ids))
+        frame = open_frame(ids)
+        chosen = _choose(frame.schema.names, id_column, label=frame.label, explicit=True)
+        return ItemIds(frame.column(str(chosen)), source=f"column '{chosen}' of {frame.label}")
+    if isinstance(ids, Sequence | np.ndarray):
+        return ItemIds(ids)
+    raise UsageError(
+        f"ids are a {type(ids).__name__}; give a path, an array, a list, a table or None"
+    )
+
+
+def parquet_ids(files: ParquetFiles, id_column: str | None) -> ItemIds | None:
+    """Read the ids that stand beside the embeddings in Parquet; None for row numbers."""
+    names = files.schemas[0].names
+    column = _choose(names, id_column, label=files.label, explicit=False)
+    return None if column is None else _parquet_column(files, column)
+
+
+def frame_ids(frame: Frame, id_column: str | None) -> ItemIds | None:
+    """Take the ids that stand beside the embeddings in a frame; None for row numbers."""
+    column = _choose(frame.schema.names, id_column, label=frame.label, explicit=False)
+    if column is None:
+        return None
+    return ItemIds(frame.column(column), source=f"id column '{column}' of {frame.label}")
+
+
+def split_column(spec: str | Path) -> tuple[Path, str | None]:
+    """Split ``items.parquet:asin`` into the path and the column.
+
+    A path that exists as it stands is never split, so a colon in a file name is safe.
+    """
+    whole = Path(spec).expanduser()
+    text = str(whole)
+    if whole.exists() or (is_glob(text) and ":" not in text):
+        return whole, None
+    path, colon, column = text.rpartition(":")
+    # A drive letter such as C:\items.parquet is no column.
+    if colon and path and column and not any(c in column for c in "/\\"):
+        return Path(path), column
+    return whole, None
+
+
+def _choose(names: list[str], wanted: str | None, *, label: str, explicit: bool) -> str | None:
+    """Choose the id column; None (row numbers) only for a table that is not about ids."""
+    if wanted is not None:
+        return require_column(wanted, names, label=label, flag=_FLAG)
+    if DEFAULT_ID_COLUMN in names:
+        return DEFAULT_ID_COLUMN
+    if not explicit:
+        _log.warning(
+            "%s has no column '%s': items are named by row number; name the column with %s",
+            label,
+            DEFAULT_ID_COLUMN,
+            _FLAG,
+        )
+        return None
+    if len(names) == 1:
+        return names[0]
+    raise UsageError(
+        f"{label} has no column '{DEFAULT_ID_COLUMN}'{nearest_name(DEFAULT_ID_COLUMN, names)}; "
+        f"it has {listed(names)}: name one as 'file:column' or with {_FLAG}"
+    )
+
+
+def _from_path(path: Path, column: str | None) -> ItemIds:
+    if is_csv(path):
+        names = csv_columns(path, error=IdsError)
+        chosen = _choose(names, column, label=f"'{path}'", explicit=True)
+        table = read_csv(path, [str(chosen)], text=[str(chosen)], error=IdsError)
+        return ItemIds(table.column(0), source=f"column '{chosen}' of '{path}'")
+    if path.is_dir() or is_glob(path) or path.suffix.lower() in (".parquet", ".pq", ".parq"):
+        files = ParquetFiles.open(path, error=IdsError)
+        chosen = _choose(files.schemas[0].names, column, label=files.label, explicit=True)
+        return _parquet_column(files, str(chosen))
+    if not path.exists():
+        raise UsageError(f"'{path}' does not exist; check the path of the ids")
+    if column is not None:
+        raise UsageError(
+            f"'{path}' is read as text with one id a line and has no column '{column}'; give "
+            "Parquet or CSV (.csv, .tsv) for ids in a column"
+        )
+    return ItemIds(_read_lines(path), source=f"ids of '{path}'")
+
+
+def _parquet_column(files: ParquetFiles, column: str) -> ItemIds:
+    for path, schema in zip(files.paths, files.schemas, strict=True):
+        require_column(column, schema.names, label=f"'{path}'", flag=_FLAG)
+    values = files.read([column]).column(0)
+    return ItemIds(values, source=f"id column '{column}' of {files.label}")
+
+
+def _read_lines(path: Path) -> pa.Array:
+    """Read a text file with one id a line; only the last line may be empty."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UsageError(f"'{path}' cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise IdsError(
+            f"'{path}' is not UTF-8 text (byte {error.start}); ids are read from Parquet, CSV or a "
+            "UTF-8 text file with one id a line"
+        ) from error
+    lines = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
+    if text == "":
+        raise IdsError(f"'{path}' is empty; write one id a line")
+    empty = [number for number, line in enumerate(lines, start=1) if line == ""]
+    if empty:
+        raise IdsError(
+            f"'{path}' has {len(empty)} empty lines (first: line {empty[0]}); write one id a line"
+        )
+    return pa.array(lines, type=pa.large_string())
+
+
+def _one_column(column: Any) -> Any:
+    if library_of(column) == "polars":
+        return pa.chunked_array([chunk.to_arrow() for chunk in column.get_chunks()])
+    return pa.array(column, from_pandas=True)

@@ -1,0 +1,276 @@
+"""Item ids: strings inside, their original Arrow type outside, never a duplicate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from semid.data.hashing import hash_strings, share_mask
+from semid.errors import IdsError, UsageError
+
+__all__ = ["ItemIds", "held_out_mask"]
+
+_BLOCK = 65_536
+
+
+class ItemIds:
+    """The ids of the items of a catalogue, in row order.
+
+    An id is a string everywhere inside semid (``7`` and ``"7"`` are one id) and is written back in
+    the Arrow type it came in. Row numbers (`range`) take no memory.
+
+    Args:
+        values: (items,) Arrow array, chunked array, numpy array, or sequence of strings or
+            integers.
+        source: what the ids are called in errors, in the user's words.
+
+    Raises:
+        IdsError: ids are null, of another type, or occur twice. Every kind of problem is listed.
+    """
+
+    def __init__(self, values: Any, *, source: str = "item ids") -> None:
+        self._values = _to_arrow(values, source)
+        self._count = len(self._values)
+        self._lookup: tuple[np.ndarray, np.ndarray] | None = None
+        self._refuse_duplicates(source)
+
+    @classmethod
+    def range(cls, n: int) -> ItemIds:
+        """Number ``n`` rows from 0, without storing the numbers."""
+        if n < 0:
+            raise UsageError(f"a catalogue cannot have {n} items")
+        return cls._trusted(None, n)
+
+    @classmethod
+    def _trusted(cls, values: Any, count: int) -> ItemIds:
+        ids = cls.__new__(cls)
+        ids._values, ids._count, ids._lookup = values, count, None
+        return ids
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> str:
+        """Return the id of one row (negative numbers count from the end)."""
+        row = index + self._count if index < 0 else index
+        if not 0 <= row < self._count:
+            raise IndexError(f"row {index} is outside the {self._count} items")
+        return str(row) if self._values is None else str(self._values[int(row)].as_py())
+
+    def __eq__(self, other: object) -> bool:
+        """Compare as strings, so ``7`` equals ``"7"``."""
+        if not isinstance(other, ItemIds) or len(self) != len(other):
+            return NotImplemented if not isinstance(other, ItemIds) else False
+        if self.is_range and other.is_range:
+            return True
+        return all(
+            self.strings(a, a + _BLOCK).equals(other.strings(a, a + _BLOCK))
+            for a in range(0, len(self), _BLOCK)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        kind = "row numbers" if self.is_range else str(self._values.type)
+        return f"ItemIds({self._count} {kind})"
+
+    @property
+    def is_range(self) -> bool:
+        """Whether the ids are plain row numbers."""
+        return self._values is None
+
+    def to_arrow(self) -> pa.Array:
+        """Return the ids (items,) in the Arrow type they came in; row numbers as int64."""
+        return pa.array(np.arange(self._count)) if self._values is None else self._values
+
+    def strings(self, start: int = 0, stop: int | None = None) -> pa.Array:
+        """Return the ids of rows ``start`` to ``stop`` (exclusive) as an Arrow large_string array.
+
+        Costs the memory of the part asked for, and none where the ids already are of that type.
+        """
+        begin, end, _ = slice(start, stop).indices(self._count)
+        end = max(begin, end)
+        if self._values is None:
+            return pa.array(np.arange(begin, end)).cast(pa.large_string())
+        return _to_strings(self._values.slice(begin, end - begin))
+
+    def take(self, rows: np.ndarray) -> ItemIds:
+        """Return the ids of ``rows`` (n,), which must not repeat."""
+        if self._values is None:
+            return self._trusted(pa.array(np.asarray(rows, dtype=np.int64)), len(rows))
+        return self._trusted(self._values.take(pa.array(rows, type=pa.int64())), len(rows))
+
+    def index_of(self, ids: Any) -> np.ndarray:
+        """Find the row of each id.
+
+        Args:
+            ids: (n,) sequence, numpy array or Arrow array of ids; strings or integers.
+
+        Returns:
+            Array (n,) of int64: the row, or -1 for an id that is not in the catalogue.
+
+        The first call sorts the catalogue's hashes (16 bytes an item, kept); after that a lookup
+        costs a binary search an id.
+        """
+        asked = _to_strings(_to_arrow(ids, "ids looked up", allow_null=True))
+        if isinstance(asked, pa.ChunkedArray):
+            asked = asked.combine_chunks()
+        found = np.full(len(asked), -1, dtype=np.int64)
+        if self._count == 0 or len(asked) == 0:
+            return found
+        hashes, order = self._sorted_hashes()
+        asked_hash = hash_strings(asked.fill_null(""))
+        at = np.searchsorted(hashes, asked_hash)
+        # Two ids can share a hash, so the strings decide; `open_` are those still without answer.
+        open_ = np.flatnonzero(at < self._count)
+        open_ = open_[hashes[at[open_]] == asked_hash[open_]]
+        while len(open_):
+            rows = order[at[open_]]
+            same = pc.equal(_to_strings(self._take_values(rows)), asked.take(pa.array(open_)))
+            hit = same.fill_null(False).to_numpy(zero_copy_only=False)
+            found[open_[hit]] = rows[hit]
+            open_ = open_[~hit]
+            at[open_] += 1
+            open_ = open_[at[open_] < self._count]
+            open_ = open_[hashes[at[open_]] == asked_hash[open_]]
+        return found
+
+    def hash64(self, salt: str = "") -> np.ndarray:
+        """Hash the id strings: (items,) uint64, the same for an id wherever it stands.
+
+        See `semid.data.hashing` for the algorithm. Works in blocks of 65,536 ids.
+        """
+        out = np.empty(self._count, dtype=np.uint64)
+        for start in range(0, self._count, _BLOCK):
+            out[start : start + _BLOCK] = hash_strings(
+                self.strings(start, start + _BLOCK), salt=salt
+            )
+        return out
+
+    def _take_values(self, rows: np.ndarray) -> Any:
+        return pa.array(rows) if self._values is None else self._values.take(pa.array(rows))
+
+    def _sorted_hashes(self) -> tuple[np.ndarray, np.ndarray]:
+        if self._lookup is None:
+            hashes = self.hash64()
+            order = np.argsort(hashes, kind="stable")
+            self._lookup = hashes[order], order
+        return self._lookup
+
+    def _refuse_duplicates(self, source: str) -> None:
+        if _increases(self._values):
+            return
+        hashes = self.hash64()
+        order = np.argsort(hashes, kind="stable")
+        hashes = hashes[order]
+        self._lookup = hashes, order
+        twin = np.zeros(len(hashes), dtype=bool)
+        equal = hashes[1:] == hashes[:-1]
+        twin[1:] |= equal
+        twin[:-1] |= equal
+        rows = np.sort(order[twin])
+        counts = pc.value_counts(_to_strings(self._values.take(pa.array(rows))))
+        repeated = counts.filter(pc.greater(counts.field("counts"), 1))
+        if len(repeated) == 0:
+            return
+        extra = pc.sum(repeated.field("counts")).as_py() - len(repeated)
+        listed = ", ".join(
+            f"'{r['values']}' ({r['counts']} times)" for r in repeated[:5].to_pylist()
+        )
+        more = ", ..." if len(repeated) > 5 else ""
+        raise IdsError(
+            f"{source} hold {len(repeated)} ids more than once ({extra} rows too many): "
+            f"{listed}{more}; every item needs an id of its own: drop the repeats or choose "
+            "another id column"
+        )
+
+
+def held_out_mask(ids: ItemIds, fraction: float, *, salt: str = "validation") -> np.ndarray:
+    """Choose the items that are held out of a fit, by a hash of their id.
+
+    Args:
+        ids: the catalogue's ids.
+        fraction: share to hold out, 0 to 1. A larger share contains every smaller one.
+        salt: another salt gives an independent choice.
+
+    Returns:
+        Boolean mask (items,), True for the held-out. An item's fate depends on its id alone, so
+        new items leave it unchanged.
+
+    Raises:
+        UsageError: the fraction is outside 0 to 1.
+    """
+    if not 0.0 <= fraction <= 1.0:
+        raise UsageError(f"the held-out fraction is {fraction}; it must lie between 0 and 1")
+    if fraction == 0.0:
+        return np.zeros(len(ids), dtype=bool)
+    return share_mask(ids.hash64(salt), 0.0, fraction)
+
+
+def _increases(values: Any) -> bool:
+    """Whether integer ids rise strictly, which proves them unique without a sort."""
+    if not pa.types.is_integer(values.type):
+        return False
+    numbers = values.to_numpy(zero_copy_only=False)
+    return bool((numbers[1:] > numbers[:-1]).all())
+
+
+def _to_strings(values: Any) -> Any:
+    if pa.types.is_large_string(values.type):
+        return values
+    if pa.types.is_dictionary(values.type):
+        values = values.cast(values.type.value_type)
+    return values.cast(pa.large_string())
+
+
+def _is_id_type(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or kind == pa.string_view()
+    return bool(text or pa.types.is_integer(kind))
+
+
+def _to_arrow(values: Any, source: str, *, allow_null: bool = False) -> Any:
+    """Turn ids of any container into one Arrow array of strings or integers."""
+    array = values
+    if isinstance(values, ItemIds):
+        return values.to_arrow()
+    if not isinstance(values, pa.Array | pa.ChunkedArray):
+        if isinstance(values, str | bytes) or not isinstance(values, Sequence | np.ndarray):
+            raise UsageError(
+                f"{source} are a {type(values).__name__}; give an array or a list of strings or "
+                "integers"
+            )
+        if isinstance(values, np.ndarray) and values.ndim != 1:
+            raise IdsError(f"{source} have shape {values.shape}; ids are one value an item")
+        try:
+            array = pa.array(values, type=pa.large_string() if len(values) == 0 else None)
+        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
+            raise IdsError(
+                f"{source} mix types ({error}); ids are all strings or all integers"
+            ) from error
+    if isinstance(array, pa.ChunkedArray):
+        # `string` counts bytes in 32 bits, which a joined array of ids can outgrow.
+        if pa.types.is_string(array.type) and array.nbytes > 2**31 - 1:
+            array = array.cast(pa.large_string())
+        array = array.unify_dictionaries().combine_chunks()
+        if isinstance(array, pa.ChunkedArray):
+            array = array.chunk(0) if array.num_chunks else pa.array([], type=array.type)
+    if pa.types.is_null(array.type):
+        array = array.cast(pa.large_string())
+    if not _is_id_type(array.type):
+        raise IdsError(
+            f"{source} are of type {array.type}; ids are strings or integers: cast the column, "
+            "for example to string"
+        )
+    if array.null_count and not allow_null:
+        first = int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0])
+        raise IdsError(
+            f"{source} hold {array.null_count} nulls (first: row {first}); give every item an id "
+            "or drop the rows"
+        )
+    return array

@@ -1,0 +1,165 @@
+"""Parquet on disk: a file, a folder of files, or a glob, as one list of readable files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from semid.errors import EmbeddingError, InputError, UsageError
+
+__all__ = ["ParquetFiles", "find_parquet", "is_glob", "read_failure"]
+
+_SUFFIXES = (".parquet", ".pq", ".parq")
+
+
+def is_glob(path: str | Path) -> bool:
+    """Whether a path has glob characters and does not itself exist."""
+    return any(c in str(path) for c in "*?[") and not Path(path).exists()
+
+
+def find_parquet(path: str | Path) -> list[Path]:
+    """List the Parquet files that a path, folder (with its subfolders) or glob names.
+
+    Returns:
+        The files sorted by path, character by character: the order of their rows.
+
+    Raises:
+        UsageError: nothing is there, the folder is empty, or something else lies in it.
+    """
+    given = Path(path).expanduser()
+    if is_glob(given):
+        return _from_glob(given)
+    if not given.exists():
+        raise UsageError(f"'{path}' does not exist; check the path")
+    if given.is_file():
+        return [given]
+    visible = [
+        file
+        for file in sorted(given.rglob("*"))
+        # Engines leave markers such as _SUCCESS and .part.crc beside their data.
+        if file.is_file()
+        and not any(part.startswith((".", "_")) for part in file.relative_to(given).parts)
+    ]
+    if not visible:
+        raise UsageError(f"folder '{path}' holds no files; name a folder of Parquet files")
+    strangers = [file for file in visible if file.suffix.lower() not in _SUFFIXES]
+    if strangers:
+        raise UsageError(
+            f"folder '{path}' holds files that are not Parquet ({len(strangers)}, first: "
+            f"'{strangers[0].relative_to(given)}'); keep Parquet files alone in it, or name them "
+            f"by a glob: '{path}/*.parquet'"
+        )
+    return visible
+
+
+def _from_glob(pattern: Path) -> list[Path]:
+    parts = pattern.parts
+    magic = next(i for i, part in enumerate(parts) if any(c in part for c in "*?["))
+    root = Path(*parts[:magic]) if magic else Path()
+    found = sorted(file for file in root.glob(str(Path(*parts[magic:]))) if file.is_file())
+    if not found:
+        raise UsageError(
+            f"glob '{pattern}' matches no file; check the pattern, and quote it on a command line"
+        )
+    return found
+
+
+def read_failure(
+    path: Path, error: Exception, kind: type[InputError] = EmbeddingError
+) -> InputError:
+    """Return the error for a file that Parquet's reader refuses."""
+    first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return kind(
+        f"'{path}' could not be read as Parquet: it is truncated, damaged or another format "
+        f"({first_line}); write or copy it again"
+    )
+
+
+@dataclass(frozen=True)
+class ParquetFiles:
+    """Parquet files that are read one after another as one table.
+
+    Attributes:
+        paths: the files in the order of their rows.
+        schemas: each file's Arrow schema.
+        row_groups: each file's row groups, as numbers of rows.
+        label: the whole of it in the user's words.
+        error: which error a file that cannot be read raises.
+    """
+
+    paths: tuple[Path, ...]
+    schemas: tuple[pa.Schema, ...]
+    row_groups: tuple[tuple[int, ...], ...]
+    label: str
+    error: type[InputError] = EmbeddingError
+
+    @classmethod
+    def open(cls, path: str | Path, *, error: type[InputError] = EmbeddingError) -> ParquetFiles:
+        """Read the footers of the files that ``path`` names.
+
+        Raises:
+            UsageError: nothing is there.
+            InputError: a file cannot be read; of the class ``error``.
+        """
+        paths = find_parquet(path)
+        schemas, groups = [], []
+        for file in paths:
+            try:
+                with pq.ParquetFile(file) as parquet:
+                    schemas.append(parquet.schema_arrow)
+                    meta = parquet.metadata
+                    groups.append(
+                        tuple(meta.row_group(i).num_rows for i in range(meta.num_row_groups))
+                    )
+            except (pa.ArrowException, OSError) as failure:
+                raise read_failure(file, failure, error) from failure
+        return cls(tuple(paths), tuple(schemas), tuple(groups), f"'{path}'", error)
+
+    @property
+    def count(self) -> int:
+        """Rows of all files together."""
+        return sum(sum(groups) for groups in self.row_groups)
+
+    def batches(
+        self, file: int, column: str, *, size: int, row_groups: list[int] | None = None
+    ) -> Iterator[Any]:
+        """Yield one column of one file, in Arrow arrays of at most ``size`` rows."""
+        path = self.paths[file]
+        try:
+            # Mapping the file keeps a row group's pages out of memory until they are decoded.
+            with pq.ParquetFile(path, memory_map=True) as parquet:
+                for batch in parquet.iter_batches(
+                    batch_size=size, columns=[column], row_groups=row_groups, use_threads=False
+                ):
+                    yield batch.column(0)
+        except (pa.ArrowException, OSError) as failure:
+            raise read_failure(path, failure, self.error) from failure
+
+    def read(self, columns: list[str], *, dictionaries: list[str] | None = None) -> pa.Table:
+        """Read columns of all files into memory, in file order.
+
+        Args:
+            columns: names, present in every file.
+            dictionaries: text columns to keep dictionary-coded, which saves memory where values
+                repeat.
+        """
+        tables = []
+        for path in self.paths:
+            try:
+                with pq.ParquetFile(path, memory_map=True, read_dictionary=dictionaries) as parquet:
+                    tables.append(parquet.read(columns=columns))
+            except (pa.ArrowException, OSError) as failure:
+                raise read_failure(path, failure, self.error) from failure
+        try:
+            return pa.concat_tables(tables, promote_options="permissive")
+        except pa.ArrowException as failure:
+            kinds = {str(t.schema.field(c).type) for c in columns for t in tables}
+            raise self.error(
+                f"the files of {self.label} do not agree on the types of {columns}: they hold "
+                f"{sorted(kinds)}; write them with one schema"
+            ) from failure

@@ -1,0 +1,141 @@
+"""Embeddings in a column of one or many Parquet files, read a block at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from semid.data.array_source import check_matrix, matching_ids
+from semid.data.arrow_rows import first_width, list_rows
+from semid.data.blocks import BLOCK, RawBlock, reblock
+from semid.data.columns import float_list_width, is_float_list, listed, storage
+from semid.data.ids import ItemIds
+from semid.data.parquet_files import ParquetFiles
+from semid.data.source import EmbeddingSource
+from semid.errors import EmbeddingError
+
+__all__ = ["ParquetSource"]
+
+
+class ParquetSource(EmbeddingSource):
+    """A column of float lists in Parquet files.
+
+    A pass decodes one block at a time. Rows at random decode every row group they lie in
+    (`cheap_rows` is False): for training write a memory map first, `EmbeddingSource.to_npy`.
+
+    Args:
+        files: the files, in the order of their rows.
+        column: the embedding column.
+        ids: item ids, or None for row numbers.
+
+    Raises:
+        EmbeddingError: no rows, nothing but nulls, or files that do not agree on the column.
+        IdsError: another number of ids than rows.
+    """
+
+    cheap_rows = False
+
+    def __init__(self, files: ParquetFiles, column: str, *, ids: ItemIds | None = None) -> None:
+        self._files = files
+        self._column = column
+        self.label = f"embedding column '{column}' of {files.label}"
+        self._refuse_disagreement()
+        width = next((w for w in self._widths() if w is not None), None)
+        if files.count and width is None:
+            raise EmbeddingError(f"{self.label} holds nothing but nulls in its {files.count} rows")
+        check_matrix(self.label, (files.count, width or 0))
+        self.dim = width or 0
+        self.ids = matching_ids(ids, files.count, self.label)
+
+    def describe(self) -> dict[str, Any]:
+        """Return kind, path, column, dtype, items, dim and the number of files."""
+        kind = storage(self._files.schemas[0].field(self._column).type)
+        return {
+            "kind": "parquet",
+            "path": self._files.label.strip("'"),
+            "column": self._column,
+            "dtype": str(kind.value_type),
+            "items": len(self),
+            "dim": self.dim,
+            "files": len(self._files.paths),
+        }
+
+    def _refuse_disagreement(self) -> None:
+        """Compare the files' schemas, so that what the types show is refused before reading."""
+        problems: list[str] = []
+        widths: dict[int, Path] = {}
+        for path, schema in zip(self._files.paths, self._files.schemas, strict=True):
+            if self._column not in schema.names:
+                problems.append(
+                    f"'{path}' has no column '{self._column}', which other files of "
+                    f"{self._files.label} have; it has {listed(schema.names)}"
+                )
+                continue
+            kind = schema.field(self._column).type
+            if not is_float_list(kind):
+                problems.append(
+                    f"'{path}' holds {kind} in column '{self._column}'; embeddings are lists of "
+                    "float16, float32 or float64: write all files with one schema"
+                )
+            elif (width := float_list_width(kind)) is not None:
+                widths.setdefault(width, path)
+        if len(widths) > 1:
+            found = ", ".join(f"{width} in '{path}'" for width, path in sorted(widths.items()))
+            problems.append(
+                f"{self.label} has rows of several widths: {found}; all files must come from one "
+                "embedding model"
+            )
+        if problems:
+            raise EmbeddingError(problems)
+
+    def _widths(self) -> Iterator[int | None]:
+        """Yield the width of each batch, the one the types fix first."""
+        for schema in self._files.schemas:
+            yield float_list_width(schema.field(self._column).type)
+        for file in range(len(self._files.paths)):
+            for batch in self._files.batches(file, self._column, size=1024):
+                yield first_width(batch)
+
+    def _raw_blocks(self, size: int) -> Iterator[RawBlock]:
+        yield from reblock(self._pieces(size), size, self.dim)
+
+    def _pieces(self, size: int) -> Iterator[RawBlock]:
+        for file in range(len(self._files.paths)):
+            for batch in self._files.batches(file, self._column, size=min(size, BLOCK)):
+                yield list_rows(batch, self.dim)
+
+    def _raw_rows(self, indices: np.ndarray) -> RawBlock:
+        values = np.empty((len(indices), self.dim), dtype=np.float32)
+        flags = np.zeros(len(indices), dtype=np.uint8)
+        order = np.argsort(indices, kind="stable")
+        rising = indices[order]
+        done, file_start = 0, 0
+        for file, groups in enumerate(self._files.row_groups):
+            group_starts = file_start + np.cumsum([0, *groups])
+            file_start = int(group_starts[-1])
+            needed = [
+                g
+                for g in range(len(groups))
+                if np.diff(np.searchsorted(rising, group_starts[g : g + 2]))[0]
+            ]
+            for group in needed:
+                start = int(group_starts[group])
+                for batch in self._files.batches(
+                    file, self._column, size=BLOCK, row_groups=[group]
+                ):
+                    stop = start + len(batch)
+                    high = int(np.searchsorted(rising, stop))
+                    if high > done:
+                        places = order[done:high]
+                        raw = list_rows(batch, self.dim)
+                        values[places] = raw.values[rising[done:high] - start]
+                        if raw.flags is not None:
+                            flags[places] = raw.flags[rising[done:high] - start]
+                        done = high
+                    start = stop
+                    if done == len(rising) or rising[done] >= group_starts[group + 1]:
+                        break
+        return RawBlock(values, flags if flags.any() else None)

@@ -1,0 +1,72 @@
+"""What is wrong with rows: counted by kind, said in sentences."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from semid.data.blocks import Flag, RawBlock, all_finite
+from semid.data.ids import ItemIds
+
+__all__ = ["Tally"]
+
+_NAN, _INFINITE = 8, 16
+_WORDS = {
+    Flag.NULL_ROW: "null instead of an embedding",
+    Flag.NULL_VALUE: "null values inside the embedding",
+    _NAN: "NaN",
+    _INFINITE: "infinite values (or values beyond the range of float32)",
+    Flag.RAGGED: "another width than the rest",
+}
+
+
+class Tally:
+    """Counts what is wrong with rows and remembers the first of each kind.
+
+    Args:
+        label: the embeddings in the user's words.
+        dim: the width that rows should have.
+        ids: the ids of all rows, to name the first bad one.
+    """
+
+    def __init__(self, label: str, dim: int, ids: ItemIds) -> None:
+        self.label, self.dim, self.ids = label, dim, ids
+        self.counts = dict.fromkeys(_WORDS, 0)
+        self.first: dict[int, int] = {}
+
+    def add(self, raw: RawBlock, rows: np.ndarray) -> np.ndarray:
+        """Count one block whose rows are numbered ``rows``; return the mask of its usable rows."""
+        clean: np.ndarray = np.ones(len(raw.values), dtype=bool)
+        flags = np.zeros(len(raw.values), np.uint8) if raw.flags is None else raw.flags
+        if not all_finite(raw.values):
+            clean = np.isfinite(raw.values).all(axis=1)
+        if raw.flags is None and clean.all():
+            return clean
+        unflagged = flags == 0
+        kinds = {bit: (flags & bit) != 0 for bit in (1, 2, 4)}
+        kinds[_NAN] = unflagged & np.isnan(raw.values).any(axis=1)
+        kinds[_INFINITE] = unflagged & np.isinf(raw.values).any(axis=1)
+        for kind, mask in kinds.items():
+            if mask.any():
+                self.counts[kind] += int(mask.sum())
+                self.first.setdefault(kind, int(rows[np.flatnonzero(mask)[0]]))
+        usable: np.ndarray = clean & unflagged
+        return usable
+
+    def sentences(self) -> list[str]:
+        """Say every problem in one sentence each, with what to do about it."""
+        out = []
+        for kind, words in _WORDS.items():
+            count = self.counts[kind]
+            if not count:
+                continue
+            row = self.first[kind]
+            advice = (
+                f"all rows must be {self.dim} wide: mend or drop them"
+                if kind == Flag.RAGGED
+                else "drop them or pass --on-invalid skip (on_invalid='skip')"
+            )
+            out.append(
+                f"{self.label} holds {count} row{'s' if count > 1 else ''} with {words} "
+                f"(first: item '{self.ids[row]}', row {row}); {advice}"
+            )
+        return out
