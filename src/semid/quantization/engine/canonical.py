@@ -1,0 +1,203 @@
+"""The canonical key that decides every search, and the kernels that re-score candidates with it.
+
+The key of a pair is a float64 number that is smaller for a better match: the squared distance,
+or the negative inner product or cosine. Sums run in the fixed order of `vector`, so a key is the
+same number on every chip, route, block size and thread; equal keys go to the lowest index.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+from semid.quantization.engine.vector import dot, square_distance
+
+__all__ = ["COSINE", "INNER", "L2", "METRICS", "key", "norms", "resolve_best", "resolve_many"]
+
+L2, INNER, COSINE = 0, 1, 2
+METRICS = {"l2": L2, "ip": INNER, "cosine": COSINE}
+"""Names of the metrics."""
+
+F32 = npt.NDArray[np.float32]
+F64 = npt.NDArray[np.float64]
+I64 = npt.NDArray[np.int64]
+
+
+@numba.njit(nogil=True, cache=True)
+def key(
+    metric: int, x: F32, row: int, x_norm: float, table: F32, index: int, table_norm: float
+) -> float:
+    """Key of query ``row`` and table entry ``index``; both C-contiguous with padded rows."""
+    width = x.shape[1]
+    if metric == 0:
+        return square_distance(x, row * width, table, index * width, width // 16)  # type: ignore[no-any-return]
+    product = dot(x, row * width, table, index * width, width // 16)
+    if metric == 1:
+        return -product  # type: ignore[no-any-return]
+    scale = x_norm * table_norm
+    return -(product / scale) if scale > 0.0 else 0.0
+
+
+@numba.njit(nogil=True, cache=True)
+def norms(rows: F32, out: F64) -> None:
+    """Euclidean norms in the canonical order, written to ``out``."""
+    width = rows.shape[1]
+    for i in range(rows.shape[0]):
+        out[i] = math.sqrt(dot(rows, i * width, rows, i * width, width // 16))
+
+
+@numba.njit(nogil=True, cache=True)
+def resolve_best(
+    x: F32,
+    table: F32,
+    rows: int,
+    counts: I64,
+    candidates: npt.NDArray[np.int32],
+    scores: Any,
+    unit: F64,
+    shift: F64,
+    bound: F64,
+    half_square: F64,
+    half_scale: float,
+    labels: I64,
+    distances: F64,
+) -> int:
+    """Choose the entry with the smallest squared distance among each row's candidates.
+
+    The candidate with the best score is measured first; its true distance then rules out every
+    candidate whose score, even with the whole bound added, stays behind it.
+
+    Args:
+        x: ``(>= rows, width)`` queries.
+        table: ``(entries, width)``.
+        rows: queries to resolve.
+        counts: candidates a row; negative means the row was not screened and all entries count.
+        candidates: ``(rows, capacity)`` entry indices.
+        scores: ``(rows, capacity)`` their screening scores.
+        unit, shift: a row's true score estimate is ``score * unit + shift``.
+        bound: how far an estimate may be from the truth, scaled units.
+        half_square: half the squared norm of the centred query, scaled units.
+        half_scale: half the square of the factor that turns real units into scaled ones.
+        labels, distances: ``(rows,)`` results.
+
+    Returns:
+        How many pairs were measured.
+    """
+    measured = 0
+    for i in range(rows):
+        count = counts[i]
+        best = 0
+        if count < 0:
+            smallest = key(0, x, i, 0.0, table, 0, 0.0)
+            for k in range(1, table.shape[0]):
+                value = key(0, x, i, 0.0, table, k, 0.0)
+                if value < smallest:
+                    smallest, best = value, k
+            measured += table.shape[0]
+        else:
+            top = 0
+            for j in range(1, count):
+                if scores[i, j] > scores[i, top]:
+                    top = j
+            best = candidates[i, top]
+            smallest = key(0, x, i, 0.0, table, best, 0.0)
+            measured += 1
+            floor = half_square[i] - smallest * half_scale - bound[i]
+            for j in range(count):
+                if j == top or scores[i, j] * unit[i] + shift[i] < floor:
+                    continue
+                k = candidates[i, j]
+                value = key(0, x, i, 0.0, table, k, 0.0)
+                measured += 1
+                if value < smallest or (value == smallest and k < best):
+                    smallest, best = value, k
+                    floor = half_square[i] - smallest * half_scale - bound[i]
+        labels[i] = best
+        distances[i] = smallest
+    return measured
+
+
+@numba.njit(nogil=True, cache=True)
+def _sift(keys: F64, entries: I64, size: int) -> None:
+    """Restore a max-heap by (key, index) after its root was replaced."""
+    at = 0
+    while True:
+        child = 2 * at + 1
+        if child >= size:
+            return
+        right = child + 1
+        if right < size and (
+            keys[right] > keys[child]
+            or (keys[right] == keys[child] and entries[right] > entries[child])
+        ):
+            child = right
+        if keys[child] > keys[at] or (keys[child] == keys[at] and entries[child] > entries[at]):
+            keys[child], keys[at] = keys[at], keys[child]
+            entries[child], entries[at] = entries[at], entries[child]
+            at = child
+        else:
+            return
+
+
+@numba.njit(nogil=True, cache=True)
+def resolve_many(
+    metric: int,
+    x: F32,
+    x_norms: F64,
+    table: F32,
+    table_norms: F64,
+    rows: int,
+    exclude: I64,
+    counts: I64,
+    candidates: npt.NDArray[np.int32],
+    labels: I64,
+    keys: F64,
+) -> int:
+    """Sort each row's ``m`` best candidates by (key, index); see `resolve_best`.
+
+    Args:
+        metric: `L2`, `INNER` or `COSINE`.
+        exclude: ``(rows,)`` an entry to leave out, -1 for none.
+        labels, keys: ``(rows, m)`` results, best first; a row has at least ``m`` entries.
+        x, x_norms, table, table_norms, rows, counts, candidates: as in `resolve_best`.
+
+    Returns:
+        How many pairs were measured.
+    """
+    measured = 0
+    best = labels.shape[1]
+    for i in range(rows):
+        everything = counts[i] < 0
+        count = table.shape[0] if everything else counts[i]
+        size = 0
+        heap_keys, heap = keys[i], labels[i]
+        for j in range(count):
+            k = j if everything else candidates[i, j]
+            if k == exclude[i]:
+                continue
+            value = key(metric, x, i, x_norms[i], table, k, table_norms[k])
+            if math.isnan(value):
+                value = math.inf
+            measured += 1
+            if size < best:
+                at = size
+                size += 1
+                while at > 0:
+                    up = (at - 1) // 2
+                    if heap_keys[up] > value or (heap_keys[up] == value and heap[up] > k):
+                        break
+                    heap_keys[at], heap[at] = heap_keys[up], heap[up]
+                    at = up
+                heap_keys[at], heap[at] = value, k
+            elif value < heap_keys[0] or (value == heap_keys[0] and k < heap[0]):
+                heap_keys[0], heap[0] = value, k
+                _sift(heap_keys, heap, size)
+        for end in range(size - 1, 0, -1):
+            heap_keys[0], heap_keys[end] = heap_keys[end], heap_keys[0]
+            heap[0], heap[end] = heap[end], heap[0]
+            _sift(heap_keys, heap, end)
+    return measured

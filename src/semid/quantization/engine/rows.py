@@ -1,0 +1,193 @@
+"""Rows made ready for screening: centred, scaled by a power of two, measured, rounded."""
+
+from __future__ import annotations
+
+import math
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["FAR", "centre_queries", "centre_table", "first_copies", "round_bfloat16", "slack"]
+
+FAR = 2.0**30
+"""A query further from the table's centre than this many table radii is not screened."""
+
+F32 = npt.NDArray[np.float32]
+F64 = npt.NDArray[np.float64]
+I64 = npt.NDArray[np.int64]
+
+FAST = {"reassoc", "contract", "nsz"}  # NaN and infinity keep their meaning
+
+
+@numba.njit(nogil=True, cache=True, fastmath=FAST)
+def centre_queries(
+    x: F32, rows: int, centre: F32, factor: float, own_scale: bool, y: F32, half_square: F64
+) -> None:
+    """Write ``(x - centre) * factor`` to ``y`` and half its squared norm to ``half_square``.
+
+    Args:
+        x: ``(>= rows, width)`` queries.
+        rows: how many to take; further rows of ``y`` are set to zero.
+        centre: ``(width,)``.
+        factor: power of two that brings the table's radius to at most 1.
+        own_scale: scale each row by its own power of two instead (metrics in which the length
+            of a query changes no ranking); ``centre`` must be zero.
+        y: ``(>= rows, width)`` float32 result; zero where a row cannot be screened.
+        half_square: ``(rows,)``; -1 marks a row that cannot be screened (not finite, or `FAR`).
+    """
+    width = x.shape[1]
+    for i in range(rows):
+        scale = factor
+        if own_scale:
+            largest = np.float32(0.0)
+            for j in range(width):
+                largest = max(largest, abs(x[i, j]))
+            if 0.0 < largest < np.inf:
+                scale = math.ldexp(1.0, -math.frexp(float(largest))[1])
+        total = 0.0
+        for j in range(width):
+            value = (np.float64(x[i, j]) - np.float64(centre[j])) * scale
+            total += value * value
+            y[i, j] = value
+        if total <= FAR * FAR:
+            half_square[i] = total / 2.0
+        else:  # also when total is NaN
+            half_square[i] = -1.0
+            y[i, :] = np.float32(0.0)
+    y[rows:, :] = np.float32(0.0)
+
+
+@numba.njit(nogil=True, cache=True)
+def centre_table(
+    table: F32, norms: F64, normalise: bool, centre: F32, scaled: F32, offsets: F64, lengths: F64
+) -> int:
+    """Centre and scale a table; see `centre_queries`.
+
+    Args:
+        table: ``(entries, width)`` rows as given.
+        norms: ``(entries,)`` their lengths.
+        normalise: divide each row by its length first (zero rows stay zero).
+        centre: ``(width,)`` result: the mean row.
+        scaled: ``(>= entries, width)`` result: ``(row - centre) * 2**-exponent``.
+        offsets: ``(entries,)`` result: half the squared norm of each scaled row.
+        lengths: ``(entries,)`` result: norm of each scaled row, at most 1.
+
+    Returns:
+        The exponent.
+    """
+    entries, width = table.shape
+    mean = np.zeros(width)
+    for i in range(entries):
+        divisor = norms[i] if normalise and norms[i] > 0.0 else 1.0
+        for j in range(width):
+            mean[j] += table[i, j] / divisor
+    for j in range(width):
+        centre[j] = mean[j] / entries
+    largest = 0.0
+    for i in range(entries):
+        divisor = norms[i] if normalise and norms[i] > 0.0 else 1.0
+        total = 0.0
+        for j in range(width):
+            value = table[i, j] / divisor - np.float64(centre[j])
+            total += value * value
+        lengths[i] = math.sqrt(total)
+        largest = max(largest, lengths[i])
+    exponent = math.frexp(largest)[1] if largest > 0.0 else 0
+    scale = math.ldexp(1.0, -exponent)
+    for i in range(entries):
+        divisor = norms[i] if normalise and norms[i] > 0.0 else 1.0
+        for j in range(width):
+            scaled[i, j] = (table[i, j] / divisor - np.float64(centre[j])) * scale
+        lengths[i] *= scale
+        offsets[i] = lengths[i] * lengths[i] / 2.0
+    scaled[entries:, :] = np.float32(0.0)
+    return exponent
+
+
+@numba.njit(nogil=True, cache=True)
+def first_copies(bits: npt.NDArray[np.uint32], hashes: npt.NDArray[np.uint64], copy_of: I64) -> int:
+    """Find exact duplicates: ``copy_of[i]`` becomes the lowest index of a row equal to row ``i``.
+
+    Args:
+        bits: ``(entries, width)`` rows, bit for bit, without negative zeros.
+        hashes: ``(entries,)`` scratch.
+        copy_of: ``(entries,)`` result.
+
+    Returns:
+        How many rows are different.
+    """
+    entries, width = bits.shape
+    weights = np.empty(width, np.uint64)
+    state = np.uint64(0x9E3779B97F4A7C15)
+    for j in range(width):  # an odd multiplier a column
+        state = state * np.uint64(6364136223846793005) + np.uint64(1442695040888963407)
+        weights[j] = (state ^ (state >> np.uint64(31))) | np.uint64(1)
+    for i in range(entries):
+        total = np.uint64(0)
+        for j in range(width):
+            total += np.uint64(bits[i, j]) * weights[j]
+        hashes[i] = total
+    order = np.argsort(hashes, kind="mergesort")  # stable: equal hashes stay in index order
+    different = 0
+    start = 0
+    for at in range(entries):
+        i = order[at]
+        if hashes[i] != hashes[order[start]]:
+            start = at
+        copy_of[i] = i
+        for back in range(start, at):
+            j = order[back]
+            if copy_of[j] == j and np.array_equal(bits[i], bits[j]):
+                copy_of[i] = j
+                break
+        different += copy_of[i] == i
+    return different
+
+
+@numba.njit(nogil=True, cache=True, fastmath=FAST)
+def round_bfloat16(
+    y: F32,
+    bits: npt.NDArray[np.uint32],
+    wide: F32,
+    wide_bits: npt.NDArray[np.uint32],
+    out: npt.NDArray[np.uint16],
+    residual: F64,
+) -> None:
+    """Round rows to bfloat16 (nearest, ties to even) and measure what the rounding lost.
+
+    Args:
+        y: ``(rows, width)`` finite values.
+        bits: the same memory as uint32.
+        wide: ``(width,)`` scratch, and ``wide_bits`` the same memory as uint32.
+        out: ``(rows, >= width)`` bfloat16 bit patterns; further columns become zero.
+        residual: ``(rows,)`` norm of the rounding error (float32 sums: see `slack`).
+    """
+    rows, width = y.shape
+    one, half, sixteen = np.uint32(1), np.uint32(0x7FFF), np.uint32(16)
+    for i in range(rows):
+        for j in range(width):
+            raw = bits[i, j]
+            rounded = (raw + half + ((raw >> sixteen) & one)) >> sixteen
+            out[i, j] = rounded
+            wide_bits[j] = rounded << sixteen
+        out[i, width:] = np.uint16(0)
+        total = np.float32(0.0)
+        for j in range(width):
+            lost = y[i, j] - wide[j]
+            total += lost * lost
+        residual[i] = math.sqrt(total)
+
+
+def slack(residual: F64, length: F64, width: int) -> F64:
+    """Bound the true rounding error of rows from its float32 measurement.
+
+    Covers the sum's own rounding (``width`` float32 terms), squares that underflowed, and the
+    float32 rounding of the centred row before it was rounded further.
+
+    Args:
+        residual: measured norms, as `round_bfloat16` gives them.
+        length: norms of the centred rows.
+        width: columns.
+    """
+    return residual * (1.0 + (width + 8) * 2.0**-24) + length * 2.0**-23 + 2.0**-60

@@ -1,0 +1,185 @@
+"""Scanning score blocks: which entries can still be among a row's best, given the bound."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+from semid.quantization.engine.vector import SCAN, hits, maximum, score, trailing_zeros
+
+__all__ = ["kth_largest", "scan_best", "scan_many", "trim"]
+
+I32 = npt.NDArray[np.int32]
+I64 = npt.NDArray[np.int64]
+F32 = npt.NDArray[np.float32]
+
+
+@numba.njit(nogil=True, cache=True)
+def _keep(candidates: Any, kept: Any, count: int, threshold: Any) -> int:
+    """Drop a row's candidates whose score is below ``threshold``, in place and in order."""
+    size = 0
+    for j in range(count):
+        if kept[j] >= threshold:
+            candidates[size] = candidates[j]
+            kept[size] = kept[j]
+            size += 1
+    return size
+
+
+@numba.njit(nogil=True, cache=True)
+def scan_best(
+    scores: Any,
+    rows: int,
+    columns: int,
+    first: int,
+    offsets: F32,
+    margin: Any,
+    top: Any,
+    counts: I64,
+    candidates: I32,
+    kept: Any,
+    row0: int,
+) -> None:
+    """Note every entry whose score lies within ``margin`` of its row's best so far.
+
+    Args:
+        scores: ``(>= rows, stride)`` larger is better: int32, float32, or uint16 that holds
+            bfloat16 products from which ``offsets`` are still to be subtracted.
+        rows: rows of ``scores`` to scan.
+        columns: columns to scan, a positive multiple of `SCAN`.
+        first: entry index of column 0.
+        offsets: float32 offsets of all entries.
+        margin: ``(all rows,)`` twice the bound, in units of the scores and of their type.
+        top: ``(all rows,)`` best score so far, updated.
+        counts: ``(all rows,)`` candidates so far, updated; -1 once a row holds too many.
+        candidates, kept: ``(all rows, capacity)`` entry indices and scores, updated.
+        row0: row of the last five arrays that row 0 of ``scores`` belongs to.
+    """
+    stride = scores.shape[1]
+    capacity = candidates.shape[1]
+    for local in range(rows):
+        i = row0 + local
+        count = counts[i]
+        if count < 0:
+            continue
+        base = local * stride
+        best = maximum(scores, base, offsets, first, columns)
+        if best > top[i]:
+            top[i] = best
+        threshold = top[i] - margin[i]
+        if best < threshold:
+            continue
+        for column in range(0, columns, SCAN):
+            mask = hits(scores, base + column, offsets, first + column, threshold)
+            if mask == 0:
+                continue
+            if count > capacity - SCAN:
+                count = _keep(candidates[i], kept[i], count, threshold)
+                if count > capacity - SCAN:
+                    count = -1
+                    break
+            while mask != 0:
+                at = trailing_zeros(mask)
+                mask &= mask - np.uint64(1)
+                candidates[i, count] = first + column + at
+                kept[i, count] = score(
+                    scores, base + column + at, offsets, first + column + at
+                )
+                count += 1
+        counts[i] = count
+
+
+@numba.njit(nogil=True, cache=True)
+def kth_largest(values: Any, count: int, k: int) -> Any:
+    """Return the ``k``-th largest (1-based) of ``values[:count]``; reorders ``values``."""
+    low, high, goal = 0, count - 1, k - 1
+    while low < high:
+        pivot = values[(low + high) // 2]
+        i, j = low, high
+        while i <= j:
+            while values[i] > pivot:
+                i += 1
+            while values[j] < pivot:
+                j -= 1
+            if i <= j:
+                values[i], values[j] = values[j], values[i]
+                i += 1
+                j -= 1
+        if goal <= j:
+            high = j
+        elif goal >= i:
+            low = i
+        else:
+            break
+    return values[goal]
+
+
+@numba.njit(nogil=True, cache=True)
+def trim(
+    row: int, k: int, margin: Any, top: Any, counts: I64, candidates: I32, kept: Any, scratch: Any
+) -> None:
+    """Raise a row's ``top`` to the ``k``-th best score seen and drop what falls behind it."""
+    count = counts[row]
+    if count < k:
+        return
+    scratch[:count] = kept[row, :count]
+    best = kth_largest(scratch, count, k)
+    if best > top[row]:
+        top[row] = best
+    counts[row] = _keep(candidates[row], kept[row], count, top[row] - margin[row])
+
+
+@numba.njit(nogil=True, cache=True)
+def scan_many(
+    scores: Any,
+    rows: int,
+    columns: int,
+    first: int,
+    offsets: F32,
+    margin: Any,
+    top: Any,
+    counts: I64,
+    candidates: I32,
+    kept: Any,
+    row0: int,
+    k: int,
+    scratch: Any,
+) -> None:
+    """`scan_best` for the ``k`` best: ``top`` is a lower bound on the ``k``-th best score.
+
+    Args:
+        k: how many are wanted.
+        scratch: ``(capacity,)`` of the scores' type; capacity is at least ``k + 2 * SCAN``.
+        scores, rows, columns, first, offsets, margin, top, counts, candidates, kept, row0: as in
+            `scan_best`.
+    """
+    stride = scores.shape[1]
+    capacity = candidates.shape[1]
+    for local in range(rows):
+        i = row0 + local
+        if counts[i] < 0:
+            continue
+        base = local * stride
+        for column in range(0, columns, SCAN):
+            threshold = top[i] - margin[i]
+            mask = hits(scores, base + column, offsets, first + column, threshold)
+            if mask == 0:
+                continue
+            if counts[i] > capacity - SCAN:
+                trim(i, k, margin, top, counts, candidates, kept, scratch)
+                if counts[i] > capacity - SCAN:
+                    counts[i] = -1
+                    break
+            count = counts[i]
+            while mask != 0:
+                at = trailing_zeros(mask)
+                mask &= mask - np.uint64(1)
+                candidates[i, count] = first + column + at
+                kept[i, count] = score(
+                    scores, base + column + at, offsets, first + column + at
+                )
+                count += 1
+            counts[i] = count

@@ -1,0 +1,198 @@
+"""Vector instructions for the kernels, written as portable LLVM IR with a fixed order of sums.
+
+numba vectorises a reduction only when it may reorder it, and the canonical distance must not be
+reordered: its value is the same on every chip because the lanes and the order they are added in
+are written down here. LLVM splits the wide vectors where a chip has narrower ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+__all__ = ["LANES", "SCAN", "dot", "hits", "maximum", "score", "square_distance", "trailing_zeros"]
+
+LANES = 16
+"""Lanes of the canonical sums; rows are zero-padded to a multiple of it."""
+SCAN = 64
+"""Scores looked at together; score rows are padded to a multiple of it."""
+
+I32 = ir.IntType(32)
+I64 = ir.IntType(64)
+F32 = ir.FloatType()
+F64 = ir.DoubleType()
+
+
+def data_pointer(context: Any, builder: Any, array_type: Any, array: Any, offset: Any) -> Any:
+    """Return an ``i8*`` to element ``offset`` of a C-contiguous array."""
+    data = context.make_array(array_type)(context, builder, array).data
+    return builder.bitcast(builder.gep(data, [offset]), ir.IntType(8).as_pointer())
+
+
+def load(builder: Any, pointer: Any, kind: Any, byte_offset: Any = None, *, align: int = 1) -> Any:
+    """Load a value of type ``kind`` from ``pointer`` plus ``byte_offset``, any alignment."""
+    if byte_offset is not None:
+        pointer = builder.gep(pointer, [byte_offset])
+    return builder.load(builder.bitcast(pointer, kind.as_pointer()), align=align)
+
+
+def _sum_of(term: Callable[[Any, Any, Any], Any]) -> Any:
+    """Build ``(a, a_offset, b, b_offset, blocks) -> float64``, a sum in the canonical order.
+
+    Lane ``l`` adds elements ``l, l + 16, l + 32, ...`` in turn; then lanes 8 apart are added,
+    then 4, 2 and 1 apart. Every step is a separate IEEE float64 operation.
+    """
+
+    def build(typing: Any, a: Any, a_offset: Any, b: Any, b_offset: Any, blocks: Any) -> Any:
+        signature = types.float64(a, types.int64, b, types.int64, types.int64)
+
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            wide = ir.VectorType(F64, LANES)
+            narrow = ir.VectorType(F32, LANES)
+            left = data_pointer(context, builder, signature.args[0], args[0], args[1])
+            right = data_pointer(context, builder, signature.args[2], args[2], args[3])
+            total = cgutils.alloca_once_value(builder, ir.Constant(wide, None))
+            with cgutils.for_range(builder, args[4]) as loop:
+                step = builder.mul(loop.index, I64(4 * LANES))
+                x = builder.fpext(load(builder, left, narrow, step), wide)
+                y = builder.fpext(load(builder, right, narrow, step), wide)
+                builder.store(builder.fadd(builder.load(total), term(builder, x, y)), total)
+            vector, lanes = builder.load(total), LANES
+            while lanes > 1:
+                lanes //= 2
+                low = ir.Constant(ir.VectorType(I32, lanes), list(range(lanes)))
+                high = ir.Constant(ir.VectorType(I32, lanes), list(range(lanes, 2 * lanes)))
+                vector = builder.fadd(
+                    builder.shuffle_vector(vector, vector, low),
+                    builder.shuffle_vector(vector, vector, high),
+                )
+            return builder.extract_element(vector, I32(0))
+
+        return signature, generate
+
+    return build
+
+
+def _square(builder: Any, x: Any, y: Any) -> Any:
+    difference = builder.fsub(x, y)
+    return builder.fmul(difference, difference)
+
+
+square_distance = intrinsic(_sum_of(_square))
+dot = intrinsic(_sum_of(lambda builder, x, y: builder.fmul(x, y)))
+
+
+def _score_loader(
+    context: Any, builder: Any, signature: Any, args: Any, lanes: int
+) -> Callable[[Any], Any]:
+    """Return a function that loads ``lanes`` scores at an element index.
+
+    int32 and float32 scores are read as they are. uint16 holds bfloat16 products: they are
+    widened and the float32 offsets (same column index, no row) are subtracted.
+    """
+    scores_type = signature.args[0]
+    scores = data_pointer(context, builder, scores_type, args[0], args[1])
+    if scores_type.dtype == types.uint16:
+        offsets = data_pointer(context, builder, signature.args[2], args[2], args[3])
+    bits = scores_type.dtype.bitwidth
+
+    def read(index: Any) -> Any:
+        at = builder.mul(index, I64(bits // 8))
+        if scores_type.dtype == types.int32:
+            return load(builder, scores, ir.VectorType(I32, lanes), at)
+        if scores_type.dtype == types.float32:
+            return load(builder, scores, ir.VectorType(F32, lanes), at)
+        raw = load(builder, scores, ir.VectorType(ir.IntType(16), lanes), at)
+        wide = builder.zext(raw, ir.VectorType(I32, lanes))
+        shift = ir.Constant(ir.VectorType(I32, lanes), [16] * lanes)
+        value = builder.bitcast(builder.shl(wide, shift), ir.VectorType(F32, lanes))
+        offset = load(
+            builder, offsets, ir.VectorType(F32, lanes), builder.mul(index, I64(4))
+        )
+        return builder.fsub(value, offset)
+
+    return read
+
+
+def _score_type(scores: Any) -> Any:
+    return types.int32 if scores.dtype == types.int32 else types.float32
+
+
+@intrinsic
+def maximum(typing: Any, scores: Any, offset: Any, offsets: Any, first: Any, count: Any) -> Any:
+    """Largest of ``count`` (a positive multiple of `SCAN`) scores from element ``offset`` on."""
+    signature = _score_type(scores)(scores, types.int64, offsets, types.int64, types.int64)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        read = _score_loader(context, builder, signature, args, SCAN)
+        integers = signature.return_type == types.int32
+
+        def larger(a: Any, b: Any) -> Any:
+            if integers:
+                return builder.select(builder.icmp_signed(">", a, b), a, b)
+            return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+        best = cgutils.alloca_once_value(builder, read(I64(0)))
+        with cgutils.for_range(builder, builder.udiv(args[4], I64(SCAN))) as loop:
+            value = read(builder.mul(loop.index, I64(SCAN)))
+            builder.store(larger(value, builder.load(best)), best)
+        vector, lanes = builder.load(best), SCAN
+        while lanes > 1:
+            lanes //= 2
+            low = ir.Constant(ir.VectorType(I32, lanes), list(range(lanes)))
+            high = ir.Constant(ir.VectorType(I32, lanes), list(range(lanes, 2 * lanes)))
+            vector = larger(
+                builder.shuffle_vector(vector, vector, low),
+                builder.shuffle_vector(vector, vector, high),
+            )
+        return builder.extract_element(vector, I32(0))
+
+    return signature, generate
+
+
+@intrinsic
+def hits(typing: Any, scores: Any, offset: Any, offsets: Any, first: Any, threshold: Any) -> Any:
+    """Bit ``i`` of the result: is score ``offset + i`` at least ``threshold`` (`SCAN` scores)."""
+    signature = types.uint64(scores, types.int64, offsets, types.int64, _score_type(scores))
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        values = _score_loader(context, builder, signature, args, SCAN)(I64(0))
+        element = I32 if signature.args[4] == types.int32 else F32
+        vector = ir.VectorType(element, SCAN)
+        single = builder.insert_element(ir.Constant(vector, ir.Undefined), args[4], I32(0))
+        zeros = ir.Constant(ir.VectorType(I32, SCAN), [0] * SCAN)
+        spread = builder.shuffle_vector(single, single, zeros)
+        if element is I32:
+            mask = builder.icmp_signed(">=", values, spread)
+        else:
+            mask = builder.fcmp_ordered(">=", values, spread)
+        return builder.bitcast(mask, I64)
+
+    return signature, generate
+
+
+@intrinsic
+def score(typing: Any, scores: Any, offset: Any, offsets: Any, first: Any) -> Any:
+    """One score, as `maximum` and `hits` see it."""
+    signature = _score_type(scores)(scores, types.int64, offsets, types.int64)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        value = _score_loader(context, builder, signature, args, 1)(I64(0))
+        return builder.extract_element(value, I32(0))
+
+    return signature, generate
+
+
+@intrinsic
+def trailing_zeros(typing: Any, value: Any) -> Any:
+    """Index of the lowest set bit of a non-zero uint64."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.int64(types.uint64), generate

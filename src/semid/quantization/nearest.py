@@ -1,0 +1,159 @@
+"""Exact nearest codeword: the kernel under K-means, encoding and retrieval.
+
+Screening in low precision finds every codeword that can be the nearest, a float64 distance in a
+fixed order of sums decides (see ``engine/README.md``). The answer is therefore the same on every
+chip and route, for any block size and number of threads.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from semid.errors import UsageError
+from semid.quantization.engine.canonical import L2
+from semid.quantization.engine.routes import choose
+from semid.quantization.engine.search import search
+from semid.quantization.engine.table import Table, check_rows
+
+__all__ = ["Nearest", "PreparedCodebook", "nearest", "nearest_m", "prepare"]
+
+
+class Nearest(NamedTuple):
+    """Result of `nearest` and `nearest_m`.
+
+    Attributes:
+        labels: int64 codeword indices, ``(items,)`` or ``(items, m)`` nearest first.
+        distances: float32 squared Euclidean distances, same shape.
+    """
+
+    labels: Tensor
+    distances: Tensor
+
+
+class PreparedCodebook:
+    """A codebook with everything the search needs, made once and shared by threads.
+
+    Args:
+        codebook: ``(codes, dim)`` float32, float16 or bfloat16, finite. It is copied.
+
+    Attributes:
+        codewords: ``(codes, dim)`` float32 copy of the codebook; do not write to it.
+
+    Raises:
+        UsageError: wrong dtype or shape, or no codewords.
+        EmbeddingError: NaN or infinite values.
+    """
+
+    def __init__(self, codebook: Tensor) -> None:
+        check_rows(codebook, name="codebook")
+        self.codewords = codebook.detach().to(torch.float32, copy=True).contiguous()
+        self.table = Table(self.codewords, metric=L2, unique=True)
+        self._full: Table | None = None
+
+    def __len__(self) -> int:
+        return len(self.codewords)
+
+    def full_table(self) -> Table:
+        """Return the table with exact duplicates in it, which `nearest_m` must list."""
+        if len(self.table) == len(self.codewords):
+            return self.table
+        if self._full is None:
+            self._full = Table(self.codewords, metric=L2, unique=False)
+        return self._full
+
+
+def prepare(codebook: Tensor) -> PreparedCodebook:
+    """Prepare a codebook so that repeated blocks do not pay for it again.
+
+    Args:
+        codebook: ``(codes, dim)`` float32, float16 or bfloat16, finite. It is copied.
+
+    Returns:
+        An object to give to `nearest` in place of the codebook.
+
+    Raises:
+        UsageError: wrong dtype or shape, or no codewords.
+        EmbeddingError: NaN or infinite values.
+    """
+    return PreparedCodebook(codebook)
+
+
+def _prepared(x: Tensor, codebook: Tensor | PreparedCodebook) -> PreparedCodebook:
+    check_rows(x, name="x")
+    ready = codebook if isinstance(codebook, PreparedCodebook) else prepare(codebook)
+    if x.shape[1] != ready.codewords.shape[1]:
+        raise UsageError(
+            f"x has {x.shape[1]} columns and the codebook {ready.codewords.shape[1]}; "
+            "give both the same width"
+        )
+    return ready
+
+
+def nearest(
+    x: Tensor,
+    codebook: Tensor | PreparedCodebook,
+    *,
+    threads: int | None = None,
+    route: str = "auto",
+) -> Nearest:
+    """Find the codeword nearest to each row in squared Euclidean distance.
+
+    Args:
+        x: ``(items, dim)`` float32, float16 or bfloat16. A row that is not finite gets label 0
+            and a distance that is not finite; refuse such rows before.
+        codebook: ``(codes, dim)``, or what `prepare` made of it.
+        threads: plain threads over blocks of rows; None uses all this process may use.
+        route: how to screen, ``"int8"``, ``"bf16"`` or ``"fp32"``; ``"auto"`` tries them on a few
+            rows and takes the fastest. It changes the time, never the result.
+
+    Returns:
+        Labels ``(items,)`` (ties to the lowest index) and distances ``(items,)``.
+
+    Raises:
+        UsageError: widths, dtypes or an argument that do not fit.
+        EmbeddingError: the codebook is not finite.
+
+    Time grows with items x codes x dim; memory with the block of rows, not with ``items``.
+    """
+    ready = _prepared(x, codebook)
+    found = search(x, ready.table, choose(route), threads=threads)
+    return Nearest(
+        torch.from_numpy(found.labels[:, 0]),
+        torch.from_numpy(found.keys[:, 0]).to(torch.float32),
+    )
+
+
+def nearest_m(
+    x: Tensor,
+    codebook: Tensor | PreparedCodebook,
+    m: int,
+    *,
+    threads: int | None = None,
+    route: str = "auto",
+) -> Nearest:
+    """Find the ``m`` nearest codewords of each row, nearest first.
+
+    Args:
+        x: ``(items, dim)`` float32, float16 or bfloat16.
+        codebook: ``(codes, dim)``, or what `prepare` made of it.
+        m: how many, 1 to the number of codewords.
+        threads: see `nearest`.
+        route: see `nearest`.
+
+    Returns:
+        Labels and distances ``(items, m)``; equal distances stand in index order.
+
+    Raises:
+        UsageError: ``m`` out of range, or widths and dtypes that do not fit.
+        EmbeddingError: the codebook is not finite.
+    """
+    ready = _prepared(x, codebook)
+    if not 1 <= m <= len(ready):
+        raise UsageError(f"m={m} is out of range; give 1 to {len(ready)}, the number of codewords")
+    found = search(x, ready.full_table(), choose(route), k=m, threads=threads)
+    return Nearest(
+        torch.from_numpy(found.labels), torch.from_numpy(found.keys).to(torch.float32)
+    )
