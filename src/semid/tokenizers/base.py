@@ -235,7 +235,9 @@ class Tokenizer(ABC):
         began = time.monotonic()
         steps = progress or QuietProgress()
         opened = open_embeddings(source, ids=ids)
-        train = ~held_out_mask(opened.ids, self.validation_fraction, HELD_OUT_SALT)
+        train = ~held_out_mask(
+            opened.ids, self.validation_fraction, salt=HELD_OUT_SALT
+        )
         seen = scan(opened, train, steps)
         self._check_rows(seen, int(train.sum()))
         item_weights = _weights(weights, len(opened))
