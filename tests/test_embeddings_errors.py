@@ -132,7 +132,7 @@ def test_npy_of_objects_is_never_unpickled(tmp_path):
 
 def test_npy_that_is_something_else(tmp_path):
     (tmp_path / "x.npy").write_text("hello, this is text")
-    with pytest.raises(EmbeddingError, match="not an .npy file"):
+    with pytest.raises(EmbeddingError, match=r"not an \.npy file"):
         open_embeddings(tmp_path / "x.npy")
     np.savez(tmp_path / "x.npz", X)
     with pytest.raises(UsageError, match=r"archive.*numpy.save"):
@@ -284,19 +284,19 @@ def test_folder_with_other_files(tmp_path):
 
 
 def test_wrong_kinds_of_source(tmp_path):
-    with pytest.raises(UsageError, match="numpy.asarray"):
+    with pytest.raises(UsageError, match=r"numpy\.asarray"):
         open_embeddings([[1.0, 2.0]])
     with pytest.raises(UsageError, match="a NoneType"):
         open_embeddings(None)
     with pytest.raises(UsageError, match=r"frame.collect\(\)"):
         open_embeddings(pl.LazyFrame({"embedding": [[1.0]]}))
-    with pytest.raises(UsageError, match="neither .npy nor Parquet"):
+    with pytest.raises(UsageError, match=r"neither \.npy nor Parquet"):
         open_embeddings(tmp_path / "x.csv")
     with pytest.raises(UsageError, match=r"on_invalid='drop' is not one of 'error', 'skip'"):
         open_embeddings(X, on_invalid="drop")
     with pytest.raises(UsageError, match="does not apply"):
         open_embeddings(X, embedding_column="embedding")
-    with pytest.raises(UsageError, match="--ids items.parquet:asin"):
+    with pytest.raises(UsageError, match=r"--ids items\.parquet:asin"):
         open_embeddings(X, id_column="asin")
 
 

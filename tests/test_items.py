@@ -139,14 +139,12 @@ def test_lookup_survives_hash_collisions(monkeypatch):
         ([1, "a"], "mix types"),
         ([True, False], "type bool"),
         (np.ones((2, 2), int), r"shape \(2, 2\)"),
-        (list("abcabb"), r"2 ids more than once \(3 rows too many\): 'b' \(3 times\), 'a'"),
+        (list("abcabb"), r"2 ids more than once \(3 rows too many\): 'a' \(2 times\), 'b'"),
         ([7, 8, 7], r"'7' \(2 times\)"),
         (list("abcdefgabcdefg"), r"7 ids more than once \(7 rows too many\).*, \.\.\.;"),
     ],
 )
 def test_ids_that_cannot_be_used(values, message):
-    if "abcabb" in "".join(map(str, values if isinstance(values, list) else [])):
-        message = r"2 ids more than once \(3 rows too many\)"
     with pytest.raises(IdsError, match=message):
         ItemIds(values)
 
@@ -214,7 +212,7 @@ def test_id_files_that_cannot_be_used(tmp_path):
         load_ids(tmp_path / "absent.csv")
     with pytest.raises(UsageError, match="does not exist"):
         load_ids(tmp_path / "absent.txt")
-    with pytest.raises(UsageError, match="are a int|ids are a int"):
+    with pytest.raises(UsageError, match="ids are a int"):
         load_ids(3)
     files = {
         "binary.txt": (b"\xff\xfe\x00", "not UTF-8"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -34,7 +35,12 @@ def csv_columns(path: Path, *, error: type[InputError]) -> list[str]:
 
 
 def read_csv(
-    path: Path, columns: list[str], *, text: list[str], error: type[InputError]
+    path: Path,
+    columns: list[str],
+    *,
+    text: list[str],
+    error: type[InputError],
+    numbers: Sequence[str] = (),
 ) -> pa.Table:
     """Read columns into memory.
 
@@ -42,12 +48,14 @@ def read_csv(
         path: the file; its first line names the columns.
         columns: names to read, all present.
         text: the columns of ids: kept as text, so that ``007`` stays, dictionary-coded, with an
-            empty field as null. Types of the others are inferred.
+            empty field as null. Types of the others are inferred from the first megabyte.
         error: which error a file that cannot be read raises.
+        numbers: columns to read as float64 whatever they begin with.
     """
+    types = {c: pa.dictionary(pa.int32(), pa.string()) for c in text}
     options = pc_csv.ConvertOptions(
         include_columns=columns,
-        column_types={c: pa.dictionary(pa.int32(), pa.string()) for c in text},
+        column_types=types | {c: pa.float64() for c in numbers},
         strings_can_be_null=True,
         # Only an empty field is missing: an item may well be called "NA" or "null".
         null_values=[""],

@@ -1,0 +1,323 @@
+"""Interaction logs: who took which item, and when or in which order if that is known."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from semid.data.columns import require_column
+from semid.data.csv_files import csv_columns, is_csv, read_csv
+from semid.data.frames import is_frame, open_frame
+from semid.data.hashing import hash_strings, share_mask
+from semid.data.ids import ItemIds
+from semid.data.parquet_files import ParquetFiles
+from semid.data.sequences import Sequences
+from semid.errors import InteractionsError, UsageError
+
+__all__ = ["SELECT", "TEST", "TRAIN", "Interactions", "read_interactions", "split_users"]
+
+TRAIN, SELECT, TEST = 0, 1, 2
+"""The parts of `split_users`: 80, 10 and 10 % of the users."""
+
+_ORDER_COLUMNS = ("position", "timestamp")
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Interactions:
+    """Interactions in columns, in the order of their file.
+
+    Attributes:
+        users: (interactions,) int32 codes into ``user_ids``.
+        items: (interactions,) int32 codes into ``item_ids``.
+        user_ids: (users,) Arrow large_string array, in order of first appearance.
+        item_ids: (items,) Arrow large_string array of the items that occur; not the catalogue.
+        order: (interactions,) numbers that rise with time within a user, or None.
+        order_column: the column that ``order`` comes from, or None.
+        rating: (interactions,) float64, NaN where there is none; or None without such a column.
+        columns: further columns that were asked for, by name, as Arrow arrays.
+        label: the log in the user's words.
+    """
+
+    users: np.ndarray
+    items: np.ndarray
+    user_ids: Any
+    item_ids: Any
+    order: np.ndarray | None = None
+    order_column: str | None = None
+    rating: np.ndarray | None = None
+    columns: dict[str, Any] = field(default_factory=dict)
+    label: str = "the interaction log"
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    @property
+    def has_order(self) -> bool:
+        """Whether it is known which interaction of a user came first."""
+        return self.order is not None
+
+    def sequences(self, ids: ItemIds, *, require_order: bool = True) -> Sequences:
+        """Collect each user's items, oldest first; ties keep the order of the file.
+
+        Args:
+            ids: the catalogue. Items that are not in it stay as -1 and are counted.
+            require_order: refuse interactions without an order; with False they come in the order
+                of the file and the result says so (``ordered`` is False).
+
+        Returns:
+            Sequences of all users, in order of first appearance. Costs a sort of the interactions
+            unless they are sorted already, and 4 bytes an interaction.
+
+        Raises:
+            InteractionsError: there is no order, or not one item is in the catalogue.
+        """
+        if require_order and self.order is None:
+            raise InteractionsError(
+                f"{self.label} has no order: there is no column 'position' or 'timestamp'; name "
+                "the one that has the time with --time-column (time_column=)"
+            )
+        rows = self.catalogue_rows(ids)
+        counts = np.bincount(self.users, minlength=len(self.user_ids))
+        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        items = rows[self.items]
+        ranks = self._ranks()
+        if ranks is not None:
+            items = items[ranks]
+        return Sequences(self.user_ids, offsets, items, self.has_order)
+
+    def catalogue_rows(self, ids: ItemIds) -> np.ndarray:
+        """Return the catalogue row (items,) int32 of each of ``item_ids``, -1 for unknown ones.
+
+        Raises:
+            InteractionsError: not one item is in the catalogue, which means other ids were meant.
+        """
+        rows = ids.index_of(self.item_ids)
+        missing = int((rows < 0).sum())
+        if missing == len(rows):
+            raise InteractionsError(
+                f"none of the {len(rows)} items of {self.label} is in the catalogue of {len(ids)}: "
+                f"they are called like '{self.item_ids[0]}', the catalogue's like '{ids[0]}'; "
+                "check --id-column and --ids (id_column=, ids=)"
+            )
+        if missing:
+            share = (rows < 0)[self.items].mean()
+            _log.warning(
+                "%s: %d of %d items are not in the catalogue; the %.2f %% of interactions with "
+                "them count as gaps",
+                self.label,
+                missing,
+                len(rows),
+                100 * share,
+            )
+        return rows.astype(np.int32)
+
+    def _ranks(self) -> np.ndarray | None:
+        """Return the rows sorted by user and order, or None if they stand so already."""
+        same_user = self.users[1:] == self.users[:-1]
+        grouped = bool((self.users[1:] >= self.users[:-1]).all())
+        if self.order is None:
+            return None if grouped else np.argsort(self.users, kind="stable")
+        if grouped and bool((~same_user | (self.order[1:] >= self.order[:-1])).all()):
+            return None
+        by_time = np.argsort(self.order, kind="stable")
+        return by_time[np.argsort(self.users[by_time], kind="stable")]
+
+
+def read_interactions(
+    source: Any,
+    *,
+    user_column: str = "user_id",
+    item_column: str = "item_id",
+    time_column: str | None = None,
+    rating_column: str | None = None,
+    extra_columns: Sequence[str] = (),
+) -> Interactions:
+    """Read interactions into memory, ids dictionary-coded.
+
+    Args:
+        source: a path to Parquet (file, folder or glob) or CSV (``.csv``, ``.tsv``, compressed or
+            not); an Arrow table, pandas or polars frame; or `Interactions`, returned as they are.
+        user_column: the users, text or integers.
+        item_column: the items, by the catalogue's ids.
+        time_column: numbers, dates or timestamps that rise with time. None takes ``position``
+            (0 is the oldest), else ``timestamp``, else there is no order. Position goes first
+            because times that are only days leave ties.
+        rating_column: numbers; None takes ``rating`` if there is one.
+        extra_columns: further columns to keep, for example context features.
+
+    Returns:
+        The interactions: 8 bytes each for user and item, 8 for the order, 8 for the rating.
+
+    Raises:
+        UsageError: no such file or column.
+        InteractionsError: no rows, null users or items, or a column of a wrong type. Every
+            problem is listed.
+    """
+    if isinstance(source, Interactions):
+        return source
+    names, read, label = _open(source, text=[user_column, item_column])
+    order_column = time_column or next((c for c in _ORDER_COLUMNS if c in names), None)
+    if rating_column is None and "rating" in names:
+        rating_column = "rating"
+    wanted = {
+        "--user-column (user_column=)": user_column,
+        "--item-column (item_column=)": item_column,
+    }
+    if order_column is not None:
+        wanted["--time-column (time_column=)"] = order_column
+    if rating_column is not None:
+        wanted["--rating-column (rating_column=)"] = rating_column
+    for flag, column in wanted.items():
+        require_column(column, names, label=label, flag=flag)
+    for column in extra_columns:
+        require_column(column, names, label=label, flag="extra_columns=")
+    numbers = [] if rating_column is None else [rating_column]
+    table = read(list(dict.fromkeys([*wanted.values(), *extra_columns])), numbers)
+    if len(table) == 0:
+        raise InteractionsError(f"{label} holds no rows; give at least one interaction")
+
+    problems: list[str] = []
+    users, user_ids = _codes(table, user_column, label, problems)
+    items, item_ids = _codes(table, item_column, label, problems)
+    order = rating = None
+    if order_column is not None:
+        order = _numbers(table, order_column, label, problems, nulls=False)
+    if rating_column is not None:
+        rating = _numbers(table, rating_column, label, problems, nulls=True)
+    if problems:
+        raise InteractionsError(problems)
+    extra = {name: table.column(name).combine_chunks() for name in extra_columns}
+    return Interactions(users, items, user_ids, item_ids, order, order_column, rating, extra, label)
+
+
+def split_users(users: Any, *, salt: str = "users") -> np.ndarray:
+    """Split users 80/10/10 by a hash of their id.
+
+    Args:
+        users: (users,) ids: an Arrow array of strings, or a sequence or array of strings or
+            integers; repeats allowed.
+        salt: another salt gives an independent split.
+
+    Returns:
+        Array (users,) of int8: `TRAIN` (0), `SELECT` (1) or `TEST` (2). It depends on the id
+        alone, so new users leave the split of the others unchanged.
+    """
+    array = users if isinstance(users, pa.Array | pa.ChunkedArray) else pa.array(users)
+    if pa.types.is_dictionary(array.type):
+        array = array.cast(array.type.value_type)
+    hashes = hash_strings(array.cast(pa.large_string()), salt=salt)
+    part = np.full(len(hashes), TRAIN, dtype=np.int8)
+    part[share_mask(hashes, 0.8, 0.9)] = SELECT
+    part[share_mask(hashes, 0.9, 1.0)] = TEST
+    return part
+
+
+def _open(source: Any, *, text: list[str]) -> tuple[list[str], Any, str]:
+    """Return the column names, a function that reads some of them as a table, and a label."""
+    if isinstance(source, str | Path):
+        path = Path(source).expanduser()
+        if is_csv(path):
+            names = csv_columns(path, error=InteractionsError)
+            return (
+                names,
+                lambda columns, numbers: read_csv(
+                    path, columns, text=text, numbers=numbers, error=InteractionsError
+                ),
+                f"'{source}'",
+            )
+        files = ParquetFiles.open(path, error=InteractionsError)
+        return (
+            list(files.schemas[0].names),
+            lambda columns, _: files.read(columns, dictionaries=text),
+            f"'{source}'",
+        )
+    if is_frame(source):
+        frame = open_frame(source)
+        return (
+            list(frame.schema.names),
+            lambda columns, _: pa.table({c: frame.column(c) for c in columns}),
+            frame.label,
+        )
+    raise UsageError(
+        f"interactions are a {type(source).__name__}; give a path to Parquet or CSV, an Arrow "
+        "table, or a pandas or polars frame"
+    )
+
+
+def _codes(table: pa.Table, name: str, label: str, problems: list[str]) -> tuple[np.ndarray, Any]:
+    """Code a column of ids as int32 into the distinct ids, in order of first appearance."""
+    column = table.column(name)
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or kind == pa.string_view()
+    if not (text or pa.types.is_integer(kind)):
+        problems.append(
+            f"column '{name}' of {label} holds {kind}; ids are strings or integers: cast it"
+        )
+        return np.empty(0, np.int32), None
+    if column.null_count:
+        problems.append(
+            f"column '{name}' of {label} holds {column.null_count} nulls; drop those rows"
+        )
+        return np.empty(0, np.int32), None
+    if pa.types.is_dictionary(column.type):
+        # A dictionary from outside may hold values unused, out of order or twice: code afresh,
+        # from the codes where that is enough.
+        return _recode(column.unify_dictionaries())
+    coded = column.dictionary_encode().unify_dictionaries().combine_chunks()
+    coded = coded if isinstance(coded, pa.Array) else coded.chunk(0)
+    values = coded.dictionary.cast(pa.large_string())
+    return coded.indices.to_numpy().astype(np.int32, copy=False), values
+
+
+def _recode(column: Any) -> tuple[np.ndarray, Any]:
+    chunks = [c for c in column.chunks if len(c)]
+    old = np.concatenate([c.indices.to_numpy() for c in chunks]) if chunks else np.empty(0, int)
+    dictionary = chunks[0].dictionary.cast(pa.large_string()).dictionary_encode()
+    old = dictionary.indices.to_numpy()[old]
+    coded = pa.array(old).dictionary_encode()
+    return (
+        coded.indices.to_numpy().astype(np.int32, copy=False),
+        dictionary.dictionary.take(coded.dictionary),
+    )
+
+
+def _numbers(
+    table: pa.Table, name: str, label: str, problems: list[str], *, nulls: bool
+) -> np.ndarray | None:
+    """Return a column as int64 or float64; times become integers in their own unit."""
+    column = table.column(name)
+    kind = column.type
+    if pa.types.is_timestamp(kind) or pa.types.is_date64(kind):
+        column = column.cast(pa.int64())
+    elif pa.types.is_date32(kind):
+        column = column.cast(pa.int32())
+    elif pa.types.is_decimal(kind):
+        column = column.cast(pa.float64())
+    elif not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+        problems.append(
+            f"column '{name}' of {label} holds {kind}; give numbers, dates or timestamps "
+            "(ISO 8601 in CSV)"
+        )
+        return None
+    if column.null_count and not nulls:
+        problems.append(
+            f"column '{name}' of {label} holds {column.null_count} nulls, so the order of those "
+            "rows is unknown; drop them or fill in the time"
+        )
+        return None
+    if nulls:
+        column = column.cast(pa.float64())
+    values: np.ndarray = column.to_numpy()
+    if not nulls and values.dtype.kind == "f" and not np.isfinite(values).all():
+        problems.append(
+            f"column '{name}' of {label} holds {int((~np.isfinite(values)).sum())} NaN or infinite "
+            "times; drop those rows"
+        )
+    return values
