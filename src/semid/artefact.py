@@ -176,7 +176,9 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         version = int(config["format_version"])
         str(config["kind"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ArtefactError(f"'{file}' is not a semid config ({error}); save the model again") from None
+        raise ArtefactError(
+            f"'{file}' is not a semid config ({error}); save the model again"
+        ) from None
     if version > FORMAT_VERSION:
         raise ArtefactError(
             f"'{folder}' has format version {version}, this semid reads up to {FORMAT_VERSION}; "

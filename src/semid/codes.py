@@ -86,7 +86,9 @@ class CodesInfo:
 def ids_schema(item_type: pa.DataType, info: CodesInfo) -> pa.Schema:
     """Return the Parquet schema of Semantic IDs for items of ``item_type``."""
     levels = len(info.codebook_sizes)
-    value = pa.field("element", pa.from_numpy_dtype(code_dtype(info.codebook_sizes)), nullable=False)
+    value = pa.field(
+        "element", pa.from_numpy_dtype(code_dtype(info.codebook_sizes)), nullable=False
+    )
     return pa.schema(
         [
             pa.field("item_id", item_type, nullable=False),
@@ -148,7 +150,9 @@ class SemanticIds:
             high = self.codes.max(axis=0)
             problems += [
                 f"level {level} holds code {int(top)}, its codebook has {size} codewords"
-                for level, (top, size) in enumerate(zip(high, self.info.codebook_sizes, strict=True))
+                for level, (top, size) in enumerate(
+                    zip(high, self.info.codebook_sizes, strict=True)
+                )
                 if top >= size
             ]
         if not len(self.items) == len(self.codes) == len(self.residual_norms):
@@ -185,7 +189,8 @@ class SemanticIds:
                 f"{len(unknown)} of {len(wanted)} items are not in these Semantic IDs "
                 f"(first: '{unknown[0]}'); encode them first"
             )
-        return self.codes[int(rows[0])] if isinstance(items, str) else self.codes[rows]
+        found: npt.NDArray[np.unsignedinteger[Any]] = self.codes[rows]
+        return found[0] if isinstance(items, str) else found
 
     def with_prefix(self, prefix: Sequence[int]) -> npt.NDArray[np.int64]:
         """Return the row numbers of the items whose codes start with ``prefix``, rising.
@@ -208,9 +213,10 @@ class SemanticIds:
         """
         if self.info.codebook_fingerprint != codebook_fingerprint:
             raise FingerprintError(
-                f"these ids were made with another codebook ({self.info.codebook_fingerprint[:12]}) "
-                f"than the model's ({codebook_fingerprint[:12]}); encode the items again with this "
-                "model, or load the model that made the ids"
+                "these ids were made with another codebook "
+                f"({self.info.codebook_fingerprint[:12]}) than the model's "
+                f"({codebook_fingerprint[:12]}); encode the items again with this model, or load "
+                "the model that made the ids"
             )
 
     def write(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:

@@ -16,10 +16,12 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress as Bars,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
+)
+from rich.progress import (
+    Progress as Bars,
 )
 
 __all__ = ["JsonProgress", "Progress", "QuietProgress", "RichProgress", "make_progress"]

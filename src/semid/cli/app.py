@@ -6,6 +6,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -47,21 +48,21 @@ app.command()(compare)
 app.command()(demo)
 
 
-@app.callback()
-def _root(
-    version: bool = typer.Option(
-        False, "--version", help="Print the version and stop.", is_eager=True, callback=lambda v: _version(v)
-    ),
-) -> None:
-    """Hold the options of the program itself; the help text is given to the Typer app."""
-
-
 def _version(wanted: bool) -> None:
     if wanted:
         from importlib.metadata import version
 
         typer.echo(f"semid {version('semid')}")
         raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_version)
+    ] = False,
+) -> None:
+    """Hold the options of the program itself; the help text is given to the Typer app."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -105,4 +106,6 @@ def _configure(console: Console, debug: bool) -> None:
 
 def _complain(console: Console, message: str) -> None:
     for line in message.splitlines() or [""]:
-        console.print(f"error: {line}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+        console.print(
+            f"error: {line}", style="bold red", markup=False, highlight=False, soft_wrap=True
+        )

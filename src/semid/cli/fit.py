@@ -45,11 +45,11 @@ def fit(
     full_pass: Annotated[
         bool, typer.Option(help="After a sample: one more iteration over all rows.")
     ] = True,
-    normalize: Annotated[bool, typer.Option("--normalize", help="Scale rows to unit length.")] = False,
+    normalize: Annotated[
+        bool, typer.Option("--normalize", help="Scale rows to unit length.")
+    ] = False,
     center: Annotated[bool, typer.Option("--center", help="Subtract the training mean.")] = False,
-    beam_width: Annotated[
-        int, typer.Option(min=1, help="Beam while encoding; 1 is greedy.")
-    ] = 1,
+    beam_width: Annotated[int, typer.Option(min=1, help="Beam while encoding; 1 is greedy.")] = 1,
     validation_fraction: Annotated[
         float, typer.Option(help="Share of items held out and judged; 0 trains on all.")
     ] = 0.05,
@@ -105,12 +105,16 @@ def fit(
             model.fit(source, checkpoint=state, resume=resume, progress=progress)
     except KeyboardInterrupt:
         if (state / "state.safetensors").exists():
-            typer.echo(f"stopped; '{state}' keeps the run: repeat the command with --resume", err=True)
+            typer.echo(
+                f"stopped; '{state}' keeps the run: repeat the command with --resume", err=True
+            )
         raise
     model.save(output, overwrite=overwrite)
     shutil.rmtree(state, ignore_errors=True)
     if model.report is not None:
-        typer.echo(f"fitted {tokenizer} on {model.report.trained_items:,} items in "
-                   f"{model.report.seconds:,.1f} s")
+        typer.echo(
+            f"fitted {tokenizer} on {model.report.trained_items:,} items in "
+            f"{model.report.seconds:,.1f} s"
+        )
         typer.echo(model.report.summary)
     typer.echo(f"model: {output}")

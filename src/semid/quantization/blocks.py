@@ -7,6 +7,7 @@ result.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ __all__ = [
     "ResidualBlocks",
     "in_memory",
     "prefetched",
+    "read_ahead",
 ]
 
 Array = npt.NDArray[np.float32]
@@ -218,10 +220,9 @@ def prefetched(
 
     def put(item: tuple[int, Array] | BaseException | None) -> None:
         while not stopped.is_set():
-            try:
-                return ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
+            with contextlib.suppress(queue.Full):
+                ready.put(item, timeout=0.1)
+                return
 
     def read() -> None:
         try:
@@ -243,3 +244,8 @@ def prefetched(
     finally:
         stopped.set()
         reader.join()
+
+
+def read_ahead(blocks: Blocks) -> Iterator[tuple[int, Array]]:
+    """Read blocks in order, ahead of their use unless they already lie in memory."""
+    return blocks.blocks() if isinstance(blocks, ArrayBlocks) else prefetched(blocks.blocks())

@@ -16,8 +16,9 @@ import numpy.typing as npt
 import torch
 
 from semid.errors import UsageError
-from semid.quantization.blocks import ArrayBlocks, Blocks, prefetched
-from semid.quantization.nearest import PreparedCodebook, nearest, prepare
+from semid.quantization.assign import assign
+from semid.quantization.blocks import ArrayBlocks, Blocks, read_ahead
+from semid.quantization.nearest import prepare
 from semid.quantization.seeding import kmeans_plus_plus
 from semid.quantization.statistics import Statistics, statistics
 from semid.quantization.threads import default_threads
@@ -113,24 +114,6 @@ class KMeansResult:
     history: tuple[float, ...]
     distinct: int
     converged: bool
-
-
-def assign(
-    block: Array, centroids: Array | PreparedCodebook, *, threads: int | None = None
-) -> tuple[npt.NDArray[np.int64], Array]:
-    """Label a block's rows: with `statistics`, the seam that everything larger is built on.
-
-    Args:
-        block: ``(n, dim)`` float32 rows.
-        centroids: ``(codes, dim)`` float32, prepared once if used for several blocks.
-        threads: plain threads; None takes what the machine allows.
-
-    Returns:
-        Labels ``(n,)`` int64, ties to the lowest, and squared distances ``(n,)`` float32.
-    """
-    words = torch.from_numpy(centroids) if isinstance(centroids, np.ndarray) else centroids
-    found = nearest(torch.from_numpy(block), words, threads=threads)
-    return found.labels.numpy(), found.distances.numpy()
 
 
 def kmeans(
@@ -302,7 +285,7 @@ def _pass(
         Statistics.zeros(codes, blocks.dim),
     )
     prepared = prepare(torch.from_numpy(centroids))
-    for start, block in prefetched(blocks.blocks()):
+    for start, block in read_ahead(blocks):
         span = slice(start, start + len(block))
         result.labels[span], result.distances[span] = assign(block, prepared, threads=threads)
         result.total.add_(

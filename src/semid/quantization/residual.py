@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from semid.quantization.assign import assign
 from semid.quantization.blocks import ArrayBlocks, Blocks, ResidualBlocks, in_memory
 from semid.quantization.kmeans import (
     KMeansOptions,
@@ -20,7 +21,7 @@ from semid.quantization.kmeans import (
     draw_sample,
     kmeans,
 )
-from semid.quantization.nearest import PreparedCodebook, nearest, nearest_m
+from semid.quantization.nearest import PreparedCodebook, nearest_m
 from semid.seeds import child_seed
 
 __all__ = [
@@ -94,7 +95,7 @@ def fit_residual(
         threads: plain threads; None takes what the machine allows.
         memory_bytes: a level's residuals are held as float32 up to this size, and computed again
             from the blocks at every pass above it; the result is the same.
-        done: codebook, labels of the rows trained on and fit of levels that need not be fitted again.
+        done: codebook, labels of the rows trained on, and fit of levels already fitted.
         state: K-means state inside the first level that is not done.
         on_iteration: called with the level and the K-means state after every iteration.
         on_level: called with the level and its result.
@@ -196,15 +197,15 @@ def encode_residual(
     codes = np.empty((len(block), len(codebooks)), dtype=np.int64)
     residual = block
     for level, codebook in enumerate(codebooks):
-        found = nearest(torch.from_numpy(residual), codebook, threads=threads)
-        codes[:, level] = found.labels.numpy()
+        codes[:, level], _ = assign(residual, codebook, threads=threads)
         residual = residual - codebook.codewords.numpy()[codes[:, level]]
     return ResidualCodes(codes, _norms(residual))
 
 
 def _norms(rows: Array) -> Array:
     squared = np.einsum("nd,nd->n", rows, rows, dtype=np.float64)
-    return np.sqrt(squared).astype(np.float32)
+    norms: Array = np.sqrt(squared).astype(np.float32)
+    return norms
 
 
 def _encode_beam(

@@ -1,26 +1,33 @@
-"""Batched k-means++ seeding that draws from exactly the sequential distribution.
+"""Greedy k-means++ seeding in batches.
 
 k-means++ (Arthur & Vassilvitskii 2007) draws each centre with probability proportional to a row's
-squared distance to the centres so far, which costs one pass over the data a centre. Here a round
-draws many candidates from the distances known at its start and accepts candidate ``x`` with
-probability ``d_now(x) / d_start(x)``, where ``d_now`` also counts the centres accepted in this
-round. That is rejection sampling from the sequential distribution: same quality, far fewer passes.
+squared distance to the centres so far, one pass over the data a centre. Here a round draws many
+candidates from the distances known at its start and accepts candidate ``x`` with probability
+``d_now(x) / d_start(x)``, where ``d_now`` also counts the centres accepted in this round: that is
+rejection sampling from the sequential distribution, in far fewer passes. Greedy: candidates are
+drawn several a centre, and those that lower the total distance most are tried first.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
-from semid.quantization.blocks import BLOCK_ROWS, Blocks
-from semid.quantization.nearest import nearest
+from semid.quantization.assign import THREADED_WORK, assign
+from semid.quantization.blocks import BLOCK_ROWS, Blocks, read_ahead
+from semid.quantization.threads import map_blocks
 
 __all__ = ["kmeans_plus_plus"]
 
 # Candidates a round: more save passes, but more of them are rejected. A quarter of the centres so
 # far keeps rejection rare; 256 already runs the distance kernel at full speed.
 MAX_ROUND = 256
+# Rows of a gain block: with a few hundred candidates it stays in a core's cache.
+GAIN_ROWS = 1024
 
 
 def kmeans_plus_plus(
@@ -30,6 +37,7 @@ def kmeans_plus_plus(
     generator: np.random.Generator,
     weights: npt.NDArray[np.float64] | None = None,
     threads: int | None = None,
+    trials: int = 4,
 ) -> npt.NDArray[np.float32]:
     """Choose up to ``codes`` rows as initial centroids.
 
@@ -38,7 +46,8 @@ def kmeans_plus_plus(
         codes: centroids wanted, at least 1.
         generator: source of randomness.
         weights: ``(items,)`` non-negative item weights that multiply the squared distances.
-        threads: threads for the distance kernel; None takes what the machine allows.
+        threads: plain threads; None takes what the machine allows.
+        trials: candidates drawn a centre; 1 is plain k-means++.
 
     Returns:
         ``(found, dim)`` float32 distinct rows; ``found < codes`` only if the data hold no more
@@ -52,10 +61,10 @@ def kmeans_plus_plus(
     closest = np.full(items, np.inf, dtype=np.float32)
     fresh = centres
     while True:
-        for start, block in blocks.blocks():
+        for start, block in read_ahead(blocks):
             stop = start + len(block)
-            found = nearest(torch.from_numpy(block), torch.from_numpy(fresh), threads=threads)
-            np.minimum(closest[start:stop], found.distances.numpy(), out=closest[start:stop])
+            _, distances = assign(block, fresh, threads=threads)
+            np.minimum(closest[start:stop], distances, out=closest[start:stop])
         if len(centres) >= codes:
             return centres
         mass = closest.astype(np.float64)
@@ -64,7 +73,11 @@ def kmeans_plus_plus(
         if not mass.any():
             return centres
         size = min(codes - len(centres), max(1, len(centres) // 4), MAX_ROUND)
-        fresh = _accept(blocks, _draw(mass, size, generator), closest, generator)
+        drawn = _draw(mass, size * trials, generator)
+        candidates = blocks.rows(drawn)
+        gains = _gains(blocks, candidates, closest, weights, threads) if trials > 1 else None
+        kept = _accept(candidates, closest[drawn], gains, size, generator)
+        fresh = candidates[kept]
         centres = np.concatenate([centres, fresh])
 
 
@@ -89,22 +102,63 @@ def _draw(
     return drawn
 
 
-def _accept(
+def _gains(
     blocks: Blocks,
-    drawn: npt.NDArray[np.int64],
+    candidates: npt.NDArray[np.float32],
     closest: npt.NDArray[np.float32],
+    weights: npt.NDArray[np.float64] | None,
+    threads: int | None,
+) -> npt.NDArray[np.float64]:
+    """How much each candidate alone would lower the total squared distance, ``(n,)``."""
+    middle = torch.from_numpy(candidates).mean(0)
+    words = torch.from_numpy(candidates) - middle
+    norms = (words**2).sum(1)
+
+    def part(piece: tuple[Tensor, Tensor, Tensor | None]) -> npt.NDArray[np.float64]:
+        rows, limit, mass = piece
+        x = rows - middle
+        gain = torch.addmm(norms, x, words.T, beta=-1, alpha=2)
+        gain.add_((limit - (x**2).sum(1))[:, None]).clamp_(min=0)
+        if mass is not None:
+            gain *= mass[:, None]
+        summed: npt.NDArray[np.float64] = gain.sum(0, dtype=torch.float64).numpy()
+        return summed
+
+    total = np.zeros(len(candidates))
+    for start, block in read_ahead(blocks):
+        stop = start + len(block)
+        rows = torch.split(torch.from_numpy(block), GAIN_ROWS)
+        limits = torch.split(torch.from_numpy(closest[start:stop]), GAIN_ROWS)
+        masses: Sequence[Tensor | None] = [None] * len(rows)
+        if weights is not None:
+            masses = torch.split(torch.from_numpy(weights[start:stop]), GAIN_ROWS)
+        pieces = list(zip(rows, limits, masses, strict=True))
+        worth = len(block) * len(words) * block.shape[1] >= THREADED_WORK
+        # Added in row order, so that threads cannot change the sum.
+        for gain in map_blocks(part, pieces, threads=threads if worth else 1):
+            total += gain
+    return total
+
+
+def _accept(
+    candidates: npt.NDArray[np.float32],
+    start: npt.NDArray[np.float32],
+    gains: npt.NDArray[np.float64] | None,
+    size: int,
     generator: np.random.Generator,
-) -> npt.NDArray[np.float32]:
-    """Accept candidates one after another with probability ``d_now / d_start``."""
-    candidates = blocks.rows(drawn)
+) -> list[int]:
+    """Accept up to ``size`` candidates one after another, each with probability now / start."""
     wide = candidates.astype(np.float64)
-    start = closest[drawn].astype(np.float64)
-    now = start.copy()
-    coins = generator.random(len(drawn))
+    before = start.astype(np.float64)
+    now = before.copy()
+    coins = generator.random(len(candidates))
+    order = np.arange(len(candidates)) if gains is None else np.argsort(-gains, kind="stable")
     kept: list[int] = []
-    for i in range(len(drawn)):
-        if coins[i] * start[i] < now[i]:
-            kept.append(i)
+    for i in order:
+        if coins[i] * before[i] < now[i]:
+            kept.append(int(i))
+            if len(kept) == size:
+                break
             difference = wide - wide[i]
             np.minimum(now, np.einsum("nd,nd->n", difference, difference), out=now)
-    return candidates[kept]
+    return kept

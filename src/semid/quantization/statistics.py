@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+import itertools
 from dataclasses import dataclass
 
 import numba
 import numpy as np
 import numpy.typing as npt
+
+from semid.quantization.threads import map_blocks
 
 __all__ = ["Statistics", "statistics"]
 
@@ -38,7 +40,7 @@ class Statistics:
         self.inertia += other.inertia
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, cache=True)
 def _group(labels: npt.NDArray[np.int64], codes: int) -> tuple[np.ndarray, np.ndarray]:
     """Counting sort: row numbers by code, rows in order inside a code."""
     starts = np.zeros(codes + 1, dtype=np.int64)
@@ -54,7 +56,7 @@ def _group(labels: npt.NDArray[np.int64], codes: int) -> tuple[np.ndarray, np.nd
     return order, starts
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, cache=True)
 def _sum_codes(
     x: np.ndarray,
     weights: np.ndarray,
@@ -116,15 +118,13 @@ def statistics(
     else:
         cuts = np.searchsorted(starts, np.linspace(0, len(block), threads + 1)[1:-1])
         bounds = [0, *np.clip(cuts, 0, codes).tolist(), codes]
-        with ThreadPoolExecutor(threads) as pool:
-            list(
-                pool.map(
-                    lambda span: _sum_codes(
-                        block, by_row, order, starts, result.sums, result.counts, *span
-                    ),
-                    zip(bounds[:-1], bounds[1:], strict=True),
-                )
-            )
+        map_blocks(
+            lambda span: _sum_codes(
+                block, by_row, order, starts, result.sums, result.counts, *span
+            ),
+            list(itertools.pairwise(bounds)),
+            threads=threads,
+        )
     squared = distances.astype(np.float64)
     result.inertia = float((squared if weights is None else squared * weights).sum())
     return result

@@ -1,0 +1,1 @@
+"""Tokenizers: one method a file, behind one contract."""

@@ -175,7 +175,7 @@ class Tokenizer(ABC):
         """
         if self._dim is None:
             raise NotFittedError(
-                f"this {type(self).__name__} is not fitted; call fit(embeddings) or semid.load(path)"
+                f"this {type(self).__name__} is not fitted; call fit(x) or semid.load(path)"
             )
         return self._dim
 
@@ -235,9 +235,7 @@ class Tokenizer(ABC):
         began = time.monotonic()
         steps = progress or QuietProgress()
         opened = open_embeddings(source, ids=ids)
-        train = ~held_out_mask(
-            opened.ids, self.validation_fraction, salt=HELD_OUT_SALT
-        )
+        train = ~held_out_mask(opened.ids, self.validation_fraction, salt=HELD_OUT_SALT)
         seen = scan(opened, train, steps)
         self._check_rows(seen, int(train.sum()))
         item_weights = _weights(weights, len(opened))

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def encode_to_parquet(
     info = tokenizer.codes_info(beam_width)
     parts = _Parts(
         partial_folder(target),
-        key=run_key(info.to_metadata(), _digest(opened)),
+        key=run_key(asdict(info), _digest(opened)),
         resume=resume,
     )
     steps = progress or QuietProgress()

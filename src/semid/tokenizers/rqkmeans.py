@@ -71,15 +71,15 @@ class RQKMeans(Tokenizer):
         if beam_width < 1:
             raise UsageError(f"beam_width={beam_width}: give at least 1")
         if not 0 <= validation_fraction < 1:
-            raise UsageError(
-                f"validation_fraction={validation_fraction}: give a share in [0, 1)"
-            )
+            raise UsageError(f"validation_fraction={validation_fraction}: give a share in [0, 1)")
         self.seed = int(seed)
         self.normalize = bool(normalize)
         self.center = bool(center)
         self.beam_width = int(beam_width)
         self.validation_fraction = float(validation_fraction)
-        self.kmeans = kmeans if isinstance(kmeans, KMeansOptions) else KMeansOptions(**(kmeans or {}))
+        self.kmeans = (
+            kmeans if isinstance(kmeans, KMeansOptions) else KMeansOptions(**(kmeans or {}))
+        )
         self.threads = threads
         self._preprocess = Preprocess(normalize=normalize)
         self._prepared: tuple[PreparedCodebook, ...] = ()

@@ -1,0 +1,1 @@
+"""What training shares: checkpoints, and the loop of models that have one."""

@@ -1,0 +1,37 @@
+# `make demo` and `make test` work on a fresh machine with Python 3.11: they make .venv themselves.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test slow browser lint format bench clean
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(READY)  ## the main job on a synthetic catalogue: demo/report.html
+	$(BIN)/semid demo --output demo --overwrite
+
+test: $(READY)  ## the fast tests
+	$(BIN)/python -m pytest
+
+slow: $(READY)  ## tests on real data at full size, minutes
+	$(BIN)/python -m pytest -m slow
+
+browser: $(READY)  ## tests of the pages in headless Chromium
+	$(BIN)/python -m pytest -m browser
+
+lint: $(READY)  ## ruff and mypy
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix src tests benchmarks
+	$(BIN)/ruff format src tests benchmarks
+
+clean:
+	rm -rf $(VENV) demo build dist

@@ -1,0 +1,28 @@
+"""Shared fixtures: small data whose answer is known, and the real data where it lies."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+DATA = Path(os.environ.get("SEMID_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Return the folder of real data, or skip with the reason."""
+    if not DATA.is_dir():
+        pytest.skip(f"real data not found at '{DATA}'; set SEMID_DATA to its folder")
+    return DATA
+
+
+@pytest.fixture(scope="session")
+def clustered() -> np.ndarray:
+    """Rows (1200, 24) in 40 loose clusters with unequal scales: structure at two levels."""
+    generator = np.random.default_rng(7)
+    centres = generator.normal(size=(40, 24)) * np.linspace(3.0, 0.3, 24)
+    rows = centres[generator.integers(0, 40, 1200)] + 0.3 * generator.normal(size=(1200, 24))
+    return rows.astype(np.float32)

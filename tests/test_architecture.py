@@ -1,0 +1,83 @@
+"""The house holds: imports point one way, and every `__all__` is sorted and true."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "src" / "semid"
+
+# A module may import its own group and groups on lines above it; on one line, only to the left.
+FLOORS = [
+    ["errors"],
+    ["artefact", "seeds", "progress"],
+    ["data", "codes", "health", "quantization", "training"],
+    ["tokenizers"],
+    ["loading"],
+    ["diagnostics", "ranking", "catalogue"],
+    ["report", "experiments", "export", "serve"],
+    ["cli"],
+]
+RANK = {
+    name: (floor, place) for floor, names in enumerate(FLOORS) for place, name in enumerate(names)
+}
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def group_of(module: str) -> str | None:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 and parts[0] == "semid" else None
+
+
+def imports(path: Path) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.append(node.module or "")
+            if node.module == "semid":
+                found += [f"semid.{alias.name}" for alias in node.names]
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_down(path: Path) -> None:
+    relative = path.relative_to(PACKAGE)
+    own = relative.parts[0].removesuffix(".py")
+    if own == "__init__":
+        return
+    assert own in RANK, f"{own} has no floor: give it one in FLOORS"
+    for module in imports(path):
+        group = group_of(module)
+        if group is None or group == own:
+            continue
+        assert group in RANK, f"{relative} imports {module}, which has no floor"
+        assert RANK[group] < RANK[own], f"{relative} imports {module}, which lies above it"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_all_is_sorted_and_exists(path: Path) -> None:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+    module = importlib.import_module(name)
+    exported = getattr(module, "__all__", None)
+    if exported is None:
+        assert path.name == "__init__.py", f"{name} has no __all__"
+        return
+    assert list(exported) == sorted(exported), f"{name}.__all__ is not sorted"
+    for item in exported:
+        assert hasattr(module, item), f"{name}.__all__ names '{item}', which does not exist"
+
+
+def test_files_stay_readable() -> None:
+    long = [
+        f"{path.relative_to(PACKAGE)}: {lines}"
+        for path in MODULES
+        if (lines := path.read_text(encoding="utf8").count("\n")) > 450
+    ]
+    assert not long, f"split these: {long}"

@@ -1,0 +1,310 @@
+"""One suite of behaviour for every tokenizer: a new one joins by a line in TOKENIZERS."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import semid
+from semid.artefact import TENSOR_FILE
+from semid.errors import (
+    ArtefactError,
+    EmbeddingError,
+    FingerprintError,
+    InputError,
+    NotFittedError,
+    OutputExistsError,
+    UsageError,
+)
+from semid.tokenizers.base import Tokenizer
+
+TOKENIZERS: dict[str, Callable[..., Tokenizer]] = {
+    "rqkmeans": lambda **changes: semid.RQKMeans(**{"levels": 3, "codebook_size": 16, **changes}),
+    "rqkmeans-prepared": lambda **changes: semid.RQKMeans(
+        **{"levels": 2, "codebook_size": 16, "normalize": True, "center": True, **changes}
+    ),
+    "rqkmeans-beam": lambda **changes: semid.RQKMeans(
+        **{"levels": 3, "codebook_size": 16, "beam_width": 3, **changes}
+    ),
+}
+
+pytestmark = pytest.mark.parametrize("make", TOKENIZERS.values(), ids=TOKENIZERS.keys())
+
+Make = Callable[..., Tokenizer]
+
+
+@pytest.fixture(scope="module")
+def fitted(clustered: np.ndarray) -> Callable[[Make], Tokenizer]:
+    made: dict[Make, Tokenizer] = {}
+
+    def get(make: Make) -> Tokenizer:
+        if make not in made:
+            made[make] = make().fit(clustered)
+        return made[make]
+
+    return get
+
+
+def test_same_seed_same_codes(make, fitted, clustered):
+    again = make().fit(clustered)
+    assert np.array_equal(again.encode(clustered).codes, fitted(make).encode(clustered).codes)
+    assert again.weights_fingerprint == fitted(make).weights_fingerprint
+
+
+def test_other_seed_other_codebook(make, fitted, clustered):
+    other = make(seed=1).fit(clustered)
+    assert other.codebook_fingerprint != fitted(make).codebook_fingerprint
+
+
+def test_threads_change_nothing(make, fitted, clustered):
+    single = make(threads=1).fit(clustered)
+    triple = make(threads=3).fit(clustered)
+    assert single.weights_fingerprint == triple.weights_fingerprint
+    assert single.weights_fingerprint == fitted(make).weights_fingerprint
+
+
+def test_saved_equals_loaded(make, fitted, clustered, tmp_path):
+    tokenizer = fitted(make)
+    tokenizer.save(tmp_path / "model")
+    loaded = semid.load(tmp_path / "model")
+    assert type(loaded) is type(tokenizer)
+    assert loaded.settings == tokenizer.settings
+    assert loaded.weights_fingerprint == tokenizer.weights_fingerprint
+    ours, theirs = tokenizer.encode(clustered), loaded.encode(clustered)
+    assert np.array_equal(ours.codes, theirs.codes)
+    assert np.array_equal(ours.residual_norms, theirs.residual_norms)
+    assert np.array_equal(tokenizer.decode(ours), loaded.decode(theirs))
+    assert loaded.report == tokenizer.report
+    assert "verdict" in (tmp_path / "model" / "README.md").read_text(encoding="utf8")
+
+
+def test_row_batch_and_blocks_agree(make, fitted, clustered):
+    tokenizer = fitted(make)
+    together = tokenizer.encode(clustered).codes
+    singly = [tokenizer.encode(clustered[row]).codes[0] for row in range(20)]
+    assert np.array_equal(np.stack(singly), together[:20])
+    for size in (1, 7, 501):
+        parts = [
+            tokenizer.encode(clustered[start : start + size]).codes
+            for start in range(0, min(60 * size, 1200), size)
+        ]
+        cut = np.concatenate(parts)
+        assert np.array_equal(cut, together[: len(cut)])
+
+
+def test_permuting_rows_permutes_codes(make, fitted, clustered):
+    order = np.random.default_rng(0).permutation(len(clustered))
+    tokenizer = fitted(make)
+    assert np.array_equal(
+        tokenizer.encode(clustered[order]).codes, tokenizer.encode(clustered).codes[order]
+    )
+
+
+def test_equal_rows_get_equal_codes(make, fitted, clustered):
+    doubled = np.repeat(clustered[:50], 3, axis=0)
+    codes = fitted(make).encode(doubled).codes
+    assert np.array_equal(codes[0::3], codes[1::3])
+    assert np.array_equal(codes[0::3], codes[2::3])
+
+
+def test_unseen_rows_are_encoded(make, fitted, clustered):
+    new = clustered + 0.5
+    ids = fitted(make).encode(new)
+    assert ids.codes.shape == (1200, fitted(make).levels)
+    assert (ids.codes < np.array(fitted(make).codebook_sizes)).all()
+
+
+def test_decoding_beats_the_mean_and_improves_with_levels(make, clustered):
+    x = clustered / np.linalg.norm(clustered, axis=1, keepdims=True)
+    tokenizer = make().fit(x)
+    shallow = make(levels=1).fit(x)
+
+    def error(fit: Tokenizer) -> float:
+        return float(((x - fit.decode(fit.encode(x))) ** 2).sum())
+
+    assert error(tokenizer) < 0.5 * float(((x - x.mean(0)) ** 2).sum())
+    assert error(tokenizer) < error(shallow)
+
+
+def test_quantize_sums_or_mixes_the_codebooks(make, fitted, clustered):
+    tokenizer = fitted(make)
+    codes = tokenizer.encode(clustered).codes
+    words = [book[codes[:, level]] for level, book in enumerate(tokenizer.codebooks)]
+    mixed = np.sum(words, axis=0) if tokenizer.hierarchical else np.mean(words, axis=0)
+    np.testing.assert_allclose(tokenizer.quantize(codes), mixed, rtol=1e-5, atol=1e-5)
+
+
+def test_residual_norm_is_what_the_levels_leave(make, fitted, clustered):
+    tokenizer = fitted(make)
+    ids = tokenizer.encode(clustered)
+    left = tokenizer.latent(clustered) - tokenizer.quantize(ids)
+    np.testing.assert_allclose(
+        ids.residual_norms, np.linalg.norm(left, axis=1), rtol=1e-3, atol=1e-4
+    )
+
+
+def test_half_precision_and_read_only_maps(make, fitted, clustered, tmp_path):
+    half = clustered.astype(np.float16)
+    np.save(tmp_path / "half.npy", half)
+    mapped = np.load(tmp_path / "half.npy", mmap_mode="r")
+    expected = fitted(make).encode(half.astype(np.float32)).codes
+    assert np.array_equal(fitted(make).encode(half).codes, expected)
+    assert np.array_equal(fitted(make).encode(mapped).codes, expected)
+    assert np.array_equal(fitted(make).encode(tmp_path / "half.npy").codes, expected)
+    assert make().fit(mapped).codebook_fingerprint == make().fit(half).codebook_fingerprint
+
+
+def test_held_out_rows_are_never_trained_on(make, clustered):
+    plain = make().fit(clustered)
+    report = plain.report
+    assert report is not None
+    assert 0 < report.held_out_items < 200
+    assert report.validation_error is not None
+    spoilt = clustered.copy()
+    from semid.data.ids import held_out_mask
+    from semid.tokenizers.base import HELD_OUT_SALT
+
+    held = held_out_mask(semid.open_embeddings(clustered).ids, 0.05, salt=HELD_OUT_SALT)
+    spoilt[held] += 100.0
+    assert make().fit(spoilt).codebook_fingerprint == plain.codebook_fingerprint
+    everything = make(validation_fraction=0).fit(clustered)
+    assert everything.report is not None
+    assert everything.report.held_out_items == 0
+    assert everything.report.validation_error is None
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(make, fitted, clustered, tmp_path):
+    from semid.progress import QuietProgress
+
+    class Interrupt(QuietProgress):
+        def __init__(self, after: int) -> None:
+            self.left = after
+
+        def step(self, done: int = 1, **fields: object) -> None:
+            self.left -= bool(fields)
+            if self.left == 0:
+                raise KeyboardInterrupt
+
+    for after in (1, 4, 9):
+        folder = tmp_path / f"after-{after}"
+        with pytest.raises(KeyboardInterrupt):
+            make().fit(clustered, checkpoint=folder, progress=Interrupt(after))
+        with pytest.raises(OutputExistsError, match="--resume"):
+            make().fit(clustered, checkpoint=folder)
+        with pytest.raises(ArtefactError, match="other settings or data"):
+            make(seed=5).fit(clustered, checkpoint=folder, resume=True)
+        with pytest.raises(ArtefactError, match="other settings or data"):
+            make().fit(clustered + 1, checkpoint=folder, resume=True)
+        resumed = make().fit(clustered, checkpoint=folder, resume=True)
+        assert resumed.weights_fingerprint == fitted(make).weights_fingerprint
+
+
+def test_too_few_rows_are_refused(make, clustered):
+    with pytest.raises(EmbeddingError, match=r"10 distinct rows cannot fill codebook_size=16"):
+        make().fit(clustered[:10])
+    with pytest.raises(EmbeddingError, match=r"12 distinct rows"):
+        make().fit(np.tile(clustered[:12], (30, 1)))
+    with pytest.raises(EmbeddingError, match="validation_fraction"):
+        make(validation_fraction=0.9).fit(clustered[:40])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_rows_that_are_not_finite_are_refused(make, fitted, clustered, bad):
+    spoilt = clustered.copy()
+    spoilt[17, 3] = bad
+    with pytest.raises(EmbeddingError, match="row 17"):
+        make().fit(spoilt)
+    with pytest.raises(EmbeddingError, match="row 17"):
+        fitted(make).encode(spoilt)
+
+
+def test_wrong_width_is_refused(make, fitted, clustered):
+    with pytest.raises(EmbeddingError, match="width 23, the tokenizer was fitted on width 24"):
+        fitted(make).encode(clustered[:, :23])
+
+
+def test_wrong_codes_are_refused(make, fitted, clustered):
+    tokenizer = fitted(make)
+    codes = tokenizer.encode(clustered[:5]).codes.astype(np.int64)
+    with pytest.raises(InputError, match="shape"):
+        tokenizer.decode(codes[:, :1])
+    with pytest.raises(InputError, match="shape"):
+        tokenizer.decode(codes.astype(np.float32))
+    codes[2, 1] = 16
+    with pytest.raises(InputError, match="row 2, level 1, code 16, allowed 0 to 15"):
+        tokenizer.decode(codes)
+    codes[2, 1] = -1
+    with pytest.raises(InputError, match="outside their codebook"):
+        tokenizer.quantize(codes)
+
+
+def test_codes_of_another_codebook_are_refused(make, fitted, clustered):
+    other = make(seed=3).fit(clustered)
+    with pytest.raises(FingerprintError, match="another codebook"):
+        fitted(make).decode(other.encode(clustered[:4]))
+
+
+def test_unfitted_says_so(make, clustered):
+    with pytest.raises(NotFittedError, match="fit"):
+        make().encode(clustered)
+    with pytest.raises(NotFittedError, match="fit"):
+        _ = make().codebooks
+    with pytest.raises(NotFittedError, match="fit"):
+        make().save("never-written")
+    assert not Path("never-written").exists()
+
+
+def test_save_never_replaces_unasked(make, fitted, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "precious.txt").write_text("keep", encoding="utf8")
+    with pytest.raises(OutputExistsError, match="overwrite"):
+        fitted(make).save(tmp_path / "model")
+    assert (tmp_path / "model" / "precious.txt").read_text(encoding="utf8") == "keep"
+    fitted(make).save(tmp_path / "model", overwrite=True)
+    assert semid.load(tmp_path / "model").dim == 24
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_damaged_artefacts_are_refused(make, fitted, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    fitted(make).save(tmp_path / "model")
+    file = tmp_path / "model" / TENSOR_FILE
+    whole = file.read_bytes()
+    tensors = load_file(file)
+    name = sorted(tensors)[0]
+
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ArtefactError, match="cut short"):
+        semid.load(tmp_path / "model")
+    altered = dict(tensors)
+    altered[name] = tensors[name] + 1
+    save_file(altered, file)
+    with pytest.raises(ArtefactError, match="checksum"):
+        semid.load(tmp_path / "model")
+    save_file({key: value for key, value in tensors.items() if key != name}, file)
+    with pytest.raises(ArtefactError, match=f"missing: {name}"):
+        semid.load(tmp_path / "model")
+    file.unlink()
+    with pytest.raises(ArtefactError, match="copy the whole folder"):
+        semid.load(tmp_path / "model")
+
+
+def test_options_out_of_range_are_refused(make):
+    for change in (
+        {"levels": 0},
+        {"codebook_size": 1},
+        {"codebook_size": (16, 16, 16, 16, 16)},
+        {"beam_width": 0},
+        {"validation_fraction": 1.0},
+    ):
+        with pytest.raises(UsageError):
+            make(**change)
+
+
+def test_repr_shows_settings(make, fitted):
+    assert "not fitted" in repr(make())
+    assert "dim=24" in repr(fitted(make))
