@@ -1,0 +1,6 @@
+"""Diagnosing tokenizers and drawing what was found: pages, tables, JSON."""
+
+from semid.report.diagnose import diagnose
+from semid.report.diagnosis import Diagnosis
+
+__all__ = ["Diagnosis", "diagnose"]

@@ -1,0 +1,75 @@
+"""``semid report``: whether a model's codes are good, and what to do if not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from semid.cli.options import (
+    EmbeddingColumn,
+    IdColumn,
+    Ids,
+    OnInvalid,
+    Overwrite,
+    Quiet,
+    Source,
+    Threads,
+    open_source,
+)
+
+__all__ = ["report"]
+
+
+def report(
+    model: Annotated[Path, typer.Argument(help="Folder written by 'semid fit'.")],
+    embeddings: Source,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="File to write: .html, .json or .md.")
+    ],
+    items: Annotated[
+        str | None,
+        typer.Option(
+            help="Parquet with item_id and title (or text), for names in the report; default: the "
+            "--ids table."
+        ),
+    ] = None,
+    ids: Ids = None,
+    embedding_column: EmbeddingColumn = None,
+    id_column: IdColumn = None,
+    on_invalid: OnInvalid = "error",
+    seed: Annotated[int, typer.Option(help="Draws the samples.")] = 0,
+    threads: Threads = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Diagnose a fitted model on a catalogue: a verdict, figures, and an explorer of the codes.
+
+    Example: semid report model/ items.parquet -o report.html
+    """
+    from semid.artefact import check_output
+    from semid.loading import load
+    from semid.progress import make_progress
+    from semid.report import diagnose
+
+    check_output(output, overwrite=overwrite)
+    source = open_source(
+        embeddings,
+        ids=ids,
+        embedding_column=embedding_column,
+        id_column=id_column,
+        on_invalid=on_invalid,
+    )
+    with make_progress(quiet=quiet) as progress:
+        result = diagnose(
+            load(model),
+            source,
+            items=items if items is not None else ids,
+            seed=seed,
+            threads=threads,
+            progress=progress,
+        )
+    result.write(output, overwrite=overwrite)
+    typer.echo(result.verdict.summary())
+    typer.echo(f"report: {output}")

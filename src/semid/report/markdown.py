@@ -1,0 +1,68 @@
+"""The report as Markdown: the verdict and a table a figure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from semid.report.diagnosis import Diagnosis
+from semid.report.figures import Figure, report_figures
+from semid.report.numbers import count
+from semid.report.prose import SECTIONS, VERDICTS, key_figures
+
+__all__ = ["figure_markdown", "report_markdown", "table"]
+
+
+def _cell(text: str) -> str:
+    """Keep a text from ending its cell or becoming markup of its own."""
+    flat = " ".join(text.split())
+    for character in "\\|<>`*_[]":
+        flat = flat.replace(character, "\\" + character)
+    return flat
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [
+        columns,
+        [":--", *["--:"] * (len(columns) - 1)],
+        *([_cell(c) for c in r] for r in rows),
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def figure_markdown(figure: Figure) -> str:
+    """Return a figure as heading, table, caption and definition."""
+    body = table(figure.columns, figure.rows) if figure.rows else ""
+    return f"### {figure.title}\n\n{body}\n{figure.caption}\n\n*{figure.definition}*\n"
+
+
+def report_markdown(diagnosis: Diagnosis) -> str:
+    """Return a diagnosis as Markdown."""
+    word, meaning = VERDICTS[diagnosis.verdict.level]
+    parts = [
+        f"# {diagnosis.model['name']} on {count(diagnosis.data['items'])} items\n",
+        f"**{word}.** {meaning}\n",
+    ]
+    parts += [
+        f"- **{f.severity}**: {_cell(f.what)}. {_cell(f.why)}. Try {_cell(f.advice)}.\n"
+        for f in diagnosis.verdict.findings
+    ]
+    parts.append(table(["", "", ""], [list(row) for row in key_figures(diagnosis)]))
+    figures = report_figures(diagnosis)
+    for key, title, _ in SECTIONS:
+        drawn = [figure_markdown(figure) for figure in figures if figure.section == key]
+        if drawn:
+            parts += [f"## {title}\n", *drawn]
+    if diagnosis.buckets:
+        rows = [
+            [
+                count(bucket["items"]),
+                " ".join(map(str, bucket["codes"])),
+                "; ".join(str(e["title"] or e["id"]) for e in bucket["examples"][:3]),
+            ]
+            for bucket in diagnosis.buckets[:10]
+        ]
+        parts += ["## Fullest buckets\n", table(["Items", "Id", "For example"], rows)]
+    parts += ["## Protocol\n", *(f"- {_cell(note)}.\n" for note in diagnosis.notes)]
+    parts += [f"- {key.replace('_', ' ')}: {value}\n" for key, value in diagnosis.protocol.items()]
+    return "\n".join(parts)

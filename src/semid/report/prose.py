@@ -1,0 +1,75 @@
+"""The words of the report that do not depend on its figures, and the choice of key figures."""
+
+from __future__ import annotations
+
+from semid.report.diagnosis import Diagnosis
+from semid.report.numbers import count, number, share
+
+__all__ = ["SECTIONS", "VERDICTS", "key_figures"]
+
+VERDICTS = {
+    "healthy": ("Healthy", "Nothing here speaks against using these codes."),
+    "warning": ("Worth a look", "These codes can be used, but something below costs quality."),
+    "unhealthy": ("Unhealthy", "Do not use these codes before the first finding is mended."),
+}
+
+# id, title, introduction
+SECTIONS = (
+    (
+        "codes",
+        "Codes",
+        "Are the codebooks used, do items keep ids of their own, and what of the embedding is left "
+        "in the codes?",
+    ),
+    (
+        "robustness",
+        "Robustness",
+        "Does an item keep its id when its embedding changes a little?",
+    ),
+    (
+        "geometry",
+        "Geometry",
+        "How many directions of the embedding space survive into the codes?",
+    ),
+    (
+        "behaviour",
+        "Behaviour",
+        "Do the codes know which items people take together?",
+    ),
+    (
+        "relations",
+        "Known relations",
+        "The same questions, asked of item pairs that were given as a second truth.",
+    ),
+)
+
+
+def key_figures(d: Diagnosis) -> list[tuple[str, str, str]]:
+    """Return name, value and remark of the figures at the head of the page."""
+    collisions = d.verdict.collisions
+    errors = d.reconstruction["relative_error"]
+    held_out = errors.get("held_out")
+    worst = min(d.usage, key=lambda u: u["perplexity"] / min(u["codebook_size"], u["items"]))
+    return [
+        ("Items", count(collisions.items), f"{count(collisions.unique_ids)} different ids"),
+        (
+            "Collision rate",
+            share(collisions.collision_rate),
+            "1 - unique/N",
+        ),
+        (
+            "Items not alone",
+            share(collisions.shared_share),
+            f"fullest bucket: {count(collisions.largest_bucket)}",
+        ),
+        (
+            "Least even level",
+            f"{number(worst['perplexity'])}",
+            f"perplexity of {count(worst['codebook_size'])}, level {worst['level'] + 1}",
+        ),
+        (
+            "Relative error",
+            number(held_out if held_out is not None else errors["all"]),
+            "held-out items" if held_out is not None else "all items",
+        ),
+    ]
