@@ -1,0 +1,68 @@
+"""What every diagnostic does with its input: check the shape, cut it into blocks, cast a block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from semid.errors import InputError
+
+__all__ = ["BLOCK_ROWS", "Matrix", "as_block", "as_matrix", "row_blocks", "unit_rows"]
+
+Matrix = npt.NDArray[Any] | torch.Tensor
+
+BLOCK_ROWS = 16_384
+"""Rows worked on at once; fixed, so that sums do not depend on memory or threads."""
+
+
+def as_matrix(x: Matrix, name: str) -> npt.NDArray[Any]:
+    """Return ``x`` as a two-dimensional array of numbers without copying it.
+
+    Args:
+        x: numpy array (a memory map stays one) or torch tensor on any device, ``(items, dim)``.
+        name: what the caller calls it, for the error.
+
+    Raises:
+        InputError: not two-dimensional, empty, or not numbers.
+    """
+    array = x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else np.asanyarray(x)
+    if array.ndim != 2 or array.shape[0] == 0 or array.shape[1] == 0:
+        raise InputError(
+            f"{name} has shape {array.shape}; (items, dim) with at least one row is needed"
+        )
+    if not np.issubdtype(array.dtype, np.floating) and not np.issubdtype(array.dtype, np.integer):
+        raise InputError(f"{name} has dtype {array.dtype}; numbers are needed")
+    return array
+
+
+def row_blocks(items: int, size: int = BLOCK_ROWS) -> Iterator[slice]:
+    """Yield slices over the rows, in order."""
+    for start in range(0, items, size):
+        yield slice(start, min(start + size, items))
+
+
+def as_block(array: npt.NDArray[Any], rows: slice | npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """Return some rows as a contiguous float32 array ``(batch, dim)``.
+
+    Raises:
+        InputError: the rows hold NaN or infinite values.
+    """
+    block = np.ascontiguousarray(array[rows], dtype=np.float32)
+    if not np.isfinite(block).all():
+        bad = int(np.flatnonzero(~np.isfinite(block).all(1))[0])
+        start = rows.start or 0 if isinstance(rows, slice) else None
+        row = int(rows[bad]) if start is None else start + bad  # type: ignore[index]
+        raise InputError(f"row {row} holds NaN or infinite values; drop such rows first")
+    return block
+
+
+def unit_rows(block: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Return the rows scaled to length one; rows of zeros stay zeros."""
+    norms = np.sqrt(np.einsum("nd,nd->n", block, block, dtype=np.float64))
+    scale = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0)
+    result: npt.NDArray[np.float32] = (block * scale[:, None]).astype(np.float32)
+    return result

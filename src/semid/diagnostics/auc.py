@@ -1,0 +1,318 @@
+"""Matching AUCs on related pairs against one fixed set of random negatives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from semid.diagnostics.arrays import Matrix, as_block, as_matrix, row_blocks, unit_rows
+from semid.diagnostics.bootstrap import Estimate, bootstrap, cluster_sums
+from semid.diagnostics.pairs import ItemPairs
+from semid.errors import InputError, UsageError
+from semid.health import check_codes, usage
+from semid.seeds import numpy_generator
+
+__all__ = ["MatchRate", "NegativePairs", "PairAucs", "auc", "negative_pairs", "pair_aucs"]
+
+Floats = npt.NDArray[np.float64]
+Rows = npt.NDArray[np.int64]
+
+
+def auc(positives: npt.ArrayLike, negatives: npt.ArrayLike) -> float:
+    """Return the chance that a positive scores above a negative; a tie counts one half.
+
+    Args:
+        positives: scores ``(n,)``.
+        negatives: scores ``(m,)``.
+
+    Returns:
+        Exact Mann-Whitney statistic over all ``n * m`` pairs, divided by their number.
+
+    Raises:
+        InputError: one class is empty, or scores are NaN.
+
+    Cost: a sort.
+    """
+    return float(_placements(positives, negatives)[0].mean())
+
+
+def _placements(positives: npt.ArrayLike, negatives: npt.ArrayLike) -> tuple[Floats, Floats]:
+    """Return for each positive its wins over negatives, and for each negative the positives'."""
+    p, n = np.asarray(positives, np.float64), np.asarray(negatives, np.float64)
+    if p.ndim != 1 or n.ndim != 1 or not len(p) or not len(n):
+        raise InputError(
+            f"an AUC needs scores of both classes; got positives {p.shape} and negatives {n.shape}"
+        )
+    if np.isnan(p).any() or np.isnan(n).any():
+        raise InputError("scores hold NaN; an AUC has no place for them")
+    wins = _below(p, np.sort(n))
+    return wins, 1.0 - _below(n, np.sort(p))
+
+
+def _below(values: Floats, ordered: Floats) -> Floats:
+    """Return the share of ``ordered`` below each value, equal ones counting one half."""
+    left = np.searchsorted(ordered, values, side="left")
+    right = np.searchsorted(ordered, values, side="right")
+    return (left + right) / (2.0 * len(ordered))
+
+
+@dataclass(frozen=True)
+class NegativePairs:
+    """Random pairs (a, b'), the same for every tokenizer that is compared.
+
+    Attributes:
+        targets: row of b', int64 ``(pairs, per_pair)``; never the query itself.
+        per_pair: negatives per positive pair.
+        seed: they were drawn with.
+    """
+
+    targets: Rows = field(repr=False, compare=False)
+    per_pair: int
+    seed: int
+
+
+def negative_pairs(pairs: ItemPairs, *, per_pair: int = 10, seed: int = 0) -> NegativePairs:
+    """Draw the fixed negatives: uniform over the pool less the query.
+
+    An item that the query's user also took may be drawn: no item is known to be unrelated.
+
+    Args:
+        pairs: the positive pairs.
+        per_pair: negatives for each, at least 1.
+        seed: of the draw.
+
+    Raises:
+        UsageError: ``per_pair`` below 1.
+    """
+    if per_pair < 1:
+        raise UsageError(f"per_pair={per_pair} must be at least 1")
+    rng = numpy_generator(seed, "negatives")
+    drawn = rng.integers(0, pairs.pool - 1, (len(pairs), per_pair))
+    return NegativePairs(drawn + (drawn >= pairs.queries[:, None]), per_pair, seed)
+
+
+@dataclass(frozen=True)
+class MatchRate:
+    """How often pairs match at one depth.
+
+    Attributes:
+        depth: levels, counted from 1.
+        prefix_positive: share of positive pairs whose first ``depth`` codes are all equal.
+        prefix_negative: the same of the negatives.
+        code_positive: share of positive pairs whose code at this level is equal.
+        code_negative: the same of the negatives.
+    """
+
+    depth: int
+    prefix_positive: float
+    prefix_negative: float
+    code_positive: float
+    code_negative: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-able dict."""
+        return dict(self.__dict__)
+
+
+@dataclass(frozen=True)
+class PairAucs:
+    """AUCs of every reading on the same pairs and negatives.
+
+    Attributes:
+        pairs: counts of the positive pairs and of what was left out.
+        per_pair: negatives a pair.
+        seed: of the negatives and of the bootstrap.
+        hierarchical: whether ``exact`` is ``exact_prefix`` (True) or ``exact_count``.
+        weights: of the levels in the weighted readings.
+        aucs: reading -> AUC with its interval: ``exact_full``, ``exact_prefix``,
+            ``exact_count``, ``weighted``, ``weighted_equality``, and ``embedding: <name>`` for
+            each embedding given.
+        matches: how often pairs match, by depth.
+    """
+
+    pairs: dict[str, Any]
+    per_pair: int
+    seed: int
+    hierarchical: bool
+    weights: tuple[float, ...]
+    aucs: dict[str, Estimate]
+    matches: tuple[MatchRate, ...]
+
+    @property
+    def exact(self) -> Estimate:
+        """The exact reading that fits the ids: by prefix, or by number of equal codes."""
+        return self.aucs["exact_prefix" if self.hierarchical else "exact_count"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-able dict."""
+        return {
+            **self.__dict__,
+            "weights": list(self.weights),
+            "aucs": {name: value.to_dict() for name, value in self.aucs.items()},
+            "matches": [match.to_dict() for match in self.matches],
+        }
+
+
+class _Cases:
+    """Positive and negative pairs in one list, positives first."""
+
+    def __init__(self, pairs: ItemPairs, negatives: NegativePairs) -> None:
+        if negatives.targets.shape != (len(pairs), negatives.per_pair):
+            raise InputError(
+                f"negatives have shape {negatives.targets.shape}; "
+                f"({len(pairs)}, {negatives.per_pair}) belongs to these pairs"
+            )
+        self.positives = len(pairs)
+        self.a = np.concatenate([pairs.queries, np.repeat(pairs.queries, negatives.per_pair)])
+        self.b = np.concatenate([pairs.targets, negatives.targets.ravel()])
+        self.users = pairs.users
+        self.negative_users = np.repeat(pairs.users, negatives.per_pair)
+
+    def estimate(self, scores: npt.NDArray[Any], **options: Any) -> Estimate:
+        """Return the AUC with its interval over users.
+
+        A user is drawn with all his pairs, positive and negative. The AUC of a draw is taken to
+        first order in the users' weights (the projections of the two-sample U statistic), which
+        needs one sort instead of one a draw; the difference is of order 1 / users.
+        """
+        wins, losses = _placements(scores[: self.positives], scores[self.positives :])
+        users = np.concatenate([self.users, self.negative_users])
+        columns = np.zeros((len(scores), 4))
+        columns[: self.positives, 0], columns[: self.positives, 1] = 1.0, wins
+        columns[self.positives :, 2], columns[self.positives :, 3] = 1.0, losses
+        whole = float(wins.mean())
+
+        def statistic(totals: Floats) -> Floats:
+            value = totals[:, 1] / totals[:, 0] + totals[:, 3] / totals[:, 2] - whole
+            return np.clip(value, 0.0, 1.0)[:, None]
+
+        return bootstrap(cluster_sums(users, columns), statistic, **options)[0]
+
+
+def _embedding_scores(embedding: Matrix, cases: _Cases, name: str, pool: int) -> Floats:
+    """Return the cosine of every pair."""
+    array = as_matrix(embedding, name)
+    if len(array) != pool:
+        raise InputError(f"{name} holds {len(array)} items, the pool {pool}; give the same")
+    scores = np.empty(len(cases.a))
+    for rows in row_blocks(len(cases.a)):
+        a = unit_rows(as_block(array, cases.a[rows]))
+        b = unit_rows(as_block(array, cases.b[rows]))
+        scores[rows] = np.einsum("nd,nd->n", a, b, dtype=np.float64)
+    return scores
+
+
+def _unit_codewords(
+    codebook: npt.NDArray[Any], share: Floats
+) -> tuple[npt.NDArray[np.float32], float]:
+    """Return centred codewords of length one, and the variance they carry over the items."""
+    words = codebook.astype(np.float64)
+    words -= share @ words
+    variance = float(share @ np.einsum("kd,kd->k", words, words))
+    return unit_rows(words.astype(np.float32)), variance
+
+
+def _level_cosines(
+    codes: npt.NDArray[Any], codebooks: Sequence[npt.NDArray[Any]], cases: _Cases
+) -> tuple[Floats, Floats]:
+    """Return cosines of the centred codewords ``(cases, levels)`` and each level's variance."""
+    cosines = np.empty((len(cases.a), len(codebooks)))
+    variances = np.empty(len(codebooks))
+    for level, codebook in enumerate(codebooks):
+        share = usage(codes[:, level : level + 1], len(codebook))[0].probabilities
+        unit, variances[level] = _unit_codewords(codebook, share)
+        for rows in row_blocks(len(cases.a)):
+            a, b = codes[cases.a[rows], level], codes[cases.b[rows], level]
+            cosines[rows, level] = np.einsum("nd,nd->n", unit[a], unit[b], dtype=np.float64)
+    return cosines, variances
+
+
+def _level_weights(
+    given: Sequence[float] | None, variances: Floats, hierarchical: bool
+) -> tuple[float, ...]:
+    """Return the weights of the levels, summing to one."""
+    levels = len(variances)
+    weights = np.asarray(variances if given is None and hierarchical else given or [1.0] * levels)
+    if weights.shape != (levels,) or (weights < 0).any() or not weights.any():
+        raise InputError(
+            f"level weights {weights.tolist()}: {levels} non-negative numbers, not all zero, are "
+            "needed"
+        )
+    return tuple((weights / weights.sum()).tolist())
+
+
+def pair_aucs(
+    codes: npt.ArrayLike,
+    codebooks: Sequence[Matrix],
+    pairs: ItemPairs,
+    negatives: NegativePairs,
+    *,
+    hierarchical: bool,
+    embeddings: Mapping[str, Matrix] | None = None,
+    level_weights: Sequence[float] | None = None,
+    replicates: int = 1000,
+    confidence: float = 0.95,
+) -> PairAucs:
+    """Measure how well ids tell related pairs from random ones, in every reading.
+
+    Args:
+        codes: integers ``(pool, levels)``.
+        codebooks: one ``(codes, latent)`` array a level.
+        pairs: the positive pairs, from users whom no tokenizer saw.
+        negatives: from `negative_pairs`; the same for all that are compared.
+        hierarchical: whether prefixes mean relatedness.
+        embeddings: name -> ``(pool, dim)``, scored by cosine: ``original`` as the upper bound,
+            ``decoder(codes)``, ``decoder(z)``.
+        level_weights: of the weighted readings; None takes the share of variance that each level's
+            codewords carry, and equal weights for parallel codebooks.
+        replicates: bootstrap draws of users; 0 gives no intervals.
+        confidence: coverage of the intervals.
+
+    Returns:
+        A `PairAucs`. ``weighted`` is ``sum_l w_l cos(c_a^l, c_b^l)`` with codewords less their
+        usage-weighted mean; ``weighted_equality`` is ``sum_l w_l [c_a^l = c_b^l]``.
+
+    Raises:
+        InputError: codes, codebooks, embeddings and pairs that do not fit each other.
+
+    Source: DRQ section 5.5, which names the metrics and prints no formula; these readings are
+    ours.
+    """
+    tables = [as_matrix(codebook, f"codebook {i}") for i, codebook in enumerate(codebooks)]
+    array = check_codes(codes, [len(table) for table in tables])
+    if len(array) != pairs.pool:
+        raise InputError(f"codes hold {len(array)} items, the pool {pairs.pool}; give the same")
+    cases = _Cases(pairs, negatives)
+    equal = array[cases.a] == array[cases.b]
+    prefix = np.logical_and.accumulate(equal, axis=1)
+    cosines, variances = _level_cosines(array, tables, cases)
+    weights = _level_weights(level_weights, variances, hierarchical)
+    scores: dict[str, npt.NDArray[Any]] = {
+        "exact_full": prefix[:, -1],
+        "exact_prefix": prefix.sum(1),
+        "exact_count": equal.sum(1),
+        "weighted": cosines @ np.array(weights),
+        "weighted_equality": equal @ np.array(weights),
+    }
+    for name, embedding in (embeddings or {}).items():
+        scores[f"embedding: {name}"] = _embedding_scores(embedding, cases, name, pairs.pool)
+    options = {"replicates": replicates, "confidence": confidence, "seed": negatives.seed}
+    n = cases.positives
+    rates = [prefix[:n].mean(0), prefix[n:].mean(0), equal[:n].mean(0), equal[n:].mean(0)]
+    matches = tuple(
+        MatchRate(depth + 1, *(float(rate[depth]) for rate in rates))
+        for depth in range(len(tables))
+    )
+    return PairAucs(
+        pairs=pairs.counts(),
+        per_pair=negatives.per_pair,
+        seed=negatives.seed,
+        hierarchical=hierarchical,
+        weights=weights,
+        aucs={name: cases.estimate(values, **options) for name, values in scores.items()},
+        matches=matches,
+    )

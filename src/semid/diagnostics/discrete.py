@@ -1,0 +1,284 @@
+"""Retrieval by codes alone: longest common prefix or number of equal codes, with honest ties."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+from semid.diagnostics.pairs import ItemPairs
+from semid.diagnostics.retrieval import CUTOFFS, HitRates, check_cutoffs, hit_rates
+from semid.errors import InputError
+from semid.health import bucket_keys, check_codes
+from semid.quantization.threads import map_blocks
+from semid.seeds import numpy_generator
+
+__all__ = ["DiscreteRanks", "DiscreteRetrieval", "discrete_ranks", "discrete_retrieval"]
+
+_QUERIES = 4096  # queries a block of the equal-codes search
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class DiscreteRanks:
+    """Where each pair's target stands in its query's list.
+
+    Attributes:
+        rank: place under the seeded order of ties, from 0, int64 ``(pairs,)``.
+        better: candidates that match the query more than the target does.
+        tied: candidates that match it as much, the target among them.
+        match: common prefix length or number of equal codes of query and target.
+    """
+
+    rank: Ints
+    better: Ints
+    tied: Ints
+    match: Ints
+
+    def expected_hits(self, k: int) -> npt.NDArray[np.float64]:
+        """Return each pair's chance to be a hit at ``k``, averaged over all orders of ties."""
+        return np.clip((k - self.better) / self.tied, 0.0, 1.0)
+
+
+def _prefix_ranks(codes: npt.NDArray[Any], pairs: ItemPairs, order: Ints) -> DiscreteRanks:
+    """Rank by common prefix, from sorted groups: no list is ever made."""
+    items, levels = codes.shape
+    q, t = pairs.queries, pairs.targets
+    match = np.logical_and.accumulate(codes[q] == codes[t], axis=1).sum(1)
+    better, tied = np.zeros(len(q), np.int64), np.zeros(len(q), np.int64)
+    rank = np.zeros(len(q), np.int64)
+    # A depth's group holds the items that share the query's prefix of that length. ``places`` are
+    # (group, priority) in one number, sorted: a group is a range, in order of priority.
+    for depth in range(levels + 1):
+        if depth == 0:
+            group = np.zeros(items, np.int64)
+        else:
+            group = np.unique(bucket_keys(codes[:, :depth]), return_inverse=True)[1]
+        places = np.sort(group * items + order)
+        starts = np.searchsorted(places, np.arange(int(group.max()) + 2) * items)
+        sizes = np.diff(starts)
+        at = match == depth  # targets that leave the query's company after this depth
+        g = group[q[at]]
+        before = np.searchsorted(places, g * items + order[t[at]]) - starts[g]
+        tied[at] += sizes[g]
+        rank[at] += before
+        at = match == depth - 1  # what stays at this depth is better than those targets
+        g = group[q[at]]
+        before = np.searchsorted(places, g * items + order[t[at]]) - starts[g]
+        better[at] = sizes[g] - 1  # the query is no candidate
+        tied[at] -= sizes[g]
+        rank[at] += better[at] - before
+    whole = match == levels
+    tied[whole] -= 1
+    rank[whole] -= order[q[whole]] < order[t[whole]]
+    return DiscreteRanks(rank, better, tied, match)
+
+
+@numba.njit(nogil=True, cache=True)
+def _count_ranks(
+    codes: Ints,
+    posting: Ints,
+    starts: Ints,
+    order: Ints,
+    queries: Ints,
+    case_starts: Ints,
+    targets: Ints,
+    out: Ints,
+) -> None:
+    """Rank the targets of some queries by number of equal codes.
+
+    Args:
+        codes: ``(items, levels)``, each level's codes offset so that no two levels share one.
+        posting: items of each code, codes one after the other.
+        starts: where each code's items start in ``posting``, ``(all codes + 1,)``.
+        order: priority of each item among ties, a permutation.
+        queries: ``(q,)`` items.
+        case_starts: where each query's targets start, ``(q + 1,)``.
+        targets: items.
+        out: ``(targets, 3)``: rank, better, tied.
+    """
+    items, levels = codes.shape
+    equal = np.zeros(items, np.int64)
+    touched = np.empty(items, np.int64)
+    for i in range(len(queries)):
+        q = queries[i]
+        found = 0
+        for level in range(levels):
+            code = codes[q, level]
+            for p in range(starts[code], starts[code + 1]):
+                item = posting[p]
+                if equal[item] == 0 and item != q:
+                    touched[found] = item
+                    found += 1
+                if item != q:
+                    equal[item] += 1
+        for case in range(case_starts[i], case_starts[i + 1]):
+            t = targets[case]
+            better, tied, ahead, earlier = 0, 0, 0, 0
+            for p in range(found):
+                item = touched[p]
+                if equal[item] > equal[t]:
+                    better += 1
+                elif equal[item] == equal[t]:
+                    tied += 1
+                    ahead += order[item] < order[t]
+                earlier += order[item] < order[t]
+            if equal[t] == 0:  # the rest of the pool, never listed
+                tied = items - 1 - found
+                ahead = order[t] - earlier - (order[q] < order[t])
+            out[case, 0] = better + ahead
+            out[case, 1] = better
+            out[case, 2] = tied
+        for p in range(found):
+            equal[touched[p]] = 0
+
+
+def _equal_ranks(
+    codes: npt.NDArray[Any], pairs: ItemPairs, order: Ints, threads: int | None
+) -> DiscreteRanks:
+    """Rank by number of equal codes, from the lists of items a code holds."""
+    items, levels = codes.shape
+    dense = np.empty((items, levels), np.int64)
+    offset = 0
+    for level in range(levels):
+        dense[:, level] = offset + np.unique(codes[:, level], return_inverse=True)[1]
+        offset = int(dense[:, level].max()) + 1
+    flat = dense.T.ravel()
+    posting = np.argsort(flat, kind="stable") % items
+    starts = np.concatenate([[0], np.cumsum(np.bincount(flat, minlength=offset))])
+    by_query = np.argsort(pairs.queries, kind="stable")
+    targets = pairs.targets[by_query]
+    queries, first = np.unique(pairs.queries[by_query], return_index=True)
+    bounds = np.append(first, len(targets))
+    found = np.empty((len(targets), 3), np.int64)
+
+    def work(start: int) -> None:
+        stop = min(start + _QUERIES, len(queries))
+        a, b = bounds[start], bounds[stop]
+        cases = bounds[start : stop + 1] - a
+        _count_ranks(
+            dense, posting, starts, order, queries[start:stop], cases, targets[a:b], found[a:b]
+        )
+
+    map_blocks(work, range(0, len(queries), _QUERIES), threads=threads)
+    result = np.empty_like(found)
+    result[by_query] = found
+    match = (codes[pairs.queries] == codes[pairs.targets]).sum(1)
+    return DiscreteRanks(result[:, 0], result[:, 1], result[:, 2], match)
+
+
+def discrete_ranks(
+    codes: npt.ArrayLike,
+    pairs: ItemPairs,
+    *,
+    hierarchical: bool,
+    seed: int = 0,
+    threads: int | None = None,
+) -> DiscreteRanks:
+    """Find each target's place in its query's list, exactly, without making the lists.
+
+    Candidates are all items of the pool but the query. Ties, which are most of the list, stand
+    in one seeded random order of the items, never in item order.
+
+    Args:
+        codes: integers ``(pool, levels)``.
+        pairs: the cases.
+        hierarchical: rank by longest common prefix; False ranks by number of equal codes.
+        seed: of the order of ties.
+        threads: plain threads; None uses all this process may use. It changes no result.
+
+    Returns:
+        A `DiscreteRanks`.
+
+    Raises:
+        InputError: codes of another length than the pool.
+
+    Cost: by prefix ``levels * pool log pool``; by equal codes, a query, the items that share a
+    code with it.
+    """
+    array = check_codes(codes)
+    if len(array) != pairs.pool:
+        raise InputError(f"codes hold {len(array)} items, the pool {pairs.pool}; give the same")
+    order = numpy_generator(seed, "ties").permutation(len(array))
+    if hierarchical:
+        return _prefix_ranks(array, pairs, order)
+    return _equal_ranks(array, pairs, order, threads)
+
+
+@dataclass(frozen=True)
+class DiscreteRetrieval:
+    """Hit rates of retrieval by codes.
+
+    Attributes:
+        hierarchical: whether by prefix (True) or by number of equal codes.
+        seed: of the order of ties.
+        pairs: counts of the cases and of what was left out.
+        depths: hit rates with the first 1, 2, ... levels; the last is the whole id.
+        expected: the same averaged over all orders of ties: no seed enters.
+    """
+
+    hierarchical: bool
+    seed: int
+    pairs: dict[str, Any]
+    depths: tuple[HitRates, ...]
+    expected: tuple[HitRates, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-able dict."""
+        return {
+            **self.__dict__,
+            "depths": [depth.to_dict() for depth in self.depths],
+            "expected": [depth.to_dict() for depth in self.expected],
+        }
+
+
+def discrete_retrieval(
+    codes: npt.ArrayLike,
+    pairs: ItemPairs,
+    *,
+    hierarchical: bool,
+    cutoffs: Sequence[int] = CUTOFFS,
+    seed: int = 0,
+    replicates: int = 1000,
+    confidence: float = 0.95,
+    threads: int | None = None,
+) -> DiscreteRetrieval:
+    """Measure HR@K of retrieval by codes, with the first 1, 2, ... levels.
+
+    Args:
+        codes: integers ``(pool, levels)``.
+        pairs: the cases, from held-out users.
+        hierarchical: see `discrete_ranks`.
+        cutoffs: the K of HR@K, each below the pool's size.
+        seed: of the order of ties and of the bootstrap.
+        replicates: bootstrap draws of users; 0 gives no intervals.
+        confidence: coverage of the intervals.
+        threads: see `discrete_ranks`.
+
+    Returns:
+        A `DiscreteRetrieval`.
+
+    Raises:
+        InputError: cutoffs beyond the pool, or codes of another length than the pool.
+
+    Source: DRQ section 5.5; the order of ties is ours.
+    """
+    ks = check_cutoffs(cutoffs, pairs.pool)
+    array = check_codes(codes)
+    depths, expected = [], []
+    options: dict[str, Any] = {"replicates": replicates, "confidence": confidence, "seed": seed}
+    for depth in range(1, array.shape[1] + 1):
+        ranks = discrete_ranks(
+            array[:, :depth], pairs, hierarchical=hierarchical, seed=seed, threads=threads
+        )
+        name = f"levels 1-{depth}" if hierarchical else f"codebooks 1-{depth}"
+        seen = np.stack([ranks.rank < k for k in ks], axis=1).astype(np.float64)
+        depths.append(hit_rates(name, seen, ks, pairs, **options))
+        chances = np.stack([ranks.expected_hits(k) for k in ks], axis=1)
+        expected.append(hit_rates(f"{name}, expected", chances, ks, pairs, **options))
+    return DiscreteRetrieval(hierarchical, seed, pairs.counts(), tuple(depths), tuple(expected))

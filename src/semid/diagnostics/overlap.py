@@ -1,0 +1,330 @@
+"""Expected overlap rate and effective codebook size over a sweep of noise scales."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from semid.diagnostics.arrays import Matrix, as_block, as_matrix, row_blocks
+from semid.errors import InputError, UsageError
+from semid.health import LevelUsage
+from semid.quantization.threads import map_blocks
+
+__all__ = [
+    "NOISE_SCALES",
+    "REPORT_SCALE",
+    "LevelOverlap",
+    "OverlapPoint",
+    "latent_std",
+    "overlap",
+    "overlap_levels",
+]
+
+NOISE_SCALES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 1.5, 2.0, 3.0)
+"""Noise as multiples of the latent standard deviation."""
+
+REPORT_SCALE = 0.1
+"""The scale that tables show."""
+
+GEOMETRY_SHARE = 0.1
+"""A geometry penalty below this share of R says nothing that usage does not."""
+
+_TILE = 512  # codewords; a float32 tile of squared distances is 1 MB and stays in the cache
+# exp(-60) = 9e-27: even K^2 such terms for K = 2^32 vanish beside R >= 1/K in float64.
+_FARTHEST = 60.0
+# exp of less is a denormal number, which costs hundreds of cycles to make.
+_LOWEST = -87.0
+# Below this share of the squared norms a float32 distance has lost too many digits.
+_NEAR = 1e-2
+
+
+@dataclass(frozen=True)
+class OverlapPoint:
+    """Overlap of one codebook at one noise scale.
+
+    Attributes:
+        scale: noise as a multiple of the latent standard deviation.
+        noise: the noise's standard deviation s per dimension, in latent units.
+        rate: expected overlap rate R, DRQ eq. 1; ``floor + geometry``.
+        floor: distribution floor ``sum_i p_i^2``, the part that usage alone gives.
+        geometry: geometry penalty ``R - floor``, the part that near codewords add.
+        effective_size: effective codebook size ``1 / R``, DRQ eq. 12.
+    """
+
+    scale: float
+    noise: float
+    rate: float
+    floor: float
+    geometry: float
+    effective_size: float
+
+    @property
+    def geometry_share(self) -> float:
+        """Share of R that the geometry penalty makes."""
+        return self.geometry / self.rate
+
+    @property
+    def usage_only(self) -> bool:
+        """Whether this slice shows nothing but usage: geometry is below a tenth of R."""
+        return self.geometry_share <= GEOMETRY_SHARE
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-able dict."""
+        return {
+            **self.__dict__,
+            "geometry_share": self.geometry_share,
+            "usage_only": self.usage_only,
+        }
+
+
+@dataclass(frozen=True)
+class LevelOverlap:
+    """Overlap of one level's codebook over the sweep.
+
+    Attributes:
+        level: level, counted from 0.
+        codebook_size: K, dead codes included.
+        active: codes in use; only these enter the sums.
+        latent_std: the latent standard deviation that the scales multiply.
+        points: one a scale, in the order asked for.
+    """
+
+    level: int
+    codebook_size: int
+    active: int
+    latent_std: float
+    points: tuple[OverlapPoint, ...]
+
+    @property
+    def geometry_scale(self) -> float | None:
+        """Smallest scale of the sweep whose geometry penalty exceeds a tenth of R, or None."""
+        seen = [point.scale for point in self.points if not point.usage_only]
+        return min(seen) if seen else None
+
+    def at(self, scale: float) -> OverlapPoint:
+        """Return the point at a scale of the sweep.
+
+        Raises:
+            UsageError: the scale is not in the sweep.
+        """
+        for point in self.points:
+            if point.scale == scale:
+                return point
+        listed = ", ".join(f"{point.scale:g}" for point in self.points)
+        raise UsageError(f"scale={scale:g} is not in the sweep; it holds {listed}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-able dict."""
+        return {
+            "level": self.level,
+            "codebook_size": self.codebook_size,
+            "active": self.active,
+            "latent_std": self.latent_std,
+            "geometry_scale": self.geometry_scale,
+            "points": [point.to_dict() for point in self.points],
+        }
+
+
+def latent_std(latents: Matrix) -> float:
+    """Return the empirical latent standard deviation, the unit of the noise scales.
+
+    It is the root of the mean per-dimension variance, one number for all levels, since the noise
+    is put on the latent and not on the residuals.
+
+    Args:
+        latents: ``(items, latent)``.
+
+    Returns:
+        A positive number.
+
+    Raises:
+        InputError: bad shape, values that are not finite, or no two different rows.
+    """
+    array = as_matrix(latents, "latents")
+    shift = as_block(array, slice(0, 1)).astype(np.float64)  # keeps large means from cancelling
+    total = np.zeros(array.shape[1])
+    squares = 0.0
+    for rows in row_blocks(len(array)):
+        block = as_block(array, rows) - shift
+        total += block.sum(0)
+        squares += float(np.einsum("nd,nd->", block, block))
+    mean = total / len(array)
+    variance = (squares / len(array) - float(mean @ mean)) / array.shape[1]
+    if variance <= 0:
+        raise InputError(f"all {len(array)} latent rows are equal; there is no scale for the noise")
+    return float(np.sqrt(variance))
+
+
+@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
+def _weighted_sum(
+    kernel: npt.NDArray[np.float32], left: npt.NDArray[np.float64], right: npt.NDArray[np.float64]
+) -> float:
+    """Return ``left @ kernel @ right``, products and sums in float64."""
+    total = 0.0
+    for i in range(kernel.shape[0]):
+        row = 0.0
+        for j in range(kernel.shape[1]):
+            row += np.float64(kernel[i, j]) * right[j]
+        total += left[i] * row
+    return total
+
+
+class _Codewords:
+    """Active codewords, centred (distances do not change, and float32 loses fewer digits)."""
+
+    def __init__(self, codebook: npt.NDArray[Any], share: npt.NDArray[np.float64]) -> None:
+        used = np.flatnonzero(share)
+        self.share = share[used]
+        exact = codebook[used].astype(np.float64)
+        exact -= self.share @ exact
+        self.exact = torch.from_numpy(exact)
+        self.rounded = self.exact.float()
+        self.squares = (self.exact**2).sum(1)
+
+    def __len__(self) -> int:
+        return len(self.share)
+
+    def distances_(self, a: slice, b: slice, out: torch.Tensor) -> torch.Tensor:
+        """Write squared distances between two ranges to ``out``; one's own distance is inf."""
+        result = out[: a.stop - a.start, : b.stop - b.start]
+        torch.mm(self.rounded[a], self.rounded[b].T, out=result)
+        left, right = self.squares[a].float(), self.squares[b].float()
+        result.mul_(-2.0).add_(left[:, None]).add_(right)
+        if a == b:
+            result.fill_diagonal_(torch.inf)
+        if float(result.min()) < _NEAR * float(left.max() + right.max()):
+            squares = self.squares[a, None] + self.squares[None, b]
+            result.copy_(squares.addmm_(self.exact[a], self.exact[b].T, alpha=-2).clamp_(min=0))
+            if a == b:
+                result.fill_diagonal_(torch.inf)
+        return result
+
+
+def _band_sums(
+    words: _Codewords, ranges: Sequence[slice], first: int, noises: Sequence[float]
+) -> npt.NDArray[np.float64]:
+    """Sum ``p_i p_j exp(-d^2 / 4 s^2)`` over the tiles right of the diagonal in one row of tiles.
+
+    Distances are made once for all noises, in buffers of the band's own: fresh memory for every
+    tile would cost more than the arithmetic.
+    """
+    buffer, kernel_buffer = torch.empty(_TILE, _TILE), torch.empty(_TILE, _TILE)
+    sums = np.zeros(len(noises))
+    a = ranges[first]
+    for b in ranges[first:]:
+        distances = words.distances_(a, b, buffer)
+        kernel = kernel_buffer[: distances.shape[0], : distances.shape[1]]
+        least = float(distances.min())
+        twice = 1.0 if a == b else 2.0
+        for index, noise in enumerate(noises):
+            width = 4.0 * noise * noise
+            if least / width > _FARTHEST:
+                continue
+            torch.mul(distances, -1.0 / width, out=kernel)
+            kernel.clamp_(min=_LOWEST).exp_()
+            part = _weighted_sum(kernel.numpy(), words.share[a], words.share[b])
+            sums[index] += twice * part
+    return sums
+
+
+def overlap(
+    codebook: Matrix,
+    usage: LevelUsage | npt.ArrayLike,
+    *,
+    latent_std: float,
+    scales: Sequence[float] = NOISE_SCALES,
+    level: int = 0,
+    threads: int | None = None,
+) -> LevelOverlap:
+    """Measure how strongly a level's codewords overlap under noise, for a sweep of noise scales.
+
+    ``R(s) = sum_ij p_i p_j exp(-|c_i - c_j|^2 / (4 s^2))`` is an exact double sum: every pair of
+    active codewords counts, in float64, without a K x K matrix. R is a proxy and no flip rate: a
+    collapsed codebook has R = 1 and never flips (`semid.diagnostics.flip_rates` measures flips).
+
+    Args:
+        codebook: codewords ``(codes, latent)``.
+        usage: the level's `LevelUsage`, or items per code ``(codes,)``.
+        latent_std: the unit of the scales, from `semid.diagnostics.latent_std`.
+        scales: noise as multiples of it, positive. The factor that the paper used is not
+            known; the sweep is ours.
+        level: the level's number, for the record.
+        threads: plain threads; None uses all this process may use. It changes no result.
+
+    Returns:
+        A `LevelOverlap`.
+
+    Raises:
+        InputError: counts of another length than the codebook, or values that are not finite.
+        UsageError: scales or latent_std that are not positive.
+
+    Cost: ``K^2 (dim + scales) / 2`` multiplications; memory a tile a thread. Scales so small that
+    a tile adds nothing to a float64 cost nothing there.
+
+    Source: DRQ eq. 1 and 10-12.
+    """
+    counts = usage.counts if isinstance(usage, LevelUsage) else np.asarray(usage)
+    array = as_matrix(codebook, "codebook")
+    if counts.shape != (len(array),) or counts.min() < 0 or not counts.any():
+        raise InputError(
+            f"usage counts have shape {counts.shape}; one non-negative count for each of the "
+            f"{len(array)} codewords is needed, not all zero"
+        )
+    if not scales or min(scales) <= 0 or not np.isfinite(latent_std) or latent_std <= 0:
+        raise UsageError(
+            f"scales={list(scales)} and latent_std={latent_std} must be positive, at least one "
+            "scale given"
+        )
+    as_block(array, slice(0, len(array)))  # refuses NaN
+    share = counts / counts.sum()
+    words = _Codewords(array, share)
+    ranges = list(row_blocks(len(words), _TILE))
+    noises = [scale * latent_std for scale in scales]
+    parts = map_blocks(
+        lambda first: _band_sums(words, ranges, first, noises),
+        range(len(ranges)),
+        threads=threads,
+    )
+    geometry = np.sum(parts, axis=0)  # in band order, whatever thread made them
+    floor = float((words.share**2).sum())
+    points = []
+    for scale, noise, extra in zip(scales, noises, geometry, strict=True):
+        rate = min(floor + float(extra), 1.0)
+        points.append(
+            OverlapPoint(float(scale), float(noise), rate, floor, rate - floor, 1.0 / rate)
+        )
+    return LevelOverlap(level, len(array), len(words), float(latent_std), tuple(points))
+
+
+def overlap_levels(
+    codebooks: Sequence[Matrix],
+    usage: Sequence[LevelUsage],
+    *,
+    latent_std: float,
+    scales: Sequence[float] = NOISE_SCALES,
+    threads: int | None = None,
+) -> tuple[LevelOverlap, ...]:
+    """Measure the overlap of every level; see `overlap`.
+
+    Args:
+        codebooks: one ``(codes, latent)`` array a level.
+        usage: usage per level, of the same items that gave ``latent_std``.
+        latent_std: the same at every level, since the noise is put on the latent.
+        scales: see `overlap`.
+        threads: see `overlap`.
+
+    Raises:
+        InputError: as many codebooks as usages are needed; see `overlap` for the rest.
+    """
+    if len(codebooks) != len(usage):
+        raise InputError(f"{len(codebooks)} codebooks and {len(usage)} levels of usage were given")
+    return tuple(
+        overlap(c, u, latent_std=latent_std, scales=scales, level=level, threads=threads)
+        for level, (c, u) in enumerate(zip(codebooks, usage, strict=True))
+    )

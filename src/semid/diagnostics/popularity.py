@@ -1,0 +1,184 @@
+"""Who gets room in the id space: collisions and capacity of popular and rare items."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from semid.errors import InputError, UsageError
+from semid.health import bucket_keys, check_codes, usage_from_counts
+
+__all__ = ["PopularityHealth", "PopularitySegment", "popularity_health", "popularity_segments"]
+
+SEGMENTS = ("head", "mid", "tail", "unseen")
+
+
+@dataclass(frozen=True)
+class PopularitySegment:
+    """Collisions and capacity of the items of one popularity segment.
+
+    Attributes:
+        name: ``head``, ``mid``, ``tail``, or ``unseen`` for items without interactions.
+        items: items in it.
+        interactions: interactions they got.
+        interaction_share: the same as a share of all.
+        unique_ids: different ids they hold.
+        collision_rate: ``1 - unique_ids / items`` inside the segment.
+        shared_share: share of them that share their id with any item of the catalogue.
+        shared_with_head: share of them that share their id with another item of the head.
+        mean_bucket: items of the catalogue in the bucket of an average item of the segment.
+        capacity_share: share of the catalogue's ids that the segment holds, an id that several
+            segments hold divided by its items.
+        perplexity: per level, ``exp(H)`` of the segment's code frequencies.
+    """
+
+    name: str
+    items: int
+    interactions: int
+    interaction_share: float
+    unique_ids: int
+    collision_rate: float
+    shared_share: float
+    shared_with_head: float
+    mean_bucket: float
+    capacity_share: float
+    perplexity: tuple[float, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-able dict."""
+        return {**self.__dict__, "perplexity": list(self.perplexity)}
+
+
+@dataclass(frozen=True)
+class PopularityHealth:
+    """Collisions and capacity by popularity.
+
+    Attributes:
+        head: largest share of the seen items that the head was to take.
+        mid: the same of the mid.
+        segments: those that hold items, most popular first.
+        interactions_in_shared_ids: share of all interactions that fall on items which share
+            their id.
+    """
+
+    head: float
+    mid: float
+    segments: tuple[PopularitySegment, ...]
+    interactions_in_shared_ids: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-able dict."""
+        return {**self.__dict__, "segments": [segment.to_dict() for segment in self.segments]}
+
+
+def popularity_segments(
+    counts: npt.ArrayLike, *, head: float = 0.1, mid: float = 0.4
+) -> npt.NDArray[np.int64]:
+    """Sort items into head, mid, tail and unseen by their interactions.
+
+    Items with equal counts stay together, in the more popular of the segments they would be cut
+    into: no item is put down by its place in the file.
+
+    Args:
+        counts: interactions of each item, ``(items,)``, not negative.
+        head: share of the seen items that make the head.
+        mid: share that makes the mid; the rest is the tail.
+
+    Returns:
+        Segment of each item, 0 head, 1 mid, 2 tail, 3 unseen, int64 ``(items,)``.
+
+    Raises:
+        InputError: counts that are not non-negative integers, or all zero.
+        UsageError: shares out of range.
+    """
+    array = np.asarray(counts)
+    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer) or (array < 0).any():
+        raise InputError(
+            f"interaction counts have shape {array.shape} and dtype {array.dtype}; one "
+            "non-negative integer an item is needed"
+        )
+    if not 0 < head < 1 or mid < 0 or head + mid > 1:
+        raise UsageError(f"head={head}, mid={mid}: 0 < head, 0 <= mid and head + mid <= 1 needed")
+    seen = np.sort(array[array > 0])[::-1]
+    if not len(seen):
+        raise InputError("no item has an interaction, so there is no popularity")
+
+    # The least count inside each segment, were it cut by rank alone.
+    def least(share: float) -> int:
+        # 0.2 + 0.4 is a little over 0.6: round before counting an item more for it.
+        return int(seen[max(math.ceil(round(share * len(seen), 6)), 1) - 1])
+
+    head_least, mid_least = least(head), least(head + mid)
+    segment = np.full(len(array), 3, np.int64)
+    segment[array > 0] = 2
+    segment[(array >= mid_least) & (array > 0)] = 1
+    segment[(array >= head_least) & (array > 0)] = 0
+    return segment
+
+
+def popularity_health(
+    codes: npt.ArrayLike,
+    counts: npt.ArrayLike,
+    *,
+    head: float = 0.1,
+    mid: float = 0.4,
+) -> PopularityHealth:
+    """Measure collisions and capacity of popular and rare items apart.
+
+    Args:
+        codes: integers ``(items, levels)``.
+        counts: interactions of each item, ``(items,)``.
+        head: share of the seen items that make the head.
+        mid: share that makes the mid.
+
+    Returns:
+        A `PopularityHealth`.
+
+    Raises:
+        InputError: codes and counts of different lengths, or no interactions at all.
+        UsageError: shares out of range.
+
+    Cost: a sort of the items.
+    """
+    array, popularity = check_codes(codes), np.asarray(counts)
+    segment = popularity_segments(popularity, head=head, mid=mid)
+    if len(segment) != len(array):
+        raise InputError(f"codes hold {len(array)} items and counts {len(segment)}")
+    bucket = np.unique(bucket_keys(array), return_inverse=True)[1]
+    sizes = np.bincount(bucket)
+    heads = np.bincount(bucket[segment == 0], minlength=len(sizes))
+    other_heads = heads[bucket] - (segment == 0)
+    total = int(popularity.sum())
+    found = []
+    for number, name in enumerate(SEGMENTS):
+        rows = np.flatnonzero(segment == number)
+        if not len(rows):
+            continue
+        own = bucket[rows]
+        unique = len(np.unique(own))
+        interactions = int(popularity[rows].sum())
+        perplexity = tuple(
+            usage_from_counts(np.bincount(array[rows, level])).perplexity
+            for level in range(array.shape[1])
+        )
+        found.append(
+            PopularitySegment(
+                name=name,
+                items=len(rows),
+                interactions=interactions,
+                interaction_share=interactions / total,
+                unique_ids=unique,
+                collision_rate=1 - unique / len(rows),
+                shared_share=float((sizes[own] > 1).mean()),
+                shared_with_head=float((other_heads[rows] > 0).mean()),
+                mean_bucket=float(sizes[own].mean()),
+                capacity_share=float((1.0 / sizes[own]).sum() / len(sizes)),
+                perplexity=perplexity,
+            )
+        )
+    shared = float(popularity[sizes[bucket] > 1].sum() / total)
+    return PopularityHealth(head, mid, tuple(found), shared)
