@@ -119,7 +119,7 @@ def nearest(
     Time grows with items x codes x dim; memory with the block of rows, not with ``items``.
     """
     ready = _prepared(x, codebook)
-    found = search(x, ready.table, choose(route), threads=threads)
+    found = search(x, ready.table, choose(route, x, ready.table), threads=threads)
     return Nearest(
         torch.from_numpy(found.labels[:, 0]),
         torch.from_numpy(found.keys[:, 0]).to(torch.float32),
@@ -153,7 +153,8 @@ def nearest_m(
     ready = _prepared(x, codebook)
     if not 1 <= m <= len(ready):
         raise UsageError(f"m={m} is out of range; give 1 to {len(ready)}, the number of codewords")
-    found = search(x, ready.full_table(), choose(route), k=m, threads=threads)
+    table = ready.full_table()
+    found = search(x, table, choose(route, x, table, k=m), k=m, threads=threads)
     return Nearest(
         torch.from_numpy(found.labels), torch.from_numpy(found.keys).to(torch.float32)
     )

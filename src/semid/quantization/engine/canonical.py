@@ -111,6 +111,8 @@ def resolve_best(
                 if j == top or scores[i, j] * unit[i] + shift[i] < floor:
                     continue
                 k = candidates[i, j]
+                if k >= table.shape[0]:  # a padding column
+                    continue
                 value = key(0, x, i, 0.0, table, k, 0.0)
                 measured += 1
                 if value < smallest or (value == smallest and k < best):
@@ -122,25 +124,27 @@ def resolve_best(
 
 
 @numba.njit(nogil=True, cache=True)
-def _sift(keys: F64, entries: I64, size: int) -> None:
-    """Restore a max-heap by (key, index) after its root was replaced."""
+def _sift(row: int, keys: F64, entries: I64, size: int, value: float, entry: int) -> None:
+    """Put (value, entry) at the root of a row's max-heap by (key, index)."""
     at = 0
     while True:
         child = 2 * at + 1
         if child >= size:
-            return
+            break
         right = child + 1
         if right < size and (
-            keys[right] > keys[child]
-            or (keys[right] == keys[child] and entries[right] > entries[child])
+            keys[row, right] > keys[row, child]
+            or (keys[row, right] == keys[row, child] and entries[row, right] > entries[row, child])
         ):
             child = right
-        if keys[child] > keys[at] or (keys[child] == keys[at] and entries[child] > entries[at]):
-            keys[child], keys[at] = keys[at], keys[child]
-            entries[child], entries[at] = entries[at], entries[child]
-            at = child
-        else:
-            return
+        below = keys[row, child]
+        if below < value or (below == value and entries[row, child] < entry):
+            break
+        keys[row, at] = below
+        entries[row, at] = entries[row, child]
+        at = child
+    keys[row, at] = value
+    entries[row, at] = entry
 
 
 @numba.njit(nogil=True, cache=True)
@@ -174,10 +178,9 @@ def resolve_many(
         everything = counts[i] < 0
         count = table.shape[0] if everything else counts[i]
         size = 0
-        heap_keys, heap = keys[i], labels[i]
         for j in range(count):
             k = j if everything else candidates[i, j]
-            if k == exclude[i]:
+            if k == exclude[i] or k >= table.shape[0]:
                 continue
             value = key(metric, x, i, x_norms[i], table, k, table_norms[k])
             if math.isnan(value):
@@ -188,16 +191,18 @@ def resolve_many(
                 size += 1
                 while at > 0:
                     up = (at - 1) // 2
-                    if heap_keys[up] > value or (heap_keys[up] == value and heap[up] > k):
+                    if keys[i, up] > value or (keys[i, up] == value and labels[i, up] > k):
                         break
-                    heap_keys[at], heap[at] = heap_keys[up], heap[up]
+                    keys[i, at] = keys[i, up]
+                    labels[i, at] = labels[i, up]
                     at = up
-                heap_keys[at], heap[at] = value, k
-            elif value < heap_keys[0] or (value == heap_keys[0] and k < heap[0]):
-                heap_keys[0], heap[0] = value, k
-                _sift(heap_keys, heap, size)
+                keys[i, at] = value
+                labels[i, at] = k
+            elif value < keys[i, 0] or (value == keys[i, 0] and k < labels[i, 0]):
+                _sift(i, keys, labels, size, value, k)
         for end in range(size - 1, 0, -1):
-            heap_keys[0], heap_keys[end] = heap_keys[end], heap_keys[0]
-            heap[0], heap[end] = heap[end], heap[0]
-            _sift(heap_keys, heap, end)
+            value, k = keys[i, end], labels[i, end]
+            keys[i, end] = keys[i, 0]
+            labels[i, end] = labels[i, 0]
+            _sift(i, keys, labels, end, value, k)
     return measured

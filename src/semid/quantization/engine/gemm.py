@@ -6,10 +6,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from semid.quantization.engine.rows import round_bfloat16, slack
+from semid.quantization.engine.rows import slack
 from semid.quantization.engine.screen import scan_best, scan_many
 from semid.quantization.engine.state import State
-from semid.quantization.engine.table import Operand, Table, padded
+from semid.quantization.engine.table import Operand, Table
 
 __all__ = ["Bfloat16Gemm", "Float32Gemm"]
 
@@ -40,13 +40,12 @@ class Float32Gemm:
 
     name = "fp32"
     library = "torch float32"
-    integer = False
 
     def unavailable(self) -> str | None:
         """Return why this route cannot run here, or None."""
         return None
 
-    def prepare(self, table: Table) -> Operand:
+    def prepare(self, table: Table) -> Operand | None:
         """Use the table's scaled rows, which carry only float32 rounding."""
         return Operand(None, table.radius * 2.0**-23 + 2.0**-60)
 
@@ -76,24 +75,15 @@ class Bfloat16Gemm:
 
     name = "bf16"
     library = "torch bfloat16"
-    integer = False
 
     def unavailable(self) -> str | None:
         """Return why this route cannot run here, or None."""
         return None
 
-    def prepare(self, table: Table) -> Operand:
+    def prepare(self, table: Table) -> Operand | None:
         """Round the scaled rows to bfloat16."""
-        width = padded(table.scaled.shape[1], 32)
-        bits = np.empty((len(table.scaled), width), np.uint16)
-        residual = np.empty(len(bits))
-        scratch = np.empty(table.scaled.shape[1], np.float32)
-        round_bfloat16(
-            table.scaled, table.scaled.view(np.uint32), scratch, scratch.view(np.uint32), bits,
-            residual,
-        )  # fmt: skip
-        lost = slack(residual[: len(table)], table.lengths, width)
-        return Operand(bits, float(lost.max()))
+        bits, residual = table.bfloat16(32)
+        return Operand(bits, residual)
 
     def screen(self, table: Table, operand: Operand, state: State) -> None:
         """Fill ``state``'s candidates; see `engine.search`."""

@@ -6,17 +6,35 @@ of the float64 keys. What fails, or what the chip lacks, is logged and left out.
 
 from __future__ import annotations
 
+import functools
+import logging
+import threading
+import time
 from typing import Protocol
 
-from semid.errors import UsageError, nearest_name
+import numpy as np
+import torch
+
+from semid.errors import UsageError, check_choice
+from semid.quantization.engine.canonical import L2
+from semid.quantization.engine.fused import FusedBfloat16, FusedInt8
 from semid.quantization.engine.gemm import Bfloat16Gemm, Float32Gemm
+from semid.quantization.engine.search import search
 from semid.quantization.engine.state import State
 from semid.quantization.engine.table import Operand, Table
 
-__all__ = ["ROUTES", "Route", "choose"]
+__all__ = ["ROUTES", "Route", "choose", "working_routes"]
+
+logger = logging.getLogger(__name__)
 
 ROUTES = ("auto", "int8", "bf16", "fp32")
 """Names a caller may give."""
+PROBE_ROWS = 256
+"""Queries a route is timed on."""
+WORTH_PROBING = 4096
+"""Queries from which on timing the routes costs less than a wrong choice could."""
+
+_lock = threading.Lock()
 
 
 class Route(Protocol):
@@ -28,16 +46,127 @@ class Route(Protocol):
     def unavailable(self) -> str | None:
         """Return why this route cannot run here, or None."""
 
-    def prepare(self, table: Table) -> Operand:
-        """Make the table's copy for this route."""
+    def prepare(self, table: Table) -> Operand | None:
+        """Make the table's copy for this route; None where it cannot hold this table."""
 
     def screen(self, table: Table, operand: Operand, state: State) -> None:
         """Fill ``state``'s candidates so that every possible winner is among them."""
 
 
-def choose(route: str) -> Route:
-    """Return the route called ``route``."""
-    if route not in ROUTES:
-        listed = ", ".join(ROUTES)
-        raise UsageError(f"route='{route}' is not one of {listed}{nearest_name(route, ROUTES)}")
-    return Float32Gemm() if route in ("fp32", "auto") else Bfloat16Gemm()
+def _candidates() -> list[Route]:
+    """All routes, the best of each name first."""
+    return [
+        FusedInt8(tiles=True, features=("amx-int8",), library="AMX tiles"),
+        FusedInt8(tiles=False, features=("avx512vnni", "avx512bw"), library="AVX-512 VNNI"),
+        FusedBfloat16(tiles=True, features=("amx-bf16",), library="AMX tiles"),
+        FusedBfloat16(tiles=False, features=("avx512bf16", "avx512bw"), library="AVX-512 BF16"),
+        Bfloat16Gemm(),
+        Float32Gemm(),
+    ]
+
+
+def self_test(route: Route) -> bool:
+    """Compare a route with brute force on a fixed problem that no shortcut solves.
+
+    Args:
+        route: an available route.
+
+    Returns:
+        Whether all labels agree.
+    """
+    generator = np.random.default_rng(20240229)
+    entries = generator.normal(size=(333, 75)).astype(np.float32)
+    queries = np.concatenate([entries[:40], generator.normal(size=(60, 75)).astype(np.float32)])
+    queries[:40] += generator.normal(size=(40, 75)).astype(np.float32) * np.float32(0.5)
+    wide = queries.astype(np.float64)[:, None] - entries.astype(np.float64)[None]
+    truth = (wide**2).sum(axis=2).argmin(axis=1)
+    table = Table(torch.from_numpy(entries), metric=L2, unique=True)
+    found = search(torch.from_numpy(queries), table, route, threads=1)
+    return bool((found.labels[:, 0] == truth).all()) and found.measured < 0.5 * wide[..., 0].size
+
+
+@functools.cache
+def _probe_machine() -> tuple[tuple[Route, ...], tuple[str, ...]]:
+    working: list[Route] = []
+    notes: list[str] = []
+    for route in _candidates():
+        title = f"{route.name} ({route.library})"
+        if any(other.name == route.name for other in working):
+            continue
+        reason = route.unavailable()
+        if reason is None:
+            try:
+                reason = None if self_test(route) else "its self-test gave a wrong answer"
+            except Exception as error:  # noqa: BLE001 (any failure means: do not use this route)
+                reason = f"its self-test failed: {type(error).__name__}: {error}"
+        if reason is None:
+            working.append(route)
+            notes.append(f"{title}: works")
+        else:
+            notes.append(f"{title}: left out, {reason}")
+    return tuple(working), tuple(notes)
+
+
+def working_routes() -> tuple[Route, ...]:
+    """Return the routes that passed their self-test here, one a name, fastest kind first.
+
+    The first call runs the tests and logs what was found.
+    """
+    with _lock:
+        first = _probe_machine.cache_info().currsize == 0
+        routes, notes = _probe_machine()
+        if first:
+            logger.info("nearest-codeword routes: %s", "; ".join(notes))
+    if not routes:
+        raise UsageError("no screening route passed its self-test: " + "; ".join(notes))
+    return routes
+
+
+def _suited(table: Table) -> list[Route]:
+    return [
+        route
+        for route in working_routes()
+        if table.operand(route.name + route.library, route.prepare) is not None
+    ]
+
+
+def choose(route: str, queries: torch.Tensor, table: Table, *, k: int = 1) -> Route:
+    """Pick the route for a table: the one asked for, or the fastest on a few of the queries.
+
+    The choice changes the time and never the result. It is made once a table and ``k``, on
+    `PROBE_ROWS` evenly spaced queries; few queries take the first working route untimed.
+
+    Args:
+        route: one of `ROUTES`. A name this machine lacks falls back to float32.
+        queries: what will be searched for.
+        table: what will be searched.
+        k: entries wanted a query.
+
+    Raises:
+        UsageError: an unknown name.
+    """
+    check_choice("route", route, ROUTES)
+    if route != "auto":
+        named = [found for found in _suited(table) if found.name == route]
+        return named[0] if named else _suited(table)[-1]
+    chosen = table.routes.get(k)
+    if chosen is not None:
+        return chosen
+    routes = _suited(table)
+    if len(queries) < WORTH_PROBING or len(routes) == 1:
+        return routes[0]
+    sample = queries[:: max(1, len(queries) // PROBE_ROWS)][:PROBE_ROWS].contiguous()
+    times = []
+    for candidate in routes:
+        search(sample[:32], table, candidate, k=k, threads=1)  # compile, touch the copies
+        start = time.perf_counter()
+        search(sample, table, candidate, k=k, threads=1)
+        times.append(time.perf_counter() - start)
+    best = routes[int(np.argmin(times))]
+    logger.info(
+        "route %s (%s) for %d x %d: %s",
+        best.name, best.library, len(table), table.dim,
+        ", ".join(f"{r.name} {t / len(sample) * 1e6:.2f} us a row" for r, t in zip(routes, times, strict=True)),
+    )  # fmt: skip
+    table.routes[k] = best
+    return best

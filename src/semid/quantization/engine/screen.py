@@ -18,13 +18,13 @@ F32 = npt.NDArray[np.float32]
 
 
 @numba.njit(nogil=True, cache=True)
-def _keep(candidates: Any, kept: Any, count: int, threshold: Any) -> int:
+def _keep(row: int, candidates: I32, kept: Any, count: int, threshold: Any) -> int:
     """Drop a row's candidates whose score is below ``threshold``, in place and in order."""
     size = 0
     for j in range(count):
-        if kept[j] >= threshold:
-            candidates[size] = candidates[j]
-            kept[size] = kept[j]
+        if kept[row, j] >= threshold:
+            candidates[row, size] = candidates[row, j]
+            kept[row, size] = kept[row, j]
             size += 1
     return size
 
@@ -77,7 +77,7 @@ def scan_best(
             if mask == 0:
                 continue
             if count > capacity - SCAN:
-                count = _keep(candidates[i], kept[i], count, threshold)
+                count = _keep(i, candidates, kept, count, threshold)
                 if count > capacity - SCAN:
                     count = -1
                     break
@@ -105,7 +105,9 @@ def kth_largest(values: Any, count: int, k: int) -> Any:
             while values[j] < pivot:
                 j -= 1
             if i <= j:
-                values[i], values[j] = values[j], values[i]
+                held = values[i]
+                values[i] = values[j]
+                values[j] = held
                 i += 1
                 j -= 1
         if goal <= j:
@@ -125,11 +127,12 @@ def trim(
     count = counts[row]
     if count < k:
         return
-    scratch[:count] = kept[row, :count]
+    for j in range(count):
+        scratch[j] = kept[row, j]
     best = kth_largest(scratch, count, k)
     if best > top[row]:
         top[row] = best
-    counts[row] = _keep(candidates[row], kept[row], count, top[row] - margin[row])
+    counts[row] = _keep(row, candidates, kept, count, top[row] - margin[row])
 
 
 @numba.njit(nogil=True, cache=True)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import threading
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from semid.errors import UsageError
 from semid.quantization.engine.canonical import L2, norms, resolve_best, resolve_many
-from semid.quantization.engine.routes import Route
 from semid.quantization.engine.state import ROW_TILE, State
 from semid.quantization.engine.table import Table, float32_rows, padded
 from semid.quantization.threads import map_blocks
+
+if TYPE_CHECKING:
+    from semid.quantization.engine.routes import Route
 
 __all__ = ["BLOCK", "Found", "search"]
 
@@ -66,6 +69,8 @@ def search(
     best_only = k == 1 and exclude is None and table.metric == L2
     wanted = k if exclude is None else k + 1
     operand = table.operand(route.name + route.library, route.prepare)
+    if operand is None:
+        raise UsageError(f"route '{route.name}' cannot hold a table {table.dim} columns wide")
     limit = min(BLOCK, padded(max(count, 1), ROW_TILE))
     local = threading.local()
 

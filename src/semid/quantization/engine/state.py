@@ -87,9 +87,9 @@ class State:
 
     def set_bound(
         self, table: Table, *, residual: F64, entry_residual: float, relative: float = 0.0,
-        absolute: float = 0.0,
+        absolute: F64 | float = 0.0, unit: F64 | None = None, shift: F64 | None = None,
     ) -> None:  # fmt: skip
-        """Bound each row's score error and reset its candidates (float32 scores).
+        """Bound each row's score error and reset its candidates.
 
         Args:
             table: what is searched.
@@ -98,6 +98,7 @@ class State:
             relative: rounding of the finished product, relative to the norms' product (that of
                 its float32 sums, in any order, is always counted).
             absolute: further error, scaled units.
+            unit, shift: int32 scores: what turns a score into scaled units (score * unit + shift).
         """
         length = self.length
         reach = table.radius + entry_residual
@@ -109,11 +110,20 @@ class State:
         whole = length + table.radius if table.metric == L2 else table.reach
         bound += canonical * (whole * whole if table.metric == L2 else length * whole)
         self.bound[:] = bound + absolute + 2.0**-60
-        self.unit[:] = 1.0
-        self.shift[:] = 0.0
-        self._reset(np.dtype(np.float32))
-        # Rounded up, then widened for the subtraction's own rounding.
-        self.margin[:] = 2.0 * self.bound * (1.0 + 2.0**-20) + 2.0**-22 * (length * reach + 1.0)
+        if unit is None or shift is None:
+            self.unit[:] = 1.0
+            self.shift[:] = 0.0
+            self._reset(np.dtype(np.float32))
+            # Widened for the rounding of the threshold, which is a float32 subtraction.
+            self.margin[:] = 2.0 * self.bound * (1.0 + 2.0**-20)
+            self.margin[:] += 2.0**-21 * (length * reach + 1.0)
+            return
+        self.unit[:] = unit
+        self.shift[:] = shift
+        self._reset(np.dtype(np.int32))
+        wide = np.ceil(2.0 * self.bound / np.maximum(unit, 2.0**-120)) + 2.0
+        self.counts[wide > -LOWEST] = -1
+        self.margin[:] = np.minimum(wide, -LOWEST)
 
     def _reset(self, dtype: np.dtype[Any]) -> None:
         if self.margin is None or self.margin.dtype != dtype:

@@ -13,7 +13,7 @@ import torch
 
 from semid.errors import EmbeddingError, UsageError
 from semid.quantization.engine.canonical import COSINE, L2, norms
-from semid.quantization.engine.rows import centre_table, first_copies
+from semid.quantization.engine.rows import centre_table, first_copies, round_bfloat16, slack
 from semid.quantization.engine.vector import LANES, SCAN
 
 __all__ = ["PAD_OFFSET", "Operand", "Table", "float32_rows", "padded"]
@@ -128,16 +128,14 @@ class Table:
         given = given + np.float32(0.0)  # a copy of our own, -0 becomes 0
         self.original: I64 = np.arange(len(given), dtype=np.int64)
         if unique:
-            copy_of = np.empty(len(given), np.int64)
-            hashes = np.empty(len(given), np.uint64)
-            if first_copies(given.view(np.uint32), hashes, copy_of) < len(given):
-                self.original = np.flatnonzero(copy_of == self.original)
-                given = np.ascontiguousarray(given[self.original])
+            self.original = first_copies(given)
+            if len(self.original) < len(given):
+                given = given[self.original]
         self.rows: F32 = given
         self._scale()
         self._lock = threading.Lock()
-        self._operands: dict[str, Operand] = {}
-        self.routes: dict[Any, str] = {}
+        self._operands: dict[str, Operand | None] = {}
+        self.routes: dict[int, Any] = {}  # the route chosen for each k
 
     def _scale(self) -> None:
         entries, width = self.rows.shape
@@ -160,12 +158,28 @@ class Table:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def operand(self, name: str, make: Callable[[Table], Operand]) -> Operand:
-        """Return the copy called ``name``, made by ``make`` at its first use."""
-        found = self._operands.get(name)
-        if found is None:
+    def operand(self, name: str, make: Callable[[Table], Operand | None]) -> Operand | None:
+        """Return the copy called ``name``, made by ``make`` at its first use; None if impossible."""
+        if name not in self._operands:
             with self._lock:
-                found = self._operands.get(name)
-                if found is None:
-                    found = self._operands[name] = make(self)
-        return found
+                if name not in self._operands:
+                    self._operands[name] = make(self)
+        return self._operands[name]
+
+    def bfloat16(self, multiple: int) -> tuple[npt.NDArray[np.uint16], float]:
+        """Round the scaled rows to bfloat16.
+
+        Args:
+            multiple: pad the width to a multiple of this.
+
+        Returns:
+            Bit patterns ``(columns, width)``, and the largest norm of what rounding took.
+        """
+        columns, width = self.scaled.shape
+        bits = np.empty((columns, padded(width, multiple)), np.uint16)
+        residual = np.empty(columns)
+        line = np.empty(width, np.float32)
+        round_bfloat16(
+            self.scaled, self.scaled.view(np.uint32), line, line.view(np.uint32), bits, residual
+        )
+        return bits, float(slack(residual[: len(self)], self.lengths, width).max())

@@ -1,0 +1,252 @@
+"""Screening in one pass: products of a tile of rows stay in cache until they are looked at.
+
+A block of scores is never written to memory as a whole: 32 rows times a group of entries are
+multiplied, scanned and forgotten. Both instruction sets (`x86`) fill the same blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+from semid.quantization.engine.rows import FAST, slack
+from semid.quantization.engine.screen import scan_best, scan_many
+from semid.quantization.engine.state import ROW_TILE, State
+from semid.quantization.engine.table import PAD_OFFSET, Operand, Table, padded
+from semid.quantization.engine.x86 import (
+    amx_begin,
+    amx_block,
+    amx_end,
+    avx512_block,
+    missing_features,
+)
+
+__all__ = ["FusedBfloat16", "FusedInt8"]
+
+F32 = npt.NDArray[np.float32]
+F64 = npt.NDArray[np.float64]
+I64 = npt.NDArray[np.int64]
+I32 = npt.NDArray[np.int32]
+
+GROUP = 512
+"""Entries a group: 32 rows of scores take 64 KB, 512 packed entries of 256 bytes 128 KB."""
+START_LIMIT = 2.0**28
+"""Largest offset in integer steps; with `WIDEST` products it stays within int32."""
+WIDEST = 16384
+"""Widest int8 rows: 255 * 127 * 16384 is below 2**29."""
+
+
+@numba.njit(nogil=True, cache=True)
+def _sweep_amx(
+    a: Any, panels: Any, start: Any, scores: Any, saved: Any, rows: int, offsets: F32,
+    margin: Any, top: Any, counts: I64, candidates: I32, kept: Any, k: int, scratch: Any,
+) -> None:  # fmt: skip
+    """Score and scan all rows and entries; ``start`` is ``(tiles or 1, columns)``."""
+    columns = start.shape[1]
+    amx_begin(saved)
+    for group in range(0, columns, GROUP):
+        size = min(GROUP, columns - group)
+        for row in range(0, rows, ROW_TILE):
+            line = (row // ROW_TILE) % start.shape[0]
+            for column in range(0, size, 32):
+                amx_block(
+                    a, row, panels, (group + column) // 16, start,
+                    line * columns + group + column, scores, column,
+                )  # fmt: skip
+            here = min(ROW_TILE, rows - row)
+            if k == 0:
+                scan_best(
+                    scores, here, size, group, offsets, margin, top, counts, candidates, kept, row
+                )
+            else:
+                scan_many(
+                    scores, here, size, group, offsets, margin, top, counts, candidates, kept,
+                    row, k, scratch,
+                )  # fmt: skip
+    amx_end(saved)
+
+
+@numba.njit(nogil=True, cache=True)
+def _sweep_avx512(
+    a: Any, panels: Any, start: Any, scores: Any, saved: Any, rows: int, offsets: F32,
+    margin: Any, top: Any, counts: I64, candidates: I32, kept: Any, k: int, scratch: Any,
+) -> None:  # fmt: skip
+    """`_sweep_amx` with vector registers."""
+    columns = start.shape[1]
+    for group in range(0, columns, GROUP):
+        size = min(GROUP, columns - group)
+        for row in range(0, rows, ROW_TILE):
+            line = (row // ROW_TILE) % start.shape[0]
+            for column in range(0, size, 64):
+                for part in range(row, row + ROW_TILE, 4):
+                    avx512_block(
+                        a, part, panels, (group + column) // 16, start,
+                        line * columns + group + column, scores, column,
+                    )  # fmt: skip
+            here = min(ROW_TILE, rows - row)
+            if k == 0:
+                scan_best(
+                    scores, here, size, group, offsets, margin, top, counts, candidates, kept, row
+                )
+            else:
+                scan_many(
+                    scores, here, size, group, offsets, margin, top, counts, candidates, kept,
+                    row, k, scratch,
+                )  # fmt: skip
+
+
+@numba.njit(nogil=True, cache=True, fastmath=FAST)
+def _quantize_tiles(
+    y: F32, rows: int, least: float, offsets: F32, entry_step: float,
+    out: npt.NDArray[np.int8], steps: F64, sums: F64, residual: F64, start: I32,
+) -> None:  # fmt: skip
+    """Round rows to int8 with one step for each 32 rows, and express the offsets in steps.
+
+    Args:
+        y: ``(n, width)``, ``n`` a multiple of 32.
+        rows: rows that hold queries.
+        least: smallest step allowed, so that the offsets fit.
+        offsets: ``(columns,)`` the table's.
+        entry_step: the table's step.
+        out: ``(n, >= width)`` result; further columns become zero.
+        steps: ``(n,)`` step of each row.
+        sums: ``(n,)`` sum of each row's integers.
+        residual: ``(n,)`` norm of the rounding error, summed in float32 (see `slack`).
+        start: ``(tiles, columns)`` result: minus the offsets, in steps of the product.
+    """
+    width = y.shape[1]
+    for tile in range((rows + 31) // 32):
+        largest = np.float32(0.0)
+        for i in range(32 * tile, 32 * tile + 32):
+            for j in range(width):
+                largest = max(largest, abs(y[i, j]))
+        step = np.float32(max(largest / 127.0, least))
+        inverse = np.float32(1.0) / step
+        for i in range(32 * tile, 32 * tile + 32):
+            steps[i] = step
+            lost, count = np.float32(0.0), np.int32(0)
+            for j in range(width):
+                nearest = np.rint(y[i, j] * inverse)
+                nearest = min(max(nearest, np.float32(-127.0)), np.float32(127.0))
+                error = y[i, j] - nearest * step
+                lost += error * error
+                code = np.int32(nearest)
+                out[i, j] = code
+                count += code
+            for j in range(width, out.shape[1]):
+                out[i, j] = 0
+            residual[i] = math.sqrt(lost)
+            sums[i] = count
+        scale = np.float32(1.0 / (np.float64(step) * entry_step))
+        for j in range(start.shape[1]):
+            if offsets[j] == np.float32(PAD_OFFSET):
+                start[tile, j] = -np.int32(2 * START_LIMIT)
+            else:
+                steps_down = min(offsets[j] * scale, np.float32(START_LIMIT))
+                start[tile, j] = -np.int32(np.rint(steps_down))
+
+
+def _pack(codes: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Lay out ``(columns, width)`` codes in panels of 16 entries (see `x86`)."""
+    columns, width = codes.shape
+    per = 4 // codes.itemsize
+    panels = codes.reshape(columns // 16, 16, width // per, per).transpose(0, 2, 1, 3)
+    return np.ascontiguousarray(panels).reshape(columns // 16, width * 16)
+
+
+class _Fused:
+    """What both number formats share."""
+
+    def __init__(self, *, tiles: bool, features: tuple[str, ...], library: str) -> None:
+        self.tiles, self.features, self.library = tiles, features, library
+
+    def unavailable(self) -> str | None:
+        """Return why this route cannot run here, or None."""
+        return missing_features(*self.features)
+
+    def _sweep(
+        self, table: Table, state: State, rows: npt.NDArray[Any], panels: Any, start: Any
+    ) -> None:
+        scores = state.buffer("scores" + start.dtype.str, (ROW_TILE, GROUP), start.dtype)
+        saved = state.buffer("tiles", (64,), np.uint8)
+        sweep = _sweep_amx if self.tiles else _sweep_avx512
+        sweep(
+            rows, panels, start, scores, saved, state.rows, table.offsets, state.margin,
+            state.top, state.counts, state.candidates, state.kept,
+            0 if state.best_only else state.k, state.scratch,
+        )  # fmt: skip
+
+
+class FusedInt8(_Fused):
+    """int8 products: queries with a step for each 32 rows, the table with one."""
+
+    name = "int8"
+
+    def prepare(self, table: Table) -> Operand | None:
+        """Round the scaled rows to int8, stored as code + 128; None where rows are too wide."""
+        width = padded(table.scaled.shape[1], 64)
+        if width > WIDEST:
+            return None
+        rows = table.scaled.astype(np.float64)
+        step = max(float(np.abs(rows).max()) / 127.0, 2.0**-60)
+        codes = np.clip(np.rint(rows / step), -127, 127)
+        lost = np.sqrt(((rows - codes * step) ** 2).sum(axis=1)).max()
+        wide = np.full((len(rows), width), 128, np.uint8)
+        wide[:, : rows.shape[1]] += codes.astype(np.int8).view(np.uint8)
+        residual = float(lost) * (1 + 2.0**-20) + table.radius * 2.0**-23 + 2.0**-60
+        return Operand(_pack(wide), residual, step)
+
+    def screen(self, table: Table, operand: Operand, state: State) -> None:
+        """Fill ``state``'s candidates; see `engine.search`."""
+        tiled = padded(state.rows, ROW_TILE)
+        width = operand.data.shape[1] // 16
+        codes = state.buffer("int8", (tiled, width), np.int8)
+        start = state.buffer("start", (tiled // ROW_TILE, len(table.offsets)), np.int32)
+        steps = state.buffer("steps", (state.limit,), np.float64)
+        sums = state.buffer("sums", (state.limit,), np.float64)
+        steps[tiled:], sums[tiled:] = 1.0, 0.0
+        offset = float(table.offsets[: len(table)].max())
+        least = max(offset / (operand.step * START_LIMIT), 2.0**-60)
+        _quantize_tiles(
+            state.y, state.rows, least, table.offsets, operand.step, codes, steps, sums,
+            state.residual, start,
+        )  # fmt: skip
+        unit = steps * operand.step
+        state.set_bound(
+            table,
+            residual=slack(state.residual, state.length, width),
+            entry_residual=operand.residual,
+            absolute=unit,
+            unit=unit,
+            shift=-128.0 * unit * sums,
+        )
+        self._sweep(table, state, codes, operand.data, start)
+
+
+class FusedBfloat16(_Fused):
+    """bfloat16 products with float32 sums that start from minus the offset."""
+
+    name = "bf16"
+
+    def prepare(self, table: Table) -> Operand | None:
+        """Round the scaled rows to bfloat16."""
+        bits, residual = table.bfloat16(32)
+        start = -np.minimum(table.offsets, np.float32(PAD_OFFSET)).reshape(1, -1)
+        return Operand((_pack(bits), start), residual)
+
+    def screen(self, table: Table, operand: Operand, state: State) -> None:
+        """Fill ``state``'s candidates; see `engine.search`."""
+        panels, start = operand.data
+        width = panels.shape[1] // 16
+        bits = state.buffer("bf16", (padded(state.rows, ROW_TILE), width), np.uint16)
+        state.round_bfloat16(bits)
+        state.set_bound(
+            table,
+            residual=slack(state.residual, state.length, width),
+            entry_residual=operand.residual,
+        )
+        self._sweep(table, state, bits, panels, start)
