@@ -16,6 +16,7 @@ from semid.data.embeddings import open_embeddings
 from semid.data.hashing import hash_strings, share_mask
 from semid.data.id_sources import load_ids, split_column
 from semid.data.ids import ItemIds, held_out_mask
+from semid.data.items import read_items
 from semid.errors import IdsError, UsageError
 
 X = np.ones((3, 2), np.float32)
@@ -239,3 +240,61 @@ def test_path_and_column_are_told_apart(tmp_path):
     assert split_column(f"{odd}:item_id") == (odd, "item_id")
     assert split_column("C:\\data\\items.parquet")[1] is None
     assert load_ids(f"{tmp_path}/*.parquet:item_id").strings().to_pylist() == ["a"]
+
+
+ITEMS = pa.table(
+    {
+        "item_id": ["a", "b", "c"],
+        "title": ["Lamp", "", None],
+        "text": ["Lamp, brass", "A chair", None],
+        "categories": [["Home", "Light"], ["Home"], None],
+    }
+)
+
+
+def test_titles_fall_back_on_text_and_then_on_the_id():
+    items = read_items(ITEMS)
+    assert [items.title(i) for i in range(3)] == ["Lamp", "A chair", "c"]
+    assert items.categories.to_pylist() == ["Home > Light", "Home", ""]
+    assert items.brand is None
+    assert read_items(items) is items
+
+
+def test_texts_line_up_with_the_catalogue():
+    items = read_items(ITEMS, ids=ItemIds(["c", "x", "a"]))
+    assert [items.title(i) for i in range(3)] == ["c", "x", "Lamp"]
+    assert items.missing == 1
+    assert len(items) == 3
+    assert items.text.to_pylist() == ["", "", "Lamp, brass"]
+    with pytest.raises(IdsError, match="called like '0', the table's like 'a'"):
+        read_items(ITEMS, ids=ItemIds.range(2))
+
+
+def test_items_from_files_and_frames(tmp_path):
+    table = pa.table({"asin": ["1", "02"], "title": ["1984", "x"], "name": ["n1", "n2"]})
+    pq.write_table(table, tmp_path / "items.parquet")
+    table.to_pandas().to_csv(tmp_path / "items.csv", index=False)
+    sources = [
+        f"{tmp_path}/items.parquet:asin",
+        f"{tmp_path}/items.csv:asin",
+        table.rename_columns(["item_id", "title", "name"]),
+        table.to_pandas().rename(columns={"asin": "item_id"}),
+        pl.from_arrow(table).rename({"asin": "item_id"}),
+    ]
+    for source in sources:
+        assert read_items(source).titles.to_pylist() == ["1984", "x"]
+        assert read_items(source, title_column="name").titles.to_pylist() == ["n1", "n2"]
+        assert read_items(source).ids.strings().to_pylist() == ["1", "02"]
+
+
+def test_tables_of_items_that_cannot_be_used(tmp_path):
+    with pytest.raises(UsageError, match=r"no column 'titel'; did you mean 'title'"):
+        read_items(ITEMS, title_column="titel")
+    with pytest.raises(UsageError, match="no column 'asin'"):
+        read_items(ITEMS, id_column="asin")
+    with pytest.raises(UsageError, match="neither a column 'title' nor 'text'"):
+        read_items(ITEMS.select(["item_id", "categories"]))
+    with pytest.raises(UsageError, match="does not exist"):
+        read_items(tmp_path / "x.parquet")
+    with pytest.raises(UsageError, match="items are a list"):
+        read_items([1])

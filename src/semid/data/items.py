@@ -1,0 +1,162 @@
+"""What items are called: titles, categories and texts, lined up with a catalogue's rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from semid.data.columns import require_column
+from semid.data.csv_files import csv_columns, is_csv, read_csv
+from semid.data.frames import is_frame, open_frame
+from semid.data.id_sources import DEFAULT_ID_COLUMN, split_column
+from semid.data.ids import ItemIds
+from semid.data.parquet_files import ParquetFiles
+from semid.errors import IdsError, UsageError
+
+__all__ = ["ItemTexts", "read_items"]
+
+_TEXT_COLUMNS = ("title", "categories", "brand", "text")
+
+
+@dataclass(frozen=True)
+class ItemTexts:
+    """Texts of items, row by row.
+
+    Attributes:
+        ids: the items.
+        titles: (items,) Arrow large_string array without nulls: the title, else the text, else
+            empty.
+        categories: (items,) Arrow large_string array without nulls, or None without the column.
+        brand: likewise.
+        text: likewise.
+        missing: items of ``ids`` that the table did not have.
+    """
+
+    ids: ItemIds
+    titles: Any
+    categories: Any = None
+    brand: Any = None
+    text: Any = None
+    missing: int = 0
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def title(self, row: int) -> str:
+        """Return the title of one row, or the item id where nothing is known."""
+        return str(self.titles[int(row)].as_py()) or self.ids[int(row)]
+
+    def aligned(self, ids: ItemIds) -> ItemTexts:
+        """Return the texts in the order of other ids; items without a row get empty texts.
+
+        Raises:
+            IdsError: not one of the ids has a row, which means other ids were meant.
+        """
+        rows = self.ids.index_of(ids.strings())
+        missing = int((rows < 0).sum())
+        if len(ids) and missing == len(ids):
+            raise IdsError(
+                f"none of the {len(ids)} items has a row in the table of items: they are called "
+                f"like '{ids[0]}', the table's like '{self.ids[0]}'; check --id-column (id_column=)"
+            )
+        take = pa.array(rows, mask=rows < 0)
+        columns = {
+            name: None if column is None else column.take(take).fill_null("")
+            for name, column in self._columns().items()
+        }
+        return ItemTexts(ids, missing=missing, **columns)
+
+    def _columns(self) -> dict[str, Any]:
+        names = ("titles", "categories", "brand", "text")
+        return {name: getattr(self, name) for name in names}
+
+
+def read_items(
+    source: Any,
+    *,
+    ids: ItemIds | None = None,
+    id_column: str | None = None,
+    title_column: str | None = None,
+) -> ItemTexts:
+    """Read what items are called.
+
+    Args:
+        source: a path to Parquet (file, folder or glob) or CSV, also as ``items.parquet:asin``
+            with the id column; an Arrow table, pandas or polars frame; or `ItemTexts`.
+        ids: the catalogue to line up with; None keeps the table's own rows.
+        id_column: the item ids; None takes ``item_id``.
+        title_column: the titles; None takes ``title``, and ``text`` where that is empty or absent.
+
+    Returns:
+        The texts, in memory. Columns ``categories``, ``brand`` and ``text`` come along if present.
+
+    Raises:
+        UsageError: no such file or column, or neither ``title`` nor ``text``.
+        IdsError: ids are null or repeated, or none of ``ids`` is in the table.
+    """
+    if isinstance(source, ItemTexts):
+        return source if ids is None else source.aligned(ids)
+    names, read, label, named = _open(source)
+    key = require_column(
+        id_column or named or DEFAULT_ID_COLUMN, names, label=label, flag="--id-column (id_column=)"
+    )
+    if title_column is not None:
+        require_column(title_column, names, label=label, flag="--title-column (title_column=)")
+    elif "title" not in names and "text" not in names:
+        raise UsageError(
+            f"{label} has neither a column 'title' nor 'text'; name the one to call items by with "
+            "--title-column (title_column=)"
+        )
+    found = [c for c in _TEXT_COLUMNS if c in names]
+    table = read(list(dict.fromkeys([key, *found, *([title_column] if title_column else [])])))
+    columns = {c: _texts(table, c) for c in found}
+    titles = _texts(table, title_column) if title_column else columns.get("title")
+    text = columns.get("text")
+    if titles is None:
+        titles = text
+    elif text is not None:
+        titles = pc.if_else(pc.equal(titles, ""), text, titles)
+    own_ids = ItemIds(table.column(key), source=f"id column '{key}' of {label}")
+    items = ItemTexts(own_ids, titles, columns.get("categories"), columns.get("brand"), text)
+    return items if ids is None else items.aligned(ids)
+
+
+def _open(source: Any) -> tuple[list[str], Any, str, str | None]:
+    """Return the column names, a function that reads some as a table, a label, an id column."""
+    if isinstance(source, str | Path):
+        path, column = split_column(source)
+        label = f"'{path}'"
+        if is_csv(path):
+            names = csv_columns(path, error=IdsError)
+            # Every column read here is text: a title such as 1984 is no number.
+            return names, lambda cs: read_csv(path, cs, text=cs, error=IdsError), label, column
+        files = ParquetFiles.open(path, error=IdsError)
+        return list(files.schemas[0].names), files.read, label, column
+    if is_frame(source):
+        frame = open_frame(source)
+        return (
+            list(frame.schema.names),
+            lambda cs: pa.table({c: frame.column(c) for c in cs}),
+            frame.label,
+            None,
+        )
+    raise UsageError(
+        f"items are a {type(source).__name__}; give a path to Parquet or CSV, an Arrow table, or a "
+        "pandas or polars frame"
+    )
+
+
+def _texts(table: pa.Table, name: str) -> Any:
+    """Return a column as text without nulls; a list of categories is joined with ' > '."""
+    column = table.column(name)
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        column = column.cast(pa.list_(pa.string()))
+        column = pc.binary_join(column, " > ")
+    array = column.cast(pa.large_string()).fill_null("").combine_chunks()
+    return array if isinstance(array, pa.Array) else pa.concat_arrays(array.chunks)

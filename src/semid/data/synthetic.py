@@ -1,0 +1,321 @@
+"""A synthetic catalogue of any size: for the demo, for tests, and before one's own data is there.
+
+Items belong to niches within aisles within departments; their embeddings are sums of what they
+share with each level, on top of a common direction (the anisotropy of text embeddings) and noise
+with a decaying spectrum. Popularity has a long tail, and users walk from niche to niche.
+
+Everything is a function of the seed and of fixed units of 4,096 items or users, so that
+nothing depends on how much is made at once, and a larger catalogue begins with a smaller one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from semid.data.blocks import RawBlock, reblock
+from semid.data.ids import ItemIds
+from semid.data.interactions import Interactions, read_interactions
+from semid.data.source import EmbeddingSource, write_npy
+from semid.data.synthetic_titles import (
+    BRANDS,
+    FINISHES,
+    NICHES_OF_DEPARTMENT,
+    PATHS,
+    STYLES,
+    Attributes,
+    item_table,
+    named,
+    numbered,
+)
+from semid.data.synthetic_users import walk
+from semid.data.topics import DEPARTMENTS, VARIANTS
+from semid.errors import OutputExistsError, UsageError, check_choice
+
+__all__ = ["SyntheticCatalogue", "SyntheticFiles"]
+
+_UNIT = 4_096
+_GROUP = 16  # units of a Parquet row group
+_USER_UNIT = 4_096
+_TABLES, _ATTRIBUTES, _NOISE, _USERS = range(4)  # streams of randomness
+_NICHES_OF_AISLE = 4
+
+
+class SyntheticFiles(NamedTuple):
+    """What `SyntheticCatalogue.write` has written."""
+
+    items: Path
+    embeddings: Path
+    interactions: Path
+
+
+@dataclass(frozen=True)
+class SyntheticCatalogue:
+    """A catalogue with a known structure.
+
+    Args:
+        items: number of items, at least 1.
+        dim: width of the embeddings, at least 2.
+        users: number of users, at least 1; None takes one for two items.
+        seed: everything follows from it.
+
+    Raises:
+        UsageError: a number is too small.
+    """
+
+    items: int = 20_000
+    dim: int = 64
+    users: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        lowest = {"items": 1, "dim": 2, "users": 1, "seed": 0}
+        for name, least in lowest.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UsageError(f"{name}={value} is too small; a catalogue needs {least} or more")
+
+    @property
+    def user_count(self) -> int:
+        """Number of users."""
+        return max(1, self.items // 2) if self.users is None else self.users
+
+    @cached_property
+    def ids(self) -> ItemIds:
+        """The item ids, ``P0000000`` onwards."""
+        return ItemIds._trusted(numbered("P", 0, self.items), self.items)
+
+    def embeddings(self) -> EmbeddingSource:
+        """Return the embeddings as a source that makes its rows when they are read."""
+        return _SyntheticSource(self)
+
+    def matrix(self) -> np.ndarray:
+        """Return the embeddings in memory: (items, dim) float32, rows of unit length."""
+        return np.concatenate([raw.values for raw in self._units()])
+
+    def niches(self) -> np.ndarray:
+        """Return each item's niche (items,) int64; 4 niches make an aisle, 16 a department."""
+        units = [self._attributes(u).niche for u in range(self._unit_count)]
+        return np.concatenate(units)[: self.items]
+
+    def items_table(self) -> pa.Table:
+        """Return all items in memory: id, title, brand, categories, text, popularity."""
+        return pa.concat_tables(self._items_unit(u) for u in range(self._unit_count))
+
+    def interactions_table(self) -> pa.Table:
+        """Return all interactions in memory, users in order, each user's oldest first."""
+        return pa.concat_tables(self._interaction_units())
+
+    def interactions(self) -> Interactions:
+        """Return the interactions as the rest of semid reads them."""
+        return read_interactions(self.interactions_table())
+
+    def write(
+        self,
+        folder: str | Path,
+        *,
+        embeddings: str = "npy",
+        dtype: str = "float32",
+        overwrite: bool = False,
+    ) -> SyntheticFiles:
+        """Write ``items.parquet``, the embeddings and ``interactions.parquet``, block by block.
+
+        Args:
+            folder: made if it does not exist.
+            embeddings: ``npy`` for ``embeddings.npy`` beside the items, ``parquet`` for a column
+                ``embedding`` of ``items.parquet``.
+            dtype: ``float32`` or ``float16``.
+            overwrite: replace files that exist.
+
+        Returns:
+            The paths. Memory: about 40 bytes an item for the users' walk, and a few blocks.
+
+        Raises:
+            OutputExistsError: a file exists and ``overwrite`` is False.
+        """
+        check_choice("embeddings", embeddings, ("npy", "parquet"))
+        check_choice("dtype", dtype, ("float16", "float32"))
+        target = Path(folder)
+        paths = SyntheticFiles(
+            target / "items.parquet",
+            target / ("embeddings.npy" if embeddings == "npy" else "items.parquet"),
+            target / "interactions.parquet",
+        )
+        for path in paths:
+            if path.exists() and not overwrite:
+                raise OutputExistsError(f"'{path}' exists; pass overwrite=True to replace it")
+        target.mkdir(parents=True, exist_ok=True)
+        if embeddings == "npy":
+            blocks = (raw.values for raw in self._units())
+            kind = {"float16": "<f2", "float32": "<f4"}[dtype]
+            write_npy(paths.embeddings, blocks, shape=(self.items, self.dim), dtype=kind)
+            _write_parquet(paths.items, self._item_groups(None))
+        else:
+            _write_parquet(paths.items, self._item_groups(dtype))
+        _write_parquet(paths.interactions, self._interaction_units())
+        return paths
+
+    @property
+    def _unit_count(self) -> int:
+        return -(-self.items // _UNIT)
+
+    def _generator(self, stream: int, unit: int = 0) -> np.random.Generator:
+        return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(stream, unit)))
+
+    @cached_property
+    def _tables(self) -> dict[str, np.ndarray]:
+        """Vectors that items share, each about as long as its level weighs."""
+        rng = self._generator(_TABLES)
+        dim = self.dim
+        spectrum = (1.0 + np.arange(dim)) ** -0.5
+        spectrum /= np.sqrt((spectrum**2).sum())
+        # A random rotation, lest the large directions be the first coordinates.
+        rotation = np.linalg.qr(rng.standard_normal((dim, dim)))[0]
+        basis = (spectrum[:, None] * rotation).astype(np.float32)
+
+        def vectors(count: int, weight: float) -> np.ndarray:
+            drawn = rng.standard_normal((count, dim)).astype(np.float32)
+            out: np.ndarray = weight * (drawn @ basis)
+            return out
+
+        departments = len(DEPARTMENTS)
+        niche = vectors(len(PATHS), 0.55)
+        niche += np.repeat(vectors(len(PATHS) // _NICHES_OF_AISLE, 0.7), _NICHES_OF_AISLE, axis=0)
+        niche += np.repeat(vectors(departments, 0.9), NICHES_OF_DEPARTMENT, axis=0)
+        niche += vectors(1, 1.0)
+        # Few niches hold most items: Zipf over a random ranking.
+        ranks = rng.permutation(len(PATHS)) + 1.0
+        share = ranks**-0.8
+        return {
+            "basis": 0.45 * basis,
+            "niche": niche,
+            "style": vectors(departments * STYLES, 0.35),
+            "finish": vectors(departments * FINISHES, 0.2),
+            "cumulative": np.cumsum(share / share.sum()),
+        }
+
+    def _attributes(self, unit: int) -> Attributes:
+        rng = self._generator(_ATTRIBUTES, unit)
+        niche = np.searchsorted(self._tables["cumulative"][:-1], rng.random(_UNIT), side="right")
+        return Attributes(
+            niche,
+            rng.integers(0, STYLES, _UNIT),
+            rng.integers(0, FINISHES, _UNIT),
+            np.maximum(rng.integers(-9, len(VARIANTS), _UNIT), 0),
+            # The first makers sell most.
+            np.minimum(rng.geometric(0.35, _UNIT) - 1, BRANDS - 1),
+            # A Pareto tail: the top 1 % of items draw about a quarter of the interest.
+            (1.0 - rng.random(_UNIT)) ** (-1 / 1.3),
+            rng.normal(0.0, 0.5, _UNIT),
+        )
+
+    def _unit(self, unit: int) -> np.ndarray:
+        """Make the embeddings of one unit: (4096 or what is left, dim) float32."""
+        a, tables = self._attributes(unit), self._tables
+        department = a.niche // NICHES_OF_DEPARTMENT
+        drawn = self._generator(_NOISE, unit).standard_normal((_UNIT, self.dim), dtype=np.float32)
+        x = drawn @ tables["basis"]
+        x += tables["niche"][a.niche]
+        x += tables["style"][department * STYLES + a.style]
+        x += tables["finish"][department * FINISHES + a.finish]
+        x /= np.linalg.norm(x, axis=1, keepdims=True)
+        rows: np.ndarray = x[: self.items - unit * _UNIT]
+        return rows
+
+    def _units(self) -> Iterator[RawBlock]:
+        for unit in range(self._unit_count):
+            yield RawBlock(self._unit(unit))
+
+    def _items_unit(self, unit: int) -> pa.Table:
+        start = unit * _UNIT
+        count = min(_UNIT, self.items - start)
+        return item_table(self._attributes(unit), start=start, count=count)
+
+    def _item_groups(self, dtype: str | None) -> Iterator[pa.Table]:
+        """Yield the items a row group at a time, with their embeddings where asked for."""
+        for first in range(0, self._unit_count, _GROUP):
+            units = range(first, min(first + _GROUP, self._unit_count))
+            group = pa.concat_tables(self._items_unit(unit) for unit in units)
+            if dtype is not None:
+                flat = np.concatenate([self._unit(unit) for unit in units]).astype(dtype)
+                column = pa.FixedSizeListArray.from_arrays(pa.array(flat.reshape(-1)), self.dim)
+                group = group.append_column("embedding", column)
+            yield group
+
+    def _interaction_units(self) -> Iterator[pa.Table]:
+        niche = np.empty(self.items, dtype=np.int16)
+        weight, quality = np.empty((2, self.items), dtype=np.float32)
+        for unit in range(self._unit_count):
+            a, rows = self._attributes(unit), slice(unit * _UNIT, (unit + 1) * _UNIT)
+            count = len(niche[rows])
+            niche[rows], weight[rows] = a.niche[:count], a.popularity[:count]
+            quality[rows] = a.quality[:count]
+        widths = (1, _NICHES_OF_AISLE, NICHES_OF_DEPARTMENT, len(PATHS))
+        steps = walk(niche, weight, quality, widths, unit=_USER_UNIT)
+        for unit in range(-(-self.user_count // _USER_UNIT)):
+            first = unit * _USER_UNIT
+            count = min(_USER_UNIT, self.user_count - first)
+            block = steps(self._generator(_USERS, unit))
+            kept = slice(0, int(np.searchsorted(block.user, count)))
+            yield pa.table(
+                {
+                    "user_id": numbered("U", first, count).take(pa.array(block.user[kept])),
+                    "item_id": named("P", block.item[kept]),
+                    "timestamp": pa.array(block.timestamp[kept]),
+                    "position": pa.array(block.position[kept].astype(np.int16)),
+                    "rating": pa.array(block.rating[kept].astype(np.float32)),
+                }
+            )
+
+
+class _SyntheticSource(EmbeddingSource):
+    """The embeddings of a synthetic catalogue, made as they are read."""
+
+    cheap_rows = False
+
+    def __init__(self, catalogue: SyntheticCatalogue) -> None:
+        self._catalogue = catalogue
+        self.ids = catalogue.ids
+        self.dim = catalogue.dim
+        self.label = "the synthetic catalogue"
+
+    def describe(self) -> dict[str, Any]:
+        """Return kind, seed, items and dim."""
+        return {
+            "kind": "synthetic",
+            "seed": self._catalogue.seed,
+            "items": len(self),
+            "dim": self.dim,
+        }
+
+    def _raw_blocks(self, size: int) -> Iterator[RawBlock]:
+        yield from reblock(self._catalogue._units(), size, self.dim)
+
+    def _raw_rows(self, indices: np.ndarray) -> RawBlock:
+        values = np.empty((len(indices), self.dim), dtype=np.float32)
+        unit = indices // _UNIT
+        for number in np.unique(unit):
+            mine = unit == number
+            values[mine] = self._catalogue._unit(int(number))[indices[mine] - number * _UNIT]
+        return RawBlock(values)
+
+
+def _write_parquet(path: Path, tables: Iterator[pa.Table]) -> None:
+    """Write tables as one file of one row group each, complete or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        first = next(tables)
+        with pq.ParquetWriter(partial, first.schema) as writer:
+            writer.write_table(first)
+            for table in tables:
+                writer.write_table(table)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
