@@ -1,0 +1,138 @@
+"""Semantic IDs: shapes, look-ups, Parquet and fingerprints."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from semid.codes import CodesInfo, SemanticIds, code_dtype
+from semid.data.ids import ItemIds
+from semid.errors import (
+    ArtefactError,
+    FingerprintError,
+    IdsError,
+    InputError,
+    OutputExistsError,
+    UsageError,
+)
+
+INFO = CodesInfo(
+    tokenizer="rqkmeans",
+    codebook_sizes=(4, 8),
+    hierarchical=True,
+    codebook_fingerprint="a" * 64,
+    weights_fingerprint="b" * 64,
+    beam_width=2,
+)
+
+
+def make(items=("x", "y", "z"), codes=((0, 7), (3, 1), (0, 2)), info=INFO) -> SemanticIds:
+    return SemanticIds(
+        ItemIds(list(items)),
+        np.array(codes),
+        np.arange(len(codes), dtype=np.float32),
+        info,
+    )
+
+
+def test_parquet_round_trip(tmp_path):
+    ids = make()
+    ids.write(tmp_path / "ids.parquet")
+    back = SemanticIds.read(tmp_path / "ids.parquet")
+    assert back.info == INFO
+    assert np.array_equal(back.codes, ids.codes)
+    assert back.codes.dtype == np.uint16
+    assert np.array_equal(back.residual_norms, ids.residual_norms)
+    assert back.items.strings().to_pylist() == ["x", "y", "z"]
+    schema = pq.read_schema(tmp_path / "ids.parquet")
+    assert schema.field("codes").type.list_size == 2
+    assert schema.field("codes").type.value_type == pa.uint16()
+
+
+@pytest.mark.parametrize(
+    "column", [pa.array([7, 8, 9], pa.int32()), pa.array(["p", "q", "r"]).dictionary_encode()]
+)
+def test_item_type_is_kept(tmp_path, column):
+    ids = SemanticIds(ItemIds(column), make().codes, make().residual_norms, INFO)
+    ids.write(tmp_path / "ids.parquet")
+    stored = pq.read_table(tmp_path / "ids.parquet")["item_id"]
+    assert stored.to_pylist() == column.to_pylist()
+    if pa.types.is_integer(column.type):
+        assert stored.type == column.type
+
+
+def test_large_codebooks_take_uint32():
+    assert code_dtype([256, 65_536]) == np.uint16
+    assert code_dtype([65_537]) == np.uint32
+    wide = CodesInfo(
+        tokenizer="rqkmeans",
+        codebook_sizes=(70_000,),
+        hierarchical=True,
+        codebook_fingerprint="",
+        weights_fingerprint="",
+    )
+    assert make(codes=((69_999,), (1,), (2,)), info=wide).codes.dtype == np.uint32
+
+
+def test_lookup_of_one_and_of_many():
+    ids = make()
+    assert ids.lookup("y").tolist() == [3, 1]
+    assert ids.lookup(["z", "x"]).tolist() == [[0, 2], [0, 7]]
+    with pytest.raises(IdsError, match=r"1 of 2 items .* 'nope'"):
+        ids.lookup(["x", "nope"])
+
+
+def test_prefixes():
+    ids = make()
+    assert ids.with_prefix((0,)).tolist() == [0, 2]
+    assert ids.with_prefix((0, 2)).tolist() == [2]
+    assert ids.with_prefix(()).tolist() == [0, 1, 2]
+    assert ids.with_prefix((2,)).tolist() == []
+    with pytest.raises(UsageError, match="2 levels"):
+        ids.with_prefix((0, 1, 2))
+
+
+def test_what_does_not_fit_is_listed_at_once():
+    with pytest.raises(InputError) as caught:
+        SemanticIds(
+            ItemIds(["x"]), np.array([[4, 9], [0, 0]]), np.zeros(2, dtype=np.float32), INFO
+        )
+    assert len(caught.value.problems) == 3
+    with pytest.raises(InputError, match="expected"):
+        make(codes=((1,), (2,), (3,)))
+
+
+def test_other_codebooks_are_refused():
+    make().check_codebook("a" * 64)
+    with pytest.raises(FingerprintError, match="another codebook"):
+        make().check_codebook("c" * 64)
+
+
+def test_files_that_are_no_ids(tmp_path):
+    with pytest.raises(ArtefactError, match="does not exist"):
+        SemanticIds.read(tmp_path / "none.parquet")
+    pq.write_table(pa.table({"item_id": ["x"]}), tmp_path / "plain.parquet")
+    with pytest.raises(ArtefactError, match="no semid fingerprint"):
+        SemanticIds.read(tmp_path / "plain.parquet")
+    make().write(tmp_path / "ids.parquet")
+    with pytest.raises(OutputExistsError, match="--overwrite"):
+        make().write(tmp_path / "ids.parquet")
+    whole = (tmp_path / "ids.parquet").read_bytes()
+    (tmp_path / "cut.parquet").write_bytes(whole[:100])
+    with pytest.raises(ArtefactError, match="cannot be read"):
+        SemanticIds.read(tmp_path / "cut.parquet")
+    table = pq.read_table(tmp_path / "ids.parquet").drop_columns(["codes"])
+    pq.write_table(table, tmp_path / "lacks.parquet")
+    with pytest.raises(ArtefactError, match="lacks the columns codes"):
+        SemanticIds.read(tmp_path / "lacks.parquet")
+
+
+def test_newer_formats_are_refused(tmp_path):
+    make().write(tmp_path / "ids.parquet")
+    table = pq.read_table(tmp_path / "ids.parquet")
+    metadata = {b"semid": table.schema.metadata[b"semid"].replace(b'version": 1', b'version": 99')}
+    pq.write_table(table.replace_schema_metadata(metadata), tmp_path / "new.parquet")
+    with pytest.raises(ArtefactError, match="format version 99"):
+        SemanticIds.read(tmp_path / "new.parquet")
