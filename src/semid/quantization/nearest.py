@@ -12,11 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from semid.errors import UsageError
+from semid.errors import UsageError, check_choice
 from semid.quantization.engine.canonical import L2
-from semid.quantization.engine.routes import choose
+from semid.quantization.engine.gpu import search_device
+from semid.quantization.engine.routes import ROUTES, choose
 from semid.quantization.engine.search import search
 from semid.quantization.engine.table import Table, check_rows
+from semid.quantization.threads import resolve_threads
 
 __all__ = ["Nearest", "PreparedCodebook", "nearest", "nearest_m", "prepare"]
 
@@ -50,7 +52,7 @@ class PreparedCodebook:
     def __init__(self, codebook: Tensor) -> None:
         check_rows(codebook, name="codebook")
         self.codewords = codebook.detach().to(torch.float32, copy=True).contiguous()
-        self.table = Table(self.codewords, metric=L2, unique=True)
+        self.table = Table(self.codewords.cpu(), metric=L2, unique=True)
         self._full: Table | None = None
 
     def __len__(self) -> int:
@@ -61,7 +63,7 @@ class PreparedCodebook:
         if len(self.table) == len(self.codewords):
             return self.table
         if self._full is None:
-            self._full = Table(self.codewords, metric=L2, unique=False)
+            self._full = Table(self.codewords.cpu(), metric=L2, unique=False)
         return self._full
 
 
@@ -102,7 +104,8 @@ def nearest(
     """Find the codeword nearest to each row in squared Euclidean distance.
 
     Args:
-        x: ``(items, dim)`` float32, float16 or bfloat16. A row that is not finite gets label 0
+        x: ``(items, dim)`` float32, float16 or bfloat16, on the CPU or a CUDA device (searched
+            there in bfloat16 whatever ``route`` says; the result stays there). A row that is not finite gets label 0
             and a distance that is not finite; refuse such rows before.
         codebook: ``(codes, dim)``, or what `prepare` made of it.
         threads: plain threads over blocks of rows; None uses all this process may use.
@@ -119,11 +122,19 @@ def nearest(
     Time grows with items x codes x dim; memory with the block of rows, not with ``items``.
     """
     ready = _prepared(x, codebook)
-    found = search(x, ready.table, choose(route, x, ready.table), threads=threads)
-    return Nearest(
-        torch.from_numpy(found.labels[:, 0]),
-        torch.from_numpy(found.keys[:, 0]).to(torch.float32),
-    )
+    found = _search(x, ready.table, 1, threads, route)
+    return Nearest(found.labels[:, 0], found.distances[:, 0])
+
+
+def _search(x: Tensor, table: Table, k: int, threads: int | None, route: str) -> Nearest:
+    check_choice("route", route, ROUTES)
+    resolve_threads(threads)
+    if x.is_cuda:
+        found = search_device(x, table, k=k)
+    else:
+        found = search(x, table, choose(route, x, table, k=k), k=k, threads=threads)
+    labels, keys = torch.from_numpy(found.labels), torch.from_numpy(found.keys)
+    return Nearest(labels.to(x.device), keys.to(torch.float32).to(x.device))
 
 
 def nearest_m(
@@ -153,8 +164,4 @@ def nearest_m(
     ready = _prepared(x, codebook)
     if not 1 <= m <= len(ready):
         raise UsageError(f"m={m} is out of range; give 1 to {len(ready)}, the number of codewords")
-    table = ready.full_table()
-    found = search(x, table, choose(route, x, table, k=m), k=m, threads=threads)
-    return Nearest(
-        torch.from_numpy(found.labels), torch.from_numpy(found.keys).to(torch.float32)
-    )
+    return _search(x, ready.full_table(), m, threads, route)

@@ -18,7 +18,7 @@ import torch
 
 from semid.errors import UsageError
 
-__all__ = ["default_threads", "cgroup_limit", "map_blocks", "one_blas_thread", "resolve_threads"]
+__all__ = ["cgroup_limit", "default_threads", "map_blocks", "one_blas_thread", "resolve_threads"]
 
 Block = TypeVar("Block")
 Result = TypeVar("Result")

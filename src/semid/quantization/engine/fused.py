@@ -32,8 +32,8 @@ F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
 I32 = npt.NDArray[np.int32]
 
-GROUP = 512
-"""Entries a group: 32 rows of scores take 64 KB, 512 packed entries of 256 bytes 128 KB."""
+GROUP = 256
+"""Entries a group: 32 rows of scores take 32 KB, 256 packed entries of 512 bytes 128 KB."""
 START_LIMIT = 2.0**28
 """Largest offset in integer steps; with `WIDEST` products it stays within int32."""
 WIDEST = 16384

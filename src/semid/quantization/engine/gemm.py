@@ -66,8 +66,11 @@ class Float32Gemm:
             part = slice(at, min(at + CHUNK, len(table.offsets)))
             for start in range(0, rows, ROWS):
                 block = torch.from_numpy(y[start : min(start + ROWS, rows)])
-                scores = torch.addmm(bias[part], block, weights[part].T, beta=-1.0)
-                _scan(state, table, scores.numpy(), start, at)
+                scores = state.buffer("fp32", (len(block), part.stop - at), np.float32)
+                torch.addmm(
+                    bias[part], block, weights[part].T, beta=-1.0, out=torch.from_numpy(scores)
+                )
+                _scan(state, table, scores, start, at)
 
 
 class Bfloat16Gemm:
@@ -101,5 +104,7 @@ class Bfloat16Gemm:
         for at in range(0, len(weights), CHUNK):
             part = weights[at : at + CHUNK].T
             for start in range(0, rows, ROWS):
-                scores = torch.mm(y[start : start + ROWS], part)
-                _scan(state, table, scores.view(torch.int16).numpy().view(np.uint16), start, at)
+                block = y[start : start + ROWS]
+                scores = state.buffer("products", (len(block), part.shape[1]), np.uint16)
+                torch.mm(block, part, out=_bfloat16(scores))
+                _scan(state, table, scores, start, at)

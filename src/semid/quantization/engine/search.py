@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BLOCK", "Found", "search"]
 
-BLOCK = 512
+BLOCK = 1024
 """Queries a block: enough to reuse the table from cache, few enough to share among threads."""
 
 
@@ -36,6 +36,18 @@ class Found(NamedTuple):
     labels: npt.NDArray[np.int64]
     keys: npt.NDArray[np.float64]
     measured: int
+
+
+# Fresh buffers cost page faults, which for a small block take longer than the search.
+_kept = threading.local()
+
+
+def _state(limit: int, width: int, k: int, best_only: bool) -> State:
+    """Return this thread's buffers, those of its last search where they fit."""
+    found: State | None = getattr(_kept, "state", None)
+    if found is None or not found.fits(limit, width, k, best_only):
+        found = _kept.state = State(limit, width, k=k, best_only=best_only)
+    return found
 
 
 def search(
@@ -72,14 +84,11 @@ def search(
     if operand is None:
         raise UsageError(f"route '{route.name}' cannot hold a table {table.dim} columns wide")
     limit = min(BLOCK, padded(max(count, 1), ROW_TILE))
-    local = threading.local()
 
     def work(start: int) -> int:
         stop = min(start + limit, count)
         x = float32_rows(queries[start:stop], name=name)
-        state: State | None = getattr(local, "state", None)
-        if state is None:
-            state = local.state = State(limit, width, k=wanted, best_only=best_only)
+        state = _state(limit, width, wanted, best_only)
         state.load(x, table)
         route.screen(table, operand, state)
         found, ranked = labels[start:stop], keys[start:stop]

@@ -61,6 +61,10 @@ class State:
         self.scratch: Any = None
         self._buffers: dict[str, npt.NDArray[Any]] = {}
 
+    def fits(self, limit: int, width: int, k: int, best_only: bool) -> bool:
+        """Return whether these buffers are the ones such a search would make."""
+        return (self.limit, self.width, self.k, self.best_only) == (limit, width, k, best_only)
+
     def buffer(self, name: str, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
         """Return scratch memory that is kept for the next block; its contents are left over."""
         size = int(np.prod(shape))

@@ -135,6 +135,7 @@ class Table:
         self._scale()
         self._lock = threading.Lock()
         self._operands: dict[str, Operand | None] = {}
+        self.on_devices: dict[Any, Any] = {}  # see `gpu.device_table`
         self.routes: dict[int, Any] = {}  # the route chosen for each k
 
     def _scale(self) -> None:

@@ -80,6 +80,11 @@ def _call(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
     return builder.call(function, arguments)
 
 
+def _prefetch(builder: Any, pointer: Any) -> None:
+    """Ask for a line of memory; an address past the end of the table does no harm."""
+    _call(builder, "llvm.prefetch.p0", VOID, [pointer, I32(0), I32(3), I32(1)])
+
+
 @intrinsic
 def amx_begin(typing: Any, saved: Any) -> Any:
     """Keep the thread's tile configuration in ``saved`` (64 bytes) and set ours: 8 full tiles."""
@@ -157,9 +162,16 @@ def amx_block(
             tile_load(tile, _offset(builder, first, I64(LINE * (tile % 2))), I64(0))
         lower = _offset(builder, left, builder.mul(pitch, I64(16)))
         second = _offset(builder, right, builder.mul(panel_size, I64(size)))
+        two_panels = I64(LINE * 32)
         with cgutils.for_range(builder, builder.udiv(pitch, I64(LINE))) as loop:
             along = builder.mul(loop.index, I64(LINE))
             deep = builder.mul(loop.index, I64(LINE * 16))
+            # The hardware prefetcher does not see through tile loads: ask for the table's lines
+            # that the next block reads (the panels lie one after the other).
+            for base in (right, second):
+                ahead = _offset(builder, _offset(builder, base, deep), two_panels)
+                for part in range(16):
+                    _prefetch(builder, _offset(builder, ahead, I64(LINE * part)))
             tile_load(4, _offset(builder, left, along), pitch)
             tile_load(6, _offset(builder, right, deep), I64(LINE))
             _call(builder, name, VOID, [I8(0), I8(4), I8(6)])
