@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,12 +10,13 @@ import numpy.typing as npt
 import torch
 
 from semid.data.ids import ItemIds
+from semid.data.items import ItemTexts
 from semid.quantization.nearest import nearest_m
 from semid.report.tree import Tree, build_tree
-from semid.report.words import describing_words
+from semid.report.words import describing_words, tokens
 from semid.seeds import numpy_generator
 
-__all__ = ["MOST_ITEMS", "ItemTexts", "build_explorer", "largest_buckets"]
+__all__ = ["MOST_ITEMS", "build_explorer", "largest_buckets", "shorten"]
 
 MOST_ITEMS = 20_000
 """Items on the page; a larger catalogue shows a random sample beside figures of all items."""
@@ -25,23 +25,6 @@ MOST_NODES = 40_000
 TITLE_BYTES = 120
 NEIGHBOURS = 5
 NEIGHBOUR_CODES = 4096
-
-
-@dataclass(frozen=True)
-class ItemTexts:
-    """Titles and texts of the catalogue's items.
-
-    Attributes:
-        titles: ``(items,)`` Arrow strings, null where an item has none; None without a table.
-        texts: ``(items,)`` Arrow strings to take words from; None without a table.
-    """
-
-    titles: Any = None
-    texts: Any = None
-
-    def title(self, row: int) -> str | None:
-        """Return an item's title, cut to what a line can show."""
-        return None if self.titles is None else shorten(self.titles[row].as_py())
 
 
 def shorten(text: str | None) -> str | None:
@@ -57,7 +40,7 @@ def largest_buckets(
     keys: npt.NDArray[np.uint64],
     hashes: npt.NDArray[np.uint64],
     ids: ItemIds,
-    texts: ItemTexts,
+    texts: ItemTexts | None,
     *,
     most: int = 100,
     examples: int = 12,
@@ -69,7 +52,7 @@ def largest_buckets(
         keys: ``(items,)`` equal for equal ids.
         hashes: ``(items,)`` equal for equal inputs.
         ids: the items.
-        texts: their titles.
+        texts: their titles, or None.
         most: most buckets listed.
         examples: most items named a bucket, in row order.
 
@@ -90,7 +73,8 @@ def largest_buckets(
                 "items": int(size),
                 "distinct_inputs": len(np.unique(hashes[rows])),
                 "examples": [
-                    {"id": ids[int(row)], "title": texts.title(int(row))} for row in rows[:examples]
+                    {"id": ids[int(row)], "title": _title(texts, int(row))}
+                    for row in rows[:examples]
                 ],
             }
         )
@@ -100,7 +84,7 @@ def largest_buckets(
 def build_explorer(
     codes: npt.NDArray[Any],
     ids: ItemIds,
-    texts: ItemTexts,
+    texts: ItemTexts | None,
     codebooks: Sequence[npt.NDArray[np.float32]],
     *,
     hierarchical: bool,
@@ -114,7 +98,7 @@ def build_explorer(
     Args:
         codes: ``(items, levels)``.
         ids: the items.
-        texts: titles and texts.
+        texts: titles and texts, or None.
         codebooks: ``(codes, latent)`` a level.
         hierarchical: one tree of prefixes, else a tree of depth one for each codebook.
         values: name -> ``(items,)`` values to colour by.
@@ -146,7 +130,7 @@ def build_explorer(
         "items": count,
         "shown": len(shown),
         "ids": [ids[int(row)] for row in shown],
-        "titles": None if texts.titles is None else [texts.title(int(row)) for row in shown],
+        "titles": None if texts is None else [_title(texts, int(row)) for row in shown],
         "codes": codes[shown].astype(np.int64).ravel().tolist(),
         "trees": [_columns(tree, place, _words(tree, texts, shown)) for tree in trees],
         "neighbours": [
@@ -181,11 +165,19 @@ def _columns(
     }
 
 
-def _words(tree: Tree, texts: ItemTexts, shown: npt.NDArray[np.int64]) -> dict[int, list[str]]:
+def _title(texts: ItemTexts | None, row: int) -> str | None:
+    """Return an item's own title, cut to a line; None where it has none."""
+    return None if texts is None else shorten(texts.titles[row].as_py())
+
+
+def _words(
+    tree: Tree, texts: ItemTexts | None, shown: npt.NDArray[np.int64]
+) -> dict[int, list[str]]:
     """Find the describing words of prefixes of one and two codes, from the texts shown."""
-    if texts.texts is None:
+    if texts is None:
         return {}
-    chosen = [texts.texts[int(row)].as_py() for row in shown]
+    source = texts.titles if texts.text is None else texts.text
+    chosen = [set(tokens(source[int(row)].as_py())) for row in shown]
     found: dict[int, list[str]] = {}
     for depth in (1, 2):
         found |= describing_words(chosen, tree.groups(depth)[shown], top=6 if depth == 1 else 4)

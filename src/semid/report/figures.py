@@ -5,89 +5,25 @@ Colours are names (``@1`` to ``@7``, ``@muted``) that the page replaces by those
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
-
 from semid.report.diagnosis import Diagnosis
+from semid.report.figure import Figure, bars, level_name, line
+from semid.report.figures_behaviour import behaviour_figures, robustness_figures
 from semid.report.numbers import count, number, share
 
-__all__ = ["Figure", "level_name", "report_figures"]
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One figure.
-
-    Attributes:
-        id: anchor on the page.
-        section: id of the section it stands in.
-        title: what it shows.
-        caption: one sentence on what is good and what is bad.
-        definition: how the quantity is defined.
-        traces: plotly traces.
-        layout: plotly layout beyond the page's own.
-        columns: head of the table of the same numbers.
-        rows: its cells, written out.
-    """
-
-    id: str
-    section: str
-    title: str
-    caption: str
-    definition: str
-    traces: Sequence[dict[str, Any]] = ()
-    layout: dict[str, Any] = field(default_factory=dict)
-    columns: Sequence[str] = ()
-    rows: Sequence[Sequence[str]] = ()
-
-    def to_plot(self) -> dict[str, Any]:
-        """Return what the page's script draws."""
-        return {"id": self.id, "data": list(self.traces), "layout": self.layout}
-
-
-def level_name(diagnosis: Diagnosis, level: int) -> str:
-    """Name a level (or a parallel codebook) for people, who count from 1."""
-    return f"{'Level' if diagnosis.model['hierarchical'] else 'Codebook'} {level + 1}"
+__all__ = ["report_figures"]
 
 
 def report_figures(diagnosis: Diagnosis) -> list[Figure]:
     """Return the figures of a diagnosis, in the order of the page."""
-    makers = (_usage, _buckets, _reconstruction, _effective_size)
+    makers = (
+        _usage,
+        _buckets,
+        _reconstruction,
+        _effective_size,
+        robustness_figures,
+        behaviour_figures,
+    )
     return [figure for maker in makers for figure in maker(diagnosis)]
-
-
-def line(
-    name: str, x: Sequence[Any], y: Sequence[Any], colour: int | str, **more: Any
-) -> dict[str, Any]:
-    """Return a line trace."""
-    marks = more.pop("mode", "lines")
-    dash = more.pop("dash", "solid")
-    width = more.pop("width", 2)
-    return {
-        "type": "scatter",
-        "mode": marks,
-        "name": name,
-        "x": list(x),
-        "y": list(y),
-        "line": {"color": f"@{colour}", "dash": dash, "width": width},
-        "marker": {"color": f"@{colour}", "size": 7},
-        **more,
-    }
-
-
-def bars(
-    name: str, x: Sequence[Any], y: Sequence[Any], colour: int | str, **more: Any
-) -> dict[str, Any]:
-    """Return a bar trace."""
-    return {
-        "type": "bar",
-        "name": name,
-        "x": list(x),
-        "y": list(y),
-        "marker": {"color": f"@{colour}"},
-        **more,
-    }
 
 
 def _usage(d: Diagnosis) -> list[Figure]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from semid.report.diagnosis import Diagnosis
-from semid.report.figures import Figure, report_figures
+from semid.report.figure import Figure
+from semid.report.figures import report_figures
 from semid.report.numbers import count
 from semid.report.prose import SECTIONS, VERDICTS, key_figures
 

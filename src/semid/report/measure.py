@@ -180,7 +180,8 @@ def _cosines(x: Array, decoded: Array) -> Floats:
     """Cosine of each row with its reconstruction; 0 where one of them is zero."""
     products = np.einsum("nd,nd->n", x, decoded, dtype=np.float64)
     lengths = np.sqrt(_squared(x) * _squared(decoded))
-    return np.divide(products, lengths, out=np.zeros(len(x)), where=lengths > 0)
+    cosines: Floats = np.divide(products, lengths, out=np.zeros(len(x)), where=lengths > 0)
+    return cosines
 
 
 def _remaining(
@@ -196,7 +197,7 @@ def _remaining(
     return out
 
 
-def rank_frequency(usage: LevelUsage, *, points: int = 256) -> dict[str, list[float]]:
+def rank_frequency(usage: LevelUsage, *, points: int = 256) -> dict[str, Any]:
     """Return the shares of the codes, the most used first, thinned to about ``points`` ranks.
 
     Ranks run from 1; both ends are kept, and every rank where the curve has as many.

@@ -10,7 +10,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from semid.report.diagnosis import Diagnosis
-from semid.report.figures import level_name, report_figures
+from semid.report.figure import level_name
+from semid.report.figures import report_figures
 from semid.report.numbers import count, number, share, spoken
 from semid.report.prose import SECTIONS, VERDICTS, key_figures
 

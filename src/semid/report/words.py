@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import heapq
+import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -144,7 +146,7 @@ def tokens(text: str) -> list[str]:
 
 
 def describing_words(
-    texts: Sequence[str | None],
+    words: Sequence[Collection[str]],
     groups: npt.NDArray[np.int64],
     *,
     top: int = 6,
@@ -152,15 +154,15 @@ def describing_words(
 ) -> dict[int, list[str]]:
     """Find the words that tell each group of items from the others.
 
-    A word scores ``tf * log(1 + A / f)``: its share of the group's words, times the log of the
-    mean number of words a group over the word's number of uses in all groups. A word counts once
-    an item, and must occur in two items of the group, so one odd title cannot name a code.
+    A word scores ``tf * log(1 + A / f)``: its uses in the group, times the log of the mean number
+    of words a group over the word's number of uses in all groups. A word counts once an item, and
+    must occur in two items of the group, so one odd title cannot name a code.
 
     Args:
-        texts: ``(items,)`` texts; None where there is none.
+        words: the different words of each item, from `tokens`.
         groups: ``(items,)`` group of each item; negative ones are left out.
         top: most words a group.
-        smallest: groups with fewer texts get no words.
+        smallest: groups with fewer items get no words.
 
     Returns:
         Group -> its words, the most telling first. Groups without telling words are left out.
@@ -171,10 +173,10 @@ def describing_words(
     """
     by_group: dict[int, Counter[str]] = {}
     sizes: Counter[int] = Counter()
-    for text, group in zip(texts, groups.tolist(), strict=True):
-        if group < 0 or not text:
+    for own, group in zip(words, groups.tolist(), strict=True):
+        if group < 0 or not own:
             continue
-        by_group.setdefault(group, Counter()).update(set(tokens(text)))
+        by_group.setdefault(group, Counter()).update(own)
         sizes[group] += 1
     if not by_group:
         return {}
@@ -187,11 +189,11 @@ def describing_words(
         if sizes[group] < smallest:
             continue
         scores = [
-            (uses * float(np.log1p(mean_words / overall[word])), word)
+            (-uses * math.log1p(mean_words / overall[word]), word)
             for word, uses in counter.items()
             if uses >= 2
         ]
-        scores.sort(key=lambda pair: (-pair[0], pair[1]))
-        if scores:
-            found[group] = [word for _, word in scores[:top]]
+        best = heapq.nsmallest(top, scores)
+        if best:
+            found[group] = [word for _, word in best]
     return found

@@ -1,0 +1,240 @@
+"""What the codes know of behaviour: retrieval, retention, AUCs and popularity on held-out users."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from semid.data.columns import require_column
+from semid.data.csv_files import csv_columns, is_csv, read_csv
+from semid.data.frames import is_frame, open_frame
+from semid.data.ids import ItemIds
+from semid.data.interactions import TEST, Interactions, split_users
+from semid.data.parquet_files import ParquetFiles
+from semid.diagnostics.auc import negative_pairs, pair_aucs
+from semid.diagnostics.discrete import discrete_retrieval
+from semid.diagnostics.pairs import ItemPairs, item_pairs
+from semid.diagnostics.popularity import popularity_health
+from semid.diagnostics.retrieval import CUTOFFS, item_retrieval
+from semid.errors import InteractionsError, UsageError
+
+__all__ = [
+    "Pool",
+    "behaviour_pairs",
+    "choose_cutoffs",
+    "item_counts",
+    "measure_pairs",
+    "popularity",
+    "relations",
+]
+
+Array = npt.NDArray[np.float32]
+
+
+class Pool:
+    """The items among which to search, in every form that is compared.
+
+    Args:
+        codes: ``(items, levels)``.
+        codebooks: ``(codes, latent)`` a level.
+        embeddings: name -> ``(items, width)``; ``original`` first, then reconstructions.
+        hierarchical: whether prefixes mean relatedness.
+    """
+
+    def __init__(
+        self,
+        codes: npt.NDArray[Any],
+        codebooks: Sequence[Array],
+        embeddings: Mapping[str, Array],
+        *,
+        hierarchical: bool,
+    ) -> None:
+        self.codes = codes
+        self.codebooks = codebooks
+        self.embeddings = dict(embeddings)
+        self.hierarchical = hierarchical
+
+
+def choose_cutoffs(cutoffs: Sequence[int] | None, items: int) -> tuple[tuple[int, ...], list[str]]:
+    """Return the cutoffs: those given, or the usual ones that the pool is large enough for."""
+    if cutoffs is not None:
+        return tuple(cutoffs), []
+    fitting = tuple(k for k in CUTOFFS if k < items)
+    if fitting == CUTOFFS:
+        return fitting, []
+    chosen = fitting or (max(items // 10, 1),)
+    return chosen, [
+        f"The pool of {items:,} items is too small for the usual cutoffs "
+        f"{', '.join(map(str, CUTOFFS))}; hit rates are at {', '.join(map(str, chosen))}"
+    ]
+
+
+def behaviour_pairs(
+    interactions: Interactions, ids: ItemIds
+) -> tuple[ItemPairs | None, dict[str, Any], list[str]]:
+    """Pair each item of the test users with the next.
+
+    Returns:
+        The pairs, or None without an order; counts for the record; sentences for the reader.
+
+    Raises:
+        InteractionsError: no test user has a pair of known items.
+    """
+    sequences = interactions.sequences(ids, require_order=False)
+    test = split_users(interactions.user_ids) == TEST
+    facts = {
+        "interactions": len(interactions),
+        "users": len(test),
+        "test_users": int(test.sum()),
+        "unknown_interactions": sequences.unknown,
+        "order": interactions.order_column,
+    }
+    notes = []
+    if sequences.unknown:
+        notes.append(
+            f"{sequences.unknown:,} of {len(interactions):,} interactions are with items outside "
+            "the catalogue; they count as gaps, and nothing is paired across them"
+        )
+    if not sequences.ordered:
+        notes.append(
+            "The interactions have no order (no column 'position' or 'timestamp'), so retrieval "
+            "and AUCs, which need consecutive items, are left out"
+        )
+        return None, facts, notes
+    found = sequences.consecutive_pairs(test)
+    first, second = found.pairs[:, 0], found.pairs[:, 1]
+    if not (first != second).any():
+        raise InteractionsError(
+            f"{interactions.label}: no two different items of the catalogue follow each other in "
+            f"the history of a test user ({int(test.sum()):,} of {len(test):,} users are test "
+            "users, a tenth by a hash of their id); give more users, or leave interactions out"
+        )
+    return item_pairs(first, second, pool=len(ids), users=found.users), facts, notes
+
+
+def item_counts(interactions: Interactions, ids: ItemIds) -> npt.NDArray[np.int64]:
+    """Count the interactions of each item of the catalogue, all users together: ``(items,)``."""
+    rows = interactions.catalogue_rows(ids)[interactions.items]
+    return np.bincount(rows[rows >= 0], minlength=len(ids)).astype(np.int64)
+
+
+def measure_pairs(
+    pairs: ItemPairs,
+    pool: Pool,
+    *,
+    cutoffs: Sequence[int],
+    seed: int,
+    replicates: int,
+    threads: int | None,
+) -> dict[str, Any]:
+    """Measure retrieval by embedding and by codes, and AUCs, on one set of pairs.
+
+    Args:
+        pairs: what belongs together.
+        pool: the items.
+        cutoffs: K of the hit rates, each below the pool's size.
+        seed: of ties, negatives and the bootstrap.
+        replicates: bootstrap draws.
+        threads: plain threads.
+    """
+    names = list(pool.embeddings)
+    options: dict[str, Any] = {"cutoffs": cutoffs, "seed": seed, "replicates": replicates}
+    retrieval = item_retrieval(
+        pool.embeddings[names[0]],
+        {name: pool.embeddings[name] for name in names[1:]},
+        pairs,
+        threads=threads,
+        **options,
+    )
+    discrete = discrete_retrieval(
+        pool.codes, pairs, hierarchical=pool.hierarchical, threads=threads, **options
+    )
+    aucs = pair_aucs(
+        pool.codes,
+        pool.codebooks,
+        pairs,
+        negative_pairs(pairs, seed=seed),
+        hierarchical=pool.hierarchical,
+        embeddings=pool.embeddings,
+        replicates=replicates,
+    )
+    return {
+        "pairs": pairs.counts(),
+        "cutoffs": list(cutoffs),
+        "retrieval": retrieval.to_dict(),
+        "discrete": discrete.to_dict(),
+        "aucs": aucs.to_dict(),
+    }
+
+
+def popularity(codes: npt.NDArray[Any], counts: npt.NDArray[np.int64]) -> dict[str, Any] | None:
+    """Measure who gets room in the id space; None without a single interaction."""
+    return popularity_health(codes, counts).to_dict() if counts.any() else None
+
+
+def relations(source: Any, ids: ItemIds) -> tuple[dict[str, ItemPairs], list[str]]:
+    """Read item pairs given as a second truth.
+
+    Args:
+        source: Parquet or CSV path, or an Arrow, pandas or polars table, with ``item_id``,
+            ``related_item_id`` and, where pairs are of several kinds, ``relation``.
+        ids: the catalogue.
+
+    Returns:
+        Kind -> its pairs, and sentences for the reader.
+
+    Raises:
+        UsageError: no such file or column.
+        InputError: a kind without one pair inside the catalogue.
+    """
+    table, label = _read_relations(source)
+    first = ids.index_of(table["item_id"].combine_chunks())
+    second = ids.index_of(table["related_item_id"].combine_chunks())
+    kinds: npt.NDArray[Any] = np.full(len(table), "related", dtype=object)
+    if "relation" in table.column_names:
+        kinds = table["relation"].cast(pa.large_string()).to_numpy()
+    unknown = int(((first < 0) | (second < 0)).sum())
+    notes = []
+    if unknown:
+        notes.append(
+            f"{unknown:,} of {len(table):,} pairs of {label} name an item outside the catalogue "
+            "and are left out"
+        )
+    found = {}
+    for kind in sorted({str(kind) for kind in kinds}):
+        rows = kinds == kind
+        found[kind] = item_pairs(first[rows], second[rows], pool=len(ids))
+    return found, notes
+
+
+def _read_relations(source: Any) -> tuple[pa.Table, str]:
+    needed = ["item_id", "related_item_id"]
+    if isinstance(source, str | Path):
+        path = Path(source).expanduser()
+        csv = is_csv(path)
+        files = None if csv else ParquetFiles.open(path, error=InteractionsError)
+        names = (
+            csv_columns(path, error=InteractionsError) if files is None else files.schemas[0].names
+        )
+        label = f"'{source}'"
+    elif is_frame(source):
+        frame = open_frame(source)
+        names, label = frame.schema.names, frame.label
+    else:
+        raise UsageError(
+            f"relations are a {type(source).__name__}; give a path to Parquet or CSV, or a table "
+            "with 'item_id' and 'related_item_id'"
+        )
+    for column in needed:
+        require_column(column, list(names), label=label, flag="the column's name in the file")
+    wanted = [*needed, *(["relation"] if "relation" in names else [])]
+    if not isinstance(source, str | Path):
+        return pa.table({name: frame.column(name) for name in wanted}), label
+    if files is None:
+        return read_csv(path, wanted, text=wanted, error=InteractionsError), label
+    return files.read(wanted), label
