@@ -5,13 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numba
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from semid.errors import InputError
+from semid.quantization.threads import map_blocks
 
-__all__ = ["BLOCK_ROWS", "Matrix", "as_block", "as_matrix", "row_blocks", "unit_rows"]
+__all__ = [
+    "BLOCK_ROWS",
+    "Matrix",
+    "as_block",
+    "as_matrix",
+    "pair_cosines",
+    "row_blocks",
+    "unit_rows",
+]
 
 Matrix = npt.NDArray[Any] | torch.Tensor
 
@@ -65,4 +75,62 @@ def unit_rows(block: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     norms = np.sqrt(np.einsum("nd,nd->n", block, block, dtype=np.float64))
     scale = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0)
     result: npt.NDArray[np.float32] = (block * scale[:, None]).astype(np.float32)
+    return result
+
+
+@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
+def _dots(
+    table: npt.NDArray[np.float32],
+    first: npt.NDArray[np.int64],
+    second: npt.NDArray[np.int64],
+    out: npt.NDArray[np.float64],
+) -> None:
+    """Write the inner products of pairs of rows, products and sums in float64."""
+    for i in range(len(first)):
+        a, b = first[i], second[i]
+        total = 0.0
+        for j in range(table.shape[1]):
+            total += np.float64(table[a, j]) * np.float64(table[b, j])
+        out[i] = total
+
+
+def pair_cosines(
+    table: npt.NDArray[Any],
+    first: npt.NDArray[np.int64],
+    second: npt.NDArray[np.int64],
+    *,
+    threads: int | None = None,
+) -> npt.NDArray[np.float64]:
+    """Return the cosine of pairs of rows; exactly 1 for equal rows, 0 where a row is zero.
+
+    Args:
+        table: ``(rows, dim)``; copied when it is not float32.
+        first: row of each pair, ``(pairs,)``.
+        second: row of each pair, ``(pairs,)``.
+        threads: plain threads; None uses all this process may use. It changes no result.
+
+    Returns:
+        float64 ``(pairs,)``.
+
+    Raises:
+        InputError: a row holds NaN or infinite values.
+    """
+    rows = np.asarray(np.ascontiguousarray(table, dtype=np.float32))
+    every = np.arange(len(rows))
+    squares, result = np.empty(len(rows)), np.empty(len(first))
+
+    def norm(part: slice) -> None:
+        _dots(rows, every[part], every[part], squares[part])
+
+    def cosine(part: slice) -> None:
+        a, b, out = first[part], second[part], result[part]
+        _dots(rows, a, b, out)
+        scale = np.sqrt(squares[a] * squares[b])  # of equal rows exactly the product
+        np.divide(out, scale, out=out, where=scale > 0)
+
+    map_blocks(norm, list(row_blocks(len(rows))), threads=threads)
+    if not np.isfinite(squares).all():
+        bad = int(np.flatnonzero(~np.isfinite(squares))[0])
+        raise InputError(f"row {bad} holds NaN or infinite values; drop such rows first")
+    map_blocks(cosine, list(row_blocks(len(first))), threads=threads)
     return result

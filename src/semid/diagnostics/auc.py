@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from semid.diagnostics.arrays import Matrix, as_block, as_matrix, row_blocks, unit_rows
-from semid.diagnostics.bootstrap import Estimate, bootstrap, cluster_sums
+from semid.diagnostics.arrays import Matrix, as_matrix, pair_cosines
+from semid.diagnostics.bootstrap import Estimate, bootstrap
 from semid.diagnostics.pairs import ItemPairs
 from semid.errors import InputError, UsageError
 from semid.health import check_codes, usage
@@ -169,8 +169,8 @@ class _Cases:
         self.positives = len(pairs)
         self.a = np.concatenate([pairs.queries, np.repeat(pairs.queries, negatives.per_pair)])
         self.b = np.concatenate([pairs.targets, negatives.targets.ravel()])
-        self.users = pairs.users
-        self.negative_users = np.repeat(pairs.users, negatives.per_pair)
+        cluster = np.unique(pairs.users, return_inverse=True)[1]
+        self.clusters = np.concatenate([cluster, np.repeat(cluster, negatives.per_pair)])
 
     def estimate(self, scores: npt.NDArray[Any], **options: Any) -> Estimate:
         """Return the AUC with its interval over users.
@@ -180,54 +180,51 @@ class _Cases:
         needs one sort instead of one a draw; the difference is of order 1 / users.
         """
         wins, losses = _placements(scores[: self.positives], scores[self.positives :])
-        users = np.concatenate([self.users, self.negative_users])
-        columns = np.zeros((len(scores), 4))
-        columns[: self.positives, 0], columns[: self.positives, 1] = 1.0, wins
-        columns[self.positives :, 2], columns[self.positives :, 3] = 1.0, losses
+        n, count = self.positives, int(self.clusters.max()) + 1
+        sums = [
+            np.bincount(self.clusters[part], weights=weights, minlength=count)
+            for part, weights in (
+                (slice(n), None),
+                (slice(n), wins),
+                (slice(n, None), None),
+                (slice(n, None), losses),
+            )
+        ]
         whole = float(wins.mean())
 
         def statistic(totals: Floats) -> Floats:
             value = totals[:, 1] / totals[:, 0] + totals[:, 3] / totals[:, 2] - whole
             return np.clip(value, 0.0, 1.0)[:, None]
 
-        return bootstrap(cluster_sums(users, columns), statistic, **options)[0]
+        return bootstrap(np.stack(sums, axis=1).astype(np.float64), statistic, **options)[0]
 
 
-def _embedding_scores(embedding: Matrix, cases: _Cases, name: str, pool: int) -> Floats:
+def _embedding_scores(
+    embedding: Matrix, cases: _Cases, name: str, pool: int, threads: int | None
+) -> Floats:
     """Return the cosine of every pair."""
     array = as_matrix(embedding, name)
     if len(array) != pool:
         raise InputError(f"{name} holds {len(array)} items, the pool {pool}; give the same")
-    scores = np.empty(len(cases.a))
-    for rows in row_blocks(len(cases.a)):
-        a = unit_rows(as_block(array, cases.a[rows]))
-        b = unit_rows(as_block(array, cases.b[rows]))
-        scores[rows] = np.einsum("nd,nd->n", a, b, dtype=np.float64)
-    return scores
-
-
-def _unit_codewords(
-    codebook: npt.NDArray[Any], share: Floats
-) -> tuple[npt.NDArray[np.float32], float]:
-    """Return centred codewords of length one, and the variance they carry over the items."""
-    words = codebook.astype(np.float64)
-    words -= share @ words
-    variance = float(share @ np.einsum("kd,kd->k", words, words))
-    return unit_rows(words.astype(np.float32)), variance
+    return pair_cosines(array, cases.a, cases.b, threads=threads)
 
 
 def _level_cosines(
-    codes: npt.NDArray[Any], codebooks: Sequence[npt.NDArray[Any]], cases: _Cases
+    codes: npt.NDArray[Any],
+    codebooks: Sequence[npt.NDArray[Any]],
+    cases: _Cases,
+    threads: int | None,
 ) -> tuple[Floats, Floats]:
     """Return cosines of the centred codewords ``(cases, levels)`` and each level's variance."""
     cosines = np.empty((len(cases.a), len(codebooks)))
     variances = np.empty(len(codebooks))
     for level, codebook in enumerate(codebooks):
         share = usage(codes[:, level : level + 1], len(codebook))[0].probabilities
-        unit, variances[level] = _unit_codewords(codebook, share)
-        for rows in row_blocks(len(cases.a)):
-            a, b = codes[cases.a[rows], level], codes[cases.b[rows], level]
-            cosines[rows, level] = np.einsum("nd,nd->n", unit[a], unit[b], dtype=np.float64)
+        words = codebook.astype(np.float64)
+        words -= share @ words
+        variances[level] = share @ np.einsum("kd,kd->k", words, words)
+        column = codes[:, level].astype(np.int64)
+        cosines[:, level] = pair_cosines(words, column[cases.a], column[cases.b], threads=threads)
     return cosines, variances
 
 
@@ -256,6 +253,7 @@ def pair_aucs(
     level_weights: Sequence[float] | None = None,
     replicates: int = 1000,
     confidence: float = 0.95,
+    threads: int | None = None,
 ) -> PairAucs:
     """Measure how well ids tell related pairs from random ones, in every reading.
 
@@ -271,6 +269,7 @@ def pair_aucs(
             codewords carry, and equal weights for parallel codebooks.
         replicates: bootstrap draws of users; 0 gives no intervals.
         confidence: coverage of the intervals.
+        threads: plain threads; None uses all this process may use. It changes no result.
 
     Returns:
         A `PairAucs`. ``weighted`` is ``sum_l w_l cos(c_a^l, c_b^l)`` with codewords less their
@@ -289,7 +288,7 @@ def pair_aucs(
     cases = _Cases(pairs, negatives)
     equal = array[cases.a] == array[cases.b]
     prefix = np.logical_and.accumulate(equal, axis=1)
-    cosines, variances = _level_cosines(array, tables, cases)
+    cosines, variances = _level_cosines(array, tables, cases, threads)
     weights = _level_weights(level_weights, variances, hierarchical)
     scores: dict[str, npt.NDArray[Any]] = {
         "exact_full": prefix[:, -1],
@@ -299,7 +298,8 @@ def pair_aucs(
         "weighted_equality": equal @ np.array(weights),
     }
     for name, embedding in (embeddings or {}).items():
-        scores[f"embedding: {name}"] = _embedding_scores(embedding, cases, name, pairs.pool)
+        found = _embedding_scores(embedding, cases, name, pairs.pool, threads)
+        scores[f"embedding: {name}"] = found
     options = {"replicates": replicates, "confidence": confidence, "seed": negatives.seed}
     n = cases.positives
     rates = [prefix[:n].mean(0), prefix[n:].mean(0), equal[:n].mean(0), equal[n:].mean(0)]
