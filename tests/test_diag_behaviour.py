@@ -184,6 +184,8 @@ def test_retrieval_refuses_what_does_not_fit():
         item_retrieval(x[:29], {}, pairs, cutoffs=(5,))
     with pytest.raises(UsageError, match="at least 1"):
         item_retrieval(x, {}, pairs, cutoffs=())
+    with pytest.raises(UsageError, match="at most 500"):
+        neighbour_ranks(np.ones((700, 2)), random_pairs(700, 5), depth=501)
 
 
 # Retrieval by codes --------------------------------------------------------------------------

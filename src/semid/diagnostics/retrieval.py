@@ -14,10 +14,7 @@ from semid.diagnostics.arrays import Matrix, as_block, as_matrix, row_blocks
 from semid.diagnostics.bootstrap import Estimate, bootstrap, cluster_sums
 from semid.diagnostics.pairs import ItemPairs
 from semid.errors import InputError, UsageError
-from semid.quantization.engine.canonical import COSINE
-from semid.quantization.engine.routes import choose
-from semid.quantization.engine.search import search
-from semid.quantization.engine.table import Table
+from semid.quantization.topk import MOST, prepare_database, top_k
 from semid.seeds import numpy_generator
 
 __all__ = [
@@ -179,7 +176,7 @@ def neighbour_ranks(
     Args:
         embedding: ``(pool, dim)``.
         pairs: the cases.
-        depth: places looked at, below the pool's size.
+        depth: places looked at, below the pool's size and at most 500.
         seed: of the order of ties.
         threads: see `semid.quantization.topk.top_k`.
 
@@ -188,6 +185,7 @@ def neighbour_ranks(
 
     Raises:
         InputError: embedding of another length than the pool, or depth beyond it.
+        UsageError: depth beyond 500.
 
     Cost: one exact search of all different queries in the pool; a float32 copy of the pool.
     """
@@ -195,13 +193,15 @@ def neighbour_ranks(
     if len(array) != pairs.pool:
         raise InputError(f"embedding holds {len(array)} items, the pool {pairs.pool}")
     check_cutoffs([depth], pairs.pool)
+    if depth > MOST:
+        raise UsageError(f"cutoff {depth}: lists are at most {MOST} long; give smaller cutoffs")
     order = numpy_generator(seed, "ties").permutation(len(array))
     place = np.empty_like(order)
     place[order] = np.arange(len(order))
     database = np.empty(array.shape, np.float32)
     for rows in row_blocks(len(array)):
         database[place[rows]] = as_block(array, rows)
-    table = Table(torch.from_numpy(database), metric=COSINE, unique=False, name="embedding")
+    ready = prepare_database(torch.from_numpy(database), metric="cosine")
     by_query = np.argsort(pairs.queries, kind="stable")
     queries, first = np.unique(pairs.queries[by_query], return_index=True)
     bounds = np.append(first, len(by_query))
@@ -209,11 +209,13 @@ def neighbour_ranks(
     for start in range(0, len(queries), _QUERIES):
         stop = min(start + _QUERIES, len(queries))
         rows_of = place[queries[start:stop]]
-        sought = torch.from_numpy(database[rows_of])
-        route = choose("auto", sought, table, k=depth)
-        lists = search(
-            sought, table, route, k=depth, exclude=rows_of, threads=threads, name="embedding"
-        ).labels
+        lists = top_k(
+            torch.from_numpy(database[rows_of]),
+            ready,
+            depth,
+            exclude=torch.from_numpy(rows_of),
+            threads=threads,
+        ).indices.numpy()
         for part in row_blocks(int(bounds[stop] - bounds[start])):
             cases = by_query[bounds[start] + part.start : bounds[start] + part.stop]
             line = np.searchsorted(queries[start:stop], pairs.queries[cases])
@@ -261,7 +263,7 @@ def item_retrieval(
         reconstructions: name -> reconstructed embedding ``(pool, any dim)``; name them
             ``decoder(codes)`` and ``decoder(z)``.
         pairs: the cases; from users whom no tokenizer saw.
-        cutoffs: the K of HR@K, each below the pool's size.
+        cutoffs: the K of HR@K, each below the pool's size and at most 500.
         seed: of the order of ties and of the bootstrap.
         replicates: bootstrap draws of users; 0 gives no intervals.
         confidence: coverage of the intervals.
