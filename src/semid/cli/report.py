@@ -28,12 +28,23 @@ def report(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="File to write: .html, .json or .md.")
     ],
+    interactions: Annotated[
+        str | None,
+        typer.Option(
+            help="Parquet or CSV of user_id, item_id and position or timestamp; adds retrieval, "
+            "AUCs and popularity."
+        ),
+    ] = None,
     items: Annotated[
         str | None,
         typer.Option(
-            help="Parquet with item_id and title (or text), for names in the report; default: the "
-            "--ids table."
+            help="Table with item_id and title (or text), for names in the report; default: the "
+            "--ids table, else the embeddings' own."
         ),
+    ] = None,
+    relations: Annotated[
+        str | None,
+        typer.Option(help="Parquet or CSV of item_id, related_item_id: a second truth."),
     ] = None,
     ids: Ids = None,
     embedding_column: EmbeddingColumn = None,
@@ -49,6 +60,8 @@ def report(
     Example: semid report model/ items.parquet -o report.html
     """
     from semid.artefact import check_output
+    from semid.data.items import read_items
+    from semid.errors import IdsError, UsageError
     from semid.loading import load
     from semid.progress import make_progress
     from semid.report import diagnose
@@ -61,11 +74,17 @@ def report(
         id_column=id_column,
         on_invalid=on_invalid,
     )
+    try:  # titles from the tables already named, where they have some
+        table = read_items(ids or embeddings, ids=source.ids, id_column=id_column)
+    except (UsageError, IdsError):
+        table = None
     with make_progress(quiet=quiet) as progress:
         result = diagnose(
             load(model),
             source,
-            items=items if items is not None else ids,
+            interactions=interactions,
+            items=items if items is not None else table,
+            relations=relations,
             seed=seed,
             threads=threads,
             progress=progress,

@@ -47,6 +47,7 @@ def diagnose(
     flip_sample: int = 5_000,
     cutoffs: Sequence[int] | None = None,
     replicates: int = 1000,
+    explorer: bool = True,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Diagnosis:
@@ -70,6 +71,7 @@ def diagnose(
         flip_sample: items whose flips are counted.
         cutoffs: K of the hit rates; None takes 20, 50, 100, 200, as far as the pool allows.
         replicates: bootstrap draws of users for the intervals; 0 leaves intervals out.
+        explorer: gather the code tree that the page lets one walk through.
         threads: plain threads; None takes what the machine allows. Results do not depend on it.
         progress: told about every step; silent by default.
 
@@ -107,7 +109,7 @@ def diagnose(
     flips, geometry, sample = run.samples(seen, overlaps, geometry_sample, flip_sample)
     behaviour, related = run.behaviour(seen, logs, counts, pairs, cutoffs)
     steps.start("explorer", total=None)
-    explorer = run.explorer(seen, texts, counts)
+    tree = run.explorer(seen, texts, counts) if explorer else None
     return Diagnosis(
         model=_model(tok),
         data={"items": len(source), "dim": source.dim, "label": source.label},
@@ -122,7 +124,7 @@ def diagnose(
         relations=related,
         buckets=largest_buckets(seen.codes, seen.keys, seen.hashes, source.ids, texts),
         notes=tuple(run.notes),
-        explorer=explorer,
+        explorer=tree,
     )
 
 

@@ -176,7 +176,7 @@ def _spectra(d: Diagnosis) -> list[Figure]:
                 "yaxis": {
                     "title": {"text": "share of variance"},
                     "type": "log",
-                    "tickformat": ".2~%",
+                    "tickformat": ".3~%",
                     "dtick": 1,
                 },
             },
@@ -186,7 +186,7 @@ def _spectra(d: Diagnosis) -> list[Figure]:
                 "Participation ratio",
                 "Effective rank",
                 "Top share",
-                "Mean |cosine|",
+                "Mean absolute cosine",
                 "Centred",
             ],
             [

@@ -10,10 +10,10 @@ from semid.report.figures import report_figures
 from semid.report.numbers import count
 from semid.report.prose import SECTIONS, VERDICTS, key_figures
 
-__all__ = ["figure_markdown", "report_markdown", "table"]
+__all__ = ["escaped", "figure_markdown", "report_markdown", "table"]
 
 
-def _cell(text: str) -> str:
+def escaped(text: str) -> str:
     """Keep a text from ending its cell or becoming markup of its own."""
     flat = " ".join(text.split())
     for character in "\\|<>`*_[]":
@@ -26,7 +26,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [
         columns,
         [":--", *["--:"] * (len(columns) - 1)],
-        *([_cell(c) for c in r] for r in rows),
+        *([escaped(c) for c in r] for r in rows),
     ]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
@@ -45,7 +45,7 @@ def report_markdown(diagnosis: Diagnosis) -> str:
         f"**{word}.** {meaning}\n",
     ]
     parts += [
-        f"- **{f.severity}**: {_cell(f.what)}. {_cell(f.why)}. Try {_cell(f.advice)}.\n"
+        f"- **{f.severity}**: {escaped(f.what)}. {escaped(f.why)}. Try {escaped(f.advice)}.\n"
         for f in diagnosis.verdict.findings
     ]
     parts.append(table(["", "", ""], [list(row) for row in key_figures(diagnosis)]))
@@ -64,6 +64,6 @@ def report_markdown(diagnosis: Diagnosis) -> str:
             for bucket in diagnosis.buckets[:10]
         ]
         parts += ["## Fullest buckets\n", table(["Items", "Id", "For example"], rows)]
-    parts += ["## Protocol\n", *(f"- {_cell(note)}.\n" for note in diagnosis.notes)]
+    parts += ["## Protocol\n", *(f"- {escaped(note)}.\n" for note in diagnosis.notes)]
     parts += [f"- {key.replace('_', ' ')}: {value}\n" for key, value in diagnosis.protocol.items()]
     return "\n".join(parts)
