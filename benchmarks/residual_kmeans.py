@@ -118,7 +118,9 @@ def main() -> None:
             seconds = time.process_time() - began
             row = {"fit": name, "seed": seed, **judge(x, books, given.codes)}
             row["cpu_seconds"] = seconds
-            print(json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}))
+            print(
+                json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()})
+            )
 
 
 if __name__ == "__main__":

@@ -15,9 +15,10 @@ FLOORS = [
     ["errors"],
     ["artefact", "seeds", "progress"],
     ["data", "codes", "health", "quantization", "training"],
+    ["diagnostics"],
     ["tokenizers"],
     ["loading"],
-    ["diagnostics", "ranking", "catalogue"],
+    ["ranking", "catalogue"],
     ["report", "experiments", "export", "serve"],
     ["cli"],
 ]

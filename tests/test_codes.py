@@ -96,9 +96,7 @@ def test_prefixes():
 
 def test_what_does_not_fit_is_listed_at_once():
     with pytest.raises(InputError) as caught:
-        SemanticIds(
-            ItemIds(["x"]), np.array([[4, 9], [0, 0]]), np.zeros(2, dtype=np.float32), INFO
-        )
+        SemanticIds(ItemIds(["x"]), np.array([[4, 9], [0, 0]]), np.zeros(2, dtype=np.float32), INFO)
     assert len(caught.value.problems) == 3
     with pytest.raises(InputError, match="expected"):
         make(codes=((1,), (2,), (3,)))

@@ -143,7 +143,10 @@ def test_continuing_from_any_state_gives_the_same(clustered):
 def test_sample_then_full_pass_uses_all_rows(clustered):
     options = KMeansOptions(sample_per_code=10)
     sampled = kmeans(
-        ArrayBlocks(clustered), 20, seed=0, options=KMeansOptions(sample_per_code=10, full_pass=False)
+        ArrayBlocks(clustered),
+        20,
+        seed=0,
+        options=KMeansOptions(sample_per_code=10, full_pass=False),
     )
     passed = kmeans(ArrayBlocks(clustered), 20, seed=0, options=options)
     every = kmeans(ArrayBlocks(clustered), 20, seed=0)
@@ -183,9 +186,7 @@ def test_plain_seeding_draws_from_the_sequential_distribution():
     places = {float(value): i for i, value in enumerate(x[:, 0])}
     rounds = 3000
     for seed in range(rounds):
-        found = kmeans_plus_plus(
-            ArrayBlocks(x), 2, generator=np.random.default_rng(seed), trials=1
-        )
+        found = kmeans_plus_plus(ArrayBlocks(x), 2, generator=np.random.default_rng(seed), trials=1)
         counts[places[float(found[0, 0])], places[float(found[1, 0])]] += 1
     error = np.abs(counts / rounds - exact)
     assert (error <= 4.5 * np.sqrt(exact * (1 - exact) / rounds) + 1e-12).all()

@@ -292,11 +292,12 @@ class Tokenizer(ABC):
                 block.codes,
                 block.x,
                 self._decode_codes(block.codes),
+                latent=self._latent_block(block.x),
                 train=train[span],
                 row_hashes=seen.row_hashes[span],
             )
             progress.step(len(block.x))
-        judged = counter.verdict()
+        judged = counter.verdict(self.codebooks)
         return FitReport(
             items=len(source),
             trained_items=int(train.sum()),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from semid.health import CollisionCounter, UsageCounter, Verdict, verdict
+from semid.diagnostics.overlap import REPORT_SCALE, overlap_levels
+from semid.health import CollisionCounter, LevelUsage, UsageCounter, Verdict, verdict
 
 __all__ = ["ErrorSums", "FitReport", "HealthCounter"]
 
@@ -50,6 +52,10 @@ class HealthCounter:
         self._usage = UsageCounter(codebook_sizes)
         self._collisions = CollisionCounter(codebook_sizes)
         self._variance = variance
+        self._sizes = codebook_sizes
+        self._latents = 0
+        self._latent_sum: npt.NDArray[np.float64] | float = 0.0
+        self._latent_squares = 0.0
         self.training = ErrorSums()
         self.validation = ErrorSums()
 
@@ -59,23 +65,42 @@ class HealthCounter:
         x: Array,
         reconstruction: Array,
         *,
+        latent: Array,
         train: npt.NDArray[np.bool_],
         row_hashes: npt.NDArray[np.uint64],
     ) -> None:
-        """Count a block: codes ``(n, levels)``, rows and reconstructions ``(n, dim)``."""
+        """Count a block: codes ``(n, levels)``, rows and reconstructions ``(n, dim)``, latents."""
         self._usage.update(codes)
         self._collisions.update(codes, duplicate_groups=row_hashes)
+        self._latents += len(latent)
+        self._latent_sum = self._latent_sum + latent.sum(axis=0, dtype=np.float64)
+        self._latent_squares += float(np.einsum("nd,nd->", latent, latent, dtype=np.float64))
         self.training.add_(x[train], reconstruction[train])
         self.validation.add_(x[~train], reconstruction[~train])
 
-    def verdict(self) -> Verdict:
-        """Judge what was counted."""
+    def verdict(self, codebooks: Sequence[Array]) -> Verdict:
+        """Judge what was counted; ``codebooks`` give the effective sizes at noise 0.1."""
+        used = self._usage.result()
         return verdict(
-            self._usage.result(),
+            used,
             self._collisions.result(),
+            effective_sizes=self._effective_sizes(codebooks, used),
             training_error=self.training.relative(self._variance),
             validation_error=self.validation.relative(self._variance),
         )
+
+    def _effective_sizes(
+        self, codebooks: Sequence[Array], used: tuple[LevelUsage, ...]
+    ) -> list[float] | None:
+        """Effective codebook size of each level (DRQ eq. 12); None where latents do not vary."""
+        mean = np.asarray(self._latent_sum) / max(self._latents, 1)
+        variance = (self._latent_squares / max(self._latents, 1) - float(mean @ mean)) / mean.size
+        if variance <= 0:
+            return None
+        levels = overlap_levels(
+            codebooks, used, latent_std=float(np.sqrt(variance)), scales=(REPORT_SCALE,)
+        )
+        return [level.at(REPORT_SCALE).effective_size for level in levels]
 
 
 @dataclass(frozen=True, kw_only=True)
