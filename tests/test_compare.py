@@ -1,0 +1,154 @@
+"""`compare`: ranks by view, honest trade-offs, pages and refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from report_cases import FixedParallel, FixedResidual, blobs, healthy, logs, titles
+from semid.errors import OutputExistsError, UsageError
+from semid.report import Comparison, compare
+
+FAST = {"replicates": 20, "threads": 1}
+IDS = [f"item-{i}" for i in range(600)]
+
+
+@pytest.fixture(scope="module")
+def comparison() -> Comparison:
+    x, centres, offsets = blobs()
+    rng = np.random.default_rng(5)
+    models = {
+        "good": FixedResidual(centres, offsets),
+        "coarse": FixedResidual(centres, offsets * 0),
+        "random": FixedResidual(rng.normal(size=(8, 16)) * 3, rng.normal(size=(8, 16))),
+        "parallel": FixedParallel(centres, centres * 1.01),
+    }
+    return compare(models, x, ids=IDS, interactions=logs(600), cutoffs=[20, 50], **FAST)
+
+
+def test_the_better_model_ranks_first(comparison: Comparison) -> None:
+    error = comparison.metric("relative_error")
+    assert error.ranks[0] == 1
+    assert list(np.argsort(error.values)) == list(np.argsort(error.ranks))
+    auc = comparison.metric("weighted_auc")
+    assert auc.values[2] is not None
+    assert auc.ranks[2] == 4
+
+
+def test_few_collisions_earn_no_rank(comparison: Comparison) -> None:
+    for key in ("collision_rate", "shared_share", "dead"):
+        assert comparison.metric(key).ranks == (None,) * 4
+
+
+def test_there_is_no_single_score(comparison: Comparison) -> None:
+    assert not {"score", "total", "overall"} & set(comparison.to_dict())
+    assert {row.view for row in comparison.metrics if row.lead} == {
+        "robustness",
+        "reconstruction",
+        "matching",
+        "geometry",
+    }
+
+
+def test_dominance_equals_brute_force(comparison: Comparison) -> None:
+    lead = [row.ranks for row in comparison.metrics if row.lead]
+    for i, name in enumerate(comparison.names):
+        by = {
+            other
+            for j, other in enumerate(comparison.names)
+            if all(r[j] <= r[i] for r in lead) and any(r[j] < r[i] for r in lead)
+        }
+        assert set(comparison.dominated[name]) == by
+
+
+def test_equal_models_share_their_ranks() -> None:
+    x, tok = healthy()
+    c = compare({"a": tok, "b": tok}, x, **FAST)
+    for row in c.metrics:
+        assert row.values[0] == row.values[1]
+        assert row.ranks in ((1, 1), (None, None))
+    assert not any(c.dominated.values())
+
+
+def test_without_interactions_the_view_is_left_out() -> None:
+    x, tok = healthy()
+    c = compare({"a": tok, "b": FixedResidual(*tok.books[:1])}, x, **FAST)
+    assert "matching" not in {row.view for row in c.metrics}
+    assert any("bits" in note for note in c.notes)
+
+
+def test_pages_hold_every_model(comparison: Comparison, tmp_path: Path) -> None:
+    for suffix in (".html", ".md", ".json"):
+        path = comparison.write(tmp_path / f"c{suffix}")
+        text = path.read_text(encoding="utf8")
+        assert all(name in text for name in comparison.names)
+        with pytest.raises(OutputExistsError):
+            comparison.write(path)
+    assert json.loads((tmp_path / "c.json").read_text())["names"] == list(comparison.names)
+    page = (tmp_path / "c.html").read_text(encoding="utf8")
+    assert "pareto-relative_error-id_flips" in page
+    assert len(page.encode()) < 10_000_000
+
+
+def test_hostile_names_are_escaped() -> None:
+    x, tok = healthy()
+    page = compare({"<b>a</b>": tok, "b": tok}, x, **FAST).to_html()
+    assert "<b>a</b>" not in page
+
+
+def test_one_model_is_refused() -> None:
+    x, tok = healthy()
+    with pytest.raises(UsageError, match="at least two"):
+        compare({"a": tok}, x)
+
+
+class TestCommands:
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+        import pyarrow.parquet as pq
+
+        from semid.tokenizers.rqkmeans import RQKMeans
+
+        folder = tmp_path_factory.mktemp("models")
+        x, _, _ = blobs()
+        np.save(folder / "x.npy", x)
+        pq.write_table(titles(600), folder / "items.parquet")
+        pq.write_table(logs(600), folder / "logs.parquet")
+        for seed in (0, 1):
+            model = RQKMeans(levels=2, codebook_size=8, seed=seed, threads=1)
+            model.fit(folder / "x.npy", ids=folder / "items.parquet").save(folder / f"m{seed}")
+        return folder
+
+    def run(self, folder: Path, command: str, *arguments: str) -> None:
+        from semid.cli.app import app
+
+        paths = [str(folder / a) if (folder / a).exists() else a for a in arguments]
+        result = CliRunner().invoke(app, [command, *paths], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+
+    def test_report(self, folder: Path, tmp_path: Path) -> None:
+        output = str(tmp_path / "r.html")
+        common = ("m0", "x.npy", "--ids", "items.parquet", "--interactions", "logs.parquet", "-q")
+        self.run(folder, "report", *common, "-o", output)
+        page = Path(output).read_text(encoding="utf8")
+        assert "Thing 3 of kind" in page
+        assert "held out" in page
+        with pytest.raises(OutputExistsError):
+            self.run(folder, "report", *common, "-o", output)
+        self.run(folder, "report", *common, "-o", output, "--overwrite")
+
+    def test_compare(self, folder: Path, tmp_path: Path) -> None:
+        output = str(tmp_path / "c.html")
+        self.run(
+            folder, "compare", "m0", "m1", "x.npy", "--ids", "items.parquet", "-q", "-o", output
+        )
+        assert "m1" in Path(output).read_text(encoding="utf8")
+
+    def test_compare_needs_two_models(self, folder: Path, tmp_path: Path) -> None:
+        with pytest.raises(UsageError, match="at least two"):
+            self.run(folder, "compare", "m0", "x.npy", "-o", str(tmp_path / "c.html"))
