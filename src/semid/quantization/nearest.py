@@ -105,8 +105,8 @@ def nearest(
 
     Args:
         x: ``(items, dim)`` float32, float16 or bfloat16, on the CPU or a CUDA device (searched
-            there in bfloat16 whatever ``route`` says; the result stays there). A row that is not finite gets label 0
-            and a distance that is not finite; refuse such rows before.
+            there in bfloat16 whatever ``route`` says; the result stays there). A row that is not
+            finite gets label 0 and a distance that is not finite; refuse such rows before.
         codebook: ``(codes, dim)``, or what `prepare` made of it.
         threads: plain threads over blocks of rows; None uses all this process may use.
         route: how to screen, ``"int8"``, ``"bf16"`` or ``"fp32"``; ``"auto"`` tries them on a few

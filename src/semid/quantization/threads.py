@@ -85,10 +85,8 @@ def default_threads() -> int:
     Returns:
         At least 1. A quota of 2.5 CPUs gives 2: a third thread would be throttled half the time.
     """
-    if hasattr(os, "sched_getaffinity"):
-        cpus = len(os.sched_getaffinity(0))
-    else:
-        cpus = os.cpu_count() or 1
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+    cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
     limit = cgroup_limit()
     return max(1, cpus if limit is None else min(cpus, int(limit)))
 

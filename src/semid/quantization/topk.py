@@ -83,7 +83,7 @@ def _excluded(exclude: Tensor | None, queries: int, entries: int) -> np.ndarray 
             f"give one integer index for each of the {queries} queries (-1 leaves none out)"
         )
     indices = exclude.detach().cpu().to(torch.int64).numpy()
-    if queries and not (-1 <= indices.min() and indices.max() < entries):
+    if queries and not (indices.min() >= -1 and indices.max() < entries):
         raise UsageError(
             f"exclude holds indices from {indices.min()} to {indices.max()}; the database has "
             f"rows 0 to {entries - 1} (-1 leaves none out)"
@@ -149,7 +149,7 @@ def top_k(
     if not 1 <= k <= most:
         raise UsageError(
             f"k={k} is out of range; give 1 to {most} (at most {MOST}, and no more than the "
-            f"database's {len(ready)} rows{' less the excluded one' if exclude is not None else ''})"
+            f"{len(ready)} rows of the database, less one where exclude is given)"
         )
     if queries.is_cuda:
         found = search_device(queries, ready.table, k=k, exclude=left_out)
@@ -160,6 +160,4 @@ def top_k(
         )
     keys = torch.from_numpy(found.keys)
     scores = (keys if metric == "l2" else -keys).to(torch.float32)
-    return TopK(
-        torch.from_numpy(found.labels).to(queries.device), scores.to(queries.device) + 0.0
-    )
+    return TopK(torch.from_numpy(found.labels).to(queries.device), scores.to(queries.device) + 0.0)

@@ -78,11 +78,13 @@ def resolve_best(
         counts: candidates a row; negative means the row was not screened and all entries count.
         candidates: ``(rows, capacity)`` entry indices.
         scores: ``(rows, capacity)`` their screening scores.
-        unit, shift: a row's true score estimate is ``score * unit + shift``.
+        unit: a row's true score estimate is ``score * unit + shift``.
+        shift: see ``unit``.
         bound: how far an estimate may be from the truth, scaled units.
         half_square: half the squared norm of the centred query, scaled units.
         half_scale: half the square of the factor that turns real units into scaled ones.
-        labels, distances: ``(rows,)`` results.
+        labels: ``(rows,)`` result.
+        distances: ``(rows,)`` result.
 
     Returns:
         How many pairs were measured.
@@ -165,9 +167,16 @@ def resolve_many(
 
     Args:
         metric: `L2`, `INNER` or `COSINE`.
+        x: ``(>= rows, width)`` queries.
+        x_norms: ``(rows,)`` their lengths.
+        table: ``(entries, width)``.
+        table_norms: ``(entries,)`` their lengths.
+        rows: queries to resolve.
         exclude: ``(rows,)`` an entry to leave out, -1 for none.
-        labels, keys: ``(rows, m)`` results, best first; a row has at least ``m`` entries.
-        x, x_norms, table, table_norms, rows, counts, candidates: as in `resolve_best`.
+        counts: candidates a row, as in `resolve_best`.
+        candidates: ``(rows, capacity)`` entry indices.
+        labels: ``(rows, m)`` result, best first; a row has at least ``m`` entries.
+        keys: ``(rows, m)`` result.
 
     Returns:
         How many pairs were measured.

@@ -124,7 +124,7 @@ def _quantize_tiles(
         for i in range(32 * tile, 32 * tile + 32):
             for j in range(width):
                 largest = max(largest, abs(y[i, j]))
-        step = np.float32(max(largest / 127.0, least))
+        step = np.float32(max(float(largest) / 127.0, least))
         inverse = np.float32(1.0) / step
         for i in range(32 * tile, 32 * tile + 32):
             steps[i] = step

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from semid.quantization.engine.canonical import COSINE, INNER, L2
+from semid.quantization.engine.canonical import INNER, L2
 from semid.quantization.engine.rows import FAR
 from semid.quantization.engine.search import Found
 from semid.quantization.engine.table import Table, check_rows, padded
@@ -84,9 +84,9 @@ def canonical_keys(
     Products and sums are separate operations, so nothing is contracted and the bits agree.
 
     Args:
-        metric: `L2`, `INNER` or `COSINE`.
+        metric: a metric of `canonical`.
         x: ``(pairs, width)`` float32 queries, width a multiple of `LANES`.
-        x_norms: ``(pairs,)`` float64 lengths, used by `COSINE`.
+        x_norms: ``(pairs,)`` float64 lengths, used by the cosine.
         rows: ``(pairs, width)`` float32 entries.
         row_norms: ``(pairs,)`` float64.
 
@@ -103,6 +103,11 @@ def canonical_keys(
     return torch.where(scale > 0, -(product / scale), torch.zeros_like(product))
 
 
+def _root(values: Tensor) -> Tensor:
+    """Correctly rounded square roots: CUDA's are, torch's on the CPU may be off by one bit."""
+    return values.sqrt() if values.is_cuda else torch.from_numpy(np.sqrt(values.numpy()))
+
+
 def _bound(table: Table, ready: DeviceTable, length: Tensor, residual: Tensor) -> Tensor:
     """Bound each row's score error, as `State.set_bound`, for bfloat16 results."""
     reach = table.radius + ready.residual
@@ -111,11 +116,9 @@ def _bound(table: Table, ready: DeviceTable, length: Tensor, residual: Tensor) -
     bound = residual * table.radius + (length + residual) * ready.residual
     # The product is rounded to bfloat16, and a split sum may be combined in bfloat16 too.
     bound = bound + 2.0**-6 * product + (width + 32) * 2.0**-23 * (product + reach * reach)
-    if table.metric == L2:
-        rounding = (length + table.radius) ** 2
-    else:
-        rounding = length * table.reach
-    return bound + (width + 64) * 2.0**-52 * rounding + 2.0**-60
+    rounding = (length + table.radius) ** 2 if table.metric == L2 else length * table.reach
+    total: Tensor = bound + (width + 64) * 2.0**-52 * rounding + 2.0**-60
+    return total
 
 
 def _centred(x: Tensor, table: Table, ready: DeviceTable) -> Tensor:
@@ -149,13 +152,11 @@ def _block(
         out = exclude >= 0
         keep[torch.nonzero(out)[:, 0], exclude[out]] = False
     row, entry = torch.nonzero(keep, as_tuple=True)  # by row, then by entry: ties stay in order
-    norms = _ordered_sum(x.double() * x.double()).sqrt()
+    norms = _root(_ordered_sum(x.double() * x.double()))
     keys = torch.cat(
         [
-            canonical_keys(
-                table.metric, x[r], norms[r], ready.rows[e], ready.norms[e]
-            )
-            for r, e in zip(row.split(PAIRS), entry.split(PAIRS), strict=True)
+            canonical_keys(table.metric, x[r], norms[r], ready.rows[e], ready.norms[e])
+            for r, e in zip(torch.split(row, PAIRS), torch.split(entry, PAIRS), strict=True)
         ]
     )
     keys = torch.where(torch.isnan(keys), torch.inf, keys)
@@ -193,13 +194,13 @@ def search_device(
     for start in range(0, len(queries), limit):
         x = queries[start : start + limit].detach().to(torch.float32)
         x = torch.nn.functional.pad(x, (0, width - x.shape[1]))
-        out = None if exclude is None else torch.from_numpy(exclude[start : start + limit]).to(device)
+        out = (
+            None if exclude is None else torch.from_numpy(exclude[start : start + limit]).to(device)
+        )
         found, ranked, pairs = _block(x, table, ready, k, wanted, out)
         labels.append(found.cpu())
         keys.append(ranked.cpu())
         measured += pairs
     if not labels:
         return Found(np.empty((0, k), np.int64), np.empty((0, k)), 0)
-    return Found(
-        table.original[torch.cat(labels).numpy()], torch.cat(keys).numpy(), measured
-    )
+    return Found(table.original[torch.cat(labels).numpy()], torch.cat(keys).numpy(), measured)

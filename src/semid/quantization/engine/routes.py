@@ -149,7 +149,7 @@ def choose(route: str, queries: torch.Tensor, table: Table, *, k: int = 1) -> Ro
     if route != "auto":
         named = [found for found in _suited(table) if found.name == route]
         return named[0] if named else _suited(table)[-1]
-    chosen = table.routes.get(k)
+    chosen: Route | None = table.routes.get(k)
     if chosen is not None:
         return chosen
     routes = _suited(table)
@@ -157,16 +157,17 @@ def choose(route: str, queries: torch.Tensor, table: Table, *, k: int = 1) -> Ro
         return routes[0]
     sample = queries[:: max(1, len(queries) // PROBE_ROWS)][:PROBE_ROWS].contiguous()
     times = []
+    size = (len(table), table.dim)
     for candidate in routes:
         search(sample[:32], table, candidate, k=k, threads=1)  # compile, touch the copies
         start = time.thread_time()
         search(sample, table, candidate, k=k, threads=1)
         times.append(time.thread_time() - start)
     best = routes[int(np.argmin(times))]
-    logger.info(
-        "route %s (%s) for %d x %d: %s",
-        best.name, best.library, len(table), table.dim,
-        ", ".join(f"{r.name} {t / len(sample) * 1e6:.2f} us a row" for r, t in zip(routes, times, strict=True)),
-    )  # fmt: skip
+    seen = ", ".join(
+        f"{found.name} {spent / len(sample) * 1e6:.2f} us a row"
+        for found, spent in zip(routes, times, strict=True)
+    )
+    logger.info("route %s (%s) for %d x %d: %s", best.name, best.library, *size, seen)
     table.routes[k] = best
     return best

@@ -164,7 +164,8 @@ def round_bfloat16(
     Args:
         y: ``(rows, width)`` finite values.
         bits: the same memory as uint32.
-        wide: ``(width,)`` scratch, and ``wide_bits`` the same memory as uint32.
+        wide: ``(width,)`` scratch.
+        wide_bits: the same memory as uint32.
         out: ``(rows, >= width)`` bfloat16 bit patterns; further columns become zero.
         residual: ``(rows,)`` norm of the rounding error (float32 sums: see `slack`).
     """

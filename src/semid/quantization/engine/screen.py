@@ -55,7 +55,8 @@ def scan_best(
         margin: ``(all rows,)`` twice the bound, in units of the scores and of their type.
         top: ``(all rows,)`` best score so far, updated.
         counts: ``(all rows,)`` candidates so far, updated; -1 once a row holds too many.
-        candidates, kept: ``(all rows, capacity)`` entry indices and scores, updated.
+        candidates: ``(all rows, capacity)`` entry indices, updated.
+        kept: ``(all rows, capacity)`` their scores, updated.
         row0: row of the last five arrays that row 0 of ``scores`` belongs to.
     """
     stride = scores.shape[1]
@@ -85,9 +86,7 @@ def scan_best(
                 at = trailing_zeros(mask)
                 mask &= mask - np.uint64(1)
                 candidates[i, count] = first + column + at
-                kept[i, count] = score(
-                    scores, base + column + at, offsets, first + column + at
-                )
+                kept[i, count] = score(scores, base + column + at, offsets, first + column + at)
                 count += 1
         counts[i] = count
 
@@ -153,11 +152,8 @@ def scan_many(
 ) -> None:
     """`scan_best` for the ``k`` best: ``top`` is a lower bound on the ``k``-th best score.
 
-    Args:
-        k: how many are wanted.
-        scratch: ``(capacity,)`` of the scores' type; capacity is at least ``k + 2 * SCAN``.
-        scores, rows, columns, first, offsets, margin, top, counts, candidates, kept, row0: as in
-            `scan_best`.
+    Takes what `scan_best` takes, then ``k``, how many are wanted, and ``scratch``,
+    ``(capacity,)`` of the scores' type with a capacity of at least ``k + 2 * SCAN``.
     """
     stride = scores.shape[1]
     capacity = candidates.shape[1]
@@ -181,8 +177,6 @@ def scan_many(
                 at = trailing_zeros(mask)
                 mask &= mask - np.uint64(1)
                 candidates[i, count] = first + column + at
-                kept[i, count] = score(
-                    scores, base + column + at, offsets, first + column + at
-                )
+                kept[i, count] = score(scores, base + column + at, offsets, first + column + at)
                 count += 1
             counts[i] = count

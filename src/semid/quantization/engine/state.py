@@ -102,7 +102,8 @@ class State:
             relative: rounding of the finished product, relative to the norms' product (that of
                 its float32 sums, in any order, is always counted).
             absolute: further error, scaled units.
-            unit, shift: int32 scores: what turns a score into scaled units (score * unit + shift).
+            unit: int32 scores: what turns one into scaled units (score * unit + shift).
+            shift: see ``unit``.
         """
         length = self.length
         reach = table.radius + entry_residual

@@ -80,7 +80,8 @@ def check_rows(rows: torch.Tensor, *, name: str) -> None:
         )
     if rows.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise UsageError(
-            f"{name} is {rows.dtype}; give float32, float16 or bfloat16 (for example {name}.float())"
+            f"{name} is {rows.dtype}; give float32, float16 or bfloat16 "
+            f"(for example {name}.float())"
         )
 
 
@@ -148,7 +149,13 @@ class Table:
         self.lengths: F64 = np.empty(entries)
         half = np.empty(entries)
         self.exponent: int = centre_table(
-            self.rows, self.norms, self.metric == COSINE, self.centre, self.scaled, half, self.lengths
+            self.rows,
+            self.norms,
+            self.metric == COSINE,
+            self.centre,
+            self.scaled,
+            half,
+            self.lengths,
         )
         self.offsets: F32 = np.full(columns, PAD_OFFSET, np.float32)
         self.offsets[:entries] = half if self.metric == L2 else 0.0
@@ -160,7 +167,7 @@ class Table:
         return len(self.rows)
 
     def operand(self, name: str, make: Callable[[Table], Operand | None]) -> Operand | None:
-        """Return the copy called ``name``, made by ``make`` at its first use; None if impossible."""
+        """Return the copy called ``name``, made at its first use; None if impossible."""
         if name not in self._operands:
             with self._lock:
                 if name not in self._operands:

@@ -111,9 +111,7 @@ def _score_loader(
         wide = builder.zext(raw, ir.VectorType(I32, lanes))
         shift = ir.Constant(ir.VectorType(I32, lanes), [16] * lanes)
         value = builder.bitcast(builder.shl(wide, shift), ir.VectorType(F32, lanes))
-        offset = load(
-            builder, offsets, ir.VectorType(F32, lanes), builder.mul(index, I64(4))
-        )
+        offset = load(builder, offsets, ir.VectorType(F32, lanes), builder.mul(index, I64(4)))
         return builder.fsub(value, offset)
 
     return read

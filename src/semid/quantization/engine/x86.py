@@ -29,7 +29,7 @@ VOID = ir.VoidType()
 LINE = 64
 
 
-class _BFloat(ir.types.Type):
+class _BFloat(ir.types.Type):  # type: ignore[misc]
     """The LLVM type ``bfloat``, which llvmlite does not name."""
 
     def _to_string(self) -> str:
@@ -126,6 +126,7 @@ def amx_block(
     """Scores of 32 rows and 32 entries by tiles: ``start[column + j] + rows[row + i] . entry j``.
 
     Args:
+        typing: numba's, not part of a call.
         rows: ``(n, width)`` int8, or uint16 bit patterns of bfloat16.
         row: first row.
         panels: ``(panels, width * 16)`` packed table, uint8 (codes + 128) or uint16.
@@ -147,7 +148,9 @@ def amx_block(
         pitch = builder.mul(width, I64(size))
         columns = builder.extract_value(_shape(context, builder, signature, args, 6), 1)
         out_pitch = builder.mul(columns, I64(4))
-        left = data_pointer(context, builder, signature.args[0], args[0], builder.mul(args[1], width))
+        left = data_pointer(
+            context, builder, signature.args[0], args[0], builder.mul(args[1], width)
+        )
         panel_size = builder.mul(width, I64(16))
         right = data_pointer(
             context, builder, signature.args[2], args[2], builder.mul(args[3], panel_size)
@@ -217,7 +220,9 @@ def avx512_block(
         width = builder.extract_value(_shape(context, builder, signature, args, 0), 1)
         pitch = builder.mul(width, I64(size))
         columns = builder.extract_value(_shape(context, builder, signature, args, 6), 1)
-        left = data_pointer(context, builder, signature.args[0], args[0], builder.mul(args[1], width))
+        left = data_pointer(
+            context, builder, signature.args[0], args[0], builder.mul(args[1], width)
+        )
         panel_size = builder.mul(width, I64(16))
         right = data_pointer(
             context, builder, signature.args[2], args[2], builder.mul(args[3], panel_size)

@@ -1,0 +1,231 @@
+"""The engine's parts: every compiled route, the device search, the bound, routes and threads."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from semid.quantization.engine import routes
+from semid.quantization.engine.canonical import COSINE, INNER, L2
+from semid.quantization.engine.gpu import search_device
+from semid.quantization.engine.search import search
+from semid.quantization.engine.state import State
+from semid.quantization.engine.table import Table, float32_rows
+from semid.quantization.nearest import nearest, prepare
+from semid.quantization.threads import cgroup_limit, default_threads, map_blocks
+from semid.quantization.topk import top_k
+
+DATA = Path(os.environ.get("SEMID_DATA", Path(__file__).parents[2] / "shared" / "data"))
+AVAILABLE = [route for route in routes._candidates() if route.unavailable() is None]
+each_route = pytest.mark.parametrize(
+    "route", AVAILABLE, ids=[f"{route.name}-{route.library}" for route in AVAILABLE]
+)
+
+
+def problem(n: int = 500, codes: int = 900, dim: int = 100) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    scale = torch.arange(1, dim + 1) ** -0.6
+    codebook = torch.randn(codes, dim, generator=generator) * scale + 0.2
+    x = codebook[torch.randint(codes, (n,), generator=generator)]
+    return x + 0.3 * scale * torch.randn(n, dim, generator=generator), codebook
+
+
+@each_route
+@pytest.mark.parametrize("dim", [1, 31, 100, 256, 300])
+def test_every_implementation_gives_the_same_bits(route: routes.Route, dim: int) -> None:
+    x, codebook = problem(150, 700, dim)
+    table = Table(codebook, metric=L2, unique=True)
+    truth = (x.double()[:, None] - codebook.double()[None]).square().sum(2).argmin(1)
+    found = search(x, table, route, threads=1)
+    assert found.labels[:, 0].tolist() == truth.tolist()
+    reference = search(x, table, AVAILABLE[-1], k=5, threads=1)
+    several = search(x, table, route, k=5, threads=2)
+    np.testing.assert_array_equal(several.labels, reference.labels)
+    np.testing.assert_array_equal(several.keys, reference.keys)
+    np.testing.assert_array_equal(found.keys[:, 0], reference.keys[:, 0])
+
+
+@each_route
+@pytest.mark.parametrize("metric", [L2, INNER])
+def test_every_score_lies_within_the_bound(route: routes.Route, metric: int) -> None:
+    x, codebook = problem(64, 200, 100)
+    table = Table(codebook, metric=metric, unique=False)
+    operand = table.operand("test" + route.name + route.library, route.prepare)
+    assert operand is not None
+    state = State(64, table.rows.shape[1], k=200, best_only=False)  # keeps every score
+    state.load(float32_rows(x, name="x"), table)
+    route.screen(table, operand, state)
+    y, entries = state.y.astype(np.float64), table.scaled[:200].astype(np.float64)
+    truth = y @ entries.T - (0.5 * (entries**2).sum(1) if metric == L2 else 0.0)
+    for row in range(64):
+        assert state.counts[row] >= 200
+        kept = state.candidates[row, : state.counts[row]]
+        real = kept < 200
+        scores = state.kept[row, : len(kept)][real] * state.unit[row] + state.shift[row]
+        assert sorted(kept[real]) == list(range(200))
+        error = np.abs(scores - truth[row, kept[real]])
+        assert (error <= state.bound[row]).all()
+        if route.name != "fp32":  # and the bound is not absurdly wide
+            assert error.max() > state.bound[row] / 200
+
+
+@each_route
+def test_screening_leaves_few_pairs_to_measure(route: routes.Route) -> None:
+    generator = torch.Generator().manual_seed(8)
+    x, codebook = (torch.randn(n, 64, generator=generator) for n in (500, 4000))
+    found = search(x, Table(codebook, metric=L2, unique=True), route, threads=1)
+    assert found.measured < (40 if route.name == "int8" else 4) * 500
+
+
+def test_reduced_float32_precision_in_torch_changes_no_label() -> None:
+    x, codebook = problem()
+    expected = nearest(x, codebook, route="fp32")
+    torch.set_float32_matmul_precision("medium")
+    try:
+        found = nearest(x, codebook, route="fp32")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(found.labels, expected.labels)
+    assert torch.equal(found.distances, expected.distances)
+
+
+def test_torch_products_still_work_between_searches() -> None:
+    """The tile registers are shared with oneDNN, which must find its own configuration."""
+    x, codebook = problem()
+    a, b = x.to(torch.bfloat16), codebook.to(torch.bfloat16)
+    before = a @ b.T
+    for _ in range(3):
+        nearest(x, codebook, route="int8", threads=1)
+        nearest(x, codebook, route="bf16", threads=1)
+        assert torch.equal(a @ b.T, before)
+
+
+def device_cases(device: str) -> None:
+    x, codebook = problem(300, 400, 75)
+    exclude = np.arange(300)
+    for metric in (L2, INNER, COSINE):
+        table = Table(codebook, metric=metric, unique=metric == L2)
+        for k, left_out in ((1, None), (20, None), (20, exclude)):
+            expected = search(x, table, AVAILABLE[-1], k=k, exclude=left_out, threads=1)
+            found = search_device(x.to(device), table, k=k, exclude=left_out)
+            np.testing.assert_array_equal(found.labels, expected.labels)
+            np.testing.assert_array_equal(found.keys, expected.keys)
+    for factor in (1e-30, 1e18):
+        table = Table(codebook * factor, metric=L2, unique=True)
+        found = search_device((x * factor).to(device), table)
+        expected = search(x * factor, table, AVAILABLE[-1], threads=1)
+        np.testing.assert_array_equal(found.keys, expected.keys)
+        np.testing.assert_array_equal(found.labels, expected.labels)
+    lattice = torch.round(x[:, :3])
+    table = Table(torch.unique(lattice, dim=0), metric=L2, unique=True)
+    assert (search_device(lattice.to(device), table).keys == 0).all()
+    bad = x[:4].clone()
+    bad[1, 2], bad[2, 0] = float("nan"), float("inf")
+    found = search_device(bad.to(device), Table(codebook, metric=L2, unique=True))
+    assert np.isfinite(found.keys[:, 0]).tolist() == [True, False, False, True]
+
+
+def test_device_search_equals_the_compiled_one() -> None:
+    device_cases("cpu")
+
+
+@pytest.mark.gpu
+def test_cuda_search_equals_the_compiled_one() -> None:
+    device_cases("cuda")
+    x, codebook = problem()
+    on_device = nearest(x.cuda(), codebook.cuda())
+    assert on_device.labels.is_cuda
+    assert torch.equal(on_device.labels.cpu(), nearest(x, codebook).labels)
+    lists = top_k(x.cuda(), codebook.cuda(), 30)
+    assert torch.equal(lists.indices.cpu(), top_k(x, codebook, 30).indices)
+
+
+def test_a_route_that_answers_wrongly_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Wrong(routes.Float32Gemm):
+        name, library = "int8", "broken"
+
+        def screen(self, table: Table, operand: object, state: State) -> None:
+            super().screen(table, operand, state)  # type: ignore[arg-type]
+            state.candidates[:] = 5
+
+    monkeypatch.setattr(routes, "_candidates", lambda: [Wrong(), routes.Float32Gemm()])
+    routes._probe_machine.cache_clear()
+    try:
+        with caplog.at_level(logging.INFO, logger=routes.__name__):
+            working = routes.working_routes()
+        assert [route.library for route in working] == ["torch float32"]
+        assert "int8 (broken): left out, its self-test gave a wrong answer" in caplog.text
+        x, codebook = problem(20, 30, 8)
+        assert torch.equal(
+            nearest(x, codebook, route="int8").labels, nearest(x, codebook, route="fp32").labels
+        )
+    finally:
+        routes._probe_machine.cache_clear()
+
+
+def test_many_queries_probe_once_and_the_choice_is_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    x, codebook = problem(routes.WORTH_PROBING, 64, 16)
+    ready = prepare(codebook)
+    with caplog.at_level(logging.INFO, logger=routes.__name__):
+        first = nearest(x, ready, threads=2)
+        again = nearest(x, ready, threads=1)
+    assert caplog.text.count("us a row") >= 1
+    assert sum("for 64 x 16" in line for line in caplog.messages) == 1
+    assert torch.equal(first.labels, again.labels)
+
+
+def test_cgroup_quota_is_read_in_both_versions(tmp_path: Path) -> None:
+    proc, root = tmp_path / "proc", tmp_path / "cgroup"
+    (proc / "self").mkdir(parents=True)
+    assert cgroup_limit(root, proc) is None
+    (proc / "self" / "cgroup").write_text("5:cpu,cpuacct:/a/b\n0::/x/y\n")
+    (root / "x" / "y").mkdir(parents=True)
+    (root / "x" / "y" / "cpu.max").write_text("max 100000\n")
+    assert cgroup_limit(root, proc) is None
+    (root / "x" / "cpu.max").write_text("250000 100000\n")
+    assert cgroup_limit(root, proc) == 2.5
+    group = root / "cpu" / "a"
+    group.mkdir(parents=True)
+    (group / "cpu.cfs_quota_us").write_text("50000\n")
+    (group / "cpu.cfs_period_us").write_text("100000\n")
+    assert cgroup_limit(root, proc) == 0.5
+    (group / "cpu.cfs_quota_us").write_text("-1\n")
+    assert cgroup_limit(root, proc) == 2.5
+
+
+def test_default_threads_follow_the_quota(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("semid.quantization.threads.cgroup_limit", lambda: 0.3)
+    assert default_threads() == 1
+
+
+def test_blocks_keep_their_order_and_errors_come_through() -> None:
+    assert map_blocks(lambda block: block * 2, range(20), threads=3) == list(range(0, 40, 2))
+    with pytest.raises(ZeroDivisionError):
+        map_blocks(lambda block: 1 // block, [1, 0, 2], threads=2)
+
+
+@pytest.mark.skipif(
+    not (DATA / "union_catalogue" / "embeddings.f16.npy").exists(),
+    reason="needs the union catalogue's embeddings; set SEMID_DATA to the data folder",
+)
+@each_route
+def test_real_embeddings(route: routes.Route) -> None:
+    rows = np.load(DATA / "union_catalogue" / "embeddings.f16.npy", mmap_mode="r")
+    x = torch.from_numpy(np.array(rows[::400], dtype=np.float32))
+    codebook = torch.from_numpy(np.array(rows[7::64], dtype=np.float32))
+    table = Table(codebook, metric=L2, unique=True)
+    found = search(x, table, route, threads=1)
+    entries = codebook.double()
+    truth = (x.double() @ entries.T - entries.square().sum(1) / 2).argmax(1)
+    distances = [(x.double() - entries[torch.as_tensor(labels)]).square().sum(1)
+                 for labels in (found.labels[:, 0], truth)]  # fmt: skip
+    assert (distances[0] <= distances[1] * (1 + 1e-14)).all()
