@@ -59,7 +59,10 @@ def interleave(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, flo
 
 
 def show(seconds: dict[str, float], base: str, notes: dict[str, str]) -> None:
-    print(f"{platform.processor() or platform.machine()}, one thread; numpy {np.__version__}, ")
+    print(
+        f"{platform.processor() or platform.machine()}, one thread; numpy {np.__version__}, ",
+        end="",
+    )
     print(f"scipy {scipy.__version__}, torch {torch.__version__}, faiss {faiss.__version__}")
     for name, taken in seconds.items():
         print(f"{name:24s} {taken:8.3f} s  {taken / seconds[base]:6.2f} x semid  {notes[name]}")
