@@ -27,7 +27,7 @@ F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True)
 def key(
     metric: int, x: F32, row: int, x_norm: float, table: F32, index: int, table_norm: float
 ) -> float:
@@ -42,7 +42,7 @@ def key(
     return -(product / scale) if scale > 0.0 else 0.0
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True)
 def norms(rows: F32, out: F64) -> None:
     """Euclidean norms in the canonical order, written to ``out``."""
     width = rows.shape[1]
@@ -50,7 +50,7 @@ def norms(rows: F32, out: F64) -> None:
         out[i] = math.sqrt(dot(rows, i * width, rows, i * width, width // 16))
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True)
 def resolve_best(
     x: F32,
     table: F32,
@@ -125,7 +125,7 @@ def resolve_best(
     return measured
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True)
 def _sift(row: int, keys: F64, entries: I64, size: int, value: float, entry: int) -> None:
     """Put (value, entry) at the root of a row's max-heap by (key, index)."""
     at = 0
@@ -149,7 +149,7 @@ def _sift(row: int, keys: F64, entries: I64, size: int, value: float, entry: int
     entries[row, at] = entry
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True)
 def resolve_many(
     metric: int,
     x: F32,

@@ -40,10 +40,14 @@ WIDEST = 16384
 """Widest int8 rows: 255 * 127 * 16384 is below 2**29."""
 
 
-@numba.njit(nogil=True, cache=True)
-def _sweep_amx(
+# Four functions and not one with switches: each is compiled at its first use, which takes seconds,
+# and a chip without an instruction must never see the function that holds it.
+
+
+@numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True)
+def _amx_best(
     a: Any, panels: Any, start: Any, scores: Any, saved: Any, rows: int, offsets: F32,
-    margin: Any, top: Any, counts: I64, candidates: I32, kept: Any, k: int, scratch: Any,
+    margin: Any, top: Any, counts: I64, candidates: I32, kept: Any,
 ) -> None:  # fmt: skip
     """Score and scan all rows and entries; ``start`` is ``(tiles or 1, columns)``."""
     columns = start.shape[1]
@@ -57,25 +61,43 @@ def _sweep_amx(
                     a, row, panels, (group + column) // 16, start,
                     line * columns + group + column, scores, column,
                 )  # fmt: skip
-            here = min(ROW_TILE, rows - row)
-            if k == 0:
-                scan_best(
-                    scores, here, size, group, offsets, margin, top, counts, candidates, kept, row
-                )
-            else:
-                scan_many(
-                    scores, here, size, group, offsets, margin, top, counts, candidates, kept,
-                    row, k, scratch,
-                )  # fmt: skip
+            scan_best(
+                scores, min(ROW_TILE, rows - row), size, group, offsets, margin, top, counts,
+                candidates, kept, row,
+            )  # fmt: skip
     amx_end(saved)
 
 
-@numba.njit(nogil=True, cache=True)
-def _sweep_avx512(
+@numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True)
+def _amx_many(
     a: Any, panels: Any, start: Any, scores: Any, saved: Any, rows: int, offsets: F32,
     margin: Any, top: Any, counts: I64, candidates: I32, kept: Any, k: int, scratch: Any,
 ) -> None:  # fmt: skip
-    """`_sweep_amx` with vector registers."""
+    """`_amx_best` for the ``k`` best."""
+    columns = start.shape[1]
+    amx_begin(saved)
+    for group in range(0, columns, GROUP):
+        size = min(GROUP, columns - group)
+        for row in range(0, rows, ROW_TILE):
+            line = (row // ROW_TILE) % start.shape[0]
+            for column in range(0, size, 32):
+                amx_block(
+                    a, row, panels, (group + column) // 16, start,
+                    line * columns + group + column, scores, column,
+                )  # fmt: skip
+            scan_many(
+                scores, min(ROW_TILE, rows - row), size, group, offsets, margin, top, counts,
+                candidates, kept, row, k, scratch,
+            )  # fmt: skip
+    amx_end(saved)
+
+
+@numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True)
+def _avx512_best(
+    a: Any, panels: Any, start: Any, scores: Any, rows: int, offsets: F32,
+    margin: Any, top: Any, counts: I64, candidates: I32, kept: Any,
+) -> None:  # fmt: skip
+    """`_amx_best` with vector registers."""
     columns = start.shape[1]
     for group in range(0, columns, GROUP):
         size = min(GROUP, columns - group)
@@ -87,19 +109,36 @@ def _sweep_avx512(
                         a, part, panels, (group + column) // 16, start,
                         line * columns + group + column, scores, column,
                     )  # fmt: skip
-            here = min(ROW_TILE, rows - row)
-            if k == 0:
-                scan_best(
-                    scores, here, size, group, offsets, margin, top, counts, candidates, kept, row
-                )
-            else:
-                scan_many(
-                    scores, here, size, group, offsets, margin, top, counts, candidates, kept,
-                    row, k, scratch,
-                )  # fmt: skip
+            scan_best(
+                scores, min(ROW_TILE, rows - row), size, group, offsets, margin, top, counts,
+                candidates, kept, row,
+            )  # fmt: skip
 
 
-@numba.njit(nogil=True, cache=True, fastmath=FAST)
+@numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True)
+def _avx512_many(
+    a: Any, panels: Any, start: Any, scores: Any, rows: int, offsets: F32,
+    margin: Any, top: Any, counts: I64, candidates: I32, kept: Any, k: int, scratch: Any,
+) -> None:  # fmt: skip
+    """`_amx_best` with vector registers, for the ``k`` best."""
+    columns = start.shape[1]
+    for group in range(0, columns, GROUP):
+        size = min(GROUP, columns - group)
+        for row in range(0, rows, ROW_TILE):
+            line = (row // ROW_TILE) % start.shape[0]
+            for column in range(0, size, 64):
+                for part in range(row, row + ROW_TILE, 4):
+                    avx512_block(
+                        a, part, panels, (group + column) // 16, start,
+                        line * columns + group + column, scores, column,
+                    )  # fmt: skip
+            scan_many(
+                scores, min(ROW_TILE, rows - row), size, group, offsets, margin, top, counts,
+                candidates, kept, row, k, scratch,
+            )  # fmt: skip
+
+
+@numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True, fastmath=FAST)
 def _quantize_tiles(
     y: F32, rows: int, least: float, offsets: F32, entry_step: float,
     out: npt.NDArray[np.int8], steps: F64, sums: F64, residual: F64, start: I32,
@@ -172,13 +211,20 @@ class _Fused:
         self, table: Table, state: State, rows: npt.NDArray[Any], panels: Any, start: Any
     ) -> None:
         scores = state.buffer("scores" + start.dtype.str, (ROW_TILE, GROUP), start.dtype)
-        saved = state.buffer("tiles", (64,), np.uint8)
-        sweep = _sweep_amx if self.tiles else _sweep_avx512
-        sweep(
-            rows, panels, start, scores, saved, state.rows, table.offsets, state.margin,
-            state.top, state.counts, state.candidates, state.kept,
-            0 if state.best_only else state.k, state.scratch,
+        found = (
+            state.rows, table.offsets, state.margin, state.top, state.counts, state.candidates,
+            state.kept,
         )  # fmt: skip
+        if self.tiles:
+            saved = state.buffer("tiles", (64,), np.uint8)
+            if state.best_only:
+                _amx_best(rows, panels, start, scores, saved, *found)
+            else:
+                _amx_many(rows, panels, start, scores, saved, *found, state.k, state.scratch)
+        elif state.best_only:
+            _avx512_best(rows, panels, start, scores, *found)
+        else:
+            _avx512_many(rows, panels, start, scores, *found, state.k, state.scratch)
 
 
 class FusedInt8(_Fused):

@@ -20,7 +20,7 @@ I64 = npt.NDArray[np.int64]
 FAST = {"reassoc", "contract", "nsz"}  # NaN and infinity keep their meaning
 
 
-@numba.njit(nogil=True, cache=True, fastmath=FAST)
+@numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True, fastmath=FAST)
 def centre_queries(
     x: F32, rows: int, centre: F32, factor: float, own_scale: bool, y: F32, half_square: F64
 ) -> None:
@@ -61,7 +61,7 @@ def centre_queries(
             y[i, j] = np.float32(0.0)
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True)
 def centre_table(
     table: F32, norms: F64, normalise: bool, centre: F32, scaled: F32, offsets: F64, lengths: F64
 ) -> int:
@@ -110,7 +110,7 @@ def centre_table(
     return exponent
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True)
 def _hash_rows(
     bits: npt.NDArray[np.uint32],
     weights: npt.NDArray[np.uint64],
@@ -150,7 +150,7 @@ def first_copies(rows: F32) -> I64:
     return np.flatnonzero(keep)
 
 
-@numba.njit(nogil=True, cache=True, fastmath=FAST)
+@numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True, fastmath=FAST)
 def round_bfloat16(
     y: F32,
     bits: npt.NDArray[np.uint32],

@@ -17,7 +17,7 @@ I64 = npt.NDArray[np.int64]
 F32 = npt.NDArray[np.float32]
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True)
 def _keep(row: int, candidates: I32, kept: Any, count: int, threshold: Any) -> int:
     """Drop a row's candidates whose score is below ``threshold``, in place and in order."""
     size = 0
@@ -29,7 +29,7 @@ def _keep(row: int, candidates: I32, kept: Any, count: int, threshold: Any) -> i
     return size
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True)
 def scan_best(
     scores: Any,
     rows: int,
@@ -91,7 +91,7 @@ def scan_best(
         counts[i] = count
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True)
 def kth_largest(values: Any, count: int, k: int) -> Any:
     """Return the ``k``-th largest (1-based) of ``values[:count]``; reorders ``values``."""
     low, high, goal = 0, count - 1, k - 1
@@ -118,7 +118,7 @@ def kth_largest(values: Any, count: int, k: int) -> Any:
     return values[goal]
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True)
 def trim(
     row: int, k: int, margin: Any, top: Any, counts: I64, candidates: I32, kept: Any, scratch: Any
 ) -> None:
@@ -134,7 +134,7 @@ def trim(
     counts[row] = _keep(row, candidates, kept, count, top[row] - margin[row])
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True)
 def scan_many(
     scores: Any,
     rows: int,
