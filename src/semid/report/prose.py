@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+from semid.health import Finding
 from semid.report.diagnosis import Diagnosis
 from semid.report.numbers import count, number, share
 
-__all__ = ["SECTIONS", "VERDICTS", "key_figures"]
+__all__ = ["SECTIONS", "VERDICTS", "grouped_findings", "key_figures"]
 
 VERDICTS = {
     "healthy": ("Healthy", "Nothing here speaks against using these codes."),
@@ -42,6 +46,18 @@ SECTIONS = (
         "The same questions, asked of item pairs that were given as a second truth.",
     ),
 )
+
+
+def grouped_findings(findings: Sequence[Finding]) -> list[dict[str, Any]]:
+    """Join findings that differ in their figures alone, such as one fault at several levels."""
+    groups: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for f in findings:
+        group = groups.setdefault(
+            (f.name, f.severity, f.advice),
+            {"severity": f.severity, "whats": [], "why": f.why, "advice": f.advice},
+        )
+        group["whats"].append(f.what)
+    return list(groups.values())
 
 
 def key_figures(d: Diagnosis) -> list[tuple[str, str, str]]:
