@@ -1,9 +1,9 @@
 """Nearest codeword on real embeddings: semid against faiss, scikit-learn, torch and SuperKMeans.
 
 Rows are taken from the union catalogue (``$SEMID_DATA/union_catalogue``, by default in
-``../shared/data``), as they are or projected on their first principal components. The codebook of level 1 is a short
-k-means of them, that of level 3 one of what two levels leave. All sides run in turn (A B C A B C)
-on the same rows with the same number of threads; the table shows medians.
+``../shared/data``), as they are or projected on their first principal components. The codebook of
+level 1 is a short k-means of them, that of level 3 one of what two levels leave. All sides run in
+turn (A B C A B C) on the same rows with the same number of threads; the table shows medians.
 
 ``wall x`` and ``cpu x`` are how many times faster than faiss IndexFlatL2 by wall time and by CPU
 seconds; on a busy machine only the second is steady, and with one thread it is the fairer one.
@@ -108,7 +108,7 @@ def contestants(rows: Tensor, codebook: Tensor, threads: int) -> dict[str, Calla
     except ImportError:
         print("  SuperKMeans is not installed: left out")
     else:
-        solver = SuperKMeans(len(codebook), codebook.shape[1])
+        solver = SuperKMeans(len(codebook), codebook.shape[1], n_threads=threads)
         sides["SuperKMeans"] = lambda: solver.assign(rows.numpy(), codebook.numpy())
     return sides
 

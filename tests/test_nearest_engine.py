@@ -175,11 +175,20 @@ def test_many_queries_probe_once_and_the_choice_is_logged(
 ) -> None:
     x, codebook = problem(routes.WORTH_PROBING, 64, 16)
     ready = prepare(codebook)
+    routes._recent.clear()
+
+    def probes() -> int:
+        return sum("for 64 x 16" in line for line in caplog.messages)
+
     with caplog.at_level(logging.INFO, logger=routes.__name__):
         first = nearest(x, ready, threads=2)
         again = nearest(x, ready, threads=1)
-    assert caplog.text.count("us a row") >= 1
-    assert sum("for 64 x 16" in line for line in caplog.messages) == 1
+        assert probes() == 1
+        for _ in range(routes.REMEMBERED):  # tables of the same shape take over the choice
+            nearest(x, codebook)
+        assert probes() == 1
+        nearest(x, codebook)
+        assert probes() == 2
     assert torch.equal(first.labels, again.labels)
 
 

@@ -93,7 +93,7 @@ def resolve_best(
     for i in range(rows):
         count = counts[i]
         best = 0
-        if count < 0:
+        if count <= 0:
             smallest = key(0, x, i, 0.0, table, 0, 0.0)
             for k in range(1, table.shape[0]):
                 value = key(0, x, i, 0.0, table, k, 0.0)
@@ -184,7 +184,7 @@ def resolve_many(
     measured = 0
     best = labels.shape[1]
     for i in range(rows):
-        everything = counts[i] < 0
+        everything = counts[i] <= 0
         count = table.shape[0] if everything else counts[i]
         size = 0
         for j in range(count):

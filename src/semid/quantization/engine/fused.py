@@ -189,6 +189,26 @@ def _quantize_tiles(
                 start[tile, j] = -np.int32(np.rint(steps_down))
 
 
+@numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True, fastmath=FAST)
+def _quantize_table(rows: F32, step: float, out: npt.NDArray[np.uint8]) -> float:
+    """Round all rows to multiples of ``step``, stored plus 128; return the largest error's norm."""
+    width = rows.shape[1]
+    inverse = 1.0 / step
+    largest = 0.0
+    for i in range(rows.shape[0]):
+        lost = 0.0
+        for j in range(width):
+            value = np.float64(rows[i, j])
+            nearest = min(max(np.rint(value * inverse), -127.0), 127.0)
+            error = value - nearest * step
+            lost += error * error
+            out[i, j] = np.int32(nearest) + 128
+        for j in range(width, out.shape[1]):
+            out[i, j] = 128
+        largest = max(largest, lost)
+    return math.sqrt(largest)
+
+
 def _pack(codes: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Lay out ``(columns, width)`` codes in panels of 16 entries (see `x86`)."""
     columns, width = codes.shape
@@ -237,14 +257,11 @@ class FusedInt8(_Fused):
         width = padded(table.scaled.shape[1], 64)
         if width > WIDEST:
             return None
-        rows = table.scaled.astype(np.float64)
-        step = max(float(np.abs(rows).max()) / 127.0, 2.0**-60)
-        codes = np.clip(np.rint(rows / step), -127, 127)
-        lost = np.sqrt(((rows - codes * step) ** 2).sum(axis=1)).max()
-        wide = np.full((len(rows), width), 128, np.uint8)
-        wide[:, : rows.shape[1]] += codes.astype(np.int8).view(np.uint8)
-        residual = float(lost) * (1 + 2.0**-20) + table.radius * 2.0**-23 + 2.0**-60
-        return Operand(_pack(wide), residual, step)
+        step = max(float(np.abs(table.scaled).max()) / 127.0, 2.0**-60)
+        codes = np.empty((len(table.scaled), width), np.uint8)
+        lost = float(_quantize_table(table.scaled, step, codes))
+        residual = lost * (1 + 2.0**-20) + table.radius * 2.0**-23 + 2.0**-60
+        return Operand(_pack(codes), residual, step)
 
     def screen(self, table: Table, operand: Operand, state: State) -> None:
         """Fill ``state``'s candidates; see `engine.search`."""

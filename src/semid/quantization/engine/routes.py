@@ -31,6 +31,8 @@ ROUTES = ("auto", "int8", "bf16", "fp32")
 """Names a caller may give."""
 PROBE_ROWS = 256
 """Queries a route is timed on."""
+REMEMBERED = 7
+"""Tables of one shape that take over the last choice before the routes are timed again."""
 WORTH_PROBING = 4096
 """Queries from which on timing the routes costs less than a wrong choice could."""
 
@@ -124,19 +126,32 @@ def working_routes() -> tuple[Route, ...]:
     return routes
 
 
-def _suited(table: Table) -> list[Route]:
-    return [
-        route
-        for route in working_routes()
-        if table.operand(route.name + route.library, route.prepare) is not None
-    ]
+def _suits(route: Route, table: Table) -> bool:
+    return table.operand(route.name + route.library, route.prepare) is not None
+
+
+_recent: dict[tuple[int, int, int, int], tuple[Route, int]] = {}
+
+
+def _recalled(table: Table, k: int) -> Route | None:
+    """Return the route chosen lately for a table of this shape, if there is one.
+
+    K-means makes a new table each iteration, much like the one before.
+    """
+    shape = (table.metric, len(table), table.dim, k)
+    route, uses = _recent.get(shape, (None, 0))
+    if route is None or uses == 0 or not _suits(route, table):
+        return None
+    _recent[shape] = (route, uses - 1)
+    return route
 
 
 def choose(route: str, queries: torch.Tensor, table: Table, *, k: int = 1) -> Route:
     """Pick the route for a table: the one asked for, or the fastest on a few of the queries.
 
-    The choice changes the time and never the result. It is made once a table and ``k``, on
-    `PROBE_ROWS` evenly spaced queries; few queries take the first working route untimed.
+    The choice changes the time and never the result. It is made on `PROBE_ROWS` evenly
+    spaced queries and kept for the table and the next `REMEMBERED` of its shape; few queries take
+    the first working route untimed.
 
     Args:
         route: one of `ROUTES`. A name this machine lacks falls back to float32.
@@ -148,15 +163,21 @@ def choose(route: str, queries: torch.Tensor, table: Table, *, k: int = 1) -> Ro
         UsageError: an unknown name.
     """
     check_choice("route", route, ROUTES)
+    working = working_routes()
     if route != "auto":
-        suited = {found.name: found for found in _suited(table)}
-        return suited.get(route) or suited["fp32"]
+        named = {found.name: found for found in working}
+        wanted = named.get(route)
+        return wanted if wanted is not None and _suits(wanted, table) else named["fp32"]
     chosen: Route | None = table.routes.get(k)
     if chosen is not None:
         return chosen
-    routes = _suited(table)
-    if len(queries) < WORTH_PROBING or len(routes) == 1:
-        return routes[0]
+    if len(queries) < WORTH_PROBING:
+        return next(found for found in working if _suits(found, table))
+    chosen = _recalled(table, k)
+    if chosen is not None:
+        table.routes[k] = chosen
+        return chosen
+    routes = [found for found in working if _suits(found, table)]
     sample = queries[:: max(1, len(queries) // PROBE_ROWS)][:PROBE_ROWS].contiguous()
     times = []
     size = (len(table), table.dim)
@@ -172,4 +193,5 @@ def choose(route: str, queries: torch.Tensor, table: Table, *, k: int = 1) -> Ro
     )
     logger.info("route %s (%s) for %d x %d: %s", best.name, best.library, *size, seen)
     table.routes[k] = best
+    _recent[(table.metric, len(table), table.dim, k)] = (best, REMEMBERED)
     return best
