@@ -111,7 +111,8 @@ def fit_residual(
     codebooks = [codebook for codebook, _, _ in done]
     labels = [label for _, label, _ in done]
     fits = [fit for _, _, fit in done]
-    for level in range(len(done), len(codebook_sizes)):
+    resumed = len(done)  # the caller may append to `done` as levels finish
+    for level in range(resumed, len(codebook_sizes)):
         residuals = ResidualBlocks(train, labels, codebooks) if level else train
         result = kmeans(
             in_memory(residuals, limit_bytes=memory_bytes),
@@ -121,7 +122,7 @@ def fit_residual(
             weights=train_weights,
             init=None if init is None else init[level],
             threads=threads,
-            state=state if level == len(done) else None,
+            state=state if level == resumed else None,
             on_iteration=None if on_iteration is None else _at_level(on_iteration, level),
         )
         codebooks.append(result.centroids)

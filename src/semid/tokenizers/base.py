@@ -10,8 +10,7 @@ from __future__ import annotations
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -27,76 +26,16 @@ from semid.progress import Progress, QuietProgress
 from semid.quantization.blocks import BLOCK_ROWS, prefetched
 from semid.quantization.residual import ResidualCodes
 from semid.tokenizers.card import card
+from semid.tokenizers.context import EncodedBlock, FitContext, item_weights
 from semid.tokenizers.fitreport import FitReport, HealthCounter
 from semid.tokenizers.scan import InputScan, scan
 from semid.training.checkpoint import Checkpoint, run_key
 
-__all__ = ["EncodedBlock", "FitContext", "Tokenizer", "level_sizes"]
+__all__ = ["HELD_OUT_SALT", "Tokenizer"]
 
 Array = npt.NDArray[np.float32]
 
 HELD_OUT_SALT = "semid/items"
-
-
-@dataclass(frozen=True)
-class FitContext:
-    """What a tokenizer's `_fit` works with.
-
-    Attributes:
-        source: all rows.
-        train: the rows that may be trained on.
-        scan: what the first pass over all rows saw.
-        weights: ``(train rows,)`` item weights, or None.
-        interactions: as given to `fit`.
-        pairs: as given to `fit`.
-        checkpoint: where to keep the state of the run, or None.
-        progress: told about every step.
-    """
-
-    source: EmbeddingSource
-    train: EmbeddingSource
-    scan: InputScan
-    weights: npt.NDArray[np.float64] | None
-    interactions: Any
-    pairs: Any
-    checkpoint: Checkpoint | None
-    progress: Progress
-
-
-@dataclass(frozen=True)
-class EncodedBlock:
-    """A block of encoded rows.
-
-    Attributes:
-        start: row number of its first row.
-        x: ``(n, dim)`` float32 rows as read.
-        codes: ``(n, levels)`` int64.
-        residual_norms: ``(n,)`` float32.
-    """
-
-    start: int
-    x: Array
-    codes: npt.NDArray[np.int64]
-    residual_norms: Array
-
-
-def level_sizes(levels: int, codebook_size: int | Sequence[int]) -> tuple[int, ...]:
-    """Return the codebook size of each level.
-
-    Raises:
-        UsageError: if a value is out of range or the lengths differ.
-    """
-    if levels < 1:
-        raise UsageError(f"levels={levels}: give at least 1")
-    sizes = (codebook_size,) * levels if isinstance(codebook_size, int) else tuple(codebook_size)
-    if len(sizes) != levels:
-        raise UsageError(
-            f"codebook_size has {len(sizes)} entries for {levels} levels; give one number, or one "
-            "a level"
-        )
-    if min(sizes) < 2 or max(sizes) > 2**32:
-        raise UsageError(f"codebook_size={codebook_size}: give between 2 and 2**32 codewords")
-    return sizes
 
 
 class Tokenizer(ABC):
@@ -215,7 +154,7 @@ class Tokenizer(ABC):
         """Learn the codebooks.
 
         Args:
-            source: embeddings ``(items, dim)``: anything `semid.data.open_embeddings` reads.
+            source: embeddings ``(items, dim)``: anything `semid.open_embeddings` reads.
             interactions: user sequences, for tokenizers that learn from behaviour.
             pairs: ``(n, 2)`` item pairs, for tokenizers that learn from relations.
             ids: item ids for a source that has none; they decide which items are held out.
@@ -238,12 +177,12 @@ class Tokenizer(ABC):
         train = ~held_out_mask(opened.ids, self.validation_fraction, salt=HELD_OUT_SALT)
         seen = scan(opened, train, steps)
         self._check_rows(seen, int(train.sum()))
-        item_weights = _weights(weights, len(opened))
+        mass = item_weights(weights, len(opened))
         context = FitContext(
             source=opened,
             train=opened if train.all() else opened.subset(train),
             scan=seen,
-            weights=None if item_weights is None else item_weights[train],
+            weights=None if mass is None else mass[train],
             interactions=interactions,
             pairs=pairs,
             checkpoint=None
@@ -487,15 +426,3 @@ class Tokenizer(ABC):
         shown = ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
         state = "not fitted" if self._dim is None else f"dim={self._dim}"
         return f"{type(self).__name__}({shown}) [{state}]"
-
-
-def _weights(weights: npt.ArrayLike | None, items: int) -> npt.NDArray[np.float64] | None:
-    if weights is None:
-        return None
-    array = np.asarray(weights, dtype=np.float64)
-    if array.shape != (items,) or not np.isfinite(array).all() or (array < 0).any():
-        raise UsageError(
-            f"weights have shape {array.shape}; give {items} finite, non-negative numbers, one an "
-            "item"
-        )
-    return array

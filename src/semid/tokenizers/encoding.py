@@ -23,11 +23,12 @@ from semid.artefact import atomic_file, check_output
 from semid.codes import ids_schema, ids_table
 from semid.data.embeddings import open_embeddings
 from semid.data.source import EmbeddingSource
-from semid.errors import ArtefactError, OutputExistsError
+from semid.errors import ArtefactError, EmbeddingError, OutputExistsError
 from semid.health import row_hashes
 from semid.progress import Progress, QuietProgress
 from semid.quantization.blocks import BLOCK_ROWS
-from semid.tokenizers.base import EncodedBlock, Tokenizer
+from semid.tokenizers.base import Tokenizer
+from semid.tokenizers.context import EncodedBlock
 from semid.training.checkpoint import run_key
 
 __all__ = ["encode_to_parquet", "partial_folder"]
@@ -58,7 +59,7 @@ def encode_to_parquet(
 
     Args:
         tokenizer: a fitted tokenizer.
-        source: embeddings, anything `semid.data.open_embeddings` reads.
+        source: embeddings, anything `semid.open_embeddings` reads.
         path: the Parquet file to write.
         ids: item ids for a source that has none.
         beam_width: partial codes kept a row; None takes the tokenizer's own.
@@ -91,15 +92,19 @@ def encode_to_parquet(
     items = opened.ids.to_arrow()
     written = 0
     blocks = tokenizer.encode_blocks(opened, beam_width=info.beam_width, first=parts.first_row)
-    for group in _groups(blocks, PART_BLOCKS):
-        tables = [
-            ids_table(items.slice(b.start, len(b.x)), b.codes, b.residual_norms, info)
-            for b in group
-        ]
-        parts.write(group[0].start, pa.concat_tables(tables))
-        count = sum(len(block.x) for block in group)
-        written += count
-        steps.step(count)
+    try:
+        for group in _groups(blocks, PART_BLOCKS):
+            tables = [
+                ids_table(items.slice(b.start, len(b.x)), b.codes, b.residual_norms, info)
+                for b in group
+            ]
+            parts.write(group[0].start, pa.concat_tables(tables))
+            count = sum(len(block.x) for block in group)
+            written += count
+            steps.step(count)
+    except EmbeddingError:  # these rows will not become right: leave nothing to resume
+        parts.clear()
+        raise
     parts.join(target, ids_schema(items.type, info), rows=len(opened), overwrite=overwrite)
     return written
 
@@ -138,9 +143,7 @@ class _Parts:
             )
         if folder.exists():
             self._check_key(key)
-        else:
-            folder.mkdir(parents=True)
-            self._write_key(key)
+        self._key = key
         self.first_row = 0
         while self._file(self.first_row).exists():
             self.first_row += rows_a_part
@@ -152,9 +155,7 @@ class _Parts:
 
     def _check_key(self, key: str) -> None:
         file = self.folder / KEY_FILE
-        if not file.exists():  # killed before anything was written
-            self._write_key(key)
-        elif json.loads(file.read_text(encoding="utf8"))["key"] != key:
+        if file.exists() and json.loads(file.read_text(encoding="utf8"))["key"] != key:
             raise ArtefactError(
                 f"'{self.folder}' belongs to a run with another model, beam or source; repeat the "
                 "command that began it, or delete that folder"
@@ -165,6 +166,8 @@ class _Parts:
 
     def write(self, first_row: int, table: pa.Table) -> None:
         """Write a part, whole or not at all."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._write_key(self._key)
         work = self.folder / f".{first_row:012d}.tmp"
         pq.write_table(table, work)
         work.replace(self._file(first_row))
@@ -182,4 +185,8 @@ class _Parts:
                     f"'{self.folder}' holds {found} of {rows} rows; delete that folder and encode "
                     "again"
                 )
-        shutil.rmtree(self.folder)
+        self.clear()
+
+    def clear(self) -> None:
+        """Remove the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -21,7 +21,8 @@ from semid.quantization.residual import (
     encode_residual,
     fit_residual,
 )
-from semid.tokenizers.base import FitContext, Tokenizer, level_sizes
+from semid.tokenizers.base import Tokenizer
+from semid.tokenizers.context import FitContext, level_sizes
 
 __all__ = ["RQKMeans"]
 
