@@ -130,9 +130,9 @@ def test_explorer_by_keyboard_alone(browser: Any, report: Path) -> None:
 
 def test_search_by_word_finds_items_and_codes(browser: Any, report: Path) -> None:
     visit = Visit(browser, report)
-    visit.page.fill("#explorer-search", "kind ccc")
-    visit.page.wait_for_function("document.querySelector('.detail').innerText.includes('75 items')")
-    assert "Thing 10 of kind ccc" in visit.page.inner_text(".detail .list")
+    visit.page.fill("#explorer-search", "kind ddd")
+    visit.page.get_by_text("75 items match").first.wait_for(state="attached")
+    assert "Thing 11 of kind ddd" in visit.page.inner_text(".detail .list")
     visit.close()
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from semid.report.diagnosis import Diagnosis
 from semid.report.figure import Figure, bars, level_name, line
-from semid.report.figures_behaviour import behaviour_figures, robustness_figures
+from semid.report.figures_behaviour import behaviour_figures
+from semid.report.figures_robustness import robustness_figures
 from semid.report.numbers import count, number, share
 
 __all__ = ["report_figures"]
