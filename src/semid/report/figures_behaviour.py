@@ -21,7 +21,7 @@ def behaviour_figures(d: Diagnosis) -> list[Figure]:
         if d.behaviour["popularity"] is not None:
             figures.append(_popularity(d.behaviour["popularity"]))
     for place, (kind, measured) in enumerate((d.relations or {}).items()):
-        figures += _pairs(measured, f"relations-{place}", "relations", f", {_plain(kind)}")
+        figures += _pairs(measured, f"relations-{place}", "relations", f", {kind.replace("_", " ")}")
     return figures
 
 
