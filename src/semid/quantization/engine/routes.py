@@ -29,8 +29,10 @@ logger = logging.getLogger(__name__)
 
 ROUTES = ("auto", "int8", "bf16", "fp32")
 """Names a caller may give."""
-PROBE_ROWS = 256
+PROBE_ROWS = 128
 """Queries a route is timed on."""
+PROBE_ROUNDS = 3
+"""Times it is timed; the shortest counts."""
 REMEMBERED = 7
 """Tables of one shape that take over the last choice before the routes are timed again."""
 WORTH_PROBING = 4096
@@ -179,14 +181,14 @@ def choose(route: str, queries: torch.Tensor, table: Table, *, k: int = 1) -> Ro
         return chosen
     routes = [found for found in working if _suits(found, table)]
     sample = queries[:: max(1, len(queries) // PROBE_ROWS)][:PROBE_ROWS].contiguous()
-    times = []
+    times = np.full(len(routes), np.inf)
+    for _ in range(PROBE_ROUNDS):  # in turn, so that a busy moment does not fall on one alone
+        for at, candidate in enumerate(routes):
+            start = time.thread_time()
+            search(sample, table, candidate, k=k, threads=1)
+            times[at] = min(times[at], time.thread_time() - start)
     size = (len(table), table.dim)
-    for candidate in routes:
-        search(sample[:32], table, candidate, k=k, threads=1)  # compile, touch the copies
-        start = time.thread_time()
-        search(sample, table, candidate, k=k, threads=1)
-        times.append(time.thread_time() - start)
-    best = routes[int(np.argmin(times))]
+    best = routes[int(times.argmin())]
     seen = ", ".join(
         f"{found.name} {spent / len(sample) * 1e6:.2f} us a row"
         for found, spent in zip(routes, times, strict=True)
