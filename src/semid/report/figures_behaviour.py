@@ -21,7 +21,8 @@ def behaviour_figures(d: Diagnosis) -> list[Figure]:
         if d.behaviour["popularity"] is not None:
             figures.append(_popularity(d.behaviour["popularity"]))
     for place, (kind, measured) in enumerate((d.relations or {}).items()):
-        figures += _pairs(measured, f"relations-{place}", "relations", f", {kind.replace("_", " ")}")
+        suffix = ", " + kind.replace("_", " ")
+        figures += _pairs(measured, f"relations-{place}", "relations", suffix)
     return figures
 
 
