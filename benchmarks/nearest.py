@@ -29,7 +29,6 @@ from semid.quantization.engine.search import search
 from semid.quantization.nearest import nearest, prepare
 from semid.quantization.threads import one_blas_thread
 
-
 SHARE = 0.25
 """Seconds each side runs in a turn, so that all meet the machine's other work alike."""
 
