@@ -18,6 +18,7 @@ from semid.errors import UsageError
 from semid.progress import Progress
 from semid.report.diagnose import diagnose
 from semid.report.diagnosis import Diagnosis, write_text
+from semid.report.prose import VERDICTS
 from semid.report.views import AGREEMENT_SCALE, METRICS, VIEWS, leads, values_of
 from semid.tokenizers.base import Tokenizer
 
@@ -286,7 +287,7 @@ def _findings(
 ) -> tuple[str, ...]:
     """Say what stands out: verdicts, the best of each view, who is dominated."""
     found = [
-        f"{name} is {d.verdict.level}: {d.verdict.findings[0].what}"
+        f"{name} is {VERDICTS[d.verdict.level][0].lower()}: {d.verdict.findings[0].what}"
         for name, d in zip(names, diagnoses, strict=True)
         if not d.healthy
     ]
@@ -316,11 +317,13 @@ def _listed(names: Sequence[str]) -> str:
 def _notes(
     names: tuple[str, ...], diagnoses: tuple[Diagnosis, ...], held_out: bool
 ) -> tuple[str, ...]:
-    notes = list(
-        dict.fromkeys(
-            f"{name}: {note}" for name, d in zip(names, diagnoses, strict=True) for note in d.notes
-        )
-    )
+    said: dict[str, list[str]] = {}
+    for name, d in zip(names, diagnoses, strict=True):
+        for note in d.notes:
+            said.setdefault(note, []).append(name)
+    notes = [
+        note if len(of) == len(names) else f"{_listed(of)}: {note}" for note, of in said.items()
+    ]
     notes.append(
         "Reconstruction is compared on held-out items"
         if held_out

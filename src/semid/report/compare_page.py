@@ -78,7 +78,7 @@ def _front(x: MetricRow, y: MetricRow) -> list[int]:
 
 
 def _axis(row: MetricRow) -> dict[str, Any]:
-    axis: dict[str, Any] = {"title": {"text": f"{row.name} ({_ARROWS[row.better]})"}}
+    axis: dict[str, Any] = {"title": {"text": f"{row.name}, {_ARROWS[row.better]}"}}
     return {**axis, "tickformat": ".0%"} if row.kind == "share" else axis
 
 

@@ -191,7 +191,7 @@ METRICS = (
     Metric(
         "weighted_auc",
         "matching",
-        "AUC of codeword cosine, weighted by level",
+        "weighted AUC of the codes",
         "higher",
         "number",
         True,
