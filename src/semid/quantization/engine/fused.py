@@ -16,13 +16,14 @@ import numpy.typing as npt
 from semid.quantization.engine.rows import FAST, slack
 from semid.quantization.engine.screen import scan_best, scan_many
 from semid.quantization.engine.state import ROW_TILE, State
-from semid.quantization.engine.table import PAD_OFFSET, Operand, Table, padded
+from semid.quantization.engine.table import PAD_OFFSET, Operand, Table, aligned, padded
 from semid.quantization.engine.x86 import (
     amx_begin,
     amx_block,
     amx_end,
     avx512_block,
     missing_features,
+    pitch,
 )
 
 __all__ = ["FusedBfloat16", "FusedInt8"]
@@ -214,7 +215,9 @@ def _pack(codes: npt.NDArray[Any]) -> npt.NDArray[Any]:
     columns, width = codes.shape
     per = 4 // codes.itemsize
     panels = codes.reshape(columns // 16, 16, width // per, per).transpose(0, 2, 1, 3)
-    return np.ascontiguousarray(panels).reshape(columns // 16, width * 16)
+    packed = aligned(panels.shape, codes.dtype)
+    packed[:] = panels
+    return packed.reshape(columns // 16, width * 16)
 
 
 class _Fused:
@@ -267,7 +270,7 @@ class FusedInt8(_Fused):
         """Fill ``state``'s candidates; see `engine.search`."""
         tiled = padded(state.rows, ROW_TILE)
         width = operand.data.shape[1] // 16
-        codes = state.buffer("int8", (tiled, width), np.int8)
+        codes = state.buffer("int8", (tiled, pitch(width, 1)), np.int8)
         start = state.buffer("start", (tiled // ROW_TILE, len(table.offsets)), np.int32)
         steps = state.buffer("steps", (state.limit,), np.float64)
         sums = state.buffer("sums", (state.limit,), np.float64)
@@ -298,14 +301,15 @@ class FusedBfloat16(_Fused):
     def prepare(self, table: Table) -> Operand | None:
         """Round the scaled rows to bfloat16."""
         bits, residual = table.bfloat16(32)
-        start = -np.minimum(table.offsets, np.float32(PAD_OFFSET)).reshape(1, -1)
+        start = aligned((1, len(table.offsets)), np.float32)
+        start[0] = -table.offsets
         return Operand((_pack(bits), start), residual)
 
     def screen(self, table: Table, operand: Operand, state: State) -> None:
         """Fill ``state``'s candidates; see `engine.search`."""
         panels, start = operand.data
         width = panels.shape[1] // 16
-        bits = state.buffer("bf16", (padded(state.rows, ROW_TILE), width), np.uint16)
+        bits = state.buffer("bf16", (padded(state.rows, ROW_TILE), pitch(width, 2)), np.uint16)
         state.round_bfloat16(bits)
         state.set_bound(
             table,

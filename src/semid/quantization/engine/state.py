@@ -10,7 +10,7 @@ import numpy.typing as npt
 from semid.quantization.engine.canonical import L2
 from semid.quantization.engine.rows import centre_queries, round_bfloat16
 from semid.quantization.engine.screen import trim
-from semid.quantization.engine.table import Table
+from semid.quantization.engine.table import Table, aligned
 from semid.quantization.engine.vector import SCAN
 
 __all__ = ["ROW_TILE", "State"]
@@ -46,7 +46,8 @@ class State:
         self.limit, self.width, self.k, self.best_only = limit, width, k, best_only
         self.capacity = 4 * SCAN if best_only else max(8 * SCAN, 4 * k + 2 * SCAN)
         self.rows = 0
-        self.y: F32 = np.zeros((limit, width), np.float32)
+        self.y: F32 = aligned((limit, width), np.float32)
+        self.y[:] = 0.0
         self.half_square: F64 = np.empty(limit)
         self.length: F64 = np.zeros(limit)
         self.residual: F64 = np.zeros(limit)
@@ -70,7 +71,7 @@ class State:
         size = int(np.prod(shape))
         found = self._buffers.get(name)
         if found is None or found.size < size or found.dtype != dtype:
-            found = self._buffers[name] = np.empty(size, dtype)
+            found = self._buffers[name] = aligned((size,), dtype)
         return found[:size].reshape(shape)
 
     def load(self, x: F32, table: Table) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from semid.quantization.engine.canonical import COSINE, L2, norms
 from semid.quantization.engine.rows import centre_table, first_copies, round_bfloat16, slack
 from semid.quantization.engine.vector import LANES, SCAN
 
-__all__ = ["PAD_OFFSET", "Operand", "Table", "float32_rows", "padded"]
+__all__ = ["PAD_OFFSET", "Operand", "Table", "aligned", "check_rows", "float32_rows", "padded"]
 
 PAD_OFFSET = 1e30
 """Offset of the columns that only fill a block: their score is far below every real one."""
@@ -39,6 +40,17 @@ class Operand:
     data: Any
     residual: float
     step: float = 1.0
+
+
+def aligned(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """Return uninitialised memory that starts on a cache line, as numpy's own need not.
+
+    A tile or register of 64 bytes that straddles two lines costs two loads.
+    """
+    kind = np.dtype(dtype)
+    size = math.prod(shape) * kind.itemsize
+    memory: npt.NDArray[Any] = torch.empty(size, dtype=torch.uint8).numpy()  # 64-byte aligned
+    return memory.view(kind).reshape(shape)
 
 
 def padded(columns: int, multiple: int) -> int:
@@ -145,7 +157,7 @@ class Table:
         self.norms: F64 = np.empty(entries)
         norms(self.rows, self.norms)
         self.centre: F32 = np.empty(width, np.float32)
-        self.scaled: F32 = np.empty((columns, width), np.float32)
+        self.scaled: F32 = aligned((columns, width), np.float32)
         self.lengths: F64 = np.empty(entries)
         half = np.empty(entries)
         self.exponent: int = centre_table(
@@ -184,7 +196,7 @@ class Table:
             Bit patterns ``(columns, width)``, and the largest norm of what rounding took.
         """
         columns, width = self.scaled.shape
-        bits = np.empty((columns, padded(width, multiple)), np.uint16)
+        bits = aligned((columns, padded(width, multiple)), np.uint16)
         residual = np.empty(columns)
         line = np.empty(width, np.float32)
         round_bfloat16(

@@ -21,7 +21,7 @@ from numba.extending import intrinsic
 
 from semid.quantization.engine.vector import F32, I32, I64, data_pointer, load
 
-__all__ = ["amx_begin", "amx_block", "amx_end", "avx512_block", "missing_features"]
+__all__ = ["amx_begin", "amx_block", "amx_end", "avx512_block", "missing_features", "pitch"]
 
 I8 = ir.IntType(8)
 BYTES = I8.as_pointer()
@@ -85,6 +85,15 @@ def _prefetch(builder: Any, pointer: Any) -> None:
     _call(builder, "llvm.prefetch.p0", VOID, [pointer, I32(0), I32(3), I32(1)])
 
 
+def pitch(width: int, size: int) -> int:
+    """Return how many elements apart rows should lie: an odd number of cache lines.
+
+    With a power of two the 16 rows of a tile share a few sets of the cache and push each other out.
+    """
+    lines = -(-width * size // LINE)
+    return (lines + 1 - lines % 2) * LINE // size
+
+
 @intrinsic
 def amx_begin(typing: Any, saved: Any) -> Any:
     """Keep the thread's tile configuration in ``saved`` (64 bytes) and set ours: 8 full tiles."""
@@ -127,7 +136,7 @@ def amx_block(
 
     Args:
         typing: numba's, not part of a call.
-        rows: ``(n, width)`` int8, or uint16 bit patterns of bfloat16.
+        rows: ``(n, >= width)`` int8, or uint16 bit patterns of bfloat16; see `pitch`.
         row: first row.
         panels: ``(panels, width * 16)`` packed table, uint8 (codes + 128) or uint16.
         panel: first of two panels.
@@ -145,13 +154,14 @@ def amx_block(
         size = 1 if integers else 2
         name = "llvm.x86.tdpbsud" if integers else "llvm.x86.tdpbf16ps"
         width = builder.extract_value(_shape(context, builder, signature, args, 0), 1)
-        pitch = builder.mul(width, I64(size))
+        apart = builder.mul(width, I64(size))
         columns = builder.extract_value(_shape(context, builder, signature, args, 6), 1)
         out_pitch = builder.mul(columns, I64(4))
         left = data_pointer(
             context, builder, signature.args[0], args[0], builder.mul(args[1], width)
         )
-        panel_size = builder.mul(width, I64(16))
+        panel_size = builder.extract_value(_shape(context, builder, signature, args, 2), 1)
+        depth = builder.udiv(builder.mul(panel_size, I64(size)), I64(16))  # bytes of one entry
         right = data_pointer(
             context, builder, signature.args[2], args[2], builder.mul(args[3], panel_size)
         )
@@ -163,10 +173,10 @@ def amx_block(
 
         for tile in range(4):
             tile_load(tile, _offset(builder, first, I64(LINE * (tile % 2))), I64(0))
-        lower = _offset(builder, left, builder.mul(pitch, I64(16)))
+        lower = _offset(builder, left, builder.mul(apart, I64(16)))
         second = _offset(builder, right, builder.mul(panel_size, I64(size)))
         two_panels = I64(LINE * 32)
-        with cgutils.for_range(builder, builder.udiv(pitch, I64(LINE))) as loop:
+        with cgutils.for_range(builder, builder.udiv(depth, I64(LINE))) as loop:
             along = builder.mul(loop.index, I64(LINE))
             deep = builder.mul(loop.index, I64(LINE * 16))
             # The hardware prefetcher does not see through tile loads: ask for the table's lines
@@ -175,12 +185,12 @@ def amx_block(
                 ahead = _offset(builder, _offset(builder, base, deep), two_panels)
                 for part in range(16):
                     _prefetch(builder, _offset(builder, ahead, I64(LINE * part)))
-            tile_load(4, _offset(builder, left, along), pitch)
+            tile_load(4, _offset(builder, left, along), apart)
             tile_load(6, _offset(builder, right, deep), I64(LINE))
             _call(builder, name, VOID, [I8(0), I8(4), I8(6)])
             tile_load(7, _offset(builder, second, deep), I64(LINE))
             _call(builder, name, VOID, [I8(1), I8(4), I8(7)])
-            tile_load(5, _offset(builder, lower, along), pitch)
+            tile_load(5, _offset(builder, lower, along), apart)
             _call(builder, name, VOID, [I8(2), I8(5), I8(6)])
             _call(builder, name, VOID, [I8(3), I8(5), I8(7)])
         for tile in range(4):
@@ -218,12 +228,13 @@ def avx512_block(
         sums = line if integers else ir.VectorType(F32, 16)
         pairs = ir.VectorType(_BFloat(), 32)
         width = builder.extract_value(_shape(context, builder, signature, args, 0), 1)
-        pitch = builder.mul(width, I64(size))
+        apart = builder.mul(width, I64(size))
         columns = builder.extract_value(_shape(context, builder, signature, args, 6), 1)
         left = data_pointer(
             context, builder, signature.args[0], args[0], builder.mul(args[1], width)
         )
-        panel_size = builder.mul(width, I64(16))
+        panel_size = builder.extract_value(_shape(context, builder, signature, args, 2), 1)
+        depth = builder.udiv(builder.mul(panel_size, I64(size)), I64(16))  # bytes of one entry
         right = data_pointer(
             context, builder, signature.args[2], args[2], builder.mul(args[3], panel_size)
         )
@@ -241,7 +252,7 @@ def avx512_block(
         ]
         panel_bytes = builder.mul(panel_size, I64(size))
         zeros = ir.Constant(ir.VectorType(I32, 16), [0] * 16)
-        with cgutils.for_range(builder, builder.udiv(pitch, I64(4))) as loop:
+        with cgutils.for_range(builder, builder.udiv(depth, I64(4))) as loop:
             deep = builder.mul(loop.index, I64(LINE))
             along = builder.mul(loop.index, I64(4))
             lines = []
@@ -249,7 +260,7 @@ def avx512_block(
                 at = builder.add(deep, builder.mul(panel_bytes, I64(p)))
                 lines.append(load(builder, right, line, at))
             for r in range(4):
-                word = load(builder, left, I32, builder.add(along, builder.mul(pitch, I64(r))))
+                word = load(builder, left, I32, builder.add(along, builder.mul(apart, I64(r))))
                 single = builder.insert_element(ir.Constant(line, ir.Undefined), word, I32(0))
                 spread = builder.shuffle_vector(single, single, zeros)
                 for p in range(4):
