@@ -2,7 +2,8 @@
 
 Parquet columns: ``item_id`` (its original type), ``codes`` FixedSizeList<uint16>[levels] (uint32
 where a codebook is larger than 65,536) and ``residual_norm``. The schema metadata carries the
-fingerprints, so codes cannot be read with the wrong codebook unnoticed.
+fingerprints, so codes cannot be read with the wrong codebook unnoticed. Where a step after encoding
+changed the published codes (`semid.catalogue`), ``model_codes`` holds what the model chose.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,19 @@ import pyarrow.parquet as pq
 
 from semid.artefact import FORMAT_VERSION, atomic_file
 from semid.data.ids import ItemIds
-from semid.errors import ArtefactError, FingerprintError, IdsError, InputError, UsageError
+from semid.errors import (
+    ArtefactError,
+    FingerprintError,
+    IdsError,
+    InputError,
+    UsageError,
+    check_choice,
+)
 
-__all__ = ["CodesInfo", "SemanticIds", "code_dtype", "ids_schema", "ids_table"]
+__all__ = ["UNIQUE_METHODS", "CodesInfo", "SemanticIds", "code_dtype", "ids_schema", "ids_table"]
 
 METADATA_KEY = b"semid"
+UNIQUE_METHODS = ("none", "append", "reassign")
 
 
 def code_dtype(codebook_sizes: Sequence[int]) -> np.dtype[Any]:
@@ -44,6 +53,11 @@ class CodesInfo:
         codebook_fingerprint: SHA-256 of the codebooks.
         weights_fingerprint: SHA-256 of all weights.
         beam_width: beam the codes were chosen with; 1 is greedy.
+        unique: how codes were made unique: ``none``, ``append`` (the last level is a token of no
+            codebook, counted in ``codebook_sizes``) or ``reassign``.
+        capacity: items an id may have under that method.
+        norm_quantiles: residual norms of the training distribution at even steps from 0 to 1,
+            against which new items are judged; None before the first addition.
     """
 
     tokenizer: str
@@ -52,10 +66,37 @@ class CodesInfo:
     codebook_fingerprint: str
     weights_fingerprint: str
     beam_width: int = 1
+    unique: str = "none"
+    capacity: int = 1
+    norm_quantiles: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the method.
+
+        Raises:
+            UsageError: for an unknown one.
+        """
+        check_choice("unique", self.unique, UNIQUE_METHODS)
+
+    @property
+    def model_sizes(self) -> tuple[int, ...]:
+        """Codebook sizes of the model alone, without an appended token."""
+        return self.codebook_sizes[:-1] if self.unique == "append" else self.codebook_sizes
+
+    @property
+    def model(self) -> CodesInfo:
+        """What the model's own codes carry, before any step after encoding."""
+        return replace(
+            self, codebook_sizes=self.model_sizes, unique="none", capacity=1, norm_quantiles=None
+        )
 
     def to_metadata(self) -> dict[bytes, bytes]:
         """Return the Parquet schema metadata that carries this."""
         document = {"format_version": FORMAT_VERSION, **asdict(self)}
+        # Left out where they say nothing, so that a plain file reads the same as it always did.
+        for name, silent in (("unique", "none"), ("capacity", 1), ("norm_quantiles", None)):
+            if document[name] == silent:
+                del document[name]
         return {METADATA_KEY: json.dumps(document).encode()}
 
     @classmethod
@@ -69,6 +110,8 @@ class CodesInfo:
             document = json.loads((metadata or {})[METADATA_KEY])
             version = document.pop("format_version")
             document["codebook_sizes"] = tuple(document["codebook_sizes"])
+            if document.get("norm_quantiles") is not None:
+                document["norm_quantiles"] = tuple(document["norm_quantiles"])
             info = cls(**document)
         except (KeyError, ValueError, TypeError):
             raise ArtefactError(
@@ -83,20 +126,29 @@ class CodesInfo:
         return info
 
 
-def ids_schema(item_type: pa.DataType, info: CodesInfo) -> pa.Schema:
-    """Return the Parquet schema of Semantic IDs for items of ``item_type``."""
-    levels = len(info.codebook_sizes)
-    value = pa.field(
-        "element", pa.from_numpy_dtype(code_dtype(info.codebook_sizes)), nullable=False
-    )
-    return pa.schema(
-        [
-            pa.field("item_id", item_type, nullable=False),
-            pa.field("codes", pa.list_(value, levels), nullable=False),
-            pa.field("residual_norm", pa.float32(), nullable=False),
-        ],
-        metadata=info.to_metadata(),
-    )
+def ids_schema(
+    item_type: pa.DataType, info: CodesInfo, *, model_codes: bool = False
+) -> pa.Schema:
+    """Return the Parquet schema of Semantic IDs for items of ``item_type``.
+
+    Args:
+        item_type: Arrow type of the item ids.
+        info: where the codes come from.
+        model_codes: add the column of the model's own codes.
+    """
+    columns = [
+        pa.field("item_id", item_type, nullable=False),
+        pa.field("codes", _codes_type(info.codebook_sizes), nullable=False),
+        pa.field("residual_norm", pa.float32(), nullable=False),
+    ]
+    if model_codes:
+        columns.append(pa.field("model_codes", _codes_type(info.model_sizes), nullable=False))
+    return pa.schema(columns, metadata=info.to_metadata())
+
+
+def _codes_type(sizes: Sequence[int]) -> pa.DataType:
+    value = pa.field("element", pa.from_numpy_dtype(code_dtype(sizes)), nullable=False)
+    return pa.list_(value, len(sizes))
 
 
 def ids_table(
@@ -104,6 +156,8 @@ def ids_table(
     codes: npt.NDArray[np.integer[Any]],
     residual_norms: npt.NDArray[np.float32],
     info: CodesInfo,
+    *,
+    model_codes: npt.NDArray[np.integer[Any]] | None = None,
 ) -> pa.Table:
     """Return an Arrow table of a block of Semantic IDs.
 
@@ -112,12 +166,25 @@ def ids_table(
         codes: ``(n, levels)`` integers.
         residual_norms: ``(n,)`` lengths of what the last level leaves, in the quantized space.
         info: where the codes come from.
+        model_codes: ``(n, model levels)`` the model's own codes, where they are kept beside.
     """
-    schema = ids_schema(items.type, info)
-    flat = np.ascontiguousarray(codes, dtype=code_dtype(info.codebook_sizes)).reshape(-1)
-    column = pa.FixedSizeListArray.from_arrays(pa.array(flat), type=schema.field("codes").type)
-    norms = pa.array(residual_norms, type=pa.float32())
-    return pa.Table.from_arrays([items, column, norms], schema=schema)
+    schema = ids_schema(items.type, info, model_codes=model_codes is not None)
+    columns = [
+        items,
+        _codes_column(codes, info.codebook_sizes, schema.field("codes").type),
+        pa.array(residual_norms, type=pa.float32()),
+    ]
+    if model_codes is not None:
+        kind = schema.field("model_codes").type
+        columns.append(_codes_column(model_codes, info.model_sizes, kind))
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def _codes_column(
+    codes: npt.NDArray[np.integer[Any]], sizes: Sequence[int], kind: pa.DataType
+) -> pa.Array:
+    flat = np.ascontiguousarray(codes, dtype=code_dtype(sizes)).reshape(-1)
+    return pa.FixedSizeListArray.from_arrays(pa.array(flat), type=kind)
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,14 +194,18 @@ class SemanticIds:
     Attributes:
         items: item ids, row by row.
         codes: ``(items, levels)`` uint16 (uint32 where a codebook exceeds 65,536).
-        residual_norms: ``(items,)`` float32, what the last level leaves, in the quantized space.
+        residual_norms: ``(items,)`` float32, what the last level of the model's own codes leaves,
+            in the quantized space.
         info: which tokenizer and codebook the codes belong to.
+        model_codes: ``(items, model levels)`` what the model chose, kept where a step after
+            encoding changed the published codes; None where they are the same. See `encoded`.
     """
 
     items: ItemIds
     codes: npt.NDArray[np.unsignedinteger[Any]]
     residual_norms: npt.NDArray[np.float32]
     info: CodesInfo
+    model_codes: npt.NDArray[np.unsignedinteger[Any]] | None = None
 
     def __post_init__(self) -> None:
         """Check shapes and ranges.
@@ -142,19 +213,13 @@ class SemanticIds:
         Raises:
             InputError: listing everything that does not fit.
         """
-        levels = len(self.info.codebook_sizes)
-        problems = []
-        if self.codes.ndim != 2 or self.codes.shape[1] != levels:
-            problems.append(f"codes have shape {self.codes.shape}, expected (items, {levels})")
-        elif len(self.codes):
-            high = self.codes.max(axis=0)
-            problems += [
-                f"level {level} holds code {int(top)}, its codebook has {size} codewords"
-                for level, (top, size) in enumerate(
-                    zip(high, self.info.codebook_sizes, strict=True)
-                )
-                if top >= size
-            ]
+        problems = _misfits(self.codes, self.info.codebook_sizes, "codes")
+        if self.model_codes is not None:
+            problems += _misfits(self.model_codes, self.info.model_sizes, "model_codes")
+            if len(self.model_codes) != len(self.codes):
+                problems.append(f"{len(self.model_codes)} model_codes for {len(self.codes)} codes")
+        elif self.info.unique == "append":
+            problems.append("codes carry an appended token, but no model_codes stand beside them")
         if not len(self.items) == len(self.codes) == len(self.residual_norms):
             problems.append(
                 f"{len(self.items)} item ids, {len(self.codes)} code rows and "
@@ -165,6 +230,9 @@ class SemanticIds:
         object.__setattr__(
             self, "codes", self.codes.astype(code_dtype(self.info.codebook_sizes), copy=False)
         )
+        if self.model_codes is not None:
+            kept = self.model_codes.astype(code_dtype(self.info.model_sizes), copy=False)
+            object.__setattr__(self, "model_codes", kept)
 
     def __len__(self) -> int:
         """Count the items."""
@@ -174,6 +242,21 @@ class SemanticIds:
     def levels(self) -> int:
         """Number of codes an item."""
         return len(self.info.codebook_sizes)
+
+    @property
+    def encoded(self) -> npt.NDArray[np.unsignedinteger[Any]]:
+        """Codes as the model chose them ``(items, model levels)``, before any later step."""
+        return self.codes if self.model_codes is None else self.model_codes
+
+    def take(self, rows: npt.NDArray[np.int64]) -> SemanticIds:
+        """Return the ids of ``rows`` (n,), which must not repeat, in that order."""
+        return replace(
+            self,
+            items=self.items.take(rows),
+            codes=self.codes[rows],
+            residual_norms=self.residual_norms[rows],
+            model_codes=None if self.model_codes is None else self.model_codes[rows],
+        )
 
     def lookup(self, items: str | Sequence[str]) -> npt.NDArray[np.unsignedinteger[Any]]:
         """Return the codes of one item ``(levels,)`` or of several ``(n, levels)``.
@@ -225,9 +308,18 @@ class SemanticIds:
         Raises:
             OutputExistsError: if ``path`` exists and ``overwrite`` is false.
         """
-        table = ids_table(self.items.to_arrow(), self.codes, self.residual_norms, self.info)
         with atomic_file(path, overwrite=overwrite) as work:
-            pq.write_table(table, work)
+            pq.write_table(self.to_arrow(), work)
+
+    def to_arrow(self) -> pa.Table:
+        """Return the table that `write` writes."""
+        return ids_table(
+            self.items.to_arrow(),
+            self.codes,
+            self.residual_norms,
+            self.info,
+            model_codes=self.model_codes,
+        )
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> SemanticIds:
@@ -245,15 +337,44 @@ class SemanticIds:
             raise ArtefactError(
                 f"'{path}' cannot be read as Parquet ({error}); copy or encode it again"
             ) from None
+        return cls.from_arrow(table, path=path)
+
+    @classmethod
+    def from_arrow(cls, table: pa.Table, *, path: object = "the table") -> SemanticIds:
+        """Read what `to_arrow` gave; arguments and errors as for `read`."""
         info = CodesInfo.from_metadata(table.schema.metadata, path=path)
         missing = [c for c in ("item_id", "codes", "residual_norm") if c not in table.column_names]
         if missing:
             raise ArtefactError(f"'{path}' lacks the columns {', '.join(missing)}; encode it again")
-        column = table["codes"].combine_chunks()
-        codes = column.flatten().to_numpy().reshape(len(table), -1)
+        kept = "model_codes" in table.column_names
         return cls(
             items=ItemIds(table["item_id"]),
-            codes=codes,
+            codes=_read_codes(table, "codes", len(info.codebook_sizes)),
             residual_norms=table["residual_norm"].to_numpy(),
             info=info,
+            model_codes=_read_codes(table, "model_codes", len(info.model_sizes)) if kept else None,
         )
+
+
+def _misfits(codes: npt.NDArray[Any], sizes: Sequence[int], name: str) -> list[str]:
+    """What does not fit in ``(items, levels)`` codes."""
+    if codes.ndim != 2 or codes.shape[1] != len(sizes):
+        return [f"{name} have shape {codes.shape}, expected (items, {len(sizes)})"]
+    if not len(codes):
+        return []
+    return [
+        f"level {level} of {name} holds code {int(top)}, its codebook has {size} codewords"
+        for level, (top, size) in enumerate(zip(codes.max(axis=0), sizes, strict=True))
+        if top >= size
+    ]
+
+
+def _read_codes(table: pa.Table, name: str, levels: int) -> npt.NDArray[Any]:
+    flat = table[name].combine_chunks().flatten().to_numpy()
+    if flat.size != len(table) * levels:
+        raise ArtefactError(
+            f"column '{name}' does not hold {levels} codes a row, as the file's metadata say; "
+            "encode it again"
+        )
+    codes: npt.NDArray[Any] = flat.reshape(len(table), levels)
+    return codes
