@@ -6,6 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from semid.catalogue.prefixes import PrefixIndex
+    from semid.catalogue.uniqueness import make_unique
     from semid.codes import SemanticIds
     from semid.data.embeddings import open_embeddings
     from semid.data.interactions import read_interactions
@@ -14,29 +16,58 @@ if TYPE_CHECKING:
     from semid.loading import load
     from semid.quantization.kmeans import KMeansOptions
     from semid.report import diagnose
+    from semid.tokenizers.drqvae import DRQVAE
+    from semid.tokenizers.mocvae import MoCVAE
+    from semid.tokenizers.neural.behaviour import Neighbours
+    from semid.tokenizers.neural.tokenizer import Network
     from semid.tokenizers.rqkmeans import RQKMeans
+    from semid.tokenizers.rqpvae import RQPVAE
+    from semid.tokenizers.rqvae import RQVAE
+    from semid.tokenizers.vqvae import VQVAE
+    from semid.training.options import TrainOptions
+
 
 __all__ = [
+    "DRQVAE",
+    "RQPVAE",
+    "RQVAE",
+    "VQVAE",
     "KMeansOptions",
+    "MoCVAE",
+    "Neighbours",
+    "Network",
+    "PrefixIndex",
     "RQKMeans",
     "SemanticIds",
     "SemidError",
     "SyntheticCatalogue",
+    "TrainOptions",
     "diagnose",
     "load",
+    "make_unique",
     "open_embeddings",
     "read_interactions",
 ]
 
 # Names are imported when first used, so that `import semid` and `semid --help` stay quick.
 _HOME = {
+    "DRQVAE": "semid.tokenizers.drqvae",
     "KMeansOptions": "semid.quantization.kmeans",
+    "MoCVAE": "semid.tokenizers.mocvae",
+    "Neighbours": "semid.tokenizers.neural.behaviour",
+    "Network": "semid.tokenizers.neural.tokenizer",
+    "PrefixIndex": "semid.catalogue.prefixes",
     "RQKMeans": "semid.tokenizers.rqkmeans",
+    "RQPVAE": "semid.tokenizers.rqpvae",
+    "RQVAE": "semid.tokenizers.rqvae",
     "SemanticIds": "semid.codes",
     "SemidError": "semid.errors",
     "SyntheticCatalogue": "semid.data.synthetic",
+    "TrainOptions": "semid.training.options",
+    "VQVAE": "semid.tokenizers.vqvae",
     "diagnose": "semid.report",
     "load": "semid.loading",
+    "make_unique": "semid.catalogue.uniqueness",
     "open_embeddings": "semid.data.embeddings",
     "read_interactions": "semid.data.interactions",
 }

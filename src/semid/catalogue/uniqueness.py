@@ -1,0 +1,332 @@
+"""Unique ids, as an explicit step after encoding that can be taken back.
+
+Encoding stays a function of the embedding; items that then share an id are told apart here, and
+the model's own codes stand beside the published ones (`SemanticIds.encoded`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from semid.catalogue.append import append_tokens, token_alphabet
+from semid.catalogue.buckets import bucket_sizes, group_numbers
+from semid.catalogue.reassign import reassign_codes
+from semid.codes import UNIQUE_METHODS, CodesInfo, SemanticIds
+from semid.data.embeddings import EmbeddingSource, open_embeddings
+from semid.data.ids import ItemIds
+from semid.errors import IdsError, UsageError, check_choice
+from semid.progress import Progress, QuietProgress
+from semid.tokenizers.base import Tokenizer
+
+__all__ = ["UniqueIds", "UniqueReport", "make_unique", "place", "rows_of"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class UniqueReport:
+    """What a step to unique ids did.
+
+    Attributes:
+        method: ``append``, ``reassign`` or ``none``.
+        capacity: items an id may have (``reassign``), or tokens of the added level (``append``).
+        items: items in all.
+        unique_before: distinct ids by the model's codes.
+        unique_after: distinct ids now.
+        shared_before: items that shared their id by the model's codes.
+        shared_after: items that share their id now.
+        moved: items whose codes differ from the model's (never with ``append``, which adds only).
+        unplaced: items for which no place was left; they share an id.
+        unplaced_rows: their rows, rising.
+        distortion_before: mean squared quantization error of the model's codes, over all items;
+            NaN for imported ids, whose residual norms are not known.
+        distortion_after: the same of the published codes.
+        largest_extra: largest squared distance that one item paid.
+    """
+
+    method: str
+    capacity: int
+    items: int
+    unique_before: int
+    unique_after: int
+    shared_before: int
+    shared_after: int
+    moved: int
+    unplaced: int
+    distortion_before: float
+    distortion_after: float
+    largest_extra: float
+    unplaced_rows: npt.NDArray[np.int64] = field(repr=False, compare=False)
+
+    @property
+    def distortion_increase(self) -> float:
+        """Share by which the quantization error grew."""
+        if self.distortion_before <= 0:
+            return 0.0 if self.distortion_after <= 0 else float("inf")
+        return self.distortion_after / self.distortion_before - 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-able figures."""
+        figures = {key: value for key, value in self.__dict__.items() if key != "unplaced_rows"}
+        figures["distortion_increase"] = self.distortion_increase
+        unknown = [key for key, value in figures.items() if value != value]  # NaN
+        return {**figures, **dict.fromkeys(unknown)}
+
+    def summary(self) -> str:
+        """Return a few lines for a terminal."""
+        lines = [
+            f"{self.method}: {self.unique_before:,} -> {self.unique_after:,} distinct ids of "
+            f"{self.items:,} items; items in shared buckets {self.shared_before:,} -> "
+            f"{self.shared_after:,}"
+        ]
+        if self.method == "append":
+            lines.append(f"  one more level of {self.capacity} tokens; no model code changed")
+        if self.method == "reassign":
+            lines.append(
+                f"  {self.moved:,} items moved to another last code; quantization error "
+                f"{self.distortion_before:.6g} -> {self.distortion_after:.6g} "
+                f"(+{self.distortion_increase:.3%}), at most {self.largest_extra:.4g} for one item"
+            )
+        if self.unplaced:
+            lines.append(
+                f"  {self.unplaced:,} items found no place and share an id: use --method append, "
+                "a larger --capacity, or a model with a larger last codebook"
+            )
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class UniqueIds:
+    """The outcome of `make_unique`.
+
+    Attributes:
+        ids: Semantic IDs in the row order given, with the model's codes beside.
+        report: what it cost and whom it could not place.
+    """
+
+    ids: SemanticIds
+    report: UniqueReport
+
+
+def make_unique(
+    ids: SemanticIds,
+    *,
+    method: str = "append",
+    tokenizer: Tokenizer | None = None,
+    embeddings: Any = None,
+    embedding_ids: Any = None,
+    capacity: int | None = None,
+    progress: Progress | None = None,
+) -> UniqueIds:
+    """Tell items with equal ids apart.
+
+    Starts from the model's own codes, whatever step was taken before: doing it twice changes
+    nothing, ``none`` takes it back, and one method can replace another. The outcome of an item does
+    not depend on the order of the rows.
+
+    Args:
+        ids: Semantic IDs of a catalogue.
+        method: ``append`` adds one token, the item's place in its bucket, the closest to the
+            centroid first (ties by item id); ``reassign`` moves items to the next-nearest free
+            codes of the last level at the least total distortion; ``none`` gives the model's codes.
+        tokenizer: the model that made the ids; needed for ``reassign``.
+        embeddings: the items' embeddings, anything `semid.open_embeddings` reads, in any order;
+            needed for ``reassign``.
+        embedding_ids: item ids for embeddings that have none.
+        capacity: ``reassign``: items an id may have; by default as many as before, or 1.
+            ``append``: tokens of the new level; by default 256, or the next power of two that
+            holds the largest bucket.
+        progress: told about placed items; silent by default.
+
+    Returns:
+        The ids, and a report of the distortion paid and the items without a place. An item without
+        a place keeps the model's codes (``reassign``) or takes the last token (``append``).
+
+    Raises:
+        UsageError: for an unknown method, a capacity out of range, or a missing model.
+        FingerprintError: if the ids are of another codebook.
+        IdsError: if an item has no embedding.
+
+    Cost: a sort of the items; ``reassign`` as in `reassign_codes`. Source of ``append``: TIGER
+    (arXiv 2305.05065), section 3.1.
+    """
+    check_choice("method", method, UNIQUE_METHODS)
+    if capacity is not None and capacity < 1:
+        raise UsageError(f"capacity={capacity}: give at least 1")
+    if capacity is not None and method == "none":
+        raise UsageError("capacity goes with the methods append and reassign, not with none")
+    encoded, info = ids.encoded, ids.info.model
+    if capacity is None and ids.info.unique == method == "reassign":
+        capacity = ids.info.capacity
+    plain = SemanticIds(ids.items, encoded, ids.residual_norms, info)
+    if method == "none":
+        return UniqueIds(plain, _report(plain, plain, method, 1, np.zeros(len(ids), bool), 0.0))
+    target = replace(info, unique=method, norm_quantiles=ids.info.norm_quantiles)
+    return place(
+        plain,
+        target,
+        capacity=capacity,
+        tokenizer=tokenizer,
+        embeddings=embeddings,
+        embedding_ids=embedding_ids,
+        progress=progress,
+    )
+
+
+def place(
+    plain: SemanticIds,
+    target: CodesInfo,
+    *,
+    published: npt.NDArray[np.bool_] | None = None,
+    codes: npt.NDArray[np.integer[Any]] | None = None,
+    capacity: int | None = None,
+    tokenizer: Tokenizer | None = None,
+    embeddings: Any = None,
+    embedding_ids: Any = None,
+    progress: Progress | None = None,
+) -> UniqueIds:
+    """Give places to items beside others whose ids are published and stay as they are.
+
+    Args:
+        plain: all items with the model's own codes.
+        target: what the published ids carry; its ``unique`` names the method.
+        published: ``(items,)`` rows that stay; None has none.
+        codes: ``(items, levels)`` their published codes; other rows are ignored.
+        capacity: as for `make_unique`.
+        tokenizer: as for `make_unique`.
+        embeddings: as for `make_unique`; only of the items that are not published.
+        embedding_ids: as for `make_unique`.
+        progress: as for `make_unique`.
+
+    Returns:
+        All items, in the row order given.
+
+    Raises:
+        UsageError, FingerprintError, IdsError: as for `make_unique`.
+    """
+    if target.unique == "append":
+        return _append(plain, target, published, codes, capacity)
+    if tokenizer is None or embeddings is None:
+        raise UsageError(
+            "reassign looks for the next-nearest codewords: give the model and the embeddings "
+            "(--model and --embeddings; tokenizer=, embeddings=)"
+        )
+    plain.check_codebook(tokenizer.codebook_fingerprint)
+    source = open_embeddings(embeddings, ids=embedding_ids)
+    fixed = np.zeros(len(plain), bool) if published is None else published
+    rows = np.full(len(plain), -1, np.int64)
+    new = np.flatnonzero(~fixed)
+    rows[new] = rows_of(plain.items.take(new), source)
+    limit = capacity or 1
+    placed = reassign_codes(
+        tokenizer,
+        source,
+        rows,
+        plain.codes,
+        plain.residual_norms,
+        plain.items,
+        capacity=limit,
+        published=published,
+        codes=codes,
+        progress=progress or QuietProgress(),
+    )
+    ids = SemanticIds(
+        plain.items,
+        placed.codes.astype(plain.codes.dtype),
+        plain.residual_norms,
+        replace(target, capacity=limit),
+        plain.codes,
+    )
+    moved = np.flatnonzero((ids.codes != plain.codes).any(axis=1) & ~fixed)
+    extra = _extra_error(tokenizer, source, rows, plain, ids, moved)
+    largest = float(placed.extra.max(initial=0.0))
+    return UniqueIds(ids, _report(plain, ids, "reassign", limit, placed.unplaced, extra, largest))
+
+
+def rows_of(items: ItemIds, source: EmbeddingSource) -> npt.NDArray[np.int64]:
+    """Find each item's row in a source: ``(items,)`` int64.
+
+    Raises:
+        IdsError: naming items that have no embedding.
+    """
+    rows: npt.NDArray[np.int64] = source.ids.index_of(items.strings())
+    missing = np.flatnonzero(rows < 0)
+    if len(missing):
+        raise IdsError(
+            f"{len(missing)} of {len(items)} items have no embedding in {source.label} (first: "
+            f"'{items[int(missing[0])]}'); give the embeddings that were encoded, or name their "
+            "ids with --ids and --id-column"
+        )
+    return rows
+
+
+def _append(
+    plain: SemanticIds,
+    target: CodesInfo,
+    published: npt.NDArray[np.bool_] | None,
+    codes: npt.NDArray[np.integer[Any]] | None,
+    capacity: int | None,
+) -> UniqueIds:
+    tokens = append_tokens(
+        plain.codes,
+        plain.residual_norms,
+        plain.items,
+        published=published,
+        tokens=None if codes is None else codes[:, -1],
+    )
+    size = capacity or token_alphabet(tokens)
+    unplaced = tokens >= size
+    extended = np.concatenate([plain.codes, np.minimum(tokens, size - 1)[:, None]], axis=1)
+    info = replace(target, codebook_sizes=(*plain.info.codebook_sizes, size))
+    ids = SemanticIds(plain.items, extended, plain.residual_norms, info, plain.codes)
+    return UniqueIds(ids, _report(plain, ids, "append", size, unplaced, 0.0))
+
+
+def _extra_error(
+    tokenizer: Tokenizer,
+    source: EmbeddingSource,
+    rows: npt.NDArray[np.int64],
+    plain: SemanticIds,
+    ids: SemanticIds,
+    moved: npt.NDArray[np.int64],
+) -> float:
+    """Sum the squared quantization error that the moved items gained."""
+    total = 0.0
+    for start in range(0, len(moved), 65_536):
+        part = moved[start : start + 65_536]
+        latent = tokenizer.latent(source.rows(rows[part]))
+        for sign, codes in ((1.0, ids.codes[part]), (-1.0, plain.codes[part])):
+            left = latent - tokenizer.quantize(codes)
+            total += sign * float(np.einsum("nd,nd->", left, left, dtype=np.float64))
+    return total
+
+
+def _report(
+    plain: SemanticIds,
+    ids: SemanticIds,
+    method: str,
+    capacity: int,
+    unplaced: npt.NDArray[np.bool_],
+    extra: float,
+    largest: float = 0.0,
+) -> UniqueReport:
+    before, after = group_numbers(plain.codes), group_numbers(ids.codes)
+    squares = plain.residual_norms.astype(np.float64) ** 2
+    items = max(len(ids), 1)
+    return UniqueReport(
+        method=method,
+        capacity=capacity,
+        items=len(ids),
+        unique_before=len(np.unique(before)),
+        unique_after=len(np.unique(after)),
+        shared_before=int((bucket_sizes(before) > 1).sum()),
+        shared_after=int((bucket_sizes(after) > 1).sum()),
+        moved=int((ids.codes[:, : plain.levels] != plain.codes).any(axis=1).sum()),
+        unplaced=int(unplaced.sum()),
+        distortion_before=float(squares.sum()) / items,
+        distortion_after=(float(squares.sum()) + extra) / items,
+        largest_extra=largest,
+        unplaced_rows=np.flatnonzero(unplaced),
+    )
