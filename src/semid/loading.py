@@ -8,13 +8,12 @@ from typing import Any
 
 from semid.artefact import read_config
 from semid.errors import ArtefactError, nearest_name
+from semid.tokenizers.making import TOKENIZERS
 
 __all__ = ["KINDS", "load"]
 
 # kind -> (module, class). Modules are imported when an artefact of the kind is opened.
-KINDS: dict[str, tuple[str, str]] = {
-    "rqkmeans": ("semid.tokenizers.rqkmeans", "RQKMeans"),
-}
+KINDS: dict[str, tuple[str, str]] = {**TOKENIZERS}
 
 
 def load(path: str | os.PathLike[str]) -> Any:

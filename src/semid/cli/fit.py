@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -29,30 +28,90 @@ def fit(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for the model; must not exist.")
     ],
-    tokenizer: Annotated[str, typer.Option(help="Which tokenizer to fit.")] = "rqkmeans",
-    levels: Annotated[int, typer.Option(min=1, help="Codes an item.")] = 3,
-    codebook_size: Annotated[int, typer.Option(min=2, help="Codewords a level.")] = 256,
-    seed: Annotated[int, typer.Option(help="Same seed, same data: same codes.")] = 0,
-    iterations: Annotated[int, typer.Option(min=1, help="Most Lloyd iterations a level.")] = 25,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            help="rqkmeans (default), vqvae, rqvae, rqpvae, drqvae or mocvae.",
+        ),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="A recipe's name or TOML file; flags given beside it win."),
+    ] = None,
+    levels: Annotated[int | None, typer.Option(help="Codes an item; default 3.")] = None,
+    codebook_size: Annotated[
+        int | None, typer.Option(help="Codewords a level; default 256.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Same seed, same data: same codes; default 0.")
+    ] = None,
+    normalize: Annotated[
+        bool | None, typer.Option("--normalize", help="Scale rows to unit length.")
+    ] = None,
+    center: Annotated[
+        bool | None, typer.Option("--center", help="Subtract the training mean.")
+    ] = None,
+    beam_width: Annotated[
+        int | None, typer.Option(help="Beam while encoding; default 1, greedy.")
+    ] = None,
+    validation_fraction: Annotated[
+        float | None, typer.Option(help="Share of items held out and judged; default 0.05.")
+    ] = None,
+    iterations: Annotated[int | None, typer.Option(help="Most Lloyd iterations a level.")] = None,
     tolerance: Annotated[
-        float, typer.Option(help="Stop when an iteration gains less than this share.")
-    ] = 1e-4,
-    restarts: Annotated[int, typer.Option(min=1, help="Seedings a level; the best is kept.")] = 1,
+        float | None,
+        typer.Option(help="Stop when an iteration gains less than this share."),
+    ] = None,
+    restarts: Annotated[
+        int | None, typer.Option(help="Seedings a level; the best is kept.")
+    ] = None,
     sample_per_code: Annotated[
-        int | None,
-        typer.Option(min=1, help="Train on so many rows a codeword; default: all rows."),
+        int | None, typer.Option(help="Train on so many rows a codeword; default: all rows.")
     ] = None,
     full_pass: Annotated[
-        bool, typer.Option(help="After a sample: one more iteration over all rows.")
-    ] = True,
-    normalize: Annotated[
-        bool, typer.Option("--normalize", help="Scale rows to unit length.")
-    ] = False,
-    center: Annotated[bool, typer.Option("--center", help="Subtract the training mean.")] = False,
-    beam_width: Annotated[int, typer.Option(min=1, help="Beam while encoding; 1 is greedy.")] = 1,
-    validation_fraction: Annotated[
-        float, typer.Option(help="Share of items held out and judged; 0 trains on all.")
-    ] = 0.05,
+        bool | None,
+        typer.Option(help="After a sample: one more iteration over all rows."),
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Most passes of training.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows a training step.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak rate of Adam.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="cosine or constant.")] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="Epochs without gain after which training stops.")
+    ] = None,
+    precision: Annotated[str | None, typer.Option(help="auto, fp32 or bf16.")] = None,
+    latent: Annotated[int | None, typer.Option(help="Width of the latent.")] = None,
+    rule: Annotated[
+        str | None, typer.Option(help="mocvae, vqvae: ema or gradient codebooks.")
+    ] = None,
+    projection: Annotated[
+        bool | None, typer.Option("--projection", help="mocvae: a linear map a codebook.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    log: Annotated[
+        str | None,
+        typer.Option(help="jsonl:PATH, tensorboard:FOLDER, mlflow or wandb: figures an epoch."),
+    ] = None,
+    interactions: Annotated[
+        str | None, typer.Option(help="drqvae: logs whose consecutive items are pairs.")
+    ] = None,
+    pairs: Annotated[
+        str | None, typer.Option(help="drqvae: table of item_id, related_item_id.")
+    ] = None,
+    neighbours: Annotated[
+        str | None,
+        typer.Option(help="drqvae: second embeddings, the nearest neighbours in which are pairs."),
+    ] = None,
+    contrastive_weight: Annotated[
+        float | None, typer.Option(help="drqvae: weight of the pairs; default 0.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="drqvae: of the contrastive loss; default 0.07.")
+    ] = None,
+    uniformity_weight: Annotated[
+        float | None, typer.Option(help="drqvae: weight of the uniformity loss.")
+    ] = None,
+    kl_weight: Annotated[float | None, typer.Option(help="drqvae: weight of a KL term.")] = None,
     ids: Ids = None,
     embedding_column: EmbeddingColumn = None,
     id_column: IdColumn = None,
@@ -67,31 +126,45 @@ def fit(
     Example: semid fit items.parquet --levels 3 --codebook-size 4096 -o model/
     """
     from semid.artefact import check_output
-    from semid.errors import check_choice
-    from semid.progress import make_progress
-    from semid.quantization.kmeans import KMeansOptions
-    from semid.tokenizers.encoding import partial_folder
-    from semid.tokenizers.rqkmeans import RQKMeans
+    from semid.cli.fitting import behaviour, run_fit
+    from semid.tokenizers.making import make_tokenizer, read_recipe
+    from semid.training.loggers import make_logger
 
-    check_choice("--tokenizer", tokenizer, ["rqkmeans"])
     check_output(output, overwrite=overwrite)
-    model = RQKMeans(
-        levels=levels,
-        codebook_size=codebook_size,
-        seed=seed,
-        normalize=normalize,
-        center=center,
-        beam_width=beam_width,
-        validation_fraction=validation_fraction,
-        kmeans=KMeansOptions(
-            iterations=iterations,
-            tolerance=tolerance,
-            restarts=restarts,
-            sample_per_code=sample_per_code,
-            full_pass=full_pass,
-        ),
-        threads=threads,
-    )
+    flags: dict[str, Any] = {
+        "levels": levels,
+        "codebook_size": codebook_size,
+        "seed": seed,
+        "normalize": normalize,
+        "center": center,
+        "beam_width": beam_width,
+        "validation_fraction": validation_fraction,
+        "kmeans.iterations": iterations,
+        "kmeans.tolerance": tolerance,
+        "kmeans.restarts": restarts,
+        "kmeans.sample_per_code": sample_per_code,
+        "kmeans.full_pass": full_pass,
+        "training.epochs": epochs,
+        "training.batch_size": batch_size,
+        "training.learning_rate": learning_rate,
+        "training.schedule": schedule,
+        "training.patience": patience,
+        "training.precision": precision,
+        "network.latent": latent,
+        "rule": rule,
+        "projection": projection,
+        "device": device,
+        "contrastive_weight": contrastive_weight,
+        "temperature": temperature,
+        "uniformity_weight": uniformity_weight,
+        "kl_weight": kl_weight,
+    }
+    wanted = {} if recipe is None else read_recipe(recipe)
+    kind = tokenizer or wanted.pop("tokenizer", "rqkmeans")
+    wanted.pop("tokenizer", None)
+    given = {name: value for name, value in flags.items() if value is not None}
+    logger = None if log is None else make_logger(log)
+    model = make_tokenizer(kind, {**wanted, **given}, threads=threads, logger=logger)
     source = open_source(
         embeddings,
         ids=ids,
@@ -99,22 +172,9 @@ def fit(
         id_column=id_column,
         on_invalid=on_invalid,
     )
-    state = partial_folder(output)
+    learnt_from = behaviour(interactions, pairs, neighbours, ids=source.ids)
     try:
-        with make_progress(quiet=quiet) as progress:
-            model.fit(source, checkpoint=state, resume=resume, progress=progress)
-    except KeyboardInterrupt:
-        if (state / "state.safetensors").exists():
-            typer.echo(
-                f"stopped; '{state}' keeps the run: repeat the command with --resume", err=True
-            )
-        raise
-    model.save(output, overwrite=overwrite)
-    shutil.rmtree(state, ignore_errors=True)
-    if model.report is not None:
-        typer.echo(
-            f"fitted {tokenizer} on {model.report.trained_items:,} items in "
-            f"{model.report.seconds:,.1f} s"
-        )
-        typer.echo(model.report.summary)
-    typer.echo(f"model: {output}")
+        run_fit(model, source, output, learnt_from, overwrite=overwrite, resume=resume, quiet=quiet)
+    finally:
+        if logger is not None:
+            logger.close()

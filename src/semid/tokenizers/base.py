@@ -20,14 +20,22 @@ import numpy.typing as npt
 from semid.artefact import fingerprint, read_artefact, write_artefact
 from semid.codes import CodesInfo, SemanticIds, code_dtype
 from semid.data.embeddings import EmbeddingSource, open_embeddings
-from semid.data.ids import held_out_mask
+from semid.data.ids import ItemIds, held_out_mask
 from semid.errors import ArtefactError, EmbeddingError, InputError, NotFittedError, UsageError
 from semid.progress import Progress, QuietProgress
 from semid.quantization.blocks import BLOCK_ROWS, prefetched
+from semid.quantization.nearest import prepare_kernels
 from semid.quantization.residual import ResidualCodes
 from semid.tokenizers.card import card
-from semid.tokenizers.context import EncodedBlock, FitContext, item_weights
+from semid.tokenizers.context import (
+    EncodedBlock,
+    FitContext,
+    data_digest,
+    item_weights,
+    refuse_behaviour,
+)
 from semid.tokenizers.fitreport import FitReport, HealthCounter
+from semid.tokenizers.neural.pairs import Behaviour
 from semid.tokenizers.scan import InputScan, scan
 from semid.training.checkpoint import Checkpoint, run_key
 
@@ -174,22 +182,28 @@ class Tokenizer(ABC):
         began = time.monotonic()
         steps = progress or QuietProgress()
         opened = open_embeddings(source, ids=ids)
+        steps.start("prepare kernels")  # once on a machine this takes a minute
+        prepare_kernels()
         train = ~held_out_mask(opened.ids, self.validation_fraction, salt=HELD_OUT_SALT)
         seen = scan(opened, train, steps)
         self._check_rows(seen, int(train.sum()))
         mass = item_weights(weights, len(opened))
+        behaviour = self._behaviour(interactions, pairs, ids=opened.ids, train=train)
         context = FitContext(
             source=opened,
             train=opened if train.all() else opened.subset(train),
+            held_out=None if train.all() else opened.subset(~train),
+            inputs=getattr(opened, "inputs", (opened.dim,)),
             scan=seen,
             weights=None if mass is None else mass[train],
-            interactions=interactions,
-            pairs=pairs,
+            behaviour=behaviour,
             checkpoint=None
             if checkpoint is None
             else Checkpoint(
                 checkpoint,
-                key=run_key({"kind": self.kind, **self.settings}, seen.digest),
+                key=run_key(
+                    {"kind": self.kind, **self.settings}, data_digest(seen.digest, mass, behaviour)
+                ),
                 resume=resume,
             ),
             progress=steps,
@@ -198,6 +212,13 @@ class Tokenizer(ABC):
         self._dim = opened.dim
         self.report = self._judge(opened, train, seen, details, steps, began)
         return self
+
+    def _behaviour(
+        self, interactions: Any, pairs: Any, *, ids: ItemIds, train: npt.NDArray[np.bool_]
+    ) -> Behaviour | None:
+        """Return pairs to learn from; one that learns from embeddings alone refuses any."""
+        refuse_behaviour(self.kind, interactions=interactions, pairs=pairs)
+        return None
 
     def _check_rows(self, seen: InputScan, trained: int) -> None:
         largest = max(self.codebook_sizes)
@@ -320,6 +341,11 @@ class Tokenizer(ABC):
         width = self.beam_width if beam_width is None else beam_width
         if width < 1:
             raise UsageError(f"beam_width={width}: give at least 1")
+        if width > 1 and not self.hierarchical:
+            raise UsageError(
+                f"beam_width={width}: the codebooks of {self.kind} are parallel and each takes its "
+                "nearest codeword; leave --beam-width (beam_width) out"
+            )
         return CodesInfo(
             tokenizer=self.kind,
             codebook_sizes=self.codebook_sizes,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +13,18 @@ import numpy.typing as npt
 from semid.data.embeddings import EmbeddingSource
 from semid.errors import UsageError
 from semid.progress import Progress
+from semid.tokenizers.neural.pairs import Behaviour
 from semid.tokenizers.scan import InputScan
 from semid.training.checkpoint import Checkpoint
 
-__all__ = ["EncodedBlock", "FitContext", "item_weights", "level_sizes"]
+__all__ = [
+    "EncodedBlock",
+    "FitContext",
+    "data_digest",
+    "item_weights",
+    "level_sizes",
+    "refuse_behaviour",
+]
 
 Array = npt.NDArray[np.float32]
 
@@ -27,20 +36,22 @@ class FitContext:
     Attributes:
         source: all rows.
         train: the rows that may be trained on.
+        held_out: the rows to judge on, or None if none are held out.
+        inputs: width of each named input whose columns lie side by side in a row.
         scan: what the first pass over all rows saw.
         weights: ``(train rows,)`` item weights, or None.
-        interactions: as given to `fit`.
-        pairs: as given to `fit`.
+        behaviour: pairs of training rows to learn from, or None.
         checkpoint: where to keep the state of the run, or None.
         progress: told about every step.
     """
 
     source: EmbeddingSource
     train: EmbeddingSource
+    held_out: EmbeddingSource | None
+    inputs: tuple[int, ...]
     scan: InputScan
     weights: npt.NDArray[np.float64] | None
-    interactions: Any
-    pairs: Any
+    behaviour: Behaviour | None
     checkpoint: Checkpoint | None
     progress: Progress
 
@@ -62,19 +73,21 @@ class EncodedBlock:
     residual_norms: Array
 
 
-def level_sizes(levels: int, codebook_size: int | Sequence[int]) -> tuple[int, ...]:
-    """Return the codebook size of each level.
+def level_sizes(
+    levels: int, codebook_size: int | Sequence[int], *, name: str = "levels"
+) -> tuple[int, ...]:
+    """Return the codebook size of each level; ``name`` is what the user calls their number.
 
     Raises:
         UsageError: if a value is out of range or the lengths differ.
     """
     if levels < 1:
-        raise UsageError(f"levels={levels}: give at least 1")
+        raise UsageError(f"{name}={levels}: give at least 1")
     sizes = (codebook_size,) * levels if isinstance(codebook_size, int) else tuple(codebook_size)
     if len(sizes) != levels:
         raise UsageError(
-            f"codebook_size has {len(sizes)} entries for {levels} levels; give one number, or one "
-            "a level"
+            f"codebook_size has {len(sizes)} entries for {name}={levels}; give one number, or one "
+            "each"
         )
     if min(sizes) < 2 or max(sizes) > 2**32:
         raise UsageError(f"codebook_size={codebook_size}: give between 2 and 2**32 codewords")
@@ -96,3 +109,30 @@ def item_weights(weights: npt.ArrayLike | None, items: int) -> npt.NDArray[np.fl
             "item"
         )
     return array
+
+
+def refuse_behaviour(kind: str, **given: Any) -> None:
+    """Refuse interactions and pairs on behalf of a tokenizer that would not use them.
+
+    Raises:
+        UsageError: naming what was given.
+    """
+    names = [name for name, value in given.items() if value is not None]
+    if names:
+        raise UsageError(
+            f"{kind} learns from embeddings alone, so {' and '.join(names)} (--{names[0]}) would "
+            "not be used; leave them out, or take drqvae with --contrastive-weight "
+            "(contrastive_weight=) above 0"
+        )
+
+
+def data_digest(
+    rows: str, weights: npt.NDArray[np.float64] | None, behaviour: Behaviour | None
+) -> str:
+    """Identify all data of a run: the rows' own digest, weights and pairs where there are any."""
+    if weights is None and behaviour is None:
+        return rows
+    digest = hashlib.sha256(rows.encode())
+    digest.update(b"" if weights is None else weights.tobytes())
+    digest.update(b"" if behaviour is None else behaviour.digest().encode())
+    return digest.hexdigest()

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from semid.errors import UsageError
+from semid.progress import Progress
 from semid.quantization.blocks import PreparedBlocks, Preprocess
 from semid.quantization.kmeans import KMeansOptions, KMeansResult, KMeansState
 from semid.quantization.nearest import PreparedCodebook, prepare
@@ -23,8 +24,9 @@ from semid.quantization.residual import (
 )
 from semid.tokenizers.base import Tokenizer
 from semid.tokenizers.context import FitContext, level_sizes
+from semid.training.stages import StateStore
 
-__all__ = ["RQKMeans"]
+__all__ = ["LevelRun", "RQKMeans"]
 
 Array = npt.NDArray[np.float32]
 
@@ -102,7 +104,7 @@ class RQKMeans(Tokenizer):
     def _fit(self, context: FitContext) -> dict[str, Any]:
         preprocess = Preprocess.fit(context.train, center=self.center, normalize=self.normalize)
         rows = context.train if preprocess.identity else PreparedBlocks(context.train, preprocess)
-        run = _Run(context, self.levels)
+        run = LevelRun(context.checkpoint, context.progress, self.levels)
         books, fits = fit_residual(
             rows,
             self.codebook_sizes,
@@ -151,12 +153,18 @@ class RQKMeans(Tokenizer):
         )
 
 
-class _Run:
-    """Checkpoints and progress of a fit; a state is saved after every level and iteration."""
+class LevelRun:
+    """Checkpoints and progress of residual K-means, saved after every level and iteration.
 
-    def __init__(self, context: FitContext, levels: int) -> None:
-        self._checkpoint = context.checkpoint
-        self._progress = context.progress
+    Args:
+        store: where the state is kept, with the state to continue from; None keeps nothing.
+        progress: told about every iteration.
+        levels: levels of the fit.
+    """
+
+    def __init__(self, store: StateStore | None, progress: Progress, levels: int) -> None:
+        self._checkpoint = store
+        self._progress = progress
         self._levels = levels
         self._reported = -1
         self.done: list[tuple[Array, npt.NDArray[np.int64], LevelFit]] = []

@@ -1,1 +1,1 @@
-"""What training shares: checkpoints, and the loop of models that have one."""
+"""One training loop for every model, and the small pieces it is made of."""

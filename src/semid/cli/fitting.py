@@ -1,0 +1,88 @@
+"""What ``semid fit`` does once its options are read."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from semid.data.ids import ItemIds
+from semid.data.source import EmbeddingSource
+from semid.errors import UsageError
+from semid.progress import make_progress
+from semid.tokenizers.base import Tokenizer
+from semid.tokenizers.encoding import partial_folder
+from semid.training.distributed import is_main
+
+__all__ = ["behaviour", "run_fit"]
+
+
+def behaviour(
+    interactions: str | None, pairs: str | None, neighbours: str | None, *, ids: ItemIds
+) -> dict[str, Any]:
+    """Return the arguments of `Tokenizer.fit` that name behaviour.
+
+    Args:
+        interactions: path of logs.
+        pairs: path of a table of related items.
+        neighbours: path of second embeddings.
+        ids: the catalogue, which names the rows of second embeddings that have no ids.
+
+    Raises:
+        UsageError: pairs and neighbours are both given.
+    """
+    if pairs is not None and neighbours is not None:
+        raise UsageError("--pairs and --neighbours both name pairs; give one of them")
+    if neighbours is None:
+        return {"interactions": interactions, "pairs": pairs}
+    from semid.tokenizers.neural.behaviour import Neighbours
+
+    named = None if Path(neighbours).suffix != ".npy" else ids.to_arrow()
+    return {"interactions": interactions, "pairs": Neighbours(Path(neighbours), ids=named)}
+
+
+def run_fit(
+    model: Tokenizer,
+    source: EmbeddingSource,
+    output: Path,
+    learnt_from: dict[str, Any],
+    *,
+    overwrite: bool,
+    resume: bool,
+    quiet: bool,
+) -> None:
+    """Fit, save and say how it went; under ``torchrun`` the first process alone writes and speaks.
+
+    Args:
+        model: the tokenizer to fit.
+        source: opened embeddings.
+        output: folder for the model; the state of the run lies beside it while it runs.
+        learnt_from: further arguments of ``fit``.
+        overwrite: replace an existing model.
+        resume: continue a run that was stopped.
+        quiet: no progress.
+    """
+    speaks = is_main()
+    state = partial_folder(output)
+    try:
+        with make_progress(quiet=quiet or not speaks) as progress:
+            model.fit(source, checkpoint=state, resume=resume, progress=progress, **learnt_from)
+    except KeyboardInterrupt:
+        if speaks and (state / "state.safetensors").exists():
+            typer.echo(
+                f"stopped; '{state}' keeps the run: repeat the command with --resume", err=True
+            )
+        raise
+    if not speaks:
+        return
+    model.save(output, overwrite=overwrite)
+    shutil.rmtree(state, ignore_errors=True)
+    if model.report is not None:
+        typer.echo(
+            f"fitted {model.kind} on {model.report.trained_items:,} items in "
+            f"{model.report.seconds:,.1f} s"
+        )
+        typer.echo(model.report.summary)
+    typer.echo(f"model: {output}")

@@ -1,0 +1,221 @@
+"""DRQ-VAE: a continuous autoencoder first, residual K-means on its frozen latents after."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from semid.data.ids import ItemIds
+from semid.errors import UsageError
+from semid.quantization.kmeans import KMeansOptions
+from semid.quantization.nearest import prepare
+from semid.quantization.residual import fit_residual
+from semid.tokenizers.context import FitContext
+from semid.tokenizers.neural.behaviour import read_behaviour
+from semid.tokenizers.neural.decoupled import (
+    ContinuousAutoencoder,
+    ContinuousTrainee,
+    Objective,
+)
+from semid.tokenizers.neural.initialise import LatentBlocks
+from semid.tokenizers.neural.pairs import Behaviour
+from semid.tokenizers.neural.quantizers import Quantizer
+from semid.tokenizers.neural.tokenizer import Network, PreparedRows, pick_device
+from semid.tokenizers.rqkmeans import LevelRun
+from semid.tokenizers.rqvae import RQVAE
+from semid.training.loggers import Logger
+from semid.training.loop import train
+from semid.training.options import TrainOptions
+from semid.training.stages import Stages
+from semid.training.state import load_module_, module_arrays
+
+__all__ = ["DRQVAE"]
+
+Array = npt.NDArray[np.float32]
+WIDEST = 256
+
+
+class DRQVAE(RQVAE):
+    """Representation and quantization decoupled; with pairs, "DRQ-VAE+CL".
+
+    Args:
+        levels: codes an item.
+        codebook_size: codewords a level (2 to 2**32), or one number a level.
+        seed: any integer.
+        contrastive_weight: lambda of InfoNCE on pairs given to `fit`, 0 or more (ours: 0.1 is a
+            good start); 0 learns from embeddings alone.
+        temperature: of InfoNCE, above 0 (ours: 0.07).
+        pairs_per_step: pairs a step, at least 2.
+        uniformity_weight: of the uniformity loss on the pairs' latents, 0 or more.
+        kl_weight: of a KL term, 0 or more; the paper's loss has none.
+        kmeans: how K-means runs at each level.
+        network: shape of the autoencoder; ``latent`` 0 takes 256 or the input's width, whichever
+            is smaller (ours), and pre-training and commitment do not apply.
+        training: how the autoencoder is trained.
+        normalize: scale (centred) rows to unit length first.
+        center: subtract the training mean first.
+        beam_width: partial codes kept while encoding; 1 is greedy.
+        validation_fraction: share of the items held out by a hash of their id, in [0, 1).
+        device: ``auto`` (CUDA if there is one), ``cpu`` or ``cuda``.
+        threads: plain threads for K-means and encoding; results do not depend on it.
+        logger: told the figures of every epoch.
+
+    Raises:
+        UsageError: if a value is out of range.
+
+    Source: DRQ §4.1 (``L_rec + lambda L_CL``) and §4.2 (hierarchical K-means on the latents).
+    """
+
+    kind: ClassVar[str] = "drqvae"
+
+    def __init__(
+        self,
+        *,
+        levels: int = 3,
+        codebook_size: int | Sequence[int] = 256,
+        seed: int = 0,
+        contrastive_weight: float = 0.0,
+        temperature: float = 0.07,
+        pairs_per_step: int = 512,
+        uniformity_weight: float = 0.0,
+        kl_weight: float = 0.0,
+        kmeans: KMeansOptions | Mapping[str, Any] | None = None,
+        network: Network | Mapping[str, Any] | None = None,
+        training: TrainOptions | Mapping[str, Any] | None = None,
+        normalize: bool = False,
+        center: bool = False,
+        beam_width: int = 1,
+        validation_fraction: float = 0.05,
+        device: str = "auto",
+        threads: int | None = None,
+        logger: Logger | None = None,
+    ) -> None:
+        self.objective = Objective(
+            contrastive_weight=contrastive_weight,
+            temperature=temperature,
+            pairs_per_step=pairs_per_step,
+            uniformity_weight=uniformity_weight,
+            kl_weight=kl_weight,
+        )
+        self.kmeans = (
+            kmeans if isinstance(kmeans, KMeansOptions) else KMeansOptions(**(kmeans or {}))
+        )
+        super().__init__(
+            levels=levels,
+            codebook_size=codebook_size,
+            seed=seed,
+            network=network,
+            training=training,
+            normalize=normalize,
+            center=center,
+            beam_width=beam_width,
+            validation_fraction=validation_fraction,
+            device=device,
+            threads=threads,
+            logger=logger,
+        )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Constructor arguments that change the result, JSON-able."""
+        return {**super().settings, **asdict(self.objective), "kmeans": asdict(self.kmeans)}
+
+    def _latent_width(self, dim: int) -> int:
+        return self.network.latent or min(WIDEST, dim)
+
+    def _quantizer(self, latent: int) -> Quantizer:
+        raise NotImplementedError  # no quantizer stands in the loop: see _fit
+
+    def _behaviour(
+        self, interactions: Any, pairs: Any, *, ids: ItemIds, train: npt.NDArray[np.bool_]
+    ) -> Behaviour | None:
+        given = interactions is not None or pairs is not None
+        if given and not self.objective.needs_pairs:
+            raise UsageError(
+                "interactions or pairs were given and contrastive_weight=0, so they would not be "
+                "used; set --contrastive-weight (contrastive_weight), for example 0.1"
+            )
+        if self.objective.needs_pairs and not given:
+            raise UsageError(
+                f"contrastive_weight={self.objective.contrastive_weight:g} needs pairs to learn "
+                "from; give --interactions or --pairs (interactions=, pairs=)"
+            )
+        return read_behaviour(interactions, pairs, ids=ids, train=train, threads=self.threads)
+
+    def _fit(self, context: FitContext) -> dict[str, Any]:
+        prepared = PreparedRows.of(context, center=self.center, normalize=self.normalize)
+        stages = Stages(context.checkpoint)
+        autoencoder = self._new_autoencoder(context.inputs)
+        autoencoder.standardize_(prepared.mean, prepared.variance)
+        model = ContinuousAutoencoder(autoencoder, self.objective)
+        trained = stages.finished("train")
+        details: dict[str, Any]
+        if trained is None:
+            details = self._train(model, prepared, context, stages)
+            stages.finish("train", module_arrays(model), details)
+        else:
+            load_module_(model, trained[0])
+            details = trained[1]
+        encoder = autoencoder.exact_encoder()
+        latents = LatentBlocks(
+            prepared.train.blocks,
+            lambda x: encoder(x, threads=self.threads),
+            self._latent_width(prepared.train.dim),
+        )
+        run = LevelRun(stages.stage("kmeans"), context.progress, self.levels)
+        books, fits = fit_residual(
+            latents,
+            self.codebook_sizes,
+            seed=self.seed,
+            options=self.kmeans,
+            weights=context.weights,
+            threads=self.threads,
+            done=run.done,
+            state=run.state,
+            on_iteration=run.on_iteration,
+            on_level=run.on_level,
+        )
+        self._preprocess = prepared.preprocess
+        self._prepared = tuple(prepare(torch.from_numpy(book)) for book in books)
+        self._set_autoencoder(autoencoder)
+        protocol = "no pairs" if context.behaviour is None else context.behaviour.train.protocol
+        return {
+            "training": details,
+            "levels": [asdict(fit) for fit in fits],
+            "protocol": protocol,
+        }
+
+    def _train(
+        self,
+        model: ContinuousAutoencoder,
+        prepared: PreparedRows,
+        context: FitContext,
+        stages: Stages,
+    ) -> dict[str, Any]:
+        device = pick_device(self.device)
+        model.to(device)
+        trainee = ContinuousTrainee(
+            model,
+            prepared.train,
+            prepared.held_out,
+            context.behaviour,
+            self.training,
+            seed=self.seed,
+            weights=context.weights,
+            device=device,
+        )
+        result = train(
+            trainee,
+            self.training,
+            seed=self.seed,
+            progress=context.progress,
+            store=stages.stage("train"),
+            log=self.logger,
+        )
+        model.cpu()
+        return result.to_dict()

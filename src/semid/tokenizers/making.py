@@ -1,0 +1,126 @@
+"""Make a tokenizer from plain values: a recipe (TOML) and what flags change in it."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import tomllib
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from semid.errors import UsageError, check_choice, nearest_name
+from semid.tokenizers.base import Tokenizer
+
+__all__ = ["TOKENIZERS", "make_tokenizer", "read_recipe", "recipe_names"]
+
+TOKENIZERS: dict[str, tuple[str, str]] = {
+    "drqvae": ("semid.tokenizers.drqvae", "DRQVAE"),
+    "mocvae": ("semid.tokenizers.mocvae", "MoCVAE"),
+    "rqkmeans": ("semid.tokenizers.rqkmeans", "RQKMeans"),
+    "rqpvae": ("semid.tokenizers.rqpvae", "RQPVAE"),
+    "rqvae": ("semid.tokenizers.rqvae", "RQVAE"),
+    "vqvae": ("semid.tokenizers.vqvae", "VQVAE"),
+}
+"""Name on the command line -> module and class; modules are imported when they are used."""
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the recipes that come with semid."""
+    folder = resources.files("semid") / "recipes"
+    return sorted(
+        f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml")
+    )
+
+
+def read_recipe(name: str | Path) -> dict[str, Any]:
+    """Read a recipe: ``tokenizer = "..."`` and the arguments of its class.
+
+    Args:
+        name: name of a recipe that comes with semid, or path of a TOML file.
+
+    Returns:
+        The recipe's keys and values; tables such as ``[training]`` are dictionaries.
+
+    Raises:
+        UsageError: no such recipe or file, no TOML, or no ``tokenizer`` in it.
+    """
+    if str(name) in recipe_names():
+        text = (resources.files("semid") / "recipes" / f"{name}.toml").read_text(encoding="utf8")
+    elif Path(name).is_file():
+        text = Path(name).read_text(encoding="utf8")
+    else:
+        known = ", ".join(recipe_names())
+        raise UsageError(
+            f"--recipe '{name}' is neither a file nor one of {known}"
+            f"{nearest_name(str(name), recipe_names())}"
+        )
+    try:
+        recipe = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"recipe '{name}' is not valid TOML: {error}") from None
+    if "tokenizer" not in recipe:
+        raise UsageError(f"recipe '{name}' does not say tokenizer = \"...\"; add that line")
+    return recipe
+
+
+def make_tokenizer(
+    kind: str, values: Mapping[str, Any], *, threads: int | None = None, logger: Any = None
+) -> Tokenizer:
+    """Make a tokenizer by name.
+
+    Args:
+        kind: key of `TOKENIZERS`.
+        values: arguments of its class. A dot leads into a table (``training.epochs``), and a
+            dictionary is merged into it; ``levels`` also names the codebooks of parallel ones.
+        threads: plain threads.
+        logger: told the figures of every epoch, for tokenizers that have epochs.
+
+    Raises:
+        UsageError: an unknown kind, an argument this tokenizer does not have, or a value out of
+            range.
+    """
+    check_choice("--tokenizer", kind, sorted(TOKENIZERS))
+    module, name = TOKENIZERS[kind]
+    made: type[Tokenizer] = getattr(importlib.import_module(module), name)
+    allowed = _arguments(made)
+    arguments: dict[str, Any] = {}
+    for key, value in values.items():
+        outer, _, inner = _renamed(key, allowed).partition(".")
+        if outer not in allowed:
+            flag = "--" + (inner or outer).replace("_", "-")
+            raise UsageError(
+                f"{flag} ({key}) does not apply to {kind}; its options are "
+                f"{', '.join(sorted(allowed - {'threads', 'logger'}))}"
+                f"{nearest_name(outer, sorted(allowed))}"
+            )
+        if inner:
+            arguments.setdefault(outer, {})[inner] = value
+        elif isinstance(value, Mapping):
+            arguments[outer] = {**value, **arguments.get(outer, {})}
+        else:
+            arguments[outer] = value
+    if "logger" in allowed:
+        arguments["logger"] = logger
+    try:
+        return made(**arguments, threads=threads)
+    except TypeError as error:  # an unknown key inside a table of a recipe
+        raise UsageError(f"{kind}: {error}; see the options of {name}") from None
+
+
+def _renamed(key: str, allowed: set[str]) -> str:
+    return "n_codebooks" if key == "levels" and "n_codebooks" in allowed else key
+
+
+def _arguments(kind: type) -> set[str]:
+    """Return the constructor's argument names, through ``**options`` to the bases."""
+    found: set[str] = set()
+    for each in kind.__mro__:
+        if "__init__" not in vars(each):
+            continue
+        parameters = inspect.signature(each.__init__).parameters.values()  # type: ignore[misc]
+        found |= {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return found

@@ -1,0 +1,178 @@
+"""The autoencoder under every neural tokenizer: one or several inputs in, a latent, and back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from semid.seeds import torch_generator
+from semid.tokenizers.neural.rowwise import Layer, perceptron
+
+__all__ = ["Autoencoder"]
+
+Array = npt.NDArray[np.float32]
+
+PROJECTED = 256
+"""Widest projection of one of several inputs."""
+
+
+class Autoencoder(nn.Module):
+    """Multi-layer perceptrons with ReLU around a latent (MoC §4.1: 512-256-128, latent 32).
+
+    Rows are first shifted and divided by one number, so that the elements that training sees have
+    mean 0 and variance 1 on average, and training does not depend on the scale of the embeddings
+    (ours). With several inputs each goes through a linear projection of its own before they are
+    concatenated (DRQ §4: fused heterogeneous features).
+
+    Args:
+        inputs: width of each input; their columns lie side by side in a row.
+        latent: width of the latent.
+        hidden: widths of the encoder's hidden layers; the decoder mirrors them.
+        seed: of the initial weights.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(
+        self, inputs: Sequence[int], *, latent: int, hidden: Sequence[int], seed: int
+    ) -> None:
+        super().__init__()
+        dim = sum(inputs)
+        self.inputs, self.dim = tuple(inputs), dim
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("scale", torch.ones(()))
+        widths = [min(width, PROJECTED) for width in inputs] if len(inputs) > 1 else []
+        self.projections = nn.ModuleList(
+            [nn.Linear(a, b) for a, b in zip(inputs, widths, strict=False)]
+        )
+        sizes = [sum(widths) or dim, *hidden, latent]
+        self.encoder = nn.ModuleList([nn.Linear(a, b) for a, b in _steps(sizes)])
+        self.decoder = nn.ModuleList(
+            [nn.Linear(a, b) for a, b in _steps([latent, *reversed(hidden), dim])]
+        )
+        self._initialise_(seed)
+
+    def _initialise_(self, seed: int) -> None:
+        """Draw weights uniform in ``sqrt(6 / fan_in)`` (He), half of that at the two ends."""
+        generator = torch_generator(seed, "weights")
+        for stack in (self.projections, self.encoder, self.decoder):
+            for number, layer in enumerate(stack):
+                assert isinstance(layer, nn.Linear)
+                linear = stack is self.projections or number == len(stack) - 1
+                bound = math.sqrt((3.0 if linear else 6.0) / layer.in_features)
+                with torch.no_grad():
+                    layer.weight.uniform_(-bound, bound, generator=generator)
+                    layer.bias.zero_()
+
+    def standardize_(self, mean: npt.NDArray[np.float64], variance: float) -> None:
+        """Set shift and scale from the training rows.
+
+        Args:
+            mean: ``(dim,)``.
+            variance: mean squared distance of a row to ``mean``.
+        """
+        self.mean.copy_(torch.from_numpy(mean.astype(np.float32)))
+        self.scale.fill_(math.sqrt(variance / len(mean)) if variance > 0 else 1.0)
+
+    def standard(self, x: Tensor) -> Tensor:
+        """Return rows ``(n, dim)`` shifted and scaled."""
+        return (x - self.mean) / self.scale
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Return latents ``(n, latent)`` float32 of standardized rows ``(n, dim)``."""
+        return self.head(self.features(x))
+
+    def features(self, x: Tensor) -> Tensor:
+        """Return the last hidden layer ``(n, hidden)`` of standardized rows ``(n, dim)``."""
+        if len(self.projections):
+            parts = torch.split(x, list(self.inputs), dim=1)
+            pairs = zip(self.projections, parts, strict=True)
+            x = torch.cat([project(part) for project, part in pairs], dim=1)
+        for layer in self.encoder[:-1]:
+            x = torch.relu(layer(x))
+        return x
+
+    def head(self, features: Tensor) -> Tensor:
+        """Return latents ``(n, latent)`` from the last hidden layer."""
+        # The latent is rounded nowhere: codewords differ by less than bf16 resolves.
+        with torch.autocast(features.device.type, enabled=False):
+            z: Tensor = self.encoder[-1](features.float())
+        return z
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Return standardized rows ``(n, dim)`` from latents ``(n, latent)``."""
+        for layer in self.decoder[:-1]:
+            z = torch.relu(layer(z))
+        x: Tensor = self.decoder[-1](z)
+        return x
+
+    def exact_encoder(self) -> ExactEncoder:
+        """Return the encoder as it stands, as a function of each row alone."""
+        return ExactEncoder(self)
+
+    def exact_decoder(self) -> ExactDecoder:
+        """Return the decoder as it stands, as a function of each row alone."""
+        return ExactDecoder(self)
+
+
+class ExactEncoder:
+    """Encoder on the CPU in which a row's latent is the same whatever stands beside it.
+
+    Args:
+        model: its weights are copied.
+    """
+
+    def __init__(self, model: Autoencoder) -> None:
+        self.inputs = model.inputs
+        self.mean, self.scale = _numpy(model.mean), np.float32(model.scale.item())
+        self.projections = [_layer(layer) for layer in model.projections]
+        self.layers = [_layer(layer) for layer in model.encoder]
+
+    def __call__(self, x: Array, *, threads: int | None = None) -> Array:
+        """Return latents ``(n, latent)`` of rows ``(n, dim)``."""
+        x = (x - self.mean) / self.scale
+        if self.projections:
+            ends = np.cumsum([0, *self.inputs])
+            parts = [
+                perceptron(x[:, ends[i] : ends[i + 1]], [layer], threads=threads)
+                for i, layer in enumerate(self.projections)
+            ]
+            x = np.concatenate(parts, axis=1)
+        return perceptron(x, self.layers, threads=threads)
+
+
+class ExactDecoder:
+    """Decoder on the CPU in which a row's reconstruction is the same whatever stands beside it.
+
+    Args:
+        model: its weights are copied.
+    """
+
+    def __init__(self, model: Autoencoder) -> None:
+        self.mean, self.scale = _numpy(model.mean), np.float32(model.scale.item())
+        self.layers = [_layer(layer) for layer in model.decoder]
+
+    def __call__(self, z: Array, *, threads: int | None = None) -> Array:
+        """Return rows ``(n, dim)`` from latents ``(n, latent)``."""
+        return perceptron(z, self.layers, threads=threads) * self.scale + self.mean
+
+
+def _steps(sizes: Sequence[int]) -> list[tuple[int, int]]:
+    return list(pairwise(sizes))
+
+
+def _numpy(tensor: Tensor) -> Array:
+    array: Array = tensor.detach().cpu().numpy().astype(np.float32)
+    return array
+
+
+def _layer(layer: nn.Module) -> Layer:
+    assert isinstance(layer, nn.Linear)
+    return np.ascontiguousarray(_numpy(layer.weight).T), _numpy(layer.bias)

@@ -1,0 +1,168 @@
+"""One codebook in training: lookup, update by gradient or moving averages, revival."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from semid.errors import UsageError, check_choice
+from semid.seeds import torch_generator
+from semid.training.distributed import all_sum_, rank, world_size
+
+__all__ = ["RULES", "Codebook", "UpdateRule", "nearest_labels"]
+
+RULES = ("ema", "gradient")
+
+SCORES = 1 << 20
+"""Scores held at once while searching: they stay in the cache between product and minimum."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateRule:
+    """How codewords move.
+
+    Attributes:
+        kind: ``ema``: to the moving average of the vectors assigned to them (van den Oord 2017,
+            app. A.1); ``gradient``: by the loss ``|sg[z] - c|^2``.
+        decay: of the moving averages, in (0, 1); the gradient rule counts usage with it.
+        revive_below: a code whose moving count falls below this share of an even filling is
+            replaced by a vector of the batch, in [0, 1); 0 never revives (ours: 0.1).
+        smoothing: Laplace smoothing of the counts, above 0.
+    """
+
+    kind: str = "ema"
+    decay: float = 0.99
+    revive_below: float = 0.1
+    smoothing: float = 1e-5
+
+    def __post_init__(self) -> None:
+        """Check ranges.
+
+        Raises:
+            UsageError: for a value out of range.
+        """
+        check_choice("rule", self.kind, RULES)
+        if not 0 < self.decay < 1:
+            raise UsageError(f"ema_decay={self.decay}: give a number between 0 and 1")
+        if not 0 <= self.revive_below < 1:
+            raise UsageError(f"revive_below={self.revive_below}: give a share in [0, 1)")
+
+
+@torch.no_grad()
+def nearest_labels(z: Tensor, codewords: Tensor) -> Tensor:
+    """Return the nearest codeword of each row, ties to the lowest, in the tensors' own precision.
+
+    Plain float32 on a codebook that changes every step; ids are made by the exact engine.
+
+    Args:
+        z: ``(n, latent)``.
+        codewords: ``(codes, latent)``.
+
+    Returns:
+        int64 ``(n,)``.
+    """
+    halves = 0.5 * codewords.square().sum(dim=1)
+    across = codewords.t()
+    rows = max(1, SCORES // len(codewords))
+    parts = [
+        torch.addmm(halves, part, across, alpha=-1.0).argmin(dim=1) for part in torch.split(z, rows)
+    ]
+    return torch.cat(parts)
+
+
+class Codebook(nn.Module):
+    """Codewords of one level with the statistics that move them.
+
+    Args:
+        codes: number of codewords.
+        latent: their width.
+        rule: how they move.
+        seed: of the vectors drawn for revived codes.
+        name: tells this codebook's draws from those of others.
+    """
+
+    codewords: Tensor
+    counts: Tensor
+    sums: Tensor
+    used: Tensor
+    steps: Tensor
+    revived: Tensor
+
+    def __init__(
+        self, codes: int, latent: int, *, rule: UpdateRule, seed: int, name: object
+    ) -> None:
+        super().__init__()
+        self.rule, self.seed, self.name = rule, seed, name
+        start = torch.zeros(codes, latent)
+        if rule.kind == "gradient":
+            self.codewords = nn.Parameter(start)
+        else:
+            self.register_buffer("codewords", start)
+            self.register_buffer("sums", torch.zeros(codes, latent))
+        self.register_buffer("counts", torch.zeros(codes))
+        self.register_buffer("used", torch.zeros(codes, dtype=torch.int64))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("revived", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def initialise_(self, codewords: Tensor, shares: Tensor, *, batch: int) -> None:
+        """Set codewords ``(codes, latent)``; ``shares`` ``(codes,)`` of the rows each one takes.
+
+        Moving counts start at what a batch of ``batch`` rows is expected to hold.
+        """
+        self.codewords.copy_(codewords)
+        self.counts.copy_(shares * batch)
+        if self.rule.kind == "ema":
+            self.sums.copy_(codewords * self.counts[:, None])
+
+    @torch.no_grad()
+    def observe_(self, z: Tensor, labels: Tensor) -> None:
+        """Take a batch: move codewords (EMA), count usage, revive dead codes.
+
+        Args:
+            z: ``(n, latent)`` vectors that were quantized.
+            labels: ``(n,)`` their codes.
+
+        Sums and counts are those of all processes together, so codebooks stay equal.
+        """
+        codes = len(self.codewords)
+        counts = torch.bincount(labels, minlength=codes).to(self.counts.dtype)
+        all_sum_(counts)
+        self.used += counts.to(torch.int64)
+        decay = self.rule.decay
+        self.counts.mul_(decay).add_(counts, alpha=1 - decay)
+        if self.rule.kind == "ema":
+            sums = torch.zeros_like(self.sums).index_add_(0, labels, z)
+            self.sums.mul_(decay).add_(all_sum_(sums), alpha=1 - decay)
+            total, smoothing = self.counts.sum(), self.rule.smoothing
+            smoothed = (self.counts + smoothing) * (total / (total + codes * smoothing))
+            self.codewords.copy_(self.sums / smoothed[:, None])
+        self.steps += 1
+        if self.rule.revive_below > 0:
+            self._revive_(z)
+
+    def _revive_(self, z: Tensor) -> None:
+        """Put codes that are hardly used on vectors of the batch, with fresh accumulators."""
+        even = self.counts.sum() / len(self.counts)
+        dead = torch.nonzero(self.counts < self.rule.revive_below * even).flatten()
+        if len(dead) == 0:
+            return
+        world, own = world_size(), rank()
+        generator = torch_generator(self.seed, "revive", self.name, int(self.steps), own)
+        drawn = torch.randint(len(z), (len(dead),), generator=generator).to(z.device)
+        # Process r proposes for every world-th code; the sum hands all of them the same vectors.
+        mine = (torch.arange(len(dead), device=z.device) % world == own).to(z.dtype)
+        vectors = all_sum_(z[drawn] * mine[:, None])
+        self.codewords[dead] = vectors
+        self.counts[dead] = even
+        if self.rule.kind == "ema":
+            self.sums[dead] = vectors * even
+        self.revived += len(dead)
+
+    def take_usage_(self) -> Tensor:
+        """Return how often each code was chosen since the last call, ``(codes,)`` int64."""
+        used = self.used.clone()
+        self.used.zero_()
+        return used
