@@ -269,8 +269,12 @@ def _append(
     codes: npt.NDArray[np.integer[Any]] | None,
     capacity: int | None,
 ) -> UniqueIds:
+    prefix = plain.codes
+    if published is not None and codes is not None:
+        prefix = prefix.copy()
+        prefix[published] = codes[published, :-1]
     tokens = append_tokens(
-        plain.codes,
+        prefix,
         plain.residual_norms,
         plain.items,
         published=published,
@@ -278,7 +282,7 @@ def _append(
     )
     size = capacity or token_alphabet(tokens)
     unplaced = tokens >= size
-    extended = np.concatenate([plain.codes, np.minimum(tokens, size - 1)[:, None]], axis=1)
+    extended = np.concatenate([prefix, np.minimum(tokens, size - 1)[:, None]], axis=1)
     info = replace(target, codebook_sizes=(*plain.info.codebook_sizes, size))
     ids = SemanticIds(plain.items, extended, plain.residual_norms, info, plain.codes)
     return UniqueIds(ids, _report(plain, ids, "append", size, unplaced, 0.0))

@@ -1,0 +1,250 @@
+"""A catalogue's ids in versions: a folder that only grows, each version's manifest written last.
+
+``parts/`` holds Parquet files that never change; ``manifest-000002.json`` lists the parts of
+version 2 with their checksums. A version exists once its manifest does, so a writer that is killed
+at any moment leaves the versions before it as they were, and at most a part that nobody names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from semid.codes import CodesInfo, SemanticIds
+from semid.errors import ArtefactError, InputError, OutputExistsError, UsageError
+
+__all__ = ["CatalogueBundle", "Part", "read_catalogue"]
+
+FORMAT_VERSION = 1
+MANIFEST = re.compile(r"manifest-(\d{6,})\.json")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One immutable file of a bundle.
+
+    Attributes:
+        file: its path below the bundle.
+        rows: items in it.
+        sha256: of its bytes.
+    """
+
+    file: str
+    rows: int
+    sha256: str
+
+
+class CatalogueBundle:
+    """Published ids on disk, one version after another.
+
+    Args:
+        path: folder of the bundle; use `create` for a new one.
+
+    Raises:
+        ArtefactError: if there is no readable version.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if not self.versions():
+            raise ArtefactError(
+                f"'{path}' holds no manifest; give a bundle written by 'semid encode --catalogue', "
+                "or an ids file"
+            )
+
+    @classmethod
+    def is_bundle(cls, path: str | os.PathLike[str]) -> bool:
+        """Say whether a path is a folder with at least one version."""
+        return Path(path).is_dir() and any(MANIFEST.fullmatch(p.name) for p in Path(path).iterdir())
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str], ids: SemanticIds) -> CatalogueBundle:
+        """Start a bundle whose version 1 is ``ids``.
+
+        Raises:
+            OutputExistsError: if the folder exists and is not empty.
+        """
+        folder = Path(path)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise OutputExistsError(
+                f"output '{folder}' exists; a bundle only grows: choose another path, or add to it "
+                "with --catalogue"
+            )
+        (folder / "parts").mkdir(parents=True, exist_ok=True)
+        part = _write_part(folder, 1, ids)
+        _write_manifest(folder, 1, [part], ids.info)
+        return cls(folder)
+
+    def versions(self) -> list[int]:
+        """Return the finished versions, rising."""
+        if not self.path.is_dir():
+            return []
+        found = (MANIFEST.fullmatch(entry.name) for entry in self.path.iterdir())
+        return sorted(int(match[1]) for match in found if match)
+
+    def parts(self, version: int | None = None) -> list[Part]:
+        """Return the files of a version (the last by default), in row order.
+
+        Raises:
+            UsageError: for a version that does not exist.
+            ArtefactError: if its manifest cannot be read.
+        """
+        have = self.versions()
+        chosen = have[-1] if version is None else version
+        if chosen not in have:
+            raise UsageError(f"'{self.path}' has versions {have[0]} to {have[-1]}, not {chosen}")
+        file = self.path / _manifest_name(chosen)
+        try:
+            document = json.loads(file.read_text(encoding="utf8"))
+            if int(document["format_version"]) > FORMAT_VERSION:
+                raise ArtefactError(
+                    f"'{file}' has format version {document['format_version']}, this semid reads "
+                    f"up to {FORMAT_VERSION}; upgrade with: pip install -U semid"
+                )
+            return [Part(**part) for part in document["parts"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ArtefactError(f"'{file}' cannot be read ({error}); copy it again") from None
+
+    def read(self, version: int | None = None) -> SemanticIds:
+        """Read a version (the last by default), verifying every part's checksum.
+
+        Raises:
+            UsageError: for a version that does not exist.
+            ArtefactError: if a part is missing or altered.
+        """
+        tables = []
+        for part in self.parts(version):
+            try:
+                data = (self.path / part.file).read_bytes()
+            except OSError as error:
+                raise ArtefactError(
+                    f"'{self.path}' lacks the part '{part.file}' ({error}); copy the whole folder"
+                ) from None
+            if hashlib.sha256(data).hexdigest() != part.sha256:
+                raise ArtefactError(
+                    f"part '{part.file}' of '{self.path}' is not what was written; copy it again"
+                )
+            tables.append(pq.read_table(io.BytesIO(data)))
+        newest = tables[-1].schema.metadata
+        joined = pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
+        return SemanticIds.from_arrow(joined.replace_schema_metadata(newest), path=self.path)
+
+    def append(self, ids: SemanticIds) -> int:
+        """Add a version that goes on from the last one.
+
+        Args:
+            ids: the whole catalogue: the last version's rows unchanged and in their order, then
+                the new ones; what `semid.catalogue.additions.add_items` returns.
+
+        Returns:
+            The new version's number.
+
+        Raises:
+            InputError: if a published row is not what it was.
+            ArtefactError: if another writer added the version meanwhile.
+        """
+        last = self.versions()[-1]
+        before = self.read(last)
+        old = len(before)
+        if not _goes_on(before, ids):
+            raise InputError(
+                f"these ids change rows of version {last} of '{self.path}'; a bundle only grows: "
+                "start a new one for another generation"
+            )
+        part = _write_part(self.path, last + 1, ids.take(np.arange(old, len(ids))))
+        _write_manifest(self.path, last + 1, [*self.parts(last), part], ids.info)
+        return last + 1
+
+
+def read_catalogue(path: str | os.PathLike[str]) -> SemanticIds:
+    """Read published ids: the last version of a bundle's folder, or an ids file.
+
+    Raises:
+        ArtefactError: if it is neither.
+    """
+    if Path(path).is_dir():
+        return CatalogueBundle(path).read()
+    return SemanticIds.read(path)
+
+
+def _goes_on(before: SemanticIds, after: SemanticIds) -> bool:
+    old = len(before)
+    kept = np.arange(min(old, len(after)))
+    return (
+        len(after) >= old
+        and after.info.model == before.info.model
+        and after.info.codebook_sizes == before.info.codebook_sizes
+        and after.info.unique == before.info.unique
+        and after.items.take(kept) == before.items
+        and np.array_equal(after.codes[:old], before.codes)
+        and np.array_equal(after.encoded[:old], before.encoded)
+    )
+
+
+def _manifest_name(version: int) -> str:
+    return f"manifest-{version:06d}.json"
+
+
+def _write_part(folder: Path, version: int, ids: SemanticIds) -> Part:
+    """Write an immutable part, named by its content, so that two writers never share a name."""
+    buffer = io.BytesIO()
+    pq.write_table(ids.to_arrow(), buffer)
+    data = buffer.getvalue()
+    digest = hashlib.sha256(data).hexdigest()
+    name = f"parts/part-{version:06d}-{digest[:12]}.parquet"
+    with _durable(folder / name) as work:
+        work.write_bytes(data)
+    return Part(name, len(ids), digest)
+
+
+def _write_manifest(folder: Path, version: int, parts: list[Part], info: CodesInfo) -> None:
+    """Publish a version; whoever comes first has it."""
+    document: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "version": version,
+        "items": sum(part.rows for part in parts),
+        "parts": [asdict(part) for part in parts],
+        "codebook_fingerprint": info.codebook_fingerprint,
+        "weights_fingerprint": info.weights_fingerprint,
+        "unique": info.unique,
+    }
+    try:
+        with _durable(folder / _manifest_name(version), exclusive=True) as work:
+            work.write_text(json.dumps(document, indent=2) + "\n", encoding="utf8")
+    except FileExistsError:
+        raise ArtefactError(
+            f"another writer added version {version} to '{folder}' meanwhile; repeat the command"
+        ) from None
+
+
+@contextlib.contextmanager
+def _durable(target: Path, *, exclusive: bool = False) -> Iterator[Path]:
+    """Yield a temporary path that becomes ``target`` once its bytes are on the disk."""
+    work = target.parent / f".{target.name}.{os.getpid()}.tmp"
+    try:
+        yield work
+        with work.open("rb+") as file:
+            os.fsync(file.fileno())
+        if exclusive:
+            os.link(work, target)  # fails where the name is taken, unlike a rename
+        else:
+            work.replace(target)
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    finally:
+        work.unlink(missing_ok=True)

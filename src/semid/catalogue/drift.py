@@ -1,0 +1,282 @@
+"""Has the catalogue moved away from its codebooks? Two snapshots of embeddings under one of them.
+
+A shift of usage is judged beyond what two samples of these sizes show by chance. The thresholds are
+ours: they are set where `benchmarks/refresh.py` shows a refresh to gain little (below) or clearly
+something (above), and are stated here so that a user can set others against the figures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from semid.catalogue.novelty import NOVEL, norm_quantiles, novelty
+from semid.codes import SemanticIds
+from semid.data.embeddings import EmbeddingSource, open_embeddings
+from semid.diagnostics.overlap import REPORT_SCALE, overlap_levels
+from semid.errors import InputError
+from semid.health import LevelUsage, usage
+from semid.progress import Progress, QuietProgress
+from semid.quantization.blocks import BLOCK_ROWS
+from semid.tokenizers.base import Tokenizer
+
+__all__ = ["Drift", "LevelDrift", "drift"]
+
+# Quantization error of the whole catalogue against the first snapshot's: a tenth more is what a
+# coarser codebook would cost; a quarter is most of a level's worth of codewords.
+ERROR_WATCH, ERROR_REFRESH = 1.1, 1.25
+# Total variation beyond chance: the share of items that would have to sit on other codes.
+SHIFT_WATCH, SHIFT_REFRESH = 0.1, 0.25
+# Novel items among the new ones; 1 % would lie beyond the threshold in a like catalogue.
+NOVEL_WATCH, NOVEL_REFRESH = 0.03, 0.1
+
+
+@dataclass(frozen=True)
+class LevelDrift:
+    """One level's usage in two snapshots.
+
+    Attributes:
+        level: level, counted from 0.
+        total_variation: half the sum of absolute differences of the code shares, in [0, 1].
+        expected: what two samples of these sizes from one distribution would show on average.
+        excess: ``total_variation`` beyond ``expected``, not below 0.
+        jensen_shannon: Jensen-Shannon divergence of the code shares in bits, in [0, 1].
+        perplexity_before: ``exp(H)`` of the code shares.
+        perplexity_after: the same, later.
+        effective_before: effective codebook size at noise 0.1 (DRQ eq. 12).
+        effective_after: the same, later.
+        dead_before: codes without an item.
+        dead_after: the same, later.
+    """
+
+    level: int
+    total_variation: float
+    expected: float
+    excess: float
+    jensen_shannon: float
+    perplexity_before: float
+    perplexity_after: float
+    effective_before: float
+    effective_after: float
+    dead_before: int
+    dead_after: int
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Two snapshots of a catalogue under one codebook.
+
+    Attributes:
+        verdict: ``none``, ``watch`` or ``refresh``, the worst reason's.
+        reasons: what speaks for a refresh, with figures; empty for ``none``.
+        items_before: items of the first snapshot.
+        items_after: items of the second.
+        shared: items in both.
+        changed: share of the shared items whose codes differ; None without any.
+        error_before: mean squared quantization error over the first snapshot's latent variance.
+        error_after: the second snapshot's, over the same variance.
+        norm_quantiles_before: residual norms at 5, 25, 50, 75, 95 and 99 %.
+        norm_quantiles_after: the same, later.
+        novel_after: share of the second snapshot beyond 99 % of the training distribution.
+        novel_new: the same among items that are not in the first; None without any.
+        levels: usage by level.
+    """
+
+    verdict: str
+    reasons: tuple[str, ...]
+    items_before: int
+    items_after: int
+    shared: int
+    changed: float | None
+    error_before: float
+    error_after: float
+    norm_quantiles_before: tuple[float, ...]
+    norm_quantiles_after: tuple[float, ...]
+    novel_after: float
+    novel_new: float | None
+    levels: tuple[LevelDrift, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-able data."""
+        return {**self.__dict__, "levels": [level.__dict__.copy() for level in self.levels]}
+
+    def summary(self) -> str:
+        """Return a few lines for a terminal."""
+        lines = [
+            f"drift: {self.verdict} ({self.items_before:,} -> {self.items_after:,} items, "
+            f"{self.shared:,} in both)"
+        ]
+        for level in self.levels:
+            lines.append(
+                f"  level {level.level + 1}: usage shift {level.total_variation:.3f} (chance "
+                f"{level.expected:.3f}), Jensen-Shannon {level.jensen_shannon:.3f} bits, "
+                f"perplexity {level.perplexity_before:.1f} -> {level.perplexity_after:.1f}, "
+                f"effective size {level.effective_before:.1f} -> {level.effective_after:.1f}"
+            )
+        lines.append(f"  relative error: {self.error_before:.4f} -> {self.error_after:.4f}")
+        new = "" if self.novel_new is None else f", {self.novel_new:.1%} of the new ones"
+        lines.append(f"  beyond 99 % of the training distribution: {self.novel_after:.1%}{new}")
+        if self.changed is not None:
+            lines.append(f"  items in both whose codes differ: {self.changed:.2%}")
+        return "\n".join([*lines, *(f"  {reason}" for reason in self.reasons)])
+
+
+def drift(
+    tokenizer: Tokenizer,
+    before: Any,
+    after: Any,
+    *,
+    before_ids: Any = None,
+    after_ids: Any = None,
+    progress: Progress | None = None,
+) -> Drift:
+    """Compare two snapshots of a catalogue's embeddings under one codebook.
+
+    Args:
+        tokenizer: a fitted tokenizer.
+        before: embeddings as they were, best those it was fitted on.
+        after: embeddings as they are.
+        before_ids: item ids for a source that has none.
+        after_ids: the same for the second.
+        progress: told about every block; silent by default.
+
+    Returns:
+        The figures and a verdict: ``refresh`` when the error grew by a quarter, a level's usage
+        shifted by a quarter beyond chance, or a tenth of the new items are novel; ``watch`` at
+        1.1 times, a tenth and 3 %.
+
+    Raises:
+        InputError: if a snapshot has no items.
+        EmbeddingError: for rows of another width.
+
+    Cost: two passes over each snapshot; ``O(codes^2)`` a level for the effective sizes.
+    """
+    steps = progress or QuietProgress()
+    old = open_embeddings(before, ids=before_ids)
+    new = open_embeddings(after, ids=after_ids)
+    if not len(old) or not len(new):
+        raise InputError(f"the snapshots have {len(old)} and {len(new)} items; give some in both")
+    first, second = tokenizer.encode(old, progress=steps), tokenizer.encode(new, progress=steps)
+    variance, std = _latent_spread(tokenizer, old)
+    used = [usage(ids.codes, tokenizer.codebook_sizes) for ids in (first, second)]
+    sizes = [
+        [
+            level.at(REPORT_SCALE).effective_size
+            for level in overlap_levels(
+                tokenizer.codebooks, each, latent_std=std, scales=(REPORT_SCALE,)
+            )
+        ]
+        for each in used
+    ]
+    levels = tuple(
+        _level(a, b, size_a, size_b) for a, b, size_a, size_b in zip(*used, *sizes, strict=True)
+    )
+    scores = novelty(second.residual_norms, norm_quantiles(first, tokenizer)) > NOVEL
+    at = first.items.index_of(second.items.strings())
+    shared = at >= 0
+    changed = (first.codes[at[shared]] != second.codes[shared]).any(axis=1)
+    novel_new = float(scores[~shared].mean()) if (~shared).any() else None
+    errors = [_mean_square(ids) / variance for ids in (first, second)]
+    verdict, reasons = _verdict(levels, errors, novel_new, float(scores.mean()))
+    return Drift(
+        verdict=verdict,
+        reasons=reasons,
+        items_before=len(first),
+        items_after=len(second),
+        shared=int(shared.sum()),
+        changed=float(changed.mean()) if shared.any() else None,
+        error_before=errors[0],
+        error_after=errors[1],
+        norm_quantiles_before=_quantiles(first),
+        norm_quantiles_after=_quantiles(second),
+        novel_after=float(scores.mean()),
+        novel_new=novel_new,
+        levels=levels,
+    )
+
+
+def _level(a: LevelUsage, b: LevelUsage, size_a: float, size_b: float) -> LevelDrift:
+    p, q = a.probabilities, b.probabilities
+    pooled = (a.counts + b.counts) / (a.items + b.items)
+    variation = 0.5 * float(np.abs(p - q).sum())
+    # The mean of |p - q| for two multinomial samples, by the normal approximation.
+    spread = pooled * (1.0 - pooled) * (1.0 / a.items + 1.0 / b.items)
+    expected = 0.5 * float(np.sqrt(2.0 / np.pi * spread).sum())
+    middle = 0.5 * (p + q)
+    return LevelDrift(
+        level=a.level,
+        total_variation=variation,
+        expected=expected,
+        excess=max(variation - expected, 0.0),
+        jensen_shannon=max(_entropy(middle) - 0.5 * (_entropy(p) + _entropy(q)), 0.0),
+        perplexity_before=a.perplexity,
+        perplexity_after=b.perplexity,
+        effective_before=size_a,
+        effective_after=size_b,
+        dead_before=a.dead,
+        dead_after=b.dead,
+    )
+
+
+def _entropy(p: npt.NDArray[np.float64]) -> float:
+    used = p[p > 0]
+    return float(-(used * np.log2(used)).sum())
+
+
+def _latent_spread(tokenizer: Tokenizer, source: EmbeddingSource) -> tuple[float, float]:
+    """Mean squared distance of latents to their mean, and the standard deviation an element."""
+    total: Any = 0.0
+    squares = 0.0
+    for _, x in source.blocks(BLOCK_ROWS):
+        z = tokenizer.latent(x)
+        total = total + z.sum(axis=0, dtype=np.float64)
+        squares += float(np.einsum("nd,nd->", z, z, dtype=np.float64))
+    mean = total / len(source)
+    variance = max(squares / len(source) - float(mean @ mean), 1e-300)
+    return variance, float(np.sqrt(variance / len(mean)))
+
+
+def _mean_square(ids: SemanticIds) -> float:
+    return float((ids.residual_norms.astype(np.float64) ** 2).mean())
+
+
+def _quantiles(ids: SemanticIds) -> tuple[float, ...]:
+    shares = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
+    return tuple(map(float, np.quantile(ids.residual_norms.astype(np.float64), shares)))
+
+
+def _verdict(
+    levels: tuple[LevelDrift, ...], errors: list[float], novel_new: float | None, novel: float
+) -> tuple[str, tuple[str, ...]]:
+    found: list[tuple[bool, str]] = []
+    growth = errors[1] / errors[0] if errors[0] > 0 else 1.0
+    if growth > ERROR_WATCH:
+        found.append(
+            (growth > ERROR_REFRESH, f"the quantization error is {growth:.2f} times what it was")
+        )
+    worst = max(levels, key=lambda level: level.excess)
+    if worst.excess > SHIFT_WATCH:
+        found.append(
+            (
+                worst.excess > SHIFT_REFRESH,
+                f"level {worst.level + 1}: {worst.excess:.1%} of the items sit on other codes than "
+                "before, beyond chance",
+            )
+        )
+    share, whom = (novel, "the items") if novel_new is None else (novel_new, "the new items")
+    if share > NOVEL_WATCH:
+        found.append(
+            (
+                share > NOVEL_REFRESH,
+                f"{share:.1%} of {whom} lie where the codebook has no codewords (1 % is usual)",
+            )
+        )
+    if not found:
+        return "none", ()
+    return (
+        "refresh" if any(strong for strong, _ in found) else "watch",
+        tuple(reason for _, reason in found),
+    )

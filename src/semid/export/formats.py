@@ -1,0 +1,169 @@
+"""The formats by name: what each needs, and one door to all of them."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from semid.artefact import check_output
+from semid.codes import SemanticIds
+from semid.errors import UsageError, check_choice
+from semid.health import collisions
+from semid.tokenizers.base import Tokenizer
+
+__all__ = ["EXPORTS", "IMPORTS", "ExportFormat", "export", "import_ids"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ExportFormat:
+    """One format that can be written.
+
+    Attributes:
+        function: ``module:name`` of its writer, imported when used.
+        ids: whether it writes Semantic IDs.
+        model: whether it needs the model.
+        tokens: whether its reader tells items apart by their ids, so that shared ids are a fault.
+        about: one line for the help.
+    """
+
+    function: str
+    ids: bool
+    model: bool
+    tokens: bool
+    about: str
+
+
+EXPORTS = {
+    "lcrec": ExportFormat(
+        "semid.export.lcrec:write_lcrec", True, False, True,
+        "LC-Rec, LETTER, MiniOneRec: NAME.index.json",
+    ),
+    "grid": ExportFormat(
+        "semid.export.grid:write_grid", True, False, True,
+        "GRID, NVIDIA SID-GR: a LongTensor (levels, items)",
+    ),
+    "openonerec": ExportFormat(
+        "semid.export.openonerec:write_openonerec", True, False, True,
+        "OpenOneRec: a folder with pid and codes in Parquet, and the ids as text",
+    ),
+    "torcheasyrec": ExportFormat(
+        "semid.export.torcheasyrec:write_torcheasyrec", True, False, False,
+        "TorchEasyRec: Parquet of item_id and codes",
+    ),
+    "huggingface": ExportFormat(
+        "semid.export.huggingface:write_huggingface", True, True, True,
+        "Hugging Face: a folder with added tokens, their embeddings and the trie",
+    ),
+    "faiss": ExportFormat(
+        "semid.export.faiss_index:write_faiss", True, True, False,
+        "FAISS: an IndexResidualQuantizer with the same codes",
+    ),
+    "fuxictr": ExportFormat(
+        "semid.export.fuxictr:write_fuxictr", True, False, False,
+        "FuxiCTR: a folder with an item table and its feature_cols in YAML",
+    ),
+    "onnx": ExportFormat(
+        "semid.export.onnx:write_onnx", False, True, False,
+        "ONNX: the encoder, embeddings to codes, any batch size",
+    ),
+    "torch-export": ExportFormat(
+        "semid.export.torch_export:write_torch_export", False, True, False,
+        "torch.export: the encoder as a .pt2 file",
+    ),
+}  # fmt: skip
+
+IMPORTS = {
+    "lcrec": "semid.export.lcrec:read_lcrec",
+    "grid": "semid.export.grid:read_grid",
+}
+
+
+def _function(place: str) -> Any:
+    module, name = place.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def export(
+    to: str,
+    output: str | os.PathLike[str],
+    *,
+    ids: SemanticIds | None = None,
+    tokenizer: Tokenizer | None = None,
+    overwrite: bool = False,
+    **options: Any,
+) -> Path:
+    """Write ids or a model in a format of `EXPORTS`.
+
+    Args:
+        to: name of the format.
+        output: file or folder to write, whole or not at all.
+        ids: Semantic IDs, for the formats that carry some.
+        tokenizer: the model, for the formats that need its codebooks or its encoder.
+        overwrite: replace an existing output.
+        options: passed on to the format's own writer.
+
+    Returns:
+        ``output``.
+
+    Raises:
+        UsageError: for an unknown format, or without what it needs.
+        OutputExistsError: if ``output`` exists and ``overwrite`` is false.
+        FingerprintError: if the ids were made with another codebook than the model's.
+    """
+    chosen = EXPORTS[check_choice("--to", to, list(EXPORTS))]
+    if chosen.ids and ids is None:
+        raise UsageError(f"the export to {to} writes Semantic IDs: give the ids file (ids=)")
+    if chosen.model and tokenizer is None:
+        raise UsageError(f"the export to {to} needs the model: give --model (tokenizer=)")
+    target = check_output(output, overwrite=overwrite)
+    if ids is not None and tokenizer is not None:
+        ids.check_codebook(tokenizer.codebook_fingerprint)
+    if ids is not None and chosen.tokens and len(ids):
+        found = collisions(ids.codes)
+        if found.unique_ids < found.items:
+            logger.warning(
+                "%d items have only %d distinct ids, and a generator cannot tell the others apart; "
+                "make them unique first with: semid unique",
+                found.items,
+                found.unique_ids,
+            )
+    write = _function(chosen.function)
+    needs: dict[str, Any] = {"overwrite": overwrite, **options}
+    if chosen.model or (tokenizer is not None and to == "torcheasyrec"):
+        needs["tokenizer"] = tokenizer
+    write(*([ids] if chosen.ids else []), target, **needs)
+    return target
+
+
+def import_ids(
+    source: str,
+    path: str | os.PathLike[str],
+    *,
+    items: Any = None,
+    tokenizer: Tokenizer | None = None,
+) -> SemanticIds:
+    """Read ids that another program wrote.
+
+    Args:
+        source: name of the format, one of `IMPORTS`.
+        path: the file.
+        items: item ids in the file's row order (`ItemIds` or a sequence); row numbers without.
+        tokenizer: the model whose codes these are; they then carry its fingerprint, and are checked
+            against its codebooks. Without one they carry the fingerprint ``imported``, which no
+            model accepts.
+
+    Raises:
+        UsageError: for an unknown format.
+        ArtefactError: if the file cannot be read as that format.
+        InputError: if the codes do not fit the model, or the items not the rows.
+    """
+    found: SemanticIds = _function(IMPORTS[check_choice("--from", source, list(IMPORTS))])(
+        path, items=items, tokenizer=tokenizer
+    )
+    return found

@@ -1,0 +1,324 @@
+"""Exports: each read back, by its own consumer where that can be installed."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from catalogue_cases import drawn_tokenizer, parallel_tokenizer, rows
+from semid.catalogue.uniqueness import make_unique
+from semid.codes import SemanticIds
+from semid.data.ids import ItemIds
+from semid.errors import (
+    ArtefactError,
+    FingerprintError,
+    InputError,
+    OutputExistsError,
+    UsageError,
+)
+from semid.export.formats import EXPORTS, export, import_ids
+from semid.export.graph import codes_graph
+from semid.export.openonerec import parse_text, sid_text
+from semid.export.tokens import level_letter
+
+NAMES = [f"item-{n}" for n in range(60)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return drawn_tokenizer(sizes=(4, 8, 8))
+
+
+@pytest.fixture(scope="module")
+def ids(tokenizer):
+    return tokenizer.encode(rows(), ids=ItemIds(NAMES))
+
+
+@pytest.fixture(scope="module")
+def appended(ids):
+    return make_unique(ids).ids
+
+
+def test_letters_go_past_e():
+    assert [level_letter(n) for n in (0, 4, 5, 25, 26, 27, 701, 702)] == [
+        "a", "e", "f", "z", "aa", "ab", "zz", "aaa",
+    ]  # fmt: skip
+
+
+def test_lcrec_round_trip(ids, appended, tokenizer, tmp_path):
+    for name, given in (("plain", ids), ("unique", appended)):
+        path = export("lcrec", tmp_path / f"{name}.index.json", ids=given)
+        document = json.loads(path.read_text())
+        assert list(document) == [str(n) for n in range(60)]
+        first = zip("abcd", given.codes[0].tolist(), strict=False)
+        assert document["0"] == [f"<{letter}_{code}>" for letter, code in first]
+        back = import_ids("lcrec", path, items=NAMES, tokenizer=tokenizer)
+        assert np.array_equal(back.codes, given.codes)
+        assert back.items == given.items
+        assert np.array_equal(back.encoded, ids.codes)
+        back.check_codebook(tokenizer.codebook_fingerprint)
+    alone = import_ids("lcrec", path)
+    assert np.array_equal(alone.codes, appended.codes)
+    with pytest.raises(FingerprintError):
+        alone.check_codebook(tokenizer.codebook_fingerprint)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[1]", "row numbers"),
+        ("{", "JSON"),
+        ('{"1": ["<a_1>"]}', "row '0'"),
+        ('{"0": ["<b_1>"]}', "'<a_NUMBER>'"),
+        ('{"0": ["<a_1>", "<b_2>"], "1": ["<a_1>"]}', "row '1' has 1 tokens"),
+        ('{"0": []}', "at least one"),
+    ],
+)
+def test_lcrec_refuses_other_files(text, said, tmp_path):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(ArtefactError, match=said):
+        import_ids("lcrec", tmp_path / "x.json")
+
+
+def test_grid_round_trip(ids, appended, tokenizer, tmp_path):
+    for name, given in (("plain", ids), ("unique", appended)):
+        path = export("grid", tmp_path / f"{name}.pt", ids=given)
+        tensor = torch.load(path, weights_only=True)
+        assert tensor.dtype == torch.int64
+        assert tensor.shape == (given.levels, 60)
+        back = import_ids("grid", path, items=ItemIds(NAMES), tokenizer=tokenizer)
+        assert np.array_equal(back.codes, given.codes)
+    torch.save({"a": 1}, tmp_path / "dict.pt")
+    (tmp_path / "cut.pt").write_bytes(path.read_bytes()[:100])
+    for name in ("dict.pt", "cut.pt", "missing.pt"):
+        with pytest.raises(ArtefactError, match=name):
+            import_ids("grid", tmp_path / name)
+    with pytest.raises(InputError, match="3 item ids for 60 rows"):
+        import_ids("grid", path, items=["a", "b", "c"])
+    with pytest.raises(InputError):
+        import_ids("grid", path, tokenizer=drawn_tokenizer(sizes=(2, 2, 2)))
+
+
+def test_openonerec_round_trip(ids, tmp_path):
+    numbered = SemanticIds(
+        ItemIds([str(7 * n) for n in range(60)]), ids.codes, ids.residual_norms, ids.info
+    )
+    export("openonerec", tmp_path / "numbers", ids=numbered)
+    table = pq.read_table(tmp_path / "numbers" / "pid_codes.parquet")
+    assert table.column_names == ["pid", "codes"]
+    assert table["pid"].to_pylist() == [7 * n for n in range(60)]
+    assert table["codes"].to_pylist() == ids.codes.tolist()
+    texts = pq.read_table(tmp_path / "numbers" / "sid_text.parquet")["sid"].to_pylist()
+    assert [parse_text(text) for text in texts] == ids.codes.tolist()
+    assert sid_text((1, 2, 3)) == "<|sid_begin|><s_a_1><s_b_2><s_c_3><|sid_end|>"
+    with pytest.raises(InputError, match="is not an id"):
+        parse_text("<|sid_begin|><s_b_1><|sid_end|>")
+    export("openonerec", tmp_path / "names", ids=ids)
+    table = pq.read_table(tmp_path / "names" / "pid_codes.parquet")
+    assert table["pid"].to_pylist() == list(range(60))
+    assert table["item_id"].to_pylist() == NAMES
+
+
+def test_torcheasyrec_round_trip_with_candidates(ids, tokenizer, tmp_path):
+    x = rows()
+    export(
+        "torcheasyrec", tmp_path / "t.parquet", ids=ids, tokenizer=tokenizer, embeddings=x,
+        embedding_ids=ItemIds(NAMES), candidates=3,
+    )  # fmt: skip
+    table = pq.read_table(tmp_path / "t.parquet")
+    assert table["codes"].to_pylist() == ids.codes.tolist()
+    candidates = np.array(table["candidate_codes"].to_pylist())
+    assert candidates.shape == (60, 3, 3)
+    assert np.array_equal(candidates[:, 0], ids.codes)
+    left = [
+        np.linalg.norm(x - tokenizer.quantize(candidates[:, place]), axis=1) for place in range(3)
+    ]
+    assert (left[0] <= left[1]).all()
+    assert (left[1] <= left[2]).all()
+    export("torcheasyrec", tmp_path / "plain.parquet", ids=ids)
+    assert pq.read_table(tmp_path / "plain.parquet").column_names == ["item_id", "codes"]
+    with pytest.raises(UsageError, match="--embeddings"):
+        export("torcheasyrec", tmp_path / "no.parquet", ids=ids, candidates=2)
+
+
+def test_fuxictr_table_and_yaml(ids, tmp_path):
+    export("fuxictr", tmp_path / "f", ids=ids)
+    table = pq.read_table(tmp_path / "f" / "items.parquet").to_pydict()
+    assert np.array_equal(np.stack([table[f"sid_{n}"] for n in (1, 2, 3)], axis=1), ids.codes)
+    for depth in (2, 3):
+        numbers = np.array(table[f"sid_prefix_{depth}"])
+        same_number = numbers[:, None] == numbers[None]
+        same_prefix = (ids.codes[:, None, :depth] == ids.codes[None, :, :depth]).all(-1)
+        assert np.array_equal(same_number, same_prefix)
+    text = (tmp_path / "f" / "feature_cols.yaml").read_text()
+    yaml = pytest.importorskip(
+        "yaml", reason="reading the snippet as FuxiCTR does: pip install pyyaml"
+    )
+    columns = yaml.safe_load(text)["feature_cols"]
+    assert [column["name"] for column in columns] == [c for c in table if c != "item_id"]
+    assert all(column["type"] == "categorical" and column["active"] for column in columns)
+
+
+def test_faiss_index_holds_equal_codes(ids, tokenizer, tmp_path):
+    faiss = pytest.importorskip("faiss", reason="pip install faiss-cpu")
+    path = export("faiss", tmp_path / "i.faiss", ids=ids, tokenizer=tokenizer)
+    index = faiss.read_index(str(path))
+    bits = np.array([2, 3, 3], dtype=np.int32)
+    assert index.ntotal == 60
+    x = rows()
+    computed = faiss.unpack_bitstrings(index.rq.compute_codes(x), bits)
+    assert np.array_equal(computed, ids.codes)
+    np.testing.assert_allclose(
+        index.reconstruct_n(0, 60), tokenizer.decode(ids), rtol=1e-5, atol=1e-5
+    )
+    _, found = index.search(tokenizer.decode(ids), 1)
+    assert np.array_equal(ids.codes[found[:, 0]], ids.codes)
+    odd = drawn_tokenizer(sizes=(4, 6))
+    with pytest.raises(UsageError, match="powers of two"):
+        export("faiss", tmp_path / "odd", ids=odd.encode(x), tokenizer=odd)
+    side = parallel_tokenizer()
+    with pytest.raises(UsageError, match="parallel"):
+        export("faiss", tmp_path / "odd", ids=side.encode(x), tokenizer=side)
+    assert [p.name for p in tmp_path.iterdir()] == ["i.faiss"]
+
+
+TOKENIZERS = {
+    "greedy": lambda: drawn_tokenizer(sizes=(4, 8, 8)),
+    "prepared": lambda: prepared(),
+    "beam": lambda: beam(),
+    "parallel": lambda: parallel_tokenizer(),
+}
+
+
+def prepared():
+    tokenizer = drawn_tokenizer(sizes=(8, 8))
+    tokenizer.center = tokenizer.normalize = True
+    tokenizer._set_tensors(
+        {**tokenizer._tensors(), "preprocess.mean": np.full(6, 0.25, np.float32)}
+    )
+    return tokenizer
+
+
+def beam():
+    tokenizer = drawn_tokenizer(sizes=(8, 8, 8))
+    tokenizer.beam_width = 4
+    return tokenizer
+
+
+@pytest.mark.parametrize("make", TOKENIZERS.values(), ids=TOKENIZERS.keys())
+def test_graph_gives_the_codes_of_encode(make):
+    tokenizer, x = make(), rows(500, seed=4)
+    codes = codes_graph(tokenizer)(torch.from_numpy(x)).numpy()
+    assert np.array_equal(codes, tokenizer.encode(x).codes)
+
+
+@pytest.mark.parametrize("name", ["prepared", "beam"])
+def test_torch_export_round_trip(name, tmp_path):
+    tokenizer, x = TOKENIZERS[name](), rows(90, seed=4)
+    path = export("torch-export", tmp_path / "encoder.pt2", tokenizer=tokenizer)
+    program = torch.export.load(path).module()
+    for batch in (1, 5, 90):
+        codes = program(torch.from_numpy(x[:batch])).numpy()
+        assert np.array_equal(codes, tokenizer.encode(x[:batch]).codes)
+
+
+@pytest.mark.parametrize("name", ["prepared", "beam"])
+def test_onnx_round_trip(name, tmp_path):
+    runtime = pytest.importorskip("onnxruntime", reason="pip install 'semid[onnx]'")
+    pytest.importorskip("onnxscript", reason="pip install 'semid[onnx]'")
+    tokenizer, x = TOKENIZERS[name](), rows(90, seed=4)
+    path = export("onnx", tmp_path / "encoder.onnx", tokenizer=tokenizer)
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    assert [value.name for value in session.get_inputs()] == ["embeddings"]
+    for batch in (1, 5, 90):
+        (codes,) = session.run(["codes"], {"embeddings": x[:batch]})
+        assert np.array_equal(codes, tokenizer.encode(x[:batch]).codes)
+    assert [p.name for p in tmp_path.iterdir()] == ["encoder.onnx"]
+
+
+def test_a_tokenizer_joins_by_its_encoder_module(tmp_path):
+    class Own(type(drawn_tokenizer())):
+        def encoder_module(self):
+            return torch.nn.Sequential(torch.nn.Identity())
+
+    tokenizer = drawn_tokenizer()
+    tokenizer.__class__ = Own
+    codes = codes_graph(tokenizer)(torch.from_numpy(rows())).numpy()
+    assert np.array_equal(codes, tokenizer.encode(rows()).codes)
+
+
+def test_huggingface_in_a_model(appended, tokenizer, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="pip install 'semid[transformers]'")
+    tokenizers = pytest.importorskip("tokenizers")
+    from semid.export.huggingface import HuggingFaceExport
+
+    export("huggingface", tmp_path / "hf", ids=appended, tokenizer=tokenizer)
+    read = HuggingFaceExport.read(tmp_path / "hf")
+    words = {"[PAD]": 0, "[EOS]": 1, "buy": 2, "next": 3, "[UNK]": 4}
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "[UNK]")),
+        pad_token="[PAD]", eos_token="[EOS]", unk_token="[UNK]",
+    )  # fmt: skip
+    fast.backend_tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    config = transformers.LlamaConfig(
+        vocab_size=5, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config)
+    token_ids = read.add_tokens(fast, model)
+    text = f"buy {read.text('item-7')} next {read.text('item-8')}"
+    sid = [[token_ids[n][c] for n, c in enumerate(appended.codes[r])] for r in (7, 8)]
+    assert fast(text)["input_ids"] == [2, *sid[0], 3, *sid[1]]
+    before = model.get_input_embeddings().weight.detach().clone()
+    read.initialise(model, token_ids)
+    after = model.get_input_embeddings().weight.detach()
+    assert torch.equal(after[:5], before[:5])
+    rows_ = after[torch.tensor(token_ids[1])].double()
+    book = torch.from_numpy(tokenizer.codebooks[1]).double()
+    ours, theirs = torch.cdist(rows_, rows_).ravel(), torch.cdist(book, book).ravel()
+    assert torch.corrcoef(torch.stack([ours, theirs]))[0, 1] > 0.7
+    untied = model.get_output_embeddings().weight.detach()
+    assert not torch.equal(untied[torch.tensor(token_ids[1])], before[torch.tensor(token_ids[1])])
+    prompt = torch.tensor([fast("buy next")["input_ids"]])
+    out = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=5, num_beams=8,
+        num_return_sequences=8,
+        logits_processor=[read.processor(token_ids, prompt_length=2, end_token=1)],
+    )  # fmt: skip
+    known = {tuple(row) for row in appended.codes.tolist()}
+    inverse = [{token: code for code, token in enumerate(level)} for level in token_ids]
+    for row in out[:, 2:6].tolist():
+        assert tuple(inverse[n][token] for n, token in enumerate(row)) in known
+    with pytest.raises(UsageError, match="add_tokens"):
+        read.initialise(model, token_ids[:2])
+    (tmp_path / "hf" / "added_tokens.json").unlink()
+    with pytest.raises(ArtefactError, match="no Hugging Face export"):
+        HuggingFaceExport.read(tmp_path / "hf")
+
+
+def test_doors_are_guarded(ids, tokenizer, tmp_path, caplog):
+    with pytest.raises(UsageError, match="did you mean 'lcrec'"):
+        export("lcrek", tmp_path / "x", ids=ids)
+    with pytest.raises(UsageError, match="--from"):
+        import_ids("faiss", tmp_path / "x")
+    with pytest.raises(UsageError, match="ids file"):
+        export("lcrec", tmp_path / "x")
+    for name in ("faiss", "huggingface", "onnx", "torch-export"):
+        with pytest.raises(UsageError, match="--model"):
+            export(name, tmp_path / "x", ids=ids)
+    with pytest.raises(FingerprintError):
+        export("faiss", tmp_path / "x", ids=ids, tokenizer=drawn_tokenizer(seed=5, sizes=(4, 8, 8)))
+    for name in EXPORTS:
+        (tmp_path / "there").write_text("precious")
+        with pytest.raises(OutputExistsError, match="--overwrite"):
+            export(name, tmp_path / "there", ids=ids, tokenizer=tokenizer)
+        assert (tmp_path / "there").read_text() == "precious"
+    assert [p.name for p in tmp_path.iterdir()] == ["there"]
+    export("lcrec", tmp_path / "dup.json", ids=ids)
+    assert "semid unique" in caplog.text
+    export("lcrec", tmp_path / "dup.json", ids=ids, overwrite=True)
