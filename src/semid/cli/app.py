@@ -14,9 +14,14 @@ from rich.logging import RichHandler
 
 from semid.cli.compare import compare
 from semid.cli.demo import demo
+from semid.cli.drift import drift
 from semid.cli.encode import encode
+from semid.cli.export import export
 from semid.cli.fit import fit
+from semid.cli.import_ import import_
+from semid.cli.refresh import refresh
 from semid.cli.report import report
+from semid.cli.unique import unique
 from semid.errors import SemidError
 
 __all__ = ["app", "main"]
@@ -45,6 +50,11 @@ app.command()(fit)
 app.command()(encode)
 app.command()(report)
 app.command()(compare)
+app.command()(unique)
+app.command()(drift)
+app.command()(refresh)
+app.command()(export)
+app.command("import")(import_)
 app.command()(demo)
 
 

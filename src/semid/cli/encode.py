@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -30,6 +30,22 @@ def encode(
     beam_width: Annotated[
         int | None, typer.Option(min=1, help="Beam; default: what the model was fitted with.")
     ] = None,
+    catalogue: Annotated[
+        Path | None,
+        typer.Option(
+            help="Published ids to add to, a Parquet file or a bundle's folder; no published id "
+            "moves. An --output that is no .parquet is a bundle: the same folder gets one more "
+            "version."
+        ),
+    ] = None,
+    novelty: Annotated[
+        Path | None,
+        typer.Option(help="With --catalogue: Parquet of the new items and how novel each is."),
+    ] = None,
+    novel_beyond: Annotated[
+        float,
+        typer.Option(help="Share of the training distribution beyond which an item is novel."),
+    ] = 0.99,
     ids: Ids = None,
     embedding_column: EmbeddingColumn = None,
     id_column: IdColumn = None,
@@ -44,13 +60,25 @@ def encode(
     Writes Parquet: item_id, codes, residual_norm, and the codebook's fingerprint.
 
     Example: semid encode model/ items.parquet -o ids.parquet
+
+    Example: semid encode model/ new.parquet --catalogue ids.parquet -o ids-2.parquet
     """
     from semid.artefact import check_output
+    from semid.errors import UsageError
     from semid.loading import load
     from semid.progress import make_progress
     from semid.tokenizers.encoding import encode_to_parquet
 
-    check_output(output, overwrite=overwrite)
+    if catalogue is not None:
+        if resume or beam_width is not None:
+            raise UsageError(
+                "--resume and --beam-width do not go with --catalogue: new items are encoded in "
+                "one go, with the catalogue's own beam"
+            )
+    elif novelty is not None:
+        raise UsageError("--novelty goes with --catalogue")
+    else:
+        check_output(output, overwrite=overwrite)
     tokenizer = load(model)
     tokenizer.threads = threads
     source = open_source(
@@ -60,6 +88,9 @@ def encode(
         id_column=id_column,
         on_invalid=on_invalid,
     )
+    if catalogue is not None:
+        _add(tokenizer, source, catalogue, output, novelty, novel_beyond, overwrite, quiet)
+        return
     with make_progress(quiet=quiet) as progress:
         encode_to_parquet(
             tokenizer,
@@ -71,3 +102,40 @@ def encode(
             progress=progress,
         )
     typer.echo(f"encoded {len(source):,} items with {tokenizer.levels} codes each: {output}")
+
+
+def _add(
+    tokenizer: Any,
+    source: Any,
+    catalogue: Path,
+    output: Path,
+    novelty: Path | None,
+    threshold: float,
+    overwrite: bool,
+    quiet: bool,
+) -> None:
+    """Add items to published ids."""
+    from semid.artefact import check_output
+    from semid.catalogue.additions import add_items
+    from semid.catalogue.bundle import CatalogueBundle, read_catalogue
+    from semid.progress import make_progress
+
+    grows = output.exists() and output.resolve() == catalogue.resolve() and output.is_dir()
+    if not grows:
+        check_output(output, overwrite=overwrite and output.suffix == ".parquet")
+    if novelty is not None:
+        check_output(novelty, overwrite=overwrite)
+    published = read_catalogue(catalogue)
+    with make_progress(quiet=quiet) as progress:
+        done = add_items(published, tokenizer, source, threshold=threshold, progress=progress)
+    if output.suffix == ".parquet" and not grows:
+        done.ids.write(output, overwrite=overwrite)
+        where = str(output)
+    else:
+        bundle = CatalogueBundle(output) if grows else CatalogueBundle.create(output, published)
+        version = bundle.append(done.ids) if done.report.new else bundle.versions()[-1]
+        where = f"{output}, version {version}"
+    if novelty is not None:
+        done.report.write(novelty, overwrite=overwrite)
+    typer.echo(done.report.summary())
+    typer.echo(f"ids of {len(done.ids):,} items: {where}")

@@ -1,0 +1,47 @@
+"""``semid import``: ids that another program wrote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from semid.cli.options import IdColumn, Overwrite
+
+__all__ = ["import_"]
+
+
+def import_(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The other program's file.")],
+    source: Annotated[str, typer.Option("--from", help="lcrec or grid.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Parquet file to write.")],
+    model: Annotated[
+        Path | None,
+        typer.Option(help="The model whose codes these are; the ids then carry its fingerprint."),
+    ] = None,
+    ids: Annotated[
+        str | None,
+        typer.Option("--ids", help="Table with an item id a row, FILE or FILE:COLUMN."),
+    ] = None,
+    id_column: IdColumn = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Read another program's ids, so that semid's tools work on them.
+
+    Example: semid import Beauty.index.json --from lcrec --ids items.parquet -o ids.parquet
+    """
+    from semid.artefact import check_output
+    from semid.data.id_sources import load_ids
+    from semid.export.formats import import_ids
+    from semid.loading import load
+
+    check_output(output, overwrite=overwrite)
+    found = import_ids(
+        source,
+        file,
+        items=None if ids is None else load_ids(ids, id_column=id_column),
+        tokenizer=None if model is None else load(model),
+    )
+    found.write(output, overwrite=overwrite)
+    typer.echo(f"imported {len(found):,} items with {found.levels} codes each: {output}")

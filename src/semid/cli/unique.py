@@ -1,0 +1,92 @@
+"""``semid unique``: tell items with equal ids apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from semid.cli.options import (
+    EmbeddingColumn,
+    IdColumn,
+    Ids,
+    OnInvalid,
+    Overwrite,
+    Quiet,
+    open_source,
+)
+
+__all__ = ["unique"]
+
+
+def unique(
+    ids_file: Annotated[
+        Path, typer.Argument(metavar="IDS", help="File written by 'semid encode'.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Parquet file to write.")],
+    method: Annotated[
+        str,
+        typer.Option(
+            help="'append' adds a token inside each bucket, the closest to the centroid first; "
+            "'reassign' takes the nearest free codes of the last level; 'none' goes back to the "
+            "model's codes."
+        ),
+    ] = "append",
+    model: Annotated[
+        Path | None, typer.Option(help="Folder written by 'semid fit'; needed for reassign.")
+    ] = None,
+    embeddings: Annotated[
+        str | None, typer.Option(help="The items' embeddings; needed for reassign.")
+    ] = None,
+    capacity: Annotated[
+        int | None,
+        typer.Option(min=1, help="reassign: items an id may have (1). append: tokens (256)."),
+    ] = None,
+    ids: Ids = None,
+    embedding_column: EmbeddingColumn = None,
+    id_column: IdColumn = None,
+    on_invalid: OnInvalid = "error",
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make ids unique, as a step that can be repeated, replaced and taken back.
+
+    The model's own codes stay beside, in the column model_codes.
+
+    Example: semid unique ids.parquet --method append -o unique.parquet
+    """
+    from semid.artefact import check_output
+    from semid.catalogue.uniqueness import make_unique
+    from semid.codes import UNIQUE_METHODS, SemanticIds
+    from semid.errors import UsageError, check_choice
+    from semid.loading import load
+    from semid.progress import make_progress
+
+    check_choice("--method", method, UNIQUE_METHODS)
+    if method == "reassign" and (model is None or embeddings is None):
+        raise UsageError(
+            "--method reassign looks for the next-nearest codewords: give --model and --embeddings"
+        )
+    check_output(output, overwrite=overwrite)
+    source = None
+    if embeddings is not None:
+        source = open_source(
+            embeddings,
+            ids=ids,
+            embedding_column=embedding_column,
+            id_column=id_column,
+            on_invalid=on_invalid,
+        )
+    with make_progress(quiet=quiet) as progress:
+        done = make_unique(
+            SemanticIds.read(ids_file),
+            method=method,
+            tokenizer=None if model is None else load(model),
+            embeddings=source,
+            capacity=capacity,
+            progress=progress,
+        )
+    done.ids.write(output, overwrite=overwrite)
+    typer.echo(done.report.summary())
+    typer.echo(f"ids: {output}")
