@@ -15,12 +15,12 @@ from torch import Tensor
 from semid.errors import UsageError, check_choice
 from semid.quantization.engine.canonical import L2
 from semid.quantization.engine.gpu import search_device
-from semid.quantization.engine.routes import ROUTES, choose
+from semid.quantization.engine.routes import ROUTES, choose, working_routes
 from semid.quantization.engine.search import search
 from semid.quantization.engine.table import Table, check_rows
 from semid.quantization.threads import resolve_threads
 
-__all__ = ["Nearest", "PreparedCodebook", "nearest", "nearest_m", "prepare"]
+__all__ = ["Nearest", "PreparedCodebook", "nearest", "nearest_m", "prepare", "prepare_kernels"]
 
 
 class Nearest(NamedTuple):
@@ -33,6 +33,15 @@ class Nearest(NamedTuple):
 
     labels: Tensor
     distances: Tensor
+
+
+def prepare_kernels() -> None:
+    """Compile, or fetch from the cache, and test the kernels of this machine's routes.
+
+    Searching does so by itself; this is for programs that want to say why the first search on a
+    machine takes half a minute of a core longer. Free of cost from the second call on.
+    """
+    working_routes()
 
 
 class PreparedCodebook:

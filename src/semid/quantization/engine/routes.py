@@ -31,6 +31,11 @@ ROUTES = ("auto", "int8", "bf16", "fp32")
 """Names a caller may give."""
 PROBE_ROWS = 128
 """Queries a route is timed on."""
+PROBE_FIRST = 8
+"""Queries of a first look, after which a route far behind is dropped: one that measures nearly all
+entries of a large table would take seconds for the rest."""
+HOPELESS = 4.0
+"""How many times slower than the best counts as far behind."""
 PROBE_ROUNDS = 3
 """Times it is timed; the shortest counts."""
 REMEMBERED = 7
@@ -182,15 +187,18 @@ def choose(route: str, queries: torch.Tensor, table: Table, *, k: int = 1) -> Ro
     routes = [found for found in working if _suits(found, table)]
     sample = queries[:: max(1, len(queries) // PROBE_ROWS)][:PROBE_ROWS].contiguous()
     times = np.full(len(routes), np.inf)
-    for _ in range(PROBE_ROUNDS):  # in turn, so that a busy moment does not fall on one alone
-        for at, candidate in enumerate(routes):
-            start = time.thread_time()
-            search(sample, table, candidate, k=k, threads=1)
-            times[at] = min(times[at], time.thread_time() - start)
+    for rows, rounds in ((PROBE_FIRST, 1), (len(sample), PROBE_ROUNDS)):
+        hopeful = np.flatnonzero(times <= HOPELESS * times.min())
+        times[hopeful] = np.inf
+        for _ in range(rounds):  # in turn, so that a busy moment does not fall on one alone
+            for at in hopeful:
+                start = time.thread_time()
+                search(sample[:rows], table, routes[at], k=k, threads=1)
+                times[at] = min(times[at], (time.thread_time() - start) / min(rows, len(sample)))
     size = (len(table), table.dim)
     best = routes[int(times.argmin())]
     seen = ", ".join(
-        f"{found.name} {spent / len(sample) * 1e6:.2f} us a row"
+        f"{found.name} {spent * 1e6:.2f} us a row"
         for found, spent in zip(routes, times, strict=True)
     )
     logger.info("route %s (%s) for %d x %d: %s", best.name, best.library, *size, seen)
