@@ -22,7 +22,7 @@ slow: $(READY)  ## tests on real data at full size, minutes
 	$(BIN)/python -m pytest -m slow
 
 browser: $(READY)  ## tests of the pages in headless Chromium
-	$(BIN)/python -m pytest -m browser
+	$(BIN)/python -m pytest -m "browser and not slow"
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check src tests benchmarks

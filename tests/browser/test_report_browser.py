@@ -38,6 +38,8 @@ def browser() -> Iterator[Any]:
         opened.close()
 
 
+SIDEWAYS = "document.documentElement.scrollWidth"
+
 CLICK_TO_THE_TOP = """() => {
     const top = document.querySelector('.trail li:first-child button');
     if (top) top.click();
@@ -76,6 +78,15 @@ class Visit:
     def script(self, text: str) -> Any:
         return self.page.evaluate(text)
 
+    def resize(self, width: int) -> None:
+        """Change the width and wait until the figures have followed."""
+        self.page.set_viewport_size({"width": width, "height": 844})
+        self.page.wait_for_function(
+            """(width) => innerWidth === width && [...document.querySelectorAll('.plot .main-svg')]
+                .every((svg) => svg.getBoundingClientRect().width <= width)""",
+            arg=width,
+        )
+
     def close(self) -> None:
         self.page.close()
         assert self.complaints == []
@@ -88,60 +99,68 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return d.write(tmp_path_factory.mktemp("page") / "report.html")
 
 
-@pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.fixture(scope="module")
+def desktop(browser: Any, report: Path) -> Iterator[Visit]:
+    """The report at desk width in the light theme; loading it once a test would take minutes."""
+    visit = Visit(browser, report, viewport={"width": 1280, "height": 844}, color_scheme="light")
+    yield visit
+    visit.close()
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
 def test_opens_from_disk_in_any_size_and_theme(
     browser: Any, report: Path, width: int, scheme: str
 ) -> None:
     visit = Visit(browser, report, viewport={"width": width, "height": 844}, color_scheme=scheme)
     assert visit.script("document.documentElement.dataset.theme") == scheme
-    assert visit.script("document.documentElement.scrollWidth") <= width, "no sideways scrolling"
+    assert visit.script(SIDEWAYS) <= width, "no sideways scrolling"
     drawn = visit.script("document.querySelectorAll('.plot .main-svg').length")
     assert drawn >= visit.script("semid.plots.length")
     assert visit.script("window.broken") is None, "item texts must not run"
     visit.page.click("#theme")
     assert visit.script("document.documentElement.dataset.theme") != scheme
+    other = 1670 - width
+    visit.resize(other)
+    assert visit.script(SIDEWAYS) <= other
     visit.close()
 
 
-def test_explorer_by_keyboard_alone(browser: Any, report: Path) -> None:
-    visit = Visit(browser, report)
-    page = visit.page
+def test_explorer_by_keyboard_alone(desktop: Visit) -> None:
+    page = desktop.page
     page.focus("#explorer-search")
     for _ in range(2):  # past the choice of colour, into the map
         page.keyboard.press("Tab")
-    first = visit.script("document.activeElement.dataset.node")
+    first = desktop.script("document.activeElement.dataset.node")
     assert first is not None, "one Tab stop leads into the map"
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowDown")
-    assert visit.script("document.activeElement.dataset.node") != first
+    assert desktop.script("document.activeElement.dataset.node") != first
     page.keyboard.press("Enter")
     assert page.inner_text(".trail [aria-current]").startswith("Level 1")
     assert "items" in page.inner_text("#explorer [role=status]")
     page.keyboard.press("Escape")
     assert page.inner_text(".trail [aria-current]") == "All codes"
-    nameless = visit.script(
+    nameless = desktop.script(
         """[...document.querySelectorAll('button, select, input, a')].filter(e =>
             !(e.innerText || e.getAttribute('aria-label') || e.labels?.length)).length"""
     )
     assert nameless == 0
-    visit.close()
+    assert desktop.complaints == []
 
 
-def test_search_by_word_finds_items_and_codes(browser: Any, report: Path) -> None:
-    visit = Visit(browser, report)
-    visit.page.fill("#explorer-search", "kind ddd")
-    visit.page.get_by_text("75 items match").first.wait_for(state="attached")
-    assert "Thing 11 of kind ddd" in visit.page.inner_text(".detail .list")
-    visit.close()
+def test_search_by_word_finds_items_and_codes(desktop: Visit) -> None:
+    desktop.page.fill("#explorer-search", "kind ddd")
+    desktop.page.get_by_text("75 items match").first.wait_for(state="attached")
+    assert "Thing 11 of kind ddd" in desktop.page.inner_text(".detail .list")
+    desktop.page.fill("#explorer-search", "")
+    assert desktop.complaints == []
 
 
-def test_bucket_opens_in_the_explorer(browser: Any, report: Path) -> None:
-    visit = Visit(browser, report)
-    codes = visit.page.inner_text("ol.buckets [data-path] >> nth=0")
-    visit.page.click("ol.buckets [data-path] >> nth=0")
-    assert codes.split(" · ")[0] in visit.page.inner_text(".trail")
-    visit.close()
+def test_bucket_opens_in_the_explorer(desktop: Visit) -> None:
+    codes = desktop.page.inner_text("ol.buckets [data-path] >> nth=0")
+    desktop.page.click("ol.buckets [data-path] >> nth=0")
+    assert codes.split(" · ")[0] in desktop.page.inner_text(".trail")
+    assert desktop.complaints == []
 
 
 def test_parallel_codebooks_can_be_chosen(browser: Any, tmp_path: Path) -> None:
@@ -156,20 +175,22 @@ def test_parallel_codebooks_can_be_chosen(browser: Any, tmp_path: Path) -> None:
     visit.close()
 
 
-@pytest.mark.parametrize("width", [1280, 390])
-def test_comparison_opens_from_disk(browser: Any, tmp_path: Path, width: int) -> None:
+def test_comparison_opens_from_disk(browser: Any, tmp_path: Path) -> None:
     x, centres, offsets = blobs()
     models = {
         "residual": FixedResidual(centres, offsets),
         "parallel": FixedParallel(centres, centres * 0.9),
     }
     c = compare(models, x, ids=IDS, interactions=logs(600), **FAST)
-    visit = Visit(browser, c.write(tmp_path / "c.html"), viewport={"width": width, "height": 844})
-    assert visit.script("document.documentElement.scrollWidth") <= width
+    visit = Visit(browser, c.write(tmp_path / "c.html"), viewport={"width": 1280, "height": 844})
+    assert visit.script(SIDEWAYS) <= 1280
     assert visit.page.locator(".plot .main-svg").count() > 0
+    visit.resize(390)
+    assert visit.script(SIDEWAYS) <= 390
     visit.close()
 
 
+@pytest.mark.slow
 def test_real_items_are_reached_by_search_and_by_clicks(
     browser: Any, real_data: Path, tmp_path: Path
 ) -> None:
