@@ -1,0 +1,274 @@
+"""The training loop on a model that has nothing to do with quantization."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from semid.errors import DivergedError, MissingExtraError, UsageError
+from semid.progress import QuietProgress
+from semid.training.batches import epoch_batches, own_share, steps_per_epoch
+from semid.training.checkpoint import Checkpoint
+from semid.training.loggers import JsonLinesLogger, MultiLogger, make_logger
+from semid.training.loop import Evaluation, Step, train
+from semid.training.options import TrainOptions
+from semid.training.precision import resolve_precision
+from semid.training.schedule import FLOOR, learning_rate
+from semid.training.stages import Stages
+from semid.training.state import module_arrays
+
+STEPS = 6
+
+
+class Regression(nn.Module):
+    """A net with dropout, so that a resumed run has to draw what the other one drew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 1))
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+
+    def forward(self, batch: tuple[torch.Tensor, torch.Tensor]) -> Step:
+        x, y = batch
+        loss = (self.net(x).float()[:, 0] - y).square().mean()
+        return Step(loss, {"error": loss.detach()})
+
+
+class Task:
+    def __init__(self, scores: list[tuple[float, bool]] | None = None) -> None:
+        self.module: nn.Module = Regression()
+        self.steps_per_epoch = STEPS
+        self.scores, self.started = scores, []
+        generator = np.random.default_rng(0)
+        self.x = torch.from_numpy(generator.normal(size=(96, 4)).astype(np.float32))
+        self.y = self.x @ torch.tensor([1.0, -2.0, 0.5, 0.0])
+
+    def start_epoch(self, epoch: int) -> None:
+        self.started.append(epoch)
+
+    def batches(self, epoch: int, first: int) -> Iterator[tuple[object, float]]:
+        for rows in epoch_batches(96, 16, seed=3, epoch=epoch)[first:]:
+            yield (self.x[rows], self.y[rows]), 1.0
+
+    def evaluate(self, epoch: int) -> Evaluation:
+        if self.scores is not None:
+            score, healthy = self.scores[epoch]
+            return Evaluation(score, healthy=healthy)
+        return Evaluation(float((self.module.net(self.x)[:, 0] - self.y).square().mean()))
+
+
+class Stop(QuietProgress):
+    """Interrupts after some steps."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def step(self, done: int = 1, **fields: object) -> None:
+        self.left -= bool(fields)
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+OPTIONS = TrainOptions(epochs=5, learning_rate=0.02, patience=None, precision="fp32")
+
+
+def run(task: Task, options: TrainOptions = OPTIONS, **others: object):
+    return train(task, options, seed=1, **{"progress": QuietProgress(), **others})
+
+
+def equal(a: nn.Module, b: nn.Module) -> bool:
+    left, right = module_arrays(a), module_arrays(b)
+    return all(np.array_equal(left[name], right[name]) for name in left)
+
+
+def test_training_improves_and_repeats():
+    torch.manual_seed(11)
+    state = torch.get_rng_state()
+    first = Task()
+    result = run(first)
+    assert result.best.score < 0.5 * result.first.score
+    assert torch.equal(torch.get_rng_state(), state)  # the global generator is left alone
+    torch.manual_seed(12)
+    again = Task()
+    assert run(again).history == result.history
+    assert equal(first.module, again.module)
+    other = Task()
+    train(other, OPTIONS, seed=2, progress=QuietProgress())
+    assert not equal(first.module, other.module)
+
+
+@pytest.mark.parametrize("after", [1, STEPS - 1, STEPS, STEPS + 2, 5 * STEPS])
+def test_stopped_anywhere_and_resumed_ends_bit_equal(after, tmp_path):
+    whole = Task()
+    expected = run(whole)
+    with pytest.raises(KeyboardInterrupt):
+        run(Task(), store=Checkpoint(tmp_path, key="k"), progress=Stop(after))
+    task = Task()
+    result = run(task, store=Checkpoint(tmp_path, key="k", resume=True))
+    assert equal(task.module, whole.module)
+    assert result.history == expected.history
+    assert result.best_epoch == expected.best_epoch
+    assert task.started == list(range(math.ceil(after / STEPS), 5))
+
+
+def test_a_signal_lets_the_step_end(tmp_path):
+    import signal
+
+    class Signal(QuietProgress):
+        def step(self, done: int = 1, **fields: object) -> None:
+            if fields:
+                signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        run(Task(), store=Checkpoint(tmp_path, key="k"), progress=Signal())
+    assert signal.getsignal(signal.SIGINT) is before
+    _, record = Checkpoint(tmp_path, key="k", resume=True).state
+    assert record["step"] == 1
+
+
+def test_the_best_healthy_epoch_is_returned():
+    scores = [(5.0, True), (1.0, False), (3.0, True), (4.0, True), (float("nan"), True)]
+    assert run(Task(scores)).best_epoch == 2
+    unhealthy = [(5.0, False), (1.0, False), (3.0, False), (4.0, False), (9.0, False)]
+    assert run(Task(unhealthy)).best_epoch == 1
+    best = Evaluation(0.9, higher_is_better=True)
+    assert best.rank() > Evaluation(0.8, higher_is_better=True).rank()
+
+
+def test_the_best_weights_are_put_back():
+    scores = [(1.0, True), (2.0, True), (3.0, True), (4.0, True), (5.0, True)]
+    task = Task(scores)
+    run(task)
+    short = Task(scores)
+    stopped = False
+    try:
+        run(short, progress=Stop(STEPS))
+    except KeyboardInterrupt:
+        stopped = True
+    assert stopped
+    assert equal(task.module, short.module)
+
+
+def test_patience_stops():
+    scores = [(1.0, True), (2.0, True), (3.0, True), (0.5, True), (0.4, True)]
+    options = TrainOptions(epochs=5, patience=2, precision="fp32")
+    result = run(Task(scores), options)
+    assert result.epochs == 3
+    assert result.stopped_early
+    assert result.best_epoch == 0
+    waiting = [(float("inf"), True)] * 3 + [(0.5, True), (0.4, True)]
+    assert run(Task(waiting), options).best_epoch == 4
+
+
+@pytest.mark.parametrize("rate", [1e6, 1e30])
+def test_divergence_stops_with_advice_and_keeps_the_last_good_state(rate, tmp_path):
+    task = Task()
+    options = TrainOptions(
+        epochs=5, learning_rate=rate, schedule="constant", clip_norm=None, precision="fp32"
+    )
+    with pytest.raises(DivergedError, match=r"lower --learning-rate.*last good state"):
+        run(task, options, store=Checkpoint(tmp_path, key="k"))
+    arrays, _ = Checkpoint(tmp_path, key="k", resume=True).state
+    assert all(np.isfinite(array).all() for array in arrays.values())
+
+
+def test_stages_continue_where_they_were(tmp_path):
+    stages = Stages(Checkpoint(tmp_path, key="k"))
+    stages.stage("one").save({"a": np.arange(3)}, {"at": 1})
+    again = Stages(Checkpoint(tmp_path, key="k", resume=True))
+    assert again.finished("one") is None
+    assert again.stage("two").state is None
+    arrays, record = again.stage("one").state
+    assert arrays["a"].tolist() == [0, 1, 2]
+    assert record == {"at": 1}
+    again.finish("one", {"w": np.ones(2)}, {"score": 3})
+    again.stage("two").save({"b": np.zeros(1)}, {"at": 5})
+    last = Stages(Checkpoint(tmp_path, key="k", resume=True))
+    arrays, record = last.finished("one")
+    assert arrays["w"].tolist() == [1, 1]
+    assert record == {"score": 3}
+    assert last.stage("two").state[1] == {"at": 5}
+
+
+def test_every_row_once_an_epoch_and_shares_that_add_up():
+    batches = epoch_batches(103, 10, seed=0, epoch=4)
+    assert len(batches) == steps_per_epoch(103, 10)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(103))
+    assert {len(batch) for batch in batches} <= {10, 11}
+    assert [b.tolist() for b in epoch_batches(103, 10, seed=0, epoch=4)] == [
+        b.tolist() for b in batches
+    ]
+    values = np.random.default_rng(0).normal(size=103)
+    for batch in batches:
+        parts = [own_share(batch, rank=rank, world=3) for rank in range(3)]
+        assert np.concatenate([rows for rows, _ in parts]).tolist() == batch.tolist()
+        mean = np.mean([values[rows].mean() * weight for rows, weight in parts])
+        assert mean == pytest.approx(values[batch].mean())
+    weights = np.array([1.0, 3.0])
+    drawn = np.concatenate(
+        [np.concatenate(epoch_batches(2, 2, seed=0, epoch=e, weights=weights)) for e in range(2000)]
+    )
+    assert drawn.mean() == pytest.approx(0.75, abs=0.03)
+
+
+def test_schedules():
+    common = {"total": 100, "peak": 2.0, "warmup": 0.1}
+    rates = [learning_rate(step, schedule="cosine", **common) for step in range(100)]
+    assert rates[:10] == sorted(rates[:10])
+    assert max(rates) == rates[10] == 2.0
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] == pytest.approx(2.0 * FLOOR, rel=0.1)
+    assert learning_rate(99, schedule="constant", **common) == 2.0
+
+
+def test_options_out_of_range_name_all_problems():
+    with pytest.raises(UsageError, match=r"epochs=0.*learning_rate=-1.*schedule='linear'"):
+        TrainOptions(epochs=0, learning_rate=-1, schedule="linear")
+
+
+def test_bfloat16_is_asked_for_or_found():
+    assert resolve_precision("bf16", torch.device("cpu")) == "bf16"
+    amx = torch.cpu._is_amx_tile_supported()
+    assert resolve_precision("auto", torch.device("cpu")) == ("bf16" if amx else "fp32")
+    result = run(Task(), TrainOptions(epochs=5, learning_rate=0.02, precision="bf16"))
+    assert result.precision == "bf16"
+    assert result.best.score < 0.6 * result.first.score
+
+
+def test_loggers(tmp_path, monkeypatch):
+    log = MultiLogger([JsonLinesLogger(tmp_path / "a" / "log.jsonl")])
+    run(Task(), log=log)
+    log.close()
+    lines = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [STEPS * n for n in range(1, 6)]
+    assert lines[-1]["score"] < lines[0]["score"]
+    for text in ("jsonl", "tensorboard:", "papyrus:x"):
+        with pytest.raises(UsageError, match="tensorboard:FOLDER"):
+            make_logger(text)
+    for text, package in (
+        ("tensorboard:x", "tensorboard"),
+        ("mlflow", "mlflow"),
+        ("wandb", "wandb"),
+    ):
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(MissingExtraError, match=rf"semid\[{package}\]"):
+            make_logger(text)
+
+
+def test_tensorboard_files_hold_the_figures(tmp_path):
+    pytest.importorskip("tensorboard", reason="the extra semid[tensorboard] is not installed")
+    log = make_logger(f"tensorboard:{tmp_path}")
+    log.log({"score": 0.5}, step=3)
+    log.close()
+    assert list(tmp_path.glob("events*"))
