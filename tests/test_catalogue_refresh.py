@@ -1,0 +1,198 @@
+"""Refreshes keep what can be kept; drift tells a moved catalogue from a resampled one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.optimize import linear_sum_assignment
+
+import semid
+from catalogue_cases import drawn_tokenizer, rows
+from semid.catalogue.churn import churn
+from semid.catalogue.drift import drift
+from semid.catalogue.matching import match_codes, renumbered
+from semid.catalogue.refresh import refresh
+from semid.catalogue.uniqueness import make_unique
+from semid.data.ids import ItemIds
+from semid.errors import FingerprintError, InputError, UsageError
+from semid.quantization.kmeans import KMeansOptions
+
+
+def names(picked):
+    return ItemIds([f"i{n}" for n in picked])
+
+
+@pytest.fixture(scope="module")
+def first(clustered):
+    """A model of 800 of the 1,200 items, and their published ids."""
+    tokenizer = semid.RQKMeans(
+        levels=2, codebook_size=16, threads=1, kmeans=KMeansOptions(iterations=10)
+    )
+    tokenizer.fit(clustered[:800], ids=names(range(800)))
+    return tokenizer, tokenizer.encode(clustered[:800], ids=names(range(800)))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_matching_keeps_the_most_items(weighted):
+    generator = np.random.default_rng(0)
+    old, new = generator.integers(0, 7, (2, 300))
+    weights = generator.integers(1, 9, 300).astype(float) if weighted else None
+    a, b = generator.normal(size=(2, 7, 3)).astype("f4")
+    numbers = match_codes(old, new, a, b, weights=weights)
+    assert sorted(numbers) == list(range(7))
+    mass = np.ones(300) if weights is None else weights
+    together = np.zeros((7, 7))
+    np.add.at(together, (new, old), mass)
+    r, c = linear_sum_assignment(-together)
+    assert mass[numbers[new] == old].sum() == together[r, c].sum()
+
+
+def test_dead_codes_are_matched_by_distance():
+    book = rows(6, dim=3)
+    order = np.random.default_rng(1).permutation(6)
+    numbers = match_codes(np.zeros(0, int), np.zeros(0, int), book, book[order])
+    assert np.array_equal(numbers, order)
+    with pytest.raises(UsageError, match="codebook sizes"):
+        match_codes(np.zeros(0, int), np.zeros(0, int), book, book[:4])
+
+
+def test_renumbering_changes_names_only_and_can_be_undone():
+    tokenizer, x = drawn_tokenizer(sizes=(8, 8)), rows(200)
+    generator = np.random.default_rng(0)
+    other = renumbered(tokenizer, [generator.permutation(8) for _ in range(2)])
+    before, after = tokenizer.encode(x).codes, other.encode(x).codes
+    assert not np.array_equal(before, after)
+    np.testing.assert_array_equal(tokenizer.decode(before), other.decode(after))
+    numbers = [
+        match_codes(before[:, n], after[:, n], tokenizer.codebooks[n], other.codebooks[n])
+        for n in range(2)
+    ]
+    back = renumbered(other, numbers)
+    assert back.codebook_fingerprint == tokenizer.codebook_fingerprint
+
+
+def test_churn_equals_counting():
+    old = np.array([[1, 1], [1, 2], [3, 3], [4, 4]])
+    new = np.array([[1, 1], [1, 9], [9, 3], [4, 4]])
+    found = churn(old, new, weights=np.array([1.0, 2.0, 5.0, 0.0]))
+    assert found.moved == 2
+    assert found.level == (0.25, 0.25)
+    assert found.prefix == (0.25, 0.5)
+    assert found.weighted_level == pytest.approx((5 / 8, 2 / 8))
+    assert found.weighted_prefix == pytest.approx((5 / 8, 7 / 8))
+    with pytest.raises(InputError, match="shapes"):
+        churn(old, new[:2])
+
+
+def test_alignment_saves_ids_at_the_same_quality(first, clustered):
+    tokenizer, published = first
+    fingerprint = tokenizer.codebook_fingerprint
+    result = refresh(
+        tokenizer, published, clustered, ids=names(range(1200)), compare=True,
+        popularity=np.arange(1200.0),
+    )  # fmt: skip
+    report = result.report
+    assert tokenizer.codebook_fingerprint == fingerprint
+    assert (report.new, report.removed, report.churn.items) == (400, 0, 800)
+    aligned, fresh = report.generation("refreshed"), report.generation("fresh")
+    assert aligned.churn.share < 0.5 * fresh.churn.share
+    assert report.generation("fresh, matched").churn.share <= fresh.churn.share
+    assert aligned.error < report.generation("previous").error
+    assert aligned.error < 1.1 * fresh.error
+    # The figures are what they say: counted again from the outcome.
+    codes = result.ids.codes
+    assert np.array_equal(codes, result.tokenizer.encode(clustered).codes)
+    assert report.churn.moved == (codes[:800] != published.codes).any(1).sum()
+    left = clustered - result.tokenizer.decode(codes)
+    spread = ((clustered - clustered.mean(0)) ** 2).sum()
+    assert aligned.error == pytest.approx((left**2).sum() / spread, rel=1e-4)
+    assert report.churn.weighted_prefix is not None
+    assert "ids changed" in report.summary()
+
+
+@pytest.mark.parametrize("method", ["none", "append", "reassign"])
+def test_a_budget_holds_and_published_ids_stay(first, clustered, method):
+    tokenizer, plain = first
+    published = make_unique(
+        plain, method=method, tokenizer=tokenizer, embeddings=clustered[:800],
+        embedding_ids=names(range(800)),
+    ).ids  # fmt: skip
+    kept = np.arange(100, 1200)  # a hundred items are gone, four hundred new
+    result = refresh(tokenizer, published, clustered[kept], ids=names(kept), max_churn=0.02)
+    report = result.report
+    assert (report.new, report.removed) == (400, 100)
+    assert report.budget == 14
+    assert report.churn.moved <= 14
+    assert report.held_back > 0
+    same = (result.ids.codes[:700] == published.codes[100:]).all(1)
+    assert same.sum() >= 700 - 14
+    assert np.array_equal(result.ids.encoded, result.tokenizer.encode(clustered[kept]).codes)
+    # Keeping ids is paid for in distortion, and the report says how much.
+    assert report.generation("published").error > report.generation("refreshed").error
+    if method == "append":
+        assert len(np.unique(result.ids.codes, axis=0)) == 1100
+    frozen = refresh(tokenizer, published, clustered[kept], ids=names(kept), max_churn=0.0)
+    assert frozen.report.churn.moved == 0
+
+
+def test_wrong_refreshes_are_refused(first, clustered):
+    tokenizer, published = first
+    with pytest.raises(UsageError, match="max_churn=2"):
+        refresh(tokenizer, published, clustered, max_churn=2)
+    with pytest.raises(InputError, match="none of the 1200 items was published"):
+        refresh(tokenizer, published, clustered)
+    with pytest.raises(FingerprintError):
+        refresh(drawn_tokenizer(dim=24, sizes=(16, 16)), published, clustered)
+
+
+def test_drift_is_silent_on_a_resample_and_speaks_of_a_shift(first, clustered):
+    tokenizer, _ = first
+    same = drift(tokenizer, clustered[:800], clustered[:800])
+    assert same.verdict == "none"
+    assert same.changed == 0
+    assert all(level.total_variation == level.jensen_shannon == 0 for level in same.levels)
+    alike = drift(
+        tokenizer, clustered[:600], clustered[600:800],
+        before_ids=names(range(600)), after_ids=names(range(600, 800)),
+    )  # fmt: skip
+    assert alike.shared == 0
+    assert alike.levels[0].excess < 0.1
+    shifted = drift(
+        tokenizer, clustered[:800], clustered[:200] + 1.0,
+        before_ids=names(range(800)), after_ids=names(range(1000, 1200)),
+    )  # fmt: skip
+    assert shifted.verdict == "refresh"
+    assert shifted.error_after > shifted.error_before
+    assert shifted.novel_new > 0.1
+    assert len(shifted.reasons) >= 2
+    assert "refresh" in shifted.summary()
+    with pytest.raises(InputError, match="0 items"):
+        drift(tokenizer, clustered[:800], clustered[:0])
+
+
+def test_usage_figures_equal_their_definitions(first, clustered):
+    tokenizer, _ = first
+    found = drift(tokenizer, clustered[:700], clustered[500:])
+    for level in range(2):
+        p, q = (
+            np.bincount(tokenizer.encode(part).codes[:, level], minlength=16) / len(part)
+            for part in (clustered[:700], clustered[500:])
+        )
+        assert found.levels[level].total_variation == pytest.approx(np.abs(p - q).sum() / 2)
+        m = (p + q) / 2
+        parts = [np.where(r > 0, r * np.log2(np.where(r > 0, r, 1) / m), 0).sum() for r in (p, q)]
+        assert found.levels[level].jensen_shannon == pytest.approx(sum(parts) / 2, abs=1e-9)
+
+
+def test_the_shift_expected_by_chance_is_that_of_two_samples():
+    from semid.catalogue.drift import _level
+    from semid.health import usage_from_counts
+
+    generator = np.random.default_rng(0)
+    p = generator.dirichlet(np.full(32, 2.0))
+    found = []
+    for _ in range(200):
+        a, b = (usage_from_counts(generator.multinomial(n, p), level=0) for n in (2000, 500))
+        found.append(_level(a, b, 1.0, 1.0))
+    measured = np.mean([level.total_variation for level in found])
+    assert np.mean([level.expected for level in found]) == pytest.approx(measured, rel=0.03)
