@@ -93,8 +93,8 @@ def equal(a: nn.Module, b: nn.Module) -> bool:
 
 def test_training_improves_and_repeats():
     torch.manual_seed(11)
-    state = torch.get_rng_state()
     first = Task()
+    state = torch.get_rng_state()
     result = run(first)
     assert result.best.score < 0.5 * result.first.score
     assert torch.equal(torch.get_rng_state(), state)  # the global generator is left alone

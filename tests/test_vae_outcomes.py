@@ -11,7 +11,7 @@ import pytest
 import semid
 from semid.data.interactions import TEST, split_users
 from semid.diagnostics.geometry import geometry
-from semid.errors import DivergedError, UsageError
+from semid.errors import DivergedError, EmbeddingError, UsageError
 from semid.tokenizers.making import TOKENIZERS, make_tokenizer, read_recipe, recipe_names
 
 NETWORK = {"hidden": (32,), "latent": 8, "pretrain_epochs": 2}
@@ -189,3 +189,23 @@ def test_parallel_codes_have_no_beam(clustered):
     tokenizer = semid.MoCVAE(**SMALL).fit(clustered)
     with pytest.raises(UsageError, match="parallel"):
         tokenizer.encode(clustered, beam_width=2)
+
+
+def test_several_inputs_have_projections_of_their_own(clustered, tmp_path):
+    generator = np.random.default_rng(0)
+    image = generator.normal(size=(len(clustered), 6)).astype(np.float32)
+    brand = [None if n % 50 == 0 else f"brand {n % 7}" for n in range(len(clustered))]
+    both = semid.fuse({"text": clustered, "image": image}, categories={"brand": brand})
+    assert both.inputs == (24, 6, 64)
+    rows = both.rows(np.array([3, 10, 50]))
+    assert np.array_equal(rows[:, :24], clustered[[3, 10, 50]])
+    assert np.array_equal(rows[0, 30:], rows[1, 30:])  # brand 3 both
+    assert not rows[2, 30:].any()
+    tokenizer = semid.RQPVAE(**SMALL).fit(both)
+    tokenizer.save(tmp_path / "model")
+    loaded = semid.load(tmp_path / "model")
+    assert np.array_equal(loaded.encode(both).codes, tokenizer.encode(both).codes)
+    projections = [name for name in tokenizer._tensors() if "projections" in name]
+    assert len(projections) == 6
+    with pytest.raises(EmbeddingError, match="'image' has 5"):
+        semid.fuse({"text": clustered, "image": image[:5]})

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from semid.quantization.kmeans import KMeansOptions
     from semid.report import diagnose
     from semid.tokenizers.drqvae import DRQVAE
+    from semid.tokenizers.features import fuse
     from semid.tokenizers.mocvae import MoCVAE
     from semid.tokenizers.neural.behaviour import Neighbours
     from semid.tokenizers.neural.tokenizer import Network
@@ -43,6 +44,7 @@ __all__ = [
     "SyntheticCatalogue",
     "TrainOptions",
     "diagnose",
+    "fuse",
     "load",
     "make_unique",
     "open_embeddings",
@@ -66,6 +68,7 @@ _HOME = {
     "TrainOptions": "semid.training.options",
     "VQVAE": "semid.tokenizers.vqvae",
     "diagnose": "semid.report",
+    "fuse": "semid.tokenizers.features",
     "load": "semid.loading",
     "make_unique": "semid.catalogue.uniqueness",
     "open_embeddings": "semid.data.embeddings",

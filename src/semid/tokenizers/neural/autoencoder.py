@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from semid.seeds import torch_generator
 from semid.tokenizers.neural.rowwise import Layer, perceptron
 
-__all__ = ["Autoencoder"]
+__all__ = ["Autoencoder", "ExactDecoder", "ExactEncoder", "blank_linear"]
 
 Array = npt.NDArray[np.float32]
 
@@ -50,12 +50,12 @@ class Autoencoder(nn.Module):
         self.register_buffer("scale", torch.ones(()))
         widths = [min(width, PROJECTED) for width in inputs] if len(inputs) > 1 else []
         self.projections = nn.ModuleList(
-            [nn.Linear(a, b) for a, b in zip(inputs, widths, strict=False)]
+            [blank_linear(a, b) for a, b in zip(inputs, widths, strict=False)]
         )
         sizes = [sum(widths) or dim, *hidden, latent]
-        self.encoder = nn.ModuleList([nn.Linear(a, b) for a, b in _steps(sizes)])
+        self.encoder = nn.ModuleList([blank_linear(a, b) for a, b in _steps(sizes)])
         self.decoder = nn.ModuleList(
-            [nn.Linear(a, b) for a, b in _steps([latent, *reversed(hidden), dim])]
+            [blank_linear(a, b) for a, b in _steps([latent, *reversed(hidden), dim])]
         )
         self._initialise_(seed)
 
@@ -162,6 +162,12 @@ class ExactDecoder:
     def __call__(self, z: Array, *, threads: int | None = None) -> Array:
         """Return rows ``(n, dim)`` from latents ``(n, latent)``."""
         return perceptron(z, self.layers, threads=threads) * self.scale + self.mean
+
+
+def blank_linear(inputs: int, outputs: int, *, bias: bool = True) -> nn.Linear:
+    """Return a linear layer with weights yet to be set, without a draw from torch's generator."""
+    made: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias)
+    return made
 
 
 def _steps(sizes: Sequence[int]) -> list[tuple[int, int]]:

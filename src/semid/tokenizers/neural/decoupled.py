@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from semid.errors import UsageError
 from semid.seeds import numpy_generator, torch_generator
-from semid.tokenizers.neural.autoencoder import Autoencoder
+from semid.tokenizers.neural.autoencoder import Autoencoder, blank_linear
 from semid.tokenizers.neural.contrastive import info_nce, uniformity
 from semid.tokenizers.neural.pairs import Behaviour, PairSource
 from semid.training.batches import epoch_batches, own_share, steps_per_epoch
@@ -107,7 +107,7 @@ class ContinuousAutoencoder(nn.Module):
         assert isinstance(head, nn.Linear)
         self.log_variance: nn.Linear | None = None
         if objective.kl_weight > 0:
-            self.log_variance = nn.Linear(head.in_features, head.out_features)
+            self.log_variance = blank_linear(head.in_features, head.out_features)
             nn.init.zeros_(self.log_variance.weight)
             nn.init.constant_(self.log_variance.bias, -4.0)
 

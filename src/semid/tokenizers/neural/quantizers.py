@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from semid.tokenizers.neural.autoencoder import blank_linear
 from semid.tokenizers.neural.codebook import Codebook, UpdateRule, nearest_labels
 
 __all__ = ["ParallelQuantizer", "Quantized", "Quantizer", "ResidualQuantizer"]
@@ -103,7 +104,7 @@ class ParallelQuantizer(nn.Module):
             [Codebook(k, latent, rule=rule, seed=seed, name=i) for i, k in enumerate(sizes)]
         )
         self.maps = nn.ModuleList(
-            [nn.Linear(latent, latent, bias=False) for _ in sizes] if projection else []
+            [blank_linear(latent, latent, bias=False) for _ in sizes] if projection else []
         )
         for number, each in enumerate(self.maps):
             assert isinstance(each, nn.Linear)

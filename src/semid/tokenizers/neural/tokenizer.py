@@ -30,7 +30,7 @@ from semid.training.options import TrainOptions
 from semid.training.rows import TrainingRows
 from semid.training.stages import Stages
 
-__all__ = ["DEVICES", "Network", "NeuralTokenizer", "PreparedRows", "pick_device"]
+__all__ = ["DEVICES", "LATENT", "Network", "NeuralTokenizer", "PreparedRows", "pick_device"]
 
 Array = npt.NDArray[np.float32]
 DEVICES = ("auto", "cpu", "cuda")

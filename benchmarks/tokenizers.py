@@ -1,0 +1,190 @@
+"""Every tokenizer on real catalogues: reconstruction, usage, dead codes, collisions, time.
+
+    python benchmarks/tokenizers.py ../shared/data --sets beauty toys sports --seeds 3
+
+One JSON line a fit is appended to the output file as soon as it is done; fits that are there
+already are skipped, so a run that was stopped continues by the same command. At the end the lines
+are shown as Markdown tables. scikit-learn's residual K-means on the same training rows stands
+beside ours; perplexities are never raised by constraining the assignment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.cluster import KMeans
+
+import semid
+from semid.data.ids import held_out_mask
+from semid.health import collisions, usage
+from semid.tokenizers.base import HELD_OUT_SALT, Tokenizer
+
+SETS = {
+    "beauty": "amazon2014_beauty",
+    "toys": "amazon2014_toys",
+    "sports": "amazon2014_sports",
+    "union": "union_catalogue",
+}
+Row = dict[str, Any]
+
+
+def methods(
+    codes: int, interactions: Path
+) -> dict[str, Callable[[int], tuple[Tokenizer, dict[str, Any]]]]:
+    """Return name -> seed -> tokenizer and further arguments of its fit, at default settings."""
+    logs = {"interactions": interactions}
+    made: dict[str, Callable[[int], tuple[Tokenizer, dict[str, Any]]]] = {
+        "RQKMeans": lambda s: (semid.RQKMeans(codebook_size=codes, seed=s), {}),
+        "RQVAE": lambda s: (semid.RQVAE(codebook_size=codes, seed=s), {}),
+        "RQPVAE": lambda s: (semid.RQPVAE(codebook_size=codes, seed=s), {}),
+        "DRQVAE": lambda s: (semid.DRQVAE(codebook_size=codes, seed=s), {}),
+        "VQVAE": lambda s: (semid.VQVAE(codebook_size=codes, seed=s), {}),
+    }
+    for count in (1, 2, 3, 7):
+        made[f"MoCVAE {count}x"] = lambda s, m=count: (
+            semid.MoCVAE(n_codebooks=m, codebook_size=codes, seed=s),
+            {},
+        )
+    if interactions.exists():
+        made["DRQVAE+CL"] = lambda s: (
+            semid.DRQVAE(codebook_size=codes, seed=s, contrastive_weight=0.1),
+            logs,
+        )
+    return made
+
+
+def summarise(codes: np.ndarray, size: int) -> Row:
+    """Return usage and collisions of codes ``(items, levels)``."""
+    found, used = collisions(codes), usage(codes, size)
+    return {
+        "perplexity": [round(u.perplexity, 2) for u in used],
+        "dead": [u.dead for u in used],
+        "one_minus_unique": found.collision_rate,
+        "shared": found.shared_share,
+    }
+
+
+def fit_ours(x: np.ndarray, ids: Path, tokenizer: Tokenizer, extra: dict[str, Any]) -> Row:
+    """Fit one of ours and measure it."""
+    began, cpu = time.perf_counter(), time.process_time()
+    tokenizer.fit(x, ids=ids, **extra)
+    seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+    report = tokenizer.report
+    assert report is not None
+    return {
+        "error_trained": report.training_error,
+        "error_held_out": report.validation_error,
+        **summarise(tokenizer.encode(x).codes, tokenizer.codebook_sizes[0]),
+        "seconds": seconds,
+        "cpu_seconds": cpu,
+    }
+
+
+def fit_sklearn(x: np.ndarray, held: np.ndarray, codes: int, seed: int) -> Row:
+    """Residual K-means by scikit-learn on the same training rows."""
+    began, cpu = time.perf_counter(), time.process_time()
+    residual, labels = x.copy(), []
+    for level in range(3):
+        model = KMeans(codes, n_init=1, max_iter=25, tol=0, random_state=seed + 100 * level)
+        model.fit(residual[~held])
+        labels.append(model.predict(residual))
+        residual = residual - model.cluster_centers_[labels[-1]]
+    variance = ((x[~held] - x[~held].mean(0)) ** 2).sum(1).mean()
+    errors = (residual**2).sum(1)
+    return {
+        "error_trained": float(errors[~held].mean() / variance),
+        "error_held_out": float(errors[held].mean() / variance),
+        **summarise(np.stack(labels, 1), codes),
+        "seconds": time.perf_counter() - began,
+        "cpu_seconds": time.process_time() - cpu,
+    }
+
+
+def tables(rows: list[Row]) -> str:
+    """Return one Markdown table a data set and codebook size, mean and spread over seeds."""
+    out = []
+    for data, codes in sorted({(r["data"], r["codes"]) for r in rows}):
+        own = [r for r in rows if (r["data"], r["codes"]) == (data, codes)]
+        out += [
+            f"\n**{data}, K = {codes}**\n",
+            "| tokenizer | seeds | error trained | error held out | perplexity a level "
+            "| dead codes | 1 - unique/N | in shared buckets | CPU s |",
+            "|---|---|---|---|---|---|---|---|---|",
+        ]
+        for method in dict.fromkeys(r["method"] for r in own):
+            fits = [r for r in own if r["method"] == method]
+            levels = np.mean([r["perplexity"] for r in fits], axis=0)
+            cells = [spread([r[name] for r in fits]) for name in FIGURES[:2]]
+            cells += [" / ".join(f"{p:.0f}" for p in levels)]
+            cells += [str(max(sum(r["dead"]) for r in fits))]
+            cells += [spread([r[name] for r in fits]) for name in FIGURES[2:]]
+            cells += [f"{np.mean([r['cpu_seconds'] for r in fits]):.0f}"]
+            out.append(f"| {method} | {len(fits)} | " + " | ".join(cells) + " |")
+    return "\n".join(out)
+
+
+FIGURES = ("error_trained", "error_held_out", "one_minus_unique", "shared")
+
+
+def spread(values: list[float]) -> str:
+    """Return the mean, with the standard deviation where there are several."""
+    if len(values) < 2:
+        return f"{values[0]:.4f}"
+    return f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}"
+
+
+def read(path: Path) -> list[Row]:
+    """Return the fits done so far."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf8").splitlines()]
+
+
+def main() -> None:
+    """Run what is missing and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data", type=Path, help="folder of data sets")
+    parser.add_argument("--sets", nargs="+", default=["beauty", "toys", "sports"], choices=SETS)
+    parser.add_argument("--codes", type=int, default=256)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", help="names of tokenizers, as in the table")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/tokenizers.jsonl"))
+    given = parser.parse_args()
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    machine = {
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "amx": bool(torch.cpu._is_amx_tile_supported()),
+    }
+    for seed in range(given.seeds):
+        for name in given.sets:
+            folder = given.data / SETS[name]
+            x = np.load(folder / "embeddings.f16.npy").astype(np.float32)
+            ids = folder / "items.parquet"
+            held = held_out_mask(semid.open_embeddings(x, ids=ids).ids, 0.05, salt=HELD_OUT_SALT)
+            made = methods(given.codes, folder / "interactions.parquet")
+            for method in ["scikit-learn", *made]:
+                key = {"data": name, "codes": given.codes, "method": method, "seed": seed}
+                done = any(all(r[k] == v for k, v in key.items()) for r in read(given.out))
+                if done or (given.only and method not in given.only):
+                    continue
+                if method == "scikit-learn":
+                    row = fit_sklearn(x, held, given.codes, seed)
+                else:
+                    row = fit_ours(x, ids, *made[method](seed))
+                with given.out.open("a", encoding="utf8") as file:
+                    file.write(json.dumps({**key, **row, **machine}) + "\n")
+    print(tables(read(given.out)))
+
+
+if __name__ == "__main__":
+    main()

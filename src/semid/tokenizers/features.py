@@ -1,0 +1,130 @@
+"""Several inputs of one catalogue side by side: embeddings by name, and categories (DRQ §4)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from semid.data.blocks import RawBlock
+from semid.data.embeddings import open_embeddings
+from semid.data.hashing import hash_strings
+from semid.data.ids import ItemIds
+from semid.data.source import EmbeddingSource
+from semid.errors import EmbeddingError, UsageError
+
+__all__ = ["CATEGORY_WIDTH", "FusedSource", "category_vectors", "fuse"]
+
+Array = npt.NDArray[np.float32]
+
+CATEGORY_WIDTH = 64
+"""Width of a category's vector: random directions in it are nearly orthogonal."""
+
+
+def category_vectors(values: Sequence[str | None], *, name: str, width: int) -> Array:
+    """Turn categories into unit vectors that depend on the category and the column alone.
+
+    Args:
+        values: ``(items,)`` categories; None becomes the zero vector.
+        name: the column's name; equal words in two columns get different vectors.
+        width: of the vectors.
+
+    Returns:
+        ``(items, width)`` float32, entries ``+-1 / sqrt(width)``.
+    """
+    known = sorted({value for value in values if value is not None})
+    row = {value: number for number, value in enumerate(known)}
+    words = pa.array(known, pa.large_string())
+    signs = np.zeros((len(known) + 1, width), dtype=np.float32)
+    for start in range(0, width, 64):
+        bits = hash_strings(words, salt=f"semid/category/{name}/{start}")
+        span = np.arange(min(64, width - start), dtype=np.uint64)
+        signs[:-1, start : start + len(span)] = 2.0 * ((bits[:, None] >> span) & np.uint64(1)) - 1.0
+    at = [len(known) if value is None else row[value] for value in values]
+    vectors: Array = signs[at] / np.float32(np.sqrt(width))
+    return vectors
+
+
+class FusedSource(EmbeddingSource):
+    """Sources of the same items side by side.
+
+    Args:
+        parts: name -> source, all with the same number of rows.
+        ids: the items.
+
+    Attributes:
+        inputs: width of each part; neural tokenizers project each by itself.
+    """
+
+    def __init__(self, parts: Mapping[str, EmbeddingSource], ids: ItemIds) -> None:
+        self.parts = dict(parts)
+        self.ids = ids
+        self.inputs = tuple(part.dim for part in self.parts.values())
+        self.dim = sum(self.inputs)
+        self.label = " + ".join(part.label for part in self.parts.values())
+        self.cheap_rows = all(part.cheap_rows for part in self.parts.values())
+
+    def describe(self) -> dict[str, Any]:
+        """Return the parts' names and widths."""
+        return {
+            "kind": "fused",
+            "items": len(self),
+            "dim": self.dim,
+            "parts": dict(zip(self.parts, self.inputs, strict=True)),
+        }
+
+    def _raw_blocks(self, size: int) -> Iterator[RawBlock]:
+        for blocks in zip(*(p.blocks(size) for p in self.parts.values()), strict=True):
+            yield RawBlock(np.concatenate([block for _, block in blocks], axis=1))
+
+    def _raw_rows(self, indices: np.ndarray) -> RawBlock:
+        rows = [part.rows(indices) for part in self.parts.values()]
+        return RawBlock(np.concatenate(rows, axis=1))
+
+
+def fuse(
+    embeddings: Mapping[str, Any],
+    *,
+    categories: Mapping[str, Sequence[str | None]] | None = None,
+    ids: Any = None,
+    category_width: int = CATEGORY_WIDTH,
+) -> FusedSource:
+    """Lay several embeddings and categories of the same items side by side.
+
+    Args:
+        embeddings: name -> anything `semid.open_embeddings` reads, ``(items, width)`` each. Scales
+            are kept: what is to count more is to be longer.
+        categories: name -> ``(items,)`` values; see `category_vectors`.
+        ids: item ids; None takes those of the first embedding.
+        category_width: width of a category's vector, at least 1.
+
+    Returns:
+        A source of width ``sum(widths)`` that every tokenizer fits and encodes.
+
+    Raises:
+        UsageError: nothing given, or a width below 1.
+        EmbeddingError: parts of different lengths.
+    """
+    if not embeddings:
+        raise UsageError("fuse needs at least one embedding; give {'text': vectors}")
+    if category_width < 1:
+        raise UsageError(f"category_width={category_width}: give at least 1")
+    parts: dict[str, EmbeddingSource] = {
+        name: open_embeddings(source) for name, source in embeddings.items()
+    }
+    for name, values in (categories or {}).items():
+        if name in parts:
+            raise UsageError(f"'{name}' names an embedding and a category; rename one")
+        parts[name] = open_embeddings(
+            category_vectors(list(values), name=name, width=category_width)
+        )
+    lengths = {name: len(part) for name, part in parts.items()}
+    if len(set(lengths.values())) > 1:
+        told = ", ".join(f"'{name}' has {length}" for name, length in lengths.items())
+        raise EmbeddingError(f"the inputs have different numbers of rows: {told}; give the same")
+    first = next(iter(parts.values()))
+    named = first if ids is None else open_embeddings(first, ids=ids)
+    return FusedSource(parts, named.ids)
