@@ -3,9 +3,9 @@
 1. The codebooks are fitted again on the changed catalogue, from the old ones where the tokenizer
    allows it (`semid.catalogue.warm`).
 2. Codewords take the numbers of the old ones they go on from (`semid.catalogue.matching`).
-3. Items whose codes are as before keep their published id, whatever step made it unique. Of the
-   others, those that gain most move, up to the budget; the rest keep the published id at a
-   distortion that the report states.
+3. Items whose new codes are those that were published (for reassigned ids: those the model had)
+   keep their id. Of the others, those that gain most move, up to the budget; the rest keep the
+   published id at a distortion that the report states.
 4. Items that moved and new ones are placed around the ids that stay.
 """
 
@@ -48,8 +48,8 @@ class Generation:
         held_out_error: the same over the items that fits hold out; None without any.
         collision_rate: ``1 - unique/N`` of these codes.
         shared_share: share of items in shared buckets.
-        churn: against the published ids of the generation before, model codes only; None for
-            ``previous``.
+        churn: against the ids published before, without an appended token, and before a
+            reassigned last code; None for ``previous``.
     """
 
     name: str
@@ -197,8 +197,11 @@ def refresh(
             f"'{opened.ids[0]}', the published like '{published.items[0]}'); give the same ids, "
             "or fit a new model"
         )
+    # What an item's new codes are held against: its published ones, but for a reassigned last code,
+    # which differs from the model's on purpose.
+    base = published.encoded if published.info.unique == "reassign" else published.codes
     both = _Both(
-        old=published.encoded[at[shared]].astype(np.int64),
+        old=base[at[shared], : previous.levels].astype(np.int64),
         rows=shared,
         weights=None if mass is None else mass[shared],
     )
@@ -207,7 +210,7 @@ def refresh(
         previous, opened, both, steps,
     )  # fmt: skip
     plain = model.encode(opened, beam_width=published.info.beam_width, progress=steps)
-    stays, budget = _staying(model, opened, plain, published, at, both, max_churn)
+    stays, budget, held_back = _staying(model, opened, plain, published, at, both, max_churn)
     result, unplaced = _publish(model, opened, plain, published, at, stays, steps)
     ways: list[tuple[str, Tokenizer, Codes]] = [
         ("previous", previous, previous.encode(opened, progress=steps).codes),
@@ -227,7 +230,7 @@ def refresh(
         removed=len(published) - len(shared),
         churn=churn(before.astype(np.int64), after.astype(np.int64), weights=both.weights),
         budget=budget,
-        held_back=int((plain.codes[stays] != published.encoded[at[stays]]).any(axis=1).sum()),
+        held_back=held_back,
         unplaced=unplaced,
         generations=_judge(opened, ways, both),
     )
@@ -236,7 +239,7 @@ def refresh(
 
 @dataclass(frozen=True)
 class _Both:
-    """Items in both generations: model codes before, rows now, weights."""
+    """Items in both generations: codes before, rows now, weights."""
 
     old: npt.NDArray[np.int64]
     rows: npt.NDArray[np.int64]
@@ -268,15 +271,18 @@ def _staying(
     at: npt.NDArray[np.int64],
     both: _Both,
     max_churn: float | None,
-) -> tuple[npt.NDArray[np.int64], int | None]:
-    """Rows that keep their published id, and the budget in items."""
-    moving = (plain.codes[both.rows] != both.old).any(axis=1)
+) -> tuple[npt.NDArray[np.int64], int | None, int]:
+    """Rows that keep their published id, the budget in items, and how many it holds back."""
+    now = plain.codes[both.rows]
+    moving = (now != both.old).any(axis=1)
+    if published.info.unique == "reassign":  # one that a budget held under another prefix
+        moving |= (now[:, :-1] != published.codes[at[both.rows], :-1]).any(axis=1)
     if max_churn is None:
-        return both.rows[~moving], None
+        return both.rows[~moving], None, 0
     budget = int(max_churn * len(both.rows))
     movers = both.rows[moving]
     if len(movers) <= budget:
-        return both.rows[~moving], budget
+        return both.rows[~moving], budget, 0
     gain = np.empty(len(movers))
     for start in range(0, len(movers), BLOCK_ROWS):
         part = movers[start : start + BLOCK_ROWS]
@@ -286,7 +292,8 @@ def _staying(
         gain[start : start + len(part)] = squared - plain.residual_norms[part].astype(float) ** 2
     names = source.ids.take(movers).hash64()
     order = np.lexsort((names, -gain))
-    return np.sort(np.concatenate([both.rows[~moving], movers[order[budget:]]])), budget
+    kept = np.sort(np.concatenate([both.rows[~moving], movers[order[budget:]]]))
+    return kept, budget, len(movers) - budget
 
 
 def _publish(

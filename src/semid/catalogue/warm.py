@@ -77,7 +77,8 @@ def fit_again(
     """
     settings = previous.settings
     threads = getattr(previous, "threads", None)
-    if not (warm_start and isinstance(previous, RQKMeans)):
+    # A subclass may mean something else by its codebooks, so only the class itself is known.
+    if not warm_start or type(previous) is not RQKMeans:
         fresh = type(previous)(**settings)
         if threads is not None:
             fresh.threads = threads  # type: ignore[attr-defined]
