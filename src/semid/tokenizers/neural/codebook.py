@@ -63,12 +63,14 @@ def nearest_labels(z: Tensor, codewords: Tensor) -> Tensor:
     Returns:
         int64 ``(n,)``.
     """
-    halves = 0.5 * codewords.square().sum(dim=1)
-    across = codewords.t()
     rows = max(1, SCORES // len(codewords))
-    parts = [
-        torch.addmm(halves, part, across, alpha=-1.0).argmin(dim=1) for part in torch.split(z, rows)
-    ]
+    # Under autocast the product would be taken in bf16, and codewords differ by less.
+    with torch.autocast(z.device.type, enabled=False):
+        halves, across = 0.5 * codewords.square().sum(dim=1), codewords.t()
+        parts = [
+            torch.addmm(halves, part, across, alpha=-1.0).argmin(dim=1)
+            for part in torch.split(z, rows)
+        ]
     return torch.cat(parts)
 
 

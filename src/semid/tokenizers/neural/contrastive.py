@@ -26,7 +26,8 @@ def info_nce(
     """
     a = functional.normalize(first.float(), dim=1)
     b = functional.normalize(second.float(), dim=1)
-    logits = a @ b.t() / temperature
+    with torch.autocast(a.device.type, enabled=False):  # small temperatures magnify rounding
+        logits = a @ b.t() / temperature
     if excluded is not None:
         logits = logits.masked_fill(excluded, float("-inf"))
     target = torch.arange(len(logits), device=logits.device)
@@ -46,6 +47,7 @@ def uniformity(z: Tensor, *, sharpness: float = 2.0) -> Tensor:
         Scalar; lower is more even.
     """
     unit = functional.normalize(z.float(), dim=1)
-    squared = (2.0 - 2.0 * (unit @ unit.t())).clamp_min(0.0)
+    with torch.autocast(unit.device.type, enabled=False):
+        squared = (2.0 - 2.0 * (unit @ unit.t())).clamp_min(0.0)
     apart = ~torch.eye(len(z), dtype=torch.bool, device=z.device)
     return (-sharpness * squared[apart]).exp().mean().log()

@@ -65,7 +65,7 @@ class Positives:
             Cost: O(sum of the anchors' positives + n^2 / 8).
         """
         count = len(first)
-        excluded = first[:, None] == second[None, :]
+        excluded: Mask = np.equal(first[:, None], second[None, :])
         order = np.argsort(second, kind="stable")
         present = second[order]
         lengths = self._offsets[first + 1] - self._offsets[first]
