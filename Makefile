@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test slow browser lint format clean
+.PHONY: demo test slow browser bench lint format clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +23,10 @@ slow: $(READY)  ## tests on real data at full size, minutes
 
 browser: $(READY)  ## tests of the pages in headless Chromium
 	$(BIN)/python -m pytest -m "browser and not slow"
+
+bench: $(READY)  ## speed and quality beside the peers, into benchmarks/results: half an hour
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,bench]'
+	$(BIN)/python benchmarks
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check src tests benchmarks
