@@ -30,6 +30,7 @@ from semid.tokenizers.card import card
 from semid.tokenizers.context import (
     EncodedBlock,
     FitContext,
+    check_beam,
     data_digest,
     item_weights,
     refuse_behaviour,
@@ -339,13 +340,7 @@ class Tokenizer(ABC):
             UsageError: if ``beam_width`` is below 1.
         """
         width = self.beam_width if beam_width is None else beam_width
-        if width < 1:
-            raise UsageError(f"beam_width={width}: give at least 1")
-        if width > 1 and not self.hierarchical:
-            raise UsageError(
-                f"beam_width={width}: the codebooks of {self.kind} are parallel and each takes its "
-                "nearest codeword; leave --beam-width (beam_width) out"
-            )
+        check_beam(width, kind=self.kind, hierarchical=self.hierarchical)
         return CodesInfo(
             tokenizer=self.kind,
             codebook_sizes=self.codebook_sizes,

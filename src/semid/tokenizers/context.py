@@ -20,6 +20,7 @@ from semid.training.checkpoint import Checkpoint
 __all__ = [
     "EncodedBlock",
     "FitContext",
+    "check_beam",
     "data_digest",
     "item_weights",
     "level_sizes",
@@ -136,3 +137,18 @@ def data_digest(
     digest.update(b"" if weights is None else weights.tobytes())
     digest.update(b"" if behaviour is None else behaviour.digest().encode())
     return digest.hexdigest()
+
+
+def check_beam(width: int, *, kind: str, hierarchical: bool) -> None:
+    """Refuse a beam that is no width, or one over parallel codebooks, where it would do nothing.
+
+    Raises:
+        UsageError: saying which.
+    """
+    if width < 1:
+        raise UsageError(f"beam_width={width}: give at least 1")
+    if width > 1 and not hierarchical:
+        raise UsageError(
+            f"beam_width={width}: the codebooks of {kind} are parallel and each takes its nearest "
+            "codeword; leave --beam-width (beam_width) out"
+        )
