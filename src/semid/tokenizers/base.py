@@ -21,7 +21,7 @@ from semid.artefact import fingerprint, read_artefact, write_artefact
 from semid.codes import CodesInfo, SemanticIds, code_dtype
 from semid.data.embeddings import EmbeddingSource, open_embeddings
 from semid.data.ids import ItemIds, held_out_mask
-from semid.errors import ArtefactError, EmbeddingError, InputError, NotFittedError, UsageError
+from semid.errors import ArtefactError, EmbeddingError, InputError, NotFittedError
 from semid.progress import Progress, QuietProgress
 from semid.quantization.blocks import BLOCK_ROWS, prefetched
 from semid.quantization.nearest import prepare_kernels
