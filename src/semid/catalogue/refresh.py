@@ -354,8 +354,8 @@ def _judge(
         result.append(
             Generation(
                 name=name,
-                error=error[way, 0] / rows[0] / variance if variance > 0 else 0.0,
-                held_out_error=error[way, 1] / rows[1] / variance
+                error=float(error[way, 0] / rows[0] / variance) if variance > 0 else 0.0,
+                held_out_error=float(error[way, 1] / rows[1] / variance)
                 if rows[1] and variance > 0
                 else None,
                 collision_rate=counted.collision_rate,
