@@ -281,7 +281,7 @@ class _Run:
 
     def _step(self, batch: Any, weight: float) -> tuple[float, dict[str, float]]:
         options = self.options
-        torch.manual_seed(child_seed(self.seed, "step", self.step, rank()))
+        self._seed_step()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(
                 self.step,
@@ -304,6 +304,17 @@ class _Run:
         self.optimizer.step()
         self.step += 1
         return loss, {name: float(value) for name, value in result.logs.items()}
+
+    def _seed_step(self) -> None:
+        """Make what is drawn in a step a function of the seed and the step's number.
+
+        Not by `torch.manual_seed`: it queues a call for every kind of device that is absent, with
+        a stack trace each, which costs more than a small step and never ends.
+        """
+        seed = child_seed(self.seed, "step", self.step, rank())
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def _judge(self, epoch: int, log: Logger) -> None:
         self.module.eval()
