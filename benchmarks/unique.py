@@ -2,8 +2,10 @@
 
     python benchmarks/unique.py --items 1000000
 
-Items are drawn around the codewords of a residual tokenizer, popular codes first (Zipf), so that
-many share an id. Only the step itself is timed, not the encoding. Prints one JSON object.
+Items are drawn around the codewords of a residual tokenizer, popular codes first (share falling as
+``rank ** -skew``), so that many share an id. Only the step itself is timed, not the encoding. With
+a larger skew more prefixes hold more items than the last codebook has codewords, and looking for
+whom to leave out takes most of the time. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from semid.data.ids import ItemIds
 
 
 def catalogue(
-    items: int, codes: int, dim: int, noise: float, seed: int
+    items: int, codes: int, dim: int, noise: float, skew: float, seed: int
 ) -> tuple[semid.RQKMeans, np.ndarray]:
     """Draw a tokenizer and embeddings ``(items, dim)`` float32."""
     generator = np.random.default_rng(seed)
@@ -31,7 +33,7 @@ def catalogue(
     tokenizer = semid.RQKMeans(levels=3, codebook_size=codes)
     tokenizer._set_tensors({f"codebooks.{level}": book for level, book in enumerate(books)})
     tokenizer._dim = dim
-    share = 1.0 / np.arange(1, codes + 1) ** 0.7
+    share = 1.0 / np.arange(1, codes + 1) ** skew
     x = np.zeros((items, dim), np.float32)
     for book in books:
         x += book[generator.choice(codes, size=items, p=share / share.sum())]
@@ -44,16 +46,18 @@ def main() -> None:
     parser.add_argument("--codes", type=int, default=256)
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--noise", type=float, default=0.1)
+    parser.add_argument("--skew", type=float, default=0.5)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    tokenizer, x = catalogue(args.items, args.codes, args.dim, args.noise, args.seed)
+    tokenizer, x = catalogue(args.items, args.codes, args.dim, args.noise, args.skew, args.seed)
     named = ItemIds([f"item-{row:08d}" for row in range(args.items)])
     source = semid.open_embeddings(x, ids=named)
     ids: SemanticIds = tokenizer.encode(source)
     assign_rows(np.zeros((2, 2)))  # compiled before the clock runs
     found: dict[str, Any] = {
         "items": args.items, "levels": 3, "codes": args.codes, "dim": args.dim,
-        "noise": args.noise, "seed": args.seed, "python": platform.python_version(),
+        "noise": args.noise, "skew": args.skew, "seed": args.seed,
+        "python": platform.python_version(),
     }  # fmt: skip
     for method in ("append", "reassign"):
         began, cpu = time.perf_counter(), time.process_time()

@@ -323,8 +323,9 @@ def _report(
         method=method,
         capacity=capacity,
         items=len(ids),
-        unique_before=len(np.unique(before)),
-        unique_after=len(np.unique(after)),
+        # Buckets are numbered from 0 without gaps.
+        unique_before=int(before.max(initial=-1)) + 1,
+        unique_after=int(after.max(initial=-1)) + 1,
         shared_before=int((bucket_sizes(before) > 1).sum()),
         shared_after=int((bucket_sizes(after) > 1).sum()),
         moved=int((ids.codes[:, : plain.levels] != plain.codes).any(axis=1).sum()),
