@@ -16,6 +16,8 @@ import pytest
 import semid
 from semid.cli import main
 
+pytestmark = pytest.mark.slow  # every process imports torch anew
+
 OPTIONS = {
     "codebook_size": 16,
     "network": {"hidden": [32], "latent": 8, "pretrain_epochs": 0},

@@ -126,9 +126,7 @@ class CodesInfo:
         return info
 
 
-def ids_schema(
-    item_type: pa.DataType, info: CodesInfo, *, model_codes: bool = False
-) -> pa.Schema:
+def ids_schema(item_type: pa.DataType, info: CodesInfo, *, model_codes: bool = False) -> pa.Schema:
     """Return the Parquet schema of Semantic IDs for items of ``item_type``.
 
     Args:
