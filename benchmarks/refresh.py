@@ -76,13 +76,21 @@ def steps(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
             {
                 "data": folder.name,
                 "seconds": round(time.perf_counter() - began, 1),
-                "drift": moved.to_dict(),
+                "drift": figures(moved.to_dict()),
                 "refresh": result.report.to_dict(),
             }
         )
         print(f"{folder.name}: {len(now)} items", result.report.summary(), sep="\n", flush=True)
         model, ids = result.tokenizer, result.ids
     return done
+
+
+def figures(moved: dict[str, Any]) -> dict[str, Any]:
+    """Keep the figures without those that only lead to the verdict."""
+    for level in moved["levels"]:
+        for name in ("expected", "excess"):
+            level.pop(name, None)
+    return moved
 
 
 def percent(value: float | None) -> str:
@@ -125,7 +133,7 @@ def markdown(document: dict[str, Any]) -> str:
     ]
     for step in document["steps"]:
         found = step["drift"]
-        shift = max(level["excess"] for level in found["levels"])
+        shift = max(level["total_variation"] for level in found["levels"])
         lines.append(
             f"| {step['data']} | {found['items_after']} | {found['verdict']} | {shift:.3f} | "
             f"{found['error_before']:.4f} | {found['error_after']:.4f} | "

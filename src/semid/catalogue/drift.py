@@ -41,7 +41,8 @@ class LevelDrift:
     Attributes:
         level: level, counted from 0.
         total_variation: half the sum of absolute differences of the code shares, in [0, 1].
-        expected: what two samples of these sizes from one distribution would show on average.
+        expected: what two samples of these sizes from one distribution, as many of their items in
+            common with equal codes, would show on average.
         excess: ``total_variation`` beyond ``expected``, not below 0.
         jensen_shannon: Jensen-Shannon divergence of the code shares in bits, in [0, 1].
         perplexity_before: ``exp(H)`` of the code shares.
@@ -171,13 +172,15 @@ def drift(
         ]
         for each in used
     ]
-    levels = tuple(
-        _level(a, b, size_a, size_b) for a, b, size_a, size_b in zip(*used, *sizes, strict=True)
-    )
-    scores = novelty(second.residual_norms, norm_quantiles(first, tokenizer)) > NOVEL
     at = first.items.index_of(second.items.strings())
     shared = at >= 0
-    changed = (first.codes[at[shared]] != second.codes[shared]).any(axis=1)
+    same = first.codes[at[shared]] == second.codes[shared]
+    changed = (~same).any(axis=1)
+    levels = tuple(
+        _level(a, b, size_a, size_b, shared=int(kept))
+        for a, b, size_a, size_b, kept in zip(*used, *sizes, same.sum(axis=0), strict=True)
+    )
+    scores = novelty(second.residual_norms, norm_quantiles(first, tokenizer)) > NOVEL
     novel_new = float(scores[~shared].mean()) if (~shared).any() else None
     errors = [_mean_square(ids) / variance for ids in (first, second)]
     verdict, reasons = _verdict(levels, errors, novel_new, float(scores.mean()))
@@ -198,12 +201,16 @@ def drift(
     )
 
 
-def _level(a: LevelUsage, b: LevelUsage, size_a: float, size_b: float) -> LevelDrift:
+def _level(
+    a: LevelUsage, b: LevelUsage, size_a: float, size_b: float, *, shared: int
+) -> LevelDrift:
     p, q = a.probabilities, b.probabilities
     pooled = (a.counts + b.counts) / (a.items + b.items)
     variation = 0.5 * float(np.abs(p - q).sum())
-    # The mean of |p - q| for two multinomial samples, by the normal approximation.
-    spread = pooled * (1.0 - pooled) * (1.0 / a.items + 1.0 / b.items)
+    # The mean of |p - q| for two multinomial samples, by the normal approximation. Items in both
+    # with the same code add to both sides alike and take their covariance off.
+    apart = 1.0 / a.items + 1.0 / b.items - 2.0 * shared / (float(a.items) * b.items)
+    spread = pooled * (1.0 - pooled) * max(apart, 0.0)
     expected = 0.5 * float(np.sqrt(2.0 / np.pi * spread).sum())
     middle = 0.5 * (p + q)
     return LevelDrift(

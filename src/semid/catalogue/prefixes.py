@@ -70,6 +70,7 @@ class PrefixIndex:
 
         Cost: a sort of the items; memory 24 bytes a node and 8 an item.
         """
+        codes: npt.NDArray[Any]
         if isinstance(ids, SemanticIds):
             sizes = ids.info.codebook_sizes if sizes is None else sizes
             codes = ids.codes

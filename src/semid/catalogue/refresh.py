@@ -292,8 +292,8 @@ def _staying(
         gain[start : start + len(part)] = squared - plain.residual_norms[part].astype(float) ** 2
     names = source.ids.take(movers).hash64()
     order = np.lexsort((names, -gain))
-    kept = np.sort(np.concatenate([both.rows[~moving], movers[order[budget:]]]))
-    return kept, budget, len(movers) - budget
+    kept = np.concatenate([both.rows[~moving], movers[order[budget:]]]).astype(np.int64)
+    return np.sort(kept), budget, len(movers) - budget
 
 
 def _publish(

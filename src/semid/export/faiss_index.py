@@ -51,7 +51,8 @@ def faiss_index(ids: SemanticIds, *, tokenizer: Tokenizer) -> Any:
     bits = np.array([size.bit_length() - 1 for size in sizes])
     widths = faiss.UInt64Vector()
     faiss.copy_array_to_vector(bits.astype(np.uint64), widths)
-    index = faiss.IndexResidualQuantizer(books[0].shape[1], widths)
+    make: Any = faiss.IndexResidualQuantizer  # its stubs lack the one for widths that differ
+    index = make(books[0].shape[1], widths)
     faiss.copy_array_to_vector(np.concatenate(books).ravel(), index.rq.codebooks)
     index.rq.max_beam_size = 1
     index.rq.is_trained = index.is_trained = True

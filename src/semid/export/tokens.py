@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from semid.codes import CodesInfo, SemanticIds
+from semid.codes import CodesInfo, SemanticIds, code_dtype
 from semid.data.ids import ItemIds
 from semid.errors import InputError
 from semid.health import check_codes
@@ -75,4 +75,6 @@ def imported(
             info = CodesInfo(**{**info.__dict__, "codebook_sizes": sizes, "unique": "append"})
         check_codes(codes, info.codebook_sizes)
     norms = np.full(len(codes), np.nan, dtype=np.float32)
-    return SemanticIds(named, codes, norms, info, kept)
+    kind = code_dtype(info.codebook_sizes)
+    own = None if kept is None else kept.astype(code_dtype(info.model_sizes))
+    return SemanticIds(named, codes.astype(kind), norms, info, own)
