@@ -186,12 +186,12 @@ class LevelRun:
             )
 
     def on_iteration(self, level: int, state: KMeansState) -> None:
-        """Report an iteration and save where it stands."""
+        """Save where an iteration stands, then report it."""
+        self._save(state)
         if level != self._reported:
             self._progress.start(f"level {level + 1} of {self._levels}", total=None)
             self._reported = level
         self._progress.step(1, restart=state.restart, inertia=state.inertia[-1])
-        self._save(state)
 
     def on_level(self, level: int, result: KMeansResult) -> None:
         """Keep a finished level."""
