@@ -181,7 +181,7 @@ STOPPED = """
 import sys
 import semid.tokenizers.rqkmeans as module
 
-save = module._Run._save
+save = module.LevelRun._save
 count = 0
 
 def interrupt(self, state):
@@ -191,7 +191,7 @@ def interrupt(self, state):
     if count == 3:
         raise KeyboardInterrupt
 
-module._Run._save = interrupt
+module.LevelRun._save = interrupt
 from semid.cli import main
 main(sys.argv[1:])
 """

@@ -91,11 +91,12 @@ def held_out_auc(latents: np.ndarray, table: pa.Table) -> float:
     return float((close[:, None] > far[None, :]).mean())
 
 
+@pytest.mark.slow
 def test_contrastive_training_raises_the_auc_of_held_out_pairs():
     x, table = behaviour()
     ids = [f"i{n}" for n in range(len(x))]
     network = {"hidden": (64,), "latent": 16}
-    training = {"epochs": 15, "batch_size": 128, "learning_rate": 3e-3}
+    training = {"epochs": 120, "batch_size": 128, "learning_rate": 3e-3}  # 600 steps
     common = {"codebook_size": 16, "network": network, "training": training}
     plain = semid.DRQVAE(**common).fit(x, ids=ids)
     moved = semid.DRQVAE(**common, contrastive_weight=0.5, pairs_per_step=128)

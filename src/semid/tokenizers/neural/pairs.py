@@ -141,7 +141,7 @@ class TablePairs:
 
 
 class SequencePairs:
-    """Consecutive items of sequences, drawn by position: one bit of bookkeeping an interaction.
+    """Consecutive items of sequences, drawn by position, so that pairs are never listed.
 
     Args:
         items: ``(interactions,)`` rows of all sequences one after another, -1 for gaps.
@@ -153,7 +153,7 @@ class SequencePairs:
     Raises:
         InteractionsError: these users have no two different consecutive items.
 
-    Memory: 1 byte an interaction beside the sequences, and `Positives`.
+    Memory: 5 bytes an interaction of these users, and `Positives`.
     """
 
     def __init__(
@@ -165,11 +165,13 @@ class SequencePairs:
         *,
         protocol: str,
     ) -> None:
-        self._items = items
+        lengths = np.diff(offsets)
+        # Only the chosen users' sequences are kept: what others do must not move a draw.
+        self._items = items = items[np.repeat(users, lengths)]
+        offsets = np.concatenate([[0], np.cumsum(lengths[users])])
         begins = np.zeros(max(len(items) - 1, 0), dtype=bool)
         if len(begins):
-            begins[:] = np.repeat(users, np.diff(offsets))[:-1]
-            begins &= (items[:-1] >= 0) & (items[1:] >= 0) & (items[:-1] != items[1:])
+            begins[:] = (items[:-1] >= 0) & (items[1:] >= 0) & (items[:-1] != items[1:])
             ends = offsets[1:-1]  # a position that ends a sequence begins no pair
             begins[ends[(ends > 0) & (ends <= len(begins))] - 1] = False
         self._begins = begins
