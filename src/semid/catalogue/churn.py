@@ -71,7 +71,8 @@ def churn(
     def shares(table: npt.NDArray[np.bool_], by: Any) -> tuple[float, ...]:
         if not len(table):
             return (0.0,) * table.shape[1]
-        return tuple(map(float, table.mean(axis=0) if by is None else by @ table))
+        found: list[float] = (table.mean(axis=0) if by is None else by @ table).tolist()
+        return tuple(found)
 
     return Churn(
         items=len(old),

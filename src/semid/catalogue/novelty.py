@@ -71,4 +71,7 @@ def novelty(
     points = np.asarray(quantiles)
     # Where quantiles repeat, the highest share counts: as many lie at or below.
     last = np.append(points[1:] != points[:-1], True)
-    return np.interp(norms.astype(np.float64), points[last], grid[last], left=0.0, right=1.0)
+    found: npt.NDArray[np.float64] = np.interp(
+        norms.astype(np.float64), points[last], grid[last], left=0.0, right=1.0
+    )
+    return found

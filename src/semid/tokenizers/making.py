@@ -83,7 +83,7 @@ def make_tokenizer(
     """
     check_choice("--tokenizer", kind, sorted(TOKENIZERS))
     module, name = TOKENIZERS[kind]
-    made: type[Tokenizer] = getattr(importlib.import_module(module), name)
+    made: Any = getattr(importlib.import_module(module), name)
     allowed = _arguments(made)
     arguments: dict[str, Any] = {}
     for key, value in values.items():
@@ -104,9 +104,10 @@ def make_tokenizer(
     if "logger" in allowed:
         arguments["logger"] = logger
     try:
-        return made(**arguments, threads=threads)
+        tokenizer: Tokenizer = made(**arguments, threads=threads)
     except TypeError as error:  # an unknown key inside a table of a recipe
         raise UsageError(f"{kind}: {error}; see the options of {name}") from None
+    return tokenizer
 
 
 def _renamed(key: str, allowed: set[str]) -> str:

@@ -49,13 +49,17 @@ class Stages:
         if found is None:
             return
         arrays, record = found
-        split = [(*name.split("/", 1), array) for name, array in arrays.items()]
+        finished, running = record["finished"], record["stage"]
         self._kept = Kept(
-            {f"{s}/{name}": array for s, name, array in split if s in record["finished"]},
-            record["finished"],
+            {key: array for key, array in arrays.items() if key.split("/", 1)[0] in finished},
+            finished,
         )
-        name = record["stage"]
-        self._running = (name, {n: a for s, n, a in split if s == name}, record["record"])
+        own = {
+            key.removeprefix(f"{running}/"): array
+            for key, array in arrays.items()
+            if key.startswith(f"{running}/")
+        }
+        self._running = (running, own, record["record"])
 
     def finished(self, name: str) -> tuple[Arrays, dict[str, Any]] | None:
         """Return the arrays and record a finished stage left, or None if it has to run."""
