@@ -70,7 +70,7 @@ def churn(
 
     def shares(table: npt.NDArray[np.bool_], by: Any) -> tuple[float, ...]:
         if not len(table):
-            return (0.0,) * table.shape[1]
+            return tuple(0.0 for _ in range(table.shape[1]))
         found: list[float] = (table.mean(axis=0) if by is None else by @ table).tolist()
         return tuple(found)
 

@@ -1,8 +1,7 @@
 """Has the catalogue moved away from its codebooks? Two snapshots of embeddings under one of them.
 
 A shift of usage is judged beyond what two samples of these sizes show by chance. The thresholds are
-ours: they are set where `benchmarks/refresh.py` shows a refresh to gain little (below) or clearly
-something (above), and are stated here so that a user can set others against the figures.
+ours and not calibrated: the figures stand beside the verdict, so that a user can judge by others.
 """
 
 from __future__ import annotations
