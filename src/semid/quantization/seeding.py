@@ -10,15 +10,13 @@ drawn several a centre, and those that lower the total distance most are tried f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from semid.quantization.assign import THREADED_WORK, assign
 from semid.quantization.blocks import BLOCK_ROWS, Blocks, read_ahead
+from semid.quantization.nearest import working_routes
 from semid.quantization.threads import map_blocks
 
 __all__ = ["kmeans_plus_plus"]
@@ -28,6 +26,10 @@ __all__ = ["kmeans_plus_plus"]
 MAX_ROUND = 256
 # Rows of a gain block: with a few hundred candidates it stays in a core's cache.
 GAIN_ROWS = 1024
+# Rows the gains are added over: they order candidates that are drawn from all rows already, and
+# this many a centre, or in all, order them as well as every row does.
+GAIN_ROWS_PER_CODE = 16
+GAIN_ROWS_LEAST = 65_536
 
 
 def kmeans_plus_plus(
@@ -52,7 +54,8 @@ def kmeans_plus_plus(
     Returns:
         ``(found, dim)`` float32 distinct rows; ``found < codes`` only if the data hold no more
         distinct rows of positive weight. Time about one exact assignment of the data to ``codes``
-        centroids, memory O(items + codes dim).
+        centroids and ``trials`` bfloat16 products of `GAIN_ROWS_PER_CODE` rows a code with them;
+        memory O(items + codes dim) beside those rows.
     """
     items = len(blocks)
     mass = np.ones(items) if weights is None else weights.astype(np.float64, copy=True)
@@ -60,6 +63,7 @@ def kmeans_plus_plus(
     centres = blocks.rows(first)
     closest = np.full(items, np.inf, dtype=np.float32)
     fresh = centres
+    gains = _Gains(blocks, codes, generator, weights, threads) if trials > 1 else None
     while True:
         for start, block in read_ahead(blocks):
             stop = start + len(block)
@@ -75,8 +79,8 @@ def kmeans_plus_plus(
         size = min(codes - len(centres), max(1, len(centres) // 4), MAX_ROUND)
         drawn = _draw(mass, size * trials, generator)
         candidates = blocks.rows(drawn)
-        gains = _gains(blocks, candidates, closest, weights, threads) if trials > 1 else None
-        kept = _accept(candidates, closest[drawn], gains, size, generator)
+        worth = None if gains is None else gains(candidates, closest)
+        kept = _accept(candidates, closest[drawn], worth, size, generator)
         fresh = candidates[kept]
         centres = np.concatenate([centres, fresh])
 
@@ -102,42 +106,66 @@ def _draw(
     return drawn
 
 
-def _gains(
-    blocks: Blocks,
-    candidates: npt.NDArray[np.float32],
-    closest: npt.NDArray[np.float32],
-    weights: npt.NDArray[np.float64] | None,
-    threads: int | None,
-) -> npt.NDArray[np.float64]:
-    """How much each candidate alone would lower the total squared distance, ``(n,)``."""
-    middle = torch.from_numpy(candidates).mean(0)
-    words = torch.from_numpy(candidates) - middle
-    norms = (words**2).sum(1)
+class _Gains:
+    """Ranks candidates by how much each alone would lower the total distance of a sample of rows.
 
-    def part(piece: tuple[Tensor, Tensor, Tensor | None]) -> npt.NDArray[np.float64]:
-        rows, limit, mass = piece
-        x = rows - middle
-        gain = torch.addmm(norms, x, words.T, beta=-1, alpha=2)
-        gain.add_((limit - (x**2).sum(1))[:, None]).clamp_(min=0)
-        if mass is not None:
-            gain *= mass[:, None]
-        summed: npt.NDArray[np.float64] = gain.sum(0, dtype=torch.float64).numpy()
-        return summed
+    Products are those of rows and candidates rounded to bfloat16, whether or not the chip
+    multiplies such numbers itself: the order is the same on all.
 
-    total = np.zeros(len(candidates))
-    for start, block in read_ahead(blocks):
-        stop = start + len(block)
-        rows = torch.split(torch.from_numpy(block), GAIN_ROWS)
-        limits = torch.split(torch.from_numpy(closest[start:stop]), GAIN_ROWS)
-        masses: Sequence[Tensor | None] = [None] * len(rows)
-        if weights is not None:
-            masses = torch.split(torch.from_numpy(weights[start:stop]), GAIN_ROWS)
-        pieces = list(zip(rows, limits, masses, strict=True))
-        worth = len(block) * len(words) * block.shape[1] >= THREADED_WORK
+    Args:
+        blocks: ``(items, dim)`` rows.
+        codes: centroids wanted.
+        generator: draws the sample where the data are larger.
+        weights: ``(items,)`` weights or None.
+        threads: plain threads.
+    """
+
+    def __init__(
+        self,
+        blocks: Blocks,
+        codes: int,
+        generator: np.random.Generator,
+        weights: npt.NDArray[np.float64] | None,
+        threads: int | None,
+    ) -> None:
+        items, size = len(blocks), max(GAIN_ROWS_LEAST, GAIN_ROWS_PER_CODE * codes)
+        self.chosen = np.arange(items)
+        if size < items:
+            self.chosen = np.sort(generator.choice(items, size, replace=False, shuffle=False))
+        rows = torch.from_numpy(blocks.rows(self.chosen.astype(np.int64)))
+        self.middle = rows.mean(0)
+        rows -= self.middle
+        self.norms = (rows**2).sum(1)
+        native = any(route.name == "bf16" for route in working_routes())
+        self.dtype = torch.bfloat16 if native else torch.float32
+        self.rows = rows.to(torch.bfloat16).to(self.dtype)
+        self.weights = None if weights is None else torch.from_numpy(weights[self.chosen]).float()
+        self.threads = threads
+
+    def __call__(
+        self, candidates: npt.NDArray[np.float32], closest: npt.NDArray[np.float32]
+    ) -> npt.NDArray[np.float64]:
+        """Return the gains ``(n,)`` given the distances ``(items,)`` to the centres so far."""
+        words = torch.from_numpy(candidates) - self.middle
+        norms = (words**2).sum(1)
+        turned = words.to(torch.bfloat16).to(self.dtype).T.contiguous()
+        limits = torch.from_numpy(closest[self.chosen]) - self.norms
+
+        def part(start: int) -> npt.NDArray[np.float64]:
+            span = slice(start, start + GAIN_ROWS)
+            gain = (self.rows[span] @ turned).to(torch.bfloat16).float()
+            gain.mul_(2).sub_(norms).add_(limits[span, None]).clamp_(min=0)
+            if self.weights is not None:
+                gain *= self.weights[span, None]
+            summed: npt.NDArray[np.float64] = gain.sum(0).double().numpy()
+            return summed
+
+        total = np.zeros(len(candidates))
+        threads = self.threads if self.rows.numel() * len(words) >= THREADED_WORK else 1
         # Added in row order, so that threads cannot change the sum.
-        for gain in map_blocks(part, pieces, threads=threads if worth else 1):
+        for gain in map_blocks(part, range(0, len(self.rows), GAIN_ROWS), threads=threads):
             total += gain
-    return total
+        return total
 
 
 def _accept(
