@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from semid.errors import SemidError
     from semid.loading import load
     from semid.quantization.kmeans import KMeansOptions
+    from semid.ranking.data import DataOptions, prepare_ranking
+    from semid.ranking.features import CodeFeatures
+    from semid.ranking.network import Architecture
+    from semid.ranking.ranker import Ranker
+    from semid.ranking.stream import RankingStream
+    from semid.ranking.training import train_ranker
     from semid.report import diagnose
     from semid.tokenizers.drqvae import DRQVAE
     from semid.tokenizers.features import fuse
@@ -33,12 +39,17 @@ __all__ = [
     "RQPVAE",
     "RQVAE",
     "VQVAE",
+    "Architecture",
+    "CodeFeatures",
+    "DataOptions",
     "KMeansOptions",
     "MoCVAE",
     "Neighbours",
     "Network",
     "PrefixIndex",
     "RQKMeans",
+    "Ranker",
+    "RankingStream",
     "SemanticIds",
     "SemidError",
     "SyntheticCatalogue",
@@ -48,12 +59,17 @@ __all__ = [
     "load",
     "make_unique",
     "open_embeddings",
+    "prepare_ranking",
     "read_interactions",
+    "train_ranker",
 ]
 
 # Names are imported when first used, so that `import semid` and `semid --help` stay quick.
 _HOME = {
+    "Architecture": "semid.ranking.network",
+    "CodeFeatures": "semid.ranking.features",
     "DRQVAE": "semid.tokenizers.drqvae",
+    "DataOptions": "semid.ranking.data",
     "KMeansOptions": "semid.quantization.kmeans",
     "MoCVAE": "semid.tokenizers.mocvae",
     "Neighbours": "semid.tokenizers.neural.behaviour",
@@ -62,6 +78,8 @@ _HOME = {
     "RQKMeans": "semid.tokenizers.rqkmeans",
     "RQPVAE": "semid.tokenizers.rqpvae",
     "RQVAE": "semid.tokenizers.rqvae",
+    "Ranker": "semid.ranking.ranker",
+    "RankingStream": "semid.ranking.stream",
     "SemanticIds": "semid.codes",
     "SemidError": "semid.errors",
     "SyntheticCatalogue": "semid.data.synthetic",
@@ -72,7 +90,9 @@ _HOME = {
     "load": "semid.loading",
     "make_unique": "semid.catalogue.uniqueness",
     "open_embeddings": "semid.data.embeddings",
+    "prepare_ranking": "semid.ranking.data",
     "read_interactions": "semid.data.interactions",
+    "train_ranker": "semid.ranking.training",
 }
 
 

@@ -13,14 +13,17 @@ from semid.tokenizers.making import TOKENIZERS
 __all__ = ["KINDS", "load"]
 
 # kind -> (module, class). Modules are imported when an artefact of the kind is opened.
-KINDS: dict[str, tuple[str, str]] = {**TOKENIZERS}
+KINDS: dict[str, tuple[str, str]] = {
+    **TOKENIZERS,
+    "ranker": ("semid.ranking.ranker", "Ranker"),
+}
 
 
 def load(path: str | os.PathLike[str]) -> Any:
-    """Open a saved tokenizer.
+    """Open a saved tokenizer or ranking model.
 
     Args:
-        path: artefact folder, as written by ``semid fit -o`` or ``tokenizer.save``.
+        path: artefact folder, as written by ``semid fit -o``, ``semid rank -o`` or ``save``.
 
     Returns:
         The object that was saved, ready to use.

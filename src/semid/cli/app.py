@@ -19,6 +19,7 @@ from semid.cli.encode import encode
 from semid.cli.export import export
 from semid.cli.fit import fit
 from semid.cli.import_ import import_
+from semid.cli.rank import rank
 from semid.cli.refresh import refresh
 from semid.cli.report import report
 from semid.cli.unique import unique
@@ -53,6 +54,7 @@ app.command()(compare)
 app.command()(unique)
 app.command()(drift)
 app.command()(refresh)
+app.command()(rank)
 app.command()(export)
 app.command("import")(import_)
 app.command()(demo)

@@ -1,0 +1,1 @@
+"""Ranking (CTR) models that read Semantic IDs: data, features, models, training, analysis."""

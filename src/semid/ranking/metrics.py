@@ -1,0 +1,251 @@
+"""How good scores are: exact AUC with its error, log loss, calibration, AUC by user."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from semid.errors import InputError
+
+__all__ = [
+    "Calibration",
+    "Metrics",
+    "auc",
+    "auc_by_user",
+    "auc_error",
+    "average_ranks",
+    "calibration",
+    "log_loss",
+    "measure",
+    "sigmoid",
+]
+
+Floats = npt.NDArray[np.floating[Any]]
+
+
+def average_ranks(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """Return the rank of each value ``(n,)``, from 1; equal values share the mean of theirs."""
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
+    ends = np.concatenate([starts[1:], [len(values)]])
+    ranks = np.empty(len(values))
+    ranks[order] = np.repeat((starts + 1 + ends) / 2, ends - starts)
+    return ranks
+
+
+def _check(labels: npt.NDArray[Any], scores: Floats) -> npt.NDArray[np.bool_]:
+    if labels.shape != scores.shape or labels.ndim != 1:
+        raise InputError(
+            f"labels have shape {labels.shape} and scores {scores.shape}; give one of each a row"
+        )
+    if not np.isfinite(scores).all():
+        raise InputError(f"{int((~np.isfinite(scores)).sum())} scores are not finite")
+    found: npt.NDArray[np.bool_] = labels > 0.5
+    return found
+
+
+def auc(labels: npt.NDArray[Any], scores: Floats) -> float:
+    """Return the area under the ROC curve of all rows; ties count one half.
+
+    Args:
+        labels: ``(rows,)`` 0 or 1.
+        scores: ``(rows,)`` finite; larger means more likely 1.
+
+    Returns:
+        The share of pairs of a positive and a negative in the right order, NaN with one class.
+
+    Raises:
+        InputError: shapes differ, or a score is not finite.
+
+    Cost: one sort.
+    """
+    positive = _check(labels, scores)
+    count = int(positive.sum())
+    other = len(positive) - count
+    if not count or not other:
+        return math.nan
+    total = average_ranks(scores)[positive].sum()
+    return float((total - count * (count + 1) / 2) / (count * other))
+
+
+def auc_error(labels: npt.NDArray[Any], scores: Floats) -> float:
+    """Return the standard error of the AUC over test rows (DeLong et al. 1988), from ranks.
+
+    It says how far the AUC of another test sample of this size would lie; differences of two models
+    on the same rows vary much less. NaN with fewer than two rows of a class.
+    """
+    positive = _check(labels, scores)
+    count = int(positive.sum())
+    other = len(positive) - count
+    if count < 2 or other < 2:
+        return math.nan
+    ranks = average_ranks(scores)
+    above = (ranks[positive] - average_ranks(scores[positive])) / other
+    below = 1 - (ranks[~positive] - average_ranks(scores[~positive])) / count
+    return math.sqrt(above.var(ddof=1) / count + below.var(ddof=1) / other)
+
+
+def auc_by_user(
+    labels: npt.NDArray[Any], scores: Floats, users: npt.NDArray[Any]
+) -> tuple[float, float, int]:
+    """Average the AUC inside each user.
+
+    Args:
+        labels: ``(rows,)`` 0 or 1.
+        scores: ``(rows,)``.
+        users: ``(rows,)`` numbers.
+
+    Returns:
+        The mean over users, the mean weighted by their rows, and how many users have rows of both
+        labels; the others say nothing and are left out.
+
+    Cost: two sorts, no loop over users.
+    """
+    positive = _check(labels, scores)
+    order = np.lexsort((scores, users))
+    user, score, good = users[order], scores[order], positive[order]
+    first = np.concatenate([[True], user[1:] != user[:-1]])
+    starts = np.flatnonzero(first)
+    number = np.cumsum(first) - 1
+    ties = np.flatnonzero(first | np.concatenate([[True], score[1:] != score[:-1]]))
+    ends = np.concatenate([ties[1:], [len(user)]])
+    ranks = np.repeat((ties + 1 + ends) / 2, ends - ties) - starts[number]
+    rows = np.bincount(number)
+    hits = np.bincount(number, weights=good)
+    total = np.bincount(number, weights=ranks * good)
+    usable = (hits > 0) & (hits < rows)
+    if not usable.any():
+        return math.nan, math.nan, 0
+    rows, hits, total = rows[usable], hits[usable], total[usable]
+    each = (total - hits * (hits + 1) / 2) / (hits * (rows - hits))
+    return float(each.mean()), float(np.average(each, weights=rows)), int(usable.sum())
+
+
+def log_loss(labels: npt.NDArray[Any], logits: Floats) -> float:
+    """Return the mean negative log likelihood, in nats, from logits ``(rows,)``."""
+    positive = _check(labels, logits)
+    signed = np.where(positive, logits, -logits).astype(np.float64)
+    return float(np.logaddexp(0.0, -signed).mean())
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How predicted probabilities compare with what happened.
+
+    Attributes:
+        ratio: mean prediction over mean label; 1 is calibrated on the whole.
+        error: mean over bins of equally many rows of ``|mean prediction - mean label|`` (ECE).
+        predicted: mean prediction of each bin.
+        observed: mean label of each bin.
+    """
+
+    ratio: float
+    error: float
+    predicted: tuple[float, ...]
+    observed: tuple[float, ...]
+
+
+def calibration(
+    labels: npt.NDArray[Any], probabilities: Floats, *, bins: int = 20
+) -> Calibration:
+    """Compare predictions with labels, overall and in bins of equally many rows.
+
+    Args:
+        labels: ``(rows,)`` 0 or 1.
+        probabilities: ``(rows,)`` in [0, 1].
+        bins: number of bins, at most the rows.
+    """
+    positive = _check(labels, probabilities).astype(np.float64)
+    order = np.argsort(probabilities, kind="stable")
+    parts = np.array_split(order, max(1, min(bins, len(order))))
+    predicted = np.array([probabilities[part].mean(dtype=np.float64) for part in parts])
+    observed = np.array([positive[part].mean() for part in parts])
+    weight = np.array([len(part) for part in parts]) / len(order)
+    base = positive.mean()
+    return Calibration(
+        ratio=float(probabilities.mean(dtype=np.float64) / base) if base else math.nan,
+        error=float((weight * np.abs(predicted - observed)).sum()),
+        predicted=tuple(predicted.tolist()),
+        observed=tuple(observed.tolist()),
+    )
+
+
+def sigmoid(logits: Floats) -> npt.NDArray[np.float64]:
+    """Return probabilities of logits ``(rows,)``, float64."""
+    wide = logits.astype(np.float64)
+    return np.exp(-np.logaddexp(0.0, -wide))
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Figures of one set of rows.
+
+    Attributes:
+        rows: rows.
+        positives: those with label 1.
+        auc: over all rows.
+        auc_error: its standard error over test rows.
+        log_loss: in nats.
+        user_auc: mean of the AUC inside users.
+        user_auc_weighted: the same weighted by their rows.
+        users: users with rows of both labels.
+        calibration_ratio: mean prediction over mean label.
+        calibration_error: over 20 bins of equally many rows.
+        popularity_auc: AUC of the item's training positives as a score.
+    """
+
+    rows: int
+    positives: int
+    auc: float
+    auc_error: float
+    log_loss: float
+    user_auc: float
+    user_auc_weighted: float
+    users: int
+    calibration_ratio: float
+    calibration_error: float
+    popularity_auc: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-able figures; what is not defined (NaN) becomes None."""
+        return {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in asdict(self).items()
+        }
+
+
+def measure(
+    labels: npt.NDArray[Any],
+    logits: Floats,
+    *,
+    users: npt.NDArray[Any],
+    popularity: npt.NDArray[Any],
+) -> Metrics:
+    """Measure a set of rows.
+
+    Args:
+        labels: ``(rows,)`` 0 or 1.
+        logits: ``(rows,)``.
+        users: ``(rows,)`` numbers that tell users apart.
+        popularity: ``(rows,)`` training positives of the row's item.
+    """
+    by_user, weighted, counted = auc_by_user(labels, logits, users)
+    fit = calibration(labels, sigmoid(logits))
+    return Metrics(
+        rows=len(labels),
+        positives=int((labels > 0.5).sum()),
+        auc=auc(labels, logits),
+        auc_error=auc_error(labels, logits),
+        log_loss=log_loss(labels, logits),
+        user_auc=by_user,
+        user_auc_weighted=weighted,
+        users=counted,
+        calibration_ratio=fit.ratio,
+        calibration_error=fit.error,
+        popularity_auc=auc(labels, popularity.astype(np.float64)),
+    )

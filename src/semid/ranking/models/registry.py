@@ -1,0 +1,73 @@
+"""Ranking models by name."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor
+
+from semid.errors import UsageError, check_choice, nearest_name
+
+__all__ = ["MODELS", "Model", "make_model"]
+
+MODELS: dict[str, tuple[str, str]] = {
+    "autoint": ("semid.ranking.models.autoint", "AutoInt"),
+    "dcnv2": ("semid.ranking.models.dcnv2", "DCNv2"),
+    "deepfm": ("semid.ranking.models.deepfm", "DeepFM"),
+    "deepim": ("semid.ranking.models.deepim", "DeepIM"),
+}
+"""Name on the command line -> module and class."""
+
+
+class Model(Protocol):
+    """What turns field embeddings into a logit.
+
+    Attributes:
+        first_order: whether the model also reads a weight of its own for every field, from tables
+            of width 1.
+    """
+
+    first_order: ClassVar[bool]
+
+    def __call__(self, e: Tensor, first: Tensor | None = None) -> Tensor:
+        """Return logits ``(batch,)``.
+
+        Args:
+            e: ``(batch, fields, width)``.
+            first: ``(batch, fields)`` first-order weights, for models that read them.
+        """
+        ...
+
+
+def make_model(
+    name: str, *, fields: int, width: int, options: Mapping[str, Any] | None = None
+) -> Any:
+    """Make a model.
+
+    Args:
+        name: key of `MODELS`.
+        fields: number of fields.
+        width: of a field's embedding.
+        options: keyword arguments of its class; see its docstring.
+
+    Raises:
+        UsageError: an unknown model or option.
+    """
+    check_choice("--model (model=)", name, sorted(MODELS))
+    module, kind = MODELS[name]
+    made = getattr(importlib.import_module(module), kind)
+    allowed = [
+        p.name
+        for p in inspect.signature(made).parameters.values()
+        if p.kind is p.KEYWORD_ONLY
+    ]
+    for key in options or {}:
+        if key not in allowed:
+            raise UsageError(
+                f"{key} is no option of {name}; its options are {', '.join(allowed)}"
+                f"{nearest_name(key, allowed)}"
+            )
+    return made(fields, width, **(options or {}))

@@ -1,0 +1,115 @@
+"""Paired differences of runs with the same seeds, and an interval that says what they show."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from semid.errors import UsageError
+
+__all__ = ["Difference", "paired_difference", "student_quantile"]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The mean of paired differences.
+
+    Attributes:
+        mean: of the differences.
+        low: lower end of the interval; NaN with one pair.
+        high: upper end.
+        pairs: number of pairs.
+    """
+
+    mean: float
+    low: float
+    high: float
+    pairs: int
+
+    @property
+    def shown(self) -> bool:
+        """Whether the interval leaves out 0."""
+        return self.low > 0 or self.high < 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-able figures; an interval that is not defined becomes None."""
+        return {
+            name: None if isinstance(value, float) and math.isnan(value) else value
+            for name, value in asdict(self).items()
+        }
+
+    def __str__(self) -> str:
+        """Write the mean, the interval and, where it holds, that no difference is seen."""
+        if math.isnan(self.low):
+            return f"{self.mean:+.4f}"
+        note = "" if self.shown else " (no difference seen)"
+        return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}]{note}"
+
+
+def paired_difference(
+    a: Sequence[float], b: Sequence[float], *, confidence: float = 0.95
+) -> Difference:
+    """Return the mean of ``a - b`` with Student's interval.
+
+    Args:
+        a: figures of one method, a value a seed.
+        b: figures of the other, the same seeds in the same order.
+        confidence: coverage, between 0 and 1. It is about the seeds (start, order, dropout) on one
+            split: another split moves all methods together, and differs more.
+
+    Raises:
+        UsageError: different lengths, or none.
+    """
+    if len(a) != len(b) or not len(a):
+        raise UsageError(f"{len(a)} and {len(b)} values cannot be paired; give one of each a seed")
+    found = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
+    mean = float(found.mean())
+    if len(found) < 2:
+        return Difference(mean, math.nan, math.nan, len(found))
+    half = student_quantile((1 + confidence) / 2, len(found) - 1)
+    half *= float(found.std(ddof=1)) / math.sqrt(len(found))
+    return Difference(mean, mean - half, mean + half, len(found))
+
+
+def student_quantile(share: float, freedom: int) -> float:
+    """Return the quantile of Student's t distribution, by bisection of its distribution function.
+
+    Args:
+        share: between 0.5 and 1, both excluded.
+        freedom: degrees of freedom, at least 1.
+
+    Raises:
+        UsageError: a value is out of range.
+    """
+    if not 0.5 < share < 1 or freedom < 1:
+        raise UsageError(f"share={share}, freedom={freedom}: 0.5 < share < 1 and freedom >= 1")
+    low, high = 0.0, 1.0
+    while _student(high, freedom) < share:
+        high *= 2
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _student(middle, freedom) < share else (low, middle)
+    return (low + high) / 2
+
+
+def _student(t: float, freedom: int) -> float:
+    """Distribution function for t >= 0, by the finite sums for whole degrees of freedom."""
+    angle = math.atan(t / math.sqrt(freedom))
+    cosine = math.cos(angle) ** 2
+    if freedom % 2:
+        term = total = math.cos(angle) if freedom > 1 else 0.0
+        for k in range(3, freedom - 1, 2):
+            term *= cosine * (k - 1) / k
+            total += term
+        inside = 2 / math.pi * (angle + math.sin(angle) * total)
+    else:
+        term = total = 1.0
+        for k in range(2, freedom - 1, 2):
+            term *= cosine * (k - 1) / k
+            total += term
+        inside = math.sin(angle) * total
+    return 0.5 + inside / 2

@@ -1,0 +1,200 @@
+"""From data to a trained ranking model, by the training loop of every semid model."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from semid.codes import SemanticIds
+from semid.errors import UsageError
+from semid.progress import Progress, QuietProgress
+from semid.ranking.data import RankingData
+from semid.ranking.features import CodeFeatures, CodeTable, code_table
+from semid.ranking.network import Architecture, RankingNetwork, make_network
+from semid.ranking.ranker import Ranker
+from semid.ranking.report import evaluate
+from semid.ranking.rows import Rows
+from semid.ranking.stream import RankingStream
+from semid.ranking.task import BatchSource, MemoryBatches, RankingTask
+from semid.training.checkpoint import Checkpoint, run_key
+from semid.training.loggers import Logger
+from semid.training.loop import train
+from semid.training.options import TrainOptions
+
+__all__ = ["TRAINING", "rank_options", "train_ranker"]
+
+TRAINING: dict[str, Any] = {
+    "epochs": 30,
+    "batch_size": 8_012,
+    "learning_rate": 1e-3,
+    "schedule": "constant",
+    "warmup": 0.0,
+    "clip_norm": None,
+    "patience": 3,
+}
+"""Defaults: batch and rate are the MoC paper's, the patience and the rest are ours."""
+
+
+def rank_options(training: TrainOptions | Mapping[str, Any] | None) -> TrainOptions:
+    """Return options with the defaults of ranking filled in."""
+    if isinstance(training, TrainOptions):
+        return training
+    return TrainOptions(**{**TRAINING, **(training or {})})
+
+
+def train_ranker(
+    data: RankingData | RankingStream,
+    *,
+    ids: SemanticIds | None = None,
+    features: CodeFeatures | Mapping[str, Any] | None = None,
+    architecture: Architecture | Mapping[str, Any] | None = None,
+    training: TrainOptions | Mapping[str, Any] | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    checkpoint: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+    logger: Logger | None = None,
+) -> Ranker:
+    """Train a ranking model, keep the epoch with the best validation AUC, and measure it.
+
+    Args:
+        data: from `prepare_ranking`, or a `RankingStream` for logs larger than memory.
+        ids: Semantic IDs of the items; None trains without codes.
+        features: how codes are used; the defaults of `CodeFeatures` where ids are given.
+        architecture: model, width, fusion.
+        training: how the run is conducted; defaults in `TRAINING`.
+        seed: start of the weights, order of the rows, dropout.
+        device: ``auto`` (CUDA if there is one), ``cpu`` or ``cuda``.
+        checkpoint: folder for the state of the run, so that it can be continued.
+        resume: continue from ``checkpoint`` if it holds a state of this run.
+        progress: told about every step; silent by default.
+        logger: told the figures of every epoch.
+
+    Returns:
+        A `Ranker` on the CPU whose ``report`` holds all figures, its best weights put back whether
+        or not patience ran out.
+
+    Raises:
+        UsageError: codes are asked for and no ids are given, or a value is out of range.
+        IdsError: not one item has codes.
+        DivergedError: the loss is not finite.
+    """
+    if isinstance(features, Mapping):
+        features = CodeFeatures(**features)
+    if isinstance(architecture, Mapping):
+        architecture = Architecture(**architecture)
+    architecture = architecture or Architecture()
+    options = rank_options(training)
+    if ids is None and features is not None:
+        raise UsageError("features= says how codes are used, but there are none: give ids=")
+    table = None
+    if ids is not None:
+        features = features or CodeFeatures(mode="levels")
+        table = code_table(ids, data.schema.items.ids, features)
+    item_id = features is None or features.item_id
+    network = make_network(data.schema, table, architecture, item_id=item_id, seed=seed)
+    if network.sparse and options.clip_norm is not None:
+        raise UsageError(
+            "clip_norm needs every gradient at once, and large tables have row-wise ones; pass "
+            "clip_norm=None or sparse=False"
+        )
+    place = _device(device)
+    network.to(place)
+    source, parts = _sources(data, options, seed, place)
+    task = RankingTask(
+        network,
+        source,
+        parts["validation"],
+        code_rate=1.0 if features is None else features.rate,
+        code_decay=None if features is None else features.weight_decay,
+    )
+    store = None
+    if checkpoint is not None:
+        settings = {
+            "kind": "ranker",
+            "protocol": data.protocol,
+            "architecture": architecture.to_dict(),
+            "features": None if features is None else vars(features),
+            "training": vars(options),
+            "seed": seed,
+        }
+        digest = _digest(parts, table)
+        store = Checkpoint(checkpoint, key=run_key(settings, digest), resume=resume)
+    result = train(
+        task,
+        options,
+        seed=seed,
+        progress=progress or QuietProgress(),
+        store=store,
+        log=logger,
+        task=architecture.model,
+    )
+    report = {
+        "protocol": data.protocol,
+        "seed": seed,
+        **_measured(network, data, parts),
+        "training": result.to_dict(),
+        "parameters": network.parameter_counts(),
+        "items_without_codes": None if table is None else table.without,
+        "code_collisions": None if table is None else table.collisions,
+    }
+    network.to("cpu")
+    return Ranker(
+        schema=data.schema,
+        network=network,
+        architecture=architecture,
+        features=features,
+        codes=table,
+        codes_info=None if ids is None else ids.info,
+        report=report,
+    )
+
+
+def _measured(
+    network: RankingNetwork, data: RankingData | RankingStream, parts: dict[str, Rows]
+) -> dict[str, Any]:
+    judged = RankingData(
+        data.schema, parts, data.interactions, data.positives, data.protocol
+    )
+    found = evaluate(network, judged)
+    if network.fusion is not None:
+        found["fusion_norm"] = network.fusion.norm()
+    return found
+
+
+def _sources(
+    data: RankingData | RankingStream, options: TrainOptions, seed: int, device: torch.device
+) -> tuple[BatchSource, dict[str, Rows]]:
+    """Return where batches come from, and the parts, on the device."""
+    parts = {name: rows.to(device) for name, rows in data.parts.items()}
+    if isinstance(data, RankingStream):
+        return data.batches_of(options.batch_size, seed=seed, device=device), parts
+    return MemoryBatches(parts["train"], batch_size=options.batch_size, seed=seed), parts
+
+
+def _device(wanted: str) -> torch.device:
+    if wanted not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"--device (device=) is '{wanted}'; give auto, cpu or cuda")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda (device=) needs a GPU that torch can use; take auto or cpu")
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(wanted)
+
+
+def _digest(parts: dict[str, Rows], table: CodeTable | None) -> str:
+    """Hash what is trained on, so that a resume on other data is refused."""
+    digest = hashlib.sha256()
+    for name, rows in sorted(parts.items()):
+        digest.update(name.encode())
+        for tensor in (rows.user, rows.item, rows.label, rows.context, rows.dense):
+            digest.update(np.ascontiguousarray(tensor.cpu().numpy()).tobytes())
+    if table is not None:
+        digest.update(np.ascontiguousarray(table.rows).tobytes())
+    return digest.hexdigest()
