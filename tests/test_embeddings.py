@@ -102,6 +102,13 @@ def test_every_container_gives_the_same_rows(container, dtype, tmp_path):
             assert block.flags.c_contiguous
             assert block.flags.writeable
         np.testing.assert_array_equal(np.concatenate([b for _, b in blocks]), expected)
+        for first in range(0, ROWS + size, size):
+            later = list(opened.blocks(size, first=first))
+            assert [start for start, _ in later] == list(range(first, ROWS, size))
+            for (_, block), (_, before) in zip(later, blocks[first // size :], strict=True):
+                np.testing.assert_array_equal(block, before)
+    with pytest.raises(UsageError, match="not a multiple of the block size 8"):
+        next(opened.blocks(8, first=9))
     wanted = np.array([36, 0, 9, 10, 11, 0, 20])
     np.testing.assert_array_equal(opened.rows(wanted), expected[wanted])
     assert opened.rows([]).shape == (0, DIM)
@@ -175,6 +182,10 @@ def test_subsets_equal_indexing(data, tmp_path_factory):
             blocks = [block for _, block in subset.blocks(size)]
             got = np.concatenate(blocks) if blocks else np.empty((0, DIM))
             np.testing.assert_array_equal(got, x[chosen])
+            for number in range(len(blocks) + 1):
+                later = [block for _, block in subset.blocks(size, first=number * size)]
+                for block, before in zip(later, blocks[number:], strict=True):
+                    np.testing.assert_array_equal(block, before)
             np.testing.assert_array_equal(
                 subset.ids.strings().to_pylist(),
                 np.array([base.ids[i] for i in range(ROWS)])[chosen],

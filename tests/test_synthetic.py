@@ -23,6 +23,8 @@ def test_written_files_are_read_back_as_they_were(tmp_path):
     assert matrix.shape == (6_000, 24)
     assert matrix.dtype == np.float32
     np.testing.assert_array_equal(source.rows(range(6_000)), matrix)
+    later = [block for _, block in SMALL.embeddings().blocks(1_000, first=3_000)]
+    np.testing.assert_array_equal(np.concatenate(later), matrix[3_000:])
     assert source.ids == SMALL.ids
     assert pq.read_table(files.items).equals(SMALL.items_table())
     assert pq.read_table(files.interactions).equals(SMALL.interactions_table())

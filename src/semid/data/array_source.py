@@ -63,8 +63,8 @@ class ArraySource(EmbeddingSource):
             facts["path"] = str(self._path)
         return {**facts, "dtype": str(self._array.dtype), "items": len(self), "dim": self.dim}
 
-    def _raw_blocks(self, size: int) -> Iterator[RawBlock]:
-        for start in range(0, len(self), size):
+    def _raw_blocks(self, size: int, first: int = 0) -> Iterator[RawBlock]:
+        for start in range(first, len(self), size):
             yield self._float32(self._array[start : start + size], shared=True)
 
     def _raw_rows(self, indices: np.ndarray) -> RawBlock:
@@ -104,8 +104,8 @@ class TensorSource(EmbeddingSource):
             "dim": self.dim,
         }
 
-    def _raw_blocks(self, size: int) -> Iterator[RawBlock]:
-        for start in range(0, len(self), size):
+    def _raw_blocks(self, size: int, first: int = 0) -> Iterator[RawBlock]:
+        for start in range(first, len(self), size):
             part = self._tensor[start : start + size]
             values = np.ascontiguousarray(part.cpu().float().numpy())
             address = values.__array_interface__["data"][0]

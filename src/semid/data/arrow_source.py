@@ -109,13 +109,13 @@ class ArrowSource(EmbeddingSource):
         """Return kind, dtype, items and dim."""
         return {"kind": self._kind, "dtype": self._dtype, "items": len(self), "dim": self.dim}
 
-    def _raw_blocks(self, size: int) -> Iterator[RawBlock]:
-        yield from reblock(self._pieces(size), size, self.dim)
+    def _raw_blocks(self, size: int, first: int = 0) -> Iterator[RawBlock]:
+        yield from reblock(self._pieces(size, first), size, self.dim)
 
-    def _pieces(self, size: int) -> Iterator[RawBlock]:
+    def _pieces(self, size: int, begin: int) -> Iterator[RawBlock]:
         """Cut chunks at the block boundaries, so that a block inside one chunk is a view."""
         for chunk, first in zip(self._chunks, self._starts, strict=False):
-            at = 0
+            at = max(0, begin - int(first))
             while at < len(chunk):
                 n = min(len(chunk) - at, size - int(first + at) % size)
                 yield list_rows(chunk.slice(at, n), self.dim)

@@ -99,13 +99,26 @@ class ParquetSource(EmbeddingSource):
             for batch in self._files.batches(file, self._column, size=1024):
                 yield first_width(batch)
 
-    def _raw_blocks(self, size: int) -> Iterator[RawBlock]:
-        yield from reblock(self._pieces(size), size, self.dim)
+    def _raw_blocks(self, size: int, first: int = 0) -> Iterator[RawBlock]:
+        yield from reblock(self._pieces(size, first), size, self.dim)
 
-    def _pieces(self, size: int) -> Iterator[RawBlock]:
-        for file in range(len(self._files.paths)):
-            for batch in self._files.batches(file, self._column, size=min(size, BLOCK)):
-                yield list_rows(batch, self.dim)
+    def _pieces(self, size: int, first: int) -> Iterator[RawBlock]:
+        """Read from the row group on that row ``first`` lies in."""
+        stop = 0
+        for file, groups in enumerate(self._files.row_groups):
+            ends = stop + np.cumsum(groups, dtype=np.int64)
+            wanted = np.flatnonzero(ends > first).tolist()
+            start = stop + sum(groups[: len(groups) - len(wanted)])
+            stop += sum(groups)
+            if not wanted:
+                continue
+            for batch in self._files.batches(
+                file, self._column, size=min(size, BLOCK), row_groups=wanted
+            ):
+                kept = batch.slice(max(0, first - start))
+                start += len(batch)
+                if len(kept):
+                    yield list_rows(kept, self.dim)
 
     def _raw_rows(self, indices: np.ndarray) -> RawBlock:
         values = np.empty((len(indices), self.dim), dtype=np.float32)

@@ -48,19 +48,26 @@ class EmbeddingSource(ABC):
         """Return what a log line needs: kind, path where there is one, dtype, items, dim."""
 
     @abstractmethod
-    def _raw_blocks(self, size: int) -> Iterator[RawBlock]:
-        """Yield the rows in order, ``size`` at a time (the last may be shorter)."""
+    def _raw_blocks(self, size: int, first: int = 0) -> Iterator[RawBlock]:
+        """Yield the rows from ``first`` on in order, ``size`` at a time (the last may be shorter).
+
+        ``first`` is a multiple of ``size``; rows before it are not read where that can be helped.
+        """
 
     @abstractmethod
     def _raw_rows(self, indices: np.ndarray) -> RawBlock:
         """Read rows (n,) that are known to exist, in the order asked for."""
 
-    def blocks(self, size: int = BLOCK, *, copy: bool = True) -> Iterator[tuple[int, np.ndarray]]:
+    def blocks(
+        self, size: int = BLOCK, *, first: int = 0, copy: bool = True
+    ) -> Iterator[tuple[int, np.ndarray]]:
         """Yield ``(start_row, block)`` in order.
 
         Args:
             size: rows of a block, at least 1. Boundaries are multiples of it, whatever row groups,
                 chunks or files the rows are stored in; only the last block may be shorter.
+            first: row to begin at, a multiple of ``size``: what a run that was stopped had done is
+                not read again.
             copy: give blocks that are the caller's own to change. With False they may be views of
                 the source's memory, possibly read-only: cheaper, and not to be written to.
 
@@ -69,11 +76,14 @@ class EmbeddingSource(ABC):
 
         Raises:
             EmbeddingError: a value is null, NaN or infinite; lists what is wrong in all rows.
+            UsageError: ``size`` below 1, or ``first`` not a multiple of it.
         """
         if size < 1:
             raise UsageError(f"block size {size} is not positive")
-        start = 0
-        for raw in self._raw_blocks(size):
+        if first < 0 or first % size:
+            raise UsageError(f"first={first} is not a multiple of the block size {size}")
+        start = first
+        for raw in self._raw_blocks(size, first):
             if raw.flags is not None or not all_finite(raw.values):
                 raise EmbeddingError(self._problems())
             owned = raw.values.copy() if copy and raw.shared else raw.values

@@ -65,19 +65,22 @@ class SubsetSource(EmbeddingSource):
         """Return the base's facts with this subset's number of items."""
         return {**self.base.describe(), "items": len(self), "subset_of": len(self.base)}
 
-    def _raw_blocks(self, size: int) -> Iterator[RawBlock]:
+    def _raw_blocks(self, size: int, first: int = 0) -> Iterator[RawBlock]:
         if not self._rising or self.base.cheap_rows:
-            for start in range(0, len(self), size):
+            for start in range(first, len(self), size):
                 yield self.base._raw_rows(self.indices[start : start + size])
             return
-        yield from reblock(self._in_order(), size, self.dim)
+        yield from reblock(self._in_order(first), size, self.dim)
 
-    def _in_order(self) -> Iterator[RawBlock]:
+    def _in_order(self, first: int) -> Iterator[RawBlock]:
         """Pass over the base once and keep the rows of this subset."""
-        start = 0
-        for raw in self.base._raw_blocks(BLOCK):
+        if first >= len(self):
+            return
+        start = int(self.indices[first]) // BLOCK * BLOCK
+        for raw in self.base._raw_blocks(BLOCK, start):
             stop = start + len(raw.values)
             low, high = np.searchsorted(self.indices, (start, stop))
+            low = max(int(low), first)
             if high > low:
                 local = self.indices[low:high] - start
                 flags = None if raw.flags is None else raw.flags[local]

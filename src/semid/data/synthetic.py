@@ -229,9 +229,9 @@ class SyntheticCatalogue:
         rows: np.ndarray = x[: self.items - unit * _UNIT]
         return rows
 
-    def _units(self) -> Iterator[RawBlock]:
-        for unit in range(self._unit_count):
-            yield RawBlock(self._unit(unit))
+    def _units(self, first: int = 0) -> Iterator[RawBlock]:
+        for unit in range(first // _UNIT, self._unit_count):
+            yield RawBlock(self._unit(unit)[max(0, first - unit * _UNIT) :])
 
     def _items_unit(self, unit: int) -> pa.Table:
         start = unit * _UNIT
@@ -295,8 +295,8 @@ class _SyntheticSource(EmbeddingSource):
             "dim": self.dim,
         }
 
-    def _raw_blocks(self, size: int) -> Iterator[RawBlock]:
-        yield from reblock(self._catalogue._units(), size, self.dim)
+    def _raw_blocks(self, size: int, first: int = 0) -> Iterator[RawBlock]:
+        yield from reblock(self._catalogue._units(first), size, self.dim)
 
     def _raw_rows(self, indices: np.ndarray) -> RawBlock:
         values = np.empty((len(indices), self.dim), dtype=np.float32)

@@ -277,7 +277,7 @@ class Tokenizer(ABC):
         Args:
             source: opened embeddings.
             beam_width: overrides the tokenizer's own.
-            first: skip blocks before this row (a multiple of the block size).
+            first: row to begin at (a multiple of the block size); rows before it are not read.
 
         Raises:
             EmbeddingError: for rows of another width, or with NaN or inf.
@@ -288,9 +288,7 @@ class Tokenizer(ABC):
                 f"{self.dim}; give embeddings of the same model"
             )
         width = self.beam_width if beam_width is None else beam_width
-        for start, x in prefetched(source.blocks(BLOCK_ROWS)):
-            if start < first:
-                continue
+        for start, x in prefetched(source.blocks(BLOCK_ROWS, first=first)):
             found = self._encode_block(x, width)
             yield EncodedBlock(start, x, found.codes, found.residual_norms)
 

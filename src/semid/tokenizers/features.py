@@ -76,8 +76,8 @@ class FusedSource(EmbeddingSource):
             "parts": dict(zip(self.parts, self.inputs, strict=True)),
         }
 
-    def _raw_blocks(self, size: int) -> Iterator[RawBlock]:
-        for blocks in zip(*(p.blocks(size) for p in self.parts.values()), strict=True):
+    def _raw_blocks(self, size: int, first: int = 0) -> Iterator[RawBlock]:
+        for blocks in zip(*(p.blocks(size, first=first) for p in self.parts.values()), strict=True):
             yield RawBlock(np.concatenate([block for _, block in blocks], axis=1))
 
     def _raw_rows(self, indices: np.ndarray) -> RawBlock:
