@@ -80,6 +80,9 @@ class Trainee(Protocol):
         module: its ``forward(batch)`` returns a `Step`; what it has to remember lies in its
             parameters and buffers.
         steps_per_epoch: optimiser steps an epoch, the same in every process.
+
+    It may also have ``optimizer(options)``, which returns the optimiser to use instead of AdamW
+    over all parameters; a parameter group's ``rate`` then multiplies the learning rate of a step.
     """
 
     module: nn.Module
@@ -201,11 +204,17 @@ class _Run:
         self.trainee, self.options, self.seed = trainee, options, seed
         self.store, self.progress, self.device = store, progress, device
         self.module = trainee.module
-        self.optimizer = torch.optim.AdamW(
-            [p for p in self.module.parameters() if p.requires_grad],
-            lr=options.learning_rate,
-            weight_decay=options.weight_decay,
-            fused=True,
+        # A trainee may bring an optimiser of its own; a group's "rate" is a multiple of the rate.
+        make = getattr(trainee, "optimizer", None)
+        self.optimizer: torch.optim.Optimizer = (
+            torch.optim.AdamW(
+                [p for p in self.module.parameters() if p.requires_grad],
+                lr=options.learning_rate,
+                weight_decay=options.weight_decay,
+                fused=True,
+            )
+            if make is None
+            else make(options)
         )
         self.precision = resolve_precision(options.precision, device)
         self.step = 0
@@ -283,7 +292,7 @@ class _Run:
         options = self.options
         self._seed_step()
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(
+            group["lr"] = group.get("rate", 1.0) * learning_rate(
                 self.step,
                 total=self._total(),
                 peak=options.learning_rate,
