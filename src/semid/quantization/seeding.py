@@ -30,6 +30,8 @@ GAIN_ROWS = 1024
 # this many a centre, or in all, order them as well as every row does.
 GAIN_ROWS_PER_CODE = 16
 GAIN_ROWS_LEAST = 65_536
+# Rows this close, relative to their lengths, count as copies within a round.
+COPY = 1e-13
 
 
 def kmeans_plus_plus(
@@ -176,7 +178,10 @@ def _accept(
     generator: np.random.Generator,
 ) -> list[int]:
     """Accept up to ``size`` candidates one after another, each with probability now / start."""
-    wide = candidates.astype(np.float64)
+    wide = candidates - candidates.mean(axis=0, dtype=np.float64)
+    norms = np.einsum("nd,nd->n", wide, wide)
+    apart = norms[:, None] + norms - 2 * (wide @ wide.T)
+    apart[apart <= COPY * (norms[:, None] + norms)] = 0  # what rounding leaves between copies
     before = start.astype(np.float64)
     now = before.copy()
     coins = generator.random(len(candidates))
@@ -187,6 +192,5 @@ def _accept(
             kept.append(int(i))
             if len(kept) == size:
                 break
-            difference = wide - wide[i]
-            np.minimum(now, np.einsum("nd,nd->n", difference, difference), out=now)
+            np.minimum(now, apart[i], out=now)
     return kept

@@ -9,24 +9,19 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
 from semid.errors import UsageError
-from semid.progress import Progress
 from semid.quantization.blocks import PreparedBlocks, Preprocess
-from semid.quantization.kmeans import KMeansOptions, KMeansResult, KMeansState
+from semid.quantization.kmeans import KMeansOptions
 from semid.quantization.nearest import PreparedCodebook, prepare
-from semid.quantization.residual import (
-    LevelFit,
-    ResidualCodes,
-    dequantize,
-    encode_residual,
-    fit_residual,
-)
+from semid.quantization.residual import ResidualCodes, dequantize, encode_residual
 from semid.tokenizers.base import Tokenizer
 from semid.tokenizers.context import FitContext, level_sizes
-from semid.training.stages import StateStore
+from semid.tokenizers.levels import fit_levels
+from semid.tokenizers.neural.graph import Prepare
 
-__all__ = ["LevelRun", "RQKMeans"]
+__all__ = ["RQKMeans"]
 
 Array = npt.NDArray[np.float32]
 
@@ -104,22 +99,27 @@ class RQKMeans(Tokenizer):
     def _fit(self, context: FitContext) -> dict[str, Any]:
         preprocess = Preprocess.fit(context.train, center=self.center, normalize=self.normalize)
         rows = context.train if preprocess.identity else PreparedBlocks(context.train, preprocess)
-        run = LevelRun(context.checkpoint, context.progress, self.levels)
-        books, fits = fit_residual(
+        self._prepared, levels = fit_levels(
             rows,
             self.codebook_sizes,
             seed=self.seed,
             options=self.kmeans,
             weights=context.weights,
             threads=self.threads,
-            done=run.done,
-            state=run.state,
-            on_iteration=run.on_iteration,
-            on_level=run.on_level,
+            store=context.checkpoint,
+            progress=context.progress,
         )
         self._preprocess = preprocess
-        self._prepared = tuple(prepare(torch.from_numpy(book)) for book in books)
-        return {"levels": [asdict(fit) for fit in fits]}
+        return {"levels": levels}
+
+    def encoder_module(self) -> nn.Module:
+        """Return the preprocessing of rows ``(n, dim)`` as a module that can be exported.
+
+        Raises:
+            NotFittedError: before `fit`.
+        """
+        _ = self.dim
+        return Prepare(self._preprocess)
 
     def _encode_block(self, x: Array, beam_width: int) -> ResidualCodes:
         return encode_residual(
@@ -151,69 +151,3 @@ class RQKMeans(Tokenizer):
         self._prepared = tuple(
             prepare(torch.from_numpy(tensors[f"codebooks.{i}"])) for i in range(self.levels)
         )
-
-
-class LevelRun:
-    """Checkpoints and progress of residual K-means, saved after every level and iteration.
-
-    Args:
-        store: where the state is kept, with the state to continue from; None keeps nothing.
-        progress: told about every iteration.
-        levels: levels of the fit.
-    """
-
-    def __init__(self, store: StateStore | None, progress: Progress, levels: int) -> None:
-        self._checkpoint = store
-        self._progress = progress
-        self._levels = levels
-        self._reported = -1
-        self.done: list[tuple[Array, npt.NDArray[np.int64], LevelFit]] = []
-        self.state: KMeansState | None = None
-        stored = None if self._checkpoint is None else self._checkpoint.state
-        if stored is not None:
-            self._restore(*stored)
-
-    def _restore(self, arrays: dict[str, np.ndarray], record: dict[str, Any]) -> None:
-        for level, fit in enumerate(record["fits"]):
-            self.done.append(
-                (arrays[f"codebook.{level}"], arrays[f"labels.{level}"], LevelFit(**fit))
-            )
-        if record["state"] is not None:
-            self.state = KMeansState(
-                **record["state"],
-                centroids=arrays["centroids"],
-                best_centroids=arrays["best_centroids"],
-            )
-
-    def on_iteration(self, level: int, state: KMeansState) -> None:
-        """Save where an iteration stands, then report it."""
-        self._save(state)
-        if level != self._reported:
-            self._progress.start(f"level {level + 1} of {self._levels}", total=None)
-            self._reported = level
-        self._progress.step(1, restart=state.restart, inertia=state.inertia[-1])
-
-    def on_level(self, level: int, result: KMeansResult) -> None:
-        """Keep a finished level."""
-        fit = LevelFit(result.inertia, len(result.history), result.converged, result.distinct)
-        self.done.append((result.centroids, result.labels, fit))
-        self._save(None)
-
-    def _save(self, state: KMeansState | None) -> None:
-        if self._checkpoint is None:
-            return
-        arrays: dict[str, np.ndarray] = {}
-        for level, (codebook, labels, _) in enumerate(self.done):
-            arrays[f"codebook.{level}"] = codebook
-            arrays[f"labels.{level}"] = labels
-        record: dict[str, Any] = {"fits": [asdict(fit) for *_, fit in self.done], "state": None}
-        if state is not None:
-            record["state"] = {
-                "restart": state.restart,
-                "iteration": state.iteration,
-                "inertia": state.inertia,
-                "best_inertia": state.best_inertia,
-            }
-            arrays["centroids"] = state.centroids
-            arrays["best_centroids"] = state.best_centroids
-        self._checkpoint.save(arrays, record)
