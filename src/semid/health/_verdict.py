@@ -137,6 +137,20 @@ class Verdict:
         return "\n".join(lines)
 
 
+# Why a level is used unevenly and what to try, with codes that nobody uses and without.
+_STARVED = (
+    "Codewords compete for few regions: weak seeding, no revival of dead codes, or a latent space "
+    "that shrank",
+    "k-means seeding, revival of dead codes, a smaller codebook at this level, or a tokenizer "
+    "fitted by k-means",
+)
+_UNEVEN = (
+    "Nearly every code is used, but most items share a few: rows far from the rest, or thinly "
+    "spread, take codewords of their own, since squared error counts them most",
+    "a smaller codebook at this level, more levels, or fewer outliers (normalize=True)",
+)
+
+
 def _usage_findings(level: LevelUsage) -> list[Finding]:
     """Judge one level's usage."""
     attainable = min(level.codebook_size, level.items)
@@ -144,6 +158,8 @@ def _usage_findings(level: LevelUsage) -> list[Finding]:
         return []
     found = []
     share = level.perplexity / attainable
+    unavoidable = level.codebook_size - attainable
+    starved = level.dead - unavoidable > DEAD_WARNING * level.codebook_size
     if share < PERPLEXITY_WARNING:
         bits = math.log2(1 / share)
         found.append(
@@ -154,14 +170,10 @@ def _usage_findings(level: LevelUsage) -> list[Finding]:
                 f"level {level.level + 1} uses its {level.codebook_size} codes like "
                 f"{level.perplexity:.1f} even ones ({share:.1%} of the attainable {attainable}, "
                 f"{bits:.1f} bits lost; the largest code holds {level.largest_share:.1%})",
-                "Codewords compete for few regions: weak seeding, no revival of dead codes, "
-                "or a latent space that shrank",
-                "k-means seeding, revival of dead codes, a smaller codebook at this level, "
-                "or a tokenizer fitted by k-means",
+                *(_STARVED if starved else _UNEVEN),
             )
         )
-    unavoidable = level.codebook_size - attainable
-    if level.dead - unavoidable > DEAD_WARNING * level.codebook_size:
+    if starved:
         found.append(
             Finding(
                 "dead-codes",
