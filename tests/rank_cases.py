@@ -21,19 +21,26 @@ def item_table(items: int = ITEMS) -> pa.Table:
         {
             "item_id": [f"i{n}" for n in range(items)],
             "brand": [f"b{g % 2}" for g in group],
-            "categories": [f"top > c{g // 2}" if n % 3 else f"c{g // 2}" for n, g in
-                           zip(range(items), group, strict=True)],
+            "categories": [
+                f"top > c{g // 2}" if n % 3 else f"c{g // 2}"
+                for n, g in zip(range(items), group, strict=True)
+            ],
             "title": [f"item {n}" for n in range(items)],
         }
     )
 
 
-def log_table(rows: int = 1200, *, seed: int = 0, users: int = USERS, items: int = ITEMS) -> pa.Table:
+def log_table(
+    rows: int = 1200, *, seed: int = 0, users: int = USERS, items: int = ITEMS
+) -> pa.Table:
     """Distinct pairs; a user takes items of the own group three times out of four."""
     generator = np.random.default_rng(seed)
     user = generator.integers(0, users, 4 * rows)
     item = generator.integers(0, items // GROUPS, 4 * rows) * GROUPS
-    item += np.where(generator.random(4 * rows) < 0.75, user, generator.integers(0, 9, 4 * rows)) % GROUPS
+    item += (
+        np.where(generator.random(4 * rows) < 0.75, user, generator.integers(0, 9, 4 * rows))
+        % GROUPS
+    )
     pairs = np.unique(user * items + item)
     pairs = generator.permutation(pairs)[:rows]
     user, item = pairs // items, pairs % items
@@ -50,12 +57,19 @@ def log_table(rows: int = 1200, *, seed: int = 0, users: int = USERS, items: int
     )
 
 
-def codes(levels: int = 3, size: int = 8, *, hierarchical: bool = True, items: int = ITEMS,
-          fingerprint: str = "a" * 64, skip: int = 0) -> SemanticIds:
+def codes(
+    levels: int = 3,
+    size: int = 8,
+    *,
+    hierarchical: bool = True,
+    items: int = ITEMS,
+    fingerprint: str = "a" * 64,
+    skip: int = 0,
+) -> SemanticIds:
     """Codes whose first level is the item's group; the first ``skip`` items have none."""
     rows = np.arange(skip, items)
     generator = np.random.default_rng(3)
-    found = generator.integers(0, size, (len(rows), levels))
+    found = generator.integers(0, size, (64, levels))[rows]  # an item keeps its codes
     found[:, 0] = rows % GROUPS
     info = CodesInfo(
         tokenizer="rqvae" if hierarchical else "mocvae",

@@ -1,4 +1,4 @@
-"""From a log to rows: labels, splits that leak nothing, vocabularies, features, streams, bad input."""
+"""From a log to rows: labels, splits that leak nothing, features, streams, bad input."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from rank_cases import ITEMS, codes, data, item_table, log_table
 
+from rank_cases import ITEMS, codes, data, item_table, log_table
 from semid.data.ids import ItemIds
 from semid.data.interactions import read_interactions
 from semid.errors import IdsError, InputError, InteractionsError, UsageError
@@ -154,8 +154,14 @@ def test_history_is_the_users_training_past():
 
 def test_protocol_says_what_was_done():
     found = data(cold_items=0.1, history=2, categorical=("device",), dense=("price",), seed=7)
-    for part in ("label=rating>=4", "split=random(0.8/0.1/0.1)", "data_seed=7", "history=2",
-                 "cold_items=0.1", "fields=user+item+brand+categories+device+price"):
+    for part in (
+        "label=rating>=4",
+        "split=random(0.8/0.1/0.1)",
+        "data_seed=7",
+        "history=2",
+        "cold_items=0.1",
+        "fields=user+item+brand+categories+device+price",
+    ):
         assert part in found.protocol
 
 
@@ -292,11 +298,11 @@ def test_bad_logs():
     holes = table.set_column(
         table.column_names.index("price"), "price", pa.array([float("nan")] + [1.0] * 199)
     )
-    with pytest.raises(InputError, match="dense column 'price'.*1 rows.*first: row 0"):
+    with pytest.raises(InputError, match=r"dense column 'price'.*1 rows.*first: row 0"):
         prepare_ranking(holes, options=DataOptions(label="rating>=4", dense=("price",)))
-    with pytest.raises(InputError, match="column 'price'.*a category is a string"):
+    with pytest.raises(InputError, match=r"column 'price'.*a category is a string"):
         prepare_ranking(table, options=DataOptions(label="rating>=4", categorical=("price",)))
-    with pytest.raises(InputError, match="column 'device'.*holds numbers"):
+    with pytest.raises(InputError, match=r"column 'device'.*holds numbers"):
         prepare_ranking(table, options=DataOptions(label="rating>=4", dense=("device",)))
     with pytest.raises(UsageError, match="needs to know what came first"):
         prepare_ranking(
@@ -308,5 +314,5 @@ def test_bad_logs():
     with pytest.raises(UsageError, match="no table of items"):
         prepare_ranking(table, options=DataOptions(label="rating>=4", item_columns=("brand",)))
     strangers = item_table().set_column(0, "item_id", pa.array([f"x{n}" for n in range(ITEMS)]))
-    with pytest.raises(InteractionsError, match="none of the .* items"):
+    with pytest.raises(InteractionsError, match=r"none of the .* items"):
         prepare_ranking(table, items=strangers, options=DataOptions(label="rating>=4"))

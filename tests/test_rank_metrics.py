@@ -26,11 +26,7 @@ from semid.ranking.slices import slice_masks
 
 
 def brute_auc(labels, scores):
-    wins = [
-        (p > n) + 0.5 * (p == n)
-        for p in scores[labels == 1]
-        for n in scores[labels == 0]
-    ]
+    wins = [(p > n) + 0.5 * (p == n) for p in scores[labels == 1] for n in scores[labels == 0]]
     return float(np.mean(wins)) if wins else math.nan
 
 
@@ -98,7 +94,9 @@ def test_log_loss_and_calibration():
     generator = np.random.default_rng(2)
     logits = generator.normal(size=4000).astype(np.float32) * 3
     labels = (generator.random(4000) < sigmoid(logits)).astype(np.float32)
-    assert log_loss(labels, logits) == pytest.approx(sklearn_loss(labels, sigmoid(logits)), rel=1e-6)
+    assert log_loss(labels, logits) == pytest.approx(
+        sklearn_loss(labels, sigmoid(logits)), rel=1e-6
+    )
     good = calibration(labels, sigmoid(logits))
     assert good.ratio == pytest.approx(1, abs=0.03)
     assert good.error < 0.03

@@ -37,9 +37,7 @@ def subsets(e, size):
 
 
 def test_factorization_machine_is_the_sum_over_pairs(e):
-    pairs = sum(
-        (e[:, i] * e[:, j]).sum(1) for i, j in itertools.combinations(range(FIELDS), 2)
-    )
+    pairs = sum((e[:, i] * e[:, j]).sum(1) for i, j in itertools.combinations(range(FIELDS), 2))
     assert torch.allclose(FactorizationMachine()(e), pairs, atol=1e-5)
 
 
@@ -127,9 +125,7 @@ def test_fusion_starts_as_nothing_and_is_the_formula(e):
     with torch.no_grad():
         fusion.up.normal_(generator=torch.Generator().manual_seed(2))
     flat = e.flatten(1)
-    assert torch.allclose(
-        fusion(e).flatten(1), flat + flat @ (fusion.down @ fusion.up), atol=1e-5
-    )
+    assert torch.allclose(fusion(e).flatten(1), flat + flat @ (fusion.down @ fusion.up), atol=1e-5)
     product = (fusion.down @ fusion.up).detach().norm()
     assert fusion.norm() == pytest.approx(float(product), rel=1e-5)
     with pytest.raises(UsageError, match="at least 1"):
@@ -183,7 +179,7 @@ def test_dcnv2_structures(e):
 def test_wrong_names_and_values():
     with pytest.raises(UsageError, match="did you mean 'dcnv2'"):
         make_model("dcn", fields=2, width=2)
-    with pytest.raises(UsageError, match="hiden is no option of deepfm.*did you mean 'hidden'"):
+    with pytest.raises(UsageError, match=r"hiden is no option of deepfm.*did you mean 'hidden'"):
         make_model("deepfm", fields=2, width=2, options={"hiden": (3,)})
     with pytest.raises(UsageError, match="give a rank"):
         make_model("dcnv2", fields=2, width=2, options={"experts": 2})

@@ -122,7 +122,7 @@ def rank(
 ) -> None:
     """Train a ranking model and measure it; with --embeddings, compare many.
 
-    Example: semid rank logs.parquet --items items.parquet --ids ids.parquet --model dcnv2 -o ranker/
+    Example: semid rank logs.parquet --items items.parquet --ids ids.parquet -o ranker/
     """
     from semid.artefact import check_output
     from semid.ranking.data import DataOptions

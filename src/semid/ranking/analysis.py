@@ -62,9 +62,7 @@ def code_embeddings(
     device = next(network.parameters()).device
     with torch.no_grad():
         for start in range(0, len(rows), batch_size):
-            at = torch.arange(
-                start, min(start + batch_size, len(rows)), device=rows.label.device
-            )
+            at = torch.arange(start, min(start + batch_size, len(rows)), device=rows.label.device)
             e = network.embed(rows.batch(at)[0].to(device))
             if fused and network.fusion is not None:
                 e = network.fusion(e)
@@ -187,9 +185,7 @@ def linear_cka(e: Array) -> npt.NDArray[np.float64]:
     cross = np.empty((fields, fields))
     for i in range(fields):
         for j in range(i, fields):
-            cross[i, j] = cross[j, i] = float(
-                np.square(centred[:, i].T @ centred[:, j]).sum()
-            )
+            cross[i, j] = cross[j, i] = float(np.square(centred[:, i].T @ centred[:, j]).sum())
     norms = np.sqrt(np.diag(cross))
     safe = np.where(norms > 0, norms, 1.0)
     return cross / safe[:, None] / safe[None, :]

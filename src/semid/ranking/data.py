@@ -170,9 +170,7 @@ def prepare_ranking(
         cold_items=cold[log_row],
         seed=options.seed,
     )
-    positive = (
-        np.ones(len(log), dtype=bool) if label.sampled else label.of(np.asarray(log.rating))
-    )
+    positive = np.ones(len(log), dtype=bool) if label.sampled else label.of(np.asarray(log.rating))
     draft = _Draft(log, log_row[log.items].astype(np.int64), part, positive, cold, options, label)
     rows = draft.rows(len(catalogue))
     return draft.finish(
@@ -401,4 +399,3 @@ def _vocabulary(column: Any, name: str, label: str) -> Vocabulary:
 def _moments(values: npt.NDArray[np.float32]) -> tuple[float, float]:
     spread = float(values.std(dtype=np.float64))
     return float(values.mean(dtype=np.float64)), spread if spread > 0 else 1.0
-

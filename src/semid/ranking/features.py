@@ -290,4 +290,3 @@ def _numbers(codes: Ints, known: npt.NDArray[np.bool_], budget: int) -> tuple[In
     row_of = (mixed % np.uint64(budget)).astype(np.int64)
     numbers[known] = row_of[inverse.reshape(-1)]
     return numbers, budget, len(unique) - len(np.unique(row_of))
-

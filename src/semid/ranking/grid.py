@@ -1,4 +1,4 @@
-"""A grid of runs: methods by scales by models by fusion by seeds, that can be stopped and resumed."""
+"""A grid of runs, methods by scales by models by fusion by seeds, that can be resumed."""
 
 from __future__ import annotations
 
@@ -246,4 +246,3 @@ def _settings(grid: Grid, data: RankingData) -> str:
 def _key(run: Run, settings: str) -> str:
     text = json.dumps([settings, asdict(run)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-

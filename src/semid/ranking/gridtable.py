@@ -72,9 +72,7 @@ def grid_tables(rows: Sequence[Row]) -> str:
 
 
 def _cell_keys(rows: Sequence[Row]) -> list[tuple[Any, ...]]:
-    return list(
-        dict.fromkeys((r["model"], r["method"], r["scale"], r["fusion"]) for r in rows)
-    )
+    return list(dict.fromkeys((r["model"], r["method"], r["scale"], r["fusion"]) for r in rows))
 
 
 def _cells(rows: Sequence[Row]) -> list[str]:

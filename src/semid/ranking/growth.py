@@ -124,9 +124,7 @@ def grown_codes(
 
 def _shared_row(codes: Ints, rows: Ints, wanted: Ints) -> Ints:
     """Return for each of ``wanted`` (n, codes) the row of an equal one of ``codes``, else 0."""
-    unique, inverse = np.unique(
-        np.concatenate([codes, wanted]), axis=0, return_inverse=True
-    )
+    unique, inverse = np.unique(np.concatenate([codes, wanted]), axis=0, return_inverse=True)
     inverse = inverse.reshape(-1)
     row_of = np.zeros(len(unique), np.int64)
     row_of[inverse[: len(codes)]] = rows

@@ -51,9 +51,7 @@ class Label:
         """
         found = _THRESHOLD.fullmatch(text)
         if found:
-            return cls(
-                column=found[1], threshold=float(found[3]), strict=found[2] == ">"
-            )
+            return cls(column=found[1], threshold=float(found[3]), strict=found[2] == ">")
         found = _SAMPLED.fullmatch(text)
         if not found:
             raise UsageError(

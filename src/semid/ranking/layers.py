@@ -71,4 +71,3 @@ class Perceptron(nn.Module):
         """Map ``(batch, width)`` to ``(batch, out)``."""
         result: Tensor = self.layers(x)
         return result
-

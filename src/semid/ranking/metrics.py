@@ -150,9 +150,7 @@ class Calibration:
     observed: tuple[float, ...]
 
 
-def calibration(
-    labels: npt.NDArray[Any], probabilities: Floats, *, bins: int = 20
-) -> Calibration:
+def calibration(labels: npt.NDArray[Any], probabilities: Floats, *, bins: int = 20) -> Calibration:
     """Compare predictions with labels, overall and in bins of equally many rows.
 
     Args:

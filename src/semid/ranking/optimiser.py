@@ -82,6 +82,4 @@ def make_optimizer(
         decay = options.weight_decay if code_decay is None else code_decay
         groups.append({"params": codes, "weight_decay": decay, "rate": code_rate})
     kind = RowwiseAdamW if network.sparse else torch.optim.AdamW
-    return kind(
-        groups, lr=options.learning_rate, weight_decay=options.weight_decay, fused=True
-    )
+    return kind(groups, lr=options.learning_rate, weight_decay=options.weight_decay, fused=True)

@@ -281,9 +281,7 @@ class Ranker:
         codes = self.codes
         if codes is not None and self.features is not None:
             codes = grown_codes(codes, self.features, self.schema.items.ids, new, ids)
-        network = make_network(
-            schema, codes, self.architecture, item_id=self.network.index.item_id
-        )
+        network = make_network(schema, codes, self.architecture, item_id=self.network.index.item_id)
         load_module_(network, module_arrays(self.network))
         return Ranker(
             schema=schema,
@@ -316,9 +314,7 @@ class Ranker:
         tensors = {f"network.{n}": a for n, a in module_arrays(self.network).items()}
         tensors |= {n: a for n, a in self.schema.tensors().items() if a.size or a.ndim < 2}
         if codes is not None:
-            config["codes"] = {
-                name: value for name, value in vars(codes).items() if name != "rows"
-            }
+            config["codes"] = {name: value for name, value in vars(codes).items() if name != "rows"}
             tensors["codes.rows"] = codes.rows
         return write_artefact(
             path, config=config, tensors=tensors, card=card(config), overwrite=overwrite
@@ -387,4 +383,3 @@ def _info(document: dict[str, Any]) -> CodesInfo:
         codebook_sizes=tuple(document["codebook_sizes"]),
         norm_quantiles=None if quantiles is None else tuple(quantiles),
     )
-

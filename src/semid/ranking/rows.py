@@ -101,9 +101,7 @@ class Rows:
     def batch(self, rows: Tensor) -> tuple[Inputs, Tensor]:
         """Return the inputs and labels of ``rows`` (n,)."""
         item = self.item[rows].long()
-        history = (
-            item.new_zeros((len(item), 0)) if self.history is None else self.history.of(rows)
-        )
+        history = item.new_zeros((len(item), 0)) if self.history is None else self.history.of(rows)
         return (
             Inputs(
                 self.user[rows].long(),

@@ -157,8 +157,7 @@ class Schema:
             id_size=int(config["id_size"]),
             attributes=attributes,
             context={
-                name: Vocabulary.of(tensors, f"schema.context.{name}")
-                for name in config["context"]
+                name: Vocabulary.of(tensors, f"schema.context.{name}") for name in config["context"]
             },
             dense={name: (float(m), float(s)) for name, (m, s) in config["dense"].items()},
             history=int(config["history"]),

@@ -66,9 +66,7 @@ def split_rows(
     check_choice("--split (split=)", how, SPLITS)
     shares = check_fractions(fractions)
     part = np.full(len(log), TRAIN, dtype=np.int8)
-    cold = (
-        np.zeros(len(log), dtype=bool) if cold_items is None else cold_items[log.items]
-    )
+    cold = np.zeros(len(log), dtype=bool) if cold_items is None else cold_items[log.items]
     part[cold] = COLD
     rows = np.flatnonzero(~cold)
     if how == "random":

@@ -41,8 +41,8 @@ Columns = dict[str, npt.NDArray[Any]]
 class RankingStream:
     """A log on disk whose training rows are read anew every epoch.
 
-    Use `prepare_ranking` where the log fits in memory. Validation and test rows are held in memory: for a
-    very large log give them small ``fractions``.
+    Use `prepare_ranking` where the log fits in memory. Validation and test rows are held in memory:
+    for a very large log give them small ``fractions``.
 
     Attributes:
         schema: vocabularies of the training rows.
@@ -81,8 +81,8 @@ class RankingStream:
         Args:
             path: Parquet file, folder or glob, with a column to label by.
             items: table of items, as for `prepare_ranking`; read into memory.
-            options: as for `prepare_ranking`. The label has to be a threshold (a negative can only be
-                drawn with all of its user's items at hand), the split ``random`` (by a hash of
+            options: as for `prepare_ranking`. The label has to be a threshold (a negative can only
+                be drawn with all of its user's items at hand), the split ``random`` (by a hash of
                 user and item, so that a pair stays together) and ``history`` 0.
             user_column: the users of the log.
             item_column: the items of the log.
@@ -132,9 +132,7 @@ class RankingStream:
             buffer_rows,
         )
 
-    def batches_of(
-        self, batch_size: int, *, seed: int, device: torch.device
-    ) -> StreamBatches:
+    def batches_of(self, batch_size: int, *, seed: int, device: torch.device) -> StreamBatches:
         """Return training batches for the loop."""
         return StreamBatches(self, batch_size=batch_size, seed=seed, device=device)
 
@@ -281,5 +279,3 @@ def _streamable(options: DataOptions, label: Label) -> None:
         problems.append("history= needs the whole log at once: give 0, or use prepare_ranking()")
     if problems:
         raise UsageError("; ".join(problems))
-
-

@@ -87,9 +87,11 @@ def dense_values(column: Any, *, name: str, label: str) -> npt.NDArray[np.float3
             f"column '{name}' of {label} holds {kind}; a dense column holds numbers: cast it, or "
             "name it as a categorical column (--categorical, categorical=)"
         )
-    values = column.cast(pa.float64()).to_numpy(zero_copy_only=False) if isinstance(
-        column, pa.Array
-    ) else column.cast(pa.float64()).to_numpy()
+    values = (
+        column.cast(pa.float64()).to_numpy(zero_copy_only=False)
+        if isinstance(column, pa.Array)
+        else column.cast(pa.float64()).to_numpy()
+    )
     bad = ~np.isfinite(values)
     if bad.any():
         raise InputError(

@@ -159,9 +159,7 @@ def train_ranker(
 def _measured(
     network: RankingNetwork, data: RankingData | RankingStream, parts: dict[str, Rows]
 ) -> dict[str, Any]:
-    judged = RankingData(
-        data.schema, parts, data.interactions, data.positives, data.protocol
-    )
+    judged = RankingData(data.schema, parts, data.interactions, data.positives, data.protocol)
     found = evaluate(network, judged)
     if network.fusion is not None:
         found["fusion_norm"] = network.fusion.norm()

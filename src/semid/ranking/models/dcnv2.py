@@ -68,10 +68,7 @@ class DCNv2(nn.Module):
         x = x0
         for layer in self.cross:
             x = layer(x0, x)
-        if self.parallel:
-            x = torch.cat([x, self.deep(x0)], 1)
-        else:
-            x = self.deep(x)
+        x = torch.cat([x, self.deep(x0)], 1) if self.parallel else self.deep(x)
         logits: Tensor = self.linear(x)
         return logits[:, 0]
 

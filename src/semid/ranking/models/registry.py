@@ -60,9 +60,7 @@ def make_model(
     module, kind = MODELS[name]
     made = getattr(importlib.import_module(module), kind)
     allowed = [
-        p.name
-        for p in inspect.signature(made).parameters.values()
-        if p.kind is p.KEYWORD_ONLY
+        p.name for p in inspect.signature(made).parameters.values() if p.kind is p.KEYWORD_ONLY
     ]
     for key in options or {}:
         if key not in allowed:

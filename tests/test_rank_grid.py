@@ -1,0 +1,207 @@
+"""The grid: every cell once, resumed where it stopped, tokenizers once; and `semid rank`."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+import semid
+from rank_cases import ITEMS, SMALL, codes, data, item_table, log_table
+from semid.cli import main
+from semid.data.embeddings import open_embeddings
+from semid.errors import IdsError, UsageError
+from semid.ranking.grid import RESULTS_FILE, Grid, read_results, run_grid
+from semid.ranking.gridtable import difference, grid_tables
+from semid.ranking.methods import Tokenizers
+from semid.ranking.network import Architecture
+from semid.ranking.training import rank_options
+
+TRAINING = rank_options({"epochs": 1, "batch_size": 512, "precision": "fp32"})
+
+
+def vectors(items=ITEMS):
+    generator = np.random.default_rng(0)
+    return generator.normal(size=(items, 6)).astype(np.float32)
+
+
+def source(items=ITEMS, prefix="i"):
+    return open_embeddings(vectors(items), ids=[f"{prefix}{n}" for n in range(items)])
+
+
+def grid(**changes):
+    settings = {
+        "methods": ("none", "random", "rqkmeans"),
+        "scales": (2,),
+        "models": ("deepfm",),
+        "fusion": (False, True),
+        "seeds": 2,
+        "codebook_size": 4,
+        "architecture": Architecture(width=4, options=SMALL),
+        "training": TRAINING,
+    }
+    return Grid(**{**settings, **changes})
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return data(cold_items=0.2)
+
+
+def test_a_grid_runs_every_cell_once_and_resumes(rows, tmp_path):
+    first = run_grid(grid(seeds=1), rows, tmp_path, embeddings=source())
+    lines = (tmp_path / RESULTS_FILE).read_text().splitlines()
+    assert len(first) == len(lines) == 6
+    # A line that a kill cut short is run again; the others are not.
+    (tmp_path / RESULTS_FILE).write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:20] + "\n")
+    again = run_grid(grid(), rows, tmp_path, embeddings=source())
+    assert [r["auc"] for r in again[:6]] == [r["auc"] for r in first]
+    assert len(again) == 12
+    assert len(read_results(tmp_path / RESULTS_FILE)) == 12
+    assert {(r["method"], r["scale"]) for r in again} == {
+        ("none", 0),
+        ("random", 2),
+        ("rqkmeans", 2),
+    }
+    saved = [p.name for p in (tmp_path / "tokenizers").rglob("*.parquet")]
+    assert saved == ["rqkmeans-2x.parquet"]
+    tables = grid_tables(again)
+    for part in (rows.protocol, "Popularity alone", "codes - none", "fusion on - off", "95 %"):
+        assert part in tables
+    found = difference(
+        again, {"method": "random", "fusion": False}, {"method": "none", "fusion": False}
+    )
+    expected = np.mean(
+        [
+            a["auc"] - b["auc"]
+            for a in again
+            for b in again
+            if (a["method"], b["method"]) == ("random", "none")
+            and a["seed"] == b["seed"]
+            and not a["fusion"]
+            and not b["fusion"]
+        ]
+    )
+    assert found.mean == pytest.approx(expected)
+    assert found.pairs == 2
+
+
+def test_tokenizers_see_training_items_alone(rows, tmp_path):
+    x = vectors()
+    cold = np.unique(rows.parts["cold"].item.numpy()) - 1
+    moved = x.copy()
+    names = rows.schema.items.strings()
+    moved[[int(names[c][1:]) for c in cold]] += 50.0
+    fitted = []
+    for number, values in enumerate((x, moved)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        maker = Tokenizers(
+            folder,
+            open_embeddings(values, ids=[f"i{n}" for n in range(ITEMS)]),
+            rows,
+            codebook_size=4,
+        )
+        from semid.progress import QuietProgress
+
+        found = maker.method("rqkmeans", 2, progress=QuietProgress())
+        fitted.append(found.ids)
+        assert len(found.ids) == ITEMS
+    assert fitted[0].info.codebook_fingerprint == fitted[1].info.codebook_fingerprint
+    maker = Tokenizers(tmp_path, source(prefix="x"), rows, codebook_size=4)
+    with pytest.raises(IdsError, match=r"none of the .* training items"):
+        maker.method("rqkmeans", 2, progress=QuietProgress())
+
+
+def test_wrong_grids(rows, tmp_path):
+    with pytest.raises(UsageError, match="did you mean 'rqvae'"):
+        grid(methods=("rqvea",))
+    with pytest.raises(UsageError, match="every axis"):
+        grid(fusion=())
+    with pytest.raises(UsageError, match="need --embeddings"):
+        run_grid(grid(), rows, tmp_path)
+
+
+def run(*arguments):
+    with pytest.raises(SystemExit) as caught:
+        main([str(a) for a in arguments])
+    return caught.value.code or 0
+
+
+def test_semid_rank(tmp_path, capsys):
+    pq.write_table(log_table(), tmp_path / "logs.parquet")
+    pq.write_table(item_table(), tmp_path / "items.parquet")
+    codes().write(tmp_path / "ids.parquet")
+    quick = ["--epochs", 1, "--hidden", "8", "--width", 4, "--precision", "fp32", "--quiet"]
+    base = [
+        "rank",
+        tmp_path / "logs.parquet",
+        "--items",
+        tmp_path / "items.parquet",
+        *quick,
+        "--label",
+        "rating>=4",
+    ]
+    assert (
+        run(
+            *base,
+            "--ids",
+            tmp_path / "ids.parquet",
+            "--model",
+            "dcnv2",
+            "--fusion",
+            "on",
+            "--cold-items",
+            "0.2",
+            "--analyse",
+            tmp_path / "a.json",
+            "-o",
+            tmp_path / "model",
+        )
+        == 0
+    )
+    shown = capsys.readouterr().out
+    for part in ("protocol: label=rating>=4", "test (", "cold (", "popularity alone"):
+        assert part in shown
+    assert not (tmp_path / "model.partial").exists()
+    assert "singular_values" in json.loads((tmp_path / "a.json").read_text())
+    ranker = semid.load(tmp_path / "model")
+    assert ranker.architecture.fusion
+    assert len(ranker.rank("u1", ["i1", "i2"]).items) == 2
+    np.save(tmp_path / "x.npy", vectors())
+    assert (
+        run(
+            *base,
+            "--embeddings",
+            tmp_path / "x.npy",
+            "--methods",
+            "none,random",
+            "--scales",
+            "2",
+            "--models",
+            "deepfm",
+            "--fusion",
+            "on,off",
+            "--seeds",
+            1,
+            "--codebook-size",
+            4,
+            "-o",
+            tmp_path / "grid",
+        )
+        == 0
+    )
+    assert "codes - none" in capsys.readouterr().out
+    assert (tmp_path / "grid" / "tables.md").exists()
+    for extra, message in (
+        (["--code-mode", "levels"], "give --ids"),
+        (["--fusion", "maybe"], "not one of"),
+        (["--hidden", "a"], "whole numbers"),
+        (["--fractions", "1,2"], "three positive shares"),
+        (["--label", "stars>=4"], "stars"),
+    ):
+        assert run(*base, *extra, "-o", tmp_path / "other") == 2
+        assert message in capsys.readouterr().err
+    assert run(*base, "--stream", "-o", tmp_path / "streamed") == 0
