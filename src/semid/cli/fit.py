@@ -128,9 +128,11 @@ def fit(
     from semid.artefact import check_output
     from semid.cli.fitting import behaviour, run_fit
     from semid.tokenizers.making import make_tokenizer, read_recipe
+    from semid.training.distributed import is_main
     from semid.training.loggers import make_logger
 
-    check_output(output, overwrite=overwrite)
+    if is_main():  # of several processes the first alone writes, and may have done so by now
+        check_output(output, overwrite=overwrite)
     flags: dict[str, Any] = {
         "levels": levels,
         "codebook_size": codebook_size,
@@ -163,7 +165,7 @@ def fit(
     kind = tokenizer or wanted.pop("tokenizer", "rqkmeans")
     wanted.pop("tokenizer", None)
     given = {name: value for name, value in flags.items() if value is not None}
-    logger = None if log is None else make_logger(log)
+    logger = None if log is None or not is_main() else make_logger(log)
     model = make_tokenizer(kind, {**wanted, **given}, threads=threads, logger=logger)
     source = open_source(
         embeddings,

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from semid.errors import ArtefactError, OutputExistsError
+from semid.training.distributed import is_main
 
 __all__ = ["Checkpoint", "run_key"]
 
@@ -33,7 +34,7 @@ def run_key(settings: Mapping[str, Any], data_digest: str) -> str:
 
 
 class Checkpoint:
-    """The latest state of a run.
+    """The latest state of a run; of several processes, the first one alone writes it.
 
     Args:
         folder: where it lives; made when the first state is saved.
@@ -51,6 +52,8 @@ class Checkpoint:
         self._state: tuple[dict[str, np.ndarray], dict[str, Any]] | None = None
         file = self.folder / STATE_FILE
         if file.exists() and not resume:
+            if not is_main():
+                return  # it may be what the first process has begun already
             raise OutputExistsError(
                 f"'{self.folder}' holds an unfinished run; continue it with --resume "
                 "(resume=True) or delete that folder"
@@ -84,6 +87,8 @@ class Checkpoint:
 
     def save(self, arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> None:
         """Replace the state atomically."""
+        if not is_main():
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         work = self.folder / f".{STATE_FILE}.tmp"
         save_file(
@@ -95,4 +100,6 @@ class Checkpoint:
 
     def clear(self) -> None:
         """Remove the folder: the run is complete and its result is saved."""
+        if not is_main():
+            return
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,29 +1,74 @@
 """The few words a model needs to train in several processes; all are no-ops in one.
 
-``torchrun`` sets the environment, `process_group` reads it, and the loop wraps the model in
+``torchrun`` sets the environment, `join_processes` reads it, and `in_parallel` wraps the model in
 `torch.nn.parallel.DistributedDataParallel`. Nothing else in semid knows of processes.
 """
 
 from __future__ import annotations
 
+import atexit
+import inspect
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 
-__all__ = ["all_sum_", "is_main", "process_group", "rank", "world_size"]
+__all__ = [
+    "agreed",
+    "all_sum_",
+    "in_parallel",
+    "is_main",
+    "join_processes",
+    "local_rank",
+    "rank",
+    "world_size",
+]
+
+T = TypeVar("T")
 
 
 def _ready() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def _started() -> int:
+    """Count the processes that ``torchrun`` started, whether they have met yet or not."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def join_processes() -> None:
+    """Meet the processes that ``torchrun`` started, unless that has been done.
+
+    The group stays until the program ends, however many fits it serves. Groups made and destroyed
+    one after another do not meet: ``torchrun``'s store outlives a group, and the next one finds
+    the addresses that the last one left there, at which nobody listens any more.
+    """
+    if _started() == 1 or not dist.is_available() or dist.is_initialized():
+        return
+    if torch.cuda.is_available() and dist.is_nccl_available():
+        dist.init_process_group("cpu:gloo,cuda:nccl")
+        atexit.register(_leave)  # NCCL complains of a program that ends without
+    else:
+        dist.init_process_group("gloo")
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def rank() -> int:
     """Return the number of this process, 0 in a single one."""
-    return dist.get_rank() if _ready() else int(os.environ.get("RANK", "0"))
+    if _ready():
+        return dist.get_rank()
+    return int(os.environ.get("RANK", "0")) if _started() > 1 else 0
+
+
+def local_rank() -> int:
+    """Return the number of this process on its machine, 0 in a single one."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if _started() > 1 else 0
 
 
 def world_size() -> int:
@@ -43,15 +88,32 @@ def all_sum_(tensor: Tensor) -> Tensor:
     return tensor
 
 
-@contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
-    """Join the processes that ``torchrun`` started, unless the caller has; leave at the end."""
-    wanted = int(os.environ.get("WORLD_SIZE", "1")) > 1 and dist.is_available()
-    if not wanted or dist.is_initialized():
-        yield
-        return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+def agreed(value: T, device: torch.device) -> T:
+    """Return the first process's ``value``, in every process.
+
+    For what decides how long a run goes on: machines of different makes may round an evaluation
+    differently, and a process that stops alone leaves the others waiting.
+
+    Args:
+        value: what this process has found; anything that can be pickled.
+        device: where the model lies.
+    """
+    if world_size() == 1:
+        return value
+    told = [value]
+    dist.broadcast_object_list(told, src=0, device=device)
+    return told[0]
+
+
+def in_parallel(module: nn.Module) -> nn.Module:
+    """Return ``module`` with gradients averaged over all processes; itself in a single one.
+
+    Buffers are what `all_sum_` made equal, so they are not sent again before every step.
+    """
+    if world_size() == 1:
+        return module
+    wrap = nn.parallel.DistributedDataParallel
+    known = inspect.signature(wrap).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, bool] = {name: False}
+    return wrap(module, **options)  # type: ignore[arg-type]

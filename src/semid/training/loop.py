@@ -21,7 +21,15 @@ from torch import Tensor, nn
 from semid.errors import DivergedError
 from semid.progress import Progress
 from semid.seeds import child_seed
-from semid.training.distributed import all_sum_, is_main, process_group, rank, world_size
+from semid.training.distributed import (
+    agreed,
+    all_sum_,
+    in_parallel,
+    is_main,
+    join_processes,
+    rank,
+    world_size,
+)
 from semid.training.interrupt import Interrupts, deferred_interrupts
 from semid.training.loggers import Logger, MultiLogger
 from semid.training.options import TrainOptions
@@ -100,7 +108,7 @@ class Trainee(Protocol):
         ...
 
     def evaluate(self, epoch: int) -> Evaluation:
-        """Judge the model as it is; called in every process, must agree between them."""
+        """Judge the model as it is; called in every process, the first one's word counts."""
         ...
 
 
@@ -170,11 +178,12 @@ def train(
             keeps the last good state and the module its weights.
         KeyboardInterrupt: the run was stopped; the step it was in is finished and saved.
 
-    Runs unchanged under ``torchrun``: each process takes its share of every batch.
+    Runs unchanged under ``torchrun``: each process takes its share of every batch, all end with the
+    same weights, and a wish to stop in one of them stops all after the same step.
     """
+    join_processes()
     device = next(trainee.module.parameters()).device
     with (
-        process_group(device),
         deferred_interrupts() as interrupts,
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
     ):
@@ -223,12 +232,11 @@ class _Run:
         self.best_epoch = -1
         self.best_arrays: dict[str, np.ndarray] = {}
         self.begun = -1  # the last epoch that start_epoch was called for
+        self.stopping = False
         found = None if store is None else store.state
         if found is not None:
             self._restore(*found)
-        self.forward: nn.Module = self.module
-        if world_size() > 1:
-            self.forward = nn.parallel.DistributedDataParallel(self.module, broadcast_buffers=False)
+        self.forward = in_parallel(self.module)
         self.saved_at = time.monotonic()
 
     def to_end(self, interrupts: Interrupts, log: Logger, task: str) -> TrainResult:
@@ -245,8 +253,10 @@ class _Run:
             self._epoch(epoch, done, interrupts)
             self._judge(epoch, log)
             self._save()
-            if interrupts.pending:
+            if self._asked(interrupts):
                 raise KeyboardInterrupt
+        if interrupts.pending:  # too late for the others to hear of it; all is saved
+            raise KeyboardInterrupt
         load_module_(self.module, self.best_arrays)
         best = self.evaluations[self.best_epoch]
         if not best.healthy:
@@ -274,7 +284,7 @@ class _Run:
     def _epoch(self, epoch: int, done: int, interrupts: Interrupts) -> None:
         self.forward.train()
         for batch, weight in self.trainee.batches(epoch, done):
-            loss, logs = self._step(batch, weight)
+            loss, logs = self._step(batch, weight, interrupts.pending)
             last = (self.step % self.trainee.steps_per_epoch) == 0
             try:
                 self.progress.step(1, epoch=epoch, loss=loss, **logs)
@@ -282,13 +292,17 @@ class _Run:
                 interrupts.pending = True
             if last:
                 return  # the state is saved after the evaluation
-            if interrupts.pending:
+            if self._asked(interrupts):
                 self._save()
                 raise KeyboardInterrupt
             if time.monotonic() - self.saved_at >= self.options.checkpoint_seconds:
                 self._save()
 
-    def _step(self, batch: Any, weight: float) -> tuple[float, dict[str, float]]:
+    def _asked(self, interrupts: Interrupts) -> bool:
+        """Say whether to stop here: of several processes, only where all know of it."""
+        return self.stopping if world_size() > 1 else interrupts.pending
+
+    def _step(self, batch: Any, weight: float, stop: bool) -> tuple[float, dict[str, float]]:
         options = self.options
         self._seed_step()
         for group in self.optimizer.param_groups:
@@ -301,7 +315,9 @@ class _Run:
             )
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             result: Step = self.forward(batch)
-        loss = float(all_sum_(result.loss.detach() * weight)) / world_size()
+        own = result.loss.detach() * weight
+        total, asked = all_sum_(torch.stack([own, own.new_tensor(float(stop))])).tolist()
+        loss, self.stopping = total / world_size(), asked > 0
         if self.first_loss is None:
             self.first_loss = loss
         if not math.isfinite(loss) or loss > BLOWN_UP * max(self.first_loss, 1e-12):
@@ -328,7 +344,7 @@ class _Run:
     def _judge(self, epoch: int, log: Logger) -> None:
         self.module.eval()
         with torch.no_grad():
-            found = self.trainee.evaluate(epoch)
+            found = agreed(self.trainee.evaluate(epoch), self.device)
         self.module.train()
         self.evaluations.append(found)
         if self.best_epoch < 0 or found.rank() > self.evaluations[self.best_epoch].rank():

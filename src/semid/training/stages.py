@@ -7,8 +7,6 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from semid.training.distributed import is_main
-
 __all__ = ["Kept", "Stage", "Stages", "StateStore"]
 
 Arrays = dict[str, np.ndarray]
@@ -91,7 +89,7 @@ class Stages:
 
 
 class Stage:
-    """The store of one stage; writes in the main process alone."""
+    """The store of one stage."""
 
     def __init__(
         self,
@@ -110,8 +108,6 @@ class Stage:
 
     def save(self, arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> None:
         """Replace the state atomically, keeping what finished stages left."""
-        if not is_main():
-            return
         self._store.save(
             {
                 **self._kept.arrays,
