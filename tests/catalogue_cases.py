@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 
 import semid
 from semid.tokenizers.base import Tokenizer
+from semid.tokenizers.neural.tokenizer import NeuralTokenizer
 
 
 def drawn_tokenizer(
@@ -20,6 +24,28 @@ def drawn_tokenizer(
             for level, size in enumerate(sizes)
         }
     )
+    tokenizer._dim = dim
+    return tokenizer
+
+
+def drawn_neural(
+    make: Callable[..., NeuralTokenizer], *, inputs: tuple[int, ...] = (6,), **options: Any
+) -> NeuralTokenizer:
+    """A tokenizer with a network whose weights and codebooks are drawn, three levels of eight."""
+    generator = np.random.default_rng(2)
+    network = {"hidden": (16,), "latent": 5}
+    tokenizer = make(codebook_size=8, network=network, threads=1, **options)
+    dim = sum(inputs)
+    autoencoder = tokenizer._new_autoencoder(inputs)
+    autoencoder.standardize_(np.full(dim, 0.1), 2.0 * dim)
+    tensors = {f"autoencoder.{k}": v.numpy() for k, v in autoencoder.state_dict().items()}
+    for level in range(3):
+        scale = 0.5**level if tokenizer.hierarchical else 1.0
+        tensors[f"codebooks.{level}"] = (scale * generator.normal(size=(8, 5))).astype("f4")
+        if options.get("projection"):
+            tensors[f"maps.{level}"] = generator.normal(size=(5, 5)).astype("f4")
+    tensors["preprocess.mean"] = np.full(dim, 0.25, dtype=np.float32)
+    tokenizer._set_tensors(tensors)
     tokenizer._dim = dim
     return tokenizer
 

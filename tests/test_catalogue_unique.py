@@ -42,6 +42,15 @@ def unique(codes) -> int:
     return len(np.unique(codes, axis=0))
 
 
+def test_an_appended_token_is_no_level_of_the_model(tokenizer, ids):
+    told_apart = make_unique(ids).ids
+    assert told_apart.levels == ids.levels + 1
+    assert np.array_equal(tokenizer.decode(told_apart), tokenizer.decode(ids))
+    assert np.array_equal(tokenizer.quantize(told_apart), tokenizer.quantize(ids))
+    with pytest.raises(InputError, match="shape"):
+        tokenizer.decode(told_apart.codes)  # bare numbers do not say what the last one is
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_assignment_equals_scipy(data):

@@ -17,42 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from semid.errors import UsageError
-from semid.quantization.blocks import Preprocess
 from semid.tokenizers.base import Tokenizer
-from semid.tokenizers.rqkmeans import RQKMeans
 
-__all__ = ["CodesGraph", "HasEncoderModule", "Prepare", "codes_graph"]
+__all__ = ["CodesGraph", "HasEncoderModule", "codes_graph"]
 
 
 @runtime_checkable
 class HasEncoderModule(Protocol):
-    """What a tokenizer with a network gives to be exported."""
+    """What a tokenizer gives to be exported."""
 
     def encoder_module(self) -> nn.Module:
         """Return the module from rows ``(batch, dim)`` to latents ``(batch, latent)``."""
         ...
-
-
-class Prepare(nn.Module):
-    """Centring and scaling of rows, as `semid.quantization.blocks.Preprocess` does them."""
-
-    mean: Tensor | None
-
-    def __init__(self, preprocess: Preprocess) -> None:
-        super().__init__()
-        mean = preprocess.mean
-        self.register_buffer("mean", None if mean is None else torch.from_numpy(mean.copy()))
-        self.normalize = preprocess.normalize
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Prepare rows ``(batch, dim)``."""
-        if self.mean is not None:
-            x = x - self.mean
-        if self.normalize:
-            norms = x.double().square().sum(dim=1, keepdim=True).sqrt()
-            norms = torch.where(norms == 0, torch.ones_like(norms), norms)
-            x = (x.double() / norms).float()
-        return x
 
 
 class CodesGraph(nn.Module):
@@ -138,17 +114,13 @@ def codes_graph(tokenizer: Tokenizer) -> CodesGraph:
         UsageError: if the tokenizer offers no graph.
     """
     books = tokenizer.codebooks
-    if isinstance(tokenizer, HasEncoderModule):
-        encoder = tokenizer.encoder_module()
-    elif isinstance(tokenizer, RQKMeans):
-        encoder = Prepare(tokenizer._preprocess)
-    else:
+    if not isinstance(tokenizer, HasEncoderModule):
         raise UsageError(
             f"{tokenizer.kind} gives no encoder graph; give it a method encoder_module(), or "
-            "export an rqkmeans"
+            "export another tokenizer"
         )
     graph = CodesGraph(
-        encoder,
+        tokenizer.encoder_module(),
         books,
         hierarchical=tokenizer.hierarchical,
         beam_width=tokenizer.beam_width,

@@ -352,7 +352,8 @@ class Tokenizer(ABC):
         """Return reconstructions ``(n, dim)`` float32 in the input space.
 
         Args:
-            codes: ``(n, levels)`` integers, or `SemanticIds` of this tokenizer.
+            codes: ``(n, levels)`` integers, or `SemanticIds` of this tokenizer; a token appended
+                to make them unique is left out.
 
         Raises:
             InputError: for a wrong shape or codes out of range.
@@ -374,7 +375,8 @@ class Tokenizer(ABC):
         _ = self.dim
         if isinstance(codes, SemanticIds):
             codes.check_codebook(self.codebook_fingerprint)
-            codes = codes.codes
+            # An appended token stands after the model's levels and belongs to no codebook.
+            codes = codes.codes[:, : len(codes.info.model_sizes)]
         array = np.asarray(codes)
         if array.ndim != 2 or array.shape[1] != self.levels or array.dtype.kind not in "iu":
             raise InputError(

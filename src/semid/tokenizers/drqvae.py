@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from semid.data.ids import ItemIds
 from semid.errors import UsageError
 from semid.quantization.kmeans import KMeansOptions
-from semid.quantization.nearest import prepare
-from semid.quantization.residual import fit_residual
-from semid.tokenizers.context import FitContext
+from semid.tokenizers.context import FitContext, level_sizes
+from semid.tokenizers.levels import fit_levels
 from semid.tokenizers.neural.behaviour import read_behaviour
 from semid.tokenizers.neural.decoupled import (
     ContinuousAutoencoder,
@@ -23,30 +21,26 @@ from semid.tokenizers.neural.decoupled import (
     Objective,
 )
 from semid.tokenizers.neural.initialise import LatentBlocks
+from semid.tokenizers.neural.options import NeuralOptions, pick_device
 from semid.tokenizers.neural.pairs import Behaviour
-from semid.tokenizers.neural.quantizers import Quantizer
-from semid.tokenizers.neural.tokenizer import Network, PreparedRows, pick_device
-from semid.tokenizers.rqkmeans import LevelRun
-from semid.tokenizers.rqvae import RQVAE
-from semid.training.loggers import Logger
+from semid.tokenizers.neural.rows import PreparedRows
+from semid.tokenizers.neural.tokenizer import NeuralTokenizer
 from semid.training.loop import train
-from semid.training.options import TrainOptions
 from semid.training.stages import Stages
 from semid.training.state import load_module_, module_arrays
 
 __all__ = ["DRQVAE"]
 
-Array = npt.NDArray[np.float32]
 WIDEST = 256
 
 
-class DRQVAE(RQVAE):
+class DRQVAE(NeuralTokenizer):
     """Representation and quantization decoupled; with pairs, "DRQ-VAE+CL".
 
     Args:
         levels: codes an item.
         codebook_size: codewords a level (2 to 2**32), or one number a level.
-        seed: any integer.
+        beam_width: partial codes kept while encoding; 1 is greedy.
         contrastive_weight: lambda of InfoNCE on pairs given to `fit`, 0 or more (ours: 0.1 is a
             good start); 0 learns from embeddings alone.
         temperature: of InfoNCE, above 0 (ours: 0.07).
@@ -54,16 +48,11 @@ class DRQVAE(RQVAE):
         uniformity_weight: of the uniformity loss on the pairs' latents, 0 or more.
         kl_weight: of a KL term, 0 or more; the paper's loss has none.
         kmeans: how K-means runs at each level.
-        network: shape of the autoencoder; ``latent`` 0 takes 256 or the input's width, whichever
-            is smaller (ours), and pre-training and commitment do not apply.
-        training: how the autoencoder is trained.
-        normalize: scale (centred) rows to unit length first.
-        center: subtract the training mean first.
-        beam_width: partial codes kept while encoding; 1 is greedy.
-        validation_fraction: share of the items held out by a hash of their id, in [0, 1).
-        device: ``auto`` (CUDA if there is one), ``cpu`` or ``cuda``.
-        threads: plain threads for K-means and encoding; results do not depend on it.
-        logger: told the figures of every epoch.
+        **options: what every neural tokenizer takes, see
+            `semid.tokenizers.neural.options.NeuralOptions`: ``seed``, ``network``, ``training``,
+            ``normalize``, ``center``, ``validation_fraction``, ``device``, ``threads``, ``logger``.
+            ``latent`` 0 of the network takes 256 or the input's width, whichever is smaller (ours);
+            its pre-training and commitment do not apply.
 
     Raises:
         UsageError: if a value is out of range.
@@ -72,28 +61,21 @@ class DRQVAE(RQVAE):
     """
 
     kind: ClassVar[str] = "drqvae"
+    hierarchical: ClassVar[bool] = True
 
     def __init__(
         self,
         *,
         levels: int = 3,
         codebook_size: int | Sequence[int] = 256,
-        seed: int = 0,
+        beam_width: int = 1,
         contrastive_weight: float = 0.0,
         temperature: float = 0.07,
         pairs_per_step: int = 512,
         uniformity_weight: float = 0.0,
         kl_weight: float = 0.0,
         kmeans: KMeansOptions | Mapping[str, Any] | None = None,
-        network: Network | Mapping[str, Any] | None = None,
-        training: TrainOptions | Mapping[str, Any] | None = None,
-        normalize: bool = False,
-        center: bool = False,
-        beam_width: int = 1,
-        validation_fraction: float = 0.05,
-        device: str = "auto",
-        threads: int | None = None,
-        logger: Logger | None = None,
+        **options: Unpack[NeuralOptions],
     ) -> None:
         self.objective = Objective(
             contrastive_weight=contrastive_weight,
@@ -105,31 +87,22 @@ class DRQVAE(RQVAE):
         self.kmeans = (
             kmeans if isinstance(kmeans, KMeansOptions) else KMeansOptions(**(kmeans or {}))
         )
-        super().__init__(
-            levels=levels,
-            codebook_size=codebook_size,
-            seed=seed,
-            network=network,
-            training=training,
-            normalize=normalize,
-            center=center,
-            beam_width=beam_width,
-            validation_fraction=validation_fraction,
-            device=device,
-            threads=threads,
-            logger=logger,
-        )
+        super().__init__(sizes=level_sizes(levels, codebook_size), beam_width=beam_width, **options)
 
     @property
     def settings(self) -> dict[str, Any]:
         """Constructor arguments that change the result, JSON-able."""
-        return {**super().settings, **asdict(self.objective), "kmeans": asdict(self.kmeans)}
+        return {
+            "levels": self.levels,
+            "codebook_size": list(self.codebook_sizes),
+            "beam_width": self.beam_width,
+            **super().settings,
+            **asdict(self.objective),
+            "kmeans": asdict(self.kmeans),
+        }
 
     def _latent_width(self, dim: int) -> int:
         return self.network.latent or min(WIDEST, dim)
-
-    def _quantizer(self, latent: int) -> Quantizer:
-        raise NotImplementedError  # no quantizer stands in the loop: see _fit
 
     def _behaviour(
         self, interactions: Any, pairs: Any, *, ids: ItemIds, train: npt.NDArray[np.bool_]
@@ -167,26 +140,22 @@ class DRQVAE(RQVAE):
             lambda x: encoder(x, threads=self.threads),
             self._latent_width(prepared.train.dim),
         )
-        run = LevelRun(stages.stage("kmeans"), context.progress, self.levels)
-        books, fits = fit_residual(
+        self._prepared, levels = fit_levels(
             latents,
             self.codebook_sizes,
             seed=self.seed,
             options=self.kmeans,
             weights=context.weights,
             threads=self.threads,
-            done=run.done,
-            state=run.state,
-            on_iteration=run.on_iteration,
-            on_level=run.on_level,
+            store=stages.stage("kmeans"),
+            progress=context.progress,
         )
         self._preprocess = prepared.preprocess
-        self._prepared = tuple(prepare(torch.from_numpy(book)) for book in books)
         self._set_autoencoder(autoencoder)
         protocol = "no pairs" if context.behaviour is None else context.behaviour.train.protocol
         return {
             "training": details,
-            "levels": [asdict(fit) for fit in fits],
+            "levels": levels,
             "protocol": protocol,
         }
 

@@ -8,7 +8,7 @@ import tomllib
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from semid.errors import UsageError, check_choice, nearest_name
 from semid.tokenizers.base import Tokenizer
@@ -115,13 +115,13 @@ def _renamed(key: str, allowed: set[str]) -> str:
 
 
 def _arguments(kind: type) -> set[str]:
-    """Return the constructor's argument names, through ``**options`` to the bases."""
+    """Return the constructor's argument names, those of its ``**options`` among them."""
+    init = kind.__init__  # type: ignore[misc]
     found: set[str] = set()
-    for each in kind.__mro__:
-        if "__init__" not in vars(each):
-            continue
-        parameters = inspect.signature(each.__init__).parameters.values()  # type: ignore[misc]
-        found |= {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            break
+    for parameter in inspect.signature(init).parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            found.add(parameter.name)
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            (options,) = get_args(get_type_hints(init)[parameter.name])  # Unpack[a TypedDict]
+            found |= set(options.__annotations__)
     return found

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 from semid.tokenizers.neural.codebook import UpdateRule
+from semid.tokenizers.neural.options import ResidualOptions
 from semid.tokenizers.neural.quantizers import Quantizer, ResidualQuantizer
 from semid.tokenizers.rqvae import RQVAE
 
@@ -29,7 +30,11 @@ class RQPVAE(RQVAE):
     kind: ClassVar[str] = "rqpvae"
 
     def __init__(
-        self, *, ema_decay: float = 0.99, revive_below: float = 0.1, **options: Any
+        self,
+        *,
+        ema_decay: float = 0.99,
+        revive_below: float = 0.1,
+        **options: Unpack[ResidualOptions],
     ) -> None:
         self.rule = UpdateRule(decay=ema_decay, revive_below=revive_below)
         super().__init__(**options)

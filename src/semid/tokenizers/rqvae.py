@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, Unpack
 
-from semid.errors import UsageError
 from semid.tokenizers.context import level_sizes
 from semid.tokenizers.neural.codebook import UpdateRule
+from semid.tokenizers.neural.options import NeuralOptions
+from semid.tokenizers.neural.quantized import QuantizedTokenizer
 from semid.tokenizers.neural.quantizers import Quantizer, ResidualQuantizer
-from semid.tokenizers.neural.tokenizer import Network, NeuralTokenizer
-from semid.training.loggers import Logger
-from semid.training.options import TrainOptions
 
 __all__ = ["RQVAE"]
 
 
-class RQVAE(NeuralTokenizer):
+class RQVAE(QuantizedTokenizer):
     """Encoder, residual levels with a straight-through estimator, decoder; codebooks by gradient.
 
     The baseline of both papers, without anything that keeps codes alive: it may collapse, and the
@@ -25,16 +23,10 @@ class RQVAE(NeuralTokenizer):
     Args:
         levels: codes an item.
         codebook_size: codewords a level (2 to 2**32), or one number a level.
-        seed: any integer.
-        network: shape and losses of the autoencoder.
-        training: how it is trained.
-        normalize: scale (centred) rows to unit length first.
-        center: subtract the training mean first.
         beam_width: partial codes kept while encoding; 1 is greedy.
-        validation_fraction: share of the items held out by a hash of their id, in [0, 1).
-        device: ``auto`` (CUDA if there is one), ``cpu`` or ``cuda``.
-        threads: plain threads for K-means and encoding; results do not depend on it.
-        logger: told the figures of every epoch.
+        **options: what every neural tokenizer takes, see
+            `semid.tokenizers.neural.options.NeuralOptions`: ``seed``, ``network``, ``training``,
+            ``normalize``, ``center``, ``validation_fraction``, ``device``, ``threads``, ``logger``.
 
     Raises:
         UsageError: if a value is out of range.
@@ -52,32 +44,10 @@ class RQVAE(NeuralTokenizer):
         *,
         levels: int = 3,
         codebook_size: int | Sequence[int] = 256,
-        seed: int = 0,
-        network: Network | Mapping[str, Any] | None = None,
-        training: TrainOptions | Mapping[str, Any] | None = None,
-        normalize: bool = False,
-        center: bool = False,
         beam_width: int = 1,
-        validation_fraction: float = 0.05,
-        device: str = "auto",
-        threads: int | None = None,
-        logger: Logger | None = None,
+        **options: Unpack[NeuralOptions],
     ) -> None:
-        super().__init__(
-            sizes=level_sizes(levels, codebook_size),
-            seed=seed,
-            network=network,
-            training=training,
-            normalize=normalize,
-            center=center,
-            validation_fraction=validation_fraction,
-            device=device,
-            threads=threads,
-            logger=logger,
-        )
-        if beam_width < 1:
-            raise UsageError(f"beam_width={beam_width}: give at least 1")
-        self.beam_width = int(beam_width)
+        super().__init__(sizes=level_sizes(levels, codebook_size), beam_width=beam_width, **options)
 
     @property
     def settings(self) -> dict[str, Any]:
