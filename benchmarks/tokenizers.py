@@ -4,8 +4,10 @@
 
 One JSON line a fit is appended to the output file as soon as it is done; fits that are there
 already are skipped, so a run that was stopped continues by the same command. At the end the lines
-are shown as Markdown tables. scikit-learn's residual K-means on the same training rows stands
-beside ours; perplexities are never raised by constraining the assignment.
+are shown as Markdown tables. ``--models`` keeps the fitted models for ``semid report`` and
+``semid compare``; ``--epochs`` shortens the training of the neural ones. scikit-learn's residual
+K-means on the same training rows stands beside ours; perplexities are never raised by constraining
+the assignment.
 """
 
 from __future__ import annotations
@@ -34,30 +36,28 @@ SETS = {
     "union": "union_catalogue",
 }
 Row = dict[str, Any]
+Made = tuple[Callable[[int], Tokenizer], dict[str, Any]]
 
 
-def methods(
-    codes: int, interactions: Path
-) -> dict[str, Callable[[int], tuple[Tokenizer, dict[str, Any]]]]:
+def methods(codes: int, interactions: Path, epochs: int | None) -> dict[str, Made]:
     """Return name -> seed -> tokenizer and further arguments of its fit, at default settings."""
-    logs = {"interactions": interactions}
-    made: dict[str, Callable[[int], tuple[Tokenizer, dict[str, Any]]]] = {
-        "RQKMeans": lambda s: (semid.RQKMeans(codebook_size=codes, seed=s), {}),
-        "RQVAE": lambda s: (semid.RQVAE(codebook_size=codes, seed=s), {}),
-        "RQPVAE": lambda s: (semid.RQPVAE(codebook_size=codes, seed=s), {}),
-        "DRQVAE": lambda s: (semid.DRQVAE(codebook_size=codes, seed=s), {}),
-        "VQVAE": lambda s: (semid.VQVAE(codebook_size=codes, seed=s), {}),
+    training = {} if epochs is None else {"training": semid.TrainOptions(epochs=epochs)}
+
+    def neural(kind: Callable[..., Tokenizer], **settings: Any) -> Callable[[int], Tokenizer]:
+        return lambda s: kind(codebook_size=codes, seed=s, **settings, **training)
+
+    made: dict[str, Made] = {
+        "RQKMeans": (lambda s: semid.RQKMeans(codebook_size=codes, seed=s), {}),
+        "RQVAE": (neural(semid.RQVAE), {}),
+        "RQPVAE": (neural(semid.RQPVAE), {}),
+        "DRQVAE": (neural(semid.DRQVAE), {}),
+        "VQVAE": (neural(semid.VQVAE), {}),
     }
     for count in (1, 2, 3, 7):
-        made[f"MoCVAE {count}x"] = lambda s, m=count: (
-            semid.MoCVAE(n_codebooks=m, codebook_size=codes, seed=s),
-            {},
-        )
+        made[f"MoCVAE {count}x"] = (neural(semid.MoCVAE, n_codebooks=count), {})
     if interactions.exists():
-        made["DRQVAE+CL"] = lambda s: (
-            semid.DRQVAE(codebook_size=codes, seed=s, contrastive_weight=0.1),
-            logs,
-        )
+        logs = {"interactions": interactions}
+        made["DRQVAE+CL"] = (neural(semid.DRQVAE, contrastive_weight=0.1), logs)
     return made
 
 
@@ -111,10 +111,11 @@ def fit_sklearn(x: np.ndarray, held: np.ndarray, codes: int, seed: int) -> Row:
 def tables(rows: list[Row]) -> str:
     """Return one Markdown table a data set and codebook size, mean and spread over seeds."""
     out = []
-    for data, codes in sorted({(r["data"], r["codes"]) for r in rows}):
-        own = [r for r in rows if (r["data"], r["codes"]) == (data, codes)]
+    groups = dict.fromkeys((r["data"], r["codes"], r.get("epochs")) for r in rows)
+    for data, codes, epochs in groups:
+        own = [r for r in rows if (r["data"], r["codes"], r.get("epochs")) == (data, codes, epochs)]
         out += [
-            f"\n**{data}, K = {codes}**\n",
+            f"\n**{data}, K = {codes}**" + (f", {epochs} epochs\n" if epochs else "\n"),
             "| tokenizer | seeds | error trained | error held out | perplexity a level "
             "| dead codes | 1 - unique/N | in shared buckets | CPU s |",
             "|---|---|---|---|---|---|---|---|---|",
@@ -155,6 +156,8 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", default=["beauty", "toys", "sports"], choices=SETS)
     parser.add_argument("--codes", type=int, default=256)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, help="of the neural tokenizers; default: their own")
+    parser.add_argument("--models", type=Path, help="folder to keep the fitted models in")
     parser.add_argument("--only", nargs="+", help="names of tokenizers, as in the table")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/tokenizers.jsonl"))
     given = parser.parse_args()
@@ -171,16 +174,22 @@ def main() -> None:
             x = np.load(folder / "embeddings.f16.npy").astype(np.float32)
             ids = folder / "items.parquet"
             held = held_out_mask(semid.open_embeddings(x, ids=ids).ids, 0.05, salt=HELD_OUT_SALT)
-            made = methods(given.codes, folder / "interactions.parquet")
+            made = methods(given.codes, folder / "interactions.parquet", given.epochs)
             for method in ["scikit-learn", *made]:
                 key = {"data": name, "codes": given.codes, "method": method, "seed": seed}
-                done = any(all(r[k] == v for k, v in key.items()) for r in read(given.out))
+                key["epochs"] = given.epochs
+                done = any(all(r.get(k) == v for k, v in key.items()) for r in read(given.out))
                 if done or (given.only and method not in given.only):
                     continue
                 if method == "scikit-learn":
                     row = fit_sklearn(x, held, given.codes, seed)
                 else:
-                    row = fit_ours(x, ids, *made[method](seed))
+                    make, extra = made[method]
+                    tokenizer = make(seed)
+                    row = fit_ours(x, ids, tokenizer, extra)
+                    if given.models is not None:
+                        title = f"{name}-{method}-{seed}".replace(" ", "-").lower()
+                        tokenizer.save(given.models / title, overwrite=True)
                 with given.out.open("a", encoding="utf8") as file:
                     file.write(json.dumps({**key, **row, **machine}) + "\n")
     print(tables(read(given.out)))
