@@ -135,7 +135,7 @@ def test_lookup_survives_hash_collisions(monkeypatch):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (["a", None, "b"], r"hold 1 nulls \(first: row 1\)"),
+        (["a", None, "b"], r": 1 null \(first: row 1\)"),
         ([1.5, 2.5], r"type double; ids are strings or integers"),
         ([1, "a"], "mix types"),
         ([True, False], "type bool"),

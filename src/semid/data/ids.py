@@ -183,7 +183,8 @@ class ItemIds:
         )
         more = ", ..." if len(repeated) > 5 else ""
         raise IdsError(
-            f"{source} hold {len(repeated)} ids more than once ({extra} rows too many): "
+            f"{source}: {len(repeated)} {'id' if len(repeated) == 1 else 'ids'} more than once "
+            f"({extra} rows too many): "
             f"{listed}{more}; every item needs an id of its own: drop the repeats or choose "
             "another id column"
         )
@@ -270,7 +271,7 @@ def _to_arrow(values: Any, source: str, *, allow_null: bool = False) -> Any:
     if array.null_count and not allow_null:
         first = int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0])
         raise IdsError(
-            f"{source} hold {array.null_count} nulls (first: row {first}); give every item an id "
-            "or drop the rows"
+            f"{source}: {array.null_count} {'null' if array.null_count == 1 else 'nulls'} "
+            f"(first: row {first}); give every item an id or drop the rows"
         )
     return array
