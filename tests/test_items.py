@@ -222,7 +222,7 @@ def test_id_files_that_cannot_be_used(tmp_path):
         "empty.csv": (b"", "is empty"),
         "header.csv": (b"item_id\n", "no rows"),
         "broken.csv": (b"item_id,b\n1\n", "could not be read as CSV"),
-        "hole.csv": (b"item_id,b\n,1\nx,2\n", "1 nulls"),
+        "hole.csv": (b"item_id,b\n,1\nx,2\n", "1 null "),
         "bad.parquet": (b"PAR1 no", "truncated, damaged"),
     }
     for name, (content, message) in files.items():
