@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -179,6 +180,7 @@ def rank(
         )
         if not resume:
             check_output(output, overwrite=overwrite)
+            shutil.rmtree(output, ignore_errors=True)
         _grid(
             grid,
             (logs, items, options, {**columns, "time_column": time_column}),
@@ -220,8 +222,6 @@ def _single(
     quiet: bool,
 ) -> None:
     """Train one model, save it and say how good it is."""
-    import shutil
-
     from semid.codes import SemanticIds
     from semid.errors import UsageError
     from semid.progress import make_progress

@@ -20,8 +20,8 @@ def ranking_figures(analyses: Mapping[str, CodeAnalysis]) -> list[Figure]:
         analyses: by the name of the model, for example ``"MoC 3x"``; of the same rows.
 
     Returns:
-        Clusters against labels (figs. 1b, 1c, 2), each level alone (fig. 3), singular spectra (figs.
-        4, 10), and correlation with CKA (fig. 7), each with a table of its numbers.
+        Clusters against labels (figs. 1b, 1c, 2), each level alone (fig. 3), singular spectra
+        (figs. 4, 10), and correlation with CKA (fig. 7), each with a table of its numbers.
     """
     found = [_sweep(analyses), _levels(analyses), _spectra(analyses)]
     return [*found, *(_correlation(name, a) for name, a in analyses.items())]
@@ -50,10 +50,10 @@ def _sweep(analyses: Mapping[str, CodeAnalysis]) -> Figure:
         SECTION,
         "What clusters of code embeddings know of clicks",
         "Higher is better; at 0 the clusters know what chance knows.",
-        "K-means over the embeddings of all codes side by side, and of the first code alone; mutual "
-        "information of the clusters with the label, adjusted for chance. The MoC paper shows the "
-        "unadjusted one, which grows with the number of clusters; it is in the table beside its "
-        "value for shuffled labels.",
+        "K-means over the embeddings of all codes side by side, and of the first code alone; the "
+        "mutual information of the clusters with the label, adjusted for chance. The MoC paper "
+        "shows the unadjusted one, which grows with the number of clusters; it is in the table "
+        "beside its value for shuffled labels.",
         traces,
         {"xaxis": {"title": "clusters", "type": "log"}, "yaxis": {"title": "adjusted MI"}},
         ["embedding", "clusters", "NMI", "adjusted MI", "NMI by chance"],
@@ -72,7 +72,7 @@ def _levels(analyses: Mapping[str, CodeAnalysis]) -> Figure:
         "ranking-levels",
         SECTION,
         "Each code alone",
-        "Even bars mean that every code tells something; falling ones, that later codes tell little.",
+        "Even bars: every code tells something. Falling bars: later codes tell little.",
         "The same for the embedding of one code at a time; the table has the codes themselves too.",
         traces,
         {"xaxis": {"title": "code"}, "yaxis": {"title": "adjusted MI"}, "barmode": "group"},
@@ -125,8 +125,8 @@ def _correlation(name: str, a: CodeAnalysis) -> Figure:
         SECTION,
         f"How alike the codes' embeddings are: {name}",
         "Bright off the diagonal means that two codes carry the same.",
-        "Linear CKA, which no rotation of an embedding changes. The MoC paper's correlation (eq. 9) "
-        "depends on the basis each table happens to have; it is in the table.",
+        "Linear CKA, which no rotation of an embedding changes. The MoC paper's correlation (eq. "
+        "9) depends on the basis each table happens to have; it is in the table.",
         [heat],
         {"xaxis": {"title": "code"}, "yaxis": {"title": "code"}},
         ["codes", "correlation", "CKA"],
