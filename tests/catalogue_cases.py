@@ -40,7 +40,7 @@ def drawn_neural(
     autoencoder.standardize_(np.full(dim, 0.1), 2.0 * dim)
     tensors = {f"autoencoder.{k}": v.numpy() for k, v in autoencoder.state_dict().items()}
     for level in range(3):
-        scale = 0.5**level if tokenizer.hierarchical else 1.0
+        scale = 0.5**level if tokenizer.hierarchical else 0.3
         tensors[f"codebooks.{level}"] = (scale * generator.normal(size=(8, 5))).astype("f4")
         if options.get("projection"):
             tensors[f"maps.{level}"] = generator.normal(size=(5, 5)).astype("f4")
