@@ -201,7 +201,10 @@ class FieldTables(nn.Module):
         return len(self.names)
 
     def _look(self, table: Tensor, rows: Tensor) -> Tensor:
-        return nn.functional.embedding(rows, table, sparse=self.sparse)
+        if self.sparse:
+            return nn.functional.embedding(rows, table, sparse=True)
+        # The same values; on CPUs the gradient of `embedding` adds row by row, this one in one go.
+        return table.index_select(0, rows.reshape(-1)).view(*rows.shape, table.shape[1])
 
     def forward(self, at: Positions) -> Tensor:
         """Gather the embeddings of a batch."""

@@ -105,7 +105,7 @@ class WideId(nn.Module):
 
     def forward(self, item: Tensor) -> Tensor:
         """Return ``(batch, fields, width)`` for catalogue rows ``(batch,)``."""
-        rows = nn.functional.embedding(self.id_rows[item], self.table)
+        rows = self.table.index_select(0, self.id_rows[item])
         return (rows @ self.map).unflatten(1, (self.fields, self.width))
 
 
