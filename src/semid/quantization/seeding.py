@@ -16,7 +16,7 @@ import torch
 
 from semid.quantization.assign import THREADED_WORK, assign
 from semid.quantization.blocks import BLOCK_ROWS, Blocks, read_ahead
-from semid.quantization.nearest import working_routes
+from semid.quantization.engine.routes import working_routes
 from semid.quantization.threads import map_blocks
 
 __all__ = ["kmeans_plus_plus"]

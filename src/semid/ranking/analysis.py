@@ -149,7 +149,8 @@ def singular_values(e: Array) -> npt.NDArray[np.float64]:
     """
     flat = e.reshape(len(e), -1).astype(np.float64)
     values = np.linalg.eigvalsh(flat.T @ flat)[::-1]
-    return np.sqrt(np.clip(values, 0.0, None))
+    found: npt.NDArray[np.float64] = np.sqrt(np.clip(values, 0.0, None))
+    return found
 
 
 def correlation(e: Array) -> npt.NDArray[np.float64]:
@@ -167,7 +168,8 @@ def correlation(e: Array) -> npt.NDArray[np.float64]:
     inner = np.einsum("nid,njd->ij", centred, centred)
     norms = np.sqrt(np.diag(inner))
     safe = np.where(norms > 0, norms, 1.0)
-    return inner / safe[:, None] / safe[None, :]
+    found: npt.NDArray[np.float64] = inner / safe[:, None] / safe[None, :]
+    return found
 
 
 def linear_cka(e: Array) -> npt.NDArray[np.float64]:

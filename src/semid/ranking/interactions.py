@@ -141,7 +141,8 @@ class FieldAttention(nn.Module):
 
         def split(linear: nn.Linear) -> Tensor:
             projected = self._project(linear, x)
-            return projected.unflatten(-1, (self.heads, self.head_width)).transpose(1, 2)
+            parted = projected.reshape(-1, x.shape[1], self.heads, self.head_width)
+            return parted.transpose(1, 2)
 
         scores = split(self.query) @ split(self.key).transpose(-1, -2) * self.scale
         mixed = (scores.softmax(-1) @ split(self.value)).transpose(1, 2).flatten(-2)

@@ -106,7 +106,8 @@ class WideId(nn.Module):
     def forward(self, item: Tensor) -> Tensor:
         """Return ``(batch, fields, width)`` for catalogue rows ``(batch,)``."""
         rows = self.table.index_select(0, self.id_rows[item])
-        return (rows @ self.map).unflatten(1, (self.fields, self.width))
+        spread: Tensor = rows @ self.map
+        return spread.reshape(-1, self.fields, self.width)
 
 
 class RankingNetwork(nn.Module):

@@ -30,7 +30,7 @@ class RowwiseAdamW(torch.optim.AdamW):
                 if parameter.grad is not None and parameter.grad.is_sparse:
                     self._rows(parameter, group)
                     parameter.grad = None
-        return super().step(closure)  # type: ignore[no-untyped-call]
+        return super().step(closure)
 
     def _rows(self, parameter: Tensor, group: dict[str, Any]) -> None:
         assert parameter.grad is not None

@@ -340,7 +340,7 @@ class Ranker:
             schema = Schema.of(config["schema"], tensors)
             codes = None
             if config["codes"] is not None:
-                settings = {
+                settings: dict[str, Any] = {
                     name: tuple(value) if isinstance(value, list) else value
                     for name, value in config["codes"].items()
                 }

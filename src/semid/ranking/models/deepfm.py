@@ -45,5 +45,5 @@ class DeepFM(nn.Module):
 
     def forward(self, e: Tensor, first: Tensor | None = None) -> Tensor:
         """Return logits ``(batch,)``; ``first`` is ``(batch, fields)``."""
-        logits = self.bias + self.fm(e) + self.deep(e.flatten(1))[:, 0]
+        logits: Tensor = self.bias + self.fm(e) + self.deep(e.flatten(1))[:, 0]
         return logits if first is None else logits + first.sum(1)

@@ -74,7 +74,7 @@ class EncoderGraph(nn.Module):
             z = torch.cat([project(part) for project, part in pairs], dim=1)
         for layer in self.layers[:-1]:
             z = torch.relu(layer(z))
-        z = self.layers[-1](z)
+        latent: Tensor = self.layers[-1](z)
         if self.maps:
-            return [z @ self.get_buffer(f"map_{number}") for number in range(self.maps)]
-        return z
+            return [latent @ self.get_buffer(f"map_{number}") for number in range(self.maps)]
+        return latent
