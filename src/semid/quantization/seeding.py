@@ -26,8 +26,8 @@ __all__ = ["kmeans_plus_plus"]
 MAX_ROUND = 256
 # Rows of a gain block: with a few hundred candidates it stays in a core's cache.
 GAIN_ROWS = 1024
-# Rows the gains are added over: they order candidates that are drawn from all rows already, and
-# this many a centre, or in all, order them as well as every row does.
+# Rows the gains are added over, a centre and at least: they only order candidates, which are drawn
+# from all rows.
 GAIN_ROWS_PER_CODE = 16
 GAIN_ROWS_LEAST = 65_536
 # Rows this close, relative to their lengths, count as copies within a round.
@@ -112,7 +112,7 @@ class _Gains:
     """Ranks candidates by how much each alone would lower the total distance of a sample of rows.
 
     Products are those of rows and candidates rounded to bfloat16, whether or not the chip
-    multiplies such numbers itself: the order is the same on all.
+    multiplies such numbers itself, so that chips differ in the order of float32 sums alone.
 
     Args:
         blocks: ``(items, dim)`` rows.
