@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+
+# The tests' matrices are tiny: torch's threads would wait for each other longer than they work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from pathlib import Path
 
 import numpy as np
