@@ -4,6 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
+# Two processes or more bring more than threads inside one: the tests' matrices are tiny.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+MARKS ?= not slow and not gpu and not browser
+
 .PHONY: demo test slow browser bench lint format clean
 
 $(READY): pyproject.toml constraints.txt
@@ -16,7 +20,7 @@ demo: $(READY)  ## the main job on a synthetic catalogue: demo/report.html
 	$(BIN)/semid demo --output demo --overwrite
 
 test: $(READY)  ## the fast tests
-	$(BIN)/python -m pytest
+	$(PYTEST) -m '$(MARKS)'
 
 slow: $(READY)  ## tests on real data at full size, minutes
 	$(BIN)/python -m pytest -m slow

@@ -285,7 +285,14 @@ def test_torch_export_round_trip(name, tmp_path):
         check_codes(program(torch.from_numpy(x[:batch])).numpy(), tokenizer, x[:batch])
 
 
-@pytest.mark.parametrize("name", EXPORTED)
+# Every graph is traced above; ONNX costs a minute each, so one with and one without a network.
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("prepared", "drqvae") else pytest.param(name, marks=pytest.mark.slow)
+        for name in EXPORTED
+    ],
+)
 def test_onnx_round_trip(name, tmp_path):
     runtime = pytest.importorskip("onnxruntime", reason="pip install 'semid[onnx]'")
     pytest.importorskip("onnxscript", reason="pip install 'semid[onnx]'")

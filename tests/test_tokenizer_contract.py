@@ -49,12 +49,33 @@ NEURAL: dict[str, Callable[..., Tokenizer]] = {
     "drqvae": lambda **changes: semid.DRQVAE(**{**SMALL, **changes}),
 }
 
+
+class WithPairs(semid.BARQ):
+    """BARQ that brings its pairs along: the suite's calls know of embeddings alone."""
+
+    def _behaviour(self, interactions, pairs, *, ids, train):
+        rows = np.arange(len(ids) - 1)
+        given = np.stack([rows, rows + 1], axis=1) if pairs is None else pairs
+        return super()._behaviour(interactions, given, ids=ids, train=train)
+
+
+def barq(**changes: object) -> Tokenizer:
+    settings = {**SMALL, "objective": {"pairs_per_step": 32}, "size_limit": 0.1, **changes}
+    if settings.get("levels") == 1:
+        settings["behaviour_levels"] = 1
+    return WithPairs(**{"beam_width": 2, "behaviour_levels": 2, **settings})
+
+
 TOKENIZERS: dict[str, Callable[..., Tokenizer]] = {
     "rqkmeans": lambda **changes: semid.RQKMeans(**{"levels": 3, "codebook_size": 16, **changes}),
     "rqkmeans-prepared": lambda **changes: semid.RQKMeans(
         **{"levels": 2, "codebook_size": 16, "normalize": True, "center": True, **changes}
     ),
     **NEURAL,
+    "barq": barq,
+    "barq-content": lambda **changes: semid.BARQ(
+        **{"levels": 3, "codebook_size": 16, "behaviour_weight": 0.0, **changes}
+    ),
     "rqkmeans-beam": lambda **changes: semid.RQKMeans(
         **{"levels": 3, "codebook_size": 16, "beam_width": 3, **changes}
     ),

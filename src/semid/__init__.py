@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from semid.errors import SemidError
     from semid.loading import load
     from semid.quantization.kmeans import KMeansOptions
+    from semid.quantization.refine import RefineOptions
     from semid.ranking.data import DataOptions, prepare_ranking
     from semid.ranking.features import CodeFeatures
     from semid.ranking.network import Architecture
@@ -22,11 +23,14 @@ if TYPE_CHECKING:
     from semid.ranking.stream import RankingStream
     from semid.ranking.training import train_ranker
     from semid.report import diagnose
+    from semid.tokenizers.barq import BARQ
     from semid.tokenizers.drqvae import DRQVAE
     from semid.tokenizers.features import fuse
+    from semid.tokenizers.heads import DecodeHead
     from semid.tokenizers.mocvae import MoCVAE
     from semid.tokenizers.neural.behaviour import Neighbours
     from semid.tokenizers.neural.tokenizer import Network
+    from semid.tokenizers.refining import refine
     from semid.tokenizers.rqkmeans import RQKMeans
     from semid.tokenizers.rqpvae import RQPVAE
     from semid.tokenizers.rqvae import RQVAE
@@ -35,6 +39,7 @@ if TYPE_CHECKING:
 
 
 __all__ = [
+    "BARQ",
     "DRQVAE",
     "RQPVAE",
     "RQVAE",
@@ -42,6 +47,7 @@ __all__ = [
     "Architecture",
     "CodeFeatures",
     "DataOptions",
+    "DecodeHead",
     "KMeansOptions",
     "MoCVAE",
     "Neighbours",
@@ -50,6 +56,7 @@ __all__ = [
     "RQKMeans",
     "Ranker",
     "RankingStream",
+    "RefineOptions",
     "SemanticIds",
     "SemidError",
     "SyntheticCatalogue",
@@ -61,15 +68,18 @@ __all__ = [
     "open_embeddings",
     "prepare_ranking",
     "read_interactions",
+    "refine",
     "train_ranker",
 ]
 
 # Names are imported when first used, so that `import semid` and `semid --help` stay quick.
 _HOME = {
     "Architecture": "semid.ranking.network",
+    "BARQ": "semid.tokenizers.barq",
     "CodeFeatures": "semid.ranking.features",
     "DRQVAE": "semid.tokenizers.drqvae",
     "DataOptions": "semid.ranking.data",
+    "DecodeHead": "semid.tokenizers.heads",
     "KMeansOptions": "semid.quantization.kmeans",
     "MoCVAE": "semid.tokenizers.mocvae",
     "Neighbours": "semid.tokenizers.neural.behaviour",
@@ -80,6 +90,7 @@ _HOME = {
     "RQVAE": "semid.tokenizers.rqvae",
     "Ranker": "semid.ranking.ranker",
     "RankingStream": "semid.ranking.stream",
+    "RefineOptions": "semid.quantization.refine",
     "SemanticIds": "semid.codes",
     "SemidError": "semid.errors",
     "SyntheticCatalogue": "semid.data.synthetic",
@@ -92,6 +103,7 @@ _HOME = {
     "open_embeddings": "semid.data.embeddings",
     "prepare_ranking": "semid.ranking.data",
     "read_interactions": "semid.data.interactions",
+    "refine": "semid.tokenizers.refining",
     "train_ranker": "semid.ranking.training",
 }
 

@@ -15,12 +15,13 @@ __all__ = ["KINDS", "load"]
 # kind -> (module, class). Modules are imported when an artefact of the kind is opened.
 KINDS: dict[str, tuple[str, str]] = {
     **TOKENIZERS,
+    "head": ("semid.tokenizers.heads", "DecodeHead"),
     "ranker": ("semid.ranking.ranker", "Ranker"),
 }
 
 
 def load(path: str | os.PathLike[str]) -> Any:
-    """Open a saved tokenizer or ranking model.
+    """Open a saved tokenizer, decode head or ranking model.
 
     Args:
         path: artefact folder, as written by ``semid fit -o``, ``semid rank -o`` or ``save``.

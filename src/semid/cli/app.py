@@ -20,6 +20,7 @@ from semid.cli.export import export
 from semid.cli.fit import fit
 from semid.cli.import_ import import_
 from semid.cli.rank import rank
+from semid.cli.refine import refine
 from semid.cli.refresh import refresh
 from semid.cli.report import report
 from semid.cli.unique import unique
@@ -51,6 +52,7 @@ app.command()(fit)
 app.command()(encode)
 app.command()(report)
 app.command()(compare)
+app.command()(refine)
 app.command()(unique)
 app.command()(drift)
 app.command()(refresh)

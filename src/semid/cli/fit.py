@@ -93,14 +93,16 @@ def fit(
         typer.Option(help="jsonl:PATH, tensorboard:FOLDER, mlflow or wandb: figures an epoch."),
     ] = None,
     interactions: Annotated[
-        str | None, typer.Option(help="drqvae: logs whose consecutive items are pairs.")
+        str | None, typer.Option(help="drqvae, barq: logs whose consecutive items are pairs.")
     ] = None,
     pairs: Annotated[
-        str | None, typer.Option(help="drqvae: table of item_id, related_item_id.")
+        str | None, typer.Option(help="drqvae, barq: table of item_id, related_item_id.")
     ] = None,
     neighbours: Annotated[
         str | None,
-        typer.Option(help="drqvae: second embeddings, the nearest neighbours in which are pairs."),
+        typer.Option(
+            help="drqvae, barq: second embeddings, the nearest neighbours in which are pairs."
+        ),
     ] = None,
     contrastive_weight: Annotated[
         float | None, typer.Option(help="drqvae: weight of the pairs; default 0.")
@@ -110,6 +112,12 @@ def fit(
     ] = None,
     uniformity_weight: Annotated[
         float | None, typer.Option(help="drqvae: weight of the uniformity loss.")
+    ] = None,
+    behaviour_weight: Annotated[
+        float | None, typer.Option(help="barq: weight of behaviour beside content; default 1.")
+    ] = None,
+    size_limit: Annotated[
+        float | None, typer.Option(help="barq: highest price that evens out usage; default 0.")
     ] = None,
     kl_weight: Annotated[float | None, typer.Option(help="drqvae: weight of a KL term.")] = None,
     ids: Ids = None,
@@ -160,6 +168,8 @@ def fit(
         "temperature": temperature,
         "uniformity_weight": uniformity_weight,
         "kl_weight": kl_weight,
+        "behaviour_weight": behaviour_weight,
+        "size_limit": size_limit,
     }
     wanted = {} if recipe is None else read_recipe(recipe)
     kind = tokenizer or wanted.pop("tokenizer", "rqkmeans")

@@ -6,35 +6,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, ClassVar, Unpack
 
-import numpy as np
-import numpy.typing as npt
-
-from semid.data.ids import ItemIds
-from semid.errors import UsageError
 from semid.quantization.kmeans import KMeansOptions
 from semid.tokenizers.context import FitContext, level_sizes
 from semid.tokenizers.levels import fit_levels
-from semid.tokenizers.neural.behaviour import read_behaviour
-from semid.tokenizers.neural.decoupled import (
-    ContinuousAutoencoder,
-    ContinuousTrainee,
-    Objective,
-)
+from semid.tokenizers.neural.continuous import ContinuousTokenizer
+from semid.tokenizers.neural.decoupled import Objective
 from semid.tokenizers.neural.initialise import LatentBlocks
-from semid.tokenizers.neural.options import NeuralOptions, pick_device
-from semid.tokenizers.neural.pairs import Behaviour
+from semid.tokenizers.neural.options import NeuralOptions
 from semid.tokenizers.neural.rows import PreparedRows
-from semid.tokenizers.neural.tokenizer import NeuralTokenizer
-from semid.training.loop import train
 from semid.training.stages import Stages
-from semid.training.state import load_module_, module_arrays
 
 __all__ = ["DRQVAE"]
 
 WIDEST = 256
 
 
-class DRQVAE(NeuralTokenizer):
+class DRQVAE(ContinuousTokenizer):
     """Representation and quantization decoupled; with pairs, "DRQ-VAE+CL".
 
     Args:
@@ -77,17 +64,21 @@ class DRQVAE(NeuralTokenizer):
         kmeans: KMeansOptions | Mapping[str, Any] | None = None,
         **options: Unpack[NeuralOptions],
     ) -> None:
-        self.objective = Objective(
-            contrastive_weight=contrastive_weight,
-            temperature=temperature,
-            pairs_per_step=pairs_per_step,
-            uniformity_weight=uniformity_weight,
-            kl_weight=kl_weight,
-        )
         self.kmeans = (
             kmeans if isinstance(kmeans, KMeansOptions) else KMeansOptions(**(kmeans or {}))
         )
-        super().__init__(sizes=level_sizes(levels, codebook_size), beam_width=beam_width, **options)
+        super().__init__(
+            sizes=level_sizes(levels, codebook_size),
+            beam_width=beam_width,
+            objective=Objective(
+                contrastive_weight=contrastive_weight,
+                temperature=temperature,
+                pairs_per_step=pairs_per_step,
+                uniformity_weight=uniformity_weight,
+                kl_weight=kl_weight,
+            ),
+            **options,
+        )
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -104,36 +95,10 @@ class DRQVAE(NeuralTokenizer):
     def _latent_width(self, dim: int) -> int:
         return self.network.latent or min(WIDEST, dim)
 
-    def _behaviour(
-        self, interactions: Any, pairs: Any, *, ids: ItemIds, train: npt.NDArray[np.bool_]
-    ) -> Behaviour | None:
-        given = interactions is not None or pairs is not None
-        if given and not self.objective.needs_pairs:
-            raise UsageError(
-                "interactions or pairs were given and contrastive_weight=0, so they would not be "
-                "used; set --contrastive-weight (contrastive_weight), for example 0.1"
-            )
-        if self.objective.needs_pairs and not given:
-            raise UsageError(
-                f"contrastive_weight={self.objective.contrastive_weight:g} needs pairs to learn "
-                "from; give --interactions or --pairs (interactions=, pairs=)"
-            )
-        return read_behaviour(interactions, pairs, ids=ids, train=train, threads=self.threads)
-
     def _fit(self, context: FitContext) -> dict[str, Any]:
         prepared = PreparedRows.of(context, center=self.center, normalize=self.normalize)
         stages = Stages(context.checkpoint)
-        autoencoder = self._new_autoencoder(context.inputs)
-        autoencoder.standardize_(prepared.mean, prepared.variance)
-        model = ContinuousAutoencoder(autoencoder, self.objective)
-        trained = stages.finished("train")
-        details: dict[str, Any]
-        if trained is None:
-            details = self._train(model, prepared, context, stages)
-            stages.finish("train", module_arrays(model), details)
-        else:
-            load_module_(model, trained[0])
-            details = trained[1]
+        autoencoder, details = self._trained(prepared, context, stages)
         encoder = autoencoder.exact_encoder()
         latents = LatentBlocks(
             prepared.train.blocks,
@@ -158,33 +123,3 @@ class DRQVAE(NeuralTokenizer):
             "levels": levels,
             "protocol": protocol,
         }
-
-    def _train(
-        self,
-        model: ContinuousAutoencoder,
-        prepared: PreparedRows,
-        context: FitContext,
-        stages: Stages,
-    ) -> dict[str, Any]:
-        device = pick_device(self.device)
-        model.to(device)
-        trainee = ContinuousTrainee(
-            model,
-            prepared.train,
-            prepared.held_out,
-            context.behaviour,
-            self.training,
-            seed=self.seed,
-            weights=context.weights,
-            device=device,
-        )
-        result = train(
-            trainee,
-            self.training,
-            seed=self.seed,
-            progress=context.progress,
-            store=stages.stage("train"),
-            log=self.logger,
-        )
-        model.cpu()
-        return result.to_dict()

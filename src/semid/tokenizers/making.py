@@ -16,6 +16,7 @@ from semid.tokenizers.base import Tokenizer
 __all__ = ["TOKENIZERS", "make_tokenizer", "read_recipe", "recipe_names"]
 
 TOKENIZERS: dict[str, tuple[str, str]] = {
+    "barq": ("semid.tokenizers.barq", "BARQ"),
     "drqvae": ("semid.tokenizers.drqvae", "DRQVAE"),
     "mocvae": ("semid.tokenizers.mocvae", "MoCVAE"),
     "rqkmeans": ("semid.tokenizers.rqkmeans", "RQKMeans"),

@@ -162,11 +162,8 @@ class NeuralTokenizer(Tokenizer):
         return tuple(book.codewords.numpy() for book in self._prepared)
 
     def _tensors(self) -> dict[str, np.ndarray]:
-        assert self._autoencoder is not None
-        tensors = {
-            f"autoencoder.{name}": tensor.detach().numpy()
-            for name, tensor in self._autoencoder.state_dict().items()
-        }
+        weights = {} if self._autoencoder is None else self._autoencoder.state_dict()
+        tensors = {f"autoencoder.{name}": each.detach().numpy() for name, each in weights.items()}
         tensors |= {f"codebooks.{i}": book for i, book in enumerate(self._codebooks())}
         if self._preprocess.mean is not None:
             tensors["preprocess.mean"] = self._preprocess.mean
@@ -179,14 +176,21 @@ class NeuralTokenizer(Tokenizer):
             for name, array in tensors.items()
             if name.startswith(prefix)
         }
-        several = sorted(n for n in own if n.startswith("projections.") and n.endswith("weight"))
-        inputs = [own[name].shape[1] for name in several] or [len(own["mean"])]
-        autoencoder = self._new_autoencoder(inputs)
-        autoencoder.load_state_dict(own)
-        self._set_autoencoder(autoencoder)
+        if own:
+            self._set_autoencoder(self._loaded(own))
         self._preprocess = Preprocess(
             mean=tensors["preprocess.mean"] if self.center else None, normalize=self.normalize
         )
         self._prepared = tuple(
             prepare(torch.from_numpy(tensors[f"codebooks.{i}"])) for i in range(self.levels)
         )
+
+    def _loaded(self, weights: Mapping[str, torch.Tensor]) -> Autoencoder:
+        """Make an autoencoder of the weights' own shape."""
+        several = sorted(
+            n for n in weights if n.startswith("projections.") and n.endswith("weight")
+        )
+        inputs = [weights[name].shape[1] for name in several] or [len(weights["mean"])]
+        autoencoder = self._new_autoencoder(inputs)
+        autoencoder.load_state_dict(dict(weights))
+        return autoencoder

@@ -1,0 +1,67 @@
+"""``semid refine``: fit all codebooks of a model again together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from semid.cli.options import (
+    EmbeddingColumn,
+    IdColumn,
+    Ids,
+    OnInvalid,
+    Overwrite,
+    Quiet,
+    Source,
+    open_source,
+)
+
+__all__ = ["refine"]
+
+
+def refine(
+    model: Annotated[Path, typer.Argument(help="Folder written by 'semid fit'.")],
+    source: Source,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the refined model.")],
+    rounds: Annotated[int, typer.Option(help="Most rounds of encoding and least squares.")] = 8,
+    beam_width: Annotated[int, typer.Option(help="Beam while refining, and of the model.")] = 8,
+    ids: Ids = None,
+    embedding_column: EmbeddingColumn = None,
+    id_column: IdColumn = None,
+    on_invalid: OnInvalid = "error",
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Lower the error of a residual model by refining its levels together; codes change.
+
+    Example: semid refine model/ items.parquet -o refined/
+    """
+    from semid.artefact import check_output
+    from semid.loading import load
+    from semid.progress import make_progress
+    from semid.quantization.refine import RefineOptions
+    from semid.tokenizers.refining import refine as refined
+
+    check_output(output, overwrite=overwrite)
+    options = RefineOptions(rounds=rounds, beam_width=beam_width)
+    opened = open_source(
+        source,
+        ids=ids,
+        embedding_column=embedding_column,
+        id_column=id_column,
+        on_invalid=on_invalid,
+    )
+    with make_progress(quiet=quiet) as progress:
+        made = refined(load(model), opened, options=options, progress=progress)
+    made.save(output, overwrite=overwrite)
+    assert made.report is not None
+    kept = made.report.details["refine"]
+    if kept:
+        share = 1.0 - kept[-1]["error"] / kept[0]["before"]
+        typer.echo(f"{len(kept)} rounds: squared error on held-out items {share:.1%} lower")
+    else:
+        typer.echo("no round lowered the error on held-out items; the codebooks are unchanged")
+    typer.echo(made.report.summary)
+    typer.echo(f"model: {output}")

@@ -1,0 +1,171 @@
+"""Decode heads: tables from codes to any target, fitted by least squares.
+
+The codebooks that encode need not be those that decode. A head changes no code: it sums one row a
+level (or parallel codebook) of tables of its own, in the input space, a behaviour space, or the
+space of another model.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from semid.artefact import read_artefact, write_artefact
+from semid.codes import SemanticIds
+from semid.data.embeddings import open_embeddings
+from semid.data.ids import held_out_mask
+from semid.errors import ArtefactError, InputError, UsageError
+from semid.quantization.residual import dequantize
+from semid.quantization.tables import fit_tables
+
+__all__ = ["DecodeHead"]
+
+Array = npt.NDArray[np.float32]
+KIND = "head"
+ROWS = 65_536
+SALT = "semid/heads"
+"""Which items choose the ridge; other items than those a tokenizer holds out."""
+
+
+@dataclass(frozen=True)
+class DecodeHead:
+    """Tables whose rows, summed by an item's codes, predict a target.
+
+    Attributes:
+        tables: one ``(codes, width)`` float32 a level.
+        codebook_fingerprint: of the tokenizer whose codes it reads.
+        ridge: the ridge that was chosen.
+        error: relative squared error on the items held out, ``sum |y - f|^2 / sum |y - mean|^2``;
+            None where none were.
+    """
+
+    tables: tuple[Array, ...]
+    codebook_fingerprint: str
+    ridge: float
+    error: float | None
+
+    @classmethod
+    def fit(
+        cls,
+        ids: SemanticIds,
+        targets: Any,
+        *,
+        ridges: Sequence[float] = (0.3, 1.0, 3.0, 10.0, 30.0),
+        validation_fraction: float = 0.05,
+        threads: int | None = None,
+    ) -> DecodeHead:
+        """Fit tables from codes to targets.
+
+        Args:
+            ids: codes of the items.
+            targets: ``(items, width)``, in the order of ``ids``: anything `semid.open_embeddings`
+                reads.
+            ridges: to choose from on items held out by a hash of their id; each above 0, in items
+                that say "the mean" a table row.
+            validation_fraction: share of items held out, in [0, 1); with 0 the middle ridge is
+                taken.
+            threads: plain threads; they change no result.
+
+        Returns:
+            The head with the ridge of least held-out error.
+
+        Raises:
+            InputError: another number of targets than ids.
+            UsageError: a ridge or the fraction is out of range.
+
+        Cost: one pass over the items, and conjugate gradients a ridge over the pairs of codes that
+        meet. Source: ours.
+        """
+        if not ridges or min(ridges) <= 0 or not 0 <= validation_fraction < 1:
+            raise UsageError(
+                f"ridges={tuple(ridges)}, validation_fraction={validation_fraction}: give ridges "
+                "above 0 and a share in [0, 1)"
+            )
+        source = open_embeddings(targets)
+        if len(source) != len(ids):
+            raise InputError(
+                f"{len(source)} targets for {len(ids)} items; give one row an item, in the order "
+                "of the ids"
+            )
+        codes = ids.codes[:, : len(ids.info.model_sizes)]
+        held = held_out_mask(ids.items, validation_fraction, salt=SALT)
+        kept = np.flatnonzero(~held)
+        found = fit_tables(
+            (
+                (codes[span], source.rows(span))
+                for span in np.array_split(kept, len(kept) // ROWS + 1)
+            ),
+            ids.info.model_sizes,
+            source.dim,
+            judged=(codes[held], source.rows(np.flatnonzero(held))),
+            ridges=ridges,
+            threads=threads,
+        )
+        return cls(found.tables, ids.info.codebook_fingerprint, found.ridge, found.error)
+
+    def predict(self, codes: SemanticIds | npt.NDArray[np.integer]) -> Array:
+        """Return ``(n, width)`` float32 for codes ``(n, levels)``.
+
+        Raises:
+            FingerprintError: for ids of another codebook.
+            InputError: for a wrong shape or codes out of range.
+        """
+        if isinstance(codes, SemanticIds):
+            codes.check_codebook(self.codebook_fingerprint)
+            codes = codes.codes[:, : len(self.tables)]
+        array = np.asarray(codes)
+        sizes = np.array([len(table) for table in self.tables])
+        if array.ndim != 2 or array.shape[1] != len(sizes) or array.dtype.kind not in "iu":
+            raise InputError(
+                f"codes have shape {array.shape} and type {array.dtype}; give integers of shape "
+                f"(items, {len(sizes)})"
+            )
+        wide = array.astype(np.int64)
+        if ((wide < 0) | (wide >= sizes)).any():
+            raise InputError(f"codes lie outside their codebooks of {sizes.tolist()} codewords")
+        return dequantize(wide, self.tables)
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Write the head to a folder.
+
+        Raises:
+            OutputExistsError: if it exists and ``overwrite`` is not set.
+        """
+        return write_artefact(
+            path,
+            config={
+                "kind": KIND,
+                "codebook_fingerprint": self.codebook_fingerprint,
+                "ridge": self.ridge,
+                "error": self.error,
+                "levels": len(self.tables),
+            },
+            tensors={f"tables.{level}": table for level, table in enumerate(self.tables)},
+            card=(
+                "# Decode head\n\nTables from codes to vectors of width "
+                f"{self.tables[0].shape[1]}, for codebook `{self.codebook_fingerprint[:12]}`. "
+                "Open with `semid.load`.\n"
+            ),
+            overwrite=overwrite,
+        )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> DecodeHead:
+        """Read a head that `save` wrote.
+
+        Raises:
+            ArtefactError: if there is none.
+        """
+        config, tensors = read_artefact(path)
+        if config["kind"] != KIND:
+            raise ArtefactError(
+                f"'{path}' holds a '{config['kind']}', not a decode head; open it with semid.load"
+            )
+        tables = tuple(tensors[f"tables.{level}"] for level in range(config["levels"]))
+        return cls(tables, config["codebook_fingerprint"], config["ridge"], config["error"])

@@ -1,0 +1,110 @@
+"""BARQ: what each of its parts is for, on data in which behaviour and content disagree."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import semid
+from semid.errors import UsageError
+
+NETWORK = {"hidden": (32,), "latent": 8}
+TRAINING = {"epochs": 40, "batch_size": 128, "learning_rate": 3e-3}
+SMALL = {"network": NETWORK, "training": TRAINING, "codebook_size": 8}
+
+
+@pytest.fixture(scope="module")
+def shelves() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows (900, 16): loud content, and 6 shelves that are bought together, seen in 3 columns."""
+    generator = np.random.default_rng(11)
+    shelf = generator.integers(0, 6, 900)
+    content = generator.normal(size=(12, 13))[generator.integers(0, 12, 900)]
+    quiet = generator.normal(size=(6, 3))[shelf]
+    rows = np.concatenate([content, quiet], axis=1) + 0.2 * generator.normal(size=(900, 16))
+    pairs = np.concatenate(
+        [
+            generator.permutation(np.flatnonzero(shelf == s))[: 2 * 60].reshape(-1, 2)
+            for s in range(6)
+        ]
+    )
+    return rows.astype(np.float32), shelf, pairs
+
+
+def purity(codes: np.ndarray, labels: np.ndarray) -> float:
+    """Share of items in the most frequent label of their code."""
+    return sum(np.bincount(labels[codes == c]).max() for c in np.unique(codes)) / len(codes)
+
+
+@pytest.fixture(scope="module")
+def fitted(shelves):
+    rows, _, pairs = shelves
+    tokenizer = semid.BARQ(**SMALL, behaviour_weight=4.0, objective={"pairs_per_step": 64})
+    return tokenizer.fit(rows, pairs=pairs)
+
+
+def test_the_first_code_follows_behaviour(fitted, shelves):
+    rows, shelf, _ = shelves
+    content = semid.BARQ(codebook_size=8, behaviour_weight=0.0).fit(rows)
+    assert purity(fitted.encode(rows).codes[:, 0], shelf) > 0.9
+    assert purity(content.encode(rows).codes[:, 0], shelf) < 0.6
+
+
+def test_codes_decode_to_content_and_to_behaviour(fitted, shelves):
+    rows, shelf, _ = shelves
+    ids = fitted.encode(rows)
+    assert fitted.decode(ids).shape == rows.shape
+    directions = fitted.decode_behaviour(ids)
+    assert directions.shape == (900, 8)
+    directions = directions - directions.mean(axis=0)
+    unit = directions / np.linalg.norm(directions, axis=1, keepdims=True)
+    cosine = unit @ unit.T
+    same = shelf[:, None] == shelf[None]
+    assert cosine[same].mean() > cosine[~same].mean() + 0.5
+    head = fitted.report.details["behaviour_head"]
+    assert head["relative_error"] < 0.5
+
+
+def test_refinement_is_part_of_the_fit(shelves):
+    rows, _, _ = shelves
+    plain = semid.BARQ(codebook_size=8, behaviour_weight=0.0, refine={"rounds": 0}).fit(rows)
+    refined = semid.BARQ(codebook_size=8, behaviour_weight=0.0).fit(rows)
+    assert refined.report.validation_error < plain.report.validation_error
+    assert not plain.report.details["refine"]
+    rounds = refined.report.details["refine"]
+    assert rounds[-1]["error"] < rounds[0]["before"]
+
+
+def test_without_behaviour_or_refinement_it_is_residual_k_means(shelves):
+    rows, _, _ = shelves
+    settings = {"behaviour_weight": 0.0, "refine": {"rounds": 0}, "beam_width": 1}
+    plain = semid.BARQ(codebook_size=8, **settings).fit(rows)
+    twin = semid.RQKMeans(codebook_size=8).fit(rows)
+    assert plain.codebook_fingerprint == twin.codebook_fingerprint
+    assert np.array_equal(plain.encode(rows).codes, twin.encode(rows).codes)
+
+
+def test_prices_even_out_usage():
+    generator = np.random.default_rng(4)
+    heavy = generator.normal(size=(900, 4)) * np.exp(generator.normal(size=(900, 1)))
+    settings = {"behaviour_weight": 0.0, "refine": {"rounds": 0}, "beam_width": 1}
+    plain, even = (
+        semid.BARQ(codebook_size=16, **settings, size_limit=limit).fit(heavy.astype(np.float32))
+        for limit in (0.0, 0.5)
+    )
+    usage = [made.report.health["usage"][0]["perplexity"] for made in (plain, even)]
+    assert usage[1] > 1.1 * usage[0]
+
+
+def test_wrong_or_missing_arguments_are_refused(shelves):
+    rows, _, pairs = shelves
+    with pytest.raises(UsageError, match="barq learns from behaviour"):
+        semid.BARQ(**SMALL).fit(rows)
+    with pytest.raises(UsageError, match="behaviour_weight=0"):
+        semid.BARQ(codebook_size=8, behaviour_weight=0).fit(rows, pairs=pairs)
+    with pytest.raises(UsageError, match="behaviour_levels=4"):
+        semid.BARQ(behaviour_levels=4)
+    with pytest.raises(UsageError, match="size_limit=-1"):
+        semid.BARQ(size_limit=-1)
+    content = semid.BARQ(codebook_size=8, behaviour_weight=0).fit(rows)
+    with pytest.raises(UsageError, match="without behaviour"):
+        content.decode_behaviour(content.encode(rows))

@@ -1,0 +1,219 @@
+"""Joint refinement, least-squares tables and prices against dense twins and hand-made cases."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import semid
+from semid.errors import FingerprintError, InputError, UsageError
+from semid.quantization.additive import NormalEquations
+from semid.quantization.assign import assign
+from semid.quantization.blocks import ArrayBlocks
+from semid.quantization.nearest import prepare
+from semid.quantization.prices import priced, size_prices, with_room
+from semid.quantization.refine import Part, RefineOptions, refine_residual
+from semid.quantization.residual import encode_residual, fit_residual
+
+
+def one_hot(codes: np.ndarray, sizes: list[int]) -> np.ndarray:
+    return np.concatenate([np.eye(size)[codes[:, i]] for i, size in enumerate(sizes)], axis=1)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_tables_equal_those_of_the_dense_equations(weighted):
+    generator = np.random.default_rng(0)
+    sizes, width = [5, 7, 4], 3
+    codes = np.stack([generator.integers(0, size, 200) for size in sizes], axis=1)
+    targets = generator.normal(size=(200, width)) + 2.0
+    weights = generator.random(200) if weighted else None
+    equations = NormalEquations(sizes, width)
+    for start in (0, 90):  # in two blocks, as they come
+        stop = 90 if not start else 200
+        mass = None if weights is None else weights[start:stop]
+        equations.add_(codes[start:stop], targets[start:stop], mass)
+    start = [np.zeros((size, width)) for size in sizes]
+    found = np.concatenate(equations.solve(ridge=2.0, start=start, threads=1))
+    hot, mass = one_hot(codes, sizes), np.ones(200) if weights is None else weights
+    mean = np.average(targets, axis=0, weights=mass)
+    left = hot.T @ (mass[:, None] * hot) + 2.0 * np.eye(sum(sizes))
+    expected = np.linalg.solve(left, hot.T @ (mass[:, None] * (targets - mean)))
+    expected[: sizes[0]] += mean
+    assert np.allclose(found, expected, atol=1e-8)
+
+
+def test_fewer_levels_columns_and_threads_solve_the_same_system():
+    generator = np.random.default_rng(1)
+    sizes = [6, 6, 6]
+    codes = generator.integers(0, 5, (300, 3))  # code 5 is never used
+    targets = generator.normal(size=(300, 4))
+    equations = NormalEquations(sizes, 4)
+    equations.add_(codes, targets)
+    start = [generator.normal(size=(6, 2)) for _ in sizes]
+    some = equations.solve(ridge=1.0, start=start, columns=slice(1, 3), levels=2, threads=1)
+    again = equations.solve(ridge=1.0, start=start, columns=slice(1, 3), levels=2, threads=3)
+    assert len(some) == 2
+    assert all(np.array_equal(a, b) for a, b in zip(some, again, strict=True))
+    alone = NormalEquations(sizes[:2], 2)
+    alone.add_(codes[:, :2], targets[:, 1:3])
+    zeros = [np.zeros((6, 2))] * 2
+    for a, b in zip(some, alone.solve(ridge=1.0, start=zeros), strict=True):
+        assert np.allclose(a[:5], b[:5], atol=1e-7)
+    assert np.array_equal(some[1][5], start[1][5])  # no items: it stays
+
+
+def fitted(x: np.ndarray) -> list[np.ndarray]:
+    books, _ = fit_residual(ArrayBlocks(x), [16, 16, 16], seed=0, threads=1)
+    return books
+
+
+def error(x: np.ndarray, books: list[np.ndarray], beam: int) -> float:
+    ready = [prepare(torch.from_numpy(book)) for book in books]
+    norms = encode_residual(x, ready, beam_width=beam, threads=1).residual_norms
+    return float(np.square(norms, dtype=np.float64).mean())
+
+
+def test_refinement_lowers_the_error_of_items_it_does_not_see(clustered):
+    train, judged, unseen = clustered[:800], clustered[800:1000], clustered[1000:]
+    books = fitted(train)
+    options = RefineOptions(beam_width=4)
+    refined, rounds = refine_residual(
+        ArrayBlocks(train), books, judged=ArrayBlocks(judged), options=options, threads=1
+    )
+    assert rounds
+    assert [one.error for one in rounds] == sorted((one.error for one in rounds), reverse=True)
+    assert rounds[-1].error == pytest.approx(error(judged, refined, 4))
+    assert rounds[0].before == pytest.approx(error(judged, books, 4))
+    assert error(unseen, refined, 4) < error(unseen, books, 4)
+    more, _ = refine_residual(
+        ArrayBlocks(train), books, judged=ArrayBlocks(judged), options=options, threads=3
+    )
+    assert all(np.array_equal(a, b) for a, b in zip(refined, more, strict=True))
+
+
+def test_columns_outside_the_parts_stay(clustered):
+    books = fitted(clustered)
+    parts = [Part(slice(0, 10), 3), Part(slice(10, 20), 1)]
+    refined, rounds = refine_residual(
+        ArrayBlocks(clustered), books, parts=parts, options=RefineOptions(rounds=1), threads=1
+    )
+    assert rounds
+    assert all(np.array_equal(a[:, 20:], b[:, 20:]) for a, b in zip(refined, books, strict=True))
+    assert not np.array_equal(refined[0][:, 10:20], books[0][:, 10:20])
+    for level in (1, 2):
+        assert np.array_equal(refined[level][:, 10:20], books[level][:, 10:20])
+        assert not np.array_equal(refined[level][:, :10], books[level][:, :10])
+
+
+def test_no_rounds_change_nothing_and_wrong_options_are_refused(clustered):
+    books = fitted(clustered)
+    same, rounds = refine_residual(
+        ArrayBlocks(clustered), books, options=RefineOptions(rounds=0), threads=1
+    )
+    assert not rounds
+    assert all(np.array_equal(a, b) for a, b in zip(same, books, strict=True))
+    with pytest.raises(UsageError, match=r"rounds=-1.*beam_width=0.*ridges=\(\)"):
+        RefineOptions(rounds=-1, beam_width=0, ridges=())
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        lambda: semid.RQKMeans(codebook_size=16),
+        lambda: semid.DRQVAE(
+            codebook_size=16, network={"hidden": (32,), "latent": 8}, training={"epochs": 4}
+        ),
+    ],
+    ids=["rqkmeans", "drqvae"],
+)
+def test_a_fitted_tokenizer_is_refined_as_a_copy(kind, clustered, tmp_path):
+    plain = kind().fit(clustered)
+    before = plain.weights_fingerprint
+    options = RefineOptions(rounds=2, beam_width=4)
+    refined = semid.refine(plain, clustered, options=options)
+    assert plain.weights_fingerprint == before
+    assert refined.codebook_fingerprint != plain.codebook_fingerprint
+    assert refined.beam_width == 4
+    assert (
+        refined.report.details["refine"][0]["error"] < refined.report.details["refine"][0]["before"]
+    )
+    refined.save(tmp_path / "refined")
+    loaded = semid.load(tmp_path / "refined")
+    assert np.array_equal(loaded.encode(clustered).codes, refined.encode(clustered).codes)
+
+
+def test_parallel_codebooks_are_not_refined(clustered):
+    small = {"hidden": (8,), "latent": 4, "pretrain_epochs": 0}
+    mixture = semid.MoCVAE(codebook_size=8, network=small, training={"epochs": 1}).fit(clustered)
+    with pytest.raises(UsageError, match="parallel"):
+        semid.refine(mixture, clustered)
+
+
+def test_a_head_predicts_another_space_and_changes_no_code(clustered, tmp_path):
+    generator = np.random.default_rng(3)
+    other = np.tanh(clustered @ generator.normal(size=(24, 6)).astype(np.float32))
+    tokenizer = semid.RQKMeans(codebook_size=16).fit(clustered)
+    ids = tokenizer.encode(clustered)
+    head = semid.DecodeHead.fit(ids, other)
+    assert head.error is not None
+    assert 0 < head.error < 0.6  # against 1 of the mean
+    predicted = head.predict(ids)
+    spread = np.square(other - other.mean(axis=0)).sum()
+    assert np.square(predicted - other).sum() / spread < head.error  # most items were fitted to
+    head.save(tmp_path / "head")
+    assert np.array_equal(semid.load(tmp_path / "head").predict(ids.codes), predicted)
+    again = semid.RQKMeans(codebook_size=16, seed=1).fit(clustered).encode(clustered)
+    with pytest.raises(FingerprintError, match="another codebook"):
+        head.predict(again)
+    with pytest.raises(InputError, match=r"1199 targets for 1200 items"):
+        semid.DecodeHead.fit(ids, other[:-1])
+    with pytest.raises(InputError, match="outside"):
+        head.predict(np.array([[0, 0, 16]]))
+    with pytest.raises(UsageError, match="ridges"):
+        semid.DecodeHead.fit(ids, other, ridges=[0.0])
+
+
+def test_a_head_into_the_input_decodes_no_worse_than_the_codebooks(clustered):
+    tokenizer = semid.RQKMeans(codebook_size=16, validation_fraction=0).fit(clustered)
+    ids = tokenizer.encode(clustered)
+    head = semid.DecodeHead.fit(ids, clustered, ridges=[1e-6], validation_fraction=0)
+    ours = np.square(head.predict(ids) - clustered, dtype=np.float64).sum()
+    assert ours < np.square(tokenizer.decode(ids) - clustered, dtype=np.float64).sum()
+
+
+def test_prices_are_one_more_coordinate():
+    generator = np.random.default_rng(5)
+    rows = generator.normal(size=(500, 4)).astype(np.float32)
+    words = generator.normal(size=(9, 4)).astype(np.float32)
+    prices = generator.random(9)
+    labels, distances = assign(with_room(rows, 1), priced(words, prices))
+    wide = np.square(rows[:, None].astype(np.float64) - words).sum(axis=2) + prices
+    assert np.array_equal(labels, wide.argmin(axis=1))
+    assert np.allclose(distances, wide.min(axis=1), rtol=1e-5)
+
+
+def test_prices_even_out_usage_within_their_bound():
+    generator = np.random.default_rng(6)
+    rows = np.concatenate(
+        [generator.normal(size=(3000, 4)), 3.0 + 0.3 * generator.normal(size=(100, 4))]
+    ).astype(np.float32)
+    words = np.concatenate([rows[:8], rows[-8:]])
+    plain, squared = assign(rows, words)
+    limit = 0.5
+    prices = size_prices(ArrayBlocks(rows), words, limit=limit, threads=1)
+    assert prices.min() == 0
+    assert prices.max() <= limit * squared.mean(dtype=np.float64) * (1 + 1e-6)
+    labels, _ = assign(with_room(rows, 1), priced(words, prices))
+    paid = np.square(rows.astype(np.float64) - words[labels]).sum(axis=1)
+    assert (paid <= squared + prices.max() + 1e-4).all()
+
+    def entropy(codes: np.ndarray) -> float:
+        share = np.bincount(codes, minlength=16) / len(codes)
+        share = share[share > 0]
+        return float(-(share * np.log(share)).sum())
+
+    assert entropy(labels) > entropy(plain) + 0.05
+    assert not size_prices(ArrayBlocks(rows), words, limit=0).any()
+    with pytest.raises(UsageError, match="limit=-1"):
+        size_prices(ArrayBlocks(rows), words, limit=-1)
