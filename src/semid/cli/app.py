@@ -19,10 +19,12 @@ from semid.cli.encode import encode
 from semid.cli.export import export
 from semid.cli.fit import fit
 from semid.cli.import_ import import_
+from semid.cli.prepare import prepare
 from semid.cli.rank import rank
 from semid.cli.refine import refine
 from semid.cli.refresh import refresh
 from semid.cli.report import report
+from semid.cli.reproduce import reproduce
 from semid.cli.unique import unique
 from semid.errors import SemidError
 
@@ -59,6 +61,8 @@ app.command()(refresh)
 app.command()(rank)
 app.command()(export)
 app.command("import")(import_)
+app.command()(prepare)
+app.command()(reproduce)
 app.command()(demo)
 
 

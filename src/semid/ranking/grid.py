@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,12 +13,12 @@ from typing import Any
 from semid.data.source import EmbeddingSource
 from semid.errors import UsageError, check_choice
 from semid.progress import Progress, QuietProgress
+from semid.ranking.cell import train_cell
 from semid.ranking.data import RankingData
 from semid.ranking.methods import METHODS, Coded, Tokenizers
 from semid.ranking.models.registry import MODELS
 from semid.ranking.network import Architecture
-from semid.ranking.report import reliance
-from semid.ranking.training import rank_options, train_ranker
+from semid.ranking.training import rank_options
 from semid.training.options import TrainOptions
 
 __all__ = ["RESULTS_FILE", "Grid", "Run", "read_results", "run_grid"]
@@ -190,39 +189,15 @@ def _one(
     coded: Mapping[tuple[str, int], Coded],
     device: str,
 ) -> dict[str, Any]:
-    given = coded[run.method, run.scale]
-    began, cpu = time.perf_counter(), time.process_time()
-    ranker = train_ranker(
+    _, figures = train_cell(
         data,
-        ids=given.ids,
-        features=given.features,
+        coded[run.method, run.scale],
         architecture=replace(grid.architecture, model=run.model, fusion=run.fusion),
         training=grid.training,
         seed=run.seed,
         device=device,
     )
-    report = ranker.report
-    test = report["test"]
-    return {
-        **asdict(run),
-        "auc": test["auc"],
-        "auc_error": test["auc_error"],
-        "log_loss": test["log_loss"],
-        "user_auc": test["user_auc"],
-        "calibration_error": test["calibration_error"],
-        "popularity_auc": test["popularity_auc"],
-        "validation_auc": report["validation"]["auc"],
-        "cold_auc": report.get("cold", {}).get("auc"),
-        "slices": {name: s["auc"] for name, s in report["slices"].items()},
-        "reliance": reliance(ranker.network, data, seed=run.seed),
-        "best_epoch": report["training"]["best_epoch"],
-        "epochs": report["training"]["epochs"],
-        "stopped_early": report["training"]["stopped_early"],
-        "parameters": report["parameters"],
-        "protocol": data.protocol,
-        "seconds": round(time.perf_counter() - began, 3),
-        "cpu_seconds": round(time.process_time() - cpu, 3),
-    }
+    return {**asdict(run), **figures}
 
 
 def _settings(grid: Grid, data: RankingData) -> str:

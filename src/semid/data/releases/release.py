@@ -1,0 +1,211 @@
+"""What a release becomes: items and interactions, cleaned, in the project's layout."""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import io
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from semid.artefact import atomic_folder
+from semid.data.source import write_npy
+from semid.errors import InputError, InteractionsError, MissingExtraError, UsageError
+
+__all__ = ["Release", "core_mask", "embed_texts", "item_text", "make_release", "open_text"]
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Release:
+    """A release, read.
+
+    Attributes:
+        interactions: ``user_id``, ``item_id``, ``timestamp`` (seconds), ``position`` (0 is a
+            user's oldest) and ``rating``, users in order of appearance, oldest first.
+        items: ``item_id``, ``title``, ``brand``, ``categories`` and ``text`` of every item that
+            occurs; empty where the release says nothing.
+        notes: what was dropped, in sentences.
+    """
+
+    interactions: pa.Table
+    items: pa.Table
+    notes: tuple[str, ...]
+
+    def write(
+        self, folder: str | os.PathLike[str], *, embed: str | None = None, overwrite: bool = False
+    ) -> Path:
+        """Write ``items.parquet``, ``interactions.parquet`` and, with a model, embeddings.
+
+        Args:
+            folder: destination.
+            embed: a sentence-transformers model for ``embeddings.f16.npy`` of the items' text.
+            overwrite: replace an existing folder.
+
+        Raises:
+            OutputExistsError: the folder exists and ``overwrite`` is false.
+            MissingExtraError: ``embed`` without sentence-transformers.
+        """
+        with atomic_folder(folder, overwrite=overwrite) as work:
+            pq.write_table(self.items, work / "items.parquet")
+            pq.write_table(self.interactions, work / "interactions.parquet")
+            if embed is not None:
+                rows = embed_texts(self.items.column("text").to_pylist(), embed)
+                write_npy(
+                    work / "embeddings.f16.npy",
+                    iter([rows]),
+                    shape=(len(rows), rows.shape[1]),
+                    dtype="<f2",
+                )
+        return Path(folder)
+
+
+def open_text(path: Path, *, encoding: str = "utf8") -> io.TextIOBase:
+    """Open a text file, compressed (``.gz``) or not.
+
+    Raises:
+        UsageError: it does not exist.
+    """
+    if not path.is_file():
+        raise UsageError(f"'{path}' does not exist; check the path")
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding=encoding)  # type: ignore[return-value]
+    return path.open(encoding=encoding)
+
+
+def core_mask(users: Ints, items: Ints, least: int) -> npt.NDArray[np.bool_]:
+    """Keep interactions of users and items that have at least so many, until all do.
+
+    Args:
+        users: ``(interactions,)`` codes from 0.
+        items: ``(interactions,)`` codes from 0.
+        least: k of the k-core; 0 or 1 keeps all.
+
+    Returns:
+        Mask ``(interactions,)``.
+    """
+    kept = np.ones(len(users), dtype=bool)
+    while least > 1:
+        before = int(kept.sum())
+        for codes in (users, items):
+            counts = np.bincount(codes[kept], minlength=int(codes.max(initial=-1)) + 1)
+            kept &= counts[codes] >= least
+        if int(kept.sum()) == before:
+            break
+    return kept
+
+
+def make_release(
+    rows: Iterator[tuple[str, str, int, float]],
+    described: dict[str, tuple[str, str, str]],
+    *,
+    core: int,
+    label: str,
+) -> Release:
+    """Gather rows into tables.
+
+    Args:
+        rows: user, item, seconds, rating.
+        described: item -> title, brand, categories.
+        core: k of the k-core.
+        label: the release in the user's words.
+
+    Raises:
+        UsageError: ``core`` below 0.
+        InteractionsError: nothing is left.
+    """
+    if core < 0:
+        raise UsageError(f"--core {core} (core=): give 0 or more")
+    user_ids: dict[str, int] = {}
+    item_ids: dict[str, int] = {}
+    users, items, times, ratings = [], [], [], []
+    for user, item, time, rating in rows:
+        users.append(user_ids.setdefault(user, len(user_ids)))
+        items.append(item_ids.setdefault(item, len(item_ids)))
+        times.append(time)
+        ratings.append(rating)
+    user, item = np.array(users, np.int64), np.array(items, np.int64)
+    time, rating = np.array(times, np.int64), np.array(ratings, np.float32)
+    kept = core_mask(user, item, core)
+    if not kept.any():
+        raise InteractionsError(
+            f"none of the {len(user)} interactions of {label} is left in the {core}-core; give a "
+            "smaller --core"
+        )
+    order = np.flatnonzero(kept)
+    order = order[np.lexsort((time[order], user[order]))]  # stable: ties keep the file's order
+    starts = np.flatnonzero(np.r_[True, user[order][1:] != user[order][:-1]])
+    sizes = np.diff(np.r_[starts, len(order)])
+    position = np.arange(len(order)) - np.repeat(starts, sizes)
+    user_names = pa.array(list(user_ids), pa.large_string())
+    item_names = pa.array(list(item_ids), pa.large_string())
+    interactions = pa.table(
+        {
+            "user_id": user_names.take(pa.array(user[order])),
+            "item_id": item_names.take(pa.array(item[order])),
+            "timestamp": time[order],
+            "position": position.astype(np.int32),
+            "rating": rating[order],
+        }
+    )
+    used = np.unique(item[order])
+    names = item_names.take(pa.array(used)).to_pylist()
+    facts = [described.get(name, ("", "", "")) for name in names]
+    table = pa.table(
+        {
+            "item_id": pa.array(names, pa.large_string()),
+            "title": pa.array([f[0] for f in facts], pa.large_string()),
+            "brand": pa.array([f[1] for f in facts], pa.large_string()),
+            "categories": pa.array([f[2] for f in facts], pa.large_string()),
+            "text": pa.array([item_text(*f) for f in facts], pa.large_string()),
+        }
+    )
+    notes = [f"{len(order):,} interactions of {len(sizes):,} users with {len(used):,} items"]
+    if len(order) < len(user):
+        notes.append(f"{len(user) - len(order):,} interactions outside the {core}-core left out")
+    bare = sum(name not in described for name in names)
+    if bare:
+        notes.append(f"{bare:,} items have no description")
+    return Release(interactions, table, tuple(notes))
+
+
+def item_text(title: str, brand: str, categories: str) -> str:
+    """Write what an encoder reads of an item."""
+    parts = [("Title", title), ("Brand", brand), ("Categories", categories)]
+    return "; ".join(f"{name}: {value}" for name, value in parts if value)
+
+
+def embed_texts(texts: Sequence[str], model: str) -> npt.NDArray[np.float32]:
+    """Embed texts with a sentence-transformers model, rows of unit length.
+
+    Args:
+        texts: one an item; empty ones are embedded as they are.
+        model: its name, or its folder.
+
+    Returns:
+        ``(texts, dim)`` float32.
+
+    Raises:
+        MissingExtraError: sentence-transformers is not installed.
+        InputError: no text at all.
+    """
+    if not any(texts):
+        raise InputError("not one item has a text to embed; give the release's item metadata")
+    try:
+        package: Any = importlib.import_module("sentence_transformers")
+    except ImportError:
+        raise MissingExtraError(
+            "sentence-transformers", extra="text", purpose="embedding item texts"
+        ) from None
+    encoder = package.SentenceTransformer(model)
+    rows = encoder.encode(list(texts), normalize_embeddings=True, show_progress_bar=False)
+    return np.ascontiguousarray(rows, dtype=np.float32)

@@ -1,0 +1,1 @@
+"""The papers' tables and figures from recipes: runs, a ledger of results, claims and pages."""
