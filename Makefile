@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 MARKS ?= not slow and not gpu and not browser
 
-.PHONY: demo test slow browser bench lint format clean
+.PHONY: demo test slow browser bench docs results lint format clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -31,6 +31,14 @@ browser: $(READY)  ## tests of the pages in headless Chromium
 bench: $(READY)  ## speed and quality beside the peers, into benchmarks/results: half an hour
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,bench]'
 	$(BIN)/python benchmarks
+
+results: $(READY)  ## docs/results from the committed runs under results/
+	$(BIN)/semid reproduce drq --from results --publish --output docs/results
+	$(BIN)/semid reproduce moc --from results --publish --output docs/results
+
+docs: $(READY)  ## the documentation site, strictly, into site/
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	$(BIN)/zensical build --strict --clean
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check src tests benchmarks

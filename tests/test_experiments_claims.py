@@ -227,6 +227,11 @@ def test_a_page_has_every_claim_with_its_verdict_and_what_was_not_run():
     assert "paper: RQ-VAE" in text
     assert "union, RQ-VAE, seeds 0, 1" in text
     assert "Commit c0ffee (15 runs)" in text
+    # Contrastive learning leads alone in soft matching;
+    # equal collision rates leave all level.
+    assert "| beauty: soft matching: weighted AUC | DRQ-VAE+CL (0.8010) | nobody | none |" in text
+    assert "| beauty: capacity: K\\_eff of the first level | RQP-VAE (200.1) | nobody |" in text
+    assert "| RQ-VAE (0.1000) | RQP-VAE, RQ-KMeans, DRQ-VAE, DRQ-VAE+CL | none |" in text
     html = page.to_html()
     for judged in page.judgements:
         assert f'id="claim-{judged.claim.id}"' in html

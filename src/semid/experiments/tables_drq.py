@@ -16,6 +16,7 @@ from semid.experiments.paper_numbers import (
     DRQ_RETENTION,
     DRQ_USAGE,
 )
+from semid.experiments.which import which_tokenizer
 from semid.report.figure import Figure, line
 
 __all__ = ["drq_sections"]
@@ -88,7 +89,14 @@ def drq_sections(rows: Rows) -> list[Section]:
         rows: of the ledger.
     """
     t = _Tables(rows)
+    found = which_tokenizer(rows)
     return [
+        (
+            "which",
+            "Which tokenizer when",
+            "Drawn from the runs below and nothing else.",
+            [found] if found.rows else [],
+        ),
         ("table-1", "Table 1: geometry", "Of the latent before quantization.", _geometry(t)),
         (
             "table-2",
