@@ -8,6 +8,7 @@ import os
 
 import pytest
 
+from ledger_cases import append
 from semid.errors import InputError, UsageError
 from semid.experiments.ledger import Ledger, digest, read_runs, rounded
 from semid.experiments.pool import Job, run_jobs
@@ -100,15 +101,9 @@ def test_a_claimed_run_is_left_to_who_has_it(tmp_path):
     assert [r["value"] for r in read_runs(mine.path)] == [1]
 
 
-def _append(folder, start):
-    ledger = Ledger(folder)
-    for n in range(start, start + 40):
-        ledger.add({"key": f"k{n % 60}", "text": "x" * 2000})
-
-
 def test_processes_that_write_at_once_lose_and_double_nothing(tmp_path):
     context = multiprocessing.get_context("spawn")
-    found = [context.Process(target=_append, args=(tmp_path, start)) for start in (0, 20, 40)]
+    found = [context.Process(target=append, args=(tmp_path, start)) for start in (0, 20, 40)]
     for process in found:
         process.start()
     for process in found:
