@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from typer.testing import CliRunner
 
@@ -79,6 +80,29 @@ def test_without_interactions_the_view_is_left_out() -> None:
     c = compare({"a": tok, "b": FixedResidual(*tok.books[:1])}, x, **FAST)
     assert "matching" not in {row.view for row in c.metrics}
     assert any("bits" in note for note in c.notes)
+
+
+def test_known_relations_are_compared_kind_by_kind() -> None:
+    x, tok = healthy()
+    pairs = pa.table(
+        {
+            "item_id": [f"item-{i}" for i in range(200)] * 2,
+            "related_item_id": [f"item-{i + 8}" for i in range(200)]
+            + [f"item-{(i * 37 + 5) % 600}" for i in range(200)],
+            "relation": ["also_bought"] * 200 + ["noise"] * 200,
+        }
+    )
+    rng = np.random.default_rng(5)
+    other = FixedResidual(rng.normal(size=(8, 16)) * 3, rng.normal(size=(8, 16)))
+    c = compare({"good": tok, "random": other}, x, ids=IDS, relations=pairs, **FAST)
+    for kind in ("also_bought", "noise"):
+        row = c.metric(f"weighted_auc_{kind}")
+        assert row.values == tuple(
+            d.relations[kind]["aucs"]["aucs"]["weighted"]["value"] for d in c.diagnoses
+        )
+        assert c.metric(f"discrete_hits_{kind}").view == "matching"
+    assert c.metric("weighted_auc_also_bought").ranks == (1, 2)
+    assert "weighted AUC of the codes, also bought" in c.to_markdown()
 
 
 def test_pages_hold_every_model(comparison: Comparison, tmp_path: Path) -> None:

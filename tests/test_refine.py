@@ -40,7 +40,7 @@ def test_tables_equal_those_of_the_dense_equations(weighted):
     left = hot.T @ (mass[:, None] * hot) + 2.0 * np.eye(sum(sizes))
     expected = np.linalg.solve(left, hot.T @ (mass[:, None] * (targets - mean)))
     expected[: sizes[0]] += mean
-    assert np.allclose(found, expected, atol=1e-8)
+    assert np.allclose(found, expected, atol=1e-6)
 
 
 def test_fewer_levels_columns_and_threads_solve_the_same_system():
@@ -59,7 +59,7 @@ def test_fewer_levels_columns_and_threads_solve_the_same_system():
     alone.add_(codes[:, :2], targets[:, 1:3])
     zeros = [np.zeros((6, 2))] * 2
     for a, b in zip(some, alone.solve(ridge=1.0, start=zeros), strict=True):
-        assert np.allclose(a[:5], b[:5], atol=1e-7)
+        assert np.allclose(a[:5], b[:5], atol=1e-6)
     assert np.array_equal(some[1][5], start[1][5])  # no items: it stays
 
 

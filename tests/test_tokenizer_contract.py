@@ -61,6 +61,7 @@ class WithPairs(semid.BARQ):
 
 def barq(**changes: object) -> Tokenizer:
     settings = {**SMALL, "objective": {"pairs_per_step": 32}, "size_limit": 0.1, **changes}
+    settings.setdefault("refine", {"rounds": 2})
     if settings.get("levels") == 1:
         settings["behaviour_levels"] = 1
     return WithPairs(**{"beam_width": 2, "behaviour_levels": 2, **settings})
@@ -74,7 +75,13 @@ TOKENIZERS: dict[str, Callable[..., Tokenizer]] = {
     **NEURAL,
     "barq": barq,
     "barq-content": lambda **changes: semid.BARQ(
-        **{"levels": 3, "codebook_size": 16, "behaviour_weight": 0.0, **changes}
+        **{
+            "levels": 3,
+            "codebook_size": 16,
+            "behaviour_weight": 0.0,
+            "refine": {"rounds": 2},
+            **changes,
+        }
     ),
     "rqkmeans-beam": lambda **changes: semid.RQKMeans(
         **{"levels": 3, "codebook_size": 16, "beam_width": 3, **changes}
@@ -90,6 +97,8 @@ def brief(make: Make, epochs: int = 1, **changes: object) -> Tokenizer:
     """Make a tokenizer that trains shortly, for what must hold however long it trains."""
     if "training" in make().settings:
         changes["training"] = {**SMALL["training"], "epochs": epochs}
+    if "refine" in make().settings:  # which the held-out rows decide on
+        changes["refine"] = {"rounds": 0}
     return make(**changes)
 
 
@@ -140,7 +149,7 @@ def test_saved_equals_loaded(make, fitted, clustered, tmp_path):
     tokenizer = fitted(make)
     tokenizer.save(tmp_path / "model")
     loaded = semid.load(tmp_path / "model")
-    assert type(loaded) is type(tokenizer)
+    assert isinstance(tokenizer, type(loaded))
     assert loaded.settings == tokenizer.settings
     assert loaded.weights_fingerprint == tokenizer.weights_fingerprint
     ours, theirs = tokenizer.encode(clustered), loaded.encode(clustered)

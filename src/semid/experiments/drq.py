@@ -136,7 +136,7 @@ class DrqRunner:
                 **row.options,
             },
         )
-        tok.fit(opened.embeddings, **({"interactions": log} if row.behaviour else {}))
+        tok.fit(opened.embeddings, interactions=log if row.behaviour else None)
         fitted = time.process_time() - cpu
         diagnosis = diagnose(
             tok,

@@ -202,13 +202,14 @@ def _collision_findings(c: Collisions, capacity: float) -> list[Finding]:
     largest = c.largest_bucket_distinct or c.largest_bucket
     excess = rate - _even_collision_rate(items, capacity)
     if excess > COLLISION_WARNING:
+        possible = f"{capacity:,.0f}" if capacity < 1e12 else f"{capacity:.1e}"
         found.append(
             Finding(
                 "collisions",
                 "unhealthy" if excess > COLLISION_UNHEALTHY else "warning",
                 None,
                 f"1 - unique/N is {rate:.3f} and {shared:.1%} of the items share their id, "
-                f"though {capacity:.3g} ids are possible for {items:,} items",
+                f"though {possible} ids are possible for {items:,} items",
                 "The levels are used unevenly or repeat each other",
                 "more levels, better seeding, or a step that makes ids unique after encoding",
             )

@@ -15,6 +15,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from semid.quantization.assign import THREADED_WORK
 from semid.quantization.threads import map_blocks
 
 __all__ = ["NormalEquations"]
@@ -22,9 +23,9 @@ __all__ = ["NormalEquations"]
 Doubles = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-# Relative residual at which conjugate gradients stop, and the steps after which they do anyway:
-# with a ridge of 0.1 the systems of 3 x 4096 codes need fewer than 60.
-TOLERANCE = 1e-9
+# Relative residual at which conjugate gradients stop (tables are kept as float32), and the steps
+# after which they do anyway.
+TOLERANCE = 1e-7
 MOST_STEPS = 500
 
 
@@ -44,7 +45,7 @@ class NormalEquations:
         self.total = np.zeros(width)
         self.counts = [np.zeros(size) for size in sizes]
         self.sums = [np.zeros((size, width)) for size in sizes]
-        self._pairs = {
+        self._pairs: dict[tuple[int, int], tuple[Ints, Doubles]] = {
             pair: (np.empty(0, np.int64), np.empty(0))
             for pair in combinations(range(len(sizes)), 2)
         }
@@ -73,7 +74,7 @@ class NormalEquations:
         for (i, j), (keys, masses) in self._pairs.items():
             own = codes[:, i].astype(np.int64) * self.sizes[j] + codes[:, j].astype(np.int64)
             merged, where = np.unique(np.concatenate([keys, own]), return_inverse=True)
-            mass_of = np.bincount(where, weights=np.concatenate([masses, mass]))
+            mass_of = np.bincount(where, weights=np.concatenate([masses, mass])).astype(np.float64)
             self._pairs[i, j] = (merged, mass_of)
 
     def solve(
@@ -123,14 +124,16 @@ class NormalEquations:
 
     def _rows(self, depth: int, offsets: Ints) -> tuple[Ints, Ints, Doubles]:
         """Return the blocks off the diagonal as one matrix in compressed rows."""
-        rows, columns, values = [np.empty(0, np.int64)], [np.empty(0, np.int64)], [np.empty(0)]
+        rows: list[Ints] = [np.empty(0, np.int64)]
+        columns: list[Ints] = [np.empty(0, np.int64)]
+        values: list[Doubles] = [np.empty(0)]
         for (i, j), (keys, masses) in self._pairs.items():
             if j < depth:
                 first, second = np.divmod(keys, self.sizes[j])
                 rows += [first + offsets[i], second + offsets[j]]
                 columns += [second + offsets[j], first + offsets[i]]
                 values += [masses, masses]
-        row, column, value = (np.concatenate(part) for part in (rows, columns, values))
+        row, column, value = np.concatenate(rows), np.concatenate(columns), np.concatenate(values)
         order = np.lexsort((column, row))
         counts = np.bincount(row, minlength=int(offsets[-1]))
         starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
@@ -149,6 +152,9 @@ class _System:
     def apply(self, x: Doubles) -> Doubles:
         """Return the matrix times ``x``; threads share out rows."""
         out = self.diagonal * x
+        if len(self.values) * x.shape[1] < THREADED_WORK:
+            _multiply(self.starts, self.columns, self.values, x, out, 0, len(x))
+            return out
         cuts = np.linspace(0, len(x), 17).astype(np.int64)
 
         def work(span: tuple[int, int]) -> None:

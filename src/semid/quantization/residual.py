@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from semid.quantization.assign import assign
+from semid.quantization.assign import THREADED_WORK, assign
 from semid.quantization.blocks import ArrayBlocks, Blocks, ResidualBlocks, in_memory
 from semid.quantization.kmeans import (
     KMeansOptions,
@@ -223,8 +223,12 @@ def _encode_beam(
         kept = residual.shape[1]
         words = codebook.codewords.numpy()
         reach = min(width, len(words))
+        small = residual.size * len(words) < THREADED_WORK
         found = nearest_m(
-            torch.from_numpy(residual.reshape(-1, dim)), codebook, reach, threads=threads
+            torch.from_numpy(residual.reshape(-1, dim)),
+            codebook,
+            reach,
+            threads=1 if small else threads,
         )
         labels = found.labels.numpy().reshape(items, kept * reach)
         distances = found.distances.numpy().reshape(items, kept * reach)

@@ -19,7 +19,7 @@ from semid.progress import Progress
 from semid.report.diagnose import diagnose
 from semid.report.diagnosis import Diagnosis, write_text
 from semid.report.prose import VERDICTS
-from semid.report.views import AGREEMENT_SCALE, METRICS, VIEWS, leads, values_of
+from semid.report.views import AGREEMENT_SCALE, METRICS, VIEWS, leads, relation_metrics, values_of
 from semid.tokenizers.base import Tokenizer
 
 __all__ = ["Comparison", "MetricRow", "compare"]
@@ -197,7 +197,7 @@ def side_by_side(names: tuple[str, ...], diagnoses: tuple[Diagnosis, ...]) -> Co
     """Set diagnoses of the same catalogue side by side."""
     shared_held_out = all("held_out" in d.reconstruction["relative_error"] for d in diagnoses)
     rows = []
-    for metric in METRICS:
+    for metric in (*METRICS, *relation_metrics(diagnoses)):
         values = values_of(metric, diagnoses, held_out=shared_held_out)
         if any(value is not None for value in values):
             rows.append(

@@ -8,7 +8,15 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from semid.report.diagnosis import Diagnosis
 
-__all__ = ["AGREEMENT_SCALE", "METRICS", "VIEWS", "Metric", "leads", "values_of"]
+__all__ = [
+    "AGREEMENT_SCALE",
+    "METRICS",
+    "VIEWS",
+    "Metric",
+    "leads",
+    "relation_metrics",
+    "values_of",
+]
 
 AGREEMENT_SCALE = 0.1
 """Noise at which flips are ranked against what is said to predict them."""
@@ -90,6 +98,46 @@ def _at_50(rates: dict[str, Any]) -> dict[str, Any] | None:
     """Return the estimate at K = 50, or at the largest K there is in a small pool."""
     chosen = rates.get("50", rates[max(rates, key=int)])
     return None if chosen is None else dict(chosen)
+
+
+def relation_metrics(diagnoses: Sequence[Diagnosis]) -> list[Metric]:
+    """Return what models are compared by on each kind of known relation that was measured."""
+    kinds = dict.fromkeys(kind for d in diagnoses for kind in d.relations or {})
+    found = []
+    for kind in kinds:
+        said = kind.replace("_", " ")
+        found += [
+            Metric(
+                f"weighted_auc_{kind}",
+                "matching",
+                f"weighted AUC of the codes, {said}",
+                "higher",
+                "number",
+                False,
+                _relation(kind, lambda m: m["aucs"]["aucs"]["weighted"]),
+            ),
+            Metric(
+                f"discrete_hits_{kind}",
+                "matching",
+                f"HR@50 by the ids alone, {said}",
+                "higher",
+                "share",
+                False,
+                _relation(kind, lambda m: _at_50(m["discrete"]["depths"][-1]["rates"])),
+            ),
+        ]
+    return found
+
+
+def _relation(
+    kind: str, read: Callable[[Any], dict[str, Any] | None]
+) -> Callable[[Diagnosis], float | None]:
+    def value(d: Diagnosis) -> float | None:
+        measured = (d.relations or {}).get(kind)
+        found = None if measured is None else read(measured)
+        return None if found is None else float(found["value"])
+
+    return value
 
 
 def _retention(d: Diagnosis) -> float | None:

@@ -154,7 +154,8 @@ class BARQ(ContinuousTokenizer):
 
     def _fit(self, context: FitContext) -> dict[str, Any]:
         prepared = PreparedRows.of(context, center=self.center, normalize=self.normalize)
-        stages, details = Stages(context.checkpoint), {"protocol": "no pairs"}
+        stages = Stages(context.checkpoint)
+        details: dict[str, Any] = {"protocol": "no pairs"}
         self._preprocess = prepared.preprocess
         if context.behaviour is not None:
             autoencoder, details["training"] = self._trained(prepared, context, stages)
@@ -316,11 +317,9 @@ class BARQ(ContinuousTokenizer):
         return {"ridge": found.ridge, "relative_error": found.error}
 
     def _encode_prepared(self, x: Array, beam_width: int) -> ResidualCodes:
-        rows = self._blend(x)
-        found = encode_residual(rows, self._prepared, beam_width=beam_width, threads=self.threads)
-        left = (x - dequantize(found.codes, self._codebooks())[:, : x.shape[1]]).astype(np.float64)
-        norms = np.sqrt(np.einsum("nd,nd->n", left, left)).astype(np.float32)
-        return ResidualCodes(found.codes, norms)
+        return encode_residual(
+            self._blend(x), self._prepared, beam_width=beam_width, threads=self.threads
+        )
 
     def _encode_block(self, x: Array, beam_width: int) -> ResidualCodes:
         return self._encode_prepared(self._preprocess.apply(x), beam_width)

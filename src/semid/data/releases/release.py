@@ -78,7 +78,7 @@ def open_text(path: Path, *, encoding: str = "utf8") -> io.TextIOBase:
     if not path.is_file():
         raise UsageError(f"'{path}' does not exist; check the path")
     if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding=encoding)  # type: ignore[return-value]
+        return gzip.open(path, "rt", encoding=encoding)
     return path.open(encoding=encoding)
 
 
@@ -133,31 +133,31 @@ def make_release(
         items.append(item_ids.setdefault(item, len(item_ids)))
         times.append(time)
         ratings.append(rating)
-    user, item = np.array(users, np.int64), np.array(items, np.int64)
-    time, rating = np.array(times, np.int64), np.array(ratings, np.float32)
-    kept = core_mask(user, item, core)
+    by_user, of_item = np.array(users, np.int64), np.array(items, np.int64)
+    at, rated = np.array(times, np.int64), np.array(ratings, np.float32)
+    kept = core_mask(by_user, of_item, core)
     if not kept.any():
         raise InteractionsError(
-            f"none of the {len(user)} interactions of {label} is left in the {core}-core; give a "
+            f"none of the {len(users)} interactions of {label} is left in the {core}-core; give a "
             "smaller --core"
         )
     order = np.flatnonzero(kept)
-    order = order[np.lexsort((time[order], user[order]))]  # stable: ties keep the file's order
-    starts = np.flatnonzero(np.r_[True, user[order][1:] != user[order][:-1]])
+    order = order[np.lexsort((at[order], by_user[order]))]  # stable: ties keep the file's order
+    starts = np.flatnonzero(np.r_[True, by_user[order][1:] != by_user[order][:-1]])
     sizes = np.diff(np.r_[starts, len(order)])
     position = np.arange(len(order)) - np.repeat(starts, sizes)
     user_names = pa.array(list(user_ids), pa.large_string())
     item_names = pa.array(list(item_ids), pa.large_string())
     interactions = pa.table(
         {
-            "user_id": user_names.take(pa.array(user[order])),
-            "item_id": item_names.take(pa.array(item[order])),
-            "timestamp": time[order],
+            "user_id": user_names.take(pa.array(by_user[order])),
+            "item_id": item_names.take(pa.array(of_item[order])),
+            "timestamp": at[order],
             "position": position.astype(np.int32),
-            "rating": rating[order],
+            "rating": rated[order],
         }
     )
-    used = np.unique(item[order])
+    used = np.unique(of_item[order])
     names = item_names.take(pa.array(used)).to_pylist()
     facts = [described.get(name, ("", "", "")) for name in names]
     table = pa.table(
@@ -170,8 +170,8 @@ def make_release(
         }
     )
     notes = [f"{len(order):,} interactions of {len(sizes):,} users with {len(used):,} items"]
-    if len(order) < len(user):
-        notes.append(f"{len(user) - len(order):,} interactions outside the {core}-core left out")
+    if len(order) < len(users):
+        notes.append(f"{len(users) - len(order):,} interactions outside the {core}-core left out")
     bare = sum(name not in described for name in names)
     if bare:
         notes.append(f"{bare:,} items have no description")
