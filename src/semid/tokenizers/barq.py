@@ -115,7 +115,7 @@ class BARQ(ContinuousTokenizer):
         )
         self._scale = 1.0
         self._heads: tuple[Array, ...] = ()
-        self._blend = self._make_blend(None)
+        self._blend = self._make_blend(1.0)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -187,10 +187,10 @@ class BARQ(ContinuousTokenizer):
             )
         self._blend = self._make_blend(self._scale)
 
-    def _make_blend(self, scale: float | None) -> Blend:
+    def _make_blend(self, scale: float) -> Blend:
         return Blend(
             None if self._autoencoder is None else self._encoder,
-            scale=scale or 1.0,
+            scale=scale,
             prices=self.levels if self.size_limit else 0,
             threads=self.threads,
         )
