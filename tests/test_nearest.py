@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from semid.errors import EmbeddingError, UsageError
 from semid.quantization.nearest import nearest, nearest_m, prepare
 
-ROUTE_NAMES = ["auto", "int8", "bf16", "fp32"]
+ROUTE_NAMES = ["auto", "int8", "int16", "bf16", "fp32"]
 F32 = npt.NDArray[np.float32]
 
 

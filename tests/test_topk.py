@@ -13,7 +13,7 @@ from semid.errors import UsageError
 from semid.quantization.topk import prepare_database, top_k
 
 METRIC_NAMES = ["cosine", "ip", "l2"]
-ROUTE_NAMES = ["int8", "bf16", "fp32"]
+ROUTE_NAMES = ["int8", "int16", "bf16", "fp32"]
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 

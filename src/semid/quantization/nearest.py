@@ -118,8 +118,9 @@ def nearest(
             finite gets label 0 and a distance that is not finite; refuse such rows before.
         codebook: ``(codes, dim)``, or what `prepare` made of it.
         threads: plain threads over blocks of rows; None uses all this process may use.
-        route: how to screen, ``"int8"``, ``"bf16"`` or ``"fp32"``; ``"auto"`` tries them on a few
-            rows and takes the fastest. It changes the time, never the result.
+        route: how to screen, ``"int8"``, ``"int16"``, ``"bf16"`` or ``"fp32"``; ``"auto"``
+            tries those this chip has on a few rows and takes the fastest. It changes the time,
+            never the result.
 
     Returns:
         Labels ``(items,)`` (ties to the lowest index) and distances ``(items,)``.

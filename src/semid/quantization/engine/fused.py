@@ -13,6 +13,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from semid.quantization.engine.avx2 import AVX2_GROUP, avx2_best, avx2_many
 from semid.quantization.engine.rows import FAST, slack
 from semid.quantization.engine.screen import scan_best, scan_many
 from semid.quantization.engine.state import ROW_TILE, State
@@ -26,7 +27,7 @@ from semid.quantization.engine.x86 import (
     pitch,
 )
 
-__all__ = ["FusedBfloat16", "FusedInt8"]
+__all__ = ["FusedBfloat16", "FusedInt8", "FusedInt16"]
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
@@ -39,6 +40,8 @@ START_LIMIT = 2.0**28
 """Largest offset in integer steps; with `WIDEST` products it stays within int32."""
 WIDEST = 16384
 """Widest int8 rows: 255 * 127 * 16384 is below 2**29."""
+NORM = 2.0**14
+"""Longest int16 row: the product of two, and every part of it, stays within 2**28."""
 
 
 # Four functions and not one with switches: each is compiled at its first use, which takes seconds,
@@ -141,37 +144,44 @@ def _avx512_many(
 
 @numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True, fastmath=FAST)
 def _quantize_tiles(
-    y: F32, rows: int, least: float, offsets: F32, entry_step: float,
-    out: npt.NDArray[np.int8], steps: F64, sums: F64, residual: F64, start: I32,
+    y: F32, lengths: F64, rows: int, limit: float, least: float, offsets: F32, entry_step: float,
+    out: Any, steps: F64, sums: F64, residual: F64, start: I32,
 ) -> None:  # fmt: skip
-    """Round rows to int8 with one step for each 32 rows, and express the offsets in steps.
+    """Round rows to integers with one step for each 32 rows, and express the offsets in steps.
 
     Args:
         y: ``(n, width)``, ``n`` a multiple of 32.
+        lengths: ``(n,)`` norms of the rows, to scale by the longest; empty scales by the largest
+            element.
         rows: rows that hold queries.
+        limit: what the longest row or the largest element becomes.
         least: smallest step allowed, so that the offsets fit.
         offsets: ``(columns,)`` the table's.
         entry_step: the table's step.
-        out: ``(n, >= width)`` result; further columns become zero.
+        out: ``(n, >= width)`` result, int8 or int16; further columns become zero.
         steps: ``(n,)`` step of each row.
         sums: ``(n,)`` sum of each row's integers.
         residual: ``(n,)`` norm of the rounding error, summed in float32 (see `slack`).
         start: ``(tiles, columns)`` result: minus the offsets, in steps of the product.
     """
     width = y.shape[1]
+    most = np.float32(limit)
     for tile in range((rows + 31) // 32):
         largest = np.float32(0.0)
         for i in range(32 * tile, 32 * tile + 32):
+            if lengths.size > 0:
+                largest = max(largest, np.float32(lengths[i]))
+                continue
             for j in range(width):
                 largest = max(largest, abs(y[i, j]))
-        step = np.float32(max(float(largest) / 127.0, least))
+        step = np.float32(max(float(largest) / limit, least))
         inverse = np.float32(1.0) / step
         for i in range(32 * tile, 32 * tile + 32):
             steps[i] = step
             lost, count = np.float32(0.0), np.int32(0)
             for j in range(width):
                 nearest = np.rint(y[i, j] * inverse)
-                nearest = min(max(nearest, np.float32(-127.0)), np.float32(127.0))
+                nearest = min(max(nearest, -most), most)
                 error = y[i, j] - nearest * step
                 lost += error * error
                 code = np.int32(nearest)
@@ -191,8 +201,19 @@ def _quantize_tiles(
 
 
 @numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True, fastmath=FAST)
-def _quantize_table(rows: F32, step: float, out: npt.NDArray[np.uint8]) -> float:
-    """Round all rows to multiples of ``step``, stored plus 128; return the largest error's norm."""
+def _quantize_table(rows: F32, step: float, limit: float, zero: int, out: Any) -> float:
+    """Round all rows to multiples of ``step``, at most ``limit`` of them; return what that took.
+
+    Args:
+        rows: ``(entries, width)``.
+        step: size of a step.
+        limit: most steps either way.
+        zero: added to every integer.
+        out: ``(entries, >= width)`` result; further columns become ``zero``.
+
+    Returns:
+        The largest norm of a row's rounding error.
+    """
     width = rows.shape[1]
     inverse = 1.0 / step
     largest = 0.0
@@ -200,12 +221,12 @@ def _quantize_table(rows: F32, step: float, out: npt.NDArray[np.uint8]) -> float
         lost = 0.0
         for j in range(width):
             value = np.float64(rows[i, j])
-            nearest = min(max(np.rint(value * inverse), -127.0), 127.0)
+            nearest = min(max(np.rint(value * inverse), -limit), limit)
             error = value - nearest * step
             lost += error * error
-            out[i, j] = np.int32(nearest) + 128
+            out[i, j] = np.int32(nearest) + zero
         for j in range(width, out.shape[1]):
-            out[i, j] = 128
+            out[i, j] = zero
         largest = max(largest, lost)
     return math.sqrt(largest)
 
@@ -221,9 +242,9 @@ def _pack(codes: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 class _Fused:
-    """What both number formats share."""
+    """What all number formats share."""
 
-    def __init__(self, *, tiles: bool, features: tuple[str, ...], library: str) -> None:
+    def __init__(self, *, tiles: bool = False, features: tuple[str, ...], library: str) -> None:
         self.tiles, self.features, self.library = tiles, features, library
 
     def unavailable(self) -> str | None:
@@ -233,7 +254,9 @@ class _Fused:
     def _sweep(
         self, table: Table, state: State, rows: npt.NDArray[Any], panels: Any, start: Any
     ) -> None:
-        scores = state.buffer("scores" + start.dtype.str, (ROW_TILE, GROUP), start.dtype)
+        avx2 = rows.dtype == np.int16
+        group = AVX2_GROUP if avx2 else GROUP
+        scores = state.buffer("scores" + start.dtype.str, (ROW_TILE, group), start.dtype)
         found = (
             state.rows, table.offsets, state.margin, state.top, state.counts, state.candidates,
             state.kept,
@@ -244,25 +267,43 @@ class _Fused:
                 _amx_best(rows, panels, start, scores, saved, *found)
             else:
                 _amx_many(rows, panels, start, scores, saved, *found, state.k, state.scratch)
-        elif state.best_only:
-            _avx512_best(rows, panels, start, scores, *found)
+            return
+        if state.best_only:
+            (avx2_best if avx2 else _avx512_best)(rows, panels, start, scores, *found)
         else:
-            _avx512_many(rows, panels, start, scores, *found, state.k, state.scratch)
+            sweep = avx2_many if avx2 else _avx512_many
+            sweep(rows, panels, start, scores, *found, state.k, state.scratch)
 
 
-class FusedInt8(_Fused):
-    """int8 products: queries with a step for each 32 rows, the table with one."""
+class _FusedInteger(_Fused):
+    """Integer products: queries with a step for each 32 rows, the table with one.
 
-    name = "int8"
+    Attributes:
+        zero: added to the table's integers, since VNNI and AMX take one side unsigned.
+    """
+
+    name: str
+    integer: Any
+    zero: int
+
+    def _limit(self, table: Table) -> tuple[float, float]:
+        """Return the most steps of a table's element, and what they stand for."""
+        raise NotImplementedError
+
+    def _by_length(self, state: State) -> tuple[F64, float]:
+        """Return the rows' norms if they are scaled by those (else none), and to how many steps."""
+        raise NotImplementedError
 
     def prepare(self, table: Table) -> Operand | None:
-        """Round the scaled rows to int8, stored as code + 128; None where rows are too wide."""
+        """Round the scaled rows to integers; None where rows are too wide."""
         width = padded(table.scaled.shape[1], 64)
         if width > WIDEST:
             return None
-        step = max(float(np.abs(table.scaled).max()) / 127.0, 2.0**-60)
-        codes = np.empty((len(table.scaled), width), np.uint8)
-        lost = float(_quantize_table(table.scaled, step, codes))
+        limit, largest = self._limit(table)
+        step = max(largest / limit, 2.0**-60)
+        stored = np.uint8 if self.zero else self.integer
+        codes = np.empty((len(table.scaled), width), stored)
+        lost = float(_quantize_table(table.scaled, step, limit, self.zero, codes))
         residual = lost * (1 + 2.0**-20) + table.radius * 2.0**-23 + 2.0**-60
         return Operand(_pack(codes), residual, step)
 
@@ -270,16 +311,18 @@ class FusedInt8(_Fused):
         """Fill ``state``'s candidates; see `engine.search`."""
         tiled = padded(state.rows, ROW_TILE)
         width = operand.data.shape[1] // 16
-        codes = state.buffer("int8", (tiled, pitch(width, 1)), np.int8)
+        apart = pitch(width, np.dtype(self.integer).itemsize)
+        codes = state.buffer(self.name, (tiled, apart), self.integer)
         start = state.buffer("start", (tiled // ROW_TILE, len(table.offsets)), np.int32)
         steps = state.buffer("steps", (state.limit,), np.float64)
         sums = state.buffer("sums", (state.limit,), np.float64)
         steps[tiled:], sums[tiled:] = 1.0, 0.0
         offset = float(table.offsets[: len(table)].max())
         least = max(offset / (operand.step * START_LIMIT), 2.0**-60)
+        lengths, limit = self._by_length(state)
         _quantize_tiles(
-            state.y, state.rows, least, table.offsets, operand.step, codes, steps, sums,
-            state.residual, start,
+            state.y, lengths, state.rows, limit, least, table.offsets, operand.step, codes, steps,
+            sums, state.residual, start,
         )  # fmt: skip
         unit = steps * operand.step
         state.set_bound(
@@ -288,9 +331,33 @@ class FusedInt8(_Fused):
             entry_residual=operand.residual,
             absolute=unit,
             unit=unit,
-            shift=-128.0 * unit * sums,
+            shift=-self.zero * unit * sums,
         )
         self._sweep(table, state, codes, operand.data, start)
+
+
+class FusedInt8(_FusedInteger):
+    """8 bits, scaled by the largest element: AMX tiles or AVX-512 VNNI."""
+
+    name, integer, zero = "int8", np.int8, 128
+
+    def _limit(self, table: Table) -> tuple[float, float]:
+        return 127.0, float(np.abs(table.scaled).max())
+
+    def _by_length(self, state: State) -> tuple[F64, float]:
+        return np.empty(0), 127.0
+
+
+class FusedInt16(_FusedInteger):
+    """16 bits, scaled by the longest row so that 32-bit sums are exact: AVX2."""
+
+    name, integer, zero = "int16", np.int16, 0
+
+    def _limit(self, table: Table) -> tuple[float, float]:
+        return NORM, table.radius
+
+    def _by_length(self, state: State) -> tuple[F64, float]:
+        return state.length, NORM
 
 
 class FusedBfloat16(_Fused):

@@ -17,7 +17,7 @@ import torch
 
 from semid.errors import SemidError, check_choice
 from semid.quantization.engine.canonical import L2
-from semid.quantization.engine.fused import FusedBfloat16, FusedInt8
+from semid.quantization.engine.fused import FusedBfloat16, FusedInt8, FusedInt16
 from semid.quantization.engine.gemm import Bfloat16Gemm, Float32Gemm
 from semid.quantization.engine.search import search
 from semid.quantization.engine.state import State
@@ -27,7 +27,7 @@ __all__ = ["ROUTES", "Route", "choose", "working_routes"]
 
 logger = logging.getLogger(__name__)
 
-ROUTES = ("auto", "int8", "bf16", "fp32")
+ROUTES = ("auto", "int8", "int16", "bf16", "fp32")
 """Names a caller may give."""
 PROBE_ROWS = 128
 """Queries a route is timed on."""
@@ -67,10 +67,11 @@ def _candidates() -> list[Route]:
     return [
         FusedBfloat16(tiles=True, features=("amx-bf16",), library="AMX tiles"),
         FusedInt8(tiles=True, features=("amx-int8",), library="AMX tiles"),
-        FusedInt8(tiles=False, features=("avx512vnni", "avx512bw"), library="AVX-512 VNNI"),
-        FusedBfloat16(tiles=False, features=("avx512bf16", "avx512bw"), library="AVX-512 BF16"),
+        FusedInt8(features=("avx512vnni", "avx512bw"), library="AVX-512 VNNI"),
+        FusedBfloat16(features=("avx512bf16", "avx512bw"), library="AVX-512 BF16"),
+        FusedInt16(features=("avx2",), library="AVX2"),
         Float32Gemm(),
-        Bfloat16Gemm(),  # slow where the chip has no bfloat16, so never taken untimed
+        Bfloat16Gemm(),
     ]
 
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from semid.quantization.engine.vector import SCAN, hits, maximum, score, trailing_zeros
 
-__all__ = ["kth_largest", "scan_best", "scan_many", "trim"]
+__all__ = ["F32", "I32", "I64", "kth_largest", "scan_best", "scan_many", "trim"]
 
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]

@@ -21,7 +21,17 @@ from numba.extending import intrinsic
 
 from semid.quantization.engine.vector import F32, I32, I64, data_pointer, load
 
-__all__ = ["amx_begin", "amx_block", "amx_end", "avx512_block", "missing_features", "pitch"]
+__all__ = [
+    "LINE",
+    "amx_begin",
+    "amx_block",
+    "amx_end",
+    "avx512_block",
+    "call",
+    "missing_features",
+    "pitch",
+    "shape",
+]
 
 I8 = ir.IntType(8)
 BYTES = I8.as_pointer()
@@ -74,7 +84,8 @@ def missing_features(*needed: str) -> str | None:
     return None
 
 
-def _call(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
+def call(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
+    """Emit a call of the LLVM intrinsic ``name``."""
     kind = ir.FunctionType(result, [value.type for value in arguments])
     function = cgutils.get_or_insert_function(builder.module, kind, name)
     return builder.call(function, arguments)
@@ -82,7 +93,7 @@ def _call(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
 
 def _prefetch(builder: Any, pointer: Any) -> None:
     """Ask for a line of memory; an address past the end of the table does no harm."""
-    _call(builder, "llvm.prefetch.p0", VOID, [pointer, I32(0), I32(3), I32(1)])
+    call(builder, "llvm.prefetch.p0", VOID, [pointer, I32(0), I32(3), I32(1)])
 
 
 def pitch(width: int, size: int) -> int:
@@ -100,11 +111,11 @@ def amx_begin(typing: Any, saved: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         store = data_pointer(context, builder, signature.args[0], args[0], I64(0))
-        _call(builder, "llvm.x86.sttilecfg", VOID, [store])
+        call(builder, "llvm.x86.sttilecfg", VOID, [store])
         layout = [1] + [0] * 15 + [64, 0] * 8 + [0] * 16 + [16] * 8 + [0] * 8
         constant = ir.Constant(ir.ArrayType(I8, LINE), layout)
         slot = builder.bitcast(cgutils.alloca_once_value(builder, constant), BYTES)
-        _call(builder, "llvm.x86.ldtilecfg", VOID, [slot])
+        call(builder, "llvm.x86.ldtilecfg", VOID, [slot])
         return context.get_dummy_value()
 
     return types.void(saved), generate
@@ -117,7 +128,7 @@ def amx_end(typing: Any, saved: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         store = data_pointer(context, builder, signature.args[0], args[0], I64(0))
         # A configuration that was never set reads as zeros, and loading zeros releases the tiles.
-        _call(builder, "llvm.x86.ldtilecfg", VOID, [store])
+        call(builder, "llvm.x86.ldtilecfg", VOID, [store])
         return context.get_dummy_value()
 
     return types.void(saved), generate
@@ -153,14 +164,14 @@ def amx_block(
         integers = signature.args[0].dtype == types.int8
         size = 1 if integers else 2
         name = "llvm.x86.tdpbsud" if integers else "llvm.x86.tdpbf16ps"
-        width = builder.extract_value(_shape(context, builder, signature, args, 0), 1)
+        width = builder.extract_value(shape(context, builder, signature, args, 0), 1)
         apart = builder.mul(width, I64(size))
-        columns = builder.extract_value(_shape(context, builder, signature, args, 6), 1)
+        columns = builder.extract_value(shape(context, builder, signature, args, 6), 1)
         out_pitch = builder.mul(columns, I64(4))
         left = data_pointer(
             context, builder, signature.args[0], args[0], builder.mul(args[1], width)
         )
-        panel_size = builder.extract_value(_shape(context, builder, signature, args, 2), 1)
+        panel_size = builder.extract_value(shape(context, builder, signature, args, 2), 1)
         depth = builder.udiv(builder.mul(panel_size, I64(size)), I64(16))  # bytes of one entry
         right = data_pointer(
             context, builder, signature.args[2], args[2], builder.mul(args[3], panel_size)
@@ -169,7 +180,7 @@ def amx_block(
         out = data_pointer(context, builder, signature.args[6], args[6], args[7])
 
         def tile_load(tile: int, pointer: Any, stride: Any) -> None:
-            _call(builder, "llvm.x86.tileloadd64", VOID, [I8(tile), pointer, stride])
+            call(builder, "llvm.x86.tileloadd64", VOID, [I8(tile), pointer, stride])
 
         for tile in range(4):
             tile_load(tile, _offset(builder, first, I64(LINE * (tile % 2))), I64(0))
@@ -187,23 +198,24 @@ def amx_block(
                     _prefetch(builder, _offset(builder, ahead, I64(LINE * part)))
             tile_load(4, _offset(builder, left, along), apart)
             tile_load(6, _offset(builder, right, deep), I64(LINE))
-            _call(builder, name, VOID, [I8(0), I8(4), I8(6)])
+            call(builder, name, VOID, [I8(0), I8(4), I8(6)])
             tile_load(7, _offset(builder, second, deep), I64(LINE))
-            _call(builder, name, VOID, [I8(1), I8(4), I8(7)])
+            call(builder, name, VOID, [I8(1), I8(4), I8(7)])
             tile_load(5, _offset(builder, lower, along), apart)
-            _call(builder, name, VOID, [I8(2), I8(5), I8(6)])
-            _call(builder, name, VOID, [I8(3), I8(5), I8(7)])
+            call(builder, name, VOID, [I8(2), I8(5), I8(6)])
+            call(builder, name, VOID, [I8(3), I8(5), I8(7)])
         for tile in range(4):
             place = _offset(builder, out, I64(LINE * (tile % 2)))
             if tile >= 2:
                 place = _offset(builder, place, builder.mul(out_pitch, I64(16)))
-            _call(builder, "llvm.x86.tilestored64", VOID, [I8(tile), place, out_pitch])
+            call(builder, "llvm.x86.tilestored64", VOID, [I8(tile), place, out_pitch])
         return context.get_dummy_value()
 
     return signature, generate
 
 
-def _shape(context: Any, builder: Any, signature: Any, args: Any, index: int) -> Any:
+def shape(context: Any, builder: Any, signature: Any, args: Any, index: int) -> Any:
+    """Return the shape tuple of the array that is argument ``index``."""
     array = context.make_array(signature.args[index])(context, builder, args[index])
     return array.shape
 
@@ -227,13 +239,13 @@ def avx512_block(
         line = ir.VectorType(I32, 16)
         sums = line if integers else ir.VectorType(F32, 16)
         pairs = ir.VectorType(_BFloat(), 32)
-        width = builder.extract_value(_shape(context, builder, signature, args, 0), 1)
+        width = builder.extract_value(shape(context, builder, signature, args, 0), 1)
         apart = builder.mul(width, I64(size))
-        columns = builder.extract_value(_shape(context, builder, signature, args, 6), 1)
+        columns = builder.extract_value(shape(context, builder, signature, args, 6), 1)
         left = data_pointer(
             context, builder, signature.args[0], args[0], builder.mul(args[1], width)
         )
-        panel_size = builder.extract_value(_shape(context, builder, signature, args, 2), 1)
+        panel_size = builder.extract_value(shape(context, builder, signature, args, 2), 1)
         depth = builder.udiv(builder.mul(panel_size, I64(size)), I64(16))  # bytes of one entry
         right = data_pointer(
             context, builder, signature.args[2], args[2], builder.mul(args[3], panel_size)
@@ -271,7 +283,7 @@ def avx512_block(
                     else:
                         name = "llvm.x86.avx512bf16.dpbf16ps.512"
                         operands = [builder.bitcast(v, pairs) for v in (lines[p], spread)]
-                        value = _call(builder, name, sums, [total, *operands])
+                        value = call(builder, name, sums, [total, *operands])
                     builder.store(value, totals[r][p])
         for r in range(4):
             for p in range(4):
@@ -288,4 +300,4 @@ def _vpdpbusd(builder: Any, name: str, total: Any, unsigned: Any, signed: Any) -
     if llvmlite.binding.llvm_version_info[0] >= 22:
         packed = ir.VectorType(I8, LINE)
         unsigned, signed = builder.bitcast(unsigned, packed), builder.bitcast(signed, packed)
-    return _call(builder, name, total.type, [total, unsigned, signed])
+    return call(builder, name, total.type, [total, unsigned, signed])
