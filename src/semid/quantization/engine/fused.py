@@ -27,7 +27,7 @@ from semid.quantization.engine.x86 import (
     pitch,
 )
 
-__all__ = ["FusedBfloat16", "FusedInt8", "FusedInt16"]
+__all__ = ["FusedBfloat16", "FusedInt16", "FusedInt8"]
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
