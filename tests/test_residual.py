@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from semid.quantization.blocks import ArrayBlocks, PreparedBlocks, Preprocess
-from semid.quantization.kmeans import KMeansOptions
+from semid.quantization.kmeans import KMeansOptions, draw_sample
 from semid.quantization.nearest import prepare
-from semid.quantization.residual import dequantize, encode_residual, fit_residual
+from semid.quantization.residual import LevelFit, dequantize, encode_residual, fit_residual
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +95,23 @@ def test_sampled_fit_is_refined_on_all_rows(clustered):
     refined = error(KMeansOptions(sample_per_code=6))
     rough = error(KMeansOptions(sample_per_code=6, full_pass=False))
     assert error(KMeansOptions()) < refined < rough
+
+
+def test_sampled_fit_is_that_of_the_sampled_rows_however_it_is_resumed(clustered):
+    options = KMeansOptions(sample_per_code=20, full_pass=False)
+    before = clustered.copy()
+    blocks = ArrayBlocks(clustered)
+    chosen = draw_sample(blocks, 16, seed=3, options=options)
+    expected = fit_residual(ArrayBlocks(clustered[chosen]), [16] * 3, seed=3)[0]
+    done = []
+
+    def keep(level, result):
+        fit = LevelFit(result.inertia, len(result.history), result.converged, result.distinct)
+        done.append((result.centroids, result.labels, fit))
+
+    books = fit_residual(blocks, [16] * 3, seed=3, options=options, on_level=keep)[0]
+    resumed = fit_residual(blocks, [16] * 3, seed=3, options=options, done=done[:2])[0]
+    for book, other, whole in zip(books, resumed, expected, strict=True):
+        np.testing.assert_array_equal(book, whole)
+        np.testing.assert_array_equal(other, whole)
+    np.testing.assert_array_equal(clustered, before)

@@ -13,7 +13,13 @@ import numpy.typing as npt
 import torch
 
 from semid.quantization.assign import THREADED_WORK, assign
-from semid.quantization.blocks import ArrayBlocks, Blocks, ResidualBlocks, in_memory
+from semid.quantization.blocks import (
+    BLOCK_ROWS,
+    ArrayBlocks,
+    Blocks,
+    ResidualBlocks,
+    in_memory,
+)
 from semid.quantization.kmeans import (
     KMeansOptions,
     KMeansResult,
@@ -106,16 +112,22 @@ def fit_residual(
     """
     options = options or KMeansOptions()
     chosen = draw_sample(blocks, max(codebook_sizes), seed=seed, options=options)
-    train = blocks if chosen is None else ArrayBlocks(blocks.rows(chosen))
+    sample = None if chosen is None else ArrayBlocks(blocks.rows(chosen))
     train_weights = weights if weights is None or chosen is None else weights[chosen]
     codebooks = [codebook for codebook, _, _ in done]
     labels = [label for _, label, _ in done]
     fits = [fit for _, _, fit in done]
     resumed = len(done)  # the caller may append to `done` as levels finish
+    if sample is not None:
+        for codebook, label in zip(codebooks, labels, strict=True):
+            _subtract_(sample.matrix, codebook, label)
     for level in range(resumed, len(codebook_sizes)):
-        residuals = ResidualBlocks(train, labels, codebooks) if level else train
+        if sample is not None:
+            rows: Blocks = sample
+        else:
+            rows = ResidualBlocks(blocks, labels, codebooks) if level else blocks
         result = kmeans(
-            in_memory(residuals, limit_bytes=memory_bytes),
+            in_memory(rows, limit_bytes=memory_bytes),
             codebook_sizes[level],
             seed=child_seed(seed, "level", level),
             options=replace(options, sample_per_code=None),
@@ -127,6 +139,8 @@ def fit_residual(
         )
         codebooks.append(result.centroids)
         labels.append(result.labels)
+        if sample is not None:
+            _subtract_(sample.matrix, result.centroids, result.labels)
         fits.append(
             LevelFit(result.inertia, len(result.history), result.converged, result.distinct)
         )
@@ -135,6 +149,13 @@ def fit_residual(
     if chosen is not None and options.full_pass:
         codebooks = _refine(blocks, codebooks, weights, threads)
     return codebooks, fits
+
+
+def _subtract_(rows: Array, codebook: Array, labels: npt.NDArray[np.int64]) -> None:
+    """Leave in ``rows``, a sample of our own, what a level leaves; a copy would cost a gigabyte."""
+    for start in range(0, len(rows), BLOCK_ROWS):
+        span = slice(start, start + BLOCK_ROWS)
+        rows[span] -= codebook[labels[span]]
 
 
 def _refine(

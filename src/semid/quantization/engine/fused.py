@@ -27,7 +27,7 @@ from semid.quantization.engine.x86 import (
     pitch,
 )
 
-__all__ = ["FusedBfloat16", "FusedInt16", "FusedInt8"]
+__all__ = ["FusedBfloat16", "FusedInt8", "FusedShort"]
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
@@ -348,7 +348,7 @@ class FusedInt8(_FusedInteger):
         return np.empty(0), 127.0
 
 
-class FusedInt16(_FusedInteger):
+class FusedShort(_FusedInteger):
     """16 bits, scaled by the longest row so that 32-bit sums are exact: AVX2."""
 
     name, integer, zero = "int16", np.int16, 0

@@ -17,7 +17,7 @@ import torch
 
 from semid.errors import SemidError, check_choice
 from semid.quantization.engine.canonical import L2
-from semid.quantization.engine.fused import FusedBfloat16, FusedInt8, FusedInt16
+from semid.quantization.engine.fused import FusedBfloat16, FusedInt8, FusedShort
 from semid.quantization.engine.gemm import Bfloat16Gemm, Float32Gemm
 from semid.quantization.engine.search import search
 from semid.quantization.engine.state import State
@@ -69,7 +69,7 @@ def _candidates() -> list[Route]:
         FusedInt8(tiles=True, features=("amx-int8",), library="AMX tiles"),
         FusedInt8(features=("avx512vnni", "avx512bw"), library="AVX-512 VNNI"),
         FusedBfloat16(features=("avx512bf16", "avx512bw"), library="AVX-512 BF16"),
-        FusedInt16(features=("avx2",), library="AVX2"),
+        FusedShort(features=("avx2",), library="AVX2"),
         Float32Gemm(),
         Bfloat16Gemm(),
     ]
