@@ -312,10 +312,11 @@ def brute_readings(codes, codebooks, weights, a, b):
     }
 
 
+@pytest.mark.parametrize("size", [4, 20])  # fewer pairs of codes than pairs of items, and more
 @pytest.mark.parametrize("hierarchical", [True, False])
-def test_pair_aucs_match_brute_force(hierarchical):
+def test_pair_aucs_match_brute_force(hierarchical, size):
     codes = rng().integers(0, 4, (40, 3))
-    codebooks = [rng(i).normal(size=(4, 5)) + 3 for i in range(3)]
+    codebooks = [rng(i).normal(size=(size, 5)) + 3 for i in range(3)]
     x = rng(9).normal(size=(40, 6))
     pairs = random_pairs(40, 60)
     negatives = negative_pairs(pairs, per_pair=4, seed=1)

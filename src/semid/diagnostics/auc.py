@@ -49,15 +49,21 @@ def _placements(positives: npt.ArrayLike, negatives: npt.ArrayLike) -> tuple[Flo
         )
     if np.isnan(p).any() or np.isnan(n).any():
         raise InputError("scores hold NaN; an AUC has no place for them")
-    wins = _below(p, np.sort(n))
-    return wins, 1.0 - _below(n, np.sort(p))
+    p_order, n_order = np.argsort(p), np.argsort(n)
+    wins = _below(p, p_order, n[n_order])
+    return wins, 1.0 - _below(n, n_order, p[p_order])
 
 
-def _below(values: Floats, ordered: Floats) -> Floats:
-    """Return the share of ``ordered`` below each value, equal ones counting one half."""
-    left = np.searchsorted(ordered, values, side="left")
-    right = np.searchsorted(ordered, values, side="right")
-    return (left + right) / (2.0 * len(ordered))
+def _below(values: Floats, order: npt.NDArray[np.int64], others: Floats) -> Floats:
+    """Return the share of ``others`` (ascending) below each value, equal ones counting one half.
+
+    Values are looked up in their own order: at random, each would miss the cache.
+    """
+    rising = values[order]
+    found = np.empty(len(values))
+    found[order] = np.searchsorted(others, rising, side="left")
+    found[order] += np.searchsorted(others, rising, side="right")
+    return found / (2.0 * len(others))
 
 
 @dataclass(frozen=True)
@@ -224,7 +230,16 @@ def _level_cosines(
         words -= share @ words
         variances[level] = share @ np.einsum("kd,kd->k", words, words)
         column = codes[:, level].astype(np.int64)
-        cosines[:, level] = pair_cosines(words, column[cases.a], column[cases.b], threads=threads)
+        a, b = column[cases.a], column[cases.b]
+        size = len(words)
+        if size * size <= len(a):  # cheaper to know all pairs of codes
+            every = np.arange(size)
+            table = pair_cosines(
+                words, np.repeat(every, size), np.tile(every, size), threads=threads
+            )
+            cosines[:, level] = table[a * size + b]
+        else:
+            cosines[:, level] = pair_cosines(words, a, b, threads=threads)
     return cosines, variances
 
 
