@@ -27,7 +27,7 @@ import torch
 
 from common import save, union_rows
 
-NOISE = 0.3
+NOISE = 0.22
 """Standard deviation of the noise as a share of the data's, direction by direction."""
 BLOCK = 65_536
 
