@@ -19,7 +19,7 @@ from semid.quantization.shard import Shard
 from semid.quantization.statistics import Statistics
 from semid.quantization.tree import Node, TreeSum, merge_nodes
 
-__all__ = ["LocalTeam", "Rows", "Team", "as_rows"]
+__all__ = ["LocalTeam", "Rows", "Team", "as_rows", "payload_bytes"]
 
 Array = npt.NDArray[np.float32]
 
@@ -196,3 +196,18 @@ def as_rows(
         return blocks
     shard = Shard(blocks, weights=weights, threads=threads, memory_bytes=memory_bytes)
     return Rows(LocalTeam(shard), dim=blocks.dim, weights=weights)
+
+
+def payload_bytes(value: Any) -> int:
+    """Count the bytes of all arrays in a question or an answer: what has to travel."""
+    if isinstance(value, np.ndarray):
+        return int(value.nbytes)
+    if isinstance(value, Node):
+        return payload_bytes(value.value)
+    if isinstance(value, Statistics):
+        return payload_bytes((value.sums, value.counts)) + 8
+    if isinstance(value, Mapping):
+        return sum(payload_bytes(part) for part in value.values())
+    if isinstance(value, list | tuple):
+        return sum(payload_bytes(part) for part in value)
+    return 8 if isinstance(value, float | int) else 0

@@ -112,14 +112,21 @@ class Shard:
         return bool((extra == codebook[:1]).all())
 
     def _look(self) -> None:
-        view: Blocks = self.base
-        if self._books:
-            view = ResidualBlocks(self.base, self._labels, self._books)
-        self.view = in_memory(view, limit_bytes=self.memory_bytes)
+        self._view: Blocks | None = None
         self._passed: Array | None = None
         self.labels: Rows = np.empty(0, np.int64)
         self._distances: Array = np.empty(0, np.float32)
         self._closest: Array = np.empty(0, np.float32)
+
+    @property
+    def view(self) -> Blocks:
+        """The rows as the next level sees them; read into memory by the first who asks."""
+        if self._view is None:
+            view: Blocks = self.base
+            if self._books:
+                view = ResidualBlocks(self.base, self._labels, self._books)
+            self._view = in_memory(view, limit_bytes=self.memory_bytes)
+        return self._view
 
     def rows(self, numbers: Rows) -> Array:
         """Return the rows ``(n, dim)`` of the view."""
