@@ -77,7 +77,8 @@ def estimate_encode(
     threads = getattr(tokenizer, "threads", None)
     tokenizer.threads = 1  # type: ignore[attr-defined]
     try:
-        _, x = next(iter(catalogue.source(left[:1]).blocks(PROBE_ROWS)))
+        raw = next(iter(catalogue.source(left[:1])._raw_blocks(PROBE_ROWS)))
+        x = np.nan_to_num(raw.values)  # rows that cannot be used are the run's business
         tokenizer._encode_block(x[:256], tokenizer.beam_width)  # the first call prepares kernels
         began = time.process_time()
         tokenizer._encode_block(x, tokenizer.beam_width)
