@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ def write_folder(
     folder.mkdir(parents=True, exist_ok=True)
     edges = np.linspace(0, len(x), files + 1).astype(int)
     edges[1:-1] += 1
-    for file, (first, last) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+    for file, (first, last) in enumerate(itertools.pairwise(edges.tolist())):
         columns = {"embedding": rows_array(x[first:last])}
         if ids:
             wanted = names or [f"item-{(row * 7919) % 1_000_003}" for row in range(len(x))]

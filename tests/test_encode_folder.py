@@ -117,7 +117,7 @@ def test_a_network_encodes_the_same_in_units(kind, clustered, folder, tmp_path, 
     same_as_local(tmp_path / kind, folder, tmp_path / "ids")
 
 
-class Killed(Exception):
+class KilledError(Exception):
     pass
 
 
@@ -127,12 +127,12 @@ def test_a_driver_that_was_killed_goes_on(model, folder, tmp_path, inline, monke
 
     def dies(self, unit):
         if len(encoded) == 3:
-            raise Killed
+            raise KilledError
         encoded.append(unit.name)
         return real(self, unit)
 
     monkeypatch.setattr(Encoder, "encode", dies)
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         encode_folder(model, folder, tmp_path / "ids", engine=ONE, unit_rows=150)
     assert not (tmp_path / "ids").exists()
     # A write that the kill cut short leaves a hidden file, which is no part.
@@ -187,7 +187,7 @@ def test_processes_that_end_again_and_again_end_the_run(model, folder, tmp_path,
             raise encode_run.BrokenProcessPool("ended")
 
     monkeypatch.setattr(encode_run, "ProcessPoolExecutor", Broken)
-    with pytest.raises(InputError, match="4 times, 3 units are left.*--resume"):
+    with pytest.raises(InputError, match=r"4 times, 3 units are left.*--resume"):
         encode_folder(model, folder, tmp_path / "ids", engine=ONE)
 
 

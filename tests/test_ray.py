@@ -76,7 +76,8 @@ def local(items) -> semid.RQKMeans:
 def check_same(fitted: semid.RQKMeans, local: semid.RQKMeans) -> None:
     assert fitted.codebook_fingerprint == local.codebook_fingerprint
     assert fitted.weights_fingerprint == local.weights_fingerprint
-    assert fitted.report is not None and local.report is not None
+    assert fitted.report is not None
+    assert local.report is not None
     assert fitted.report.details == local.report.details
     assert fitted.report.held_out_items == local.report.held_out_items
     ours, theirs = fitted.report.health, local.report.health
