@@ -45,7 +45,7 @@ from semid.quantization.rows import LocalTeam, Rows
 from semid.quantization.seeding import MAX_ROUND, kmeans_plus_plus
 from semid.quantization.shard import Shard
 from semid.quantization.tree import cut_blocks
-from semid.training.distributed import is_main, join_processes
+from semid.training.distributed import is_main, join_processes, world_size
 from semid.training.gathering import GatherTeam, own_span
 
 SEED = 0
@@ -96,7 +96,8 @@ def as_rank(path: str, codes: int, iterations: int) -> None:
     join_processes()
     first, last = own_span(len(x))
     shard = Shard(ArrayBlocks(np.array(x[first:last])), first_row=first, threads=1)
-    found = measure(Rows(GatherTeam(shard, len(x)), dim=x.shape[1]), codes, iterations)
+    team = GatherTeam(shard, len(x)) if world_size() > 1 else LocalTeam(shard)
+    found = measure(Rows(team, dim=x.shape[1]), codes, iterations)
     if is_main():
         print("RESULT " + json.dumps(found), flush=True)
 
@@ -220,6 +221,7 @@ def runs(folder: Path, given: argparse.Namespace) -> dict[str, dict[str, Any]]:
     del team, x
     for ranks in (1, 2):
         name = f"torchrun, {ranks}"
+        print(name, flush=True)
         found[name] = by_torchrun(folder / "x.npy", ranks, given.codes, given.iterations)
     for workers in (1, 2):
         found[f"ray, {workers}"] = by_ray(items, workers, given.codes, given.iterations)

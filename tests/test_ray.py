@@ -20,7 +20,7 @@ from distributed_cases import many_rows, write_folder
 from semid.distributed.encode_job import Encoder
 from semid.distributed.encode_run import encode_folder
 from semid.distributed.ray_fit import fit_on_ray
-from semid.distributed.ray_start import RayOptions, check_slots, check_store, connect
+from semid.distributed.ray_start import RayOptions, check_slots, check_store, import_ray
 from semid.distributed.ray_team import RayTeam
 from semid.distributed.units import Catalogue
 from semid.errors import EmbeddingError, InputError, UsageError
@@ -34,15 +34,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning:ray"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.xdist_group("ray"),
 ]
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[object]:
     """Start one cluster of two CPU slots; actors find the tests' helpers by name."""
-    connect(RayOptions())
-    ray.shutdown()
+    import_ray()
     os.environ["PYTHONPATH"] = str(Path(__file__).parent)
     ray.init(
         num_cpus=2, include_dashboard=False, object_store_memory=80_000_000, log_to_driver=False

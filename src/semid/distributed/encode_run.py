@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import multiprocessing.connection
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -216,9 +218,22 @@ _ENCODER: Encoder | None = None
 
 
 def _begin(job: EncodeJob, threads: int) -> None:
-    """Load the artefact, once a process."""
+    """Load the artefact, once a process, and end when the driver does.
+
+    A pool's process waits for work on a pipe of which it holds both ends itself, so without this
+    it would outlive a driver that is killed.
+    """
     global _ENCODER
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_follow, args=(parent.sentinel,), daemon=True).start()
     _ENCODER = Encoder(job, threads=threads)
+
+
+def _follow(sentinel: int) -> None:
+    """End this process at once when the one behind ``sentinel`` has ended."""
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)
 
 
 def _encode(unit: Unit) -> Done:
