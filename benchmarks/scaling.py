@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from torch import distributed as dist
 
 from common import RESULTS, machine, markdown
 from semid.distributed.fitworker import FitWorker
@@ -61,11 +63,35 @@ def synthetic(rows: int, dim: int) -> np.ndarray:
     return x
 
 
-def measure(rows: Rows, codes: int, iterations: int) -> dict[str, Any]:
-    """Seed and iterate; return seconds and a sum that tells results apart."""
+def own_clock() -> list[float]:
+    """CPU seconds of this process."""
+    return [time.process_time()]
+
+
+def gathered_clock() -> list[float]:
+    """CPU seconds of every rank."""
+    seconds: list[Any] = [None] * world_size()
+    dist.all_gather_object(seconds, time.process_time())
+    return seconds
+
+
+def clock_of(pids: list[int]) -> list[float]:
+    """CPU seconds of other processes of this machine."""
+    ticks = os.sysconf("SC_CLK_TCK")
+    words = [Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split() for pid in pids]
+    return [(int(each[11]) + int(each[12])) / ticks for each in words]
+
+
+def measure(
+    rows: Rows, codes: int, iterations: int, clock: Callable[[], list[float]]
+) -> dict[str, Any]:
+    """Seed and iterate; return seconds, CPU seconds a worker, and what tells results apart."""
+    before = clock()
     began = time.perf_counter()
     centres = kmeans_plus_plus(rows, codes, generator=np.random.default_rng(SEED))
     seeding = time.perf_counter() - began
+    seeding_cpu = np.subtract(clock(), before)
+    before = clock()
     sent = {name: dict(getattr(rows.team, name, {})) for name in ("sent", "received", "passed")}
     seconds = []
     for _ in range(iterations):
@@ -74,6 +100,7 @@ def measure(rows: Rows, codes: int, iterations: int) -> dict[str, Any]:
         filled = total.counts > 0
         centres[filled] = (total.sums[filled] / total.counts[filled, None]).astype(np.float32)
         seconds.append(time.perf_counter() - began)
+    cpu = np.subtract(clock(), before) / iterations
     volume = {
         name: getattr(rows.team, name).get("assign", 0) / iterations
         for name in sent
@@ -83,6 +110,8 @@ def measure(rows: Rows, codes: int, iterations: int) -> dict[str, Any]:
     return {
         "seeding": seeding,
         "iteration": min(seconds),
+        "iteration_cpu": cpu.tolist(),
+        "seeding_cpu": seeding_cpu.tolist(),
         "iterations": seconds,
         "bytes_an_iteration": volume,
         "bytes_seeding": seeded,
@@ -97,7 +126,8 @@ def as_rank(path: str, codes: int, iterations: int) -> None:
     first, last = own_span(len(x))
     shard = Shard(ArrayBlocks(np.array(x[first:last])), first_row=first, threads=1)
     team = GatherTeam(shard, len(x)) if world_size() > 1 else LocalTeam(shard)
-    found = measure(Rows(team, dim=x.shape[1]), codes, iterations)
+    clock = gathered_clock if world_size() > 1 else own_clock
+    found = measure(Rows(team, dim=x.shape[1]), codes, iterations, clock)
     if is_main():
         print("RESULT " + json.dumps(found), flush=True)
 
@@ -143,7 +173,9 @@ def by_ray(folder: Path, workers: int, codes: int, iterations: int) -> dict[str,
             calls.append(time.perf_counter() - began)
         for volume in (team.sent, team.received, team.passed):
             volume.clear()
-        return {**measure(rows, codes, iterations), "call": float(np.median(calls))}
+        pids = team.crew.process_ids()
+        run = measure(rows, codes, iterations, lambda: clock_of(pids))
+        return {**run, "call": float(np.median(calls))}
     finally:
         team.close()
 
@@ -217,7 +249,9 @@ def runs(folder: Path, given: argparse.Namespace) -> dict[str, dict[str, Any]]:
         table = pa.table({"embedding": pa.FixedSizeListArray.from_arrays(part, x.shape[1])})
         pq.write_table(table, items / f"{file:03d}.parquet", row_group_size=BLOCK_ROWS)
     team = LocalTeam(Shard(ArrayBlocks(x), threads=1))
-    found = {"local, 1": measure(Rows(team, dim=x.shape[1]), given.codes, given.iterations)}
+    found = {
+        "local, 1": measure(Rows(team, dim=x.shape[1]), given.codes, given.iterations, own_clock)
+    }
     del team, x
     for ranks in (1, 2):
         name = f"torchrun, {ranks}"
@@ -235,23 +269,25 @@ def report(found: dict[str, dict[str, Any]], given: argparse.Namespace) -> None:
     fixed = {
         "codes": given.codes,
         "dim": given.dim,
-        "block_seconds": base["iteration"] / blocks,
+        # CPU, not wall: other work on the machine must not pass for arithmetic.
+        "block_seconds": base["iteration_cpu"][0] / blocks,
         "call_seconds": found["ray, 1"]["call"],
         "bandwidth": given.bandwidth,
     }
     lines = []
     for name, run in found.items():
         workers = int(name.rsplit(" ", 1)[1])
-        parts = model(given.rows, workers=workers, cores=1, **fixed)
-        said = sum(parts.values())
+        said = model(given.rows, workers=workers, cores=1, **fixed)["rows"]
+        seen = max(run["iteration_cpu"])
         lines.append(
             {
                 "run": name,
-                "seeding": f"{run['seeding']:.2f} s",
-                "iteration": f"{run['iteration']:.3f} s",
-                "times local": f"{base['iteration'] / run['iteration']:.2f}",
+                "iteration, wall": f"{run['iteration']:.3f} s",
+                "CPU of the busiest": f"{seen:.3f} s",
                 "model": f"{said:.3f} s",
-                "model / run": f"{said / run['iteration']:.2f}",
+                "model / CPU": f"{said / seen:.2f}",
+                "CPU of all / local": f"{sum(run['iteration_cpu']) / base['iteration_cpu'][0]:.2f}",
+                "seeding, CPU of all": f"{sum(run['seeding_cpu']):.1f} s",
             }
             | {
                 name: f"{run['bytes_an_iteration'].get(name, 0) / 1e6:.2f} MB"
@@ -267,7 +303,11 @@ def report(found: dict[str, dict[str, Any]], given: argparse.Namespace) -> None:
             each = sum(parts.values())
             # A pass of seeding meets each row with K codewords once in all, in `rounds` calls.
             calls = rounds(given.codes) * (parts["calls"] + parts["sums"] / 8)
-            level = parts["rows"] * base["seeding"] / base["iteration"] + calls + 26 * each
+            level = (
+                parts["rows"] * base["seeding_cpu"][0] / base["iteration_cpu"][0]
+                + calls
+                + 26 * each
+            )
             far.append(
                 {
                     "items": f"{rows:,.0f}",

@@ -112,7 +112,7 @@ def fit_on_ray(
         Who held what, and how much travelled.
 
     Raises:
-        UsageError: the workers would not fit the cluster.
+        UsageError: the workers would not fit the cluster, or could not see the files.
         InputError: the object store is too small, or workers end again and again.
         EmbeddingError: NaN or inf, or fewer distinct rows than codewords.
         ArtefactError: the checkpoint belongs to another run.
@@ -123,6 +123,7 @@ def fit_on_ray(
     options = options or RayOptions()
     steps = progress or QuietProgress()
     began = time.monotonic()
+    catalogue.check_local(what="a worker", several=True)
     units = catalogue.units()
     _refuse_few(tokenizer, len(catalogue))
     ray = connect(options)

@@ -18,7 +18,8 @@ from semid.quantization.nearest import PreparedCodebook, prepare
 from semid.quantization.residual import LevelFit, fit_residual
 from semid.quantization.rows import Rows, as_rows
 from semid.quantization.shard import Shard
-from semid.training.distributed import join_processes, world_size
+from semid.quantization.threads import default_threads
+from semid.training.distributed import join_processes, neighbours, world_size
 from semid.training.gathering import GatherTeam, own_span
 from semid.training.stages import StateStore
 
@@ -41,12 +42,13 @@ def training_rows(
     Args:
         source: ``(items, dim)`` training rows, the same in every process.
         weights: ``(items,)`` item weights, or None.
-        threads: plain threads of this process.
+        threads: plain threads of this process; None shares the CPUs with the processes beside it.
         memory_bytes: this process holds its rows as float32 up to this size.
     """
     join_processes()
     if world_size() == 1:
         return as_rows(source, weights=weights, threads=threads, memory_bytes=memory_bytes)
+    threads = threads or max(1, default_threads() // neighbours())
     first, last = own_span(len(source))
     shard = Shard(
         source.subset(np.arange(first, last)),
