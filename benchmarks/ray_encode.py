@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Ray's workers give way to every other process by default, which on a busy machine looks like Ray.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 import numpy as np
 import pyarrow as pa

@@ -17,6 +17,8 @@ import pytest
 
 import semid
 from distributed_cases import many_rows, write_folder
+from semid.cli import main
+from semid.data.filesystems import Folder
 from semid.distributed.encode_job import Encoder
 from semid.distributed.encode_run import encode_folder
 from semid.distributed.ray_fit import fit_on_ray
@@ -203,6 +205,30 @@ def test_no_usage_statistics_are_sent(cluster):
 
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
     assert not usage_lib.usage_stats_enabled()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--engine", "ray", "--log", "jsonl:x", "--threads", "2"], "--log, --threads do not go"),
+        (["--engine", "ray", "--on-invalid", "skip"], "--on-invalid do not go"),
+        (["--engine", "dask"], "--engine='dask'"),
+        (["--ray-address", "auto"], "go with --engine ray"),
+    ],
+)
+def test_flags_of_a_fit_that_do_not_go_together(items, tmp_path, flags, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", str(items), "-o", str(tmp_path / "model"), *flags])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_files_that_workers_cannot_see_are_refused(items):
+    memory = Folder("memory://semid-ray")
+    memory.write("a.parquet", (items / "part-0.parquet").read_bytes())
+    with pytest.raises(UsageError, match="a worker cannot see"):
+        fit_on_ray(tokenizer(), Catalogue.open("memory://semid-ray"))
+    memory.remove()
 
 
 def test_options_out_of_range_are_refused():

@@ -26,6 +26,7 @@ from semid.quantization.residual import fit_residual
 from semid.quantization.rows import Rows, as_rows, payload_bytes
 from semid.quantization.shard import Shard
 from semid.quantization.tree import TreeSum, cut_blocks, merge_nodes
+from semid.training.distributed import neighbours
 from semid.training.gathering import shard_spans
 
 
@@ -178,6 +179,13 @@ def test_payload_counts_arrays():
     node = as_rows(ArrayBlocks(np.ones((4, 3), np.float32))).team.add("moments")
     assert payload_bytes(node) == 3 * 8 + 8 + 8
     assert payload_bytes({1: (np.zeros(4, np.int64), [2.0, "x"])}) == 40
+
+
+def test_processes_of_one_machine_share_its_cpus(monkeypatch):
+    assert neighbours() == 1
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert neighbours() == 4
 
 
 # Counts over codes that do not fit one machine ------------------------------------------------
