@@ -20,7 +20,7 @@ FLOORS = [
     ["loading"],
     ["ranking", "catalogue"],
     ["export"],
-    ["report", "experiments", "serve"],
+    ["report", "experiments", "serve", "distributed"],
     ["cli"],
 ]
 RANK = {

@@ -21,7 +21,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from semid.artefact import FORMAT_VERSION, atomic_file
+from semid.data.filesystems import is_uri, open_parquet
 from semid.data.ids import ItemIds
+from semid.data.parquet_files import find_parquet
 from semid.errors import (
     ArtefactError,
     FingerprintError,
@@ -321,16 +323,28 @@ class SemanticIds:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> SemanticIds:
-        """Read what `write` or ``semid encode`` wrote.
+        """Read what `write` or ``semid encode`` wrote: a file, a folder of files, or a URI.
 
         Raises:
-            ArtefactError: if the file is missing, truncated, or no semid ids file.
+            ArtefactError: if the file is missing, truncated, or no semid ids file, or if files of
+                a folder belong to different models.
             IdsError: if item ids repeat.
         """
-        if not Path(path).is_file():
+        given = str(path) if is_uri(path) else Path(path)
+        if isinstance(given, Path) and not given.exists():
             raise ArtefactError(f"'{path}' does not exist; give a file written by 'semid encode'")
         try:
-            table = pq.read_table(path)
+            tables = []
+            for file in find_parquet(given):
+                with open_parquet(file) as parquet:
+                    tables.append(parquet.read())
+            others = {(t.schema.metadata or {}).get(METADATA_KEY) for t in tables}
+            if len(others) > 1:
+                raise ArtefactError(
+                    f"the files of '{path}' were made by {len(others)} different models or "
+                    "settings; keep the ids of one run in a folder"
+                )
+            table = pa.concat_tables(tables)
         except (pa.ArrowInvalid, OSError) as error:
             raise ArtefactError(
                 f"'{path}' cannot be read as Parquet ({error}); copy or encode it again"

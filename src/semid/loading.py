@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 from semid.artefact import read_config
+from semid.data.filesystems import fetched, is_uri
 from semid.errors import ArtefactError, nearest_name
 from semid.tokenizers.making import TOKENIZERS
 
@@ -24,7 +25,8 @@ def load(path: str | os.PathLike[str]) -> Any:
     """Open a saved tokenizer, decode head or ranking model.
 
     Args:
-        path: artefact folder, as written by ``semid fit -o``, ``semid rank -o`` or ``save``.
+        path: artefact folder, as written by ``semid fit -o``, ``semid rank -o`` or ``save``; or a
+            URI of one, such as ``s3://bucket/model``.
 
     Returns:
         The object that was saved, ready to use.
@@ -32,6 +34,9 @@ def load(path: str | os.PathLike[str]) -> Any:
     Raises:
         ArtefactError: if the folder is incomplete, altered, or of an unknown kind or version.
     """
+    if is_uri(path):
+        with fetched(str(path)) as folder:
+            return load(folder)
     kind = read_config(path)["kind"]
     if kind not in KINDS:
         known = ", ".join(f"'{name}'" for name in sorted(KINDS))

@@ -8,25 +8,40 @@ from typing import Annotated, Any
 import typer
 
 from semid.cli.options import (
+    CpusPerWorker,
     EmbeddingColumn,
+    Engine,
     IdColumn,
     Ids,
     OnInvalid,
     Overwrite,
     Quiet,
+    RayAddress,
     Resume,
     Source,
+    StoreBytes,
     Threads,
+    Workers,
+    check_engine,
     open_source,
+    ray_options,
 )
 
 __all__ = ["encode"]
 
 
 def encode(
-    model: Annotated[Path, typer.Argument(help="Folder written by 'semid fit'.")],
+    model: Annotated[str, typer.Argument(help="Folder or URI written by 'semid fit'.")],
     embeddings: Source,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Parquet file to write.")],
+    output: Annotated[
+        str,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Parquet file to write. With several workers also a folder or a URI, which gets "
+            "a file a unit of row groups.",
+        ),
+    ],
     beam_width: Annotated[
         int | None, typer.Option(min=1, help="Beam; default: what the model was fitted with.")
     ] = None,
@@ -46,6 +61,19 @@ def encode(
         float,
         typer.Option(help="Share of the training distribution beyond which an item is novel."),
     ] = 0.99,
+    engine: Engine = "local",
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="With --engine local: processes that share the row groups of Parquet files; "
+            "default: one for a file, one a CPU where the output is a folder or a URI.",
+        ),
+    ] = None,
+    workers: Workers = None,
+    cpus_per_worker: CpusPerWorker = 1,
+    ray_address: RayAddress = None,
+    store_bytes: StoreBytes = 512 * 1024**2,
     ids: Ids = None,
     embedding_column: EmbeddingColumn = None,
     id_column: IdColumn = None,
@@ -62,6 +90,10 @@ def encode(
     Example: semid encode model/ items.parquet -o ids.parquet
 
     Example: semid encode model/ new.parquet --catalogue ids.parquet -o ids-2.parquet
+
+    Example: semid encode model/ items/ -o ids/ --processes 8
+
+    Example: semid encode s3://b/model s3://b/items -o s3://b/ids --engine ray --workers 64
     """
     from semid.artefact import check_output
     from semid.errors import UsageError
@@ -69,6 +101,44 @@ def encode(
     from semid.progress import make_progress
     from semid.tokenizers.encoding import encode_to_parquet
 
+    check_engine(engine, address=ray_address, workers=workers)
+    folder = Path(embeddings).is_dir() or "://" in embeddings
+    shared = engine == "ray" or processes is not None or "://" in output
+    plain = catalogue is None and ids is None
+    shared = shared or (plain and folder and not output.endswith(".parquet"))
+    if shared:
+        if catalogue is not None or ids is not None:
+            raise UsageError(
+                "--catalogue and --ids read all items at once and do not go with several workers "
+                "(--engine ray, --processes, a folder or a URI as output); leave one out"
+            )
+        if engine == "ray" and (processes is not None or threads is not None):
+            raise UsageError(
+                "--processes and --threads go with --engine local; on Ray give --workers and "
+                "--cpus-per-worker"
+            )
+        if novelty is not None:
+            raise UsageError("--novelty goes with --catalogue")
+        from semid.distributed.encode_run import LocalOptions
+
+        layout = (
+            ray_options(workers, cpus_per_worker, ray_address, store_bytes)
+            if engine == "ray"
+            else LocalOptions(processes=processes)
+        )
+        _share(
+            model,
+            embeddings,
+            output,
+            layout,
+            columns={"embedding_column": embedding_column, "id_column": id_column},
+            on_invalid=on_invalid,
+            beam_width=beam_width,
+            overwrite=overwrite,
+            resume=resume,
+            quiet=quiet,
+        )
+        return
     if catalogue is not None:
         if resume or beam_width is not None:
             raise UsageError(
@@ -89,7 +159,7 @@ def encode(
         on_invalid=on_invalid,
     )
     if catalogue is not None:
-        _add(tokenizer, source, catalogue, output, novelty, novel_beyond, overwrite, quiet)
+        _add(tokenizer, source, catalogue, Path(output), novelty, novel_beyond, overwrite, quiet)
         return
     with make_progress(quiet=quiet) as progress:
         encode_to_parquet(
@@ -102,6 +172,42 @@ def encode(
             progress=progress,
         )
     typer.echo(f"encoded {len(source):,} items with {tokenizer.levels} codes each: {output}")
+
+
+def _share(
+    model: str,
+    embeddings: str,
+    output: str,
+    layout: Any,
+    *,
+    columns: dict[str, str | None],
+    on_invalid: str,
+    beam_width: int | None,
+    overwrite: bool,
+    resume: bool,
+    quiet: bool,
+) -> None:
+    """Encode with several workers."""
+    from semid.distributed.encode_run import encode_folder
+    from semid.progress import make_progress
+
+    with make_progress(quiet=quiet) as progress:
+        done = encode_folder(
+            model,
+            embeddings,
+            output,
+            engine=layout,
+            embedding_column=columns["embedding_column"],
+            id_column=columns["id_column"],
+            on_invalid=on_invalid,
+            beam_width=beam_width,
+            overwrite=overwrite,
+            resume=resume,
+            progress=progress,
+            announce=lambda sentence: typer.echo(sentence, err=True),
+        )
+    shares = ", ".join(f"{rows:,}" for rows in done.by_process.values()) or "none"
+    typer.echo(f"encoded {done.encoded:,} of {done.rows:,} items (by worker: {shares}): {output}")
 
 
 def _add(

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from semid.cli.options import (
+    CpusPerWorker,
     EmbeddingColumn,
+    Engine,
     IdColumn,
     Ids,
     OnInvalid,
     Overwrite,
     Quiet,
+    RayAddress,
     Resume,
     Source,
+    StoreBytes,
     Threads,
+    Workers,
+    check_engine,
     open_source,
+    ray_options,
 )
 
 __all__ = ["fit"]
@@ -26,7 +32,7 @@ __all__ = ["fit"]
 def fit(
     embeddings: Source,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for the model; must not exist.")
+        str, typer.Option("--output", "-o", help="Folder or URI for the model; must not exist.")
     ],
     tokenizer: Annotated[
         str | None,
@@ -120,6 +126,11 @@ def fit(
         float | None, typer.Option(help="barq: highest price that evens out usage; default 0.")
     ] = None,
     kl_weight: Annotated[float | None, typer.Option(help="drqvae: weight of a KL term.")] = None,
+    engine: Engine = "local",
+    workers: Workers = None,
+    cpus_per_worker: CpusPerWorker = 1,
+    ray_address: RayAddress = None,
+    store_bytes: StoreBytes = 512 * 1024**2,
     ids: Ids = None,
     embedding_column: EmbeddingColumn = None,
     id_column: IdColumn = None,
@@ -132,15 +143,17 @@ def fit(
     """Learn codebooks from embeddings, save them, and say whether they are healthy.
 
     Example: semid fit items.parquet --levels 3 --codebook-size 4096 -o model/
+
+    Example: semid fit s3://b/items --codebook-size 4096 -o s3://b/model --engine ray --workers 64
     """
-    from semid.artefact import check_output
-    from semid.cli.fitting import behaviour, run_fit
+    from semid.cli.fitting import behaviour, check_model_output, run_fit
     from semid.tokenizers.making import make_tokenizer, read_recipe
     from semid.training.distributed import is_main
     from semid.training.loggers import make_logger
 
     if is_main():  # of several processes the first alone writes, and may have done so by now
-        check_output(output, overwrite=overwrite)
+        check_model_output(output, overwrite=overwrite)
+    check_engine(engine, address=ray_address, workers=workers)
     flags: dict[str, Any] = {
         "levels": levels,
         "codebook_size": codebook_size,
@@ -175,6 +188,30 @@ def fit(
     kind = tokenizer or wanted.pop("tokenizer", "rqkmeans")
     wanted.pop("tokenizer", None)
     given = {name: value for name, value in flags.items() if value is not None}
+    if engine == "ray":
+        from semid.cli.fitting_ray import run_fit_on_ray
+
+        run_fit_on_ray(
+            kind,
+            {**wanted, **given},
+            embeddings,
+            output,
+            layout=ray_options(workers, cpus_per_worker, ray_address, store_bytes),
+            columns={"embedding_column": embedding_column, "id_column": id_column},
+            refused={
+                "--ids": ids,
+                "--log": log,
+                "--threads": threads,
+                "--interactions": interactions,
+                "--pairs": pairs,
+                "--neighbours": neighbours,
+                "--on-invalid": None if on_invalid == "error" else on_invalid,
+            },
+            overwrite=overwrite,
+            resume=resume,
+            quiet=quiet,
+        )
+        return
     logger = None if log is None or not is_main() else make_logger(log)
     model = make_tokenizer(kind, {**wanted, **given}, threads=threads, logger=logger)
     source = open_source(

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import typer
 
+from semid.artefact import check_output
+from semid.data.filesystems import Folder, is_uri, send_folder
 from semid.data.ids import ItemIds
 from semid.data.source import EmbeddingSource
-from semid.errors import UsageError
+from semid.errors import OutputExistsError, UsageError
 from semid.progress import make_progress
 from semid.tokenizers.base import Tokenizer
 from semid.tokenizers.encoding import partial_folder
 from semid.training.distributed import is_main
 
-__all__ = ["behaviour", "run_fit"]
+__all__ = [
+    "behaviour",
+    "check_model_output",
+    "run_fit",
+    "save_model",
+    "say_fitted",
+    "state_folder",
+]
 
 
 def behaviour(
@@ -46,7 +56,7 @@ def behaviour(
 def run_fit(
     model: Tokenizer,
     source: EmbeddingSource,
-    output: Path,
+    output: str | Path,
     learnt_from: dict[str, Any],
     *,
     overwrite: bool,
@@ -58,14 +68,15 @@ def run_fit(
     Args:
         model: the tokenizer to fit.
         source: opened embeddings.
-        output: folder for the model; the state of the run lies beside it while it runs.
+        output: folder for the model; the state of the run lies beside it while it runs. For a URI,
+            it lies in the current folder under the URI's last name.
         learnt_from: further arguments of ``fit``.
         overwrite: replace an existing model.
         resume: continue a run that was stopped.
         quiet: no progress.
     """
     speaks = is_main()
-    state = partial_folder(output)
+    state = state_folder(output)
     try:
         with make_progress(quiet=quiet or not speaks) as progress:
             model.fit(source, checkpoint=state, resume=resume, progress=progress, **learnt_from)
@@ -77,8 +88,44 @@ def run_fit(
         raise
     if not speaks:
         return
-    model.save(output, overwrite=overwrite)
+    save_model(model, output, overwrite=overwrite)
     shutil.rmtree(state, ignore_errors=True)
+    say_fitted(model, output)
+
+
+def state_folder(output: str | Path) -> Path:
+    """Return where the state of a run towards ``output`` lies."""
+    if is_uri(output):
+        return Path(f"{str(output).rstrip('/').rpartition('/')[2]}.partial")
+    return partial_folder(output)
+
+
+def check_model_output(output: str | Path, *, overwrite: bool) -> None:
+    """Refuse an output that exists.
+
+    Raises:
+        OutputExistsError: if it exists and ``overwrite`` is false.
+    """
+    if not is_uri(output):
+        check_output(output, overwrite=overwrite)
+    elif not overwrite and Folder(output).exists():
+        raise OutputExistsError(
+            f"output '{output}' exists; choose another path or pass --overwrite (overwrite=True)"
+        )
+
+
+def save_model(model: Tokenizer, output: str | Path, *, overwrite: bool) -> None:
+    """Save to a folder or a URI; ``config.json``, which readers look for, is sent last."""
+    if not is_uri(output):
+        model.save(output, overwrite=overwrite)
+        return
+    with tempfile.TemporaryDirectory(prefix="semid-") as work:
+        model.save(Path(work) / "model")
+        send_folder(Path(work) / "model", str(output), last="config.json")
+
+
+def say_fitted(model: Tokenizer, output: str | Path) -> None:
+    """Say how a fit went and where the model is."""
     if model.report is not None:
         typer.echo(
             f"fitted {model.kind} on {model.report.trained_items:,} items in "

@@ -8,23 +8,31 @@ from typing import Annotated, Any
 import typer
 
 __all__ = [
+    "CpusPerWorker",
     "EmbeddingColumn",
+    "Engine",
     "IdColumn",
     "Ids",
     "OnInvalid",
     "Overwrite",
     "Quiet",
+    "RayAddress",
     "Resume",
     "Source",
+    "StoreBytes",
     "Threads",
+    "Workers",
+    "check_engine",
     "open_source",
+    "ray_options",
 ]
 
 Source = Annotated[
     str,
     typer.Argument(
         metavar="EMBEDDINGS",
-        help=".npy file, Parquet file, folder of Parquet files, or a quoted glob.",
+        help=".npy file, Parquet file, folder of Parquet files, a quoted glob, or a URI such as "
+        "s3://bucket/items.",
     ),
 ]
 Ids = Annotated[
@@ -50,6 +58,53 @@ Threads = Annotated[
     typer.Option(min=1, help="Threads; default: what the machine allows. Never changes a result."),
 ]
 
+Engine = Annotated[
+    str,
+    typer.Option(help="local (this machine) or ray (a cluster; pip install 'semid[ray]')."),
+]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="With --engine ray: actors; default: one a free CPU.")
+]
+CpusPerWorker = Annotated[
+    int, typer.Option(min=1, help="With --engine ray: CPU slots and threads of an actor.")
+]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(help="With --engine ray: cluster, e.g. auto; default: RAY_ADDRESS, else its own."),
+]
+StoreBytes = Annotated[
+    int,
+    typer.Option(help="With --engine ray: object store of a cluster that is started here, bytes."),
+]
+
+
+def check_engine(engine: str, *, address: str | None, workers: int | None) -> str:
+    """Refuse an unknown engine, and options of one that was not chosen.
+
+    Raises:
+        UsageError: saying which.
+    """
+    from semid.errors import UsageError, check_choice
+
+    check_choice("--engine", engine, ("local", "ray"))
+    if engine != "ray" and (address is not None or workers is not None):
+        raise UsageError(
+            "--workers and --ray-address go with --engine ray; on this machine alone give "
+            "--processes (encode) or start torchrun (fit)"
+        )
+    return engine
+
+
+def ray_options(
+    workers: int | None, cpus_per_worker: int, address: str | None, store_bytes: int
+) -> Any:
+    """Return the layout on Ray that the shared options ask for."""
+    from semid.distributed.ray_start import RayOptions
+
+    return RayOptions(
+        workers=workers, cpus_per_worker=cpus_per_worker, address=address, store_bytes=store_bytes
+    )
+
 
 def open_source(
     source: str,
@@ -63,7 +118,7 @@ def open_source(
     from semid.data.embeddings import open_embeddings
 
     return open_embeddings(
-        Path(source) if Path(source).exists() else source,
+        source if "://" in source or not Path(source).exists() else Path(source),
         ids=ids,
         embedding_column=embedding_column,
         id_column=id_column,

@@ -22,9 +22,17 @@ __all__ = ["unique"]
 
 def unique(
     ids_file: Annotated[
-        Path, typer.Argument(metavar="IDS", help="File written by 'semid encode'.")
+        str,
+        typer.Argument(metavar="IDS", help="File, folder or URI written by 'semid encode'."),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Parquet file to write.")],
+    output: Annotated[
+        str,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Parquet file to write; a folder or URI where IDS is one and the method append.",
+        ),
+    ],
     method: Annotated[
         str,
         typer.Option(
@@ -68,6 +76,14 @@ def unique(
         raise UsageError(
             "--method reassign looks for the next-nearest codewords: give --model and --embeddings"
         )
+    if method == "append" and not output.endswith(".parquet") and not Path(ids_file).is_file():
+        # Ids of any size, a part at a time.
+        from semid.distributed.unique_parts import unique_folder
+
+        report = unique_folder(ids_file, output, capacity=capacity, overwrite=overwrite)
+        typer.echo(report.summary())
+        typer.echo(f"ids: {output}")
+        return
     check_output(output, overwrite=overwrite)
     source = None
     if embeddings is not None:

@@ -12,6 +12,7 @@ from semid.data.array_source import ArraySource, TensorSource, open_npy
 from semid.data.arrow_source import ArrowSource
 from semid.data.blocks import BLOCK
 from semid.data.columns import pick_embedding_column
+from semid.data.filesystems import is_uri
 from semid.data.frames import is_frame, library_of, open_frame
 from semid.data.id_sources import frame_ids, load_ids, parquet_ids
 from semid.data.ids import ItemIds
@@ -36,9 +37,10 @@ def open_embeddings(
     """Open embeddings wherever they lie, without loading them.
 
     Args:
-        source: a path to ``.npy`` (memory-mapped) or Parquet (file, folder or glob); a numpy array
-            or torch tensor (items, dim); an Arrow table, pandas or polars frame with a column of
-            float lists; or an `EmbeddingSource`. Values are float16, float32 or float64.
+        source: a path to ``.npy`` (memory-mapped) or Parquet (file, folder, glob, or a URI such as
+            ``s3://bucket/items``); a numpy array or torch tensor (items, dim); an Arrow table,
+            pandas or polars frame with a column of float lists; or an `EmbeddingSource`. Values
+            are float16, float32 or float64.
         ids: item ids from elsewhere, see `semid.data.id_sources.load_ids`: a path such as
             ``items.parquet`` or ``items.parquet:asin``, an array, a list or a table. None takes
             the id column beside the embeddings, else row numbers.
@@ -97,8 +99,14 @@ def _open(
 def _open_path(
     path: str | Path, ids: ItemIds | None, embedding_column: str | None, id_column: str | None
 ) -> EmbeddingSource:
+    remote = is_uri(path)
     given = Path(path).expanduser()
     suffix = given.suffix.lower()
+    if remote and suffix == ".npy":
+        raise UsageError(
+            f"'{path}' is an .npy, which is mapped into memory and so must lie on this machine; "
+            "copy it here, or keep embeddings there as Parquet"
+        )
     if suffix == ".npy" and given.is_file():
         _refuse_columns("an .npy file", embedding_column, id_column, ids)
         return open_npy(given, ids=ids)
@@ -112,7 +120,7 @@ def _open_path(
             f"'{path}' is neither .npy nor Parquet; write embeddings with numpy.save or as a "
             "Parquet column of float lists"
         )
-    files = ParquetFiles.open(given)
+    files = ParquetFiles.open(path if remote else given)
     column = pick_embedding_column(files.schemas[0], embedding_column, label=files.label)
     return ParquetSource(
         files, column, ids=ids if ids is not None else parquet_ids(files, id_column)

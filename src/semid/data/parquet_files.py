@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from semid.data.filesystems import FilePath, is_uri, list_files, open_parquet
 from semid.errors import EmbeddingError, InputError, UsageError
 
 __all__ = ["ParquetFiles", "find_parquet", "is_glob", "read_failure"]
@@ -22,8 +22,8 @@ def is_glob(path: str | Path) -> bool:
     return any(c in str(path) for c in "*?[") and not Path(path).exists()
 
 
-def find_parquet(path: str | Path) -> list[Path]:
-    """List the Parquet files that a path, folder (with its subfolders) or glob names.
+def find_parquet(path: str | Path) -> list[FilePath]:
+    """List the Parquet files that a path, folder (with its subfolders), glob or URI names.
 
     Returns:
         The files sorted by path, character by character: the order of their rows.
@@ -31,9 +31,11 @@ def find_parquet(path: str | Path) -> list[Path]:
     Raises:
         UsageError: nothing is there, the folder is empty, or something else lies in it.
     """
+    if is_uri(path):
+        return list(list_files(str(path)))
     given = Path(path).expanduser()
     if is_glob(given):
-        return _from_glob(given)
+        return list(_from_glob(given))
     if not given.exists():
         raise UsageError(f"'{path}' does not exist; check the path")
     if given.is_file():
@@ -54,7 +56,7 @@ def find_parquet(path: str | Path) -> list[Path]:
             f"'{strangers[0].relative_to(given)}'); keep Parquet files alone in it, or name them "
             f"by a glob: '{path}/*.parquet'"
         )
-    return visible
+    return list(visible)
 
 
 def _from_glob(pattern: Path) -> list[Path]:
@@ -70,7 +72,7 @@ def _from_glob(pattern: Path) -> list[Path]:
 
 
 def read_failure(
-    path: Path, error: Exception, kind: type[InputError] = EmbeddingError
+    path: FilePath, error: Exception, kind: type[InputError] = EmbeddingError
 ) -> InputError:
     """Return the error for a file that Parquet's reader refuses."""
     first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -90,13 +92,15 @@ class ParquetFiles:
         row_groups: each file's row groups, as numbers of rows.
         label: the whole of it in the user's words.
         error: which error a file that cannot be read raises.
+        chosen: the numbers of those row groups in their files; None has all of them.
     """
 
-    paths: tuple[Path, ...]
+    paths: tuple[FilePath, ...]
     schemas: tuple[pa.Schema, ...]
     row_groups: tuple[tuple[int, ...], ...]
     label: str
     error: type[InputError] = EmbeddingError
+    chosen: tuple[tuple[int, ...], ...] | None = None
 
     @classmethod
     def open(cls, path: str | Path, *, error: type[InputError] = EmbeddingError) -> ParquetFiles:
@@ -110,7 +114,7 @@ class ParquetFiles:
         schemas, groups = [], []
         for file in paths:
             try:
-                with pq.ParquetFile(file) as parquet:
+                with open_parquet(file) as parquet:
                     schemas.append(parquet.schema_arrow)
                     meta = parquet.metadata
                     groups.append(
@@ -125,6 +129,29 @@ class ParquetFiles:
         """Rows of all files together."""
         return sum(sum(groups) for groups in self.row_groups)
 
+    def select(self, parts: Sequence[tuple[int, Sequence[int]]]) -> ParquetFiles:
+        """Return some row groups as files of their own; reads nothing.
+
+        Args:
+            parts: file number and numbers of row groups, in the order of their rows.
+        """
+        return replace(
+            self,
+            paths=tuple(self.paths[file] for file, _ in parts),
+            schemas=tuple(self.schemas[file] for file, _ in parts),
+            row_groups=tuple(
+                tuple(self.row_groups[file][group] for group in groups) for file, groups in parts
+            ),
+            chosen=tuple(tuple(self._numbers(file, list(groups)) or ()) for file, groups in parts),
+        )
+
+    def _numbers(self, file: int, row_groups: list[int] | None) -> list[int] | None:
+        """Return the numbers of row groups in their file."""
+        if self.chosen is None:
+            return row_groups
+        own = self.chosen[file]
+        return list(own) if row_groups is None else [own[group] for group in row_groups]
+
     def batches(
         self, file: int, column: str, *, size: int, row_groups: list[int] | None = None
     ) -> Iterator[Any]:
@@ -132,9 +159,12 @@ class ParquetFiles:
         path = self.paths[file]
         try:
             # Mapping the file keeps a row group's pages out of memory until they are decoded.
-            with pq.ParquetFile(path, memory_map=True) as parquet:
+            with open_parquet(path, memory_map=True) as parquet:
                 for batch in parquet.iter_batches(
-                    batch_size=size, columns=[column], row_groups=row_groups, use_threads=False
+                    batch_size=size,
+                    columns=[column],
+                    row_groups=self._numbers(file, row_groups),
+                    use_threads=False,
                 ):
                     yield batch.column(0)
         except (pa.ArrowException, OSError) as failure:
@@ -149,10 +179,15 @@ class ParquetFiles:
                 repeat.
         """
         tables = []
-        for path in self.paths:
+        for file, path in enumerate(self.paths):
             try:
-                with pq.ParquetFile(path, memory_map=True, read_dictionary=dictionaries) as parquet:
-                    tables.append(parquet.read(columns=columns))
+                with open_parquet(path, memory_map=True, read_dictionary=dictionaries) as parquet:
+                    groups = self._numbers(file, None)
+                    tables.append(
+                        parquet.read(columns=columns)
+                        if groups is None
+                        else parquet.read_row_groups(groups, columns=columns)
+                    )
             except (pa.ArrowException, OSError) as failure:
                 raise read_failure(path, failure, self.error) from failure
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from semid.data.array_source import check_matrix, matching_ids
 from semid.data.arrow_rows import first_width, list_rows
 from semid.data.blocks import BLOCK, RawBlock, reblock
 from semid.data.columns import float_list_width, is_float_list, listed, storage
+from semid.data.filesystems import FilePath
 from semid.data.ids import ItemIds
 from semid.data.parquet_files import ParquetFiles
 from semid.data.source import EmbeddingSource
@@ -66,7 +66,7 @@ class ParquetSource(EmbeddingSource):
     def _refuse_disagreement(self) -> None:
         """Compare the files' schemas, so that what the types show is refused before reading."""
         problems: list[str] = []
-        widths: dict[int, Path] = {}
+        widths: dict[int, FilePath] = {}
         for path, schema in zip(self._files.paths, self._files.schemas, strict=True):
             if self._column not in schema.names:
                 problems.append(

@@ -4,17 +4,22 @@ Numpy arrays in, frozen dataclasses out; nothing here needs a model, a file or t
 tokenizer can judge itself right after a fit. Wider diagnostics live in `semid.diagnostics`.
 """
 
+from semid.health._capacity import Capacity, CapacityCounter, merge_capacities
 from semid.health._collisions import (
     CollisionCounter,
     Collisions,
     bucket_keys,
     collisions,
+    merge_collisions,
+    part_of,
     row_hashes,
 )
 from semid.health._usage import LevelUsage, UsageCounter, check_codes, usage, usage_from_counts
 from semid.health._verdict import Finding, Verdict, verdict
 
 __all__ = [
+    "Capacity",
+    "CapacityCounter",
     "CollisionCounter",
     "Collisions",
     "Finding",
@@ -24,6 +29,9 @@ __all__ = [
     "bucket_keys",
     "check_codes",
     "collisions",
+    "merge_capacities",
+    "merge_collisions",
+    "part_of",
     "row_hashes",
     "usage",
     "usage_from_counts",

@@ -12,7 +12,15 @@ import numpy.typing as npt
 from semid.errors import InputError, UsageError
 from semid.health._usage import check_codes
 
-__all__ = ["CollisionCounter", "Collisions", "bucket_keys", "collisions", "row_hashes"]
+__all__ = [
+    "CollisionCounter",
+    "Collisions",
+    "bucket_keys",
+    "collisions",
+    "merge_collisions",
+    "part_of",
+    "row_hashes",
+]
 
 _HASH_ROWS = 512  # rows hashed at once: 512 x 256 float32 is half a MB and stays in the cache
 _PACK_ROWS = 65_536
@@ -256,7 +264,10 @@ def collisions(
 class CollisionCounter:
     """Collects codes, and input hashes where wanted, block by block or shard by shard.
 
-    Holds the packed id of every item (8 bytes an item up to 64 bits) and its hash (8 more).
+    Holds the packed id of every item (8 bytes an item up to 64 bits) and its hash (8 more). Where
+    that is too much for one machine, each of several takes some of the items, `split` shares their
+    ids out so that equal ids meet in one part, a counter a part counts them, and
+    `merge_collisions` adds up what they found.
 
     Args:
         codebook_sizes: K of each level, ``(levels,)``.
@@ -300,6 +311,30 @@ class CollisionCounter:
         self._words += other._words
         self._groups += other._groups
 
+    def __len__(self) -> int:
+        """Count the items collected."""
+        return sum(len(words) for words in self._words)
+
+    def split(self, parts: int) -> list[CollisionCounter]:
+        """Share the items out by their id.
+
+        Args:
+            parts: counters wanted, at least 1.
+
+        Returns:
+            Counters over the same codebooks; equal ids are in the same one, whichever counter they
+            come from. This one stays as it is. Memory: a copy of what it holds.
+        """
+        found = [CollisionCounter(self.codebook_sizes) for _ in range(parts)]
+        for words, groups in zip(self._words, self._groups, strict=True):
+            owner = part_of(words, parts)
+            for part, counter in enumerate(found):
+                own = owner == part
+                if own.any():
+                    counter._words.append(words[own])
+                    counter._groups.append(None if groups is None else groups[own])
+        return found
+
     def result(self) -> Collisions:
         """Return the `Collisions` of everything collected so far.
 
@@ -308,6 +343,17 @@ class CollisionCounter:
         """
         if not self._words:
             raise InputError("no codes were counted yet; call update first")
+        words, groups = self._joined()
+        return collisions(words, duplicate_groups=groups)
+
+    def collected(self) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+        """Return what was collected: columns equal exactly for equal ids, and the groups."""
+        if not self._words:
+            return np.empty((0, 1), np.uint64), np.empty(0, np.uint64)
+        words, groups = self._joined()
+        return words, np.zeros(len(words), np.uint64) if groups is None else groups
+
+    def _joined(self) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64] | None]:
         given = [g for g in self._groups if g is not None]
         if given and len(given) != len(self._groups):
             raise InputError(
@@ -315,8 +361,78 @@ class CollisionCounter:
                 "with every block or with none"
             )
         words = np.concatenate(self._words)
-        groups = np.concatenate(given) if given else None
-        return collisions(_dense(words), duplicate_groups=groups)
+        return _dense(words), np.concatenate(given) if given else None
+
+
+def part_of(words: npt.NDArray[np.uint64], parts: int) -> npt.NDArray[np.int64]:
+    """Choose a part for each id, by a hash of its packed ``words`` (items, n): ``(items,)``.
+
+    Raises:
+        UsageError: fewer than one part.
+    """
+    if parts < 1:
+        raise UsageError(f"parts={parts}: give at least 1")
+    state = np.zeros(len(words), np.uint64)
+    for column in words.T:  # SplitMix64's finaliser, word after word
+        state += column + np.uint64(0x9E3779B97F4A7C15)
+        state ^= state >> np.uint64(30)
+        state *= np.uint64(0xBF58476D1CE4E5B9)
+        state ^= state >> np.uint64(27)
+        state *= np.uint64(0x94D049BB133111EB)
+        state ^= state >> np.uint64(31)
+    return (state % np.uint64(parts)).astype(np.int64)
+
+
+def merge_collisions(parts: Sequence[Collisions]) -> Collisions:
+    """Add up what was counted in parts that have no id in common.
+
+    Exact for everything that is counted by id. ``duplicate_items`` is exact where equal inputs
+    have equal ids, as after every encoder; copies that a later step gave different ids meet in
+    different parts and are counted there as different inputs.
+
+    Args:
+        parts: results of the counters that `CollisionCounter.split` gave, or of disjoint ids.
+
+    Raises:
+        InputError: no parts, or only some of them counted copies.
+    """
+    if not parts:
+        raise InputError("there are no parts to add up; give at least one")
+    known = [part for part in parts if part.distinct_items is not None]
+    if known and len(known) != len(parts):
+        raise InputError(
+            f"{len(known)} of {len(parts)} parts know which inputs are copies; give hashes to all "
+            "of them or to none"
+        )
+    histogram: dict[int, int] = {}
+    for part in parts:
+        for size, count in part.histogram.items():
+            histogram[size] = histogram.get(size, 0) + count
+    items, ids = sum(part.items for part in parts), sum(part.unique_ids for part in parts)
+    shared = sum(size * count for size, count in histogram.items() if size > 1)
+    found = {
+        "items": items,
+        "unique_ids": ids,
+        "collision_rate": (items - ids) / items,
+        "shared_share": shared / items,
+        "largest_bucket": max(histogram),
+        "histogram": dict(sorted(histogram.items())),
+    }
+    if not known:
+        return Collisions(**found)  # type: ignore[arg-type]
+    distinct = sum(part.distinct_items or 0 for part in parts)
+    # Shares of whole numbers come back as those numbers.
+    apart = sum(
+        round((part.shared_share_distinct or 0.0) * (part.distinct_items or 0)) for part in parts
+    )
+    return Collisions(
+        **found,  # type: ignore[arg-type]
+        distinct_items=distinct,
+        duplicate_items=sum(part.duplicate_items or 0 for part in parts),
+        collision_rate_distinct=(distinct - ids) / distinct,
+        shared_share_distinct=apart / distinct,
+        largest_bucket_distinct=max(part.largest_bucket_distinct or 0 for part in parts),
+    )
 
 
 def _dense(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

@@ -176,8 +176,8 @@ class UsageCounter:
                 f"counters over codebooks of sizes {list(self.codebook_sizes)} and "
                 f"{list(other.codebook_sizes)} cannot be merged"
             )
-        for mine, theirs in zip(self._counts, other._counts, strict=True):
-            mine += theirs
+        # New arrays: what came from another process may lie in memory that is not to be written to.
+        self._counts = [a + b for a, b in zip(self._counts, other._counts, strict=True)]
 
     def result(self) -> tuple[LevelUsage, ...]:
         """Return one `LevelUsage` a level for everything counted so far.

@@ -1,8 +1,8 @@
 """Rows in fixed global blocks: the only view of data that the numerics need.
 
 Work is cut into blocks of `BLOCK_ROWS` rows counted from row 0. Sums are taken a block at a time
-in float64 and added in block order, so that threads, processes and memory limits cannot change a
-result.
+in float64 and added in the order of one fixed tree over the block numbers, so that threads,
+processes and memory limits cannot change a result.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from semid.quantization.tree import TreeSum
+
 __all__ = [
     "BLOCK_ROWS",
     "ArrayBlocks",
     "Blocks",
+    "OwnedBlocks",
     "PreparedBlocks",
     "Preprocess",
     "ResidualBlocks",
@@ -82,6 +85,24 @@ class ArrayBlocks:
         return np.ascontiguousarray(self.matrix[indices], dtype=np.float32)
 
 
+class OwnedBlocks(ArrayBlocks):
+    """A float32 matrix that nobody else reads, so that what a level leaves can replace it.
+
+    A view of what is left would be held beside it: at a million rows a gigabyte more.
+
+    Args:
+        matrix: ``(items, dim)`` float32.
+    """
+
+    matrix: Array
+
+    def subtract_(self, codebook: Array, labels: npt.NDArray[np.int64]) -> None:
+        """Take from every row its codeword; the same numbers as `ResidualBlocks` gives."""
+        for start in range(0, len(self.matrix), BLOCK_ROWS):
+            span = slice(start, start + BLOCK_ROWS)
+            self.matrix[span] -= codebook[labels[span]]
+
+
 class Preprocess:
     """Row-wise preparation of vectors, saved with a model and undone where it can be.
 
@@ -99,10 +120,11 @@ class Preprocess:
         """Fit on training rows: one pass when ``center`` is set, none otherwise."""
         if not center:
             return cls(normalize=normalize)
-        total = np.zeros(blocks.dim)
-        for _, block in blocks.blocks():
-            total += block.sum(axis=0, dtype=np.float64)
-        return cls(mean=(total / max(len(blocks), 1)).astype(np.float32), normalize=normalize)
+        tree: TreeSum[_Sum] = TreeSum()
+        for number, (_, block) in enumerate(blocks.blocks()):
+            tree.add(number, _Sum(block.sum(axis=0, dtype=np.float64)))
+        mean = tree.total().values / len(blocks)
+        return cls(mean=mean.astype(np.float32), normalize=normalize)
 
     @property
     def identity(self) -> bool:
@@ -122,6 +144,17 @@ class Preprocess:
     def invert(self, block: Array) -> Array:
         """Undo the centring; lengths lost to ``normalize`` are not restored."""
         return block if self.mean is None else block + self.mean
+
+
+class _Sum:
+    """A sum of rows, as `TreeSum` adds it."""
+
+    def __init__(self, values: npt.NDArray[np.float64]) -> None:
+        self.values = values
+
+    def add_(self, other: _Sum) -> None:
+        """Add another sum in place."""
+        self.values += other.values
 
 
 class PreparedBlocks:

@@ -2,7 +2,9 @@
 
 Everything that grows with the data happens in two functions: `assign` (labels and distances of a
 block) and `statistics` (its sums). A memory map, several processes or a cluster are the same two
-functions over other blocks, their results added in block order.
+functions over other blocks (`semid.quantization.shard`), their results added in the order of one
+fixed tree (`semid.quantization.tree`). What is here sees all rows through
+`semid.quantization.rows.Rows` and does not know where they lie.
 """
 
 from __future__ import annotations
@@ -13,18 +15,24 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from semid.errors import UsageError
 from semid.quantization.assign import assign
-from semid.quantization.blocks import ArrayBlocks, Blocks, read_ahead
-from semid.quantization.nearest import prepare
+from semid.quantization.blocks import Blocks, OwnedBlocks
+from semid.quantization.rows import Rows, as_rows
 from semid.quantization.seeding import kmeans_plus_plus
-from semid.quantization.statistics import Statistics, statistics
-from semid.quantization.threads import default_threads
+from semid.quantization.statistics import Statistics
 from semid.seeds import numpy_generator
 
-__all__ = ["KMeansOptions", "KMeansResult", "KMeansState", "assign", "draw_sample", "kmeans"]
+__all__ = [
+    "KMeansOptions",
+    "KMeansResult",
+    "KMeansState",
+    "assign",
+    "draw_sample",
+    "kmeans",
+    "sampled",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +108,8 @@ class KMeansResult:
 
     Attributes:
         centroids: ``(codes, dim)`` float32; codewords past ``distinct`` are copies of codeword 0.
-        labels: ``(items,)`` int64, the nearest centroid of each row.
+        labels: ``(items,)`` int64, the nearest centroid of each row; empty for rows that lie in
+            other processes, whose labels stay there.
         inertia: weighted sum of squared distances to it.
         history: inertia of each Lloyd iteration of the kept restart.
         distinct: codewords that could be told apart; fewer than ``codes`` only if the data hold
@@ -117,7 +126,7 @@ class KMeansResult:
 
 
 def kmeans(
-    blocks: Blocks,
+    blocks: Blocks | Rows,
     codes: int,
     *,
     seed: int,
@@ -130,10 +139,11 @@ def kmeans(
 ) -> KMeansResult:
     """Cluster rows by Lloyd's algorithm.
 
-    The result depends on the data, ``seed`` and ``options`` alone, not on threads or memory.
+    The result depends on the data, ``seed`` and ``options`` alone, not on threads, memory or the
+    processes that the rows are shared out among.
 
     Args:
-        blocks: ``(items, dim)`` finite rows.
+        blocks: ``(items, dim)`` finite rows; or `Rows`, which bring their weights and threads.
         codes: number of centroids, at least 1.
         seed: any integer.
         options: iterations, tolerance, restarts, sampling.
@@ -150,37 +160,34 @@ def kmeans(
         UsageError: if ``codes`` or the shape of ``init`` or ``weights`` does not fit.
 
     Cost: per iteration O(items codes dim) time in one pass over the blocks; memory
-    O(items + codes dim) beyond the blocks themselves. Source: Lloyd 1982; DRQ §4.2.
+    O(items + codes dim log(items)) beyond the blocks themselves. Source: Lloyd 1982; DRQ §4.2.
     """
     options = options or KMeansOptions()
     _check(blocks, codes, weights, init)
-    threads = threads or default_threads()
-    chosen = draw_sample(blocks, codes, seed=seed, options=options)
-    train = blocks if chosen is None else ArrayBlocks(blocks.rows(chosen))
-    train_weights = weights if weights is None or chosen is None else weights[chosen]
-    run = state or KMeansState(0, 0, np.empty((0, blocks.dim), np.float32))
+    rows = as_rows(blocks, weights=weights, threads=threads)
+    chosen = draw_sample(rows, codes, seed=seed, options=options)
+    train = rows if chosen is None else sampled(rows, chosen, threads=threads)
+    run = state or KMeansState(0, 0, np.empty((0, rows.dim), np.float32))
     while run.restart < options.restarts:
         if len(run.centroids) == 0:
             generator = numpy_generator(seed, "seeding", run.restart)
             run.centroids = (
                 init
                 if init is not None
-                else kmeans_plus_plus(
-                    train, codes, generator=generator, weights=train_weights, threads=threads
-                )
+                else kmeans_plus_plus(train, codes, generator=generator, threads=threads)
             )
-        _lloyd(train, run, options, train_weights, threads, on_iteration)
+        _lloyd(train, run, options, on_iteration)
         if not run.best_inertia or run.inertia[-1] < run.best_inertia[-1]:
             run.best_centroids, run.best_inertia = run.centroids, run.inertia
         run.restart += 1
         run.iteration, run.inertia = 0, []
-        run.centroids = np.empty((0, blocks.dim), np.float32)
+        run.centroids = np.empty((0, rows.dim), np.float32)
         if init is not None:
             break
     centroids, history = run.best_centroids, run.best_inertia
     if chosen is not None and options.full_pass:
-        centroids = _update(blocks, _pass(blocks, centroids, weights, threads), centroids, weights)
-    centroids, labelled = _label(blocks, centroids, weights, threads)
+        centroids = _update(rows, rows.assign(centroids), centroids)
+    centroids, inertia = _label(rows, centroids)
     distinct = len(centroids)
     if distinct < codes:
         logger.warning(
@@ -192,8 +199,8 @@ def kmeans(
         centroids = np.concatenate([centroids, np.repeat(centroids[:1], codes - distinct, axis=0)])
     return KMeansResult(
         centroids=centroids,
-        labels=labelled.labels,
-        inertia=labelled.total.inertia,
+        labels=rows.labels(),
+        inertia=inertia,
         history=tuple(history),
         distinct=distinct,
         converged=_settled(history, options.tolerance),
@@ -201,7 +208,7 @@ def kmeans(
 
 
 def _check(
-    blocks: Blocks, codes: int, weights: npt.NDArray[np.float64] | None, init: Array | None
+    blocks: Blocks | Rows, codes: int, weights: npt.NDArray[np.float64] | None, init: Array | None
 ) -> None:
     problems = []
     if codes < 1:
@@ -220,7 +227,7 @@ def _check(
 
 
 def draw_sample(
-    blocks: Blocks, codes: int, *, seed: int, options: KMeansOptions
+    blocks: Blocks | Rows, codes: int, *, seed: int, options: KMeansOptions
 ) -> npt.NDArray[np.int64] | None:
     """Draw the rows to train on, if a sample was asked for and the data are larger than it.
 
@@ -235,21 +242,31 @@ def draw_sample(
     return np.sort(chosen).astype(np.int64)
 
 
+def sampled(
+    rows: Rows, chosen: npt.NDArray[np.int64], *, threads: int | None, memory_bytes: int = 0
+) -> Rows:
+    """Bring a sample's rows, and their weights, into this process."""
+    return as_rows(
+        OwnedBlocks(rows.rows(chosen)),
+        weights=None if rows.weights is None else rows.weights[chosen],
+        threads=threads,
+        memory_bytes=memory_bytes,
+    )
+
+
 def _lloyd(
-    train: Blocks,
+    train: Rows,
     run: KMeansState,
     options: KMeansOptions,
-    weights: npt.NDArray[np.float64] | None,
-    threads: int,
     on_iteration: Callable[[KMeansState], None] | None,
 ) -> None:
     """Iterate ``run`` in place until it converges or its iterations run out."""
     while run.iteration < options.iterations:
         if _settled(run.inertia, options.tolerance):
             return
-        passed = _pass(train, run.centroids, weights, threads)
-        run.centroids = _update(train, passed, run.centroids, weights)
-        run.inertia.append(passed.total.inertia)
+        total = train.assign(run.centroids)
+        run.centroids = _update(train, total, run.centroids)
+        run.inertia.append(total.inertia)
         run.iteration += 1
         if on_iteration is not None:
             on_iteration(run)
@@ -262,91 +279,37 @@ def _settled(inertia: list[float], tolerance: float) -> bool:
     return inertia[-2] - inertia[-1] <= tolerance * inertia[-2]
 
 
-@dataclass
-class _Pass:
-    """One look at all rows under fixed centroids."""
-
-    labels: npt.NDArray[np.int64]
-    distances: npt.NDArray[np.float32]
-    total: Statistics
-
-
-def _pass(
-    blocks: Blocks,
-    centroids: Array,
-    weights: npt.NDArray[np.float64] | None,
-    threads: int,
-) -> _Pass:
-    """Assign every row and add up the statistics in block order."""
-    codes = len(centroids)
-    result = _Pass(
-        np.empty(len(blocks), dtype=np.int64),
-        np.empty(len(blocks), dtype=np.float32),
-        Statistics.zeros(codes, blocks.dim),
-    )
-    prepared = prepare(torch.from_numpy(centroids))
-    for start, block in read_ahead(blocks):
-        span = slice(start, start + len(block))
-        result.labels[span], result.distances[span] = assign(block, prepared, threads=threads)
-        result.total.add_(
-            statistics(
-                block,
-                result.labels[span],
-                result.distances[span],
-                codes=codes,
-                weights=None if weights is None else weights[span],
-                threads=threads,
-            )
-        )
-    return result
-
-
-def _update(
-    blocks: Blocks, passed: _Pass, centroids: Array, weights: npt.NDArray[np.float64] | None
-) -> Array:
+def _update(rows: Rows, total: Statistics, centroids: Array) -> Array:
     """Move centroids to the means of their rows; re-seed the empty ones."""
-    counts = passed.total.counts
+    counts = total.counts
     filled = counts > 0
     moved = centroids.copy()
-    moved[filled] = (passed.total.sums[filled] / counts[filled, None]).astype(np.float32)
-    return _reseed(blocks, passed, moved, np.flatnonzero(~filled), weights)
+    moved[filled] = (total.sums[filled] / counts[filled, None]).astype(np.float32)
+    return _reseed(rows, moved, np.flatnonzero(~filled))
 
 
-def _reseed(
-    blocks: Blocks,
-    passed: _Pass,
-    centroids: Array,
-    empty: npt.NDArray[np.int64],
-    weights: npt.NDArray[np.float64] | None,
-) -> Array:
+def _reseed(rows: Rows, centroids: Array, empty: npt.NDArray[np.int64]) -> Array:
     """Put each empty centroid on one of the rows with the largest residuals, all distinct."""
     if len(empty) == 0:
         return centroids
-    loss = passed.distances if weights is None else passed.distances * weights
     # Twice as many as needed, since duplicates among them are used once.
-    candidates = min(2 * len(empty), len(loss))
-    farthest = np.argpartition(-loss, candidates - 1)[:candidates].astype(np.int64)
-    farthest = farthest[np.lexsort((farthest, -loss[farthest]))]
-    farthest = farthest[loss[farthest] > 0]
-    rows = blocks.rows(farthest)
-    _, first = np.unique(rows, axis=0, return_index=True)
-    rows = rows[np.sort(first)][: len(empty)]
-    centroids[empty[: len(rows)]] = rows
+    farthest = rows.rows(rows.farthest(2 * len(empty)))
+    _, first = np.unique(farthest, axis=0, return_index=True)
+    farthest = farthest[np.sort(first)][: len(empty)]
+    centroids[empty[: len(farthest)]] = farthest
     return centroids
 
 
-def _label(
-    blocks: Blocks, centroids: Array, weights: npt.NDArray[np.float64] | None, threads: int
-) -> tuple[Array, _Pass]:
+def _label(rows: Rows, centroids: Array) -> tuple[Array, float]:
     """Label all rows; centroids the last update left empty are re-seeded, the others stay."""
-    passed = _pass(blocks, centroids, weights, threads)
+    total = rows.assign(centroids)
     for _ in range(RESEED_ROUNDS):
-        empty = np.flatnonzero(passed.total.counts == 0)
+        empty = np.flatnonzero(total.counts == 0)
         if len(empty) == 0:
             break
-        reseeded = _reseed(blocks, passed, centroids.copy(), empty, weights)
+        reseeded = _reseed(rows, centroids.copy(), empty)
         if np.array_equal(reseeded, centroids):
             break
         centroids = reseeded
-        passed = _pass(blocks, centroids, weights, threads)
-    return centroids, passed
+        total = rows.assign(centroids)
+    return centroids, total.inertia

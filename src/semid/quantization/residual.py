@@ -13,21 +13,17 @@ import numpy.typing as npt
 import torch
 
 from semid.quantization.assign import THREADED_WORK, assign
-from semid.quantization.blocks import (
-    BLOCK_ROWS,
-    ArrayBlocks,
-    Blocks,
-    ResidualBlocks,
-    in_memory,
-)
+from semid.quantization.blocks import Blocks
 from semid.quantization.kmeans import (
     KMeansOptions,
     KMeansResult,
     KMeansState,
     draw_sample,
     kmeans,
+    sampled,
 )
 from semid.quantization.nearest import PreparedCodebook, nearest_m
+from semid.quantization.rows import Rows, as_rows
 from semid.seeds import child_seed
 
 __all__ = [
@@ -75,7 +71,7 @@ class ResidualCodes:
 
 
 def fit_residual(
-    blocks: Blocks,
+    blocks: Blocks | Rows,
     codebook_sizes: Sequence[int],
     *,
     seed: int,
@@ -92,7 +88,8 @@ def fit_residual(
     """Fit one codebook a level by K-means on what the levels before leave.
 
     Args:
-        blocks: ``(items, dim)`` training rows.
+        blocks: ``(items, dim)`` training rows; or `Rows`, which bring their weights, threads and
+            memory.
         codebook_sizes: codewords of each level.
         seed: any integer; each level has a child seed of its own.
         options: how K-means runs at every level.
@@ -101,84 +98,69 @@ def fit_residual(
         threads: plain threads; None takes what the machine allows.
         memory_bytes: a level's residuals are held as float32 up to this size, and computed again
             from the blocks at every pass above it; the result is the same.
-        done: codebook, labels of the rows trained on, and fit of levels already fitted.
+        done: codebook, labels of the rows trained on, and fit of levels already fitted; without
+            labels (an empty array) they are found again, which costs a pass.
         state: K-means state inside the first level that is not done.
         on_iteration: called with the level and the K-means state after every iteration.
         on_level: called with the level and its result.
 
     Returns:
-        Codebooks ``(codes, dim)`` and the level fits. Cost: `kmeans` once a level.
+        Codebooks ``(codes, dim)`` and the level fits. Cost: `kmeans` once a level. A sample
+        (`KMeansOptions.sample_per_code`) is trained on in this process, wherever the rows lie.
         Source: DRQ §4.2.
     """
     options = options or KMeansOptions()
-    chosen = draw_sample(blocks, max(codebook_sizes), seed=seed, options=options)
-    sample = None if chosen is None else ArrayBlocks(blocks.rows(chosen))
-    train_weights = weights if weights is None or chosen is None else weights[chosen]
-    codebooks = [codebook for codebook, _, _ in done]
-    labels = [label for _, label, _ in done]
-    fits = [fit for _, _, fit in done]
-    resumed = len(done)  # the caller may append to `done` as levels finish
-    if sample is not None:
-        for codebook, label in zip(codebooks, labels, strict=True):
-            _subtract_(sample.matrix, codebook, label)
+    rows = as_rows(blocks, weights=weights, threads=threads, memory_bytes=memory_bytes)
+    chosen = draw_sample(rows, max(codebook_sizes), seed=seed, options=options)
+    train = rows
+    if chosen is not None:
+        train = sampled(rows, chosen, threads=threads, memory_bytes=memory_bytes)
+    codebooks: list[Array] = []
+    fits: list[LevelFit] = []
+    for codebook, labels, fit in done:
+        train.descend(codebook, labels)
+        codebooks.append(codebook)
+        fits.append(fit)
+    resumed = len(codebooks)  # the caller may append to `done` as levels finish
     for level in range(resumed, len(codebook_sizes)):
-        if sample is not None:
-            rows: Blocks = sample
-        else:
-            rows = ResidualBlocks(blocks, labels, codebooks) if level else blocks
         result = kmeans(
-            in_memory(rows, limit_bytes=memory_bytes),
+            train,
             codebook_sizes[level],
             seed=child_seed(seed, "level", level),
             options=replace(options, sample_per_code=None),
-            weights=train_weights,
             init=None if init is None else init[level],
             threads=threads,
             state=state if level == resumed else None,
             on_iteration=None if on_iteration is None else _at_level(on_iteration, level),
         )
         codebooks.append(result.centroids)
-        labels.append(result.labels)
-        if sample is not None:
-            _subtract_(sample.matrix, result.centroids, result.labels)
         fits.append(
             LevelFit(result.inertia, len(result.history), result.converged, result.distinct)
         )
         if on_level is not None:
             on_level(level, result)
+        if level + 1 < len(codebook_sizes):
+            train.descend(result.centroids, result.labels)
     if chosen is not None and options.full_pass:
-        codebooks = _refine(blocks, codebooks, weights, threads)
+        codebooks = _refine(rows, codebooks, threads)
     return codebooks, fits
 
 
-def _subtract_(rows: Array, codebook: Array, labels: npt.NDArray[np.int64]) -> None:
-    """Leave in ``rows``, a sample of our own, what a level leaves; a copy would cost a gigabyte."""
-    for start in range(0, len(rows), BLOCK_ROWS):
-        span = slice(start, start + BLOCK_ROWS)
-        rows[span] -= codebook[labels[span]]
-
-
-def _refine(
-    blocks: Blocks,
-    codebooks: list[Array],
-    weights: npt.NDArray[np.float64] | None,
-    threads: int | None,
-) -> list[Array]:
+def _refine(rows: Rows, codebooks: list[Array], threads: int | None) -> list[Array]:
     """One Lloyd iteration of every level over all rows, each on what the refined ones leave."""
     refined: list[Array] = []
-    labels: list[npt.NDArray[np.int64]] = []
     for codebook in codebooks:
         result = kmeans(
-            ResidualBlocks(blocks, labels, refined) if refined else blocks,
+            rows,
             len(codebook),
             seed=0,  # unused: it starts from `init`
             options=KMeansOptions(iterations=1),
-            weights=weights,
             init=codebook,
             threads=threads,
         )
         refined.append(result.centroids)
-        labels.append(result.labels)
+        if len(refined) < len(codebooks):
+            rows.descend(result.centroids, result.labels)
     return refined
 
 

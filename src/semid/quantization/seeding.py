@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from semid.quantization.assign import THREADED_WORK, assign
-from semid.quantization.blocks import BLOCK_ROWS, Blocks, read_ahead
+from semid.quantization.assign import THREADED_WORK
+from semid.quantization.blocks import Blocks
 from semid.quantization.engine.routes import working_routes
+from semid.quantization.rows import Rows, as_rows
 from semid.quantization.threads import map_blocks
 
 __all__ = ["kmeans_plus_plus"]
@@ -35,7 +36,7 @@ COPY = 1e-13
 
 
 def kmeans_plus_plus(
-    blocks: Blocks,
+    blocks: Blocks | Rows,
     codes: int,
     *,
     generator: np.random.Generator,
@@ -46,7 +47,7 @@ def kmeans_plus_plus(
     """Choose up to ``codes`` rows as initial centroids.
 
     Args:
-        blocks: ``(items, dim)`` rows.
+        blocks: ``(items, dim)`` rows, here or in shards (which know their weights).
         codes: centroids wanted, at least 1.
         generator: source of randomness.
         weights: ``(items,)`` non-negative item weights that multiply the squared distances.
@@ -59,53 +60,22 @@ def kmeans_plus_plus(
         centroids and ``trials`` bfloat16 products of `GAIN_ROWS_PER_CODE` rows a code with them;
         memory O(items + codes dim) beside those rows.
     """
-    items = len(blocks)
-    mass = np.ones(items) if weights is None else weights.astype(np.float64, copy=True)
-    first = _draw(mass, 1, generator)
-    centres = blocks.rows(first)
-    closest = np.full(items, np.inf, dtype=np.float32)
+    rows = as_rows(blocks, weights=weights, threads=threads)
+    first = rows.draw(rows.start_seeding(), 1, generator)
+    centres = rows.rows(first)
     fresh = centres
-    gains = _Gains(blocks, codes, generator, weights, threads) if trials > 1 else None
+    gains = _Gains(rows, codes, generator, threads) if trials > 1 else None
     while True:
-        for start, block in read_ahead(blocks):
-            stop = start + len(block)
-            _, distances = assign(block, fresh, threads=threads)
-            np.minimum(closest[start:stop], distances, out=closest[start:stop])
-        if len(centres) >= codes:
-            return centres
-        mass = closest.astype(np.float64)
-        if weights is not None:
-            mass *= weights
-        if not mass.any():
+        masses = rows.lower(fresh)
+        if len(centres) >= codes or not masses.any():
             return centres
         size = min(codes - len(centres), max(1, len(centres) // 4), MAX_ROUND)
-        drawn = _draw(mass, size * trials, generator)
-        candidates = blocks.rows(drawn)
-        worth = None if gains is None else gains(candidates, closest)
-        kept = _accept(candidates, closest[drawn], worth, size, generator)
+        drawn = rows.draw(masses, size * trials, generator)
+        candidates = rows.rows(drawn)
+        worth = None if gains is None else gains(candidates)
+        kept = _accept(candidates, rows.closest(drawn), worth, size, generator)
         fresh = candidates[kept]
         centres = np.concatenate([centres, fresh])
-
-
-def _draw(
-    mass: npt.NDArray[np.float64], size: int, generator: np.random.Generator
-) -> npt.NDArray[np.int64]:
-    """Draw row numbers independently, in proportion to ``mass``; the sum runs in block order."""
-    edges = np.add.reduceat(mass, np.arange(0, len(mass), BLOCK_ROWS))
-    total = np.cumsum(edges)
-    targets = generator.random(size) * total[-1]
-    drawn = np.empty(size, dtype=np.int64)
-    chosen = np.minimum(np.searchsorted(total, targets, side="right"), len(total) - 1)
-    for block in np.unique(chosen):
-        part = mass[block * BLOCK_ROWS : (block + 1) * BLOCK_ROWS]
-        mine = chosen == block
-        inside = targets[mine] - (total[block] - edges[block])
-        running = np.cumsum(part)
-        place = np.searchsorted(running, inside, side="right")
-        # Rounding may point past the end or at a row of no mass: take the last row that has some.
-        last = int(np.flatnonzero(part)[-1]) if part.any() else 0
-        drawn[mine] = block * BLOCK_ROWS + np.minimum(place, last)
-    return drawn
 
 
 class _Gains:
@@ -115,43 +85,38 @@ class _Gains:
     multiplies such numbers itself, so that chips differ in the order of float32 sums alone.
 
     Args:
-        blocks: ``(items, dim)`` rows.
+        source: ``(items, dim)`` rows.
         codes: centroids wanted.
         generator: draws the sample where the data are larger.
-        weights: ``(items,)`` weights or None.
         threads: plain threads.
     """
 
     def __init__(
-        self,
-        blocks: Blocks,
-        codes: int,
-        generator: np.random.Generator,
-        weights: npt.NDArray[np.float64] | None,
-        threads: int | None,
+        self, source: Rows, codes: int, generator: np.random.Generator, threads: int | None
     ) -> None:
-        items, size = len(blocks), max(GAIN_ROWS_LEAST, GAIN_ROWS_PER_CODE * codes)
-        self.chosen = np.arange(items)
+        items, size = len(source), max(GAIN_ROWS_LEAST, GAIN_ROWS_PER_CODE * codes)
+        chosen = np.arange(items)
         if size < items:
-            self.chosen = np.sort(generator.choice(items, size, replace=False, shuffle=False))
-        rows = torch.from_numpy(blocks.rows(self.chosen.astype(np.int64)))
+            chosen = np.sort(generator.choice(items, size, replace=False, shuffle=False))
+        self.source = source
+        self.chosen = chosen.astype(np.int64)
+        rows = torch.from_numpy(source.rows(self.chosen))
         self.middle = rows.mean(0)
         rows -= self.middle
         self.norms = (rows**2).sum(1)
         native = any(route.name == "bf16" for route in working_routes())
         self.dtype = torch.bfloat16 if native else torch.float32
         self.rows = rows.to(torch.bfloat16).to(self.dtype)
+        weights = source.weights
         self.weights = None if weights is None else torch.from_numpy(weights[self.chosen]).float()
         self.threads = threads
 
-    def __call__(
-        self, candidates: npt.NDArray[np.float32], closest: npt.NDArray[np.float32]
-    ) -> npt.NDArray[np.float64]:
-        """Return the gains ``(n,)`` given the distances ``(items,)`` to the centres so far."""
+    def __call__(self, candidates: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+        """Return the gains ``(n,)`` over the distances to the centres so far."""
         words = torch.from_numpy(candidates) - self.middle
         norms = (words**2).sum(1)
         turned = words.to(torch.bfloat16).to(self.dtype).T.contiguous()
-        limits = torch.from_numpy(closest[self.chosen]) - self.norms
+        limits = torch.from_numpy(self.source.closest(self.chosen)) - self.norms
 
         def part(start: int) -> npt.NDArray[np.float64]:
             span = slice(start, start + GAIN_ROWS)

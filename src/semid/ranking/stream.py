@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from semid.data.columns import require_column
+from semid.data.filesystems import open_parquet
 from semid.data.hashing import hash_strings
 from semid.data.parquet_files import ParquetFiles
 from semid.errors import InteractionsError, UsageError
@@ -187,7 +187,7 @@ class StreamBatches:
         ]
         for at in generator.permutation(len(places)):
             file, group = places[at]
-            with pq.ParquetFile(scan.files.paths[file], memory_map=True) as parquet:
+            with open_parquet(scan.files.paths[file], memory_map=True) as parquet:
                 for batch in parquet.iter_batches(
                     columns=list(scan.columns), row_groups=[group], use_threads=False
                 ):

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from semid.data.filesystems import open_parquet
 from semid.data.hashing import hash_strings, share_mask
 from semid.data.ids import ItemIds
 from semid.data.parquet_files import ParquetFiles
@@ -53,7 +53,7 @@ class Scan:
     def tables(self) -> Iterator[pa.Table]:
         """Yield the log in pieces, in order."""
         for path in self.files.paths:
-            with pq.ParquetFile(path, memory_map=True) as parquet:
+            with open_parquet(path, memory_map=True) as parquet:
                 for batch in parquet.iter_batches(columns=list(self.columns), use_threads=False):
                     yield pa.Table.from_batches([batch])
 

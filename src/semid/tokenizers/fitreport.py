@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from semid.diagnostics.overlap import REPORT_SCALE, overlap_levels
-from semid.health import CollisionCounter, LevelUsage, UsageCounter, Verdict, verdict
+from semid.health import CollisionCounter, Collisions, LevelUsage, UsageCounter, Verdict, verdict
 
 __all__ = ["ErrorSums", "FitReport", "HealthCounter"]
 
@@ -78,12 +78,35 @@ class HealthCounter:
         self.training.add_(x[train], reconstruction[train])
         self.validation.add_(x[~train], reconstruction[~train])
 
-    def verdict(self, codebooks: Sequence[Array]) -> Verdict:
-        """Judge what was counted; ``codebooks`` give the effective sizes at noise 0.1."""
+    def take_collisions(self) -> CollisionCounter:
+        """Hand over the ids counted, which grow with the items, and keep what does not grow."""
+        taken, self._collisions = self._collisions, CollisionCounter(self._sizes)
+        return taken
+
+    def merge(self, other: HealthCounter) -> None:
+        """Add what another counter over other rows has counted."""
+        self._usage.merge(other._usage)
+        self._collisions.merge(other._collisions)
+        self._latents += other._latents
+        self._latent_sum = self._latent_sum + other._latent_sum
+        self._latent_squares += other._latent_squares
+        for mine, theirs in ((self.training, other.training), (self.validation, other.validation)):
+            mine.rows += theirs.rows
+            mine.squared += theirs.squared
+
+    def verdict(
+        self, codebooks: Sequence[Array], *, collisions: Collisions | None = None
+    ) -> Verdict:
+        """Judge what was counted.
+
+        Args:
+            codebooks: ``(codes, latent)`` each; they give the effective sizes at noise 0.1.
+            collisions: those of all items, where their ids were taken and counted elsewhere.
+        """
         used = self._usage.result()
         return verdict(
             used,
-            self._collisions.result(),
+            collisions or self._collisions.result(),
             effective_sizes=self._effective_sizes(codebooks, used),
             training_error=self.training.relative(self._variance),
             validation_error=self.validation.relative(self._variance),

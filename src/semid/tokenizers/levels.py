@@ -10,20 +10,58 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from semid.data.source import EmbeddingSource
 from semid.progress import Progress
 from semid.quantization.blocks import Blocks
 from semid.quantization.kmeans import KMeansOptions, KMeansResult, KMeansState
 from semid.quantization.nearest import PreparedCodebook, prepare
 from semid.quantization.residual import LevelFit, fit_residual
+from semid.quantization.rows import Rows, as_rows
+from semid.quantization.shard import Shard
+from semid.quantization.threads import default_threads
+from semid.training.distributed import join_processes, neighbours, world_size
+from semid.training.gathering import GatherTeam, own_span
 from semid.training.stages import StateStore
 
-__all__ = ["LevelRun", "fit_levels"]
+__all__ = ["LevelRun", "fit_levels", "training_rows"]
 
 Array = npt.NDArray[np.float32]
 
+MEMORY_BYTES = 1 << 30
+
+
+def training_rows(
+    source: EmbeddingSource,
+    *,
+    weights: npt.NDArray[np.float64] | None = None,
+    threads: int | None = None,
+    memory_bytes: int = MEMORY_BYTES,
+) -> Rows:
+    """Return the rows of a fit; under ``torchrun`` each process holds its share of the blocks.
+
+    Args:
+        source: ``(items, dim)`` training rows, the same in every process.
+        weights: ``(items,)`` item weights, or None.
+        threads: plain threads of this process; None shares the CPUs with the processes beside it.
+        memory_bytes: this process holds its rows as float32 up to this size.
+    """
+    join_processes()
+    if world_size() == 1:
+        return as_rows(source, weights=weights, threads=threads, memory_bytes=memory_bytes)
+    threads = threads or max(1, default_threads() // neighbours())
+    first, last = own_span(len(source))
+    shard = Shard(
+        source.subset(np.arange(first, last)),
+        first_row=first,
+        weights=None if weights is None else weights[first:last],
+        threads=threads,
+        memory_bytes=memory_bytes,
+    )
+    return Rows(GatherTeam(shard, len(source)), dim=source.dim, weights=weights)
+
 
 def fit_levels(
-    rows: Blocks,
+    rows: Blocks | Rows,
     sizes: Sequence[int],
     *,
     seed: int,
@@ -36,7 +74,7 @@ def fit_levels(
     """Fit one codebook a level (DRQ §4.2), from where the store left off.
 
     Args:
-        rows: ``(items, dim)`` training rows.
+        rows: ``(items, dim)`` training rows, here or in shards.
         sizes: codewords of each level.
         seed: any integer.
         options: how K-means runs at each level.
@@ -92,9 +130,9 @@ class LevelRun:
 
     def _restore(self, arrays: dict[str, np.ndarray], record: dict[str, Any]) -> None:
         for level, fit in enumerate(record["fits"]):
-            self.done.append(
-                (arrays[f"codebook.{level}"], arrays[f"labels.{level}"], LevelFit(**fit))
-            )
+            # Rows in other processes keep their labels there and find them again.
+            labels = arrays.get(f"labels.{level}", np.empty(0, np.int64))
+            self.done.append((arrays[f"codebook.{level}"], labels, LevelFit(**fit)))
         if record["state"] is not None:
             self.state = KMeansState(
                 **record["state"],
@@ -120,7 +158,8 @@ class LevelRun:
         arrays: dict[str, np.ndarray] = {}
         for level, (codebook, labels, _) in enumerate(self.done):
             arrays[f"codebook.{level}"] = codebook
-            arrays[f"labels.{level}"] = labels
+            if len(labels):
+                arrays[f"labels.{level}"] = labels
         record: dict[str, Any] = {"fits": [asdict(fit) for *_, fit in self.done], "state": None}
         if state is not None:
             record["state"] = {

@@ -12,14 +12,17 @@ import torch
 from torch import nn
 
 from semid.errors import UsageError
-from semid.quantization.blocks import PreparedBlocks, Preprocess
+from semid.progress import Progress, QuietProgress
+from semid.quantization.blocks import Preprocess
 from semid.quantization.kmeans import KMeansOptions
 from semid.quantization.nearest import PreparedCodebook, prepare
 from semid.quantization.residual import ResidualCodes, dequantize, encode_residual
+from semid.quantization.rows import Rows
 from semid.tokenizers.base import Tokenizer
 from semid.tokenizers.context import FitContext, level_sizes
-from semid.tokenizers.levels import fit_levels
+from semid.tokenizers.levels import fit_levels, training_rows
 from semid.tokenizers.neural.graph import Prepare
+from semid.training.stages import StateStore
 
 __all__ = ["RQKMeans"]
 
@@ -97,20 +100,40 @@ class RQKMeans(Tokenizer):
         }
 
     def _fit(self, context: FitContext) -> dict[str, Any]:
-        preprocess = Preprocess.fit(context.train, center=self.center, normalize=self.normalize)
-        rows = context.train if preprocess.identity else PreparedBlocks(context.train, preprocess)
+        rows = training_rows(context.train, weights=context.weights, threads=self.threads)
+        return {"levels": self.fit_rows(rows, store=context.checkpoint, progress=context.progress)}
+
+    def fit_rows(
+        self, rows: Rows, *, store: StateStore | None = None, progress: Progress | None = None
+    ) -> list[dict[str, Any]]:
+        """Learn the codebooks from training rows alone, wherever they lie.
+
+        The part of `fit` that does not need items: nothing is held out and nothing judged.
+
+        Args:
+            rows: ``(items, dim)`` training rows.
+            store: where the state is kept after every iteration; None keeps nothing.
+            progress: told about every iteration; silent by default.
+
+        Returns:
+            A JSON-able record of how each level ended.
+        """
+        mean = rows.mean().astype(np.float32) if self.center else None
+        preprocess = Preprocess(mean=mean, normalize=self.normalize)
+        rows.prepare(preprocess)
         self._prepared, levels = fit_levels(
             rows,
             self.codebook_sizes,
             seed=self.seed,
             options=self.kmeans,
-            weights=context.weights,
+            weights=None,  # the rows bring theirs
             threads=self.threads,
-            store=context.checkpoint,
-            progress=context.progress,
+            store=store,
+            progress=progress or QuietProgress(),
         )
         self._preprocess = preprocess
-        return {"levels": levels}
+        self._dim = rows.dim
+        return levels
 
     def encoder_module(self) -> nn.Module:
         """Return the preprocessing of rows ``(n, dim)`` as a module that can be exported.

@@ -22,6 +22,7 @@ __all__ = [
     "is_main",
     "join_processes",
     "local_rank",
+    "neighbours",
     "rank",
     "world_size",
 ]
@@ -69,6 +70,11 @@ def rank() -> int:
 def local_rank() -> int:
     """Return the number of this process on its machine, 0 in a single one."""
     return int(os.environ.get("LOCAL_RANK", "0")) if _started() > 1 else 0
+
+
+def neighbours() -> int:
+    """Count the processes of this group on this machine, this one among them."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if _started() > 1 else 1
 
 
 def world_size() -> int:

@@ -1,0 +1,252 @@
+"""Paths that are not on this machine's disk: ``s3://``, ``gs://``, ``file://``, ``memory://``.
+
+Arrow's own file systems where it has them (S3 takes its keys, region and ``AWS_ENDPOINT_URL`` from
+the environment), fsspec's for every other scheme.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs as arrow_fs
+
+from semid.errors import UsageError
+
+__all__ = [
+    "FilePath",
+    "Folder",
+    "fetched",
+    "is_uri",
+    "list_files",
+    "open_parquet",
+    "resolve",
+    "send_folder",
+]
+
+FilePath = Path | str
+"""A path on this machine, or the text of a URI."""
+
+
+def is_uri(path: Any) -> bool:
+    """Whether a path names a file system, as ``s3://bucket/items`` does."""
+    return isinstance(path, str) and "://" in path
+
+
+def resolve(path: FilePath) -> tuple[Any, str]:
+    """Return the Arrow file system of a path and the path within it.
+
+    Args:
+        path: a path on this machine or a URI.
+
+    Raises:
+        UsageError: the scheme is unknown, or the address cannot be used.
+    """
+    if not is_uri(path):
+        return arrow_fs.LocalFileSystem(), str(Path(path).expanduser().absolute())
+    uri = str(path)
+    scheme, _, rest = uri.partition("://")
+    try:
+        if scheme == "file":
+            return arrow_fs.LocalFileSystem(), rest
+        if scheme in ("s3", "s3a"):
+            return _s3(rest)
+        if scheme in ("gs", "gcs"):
+            system, inner = arrow_fs.FileSystem.from_uri(f"gs://{rest}")
+            return system, str(inner)
+        import fsspec
+
+        return arrow_fs.PyFileSystem(arrow_fs.FSSpecHandler(fsspec.filesystem(scheme))), rest
+    except (ValueError, ImportError, pa.ArrowException, OSError) as error:
+        raise UsageError(
+            f"'{uri}' cannot be opened ({error}); use s3://, gs://, file:// or a scheme that "
+            "fsspec knows, with its package installed"
+        ) from error
+
+
+def _s3(rest: str) -> tuple[Any, str]:
+    """Return S3 with the environment's endpoint, or what a URI's own query says."""
+    if "?" in rest:
+        system, inner = arrow_fs.FileSystem.from_uri(f"s3://{rest}")
+        return system, str(inner)
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    options = {} if endpoint is None else {"endpoint_override": endpoint}
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    if region is not None:
+        options["region"] = region
+    return arrow_fs.S3FileSystem(**options), rest
+
+
+def _uri(like: str, inner: str) -> str:
+    """Write a path within a file system as a URI again, in the manner of ``like``."""
+    scheme, _, rest = like.partition("://")
+    query = rest.partition("?")[2]
+    return f"{scheme}://{inner}" + (f"?{query}" if query else "")
+
+
+def list_files(uri: str) -> list[str]:
+    """List the files that a URI names: itself, all in its folder, or those that match its glob.
+
+    Returns:
+        URIs, sorted character by character. Hidden files (``.`` or ``_`` first) are left out.
+
+    Raises:
+        UsageError: nothing is there.
+    """
+    system, path = resolve(uri)
+    magic = [i for i, part in enumerate(path.split("/")) if any(c in part for c in "*[")]
+    root = "/".join(path.split("/")[: magic[0]]) if magic else path
+    try:
+        info = system.get_file_info(root)
+        if info.type == arrow_fs.FileType.File:
+            return [uri]
+        if info.type == arrow_fs.FileType.NotFound:
+            raise UsageError(f"'{uri}' does not exist; check the path")
+        found = system.get_file_info(arrow_fs.FileSelector(root, recursive=True))
+    except (pa.ArrowException, OSError) as error:
+        raise UsageError(f"'{uri}' cannot be listed ({error}); check address and keys") from error
+    files = [file.path for file in found if file.type == arrow_fs.FileType.File]
+    if magic:
+        files = [file for file in files if fnmatch.fnmatchcase(file.lstrip("/"), path.lstrip("/"))]
+    else:
+        files = [
+            file
+            for file in files
+            if not any(part[0] in "._" for part in file[len(root) :].split("/") if part)
+        ]
+    if not files:
+        raise UsageError(f"'{uri}' holds no files; name a folder of Parquet files")
+    return sorted(_uri(uri, file) for file in files)
+
+
+def open_parquet(path: FilePath, **options: Any) -> pq.ParquetFile:
+    """Open a Parquet file wherever it lies.
+
+    Args:
+        path: a path on this machine or a URI.
+        options: further arguments of `pyarrow.parquet.ParquetFile`.
+    """
+    if not is_uri(path):
+        return pq.ParquetFile(path, **options)
+    system, inner = resolve(path)
+    options.pop("memory_map", None)
+    return pq.ParquetFile(inner, filesystem=system, **options)
+
+
+class Folder:
+    """A folder that results are written to; a file in it is whole or absent.
+
+    Args:
+        path: a path on this machine or a URI; made when the first file is written.
+    """
+
+    def __init__(self, path: FilePath) -> None:
+        self.path = path
+        self._fs, self._inner = resolve(path)
+        self._inner = self._inner.rstrip("/")
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def _at(self, name: str) -> str:
+        return f"{self._inner}/{name}"
+
+    def file(self, name: str) -> FilePath:
+        """Return the path of a file in it."""
+        inner = self._at(name)
+        return _uri(str(self.path), inner) if is_uri(self.path) else Path(inner)
+
+    def exists(self) -> bool:
+        """Whether there is anything at its path."""
+        return bool(self._fs.get_file_info(self._inner).type != arrow_fs.FileType.NotFound)
+
+    def names(self) -> list[str]:
+        """Return the names of the files in it, sorted; hidden ones are left out."""
+        selector = arrow_fs.FileSelector(self._inner, allow_not_found=True)
+        found = self._fs.get_file_info(selector)
+        names = [info.base_name for info in found if info.type == arrow_fs.FileType.File]
+        return sorted(name for name in names if name[0] not in "._")
+
+    def write(self, name: str, data: Any) -> None:
+        """Write bytes or an Arrow buffer as one file, whole or not at all."""
+        local = isinstance(self._fs, arrow_fs.LocalFileSystem)
+        self._fs.create_dir(self._inner, recursive=True)
+        # Object stores show a file when its upload is complete; a disk shows it from the start.
+        # The process is in the name: two that write one file do not write into one another.
+        work = self._at(f".{name}.{os.getpid()}.tmp" if local else name)
+        with self._fs.open_output_stream(work) as stream:
+            stream.write(data)
+        if local:
+            self._fs.move(work, self._at(name))
+
+    @contextlib.contextmanager
+    def stream(self, name: str) -> Iterator[Any]:
+        """Open a file to be written in pieces; it appears when the block ends without an error."""
+        self._fs.create_dir(self._inner, recursive=True)
+        work = self._at(f".{name}.{os.getpid()}.tmp")
+        try:
+            with self._fs.open_output_stream(work) as stream:
+                yield stream
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self._fs.delete_file(work)
+            raise
+        self._fs.move(work, self._at(name))
+
+    def read(self, name: str) -> bytes | None:
+        """Return the bytes of a file, or None if it is absent."""
+        if self._fs.get_file_info(self._at(name)).type != arrow_fs.FileType.File:
+            return None
+        with self._fs.open_input_stream(self._at(name)) as stream:
+            return bytes(stream.read())
+
+    def write_table(self, name: str, table: pa.Table) -> None:
+        """Write a table as one Parquet file, whole or not at all; it is made in memory first."""
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink)
+        self.write(name, sink.getvalue())
+
+    def move_into(self, name: str, target: Folder) -> None:
+        """Move a file to another folder of the same file system."""
+        self._fs.create_dir(target._inner, recursive=True)
+        self._fs.move(self._at(name), target._at(name))
+
+    def remove(self) -> None:
+        """Remove the folder and all in it, or the file at its path."""
+        kind = self._fs.get_file_info(self._inner).type
+        if kind == arrow_fs.FileType.Directory:
+            self._fs.delete_dir(self._inner)
+        elif kind == arrow_fs.FileType.File:
+            self._fs.delete_file(self._inner)
+
+
+@contextlib.contextmanager
+def fetched(uri: str) -> Iterator[Path]:
+    """Copy a small folder, such as an artefact, to this machine for as long as the block runs."""
+    folder = Folder(uri)
+    with tempfile.TemporaryDirectory(prefix="semid-") as work:
+        for name in folder.names():
+            (Path(work) / name).write_bytes(folder.read(name) or b"")
+        yield Path(work)
+
+
+def send_folder(source: Path, uri: str, *, last: str) -> None:
+    """Copy the files of a folder to a URI.
+
+    Args:
+        source: a folder of files.
+        uri: where they go; what is there is removed first.
+        last: name of the file that makes the copy complete: readers look for it first.
+    """
+    folder = Folder(uri)
+    folder.remove()
+    names = sorted(file.name for file in source.iterdir())
+    for name in sorted(names, key=lambda name: name == last):
+        folder.write(name, (source / name).read_bytes())

@@ -1,0 +1,261 @@
+"""``semid fit --engine ray``: residual K-means over rows that lie in many workers.
+
+The rows are read twice and never pass through the driver: once to see who is held out, once into
+the shards. What K-means then does is `semid.quantization.kmeans`, line for line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from semid.distributed.fitworker import FitWorker, Look, describe_tokenizer
+from semid.distributed.ray_start import RayOptions, check_slots, check_store, connect
+from semid.distributed.ray_team import RayTeam
+from semid.distributed.units import Catalogue, Unit
+from semid.errors import EmbeddingError
+from semid.health import merge_collisions
+from semid.progress import Progress, QuietProgress
+from semid.quantization.rows import Rows
+from semid.tokenizers.fitreport import FitReport
+from semid.tokenizers.rqkmeans import RQKMeans
+from semid.training.checkpoint import Checkpoint, run_key
+from semid.training.gathering import shard_spans
+
+__all__ = ["RayFit", "fit_on_ray", "shard_loads", "share_units"]
+
+
+@dataclass(frozen=True)
+class RayFit:
+    """What a fit on Ray was, beside the tokenizer.
+
+    Attributes:
+        workers: actors that held shards.
+        rows: training rows of each.
+        lost: workers that ended and were made again.
+        sent: method -> bytes from the driver to workers.
+        received: method -> bytes from workers to the driver.
+        passed: method -> bytes between workers.
+    """
+
+    workers: int
+    rows: tuple[int, ...]
+    lost: int
+    sent: dict[str, int]
+    received: dict[str, int]
+    passed: dict[str, int]
+
+
+def share_units(units: Sequence[Unit], shares: int) -> list[list[Unit]]:
+    """Cut units that follow one another into ``shares`` runs of nearly equal numbers of rows."""
+    edges = np.cumsum([unit.rows for unit in units])
+    total = int(edges[-1]) if len(edges) else 0
+    middles = edges - np.array([unit.rows for unit in units]) / 2
+    owner = np.minimum((middles * shares / max(total, 1)).astype(int), shares - 1)
+    runs: list[list[Unit]] = [[] for _ in range(shares)]
+    for unit, own in zip(units, owner, strict=True):
+        runs[own].append(unit)
+    return runs
+
+
+def shard_loads(
+    units: Sequence[Unit], train: Sequence[int], workers: int
+) -> tuple[list[tuple[Any, ...]], list[tuple[int, int]]]:
+    """Lay out the training rows: arguments of `FitWorker.load`, and the rows of each worker.
+
+    Args:
+        units: all units, in order.
+        train: training rows in each.
+        workers: number of shards.
+    """
+    stops = np.cumsum(train, dtype=np.int64)
+    spans = shard_spans(int(stops[-1]), workers)
+    loads: list[tuple[Any, ...]] = []
+    for first, last in spans:
+        low = int(np.searchsorted(stops, first, side="right"))
+        high = int(np.searchsorted(stops, last, side="left")) + 1
+        own = list(units[low:high]) if last > first else []
+        skip = first - int(stops[low] - train[low]) if own else 0
+        loads.append((own, skip, first, last - first))
+    return loads, spans
+
+
+def fit_on_ray(
+    tokenizer: RQKMeans,
+    catalogue: Catalogue,
+    *,
+    options: RayOptions | None = None,
+    memory_bytes: int = 4 << 30,
+    checkpoint: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> RayFit:
+    """Fit a tokenizer in place; its codebooks are those of `RQKMeans.fit`, bit for bit.
+
+    Args:
+        tokenizer: not fitted yet; its ``threads`` are not used, a worker has its CPUs.
+        catalogue: the embeddings.
+        options: workers, CPUs, cluster.
+        memory_bytes: a worker holds its training rows as float32 up to this size, and reads them
+            at every pass above it.
+        checkpoint: folder on the driver for the state of the run.
+        resume: continue from ``checkpoint``.
+        progress: told about every step; silent by default.
+
+    Returns:
+        Who held what, and how much travelled.
+
+    Raises:
+        UsageError: the workers would not fit the cluster, or could not see the files.
+        InputError: the object store is too small, or workers end again and again.
+        EmbeddingError: NaN or inf, or fewer distinct rows than codewords.
+        ArtefactError: the checkpoint belongs to another run.
+
+    Cost: two reads of the rows; per iteration a pass over each worker's rows and O(workers codes
+    dim) bytes; a worker holds its share of the rows, the driver O(blocks + codes dim).
+    """
+    options = options or RayOptions()
+    steps = progress or QuietProgress()
+    began = time.monotonic()
+    catalogue.check_local(what="a worker", several=True)
+    units = catalogue.units()
+    _refuse_few(tokenizer, len(catalogue))
+    ray = connect(options)
+    workers = check_slots(ray, options)
+    shares = [share for share in share_units(units, workers) if share]
+    dim = catalogue.source(units[:1]).dim
+    largest = max(tokenizer.codebook_sizes)
+    # Of a sum, a pair and its result are in the store at one time, four nodes each at worst.
+    check_store(
+        ray, 3 * 4 * largest * (dim + 1) * 8, what=f"the sums of {largest} x {dim} codewords"
+    )
+    make = _Maker(catalogue, shares, tokenizer, options.cpus_per_worker, memory_bytes)
+    team = RayTeam(
+        ray, make, size=len(shares), cpus=options.cpus_per_worker, retries=options.retries
+    )
+    try:
+        steps.start("read", total=len(catalogue))
+        looks: list[Look] = list(_everyone(team, "look").values())
+        steps.step(len(catalogue))
+        train = [count for look in looks for count in look.train]
+        trained = sum(train)
+        distinct = len(np.unique(np.concatenate([look.few for look in looks])))
+        _refuse_few(tokenizer, distinct, trained)
+        store = None
+        if checkpoint is not None:
+            digest = hashlib.sha256("".join(d for k in looks for d in k.digests).encode())
+            key = run_key({"kind": tokenizer.kind, **tokenizer.settings}, digest.hexdigest())
+            store = Checkpoint(checkpoint, key=key, resume=resume)
+        loads, spans = shard_loads(units, train, len(shares))
+        team.load(loads, spans)
+        levels = tokenizer.fit_rows(Rows(team, dim=dim), store=store, progress=steps)
+        mean = sum((look.sums for look in looks), np.zeros(dim)) / trained
+        variance = max(sum(look.squares for look in looks) / trained - float(mean @ mean), 0.0)
+        steps.start("judge", total=len(catalogue))
+        tokenizer.report = _judge(team, tokenizer, variance, levels, trained, began)
+        steps.step(len(catalogue))
+        rows = tuple(last - first for first, last in spans)
+        return RayFit(len(shares), rows, team.crew.lost, team.sent, team.received, team.passed)
+    finally:
+        team.close()
+
+
+class _Maker:
+    """Makes the worker of a place; travels to the actor."""
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        shares: list[list[Unit]],
+        tokenizer: RQKMeans,
+        threads: int,
+        memory_bytes: int,
+    ) -> None:
+        self.catalogue, self.shares = catalogue, shares
+        self.held_out, self.codes = tokenizer.validation_fraction, max(tokenizer.codebook_sizes)
+        self.threads, self.memory_bytes = threads, memory_bytes
+
+    def __call__(self, place: int) -> FitWorker:
+        return FitWorker(
+            self.catalogue,
+            self.shares[place],
+            held_out=self.held_out,
+            codes=self.codes,
+            threads=self.threads,
+            memory_bytes=self.memory_bytes,
+        )
+
+
+def _refuse_few(tokenizer: RQKMeans, distinct: int, trained: int | None = None) -> None:
+    largest = max(tokenizer.codebook_sizes)
+    if distinct < largest:
+        raise EmbeddingError(
+            f"{distinct} distinct rows cannot fill codebook_size={largest}; give more items or a "
+            "smaller --codebook-size (codebook_size)"
+        )
+    if trained is not None and trained < largest:
+        raise EmbeddingError(
+            f"{trained} training rows (validation_fraction={tokenizer.validation_fraction}) cannot "
+            f"fill codebook_size={largest}; give more items, a smaller codebook_size, or "
+            "validation_fraction=0"
+        )
+
+
+def _everyone(team: RayTeam, method: str, *arguments: Any) -> dict[int, Any]:
+    return team.crew.ask(dict.fromkeys(range(team.crew.size), (method, arguments)))
+
+
+def _judge(
+    team: RayTeam,
+    tokenizer: RQKMeans,
+    variance: float,
+    levels: list[dict[str, Any]],
+    trained: int,
+    began: float,
+) -> FitReport:
+    """Judge every row once; ids meet in parts, so no machine holds those of all items."""
+    model = team.ray.put(describe_tokenizer(tokenizer))
+    counters = list(_everyone(team, "judge", model, variance).values())
+    whole = counters[0]
+    for counter in counters[1:]:
+        whole.merge(counter)
+    size = team.crew.size
+    collisions = merge_collisions(_counted(team, size, model, variance))
+    judged = whole.verdict(tokenizer.codebooks, collisions=collisions)
+    items = whole.training.rows + whole.validation.rows
+    return FitReport(
+        items=items,
+        trained_items=trained,
+        held_out_items=items - trained,
+        seconds=round(time.monotonic() - began, 3),
+        details={"levels": levels},
+        health=judged.to_dict(),
+        summary=judged.summary(),
+    )
+
+
+def _counted(team: RayTeam, size: int, model: Any, variance: float) -> list[Any]:
+    """Bring equal ids together, each part in one worker, and count them there."""
+    for attempt in range(team.crew.retries + 1):
+        try:
+            pieces = [
+                team.crew.actors[place].pieces.options(num_returns=size).remote("split", size)
+                for place in range(size)
+            ]
+            parts = [piece if size > 1 else [piece] for piece in pieces]
+            counted = [
+                team.crew.start(part, "count", *(row[part] for row in parts))
+                for part in range(size)
+            ]
+            return [found for ref in counted if (found := team.crew.get(ref)) is not None]
+        except (team.ray.exceptions.RayActorError, team.ray.exceptions.ObjectLostError) as lost:
+            for place in team.crew.dead():
+                team.crew.remake(place, attempt, lost)
+                team.crew.ask({place: ("judge", (model, variance))})
+    raise EmbeddingError("workers ended again and again while the codes were counted")

@@ -1,0 +1,303 @@
+"""Shards in Ray's actors: calls carried, sums added up in a tree, lost workers made again."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from semid.distributed.fitworker import FitWorker
+from semid.errors import InputError
+from semid.quantization.blocks import BLOCK_ROWS
+from semid.quantization.rows import payload_bytes
+from semid.quantization.statistics import Statistics
+from semid.quantization.tree import Node, TreeSum, merge_nodes
+
+__all__ = ["Crew", "RayTeam"]
+
+logger = logging.getLogger(__name__)
+
+# What a shard must be told again to be where it was; a later call makes earlier ones void.
+VOIDS: dict[str, tuple[str, ...]] = {
+    "prepare": ("restart", "descend", "start_seeding", "lower", "assign"),
+    "restart": ("restart", "descend", "start_seeding", "lower", "assign"),
+    "descend": ("start_seeding", "lower", "assign"),
+    "start_seeding": ("start_seeding", "lower", "assign"),
+    "lower": (),
+    "assign": ("start_seeding", "lower", "assign"),
+}
+
+
+class Crew:
+    """Actors of one kind, each remade where it ends.
+
+    Args:
+        ray: Ray, connected.
+        make: makes the worker object of a place, inside its actor.
+        size: number of actors.
+        cpus: CPU slots of each.
+        retries: how often one call may lose its worker.
+    """
+
+    def __init__(
+        self,
+        ray: Any,
+        make: Callable[[int], Any],
+        *,
+        size: int,
+        cpus: int,
+        retries: int,
+        restore: Callable[[int], Sequence[tuple[str, tuple[Any, ...]]]],
+    ) -> None:
+        self.ray, self.make, self.size, self.retries = ray, make, size, retries
+        self.restore = restore
+        self.lost = 0
+        # Ray restarts nothing by itself: a new actor has to be told what the old one knew.
+        self._kind = ray.remote(num_cpus=cpus, max_restarts=0, max_task_retries=0)(_Host)
+        self.actors = [self._kind.remote(make, place) for place in range(size)]
+
+    def start(self, place: int, method: str, *arguments: Any) -> Any:
+        """Call a method of a worker; return the reference to its answer."""
+        return self.actors[place].call.remote(method, *arguments)
+
+    def ask(self, calls: Mapping[int, tuple[str, tuple[Any, ...]]]) -> dict[int, Any]:
+        """Call methods, wait, and return the answers; a worker that ends is made again."""
+        refs = {place: self.start(place, name, *given) for place, (name, given) in calls.items()}
+        answers: dict[int, Any] = {}
+        for place, ref in refs.items():
+            for attempt in range(self.retries + 1):
+                try:
+                    answers[place] = self.get(ref)
+                    break
+                except self.ray.exceptions.RayActorError as error:
+                    self.remake(place, attempt, error)
+                    name, given = calls[place]
+                    ref = self.start(place, name, *given)
+        return answers
+
+    def get(self, ref: Any) -> Any:
+        """Wait for an answer; what a worker raised on purpose is raised here as it was."""
+        try:
+            return self.ray.get(ref)
+        except self.ray.exceptions.RayTaskError as error:
+            cause = error.cause if isinstance(error.cause, Exception) else error
+            raise cause from None
+        except self.ray.exceptions.OutOfMemoryError as error:
+            raise InputError(
+                f"a worker ran out of memory ({str(error).splitlines()[0]}); use more --workers on "
+                "more machines, so that each holds fewer rows"
+            ) from None
+
+    def remake(self, place: int, attempt: int, error: Exception) -> None:
+        """Put a new worker in the place of one that ended, and bring it to where that one was.
+
+        Raises:
+            InputError: the place has lost too many.
+        """
+        self.lost += 1
+        if attempt >= self.retries:
+            raise InputError(
+                f"worker {place} ended {attempt + 1} times in one step ({_first_line(error)}); it "
+                "is probably out of memory: use more --workers on more machines, then --resume"
+            ) from None
+        logger.warning("worker %d ended (%s); it is made again", place, _first_line(error))
+        self.actors[place] = self._kind.remote(self.make, place)
+        for method, arguments in self.restore(place):
+            self.get(self.start(place, method, *arguments))
+
+    def dead(self) -> list[int]:
+        """Return the places whose worker has ended."""
+        found = []
+        for place, actor in enumerate(self.actors):
+            try:
+                self.ray.get(actor.call.remote("__class__"))
+            except self.ray.exceptions.RayActorError:
+                found.append(place)
+        return found
+
+    def process_ids(self) -> list[int]:
+        """Return the process id of each worker."""
+        return [int(pid) for pid in self.ray.get([a.process_id.remote() for a in self.actors])]
+
+    def close(self) -> None:
+        """End the workers and give their CPU slots back."""
+        for actor in self.actors:
+            self.ray.kill(actor)
+
+
+class _Host:
+    """An actor's body: one worker object and calls to it."""
+
+    def __init__(self, make: Callable[[int], Any], place: int) -> None:
+        import torch
+
+        torch.set_num_threads(1)  # workers cut work into blocks for plain threads themselves
+        self.worker = make(place)
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Call a method of the worker."""
+        if method == "__class__":
+            return None
+        return getattr(self.worker, method)(*arguments)
+
+    def pieces(self, method: str, size: int) -> Any:
+        """Call a method that answers in ``size`` pieces, each of which is kept as its own."""
+        found = getattr(self.worker, method)(size)
+        return tuple(found) if size > 1 else found[0]
+
+    def process_id(self) -> int:
+        """Return the process's id."""
+        import os
+
+        return os.getpid()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+class RayTeam:
+    """The shards of a fit, one an actor (`semid.quantization.rows.Team`).
+
+    Args:
+        ray: Ray, connected.
+        make: makes the worker of a place.
+        size: number of workers.
+        cpus: CPU slots of each.
+        retries: how often one call may lose its worker.
+
+    Attributes:
+        crew: the actors.
+        sent: method -> bytes of arrays that left this process.
+        received: method -> bytes of arrays that came back to it.
+        passed: method -> bytes of sums that went from one worker to another.
+    """
+
+    def __init__(
+        self, ray: Any, make: Callable[[int], FitWorker], *, size: int, cpus: int, retries: int
+    ) -> None:
+        self.ray = ray
+        self.spans: Sequence[tuple[int, int]] = []
+        self.sent: dict[str, int] = {}
+        self.received: dict[str, int] = {}
+        self.passed: dict[str, int] = {}
+        self._loads: list[tuple[Any, ...]] = []
+        self._journal: list[tuple[str, dict[int, tuple[Any, ...]]]] = []
+        self.crew = Crew(ray, make, size=size, cpus=cpus, retries=retries, restore=self._restore)
+
+    def load(self, loads: Sequence[tuple[Any, ...]], spans: Sequence[tuple[int, int]]) -> None:
+        """Give every worker its shard: arguments of `FitWorker.load`, and the rows it holds."""
+        self._loads = list(loads)
+        self.spans = list(spans)
+        self.crew.ask({place: ("load", given) for place, given in enumerate(self._loads)})
+
+    def _restore(self, place: int) -> list[tuple[str, tuple[Any, ...]]]:
+        if not self._loads:
+            return []
+        told: list[tuple[str, tuple[Any, ...]]] = [("load", self._loads[place])]
+        for method, arguments in self._journal:
+            if place in arguments:
+                told.append(("call", (method, *arguments[place])))
+        return told
+
+    def _note(self, method: str, arguments: Mapping[int, tuple[Any, ...]]) -> None:
+        """Remember a call that changes what shards know, and forget those it makes void."""
+        if method in VOIDS:
+            void = VOIDS[method]
+            self._journal = [entry for entry in self._journal if entry[0] not in void]
+            self._journal.append((method, dict(arguments)))
+
+    def ask(self, method: str, arguments: Mapping[int, tuple[Any, ...]]) -> dict[int, Any]:
+        """Call a `Shard` method on the shards named; return their answers."""
+        _count(self.sent, method, arguments)
+        answers = self.crew.ask({p: ("call", (method, *given)) for p, given in arguments.items()})
+        self._note(method, arguments)
+        _count(self.received, method, answers)
+        return answers
+
+    def add(self, method: str, *arguments: Any) -> list[Node[Statistics]]:
+        """Call a method that answers in nodes on every shard, and add them up in a tree.
+
+        Neighbours add up their nodes two by two, from worker to worker, so this process receives
+        one list of nodes whatever the number of workers.
+        """
+        everyone = dict.fromkeys(range(self.crew.size), arguments)
+        _count(self.sent, method, everyone)
+        for attempt in range(self.crew.retries + 1):
+            try:
+                nodes = self.crew.get(self._added(method, arguments))
+                break
+            except (self.ray.exceptions.RayActorError, self.ray.exceptions.ObjectLostError) as lost:
+                # The calls change nothing when they are made twice: all are made again.
+                for place in self.crew.dead():
+                    self.crew.remake(place, attempt, lost)
+                if attempt == self.crew.retries:
+                    raise InputError(
+                        f"'{method}' lost workers {attempt + 1} times ({_first_line(lost)}); use "
+                        "more --workers on more machines, then --resume"
+                    ) from None
+        self._note(method, everyone)
+        _count(self.received, method, nodes)
+        if nodes:
+            passed = self._nodes_passed() * payload_bytes(nodes[0])
+            self.passed[method] = self.passed.get(method, 0) + passed
+        merged: list[Node[Statistics]] = merge_nodes([_own(nodes)])
+        return merged
+
+    def _added(self, method: str, arguments: tuple[Any, ...]) -> Any:
+        big = [self.ray.put(value) if payload_bytes(value) else value for value in arguments]
+        held = [
+            (place, actor.call.remote("call", method, *big))
+            for place, actor in enumerate(self.crew.actors)
+        ]
+        while len(held) > 1:
+            joined = []
+            for left, right in zip(held[::2], held[1::2], strict=False):
+                at = left[0]
+                joined.append((at, self.crew.actors[at].call.remote("merge", left[1], right[1])))
+            if len(held) % 2:
+                joined.append(held[-1])
+            held = joined
+        return held[0][1]
+
+    def _nodes_passed(self) -> int:
+        """Count the nodes that go from worker to worker in one sum; the spans alone decide it."""
+        held: list[list[Node[_Nothing]]] = []
+        for first, last in self.spans:
+            tree: TreeSum[_Nothing] = TreeSum()
+            for block in range(first // BLOCK_ROWS, -(-last // BLOCK_ROWS)):
+                tree.add(block, _Nothing())
+            held.append(tree.nodes)
+        passed = 0
+        while len(held) > 1:
+            passed += sum(len(nodes) for nodes in held[1::2])
+            pairs = [merge_nodes(held[i : i + 2]) for i in range(0, len(held), 2)]
+            held = pairs
+        return passed
+
+    def close(self) -> None:
+        """End the workers."""
+        self.crew.close()
+
+
+class _Nothing:
+    """A sum of which only the place counts."""
+
+    def add_(self, other: _Nothing) -> None:
+        """Add nothing."""
+
+
+def _own(nodes: Sequence[Node[Statistics]]) -> list[Node[Statistics]]:
+    """Copy what lies in the object store, which is not to be written to."""
+    return [
+        Node(
+            node.height,
+            node.index,
+            Statistics(node.value.sums.copy(), node.value.counts.copy(), node.value.inertia),
+        )
+        for node in nodes
+    ]
+
+
+def _count(volume: dict[str, int], method: str, what: Any) -> None:
+    volume[method] = volume.get(method, 0) + payload_bytes(what)

@@ -1,0 +1,248 @@
+"""``semid unique`` over ids that no machine could hold: the same tokens, a part at a time.
+
+A token is an item's place in its bucket, so it depends on the items with equal codes alone. The
+files of ids are shared out by a hash of the codes into parts on disk; each part is numbered by
+itself; each file is written again with its tokens. Memory: one part, or one file, at a time.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from semid.catalogue.append import append_tokens, token_alphabet
+from semid.catalogue.uniqueness import UniqueReport
+from semid.codes import CodesInfo, ids_table
+from semid.data.filesystems import FilePath, Folder, open_parquet
+from semid.data.ids import ItemIds
+from semid.data.parquet_files import find_parquet
+from semid.distributed.encode_job import refuse_repeats
+from semid.errors import ArtefactError, OutputExistsError, UsageError
+from semid.health import bucket_keys, part_of
+
+__all__ = ["unique_folder"]
+
+PART_ROWS = 8_000_000
+"""Rows of a part, about: half a gigabyte while it is numbered."""
+
+
+@dataclass
+class _Counts:
+    items: int = 0
+    unique: int = 0
+    shared: int = 0
+    shared_after: int = 0
+    unplaced: int = 0
+    squares: float = 0.0
+
+
+def unique_folder(
+    source: FilePath,
+    output: FilePath,
+    *,
+    capacity: int | None = None,
+    parts: int | None = None,
+    work: FilePath | None = None,
+    overwrite: bool = False,
+) -> UniqueReport:
+    """Append a token that tells items with equal ids apart, to a folder of ids of any size.
+
+    The outcome is that of `semid.make_unique` with ``method="append"``, file by file.
+
+    Args:
+        source: folder or URI of ids as ``semid encode`` writes them.
+        output: folder or URI for the unique ids; a file for every file.
+        capacity: tokens of the new level; by default 256, or the next power of two that holds the
+            largest bucket.
+        parts: parts on disk; by default so many that one has about 8 million rows.
+        work: folder for them, on a disk with room for the ids; by default the system's own.
+        overwrite: replace ``output``.
+
+    Returns:
+        The report of `semid.make_unique`; ``unplaced_rows`` are not listed, only counted.
+
+    Raises:
+        UsageError: a value out of range, or there is nothing.
+        OutputExistsError: ``output`` exists.
+        ArtefactError: the files are no ids, or not of one model.
+        IdsError: item ids repeat.
+
+    Cost: two reads and one write of the ids, and one write and read of the parts. Memory: a part or
+    a file, and 8 bytes an item with which repeated item ids are found.
+    """
+    if capacity is not None and capacity < 1:
+        raise UsageError(f"capacity={capacity}: give at least 1")
+    files = find_parquet(source)
+    info = _one_info(files)
+    target = Folder(output)
+    if target.exists() and not overwrite:
+        raise OutputExistsError(
+            f"output '{output}' exists; choose another path or pass --overwrite (overwrite=True)"
+        )
+    rows = 0
+    for file in files:
+        with open_parquet(file) as parquet:
+            rows += parquet.metadata.num_rows
+    count = parts or max(1, -(-rows // PART_ROWS))
+    with tempfile.TemporaryDirectory(dir=work, prefix="semid-unique-") as name:
+        folder = Path(name)
+        _share_out(files, info, folder, count)
+        largest = max(_number(folder, part) for part in range(count))
+        size = capacity or token_alphabet(np.array([largest]))
+        counts = _count(folder, count, size)
+        extended = replace(info, unique="append", codebook_sizes=(*info.codebook_sizes, size))
+        target.remove()
+        for number, file in enumerate(files):
+            tokens = np.minimum(_tokens(folder, number, count), size - 1)
+            table = _plain(file, info)
+            codes = _codes(table, info)
+            target.write_table(
+                f"part-{number:06d}.parquet",
+                ids_table(
+                    table["item_id"].combine_chunks(),
+                    np.concatenate([codes, tokens[:, None].astype(codes.dtype)], axis=1),
+                    table["residual_norm"].to_numpy(),
+                    extended,
+                    model_codes=codes,
+                ),
+            )
+    items = max(counts.items, 1)
+    return UniqueReport(
+        method="append",
+        capacity=size,
+        items=counts.items,
+        unique_before=counts.unique,
+        unique_after=counts.items - counts.unplaced,
+        shared_before=counts.shared,
+        shared_after=counts.shared_after,
+        moved=0,
+        unplaced=counts.unplaced,
+        distortion_before=counts.squares / items,
+        distortion_after=counts.squares / items,
+        largest_extra=0.0,
+        unplaced_rows=np.empty(0, np.int64),
+    )
+
+
+def _one_info(files: list[FilePath]) -> CodesInfo:
+    """Read what the files carry; all must carry the same."""
+    found: CodesInfo | None = None
+    for file in files:
+        with open_parquet(file) as parquet:
+            info = CodesInfo.from_metadata(parquet.schema_arrow.metadata, path=file).model
+        if found is not None and info != found:
+            raise ArtefactError(
+                f"'{file}' holds ids of another model, beam or method than '{files[0]}'; keep the "
+                "ids of one model in a folder"
+            )
+        found = info
+    if found is None:
+        raise UsageError("there are no files of ids")
+    return found
+
+
+def _plain(file: FilePath, info: CodesInfo) -> pa.Table:
+    """Read a file's ids as the model gave them."""
+    with open_parquet(file) as parquet:
+        table = parquet.read()
+    if "model_codes" in table.column_names:
+        table = table.drop_columns(["codes"]).rename_columns(
+            [{"model_codes": "codes"}.get(n, n) for n in table.column_names if n != "codes"]
+        )
+    return table
+
+
+def _codes(table: pa.Table, info: CodesInfo) -> npt.NDArray[np.unsignedinteger[npt.NBitBase]]:
+    flat = table["codes"].combine_chunks().flatten().to_numpy()
+    return flat.reshape(-1, len(info.codebook_sizes))  # type: ignore[no-any-return]
+
+
+def _share_out(files: list[FilePath], info: CodesInfo, folder: Path, parts: int) -> None:
+    """Write each file's rows into the parts of their codes."""
+    hashes = []
+    for number, file in enumerate(files):
+        table = _plain(file, info)
+        hashes.append(ItemIds(table["item_id"]).hash64())
+        codes = _codes(table, info)
+        owner = part_of(codes.astype(np.uint64), parts)
+        for part in range(parts):
+            rows = np.flatnonzero(owner == part)
+            kept = table.take(pa.array(rows)).append_column("row", pa.array(rows))
+            place = folder / f"part-{part:05d}"
+            place.mkdir(exist_ok=True)
+            pq.write_table(kept, place / f"file-{number:06d}.parquet")
+    refuse_repeats(hashes)
+
+
+def _number(folder: Path, part: int) -> int:
+    """Number the items of each bucket of a part; return the highest number."""
+    place = folder / f"part-{part:05d}"
+    names = sorted(path.name for path in place.glob("file-*"))
+    tables = [pq.read_table(place / name) for name in names]
+    whole = pa.concat_tables(tables)
+    if not len(whole):
+        tokens = np.empty(0, np.int64)
+    else:
+        flat = whole["codes"].combine_chunks().flatten().to_numpy()
+        tokens = append_tokens(
+            flat.reshape(len(whole), -1),
+            whole["residual_norm"].to_numpy(),
+            ItemIds(whole["item_id"]),
+        )
+    done = 0
+    for name, table in zip(names, tables, strict=True):
+        own = tokens[done : done + len(table)]
+        done += len(table)
+        pq.write_table(
+            table.select(["row", "codes", "residual_norm"]).append_column("token", pa.array(own)),
+            place / name.replace("file-", "tokens-"),
+        )
+    return int(tokens.max(initial=0))
+
+
+def _pieces(folder: Path, parts: int) -> Iterator[pa.Table]:
+    for part in range(parts):
+        names = sorted((folder / f"part-{part:05d}").glob("tokens-*"))
+        yield pa.concat_tables([pq.read_table(name) for name in names])
+
+
+def _count(folder: Path, parts: int, size: int) -> _Counts:
+    """Add up what the report says, part by part."""
+    counts = _Counts()
+    for table in _pieces(folder, parts):
+        if not len(table):
+            continue
+        flat = table["codes"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
+        tokens = table["token"].to_numpy()
+        _, sizes = np.unique(bucket_keys(flat), return_counts=True)
+        norms = table["residual_norm"].to_numpy().astype(np.float64)
+        over = sizes[sizes > size]
+        counts.items += len(table)
+        counts.unique += len(sizes)
+        counts.shared += int(sizes[sizes > 1].sum())
+        # The last token of a full bucket is shared by all that found no place, and its first owner.
+        counts.shared_after += int((over - size + 1).sum())
+        counts.unplaced += int((tokens >= size).sum())
+        counts.squares += float((norms**2).sum())
+    return counts
+
+
+def _tokens(folder: Path, number: int, parts: int) -> npt.NDArray[np.int64]:
+    """Bring a file's tokens back into the order of its rows."""
+    pieces = [
+        pq.read_table(
+            folder / f"part-{part:05d}" / f"tokens-{number:06d}.parquet", columns=["row", "token"]
+        )
+        for part in range(parts)
+    ]
+    whole = pa.concat_tables(pieces)
+    tokens = np.empty(len(whole), np.int64)
+    tokens[whole["row"].to_numpy()] = whole["token"].to_numpy()
+    return tokens

@@ -1,0 +1,171 @@
+"""Parquet cut into units of row groups: what one worker takes at a time, and can be done again.
+
+A unit depends on the files alone, not on the number of workers, so a run that was stopped knows
+what it has done and what is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from semid.data.columns import pick_embedding_column
+from semid.data.filesystems import FilePath, is_uri
+from semid.data.id_sources import DEFAULT_ID_COLUMN
+from semid.data.ids import ItemIds
+from semid.data.parquet_files import ParquetFiles
+from semid.data.parquet_source import ParquetSource
+from semid.data.source import EmbeddingSource
+from semid.errors import UsageError, nearest_name
+
+__all__ = ["UNIT_ROWS", "Catalogue", "Unit"]
+
+UNIT_ROWS = 262_144
+"""Rows after which a unit is full: what the end of a worker can cost at most, with the row group
+that goes over it."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Row groups of one file that follow one another.
+
+    Attributes:
+        file: number of the file.
+        groups: numbers of its row groups.
+        first_row: number of the first row among all rows.
+        rows: rows in it.
+    """
+
+    file: int
+    groups: tuple[int, ...]
+    first_row: int
+    rows: int
+
+    @property
+    def name(self) -> str:
+        """Name of the file of its results; names sort in row order."""
+        return f"part-{self.file:06d}-{self.groups[0]:06d}.parquet"
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """Embeddings in Parquet, known by their footers alone; small, and can be sent to a worker.
+
+    Attributes:
+        files: the files.
+        column: the embedding column.
+        id_column: the id column, or None for row numbers.
+    """
+
+    files: ParquetFiles
+    column: str
+    id_column: str | None
+
+    @classmethod
+    def open(
+        cls,
+        path: FilePath,
+        *,
+        embedding_column: str | None = None,
+        id_column: str | None = None,
+    ) -> Catalogue:
+        """Read the footers.
+
+        Args:
+            path: Parquet file, folder, glob or URI.
+            embedding_column: as for `semid.open_embeddings`.
+            id_column: as for `semid.open_embeddings`.
+
+        Raises:
+            UsageError: nothing is there, it is no Parquet, or a column is not there.
+            EmbeddingError: the files do not agree.
+        """
+        if str(path).lower().endswith((".npy", ".npz")):
+            raise UsageError(
+                f"'{path}' is an .npy, whose rows have no row groups that workers could share; "
+                "leave --engine and --processes out (it is mapped into memory, and threads share "
+                "it), or write the embeddings as a folder of Parquet files"
+            )
+        files = ParquetFiles.open(path)
+        column = pick_embedding_column(files.schemas[0], embedding_column, label=files.label)
+        chosen = id_column
+        if chosen is None and DEFAULT_ID_COLUMN in files.schemas[0].names:
+            chosen = DEFAULT_ID_COLUMN
+        if chosen is not None:
+            _agree(files, chosen)
+        ParquetSource(files, column)  # refuses files that do not agree on the embeddings
+        return cls(files, column, chosen)
+
+    def __len__(self) -> int:
+        """Count the rows."""
+        return self.files.count
+
+    @property
+    def id_type(self) -> pa.DataType:
+        """Arrow type of the item ids."""
+        if self.id_column is None:
+            return pa.int64()
+        return self.files.schemas[0].field(self.id_column).type
+
+    def units(self, rows: int = UNIT_ROWS) -> list[Unit]:
+        """Cut into units: row groups of a file until one has ``rows`` rows, in row order."""
+        units: list[Unit] = []
+        start = 0
+        for file, sizes in enumerate(self.files.row_groups):
+            held: list[int] = []
+            count = 0
+            for group, size in enumerate(sizes):
+                if not size:
+                    continue
+                held.append(group)
+                count += size
+                if count >= rows:
+                    units.append(Unit(file, tuple(held), start, count))
+                    start, held, count = start + count, [], 0
+            if held:
+                units.append(Unit(file, tuple(held), start, count))
+                start += count
+        return units
+
+    def source(self, units: Sequence[Unit]) -> EmbeddingSource:
+        """Open the rows of some units that follow one another, under their ids."""
+        files = self.files.select([(unit.file, unit.groups) for unit in units])
+        if self.id_column is None:
+            first = units[0].first_row
+            ids = ItemIds(pa.array(np.arange(first, first + files.count)))
+        else:
+            values = files.read([self.id_column]).column(0)
+            ids = ItemIds(values, source=f"id column '{self.id_column}' of {files.label}")
+        return ParquetSource(files, self.column, ids=ids)
+
+    def check_local(self, *, what: str, several: bool) -> None:
+        """Refuse paths that other machines cannot see.
+
+        Raises:
+            UsageError: ``several`` machines would need it and it is a file system in memory.
+        """
+        if several and is_uri(self.files.paths[0]) and str(self.files.paths[0])[:9] == "memory://":
+            raise UsageError(
+                f"{self.files.label} lies in this process's memory, which {what} cannot see; "
+                "write it to a disk or an object store that all of them reach"
+            )
+
+
+def _agree(files: ParquetFiles, column: str) -> None:
+    """Refuse files that lack the id column or hold ids of another type."""
+    kinds: dict[pa.DataType, FilePath] = {}
+    for path, schema in zip(files.paths, files.schemas, strict=True):
+        if column not in schema.names:
+            raise UsageError(
+                f"'{path}' has no column '{column}'{nearest_name(column, schema.names)}; name the "
+                "id column with --id-column (id_column=)"
+            )
+        kinds.setdefault(schema.field(column).type, path)
+    if len(kinds) > 1:
+        found = ", ".join(f"{kind} in '{path}'" for kind, path in kinds.items())
+        raise UsageError(
+            f"the id column '{column}' is of several types: {found}; write all files with one"
+        )

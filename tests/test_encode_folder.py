@@ -1,0 +1,278 @@
+"""Encoding folders with several processes: the same file, whoever encodes which row group."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import semid
+from distributed_cases import rows_array, write_folder
+from semid.cli import main
+from semid.data.filesystems import Folder
+from semid.distributed import encode_run
+from semid.distributed.encode_job import EncodeJob, Encoder, open_output
+from semid.distributed.encode_run import LocalOptions, encode_folder
+from semid.distributed.units import Catalogue
+from semid.errors import (
+    ArtefactError,
+    EmbeddingError,
+    IdsError,
+    InputError,
+    OutputExistsError,
+    UsageError,
+)
+
+ONE = LocalOptions(processes=1)
+
+
+@pytest.fixture(scope="module")
+def model(clustered, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "model"
+    semid.RQKMeans(levels=2, codebook_size=16).fit(clustered).save(path)
+    return path
+
+
+@pytest.fixture
+def folder(clustered, tmp_path) -> Path:
+    return write_folder(tmp_path / "items", clustered)
+
+
+class Inline:
+    """A pool that works in this process: what a unit does, without the price of a start."""
+
+    def __init__(self, workers, *, mp_context, initializer, initargs):
+        initializer(*initargs)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *ended):
+        return None
+
+    def submit(self, work, *given):
+        from concurrent.futures import Future
+
+        future: Future[object] = Future()
+        try:
+            future.set_result(work(*given))
+        except Exception as error:  # noqa: BLE001 - as a pool does
+            future.set_exception(error)
+        return future
+
+
+@pytest.fixture
+def inline(monkeypatch):
+    monkeypatch.setattr(encode_run, "ProcessPoolExecutor", Inline)
+
+
+def same_as_local(model: Path, source: Path, output: Path) -> None:
+    """Check table and metadata against what one process writes in one go."""
+    expected = semid.load(model).encode(source)
+    assert pq.read_table(output).equals(expected.to_arrow())
+    file = output if output.is_file() else sorted(output.iterdir())[0]
+    assert pq.read_schema(file).equals(expected.to_arrow().schema, check_metadata=True)
+
+
+def test_two_processes_write_what_one_writes(model, folder, tmp_path):
+    done = encode_folder(
+        model, folder, tmp_path / "ids", engine=LocalOptions(processes=2), unit_rows=200
+    )
+    assert done.rows == done.encoded == sum(done.by_process.values()) == 1200
+    assert os.getpid() not in done.by_process
+    same_as_local(model, folder, tmp_path / "ids")
+    assert not (tmp_path / "ids.partial").exists()
+
+
+@pytest.mark.parametrize("unit_rows", [1, 150, 10_000])
+@pytest.mark.parametrize("output", ["ids", "ids.parquet"])
+def test_units_change_nothing(model, folder, tmp_path, inline, unit_rows, output):
+    encode_folder(model, folder, tmp_path / output, engine=ONE, unit_rows=unit_rows)
+    same_as_local(model, folder, tmp_path / output)
+    files = [tmp_path / output] if output.endswith("t") else list((tmp_path / "ids").iterdir())
+    units = {1: 13, 150: 7, 10_000: 3}[unit_rows]
+    assert len(files) == (1 if output.endswith("t") else units)
+
+
+def test_row_numbers_go_on_from_file_to_file(model, clustered, tmp_path, inline):
+    source = write_folder(tmp_path / "items", clustered, ids=False)
+    encode_folder(model, source, tmp_path / "ids", engine=ONE, unit_rows=150)
+    same_as_local(model, source, tmp_path / "ids")
+    assert pq.read_table(tmp_path / "ids")["item_id"].to_pylist() == list(range(1200))
+
+
+@pytest.mark.parametrize("kind", ["rqpvae"])
+def test_a_network_encodes_the_same_in_units(kind, clustered, folder, tmp_path, inline):
+    small = {"hidden": [16], "latent": 8, "pretrain_epochs": 0}
+    tokenizer = semid.RQPVAE(
+        levels=2, codebook_size=8, network=small, training={"epochs": 1, "batch_size": 256}
+    )
+    tokenizer.fit(clustered).save(tmp_path / kind)
+    encode_folder(tmp_path / kind, folder, tmp_path / "ids", engine=ONE, unit_rows=150)
+    same_as_local(tmp_path / kind, folder, tmp_path / "ids")
+
+
+class KilledError(Exception):
+    pass
+
+
+def test_a_driver_that_was_killed_goes_on(model, folder, tmp_path, inline, monkeypatch):
+    encoded: list[str] = []
+    real = Encoder.encode
+
+    def dies(self, unit):
+        if len(encoded) == 3:
+            raise KilledError
+        encoded.append(unit.name)
+        return real(self, unit)
+
+    monkeypatch.setattr(Encoder, "encode", dies)
+    with pytest.raises(KilledError):
+        encode_folder(model, folder, tmp_path / "ids", engine=ONE, unit_rows=150)
+    assert not (tmp_path / "ids").exists()
+    # A write that the kill cut short leaves a hidden file, which is no part.
+    (tmp_path / "ids.partial" / ".part-000002-000000.parquet.1.tmp").write_bytes(b"half")
+    with pytest.raises(OutputExistsError, match="--resume"):
+        encode_folder(model, folder, tmp_path / "ids", engine=ONE, unit_rows=150)
+    before = list(encoded)
+    monkeypatch.setattr(Encoder, "encode", lambda s, u: (encoded.append(u.name), real(s, u))[1])
+    done = encode_folder(model, folder, tmp_path / "ids", engine=ONE, unit_rows=150, resume=True)
+    assert not set(before) & set(encoded[3:])
+    assert 0 < done.encoded < done.rows == 1200
+    same_as_local(model, folder, tmp_path / "ids")
+
+
+def test_a_resume_with_another_model_is_refused(model, folder, clustered, tmp_path, inline):
+    info = semid.load(model).codes_info()
+    catalogue = Catalogue.open(folder)
+    open_output(tmp_path / "ids", overwrite=False, resume=False, info=info, catalogue=catalogue)
+    other = tmp_path / "other"
+    semid.RQKMeans(levels=2, codebook_size=16, seed=9).fit(clustered).save(other)
+    with pytest.raises(ArtefactError, match="another model"):
+        encode_folder(other, folder, tmp_path / "ids", engine=ONE, resume=True)
+    job = EncodeJob(other, catalogue, tmp_path / "ids.partial", info)
+    with pytest.raises(ArtefactError, match="has changed"):
+        Encoder(job)
+
+
+def kills_itself_once(unit):
+    """Encode a unit; the first process to come by ends as the out-of-memory killer ends one."""
+    marker = Path(os.environ["SEMID_TEST_MARKER"])
+    if unit.groups[0] > 0 and not marker.exists():
+        marker.write_text("killed", encoding="utf8")
+        os.kill(os.getpid(), signal.SIGKILL)
+    assert encode_run._ENCODER is not None
+    return encode_run._ENCODER.encode(unit)
+
+
+def test_a_killed_process_costs_no_row(model, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("SEMID_TEST_MARKER", str(tmp_path / "marker"))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setattr(encode_run, "_encode", kills_itself_once)
+    done = encode_folder(model, folder, tmp_path / "ids", engine=ONE, unit_rows=150)
+    assert (tmp_path / "marker").exists()
+    assert done.lost == 1
+    assert done.rows == 1200
+    same_as_local(model, folder, tmp_path / "ids")
+
+
+def test_processes_that_end_again_and_again_end_the_run(model, folder, tmp_path, monkeypatch):
+    class Broken(Inline):
+        def submit(self, work, *given):
+            raise encode_run.BrokenProcessPool("ended")
+
+    monkeypatch.setattr(encode_run, "ProcessPoolExecutor", Broken)
+    with pytest.raises(InputError, match=r"4 times, 3 units are left.*--resume"):
+        encode_folder(model, folder, tmp_path / "ids", engine=ONE)
+
+
+def test_repeated_ids_are_found_among_units(model, clustered, tmp_path, inline):
+    names = [f"i{row}" for row in range(1200)]
+    names[-1] = "i0"
+    source = write_folder(tmp_path / "items", clustered, names=names)
+    with pytest.raises(IdsError, match="1 item ids stand in more than one place"):
+        encode_folder(model, source, tmp_path / "ids", engine=ONE, unit_rows=150)
+
+
+def test_bad_rows_are_refused_or_skipped(model, clustered, tmp_path, inline):
+    bad = clustered.copy()
+    bad[[5, 700]] = np.nan
+    source = write_folder(tmp_path / "items", bad)
+    with pytest.raises(EmbeddingError, match="NaN"):
+        encode_folder(model, source, tmp_path / "ids", engine=ONE, unit_rows=150)
+    assert not (tmp_path / "ids.partial").exists()
+    done = encode_folder(
+        model, source, tmp_path / "ids", engine=ONE, unit_rows=150, on_invalid="skip"
+    )
+    assert done.rows == 1198
+    kept = semid.open_embeddings(source, on_invalid="skip")
+    assert pq.read_table(tmp_path / "ids").equals(semid.load(model).encode(kept).to_arrow())
+    with pytest.raises(UsageError, match="neither"):
+        encode_folder(model, source, tmp_path / "x", engine=ONE, on_invalid="drop")
+
+
+def test_the_estimate_explains_the_choice(model, folder, tmp_path, inline):
+    said: list[str] = []
+    done = encode_folder(model, folder, tmp_path / "ids", engine=ONE, announce=said.append)
+    assert done.estimate is not None
+    assert said == [done.estimate.sentence]
+    assert "1,200 rows" in said[0]
+    assert "--engine ray pays when more machines share the work" in said[0]
+    assert done.estimate.seconds("ray", 1) > done.estimate.seconds("local", 1)
+    assert done.estimate.seconds("ray", 64) < done.estimate.seconds("ray", 1)
+
+
+def test_what_cannot_be_shared_is_refused(model, clustered, folder, tmp_path):
+    np.save(tmp_path / "x.npy", clustered)
+    with pytest.raises(UsageError, match=r"is an \.npy"):
+        encode_folder(model, tmp_path / "x.npy", tmp_path / "ids")
+    pq.write_table(
+        pa.table({"embedding": rows_array(clustered[:5]), "item_id": [1, 2, 3, 4, 5]}),
+        folder / "part-9.parquet",
+    )
+    with pytest.raises(UsageError, match="several types"):
+        encode_folder(model, folder, tmp_path / "ids")
+
+
+def test_files_in_this_processs_memory_are_refused_to_others(model, folder):
+    memory = Folder("memory://semid-units")
+    memory.write("a.parquet", (folder / "part-0.parquet").read_bytes())
+    with pytest.raises(UsageError, match="this process's memory"):
+        encode_folder(model, "memory://semid-units", "memory://semid-ids")
+    memory.remove()
+
+
+def run_cli(*arguments: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments])
+    assert not ended.value.code
+
+
+def test_the_command_line_shares_a_folder_out(model, folder, tmp_path, inline, capsys):
+    run_cli("encode", str(model), str(folder), "-o", str(tmp_path / "ids"), "-q")
+    said = capsys.readouterr()
+    assert "encoded 1,200 of 1,200 items" in said.out
+    assert "one worker encodes about" in said.err
+    same_as_local(model, folder, tmp_path / "ids")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--engine", "spark"], "--engine='spark'"),
+        (["--workers", "2"], "--workers and --ray-address go with --engine ray"),
+        (["--engine", "ray", "--processes", "2"], "--processes and --threads"),
+        (["--processes", "2", "--ids", "x.csv"], "--catalogue and --ids"),
+        (["--processes", "2", "--novelty", "n.parquet"], "--novelty goes with"),
+    ],
+)
+def test_flags_that_do_not_go_together(model, folder, tmp_path, flags, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["encode", str(model), str(folder), "-o", str(tmp_path / "ids"), *flags])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err

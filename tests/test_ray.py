@@ -1,0 +1,248 @@
+"""The engine: codes equal to the bit, workers that end, and what would hang or break refused."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+import semid
+from distributed_cases import many_rows, write_folder
+from semid.cli import main
+from semid.data.filesystems import Folder
+from semid.distributed.encode_job import Encoder
+from semid.distributed.encode_run import encode_folder
+from semid.distributed.ray_fit import fit_on_ray
+from semid.distributed.ray_start import RayOptions, check_slots, check_store, import_ray
+from semid.distributed.ray_team import RayTeam
+from semid.distributed.units import Catalogue
+from semid.errors import EmbeddingError, InputError, UsageError
+from semid.quantization.kmeans import KMeansOptions
+
+ray = pytest.importorskip("ray")
+
+# Ray opens sockets and files that Python closes when it ends.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning:ray"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[object]:
+    """Start one cluster of two CPU slots; actors find the tests' helpers by name."""
+    import_ray()
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent)
+    ray.init(
+        num_cpus=2, include_dashboard=False, object_store_memory=80_000_000, log_to_driver=False
+    )
+    yield ray
+    ray.shutdown()
+    del os.environ["PYTHONPATH"]
+
+
+@pytest.fixture(scope="module")
+def rows() -> np.ndarray:
+    return many_rows()
+
+
+@pytest.fixture(scope="module")
+def items(rows, tmp_path_factory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("ray") / "items", rows, row_group=30_000)
+
+
+def tokenizer(**options: object) -> semid.RQKMeans:
+    return semid.RQKMeans(
+        levels=2, codebook_size=6, threads=1, kmeans=KMeansOptions(iterations=1), **options
+    )
+
+
+@pytest.fixture(scope="module")
+def local(items) -> semid.RQKMeans:
+    return tokenizer(center=True).fit(items)
+
+
+def check_same(fitted: semid.RQKMeans, local: semid.RQKMeans) -> None:
+    assert fitted.codebook_fingerprint == local.codebook_fingerprint
+    assert fitted.weights_fingerprint == local.weights_fingerprint
+    assert fitted.report is not None
+    assert local.report is not None
+    assert fitted.report.details == local.report.details
+    assert fitted.report.held_out_items == local.report.held_out_items
+    ours, theirs = fitted.report.health, local.report.health
+    assert ours["collisions"] == theirs["collisions"]
+    assert ours["usage"] == theirs["usage"]
+    assert ours["validation_error"] == pytest.approx(theirs["validation_error"], rel=1e-12)
+
+
+def test_fit_and_encode_equal_local_ones(cluster, items, local, tmp_path):
+    fitted = tokenizer(center=True)
+    done = fit_on_ray(fitted, Catalogue.open(items), options=RayOptions(workers=2))
+    check_same(fitted, local)
+    # Shards are cut between blocks: none holds more than its share, and a block.
+    assert done.workers == 2
+    assert min(done.rows) > 0
+    assert max(done.rows) <= sum(done.rows) / 2 + 65_536
+    assert done.passed["assign"] > 0
+    fitted.save(tmp_path / "model")
+    run = encode_folder(
+        tmp_path / "model",
+        items,
+        tmp_path / "ids",
+        engine=RayOptions(workers=2),
+        unit_rows=30_000,
+    )
+    assert pq.read_table(tmp_path / "ids").equals(local.encode(items).to_arrow())
+    assert len(run.by_process) == 2
+    assert os.getpid() not in run.by_process
+    # Each began with one unit, so neither can have had all the others and that one too.
+    assert max(run.by_process.values()) <= len(local.encode(items)) - 10_000
+
+
+class Stoppable:
+    """Make encoders of which the first ends by a signal in its second unit."""
+
+    def __init__(self, job, marker: Path) -> None:
+        self.job, self.marker = job, marker
+
+    def __call__(self, place: int) -> Encoder:
+        encoder = Encoder(self.job, threads=1)
+        real, begun, marker = encoder.encode, [], self.marker
+
+        def encode(unit):
+            begun.append(unit)
+            if len(begun) == 2 and not marker.exists():
+                marker.write_text(str(os.getpid()), encoding="utf8")
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(unit)
+
+        encoder.encode = encode  # type: ignore[method-assign]
+        return encoder
+
+
+def test_a_killed_actor_costs_no_row(cluster, items, local, tmp_path, monkeypatch):
+    local.save(tmp_path / "model")
+    marker = tmp_path / "marker"
+    monkeypatch.setattr(
+        "semid.distributed.encode_run._Maker", lambda job, threads: Stoppable(job, marker)
+    )
+    run = encode_folder(
+        tmp_path / "model",
+        items,
+        tmp_path / "ids",
+        engine=RayOptions(workers=1),
+        unit_rows=30_000,
+    )
+    assert marker.exists()
+    assert run.lost == 1
+    assert pq.read_table(tmp_path / "ids").equals(local.encode(items).to_arrow())
+
+
+@pytest.mark.parametrize("method", ["assign", pytest.param("lower", marks=pytest.mark.slow)])
+def test_a_worker_killed_in_a_fit_changes_no_bit(cluster, items, local, monkeypatch, method):
+    killed: list[int] = []
+    real = {"add": RayTeam.add, "ask": RayTeam.ask}
+    name = "add" if method == "assign" else "ask"
+
+    def kills(self, called, *arguments):
+        if called == method and not killed and self._journal[-1][0] != "start_seeding":
+            killed.append(self.crew.process_ids()[1])
+            threading.Timer(0.05, os.kill, (killed[0], signal.SIGKILL)).start()
+            time.sleep(0.1)
+        return real[name](self, called, *arguments)
+
+    monkeypatch.setattr(RayTeam, name, kills)
+    fitted = tokenizer(center=True)
+    done = fit_on_ray(fitted, Catalogue.open(items), options=RayOptions(workers=2))
+    assert killed
+    assert done.lost == 1
+    check_same(fitted, local)
+
+
+def test_actors_that_would_starve_the_readers_are_refused(cluster):
+    assert check_slots(ray, RayOptions(workers=1), readers=1) == 1
+    assert check_slots(ray, RayOptions()) == 2
+    with pytest.raises(UsageError, match=r"leave 1 for the tasks that read.*give --workers 1"):
+        check_slots(ray, RayOptions(workers=2), readers=1)
+    with pytest.raises(UsageError, match=r"3 workers with 1 CPUs.*give --workers 2"):
+        check_slots(ray, RayOptions(workers=3))
+    with pytest.raises(UsageError, match=r"3 CPUs does not fit.*lower --cpus-per-worker"):
+        check_slots(ray, RayOptions(cpus_per_worker=3))
+
+
+def test_a_small_object_store_is_refused(cluster, items):
+    with pytest.raises(InputError, match=r"holds 80 MB.*--object-store-memory=268435456"):
+        check_store(ray, 200_000_000, what="the sums")
+    wide = semid.RQKMeans(levels=1, codebook_size=180_000)
+    with pytest.raises(InputError, match=r"object store.*the sums of 180000 x 4 codewords"):
+        fit_on_ray(wide, Catalogue.open(items), options=RayOptions(workers=1))
+
+
+def test_bad_data_reads_as_without_ray(cluster, tmp_path, clustered):
+    bad = clustered.copy()
+    bad[7] = np.nan
+    source = write_folder(tmp_path / "bad", bad)
+    with pytest.raises(EmbeddingError, match=r"holds 1 row with NaN"):
+        fit_on_ray(tokenizer(), Catalogue.open(source), options=RayOptions(workers=1))
+    few = write_folder(tmp_path / "few", np.repeat(clustered[:4], 10, axis=0))
+    with pytest.raises(EmbeddingError, match="4 distinct rows cannot fill codebook_size=6"):
+        fit_on_ray(tokenizer(), Catalogue.open(few), options=RayOptions(workers=1))
+
+
+def test_no_usage_statistics_are_sent(cluster):
+    from ray._common.usage import usage_lib
+
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+    assert not usage_lib.usage_stats_enabled()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--engine", "ray", "--log", "jsonl:x", "--threads", "2"], "--log, --threads do not go"),
+        (["--engine", "ray", "--on-invalid", "skip"], "--on-invalid do not go"),
+        (["--engine", "dask"], "--engine='dask'"),
+        (["--ray-address", "auto"], "go with --engine ray"),
+    ],
+)
+def test_flags_of_a_fit_that_do_not_go_together(items, tmp_path, flags, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", str(items), "-o", str(tmp_path / "model"), *flags])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_files_that_workers_cannot_see_are_refused(items):
+    memory = Folder("memory://semid-ray")
+    memory.write("a.parquet", (items / "part-0.parquet").read_bytes())
+    with pytest.raises(UsageError, match="a worker cannot see"):
+        fit_on_ray(tokenizer(), Catalogue.open("memory://semid-ray"))
+    memory.remove()
+
+
+def test_options_out_of_range_are_refused():
+    with pytest.raises(UsageError, match=r"--workers 0.*--cpus-per-worker 0"):
+        RayOptions(workers=0, cpus_per_worker=0)
+
+
+def test_without_ray_the_command_to_install_it_is_named():
+    script = (
+        "import sys; sys.modules['ray'] = None\n"
+        "from semid.distributed.ray_start import import_ray\n"
+        "import_ray()"
+    )
+    failed = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert "pip install 'semid[ray]'" in failed.stderr

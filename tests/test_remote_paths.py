@@ -1,0 +1,179 @@
+"""Fit and encode from and to other file systems; Arrow batches as Spark hands them over."""
+
+from __future__ import annotations
+
+import socket
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import semid
+from distributed_cases import rows_array, write_folder
+from semid.cli import main
+from semid.data.filesystems import Folder, list_files, resolve
+from semid.distributed.arrow import ArrowEncoder, ids_of_table
+from semid.errors import EmbeddingError, UsageError
+
+
+def run(*arguments: object) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    assert not ended.value.code
+
+
+def fails(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    return int(ended.value.code or 0)
+
+
+@pytest.fixture(scope="module")
+def folder(clustered, tmp_path_factory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("remote") / "items", clustered)
+
+
+def send(folder: Path, uri: str) -> str:
+    target = Folder(uri)
+    for file in folder.iterdir():
+        target.write(file.name, file.read_bytes())
+    target.write("_SUCCESS", b"")
+    return uri
+
+
+def check_whole_way(base: str, folder: Path, tmp_path: Path, monkeypatch) -> None:
+    """Fit and encode with every path elsewhere; nothing differs from the same on this disk."""
+    monkeypatch.chdir(tmp_path)
+    items = send(folder, f"{base}/items")
+    options = ["--levels", "2", "--codebook-size", "16", "-q"]
+    run("fit", items, "-o", f"{base}/model", *options)
+    here = semid.RQKMeans(levels=2, codebook_size=16).fit(folder)
+    there = semid.load(f"{base}/model")
+    assert there.weights_fingerprint == here.weights_fingerprint
+    assert list(tmp_path.iterdir()) == []  # the state of the run is gone
+    assert fails("fit", items, "-o", f"{base}/model", *options) == 2
+    expected = here.encode(folder).to_arrow()
+    assert semid.open_embeddings(f"{items}/part-[01].parquet").describe()["files"] == 2
+    if not base.startswith("memory"):  # other processes do not see this one's memory
+        for output in (f"{base}/ids", f"{base}/ids.parquet"):
+            run("encode", f"{base}/model", items, "-o", output, "--processes", "1", "-q")
+            system, inner = resolve(output)
+            assert pq.read_table(inner, filesystem=system).equals(expected)
+            assert fails("encode", f"{base}/model", items, "-o", output, "-q") == 2
+    run("encode", f"{base}/model", items, "-o", tmp_path / "ids.parquet", "-q")
+    assert pq.read_table(tmp_path / "ids.parquet").equals(expected)
+
+
+def test_file_uris(folder, tmp_path, monkeypatch):
+    work = tmp_path / "work"
+    work.mkdir()
+    check_whole_way(f"file://{tmp_path}/store", folder, work, monkeypatch)
+
+
+def test_a_file_system_in_memory(folder, tmp_path, monkeypatch):
+    check_whole_way("memory://semid-test", folder, tmp_path, monkeypatch)
+    Folder("memory://semid-test").remove()
+
+
+@pytest.fixture
+def s3(monkeypatch) -> Iterator[str]:
+    """Start a real S3 server on the loopback device and make a bucket in it."""
+    server_of = pytest.importorskip("moto.server")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = server_of.ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
+    server.start()
+    endpoint = f"http://127.0.0.1:{port}"
+    for name, value in {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }.items():
+        monkeypatch.setenv(name, value)
+    request = urllib.request.Request(f"{endpoint}/shop", method="PUT")
+    with urllib.request.urlopen(request) as made:
+        assert made.status == 200
+    yield "s3://shop"
+    server.stop()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_real_s3_server(folder, tmp_path, monkeypatch, s3):
+    check_whole_way(f"{s3}/catalogue", folder, tmp_path, monkeypatch)
+
+
+def test_what_cannot_be_opened_is_explained(tmp_path):
+    with pytest.raises(UsageError, match=r"'memory://nothing/here' does not exist"):
+        list_files("memory://nothing/here")
+    with pytest.raises(UsageError, match="cannot be opened"):
+        semid.open_embeddings("nosuchscheme://bucket/items")
+    with pytest.raises(UsageError, match="must lie on this machine"):
+        semid.open_embeddings("memory://bucket/x.npy")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="holds no files"):
+        list_files(f"file://{tmp_path}/empty")
+
+
+def test_a_stream_that_fails_leaves_nothing(tmp_path):
+    folder = Folder(tmp_path / "out")
+    with pytest.raises(RuntimeError), folder.stream("a.parquet") as sink:
+        sink.write(b"half")
+        raise RuntimeError
+    assert folder.names() == []
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+# Arrow batches ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(clustered, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("arrow") / "model"
+    semid.RQKMeans(levels=3, codebook_size=16).fit(clustered).save(path)
+    return path
+
+
+def batches(x: np.ndarray, size: int) -> Iterator[pa.RecordBatch]:
+    # Spark gives lists of any length and text ids.
+    lists = rows_array(x).cast(pa.list_(pa.float32()))
+    table = pa.table({"sku": [f"s{i}" for i in range(len(x))], "vector": lists})
+    yield table.schema.empty_table().to_batches()[0] if size == 0 else table.to_batches()[0][:0]
+    yield from table.to_batches(max_chunksize=size or len(x))
+
+
+@pytest.mark.parametrize("size", [1, 100, 2000])
+def test_batches_of_any_size_give_the_same_codes(model, clustered, size):
+    x = clustered[:50] if size == 1 else clustered
+    encoder = ArrowEncoder(model, embedding_column="vector", id_column="sku")
+    found = list(encoder(batches(x, size)))
+    assert [batch.num_rows for batch in found[:-1]] == [size] * (len(found) - 1)
+    assert found[0].schema.field("codes").type == pa.list_(pa.int64())
+    tokenizer = semid.load(model)
+    ids = ids_of_table(pa.Table.from_batches(found), tokenizer.codes_info())
+    expected = tokenizer.encode(x)
+    assert (ids.codes == expected.codes).all()
+    assert ids.codes.dtype == expected.codes.dtype
+    assert (ids.residual_norms == expected.residual_norms).all()
+    assert ids.items[3] == "s3"
+    assert (tokenizer.decode(ids) == tokenizer.decode(expected)).all()
+
+
+def test_batches_that_do_not_fit_are_refused(model, clustered):
+    with pytest.raises(UsageError, match=r"no column 'item_id'.*id_column="):
+        list(ArrowEncoder(model, embedding_column="vector")(batches(clustered, 100)))
+    bad = clustered[:10].copy()
+    bad[2] = np.inf
+    with pytest.raises(EmbeddingError):
+        list(ArrowEncoder(model, id_column="sku")(batches(bad, 10)))
+    found = list(ArrowEncoder(model, id_column="sku")(batches(clustered[:10], 10)))
+    two_levels = semid.RQKMeans(levels=2, codebook_size=16).fit(clustered).codes_info()
+    with pytest.raises(UsageError, match="this model has 2 levels"):
+        ids_of_table(pa.Table.from_batches(found), two_levels)
