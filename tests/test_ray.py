@@ -131,6 +131,7 @@ class Stoppable:
         return encoder
 
 
+@pytest.mark.slow
 def test_a_killed_actor_costs_no_row(cluster, items, local, tmp_path, monkeypatch):
     local.save(tmp_path / "model")
     marker = tmp_path / "marker"
@@ -189,6 +190,7 @@ def test_a_small_object_store_is_refused(cluster, items):
         fit_on_ray(wide, Catalogue.open(items), options=RayOptions(workers=1))
 
 
+@pytest.mark.slow
 def test_bad_data_reads_as_without_ray(cluster, tmp_path, clustered):
     bad = clustered.copy()
     bad[7] = np.nan
