@@ -110,6 +110,27 @@ def test_fit_and_encode_equal_local_ones(cluster, items, local, tmp_path):
     assert max(run.by_process.values()) <= len(local.encode(items)) - 10_000
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_any_number_of_workers_gives_the_same(cluster, items, local, clustered, tmp_path, workers):
+    fitted = tokenizer(center=True)
+    fit_on_ray(fitted, Catalogue.open(items), options=RayOptions(workers=workers))
+    check_same(fitted, local)
+    network = semid.RQPVAE(
+        levels=2,
+        codebook_size=8,
+        network={"hidden": [16], "latent": 8, "pretrain_epochs": 0},
+        training={"epochs": 1, "batch_size": 256},
+    ).fit(clustered)
+    source = write_folder(tmp_path / "items", clustered)
+    for kind in (network, semid.RQKMeans(levels=2, codebook_size=8).fit(clustered)):
+        kind.save(tmp_path / kind.kind)
+        output = tmp_path / f"{kind.kind}-ids"
+        options = RayOptions(workers=workers)
+        encode_folder(tmp_path / kind.kind, source, output, engine=options, unit_rows=150)
+        assert pq.read_table(output).equals(kind.encode(source).to_arrow())
+
+
 class Stoppable:
     """Make encoders of which the first ends by a signal in its second unit."""
 
