@@ -44,6 +44,7 @@ def cluster() -> Iterator[object]:
     """Start one cluster of two CPU slots; actors find the tests' helpers by name."""
     import_ray()
     os.environ["PYTHONPATH"] = str(Path(__file__).parent)
+    os.environ.setdefault("RAY_worker_niceness", "0")  # or they wait for every other process
     ray.init(
         num_cpus=2, include_dashboard=False, object_store_memory=80_000_000, log_to_driver=False
     )
