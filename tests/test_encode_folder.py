@@ -265,7 +265,11 @@ def test_the_command_line_shares_a_folder_out(model, folder, tmp_path, inline, c
     ("flags", "message"),
     [
         (["--engine", "spark"], "--engine='spark'"),
-        (["--workers", "2"], "--workers and --ray-address go with --engine ray"),
+        (["--workers", "2"], "--workers go with --engine ray"),
+        (
+            ["--store-bytes", "1", "--cpus-per-worker", "2"],
+            "--cpus-per-worker and --store-bytes go",
+        ),
         (["--engine", "ray", "--processes", "2"], "--processes and --threads"),
         (["--processes", "2", "--ids", "x.csv"], "--catalogue and --ids"),
         (["--processes", "2", "--novelty", "n.parquet"], "--novelty goes with"),

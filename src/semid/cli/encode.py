@@ -71,9 +71,9 @@ def encode(
         ),
     ] = None,
     workers: Workers = None,
-    cpus_per_worker: CpusPerWorker = 1,
+    cpus_per_worker: CpusPerWorker = None,
     ray_address: RayAddress = None,
-    store_bytes: StoreBytes = 512 * 1024**2,
+    store_bytes: StoreBytes = None,
     ids: Ids = None,
     embedding_column: EmbeddingColumn = None,
     id_column: IdColumn = None,
@@ -101,7 +101,13 @@ def encode(
     from semid.progress import make_progress
     from semid.tokenizers.encoding import encode_to_parquet
 
-    check_engine(engine, address=ray_address, workers=workers)
+    check_engine(
+        engine,
+        workers=workers,
+        cpus_per_worker=cpus_per_worker,
+        ray_address=ray_address,
+        store_bytes=store_bytes,
+    )
     folder = Path(embeddings).is_dir() or "://" in embeddings
     shared = engine == "ray" or processes is not None or "://" in output
     plain = catalogue is None and ids is None

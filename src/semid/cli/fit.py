@@ -128,9 +128,9 @@ def fit(
     kl_weight: Annotated[float | None, typer.Option(help="drqvae: weight of a KL term.")] = None,
     engine: Engine = "local",
     workers: Workers = None,
-    cpus_per_worker: CpusPerWorker = 1,
+    cpus_per_worker: CpusPerWorker = None,
     ray_address: RayAddress = None,
-    store_bytes: StoreBytes = 512 * 1024**2,
+    store_bytes: StoreBytes = None,
     ids: Ids = None,
     embedding_column: EmbeddingColumn = None,
     id_column: IdColumn = None,
@@ -153,7 +153,13 @@ def fit(
 
     if is_main():  # of several processes the first alone writes, and may have done so by now
         check_model_output(output, overwrite=overwrite)
-    check_engine(engine, address=ray_address, workers=workers)
+    check_engine(
+        engine,
+        workers=workers,
+        cpus_per_worker=cpus_per_worker,
+        ray_address=ray_address,
+        store_bytes=store_bytes,
+    )
     flags: dict[str, Any] = {
         "levels": levels,
         "codebook_size": codebook_size,

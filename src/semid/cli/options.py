@@ -66,20 +66,28 @@ Workers = Annotated[
     int | None, typer.Option(min=1, help="With --engine ray: actors; default: one a free CPU.")
 ]
 CpusPerWorker = Annotated[
-    int, typer.Option(min=1, help="With --engine ray: CPU slots and threads of an actor.")
+    int | None,
+    typer.Option(min=1, help="With --engine ray: CPU slots and threads of an actor; default: 1."),
 ]
 RayAddress = Annotated[
     str | None,
     typer.Option(help="With --engine ray: cluster, e.g. auto; default: RAY_ADDRESS, else its own."),
 ]
 StoreBytes = Annotated[
-    int,
-    typer.Option(help="With --engine ray: object store of a cluster that is started here, bytes."),
+    int | None,
+    typer.Option(
+        help="With --engine ray: object store of a cluster that is started here, bytes; default: "
+        "512 MiB."
+    ),
 ]
 
 
-def check_engine(engine: str, *, address: str | None, workers: int | None) -> str:
+def check_engine(engine: str, **only_ray: Any) -> str:
     """Refuse an unknown engine, and options of one that was not chosen.
+
+    Args:
+        engine: as given.
+        **only_ray: options that go with Ray alone, None where not given.
 
     Raises:
         UsageError: saying which.
@@ -87,23 +95,24 @@ def check_engine(engine: str, *, address: str | None, workers: int | None) -> st
     from semid.errors import UsageError, check_choice
 
     check_choice("--engine", engine, ("local", "ray"))
-    if engine != "ray" and (address is not None or workers is not None):
+    named = [f"--{name.replace('_', '-')}" for name, v in only_ray.items() if v is not None]
+    if engine != "ray" and named:
         raise UsageError(
-            "--workers and --ray-address go with --engine ray; on this machine alone give "
-            "--processes (encode) or start torchrun (fit)"
+            f"{' and '.join(named)} go with --engine ray; on this machine alone give --processes "
+            "(encode) or start torchrun (fit)"
         )
     return engine
 
 
 def ray_options(
-    workers: int | None, cpus_per_worker: int, address: str | None, store_bytes: int
+    workers: int | None, cpus_per_worker: int | None, address: str | None, store_bytes: int | None
 ) -> Any:
     """Return the layout on Ray that the shared options ask for."""
     from semid.distributed.ray_start import RayOptions
 
-    return RayOptions(
-        workers=workers, cpus_per_worker=cpus_per_worker, address=address, store_bytes=store_bytes
-    )
+    given = {"cpus_per_worker": cpus_per_worker, "store_bytes": store_bytes}
+    chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    return RayOptions(workers=workers, address=address, **chosen)
 
 
 def open_source(

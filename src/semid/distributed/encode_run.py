@@ -138,7 +138,14 @@ def encode_folder(
     try:
         if left:
             workers = run.size(len(left))
-            estimate = estimate_encode(tokenizer, catalogue, left, workers=workers, engine=run.name)
+            estimate = estimate_encode(
+                tokenizer,
+                catalogue,
+                left,
+                beam_width=info.beam_width,
+                workers=workers,
+                engine=run.name,
+            )
             (announce or logger.info)(estimate.sentence)
             rows = {unit.name: unit.rows for unit in left}
             for each in run.results(left, workers):

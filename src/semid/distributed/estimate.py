@@ -63,7 +63,13 @@ class Estimate:
 
 
 def estimate_encode(
-    tokenizer: Tokenizer, catalogue: Catalogue, left: list[Unit], *, workers: int, engine: str
+    tokenizer: Tokenizer,
+    catalogue: Catalogue,
+    left: list[Unit],
+    *,
+    beam_width: int,
+    workers: int,
+    engine: str,
 ) -> Estimate:
     """Encode a few rows and tell from them how long all will take.
 
@@ -71,6 +77,7 @@ def estimate_encode(
         tokenizer: fitted; its threads are set to one meanwhile.
         catalogue: the embeddings.
         left: units left to encode, at least one.
+        beam_width: of the run.
         workers: workers of the run.
         engine: ``local`` or ``ray``.
     """
@@ -79,9 +86,9 @@ def estimate_encode(
     try:
         raw = next(iter(catalogue.source(left[:1])._raw_blocks(PROBE_ROWS)))
         x = np.nan_to_num(raw.values)  # rows that cannot be used are the run's business
-        tokenizer._encode_block(x[:256], tokenizer.beam_width)  # the first call prepares kernels
+        tokenizer._encode_block(x[:256], beam_width)  # the first call prepares kernels
         began = time.process_time()
-        tokenizer._encode_block(x, tokenizer.beam_width)
+        tokenizer._encode_block(x, beam_width)
         took = max(time.process_time() - began, 1e-6)
     finally:
         tokenizer.threads = threads  # type: ignore[attr-defined]
