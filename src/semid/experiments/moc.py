@@ -32,6 +32,8 @@ from semid.ranking.training import rank_options
 __all__ = ["MocRunner", "cell_title", "moc_jobs", "recipe_cells"]
 
 MOST_SINGULAR_VALUES = 96
+PREPARED = 4
+"""Data sets that a process keeps: with several processes each meets all of them in turn."""
 ONCE = {"none": 0, "vqvae": 1}
 """Methods without a scale of their own, and the M that their rows say."""
 
@@ -216,7 +218,7 @@ class MocRunner:
         return figures
 
     def _rows(self, name: str, variant: str) -> tuple[Opened, RankingData]:
-        """Prepare a data set under a protocol; the last one is kept."""
+        """Prepare a data set under a protocol; the last `PREPARED` are kept."""
         if (name, variant) not in self._prepared:
             data = next(d for d in self.recipe.data if d.name == name)
             other = next((v for v in self.recipe.variants if v.name == variant), None)
@@ -230,7 +232,9 @@ class MocRunner:
                     item_columns=data.item_columns,
                 ),
             )
-            self._prepared = {(name, variant): (opened, rows)}
+            while len(self._prepared) >= PREPARED:
+                del self._prepared[next(iter(self._prepared))]
+            self._prepared[name, variant] = (opened, rows)
         return self._prepared[name, variant]
 
     def _coded(self, job: Job, opened: Opened, rows: RankingData) -> Coded:

@@ -21,7 +21,8 @@ def origin() -> dict[str, Any]:
 
     Returns:
         JSON-able: ``commit`` of the source tree (None outside one), ``dirty`` (whether its code
-        differs from that commit), ``versions``, ``machine``, ``threads`` and ``finished``.
+        differs from that commit), ``versions``, ``machine`` (chip, CPUs, and the GPU if torch has
+        one), ``threads`` and ``finished``.
     """
     import torch
 
@@ -38,7 +39,7 @@ def _fixed() -> dict[str, Any]:
         "commit": commit,
         "dirty": None if commit is None else bool(changed),
         "versions": {"python": platform.python_version(), **_versions()},
-        "machine": {"chip": _chip(), "cpus": os.cpu_count()},
+        "machine": {"chip": _chip(), "cpus": os.cpu_count(), "gpu": _gpu()},
     }
 
 
@@ -75,3 +76,10 @@ def _chip() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def _gpu() -> str | None:
+    """Return the name of the device that runs train on where there is one."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None

@@ -127,15 +127,24 @@ def discriminability(
 
 
 def _clustered(x: Array, clusters: int, seed: int) -> npt.NDArray[np.int64]:
-    distinct = len(np.unique(x, axis=0))
+    """Cluster rows by K-means over the distinct ones, each as heavy as it is frequent.
+
+    The objective is that of all rows. Codes give few distinct embeddings, so this is much less
+    work, and the number of clusters is never above what there is to tell apart.
+    """
+    rows = np.ascontiguousarray(x, np.float32)
+    numbers: dict[bytes, int] = {}
+    group = np.fromiter((numbers.setdefault(row.tobytes(), len(numbers)) for row in rows), np.int64)
+    _, first, counts = np.unique(group, return_index=True, return_counts=True)
     found = kmeans(
-        ArrayBlocks(np.ascontiguousarray(x, np.float32)),
-        min(clusters, distinct),
+        ArrayBlocks(rows[first]),
+        min(clusters, len(first)),
         seed=seed,
         options=KMeansOptions(iterations=15),
+        weights=counts.astype(np.float64),
         threads=1,
     )
-    return found.labels
+    return found.labels[group]
 
 
 def singular_values(e: Array) -> npt.NDArray[np.float64]:

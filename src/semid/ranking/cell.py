@@ -10,7 +10,7 @@ from semid.ranking.methods import Coded
 from semid.ranking.network import Architecture
 from semid.ranking.ranker import Ranker
 from semid.ranking.report import reliance
-from semid.ranking.training import train_ranker
+from semid.ranking.training import train_ranker, training_device
 from semid.training.options import TrainOptions
 
 __all__ = ["train_cell"]
@@ -50,6 +50,9 @@ def train_cell(
     )
     report = ranker.report
     test = report["test"]
+    ranker.network.to(training_device(device))
+    relied = reliance(ranker.network, data, seed=seed)
+    ranker.network.to("cpu")
     return ranker, {
         "auc": test["auc"],
         "auc_error": test["auc_error"],
@@ -60,10 +63,11 @@ def train_cell(
         "validation_auc": report["validation"]["auc"],
         "cold_auc": report.get("cold", {}).get("auc"),
         "slices": {name: s["auc"] for name, s in report["slices"].items()},
-        "reliance": reliance(ranker.network, data, seed=seed),
+        "reliance": relied,
         "best_epoch": report["training"]["best_epoch"],
         "epochs": report["training"]["epochs"],
         "stopped_early": report["training"]["stopped_early"],
+        "precision": report["training"]["precision"],
         "parameters": report["parameters"],
         "protocol": data.protocol,
         "seconds": round(time.perf_counter() - began, 3),

@@ -26,7 +26,7 @@ from semid.training.loggers import Logger
 from semid.training.loop import train
 from semid.training.options import TrainOptions
 
-__all__ = ["TRAINING", "rank_options", "train_ranker"]
+__all__ = ["TRAINING", "rank_options", "train_ranker", "training_device"]
 
 TRAINING: dict[str, Any] = {
     "epochs": 30,
@@ -104,7 +104,7 @@ def train_ranker(
             "clip_norm needs every gradient at once, and large tables have row-wise ones; pass "
             "clip_norm=None or sparse=False"
         )
-    place = _device(device)
+    place = training_device(device)
     network.to(place)
     source, parts = _sources(data, options, seed, place)
     task = RankingTask(
@@ -176,7 +176,12 @@ def _sources(
     return MemoryBatches(parts["train"], batch_size=options.batch_size, seed=seed), parts
 
 
-def _device(wanted: str) -> torch.device:
+def training_device(wanted: str) -> torch.device:
+    """Return the device that ``auto``, ``cpu`` or ``cuda`` means here.
+
+    Raises:
+        UsageError: another word, or CUDA where there is none.
+    """
     if wanted not in ("auto", "cpu", "cuda"):
         raise UsageError(f"--device (device=) is '{wanted}'; give auto, cpu or cuda")
     if wanted == "cuda" and not torch.cuda.is_available():
