@@ -117,7 +117,7 @@ class Codebook(nn.Module):
         self.codewords.copy_(codewords)
         self.counts.copy_(shares * batch)
         if self.rule.kind == "ema":
-            self.sums.copy_(codewords * self.counts[:, None])
+            self.sums.copy_(self.codewords * self.counts[:, None])
 
     @torch.no_grad()
     def observe_(self, z: Tensor, labels: Tensor) -> None:
