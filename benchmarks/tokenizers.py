@@ -166,7 +166,7 @@ def main() -> None:
         "machine": platform.machine(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "amx": bool(torch.cpu._is_amx_tile_supported()),
+        "precision": resolve_precision("auto", torch.device("cpu")),
     }
     for seed in range(given.seeds):
         for name in given.sets:

@@ -239,8 +239,8 @@ def test_options_out_of_range_name_all_problems():
 
 def test_bfloat16_is_asked_for_or_found():
     assert resolve_precision("bf16", torch.device("cpu")) == "bf16"
-    amx = torch.cpu._is_amx_tile_supported()
-    assert resolve_precision("auto", torch.device("cpu")) == ("bf16" if amx else "fp32")
+    has = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    assert resolve_precision("auto", torch.device("cpu")) == ("bf16" if has else "fp32")
     result = run(Task(), TrainOptions(epochs=5, learning_rate=0.02, precision="bf16"))
     assert result.precision == "bf16"
     assert result.best.score < 0.6 * result.first.score
