@@ -18,6 +18,7 @@ from semid.ranking.interactions import (
     LowRankCrossLayer,
     SymmetricPolynomials,
 )
+from semid.ranking.layers import Dropout
 from semid.ranking.models import MODELS, make_model
 
 BATCH, FIELDS, WIDTH = 3, 5, 4
@@ -192,3 +193,18 @@ def test_wrong_names_and_values():
         make_model("dcnv2", fields=2, width=2, options={"experts": 2})
     with pytest.raises(UsageError, match="preset"):
         make_model("autoint", fields=2, width=2, options={"preset": "code"})
+
+
+def test_dropout_keeps_the_mean_and_drops_its_share() -> None:
+    drop = Dropout(0.2)
+    x = torch.full((999, 101), 3.0, requires_grad=True)
+    torch.manual_seed(0)
+    y = drop(x)
+    y.sum().backward()
+    kept = y != 0
+    assert abs(float(kept.float().mean()) - 0.8) < 0.005  # four standard errors
+    assert torch.allclose(y[kept], torch.tensor(3.0 / 0.8), rtol=1e-4)
+    assert torch.equal(x.grad != 0, kept)
+    torch.manual_seed(0)
+    assert torch.equal(drop(x), y)
+    assert drop.eval()(x) is x

@@ -9,7 +9,7 @@ import torch
 from semid.errors import UsageError
 from semid.seeds import torch_generator
 from semid.tokenizers.neural.autoencoder import Autoencoder
-from semid.tokenizers.neural.codebook import Codebook, UpdateRule, nearest_labels
+from semid.tokenizers.neural.codebook import RULES, Codebook, UpdateRule, nearest_labels
 from semid.tokenizers.neural.quantizers import ParallelQuantizer, ResidualQuantizer
 
 
@@ -206,3 +206,11 @@ def test_exact_layers_equal_torch_and_ignore_the_rows_beside():
     for size in (1, 3, 257):
         for start in (0, 5, 1800):
             assert np.array_equal(encode(x[start : start + size]), together[start : start + size])
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_a_codebook_on_another_device_starts_from_centroids_on_the_cpu(kind: str) -> None:
+    """The meta device holds no values, but refuses to mix like any other."""
+    book = Codebook(8, 4, rule=UpdateRule(kind=kind), seed=0, name=0).to("meta")
+    book.initialise_(torch.ones(8, 4), torch.full((8,), 1 / 8), batch=64)
+    assert {t.device.type for t in book.state_dict().values()} == {"meta"}
