@@ -97,8 +97,10 @@ class Rows:
     def rows(self, numbers: npt.NDArray[np.int64]) -> Array:
         """Return the rows at ``numbers`` ``(n, dim)``, in that order."""
         result = np.empty((len(numbers), self.dim), dtype=np.float32)
-        for at, part in self._scattered("rows", numbers):
-            result[at] = part
+        for start in range(0, len(numbers), BLOCK_ROWS):  # a sample is never held twice
+            wanted = numbers[start : start + BLOCK_ROWS]
+            for at, part in self._scattered("rows", wanted):
+                result[start + at] = part
         return result
 
     def mean(self) -> npt.NDArray[np.float64]:

@@ -127,15 +127,16 @@ class Shard:
     def view(self) -> Blocks:
         """The rows as the next level sees them; read into memory by the first who asks."""
         if self._view is None:
-            view: Blocks = self.base
-            if self._books:
-                view = ResidualBlocks(self.base, self._labels, self._books)
-            self._view = in_memory(view, limit_bytes=self.memory_bytes)
+            self._view = in_memory(self._unread(), limit_bytes=self.memory_bytes)
         return self._view
 
+    def _unread(self) -> Blocks:
+        return ResidualBlocks(self.base, self._labels, self._books) if self._books else self.base
+
     def rows(self, numbers: Rows) -> Array:
-        """Return the rows ``(n, dim)`` of the view."""
-        return self.view.rows(numbers - self.first_row)
+        """Return the rows ``(n, dim)`` of the view, which is not read into memory for them."""
+        view = self._unread() if self._view is None else self._view
+        return view.rows(numbers - self.first_row)
 
     # Sums ------------------------------------------------------------------------------------
 

@@ -43,12 +43,27 @@ semid.layout = function (own) {
   return merged;
 };
 
+// A long legend goes below the plot, and the figure grows by it: the curves keep their height.
+semid.roomy = function (place, data, layout) {
+  place.style.height = "";
+  const names = data.filter((trace) => trace.name && trace.showlegend !== false).map((trace) => trace.name);
+  if (layout.showlegend === false || names.length < 7) return layout;
+  const width = 44 + 7 * Math.max(...names.map((name) => name.length));
+  const columns = Math.max(1, Math.floor((place.clientWidth - 64) / width));
+  const rows = Math.ceil(names.length / columns);
+  const extra = 20 * rows + 12;
+  place.style.height = place.clientHeight + extra + "px";
+  layout.legend = Object.assign({}, layout.legend, { yref: "container", y: 0, yanchor: "bottom", maxheight: extra });
+  layout.margin = Object.assign({}, layout.margin, { b: layout.margin.b + extra });
+  return layout;
+};
+
 semid.plots = JSON.parse(document.getElementById("semid-plots").textContent);
 semid.draw = function () {
   for (const plot of semid.plots) {
     const place = document.getElementById("plot-" + plot.id);
     if (place) {
-      Plotly.react(place, semid.paint(plot.data), semid.layout(plot.layout), {
+      Plotly.react(place, semid.paint(plot.data), semid.roomy(place, plot.data, semid.layout(plot.layout)), {
         displayModeBar: false, responsive: true, scrollZoom: false, doubleClick: false, showTips: false,
       });
     }
