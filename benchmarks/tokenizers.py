@@ -28,6 +28,7 @@ import semid
 from semid.data.ids import held_out_mask
 from semid.health import collisions, usage
 from semid.tokenizers.base import HELD_OUT_SALT, Tokenizer
+from semid.training.precision import resolve_precision
 
 SETS = {
     "beauty": "amazon2014_beauty",

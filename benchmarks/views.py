@@ -1,0 +1,143 @@
+"""BARQ against the published tokenizers in every view, paired over seeds, and without its parts.
+
+    python benchmarks/views.py ../shared/data --sets beauty toys sports --processes 2
+
+Runs `barq.toml` by the machinery of ``semid reproduce``: one JSON line a run, and the same command
+continues where it was stopped. Nothing is fitted on what is measured: behaviour is that of a tenth
+of the users, reconstruction that of a twentieth of the items. Tables go to ``views.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from semid.experiments.drq_reads import effective_size, figure
+from semid.experiments.study import Study
+from semid.progress import make_progress
+from semid.ranking.paired import paired_difference
+
+HERE = Path(__file__).parent
+OURS = "BARQ"
+Row = dict[str, Any]
+
+
+class View(NamedTuple):
+    """One figure of a tokenizer, how it is read from a run, and its direction."""
+
+    name: str
+    read: Callable[[Row], float | None]
+    higher: bool
+
+
+def _mean(*reads: Callable[[Row], float | None]) -> Callable[[Row], float | None]:
+    def read(row: Row) -> float | None:
+        found = [one(row) for one in reads]
+        return None if None in found else float(np.mean([v for v in found if v is not None]))
+
+    return read
+
+
+def _share(row: Row) -> float:
+    return float(row["collisions"]["unique_ids"]) / float(row["items"])
+
+
+def _flips(row: Row) -> float:
+    found = row["flips"]["input"]
+    return float(found["id"][found["scale"].index(0.2)])
+
+
+LEVELS = range(3)
+VIEWS = (
+    View("error held out", figure("decoder(codes)", "relative_error_held_out"), False),
+    View("ids that flip at .2", _flips, False),
+    View("perplexity, mean", _mean(*(figure("usage", i, "perplexity") for i in LEVELS)), True),
+    View("K_eff at .1, mean", _mean(*(effective_size(i) for i in LEVELS)), True),
+    View("unique ids / items", _share, True),
+    View("retention at 50", figure("behaviour", "retention", "decoder(codes)", "50"), True),
+    View("HR@50 by ids", figure("behaviour", "discrete", "50"), True),
+    View("weighted AUC", figure("behaviour", "aucs", "weighted"), True),
+    View("embedding AUC", figure("behaviour", "aucs", "embedding: decoder(codes)"), True),
+    View("prefix AUC", figure("behaviour", "aucs", "exact_prefix"), True),
+)
+COST = View("fit, CPU s", figure("fit_cpu_seconds"), False)
+
+
+def name_of(row: Row) -> str:
+    """Return a tokenizer's name, with what was chosen otherwise."""
+    return f"{row['tokenizer']}, {row['variant']}" if row["variant"] else str(row["tokenizer"])
+
+
+def values(rows: Sequence[Row], view: View) -> dict[int, float]:
+    """Return a view's figure by seed."""
+    found = {int(row["seed"]): view.read(row) for row in rows}
+    return {seed: value for seed, value in sorted(found.items()) if value is not None}
+
+
+def table(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
+    """Write views by tokenizers, mean and standard deviation over seeds."""
+    lines = ["| | " + " | ".join(names) + " |", "| :-- |" + " --: |" * len(names)]
+    for view in (*VIEWS, COST):
+        cells = []
+        for name in names:
+            found = list(values([r for r in rows if name_of(r) == name], view).values())
+            spread = f" ± {np.std(found, ddof=1):.3g}" if len(found) > 1 else ""
+            cells.append(f"{np.mean(found):.4g}{spread}" if found else "")
+        lines.append(f"| {view.name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def against(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
+    """Write ours less each other, paired by seed; the sign is turned so that above 0 is better."""
+    lines = ["| ours less | " + " | ".join(names) + " |", "| :-- |" + " --: |" * len(names)]
+    for view in VIEWS:
+        ours = values([r for r in rows if name_of(r) == OURS], view)
+        cells = []
+        for name in names:
+            other = values([r for r in rows if name_of(r) == name], view)
+            both = sorted(ours.keys() & other.keys())
+            if len(both) < 2:
+                cells.append("")
+                continue
+            a, b = [ours[s] for s in both], [other[s] for s in both]
+            gap = paired_difference(a, b) if view.higher else paired_difference(b, a)
+            half = (gap.high - gap.low) / 2
+            word = "" if not gap.shown else " better" if gap.mean > 0 else " worse"
+            cells.append(f"{gap.mean:+.3g} ± {half:.2g}{word}")
+        lines.append(f"| {view.name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def main() -> None:
+    """Run what is missing and write the tables."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("data", type=Path, help="folder of data sets")
+    parser.add_argument("--recipe", type=Path, default=HERE / "barq.toml")
+    parser.add_argument("--only", nargs="*", default=[], help="words a run's title must hold")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "views")
+    given = parser.parse_args()
+    study = Study(given.recipe, data=given.data, output=given.out, only=given.only)
+    with make_progress() as progress:
+        failed = study.run(processes=given.processes, threads=1, progress=progress)
+    for title, why in failed.items():
+        print(f"failed: {title}: {why}")
+    rows = study.rows()
+    text = ["# BARQ and the others in every view", ""]
+    for name in dict.fromkeys(row["data"] for row in rows):
+        own = [row for row in rows if row["data"] == name]
+        names = list(dict.fromkeys(name_of(row) for row in own))
+        seeds = sorted({int(row["seed"]) for row in own})
+        text += [f"## {name}, seeds {seeds[0]} to {seeds[-1]}", "", *table(own, names), ""]
+        text += ["Paired, 95 % intervals; above 0 is better:", ""]
+        text += [*against(own, [n for n in names if n != OURS]), ""]
+    (given.out / "views.md").write_text("\n".join(text), encoding="utf8")
+    print("\n".join(text))
+
+
+if __name__ == "__main__":
+    main()
