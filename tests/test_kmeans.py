@@ -109,6 +109,15 @@ def test_fewer_distinct_rows_than_codes_leaves_dead_codes(caplog):
     assert "3 codes stay dead" in caplog.text
 
 
+def test_more_trials_seed_better(clustered):
+    def mean(trials):
+        options = KMeansOptions(iterations=1, trials=trials)
+        runs = [kmeans(ArrayBlocks(clustered), 30, seed=s, options=options) for s in range(10)]
+        return np.mean([run.history[-1] for run in runs])
+
+    assert mean(4) < mean(1)
+
+
 def test_more_restarts_are_never_worse(clustered):
     histories = [
         kmeans(ArrayBlocks(clustered), 30, seed=2, options=KMeansOptions(restarts=r)).history[-1]
@@ -248,6 +257,7 @@ def test_adding_statistics():
         {"tolerance": 1.0},
         {"tolerance": -0.1},
         {"restarts": 0},
+        {"trials": 0},
         {"sample_per_code": 0},
     ],
 )

@@ -54,6 +54,8 @@ class KMeansOptions:
         sample_per_code: train on at most this many rows a codeword, drawn without replacement;
             None trains on all rows.
         full_pass: after training on a sample, one Lloyd iteration over all rows.
+        trials: candidates drawn a centre in the k-means++ seeding, at least 1; 1 is the plain one,
+            2 halves the time of a fit of few iterations for an inertia about 1 % higher.
     """
 
     iterations: int = 25
@@ -61,6 +63,7 @@ class KMeansOptions:
     restarts: int = 1
     sample_per_code: int | None = None
     full_pass: bool = True
+    trials: int = 4
 
     def __post_init__(self) -> None:
         """Check ranges.
@@ -75,6 +78,8 @@ class KMeansOptions:
             problems.append(f"tolerance={self.tolerance}: give a share in [0, 1)")
         if self.restarts < 1:
             problems.append(f"restarts={self.restarts}: give at least 1")
+        if self.trials < 1:
+            problems.append(f"trials={self.trials}: give at least 1")
         if self.sample_per_code is not None and self.sample_per_code < 1:
             problems.append(f"sample_per_code={self.sample_per_code}: give at least 1, or None")
         if problems:
@@ -174,7 +179,9 @@ def kmeans(
             run.centroids = (
                 init
                 if init is not None
-                else kmeans_plus_plus(train, codes, generator=generator, threads=threads)
+                else kmeans_plus_plus(
+                    train, codes, generator=generator, threads=threads, trials=options.trials
+                )
             )
         _lloyd(train, run, options, on_iteration)
         if not run.best_inertia or run.inertia[-1] < run.best_inertia[-1]:
