@@ -45,7 +45,7 @@ from semid.ranking.vocabulary import Vocabulary
 from semid.training.loop import Evaluation, train
 
 HERE = Path(__file__).parent
-PEERS = ("fuxictr", "deepctr-torch")
+PEERS = ("fuxictr", "h5py", "deepctr-torch")
 FIELDS, BATCH, WIDTH = 8, 8192, 16
 SIZES = (20_000, 10_000, 1_000, 500, 200, 50, 20, 10)
 
@@ -140,6 +140,7 @@ class Peer:
     def __init__(
         self, python: Path, name: str, model: str, hidden: tuple[int, ...], file: Path
     ) -> None:
+        self.name = name
         self.process = subprocess.Popen(
             [str(python), str(HERE / "ranking_peers.py"), name, model, json.dumps(hidden), file],
             stdin=subprocess.PIPE,
@@ -147,17 +148,22 @@ class Peer:
             text=True,
             env={**os.environ, "PYTHONPATH": ""},
         )
-        assert self.process.stdout is not None
-        if self.process.stdout.readline().strip() != "ready":
-            raise RuntimeError(f"{name} did not start")
+        self._answer("ready")
 
     def __call__(self) -> float:
         """Run an epoch; return the CPU seconds the peer took."""
         assert self.process.stdin is not None
-        assert self.process.stdout is not None
         self.process.stdin.write("epoch\n")
         self.process.stdin.flush()
-        return float(self.process.stdout.readline())
+        return float(self._answer("took "))
+
+    def _answer(self, word: str) -> str:
+        """Return what follows ``word``; peers print notices of their own between."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith(word):
+                return line[len(word) :]
+        raise RuntimeError(f"{self.name} ended before it said '{word.strip()}'")
 
     def close(self) -> None:
         """End the process."""
