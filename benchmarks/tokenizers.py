@@ -26,6 +26,9 @@ from sklearn.cluster import KMeans
 
 import semid
 from semid.data.ids import held_out_mask
+from semid.data.interactions import Interactions
+from semid.experiments.datasets import Opened
+from semid.experiments.recipe import DataSet
 from semid.health import collisions, usage
 from semid.tokenizers.base import HELD_OUT_SALT, Tokenizer
 from semid.training.precision import resolve_precision
@@ -36,11 +39,13 @@ SETS = {
     "sports": "amazon2014_sports",
     "union": "union_catalogue",
 }
+LOGS = {"union": ("amazon2014_beauty", "amazon2014_toys", "amazon2014_sports")}
+"""Whose interactions a set joins, where they are not its own."""
 Row = dict[str, Any]
 Made = tuple[Callable[[int], Tokenizer], dict[str, Any]]
 
 
-def methods(codes: int, interactions: Path, epochs: int | None) -> dict[str, Made]:
+def methods(codes: int, log: Interactions | None, epochs: int | None) -> dict[str, Made]:
     """Return name -> seed -> tokenizer and further arguments of its fit, at default settings."""
     training = {} if epochs is None else {"training": semid.TrainOptions(epochs=epochs)}
 
@@ -56,9 +61,8 @@ def methods(codes: int, interactions: Path, epochs: int | None) -> dict[str, Mad
     }
     for count in (1, 2, 3, 7):
         made[f"MoCVAE {count}x"] = (neural(semid.MoCVAE, n_codebooks=count), {})
-    if interactions.exists():
-        logs = {"interactions": interactions}
-        made["DRQVAE+CL"] = (neural(semid.DRQVAE, contrastive_weight=0.1), logs)
+    if log is not None:
+        made["DRQVAE+CL"] = (neural(semid.DRQVAE, contrastive_weight=0.1), {"interactions": log})
     return made
 
 
@@ -175,7 +179,10 @@ def main() -> None:
             x = np.load(folder / "embeddings.f16.npy").astype(np.float32)
             ids = folder / "items.parquet"
             held = held_out_mask(semid.open_embeddings(x, ids=ids).ids, 0.05, salt=HELD_OUT_SALT)
-            made = methods(given.codes, folder / "interactions.parquet", given.epochs)
+            names = LOGS.get(name, (SETS[name],))
+            logs = {n: given.data / n / "interactions.parquet" for n in names}
+            spec = DataSet(name=name, folder=SETS[name], logs=LOGS.get(name, ()))
+            made = methods(given.codes, Opened(spec, folder, logs).log(), given.epochs)
             for method in ["scikit-learn", *made]:
                 key = {"data": name, "codes": given.codes, "method": method, "seed": seed}
                 key["epochs"] = given.epochs
