@@ -132,7 +132,10 @@ def tables(rows: list[Row]) -> str:
             cells += [" / ".join(f"{p:.0f}" for p in levels)]
             cells += [str(max(sum(r["dead"]) for r in fits))]
             cells += [spread([r[name] for r in fits]) for name in FIGURES[2:]]
-            cells += [f"{np.mean([r['cpu_seconds'] for r in fits]):.0f}"]
+            taken: dict[str, list[float]] = {}
+            for r in fits:
+                taken.setdefault(r.get("precision", "fp32"), []).append(r["cpu_seconds"])
+            cells += [" / ".join(f"{np.mean(seen):.0f} {name}" for name, seen in taken.items())]
             out.append(f"| {method} | {len(fits)} | " + " | ".join(cells) + " |")
     return "\n".join(out)
 
