@@ -51,18 +51,41 @@ def _flips(row: Row) -> float:
     return float(found["id"][found["scale"].index(0.2)])
 
 
+def _either(first: Callable[[Row], float | None], other: Callable[[Row], float | None]) -> Any:
+    """Read a decoder made for behaviour where there is one, the only decoder elsewhere."""
+
+    def read(row: Row) -> float | None:
+        found = first(row)
+        return other(row) if found is None else found
+
+    return read
+
+
 LEVELS = range(3)
+RETENTION = ("behaviour", "retention")
+AUCS = ("behaviour", "aucs")
+HEAD = "decode_behaviour(codes)"
 VIEWS = (
     View("error held out", figure("decoder(codes)", "relative_error_held_out"), False),
     View("ids that flip at .2", _flips, False),
     View("perplexity, mean", _mean(*(figure("usage", i, "perplexity") for i in LEVELS)), True),
     View("K_eff at .1, mean", _mean(*(effective_size(i) for i in LEVELS)), True),
     View("unique ids / items", _share, True),
-    View("retention at 50", figure("behaviour", "retention", "decoder(codes)", "50"), True),
+    View("retention at 50", figure(*RETENTION, "decoder(codes)", "50"), True),
+    View(
+        "retention at 50, its best decoder",
+        _either(figure(*RETENTION, HEAD, "50"), figure(*RETENTION, "decoder(codes)", "50")),
+        True,
+    ),
     View("HR@50 by ids", figure("behaviour", "discrete", "50"), True),
-    View("weighted AUC", figure("behaviour", "aucs", "weighted"), True),
-    View("embedding AUC", figure("behaviour", "aucs", "embedding: decoder(codes)"), True),
-    View("prefix AUC", figure("behaviour", "aucs", "exact_prefix"), True),
+    View("weighted AUC", figure(*AUCS, "weighted"), True),
+    View("embedding AUC", figure(*AUCS, "embedding: decoder(codes)"), True),
+    View(
+        "embedding AUC, its best decoder",
+        _either(figure(*AUCS, f"embedding: {HEAD}"), figure(*AUCS, "embedding: decoder(codes)")),
+        True,
+    ),
+    View("prefix AUC", figure(*AUCS, "exact_prefix"), True),
 )
 COST = View("fit, CPU s", figure("fit_cpu_seconds"), False)
 

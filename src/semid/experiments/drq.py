@@ -20,6 +20,7 @@ from semid.experiments.recipe import DataSet, DrqRecipe, TokenizerSpec
 from semid.report.behaviour import Pool, behaviour_pairs, choose_cutoffs, measure_pairs
 from semid.report.diagnose import diagnose
 from semid.report.diagnosis import Diagnosis
+from semid.tokenizers.barq import BARQ
 from semid.tokenizers.base import Tokenizer
 from semid.tokenizers.making import make_tokenizer
 from semid.tokenizers.neural.tokenizer import NeuralTokenizer
@@ -274,16 +275,14 @@ def _behaviour(
         return None
     rows = source.rows(np.arange(len(source)))
     codes = tok.encode(source).codes
-    pool = Pool(
-        codes,
-        tok.codebooks,
-        {
-            "original": rows,
-            "decoder(codes)": tok.decode(codes),
-            "decoder(z)": _reconstructed(tok, rows),
-        },
-        hierarchical=tok.hierarchical,
-    )
+    spaces = {
+        "original": rows,
+        "decoder(codes)": tok.decode(codes),
+        "decoder(z)": _reconstructed(tok, rows),
+    }
+    if isinstance(tok, BARQ) and tok.decodes_behaviour:
+        spaces["decode_behaviour(codes)"] = tok.decode_behaviour(codes)
+    pool = Pool(codes, tok.codebooks, spaces, hierarchical=tok.hierarchical)
     cutoffs, more = choose_cutoffs(None, len(source))
     found = measure_pairs(
         pairs, pool, cutoffs=cutoffs, seed=EVALUATION_SEED, replicates=replicates, threads=None

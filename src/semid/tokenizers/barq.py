@@ -339,6 +339,11 @@ class BARQ(ContinuousTokenizer):
         rows = np.ascontiguousarray(np.asarray(z, dtype=np.float32)[:, : self.dim])
         return self._preprocess.invert(rows)
 
+    @property
+    def decodes_behaviour(self) -> bool:
+        """Whether it was fitted with behaviour, so that `decode_behaviour` works."""
+        return bool(self._heads)
+
     def decode_behaviour(self, codes: Any) -> Array:
         """Return directions of behaviour ``(n, latent)`` float32 that codes stand for.
 
