@@ -1,6 +1,6 @@
 """BARQ against the published tokenizers in every view, paired over seeds, and without its parts.
 
-    python benchmarks/views.py ../shared/data --sets beauty toys sports --processes 2
+    python benchmarks/views.py ../shared/data --processes 2
 
 Runs `barq.toml` by the machinery of ``semid reproduce``: one JSON line a run, and the same command
 continues where it was stopped. Nothing is fitted on what is measured: behaviour is that of a tenth
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from semid.experiments.drq_reads import effective_size, figure
+from semid.experiments.drq_reads import effective_size, figure, flips
 from semid.experiments.study import Study
 from semid.progress import make_progress
 from semid.ranking.paired import paired_difference
@@ -46,11 +46,6 @@ def _share(row: Row) -> float:
     return float(row["collisions"]["unique_ids"]) / float(row["items"])
 
 
-def _flips(row: Row) -> float:
-    found = row["flips"]["input"]
-    return float(found["id"][found["scale"].index(0.2)])
-
-
 def _either(first: Callable[[Row], float | None], other: Callable[[Row], float | None]) -> Any:
     """Read a decoder made for behaviour where there is one, the only decoder elsewhere."""
 
@@ -67,7 +62,7 @@ AUCS = ("behaviour", "aucs")
 HEAD = "decode_behaviour(codes)"
 VIEWS = (
     View("error held out", figure("decoder(codes)", "relative_error_held_out"), False),
-    View("ids that flip at .2", _flips, False),
+    View("ids that flip at .2", flips, False),
     View("perplexity, mean", _mean(*(figure("usage", i, "perplexity") for i in LEVELS)), True),
     View("K_eff at .1, mean", _mean(*(effective_size(i) for i in LEVELS)), True),
     View("unique ids / items", _share, True),

@@ -16,6 +16,7 @@ __all__ = [
     "constant",
     "effective_size",
     "figure",
+    "flips",
     "less",
     "others",
     "relative",
@@ -45,6 +46,14 @@ def figure(*path: Any) -> Read:
         return None if found is None else float(found)
 
     return read
+
+
+def flips(row: Row) -> float | None:
+    """Read the share of ids that input noise of 0.2 changes."""
+    found = (row.get("flips") or {}).get("input")
+    if not found or 0.2 not in found["scale"]:
+        return None
+    return float(found["id"][found["scale"].index(0.2)])
 
 
 def effective_size(level: int, scale: float = SCALE) -> Read:

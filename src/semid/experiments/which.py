@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from semid.experiments.claims import Comparison, Row, Rows
-from semid.experiments.drq_reads import TOKENIZERS, Read, effective_size, figure, less
+from semid.experiments.claims import Comparison, Rows
+from semid.experiments.drq_reads import TOKENIZERS, Read, effective_size, figure, flips, less
 from semid.report.figure import Figure
 
 __all__ = ["QUESTIONS", "which_tokenizer"]
 
 
-def _flips(row: Row) -> float | None:
-    """Read the share of ids that input noise of 0.2 changes."""
-    found = (row.get("flips") or {}).get("input")
-    if not found or 0.2 not in found["scale"]:
-        return None
-    return float(found["id"][found["scale"].index(0.2)])
-
-
 QUESTIONS: dict[str, tuple[Read, int]] = {
-    "steady ids: fewest flips under input noise 0.2": (less(_flips), 4),
+    "steady ids: fewest flips under input noise 0.2": (less(flips), 4),
     "close to the embedding: least error of the codes": (
         less(figure("decoder(codes)", "relative_error")),
         4,

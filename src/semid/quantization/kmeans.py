@@ -54,8 +54,8 @@ class KMeansOptions:
         sample_per_code: train on at most this many rows a codeword, drawn without replacement;
             None trains on all rows.
         full_pass: after training on a sample, one Lloyd iteration over all rows.
-        trials: candidates drawn a centre in the k-means++ seeding, at least 1; 1 is the plain one,
-            2 halves the time of a fit of few iterations for an inertia about 1 % higher.
+        trials: candidates drawn a centre in the k-means++ seeding, at least 1; fewer are quicker
+            and seed worse, and 1 is the plain one (``benchmarks/kmeans.py`` shows what 2 brings).
     """
 
     iterations: int = 25
