@@ -201,7 +201,7 @@ def test_prices_even_out_usage_within_their_bound():
     words = np.concatenate([rows[:8], rows[-8:]])
     plain, squared = assign(rows, words)
     limit = 0.5
-    prices = size_prices(ArrayBlocks(rows), words, limit=limit, threads=1)
+    (prices,) = size_prices(ArrayBlocks(rows), [words], limit=limit, threads=1)
     assert prices.min() == 0
     assert prices.max() <= limit * squared.mean(dtype=np.float64) * (1 + 1e-6)
     labels, _ = assign(with_room(rows, 1), priced(words, prices))
@@ -214,6 +214,6 @@ def test_prices_even_out_usage_within_their_bound():
         return float(-(share * np.log(share)).sum())
 
     assert entropy(labels) > entropy(plain) + 0.05
-    assert not size_prices(ArrayBlocks(rows), words, limit=0).any()
+    assert not size_prices(ArrayBlocks(rows), [words], limit=0)[0].any()
     with pytest.raises(UsageError, match="limit=-1"):
-        size_prices(ArrayBlocks(rows), words, limit=-1)
+        size_prices(ArrayBlocks(rows), [words], limit=-1)

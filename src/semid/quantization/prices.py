@@ -7,14 +7,16 @@ engine, its bounds and beams need know nothing of prices.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from semid.errors import UsageError
-from semid.quantization.assign import assign
 from semid.quantization.blocks import Blocks, read_ahead
 from semid.quantization.nearest import prepare
+from semid.quantization.residual import dequantize, encode_residual
 
 __all__ = ["priced", "size_prices", "with_room"]
 
@@ -26,71 +28,94 @@ STEP = 0.1
 
 def size_prices(
     rows: Blocks,
-    codebook: Array,
+    codebooks: Sequence[Array],
     *,
     limit: float,
+    columns: int | None = None,
+    beam_width: int = 1,
     rounds: int = 20,
     threads: int | None = None,
-) -> npt.NDArray[np.float64]:
-    """Find prices that even out how many rows take each codeword.
+) -> list[npt.NDArray[np.float64]]:
+    """Find prices that even out how many rows take each codeword, for all levels together.
 
-    A codeword's price rises with the logarithm of its size and never above ``limit`` times the mean
-    squared distance, so a row's squared error rises by at most that much: with ``k`` the nearest
-    codeword and ``j`` the one taken, ``|x - j|^2 + p_j <= |x - k|^2 + p_k``. Steps shrink, and of
-    all rounds the prices with the most even usage (entropy) are returned: sizes that swing to and
-    fro cannot leave usage less even than no prices do.
+    A codeword's price rises with the logarithm of its size and never above ``limit`` times what all
+    levels leave of a row on average. At one level a row's squared error rises by at most that much:
+    with ``k`` the nearest codeword and ``j`` the one taken,
+    ``|x - j|^2 + p_j <= |x - k|^2 + p_k``. Steps shrink, and of all rounds the prices with the most
+    even usage (entropy, all levels added) are returned: sizes that swing to and fro cannot leave
+    usage less even than no prices do.
 
     Args:
         rows: ``(items, dim)``.
-        codebook: ``(codes, dim)`` float32.
-        limit: highest price in mean squared distances, 0 or more; 0 prices nothing.
+        codebooks: ``(codes, dim)`` float32, one a level.
+        limit: highest price in mean squared residuals, 0 or more; 0 prices nothing.
+        columns: count the residuals of the first so many columns; None counts all.
+        beam_width: partial codes kept while encoding.
         rounds: passes over the rows, at least 1.
         threads: plain threads; they change no result.
 
     Returns:
-        ``(codes,)`` float64 prices, the lowest 0, in squared units of the rows.
+        ``(codes,)`` float64 prices a level, the lowest of each 0, in squared units of the rows.
 
     Raises:
         UsageError: if ``limit`` or ``rounds`` is out of range.
 
-    Cost: ``rounds`` + 1 assignments of all rows.
+    Cost: ``rounds`` + 1 encodings of all rows.
     """
     if not 0 <= limit < float("inf") or rounds < 1:
         raise UsageError(
             f"limit={limit}, rounds={rounds}: give a limit of 0 or more and at least 1 round"
         )
-    prices = np.zeros(len(codebook))
+    prices = [np.zeros(len(book)) for book in codebooks]
     if limit == 0:
         return prices
-    counts, spread = _sizes(rows, codebook, prices, threads)
+    sizes, spread = _sizes(rows, codebooks, prices, columns or rows.dim, beam_width, threads)
     highest = limit * spread
-    best, most = prices, _entropy(counts)
+    best, most = prices, _entropy(sizes)
     for number in range(1, rounds + 1):
-        uneven = np.log1p(counts) - np.log1p(len(rows) / len(codebook))
-        prices = np.clip(prices + STEP * highest * uneven / np.sqrt(number), 0.0, highest)
-        counts, _ = _sizes(rows, codebook, prices, threads)
-        if (found := _entropy(counts)) > most:
+        step = STEP * highest / np.sqrt(number)
+        prices = [
+            np.clip(p + step * (np.log1p(n) - np.log1p(n.mean())), 0.0, highest)
+            for p, n in zip(prices, sizes, strict=True)
+        ]
+        sizes, _ = _sizes(rows, codebooks, prices, columns or rows.dim, beam_width, threads)
+        if (found := _entropy(sizes)) > most:
             best, most = prices, found
-    lowest: npt.NDArray[np.float64] = best - best.min()
-    return lowest
+    return [found - found.min() for found in best]
 
 
-def _entropy(counts: npt.NDArray[np.float64]) -> float:
-    share = counts[counts > 0] / counts.sum()
-    return float(-(share * np.log(share)).sum())
+def _entropy(sizes: Sequence[npt.NDArray[np.float64]]) -> float:
+    total = 0.0
+    for counts in sizes:
+        share = counts[counts > 0] / counts.sum()
+        total -= float((share * np.log(share)).sum())
+    return total
 
 
 def _sizes(
-    rows: Blocks, codebook: Array, prices: npt.NDArray[np.float64], threads: int | None
-) -> tuple[npt.NDArray[np.float64], float]:
-    """Return rows a codeword, and the mean priced squared distance."""
-    book = prepare(torch.from_numpy(priced(codebook, prices)))
-    counts, total = np.zeros(len(codebook)), 0.0
+    rows: Blocks,
+    codebooks: Sequence[Array],
+    prices: Sequence[npt.NDArray[np.float64]],
+    columns: int,
+    beam_width: int,
+    threads: int | None,
+) -> tuple[list[npt.NDArray[np.float64]], float]:
+    """Return rows a codeword, level by level, and the mean squared residual without prices."""
+    levels = len(codebooks)
+    books = [
+        prepare(torch.from_numpy(priced(book, paid, level=level, levels=levels)))
+        for level, (book, paid) in enumerate(zip(codebooks, prices, strict=True))
+    ]
+    sizes, total = [np.zeros(len(book)) for book in codebooks], 0.0
     for _, block in read_ahead(rows):
-        labels, distances = assign(with_room(block, 1), book, threads=threads)
-        counts += np.bincount(labels, minlength=len(codebook))
-        total += float(distances.sum(dtype=np.float64))
-    return counts, total / max(len(rows), 1)
+        codes = encode_residual(
+            with_room(block, levels), books, beam_width=beam_width, threads=threads
+        ).codes
+        for level, counts in enumerate(sizes):
+            counts += np.bincount(codes[:, level], minlength=len(counts))
+        left = block[:, :columns] - dequantize(codes, [book[:, :columns] for book in codebooks])
+        total += float(np.einsum("nd,nd->", left, left, dtype=np.float64))
+    return sizes, total / max(len(rows), 1)
 
 
 def with_room(rows: Array, prices: int) -> Array:

@@ -13,7 +13,6 @@ from torch import nn
 
 from semid.data.ids import ItemIds
 from semid.errors import UsageError
-from semid.quantization.assign import assign
 from semid.quantization.blocks import Blocks, ResidualBlocks, in_memory
 from semid.quantization.kmeans import KMeansOptions
 from semid.quantization.nearest import prepare
@@ -58,8 +57,8 @@ class BARQ(ContinuousTokenizer):
         behaviour_weight: variance of ``s u(x)`` in variances of ``x``, 0 or more; 0 leaves
             behaviour out, and `fit` then takes no pairs.
         behaviour_levels: levels that see ``u``, 1 to ``levels``.
-        size_limit: highest price of a codeword in mean squared distances, 0 or more: evens out
-            usage at an error of at most that much (see `semid.quantization.prices`).
+        size_limit: highest price of a codeword in mean squared residuals, 0 or more: evens out
+            usage at some error (see `semid.quantization.prices`).
         objective: losses of the encoder beside reconstruction, see
             `semid.tokenizers.neural.decoupled.Objective`; here ``contrastive_weight`` is 1 and
             ``pairs_per_step`` 1024.
@@ -164,9 +163,9 @@ class BARQ(ContinuousTokenizer):
         self._set_scale(prepared)
         rows = self._space(prepared.train.blocks)
         books, details["levels"] = self._levels(rows, prepared.train.dim, context, stages)
-        if self.size_limit:
-            books = self._priced(rows, books)
         books, rounds = self._refined(rows, books, prepared, context)
+        if self.size_limit:  # last, since refinement makes usage uneven again
+            books = self._priced(rows, books, prepared.train.dim)
         details["refine"] = [asdict(one) for one in rounds]
         self._prepared = tuple(prepare(torch.from_numpy(book)) for book in books)
         details["behaviour_head"] = self._fit_heads(prepared)
@@ -247,25 +246,22 @@ class BARQ(ContinuousTokenizer):
         parts = [encode_residual(x, ready, threads=self.threads).codes for _, x in rows.blocks()]
         return list(np.ascontiguousarray(np.concatenate(parts).T))
 
-    def _priced(self, rows: Blocks, books: Sequence[Array]) -> list[Array]:
-        """Price codewords level by level, on what the priced levels before leave."""
-        made: list[Array] = []
-        labels: list[npt.NDArray[np.int64]] = []
+    def _priced(self, rows: Blocks, books: Sequence[Array], dim: int) -> list[Array]:
+        """Give refined codewords the prices that even out usage, for all levels together."""
         content = rows.dim - self.levels
-        for level, book in enumerate(books):
-            left = in_memory(ResidualBlocks(rows, labels, made), limit_bytes=MEMORY)
-            plain = np.ascontiguousarray(book[:, :content])
-            prices = size_prices(
-                Columns(left, content), plain, limit=self.size_limit, threads=self.threads
-            )
-            made.append(priced(plain, prices, level=level, levels=self.levels))
-            ready = prepare(torch.from_numpy(made[-1]))
-            labels.append(
-                np.concatenate(
-                    [assign(x, ready, threads=self.threads)[0] for _, x in left.blocks()]
-                )
-            )
-        return made
+        plain = [np.ascontiguousarray(book[:, :content]) for book in books]
+        prices = size_prices(
+            Columns(rows, content),
+            plain,
+            limit=self.size_limit,
+            columns=dim,
+            beam_width=self.beam_width,
+            threads=self.threads,
+        )
+        return [
+            priced(book, paid, level=level, levels=self.levels)
+            for level, (book, paid) in enumerate(zip(plain, prices, strict=True))
+        ]
 
     def _refined(
         self, rows: Blocks, books: list[Array], prepared: PreparedRows, context: FitContext
