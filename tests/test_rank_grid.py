@@ -13,6 +13,7 @@ from rank_cases import ITEMS, SMALL, codes, data, item_table, log_table
 from semid.cli import main
 from semid.data.embeddings import open_embeddings
 from semid.errors import IdsError, UsageError
+from semid.progress import QuietProgress
 from semid.ranking.grid import RESULTS_FILE, Grid, read_results, run_grid
 from semid.ranking.gridtable import difference, grid_tables
 from semid.ranking.methods import Tokenizers
@@ -104,8 +105,6 @@ def test_tokenizers_see_training_items_alone(rows, tmp_path):
             rows,
             codebook_size=4,
         )
-        from semid.progress import QuietProgress
-
         found = maker.method("rqkmeans", 2, progress=QuietProgress())
         fitted.append(found.ids)
         assert len(found.ids) == ITEMS
@@ -113,6 +112,32 @@ def test_tokenizers_see_training_items_alone(rows, tmp_path):
     maker = Tokenizers(tmp_path, source(prefix="x"), rows, codebook_size=4)
     with pytest.raises(IdsError, match=r"none of the .* training items"):
         maker.method("rqkmeans", 2, progress=QuietProgress())
+
+
+def test_a_tokenizer_that_learns_from_behaviour_sees_training_positives_alone(rows, tmp_path):
+    log = rows.training_log
+    train = rows.parts["train"]
+    liked = train.item[train.label == 1].numpy() - 1
+    expected = np.bincount(liked, minlength=ITEMS)
+    assert np.array_equal(
+        np.bincount(log.catalogue_rows(rows.schema.items.ids)[log.items], minlength=ITEMS), expected
+    )
+    assert log.has_order
+    assert log.rating is None
+    table = log_table()
+    wanted = {
+        (u, i): t
+        for u, i, t in zip(*(table[c].to_pylist() for c in table.column_names[:3]), strict=True)
+    }
+    users, items = log.user_ids.to_pylist(), log.item_ids.to_pylist()
+    for user, item, time in zip(log.users, log.items, log.order, strict=True):
+        assert wanted[users[user], items[item]] == time
+    options = {"training": {"epochs": 1}, "network": {"hidden": (8,), "latent": 4}}
+    maker = Tokenizers(tmp_path, source(), rows, codebook_size=4, options=options)
+    found = maker.method("barq", 2, progress=QuietProgress())
+    assert len(found.ids) == ITEMS
+    tokenizer = semid.load(tmp_path / "barq-2x")
+    assert tokenizer.decodes_behaviour
 
 
 def test_wrong_grids(rows, tmp_path):

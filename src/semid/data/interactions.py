@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,20 @@ class Interactions:
     def has_order(self) -> bool:
         """Whether it is known which interaction of a user came first."""
         return self.order is not None
+
+    def where(self, rows: np.ndarray) -> Interactions:
+        """Return the interactions at which the mask ``rows`` (interactions,) is true.
+
+        Users and items keep their numbers, those without an interaction left among them.
+        """
+        return replace(
+            self,
+            users=self.users[rows],
+            items=self.items[rows],
+            order=None if self.order is None else self.order[rows],
+            rating=None if self.rating is None else self.rating[rows],
+            columns={name: column.filter(pa.array(rows)) for name, column in self.columns.items()},
+        )
 
     def sequences(self, ids: ItemIds, *, require_order: bool = True) -> Sequences:
         """Collect each user's items, oldest first; ties keep the order of the file.

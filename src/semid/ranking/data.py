@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -98,6 +98,7 @@ class RankingData:
         positives: ``(items + 1,)`` positive ones among them; what popularity means here.
         protocol: label, split, seed and features in one line, to stand beside every result.
         dropped_negatives: negatives that were given up because their user took nearly all items.
+        training_log: the positive training interactions, for tokenizers that learn from behaviour.
     """
 
     schema: Schema
@@ -106,6 +107,7 @@ class RankingData:
     positives: Ints
     protocol: str
     dropped_negatives: int = 0
+    training_log: Interactions | None = None
 
     @property
     def train_items(self) -> npt.NDArray[np.bool_]:
@@ -342,6 +344,7 @@ class _Draft:
             np.bincount(self.item[trained & self.positive] + 1, minlength=items + 1),
             self._protocol(schema),
             self.dropped,
+            replace(log, rating=None, columns={}).where(trained & self.positive),
         )
 
     def _histories(self, rows: dict[int, Any]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -124,7 +124,11 @@ class Tokenizers:
         if single is None:
             values["levels"] = scale
         tokenizer = make_tokenizer(kind, {**values, **self.options})
-        tokenizer.fit(self.source.subset(self._train_rows()), progress=progress)
+        tokenizer.fit(
+            self.source.subset(self._train_rows()),
+            interactions=self.data.training_log if tokenizer.needs_behaviour else None,
+            progress=progress,
+        )
         tokenizer.save(folder, overwrite=True)
         ids = tokenizer.encode(self.source, progress=progress)
         ids.write(file)

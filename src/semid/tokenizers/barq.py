@@ -135,16 +135,21 @@ class BARQ(ContinuousTokenizer):
     def _latent_width(self, dim: int) -> int:
         return self.network.latent or LATENT
 
+    @property
+    def needs_behaviour(self) -> bool:
+        """Whether behaviour has a weight."""
+        return self.behaviour_weight > 0
+
     def _behaviour(
         self, interactions: Any, pairs: Any, *, ids: ItemIds, train: npt.NDArray[np.bool_]
     ) -> Behaviour | None:
         given = interactions is not None or pairs is not None
-        if given and not self.behaviour_weight:
+        if given and not self.needs_behaviour:
             raise UsageError(
                 "interactions or pairs were given and behaviour_weight=0, so they would not be "
                 "used; give --behaviour-weight 1 (behaviour_weight=), or leave them out"
             )
-        if not given and self.behaviour_weight:
+        if self.needs_behaviour and not given:
             raise UsageError(
                 "barq learns from behaviour; give --interactions or --pairs (interactions=, "
                 "pairs=), or --behaviour-weight 0 (behaviour_weight=) to learn without them"

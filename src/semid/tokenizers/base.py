@@ -110,6 +110,11 @@ class Tokenizer(ABC):
     # What every tokenizer has --------------------------------------------------------------
 
     @property
+    def needs_behaviour(self) -> bool:
+        """Whether `fit` cannot do without interactions or pairs."""
+        return False
+
+    @property
     def levels(self) -> int:
         """Number of codes an item."""
         return len(self.codebook_sizes)

@@ -49,16 +49,21 @@ class ContinuousTokenizer(NeuralTokenizer):
         self.objective = objective
         super().__init__(sizes=sizes, beam_width=beam_width, **options)
 
+    @property
+    def needs_behaviour(self) -> bool:
+        """Whether a loss is over pairs."""
+        return self.objective.needs_pairs
+
     def _behaviour(
         self, interactions: Any, pairs: Any, *, ids: ItemIds, train: npt.NDArray[np.bool_]
     ) -> Behaviour | None:
         given = interactions is not None or pairs is not None
-        if given and not self.objective.needs_pairs:
+        if given and not self.needs_behaviour:
             raise UsageError(
                 "interactions or pairs were given and contrastive_weight=0, so they would not be "
                 "used; set --contrastive-weight (contrastive_weight), for example 0.1"
             )
-        if self.objective.needs_pairs and not given:
+        if self.needs_behaviour and not given:
             raise UsageError(
                 f"contrastive_weight={self.objective.contrastive_weight:g} needs pairs to learn "
                 "from; give --interactions or --pairs (interactions=, pairs=)"
