@@ -4,8 +4,8 @@
 
 No codes, random codes, many embeddings of one code (ME), RQ-VAE, Mixture-of-Codes and BARQ at 3x,
 fusion on and off for each, DeepFM and DCNv2, five seeds; a twentieth of the items is held out of
-training altogether. Every run is a line of ``results.jsonl`` under the output folder and is not repeated:
-the same command continues where it was stopped. Tables go to ``tables.md`` beside it.
+training altogether. Every run is a line of ``results.jsonl`` under the output folder and is not
+repeated: the same command continues where it was stopped. Tables go to ``tables.md`` beside it.
 """
 
 from __future__ import annotations
