@@ -120,7 +120,7 @@ def fit(
         float | None, typer.Option(help="drqvae: weight of the uniformity loss.")
     ] = None,
     behaviour_weight: Annotated[
-        float | None, typer.Option(help="barq: weight of behaviour beside content; default 1.")
+        float | None, typer.Option(help="barq: weight of behaviour beside content; default 2.")
     ] = None,
     size_limit: Annotated[
         float | None, typer.Option(help="barq: highest price that evens out usage; default 0.")

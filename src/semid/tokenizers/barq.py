@@ -54,8 +54,9 @@ class BARQ(ContinuousTokenizer):
         levels: codes an item.
         codebook_size: codewords a level (2 to 2**32), or one number a level.
         beam_width: partial codes kept while encoding.
-        behaviour_weight: variance of ``s u(x)`` in variances of ``x``, 0 or more; 0 leaves
-            behaviour out, and `fit` then takes no pairs.
+        behaviour_weight: variance of ``s u(x)`` in variances of ``x``, 0 or more; 2 was chosen on
+            users kept for selection (``benchmarks/choice.py``). 0 leaves behaviour out, and `fit`
+            then takes no pairs.
         behaviour_levels: levels that see ``u``, 1 to ``levels``.
         size_limit: highest price of a codeword in mean squared residuals, 0 or more: evens out
             usage at some error (see `semid.quantization.prices`).
@@ -82,7 +83,7 @@ class BARQ(ContinuousTokenizer):
         levels: int = 3,
         codebook_size: int | Sequence[int] = 256,
         beam_width: int = 8,
-        behaviour_weight: float = 1.0,
+        behaviour_weight: float = 2.0,
         behaviour_levels: int = 1,
         size_limit: float = 0.0,
         objective: Objective | Mapping[str, Any] | None = None,
@@ -147,7 +148,7 @@ class BARQ(ContinuousTokenizer):
         if given and not self.needs_behaviour:
             raise UsageError(
                 "interactions or pairs were given and behaviour_weight=0, so they would not be "
-                "used; give --behaviour-weight 1 (behaviour_weight=), or leave them out"
+                "used; give --behaviour-weight 2 (behaviour_weight=), or leave them out"
             )
         if self.needs_behaviour and not given:
             raise UsageError(
