@@ -3,7 +3,7 @@
     python benchmarks/choice.py ../shared/data --sets beauty toys --seeds 1
 
 Nothing is measured on test users, so that the settings chosen here can be measured on them
-afterwards (``views.py``). Every row is a line of ``choice.jsonl``; the same command continues
+afterwards (``views.py``). Every row is a line of ``barq-choice.jsonl``; the same command continues
 where it was stopped, and the table is written anew.
 """
 
@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS)
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "choice.jsonl")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "barq-choice.jsonl")
     given = parser.parse_args()
     lines = given.out.read_text().splitlines() if given.out.exists() else []
     rows = [json.loads(line) for line in lines]
