@@ -77,7 +77,7 @@ def error(x: np.ndarray, books: list[np.ndarray], beam: int) -> float:
 def test_refinement_lowers_the_error_of_items_it_does_not_see(clustered):
     train, judged, unseen = clustered[:800], clustered[800:1000], clustered[1000:]
     books = fitted(train)
-    options = RefineOptions(beam_width=4)
+    options = RefineOptions(beam_width=4, annealing_rounds=0)
     refined, rounds = refine_residual(
         ArrayBlocks(train), books, judged=ArrayBlocks(judged), options=options, threads=1
     )
@@ -90,6 +90,32 @@ def test_refinement_lowers_the_error_of_items_it_does_not_see(clustered):
         ArrayBlocks(train), books, judged=ArrayBlocks(judged), options=options, threads=3
     )
     assert all(np.array_equal(a, b) for a, b in zip(refined, more, strict=True))
+
+
+def test_annealing_leaves_the_nearest_optimum():
+    generator = np.random.default_rng(8)
+    sums = sum(generator.normal(size=(16, 12))[generator.integers(0, 16, 1800)] for _ in range(3))
+    rows = (sums + 0.2 * generator.normal(size=(1800, 12))).astype(np.float32)
+    train, judged, unseen = rows[:1200], rows[1200:1500], rows[1500:]
+    books = fitted(train)
+
+    def refined(**options):
+        return refine_residual(
+            ArrayBlocks(train), books, judged=ArrayBlocks(judged),
+            options=RefineOptions(beam_width=4, **options), threads=1,
+        )  # fmt: skip
+
+    plain, before = refined(annealing_rounds=0)
+    annealed, rounds = refined()
+    assert rounds[: len(before)] == before
+    assert len(rounds) > len(before) + RefineOptions().annealing_rounds
+    assert rounds[-1].error == pytest.approx(error(judged, annealed, 4))
+    assert error(train, annealed, 4) < 0.98 * error(train, plain, 4)
+    assert error(unseen, annealed, 4) < 0.98 * error(unseen, plain, 4)
+    again, _ = refined()
+    assert all(np.array_equal(a, b) for a, b in zip(annealed, again, strict=True))
+    lost, rounds = refined(temperature=50.0, annealing_rounds=1)  # worse, so not kept
+    assert error(judged, lost, 4) <= error(judged, plain, 4)
 
 
 def test_columns_outside_the_parts_stay(clustered):
@@ -115,6 +141,8 @@ def test_no_rounds_change_nothing_and_wrong_options_are_refused(clustered):
     assert all(np.array_equal(a, b) for a, b in zip(same, books, strict=True))
     with pytest.raises(UsageError, match=r"rounds=-1.*beam_width=0.*ridges=\(\)"):
         RefineOptions(rounds=-1, beam_width=0, ridges=())
+    with pytest.raises(UsageError, match=r"annealing_rounds=-1.*temperature=nan"):
+        RefineOptions(annealing_rounds=-1, temperature=float("nan"))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 K-means level by level never returns to a level it has left. Here all levels are fitted again
 together to the codes that a beam finds, the ridge is chosen on items held out, and what does not
-lower their error is not kept.
+lower their error is not kept. The two steps alone end in the nearest local optimum; further rounds
+shake the codebooks with noise that falls to nothing (stochastic relaxation of the codebooks, LSQ++,
+Martinez et al. 2018; the scale of the noise and the schedule are ours).
 """
 
 from __future__ import annotations
@@ -18,11 +20,13 @@ from semid.errors import UsageError
 from semid.quantization.additive import NormalEquations
 from semid.quantization.blocks import Blocks, read_ahead
 from semid.quantization.nearest import PreparedCodebook, prepare
-from semid.quantization.residual import encode_residual
+from semid.quantization.residual import ResidualCodes, dequantize, encode_residual
+from semid.seeds import numpy_generator
 
 __all__ = ["Part", "RefineOptions", "RefineRound", "refine_residual"]
 
 Array = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +35,18 @@ class RefineOptions:
 
     Attributes:
         rounds: most rounds of encoding and least squares, 0 or more; 0 leaves the codebooks.
+        annealing_rounds: rounds with noise that follow, 0 or more; as many ``rounds`` as before
+            end them, and all of that is kept only if it lowers the error.
+        temperature: noise of the first of those, in standard deviations of the residual over the
+            square root of the levels; it falls linearly. 0 or more.
         beam_width: partial codes kept while encoding, at least 1.
         ridges: ridges to choose from, each above 0, in items that say "zero" a codeword.
         tolerance: relative fall of the error that a round has to bring for another one, 0 or more.
     """
 
     rounds: int = 8
+    annealing_rounds: int = 12
+    temperature: float = 1.0
     beam_width: int = 8
     ridges: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0)
     tolerance: float = 1e-3
@@ -50,6 +60,8 @@ class RefineOptions:
         object.__setattr__(self, "ridges", tuple(float(ridge) for ridge in self.ridges))
         allowed = [
             ("rounds", self.rounds >= 0, "0 or more"),
+            ("annealing_rounds", self.annealing_rounds >= 0, "0 or more"),
+            ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
             ("beam_width", self.beam_width >= 1, "at least 1"),
             ("ridges", bool(self.ridges) and min(self.ridges) > 0, "numbers above 0"),
             ("tolerance", self.tolerance >= 0, "0 or more"),
@@ -61,6 +73,12 @@ class RefineOptions:
         ]
         if problems:
             raise UsageError("; ".join(problems))
+
+    @property
+    def most_rounds(self) -> int:
+        """Rounds of both kinds, at most."""
+        noisy = self.rounds + self.annealing_rounds if self.annealing_rounds else 0
+        return self.rounds + noisy if self.rounds else 0
 
 
 @dataclass(frozen=True)
@@ -99,6 +117,7 @@ def refine_residual(
     parts: Sequence[Part] | None = None,
     options: RefineOptions | None = None,
     weights: npt.NDArray[np.float64] | None = None,
+    seed: int = 0,
     threads: int | None = None,
     on_round: Callable[[RefineRound], None] | None = None,
 ) -> tuple[list[Array], list[RefineRound]]:
@@ -113,83 +132,142 @@ def refine_residual(
             no part stay.
         options: rounds, beam, ridges.
         weights: ``(items,)`` weights of the training rows.
+        seed: of the noise.
         threads: plain threads; they change no result.
-        on_round: called after every round that was kept.
+        on_round: called after every round.
 
     Returns:
         Refined codebooks (those given, if no round lowered the error) and the rounds kept.
 
-    Cost: a round encodes the training rows once and the judged rows once a ridge, at
-    ``beam_width`` times the cost of greedy encoding.
+    Cost: a round encodes the training rows once and the judged rows once a ridge (once, from the
+    second with noise on), at ``beam_width`` times the cost of greedy encoding.
     """
     options = options or RefineOptions()
     width = train.dim
     parts = parts or [Part(slice(0, width), len(codebooks))]
     judged = train if judged is None or not len(judged) else judged
-    best = [book.copy() for book in codebooks]
-    error = _error(judged, best, options.beam_width, threads)
-    history: list[RefineRound] = []
-    for _ in range(options.rounds):
-        equations = _equations(train, best, options.beam_width, weights, threads)
-        tried = []
-        for ridge in options.ridges:
-            books = _solve(equations, best, parts, ridge, threads)
-            tried.append((_error(judged, books, options.beam_width, threads), ridge, books))
-        found, ridge, books = min(tried, key=lambda one: one[:2])
-        if not found < error:
-            break
-        history.append(RefineRound(ridge, found, error))
-        enough = found > (1.0 - options.tolerance) * error
-        best, error = books, found
-        if on_round is not None:
-            on_round(history[-1])
-        if enough:
-            break
+    start = [book.copy() for book in codebooks]
+    if not options.rounds:
+        return start, []
+    refiner = _Refiner(train, judged, parts, options, weights, threads, on_round)
+    best, history = refiner.settled(start, refiner.error(start))
+    if options.annealing_rounds:
+        error = history[-1].error if history else refiner.error(best)
+        shaken, rounds = refiner.annealed(best, error, numpy_generator(seed, "anneal"))
+        shaken, more = refiner.settled(shaken, rounds[-1].error)
+        if [*rounds, *more][-1].error < error:
+            best, history = shaken, [*history, *rounds, *more]
     return best, history
+
+
+@dataclass
+class _Refiner:
+    """What all rounds of one refinement share; see `refine_residual`."""
+
+    train: Blocks
+    judged: Blocks
+    parts: Sequence[Part]
+    options: RefineOptions
+    weights: npt.NDArray[np.float64] | None
+    threads: int | None
+    on_round: Callable[[RefineRound], None] | None
+
+    def settled(self, books: list[Array], error: float) -> tuple[list[Array], list[RefineRound]]:
+        """Run rounds without noise for as long as they lower the error."""
+        rounds: list[RefineRound] = []
+        for _ in range(self.options.rounds):
+            made, found = self._solved(self._equations(books)[0], books, self.options.ridges, error)
+            if not found.error < error:
+                break
+            rounds.append(found)
+            enough = found.error > (1.0 - self.options.tolerance) * error
+            books, error = made, found.error
+            if enough:
+                break
+        return books, rounds
+
+    def annealed(
+        self, books: list[Array], error: float, generator: np.random.Generator
+    ) -> tuple[list[Array], list[RefineRound]]:
+        """Run all rounds with noise; the last leaves none."""
+        rounds: list[RefineRound] = []
+        count, ridges = self.options.annealing_rounds, self.options.ridges
+        spread = np.zeros(0)
+        for number in range(count):
+            equations, squared = self._equations(books)
+            if not rounds:
+                spread = np.sqrt(squared / max(len(self.train), 1))
+            books, found = self._solved(equations, books, ridges, error)
+            rounds.append(found)
+            ridges, error = (found.ridge,), found.error
+            if number + 1 < count:
+                books = self._shaken(books, (1.0 - number / count) * spread, generator)
+        return books, rounds
+
+    def error(self, books: Sequence[Array]) -> float:
+        """Return the mean squared residual of the judged rows."""
+        prepared, total = _prepared(books), 0.0
+        for _, block in read_ahead(self.judged):
+            found = self._encoded(block, prepared)
+            total += float(np.square(found.residual_norms, dtype=np.float64).sum())
+        return total / max(len(self.judged), 1)
+
+    def _encoded(self, block: Array, prepared: list[PreparedCodebook]) -> ResidualCodes:
+        return encode_residual(
+            block, prepared, beam_width=self.options.beam_width, threads=self.threads
+        )
+
+    def _equations(self, books: Sequence[Array]) -> tuple[NormalEquations, Doubles]:
+        """Encode the training rows; return their equations and squared residuals by column."""
+        equations = NormalEquations([len(book) for book in books], self.train.dim)
+        prepared, squared = _prepared(books), np.zeros(self.train.dim)
+        for start, block in read_ahead(self.train):
+            codes = self._encoded(block, prepared).codes
+            mass = None if self.weights is None else self.weights[start : start + len(block)]
+            equations.add_(codes, block, mass)
+            squared += np.square(block - dequantize(codes, books), dtype=np.float64).sum(axis=0)
+        return equations, squared
+
+    def _solved(
+        self,
+        equations: NormalEquations,
+        books: Sequence[Array],
+        ridges: Sequence[float],
+        before: float,
+    ) -> tuple[list[Array], RefineRound]:
+        """Solve with every ridge and keep the one that judged rows like best."""
+        tried = []
+        for ridge in ridges:
+            made = [book.copy() for book in books]
+            for part in self.parts:
+                solved = equations.solve(
+                    ridge=ridge,
+                    start=[book[:, part.columns] for book in books],
+                    columns=part.columns,
+                    levels=part.levels,
+                    threads=self.threads,
+                )
+                for book, table in zip(made, solved, strict=False):
+                    book[:, part.columns] = table
+            tried.append((self.error(made), ridge, made))
+        error, ridge, made = min(tried, key=lambda one: one[:2])
+        found = RefineRound(ridge, error, before)
+        if self.on_round is not None:
+            self.on_round(found)
+        return made, found
+
+    def _shaken(
+        self, books: Sequence[Array], spread: Doubles, generator: np.random.Generator
+    ) -> list[Array]:
+        """Add noise to the columns that are fitted; ``spread`` ``(dim,)`` is that of all levels."""
+        shaken = [book.copy() for book in books]
+        for part in self.parts:
+            scale = self.options.temperature / np.sqrt(part.levels) * spread[part.columns]
+            for book in shaken[: part.levels]:
+                noise = generator.normal(size=(len(book), len(scale))) * scale
+                book[:, part.columns] += noise.astype(np.float32)
+        return shaken
 
 
 def _prepared(books: Sequence[Array]) -> list[PreparedCodebook]:
     return [prepare(torch.from_numpy(book)) for book in books]
-
-
-def _equations(
-    rows: Blocks,
-    books: Sequence[Array],
-    beam_width: int,
-    weights: npt.NDArray[np.float64] | None,
-    threads: int | None,
-) -> NormalEquations:
-    equations = NormalEquations([len(book) for book in books], rows.dim)
-    prepared = _prepared(books)
-    for start, block in read_ahead(rows):
-        found = encode_residual(block, prepared, beam_width=beam_width, threads=threads)
-        mass = None if weights is None else weights[start : start + len(block)]
-        equations.add_(found.codes, block, mass)
-    return equations
-
-
-def _solve(
-    equations: NormalEquations,
-    books: Sequence[Array],
-    parts: Sequence[Part],
-    ridge: float,
-    threads: int | None,
-) -> list[Array]:
-    made = [book.copy() for book in books]
-    for part in parts:
-        start = [book[:, part.columns] for book in books]
-        solved = equations.solve(
-            ridge=ridge, start=start, columns=part.columns, levels=part.levels, threads=threads
-        )
-        for book, table in zip(made, solved, strict=False):
-            book[:, part.columns] = table
-    return made
-
-
-def _error(rows: Blocks, books: Sequence[Array], beam_width: int, threads: int | None) -> float:
-    """Return the mean squared residual."""
-    prepared, total = _prepared(books), 0.0
-    for _, block in read_ahead(rows):
-        found = encode_residual(block, prepared, beam_width=beam_width, threads=threads)
-        total += float(np.square(found.residual_norms, dtype=np.float64).sum())
-    return total / max(len(rows), 1)

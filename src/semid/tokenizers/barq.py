@@ -277,7 +277,7 @@ class BARQ(ContinuousTokenizer):
         if end > dim:
             parts.append(Part(slice(dim, end), self.behaviour_levels))
         progress = context.progress
-        progress.start("refine", total=self.refine.rounds)
+        progress.start("refine", total=self.refine.most_rounds)
         held = prepared.held_out
         return refine_residual(
             rows,
@@ -286,6 +286,7 @@ class BARQ(ContinuousTokenizer):
             parts=parts,
             options=self.refine,
             weights=context.weights,
+            seed=child_seed(self.seed, "refine"),
             threads=self.threads,
             on_round=lambda one: progress.step(1, error=one.error, ridge=one.ridge),
         )

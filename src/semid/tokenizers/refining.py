@@ -17,6 +17,7 @@ from semid.progress import Progress, QuietProgress
 from semid.quantization.blocks import in_memory
 from semid.quantization.nearest import prepare
 from semid.quantization.refine import RefineOptions, refine_residual
+from semid.seeds import child_seed
 from semid.tokenizers.base import HELD_OUT_SALT
 from semid.tokenizers.neural.initialise import LatentBlocks
 from semid.tokenizers.neural.tokenizer import NeuralTokenizer
@@ -82,12 +83,13 @@ def refine(
         return in_memory(view, limit_bytes=MEMORY)
 
     seen = scan(opened, ~held, steps)
-    steps.start("refine", total=options.rounds)
+    steps.start("refine", total=options.most_rounds)
     books, rounds = refine_residual(
         latents(~held),
         tokenizer.codebooks,
         judged=latents(held) if held.any() else None,
         options=options,
+        seed=child_seed(tokenizer.seed, "refine"),
         threads=tokenizer.threads,
         on_round=lambda one: steps.step(1, error=one.error, ridge=one.ridge),
     )
