@@ -26,6 +26,9 @@ def refine(
     source: Source,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the refined model.")],
     rounds: Annotated[int, typer.Option(help="Most rounds of encoding and least squares.")] = 8,
+    annealing_rounds: Annotated[
+        int, typer.Option(help="Rounds with falling noise, which leave the nearest optimum.")
+    ] = 12,
     beam_width: Annotated[int, typer.Option(help="Beam while refining, and of the model.")] = 8,
     ids: Ids = None,
     embedding_column: EmbeddingColumn = None,
@@ -45,7 +48,7 @@ def refine(
     from semid.tokenizers.refining import refine as refined
 
     check_output(output, overwrite=overwrite)
-    options = RefineOptions(rounds=rounds, beam_width=beam_width)
+    options = RefineOptions(rounds=rounds, annealing_rounds=annealing_rounds, beam_width=beam_width)
     opened = open_source(
         source,
         ids=ids,
