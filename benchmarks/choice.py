@@ -31,6 +31,7 @@ from semid.tokenizers.making import make_tokenizer
 
 HERE = Path(__file__).parent
 SETS = {name: f"amazon2014_{name}" for name in ("beauty", "toys", "sports")}
+CONTENT = {"behaviour_weight": 0.0}
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "barq, weight 1": ("barq", {"behaviour_weight": 1.0}),
     "barq, weight 2": ("barq", {"behaviour_weight": 2.0}),
@@ -47,6 +48,11 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
         "barq",
         {"behaviour_weight": 2.0, "objective": {"pairs_per_step": 2048}},
     ),
+    "refined, no annealing": ("barq", {**CONTENT, "refine": {"annealing_rounds": 0}}),
+    "refined, 12 rounds": ("barq", CONTENT),
+    "refined, 12 rounds at .5": ("barq", {**CONTENT, "refine": {"temperature": 0.5}}),
+    "refined, 12 rounds at 2": ("barq", {**CONTENT, "refine": {"temperature": 2.0}}),
+    "refined, 24 rounds": ("barq", {**CONTENT, "refine": {"annealing_rounds": 24}}),
     "drqvae, lambda 1": ("drqvae", {"contrastive_weight": 1.0}),
     "drqvae, lambda 1, 1024 pairs": (
         "drqvae",
@@ -74,7 +80,7 @@ def measure(place: Path, name: str, seed: int) -> Row:
     kind, options = SETTINGS[name]
     began = time.process_time()
     tok = make_tokenizer(kind, {"seed": seed, **options})
-    tok.fit(items, interactions=log)
+    tok.fit(items, interactions=log if tok.needs_behaviour else None)
     fitted = time.process_time() - began
     rows = items.rows(np.arange(len(items)))
     held = held_out_mask(items.ids, tok.validation_fraction, salt=HELD_OUT_SALT)
@@ -82,7 +88,7 @@ def measure(place: Path, name: str, seed: int) -> Row:
     decoded = tok.decode(codes)
     spaces = {"original": rows, "decoder": decoded}
     best = "decoder"
-    if isinstance(tok, BARQ):
+    if isinstance(tok, BARQ) and tok.decodes_behaviour:
         best = "behaviour"
         spaces[best] = tok.decode_behaviour(codes)
     found = measure_pairs(

@@ -111,12 +111,11 @@ def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         base = np.array(errors[FAISS])
         for side, found in errors.items():
             row: dict[str, Any] = {"data": data, "side": side, "error": float(np.mean(found))}
-            if side != FAISS:
-                shares = 1 - np.array(found) / base
-                row["below"] = f"{shares.mean():.1%}"
-                if len(found) > 1:
-                    gap = paired_difference(list(shares), [0.0] * len(shares))
-                    row["below"] += f" ± {(gap.high - gap.low) / 2:.1%}"
+            shares = 1 - np.array(found) / base
+            row["below"] = "" if side == FAISS else f"{shares.mean():.1%}"
+            if side != FAISS and len(found) > 1:
+                gap = paired_difference(list(shares), [0.0] * len(shares))
+                row["below"] += f" ± {(gap.high - gap.low) / 2:.1%}"
             row["fit cpu_s"] = float(np.mean([r["cpu_s"] for r in own if r["side"] == side]))
             rows.append(row)
     return rows
