@@ -147,7 +147,8 @@ def prepare_ranking(
         InteractionsError: labels of one class, or a part without rows.
         InputError: columns of a wrong type, NaN in a dense column.
 
-    Cost: a few arrays of 8 bytes a row while it runs, about 20 bytes a row kept.
+    Cost: a few arrays of 8 bytes a row while it runs; about 20 bytes a row and 16 a training
+    positive are kept.
     """
     options = options or DataOptions()
     label = Label.parse(options.label)
