@@ -37,7 +37,7 @@ from semid.tokenizers.context import (
 )
 from semid.tokenizers.fitreport import FitReport, HealthCounter
 from semid.tokenizers.neural.pairs import Behaviour
-from semid.tokenizers.scan import InputScan, scan
+from semid.tokenizers.scan import InputScan, check_enough, scan
 from semid.training.checkpoint import Checkpoint, run_key
 
 __all__ = ["HELD_OUT_SALT", "Tokenizer"]
@@ -192,7 +192,7 @@ class Tokenizer(ABC):
         prepare_kernels()
         train = ~held_out_mask(opened.ids, self.validation_fraction, salt=HELD_OUT_SALT)
         seen = scan(opened, train, steps)
-        self._check_rows(seen, int(train.sum()))
+        check_enough(seen, int(train.sum()), self.codebook_sizes, held_out=self.validation_fraction)
         mass = item_weights(weights, len(opened))
         behaviour = self._behaviour(interactions, pairs, ids=opened.ids, train=train)
         context = FitContext(
@@ -225,20 +225,6 @@ class Tokenizer(ABC):
         """Return pairs to learn from; one that learns from embeddings alone refuses any."""
         refuse_behaviour(self.kind, interactions=interactions, pairs=pairs)
         return None
-
-    def _check_rows(self, seen: InputScan, trained: int) -> None:
-        largest = max(self.codebook_sizes)
-        if seen.distinct < largest:
-            raise EmbeddingError(
-                f"{seen.distinct} distinct rows cannot fill codebook_size={largest}; give more "
-                "items or a smaller --codebook-size (codebook_size)"
-            )
-        if trained < largest:
-            raise EmbeddingError(
-                f"{trained} training rows (validation_fraction={self.validation_fraction}) cannot "
-                f"fill codebook_size={largest}; give more items, a smaller codebook_size, or "
-                "validation_fraction=0"
-            )
 
     def _judge(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,7 @@ from semid.health import row_hashes
 from semid.progress import Progress
 from semid.quantization.blocks import prefetched
 
-__all__ = ["InputScan", "scan"]
+__all__ = ["InputScan", "check_enough", "scan"]
 
 
 @dataclass(frozen=True)
@@ -70,3 +71,31 @@ def scan(source: EmbeddingSource, train: npt.NDArray[np.bool_], progress: Progre
         variance=max(squares / count - float(mean @ mean), 0.0),
         digest=digest,
     )
+
+
+def check_enough(
+    seen: InputScan, trained: int, codebook_sizes: Sequence[int], *, held_out: float
+) -> None:
+    """Check that there are rows for every codeword.
+
+    Args:
+        seen: what a scan found.
+        trained: rows to train on.
+        codebook_sizes: codewords a level.
+        held_out: share of the rows that is not trained on.
+
+    Raises:
+        EmbeddingError: if there are too few.
+    """
+    largest = max(codebook_sizes)
+    if seen.distinct < largest:
+        raise EmbeddingError(
+            f"{seen.distinct} distinct rows cannot fill codebook_size={largest}; give more "
+            "items or a smaller --codebook-size (codebook_size)"
+        )
+    if trained < largest:
+        raise EmbeddingError(
+            f"{trained} training rows (validation_fraction={held_out}) cannot "
+            f"fill codebook_size={largest}; give more items, a smaller codebook_size, or "
+            "validation_fraction=0"
+        )
