@@ -147,6 +147,18 @@ def test_sequences_and_pairs_equal_a_loop(rows, use_mask):
         assert chosen == {u: expected[u] for u, keep in zip(names, mask, strict=True) if keep}
 
 
+def test_some_interactions_keep_all_that_belongs_to_them():
+    log = read_interactions(TABLE, extra_columns=["item_id"])
+    kept = np.arange(len(log)) % 2 == 0
+    some = log.where(kept)
+    assert len(some) == kept.sum()
+    assert some.order.tolist() == log.order[kept].tolist()
+    np.testing.assert_array_equal(some.rating, log.rating[kept])
+    names = some.item_ids.take(pa.array(some.items)).to_pylist()
+    assert names == [row[1] for row, keep in zip(ROWS, kept, strict=True) if keep]
+    assert pa.array(some.columns["item_id"]).to_pylist() == names
+
+
 def test_interactions_without_an_order():
     log = read_interactions(TABLE.select(["user_id", "item_id"]))
     assert not log.has_order

@@ -225,7 +225,8 @@ class _Refiner:
             codes = self._encoded(block, prepared).codes
             mass = None if self.weights is None else self.weights[start : start + len(block)]
             equations.add_(codes, block, mass)
-            squared += np.square(block - dequantize(codes, books), dtype=np.float64).sum(axis=0)
+            left = block - dequantize(codes, books)
+            squared += np.einsum("nd,nd->d", left, left, dtype=np.float64)
         return equations, squared
 
     def _solved(

@@ -78,8 +78,8 @@ def _cell_keys(rows: Sequence[Row]) -> list[tuple[Any, ...]]:
 def _cells(rows: Sequence[Row]) -> list[str]:
     lines = [
         "| model | method | scale | fusion | seeds | AUC | log loss | unseen items AUC "
-        "| codes shuffled at test | norm of W_down W_up |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| codes shuffled at test | fusion taken out at test | norm of W_down W_up |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for model, method, scale, fusion in _cell_keys(rows):
         own = [
@@ -87,17 +87,17 @@ def _cells(rows: Sequence[Row]) -> list[str]:
             for r in rows
             if (r["model"], r["method"], r["scale"], r["fusion"]) == (model, method, scale, fusion)
         ]
-        shuffled = [
-            r["reliance"]["auc_codes_shuffled"] - r["auc"]
-            for r in own
-            if "auc_codes_shuffled" in r["reliance"]
-        ]
+        shuffled, without = (
+            [r["reliance"][name] - r["auc"] for r in own if name in r["reliance"]]
+            for name in ("auc_codes_shuffled", "auc_without_fusion")
+        )
         norms = [r["reliance"]["fusion_norm"] for r in own if "fusion_norm" in r["reliance"]]
         cold = [r["cold_auc"] for r in own if r["cold_auc"] is not None]
         lines.append(
             f"| {model} | {method} | {scale or '-'} | {'on' if fusion else 'off'} | {len(own)} "
             f"| {_spread([r['auc'] for r in own])} | {_spread([r['log_loss'] for r in own])} "
-            f"| {_spread(cold)} | {_signed(shuffled)} | {_spread(norms)} |"
+            f"| {_spread(cold)} | {_signed(shuffled)} | {_signed(without)} "
+            f"| {_spread(norms)} |"
         )
     return lines
 
