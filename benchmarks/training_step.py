@@ -25,19 +25,19 @@ from semid.tokenizers.neural.model import QuantizedAutoencoder, squared_error
 from semid.tokenizers.neural.quantizers import ResidualQuantizer
 
 Run = Callable[[], None]
-DIM, LATENT, HIDDEN = 384, 32, (512, 256, 128)
+DIM, HIDDEN = 384, (512, 256, 128)
 
 
 class Peer(nn.Module):
     """The same autoencoder around ResidualVQ."""
 
-    def __init__(self, levels: int, codes: int) -> None:
+    def __init__(self, levels: int, codes: int, latent: int) -> None:
         super().__init__()
         from vector_quantize_pytorch import ResidualVQ
 
-        self.autoencoder = Autoencoder([DIM], latent=LATENT, hidden=HIDDEN, seed=0)
+        self.autoencoder = Autoencoder([DIM], latent=latent, hidden=HIDDEN, seed=0)
         self.quantizer = ResidualVQ(
-            dim=LATENT,
+            dim=latent,
             codebook_size=codes,
             num_quantizers=levels,
             decay=0.99,
@@ -54,15 +54,15 @@ class Peer(nn.Module):
         return squared_error(x, self.autoencoder.decode(quantized[0])) + commitment.sum()
 
 
-def ours(levels: int, codes: int, batch: int) -> QuantizedAutoencoder:
+def ours(levels: int, codes: int, latent: int, batch: int) -> QuantizedAutoencoder:
     """Return our model with codebooks at random latents, as the peer's are."""
-    autoencoder = Autoencoder([DIM], latent=LATENT, hidden=HIDDEN, seed=0)
+    autoencoder = Autoencoder([DIM], latent=latent, hidden=HIDDEN, seed=0)
     rule = UpdateRule(decay=0.99, revive_below=0.1)
-    quantizer = ResidualQuantizer((codes,) * levels, LATENT, rule=rule, seed=0)
+    quantizer = ResidualQuantizer((codes,) * levels, latent, rule=rule, seed=0)
     generator = torch.Generator().manual_seed(0)
     for book in quantizer.books:
         assert isinstance(book, Codebook)
-        words = torch.randn(codes, LATENT, generator=generator)
+        words = torch.randn(codes, latent, generator=generator)
         book.initialise_(words, torch.full((codes,), 1 / codes), batch=batch)
     model = QuantizedAutoencoder(autoencoder, quantizer, commitment_weight=0.25)
     model.quantizing.fill_(True)
@@ -127,16 +127,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4096)
     parser.add_argument("--codes", type=int, default=4096)
     parser.add_argument("--levels", type=int, default=3)
+    parser.add_argument("--latent", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
     x = torch.randn(given.batch, DIM, generator=torch.Generator().manual_seed(1))
     x = x.to(given.device)
     for bf16 in (False, True):
-        model = ours(given.levels, given.codes, given.batch).to(given.device)
+        model = ours(given.levels, given.codes, given.latent, given.batch).to(given.device)
         sides = {"semid": stepper(model, lambda rows, m=model: m(rows).loss, x, bf16)}
         try:
-            peer = Peer(given.levels, given.codes).to(given.device)
+            peer = Peer(given.levels, given.codes, given.latent).to(given.device)
             sides["vector-quantize-pytorch"] = stepper(peer, peer, x, bf16)
         except ImportError:
             print(json.dumps({"note": "vector-quantize-pytorch is not installed"}))
@@ -146,6 +147,7 @@ def main() -> None:
             "batch": given.batch,
             "codes": given.codes,
             "levels": given.levels,
+            "latent": given.latent,
             "precision": "bf16" if bf16 else "fp32",
             "threads": torch.get_num_threads(),
             **{f"{name} ms": round(1e3 * each, 2) for name, each in medians.items()},

@@ -9,7 +9,13 @@ import torch
 from semid.errors import UsageError
 from semid.seeds import torch_generator
 from semid.tokenizers.neural.autoencoder import Autoencoder
-from semid.tokenizers.neural.codebook import RULES, Codebook, UpdateRule, nearest_labels
+from semid.tokenizers.neural.codebook import (
+    ENGINE_FROM,
+    RULES,
+    Codebook,
+    UpdateRule,
+    nearest_labels,
+)
 from semid.tokenizers.neural.quantizers import ParallelQuantizer, ResidualQuantizer
 
 
@@ -214,3 +220,12 @@ def test_a_codebook_on_another_device_starts_from_centroids_on_the_cpu(kind: str
     book = Codebook(8, 4, rule=UpdateRule(kind=kind), seed=0, name=0).to("meta")
     book.initialise_(torch.ones(8, 4), torch.full((8,), 1 / 8), batch=64)
     assert {t.device.type for t in book.state_dict().values()} == {"meta"}
+
+
+@pytest.mark.parametrize("codes", [64, ENGINE_FROM // 128])
+def test_labels_are_the_nearest_codewords_also_under_autocast(codes):
+    z, words = drawn(200, 128, seed=1), drawn(codes, 128, seed=2)
+    apart = torch.cdist(z.double(), words.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    with torch.autocast("cpu", torch.bfloat16):
+        labels = nearest_labels(z, words)
+    assert labels.equal(apart.argmin(dim=1))

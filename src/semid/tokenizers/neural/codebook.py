@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from semid.errors import UsageError, check_choice
+from semid.quantization.nearest import nearest, prepare
 from semid.seeds import torch_generator
 from semid.training.distributed import all_sum_, rank, world_size
 
@@ -17,6 +18,10 @@ RULES = ("ema", "gradient")
 
 SCORES = 1 << 20
 """Scores held at once while searching: they stay in the cache between product and minimum."""
+
+ENGINE_FROM = 1 << 19
+"""Numbers in a codebook from which the engine, its preparation included, beats a product on a CPU;
+below it that preparation costs more than it saves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +57,10 @@ class UpdateRule:
 
 @torch.no_grad()
 def nearest_labels(z: Tensor, codewords: Tensor) -> Tensor:
-    """Return the nearest codeword of each row, ties to the lowest, in the tensors' own precision.
+    """Return the nearest codeword of each row, ties to the lowest.
 
-    Plain float32 on a codebook that changes every step; ids are made by the exact engine.
+    Small codebooks change every step faster than an engine is prepared for them: a float32 product
+    finds their labels, off where two codewords are as near as it rounds. Ids are always exact.
 
     Args:
         z: ``(n, latent)``.
@@ -66,6 +72,8 @@ def nearest_labels(z: Tensor, codewords: Tensor) -> Tensor:
     rows = max(1, SCORES // len(codewords))
     # Under autocast the product would be taken in bf16, and codewords differ by less.
     with torch.autocast(z.device.type, enabled=False):
+        if z.device.type == "cpu" and codewords.numel() >= ENGINE_FROM:
+            return nearest(z, prepare(codewords)).labels
         halves, across = 0.5 * codewords.square().sum(dim=1), codewords.t()
         parts = [
             torch.addmm(halves, part, across, alpha=-1.0).argmin(dim=1)
