@@ -350,3 +350,15 @@ def test_information_kept_rises_with_codes_that_tell_more():
     assert two.error < one.error
     assert two.train_error < 0.5 * one.train_error
     assert two.items + two.held_out == len(x)
+
+
+def test_information_kept_is_learnt_at_any_scale_of_the_embeddings():
+    ids = codes(levels=2, size=8)
+    centres = np.random.default_rng(1).normal(size=(8, 384)).astype(np.float32)
+    x = centres[ids.codes[:, 0]] + centres[::-1][ids.codes[:, 1]]
+    errors = [
+        information_kept(factor * x + shift, ids, width=8, training={"precision": "fp32"}).error
+        for factor, shift in ((1.0, 0.0), (0.03, 0.2))
+    ]
+    assert errors[0] < 0.3
+    assert errors[1] == pytest.approx(errors[0], rel=0.02)
