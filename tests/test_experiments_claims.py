@@ -123,8 +123,16 @@ def test_the_verdict_by_hand():
     # One seed has no interval, so it shows nothing.
     nan = float("nan")
     assert of(strict, Difference(0.5, nan, nan, 1)) == "does not show"
-    counts = judge(strict, [Comparison("x", d) for d in (up, down, flat, None)]).counts
-    assert counts == {"favour": 1, "against": 1, "open": 1, "not run": 1}
+    judged = judge(strict, [Comparison("x", d) for d in (up, down, flat, None)])
+    assert judged.counts == {"favour": 1, "against": 1, "open": 1, "not run": 1}
+    assert judged.lines == [
+        "x: +0.2000 [+0.1000, +0.3000]",
+        "x: -0.2000 [-0.3000, -0.1000]",
+        "x: +0.0000 [-0.1000, +0.1000]",
+        "x: not run",
+    ]
+    gone = judge(strict, [Comparison(name, None) for name in ("y", "z")])
+    assert gone.lines == ["not run: 2 comparisons, the first of y"]
 
 
 def test_being_within_a_margin():

@@ -98,6 +98,15 @@ class Judgement:
         rest = len(self.comparisons) - missing - favour - against
         return {"favour": favour, "against": against, "open": rest, "not run": missing}
 
+    @property
+    def lines(self) -> list[str]:
+        """One line a comparison, those not run in one."""
+        found = [str(c) for c in self.comparisons if c.difference is not None]
+        gone = [c.name for c in self.comparisons if c.difference is None]
+        if len(gone) > 1:
+            return [*found, f"not run: {len(gone)} comparisons, the first of {gone[0]}"]
+        return [*found, *(f"{name}: not run" for name in gone)]
+
 
 def judge(claim: Claim, comparisons: Sequence[Comparison], *, note: str = "") -> Judgement:
     """Give the verdict on a claim.

@@ -62,7 +62,9 @@ def _said(cell: Mapping[str, Any]) -> str:
     names = {"vqvae": "one code", "none": "no codes", "rqvae": "RQ-VAE", "moc": "MoC", "me": "ME"}
     scale = f" {cell['scale']}x" if cell.get("scale", 0) > 1 else ""
     fusion = {True: " + fusion", False: "", None: ""}[cell.get("fusion")]
-    return f"{names.get(cell['method'], cell['method'])}{scale}{fusion}"
+    kind, _, number = str(cell.get("part", "")).partition(" ")
+    part = {"alone": f", code {number} alone", "first": f", codes 1 to {number}"}.get(kind, "")
+    return f"{names.get(cell['method'], cell['method'])}{scale}{part}{fusion}"
 
 
 def _cell(method: str, scale: int, fusion: bool) -> dict[str, Any]:

@@ -89,7 +89,7 @@ class Page:
             )
             if j.note:
                 parts.append(f"{escaped(j.note)}\n")
-            parts.append("".join(f"- {escaped(str(c))}\n" for c in j.comparisons))
+            parts.append("".join(f"- {escaped(line)}\n" for line in j.lines))
         for _, title, intro, figures in self.sections:
             parts += [f"## {title}\n", f"{intro}\n"]
             parts += [figure_markdown(figure) for figure in figures] or ["Not run.\n"]
@@ -182,6 +182,13 @@ def make_page(
     )
 
 
+def _machine(row: Row) -> str:
+    """Name what a row ran on."""
+    found = row.get("machine") or {}
+    gpu = f"{found['gpu']}, " if found.get("gpu") else ""
+    return f"{gpu}{found.get('chip')}, {row.get('threads')} threads"
+
+
 def _protocol(rows: Sequence[Row], dropped: int) -> list[str]:
     """Say under which protocol, by which code and on which machine the rows came to be."""
     if not rows:
@@ -190,9 +197,7 @@ def _protocol(rows: Sequence[Row], dropped: int) -> list[str]:
     versions = Counter(
         ", ".join(f"{k} {v}" for k, v in (r.get("versions") or {}).items()) for r in rows
     )
-    chips = Counter(
-        f"{(r.get('machine') or {}).get('chip')}, {r.get('threads')} threads" for r in rows
-    )
+    chips = Counter(_machine(r) for r in rows)
     protocols = Counter(f"{r['data']}: {r.get('protocol')}" for r in rows)
     said = [f"{text} ({count} runs)" for text, count in protocols.most_common(24)]
     said += [f"Commit {text} ({count} runs)" for text, count in commits.most_common()]
