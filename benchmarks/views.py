@@ -118,11 +118,14 @@ def against(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
         for name in names:
             other = values([r for r in rows if name_of(r) == name], view)
             both = sorted(ours.keys() & other.keys())
-            if len(both) < 2:
+            if not both:
                 cells.append("")
                 continue
             a, b = [ours[s] for s in both], [other[s] for s in both]
             gap = paired_difference(a, b) if view.higher else paired_difference(b, a)
+            if gap.pairs < 2:
+                cells.append(f"{gap.mean:+.3g}")
+                continue
             half = (gap.high - gap.low) / 2
             word = "" if not gap.shown else " better" if gap.mean > 0 else " worse"
             cells.append(f"{gap.mean:+.3g} ± {half:.2g}{word}")
@@ -149,6 +152,7 @@ def front(rows: Sequence[Row]) -> list[str]:
             gap = paired_difference([ours[s] for s in both], [found[best][s] for s in both])
             better = gap.mean > 0 if view.higher else gap.mean < 0
             word = "same" if not gap.shown else "better" if better else "worse"
+            word = "one seed" if gap.pairs < 2 else word
             mine = np.mean(list(ours.values()))
             cells.append(f"**{word}**: {mine:.3g}, {best} {means[best]:.3g}")
         lines.append(f"| {view.name} | " + " | ".join(cells) + " |")
