@@ -57,6 +57,26 @@ def test_every_implementation_gives_the_same_bits(route: routes.Route, dim: int)
 
 
 @each_route
+def test_a_limit_drops_nothing_that_lies_nearer(route: routes.Route) -> None:
+    x, codebook = problem(200, 700, 100)
+    table = Table(codebook, metric=L2, unique=False)
+    whole = search(x, table, route, k=6, threads=1)
+    # From nothing within reach to everything, at a rank that differs by row, and on the edge.
+    within = np.ascontiguousarray(whole.keys[np.arange(200), np.arange(200) % 6])
+    within[:3] = [0.0, np.inf, np.nan]
+    found = search(x, table, route, k=6, within=within, threads=1)
+    near = whole.keys < within[:, None]
+    near[[1, 2]] = True  # infinity and NaN rule nothing out
+    np.testing.assert_array_equal(found.labels[near], whole.labels[near])
+    np.testing.assert_array_equal(found.keys[near], whole.keys[near])
+    gone = np.isinf(found.keys)
+    assert gone.any()
+    assert not gone[near].any()
+    assert not found.labels[gone].any()
+    assert found.measured < whole.measured
+
+
+@each_route
 @pytest.mark.parametrize("metric", [L2, INNER])
 def test_every_score_lies_within_the_bound(route: routes.Route, metric: int) -> None:
     x, codebook = problem(64, 200, 100)

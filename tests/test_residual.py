@@ -56,6 +56,25 @@ def test_a_beam_is_no_worse_than_greedy_on_the_whole(books):
     assert errors[0] > errors[1] >= errors[2] >= errors[3]
 
 
+def brute_beam(x, books, width):
+    codes, residual = np.empty((len(x), 1, 0), int), x[:, None]
+    for book in books:
+        apart = ((residual[:, :, None].astype(np.float64) - book) ** 2).sum(3)
+        best = apart.reshape(len(x), -1).argsort(axis=1, kind="stable")[:, :width]
+        parent, code = np.divmod(best, len(book))
+        rows = np.arange(len(x))[:, None]
+        codes = np.concatenate([codes[rows, parent], code[:, :, None]], axis=2)
+        residual = residual[rows, parent] - book[code]
+    return codes[:, 0]
+
+
+@pytest.mark.parametrize("width", [2, 4, 10, 40])
+def test_a_beam_equals_brute_force(books, width):
+    x = np.random.default_rng(3).normal(size=(300, 24)).astype(np.float32)
+    found = encode_residual(x, prepared(books), beam_width=width)
+    assert np.array_equal(found.codes, brute_beam(x, books, width))
+
+
 def test_beam_rows_are_independent(clustered, books):
     whole = encode_residual(clustered, prepared(books), beam_width=4)
     for row in (0, 7, 1199):

@@ -136,13 +136,21 @@ def nearest(
     return Nearest(found.labels[:, 0], found.distances[:, 0])
 
 
-def _search(x: Tensor, table: Table, k: int, threads: int | None, route: str) -> Nearest:
+def _search(
+    x: Tensor,
+    table: Table,
+    k: int,
+    threads: int | None,
+    route: str,
+    within: Tensor | None = None,
+) -> Nearest:
     check_choice("route", route, ROUTES)
     resolve_threads(threads)
     if x.is_cuda:
         found = search_device(x, table, k=k)
     else:
-        found = search(x, table, choose(route, x, table, k=k), k=k, threads=threads)
+        far = None if within is None else within.double().numpy()
+        found = search(x, table, choose(route, x, table, k=k), k=k, within=far, threads=threads)
     labels, keys = torch.from_numpy(found.labels), torch.from_numpy(found.keys)
     return Nearest(labels.to(x.device), keys.to(torch.float32).to(x.device))
 
@@ -152,6 +160,7 @@ def nearest_m(
     codebook: Tensor | PreparedCodebook,
     m: int,
     *,
+    within: Tensor | None = None,
     threads: int | None = None,
     route: str = "auto",
 ) -> Nearest:
@@ -161,6 +170,9 @@ def nearest_m(
         x: ``(items, dim)`` float32, float16 or bfloat16.
         codebook: ``(codes, dim)``, or what `prepare` made of it.
         m: how many, 1 to the number of codewords.
+        within: ``(items,)`` float32 squared distances, on the CPU: codewords that do not lie nearer
+            to a row need not be measured and may be missing, as label 0 at an infinite distance.
+            On a CUDA device it changes nothing.
         threads: see `nearest`.
         route: see `nearest`.
 
@@ -168,10 +180,15 @@ def nearest_m(
         Labels and distances ``(items, m)``; equal distances stand in index order.
 
     Raises:
-        UsageError: ``m`` out of range, or widths and dtypes that do not fit.
+        UsageError: ``m`` or the length of ``within`` out of range, or widths and dtypes that do
+            not fit.
         EmbeddingError: the codebook is not finite.
     """
     ready = _prepared(x, codebook)
     if not 1 <= m <= len(ready):
         raise UsageError(f"m={m} is out of range; give 1 to {len(ready)}, the number of codewords")
-    return _search(x, ready.full_table(), m, threads, route)
+    if within is not None and within.shape != (len(x),):
+        raise UsageError(
+            f"within has shape {tuple(within.shape)}; give one distance for each of {len(x)} rows"
+        )
+    return _search(x, ready.full_table(), m, threads, route, within)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -227,14 +228,17 @@ def _encode_beam(
         words = codebook.codewords.numpy()
         reach = min(width, len(words))
         small = residual.size * len(words) < THREADED_WORK
-        found = nearest_m(
-            torch.from_numpy(residual.reshape(-1, dim)),
-            codebook,
-            reach,
-            threads=1 if small else threads,
-        )
-        labels = found.labels.numpy().reshape(items, kept * reach)
-        distances = found.distances.numpy().reshape(items, kept * reach)
+        search = partial(nearest_m, codebook=codebook, m=reach, threads=1 if small else threads)
+        left = torch.from_numpy(residual)
+        found = search(left[:, 0])
+        labels, distances = found.labels.numpy(), found.distances.numpy()
+        if kept > 1:
+            # The best partial code has `reach` children, so others matter only below the last.
+            last = found.distances[:, -1] if reach == width else torch.full((items,), torch.inf)
+            others = left[:, 1:].reshape(-1, dim)
+            rest = search(others, within=last.repeat_interleave(kept - 1))
+            labels = np.hstack([labels, rest.labels.numpy().reshape(items, -1)])
+            distances = np.hstack([distances, rest.distances.numpy().reshape(items, -1)])
         # Stable: equal distances keep the better parent, then the lower code.
         best = np.argsort(distances, axis=1, kind="stable")[:, :width]
         parent = best // reach

@@ -160,6 +160,7 @@ def resolve_many(
     exclude: I64,
     counts: I64,
     candidates: npt.NDArray[np.int32],
+    limited: bool,
     labels: I64,
     keys: F64,
 ) -> int:
@@ -175,7 +176,9 @@ def resolve_many(
         exclude: ``(rows,)`` an entry to leave out, -1 for none.
         counts: candidates a row, as in `resolve_best`.
         candidates: ``(rows, capacity)`` entry indices.
-        labels: ``(rows, m)`` result, best first; a row has at least ``m`` entries.
+        limited: a row without candidates has none, instead of every entry, and a row with fewer
+            than ``m`` is filled with entry 0 at infinity.
+        labels: ``(rows, m)`` result, best first.
         keys: ``(rows, m)`` result.
 
     Returns:
@@ -184,7 +187,7 @@ def resolve_many(
     measured = 0
     best = labels.shape[1]
     for i in range(rows):
-        everything = counts[i] <= 0
+        everything = counts[i] < 0 or (counts[i] == 0 and not limited)
         count = table.shape[0] if everything else counts[i]
         size = 0
         for j in range(count):
@@ -214,4 +217,7 @@ def resolve_many(
             keys[i, end] = keys[i, 0]
             labels[i, end] = labels[i, 0]
             _sift(i, keys, labels, end, value, k)
+        for end in range(size, best):
+            keys[i, end] = math.inf
+            labels[i, end] = 0
     return measured

@@ -57,6 +57,7 @@ def search(
     *,
     k: int = 1,
     exclude: npt.NDArray[np.int64] | None = None,
+    within: npt.NDArray[np.float64] | None = None,
     threads: int | None = None,
     name: str = "x",
 ) -> Found:
@@ -68,6 +69,8 @@ def search(
         route: how to screen; it never changes the result.
         k: entries wanted.
         exclude: ``(queries,)`` entry to leave out for each query, -1 for none.
+        within: ``(queries,)`` squared distances: entries that do not lie nearer may be missing, as
+            entry 0 at infinity. Without ``exclude``.
         threads: see `semid.quantization.threads.resolve_threads`.
         name: the queries' argument name for messages.
 
@@ -78,7 +81,7 @@ def search(
     count, width = len(queries), table.rows.shape[1]
     labels = np.empty((count, k), np.int64)
     keys = np.empty((count, k))
-    best_only = k == 1 and exclude is None and table.metric == L2
+    best_only = k == 1 and exclude is None and within is None and table.metric == L2
     wanted = k if exclude is None else k + 1
     operand = table.operand(route.name + route.library, route.prepare)
     if operand is None:
@@ -89,7 +92,7 @@ def search(
         stop = min(start + limit, count)
         x = float32_rows(queries[start:stop], name=name)
         state = _state(limit, width, wanted, best_only)
-        state.load(x, table)
+        state.load(x, table, None if within is None else within[start:stop])
         route.screen(table, operand, state)
         found, ranked = labels[start:stop], keys[start:stop]
         if best_only:
@@ -107,7 +110,7 @@ def search(
         return int(
             resolve_many(
                 table.metric, x, lengths, table.rows, table.norms, state.rows, left_out,
-                state.counts, state.candidates, found, ranked,
+                state.counts, state.candidates, within is not None, found, ranked,
             )
         )  # fmt: skip
 

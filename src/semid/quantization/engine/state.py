@@ -60,6 +60,7 @@ class State:
         self.top: Any = None
         self.kept: Any = None
         self.scratch: Any = None
+        self._attained: F64 | None = None
         self._buffers: dict[str, npt.NDArray[Any]] = {}
 
     def fits(self, limit: int, width: int, k: int, best_only: bool) -> bool:
@@ -74,8 +75,11 @@ class State:
             found = self._buffers[name] = aligned((size,), dtype)
         return found[:size].reshape(shape)
 
-    def load(self, x: F32, table: Table) -> None:
-        """Take a block: centre, scale and measure ``x`` ``(rows, width)``."""
+    def load(self, x: F32, table: Table, within: F64 | None = None) -> None:
+        """Take a block: centre, scale and measure ``x`` ``(rows, width)``.
+
+        ``within`` ``(rows,)``: squared distances that ``k`` entries are known not to exceed.
+        """
         self.rows = rows = len(x)
         l2 = table.metric == L2
         centre = table.centre if l2 else np.zeros_like(table.centre)
@@ -83,6 +87,9 @@ class State:
         centre_queries(x, rows, centre, factor, not l2, self.y, self.half_square)
         self.length[:rows] = np.sqrt(2.0 * np.maximum(self.half_square[:rows], 0.0))
         self.length[rows:] = 0.0
+        self._attained = (
+            None if within is None else self.half_square[:rows] - 0.5 * within * factor * factor
+        )
 
     def round_bfloat16(self, bits: npt.NDArray[np.uint16]) -> None:
         """Write the queries as bfloat16 to ``bits`` and note what that took from them."""
@@ -138,8 +145,20 @@ class State:
             self.kept = np.empty((self.limit, self.capacity), dtype)
             self.scratch = np.empty(self.capacity, dtype)
         self.top[:] = LOWEST if dtype == np.int32 else -np.inf
+        if self._attained is not None:
+            self._raise(self._attained)
         self.counts[:] = 0
         self.counts[: self.rows][self.half_square[: self.rows] < 0] = -1
+
+    def _raise(self, attained: F64) -> None:
+        """Start from scores that the ``k``-th best entry of each row is known to reach."""
+        rows = self.rows
+        stored = (attained - self.shift[:rows]) / np.maximum(self.unit[:rows], 2.0**-120)
+        stored[~np.isfinite(stored)] = -np.inf
+        if self.top.dtype == np.int32:
+            self.top[:rows] = np.clip(np.floor(stored), LOWEST, -LOWEST)
+        else:
+            self.top[:rows] = np.nextafter(stored.astype(np.float32), np.float32(-np.inf))
 
     def trim_all(self) -> None:
         """Drop the candidates that the final ``k``-th best score of each row rules out."""
