@@ -59,8 +59,9 @@ class UpdateRule:
 def nearest_labels(z: Tensor, codewords: Tensor) -> Tensor:
     """Return the nearest codeword of each row, ties to the lowest.
 
-    Small codebooks change every step faster than an engine is prepared for them: a float32 product
-    finds their labels, off where two codewords are as near as it rounds. Ids are always exact.
+    A codebook changes every step. Preparing the engine for a small one costs more than a float32
+    product, whose labels may be off where two codewords are as near as it rounds; ids, which
+    encoding makes, are always exact.
 
     Args:
         z: ``(n, latent)``.
