@@ -137,7 +137,7 @@ def against(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
 
 def front(rows: Sequence[Row]) -> list[str]:
     """Write ours beside the best other tokenizer of each view, a column a data set."""
-    sets = list(dict.fromkeys(row["data"] for row in rows))
+    sets = list(dict.fromkeys(row["data"] for row in rows if name_of(row) == OURS))
     lines = ["| | " + " | ".join(sets) + " |", "| :-- |" + " :-- |" * len(sets)]
     for view in VIEWS:
         cells = []
@@ -177,7 +177,7 @@ def main() -> None:
         print(f"failed: {title}: {why}")
     rows = study.rows()
     reproduced = read_runs(HERE.parent / "results" / "drq" / RUNS_FILE)
-    if any(row["data"] == "union" for row in rows):
+    if any(row["data"] == "union" and row["tokenizer"] == OURS for row in rows):
         rows += [r for r in reproduced if r["data"] == "union" and not r["variant"]]
     text = ["# BARQ and the others in every view", ""]
     text += ["Ours, and the best other of each view; 95 % intervals, paired by seed:", ""]

@@ -235,5 +235,7 @@ def test_wrong_arguments_are_refused() -> None:
         nearest(x, codebook, threads=0)
     with pytest.raises(UsageError, match="m=3 is out of range"):
         nearest_m(x, codebook, 3)
+    with pytest.raises(UsageError, match=r"within has shape \(1, 1\)"):
+        nearest_m(x, codebook, 1, within=torch.ones(1, 1))
     with pytest.raises(EmbeddingError, match="1 of 2 rows"):
         nearest(x, torch.tensor([[0.0] * 4, [float("nan")] * 4]))

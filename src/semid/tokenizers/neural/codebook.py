@@ -74,7 +74,7 @@ def nearest_labels(z: Tensor, codewords: Tensor) -> Tensor:
     # Under autocast the product would be taken in bf16, and codewords differ by less.
     with torch.autocast(z.device.type, enabled=False):
         if z.device.type == "cpu" and codewords.numel() >= ENGINE_FROM:
-            return nearest(z, prepare(codewords)).labels
+            return nearest(z, prepare(codewords), threads=torch.get_num_threads()).labels
         halves, across = 0.5 * codewords.square().sum(dim=1), codewords.t()
         parts = [
             torch.addmm(halves, part, across, alpha=-1.0).argmin(dim=1)
