@@ -60,7 +60,7 @@ def test_codes_decode_to_content_and_to_behaviour(fitted, shelves):
     cosine = unit @ unit.T
     same = shelf[:, None] == shelf[None]
     assert cosine[same].mean() > cosine[~same].mean() + 0.5
-    head = fitted.report.details["behaviour_head"]
+    head = fitted.report.details["behaviour_tables"]
     assert head["relative_error"] < 0.5
 
 
@@ -77,6 +77,7 @@ def test_refinement_is_part_of_the_fit(shelves):
 def test_without_behaviour_or_refinement_it_is_residual_k_means(shelves):
     rows, _, _ = shelves
     settings = {"behaviour_weight": 0.0, "refine": {"rounds": 0}, "beam_width": 1}
+    settings["content_variance"] = 1.0
     plain = semid.BARQ(codebook_size=8, **settings).fit(rows)
     twin = semid.RQKMeans(codebook_size=8).fit(rows)
     assert plain.codebook_fingerprint == twin.codebook_fingerprint
@@ -112,3 +113,41 @@ def test_wrong_or_missing_arguments_are_refused(shelves):
     content = semid.BARQ(codebook_size=8, behaviour_weight=0).fit(rows)
     with pytest.raises(UsageError, match="without behaviour"):
         content.decode_behaviour(content.encode(rows))
+
+
+def error(found: np.ndarray, wanted: np.ndarray) -> float:
+    """Squared error relative to the variance of what is wanted."""
+    return float(((found - wanted) ** 2).sum() / ((wanted - wanted.mean(axis=0)) ** 2).sum())
+
+
+def test_tables_follow_the_codes_of_a_refinement(shelves):
+    rows, _, pairs = shelves
+    plain = semid.BARQ(**SMALL, refine={"rounds": 0}, objective={"pairs_per_step": 64})
+    plain.fit(rows, pairs=pairs)
+    refined = semid.refine(plain, rows)
+    codes = refined.encode(rows).codes
+    assert not np.array_equal(codes, plain.encode(rows).codes)
+    directions = plain.latent(rows)[:, -8:]
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    assert error(refined.decode(codes), rows) < 0.95 * error(plain.decode(codes), rows)
+    found, stale = (made.decode_behaviour(codes) for made in (refined, plain))
+    assert error(found, directions) < 0.95 * error(stale, directions)
+
+
+def test_content_is_the_leading_components_and_decodes_to_whole_rows():
+    generator = np.random.default_rng(2)
+    loud = generator.normal(size=(10, 4))[generator.integers(0, 10, 700)]
+    follows = 0.2 * np.abs(loud) @ generator.normal(size=(4, 6))
+    rows = np.concatenate([loud, follows], axis=1).astype(np.float32)
+    rows = rows @ np.linalg.qr(generator.normal(size=(10, 10)))[0].astype(np.float32) + 1
+    made = semid.BARQ(codebook_size=8, behaviour_weight=0.0, content_variance=0.8).fit(rows)
+    latent = made.latent(rows)
+    left = rows - rows.mean(axis=0)
+    values = np.linalg.svd(left, compute_uv=False) ** 2
+    held = np.cumsum(values) / values.sum()
+    assert latent.shape[1] == np.argmax(held >= 0.8) + 1 < 10
+    lost = error(made.decode_latent(latent), rows)
+    assert lost == pytest.approx(1 - held[latent.shape[1] - 1], abs=0.02)  # fitted on 95 % of them
+    assert error(made.decode(made.encode(rows)), rows) < 0.7 * lost  # tables know of the others
+    with pytest.raises(UsageError, match="content_variance=0"):
+        semid.BARQ(content_variance=0)

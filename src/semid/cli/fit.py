@@ -122,6 +122,10 @@ def fit(
     behaviour_weight: Annotated[
         float | None, typer.Option(help="barq: weight of behaviour beside content; default 2.")
     ] = None,
+    content_variance: Annotated[
+        float | None,
+        typer.Option(help="barq: share of the variance whose components are quantized."),
+    ] = None,
     size_limit: Annotated[
         float | None, typer.Option(help="barq: highest price that evens out usage; default 0.")
     ] = None,
@@ -188,6 +192,7 @@ def fit(
         "uniformity_weight": uniformity_weight,
         "kl_weight": kl_weight,
         "behaviour_weight": behaviour_weight,
+        "content_variance": content_variance,
         "size_limit": size_limit,
     }
     wanted = {} if recipe is None else read_recipe(recipe)

@@ -39,6 +39,7 @@ def fit_tables(
     *,
     judged: tuple[Codes, Array],
     ridges: Sequence[float],
+    weights: npt.NDArray[np.float64] | None = None,
     threads: int | None = None,
 ) -> Tables:
     """Fit tables whose rows, summed by codes, predict targets.
@@ -49,14 +50,17 @@ def fit_tables(
         width: width of the targets.
         judged: codes and targets to choose the ridge on; with none the middle ridge is taken.
         ridges: to choose from, each above 0.
+        weights: ``(items,)`` weights of all blocks' items; None counts every item once.
         threads: plain threads; they change no result.
 
     Returns:
         The tables of least error on the judged items.
     """
     equations = NormalEquations(sizes, width)
+    at = 0
     for codes, targets in blocks:
-        equations.add_(codes, targets)
+        equations.add_(codes, targets, None if weights is None else weights[at : at + len(codes)])
+        at += len(codes)
     start = [np.zeros((size, width)) for size in sizes]
     start[0] += equations.total / max(equations.items, 1.0)
     own, rows = judged

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, ClassVar, Unpack
 
@@ -13,24 +13,22 @@ from torch import nn
 
 from semid.data.ids import ItemIds
 from semid.errors import UsageError
-from semid.quantization.blocks import Blocks, ResidualBlocks, in_memory
+from semid.quantization.blocks import Blocks, in_memory
 from semid.quantization.kmeans import KMeansOptions
 from semid.quantization.nearest import prepare
-from semid.quantization.prices import priced, size_prices, with_room
-from semid.quantization.refine import Part, RefineOptions, RefineRound, refine_residual
+from semid.quantization.refine import RefineOptions
 from semid.quantization.residual import ResidualCodes, dequantize, encode_residual
-from semid.quantization.tables import fit_tables
-from semid.seeds import child_seed
+from semid.quantization.tables import Tables, fit_tables
+from semid.tokenizers.blendfit import BlendFit
 from semid.tokenizers.context import FitContext, level_sizes
-from semid.tokenizers.levels import fit_levels
-from semid.tokenizers.neural.blend import Blend, BlendGraph, Columns
+from semid.tokenizers.neural.blend import Blend, BlendGraph, Content
 from semid.tokenizers.neural.continuous import ContinuousTokenizer
 from semid.tokenizers.neural.decoupled import Objective
 from semid.tokenizers.neural.graph import EncoderGraph, Prepare
 from semid.tokenizers.neural.initialise import LatentBlocks
 from semid.tokenizers.neural.options import NeuralOptions
 from semid.tokenizers.neural.pairs import Behaviour
-from semid.tokenizers.neural.rows import PreparedRows
+from semid.tokenizers.neural.rows import PreparedRows, moments
 from semid.training.stages import Stages
 
 __all__ = ["BARQ"]
@@ -45,19 +43,23 @@ MEMORY = 1 << 30
 class BARQ(ContinuousTokenizer):
     """Behaviour decides the first code, content the others, and all levels are fitted together.
 
-    A contrastive encoder ``u`` of the embedding is trained on pairs. Level 1 clusters
-    ``[x, s u(x)]``, deeper levels what level 1 leaves of ``x``; then beam encoding and ridge least
-    squares of all codebooks take turns. Codes are a function of the embedding alone, so items
-    without behaviour are served like the others.
+    A contrastive encoder ``u`` of the embedding is trained on pairs. With ``P`` the leading
+    principal components, level 1 clusters ``[P'x, s u(x)]``, deeper levels what level 1 leaves of
+    ``P'x``; then beam encoding and ridge least squares of all codebooks take turns. Tables fitted
+    to the codes decode them to whole embeddings and to behaviour. Codes are a function of the
+    embedding alone, so items without behaviour are served like the others.
 
     Args:
         levels: codes an item.
         codebook_size: codewords a level (2 to 2**32), or one number a level.
         beam_width: partial codes kept while encoding.
-        behaviour_weight: variance of ``s u(x)`` in variances of ``x``, 0 or more; 2 was chosen on
+        behaviour_weight: variance of ``s u(x)`` in variances of ``P'x``, 0 or more; 2 was chosen on
             users kept for selection (``benchmarks/choice.py``). 0 leaves behaviour out, and `fit`
             then takes no pairs.
         behaviour_levels: levels that see ``u``, 1 to ``levels``.
+        content_variance: share of the embeddings' variance in the components that are quantized,
+            in (0, 1]; 1 quantizes embeddings whole. Below 0.95, which costs no error, usage is more
+            even and the fit faster, for some error (``benchmarks/choice.py``).
         size_limit: highest price of a codeword in mean squared residuals, 0 or more: evens out
             usage at some error (see `semid.quantization.prices`).
         objective: losses of the encoder beside reconstruction, see
@@ -85,6 +87,7 @@ class BARQ(ContinuousTokenizer):
         beam_width: int = 8,
         behaviour_weight: float = 2.0,
         behaviour_levels: int = 1,
+        content_variance: float = 0.95,
         size_limit: float = 0.0,
         objective: Objective | Mapping[str, Any] | None = None,
         refine: RefineOptions | Mapping[str, Any] | None = None,
@@ -96,8 +99,11 @@ class BARQ(ContinuousTokenizer):
                 raise UsageError(f"{name}={value}: give 0 or more")
         if not 1 <= behaviour_levels <= levels:
             raise UsageError(f"behaviour_levels={behaviour_levels}: give 1 to levels={levels}")
+        if not 0 < content_variance <= 1:
+            raise UsageError(f"content_variance={content_variance}: give a share in (0, 1]")
         self.behaviour_weight = float(behaviour_weight)
         self.behaviour_levels = int(behaviour_levels)
+        self.content_variance = float(content_variance)
         self.size_limit = float(size_limit)
         self.refine = (
             refine if isinstance(refine, RefineOptions) else RefineOptions(**(refine or {}))
@@ -113,8 +119,8 @@ class BARQ(ContinuousTokenizer):
             objective=objective,
             **options,
         )
-        self._scale = 1.0
-        self._heads: tuple[Array, ...] = ()
+        self._content = Content(threads=self.threads)
+        self._tables: dict[str, tuple[Array, ...]] = {}
         self._blend = self._make_blend(1.0)
 
     @property
@@ -126,6 +132,7 @@ class BARQ(ContinuousTokenizer):
             "beam_width": self.beam_width,
             "behaviour_weight": self.behaviour_weight,
             "behaviour_levels": self.behaviour_levels,
+            "content_variance": self.content_variance,
             "size_limit": self.size_limit,
             "objective": asdict(self.objective),
             "refine": {**asdict(self.refine), "ridges": list(self.refine.ridges)},
@@ -166,35 +173,49 @@ class BARQ(ContinuousTokenizer):
             autoencoder, details["training"] = self._trained(prepared, context, stages)
             details["protocol"] = context.behaviour.train.protocol
             self._set_autoencoder(autoencoder)
-        self._set_scale(prepared)
-        rows = self._space(prepared.train.blocks)
-        books, details["levels"] = self._levels(rows, prepared.train.dim, context, stages)
-        books, rounds = self._refined(rows, books, prepared, context)
+        train = prepared.train.blocks
+        held = None if prepared.held_out is None else prepared.held_out.blocks
+        self._content = Content.of(
+            train, prepared.mean, share=self.content_variance, threads=self.threads
+        )
+        self._set_scale(train)
+        fit = BlendFit(
+            rows=self._space(train),
+            judged=None if held is None else self._space(held),
+            content=self._content.width(train.dim),
+            prices=self._blend.prices,
+            sizes=self.codebook_sizes,
+            behaviour_levels=self.levels if self._autoencoder is None else self.behaviour_levels,
+            seed=self.seed,
+            weights=context.weights,
+            threads=self.threads,
+            progress=context.progress,
+        )
+        books, details["levels"] = fit.levels(self.kmeans, stages)
+        books, rounds = fit.refined(books, self.refine)
         if self.size_limit:  # last, since refinement makes usage uneven again
-            books = self._priced(rows, books, prepared.train.dim)
+            books = fit.priced(books, limit=self.size_limit, beam_width=self.beam_width)
         details["refine"] = [asdict(one) for one in rounds]
         self._prepared = tuple(prepare(torch.from_numpy(book)) for book in books)
-        details["behaviour_head"] = self._fit_heads(prepared)
-        return details
+        return details | self._follow_codes(train, held, weights=context.weights)
 
-    def _set_scale(self, prepared: PreparedRows) -> None:
-        """Let the directions' variance be ``behaviour_weight`` times that of the rows."""
-        self._scale = 1.0
-        if self._autoencoder is not None:
-            self._blend = self._make_blend(1.0)
-            total = np.zeros(self._latent_width(0))
-            for _, block in prepared.train.blocks.blocks():
-                total += self._blend.directions(block).sum(axis=0, dtype=np.float64)
-            mean = total / len(prepared.train)
-            spread = max(1.0 - float(mean @ mean), 1e-12)  # directions have length 1
-            self._scale = float(
-                np.float32(np.sqrt(self.behaviour_weight * prepared.variance / spread))
-            )
-        self._blend = self._make_blend(self._scale)
+    def _set_scale(self, train: Blocks) -> None:
+        """Let the directions' variance be ``behaviour_weight`` times that of the content."""
+        self._blend = self._make_blend(1.0)
+        if self._autoencoder is None:
+            return
+        parts = (
+            (self._content, self._content.width(train.dim)),
+            (self._blend.directions, self._latent_width(train.dim)),
+        )
+        content, directions = (moments(LatentBlocks(train, *part))[1] for part in parts)
+        ratio = content / max(directions, 1e-12)
+        self._blend = self._make_blend(float(np.sqrt(self.behaviour_weight * ratio)))
 
     def _make_blend(self, scale: float) -> Blend:
         return Blend(
             None if self._autoencoder is None else self._encoder,
+            content=self._content,
             scale=scale,
             prices=self.levels if self.size_limit else 0,
             threads=self.threads,
@@ -202,122 +223,46 @@ class BARQ(ContinuousTokenizer):
 
     def _space(self, blocks: Blocks) -> Blocks:
         """Return the blend of rows, held in memory where it fits a gigabyte."""
-        return in_memory(
-            LatentBlocks(blocks, self._blend, self._width(blocks.dim)), limit_bytes=MEMORY
-        )
+        behaviour = 0 if self._autoencoder is None else self._latent_width(blocks.dim)
+        width = self._content.width(blocks.dim) + behaviour + self._blend.prices
+        return in_memory(LatentBlocks(blocks, self._blend, width), limit_bytes=MEMORY)
 
-    def _width(self, dim: int) -> int:
-        behaviour = 0 if self._autoencoder is None else self._latent_width(dim)
-        return dim + behaviour + self._blend.prices
+    def _follow_codes(
+        self,
+        train: Blocks,
+        held: Blocks | None,
+        *,
+        weights: npt.NDArray[np.float64] | None = None,
+    ) -> dict[str, Any]:
+        """Fit what the codes stand for: whole rows, and directions of behaviour."""
+        codes = self._codes(train)
+        judged = np.empty((0, self.levels), np.int64) if held is None else self._codes(held)
 
-    def _levels(
-        self, rows: Blocks, dim: int, context: FitContext, stages: Stages
-    ) -> tuple[list[Array], list[dict[str, Any]]]:
-        """K-means of the levels that see behaviour, then of the others on what is left of ``x``."""
-        first = self.levels if self._autoencoder is None else self.behaviour_levels
-        books: list[Array] = []
-        records: list[dict[str, Any]] = []
-        for name, at, stop in (("blend", 0, first), ("content", first, self.levels)):
-            if at == stop:
-                continue
-            kept = stages.finished(name)
-            if kept is None:
-                seen = (
-                    rows
-                    if not at
-                    else Columns(ResidualBlocks(rows, self._labels(rows, books), books), dim)
-                )
-                found, fits = fit_levels(
-                    seen,
-                    self.codebook_sizes[at:stop],
-                    seed=child_seed(self.seed, name) if at else self.seed,
-                    options=self.kmeans,
-                    weights=context.weights,
-                    threads=self.threads,
-                    store=stages.stage(name),
-                    progress=context.progress,
-                )
-                words = [book.codewords.numpy() for book in found]
-                stages.finish(name, {str(i): word for i, word in enumerate(words)}, {"fits": fits})
-            else:
-                words = [kept[0][str(i)] for i in range(stop - at)]
-                fits = kept[1]["fits"]
-            books += [with_room(word, rows.dim - word.shape[1]) for word in words]
-            records += fits
-        return books, records
+        def fitted(target: Callable[[Array], Array], width: int) -> Tables:
+            left = [] if held is None else [target(x) for _, x in held.blocks()]
+            return fit_tables(
+                ((codes[at : at + len(x)], target(x)) for at, x in train.blocks()),
+                self.codebook_sizes,
+                width,
+                judged=(judged, np.concatenate([np.empty((0, width), np.float32), *left])),
+                ridges=self.refine.ridges,
+                weights=weights,
+                threads=self.threads,
+            )
 
-    def _labels(self, rows: Blocks, books: Sequence[Array]) -> list[npt.NDArray[np.int64]]:
-        """Return the greedy codes of all rows, level by level."""
-        ready = [prepare(torch.from_numpy(book)) for book in books]
-        parts = [encode_residual(x, ready, threads=self.threads).codes for _, x in rows.blocks()]
-        return list(np.ascontiguousarray(np.concatenate(parts).T))
+        found = {"content": fitted(lambda x: x, train.dim)}
+        if self._autoencoder is not None:
+            found["behaviour"] = fitted(self._blend.directions, self._latent_width(train.dim))
+        self._tables = {name: made.tables for name, made in found.items()}
+        return {
+            f"{name}_tables": {"ridge": made.ridge, "relative_error": made.error}
+            for name, made in found.items()
+        }
 
-    def _priced(self, rows: Blocks, books: Sequence[Array], dim: int) -> list[Array]:
-        """Give refined codewords the prices that even out usage, for all levels together."""
-        content = rows.dim - self.levels
-        plain = [np.ascontiguousarray(book[:, :content]) for book in books]
-        prices = size_prices(
-            Columns(rows, content),
-            plain,
-            limit=self.size_limit,
-            columns=dim,
-            beam_width=self.beam_width,
-            threads=self.threads,
-        )
-        return [
-            priced(book, paid, level=level, levels=self.levels)
-            for level, (book, paid) in enumerate(zip(plain, prices, strict=True))
-        ]
-
-    def _refined(
-        self, rows: Blocks, books: list[Array], prepared: PreparedRows, context: FitContext
-    ) -> tuple[list[Array], list[RefineRound]]:
-        dim, end = prepared.train.dim, rows.dim - self._blend.prices
-        parts = [Part(slice(0, dim), self.levels)]
-        if end > dim:
-            parts.append(Part(slice(dim, end), self.behaviour_levels))
-        progress = context.progress
-        progress.start("refine", total=self.refine.most_rounds)
-        held = prepared.held_out
-        return refine_residual(
-            rows,
-            books,
-            judged=None if held is None else self._space(held.blocks),
-            parts=parts,
-            options=self.refine,
-            weights=context.weights,
-            seed=child_seed(self.seed, "refine"),
-            threads=self.threads,
-            on_round=lambda one: progress.step(1, error=one.error, ridge=one.ridge),
-        )
-
-    def _fit_heads(self, prepared: PreparedRows) -> dict[str, Any] | None:
-        """Fit tables from codes to directions of behaviour."""
-        if self._autoencoder is None:
-            return None
-
-        def coded(blocks: Blocks) -> list[tuple[npt.NDArray[np.int64], Array]]:
-            return [
-                (self._encode_prepared(x, self.beam_width).codes, self._blend.directions(x))
-                for _, x in blocks.blocks()
-            ]
-
-        width = self._latent_width(prepared.train.dim)
-        held = [] if prepared.held_out is None else coded(prepared.held_out.blocks)
-        judged = (
-            np.concatenate([codes for codes, _ in held] or [np.empty((0, self.levels), np.int64)]),
-            np.concatenate([rows for _, rows in held] or [np.empty((0, width), np.float32)]),
-        )
-        found = fit_tables(
-            coded(prepared.train.blocks),
-            self.codebook_sizes,
-            width,
-            judged=judged,
-            ridges=self.refine.ridges,
-            threads=self.threads,
-        )
-        self._heads = found.tables
-        return {"ridge": found.ridge, "relative_error": found.error}
+    def _codes(self, blocks: Blocks) -> npt.NDArray[np.int64]:
+        """Return the codes of preprocessed rows, as `encode` gives them."""
+        parts = [self._encode_prepared(x, self.beam_width).codes for _, x in blocks.blocks()]
+        return np.concatenate(parts or [np.empty((0, self.levels), np.int64)])
 
     def _encode_prepared(self, x: Array, beam_width: int) -> ResidualCodes:
         return encode_residual(
@@ -331,21 +276,24 @@ class BARQ(ContinuousTokenizer):
         return self._blend(self._preprocess.apply(x))
 
     def _decode_codes(self, codes: npt.NDArray[np.int64]) -> Array:
-        return self.decode_latent(self._quantize_codes(codes))
+        return self._preprocess.invert(dequantize(codes, self._tables["content"]))
 
     def decode_latent(self, z: npt.ArrayLike) -> Array:
-        """Return the content part ``(n, dim)`` of latents ``(n, latent)``, preprocessing undone.
+        """Return rows ``(n, dim)`` that have the content of latents ``(n, latent)``.
+
+        Components that are not quantized are at their mean. `decode` knows more of them: its tables
+        hold what codes say of whole rows.
 
         Raises:
             NotFittedError: before `fit`.
         """
-        rows = np.ascontiguousarray(np.asarray(z, dtype=np.float32)[:, : self.dim])
-        return self._preprocess.invert(rows)
+        content = np.asarray(z, dtype=np.float32)[:, : self._content.width(self.dim)]
+        return self._preprocess.invert(self._content.rows(np.ascontiguousarray(content)))
 
     @property
     def decodes_behaviour(self) -> bool:
         """Whether it was fitted with behaviour, so that `decode_behaviour` works."""
-        return bool(self._heads)
+        return "behaviour" in self._tables
 
     def decode_behaviour(self, codes: Any) -> Array:
         """Return directions of behaviour ``(n, latent)`` float32 that codes stand for.
@@ -358,9 +306,9 @@ class BARQ(ContinuousTokenizer):
             InputError: as for `decode`.
         """
         checked = self._checked(codes)
-        if not self._heads:
+        if not self.decodes_behaviour:
             raise UsageError("this barq was fitted without behaviour; fit it with interactions")
-        return dequantize(checked, self._heads)
+        return dequantize(checked, self._tables["behaviour"])
 
     def encoder_module(self) -> nn.Module:
         """Return the map from rows ``(n, dim)`` to the blend, for export.
@@ -373,18 +321,31 @@ class BARQ(ContinuousTokenizer):
             None if self._autoencoder is None else EncoderGraph(self._preprocess, self._autoencoder)
         )
         return BlendGraph(
-            Prepare(self._preprocess), encoder, scale=self._scale, prices=self._blend.prices
+            Prepare(self._preprocess),
+            encoder,
+            components=self._content.components,
+            scale=float(self._blend.scale),
+            prices=self._blend.prices,
         )
 
     def _tensors(self) -> dict[str, np.ndarray]:
         tensors = super()._tensors()
-        tensors["blend.scale"] = np.array([self._scale], dtype=np.float32)
-        return tensors | {f"behaviour.{i}": table for i, table in enumerate(self._heads)}
+        tensors["blend.scale"] = np.array([self._blend.scale], dtype=np.float32)
+        if self._content.components is not None and self._content.rest is not None:
+            tensors["content.components"] = self._content.components
+            tensors["content.rest"] = self._content.rest
+        for name, tables in self._tables.items():
+            tensors |= {f"{name}.{level}": table for level, table in enumerate(tables)}
+        return tensors
 
     def _set_tensors(self, tensors: Mapping[str, np.ndarray]) -> None:
         super()._set_tensors(tensors)
-        self._scale = float(tensors["blend.scale"][0])
-        self._blend = self._make_blend(self._scale)
-        self._heads = tuple(
-            tensors[f"behaviour.{i}"] for i in range(self.levels) if f"behaviour.{i}" in tensors
+        self._content = Content(
+            tensors.get("content.components"), tensors.get("content.rest"), threads=self.threads
         )
+        self._blend = self._make_blend(float(tensors["blend.scale"][0]))
+        self._tables = {
+            name: tuple(tensors[f"{name}.{level}"] for level in range(self.levels))
+            for name in ("content", "behaviour")
+            if f"{name}.0" in tensors
+        }

@@ -14,7 +14,7 @@ from semid.data.embeddings import open_embeddings
 from semid.data.ids import held_out_mask
 from semid.errors import EmbeddingError, UsageError
 from semid.progress import Progress, QuietProgress
-from semid.quantization.blocks import in_memory
+from semid.quantization.blocks import PreparedBlocks, in_memory
 from semid.quantization.nearest import prepare
 from semid.quantization.refine import RefineOptions, refine_residual
 from semid.seeds import child_seed
@@ -98,5 +98,10 @@ def refine(
     made._prepared = tuple(prepare(torch.from_numpy(book)) for book in books)
     before = {} if tokenizer.report is None else tokenizer.report.details
     details = {**before, "refine": [asdict(one) for one in rounds]}
+    if isinstance(made, NeuralTokenizer):
+        train, judged = (
+            PreparedBlocks(opened.subset(rows), made._preprocess) for rows in (~held, held)
+        )
+        details |= made._follow_codes(train, judged if len(judged) else None)
     made.report = made._judge(opened, ~held, seen, details, steps, began)
     return made

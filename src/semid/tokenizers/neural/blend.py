@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from semid.quantization.blocks import BLOCK_ROWS, Blocks
+from semid.quantization.components import leading_components
 from semid.tokenizers.neural.autoencoder import ExactEncoder
+from semid.tokenizers.neural.rowwise import perceptron
 
-__all__ = ["Blend", "BlendGraph", "Columns", "unit_rows"]
+__all__ = ["Blend", "BlendGraph", "Columns", "Content", "unit_rows"]
 
 Array = npt.NDArray[np.float32]
 
@@ -25,20 +27,71 @@ def unit_rows(rows: Array) -> Array:
     return scaled
 
 
-class Blend:
-    """Rows ``x`` to ``[x, scale u(x), 0...]``, with ``u`` the direction of the encoder's latent.
+class Content:
+    """The part of rows that is quantized: all of them, or their leading principal components.
 
     Args:
-        encoder: the behaviour encoder; None leaves ``x`` alone.
+        components: ``(dim, width)`` orthonormal columns; None keeps rows whole.
+        rest: ``(dim,)`` the mean's part outside the components; None with them.
+        threads: plain threads; they change no bit.
+    """
+
+    def __init__(
+        self, components: Array | None = None, rest: Array | None = None, *, threads: int | None
+    ) -> None:
+        self.components, self.rest, self.threads = components, rest, threads
+
+    @classmethod
+    def of(
+        cls, blocks: Blocks, mean: npt.NDArray[np.float64], *, share: float, threads: int | None
+    ) -> Content:
+        """Keep the components of rows with mean ``mean`` that hold ``share`` of the variance."""
+        if share == 1:
+            return cls(threads=threads)
+        kept = leading_components(blocks, mean, share=share, threads=threads)
+        wide = kept.astype(np.float64)
+        return cls(kept, (mean - wide @ (mean @ wide)).astype(np.float32), threads=threads)
+
+    def width(self, dim: int) -> int:
+        """Return the width of the content of rows of width ``dim``."""
+        return dim if self.components is None else self.components.shape[1]
+
+    def __call__(self, x: Array) -> Array:
+        """Return the content ``(n, width)`` of rows; each depends on that row alone."""
+        if self.components is None:
+            return x
+        bias = np.zeros(self.components.shape[1], dtype=np.float32)
+        return perceptron(x, [(self.components, bias)], threads=self.threads)
+
+    def rows(self, content: Array) -> Array:
+        """Return the rows ``(n, dim)`` of least distance to the mean that have this content."""
+        if self.components is None or self.rest is None:
+            return content
+        lift = np.ascontiguousarray(self.components.T)
+        return perceptron(content, [(lift, self.rest)], threads=self.threads)
+
+
+class Blend:
+    """Rows ``x`` to ``[P'x, scale u(x), 0...]``, with ``u`` the direction of the encoder's latent.
+
+    Args:
+        encoder: the behaviour encoder; None leaves behaviour out.
+        content: rows to ``P'x``.
         scale: what directions are multiplied by.
         prices: coordinates at the end for codewords' prices, 0 in every row.
         threads: plain threads; they change no bit.
     """
 
     def __init__(
-        self, encoder: ExactEncoder | None, *, scale: float, prices: int, threads: int | None
+        self,
+        encoder: ExactEncoder | None,
+        *,
+        content: Content,
+        scale: float,
+        prices: int,
+        threads: int | None,
     ) -> None:
-        self.encoder, self.scale = encoder, np.float32(scale)
+        self.encoder, self.content, self.scale = encoder, content, np.float32(scale)
         self.prices, self.threads = prices, threads
 
     def directions(self, x: Array) -> Array:
@@ -48,9 +101,9 @@ class Blend:
         return unit_rows(self.encoder(x, threads=self.threads))
 
     def __call__(self, x: Array) -> Array:
-        """Return ``(n, dim + latent + prices)``; each row depends on that row alone."""
+        """Return ``(n, content + latent + prices)``; each row depends on that row alone."""
         room = np.zeros((len(x), self.prices), dtype=np.float32)
-        return np.concatenate([x, self.scale * self.directions(x), room], axis=1)
+        return np.concatenate([self.content(x), self.scale * self.directions(x), room], axis=1)
 
 
 class Columns:
@@ -83,21 +136,31 @@ class BlendGraph(nn.Module):
 
     Args:
         prepare: preprocessing of rows.
-        encoder: rows ``(batch, dim)`` to latents; None leaves the rows alone.
+        encoder: rows ``(batch, dim)`` to latents; None leaves behaviour out.
+        components: of the content, ``(dim, content)``; None keeps rows whole.
         scale: what directions are multiplied by.
         prices: coordinates at the end, all 0.
     """
 
     def __init__(
-        self, prepare: nn.Module, encoder: nn.Module | None, *, scale: float, prices: int
+        self,
+        prepare: nn.Module,
+        encoder: nn.Module | None,
+        *,
+        components: Array | None,
+        scale: float,
+        prices: int,
     ) -> None:
         super().__init__()
         self.prepare, self.encoder = prepare, encoder
         self.scale, self.prices = scale, prices
+        kept = None if components is None else torch.from_numpy(components.copy())
+        self.register_buffer("components", kept)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``(batch, dim + latent + prices)``."""
-        parts = [self.prepare(x)]
+        """Return ``(batch, content + latent + prices)``."""
+        content = self.prepare(x)
+        parts = [content if self.components is None else content @ self.components]
         if self.encoder is not None:
             z = self.encoder(x).double()
             norms = z.square().sum(dim=1, keepdim=True).sqrt()

@@ -11,7 +11,17 @@ from semid.quantization.blocks import Blocks, PreparedBlocks, Preprocess
 from semid.tokenizers.context import FitContext
 from semid.training.rows import TrainingRows
 
-__all__ = ["PreparedRows"]
+__all__ = ["PreparedRows", "moments"]
+
+
+def moments(blocks: Blocks) -> tuple[npt.NDArray[np.float64], float]:
+    """Return the mean of rows and their mean squared distance to it."""
+    mean, squares = np.zeros(blocks.dim), 0.0
+    for _, block in blocks.blocks():
+        mean += block.sum(axis=0, dtype=np.float64)
+        squares += float(np.einsum("nd,nd->", block, block, dtype=np.float64))
+    mean /= len(blocks)
+    return mean, max(squares / len(blocks) - float(mean @ mean), 0.0)
 
 
 @dataclass(frozen=True)
@@ -44,10 +54,5 @@ class PreparedRows:
 
         train = ready(context.train)
         held = None if context.held_out is None else ready(context.held_out)
-        mean, squares = np.zeros(train.dim), 0.0
-        for _, block in train.blocks.blocks():
-            mean += block.sum(axis=0, dtype=np.float64)
-            squares += float(np.einsum("nd,nd->", block, block, dtype=np.float64))
-        mean /= len(train)
-        variance = max(squares / len(train) - float(mean @ mean), 0.0)
+        mean, variance = moments(train.blocks)
         return cls(preprocess, train, held, mean, variance)

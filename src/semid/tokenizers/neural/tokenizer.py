@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from semid.errors import UsageError, check_choice
-from semid.quantization.blocks import Preprocess
+from semid.quantization.blocks import Blocks, Preprocess
 from semid.quantization.nearest import PreparedCodebook, prepare
 from semid.quantization.residual import ResidualCodes, dequantize, encode_residual
 from semid.tokenizers.base import Tokenizer
@@ -113,6 +113,10 @@ class NeuralTokenizer(Tokenizer):
     def _set_autoencoder(self, autoencoder: Autoencoder) -> None:
         self._autoencoder = autoencoder.cpu()
         self._encoder, self._decoder = autoencoder.exact_encoder(), autoencoder.exact_decoder()
+
+    def _follow_codes(self, train: Blocks, held: Blocks | None) -> dict[str, Any]:
+        """Fit again what is fitted to codes, after codebooks changed; return details of it."""
+        return {}
 
     def _encode_block(self, x: Array, beam_width: int) -> ResidualCodes:
         return encode_residual(
