@@ -31,27 +31,22 @@ from semid.tokenizers.making import make_tokenizer
 
 HERE = Path(__file__).parent
 SETS = {name: f"amazon2014_{name}" for name in ("beauty", "toys", "sports")}
-CONTENT = {"behaviour_weight": 0.0}
+WHOLE = {"content_variance": 1.0}
+CONTENT = {"behaviour_weight": 0.0, **WHOLE}
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "barq, weight 1": ("barq", {"behaviour_weight": 1.0}),
-    "barq, weight 2": ("barq", {"behaviour_weight": 2.0}),
-    "barq, weight 3": ("barq", {"behaviour_weight": 3.0}),
-    "barq, weight 4": ("barq", {"behaviour_weight": 4.0}),
-    "barq, content .75": ("barq", {"content_variance": 0.75}),
-    "barq, content .85": ("barq", {"content_variance": 0.85}),
+    "barq, weight 1": ("barq", {"behaviour_weight": 1.0, **WHOLE}),
+    "barq, weight 2": ("barq", {"behaviour_weight": 2.0, **WHOLE}),
+    "barq, weight 3": ("barq", {"behaviour_weight": 3.0, **WHOLE}),
+    "barq, weight 4": ("barq", {"behaviour_weight": 4.0, **WHOLE}),
+    "barq, weight 2, two levels": ("barq", {"behaviour_levels": 2, **WHOLE}),
+    "barq, weight 2, size limit .1": ("barq", {"size_limit": 0.1, **WHOLE}),
+    "barq, weight 2, size limit .3": ("barq", {"size_limit": 0.3, **WHOLE}),
+    "barq, weight 2, lambda 3": ("barq", {"objective": {"contrastive_weight": 3.0}, **WHOLE}),
+    "barq, weight 2, 2048 pairs": ("barq", {"objective": {"pairs_per_step": 2048}, **WHOLE}),
+    "barq, content whole": ("barq", WHOLE),
     "barq, content .95": ("barq", {"content_variance": 0.95}),
-    "barq, content whole": ("barq", {"content_variance": 1.0}),
-    "barq, weight 2, two levels": ("barq", {"behaviour_weight": 2.0, "behaviour_levels": 2}),
-    "barq, weight 2, size limit .1": ("barq", {"behaviour_weight": 2.0, "size_limit": 0.1}),
-    "barq, weight 2, size limit .3": ("barq", {"behaviour_weight": 2.0, "size_limit": 0.3}),
-    "barq, weight 2, lambda 3": (
-        "barq",
-        {"behaviour_weight": 2.0, "objective": {"contrastive_weight": 3.0}},
-    ),
-    "barq, weight 2, 2048 pairs": (
-        "barq",
-        {"behaviour_weight": 2.0, "objective": {"pairs_per_step": 2048}},
-    ),
+    "barq, content .85": ("barq", {"content_variance": 0.85}),
+    "barq, content .75": ("barq", {"content_variance": 0.75}),
     "refined, no annealing": ("barq", {**CONTENT, "refine": {"annealing_rounds": 0}}),
     "refined, 12 rounds": ("barq", CONTENT),
     "refined, 12 rounds at .5": ("barq", {**CONTENT, "refine": {"temperature": 0.5}}),
