@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from semid.quantization.engine.vector import SCAN, hits, maximum, score, trailing_zeros
 
-__all__ = ["F32", "I32", "I64", "kth_largest", "scan_best", "scan_many", "trim"]
+__all__ = ["F32", "I32", "I64", "kth_largest", "scan_best", "scan_many", "trim_rows"]
 
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
@@ -132,6 +132,15 @@ def trim(
     if best > top[row]:
         top[row] = best
     counts[row] = _keep(row, candidates, kept, count, top[row] - margin[row])
+
+
+@numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True)
+def trim_rows(
+    rows: int, k: int, margin: Any, top: Any, counts: I64, candidates: I32, kept: Any, scratch: Any
+) -> None:
+    """`trim` rows 0 to ``rows``."""
+    for row in range(rows):
+        trim(row, k, margin, top, counts, candidates, kept, scratch)
 
 
 @numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True)

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from semid.quantization.engine.canonical import L2
 from semid.quantization.engine.rows import centre_queries, round_bfloat16
-from semid.quantization.engine.screen import trim
+from semid.quantization.engine.screen import trim_rows
 from semid.quantization.engine.table import Table, aligned
 from semid.quantization.engine.vector import SCAN
 
@@ -162,8 +162,7 @@ class State:
 
     def trim_all(self) -> None:
         """Drop the candidates that the final ``k``-th best score of each row rules out."""
-        for row in range(self.rows):
-            trim(
-                row, self.k, self.margin, self.top, self.counts, self.candidates, self.kept,
-                self.scratch,
-            )  # fmt: skip
+        trim_rows(
+            self.rows, self.k, self.margin, self.top, self.counts, self.candidates, self.kept,
+            self.scratch,
+        )  # fmt: skip
