@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from semid.quantization.assign import THREADED_WORK, assign
+from semid.quantization.assign import assign
+from semid.quantization.beam import encode_beam
 from semid.quantization.blocks import Blocks
 from semid.quantization.kmeans import (
     KMeansOptions,
@@ -23,7 +22,7 @@ from semid.quantization.kmeans import (
     kmeans,
     sampled,
 )
-from semid.quantization.nearest import PreparedCodebook, nearest_m
+from semid.quantization.nearest import PreparedCodebook
 from semid.quantization.rows import Rows, as_rows
 from semid.seeds import child_seed
 
@@ -36,9 +35,6 @@ __all__ = [
 ]
 
 Array = npt.NDArray[np.float32]
-
-# A beam holds `beam_width` residuals a row: fewer rows at once keep that within tens of megabytes.
-BEAM_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -190,15 +186,9 @@ def encode_residual(
     Returns:
         `ResidualCodes`. Each row's codes depend on that row alone. Ties go to the lowest code.
     """
-    if beam_width > 1:
-        parts = [
-            _encode_beam(block[start : start + BEAM_ROWS], codebooks, beam_width, threads)
-            for start in range(0, len(block), BEAM_ROWS)
-        ]
-        return ResidualCodes(
-            np.concatenate([part.codes for part in parts]),
-            np.concatenate([part.residual_norms for part in parts]),
-        )
+    if beam_width > 1 and len(block):
+        beam, residual = encode_beam(block, codebooks, beam_width, threads)
+        return ResidualCodes(beam, _norms(residual))
     codes = np.empty((len(block), len(codebooks)), dtype=np.int64)
     residual = block
     for level, codebook in enumerate(codebooks):
@@ -211,42 +201,6 @@ def _norms(rows: Array) -> Array:
     squared = np.einsum("nd,nd->n", rows, rows, dtype=np.float64)
     norms: Array = np.sqrt(squared).astype(np.float32)
     return norms
-
-
-def _encode_beam(
-    block: Array,
-    codebooks: Sequence[PreparedCodebook],
-    width: int,
-    threads: int | None,
-) -> ResidualCodes:
-    """Keep the ``width`` partial codes with the smallest residuals after every level."""
-    items, dim = block.shape
-    codes = np.empty((items, 1, 0), dtype=np.int64)
-    residual = block[:, None, :]
-    for codebook in codebooks:
-        kept = residual.shape[1]
-        words = codebook.codewords.numpy()
-        reach = min(width, len(words))
-        small = residual.size * len(words) < THREADED_WORK
-        search = partial(nearest_m, codebook=codebook, m=reach, threads=1 if small else threads)
-        left = torch.from_numpy(residual)
-        found = search(left[:, 0])
-        labels, distances = found.labels.numpy(), found.distances.numpy()
-        if kept > 1:
-            # The best partial code has `reach` children, so others matter only below the last.
-            last = found.distances[:, -1] if reach == width else torch.full((items,), torch.inf)
-            others = left[:, 1:].reshape(-1, dim)
-            rest = search(others, within=last.repeat_interleave(kept - 1))
-            labels = np.hstack([labels, rest.labels.numpy().reshape(items, -1)])
-            distances = np.hstack([distances, rest.distances.numpy().reshape(items, -1)])
-        # Stable: equal distances keep the better parent, then the lower code.
-        best = np.argsort(distances, axis=1, kind="stable")[:, :width]
-        parent = best // reach
-        chosen = np.take_along_axis(labels, best, axis=1)
-        rows = np.arange(items)[:, None]
-        codes = np.concatenate([codes[rows, parent], chosen[:, :, None]], axis=2)
-        residual = residual[rows, parent] - words[chosen]
-    return ResidualCodes(np.ascontiguousarray(codes[:, 0]), _norms(residual[:, 0]))
 
 
 def dequantize(
