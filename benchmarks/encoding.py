@@ -5,7 +5,8 @@
 Rows come from the union catalogue (SEMID_DATA, default ../shared/data); the encoded rows are held
 out from the fits. "faiss flat x 3" and semid encode greedily with semid's codebooks, so their
 codes must be equal up to ties; faiss's ResidualQuantizer trains its own codebooks on the same rows
-with beam 1, so its column of the error says which codebooks generalise better.
+with beam 1, so its column of the error says which codebooks generalise better. Beams are of both
+sides' own codebooks.
 """
 
 from __future__ import annotations
@@ -69,13 +70,21 @@ def main() -> None:
     own.rq.cp.niter = given.iterations
     own.rq.cp.max_points_per_centroid = 10**9
     own.train(train)
+
+    def by_faiss(beam: int) -> Array:
+        own.rq.max_beam_size = beam
+        return own.rq.compute_codes(x)
+
+    def by_semid(beam: int) -> npt.NDArray[np.int64]:
+        return encode_residual(x, ready, beam_width=beam, threads=given.threads).codes
+
     sides = {
         "faiss flat x 3": lambda: flat(x, indexes, books),
-        "faiss ResidualQuantizer, beam 1": lambda: own.rq.compute_codes(x),
-        "semid, greedy": lambda: encode_residual(x, ready, threads=given.threads).codes,
-        "semid, beam 5": lambda: (
-            encode_residual(x, ready, beam_width=5, threads=given.threads).codes
-        ),
+        "faiss ResidualQuantizer, beam 1": lambda: by_faiss(1),
+        "semid, greedy": lambda: by_semid(1),
+        "faiss ResidualQuantizer, beam 5": lambda: by_faiss(5),
+        "semid, beam 5": lambda: by_semid(5),
+        "semid, beam 8": lambda: by_semid(8),
     }
     taken = in_turn(sides, repeats=given.repeats, rest=0.3 if given.threads > 1 else 0.0)
     spread = float(((x - train.mean(0)) ** 2).sum(dtype=np.float64))
@@ -91,7 +100,7 @@ def main() -> None:
         )
     same = float((taken["faiss flat x 3"].result == taken["semid, greedy"].result).all(1).mean())
     save(
-        "encoding",
+        "encoding" if given.codes == 4096 else f"encoding-{given.codes}",
         rows,
         settings=vars(given),
         packages=("faiss-cpu",),
