@@ -67,6 +67,33 @@ def test_products_find_what_searches_find(monkeypatch, counted, width, mean):
     assert_same(found, encoded(x, books, width, threads=3))
 
 
+@pytest.mark.parametrize("mean", [0.0, 300.0])
+def test_scores_lie_within_their_bound(monkeypatch, mean):
+    x, books = drawn(mean=mean)
+    seen = []
+    scan = beam.scan_children
+
+    def spying(base, halves, products, lines, offsets, margin, *rest):
+        seen.append((base, halves, products, lines, margin))
+        scan(base, halves, products, lines, offsets, margin, *rest)
+
+    monkeypatch.setattr(beam, "scan_children", spying)
+    encoded(x, books, 6)
+    assert len(seen) == 6  # two levels, three parts of the rows
+    for at, (base, halves, products, lines, margin) in enumerate(seen):
+        level, first = 1 + at // 3, 256 * (at % 3)
+        scores = base[:, None] - products[lines[:, :, 0]] - halves[:, :, None]
+        before = [0, len(books[0])]
+        left = x[first : first + len(base), None]
+        for earlier in range(level):
+            scores -= products[lines[:, :, earlier]] if earlier else 0
+            left = left - books[earlier][lines[:, :, earlier] - before[earlier]]
+        apart = left[:, :, None].astype(np.float64) - books[level]
+        truth = -0.5 * np.square(apart).sum(axis=3)
+        off = np.abs(scores[:, :, : len(books[level])] - truth).max(axis=(1, 2))
+        assert (off <= 0.5 * margin).all()
+
+
 def test_rows_far_from_every_codeword_are_ranked_all_the_same(monkeypatch):
     x, books = drawn()
     x[::3] *= 1e4  # rounding alone decides, so that nothing can be left out by scores

@@ -175,7 +175,7 @@ class _Table:
         # Sums of `dim` products, in any order; then the few sums of scores, the rounding of
         # residuals and of the float32 distances in which ties are told.
         bound = (dim + 32) * 2.0**-23 * (lengths + self.before) * self.reach
-        bound += 64 * 2.0**-23 * whole * whole
+        bound += (8 + 2 * len(self.first)) * 2.0**-23 * whole * whole
         return np.asarray(2.0 * bound, dtype=np.float32)
 
 

@@ -13,7 +13,8 @@ import numba
 import numpy as np
 
 from semid.quantization.engine.canonical import key
-from semid.quantization.engine.screen import F32, I32, I64, scan_many, trim_rows
+from semid.quantization.engine.screen import F32, I32, I64, kth_largest, scan_many, trim_rows
+from semid.quantization.engine.vector import SCAN
 
 __all__ = ["resolve_children", "scan_children"]
 
@@ -54,6 +55,7 @@ def scan_children(
     """
     items, partials, before = lines.shape
     columns = base.shape[1]
+    lanes = np.empty(SCAN, np.float32)
     for i in range(items):
         for p in range(partials):
             half = halves[i, p]
@@ -64,6 +66,14 @@ def scan_children(
                 line = lines[i, p, level]
                 for j in range(columns):
                     scores[0, j] -= products[line, j]
+            if p == 0 and k <= SCAN:
+                # The best of each lane are as many different children of the best partial code, so
+                # that the k-th of them is a bound to start from.
+                lanes[:] = scores[0, :SCAN]
+                for at in range(SCAN, columns, SCAN):
+                    for j in range(SCAN):
+                        lanes[j] = max(lanes[j], scores[0, at + j])
+                top[i] = max(top[i], kth_largest(lanes, SCAN, k))
             scan_many(
                 scores, 1, columns, p * columns, offsets, margin, top, counts, candidates, kept, i,
                 k, scratch,
