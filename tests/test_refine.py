@@ -15,6 +15,7 @@ from semid.quantization.nearest import prepare
 from semid.quantization.prices import priced, size_prices, with_room
 from semid.quantization.refine import Part, RefineOptions, refine_residual
 from semid.quantization.residual import encode_residual, fit_residual
+from semid.quantization.tables import fit_tables
 
 
 def one_hot(codes: np.ndarray, sizes: list[int]) -> np.ndarray:
@@ -246,3 +247,23 @@ def test_prices_even_out_usage_within_their_bound():
     assert not size_prices(ArrayBlocks(rows), [words], limit=0)[0].any()
     with pytest.raises(UsageError, match="limit=-1"):
         size_prices(ArrayBlocks(rows), [words], limit=-1)
+
+
+def test_a_weight_of_a_table_counts_an_item_so_often():
+    generator = np.random.default_rng(8)
+    codes, targets = generator.integers(0, 5, (300, 2)), generator.normal(size=(300, 3))
+    weights = generator.integers(0, 4, 300)
+    judged = (codes[:40], targets[:40].astype(np.float32))
+
+    def tables(blocks, mass=None):
+        return fit_tables(
+            blocks, [5, 5], 3, judged=judged, ridges=(0.5, 2.0), weights=mass, threads=1
+        )
+
+    halves = [(codes[:130], targets[:130]), (codes[130:], targets[130:])]
+    weighted = tables(halves, weights.astype(np.float64))
+    often = np.repeat(np.arange(300), weights)
+    repeated = tables([(codes[often], targets[often])])
+    assert weighted.ridge == repeated.ridge
+    assert np.allclose(weighted.tables, repeated.tables, atol=1e-6)
+    assert not np.allclose(weighted.tables, tables(halves).tables, atol=1e-3)
