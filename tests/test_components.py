@@ -29,15 +29,6 @@ def test_they_are_those_of_a_singular_value_decomposition(rows, share):
     assert np.allclose(found.T @ found, np.eye(found.shape[1]), atol=1e-6)
 
 
-def test_threads_change_no_bit(rows):
-    mean = rows.mean(axis=0, dtype=float)
-    one, two = (
-        leading_components(ArrayBlocks(rows), mean, share=0.9, threads=threads)
-        for threads in (1, 2)
-    )
-    assert np.array_equal(one, two)
-
-
 def test_rows_that_are_all_alike_keep_one_component():
     rows = np.ones((5, 3), dtype=np.float32)
     assert leading_components(ArrayBlocks(rows), np.ones(3), share=0.85).shape == (3, 1)

@@ -48,7 +48,7 @@ class Content:
         """Keep the components of rows with mean ``mean`` that hold ``share`` of the variance."""
         if share == 1:
             return cls(threads=threads)
-        kept = leading_components(blocks, mean, share=share, threads=threads)
+        kept = leading_components(blocks, mean, share=share)
         wide = kept.astype(np.float64)
         return cls(kept, (mean - wide @ (mean @ wide)).astype(np.float32), threads=threads)
 
