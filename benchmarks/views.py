@@ -135,6 +135,37 @@ def against(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
     return lines
 
 
+def verdict(rows: Sequence[Row], other: str, view: View) -> str:
+    """Say whether ours is better than another tokenizer, worse, or the same; one seed cannot."""
+    ours, theirs = (
+        values([r for r in rows if r["tokenizer"] == name], view) for name in (OURS, other)
+    )
+    both = sorted(ours.keys() & theirs.keys())
+    gap = paired_difference([ours[s] for s in both], [theirs[s] for s in both])
+    if gap.pairs < 2:
+        return "one seed"
+    if not gap.shown:
+        return "same"
+    return "better" if (gap.mean > 0) == view.higher else "worse"
+
+
+def counts(rows: Sequence[Row]) -> list[str]:
+    """Write in how many views ours is better, the same and worse, a column a data set."""
+    plain = [row for row in rows if not row["variant"]]
+    sets = list(dict.fromkeys(row["data"] for row in plain if row["tokenizer"] == OURS))
+    names = list(dict.fromkeys(row["tokenizer"] for row in plain if row["tokenizer"] != OURS))
+    lines = ["| better, same, worse | " + " | ".join(sets) + " |", "| :-- |" + " :-- |" * len(sets)]
+    for name in names:
+        cells = []
+        for data in sets:
+            own = [row for row in plain if row["data"] == data]
+            found = [verdict(own, name, view) for view in VIEWS]
+            figures = ", ".join(str(found.count(word)) for word in ("better", "same", "worse"))
+            cells.append("one seed" if "one seed" in found else figures)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
 def front(rows: Sequence[Row]) -> list[str]:
     """Write ours beside the best other tokenizer of each view, a column a data set."""
     sets = list(dict.fromkeys(row["data"] for row in rows if name_of(row) == OURS))
@@ -147,16 +178,10 @@ def front(rows: Sequence[Row]) -> list[str]:
                 name: values([r for r in own if r["tokenizer"] == name], view)
                 for name in dict.fromkeys(r["tokenizer"] for r in own)
             }
-            ours = found.pop(OURS)
+            mine = np.mean(list(found.pop(OURS).values()))
             means = {name: np.mean(list(v.values())) for name, v in found.items() if v}
             best = (max if view.higher else min)(means, key=lambda name: means[name])
-            both = sorted(ours.keys() & found[best].keys())
-            gap = paired_difference([ours[s] for s in both], [found[best][s] for s in both])
-            better = gap.mean > 0 if view.higher else gap.mean < 0
-            word = "same" if not gap.shown else "better" if better else "worse"
-            word = "one seed" if gap.pairs < 2 else word
-            mine = np.mean(list(ours.values()))
-            cells.append(f"**{word}**: {mine:.3g}, {best} {means[best]:.3g}")
+            cells.append(f"**{verdict(own, best, view)}**: {mine:.3g}, {best} {means[best]:.3g}")
         lines.append(f"| {view.name} | " + " | ".join(cells) + " |")
     return lines
 
@@ -181,7 +206,8 @@ def main() -> None:
         rows += [r for r in reproduced if r["data"] == "union" and not r["variant"]]
     text = ["# BARQ and the others in every view", ""]
     text += ["Ours, and the best other of each view; 95 % intervals, paired by seed:", ""]
-    text += [*front(rows), ""]
+    text += [*front(rows), "", f"Ours against each other in {len(VIEWS)} views:", ""]
+    text += [*counts(rows), ""]
     for name in dict.fromkeys(row["data"] for row in rows):
         own = [row for row in rows if row["data"] == name]
         names = list(dict.fromkeys(name_of(row) for row in own))
