@@ -71,6 +71,8 @@ def test_a_grid_runs_every_cell_once_and_resumes(rows, tmp_path):
     tables = grid_tables(again)
     for part in (rows.protocol, "Popularity alone", "codes - none", "fusion on - off", "95 %"):
         assert part in tables
+    ours = [{**row, "method": row["method"].replace("rqkmeans", "barq")} for row in again]
+    assert "deepfm, barq - random, 2x, fusion on |" in grid_tables(ours)
     found = difference(
         again, {"method": "random", "fusion": False}, {"method": "none", "fusion": False}
     )

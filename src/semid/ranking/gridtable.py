@@ -49,7 +49,7 @@ def difference(
 
 
 def grid_tables(rows: Sequence[Row]) -> str:
-    """Return Markdown: every cell, then codes against none, MoC against others, fusion on and off.
+    """Return Markdown: every cell, codes against none and each other, fusion on and off.
 
     Args:
         rows: of `run_grid`, all of one protocol.
@@ -61,9 +61,11 @@ def grid_tables(rows: Sequence[Row]) -> str:
     against = _against_none(rows)
     if against:
         out += ["", "Codes against none, the same model, fusion and seeds:", "", *against]
-    rivals = _moc_against(rows)
-    if rivals:
-        out += ["", "MoC against the others, the same model, scale, fusion and seeds:", "", *rivals]
+    for method, title in (("moc", "MoC"), ("barq", "BARQ")):
+        rivals = _against_others(rows, method)
+        if rivals:
+            shared = "the same model, scale, fusion and seeds"
+            out += ["", f"{title} against the others, {shared}:", "", *rivals]
     switched = _fusion(rows)
     if switched:
         out += ["", "Fusion on against off:", "", *switched]
@@ -121,16 +123,16 @@ def _against_none(rows: Sequence[Row]) -> list[str]:
     return _table(found, "codes - none")
 
 
-def _moc_against(rows: Sequence[Row]) -> list[str]:
+def _against_others(rows: Sequence[Row], first: str) -> list[str]:
     found = []
     for model, method, scale, fusion in _cell_keys(rows):
-        if method in ("none", "moc"):
+        if method in ("none", first):
             continue
         shared = {"model": model, "scale": scale, "fusion": fusion}
-        name = f"{model}, moc - {method}, {scale}x, fusion {'on' if fusion else 'off'}"
-        pair = difference(rows, {**shared, "method": "moc"}, {**shared, "method": method})
+        name = f"{model}, {first} - {method}, {scale}x, fusion {'on' if fusion else 'off'}"
+        pair = difference(rows, {**shared, "method": first}, {**shared, "method": method})
         found.append((name, pair))
-    return _table(found, "MoC - other")
+    return _table(found, f"{first} - other")
 
 
 def _fusion(rows: Sequence[Row]) -> list[str]:
