@@ -166,6 +166,11 @@ def counts(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+def short(value: float) -> str:
+    """Write three digits, or a whole number where it has more."""
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
+
+
 def front(rows: Sequence[Row]) -> list[str]:
     """Write ours beside the best other tokenizer of each view, a column a data set."""
     sets = list(dict.fromkeys(row["data"] for row in rows if name_of(row) == OURS))
@@ -181,7 +186,9 @@ def front(rows: Sequence[Row]) -> list[str]:
             mine = np.mean(list(found.pop(OURS).values()))
             means = {name: np.mean(list(v.values())) for name, v in found.items() if v}
             best = (max if view.higher else min)(means, key=lambda name: means[name])
-            cells.append(f"**{verdict(own, best, view)}**: {mine:.3g}, {best} {means[best]:.3g}")
+            cells.append(
+                f"**{verdict(own, best, view)}**: {short(mine)}, {best} {short(means[best])}"
+            )
         lines.append(f"| {view.name} | " + " | ".join(cells) + " |")
     return lines
 
