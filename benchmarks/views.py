@@ -141,9 +141,9 @@ def verdict(rows: Sequence[Row], other: str, view: View) -> str:
         values([r for r in rows if r["tokenizer"] == name], view) for name in (OURS, other)
     )
     both = sorted(ours.keys() & theirs.keys())
+    if len(both) < 2:
+        return "one seed" if both else ""
     gap = paired_difference([ours[s] for s in both], [theirs[s] for s in both])
-    if gap.pairs < 2:
-        return "one seed"
     if not gap.shown:
         return "same"
     return "better" if (gap.mean > 0) == view.higher else "worse"
@@ -168,7 +168,7 @@ def counts(rows: Sequence[Row]) -> list[str]:
 
 def short(value: float) -> str:
     """Write three digits, or a whole number where it has more."""
-    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
+    return f"{value:.0f}" if value >= 999.5 else f"{value:.3g}"
 
 
 def front(rows: Sequence[Row]) -> list[str]:

@@ -134,6 +134,18 @@ def test_tables_follow_the_codes_of_a_refinement(shelves):
     assert error(found, directions) < 0.95 * error(stale, directions)
 
 
+def test_a_refinement_keeps_prices_and_levels_of_behaviour(shelves):
+    rows, _, pairs = shelves
+    settings = {**SMALL, "refine": {"rounds": 0}, "objective": {"pairs_per_step": 64}}
+    plain = semid.BARQ(**settings, size_limit=0.5).fit(rows, pairs=pairs)
+    refined = semid.refine(plain, rows)
+    for before, after in zip(plain.codebooks, refined.codebooks, strict=True):
+        assert np.array_equal(before[:, -3:], after[:, -3:])
+        assert after[:, -3:].any()
+    for deeper in refined.codebooks[1:]:
+        assert not deeper[:, -11:-3].any()  # behaviour
+
+
 def test_content_is_the_leading_components_and_decodes_to_whole_rows():
     generator = np.random.default_rng(2)
     loud = generator.normal(size=(10, 4))[generator.integers(0, 10, 700)]

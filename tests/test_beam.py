@@ -112,16 +112,26 @@ def test_a_scale_that_float32_cannot_square_is_searched(counted, power, products
         assert np.array_equal(found.codes, encoded(x, books, 4).codes)
 
 
-def test_loose_products_are_not_used(counted):
+def test_loose_products_are_neither_used_nor_kept(counted):
     x, books = drawn()
     plain = encoded(x, books, 4)
     counted.clear()
+    ready = [prepare(torch.from_numpy(book)) for book in books]
     torch.set_float32_matmul_precision("medium")
     try:
-        assert_same(encoded(x, books, 4), plain)
+        assert_same(encode_residual(x, ready, beam_width=4, threads=1), plain)
     finally:
         torch.set_float32_matmul_precision("highest")
     assert not counted
+    assert ready[-1] not in beam._kept
+
+
+def test_autocast_changes_nothing(counted):
+    x, books = drawn()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = encoded(x, books, 4)
+    assert counted
+    assert_same(found, encoded(x, books, 4))
 
 
 def test_few_rows_use_products_only_where_they_are_made(counted):
@@ -138,7 +148,7 @@ def test_few_rows_use_products_only_where_they_are_made(counted):
     assert_same(encode_residual(x, other, beam_width=4), encoded(x, [2 * books[0], *books[1:]], 4))
 
 
-def test_a_row_that_is_not_finite_spoils_no_other(monkeypatch):
+def test_a_row_that_is_not_finite_spoils_no_other():
     x, books = drawn()
     broken = x.copy()
     broken[5, 2], broken[9, 0] = np.nan, np.inf

@@ -253,11 +253,11 @@ def test_a_weight_of_a_table_counts_an_item_so_often():
     generator = np.random.default_rng(8)
     codes, targets = generator.integers(0, 5, (300, 2)), generator.normal(size=(300, 3))
     weights = generator.integers(0, 4, 300)
-    judged = (codes[:40], targets[:40].astype(np.float32))
+    judged = [(codes[:40], targets[:40].astype(np.float32))]
 
     def tables(blocks, mass=None):
         return fit_tables(
-            blocks, [5, 5], 3, judged=judged, ridges=(0.5, 2.0), weights=mass, threads=1
+            blocks, [5, 5], 3, judged=lambda: judged, ridges=(0.5, 2.0), weights=mass, threads=1
         )
 
     halves = [(codes[:130], targets[:130]), (codes[130:], targets[130:])]

@@ -124,7 +124,7 @@ def fit(
     ] = None,
     content_variance: Annotated[
         float | None,
-        typer.Option(help="barq: variance of the components that are quantized; default 0.95."),
+        typer.Option(help="barq: share of the variance that is quantized; default 0.95."),
     ] = None,
     size_limit: Annotated[
         float | None, typer.Option(help="barq: highest price that evens out usage; default 0.")

@@ -59,15 +59,15 @@ def encode_beam(
     parts = []
     for start in range(0, len(block), ROWS):
         rows = block[start : start + ROWS]
+        scanned = bool(tables) and _holds(rows)
         reach = width if len(codebooks) > 1 else 1
         parts.append(_first(rows, codebooks[0], min(reach, len(codebooks[0])), threads))
         for level in range(1, len(codebooks)):
             keep = width if level + 1 < len(codebooks) else 1  # the last level's best alone
-            table = None if tables is None else tables[level - 1]
-            if table is None or not table.holds(rows):
-                parts[-1] = _searched(parts[-1], codebooks[level], keep, threads)
+            if scanned:
+                parts[-1] = _scanned(rows, parts[-1], tables[level - 1], keep, threads)
             else:
-                parts[-1] = _scanned(rows, parts[-1], table, keep, threads)
+                parts[-1] = _searched(parts[-1], codebooks[level], keep, threads)
     return (
         np.concatenate([np.ascontiguousarray(found.codes[:, 0]) for found in parts]),
         np.concatenate([found.left[:, 0] for found in parts]),
@@ -160,21 +160,13 @@ class _Table:
     reach: float
     before: float
 
-    def holds(self, rows: Array) -> bool:
-        """Return whether float32 holds products with these rows."""
-        # torch may be told to round float32 operands to bfloat16 or TF32 inside its products.
-        if torch.get_float32_matmul_precision() != "highest":
-            return False
-        longest = float(np.abs(rows).max(initial=0.0)) * math.sqrt(rows.shape[1])
-        return longest < LENGTHS[1]
-
     def margins(self, lengths: npt.NDArray[np.float64]) -> Array:
         """Return how far apart two scores of a row of this length may be by rounding alone."""
         dim = self.words.shape[1]
         whole = lengths + self.before + self.reach
-        # Sums of `dim` products, in any order; then the few sums of scores, the rounding of
-        # residuals and of the float32 distances in which ties are told.
-        bound = (dim + 32) * 2.0**-23 * (lengths + self.before) * self.reach
+        # Sums of `dim` products and half a square, in any order; then the few sums of scores, the
+        # rounding of residuals and of the float32 distances in which ties are told.
+        bound = (dim + 32) * 2.0**-23 * whole * self.reach
         bound += (8 + 2 * len(self.first)) * 2.0**-23 * whole * whole
         return np.asarray(2.0 * bound, dtype=np.float32)
 
@@ -185,22 +177,31 @@ _kept: weakref.WeakKeyDictionary[
 _lock = threading.Lock()
 
 
-def _tables(codebooks: Sequence[PreparedCodebook], rows: int) -> list[_Table] | None:
-    """Return the tables of the levels after the first; None where they would not pay."""
+def _holds(rows: Array) -> bool:
+    """Return whether float32 holds products with these rows."""
+    longest = float(np.abs(rows).max(initial=0.0)) * math.sqrt(rows.shape[1])
+    return longest < LENGTHS[1]
+
+
+def _tables(codebooks: Sequence[PreparedCodebook], rows: int) -> list[_Table]:
+    """Return the tables of the levels after the first; none where they would not pay."""
     sizes = [len(book) for book in codebooks]
     columns = [padded(size, SCAN) for size in sizes]
     needed = sum(4 * sum(sizes[:level]) * columns[level] for level in range(1, len(sizes)))
-    if len(sizes) < 2 or needed > PRODUCT_BYTES:
-        return None
+    # torch may be told to round float32 operands to bfloat16 or TF32 inside its products.
+    loose = torch.get_float32_matmul_precision() != "highest"
+    if len(sizes) < 2 or needed > PRODUCT_BYTES or loose:
+        return []
     with _lock:
         others, made = _kept.get(codebooks[-1], ([], []))
-        if [ref() for ref in others] == list(codebooks[:-1]):
-            return made or None
-        if rows < max(sizes):
-            return None
-        made = _made(codebooks)
+    if [ref() for ref in others] == list(codebooks[:-1]):
+        return made
+    if rows < max(sizes):
+        return []
+    made = _made(codebooks)
+    with _lock:
         _kept[codebooks[-1]] = [weakref.ref(book) for book in codebooks[:-1]], made
-        return made or None
+    return made
 
 
 def _made(codebooks: Sequence[PreparedCodebook]) -> list[_Table]:
@@ -221,8 +222,11 @@ def _made(codebooks: Sequence[PreparedCodebook]) -> list[_Table]:
         bias = np.full(turned.shape[1], -np.inf, dtype=np.float32)
         bias[: len(own)] = -0.5 * np.square(own, dtype=np.float64).sum(axis=1)
         rows = np.concatenate(earlier[:level])
-        with one_blas_thread():
-            products = (torch.from_numpy(rows) @ torch.from_numpy(turned)).numpy()
+        products = np.empty((len(rows), turned.shape[1]), dtype=np.float32)
+        with one_blas_thread():  # products with `out` are float32 under autocast too
+            torch.mm(
+                torch.from_numpy(rows), torch.from_numpy(turned), out=torch.from_numpy(products)
+            )
         tables.append(
             _Table(
                 words=own,
@@ -252,7 +256,8 @@ def _scanned(
     def work(start: int) -> None:
         part = slice(start, start + CHUNK)
         x = rows[part] - table.centre
-        base = torch.addmm(table.bias, torch.from_numpy(x), table.turned).numpy()
+        base = np.empty((len(x), columns), dtype=np.float32)
+        torch.addmm(table.bias, torch.from_numpy(x), table.turned, out=torch.from_numpy(base))
         lengths = np.sqrt(np.einsum("nd,nd->n", x, x, dtype=np.float64))
         count, capacity = len(x), max(8 * SCAN, 4 * best + 2 * SCAN)
         counts = np.zeros(count, dtype=np.int64)

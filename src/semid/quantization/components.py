@@ -12,6 +12,8 @@ from semid.quantization.threads import one_blas_thread
 __all__ = ["leading_components"]
 
 Array = npt.NDArray[np.float32]
+PART = 8192
+"""Rows turned into float64 at a time."""
 
 
 def leading_components(blocks: Blocks, mean: npt.NDArray[np.float64], *, share: float) -> Array:
@@ -30,7 +32,7 @@ def leading_components(blocks: Blocks, mean: npt.NDArray[np.float64], *, share: 
     """
     scatter = torch.zeros((blocks.dim, blocks.dim), dtype=torch.float64)
     with one_blas_thread():  # another number of threads may add in another order
-        for _, block in blocks.blocks():
+        for _, block in blocks.blocks(PART):
             left = torch.from_numpy(block - mean)
             scatter += left.T @ left
         found = torch.linalg.eigh(scatter)

@@ -140,7 +140,7 @@ def refine_residual(
         Refined codebooks (those given, if no round lowered the error) and the rounds kept.
 
     Cost: a round encodes the training rows once and the judged rows once a ridge (once, from the
-    second with noise on), at ``beam_width`` times the cost of greedy encoding.
+    second with noise on), by a beam (`semid.quantization.beam`).
     """
     options = options or RefineOptions()
     width = train.dim

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ __all__ = ["Tables", "fit_tables"]
 
 Array = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.integer]
+Pairs = Iterable[tuple[Codes, Array]]
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,11 @@ class Tables:
 
 
 def fit_tables(
-    blocks: Iterable[tuple[Codes, Array]],
+    blocks: Pairs,
     sizes: Sequence[int],
     width: int,
     *,
-    judged: tuple[Codes, Array],
+    judged: Callable[[], Pairs] | None,
     ridges: Sequence[float],
     weights: npt.NDArray[np.float64] | None = None,
     threads: int | None = None,
@@ -48,7 +49,8 @@ def fit_tables(
         blocks: codes ``(n, levels)`` and targets ``(n, width)`` to fit to, in order.
         sizes: codewords of each level.
         width: width of the targets.
-        judged: codes and targets to choose the ridge on; with none the middle ridge is taken.
+        judged: gives codes and targets to choose the ridge on, block by block, once a ridge; with
+            None the middle ridge is taken.
         ridges: to choose from, each above 0.
         weights: ``(items,)`` weights of all blocks' items; None counts every item once.
         threads: plain threads; they change no result.
@@ -63,18 +65,25 @@ def fit_tables(
         at += len(codes)
     start = [np.zeros((size, width)) for size in sizes]
     start[0] += equations.total / max(equations.items, 1.0)
-    own, rows = judged
-    candidates = sorted(ridges) if len(rows) else [sorted(ridges)[len(ridges) // 2]]
-    best: Tables | None = None
-    least = np.inf
+    candidates = sorted(ridges)
+    if judged is None:
+        candidates = [candidates[len(candidates) // 2]]
+    found = []
     for ridge in candidates:
         solved = equations.solve(ridge=ridge, start=start, threads=threads)
         tables = tuple(table.astype(np.float32) for table in solved)
-        left = float(np.square(rows - dequantize(own, tables), dtype=np.float64).sum())
-        if left < least:
-            best, least = Tables(tables, float(ridge), None), left
-    assert best is not None
-    if not len(rows):
-        return best
-    spread = float(np.square(rows - rows.mean(axis=0), dtype=np.float64).sum())
-    return Tables(best.tables, best.ridge, least / spread if spread > 0 else None)
+        error = None if judged is None else _relative_error(judged(), tables, width)
+        found.append(Tables(tables, float(ridge), error))
+    return min(found, key=lambda one: np.inf if one.error is None else one.error)
+
+
+def _relative_error(blocks: Pairs, tables: Sequence[Array], width: int) -> float | None:
+    """Return what is left of the targets' variance; None where they have none."""
+    count, left, squares, total = 0, 0.0, 0.0, np.zeros(width)
+    for codes, targets in blocks:
+        count += len(targets)
+        left += float(np.square(targets - dequantize(codes, tables), dtype=np.float64).sum())
+        squares += float(np.square(targets, dtype=np.float64).sum())
+        total += targets.sum(axis=0, dtype=np.float64)
+    spread = squares - float(total @ total) / max(count, 1)
+    return left / spread if spread > 0 else None

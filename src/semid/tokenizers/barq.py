@@ -16,7 +16,7 @@ from semid.errors import UsageError
 from semid.quantization.blocks import Blocks, in_memory
 from semid.quantization.kmeans import KMeansOptions
 from semid.quantization.nearest import prepare
-from semid.quantization.refine import RefineOptions
+from semid.quantization.refine import Part, RefineOptions
 from semid.quantization.residual import ResidualCodes, dequantize, encode_residual
 from semid.quantization.tables import Tables, fit_tables
 from semid.tokenizers.blendfit import BlendFit
@@ -58,8 +58,8 @@ class BARQ(ContinuousTokenizer):
             then takes no pairs.
         behaviour_levels: levels that see ``u``, 1 to ``levels``.
         content_variance: share of the embeddings' variance in the components that are quantized,
-            in (0, 1]; 1 quantizes embeddings whole. Below 0.95, which costs no error, usage is more
-            even and the fit faster, for some error (``benchmarks/choice.py``).
+            in (0, 1]; 1 quantizes embeddings whole. A smaller share evens out usage and is faster:
+            0.95 at no more error, less for some (``benchmarks/choice.py``).
         size_limit: highest price of a codeword in mean squared residuals, 0 or more: evens out
             usage at some error (see `semid.quantization.prices`).
         objective: losses of the encoder beside reconstruction, see
@@ -175,17 +175,14 @@ class BARQ(ContinuousTokenizer):
             self._set_autoencoder(autoencoder)
         train = prepared.train.blocks
         held = None if prepared.held_out is None else prepared.held_out.blocks
-        self._content = Content.of(
-            train, prepared.mean, share=self.content_variance, threads=self.threads
-        )
+        self._set_content(prepared, stages)
         self._set_scale(train)
         fit = BlendFit(
             rows=self._space(train),
             judged=None if held is None else self._space(held),
-            content=self._content.width(train.dim),
+            parts=self._parts(train.dim),
             prices=self._blend.prices,
             sizes=self.codebook_sizes,
-            behaviour_levels=self.levels if self._autoencoder is None else self.behaviour_levels,
             seed=self.seed,
             weights=context.weights,
             threads=self.threads,
@@ -198,6 +195,28 @@ class BARQ(ContinuousTokenizer):
         details["refine"] = [asdict(one) for one in rounds]
         self._prepared = tuple(prepare(torch.from_numpy(book)) for book in books)
         return details | self._follow_codes(train, held, weights=context.weights)
+
+    def _set_content(self, prepared: PreparedRows, stages: Stages) -> None:
+        """Find the components, once for a run that is resumed."""
+        kept = stages.finished("components")
+        if kept is not None:
+            self._content = Content.read(kept[0], threads=self.threads)
+            return
+        self._content = Content.of(
+            prepared.train.blocks,
+            prepared.mean,
+            share=self.content_variance,
+            threads=self.threads,
+        )
+        stages.finish("components", self._content.tensors(), {})
+
+    def _parts(self, dim: int) -> list[Part]:
+        content = self._content.width(dim)
+        parts = [Part(slice(0, content), self.levels)]
+        if self._autoencoder is not None:
+            end = content + self._latent_width(dim)
+            parts.append(Part(slice(content, end), self.behaviour_levels))
+        return parts
 
     def _set_scale(self, train: Blocks) -> None:
         """Let the directions' variance be ``behaviour_weight`` times that of the content."""
@@ -223,8 +242,7 @@ class BARQ(ContinuousTokenizer):
 
     def _space(self, blocks: Blocks) -> Blocks:
         """Return the blend of rows, held in memory where it fits a gigabyte."""
-        behaviour = 0 if self._autoencoder is None else self._latent_width(blocks.dim)
-        width = self._content.width(blocks.dim) + behaviour + self._blend.prices
+        width = self._parts(blocks.dim)[-1].columns.stop + self._blend.prices
         return in_memory(LatentBlocks(blocks, self._blend, width), limit_bytes=MEMORY)
 
     def _follow_codes(
@@ -236,15 +254,17 @@ class BARQ(ContinuousTokenizer):
     ) -> dict[str, Any]:
         """Fit what the codes stand for: whole rows, and directions of behaviour."""
         codes = self._codes(train)
-        judged = np.empty((0, self.levels), np.int64) if held is None else self._codes(held)
+        judged = None if held is None else self._codes(held)
 
         def fitted(target: Callable[[Array], Array], width: int) -> Tables:
-            left = [] if held is None else [target(x) for _, x in held.blocks()]
+            def pairs(blocks: Blocks, codes: npt.NDArray[np.int64]) -> Any:
+                return ((codes[at : at + len(x)], target(x)) for at, x in blocks.blocks())
+
             return fit_tables(
-                ((codes[at : at + len(x)], target(x)) for at, x in train.blocks()),
+                pairs(train, codes),
                 self.codebook_sizes,
                 width,
-                judged=(judged, np.concatenate([np.empty((0, width), np.float32), *left])),
+                judged=None if held is None or judged is None else lambda: pairs(held, judged),
                 ridges=self.refine.ridges,
                 weights=weights,
                 threads=self.threads,
@@ -331,21 +351,19 @@ class BARQ(ContinuousTokenizer):
     def _tensors(self) -> dict[str, np.ndarray]:
         tensors = super()._tensors()
         tensors["blend.scale"] = np.array([self._blend.scale], dtype=np.float32)
-        if self._content.components is not None and self._content.rest is not None:
-            tensors["content.components"] = self._content.components
-            tensors["content.rest"] = self._content.rest
+        tensors |= {f"content.{name}": each for name, each in self._content.tensors().items()}
         for name, tables in self._tables.items():
             tensors |= {f"{name}.{level}": table for level, table in enumerate(tables)}
         return tensors
 
     def _set_tensors(self, tensors: Mapping[str, np.ndarray]) -> None:
         super()._set_tensors(tensors)
-        self._content = Content(
-            tensors.get("content.components"), tensors.get("content.rest"), threads=self.threads
-        )
+        prefix = "content."
+        content = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        self._content = Content.read(content, threads=self.threads)
         self._blend = self._make_blend(float(tensors["blend.scale"][0]))
         self._tables = {
             name: tuple(tensors[f"{name}.{level}"] for level in range(self.levels))
             for name in ("content", "behaviour")
-            if f"{name}.0" in tensors
+            if name == "content" or f"{name}.0" in tensors
         }

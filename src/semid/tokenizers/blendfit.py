@@ -34,10 +34,9 @@ class BlendFit:
     Attributes:
         rows: training rows ``[content, behaviour, room for prices]``.
         judged: the same of the items held out, or None.
-        content: columns of content.
+        parts: the columns of content, of all levels, and those of behaviour, of the first, if any.
         prices: columns at the end, 0 in every row.
         sizes: codewords of each level.
-        behaviour_levels: levels that see behaviour.
         seed: any integer.
         weights: ``(items,)`` weights of the training rows, or None.
         threads: plain threads; they change no result.
@@ -46,10 +45,9 @@ class BlendFit:
 
     rows: Blocks
     judged: Blocks | None
-    content: int
+    parts: Sequence[Part]
     prices: int
     sizes: Sequence[int]
-    behaviour_levels: int
     seed: int
     weights: npt.NDArray[np.float64] | None
     threads: int | None
@@ -59,7 +57,7 @@ class BlendFit:
         self, options: KMeansOptions, stages: Stages
     ) -> tuple[list[Array], list[dict[str, Any]]]:
         """K-means of the levels that see behaviour, then of the others on what content is left."""
-        first = self.behaviour_levels
+        first = self.parts[-1].levels
         books: list[Array] = []
         records: list[dict[str, Any]] = []
         for name, at, stop in (("blend", 0, first), ("content", first, len(self.sizes))):
@@ -93,22 +91,18 @@ class BlendFit:
             encode_residual(x, ready, threads=self.threads).codes for _, x in self.rows.blocks()
         ]
         labels = list(np.ascontiguousarray(np.concatenate(parts).T))
-        return Columns(ResidualBlocks(self.rows, labels, books), self.content)
+        return Columns(ResidualBlocks(self.rows, labels, books), self.parts[0].columns.stop)
 
     def refined(
         self, books: Sequence[Array], options: RefineOptions
     ) -> tuple[list[Array], list[RefineRound]]:
         """Refine all levels together: content over all of them, behaviour over its own."""
-        parts = [Part(slice(0, self.content), len(self.sizes))]
-        end = self.rows.dim - self.prices
-        if end > self.content:
-            parts.append(Part(slice(self.content, end), self.behaviour_levels))
         self.progress.start("refine", total=options.most_rounds)
         return refine_residual(
             self.rows,
             books,
             judged=self.judged,
-            parts=parts,
+            parts=self.parts,
             options=options,
             weights=self.weights,
             seed=child_seed(self.seed, "refine"),
@@ -124,7 +118,7 @@ class BlendFit:
             Columns(self.rows, unpriced),
             plain,
             limit=limit,
-            columns=self.content,
+            columns=self.parts[0].columns.stop,
             beam_width=beam_width,
             threads=self.threads,
         )

@@ -8,7 +8,7 @@ space of another model.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,15 +95,16 @@ class DecodeHead:
             )
         codes = ids.codes[:, : len(ids.info.model_sizes)]
         held = held_out_mask(ids.items, validation_fraction, salt=SALT)
-        kept = np.flatnonzero(~held)
+
+        def spans(rows: npt.NDArray[np.int64]) -> Iterator[tuple[npt.NDArray[np.integer], Array]]:
+            for span in np.array_split(rows, len(rows) // ROWS + 1):
+                yield codes[span], source.rows(span)
+
         found = fit_tables(
-            (
-                (codes[span], source.rows(span))
-                for span in np.array_split(kept, len(kept) // ROWS + 1)
-            ),
+            spans(np.flatnonzero(~held)),
             ids.info.model_sizes,
             source.dim,
-            judged=(codes[held], source.rows(np.flatnonzero(held))),
+            judged=(lambda: spans(np.flatnonzero(held))) if held.any() else None,
             ridges=ridges,
             threads=threads,
         )

@@ -88,6 +88,7 @@ def refine(
         latents(~held),
         tokenizer.codebooks,
         judged=latents(held) if held.any() else None,
+        parts=tokenizer._parts(opened.dim) if isinstance(tokenizer, NeuralTokenizer) else None,
         options=options,
         seed=child_seed(tokenizer.seed, "refine"),
         threads=tokenizer.threads,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -51,6 +51,16 @@ class Content:
         kept = leading_components(blocks, mean, share=share)
         wide = kept.astype(np.float64)
         return cls(kept, (mean - wide @ (mean @ wide)).astype(np.float32), threads=threads)
+
+    @classmethod
+    def read(cls, tensors: Mapping[str, Array], *, threads: int | None) -> Content:
+        """Return what `tensors` was made of."""
+        return cls(tensors.get("components"), tensors.get("rest"), threads=threads)
+
+    def tensors(self) -> dict[str, Array]:
+        """Return what it takes to make it again, by name."""
+        named = {"components": self.components, "rest": self.rest}
+        return {name: each for name, each in named.items() if each is not None}
 
     def width(self, dim: int) -> int:
         """Return the width of the content of rows of width ``dim``."""

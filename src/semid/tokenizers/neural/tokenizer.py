@@ -14,6 +14,7 @@ from torch import nn
 from semid.errors import UsageError, check_choice
 from semid.quantization.blocks import Blocks, Preprocess
 from semid.quantization.nearest import PreparedCodebook, prepare
+from semid.quantization.refine import Part
 from semid.quantization.residual import ResidualCodes, dequantize, encode_residual
 from semid.tokenizers.base import Tokenizer
 from semid.tokenizers.neural.autoencoder import Autoencoder
@@ -113,6 +114,10 @@ class NeuralTokenizer(Tokenizer):
     def _set_autoencoder(self, autoencoder: Autoencoder) -> None:
         self._autoencoder = autoencoder.cpu()
         self._encoder, self._decoder = autoencoder.exact_encoder(), autoencoder.exact_decoder()
+
+    def _parts(self, dim: int) -> list[Part] | None:
+        """Return which columns of latents a refinement fits together; None for all at once."""
+        return None
 
     def _follow_codes(self, train: Blocks, held: Blocks | None) -> dict[str, Any]:
         """Fit again what is fitted to codes, after codebooks changed; return details of it."""
