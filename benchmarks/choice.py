@@ -43,6 +43,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "barq, weight 2, size limit .3": ("barq", {"size_limit": 0.3, **WHOLE}),
     "barq, weight 2, lambda 3": ("barq", {"objective": {"contrastive_weight": 3.0}, **WHOLE}),
     "barq, weight 2, 2048 pairs": ("barq", {"objective": {"pairs_per_step": 2048}, **WHOLE}),
+    # The settings of "weight 2", whose row was measured before annealing was added.
     "barq, content whole": ("barq", WHOLE),
     "barq, content .95": ("barq", {"content_variance": 0.95}),
     "barq, content .85": ("barq", {"content_variance": 0.85}),
