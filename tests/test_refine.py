@@ -249,6 +249,17 @@ def test_prices_even_out_usage_within_their_bound():
         size_prices(ArrayBlocks(rows), [words], limit=-1)
 
 
+@pytest.mark.parametrize("kept", [1, 5])
+def test_judged_items_that_are_all_alike_have_no_relative_error(kept):
+    generator = np.random.default_rng(9)
+    codes, targets = generator.integers(0, 5, (60, 2)), generator.normal(size=(60, 3)) + 7
+    alike = (codes[:kept], np.repeat(targets[:1], kept, axis=0).astype(np.float32))
+    found = fit_tables(
+        [(codes, targets)], [5, 5], 3, judged=lambda: [alike], ridges=(0.1, 1.0), threads=1
+    )
+    assert found.error is None
+
+
 def test_a_weight_of_a_table_counts_an_item_so_often():
     generator = np.random.default_rng(8)
     codes, targets = generator.integers(0, 5, (300, 2)), generator.normal(size=(300, 3))

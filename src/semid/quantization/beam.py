@@ -52,8 +52,8 @@ def encode_beam(
 
     Cost: with at least as many rows as a codebook has codewords, ``n x codewords x dim`` products a
     level, and ``width`` sums of as many numbers as there are codewords a row; the products of
-    codewords between levels are kept with the last codebook. Otherwise a search of each level for
-    every partial code.
+    codewords between levels are kept with the last codebook, at most 256 MB. Otherwise a search of
+    each level for every partial code.
     """
     tables = _tables(codebooks, len(block))
     parts = []

@@ -68,17 +68,26 @@ def fit_tables(
     candidates = sorted(ridges)
     if judged is None:
         candidates = [candidates[len(candidates) // 2]]
-    found = []
+    best: Tables | None = None
+    least = np.inf
     for ridge in candidates:
         solved = equations.solve(ridge=ridge, start=start, threads=threads)
         tables = tuple(table.astype(np.float32) for table in solved)
-        error = None if judged is None else _relative_error(judged(), tables, width)
-        found.append(Tables(tables, float(ridge), error))
-    return min(found, key=lambda one: np.inf if one.error is None else one.error)
+        if judged is None:
+            return Tables(tables, float(ridge), None)
+        left, spread = _errors(judged(), tables, width)
+        if left < least:
+            error = left / spread if spread > 0 else None
+            best, least = Tables(tables, float(ridge), error), left
+    assert best is not None
+    return best
 
 
-def _relative_error(blocks: Pairs, tables: Sequence[Array], width: int) -> float | None:
-    """Return what is left of the targets' variance; None where they have none."""
+def _errors(blocks: Pairs, tables: Sequence[Array], width: int) -> tuple[float, float]:
+    """Return what tables leave of the targets, squared, and the targets' squares about their mean.
+
+    The second is 0 where it is no more than rounding, as for a single item.
+    """
     count, left, squares, total = 0, 0.0, 0.0, np.zeros(width)
     for codes, targets in blocks:
         count += len(targets)
@@ -86,4 +95,4 @@ def _relative_error(blocks: Pairs, tables: Sequence[Array], width: int) -> float
         squares += float(np.square(targets, dtype=np.float64).sum())
         total += targets.sum(axis=0, dtype=np.float64)
     spread = squares - float(total @ total) / max(count, 1)
-    return left / spread if spread > 0 else None
+    return left, spread if spread > 1e-12 * squares else 0.0
