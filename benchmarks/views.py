@@ -4,8 +4,7 @@
 
 Runs `barq.toml` by the machinery of ``semid reproduce``: one JSON line a run, and the same command
 continues where it was stopped. Nothing is fitted on what is measured: behaviour is that of a tenth
-of the users, reconstruction that of a twentieth of the items. The published tokenizers on the union
-catalogue are those of ``semid reproduce drq``. Tables go to ``views.md``.
+of the users, reconstruction that of a twentieth of the items. Tables go to ``views.md``.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from semid.experiments.drq_reads import effective_size, figure, flips
-from semid.experiments.ledger import RUNS_FILE, read_runs
 from semid.experiments.study import Study
 from semid.progress import make_progress
 from semid.ranking.paired import paired_difference
@@ -208,9 +206,6 @@ def main() -> None:
     for title, why in failed.items():
         print(f"failed: {title}: {why}")
     rows = study.rows()
-    reproduced = read_runs(HERE.parent / "results" / "drq" / RUNS_FILE)
-    if any(row["data"] == "union" and row["tokenizer"] == OURS for row in rows):
-        rows += [r for r in reproduced if r["data"] == "union" and not r["variant"]]
     text = ["# BARQ and the others in every view", ""]
     text += ["Ours, and the best other of each view; 95 % intervals, paired by seed:", ""]
     text += [*front(rows), "", f"Ours against each other in {len(VIEWS)} views:", ""]
