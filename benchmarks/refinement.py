@@ -1,17 +1,21 @@
 """Error on items that no fit has seen: joint refinement beside faiss' residual quantizer.
 
-    python benchmarks/refinement.py ../shared/data --sets beauty toys sports --seeds 5
+    python benchmarks/refinement.py ../shared/data --sets beauty toys sports --seeds 3
+    python benchmarks/refinement.py ../shared/data --sets union --codes 4096 --seeds 1
 
 A twentieth of the items, another one for each seed, is kept from every side. semid keeps a
 twentieth of what is left for its ridge and the end of its rounds; faiss (beam 5, its other settings
 as they are) learns from all of it. Codes cost the same number of bits on all sides. Errors are
-relative to the variance of the kept items.
+relative to the variance of the kept items. Every fit is a line of ``runs.jsonl`` and is not
+repeated: faiss takes hours on the union. The tables go to ``refinement.md``.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,106 +23,123 @@ import faiss
 import numpy as np
 
 import semid
-from common import save
+from common import RESULTS, markdown
 from semid.data.source import EmbeddingSource
+from semid.experiments.ledger import Ledger, read_runs
+from semid.experiments.origin import origin
 from semid.ranking.paired import paired_difference
 
 SETS = {name: f"amazon2014_{name}" for name in ("beauty", "toys", "sports")} | {
     "union": "union_catalogue"
 }
+LOG = "interactions.parquet"
 LEVELS = 3
 FAISS = "faiss, beam 5"
-Decoded = tuple[Any, float]
+Row = dict[str, Any]
+Fitted = Callable[[np.ndarray], np.ndarray]
+"""Returns what codes make of rows."""
 
 
-def by_faiss(train: EmbeddingSource, test: np.ndarray, codes: int, seed: int) -> Decoded:
-    """Fit faiss' residual quantizer with beam 5; return what it makes of ``test``."""
+def by_faiss(train: EmbeddingSource, codes: int, seed: int, log: Path) -> Fitted:
+    """Fit faiss' residual quantizer with beam 5."""
     rows = train.rows(np.arange(len(train)))
-    began = time.process_time()
     model = faiss.ResidualQuantizer(rows.shape[1], LEVELS, int(np.log2(codes)))
     model.max_beam_size = 5
     model.cp.seed = seed + 1
     model.train(rows)
-    spent = time.process_time() - began
-    return model.decode(model.compute_codes(test)), spent
+    return lambda test: model.decode(model.compute_codes(test))
 
 
-def by_semid(tok: Any, train: EmbeddingSource, test: np.ndarray, log: Any = None) -> Decoded:
-    """Fit a tokenizer; return what it makes of ``test``."""
-    began = time.process_time()
-    tok.fit(train, interactions=log)
-    spent = time.process_time() - began
-    return tok.decode(tok.encode(test).codes), spent
+def by_semid(
+    make: Callable[..., Any],
+    train: EmbeddingSource,
+    codes: int,
+    seed: int,
+    log: Path,
+    *,
+    behaviour: bool = False,
+) -> Fitted:
+    """Fit a tokenizer, with behaviour if it takes some."""
+    tok = make(codebook_size=codes, seed=seed)
+    tok.fit(train, interactions=semid.read_interactions(log) if behaviour else None)
+    return lambda test: tok.decode(tok.encode(test).codes)
 
 
-def one_split(items: EmbeddingSource, log: Path, codes: int, seed: int) -> dict[str, Decoded]:
-    """Keep a twentieth of the items and let every side decode them; errors and CPU seconds."""
+SIDES: dict[str, Callable[[EmbeddingSource, int, int, Path], Fitted]] = {
+    FAISS: by_faiss,
+    "RQKMeans": partial(by_semid, semid.RQKMeans),
+    "BARQ, no behaviour": partial(by_semid, partial(semid.BARQ, behaviour_weight=0.0)),
+    "BARQ": partial(by_semid, semid.BARQ, behaviour=True),
+}
+
+
+def measure(place: Path, side: str, codes: int, seed: int) -> Row:
+    """Keep a twentieth of the items from a side's fit; return the error on them, and its cost."""
+    items = semid.open_embeddings(place / "embeddings.f16.npy", ids=place / "items.parquet")
     kept = np.zeros(len(items), dtype=bool)
     kept[np.random.default_rng(seed).permutation(len(items))[: len(items) // 20]] = True
-    train, test = items.subset(~kept), items.rows(np.flatnonzero(kept))
-    shared: dict[str, Any] = {"codebook_size": codes, "seed": seed}
-    found = {
-        FAISS: by_faiss(train, test, codes, seed),
-        "RQKMeans": by_semid(semid.RQKMeans(**shared), train, test),
-        "BARQ, no behaviour": by_semid(semid.BARQ(behaviour_weight=0.0, **shared), train, test),
-    }
-    if log.exists():
-        found["BARQ"] = by_semid(semid.BARQ(**shared), train, test, semid.read_interactions(log))
+    test = items.rows(np.flatnonzero(kept))
+    began = time.process_time()
+    fitted = SIDES[side](items.subset(~kept), codes, seed, place / LOG)
+    spent = time.process_time() - began
     spread = np.square(test - test.mean(0), dtype=np.float64).sum()
-    return {
-        side: (float(np.square(decoded - test, dtype=np.float64).sum() / spread), spent)
-        for side, (decoded, spent) in found.items()
-    }
+    error = float(np.square(fitted(test) - test, dtype=np.float64).sum() / spread)
+    return {"error": error, "fit_cpu_seconds": spent, "faiss": faiss.__version__}
+
+
+def summary(rows: Sequence[Row]) -> list[Row]:
+    """Return mean errors and paired differences to faiss, a row a side."""
+    base = {r["seed"]: r["error"] for r in rows if r["side"] == FAISS}
+    found = []
+    for side in (side for side in SIDES if any(r["side"] == side for r in rows)):
+        own = {r["seed"]: r["error"] for r in rows if r["side"] == side}
+        shares = [1 - own[seed] / base[seed] for seed in sorted(own.keys() & base.keys())]
+        below = ""
+        if side != FAISS and shares:
+            below = f"{np.mean(shares):.1%}"
+            if len(shares) > 1:
+                gap = paired_difference(shares, [0.0] * len(shares))
+                below += f" ± {(gap.high - gap.low) / 2:.1%}"
+        spent = [r["fit_cpu_seconds"] for r in rows if r["side"] == side]
+        cells = {"splits": len(own), "error": float(np.mean(list(own.values()))), "below": below}
+        found.append({"side": side, **cells, "fit CPU s": float(np.mean(spent))})
+    return found
 
 
 def main() -> None:
-    """Run, print and save."""
+    """Run what is missing, print and save."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("data", type=Path, help="folder of data sets")
     parser.add_argument("--sets", nargs="+", default=["beauty", "toys", "sports"], choices=SETS)
+    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
     parser.add_argument("--codes", type=int, default=256)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=RESULTS / "refinement")
     given = parser.parse_args()
-    runs = []
+    ledger = Ledger(given.out)
     for name in given.sets:
         place = given.data / SETS[name]
-        items = semid.open_embeddings(place / "embeddings.f16.npy", ids=place / "items.parquet")
-        for seed in range(given.seeds):
-            found = one_split(items, place / "interactions.parquet", given.codes, seed)
-            for side, (error, spent) in found.items():
-                run = {"data": name, "side": side, "seed": seed, "error": error, "cpu_s": spent}
-                runs.append(run)
-                print(run, flush=True)
-    save(
-        f"refinement-{given.codes}",
-        summary(runs),
-        settings={k: v for k, v in vars(given).items() if k != "data"},
-        packages=("faiss-cpu",),
-        note="`below` is how much lower than faiss the error is, paired by seed, with the half "
-        "width of its 95 % interval.",
-    )
-
-
-def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return mean errors and paired differences to faiss, a row a data set and side."""
-    rows = []
-    for data in dict.fromkeys(run["data"] for run in runs):
-        own = [run for run in runs if run["data"] == data]
-        errors = {
-            side: [r["error"] for r in own if r["side"] == side]
-            for side in dict.fromkeys(r["side"] for r in own)
-        }
-        base = np.array(errors[FAISS])
-        for side, found in errors.items():
-            row: dict[str, Any] = {"data": data, "side": side, "error": float(np.mean(found))}
-            shares = 1 - np.array(found) / base
-            row["below"] = "" if side == FAISS else f"{shares.mean():.1%}"
-            if side != FAISS and len(found) > 1:
-                gap = paired_difference(list(shares), [0.0] * len(shares))
-                row["below"] += f" ± {(gap.high - gap.low) / 2:.1%}"
-            row["fit cpu_s"] = float(np.mean([r["cpu_s"] for r in own if r["side"] == side]))
-            rows.append(row)
-    return rows
+        sides = [side for side in given.sides if side != "BARQ" or (place / LOG).exists()]
+        for seed, side in ((seed, side) for seed in range(given.seeds) for side in sides):
+            what: Row = {"data": name, "codes": given.codes, "side": side, "seed": seed}
+            key = ", ".join(map(str, what.values()))
+            with ledger.claim(key) as mine:
+                if mine:
+                    row = {"key": key, **what, **measure(place, side, given.codes, seed)}
+                    ledger.add({**row, **origin()})
+                    print(row, flush=True)
+    rows = read_runs(ledger.path)
+    text = [
+        "# Error on items that no fit has seen",
+        "",
+        "`below` is how much lower than faiss' the error is, paired by split, with the half width "
+        "of its 95 % interval.",
+    ]
+    for name, codes in dict.fromkeys((row["data"], row["codes"]) for row in rows):
+        own = [row for row in rows if (row["data"], row["codes"]) == (name, codes)]
+        text += ["", f"## {name}, {LEVELS} x {codes}", "", markdown(summary(own))]
+    (given.out / "refinement.md").write_text("\n".join(text) + "\n", encoding="utf8")
+    print("\n".join(text))
 
 
 if __name__ == "__main__":
