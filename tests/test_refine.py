@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import semid
+from semid.data.ids import held_out_mask
 from semid.errors import FingerprintError, InputError, UsageError
 from semid.quantization.additive import NormalEquations
 from semid.quantization.assign import assign
@@ -16,6 +17,7 @@ from semid.quantization.prices import priced, size_prices, with_room
 from semid.quantization.refine import Part, RefineOptions, refine_residual
 from semid.quantization.residual import encode_residual, fit_residual
 from semid.quantization.tables import fit_tables
+from semid.tokenizers.base import HELD_OUT_SALT
 
 
 def one_hot(codes: np.ndarray, sizes: list[int]) -> np.ndarray:
@@ -171,6 +173,48 @@ def test_a_fitted_tokenizer_is_refined_as_a_copy(kind, clustered, tmp_path):
     refined.save(tmp_path / "refined")
     loaded = semid.load(tmp_path / "refined")
     assert np.array_equal(loaded.encode(clustered).codes, refined.encode(clustered).codes)
+
+
+def test_a_weight_counts_a_row_so_often_and_in_the_noise_too(clustered):
+    train, judged = clustered[:900], clustered[900:]
+    books, times = fitted(train), np.tile([1, 3], 450)
+    options = RefineOptions(rounds=2, annealing_rounds=3, beam_width=2)
+    by_weight, by_count = (
+        refine_residual(
+            ArrayBlocks(rows), books, judged=ArrayBlocks(judged), options=options, **how
+        )
+        for rows, how in (
+            (train, {"weights": times.astype(np.float64)}),
+            (np.repeat(train, times, axis=0), {}),
+        )
+    )
+    assert [r.error for r in by_weight[1]] == pytest.approx([r.error for r in by_count[1]])
+    for a, b in zip(by_weight[0], by_count[0], strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        lambda: semid.RQKMeans(codebook_size=16),
+        lambda: semid.BARQ(codebook_size=16, behaviour_weight=0.0),
+    ],
+    ids=["rqkmeans", "barq"],
+)
+def test_items_without_weight_have_no_say_in_a_refinement(kind, clustered):
+    plain = kind().fit(clustered)
+    held = held_out_mask(semid.open_embeddings(clustered).ids, 0.05, salt=HELD_OUT_SALT)
+    silent = ~held & (np.arange(len(clustered)) % 3 == 0)
+    other = np.where(silent[:, None], clustered[::-1] + 1, clustered)
+    options = RefineOptions(rounds=2, annealing_rounds=2, beam_width=2)
+    first, second = (
+        semid.refine(plain, rows, weights=~silent, options=options) for rows in (clustered, other)
+    )
+    assert first.weights_fingerprint == second.weights_fingerprint
+    whole = semid.refine(plain, clustered, options=options)
+    assert first.codebook_fingerprint != whole.codebook_fingerprint
+    with pytest.raises(UsageError, match="weights"):
+        semid.refine(plain, clustered, weights=[1.0])
 
 
 def test_parallel_codebooks_are_not_refined(clustered):

@@ -131,7 +131,7 @@ def refine_residual(
         parts: columns that are fitted together; None fits all columns over all levels. Columns in
             no part stay.
         options: rounds, beam, ridges.
-        weights: ``(items,)`` weights of the training rows.
+        weights: ``(items,)`` weights of the training rows; judged rows count alike.
         seed: of the noise.
         threads: plain threads; they change no result.
         on_round: called after every round.
@@ -196,7 +196,7 @@ class _Refiner:
         for number in range(count):
             equations, squared = self._equations(books)
             if not rounds:
-                spread = np.sqrt(squared / max(len(self.train), 1))
+                spread = np.sqrt(squared / max(self._mass(), 1e-12))
             books, found = self._solved(equations, books, ridges, error)
             rounds.append(found)
             ridges, error = (found.ridge,), found.error
@@ -218,7 +218,10 @@ class _Refiner:
         )
 
     def _equations(self, books: Sequence[Array]) -> tuple[NormalEquations, Doubles]:
-        """Encode the training rows; return their equations and squared residuals by column."""
+        """Encode the training rows; return their equations and squared residuals by column.
+
+        A weight counts a row so often in both.
+        """
         equations = NormalEquations([len(book) for book in books], self.train.dim)
         prepared, squared = _prepared(books), np.zeros(self.train.dim)
         for start, block in read_ahead(self.train):
@@ -226,8 +229,12 @@ class _Refiner:
             mass = None if self.weights is None else self.weights[start : start + len(block)]
             equations.add_(codes, block, mass)
             left = block - dequantize(codes, books)
-            squared += np.einsum("nd,nd->d", left, left, dtype=np.float64)
+            heavy = left if mass is None else left * mass[:, None]
+            squared += np.einsum("nd,nd->d", heavy, left, dtype=np.float64)
         return equations, squared
+
+    def _mass(self) -> float:
+        return len(self.train) if self.weights is None else float(self.weights.sum())
 
     def _solved(
         self,

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from semid.data.embeddings import open_embeddings
@@ -19,6 +20,7 @@ from semid.quantization.nearest import prepare
 from semid.quantization.refine import RefineOptions, refine_residual
 from semid.seeds import child_seed
 from semid.tokenizers.base import HELD_OUT_SALT
+from semid.tokenizers.context import item_weights
 from semid.tokenizers.neural.initialise import LatentBlocks
 from semid.tokenizers.neural.tokenizer import NeuralTokenizer
 from semid.tokenizers.rqkmeans import RQKMeans
@@ -35,6 +37,7 @@ def refine(
     source: Any,
     *,
     ids: Any = None,
+    weights: npt.ArrayLike | None = None,
     options: RefineOptions | None = None,
     progress: Progress | None = None,
 ) -> Refinable:
@@ -49,6 +52,8 @@ def refine(
         source: the embeddings it was fitted on: anything `semid.open_embeddings` reads. The items
             that the fit held out choose the ridge and the end.
         ids: item ids for a source that has none.
+        weights: ``(items,)`` non-negative item weights, those of the fit if it had some. The items
+            held out count alike.
         options: rounds, beam, ridges.
         progress: told about every round; silent by default.
 
@@ -57,7 +62,7 @@ def refine(
 
     Raises:
         NotFittedError: before `fit`.
-        UsageError: for a tokenizer with parallel codebooks.
+        UsageError: for a tokenizer with parallel codebooks, or weights that are no weights.
         EmbeddingError: for rows of another width.
 
     Cost: a round encodes the items once with the beam, and the held-out items once a ridge.
@@ -76,6 +81,8 @@ def refine(
             f"{tokenizer.dim}; give the embeddings it was fitted on"
         )
     held = held_out_mask(opened.ids, tokenizer.validation_fraction, salt=HELD_OUT_SALT)
+    given = item_weights(weights, len(opened))
+    mass = None if given is None else given[~held]
     width = tokenizer.codebooks[0].shape[1]
 
     def latents(rows: np.ndarray) -> Any:
@@ -90,6 +97,7 @@ def refine(
         judged=latents(held) if held.any() else None,
         parts=tokenizer._parts(opened.dim) if isinstance(tokenizer, NeuralTokenizer) else None,
         options=options,
+        weights=mass,
         seed=child_seed(tokenizer.seed, "refine"),
         threads=tokenizer.threads,
         on_round=lambda one: steps.step(1, error=one.error, ridge=one.ridge),
@@ -103,6 +111,6 @@ def refine(
         train, judged = (
             PreparedBlocks(opened.subset(rows), made._preprocess) for rows in (~held, held)
         )
-        details |= made._follow_codes(train, judged if len(judged) else None)
+        details |= made._follow_codes(train, judged if len(judged) else None, weights=mass)
     made.report = made._judge(opened, ~held, seen, details, steps, began)
     return made

@@ -119,7 +119,13 @@ class NeuralTokenizer(Tokenizer):
         """Return which columns of latents a refinement fits together; None for all at once."""
         return None
 
-    def _follow_codes(self, train: Blocks, held: Blocks | None) -> dict[str, Any]:
+    def _follow_codes(
+        self,
+        train: Blocks,
+        held: Blocks | None,
+        *,
+        weights: npt.NDArray[np.float64] | None = None,
+    ) -> dict[str, Any]:
         """Fit again what is fitted to codes, after codebooks changed; return details of it."""
         return {}
 
