@@ -4,7 +4,9 @@
 
 Runs `barq.toml` by the machinery of ``semid reproduce``: one JSON line a run, and the same command
 continues where it was stopped. Nothing is fitted on what is measured: behaviour is that of a tenth
-of the users, reconstruction that of a twentieth of the items. Tables go to ``views.md``.
+of the users, reconstruction that of a twentieth of the items. The neural tokenizers' runs of
+``semid reproduce drq``, whose network is wider than their default, stand beside these. Tables go to
+``views.md``.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from semid.experiments.drq_reads import effective_size, figure, flips
+from semid.experiments.ledger import RUNS_FILE, read_runs
 from semid.experiments.study import Study
 from semid.progress import make_progress
 from semid.ranking.paired import paired_difference
@@ -82,7 +85,21 @@ VIEWS = (
     ),
     View("prefix AUC", figure(*AUCS, "exact_prefix"), True),
 )
-COST = View("fit, CPU s", figure("fit_cpu_seconds"), False)
+COST = View(
+    "fit, CPU s",
+    lambda row: None if row["machine"]["gpu"] else float(row["fit_cpu_seconds"]),
+    False,
+)
+
+
+def wide_runs() -> list[Row]:
+    """Read the reproduction's runs of tokenizers with a network."""
+    rows = read_runs(HERE.parent / "results" / "drq" / RUNS_FILE)
+    return [
+        {**row, "tokenizer": f"{row['tokenizer']}, wide"}
+        for row in rows
+        if row["kind"] != "rqkmeans" and not row["variant"]
+    ]
 
 
 def name_of(row: Row) -> str:
@@ -206,7 +223,11 @@ def main() -> None:
     for title, why in failed.items():
         print(f"failed: {title}: {why}")
     rows = study.rows()
+    sets = {row["data"] for row in rows}
+    rows += [row for row in wide_runs() if row["data"] in sets]
     text = ["# BARQ and the others in every view", ""]
+    text += ["Wide ones are those of `semid reproduce drq`: a latent of 256, hidden layers of 512"]
+    text += ["and 256, lambda 0.1. Others have their defaults, DRQ-VAE+CL with lambda 1.", ""]
     text += ["Ours, and the best other of each view; 95 % intervals, paired by seed:", ""]
     text += [*front(rows), "", f"Ours against each other in {len(VIEWS)} views:", ""]
     text += [*counts(rows), ""]
