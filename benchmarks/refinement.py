@@ -135,7 +135,8 @@ def main() -> None:
         "`below` is how much lower than faiss' the error is, paired by split, with the half width "
         "of its 95 % interval.",
     ]
-    for name, codes in dict.fromkeys((row["data"], row["codes"]) for row in rows):
+    measured = {(row["data"], row["codes"]) for row in rows}
+    for name, codes in sorted(measured, key=lambda one: (list(SETS).index(one[0]), one[1])):
         own = [row for row in rows if (row["data"], row["codes"]) == (name, codes)]
         text += ["", f"## {name}, {LEVELS} x {codes}", "", markdown(summary(own))]
     (given.out / "refinement.md").write_text("\n".join(text) + "\n", encoding="utf8")
