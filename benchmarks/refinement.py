@@ -1,13 +1,13 @@
 """Error on items that no fit has seen: joint refinement beside faiss' residual quantizer.
 
     python benchmarks/refinement.py ../shared/data --sets beauty toys sports --seeds 3
-    python benchmarks/refinement.py ../shared/data --sets union --codes 4096 --seeds 1
+    python benchmarks/refinement.py ../shared/data --sets union --codes 4096
 
 A twentieth of the items, another one for each seed, is kept from every side. semid keeps a
 twentieth of what is left for its ridge and the end of its rounds; faiss (beam 5, its other settings
 as they are) learns from all of it. Codes cost the same number of bits on all sides. Errors are
 relative to the variance of the kept items. Every fit is a line of ``runs.jsonl`` and is not
-repeated: faiss takes hours on the union. The tables go to ``refinement.md``.
+repeated, for faiss takes twenty minutes on the union. The tables go to ``refinement.md``.
 """
 
 from __future__ import annotations
