@@ -213,8 +213,17 @@ def test_items_without_weight_have_no_say_in_a_refinement(kind, clustered):
     assert first.weights_fingerprint == second.weights_fingerprint
     whole = semid.refine(plain, clustered, options=options)
     assert first.codebook_fingerprint != whole.codebook_fingerprint
-    with pytest.raises(UsageError, match="weights"):
-        semid.refine(plain, clustered, weights=[1.0])
+    only_held = held.astype(float)
+    for wrong, why in (
+        ([1.0], r"shape \(1,\)"),
+        (np.where(silent, -1.0, 1.0), r"weights\[\d+\] is -1"),
+        ("popularity", "no numbers"),
+        (only_held, "training items are 0"),
+    ):
+        with pytest.raises(UsageError, match=why):
+            semid.refine(plain, clustered, weights=wrong)
+        with pytest.raises(UsageError, match=why):
+            kind().fit(clustered, weights=wrong)
 
 
 def test_parallel_codebooks_are_not_refined(clustered):

@@ -34,6 +34,7 @@ from semid.tokenizers.context import (
     data_digest,
     item_weights,
     refuse_behaviour,
+    train_weights,
 )
 from semid.tokenizers.fitreport import FitReport, HealthCounter
 from semid.tokenizers.neural.pairs import Behaviour
@@ -201,7 +202,7 @@ class Tokenizer(ABC):
             held_out=None if train.all() else opened.subset(~train),
             inputs=getattr(opened, "inputs", (opened.dim,)),
             scan=seen,
-            weights=None if mass is None else mass[train],
+            weights=train_weights(mass, train),
             behaviour=behaviour,
             checkpoint=None
             if checkpoint is None

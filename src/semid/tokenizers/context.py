@@ -25,6 +25,7 @@ __all__ = [
     "item_weights",
     "level_sizes",
     "refuse_behaviour",
+    "train_weights",
 ]
 
 Array = npt.NDArray[np.float32]
@@ -99,17 +100,38 @@ def item_weights(weights: npt.ArrayLike | None, items: int) -> npt.NDArray[np.fl
     """Return item weights ``(items,)`` as float64, or None.
 
     Raises:
-        UsageError: if they are of another length, negative, or not finite.
+        UsageError: if they are no numbers, of another length, negative, or not finite.
     """
     if weights is None:
         return None
-    array = np.asarray(weights, dtype=np.float64)
-    if array.shape != (items,) or not np.isfinite(array).all() or (array < 0).any():
-        raise UsageError(
-            f"weights have shape {array.shape}; give {items} finite, non-negative numbers, one an "
-            "item"
-        )
+    wanted = f"give {items} finite, non-negative numbers, one an item"
+    try:
+        array = np.asarray(weights, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise UsageError(f"weights are no numbers; {wanted}") from None
+    if array.shape != (items,):
+        raise UsageError(f"weights have shape {array.shape}; {wanted}")
+    bad = np.flatnonzero(~np.isfinite(array) | (array < 0))
+    if len(bad):
+        raise UsageError(f"weights[{bad[0]}] is {array[bad[0]]:g} ({len(bad)} such); {wanted}")
     return array
+
+
+def train_weights(
+    mass: npt.NDArray[np.float64] | None, train: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.float64] | None:
+    """Return the weights of training rows, from those of all items.
+
+    Raises:
+        UsageError: if all of them are 0.
+    """
+    kept = None if mass is None else mass[train]
+    if kept is not None and not kept.any():
+        raise UsageError(
+            f"the weights of all {len(kept)} training items are 0, so there is nothing to learn "
+            "from; give some of them more, or leave weights out"
+        )
+    return kept
 
 
 def refuse_behaviour(kind: str, **given: Any) -> None:

@@ -20,7 +20,7 @@ from semid.quantization.nearest import prepare
 from semid.quantization.refine import RefineOptions, refine_residual
 from semid.seeds import child_seed
 from semid.tokenizers.base import HELD_OUT_SALT
-from semid.tokenizers.context import item_weights
+from semid.tokenizers.context import item_weights, train_weights
 from semid.tokenizers.neural.initialise import LatentBlocks
 from semid.tokenizers.neural.tokenizer import NeuralTokenizer
 from semid.tokenizers.rqkmeans import RQKMeans
@@ -81,8 +81,7 @@ def refine(
             f"{tokenizer.dim}; give the embeddings it was fitted on"
         )
     held = held_out_mask(opened.ids, tokenizer.validation_fraction, salt=HELD_OUT_SALT)
-    given = item_weights(weights, len(opened))
-    mass = None if given is None else given[~held]
+    mass = train_weights(item_weights(weights, len(opened)), ~held)
     width = tokenizer.codebooks[0].shape[1]
 
     def latents(rows: np.ndarray) -> Any:
