@@ -162,7 +162,7 @@ def one(path: Path, rows: int, given: argparse.Namespace) -> dict[str, Any]:
 
 
 def refinement(tokenizer: Any, x: Any, rounds: int) -> dict[str, Any]:
-    """Refine all levels on all rows; return what a round takes and what the rounds bring."""
+    """Refine all levels on all rows; return what the rounds take and bring."""
     import semid
 
     memory, clock = Memory(), Clock()

@@ -147,6 +147,8 @@ def test_wrong_refreshes_are_refused(first, clustered):
     tokenizer, published = first
     with pytest.raises(UsageError, match="max_churn=2"):
         refresh(tokenizer, published, clustered, max_churn=2)
+    with pytest.raises(UsageError, match=r"popularity has shape \(1,\)"):
+        refresh(tokenizer, published, clustered, popularity=[1.0])
     with pytest.raises(InputError, match="none of the 1200 items was published"):
         refresh(tokenizer, published, clustered)
     with pytest.raises(FingerprintError):

@@ -217,7 +217,7 @@ def test_items_without_weight_have_no_say_in_a_refinement(kind, clustered):
     for wrong, why in (
         ([1.0], r"shape \(1,\)"),
         (np.where(silent, -1.0, 1.0), r"weights\[\d+\] is -1"),
-        ("popularity", "no numbers"),
+        ("popularity", "weights holds no numbers"),
         (only_held, "training items are 0"),
     ):
         with pytest.raises(UsageError, match=why):

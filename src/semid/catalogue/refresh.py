@@ -188,7 +188,7 @@ def refresh(
     check_model(published, previous)
     steps = progress or QuietProgress()
     opened = open_embeddings(source, ids=ids)
-    mass = item_weights(popularity, len(opened))
+    mass = item_weights(popularity, len(opened), name="popularity")
     at = published.items.index_of(opened.ids.strings())
     shared = np.flatnonzero(at >= 0)
     if len(shared) == 0:

@@ -96,8 +96,10 @@ def level_sizes(
     return sizes
 
 
-def item_weights(weights: npt.ArrayLike | None, items: int) -> npt.NDArray[np.float64] | None:
-    """Return item weights ``(items,)`` as float64, or None.
+def item_weights(
+    weights: npt.ArrayLike | None, items: int, *, name: str = "weights"
+) -> npt.NDArray[np.float64] | None:
+    """Return item weights ``(items,)`` as float64, or None; errors call them ``name``.
 
     Raises:
         UsageError: if they are no numbers, of another length, negative, or not finite.
@@ -108,12 +110,12 @@ def item_weights(weights: npt.ArrayLike | None, items: int) -> npt.NDArray[np.fl
     try:
         array = np.asarray(weights, dtype=np.float64)
     except (TypeError, ValueError):
-        raise UsageError(f"weights are no numbers; {wanted}") from None
+        raise UsageError(f"{name} holds no numbers; {wanted}") from None
     if array.shape != (items,):
-        raise UsageError(f"weights have shape {array.shape}; {wanted}")
+        raise UsageError(f"{name} has shape {array.shape}; {wanted}")
     bad = np.flatnonzero(~np.isfinite(array) | (array < 0))
     if len(bad):
-        raise UsageError(f"weights[{bad[0]}] is {array[bad[0]]:g} ({len(bad)} such); {wanted}")
+        raise UsageError(f"{name}[{bad[0]}] is {array[bad[0]]:g} ({len(bad)} such); {wanted}")
     return array
 
 

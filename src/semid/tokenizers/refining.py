@@ -13,13 +13,14 @@ import torch
 
 from semid.data.embeddings import open_embeddings
 from semid.data.ids import held_out_mask
+from semid.data.source import EmbeddingSource
 from semid.errors import EmbeddingError, UsageError
 from semid.progress import Progress, QuietProgress
 from semid.quantization.blocks import PreparedBlocks, in_memory
 from semid.quantization.nearest import prepare
 from semid.quantization.refine import RefineOptions, refine_residual
 from semid.seeds import child_seed
-from semid.tokenizers.base import HELD_OUT_SALT
+from semid.tokenizers.base import HELD_OUT_SALT, Tokenizer
 from semid.tokenizers.context import item_weights, train_weights
 from semid.tokenizers.neural.initialise import LatentBlocks
 from semid.tokenizers.neural.tokenizer import NeuralTokenizer
@@ -69,17 +70,7 @@ def refine(
     """
     began = time.monotonic()
     options, steps = options or RefineOptions(), progress or QuietProgress()
-    if not tokenizer.hierarchical or not isinstance(tokenizer, RQKMeans | NeuralTokenizer):
-        raise UsageError(
-            f"the codebooks of {tokenizer.kind} are parallel and each takes its nearest codeword; "
-            "refine a tokenizer with residual levels, such as rqkmeans"
-        )
-    opened = open_embeddings(source, ids=ids)
-    if opened.dim != tokenizer.dim:
-        raise EmbeddingError(
-            f"these embeddings have width {opened.dim}, the tokenizer was fitted on width "
-            f"{tokenizer.dim}; give the embeddings it was fitted on"
-        )
+    opened = _opened(tokenizer, source, ids)
     held = held_out_mask(opened.ids, tokenizer.validation_fraction, salt=HELD_OUT_SALT)
     mass = train_weights(item_weights(weights, len(opened)), ~held)
     width = tokenizer.codebooks[0].shape[1]
@@ -113,3 +104,19 @@ def refine(
         details |= made._follow_codes(train, judged if len(judged) else None, weights=mass)
     made.report = made._judge(opened, ~held, seen, details, steps, began)
     return made
+
+
+def _opened(tokenizer: Tokenizer, source: Any, ids: Any) -> EmbeddingSource:
+    """Open the embeddings of a tokenizer that can be refined; see `refine` for what it raises."""
+    if not tokenizer.hierarchical or not isinstance(tokenizer, RQKMeans | NeuralTokenizer):
+        raise UsageError(
+            f"the codebooks of {tokenizer.kind} are parallel and each takes its nearest codeword; "
+            "refine a tokenizer with residual levels, such as rqkmeans"
+        )
+    opened = open_embeddings(source, ids=ids)
+    if opened.dim != tokenizer.dim:
+        raise EmbeddingError(
+            f"these embeddings have width {opened.dim}, the tokenizer was fitted on width "
+            f"{tokenizer.dim}; give the embeddings it was fitted on"
+        )
+    return opened
