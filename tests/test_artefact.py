@@ -8,15 +8,9 @@ import numpy as np
 import pytest
 
 import semid
-from semid.artefact import (
-    atomic_file,
-    atomic_folder,
-    fingerprint,
-    read_artefact,
-    read_config,
-    write_artefact,
-)
+from semid.artefact import fingerprint, read_artefact, read_config, write_artefact
 from semid.errors import ArtefactError, OutputExistsError
+from semid.output import atomic_file, atomic_folder
 from semid.training.checkpoint import Checkpoint, run_key
 
 
@@ -46,14 +40,14 @@ def test_an_error_leaves_nothing(tmp_path):
 
 
 def test_an_error_leaves_the_old_version(tmp_path):
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "old").write_text("x", encoding="utf8")
+    with atomic_folder(tmp_path / "model") as folder:
+        (folder / "old").write_text("x", encoding="utf8")
     with pytest.raises(RuntimeError), atomic_folder(tmp_path / "model", overwrite=True):
         raise RuntimeError
     assert (tmp_path / "model" / "old").exists()
     with atomic_folder(tmp_path / "model", overwrite=True) as folder:
         (folder / "new").write_text("y", encoding="utf8")
-    assert [path.name for path in (tmp_path / "model").iterdir()] == ["new"]
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [".semid", "new"]
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 

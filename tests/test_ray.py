@@ -18,7 +18,6 @@ import pytest
 import semid
 from distributed_cases import many_rows, write_folder
 from semid.cli import main
-from semid.data.filesystems import Folder
 from semid.distributed.encode_job import Encoder
 from semid.distributed.encode_run import encode_folder
 from semid.distributed.ray_fit import fit_on_ray
@@ -26,6 +25,7 @@ from semid.distributed.ray_start import RayOptions, check_slots, check_store, im
 from semid.distributed.ray_team import RayTeam
 from semid.distributed.units import Catalogue
 from semid.errors import EmbeddingError, InputError, UsageError
+from semid.filesystems import Folder
 from semid.quantization.kmeans import KMeansOptions
 
 ray = pytest.importorskip("ray")

@@ -15,9 +15,9 @@ import pytest
 import semid
 from distributed_cases import rows_array, write_folder
 from semid.cli import main
-from semid.data.filesystems import Folder, list_files, resolve
 from semid.distributed.arrow import ArrowEncoder, ids_of_table
 from semid.errors import EmbeddingError, UsageError
+from semid.filesystems import Folder, list_files, resolve
 
 
 def run(*arguments: object) -> None:

@@ -243,4 +243,8 @@ def test_writes_by_suffix_and_refuses_existing(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"\.html, \.json, \.md"):
         d.write(tmp_path / "report.pdf")
     assert json.loads((tmp_path / "report.json").read_text())["verdict"]["level"] == "healthy"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "report.json", "report.md"]
+    assert sorted(p.name for p in tmp_path.glob("[!.]*")) == [
+        "report.html",
+        "report.json",
+        "report.md",
+    ]

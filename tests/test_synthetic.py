@@ -31,7 +31,7 @@ def test_written_files_are_read_back_as_they_were(tmp_path):
     log = read_interactions(files.interactions)
     assert log.order_column == "position"
     assert log.sequences(source.ids).unknown == 0
-    assert sorted(p.name for p in (tmp_path / "catalogue").iterdir()) == [
+    assert sorted(p.name for p in (tmp_path / "catalogue").glob("[!.]*")) == [
         "embeddings.npy",
         "interactions.parquet",
         "items.parquet",

@@ -77,6 +77,6 @@ def test_the_command_line_takes_a_folder(tokenizer, clustered, tmp_path, capsys)
         main(["unique", str(folder), "-o", str(tmp_path / "out")])
     assert not ended.value.code
     assert "-> 1,200 distinct ids of 1,200 items" in capsys.readouterr().out
-    assert len(list((tmp_path / "out").iterdir())) == 3
+    assert len(list((tmp_path / "out").glob("*.parquet"))) == 3
     found = pq.read_table(tmp_path / "out")
     assert found.equals(make_unique(ids).ids.to_arrow())

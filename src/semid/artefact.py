@@ -6,12 +6,10 @@ of one. Tensors carry a checksum; loading verifies it. Nothing is pickled.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +17,11 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from semid.errors import ArtefactError, OutputExistsError
+from semid.errors import ArtefactError
+from semid.output import atomic_folder
 
 __all__ = [
     "FORMAT_VERSION",
-    "atomic_file",
-    "atomic_folder",
-    "check_output",
     "fingerprint",
     "read_artefact",
     "read_config",
@@ -58,68 +54,6 @@ def fingerprint(tensors: Mapping[str, np.ndarray]) -> str:
         digest.update(f"{name}:{kind}:{array.shape};".encode())
         digest.update(np.ascontiguousarray(array, dtype=kind).tobytes())
     return digest.hexdigest()
-
-
-def check_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-    """Return ``path`` if it may be written.
-
-    Raises:
-        OutputExistsError: if it exists and ``overwrite`` is false.
-    """
-    target = Path(path)
-    if target.exists() and not overwrite:
-        raise OutputExistsError(
-            f"output '{target}' exists; choose another path or pass --overwrite (overwrite=True)"
-        )
-    return target
-
-
-@contextlib.contextmanager
-def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder that becomes ``path`` when the block ends without an error.
-
-    Args:
-        path: destination folder; its parents are made.
-        overwrite: replace an existing destination (it stays readable until the last moment).
-
-    Raises:
-        OutputExistsError: if ``path`` exists and ``overwrite`` is false.
-    """
-    target = check_output(path, overwrite=overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = target.parent / f".{target.name}.{os.getpid()}.tmp"
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
-    try:
-        yield work
-        if target.exists():
-            old = target.parent / f".{target.name}.{os.getpid()}.old"
-            target.rename(old)
-            work.rename(target)
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
-        else:
-            work.rename(target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def atomic_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary file path that becomes ``path`` when the block ends without an error.
-
-    Raises:
-        OutputExistsError: if ``path`` exists and ``overwrite`` is false, or is a folder.
-    """
-    target = check_output(path, overwrite=overwrite)
-    if target.is_dir():
-        raise OutputExistsError(f"output '{target}' is a folder; give a file name")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = target.parent / f".{target.name}.{os.getpid()}.tmp"
-    try:
-        yield work
-        work.replace(target)
-    finally:
-        work.unlink(missing_ok=True)
 
 
 def write_artefact(

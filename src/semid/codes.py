@@ -20,8 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from semid.artefact import FORMAT_VERSION, atomic_file
-from semid.data.filesystems import is_uri, open_parquet
+from semid.artefact import FORMAT_VERSION
 from semid.data.ids import ItemIds
 from semid.data.parquet_files import find_parquet
 from semid.errors import (
@@ -32,6 +31,8 @@ from semid.errors import (
     UsageError,
     check_choice,
 )
+from semid.filesystems import is_uri, open_parquet
+from semid.output import atomic_file
 
 __all__ = ["UNIQUE_METHODS", "CodesInfo", "SemanticIds", "code_dtype", "ids_schema", "ids_table"]
 

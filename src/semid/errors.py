@@ -21,6 +21,7 @@ __all__ = [
     "InteractionsError",
     "MissingExtraError",
     "NotFittedError",
+    "OutputBusyError",
     "OutputExistsError",
     "SemidError",
     "UsageError",
@@ -77,6 +78,10 @@ class OutputExistsError(SemidError, FileExistsError):
     """The output path exists and overwriting was not asked for."""
 
     exit_code = 2
+
+
+class OutputBusyError(OutputExistsError):
+    """Another run is writing to the output at this moment."""
 
 
 class MissingExtraError(SemidError, ImportError):

@@ -7,8 +7,8 @@ import os
 from typing import Any
 
 from semid.artefact import read_config
-from semid.data.filesystems import fetched, is_uri
 from semid.errors import ArtefactError, nearest_name
+from semid.filesystems import fetched, is_uri
 from semid.tokenizers.making import TOKENIZERS
 
 __all__ = ["KINDS", "load"]

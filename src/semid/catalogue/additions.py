@@ -10,13 +10,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from semid.artefact import atomic_file
 from semid.catalogue.novelty import NOVEL, norm_quantiles, novelty
 from semid.catalogue.uniqueness import place
 from semid.codes import SemanticIds
 from semid.data.embeddings import open_embeddings
 from semid.data.ids import ItemIds
 from semid.errors import FingerprintError, IdsError, UsageError
+from semid.output import atomic_file
 from semid.progress import Progress
 from semid.tokenizers.base import Tokenizer
 

@@ -13,6 +13,7 @@ import io
 import json
 import os
 import re
+import secrets
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,11 +25,14 @@ import pyarrow.parquet as pq
 
 from semid.codes import CodesInfo, SemanticIds
 from semid.errors import ArtefactError, InputError, OutputExistsError, UsageError
+from semid.output import hold_state
 
 __all__ = ["CatalogueBundle", "Part", "read_catalogue"]
 
 FORMAT_VERSION = 1
 MANIFEST = re.compile(r"manifest-(\d{6,})\.json")
+_PART = re.compile(r"part-\d{6,}-[0-9a-f]{12}\.parquet")
+_UNFINISHED = re.compile(r"\.(manifest|part)-.*\.[0-9a-f]{16}\.tmp")
 
 
 @dataclass(frozen=True)
@@ -153,8 +157,25 @@ class CatalogueBundle:
 
         Raises:
             InputError: if a published row is not what it was.
+            OutputBusyError: if another writer is adding a version.
             ArtefactError: if another writer added the version meanwhile.
         """
+        with hold_state(self.path):
+            self._remove_leftovers()
+            return self._append(ids)
+
+    def _remove_leftovers(self) -> None:
+        """Remove what a killed writer left: unfinished files, and parts that no version names."""
+        named = {part.file for version in self.versions() for part in self.parts(version)}
+        for file in self.path.glob(".manifest-*"):
+            if _UNFINISHED.fullmatch(file.name):
+                file.unlink(missing_ok=True)
+        for file in (self.path / "parts").iterdir():
+            unnamed = _PART.fullmatch(file.name) and f"parts/{file.name}" not in named
+            if unnamed or _UNFINISHED.fullmatch(file.name):
+                file.unlink(missing_ok=True)
+
+    def _append(self, ids: SemanticIds) -> int:
         last = self.versions()[-1]
         before = self.read(last)
         old = len(before)
@@ -232,7 +253,8 @@ def _write_manifest(folder: Path, version: int, parts: list[Part], info: CodesIn
 @contextlib.contextmanager
 def _durable(target: Path, *, exclusive: bool = False) -> Iterator[Path]:
     """Yield a temporary path that becomes ``target`` once its bytes are on the disk."""
-    work = target.parent / f".{target.name}.{os.getpid()}.tmp"
+    work = target.parent / f".{target.name}.{secrets.token_hex(8)}.tmp"
+    work.touch(exist_ok=False)
     try:
         yield work
         with work.open("rb+") as file:

@@ -19,6 +19,7 @@ from semid.cli.encode import encode
 from semid.cli.export import export
 from semid.cli.fit import fit
 from semid.cli.import_ import import_
+from semid.cli.options import release_outputs
 from semid.cli.prepare import prepare
 from semid.cli.rank import rank
 from semid.cli.refine import refine
@@ -104,6 +105,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         _complain(console, f"{type(error).__name__}: {error}")
         sys.exit(1)
+    finally:
+        release_outputs()
 
 
 def _configure(console: Console, debug: bool) -> None:

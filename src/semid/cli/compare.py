@@ -15,6 +15,7 @@ from semid.cli.options import (
     Overwrite,
     Quiet,
     Threads,
+    hold_output,
     open_source,
 )
 
@@ -53,7 +54,6 @@ def compare(
 
     Example: semid compare model_a/ model_b/ items.parquet --interactions logs.parquet -o c.html
     """
-    from semid.artefact import check_output
     from semid.errors import UsageError
     from semid.loading import load
     from semid.progress import make_progress
@@ -63,7 +63,8 @@ def compare(
         raise UsageError(
             f"{len(paths)} paths given; name at least two model folders and then the embeddings"
         )
-    check_output(output, overwrite=overwrite)
+    reads = (*paths, ids, interactions, relations)
+    hold_output(output, overwrite=overwrite, inputs=reads)
     models, embeddings = paths[:-1], paths[-1]
     if len({Path(path).resolve() for path in models}) < len(models):
         raise UsageError("a model is named twice; name each model folder once")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from semid.cli.options import Overwrite, Quiet
+from semid.cli.options import Overwrite, Quiet, hold_output
 
 __all__ = ["demo"]
 
@@ -28,13 +28,14 @@ def demo(
     Hierarchical topics, long-tailed popularity, readable titles and user sequences: what a real
     catalogue would show, before you have one at hand.
     """
-    from semid.artefact import atomic_folder
     from semid.data.synthetic import SyntheticCatalogue
+    from semid.output import atomic_folder
     from semid.progress import make_progress
     from semid.report import diagnose
     from semid.tokenizers.encoding import encode_to_parquet
     from semid.tokenizers.rqkmeans import RQKMeans
 
+    hold_output(output, overwrite=overwrite, inputs=())
     with atomic_folder(output, overwrite=overwrite) as folder, make_progress(quiet=quiet) as steps:
         SyntheticCatalogue(items=items, seed=seed).write(folder / "data")
         embeddings, table = folder / "data/embeddings.npy", folder / "data/items.parquet"

@@ -15,6 +15,7 @@ from semid.cli.options import (
     Overwrite,
     Quiet,
     Threads,
+    hold_output,
     open_source,
 )
 
@@ -47,13 +48,14 @@ def drift(
     """
     import json
 
-    from semid.artefact import atomic_file, check_output
     from semid.catalogue.drift import drift as drifted
     from semid.loading import load
+    from semid.output import atomic_file
     from semid.progress import make_progress
 
     if output is not None:
-        check_output(output, overwrite=overwrite)
+        reads = (model, before, after, ids, after_ids)
+        hold_output(output, overwrite=overwrite, inputs=reads)
     tokenizer = load(model)
     tokenizer.threads = threads
     old, new = (

@@ -23,6 +23,7 @@ from semid.cli.options import (
     Threads,
     Workers,
     check_engine,
+    hold_output,
     open_source,
     ray_options,
 )
@@ -95,7 +96,6 @@ def encode(
 
     Example: semid encode s3://b/model s3://b/items -o s3://b/ids --engine ray --workers 64
     """
-    from semid.artefact import check_output
     from semid.errors import UsageError
     from semid.loading import load
     from semid.progress import make_progress
@@ -154,7 +154,13 @@ def encode(
     elif novelty is not None:
         raise UsageError("--novelty goes with --catalogue")
     else:
-        check_output(output, overwrite=overwrite)
+        from semid.tokenizers.encoding import partial_folder
+
+        reads = (model, embeddings, ids)
+        state = partial_folder(output)
+        hold_output(output, overwrite=overwrite, inputs=reads, state=state)
+    if catalogue is not None:
+        _hold_outputs((model, embeddings, ids), catalogue, Path(output), novelty, overwrite)
     tokenizer = load(model)
     tokenizer.threads = threads
     source = open_source(
@@ -216,6 +222,26 @@ def _share(
     typer.echo(f"encoded {done.encoded:,} of {done.rows:,} items (by worker: {shares}): {output}")
 
 
+def _grows(output: Path, catalogue: Path) -> bool:
+    """Whether a bundle gets one more version in its own folder."""
+    return output.is_dir() and output.resolve() == catalogue.resolve()
+
+
+def _hold_outputs(
+    reads: tuple[Any, ...], catalogue: Path, output: Path, novelty: Path | None, overwrite: bool
+) -> None:
+    """Hold what adding to published ids writes."""
+    from semid.errors import UsageError
+
+    if not _grows(output, catalogue):
+        replace = overwrite and output.suffix == ".parquet"
+        hold_output(output, overwrite=replace, inputs=(*reads, catalogue))
+    if novelty is not None:
+        hold_output(novelty, overwrite=overwrite, inputs=(*reads, catalogue))
+        if novelty.resolve() == output.resolve() or output.resolve() in novelty.resolve().parents:
+            raise UsageError(f"--novelty '{novelty}' is in --output; give another file")
+
+
 def _add(
     tokenizer: Any,
     source: Any,
@@ -227,16 +253,11 @@ def _add(
     quiet: bool,
 ) -> None:
     """Add items to published ids."""
-    from semid.artefact import check_output
     from semid.catalogue.additions import add_items
     from semid.catalogue.bundle import CatalogueBundle, read_catalogue
     from semid.progress import make_progress
 
-    grows = output.exists() and output.resolve() == catalogue.resolve() and output.is_dir()
-    if not grows:
-        check_output(output, overwrite=overwrite and output.suffix == ".parquet")
-    if novelty is not None:
-        check_output(novelty, overwrite=overwrite)
+    grows = _grows(output, catalogue)
     published = read_catalogue(catalogue)
     with make_progress(quiet=quiet) as progress:
         done = add_items(published, tokenizer, source, threshold=threshold, progress=progress)

@@ -7,7 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from semid.cli.options import EmbeddingColumn, IdColumn, Ids, Overwrite, open_source
+from semid.cli.options import (
+    EmbeddingColumn,
+    IdColumn,
+    Ids,
+    Overwrite,
+    hold_output,
+    open_source,
+)
 
 __all__ = ["export"]
 
@@ -54,6 +61,7 @@ def export(
     from semid.export.formats import export as written
     from semid.loading import load
 
+    hold_output(output, overwrite=overwrite, inputs=(ids_file, model, embeddings, ids))
     options: dict[str, Any] = {}
     if candidates:
         if to != "torcheasyrec":

@@ -22,6 +22,7 @@ from semid.cli.options import (
     Threads,
     Workers,
     check_engine,
+    hold_output,
     open_source,
     ray_options,
 )
@@ -150,13 +151,14 @@ def fit(
 
     Example: semid fit s3://b/items --codebook-size 4096 -o s3://b/model --engine ray --workers 64
     """
-    from semid.cli.fitting import behaviour, check_model_output, run_fit
+    from semid.cli.fitting import behaviour, run_fit, state_folder
     from semid.tokenizers.making import make_tokenizer, read_recipe
     from semid.training.distributed import is_main
     from semid.training.loggers import make_logger
 
     if is_main():  # of several processes the first alone writes, and may have done so by now
-        check_model_output(output, overwrite=overwrite)
+        reads = (embeddings, ids, recipe, interactions, pairs, neighbours)
+        hold_output(output, overwrite=overwrite, inputs=reads, state=state_folder(output))
     check_engine(
         engine,
         workers=workers,

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from semid.artefact import check_output
-from semid.data.filesystems import Folder, is_uri, send_folder
 from semid.data.ids import ItemIds
 from semid.data.source import EmbeddingSource
-from semid.errors import OutputExistsError, UsageError
+from semid.errors import UsageError
+from semid.filesystems import is_uri, send_folder
+from semid.output import remove_state_folder
 from semid.progress import make_progress
 from semid.tokenizers.base import Tokenizer
 from semid.tokenizers.encoding import partial_folder
@@ -21,7 +20,6 @@ from semid.training.distributed import is_main
 
 __all__ = [
     "behaviour",
-    "check_model_output",
     "run_fit",
     "save_model",
     "say_fitted",
@@ -89,7 +87,7 @@ def run_fit(
     if not speaks:
         return
     save_model(model, output, overwrite=overwrite)
-    shutil.rmtree(state, ignore_errors=True)
+    remove_state_folder(state)
     say_fitted(model, output)
 
 
@@ -98,20 +96,6 @@ def state_folder(output: str | Path) -> Path:
     if is_uri(output):
         return Path(f"{str(output).rstrip('/').rpartition('/')[2]}.partial")
     return partial_folder(output)
-
-
-def check_model_output(output: str | Path, *, overwrite: bool) -> None:
-    """Refuse an output that exists.
-
-    Raises:
-        OutputExistsError: if it exists and ``overwrite`` is false.
-    """
-    if not is_uri(output):
-        check_output(output, overwrite=overwrite)
-    elif not overwrite and Folder(output).exists():
-        raise OutputExistsError(
-            f"output '{output}' exists; choose another path or pass --overwrite (overwrite=True)"
-        )
 
 
 def save_model(model: Tokenizer, output: str | Path, *, overwrite: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from typing import Any
 
 import typer
@@ -10,6 +9,7 @@ import typer
 from semid.cli.fitting import save_model, say_fitted, state_folder
 from semid.distributed.ray_start import RayOptions
 from semid.errors import UsageError
+from semid.output import remove_state_folder
 from semid.progress import make_progress
 from semid.tokenizers.making import make_tokenizer
 from semid.tokenizers.rqkmeans import RQKMeans
@@ -85,5 +85,5 @@ def run_fit_on_ray(
             resume=resume,
         )
     save_model(model, output, overwrite=overwrite)
-    shutil.rmtree(state, ignore_errors=True)
+    remove_state_folder(state)
     say_fitted(model, output)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from semid.cli.options import IdColumn, Overwrite
+from semid.cli.options import IdColumn, Overwrite, hold_output
 
 __all__ = ["import_"]
 
@@ -31,12 +31,11 @@ def import_(
 
     Example: semid import Beauty.index.json --from lcrec --ids items.parquet -o ids.parquet
     """
-    from semid.artefact import check_output
     from semid.data.id_sources import load_ids
     from semid.export.formats import import_ids
     from semid.loading import load
 
-    check_output(output, overwrite=overwrite)
+    hold_output(output, overwrite=overwrite, inputs=(file, model, ids))
     found = import_ids(
         source,
         file,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,8 +25,10 @@ __all__ = [
     "Threads",
     "Workers",
     "check_engine",
+    "hold_output",
     "open_source",
     "ray_options",
+    "release_outputs",
 ]
 
 Source = Annotated[
@@ -80,6 +84,32 @@ StoreBytes = Annotated[
         "512 MiB."
     ),
 ]
+
+
+_HELD = contextlib.ExitStack()
+
+
+def hold_output(output: Any, *, overwrite: bool, inputs: Sequence[Any], state: Any = None) -> None:
+    """Check an output before the work, and hold it until the command has ended.
+
+    Args:
+        output: path or URI.
+        overwrite: as given.
+        inputs: everything that the command reads.
+        state: folder for an unfinished run, for commands that keep one.
+
+    Raises:
+        OutputExistsError, UsageError: as for `semid.output.check_output`.
+        OutputBusyError: another run holds it.
+    """
+    from semid.output import claim_output
+
+    _HELD.enter_context(claim_output(output, overwrite=overwrite, inputs=inputs, state=state))
+
+
+def release_outputs() -> None:
+    """Release what `hold_output` holds; called when the command has ended."""
+    _HELD.close()
 
 
 def check_engine(engine: str, **only_ray: Any) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from semid.cli.options import Overwrite
+from semid.cli.options import Overwrite, hold_output
 
 __all__ = ["prepare"]
 
@@ -43,13 +43,12 @@ def prepare(
 
     Example: semid prepare amazon reviews_Beauty.json.gz --items meta_Beauty.json.gz -o data/beauty
     """
-    from semid.artefact import check_output
     from semid.data.releases.amazon import read_amazon
     from semid.data.releases.movielens import read_movielens
     from semid.errors import UsageError, check_choice
 
     check_choice("RELEASE", release, RELEASES)
-    check_output(output, overwrite=overwrite)
+    hold_output(output, overwrite=overwrite, inputs=(source, items))
     if release == "amazon":
         found = read_amazon(source, items=items, core=5 if core is None else core)
     else:

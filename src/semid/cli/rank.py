@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from semid.cli.options import EmbeddingColumn, OnInvalid, Overwrite, Quiet, Resume
+from semid.cli.options import EmbeddingColumn, OnInvalid, Overwrite, Quiet, Resume, hold_output
 
 __all__ = ["rank"]
 
@@ -125,10 +124,10 @@ def rank(
 
     Example: semid rank logs.parquet --items items.parquet --ids ids.parquet -o ranker/
     """
-    from semid.artefact import check_output
     from semid.ranking.data import DataOptions
     from semid.ranking.network import Architecture
     from semid.ranking.training import rank_options
+    from semid.tokenizers.encoding import partial_folder
 
     options = DataOptions(
         label=label,
@@ -164,8 +163,10 @@ def rank(
         "item_column": item_column,
         "id_column": id_column,
     }
+    reads = (logs, items, ids)
     if embeddings is not None:
-        from semid.ranking.grid import Grid
+        from semid.output import atomic_folder
+        from semid.ranking.grid import GRID_FILES, Grid
         from semid.ranking.models.registry import MODELS
 
         grid = Grid(
@@ -178,9 +179,12 @@ def rank(
             architecture=architecture,
             training=training,
         )
-        if not resume:
-            check_output(output, overwrite=overwrite)
-            shutil.rmtree(output, ignore_errors=True)
+        # A grid that is resumed must be one that semid wrote, as one that is replaced.
+        inputs = (*reads, embeddings)
+        hold_output(output, overwrite=overwrite or resume, inputs=inputs)
+        if output.exists() and not resume:
+            with atomic_folder(output, overwrite=True, grows=GRID_FILES):
+                pass
         _grid(
             grid,
             (logs, items, options, {**columns, "time_column": time_column}),
@@ -190,7 +194,9 @@ def rank(
             quiet=quiet,
         )
         return
-    check_output(output, overwrite=overwrite)
+    hold_output(output, overwrite=overwrite, inputs=reads, state=partial_folder(output))
+    if analyse is not None:
+        hold_output(analyse, overwrite=overwrite, inputs=reads)
     features = {
         "mode": code_mode,
         "scale": scale,
@@ -224,6 +230,7 @@ def _single(
     """Train one model, save it and say how good it is."""
     from semid.codes import SemanticIds
     from semid.errors import UsageError
+    from semid.output import atomic_file, remove_state_folder
     from semid.progress import make_progress
     from semid.ranking.analysis import analyse_codes
     from semid.ranking.data import prepare_ranking
@@ -271,10 +278,11 @@ def _single(
             )
         raise
     ranker.save(output, overwrite=overwrite)
-    shutil.rmtree(state, ignore_errors=True)
+    remove_state_folder(state)
     if analyse is not None:
-        found = analyse_codes(ranker.network, data.parts["test"])
-        analyse.write_text(json.dumps(found.to_dict()) + "\n", encoding="utf8")
+        figures = analyse_codes(ranker.network, data.parts["test"])
+        with atomic_file(analyse, overwrite=overwrite) as work:
+            work.write_text(json.dumps(figures.to_dict()) + "\n", encoding="utf8")
     typer.echo(f"protocol: {ranker.report['protocol']}")
     for part in ("validation", "test", "cold"):
         if part in ranker.report:
@@ -295,6 +303,7 @@ def _grid(
 ) -> None:
     """Run what is missing of a grid and print its tables."""
     from semid.cli.options import open_source
+    from semid.output import atomic_file
     from semid.progress import make_progress
     from semid.ranking.data import prepare_ranking
     from semid.ranking.grid import run_grid
@@ -314,7 +323,8 @@ def _grid(
     with make_progress(quiet=quiet) as progress:
         rows = run_grid(grid, data, output, embeddings=embeddings, device=device, progress=progress)
     tables = grid_tables(rows)
-    (output / "tables.md").write_text(tables + "\n", encoding="utf8")
+    with atomic_file(output / "tables.md", mark=False) as work:
+        work.write_text(tables + "\n", encoding="utf8")
     typer.echo(tables)
     typer.echo(f"results: {output}")
 

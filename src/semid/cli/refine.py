@@ -15,6 +15,7 @@ from semid.cli.options import (
     Overwrite,
     Quiet,
     Source,
+    hold_output,
     open_source,
 )
 
@@ -41,13 +42,12 @@ def refine(
 
     Example: semid refine model/ items.parquet -o refined/
     """
-    from semid.artefact import check_output
     from semid.loading import load
     from semid.progress import make_progress
     from semid.quantization.refine import RefineOptions
     from semid.tokenizers.refining import refine as refined
 
-    check_output(output, overwrite=overwrite)
+    hold_output(output, overwrite=overwrite, inputs=(model, source, ids))
     options = RefineOptions(rounds=rounds, annealing_rounds=annealing_rounds, beam_width=beam_width)
     opened = open_source(
         source,

@@ -16,6 +16,7 @@ from semid.cli.options import (
     Quiet,
     Source,
     Threads,
+    hold_output,
     open_source,
 )
 
@@ -60,15 +61,16 @@ def refresh(
     """
     import json
 
-    from semid.artefact import atomic_folder, check_output
     from semid.catalogue.bundle import read_catalogue
     from semid.catalogue.churn import item_counts
     from semid.catalogue.refresh import refresh as refreshed
     from semid.data.interactions import read_interactions
     from semid.loading import load
+    from semid.output import atomic_folder
     from semid.progress import make_progress
 
-    check_output(output, overwrite=overwrite)
+    reads = (model, embeddings, catalogue, ids, interactions)
+    hold_output(output, overwrite=overwrite, inputs=reads)
     tokenizer = load(model)
     tokenizer.threads = threads
     source = open_source(

@@ -16,6 +16,7 @@ from semid.cli.options import (
     Quiet,
     Source,
     Threads,
+    hold_output,
     open_source,
 )
 
@@ -59,14 +60,14 @@ def report(
 
     Example: semid report model/ items.parquet -o report.html
     """
-    from semid.artefact import check_output
     from semid.data.items import read_items
     from semid.errors import IdsError, UsageError
     from semid.loading import load
     from semid.progress import make_progress
     from semid.report import diagnose
 
-    check_output(output, overwrite=overwrite)
+    reads = (model, embeddings, ids, items, interactions, relations)
+    hold_output(output, overwrite=overwrite, inputs=reads)
     source = open_source(
         embeddings,
         ids=ids,

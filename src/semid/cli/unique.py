@@ -14,6 +14,7 @@ from semid.cli.options import (
     OnInvalid,
     Overwrite,
     Quiet,
+    hold_output,
     open_source,
 )
 
@@ -64,7 +65,6 @@ def unique(
 
     Example: semid unique ids.parquet --method append -o unique.parquet
     """
-    from semid.artefact import check_output
     from semid.catalogue.uniqueness import make_unique
     from semid.codes import UNIQUE_METHODS, SemanticIds
     from semid.errors import UsageError, check_choice
@@ -84,7 +84,7 @@ def unique(
         typer.echo(report.summary())
         typer.echo(f"ids: {output}")
         return
-    check_output(output, overwrite=overwrite)
+    hold_output(output, overwrite=overwrite, inputs=(ids_file, model, embeddings, ids))
     source = None
     if embeddings is not None:
         source = open_source(

@@ -9,8 +9,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from semid.data.filesystems import FilePath, is_uri, list_files, open_parquet
 from semid.errors import EmbeddingError, InputError, UsageError
+from semid.filesystems import FilePath, is_uri, list_files, open_parquet
 
 __all__ = ["ParquetFiles", "find_parquet", "is_glob", "read_failure"]
 

@@ -11,11 +11,11 @@ from semid.data.array_source import check_matrix, matching_ids
 from semid.data.arrow_rows import first_width, list_rows
 from semid.data.blocks import BLOCK, RawBlock, reblock
 from semid.data.columns import float_list_width, is_float_list, listed, storage
-from semid.data.filesystems import FilePath
 from semid.data.ids import ItemIds
 from semid.data.parquet_files import ParquetFiles
 from semid.data.source import EmbeddingSource
 from semid.errors import EmbeddingError
+from semid.filesystems import FilePath
 
 __all__ = ["ParquetSource"]
 

@@ -13,7 +13,8 @@ import numpy as np
 from semid.data.blocks import BLOCK, Flag, RawBlock, all_finite
 from semid.data.ids import ItemIds
 from semid.data.tally import Tally
-from semid.errors import EmbeddingError, IdsError, OutputExistsError, UsageError
+from semid.errors import EmbeddingError, IdsError, UsageError
+from semid.output import atomic_file
 
 __all__ = ["EmbeddingSource", "write_npy"]
 
@@ -181,11 +182,9 @@ class EmbeddingSource(ABC):
         """
         from semid.data.array_source import open_npy
 
-        target = Path(path)
-        if target.exists() and not overwrite:
-            raise OutputExistsError(f"'{target}' exists; pass overwrite=True to replace it")
-        write_npy(target, (block for _, block in self.blocks()), shape=(len(self), self.dim))
-        return open_npy(target, ids=self.ids)
+        with atomic_file(path, overwrite=overwrite) as work:
+            write_npy(work, (block for _, block in self.blocks()), shape=(len(self), self.dim))
+        return open_npy(Path(path), ids=self.ids)
 
     def _numbered(self) -> Iterator[tuple[np.ndarray, RawBlock]]:
         start = 0
@@ -203,17 +202,12 @@ class EmbeddingSource(ABC):
 def write_npy(
     path: Path, blocks: Iterable[np.ndarray], *, shape: tuple[int, int], dtype: str = "<f4"
 ) -> None:
-    """Write blocks of rows as one ``.npy`` file, complete or not at all."""
-    partial = path.with_name(path.name + ".partial")
+    """Write blocks of rows as one ``.npy`` file."""
     header = {"descr": dtype, "fortran_order": False, "shape": shape}
-    try:
-        with partial.open("wb") as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            for block in blocks:
-                file.write(np.ascontiguousarray(block, dtype=dtype).data)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for block in blocks:
+            file.write(np.ascontiguousarray(block, dtype=dtype).data)
 
 
 def _check_indices(indices: Any, count: int) -> np.ndarray:

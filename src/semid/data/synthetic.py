@@ -37,7 +37,8 @@ from semid.data.synthetic_titles import (
 )
 from semid.data.synthetic_users import walk
 from semid.data.topics import DEPARTMENTS, VARIANTS
-from semid.errors import OutputExistsError, UsageError, check_choice
+from semid.errors import UsageError, check_choice
+from semid.output import atomic_file, check_output
 
 __all__ = ["SyntheticCatalogue", "SyntheticFiles"]
 
@@ -149,17 +150,15 @@ class SyntheticCatalogue:
             target / "interactions.parquet",
         )
         for path in paths:
-            if path.exists() and not overwrite:
-                raise OutputExistsError(f"'{path}' exists; pass overwrite=True to replace it")
-        target.mkdir(parents=True, exist_ok=True)
+            check_output(path, overwrite=overwrite)
         if embeddings == "npy":
             blocks = (raw.values for raw in self._units())
             kind = {"float16": "<f2", "float32": "<f4"}[dtype]
-            write_npy(paths.embeddings, blocks, shape=(self.items, self.dim), dtype=kind)
-            _write_parquet(paths.items, self._item_groups(None))
-        else:
-            _write_parquet(paths.items, self._item_groups(dtype))
-        _write_parquet(paths.interactions, self._interaction_units())
+            with atomic_file(paths.embeddings, overwrite=overwrite) as work:
+                write_npy(work, blocks, shape=(self.items, self.dim), dtype=kind)
+        groups = self._item_groups(None if embeddings == "npy" else dtype)
+        _write_parquet(paths.items, groups, overwrite=overwrite)
+        _write_parquet(paths.interactions, self._interaction_units(), overwrite=overwrite)
         return paths
 
     @property
@@ -307,15 +306,13 @@ class _SyntheticSource(EmbeddingSource):
         return RawBlock(values)
 
 
-def _write_parquet(path: Path, tables: Iterator[pa.Table]) -> None:
-    """Write tables as one file of one row group each, complete or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        first = next(tables)
-        with pq.ParquetWriter(partial, first.schema) as writer:
-            writer.write_table(first)
-            for table in tables:
-                writer.write_table(table)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+def _write_parquet(path: Path, tables: Iterator[pa.Table], *, overwrite: bool) -> None:
+    """Write tables as one file, a row group per table, complete or not at all."""
+    first = next(tables)
+    with (
+        atomic_file(path, overwrite=overwrite) as work,
+        pq.ParquetWriter(work, first.schema) as writer,
+    ):
+        writer.write_table(first)
+        for table in tables:
+            writer.write_table(table)

@@ -16,10 +16,10 @@ import pyarrow as pa
 
 from semid.codes import CodesInfo, SemanticIds, code_dtype, ids_table
 from semid.data.embeddings import open_embeddings
-from semid.data.filesystems import FilePath
 from semid.data.ids import ItemIds
 from semid.distributed.ray_start import RayOptions, check_slots, connect
 from semid.errors import UsageError
+from semid.filesystems import FilePath
 from semid.loading import load
 from semid.tokenizers.base import Tokenizer
 

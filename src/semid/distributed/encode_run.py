@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from semid.codes import ids_schema
-from semid.data.filesystems import FilePath
 from semid.distributed.encode_job import (
     Done,
     EncodeJob,
     Encoder,
     check_engine_options,
     open_output,
+    partial_path,
     refuse_repeats,
 )
 from semid.distributed.estimate import Estimate, estimate_encode
@@ -32,7 +32,9 @@ from semid.distributed.ray_start import RayOptions, check_slots, connect
 from semid.distributed.ray_team import Crew
 from semid.distributed.units import UNIT_ROWS, Catalogue, Unit
 from semid.errors import EmbeddingError, InputError
+from semid.filesystems import FilePath
 from semid.loading import load
+from semid.output import claim_output, remove_state_folder
 from semid.progress import Progress, QuietProgress
 from semid.quantization.threads import default_threads
 
@@ -121,50 +123,57 @@ def encode_folder(
     repeated ids are found.
     """
     steps = progress or QuietProgress()
-    catalogue = Catalogue.open(source, embedding_column=embedding_column, id_column=id_column)
-    check_engine_options(on_invalid, catalogue, several=True)
-    tokenizer = load(model)
-    info = tokenizer.codes_info(beam_width)
-    where = open_output(output, overwrite=overwrite, resume=resume, info=info, catalogue=catalogue)
-    units = catalogue.units(unit_rows)
-    finished = where.finished()
-    left = [unit for unit in units if unit.name not in finished]
-    job = EncodeJob(_absolute(model), catalogue, where.parts.path, info, on_invalid)
-    done: list[Done] = []
-    run = _RayRun(job, engine) if isinstance(engine, RayOptions) else _LocalRun(job, engine)
-    estimate = None
-    steps.start("encode", total=len(catalogue))
-    steps.step(len(catalogue) - sum(unit.rows for unit in left))
-    try:
-        if left:
-            workers = run.size(len(left))
-            estimate = estimate_encode(
-                tokenizer,
-                catalogue,
-                left,
-                beam_width=info.beam_width,
-                workers=workers,
-                engine=run.name,
-            )
-            (announce or logger.info)(estimate.sentence)
-            rows = {unit.name: unit.rows for unit in left}
-            for each in run.results(left, workers):
-                done.append(each)
-                steps.step(rows[each.name])
-    except EmbeddingError:  # these rows will not become right: leave nothing to resume
-        where.parts.remove()
-        raise
-    hashes = [each.hashes for each in done]
-    before = sorted(finished & {unit.name for unit in units})
-    hashes += [where.hashes(name) for name in before]
-    if catalogue.id_column is not None:
-        refuse_repeats(hashes)
-    total = sum(len(part) for part in hashes)
-    where.publish([unit.name for unit in units], ids_schema(catalogue.id_type, info), rows=total)
+    state = partial_path(output)
+    with claim_output(output, overwrite=overwrite, inputs=[model, source], state=state):
+        catalogue = Catalogue.open(source, embedding_column=embedding_column, id_column=id_column)
+        check_engine_options(on_invalid, catalogue, several=True)
+        tokenizer = load(model)
+        info = tokenizer.codes_info(beam_width)
+        where = open_output(output, resume=resume, info=info, catalogue=catalogue)
+        units = catalogue.units(unit_rows)
+        finished = where.finished()
+        missing = [unit for unit in units if unit.name not in finished]
+        job = EncodeJob(_absolute(model), catalogue, where.parts.path, info, where.key, on_invalid)
+        done: list[Done] = []
+        run = _RayRun(job, engine) if isinstance(engine, RayOptions) else _LocalRun(job, engine)
+        estimate = None
+        steps.start("encode", total=len(catalogue))
+        try:
+            if units:
+                workers = run.size(len(units))
+                if missing:
+                    estimate = estimate_encode(
+                        tokenizer,
+                        catalogue,
+                        missing,
+                        beam_width=info.beam_width,
+                        workers=workers,
+                        engine=run.name,
+                    )
+                    (announce or logger.info)(estimate.sentence)
+                rows = {unit.name: unit.rows for unit in units}
+                # Workers get the finished units too: they read the rows again, to see whether
+                # they have changed, and encode only those that have.
+                for each in run.results(units, workers):
+                    done.append(each)
+                    steps.step(rows[each.name])
+        except EmbeddingError:  # these rows will not become right: leave nothing to resume
+            remove_state_folder(state)
+            raise
+        if catalogue.id_column is not None:
+            refuse_repeats([each.hashes for each in done])
+        where.publish(done, ids_schema(catalogue.id_type, info), overwrite=overwrite)
+    encoded = [each for each in done if each.encoded]
     by_process: dict[int, int] = {}
-    for each in done:
+    for each in encoded:
         by_process[each.process] = by_process.get(each.process, 0) + each.rows
-    return EncodeRun(total, sum(each.rows for each in done), by_process, run.lost, estimate)
+    return EncodeRun(
+        sum(each.rows for each in done),
+        sum(each.rows for each in encoded),
+        by_process,
+        run.lost,
+        estimate,
+    )
 
 
 def _absolute(path: FilePath) -> FilePath:

@@ -12,9 +12,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from semid.data.filesystems import FilePath
 from semid.distributed.ray_start import RayOptions, check_slots, connect
 from semid.errors import InputError, MissingExtraError
+from semid.filesystems import FilePath
 from semid.loading import load
 from semid.tokenizers.base import Tokenizer
 

@@ -7,6 +7,7 @@ itself; each file is written again with its tokens. Memory: one part, or one fil
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -20,12 +21,13 @@ import pyarrow.parquet as pq
 from semid.catalogue.append import append_tokens, token_alphabet
 from semid.catalogue.uniqueness import UniqueReport
 from semid.codes import CodesInfo, ids_table
-from semid.data.filesystems import FilePath, Folder, open_parquet
 from semid.data.ids import ItemIds
 from semid.data.parquet_files import find_parquet
 from semid.distributed.encode_job import refuse_repeats
-from semid.errors import ArtefactError, OutputExistsError, UsageError
+from semid.errors import ArtefactError, UsageError
+from semid.filesystems import FilePath, Folder, local_path, open_parquet
 from semid.health import bucket_keys, part_of
+from semid.output import atomic_folder, claim_output, mark_remote_folder
 
 __all__ = ["unique_folder"]
 
@@ -79,13 +81,20 @@ def unique_folder(
     """
     if capacity is not None and capacity < 1:
         raise UsageError(f"capacity={capacity}: give at least 1")
+    with claim_output(output, overwrite=overwrite, inputs=[source]):
+        return _unique_folder(source, output, capacity, parts, work, overwrite)
+
+
+def _unique_folder(
+    source: FilePath,
+    output: FilePath,
+    capacity: int | None,
+    parts: int | None,
+    work: FilePath | None,
+    overwrite: bool,
+) -> UniqueReport:
     files = find_parquet(source)
     info = _one_info(files)
-    target = Folder(output)
-    if target.exists() and not overwrite:
-        raise OutputExistsError(
-            f"output '{output}' exists; choose another path or pass --overwrite (overwrite=True)"
-        )
     rows = 0
     for file in files:
         with open_parquet(file) as parquet:
@@ -98,21 +107,21 @@ def unique_folder(
         size = capacity or token_alphabet(np.array([largest]))
         counts = _count(folder, count, size)
         extended = replace(info, unique="append", codebook_sizes=(*info.codebook_sizes, size))
-        target.remove()
-        for number, file in enumerate(files):
-            tokens = np.minimum(_tokens(folder, number, count), size - 1)
-            table = _plain(file, info)
-            codes = _codes(table, info)
-            target.write_table(
-                f"part-{number:06d}.parquet",
-                ids_table(
-                    table["item_id"].combine_chunks(),
-                    np.concatenate([codes, tokens[:, None].astype(codes.dtype)], axis=1),
-                    table["residual_norm"].to_numpy(),
-                    extended,
-                    model_codes=codes,
-                ),
-            )
+        with _new_folder(output, overwrite) as target:
+            for number, file in enumerate(files):
+                tokens = np.minimum(_tokens(folder, number, count), size - 1)
+                table = _plain(file, info)
+                codes = _codes(table, info)
+                target.write_table(
+                    f"part-{number:06d}.parquet",
+                    ids_table(
+                        table["item_id"].combine_chunks(),
+                        np.concatenate([codes, tokens[:, None].astype(codes.dtype)], axis=1),
+                        table["residual_norm"].to_numpy(),
+                        extended,
+                        model_codes=codes,
+                    ),
+                )
     items = max(counts.items, 1)
     return UniqueReport(
         method="append",
@@ -129,6 +138,20 @@ def unique_folder(
         largest_extra=0.0,
         unplaced_rows=np.empty(0, np.int64),
     )
+
+
+@contextlib.contextmanager
+def _new_folder(output: FilePath, overwrite: bool) -> Iterator[Folder]:
+    """Open the folder for the results; on this machine it appears when it is complete."""
+    local = local_path(output)
+    if local is not None:
+        with atomic_folder(local, overwrite=overwrite) as folder:
+            yield Folder(folder)
+        return
+    target = Folder(str(output).rstrip("/"))
+    target.remove()
+    yield target
+    mark_remote_folder(target)
 
 
 def _one_info(files: list[FilePath]) -> CodesInfo:

@@ -13,13 +13,13 @@ import numpy as np
 import pyarrow as pa
 
 from semid.data.columns import pick_embedding_column
-from semid.data.filesystems import FilePath, is_uri
 from semid.data.id_sources import DEFAULT_ID_COLUMN
 from semid.data.ids import ItemIds
 from semid.data.parquet_files import ParquetFiles
 from semid.data.parquet_source import ParquetSource
 from semid.data.source import EmbeddingSource
 from semid.errors import UsageError, nearest_name
+from semid.filesystems import FilePath, is_uri
 
 __all__ = ["UNIT_ROWS", "Catalogue", "Unit"]
 

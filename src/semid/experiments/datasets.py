@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from semid.artefact import atomic_folder
 from semid.data.embeddings import open_embeddings
 from semid.data.interactions import Interactions, read_interactions
 from semid.data.source import EmbeddingSource
@@ -20,6 +19,7 @@ from semid.data.synthetic import SyntheticCatalogue
 from semid.errors import UsageError
 from semid.experiments.ledger import Ledger
 from semid.experiments.recipe import DataSet
+from semid.output import atomic_folder
 
 __all__ = ["EMBEDDINGS", "Opened", "missing_files", "open_data"]
 

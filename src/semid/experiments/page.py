@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from semid.artefact import atomic_file
 from semid.errors import InputError
 from semid.experiments.claims import Judgement, Row, Rows
 from semid.experiments.claims_drq import drq_claims
 from semid.experiments.claims_moc import moc_claims
 from semid.experiments.tables_drq import drq_sections
 from semid.experiments.tables_moc import moc_sections
+from semid.output import MARKDOWN_MARK, atomic_file
 from semid.report.figure import Figure
 from semid.report.markdown import escaped, figure_markdown, table
 from semid.report.page import render
@@ -228,7 +228,8 @@ def write_page(page: Page, folder: Path, name: str) -> list[Path]:
         name: ``drq`` or ``moc``.
     """
     written = []
-    for suffix, text in ((".md", page.to_markdown()), (".html", page.to_html())):
+    markdown = f"{page.to_markdown()}\n{MARKDOWN_MARK}\n"
+    for suffix, text in ((".md", markdown), (".html", page.to_html())):
         target = folder / f"{name}{suffix}"
         with atomic_file(target, overwrite=True) as work:
             work.write_text(text, encoding="utf8")

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from semid.artefact import atomic_file
 from semid.codes import SemanticIds
 from semid.errors import MissingExtraError, UsageError
+from semid.output import atomic_file
 from semid.tokenizers.base import Tokenizer
 
 __all__ = ["faiss_index", "write_faiss"]

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from semid.artefact import check_output
 from semid.codes import SemanticIds
 from semid.errors import UsageError, check_choice
 from semid.health import collisions
+from semid.output import check_output
 from semid.tokenizers.base import Tokenizer
 
 __all__ = ["EXPORTS", "IMPORTS", "ExportFormat", "export", "import_ids"]
@@ -121,7 +121,8 @@ def export(
         raise UsageError(f"the export to {to} writes Semantic IDs: give the ids file (ids=)")
     if chosen.model and tokenizer is None:
         raise UsageError(f"the export to {to} needs the model: give --model (tokenizer=)")
-    target = check_output(output, overwrite=overwrite)
+    check_output(output, overwrite=overwrite)
+    target = Path(output)
     if ids is not None and tokenizer is not None:
         ids.check_codebook(tokenizer.codebook_fingerprint)
     if ids is not None and chosen.tokens and len(ids):

@@ -10,9 +10,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from semid.artefact import atomic_folder
 from semid.catalogue.buckets import group_numbers
 from semid.codes import SemanticIds
+from semid.output import atomic_folder
 
 __all__ = ["feature_columns", "write_fuxictr"]
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from semid.artefact import atomic_file
 from semid.codes import SemanticIds
 from semid.errors import ArtefactError
 from semid.export.tokens import imported
+from semid.output import atomic_file
 from semid.tokenizers.base import Tokenizer
 
 __all__ = ["read_grid", "write_grid"]

@@ -17,12 +17,12 @@ import numpy.typing as npt
 import torch
 from safetensors.numpy import load_file, save_file
 
-from semid.artefact import atomic_folder
 from semid.catalogue.decoding import AllowedTokens, TorchTrie
 from semid.catalogue.prefixes import PrefixIndex
 from semid.codes import SemanticIds
 from semid.errors import ArtefactError, MissingExtraError, UsageError
 from semid.export.tokens import token_strings
+from semid.output import atomic_folder
 from semid.seeds import torch_generator
 from semid.tokenizers.base import Tokenizer
 

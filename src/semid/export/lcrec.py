@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from semid.artefact import atomic_file
 from semid.codes import SemanticIds
 from semid.errors import ArtefactError
 from semid.export.tokens import imported, level_letter, token_strings
+from semid.output import atomic_file
 from semid.tokenizers.base import Tokenizer
 
 __all__ = ["read_lcrec", "write_lcrec"]

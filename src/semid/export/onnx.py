@@ -8,9 +8,9 @@ import warnings
 
 import torch
 
-from semid.artefact import atomic_file
 from semid.errors import MissingExtraError
 from semid.export.graph import codes_graph
+from semid.output import atomic_file
 from semid.tokenizers.base import Tokenizer
 
 __all__ = ["write_onnx"]

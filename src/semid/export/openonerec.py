@@ -15,10 +15,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from semid.artefact import atomic_folder
 from semid.codes import SemanticIds
 from semid.errors import InputError
 from semid.export.tokens import level_letter
+from semid.output import atomic_folder
 
 __all__ = ["parse_text", "sid_text", "write_openonerec"]
 

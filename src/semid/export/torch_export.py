@@ -6,8 +6,8 @@ import os
 
 import torch
 
-from semid.artefact import atomic_file
 from semid.export.graph import codes_graph
+from semid.output import atomic_file
 from semid.tokenizers.base import Tokenizer
 
 __all__ = ["write_torch_export"]

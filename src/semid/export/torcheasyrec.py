@@ -11,12 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from semid.artefact import atomic_file
 from semid.catalogue.reassign import last_level_inputs
 from semid.catalogue.uniqueness import rows_of
 from semid.codes import SemanticIds
 from semid.data.embeddings import open_embeddings
 from semid.errors import UsageError
+from semid.output import atomic_file
 from semid.quantization.nearest import nearest_m, prepare
 from semid.tokenizers.base import Tokenizer
 

@@ -9,8 +9,8 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from semid.artefact import atomic_file
 from semid.errors import MissingExtraError
+from semid.output import atomic_file
 from semid.ranking.ranker import Ranker
 from semid.ranking.schema import Inputs, Schema
 

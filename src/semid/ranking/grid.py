@@ -12,18 +12,21 @@ from typing import Any
 
 from semid.data.source import EmbeddingSource
 from semid.errors import UsageError, check_choice
+from semid.output import atomic_folder
 from semid.progress import Progress, QuietProgress
 from semid.ranking.cell import train_cell
 from semid.ranking.data import RankingData
 from semid.ranking.methods import METHODS, Coded, Tokenizers
 from semid.ranking.models.registry import MODELS
 from semid.ranking.network import Architecture
-from semid.ranking.training import rank_options
+from semid.ranking.training import data_digest, rank_options
+from semid.tokenizers.encoding import RowsDigest
 from semid.training.options import TrainOptions
 
-__all__ = ["RESULTS_FILE", "Grid", "Run", "read_results", "run_grid"]
+__all__ = ["GRID_FILES", "RESULTS_FILE", "Grid", "Run", "read_results", "run_grid"]
 
 RESULTS_FILE = "results.jsonl"
+GRID_FILES = (RESULTS_FILE, "tables.md", "tokenizers/")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,9 +143,11 @@ def run_grid(
         UsageError: a method needs embeddings and there are none.
     """
     place = Path(folder)
-    place.mkdir(parents=True, exist_ok=True)
+    if not place.exists():
+        with atomic_folder(place, grows=GRID_FILES):
+            pass
     results = place / RESULTS_FILE
-    settings = _settings(grid, data)
+    settings = _settings(grid, data, embeddings)
     done = {row["run"]: row for row in read_results(results)}
     wanted = {_key(run, settings): run for run in grid.runs()}
     missing = [key for key in wanted if key not in done]
@@ -200,13 +205,14 @@ def _one(
     return {**asdict(run), **figures}
 
 
-def _settings(grid: Grid, data: RankingData) -> str:
-    """Hash everything that all runs share."""
+def _settings(grid: Grid, data: RankingData, embeddings: EmbeddingSource | None) -> str:
+    """Hash everything that all runs share: options, every row of the data, every embedding."""
     document = {
         "protocol": data.protocol,
-        "rows": {name: len(rows) for name, rows in data.parts.items()},
-        "labels": {name: float(rows.label.sum()) for name, rows in data.parts.items()},
-        "items": len(data.schema.items),
+        "data": data_digest(data, data.parts),
+        "embeddings": None
+        if embeddings is None
+        else RowsDigest.of((block for _, block in embeddings.blocks(copy=False)), embeddings.ids),
         "architecture": {
             k: v for k, v in grid.architecture.to_dict().items() if k not in ("model", "fusion")
         },

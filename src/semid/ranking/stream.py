@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from semid.data.columns import require_column
-from semid.data.filesystems import open_parquet
 from semid.data.hashing import hash_strings
 from semid.data.parquet_files import ParquetFiles
 from semid.errors import InteractionsError, UsageError
+from semid.filesystems import open_parquet
 from semid.ranking.data import DataOptions
 from semid.ranking.labels import Label
 from semid.ranking.rows import Rows
@@ -51,6 +51,7 @@ class RankingStream:
         positives: ``(items + 1,)`` positive ones among them.
         protocol: as in `RankingData`.
         train_rows: training rows of an epoch.
+        log_digest: SHA-256 of what was read of the log, for a resume.
         scan: what the first pass found.
         buffer_rows: rows of the shuffle buffer.
     """
@@ -61,6 +62,7 @@ class RankingStream:
     positives: npt.NDArray[np.int64]
     protocol: str
     train_rows: int
+    log_digest: str
     scan: Scan
     buffer_rows: int = BUFFER_ROWS
 
@@ -128,6 +130,7 @@ class RankingStream:
             found.positives,
             found.protocol,
             found.train_rows,
+            found.log_digest,
             scan,
             buffer_rows,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,11 +12,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from semid.data.filesystems import open_parquet
 from semid.data.hashing import hash_strings, share_mask
 from semid.data.ids import ItemIds
 from semid.data.parquet_files import ParquetFiles
 from semid.errors import InteractionsError
+from semid.filesystems import open_parquet
 from semid.ranking.catalogue import read_item_columns
 from semid.ranking.data import COLD_SALT, DataOptions
 from semid.ranking.labels import Label
@@ -137,6 +138,7 @@ class ScanResult:
         positives: ``(items + 1,)`` positive ones among them.
         protocol: label, split, seed and features in one line.
         train_rows: training rows.
+        log_digest: SHA-256 of the columns that were read, for a resume.
     """
 
     schema: Schema
@@ -145,6 +147,7 @@ class ScanResult:
     positives: npt.NDArray[np.int64]
     protocol: str
     train_rows: int
+    log_digest: str
 
 
 def scan_log(scan: Scan, items: Any, id_column: str | None) -> ScanResult:
@@ -158,7 +161,9 @@ def scan_log(scan: Scan, items: Any, id_column: str | None) -> ScanResult:
     moments = {name: np.zeros(3) for name in options.dense}
     held: dict[int, list[pa.Table]] = {}
     train_rows = positives = 0
+    digest = hashlib.sha256()
     for table in scan.tables():
+        _add_to_digest(digest, table, scan)
         part, labels = scan.parts(table), scan.labels(table)
         for number in np.unique(part[part != TRAIN]).tolist():
             rows = pa.array(np.flatnonzero(part == number))
@@ -208,7 +213,18 @@ def scan_log(scan: Scan, items: Any, id_column: str | None) -> ScanResult:
         np.concatenate([[0], _counts(positive_items, catalogue, 1)]),
         _protocol(scan, schema),
         train_rows,
+        digest.hexdigest(),
     )
+
+
+def _add_to_digest(digest: Any, table: pa.Table, scan: Scan) -> None:
+    """Hash the values that training reads."""
+    for name in scan.columns:
+        column = table.column(name)
+        if pa.types.is_floating(column.type) or pa.types.is_decimal(column.type):
+            digest.update(column.cast(pa.float64()).to_numpy().tobytes())
+        else:
+            digest.update(hash_strings(_text(table, name, scan).fill_null("")).tobytes())
 
 
 def _text(table: pa.Table, name: str, scan: Scan) -> pa.Array:

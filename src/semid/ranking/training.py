@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from semid.artefact import fingerprint
 from semid.codes import SemanticIds
 from semid.errors import UsageError
 from semid.progress import Progress, QuietProgress
@@ -124,7 +125,7 @@ def train_ranker(
             "training": vars(options),
             "seed": seed,
         }
-        digest = _digest(parts, table)
+        digest = data_digest(data, parts, table)
         store = Checkpoint(checkpoint, key=run_key(settings, digest), resume=resume)
     result = train(
         task,
@@ -191,13 +192,24 @@ def training_device(wanted: str) -> torch.device:
     return torch.device(wanted)
 
 
-def _digest(parts: dict[str, Rows], table: CodeTable | None) -> str:
-    """Hash what is trained on, so that a resume on other data is refused."""
-    digest = hashlib.sha256()
+def data_digest(
+    data: RankingData | RankingStream, parts: Mapping[str, Rows], table: CodeTable | None = None
+) -> str:
+    """Hash everything that a run trains on, so that a resume on other data is refused.
+
+    Args:
+        data: vocabularies, item attributes, and for a stream the digest of the log it read.
+        parts: the rows in memory.
+        table: codes of the items.
+    """
+    digest = hashlib.sha256(fingerprint(data.schema.tensors()).encode())
+    digest.update(getattr(data, "log_digest", "").encode())
     for name, rows in sorted(parts.items()):
         digest.update(name.encode())
-        for tensor in (rows.user, rows.item, rows.label, rows.context, rows.dense):
-            digest.update(np.ascontiguousarray(tensor.cpu().numpy()).tobytes())
+        for column in (rows, rows.history):
+            for tensor in () if column is None else vars(column).values():
+                if isinstance(tensor, torch.Tensor):
+                    digest.update(np.ascontiguousarray(tensor.cpu().numpy()).tobytes())
     if table is not None:
         digest.update(np.ascontiguousarray(table.rows).tobytes())
     return digest.hexdigest()

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from semid.artefact import atomic_file, check_output
 from semid.errors import UsageError
 from semid.health import Verdict
+from semid.output import MARKDOWN_MARK, atomic_file, check_output
 
 __all__ = ["Diagnosis", "write_text"]
 
@@ -131,6 +131,8 @@ def write_text(path: str | os.PathLike[str], makers: Mapping[str, Any], *, overw
         raise UsageError(f"output '{target}' ends in '{target.suffix}'; end it in one of {known}")
     check_output(target, overwrite=overwrite)
     text = makers[target.suffix.lower()]()
+    if target.suffix.lower() == ".md":
+        text += f"\n{MARKDOWN_MARK}\n"
     with atomic_file(target, overwrite=overwrite) as work:
         work.write_text(text, encoding="utf8")
     return target

@@ -7,10 +7,11 @@ is refused instead of mixed.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-import shutil
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from semid.errors import ArtefactError, OutputExistsError
+from semid.output import atomic_file, check_state_folder, hold_state, remove_state_folder
 from semid.training.distributed import is_main
 
 __all__ = ["Checkpoint", "run_key"]
@@ -51,6 +53,12 @@ class Checkpoint:
         self.key = key
         self._state: tuple[dict[str, np.ndarray], dict[str, Any]] | None = None
         file = self.folder / STATE_FILE
+        if is_main():
+            check_state_folder(self.folder)
+            # Held until the run clears it or this object is gone.
+            self._hold = contextlib.ExitStack()
+            self._hold.enter_context(hold_state(self.folder))
+            weakref.finalize(self, self._hold.close)
         if file.exists() and not resume:
             if not is_main():
                 return  # it may be what the first process has begun already
@@ -68,7 +76,7 @@ class Checkpoint:
                 arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
             record = json.loads(metadata["record"])
             key = metadata["key"]
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
+        except (SafetensorError, OSError, KeyError, ValueError, RecursionError) as error:
             raise ArtefactError(
                 f"the checkpoint '{file}' cannot be read ({error}); delete '{self.folder}' "
                 "and start again"
@@ -89,17 +97,16 @@ class Checkpoint:
         """Replace the state atomically."""
         if not is_main():
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        work = self.folder / f".{STATE_FILE}.tmp"
-        save_file(
-            {name: np.ascontiguousarray(array) for name, array in arrays.items()},
-            work,
-            metadata={"key": self.key, "record": json.dumps(record)},
-        )
-        work.replace(self.folder / STATE_FILE)
+        with atomic_file(self.folder / STATE_FILE, mark=False) as work:
+            save_file(
+                {name: np.ascontiguousarray(array) for name, array in arrays.items()},
+                work,
+                metadata={"key": self.key, "record": json.dumps(record)},
+            )
 
     def clear(self) -> None:
         """Remove the folder: the run is complete and its result is saved."""
         if not is_main():
             return
-        shutil.rmtree(self.folder, ignore_errors=True)
+        remove_state_folder(self.folder)
+        self._hold.close()

@@ -16,9 +16,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from semid.artefact import atomic_folder
 from semid.data.source import write_npy
 from semid.errors import InputError, InteractionsError, MissingExtraError, UsageError
+from semid.output import atomic_folder
 
 __all__ = ["Release", "core_mask", "embed_texts", "item_text", "make_release", "open_text"]
 

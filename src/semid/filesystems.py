@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,8 @@ __all__ = [
     "fetched",
     "is_uri",
     "list_files",
+    "list_sizes",
+    "local_path",
     "open_parquet",
     "resolve",
     "send_folder",
@@ -38,6 +41,40 @@ FilePath = Path | str
 def is_uri(path: Any) -> bool:
     """Whether a path names a file system, as ``s3://bucket/items`` does."""
     return isinstance(path, str) and "://" in path
+
+
+def local_path(path: FilePath | os.PathLike[str]) -> Path | None:
+    """Return a path on this machine (``file://`` is one too), or None for another file system."""
+    text = os.fspath(path)
+    if text.startswith("file://"):
+        return Path(text.removeprefix("file://"))
+    return None if is_uri(text) else Path(text).expanduser()
+
+
+def list_sizes(path: FilePath) -> dict[str, int] | None:
+    """List all files below a folder, hidden ones too.
+
+    Returns:
+        Path below the folder -> bytes, or None if ``path`` is no folder. A symbolic link on this
+        machine is listed as a file; it is not followed.
+    """
+    location = local_path(path)
+    if location is not None:
+        if not location.is_dir():
+            return None
+        entries = location.rglob("*")
+        return {
+            entry.relative_to(location).as_posix(): entry.lstat().st_size
+            for entry in entries
+            if entry.is_symlink() or not entry.is_dir()
+        }
+    system, root = resolve(path)
+    root = root.rstrip("/")
+    if system.get_file_info(root).type == arrow_fs.FileType.File:
+        return None
+    selector = arrow_fs.FileSelector(root, recursive=True, allow_not_found=True)
+    files = [f for f in system.get_file_info(selector) if f.type == arrow_fs.FileType.File]
+    return {file.path.lstrip("/")[len(root.lstrip("/")) + 1 :]: file.size for file in files}
 
 
 def resolve(path: FilePath) -> tuple[Any, str]:
@@ -167,45 +204,72 @@ class Folder:
         """Whether there is anything at its path."""
         return bool(self._fs.get_file_info(self._inner).type != arrow_fs.FileType.NotFound)
 
-    def names(self) -> list[str]:
-        """Return the names of the files in it, sorted; hidden ones are left out."""
+    def names(self, *, hidden: bool = False) -> list[str]:
+        """Return the names of the files in it, sorted; hidden ones only if asked for."""
         selector = arrow_fs.FileSelector(self._inner, allow_not_found=True)
-        found = self._fs.get_file_info(selector)
-        names = [info.base_name for info in found if info.type == arrow_fs.FileType.File]
-        return sorted(name for name in names if name[0] not in "._")
+        entries = self._fs.get_file_info(selector)
+        names = [info.base_name for info in entries if info.type == arrow_fs.FileType.File]
+        return sorted(name for name in names if hidden or name[0] not in "._")
 
     def write(self, name: str, data: Any) -> None:
         """Write bytes or an Arrow buffer as one file, whole or not at all."""
-        local = isinstance(self._fs, arrow_fs.LocalFileSystem)
+        if isinstance(self._fs, arrow_fs.LocalFileSystem):
+            with self.stream(name) as stream:
+                stream.write(data)
+            return
         self._fs.create_dir(self._inner, recursive=True)
-        # Object stores show a file when its upload is complete; a disk shows it from the start.
-        # The process is in the name: two that write one file do not write into one another.
-        work = self._at(f".{name}.{os.getpid()}.tmp" if local else name)
-        with self._fs.open_output_stream(work) as stream:
+        with self._fs.open_output_stream(self._at(name)) as stream:  # shown when it is complete
             stream.write(data)
-        if local:
-            self._fs.move(work, self._at(name))
 
     @contextlib.contextmanager
     def stream(self, name: str) -> Iterator[Any]:
         """Open a file to be written in pieces; it appears when the block ends without an error."""
         self._fs.create_dir(self._inner, recursive=True)
-        work = self._at(f".{name}.{os.getpid()}.tmp")
+        if not isinstance(self._fs, arrow_fs.LocalFileSystem):
+            # Object stores show a file when its upload is complete. An upload that fails is
+            # completed by closing the stream, so it goes to another name first.
+            work = self._at(f".{name}.{secrets.token_hex(8)}.tmp")
+            try:
+                with self._fs.open_output_stream(work) as stream:
+                    yield stream
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    self._fs.delete_file(work)
+                raise
+            self._fs.move(work, self._at(name))
+            return
+        # A random name that is made exclusively: no link is followed, no other writer shares it.
+        file = Path(self._at(f".{name[:100]}.{secrets.token_hex(8)}.tmp"))
         try:
-            with self._fs.open_output_stream(work) as stream:
-                yield stream
-        except BaseException:
-            with contextlib.suppress(OSError):
-                self._fs.delete_file(work)
-            raise
-        self._fs.move(work, self._at(name))
+            with file.open("xb") as local:
+                yield local
+            file.replace(self._at(name))
+        finally:
+            file.unlink(missing_ok=True)
+
+    def exists_file(self, name: str) -> bool:
+        """Whether it holds a file of this name."""
+        return bool(self._fs.get_file_info(self._at(name)).type == arrow_fs.FileType.File)
 
     def read(self, name: str) -> bytes | None:
         """Return the bytes of a file, or None if it is absent."""
-        if self._fs.get_file_info(self._at(name)).type != arrow_fs.FileType.File:
+        if not self.exists_file(name):
             return None
         with self._fs.open_input_stream(self._at(name)) as stream:
             return bytes(stream.read())
+
+    def read_ends(self, name: str, size: int) -> tuple[bytes, bytes, bytes]:
+        """Return a file's length as text, its first ``size`` bytes and its last ``size`` bytes."""
+        with self._fs.open_input_file(self._at(name)) as file:
+            length = file.size()
+            first = bytes(file.read_at(min(size, length), 0))
+            start = max(0, length - size)
+            return str(length).encode(), first, bytes(file.read_at(length - start, start))
+
+    def remove_file(self, name: str) -> None:
+        """Remove a file if it is there."""
+        with contextlib.suppress(OSError):
+            self._fs.delete_file(self._at(name))
 
     def write_table(self, name: str, table: pa.Table) -> None:
         """Write a table as one Parquet file, whole or not at all; it is made in memory first."""
