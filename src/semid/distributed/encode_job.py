@@ -192,7 +192,7 @@ class Output:
 
     def finished(self) -> set[str]:
         """Return the names of the units that are done."""
-        return {name.removesuffix(".json") for name in self.parts.names() if name[-5:] == ".json"}
+        return {n.removesuffix(".json") for n in self.parts.names() if n.endswith(".parquet.json")}
 
     def publish(self, done: Sequence[Done], schema: pa.Schema, *, overwrite: bool) -> None:
         """Put the files in their place, in row order, and end the run.
