@@ -32,6 +32,7 @@ FLAGS = (
     "brand", "title", "user_id", "rating>=3", "rating>=nan", "sampled(uniform,0)", "sampled(x,1)",
     "0.5,0.5,0", "1,0,0", "nan,1,1", "time", "leave-last-out", "device", "price", "all", "append",
 )  # fmt: skip
+MINE = ("notes.txt", "../beside.txt")  # files of the user
 LONG_RUNS = SLOW | {"rounds", "annealing_rounds", "seeds", "scales"}
 LEAVE_OUT = {
     "help",
@@ -117,7 +118,7 @@ def flags(random: Random, bench: Bench, work: Path) -> Case:
             extra.append(name)
             continue
         long = option.name in LONG_RUNS
-        text = random.choice(SHORT_FLAGS if long else FLAGS)
+        text = random.choice(SHORT_FLAGS if long else (*FLAGS, *MINE))
         if option.name == "engine" and text == "ray":
             continue
         inputs = ("items", "ids", "embeddings", "interactions", "relations", "model", "catalogue")
@@ -169,7 +170,7 @@ def overwrite(random: Random, bench: Bench, work: Path) -> Case:
     )  # fmt: skip
     replaceable: list[Path] = []
     place = out
-    mine = work / "notes"
+    mine = work / "mine"
     if what == "folder":  # the user's, nothing of semid in it
         out.mkdir()
         (out / "thesis.txt").write_text("years of work", encoding="utf8")
@@ -183,7 +184,7 @@ def overwrite(random: Random, bench: Bench, work: Path) -> Case:
         (out / "thesis.txt").write_text("years of work", encoding="utf8")
     elif what == "file":
         out.write_bytes(b"a file by this name")
-        replaceable = [out]
+        replaceable = [] if _writes_folder(command) else [out]
     elif what == "empty":
         random.choice((out.mkdir, out.touch))()
         replaceable = [out]
@@ -192,6 +193,7 @@ def overwrite(random: Random, bench: Bench, work: Path) -> Case:
             mine.mkdir()
             (mine / "thesis.txt").write_text("years of work", encoding="utf8")
         out.symlink_to(mine)
+        replaceable = [out]  # the link, not what it leads to
     elif what in ("dot", "parent"):
         place = Path("." if what == "dot" else "..")
         (work / "thesis.txt").write_text("years of work", encoding="utf8")
@@ -221,6 +223,12 @@ def overwrite(random: Random, bench: Bench, work: Path) -> Case:
         replaceable = [place]  # a bundle grows
     text = " ".join(map(str, (*command, *extra)))
     return Case(f"{what}: {text}", cli(*command, *extra), outputs=replaceable)
+
+
+def _writes_folder(command: list[Any]) -> bool:
+    if command[0] == "export":
+        return command[command.index("--to") + 1] in ("openonerec", "huggingface", "fuxictr")
+    return command[0] in ("fit", "refine", "rank", "refresh", "prepare")
 
 
 # Runs that were stopped ----------------------------------------------------------------------

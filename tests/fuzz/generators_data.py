@@ -204,7 +204,7 @@ def frame(random: Random, bench: Bench, work: Path) -> Case:
         options["id_column"] = random.choice(("item_id", "embedding", "nothing", ""))
     if random.random() < 0.1:
         options["embedding_column"] = random.choice(("embedding", "item_id", "twin", "", "nothing"))
-    file = work / random.choice(("x.parquet", "x.pq", "folder/a.parquet"))
+    file, broken = work / random.choice(("x.parquet", "x.pq", "folder/a.parquet")), False
     place = random.choice(("memory", "file", "cli")) if isinstance(table, pa.Table) else "memory"
     text = f"{words} of {storage}, {count} rows, ids {ids.type}, {options}, {place}"
     if place != "memory":
@@ -213,6 +213,10 @@ def frame(random: Random, bench: Bench, work: Path) -> Case:
             pq.write_table(table, file, row_group_size=random.choice((1, 3, 1000)))
         except (pa.ArrowException, NotImplementedError):
             place = "memory"
+        broken = place != "memory" and random.random() < 0.15
+        if broken:
+            file.write_bytes(mutate_bytes(random, file.read_bytes()))
+            text += ", bytes changed"
         if file.parent != work:
             file = file.parent
 
@@ -226,7 +230,7 @@ def frame(random: Random, bench: Bench, work: Path) -> Case:
         return bench.model("rqkmeans").encode(source)
 
     def check(result: SemanticIds) -> None:
-        if options.get("embedding_column", "embedding") != "embedding":
+        if broken or options.get("embedding_column", "embedding") != "embedding":
             return
         usable = [n for n, row in enumerate(truth) if row is not None]
         expect(len(usable) == count or skip, "rows that cannot be used were accepted")
@@ -259,7 +263,8 @@ def _container(
         if shape == "arrow":
             series = pd.Series(pa.array(rows, pa.list_(value_type)), dtype=object)
         data = pd.DataFrame({"embedding": series})
-        data["item_id"] = ids.to_pandas()
+        view = ids.type == pa.string_view()  # which pandas does not have
+        data["item_id"] = (ids.cast(pa.string()) if view else ids).to_pandas()
         if random.random() < 0.2:
             data = data.set_index("item_id")
         return data, f"pandas of {shape}"
