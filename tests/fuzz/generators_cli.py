@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from bench import DIM, ITEMS, LEVELS, SIZE, Bench
 from fuzzing import Case, cli, expect
-from generators_files import SLOW, in_range
-from values import OBJECTS, TEXTS, mutate_file, pick, rows_of, value
+from generators_files import in_range
+from values import OBJECTS, SLOW, TEXTS, mutate_file, pick, rows_of, value
 
 import semid
 from semid.codes import SemanticIds
@@ -33,7 +33,6 @@ FLAGS = (
     "0.5,0.5,0", "1,0,0", "nan,1,1", "time", "leave-last-out", "device", "price", "all", "append",
 )  # fmt: skip
 MINE = ("notes.txt", "../beside.txt")  # files of the user
-LONG_RUNS = SLOW | {"rounds", "annealing_rounds", "seeds", "scales"}
 LEAVE_OUT = {
     "help",
     "output",
@@ -117,7 +116,7 @@ def flags(random: Random, bench: Bench, work: Path) -> Case:
         if option.is_flag:
             extra.append(name)
             continue
-        long = option.name in LONG_RUNS
+        long = option.name in SLOW
         text = random.choice(SHORT_FLAGS if long else (*FLAGS, *MINE))
         if option.name == "engine" and text == "ray":
             continue
@@ -149,7 +148,9 @@ def flags(random: Random, bench: Bench, work: Path) -> Case:
         elif out.suffix == ".json" and out.exists():
             json.loads(out.read_text(encoding="utf8"), parse_constant=_refuse)
 
-    shown = [f"{a}".replace(str(bench.path), "BENCH")[:40] for a in (*command, *extra)]
+    paths = str(bench.path), f"{work}/"
+    words = [f"{a}".replace(paths[0], "BENCH").replace(paths[1], "") for a in (*command, *extra)]
+    shown = [word[:60] for word in words]
     partial = out.with_name(out.name + ".partial")
     return Case(" ".join(shown), call, check, outputs=[out, partial])
 

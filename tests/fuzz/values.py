@@ -29,6 +29,10 @@ OBJECTS: tuple[Any, ...] = (
     None, True, False, "", "2", "nan", "auto", [], {}, [1, 2], [2, -1], ["a"], {"a": 1}, (), (8, 8),
     b"x", [[1]], np.float32(2.0), np.int64(2), np.array([1, 2]),
 )  # fmt: skip
+SLOW = {"epochs", "levels", "n_codebooks", "iterations", "restarts", "trials", "rounds",
+        "annealing_rounds", "seeds", "scales"}  # fmt: skip
+"""Options and arguments whose large values only take long, which is no fault."""
+
 JSON_BODIES: tuple[bytes, ...] = (
     b"", b"{", b"null", b"[]", b"{}", b"0", b'"x"', b"[" * 100_000, b'{"a":' * 50_000, b"1" * 6000,
     b"NaN", b'{"0": NaN}', b"\xff\xfe{\x00}\x00", b"\xef\xbb\xbf{}", b"\x80", b'{"0":1,"0":2}',
