@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 MARKS ?= not slow and not gpu and not browser
 
-.PHONY: demo test slow browser bench quick docs results lint format clean
+.PHONY: demo test slow browser fuzz bench quick docs results lint format clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +27,9 @@ slow: $(READY)  ## tests on real data at full size, minutes
 
 browser: $(READY)  ## tests of the pages in headless Chromium
 	$(BIN)/python -m pytest -m "browser and not slow"
+
+fuzz: $(READY)  ## 20,000 broken inputs and odd options: counts, and each kind of failure
+	$(BIN)/python tests/fuzz --examples 20000 --processes 2
 
 bench: $(READY)  ## speed and quality beside the peers, into benchmarks/results: half an hour
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,bench]'
