@@ -89,9 +89,10 @@ def blobs(
 
 
 def healthy(**options: Any) -> tuple[np.ndarray, FixedResidual]:
-    """Return rows and a tokenizer that fits them."""
+    """Return rows and a tokenizer that fits them, with many more ids than rows."""
     x, centres, offsets = blobs(**options)
-    return x, FixedResidual(centres, offsets)
+    fine = np.random.default_rng(1).normal(size=(64, x.shape[1])).astype(np.float32) * 0.1
+    return x, FixedResidual(centres, offsets, fine)
 
 
 def titles(items: int, *, hostile: bool = False) -> pa.Table:
