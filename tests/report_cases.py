@@ -91,8 +91,9 @@ def blobs(
 def healthy(**options: Any) -> tuple[np.ndarray, FixedResidual]:
     """Return rows and a tokenizer that fits them, with many more ids than rows."""
     x, centres, offsets = blobs(**options)
-    fine = np.random.default_rng(1).normal(size=(64, x.shape[1])).astype(np.float32) * 0.1
-    return x, FixedResidual(centres, offsets, fine)
+    rng = np.random.default_rng(1)
+    fine = rng.normal(size=(32, x.shape[1])).astype(np.float32) * 0.4
+    return x + fine[rng.integers(0, 32, len(x))], FixedResidual(centres, offsets, fine)
 
 
 def titles(items: int, *, hostile: bool = False) -> pa.Table:

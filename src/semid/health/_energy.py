@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from semid.health._thresholds import ENERGY_TOP
+from semid.health._thresholds import ENERGY_TIMES_MEDIAN
 
 __all__ = ["Concentration", "EnergyCounter", "ErrorSums", "Inputs"]
 
@@ -46,21 +46,19 @@ class ErrorSums:
 
 @dataclass(frozen=True)
 class Concentration:
-    """How much of the variance lies in the few rows or columns that hold most of it.
+    """The rows or columns far above the median in squared distance to the mean.
 
     Attributes:
-        count: rows or columns singled out.
+        count: rows or columns above `ENERGY_TIMES_MEDIAN` times the median.
         total: rows or columns in all.
-        excess: share of the variance in the largest hundredth (at least one), less the share
-            of an even spread.
-        share: share of the variance in the ``count`` singled out.
-        rest_error: relative error of all others; None where these are all equal.
-        columns: the columns singled out, the widest first; empty for rows.
+        share: their share of the variance.
+        rest_error: relative error of all others, of rows about their own mean; None where all
+            others are equal.
+        columns: the columns, the widest first; empty for rows.
     """
 
     count: int
     total: int
-    excess: float
     share: float
     rest_error: float | None
     columns: tuple[int, ...] = ()
@@ -175,19 +173,16 @@ class EnergyCounter:
         )
 
     def _row_concentration(self) -> Concentration | None:
-        spread = sum(each.sums.spread for each in self._bins.values())
-        count = self.count
-        if spread <= 0:
+        bins = sorted(self._bins.items())
+        rows = np.array([each.sums.rows for _, each in bins])
+        if not bins or not any(each.sums.spread for _, each in bins):
             return None
-        top = math.ceil(ENERGY_TOP * count)
-        rows, inside = 0, 0.0  # rows seen, and the variance in the first `top` of them
+        median = bins[int(np.searchsorted(np.cumsum(rows), rows.sum() / 2))][0]
+        edge = median + math.ceil(2.0 * math.log2(ENERGY_TIMES_MEDIAN))
         few, rest = ErrorSums(), ErrorSums()
         shift = np.zeros(len(self.mean))  # sum of x - mean over the rest
-        for _, each in sorted(self._bins.items(), reverse=True):
-            share = min(1.0, max(top - rows, 0) / each.sums.rows)  # rows of a bin count as equal
-            inside += share * each.sums.spread
-            rows += each.sums.rows
-            if rows <= top or few.spread < 0.5 * spread:
+        for size, each in bins:
+            if size >= edge:
                 few.add_(each.sums)
             else:
                 rest.add_(each.sums)
@@ -195,28 +190,23 @@ class EnergyCounter:
         own = rest.spread - float(shift @ shift) / max(rest.rows, 1)  # about the rest's own mean
         return Concentration(
             count=few.rows,
-            total=count,
-            excess=inside / spread - top / count,
-            share=few.spread / spread,
+            total=self.count,
+            share=few.spread / (few.spread + rest.spread),
             # What cancelling leaves of a spread of 0 is no spread.
             rest_error=rest.squared / own if own > 1e-12 * rest.spread else None,
         )
 
     def _column_concentration(self) -> Concentration | None:
-        spread = float(self.column_spread.sum())
-        if spread <= 0:
+        spread = self.column_spread
+        if not spread.any():
             return None
-        width = len(self.mean)
-        top = math.ceil(ENERGY_TOP * width)
-        order = np.argsort(-self.column_spread, kind="stable")
-        share = float(self.column_spread[order[:top]].sum()) / spread
-        rest = order[top:]
-        other = float(self.column_spread[rest].sum())
+        few = spread > ENERGY_TIMES_MEDIAN * np.median(spread[spread > 0])
+        rest = float(spread[~few].sum())
+        order = np.argsort(-spread, kind="stable")[: int(few.sum())]
         return Concentration(
-            count=top,
-            total=width,
-            excess=share - top / width,
-            share=share,
-            rest_error=float(self.column_error[rest].sum()) / other if other > 0 else None,
-            columns=tuple(map(int, order[:top])),
+            count=len(order),
+            total=len(spread),
+            share=float(spread[few].sum()) / float(spread.sum()),
+            rest_error=float(self.column_error[~few].sum()) / rest if rest > 0 else None,
+            columns=tuple(map(int, order)),
         )

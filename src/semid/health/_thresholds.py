@@ -13,8 +13,9 @@ __all__ = [
     "DEAD_CODES",
     "DUPLICATES",
     "ENERGY_ERROR",
+    "ENERGY_FEW",
     "ENERGY_SHARE",
-    "ENERGY_TOP",
+    "ENERGY_TIMES_MEDIAN",
     "ERROR",
     "FILLING",
     "GEOMETRY",
@@ -31,11 +32,14 @@ __all__ = [
 
 Severity = Literal["note", "warning", "unhealthy"]
 
-NEAR = 1.25
-"""A figure within this factor of a warning is noted: 0.24 and 0.26 are not opposites."""
+NEAR = 1.1
+"""A figure within this factor of a warning is noted: shares of 0.24 and 0.26 are much alike."""
 
-ENERGY_TOP = 0.01
-"""The rows farthest from the mean, or the widest columns, whose part in the variance is judged."""
+ENERGY_TIMES_MEDIAN = 100.0
+"""Rows (in half octaves) and columns stand out whose part of the variance is so many medians."""
+
+ENERGY_FEW = 0.05
+"""Share of the rows or columns up to which those that stand out are few."""
 
 ROWS_PER_CODEWORD = 39
 """Training rows per codeword below which a fit warns; faiss' K-means asks for as many."""
@@ -147,8 +151,8 @@ ERROR = Threshold(
     "relative error, of held-out items where there are any",
     warning=0.7,
     unhealthy=0.85,
-    reason="Published tokenizers stand at 0.30 to 0.64 on four catalogues of text embeddings, and "
-    "K-means with 16 codewords on one level at 0.78: beyond 0.85, 24 bits tell less than 4 could.",
+    reason="Published tokenizers stand at 0.27 to 0.66 on four catalogues of text embeddings, and "
+    "K-means with 16 codewords on one level at 0.80: codes beyond 0.85 tell less than 4 bits can.",
 )
 OVERFIT = Threshold(
     "overfit",
@@ -159,11 +163,11 @@ OVERFIT = Threshold(
 )
 ENERGY_SHARE = Threshold(
     "few-rows, few-columns",
-    f"share of the variance in {ENERGY_TOP:.0%} of the rows or columns (at least one), less "
-    "their even share",
+    f"share of the variance in rows or columns beyond {ENERGY_TIMES_MEDIAN:g} times the median, "
+    f"where these are at most {ENERGY_FEW:g} of all (or a single one)",
     warning=0.5,
     reason="Fits minimize the squared error, so codes follow whatever holds most of the variance. "
-    "Text embeddings stand at 0.01 (rows) and 0.03 (columns); half and more is a fault of scale.",
+    "Four catalogues of text embeddings stand at 0; half and more is a fault of scale.",
 )
 ENERGY_ERROR = Threshold(
     "few-rows, few-columns",

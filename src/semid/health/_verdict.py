@@ -18,6 +18,7 @@ from semid.health._thresholds import (
     DEAD_CODES,
     DUPLICATES,
     ENERGY_ERROR,
+    ENERGY_FEW,
     ENERGY_SHARE,
     ERROR,
     FILLING,
@@ -334,11 +335,13 @@ def _concentration_findings(
     c: Concentration, name: str, unit: str, why: str, advice: str
 ) -> list[Finding]:
     """Judge variance that lies in a few rows or columns."""
+    if c.count > max(ENERGY_FEW * c.total, 1.0):
+        return []
     rest = (
         "" if c.rest_error is None else f"; the relative error of all others is {c.rest_error:.3f}"
     )
     what = f"{c.count:,} of {c.total:,} {unit} hold {c.share:.1%} of the variance{rest}"
-    findings = graded(ENERGY_SHARE, c.excess, what, why, advice, name=name)
+    findings = graded(ENERGY_SHARE, c.share, what, why, advice, name=name)
     # A finding on scale alone is a warning: where the codes still describe the rest, they are fit
     # for use. The error of the rest says whether they do.
     if findings and findings[0].name == name and c.rest_error is not None:
