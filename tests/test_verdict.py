@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,8 @@ import torch
 import semid
 from report_cases import FixedResidual, blobs
 from semid.catalogue.refresh import refresh
+from semid.cli import main
+from semid.cli.demo import demo
 from semid.data.ids import held_out_mask
 from semid.health import (
     NEAR,
@@ -294,7 +297,7 @@ def test_a_level_of_codewords_at_one_point_is_unhealthy_right_after_the_fit(norm
     assert ("overlapping-codewords", 2) in {(f.name, f.level) for f in found}
 
 
-@pytest.mark.parametrize(("used", "healthy"), [(2, False), (12, True)])
+@pytest.mark.parametrize(("used", "healthy"), [(7, False), (9, True)])
 def test_a_collapsed_level_makes_a_checkpoint_unhealthy(used, healthy):
     book = Codebook(64, 2, rule=UpdateRule(), seed=0, name=0)
     book.used[:used] = 1000
@@ -344,6 +347,19 @@ def test_errors_of_unknown_rows_are_not_called_training_errors(normal):
     assert set(again.reconstruction["relative_error"]) == {"all", "training"}
 
 
+@pytest.mark.parametrize(("times", "count"), [(50, 0), (200, 1)])
+def test_rows_and_columns_stand_out_at_a_hundred_medians(times, count):
+    signs = np.where(np.arange(400) % 2, 1.0, -1.0)[:, None]
+    x = np.tile(signs, (1, 20)).astype(np.float32)
+    columns, rows = x.copy(), x.copy()
+    columns[:, 3] *= np.sqrt(times)
+    rows[5] *= np.sqrt(times)
+    for part, name in ((columns, "columns"), (rows, "rows")):
+        counter = EnergyCounter(np.zeros(20))
+        counter.update(part, part)
+        assert getattr(counter.result(), name).count == count
+
+
 def test_counters_of_parts_add_up(normal):
     other = normal + 0.1
     whole, first, second = (EnergyCounter(normal.mean(0)) for _ in range(3))
@@ -372,3 +388,14 @@ def test_few_rows_per_codeword_are_said_once_before_a_fit(normal, caplog, rows, 
     assert len(said) == lines
     for text in said:
         assert "--codebook-size 7 (codebook_size)" in text
+
+
+def test_the_command_line_says_it_once_and_the_demo_not_at_all(normal, tmp_path, capsys):
+    np.save(tmp_path / "x.npy", normal[:300])
+    options = ["--levels", "1", "--codebook-size", "16", "-o", str(tmp_path / "m"), "-q"]
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", str(tmp_path / "x.npy"), *options])
+    assert not ended.value.code
+    assert capsys.readouterr().err.count("rows per codeword") == 1
+    defaults = {name: each.default for name, each in signature(demo).parameters.items()}
+    assert 0.95 * defaults["items"] >= ROWS_PER_CODEWORD * defaults["codebook_size"]
