@@ -89,9 +89,11 @@ def blobs(
 
 
 def healthy(**options: Any) -> tuple[np.ndarray, FixedResidual]:
-    """Return rows and a tokenizer that fits them."""
+    """Return rows and a tokenizer that fits them, with many more ids than rows."""
     x, centres, offsets = blobs(**options)
-    return x, FixedResidual(centres, offsets)
+    rng = np.random.default_rng(1)
+    fine = rng.normal(size=(32, x.shape[1])).astype(np.float32) * 0.4
+    return x + fine[rng.integers(0, 32, len(x))], FixedResidual(centres, offsets, fine)
 
 
 def titles(items: int, *, hostile: bool = False) -> pa.Table:

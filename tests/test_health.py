@@ -182,10 +182,11 @@ def judge(codes, sizes, **options):
     return verdict(usage(codes, sizes), collisions(codes), **options)
 
 
-def test_even_codes_are_healthy_even_when_short_ids_must_collide():
+def test_even_codes_are_healthy_where_ids_suffice_for_the_items():
     rng = np.random.default_rng(0)
     assert judge(rng.integers(0, 256, (5000, 3)), 256).level == "healthy"
-    assert judge(rng.integers(0, 64, (5000, 1)), 64).level == "healthy"
+    short = judge(rng.integers(0, 64, (5000, 1)), 64)
+    assert [(f.name, f.severity) for f in short.findings] == [("small-id-space", "warning")]
     assert judge(rng.integers(0, 4096, (40, 3)), 4096).level == "healthy"  # fewer items than codes
     assert judge(np.zeros((1, 3), np.uint16), 256).level == "healthy"
 

@@ -116,7 +116,10 @@ class Drift:
                 f"perplexity {level.perplexity_before:.1f} -> {level.perplexity_after:.1f}, "
                 f"effective size {level.effective_before:.1f} -> {level.effective_after:.1f}"
             )
-        lines.append(f"  relative error: {self.error_before:.4f} -> {self.error_after:.4f}")
+        lines.append(
+            f"  quantization error over the first snapshot's variance: {self.error_before:.4f} -> "
+            f"{self.error_after:.4f}"
+        )
         new = "" if self.novel_new is None else f", {self.novel_new:.1%} of the new ones"
         lines.append(f"  beyond 99 % of the training distribution: {self.novel_after:.1%}{new}")
         if self.changed is not None:

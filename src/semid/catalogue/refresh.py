@@ -26,11 +26,12 @@ from semid.codes import CodesInfo, SemanticIds
 from semid.data.embeddings import EmbeddingSource, open_embeddings
 from semid.data.ids import held_out_mask
 from semid.errors import InputError, UsageError
-from semid.health import collisions
+from semid.health import ErrorSums, collisions
 from semid.progress import Progress, QuietProgress
 from semid.quantization.blocks import BLOCK_ROWS
 from semid.tokenizers.base import HELD_OUT_SALT, Tokenizer
 from semid.tokenizers.context import item_weights
+from semid.tokenizers.scan import mean_row
 
 __all__ = ["Generation", "Refresh", "RefreshReport", "refresh"]
 
@@ -44,8 +45,10 @@ class Generation:
     Attributes:
         name: ``previous``, ``refreshed`` (its own codes), ``published`` (what is given out),
             ``fresh`` (a fit from scratch) or ``fresh, matched`` (the same, renumbered).
-        error: relative error ``|x - x_hat|^2 / |x - mean|^2`` over all items.
-        held_out_error: the same over the items that fits hold out; None without any.
+        error: relative error ``sum |x - x_hat|^2 / sum |x - mean|^2`` over all items, with their
+            mean.
+        held_out_error: the same over the items that fits hold out, with the same mean; None
+            without any.
         collision_rate: ``1 - unique/N`` of these codes.
         shared_share: share of items in shared buckets.
         churn: against the ids published before, without an appended token, and before a
@@ -333,34 +336,35 @@ def _publish(
 def _judge(
     source: EmbeddingSource, ways: list[tuple[str, Tokenizer, Codes]], both: _Both
 ) -> tuple[Generation, ...]:
-    """Measure the errors of all ways in one pass over the embeddings."""
+    """Measure the errors of all ways; the first pass over the embeddings is for their mean."""
     held = held_out_mask(source.ids, ways[0][1].validation_fraction, salt=HELD_OUT_SALT)
-    error = np.zeros((len(ways), 2))
-    total, squares = np.zeros(source.dim), np.zeros(2)
-    rows = np.array([len(source), held.sum()])
+    mean = mean_row(source)
+    errors = [(ErrorSums(), ErrorSums()) for _ in ways]
     for start, x in source.blocks(BLOCK_ROWS):
         span = slice(start, start + len(x))
-        total += x.sum(axis=0, dtype=np.float64)
-        squares[0] += np.einsum("nd,nd->", x, x, dtype=np.float64)
-        for way, (_, tokenizer, codes) in enumerate(ways):
-            left = x - tokenizer.decode(codes[span].astype(np.int64))
-            each = np.einsum("nd,nd->n", left, left, dtype=np.float64)
-            error[way] += each.sum(), each[held[span]].sum()
-    variance = squares[0] / rows[0] - float((total / rows[0]) @ (total / rows[0]))
+        spread = _squared_norms(x - mean)
+        for (whole, held_out), (_, tokenizer, codes) in zip(errors, ways, strict=True):
+            squared = _squared_norms(x - tokenizer.decode(codes[span].astype(np.int64)))
+            for sums, rows in ((whole, slice(None)), (held_out, held[span])):
+                each = float(squared[rows].sum()), float(spread[rows].sum())
+                sums.add_(ErrorSums(len(squared[rows]), *each))
     result = []
-    for way, (name, _, codes) in enumerate(ways):
+    for (whole, held_out), (name, _, codes) in zip(errors, ways, strict=True):
         counted = collisions(codes)
         moved = churn(both.old, codes[both.rows].astype(np.int64), weights=both.weights)
         result.append(
             Generation(
                 name=name,
-                error=float(error[way, 0] / rows[0] / variance) if variance > 0 else 0.0,
-                held_out_error=float(error[way, 1] / rows[1] / variance)
-                if rows[1] and variance > 0
-                else None,
+                error=whole.relative or 0.0,
+                held_out_error=held_out.relative,
                 collision_rate=counted.collision_rate,
                 shared_share=counted.shared_share,
                 churn=None if name == "previous" else moved,
             )
         )
     return tuple(result)
+
+
+def _squared_norms(rows: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    norms: npt.NDArray[np.float64] = np.einsum("nd,nd->n", rows, rows, dtype=np.float64)
+    return norms

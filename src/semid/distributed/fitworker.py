@@ -35,15 +35,13 @@ class Look:
 
     Attributes:
         train: training rows of each unit.
-        sums: ``(dim,)`` float64 sum of the training rows.
-        squares: sum of their squared values.
+        sums: ``(dim,)`` float64 sum of all rows.
         few: the smallest hashes of different rows, at most as many as there are codewords.
         digests: one digest a unit of its rows and of who is held out.
     """
 
     train: list[int]
     sums: npt.NDArray[np.float64]
-    squares: float
     few: npt.NDArray[np.uint64]
     digests: list[str]
 
@@ -86,15 +84,12 @@ class FitWorker:
         """
         train, digests, hashes = [], [], [np.empty(0, np.uint64)]
         sums: npt.NDArray[np.float64] | float = 0.0
-        squares = 0.0
         for unit in self.units:
             source = self.catalogue.source([unit])
             kept = ~held_out_mask(source.ids, self.held_out, salt=HELD_OUT_SALT)
             digest = hashlib.sha256(np.packbits(kept).tobytes())
-            for start, block in source.blocks():
-                own = block[kept[start : start + len(block)]]
-                sums = sums + own.sum(axis=0, dtype=np.float64)
-                squares += float(np.einsum("nd,nd->", own, own, dtype=np.float64))
+            for _, block in source.blocks():
+                sums = sums + block.sum(axis=0, dtype=np.float64)
                 found = row_hashes(block)
                 digest.update(found.tobytes())
                 hashes.append(found)
@@ -102,7 +97,7 @@ class FitWorker:
             digests.append(digest.hexdigest())
         self._hashes = np.concatenate(hashes)
         few = np.unique(self._hashes)[: self.codes]
-        return Look(train, np.asarray(sums), squares, few, digests)
+        return Look(train, np.asarray(sums), few, digests)
 
     def load(self, units: Sequence[Unit], skip: int, first_row: int, rows: int) -> int:
         """Take a shard of the training rows.
@@ -136,16 +131,16 @@ class FitWorker:
         """Add up the nodes of two neighbours; what comes from elsewhere is not written to."""
         return merge_nodes([copy.deepcopy(left), right])
 
-    def judge(self, model: Mapping[str, Any], variance: float) -> HealthCounter:
+    def judge(self, model: Mapping[str, Any], mean: npt.NDArray[np.float64]) -> HealthCounter:
         """Encode and decode the units' rows, and count.
 
         Args:
             model: what `describe_tokenizer` gave.
-            variance: mean squared distance of all training rows to their mean.
+            mean: ``(dim,)`` mean of all rows.
         """
         tokenizer = revive_tokenizer(model)
         tokenizer.threads = self.threads  # type: ignore[attr-defined]
-        counter = HealthCounter(tokenizer.codebook_sizes, variance)
+        counter = HealthCounter(tokenizer.codebook_sizes, mean)
         done = 0
         for unit in self.units:
             source = self.catalogue.source([unit])

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from semid.distributed.fitworker import FitWorker, Look, describe_tokenizer
 from semid.distributed.ray_start import RayOptions, check_slots, check_store, connect
@@ -25,6 +26,7 @@ from semid.progress import Progress, QuietProgress
 from semid.quantization.rows import Rows
 from semid.tokenizers.fitreport import FitReport
 from semid.tokenizers.rqkmeans import RQKMeans
+from semid.tokenizers.scan import check_enough
 from semid.training.checkpoint import Checkpoint, run_key
 from semid.training.gathering import shard_spans
 
@@ -125,7 +127,7 @@ def fit_on_ray(
     began = time.monotonic()
     catalogue.check_local(what="a worker", several=True)
     units = catalogue.units()
-    _refuse_few(tokenizer, len(catalogue))
+    check_enough(len(catalogue), tokenizer.codebook_sizes)
     ray = connect(options)
     workers = check_slots(ray, options)
     shares = [share for share in share_units(units, workers) if share]
@@ -146,7 +148,12 @@ def fit_on_ray(
         train = [count for look in looks for count in look.train]
         trained = sum(train)
         distinct = len(np.unique(np.concatenate([look.few for look in looks])))
-        _refuse_few(tokenizer, distinct, trained)
+        check_enough(
+            distinct,
+            tokenizer.codebook_sizes,
+            trained=trained,
+            held_out=tokenizer.validation_fraction,
+        )
         store = None
         if checkpoint is not None:
             digest = hashlib.sha256("".join(d for k in looks for d in k.digests).encode())
@@ -155,10 +162,9 @@ def fit_on_ray(
         loads, spans = shard_loads(units, train, len(shares))
         team.load(loads, spans)
         levels = tokenizer.fit_rows(Rows(team, dim=dim), store=store, progress=steps)
-        mean = sum((look.sums for look in looks), np.zeros(dim)) / trained
-        variance = max(sum(look.squares for look in looks) / trained - float(mean @ mean), 0.0)
+        mean = sum((look.sums for look in looks), np.zeros(dim)) / len(catalogue)
         steps.start("judge", total=len(catalogue))
-        tokenizer.report = _judge(team, tokenizer, variance, levels, trained, began)
+        tokenizer.report = _judge(team, tokenizer, mean, levels, trained, began)
         steps.step(len(catalogue))
         rows = tuple(last - first for first, last in spans)
         return RayFit(len(shares), rows, team.crew.lost, team.sent, team.received, team.passed)
@@ -192,21 +198,6 @@ class _Maker:
         )
 
 
-def _refuse_few(tokenizer: RQKMeans, distinct: int, trained: int | None = None) -> None:
-    largest = max(tokenizer.codebook_sizes)
-    if distinct < largest:
-        raise EmbeddingError(
-            f"{distinct} distinct rows cannot fill codebook_size={largest}; give more items or a "
-            "smaller --codebook-size (codebook_size)"
-        )
-    if trained is not None and trained < largest:
-        raise EmbeddingError(
-            f"{trained} training rows (validation_fraction={tokenizer.validation_fraction}) cannot "
-            f"fill codebook_size={largest}; give more items, a smaller codebook_size, or "
-            "validation_fraction=0"
-        )
-
-
 def _everyone(team: RayTeam, method: str, *arguments: Any) -> dict[int, Any]:
     return team.crew.ask(dict.fromkeys(range(team.crew.size), (method, arguments)))
 
@@ -214,19 +205,19 @@ def _everyone(team: RayTeam, method: str, *arguments: Any) -> dict[int, Any]:
 def _judge(
     team: RayTeam,
     tokenizer: RQKMeans,
-    variance: float,
+    mean: npt.NDArray[np.float64],
     levels: list[dict[str, Any]],
     trained: int,
     began: float,
 ) -> FitReport:
     """Judge every row once; ids meet in parts, so no machine holds those of all items."""
     model = team.ray.put(describe_tokenizer(tokenizer))
-    counters = list(_everyone(team, "judge", model, variance).values())
+    counters = list(_everyone(team, "judge", model, mean).values())
     whole = counters[0]
     for counter in counters[1:]:
         whole.merge(counter)
     size = team.crew.size
-    collisions = merge_collisions(_counted(team, size, model, variance))
+    collisions = merge_collisions(_counted(team, size, model, mean))
     judged = whole.verdict(tokenizer.codebooks, collisions=collisions)
     items = whole.training.rows + whole.validation.rows
     return FitReport(
@@ -240,7 +231,7 @@ def _judge(
     )
 
 
-def _counted(team: RayTeam, size: int, model: Any, variance: float) -> list[Any]:
+def _counted(team: RayTeam, size: int, model: Any, mean: npt.NDArray[np.float64]) -> list[Any]:
     """Bring equal ids together, each part in one worker, and count them there."""
     for attempt in range(team.crew.retries + 1):
         try:
@@ -257,5 +248,5 @@ def _counted(team: RayTeam, size: int, model: Any, variance: float) -> list[Any]
         except (team.ray.exceptions.RayActorError, team.ray.exceptions.ObjectLostError) as lost:
             for place in team.crew.dead():
                 team.crew.remake(place, attempt, lost)
-                team.crew.ask({place: ("judge", (model, variance))})
+                team.crew.ask({place: ("judge", (model, mean))})
     raise EmbeddingError("workers ended again and again while the codes were counted")

@@ -4,41 +4,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from semid.errors import InputError
 from semid.health._collisions import Collisions
+from semid.health._energy import Concentration, Inputs
+from semid.health._thresholds import (
+    BUCKET_SHARE,
+    BUCKET_TIMES_EVEN,
+    COLLISIONS,
+    CONSTANT,
+    DEAD_CODES,
+    DUPLICATES,
+    ENERGY_ERROR,
+    ENERGY_FEW,
+    ENERGY_SHARE,
+    ERROR,
+    FILLING,
+    OVERFIT,
+    PERPLEXITY,
+    SHARED,
+    Severity,
+    Threshold,
+)
 from semid.health._usage import LevelUsage
 
-__all__ = ["Finding", "Verdict", "verdict"]
+__all__ = ["CONCENTRATED", "Finding", "Verdict", "graded", "judge", "verdict"]
 
-Severity = Literal["note", "warning", "unhealthy"]
 Level = Literal["healthy", "warning", "unhealthy"]
-
-# Perplexity as a share of what is attainable, min(K, items). A quarter means two bits of the level
-# are lost, an eighth three. The DRQ paper's collapsed level (RQ-VAE, 481 of 4096) stands at 0.117;
-# its other levels stand at 0.46 and above but for DRQ-VAE+CL's deepest, at 0.17.
-PERPLEXITY_WARNING = 0.25
-PERPLEXITY_UNHEALTHY = 0.125
-# Dead codes beyond those that a shortage of items makes unavoidable. A tenth costs 0.15 bits
-# at most, too little to matter by itself; more means that nothing revives dead codes.
-DEAD_WARNING = 0.1
-# Collision rate beyond that of ids drawn evenly at random from all possible ones: below it short
-# ids collide by counting alone. The DRQ paper's worst tokenizer stands at 0.23, its best at 0.07.
-COLLISION_WARNING = 0.3
-COLLISION_UNHEALTHY = 0.6
-# A bucket is a giant when it holds this share of the items and also many times the even filling
-# (short ids fill every bucket; only unevenness is a fault). The paper's largest bucket is 76 of
-# 500,000 items.
-BUCKET_WARNING = 0.001
-BUCKET_UNHEALTHY = 0.01
-BUCKET_TIMES_EVEN = 32
-# Exact copies in the input: below one in a hundred they cannot move any figure shown here.
-DUPLICATE_WARNING = 0.01
-# Held-out error against training error. Some gap is normal and grows as the items a code shrink;
-# beyond one half more, the codebooks have learnt the training rows by heart.
-GAP_WARNING = 1.5
 
 
 @dataclass(frozen=True)
@@ -46,9 +40,7 @@ class Finding:
     """One thing that was found.
 
     Attributes:
-        name: short fixed name, for programs: ``collapsed-level``, ``dead-codes``,
-            ``collisions``, ``giant-bucket``, ``duplicate-input``, ``overfit``,
-            ``worse-than-mean``.
+        name: short fixed name, for programs, as in the table of `docs/report.md`.
         severity: ``note`` does not change the verdict.
         level: the level it is about, from 0, or None.
         what: what is wrong, with the figures.
@@ -80,6 +72,7 @@ class Verdict:
         training_error: relative error on the rows the codebooks were fitted on, or None.
         validation_error: relative error on held-out rows, or None.
         effective_sizes: effective codebook size per level at the stated noise, or None.
+        error: relative error on all rows, where it is unknown which of them were trained on.
     """
 
     level: Level
@@ -89,6 +82,7 @@ class Verdict:
     training_error: float | None = None
     validation_error: float | None = None
     effective_sizes: tuple[float, ...] | None = None
+    error: float | None = None
 
     @property
     def healthy(self) -> bool:
@@ -104,6 +98,7 @@ class Verdict:
             "collisions": self.collisions.to_dict(),
             "training_error": self.training_error,
             "validation_error": self.validation_error,
+            "error": self.error,
             "effective_sizes": None if self.effective_sizes is None else list(self.effective_sizes),
         }
 
@@ -122,20 +117,24 @@ class Verdict:
             f"1 - unique/N {c.collision_rate:.4f}; "
             f"items in shared buckets {c.shared_share:.4f}; largest bucket {c.largest_bucket}"
         )
-        if self.training_error is not None or self.validation_error is not None:
-            shown = [
-                f"{name} {value:.4f}"
-                for name, value in (
-                    ("training", self.training_error),
-                    ("held out", self.validation_error),
-                )
-                if value is not None
-            ]
-            lines.append(f"  relative error: {', '.join(shown)}")
+        errors = [
+            f"{name} {value:.4f}"
+            for name, value in (
+                ("training", self.training_error),
+                ("held out", self.validation_error),
+                ("all rows", self.error),
+            )
+            if value is not None
+        ]
+        if errors:
+            lines.append(f"  relative error: {', '.join(errors)}")
         for f in self.findings:
             lines.append(f"  {f.severity}: {f.what}. {f.why}. Try: {f.advice}.")
         return "\n".join(lines)
 
+
+CONCENTRATED = ("few-rows", "few-columns")
+"""Findings that make every figure in units of the whole variance say little of most items."""
 
 # Why a level is used unevenly and what to try, with codes that nobody uses and without.
 _STARVED = (
@@ -151,40 +150,58 @@ _UNEVEN = (
 )
 
 
+def graded(
+    threshold: Threshold,
+    value: float,
+    what: str,
+    why: str,
+    advice: str,
+    *,
+    level: int | None = None,
+    name: str | None = None,
+) -> list[Finding]:
+    """Return the finding for a figure beyond a threshold, or a note where it comes close to one."""
+    severity = threshold.severity(value)
+    if severity is not None:
+        return [Finding(name or threshold.finding, severity, level, what, why, advice)]
+    if not threshold.near(value):
+        return []
+    side = "below" if threshold.low else "above"
+    close = (
+        f"Close to a warning (`{name or threshold.finding}`), which begins {side} "
+        f"{threshold.warning:g}; this is {value:.3g}"
+    )
+    return [Finding("near-threshold", "note", level, what, close, advice)]
+
+
 def _usage_findings(level: LevelUsage) -> list[Finding]:
     """Judge one level's usage."""
     attainable = min(level.codebook_size, level.items)
     if attainable < 2:
         return []
-    found = []
-    share = level.perplexity / attainable
-    unavoidable = level.codebook_size - attainable
-    starved = level.dead - unavoidable > DEAD_WARNING * level.codebook_size
-    if share < PERPLEXITY_WARNING:
-        bits = math.log2(1 / share)
-        found.append(
-            Finding(
-                "collapsed-level",
-                "unhealthy" if share < PERPLEXITY_UNHEALTHY else "warning",
-                level.level,
-                f"level {level.level + 1} uses its {level.codebook_size} codes like "
-                f"{level.perplexity:.1f} even ones ({share:.1%} of the attainable {attainable}, "
-                f"{bits:.1f} bits lost; the largest code holds {level.largest_share:.1%})",
-                *(_STARVED if starved else _UNEVEN),
-            )
-        )
-    if starved:
-        found.append(
-            Finding(
-                "dead-codes",
-                "warning",
-                level.level,
-                f"level {level.level + 1} has {level.dead} dead codes of {level.codebook_size}",
-                "No item is nearest to them, so they carry nothing",
-                "revival of dead codes, k-means seeding, or a smaller codebook",
-            )
-        )
-    return found
+    share = (level.perplexity - 1.0) / (attainable - 1.0)
+    dead = (level.dead - (level.codebook_size - attainable)) / level.codebook_size
+    starved = DEAD_CODES.severity(dead) is not None
+    bits = math.log2(attainable / level.perplexity)
+    findings = graded(
+        PERPLEXITY,
+        share,
+        f"level {level.level + 1} uses its {level.codebook_size} codes like "
+        f"{level.perplexity:.1f} even ones ({share:.1%} of the way from one code to the "
+        f"attainable {attainable}, {bits:.1f} bits lost; the largest code holds "
+        f"{level.largest_share:.1%})",
+        *(_STARVED if starved else _UNEVEN),
+        level=level.level,
+    )
+    findings += graded(
+        DEAD_CODES,
+        dead,
+        f"level {level.level + 1} has {level.dead} dead codes of {level.codebook_size}",
+        "No item is nearest to them, so they carry nothing",
+        "revival of dead codes, k-means seeding, or a smaller codebook",
+        level=level.level,
+    )
+    return findings
 
 
 def _even_collision_rate(items: int, capacity: float) -> float:
@@ -195,84 +212,159 @@ def _even_collision_rate(items: int, capacity: float) -> float:
 
 def _collision_findings(c: Collisions, capacity: float) -> list[Finding]:
     """Judge the buckets; where the copies in the input are known, they count once."""
-    found = []
     items = c.distinct_items or c.items
     rate = c.collision_rate if c.collision_rate_distinct is None else c.collision_rate_distinct
     shared = c.shared_share if c.shared_share_distinct is None else c.shared_share_distinct
     largest = c.largest_bucket_distinct or c.largest_bucket
-    excess = rate - _even_collision_rate(items, capacity)
-    if excess > COLLISION_WARNING:
-        possible = f"{capacity:,.0f}" if capacity < 1e12 else f"{capacity:.1e}"
-        found.append(
-            Finding(
-                "collisions",
-                "unhealthy" if excess > COLLISION_UNHEALTHY else "warning",
-                None,
-                f"1 - unique/N is {rate:.3f} and {shared:.1%} of the items share their id, "
-                f"though {possible} ids are possible for {items:,} items",
-                "The levels are used unevenly or repeat each other",
-                "more levels, better seeding, or a step that makes ids unique after encoding",
-            )
+    possible = f"{capacity:,.0f}" if capacity < 1e12 else f"{capacity:.1e}"
+    filling = items / capacity if items > 1 else 0.0
+    findings = graded(
+        FILLING,
+        filling,
+        f"{possible} ids are possible for {items:,} different items, {filling:,.3g} items per id; "
+        f"{c.unique_ids:,} ids are in use, and {shared:.1%} of the items share theirs",
+        "Even perfectly even codes could not tell these items apart",
+        "more levels or a larger codebook, so that at least ten ids are possible per item",
+    )
+    findings += graded(
+        COLLISIONS,
+        rate - _even_collision_rate(items, capacity),
+        f"1 - unique/N is {rate:.3f} and {shared:.1%} of the items share their id, "
+        f"though {possible} ids are possible for {items:,} items",
+        "The levels are used unevenly or repeat each other",
+        "more levels, better seeding, or a step that makes ids unique after encoding",
+    )
+    if all(finding.severity == "note" for finding in findings):
+        findings += graded(
+            SHARED,
+            shared,
+            f"{shared:.1%} of the items share their id with a different item",
+            "Similar items get equal codes; retrieval needs one id per item, features do not",
+            "unique ids after encoding (semid unique), or one more level",
         )
     share = largest / items
     even = items / min(float(items), capacity)
-    if share > BUCKET_WARNING and largest > BUCKET_TIMES_EVEN * even:
-        found.append(
-            Finding(
-                "giant-bucket",
-                "unhealthy" if share > BUCKET_UNHEALTHY else "warning",
-                None,
-                f"one id holds {largest:,} items ({share:.2%})",
-                "Items that look alike to the embedding (templates, missing text), or a collapse",
-                "looking at that bucket's items; mending their embeddings or adding a level",
-            )
+    if BUCKET_TIMES_EVEN.severity(largest / even) is not None:
+        findings += graded(
+            BUCKET_SHARE,
+            share,
+            f"one id holds {largest:,} items ({share:.2%})",
+            "Items that look alike to the embedding (templates, missing text), or a collapse",
+            "looking at that bucket's items; repairing their embeddings or adding a level",
         )
-    if c.duplicate_items:
+    if c.duplicate_items is not None:
         duplicates = c.duplicate_items / c.items
-        found.append(
-            Finding(
-                "duplicate-input",
-                "warning" if duplicates > DUPLICATE_WARNING else "note",
-                None,
-                f"{c.duplicate_items:,} items ({duplicates:.2%}) are exact copies of another "
-                "item's embedding",
-                "Equal inputs get equal ids, whatever the tokenizer",
-                "merging them in the catalogue, or unique ids by an appended token",
-            )
+        findings += graded(
+            DUPLICATES,
+            duplicates,
+            f"{c.duplicate_items:,} items ({duplicates:.2%}) are exact copies of another "
+            "item's embedding",
+            "Equal inputs get equal ids, whatever the tokenizer",
+            "merging them in the catalogue, or unique ids by an appended token",
         )
-    return found
+    return findings
 
 
-def _error_findings(training: float | None, validation: float | None) -> list[Finding]:
-    """Judge held-out error against training error and against the mean vector."""
-    found = []
-    worst = validation if validation is not None else training
-    if worst is not None and worst >= 1.0:
-        found.append(
+def _error_findings(
+    training: float | None, validation: float | None, error: float | None, *, skewed: bool
+) -> list[Finding]:
+    """Judge held-out error against the mean vector and, unless ``skewed``, training error."""
+    findings = []
+    judged = next((e for e in (validation, training, error) if e is not None), None)
+    if judged is not None and judged >= 1.0:
+        findings.append(
             Finding(
                 "worse-than-mean",
                 "unhealthy",
                 None,
-                f"relative error {worst:.3f}: the mean vector would reconstruct the items as well",
+                f"relative error {judged:.3f}: the mean vector would reconstruct the items as well",
                 "The codes carry nothing of the embedding",
                 "a longer fit, a smaller learning rate, or a tokenizer fitted by k-means",
             )
         )
-    if training is not None and validation is not None and training > 0:
+    elif judged is not None:
+        findings += graded(
+            ERROR,
+            judged,
+            f"relative error {judged:.3f}: the codes keep {1.0 - judged:.0%} of the variance",
+            "Too few codes for embeddings this varied, or a fit that did not converge",
+            "more levels or a larger codebook, a longer fit, or a tokenizer fitted by k-means, "
+            "whose error on the same items says what is attainable",
+        )
+    # Where a few rows make up the error, the gap says on which side of the split they lie.
+    if training is not None and validation is not None and training > 0 and not skewed:
         ratio = validation / training
-        if ratio > GAP_WARNING:
-            found.append(
-                Finding(
-                    "overfit",
-                    "warning",
-                    None,
-                    f"held-out error {validation:.4f} is {ratio:.2f} times the training error "
-                    f"{training:.4f}",
-                    "Too few items a code: codewords sit on single training rows",
-                    "more items, a smaller codebook, or fewer levels",
-                )
-            )
-    return found
+        findings += graded(
+            OVERFIT,
+            ratio,
+            f"held-out error {validation:.4f} is {ratio:.2f} times the training error "
+            f"{training:.4f}",
+            "Too few items per code: codewords sit on single training rows",
+            "more items, a smaller codebook, or fewer levels",
+        )
+    return findings
+
+
+def _input_findings(inputs: Inputs) -> list[Finding]:
+    """Judge the embeddings: rows or columns that hold most of the variance, or none of it."""
+    findings = []
+    if inputs.rows is not None:
+        findings += _concentration_findings(
+            inputs.rows,
+            "few-rows",
+            "rows",
+            "Fits minimize the squared error, so rows far from the rest draw codewords and hide "
+            "the error of all others",
+            "looking at the longest rows and repairing them, or normalize=True",
+        )
+    if inputs.columns is not None:
+        listed = ", ".join(map(str, inputs.columns.columns[:8]))
+        findings += _concentration_findings(
+            inputs.columns,
+            "few-columns",
+            f"columns (column {listed}, counted from 0)",
+            "Fits minimize the squared error, so the codes describe the columns of largest scale",
+            "scaling the columns alike where the embeddings are made",
+        )
+    if inputs.constant:
+        findings += _constant_findings(inputs)
+    return findings
+
+
+def _concentration_findings(
+    c: Concentration, name: str, unit: str, why: str, advice: str
+) -> list[Finding]:
+    """Judge variance that lies in a few rows or columns."""
+    if c.count > max(ENERGY_FEW * c.total, 1.0):
+        return []
+    rest = (
+        "" if c.rest_error is None else f"; the relative error of all others is {c.rest_error:.3f}"
+    )
+    what = f"{c.count:,} of {c.total:,} {unit} hold {c.share:.1%} of the variance{rest}"
+    findings = graded(ENERGY_SHARE, c.share, what, why, advice, name=name)
+    # A finding on scale alone is a warning: where the codes still describe the rest, they are fit
+    # for use. The error of the rest says whether they do.
+    if findings and findings[0].name == name and c.rest_error is not None:
+        worse = ENERGY_ERROR.severity(c.rest_error)
+        return [replace(findings[0], severity=worse or findings[0].severity)]
+    return findings
+
+
+def _constant_findings(inputs: Inputs) -> list[Finding]:
+    """Judge dimensions in which all items are equal."""
+    listed = ", ".join(map(str, inputs.constant[:8])) + (", ..." if inputs.constant[8:] else "")
+    # A few dimensions at zero are harmless; a constant that carries weight is in every cosine.
+    worst = max(len(inputs.constant) / inputs.width, inputs.constant_weight)
+    return graded(
+        CONSTANT,
+        worst,
+        f"{len(inputs.constant)} of {inputs.width} input dimensions hold one value for all items "
+        f"(dimension {listed}, counted from 0), {inputs.constant_weight:.1%} of the mean squared "
+        "length",
+        "A failed or padded feature: it carries nothing, and a large constant hides the rest "
+        "from cosine similarity",
+        "repairing or dropping these dimensions where the embeddings are made",
+    )
 
 
 def verdict(
@@ -281,19 +373,25 @@ def verdict(
     *,
     training_error: float | None = None,
     validation_error: float | None = None,
+    error: float | None = None,
     effective_sizes: Sequence[float] | None = None,
+    inputs: Inputs | None = None,
 ) -> Verdict:
-    """Judge a tokenizer by its codes and, where known, its errors.
+    """Judge a tokenizer by its codes and, where known, its errors and inputs.
 
     A low collision rate is never taken as a good sign: an untrained encoder has the lowest.
 
     Args:
         usage: usage per level, from `semid.health.usage`.
         collisions: the buckets, from `semid.health.collisions`.
-        training_error: relative error ``|x - x_hat|^2 / |x - mean|^2`` on the fitted rows.
+        training_error: relative error on the fitted rows: ``sum |x - x_hat|^2`` over
+            ``sum |x - mean|^2``, both over these rows, with the mean of all rows.
         validation_error: the same on rows held out.
+        error: the same on all rows, where it is unknown which of them were trained on.
         effective_sizes: effective codebook size per level, shown and not judged: at small noise
             it says what the usage says.
+        inputs: how the variance of the embeddings lies in rows and columns, from
+            `semid.health.EnergyCounter`.
 
     Returns:
         A `Verdict`, the worst finding first.
@@ -308,18 +406,28 @@ def verdict(
             f"effective_sizes has {len(effective_sizes)} entries, but usage {len(usage)} levels"
         )
     capacity = math.prod(float(level.codebook_size) for level in usage)
-    found = [finding for level in usage for finding in _usage_findings(level)]
-    found += _collision_findings(collisions, capacity)
-    found += _error_findings(training_error, validation_error)
-    ranks = {"unhealthy": 0, "warning": 1, "note": 2}
-    found.sort(key=lambda finding: ranks[finding.severity])
-    worst = found[0].severity if found else "note"
-    return Verdict(
-        level="healthy" if worst == "note" else worst,
-        findings=tuple(found),
+    findings = [finding for level in usage for finding in _usage_findings(level)]
+    findings += _collision_findings(collisions, capacity)
+    of_inputs = [] if inputs is None else _input_findings(inputs)
+    skewed = any(finding.name in CONCENTRATED for finding in of_inputs)
+    findings += _error_findings(training_error, validation_error, error, skewed=skewed)
+    findings += of_inputs
+    unjudged = Verdict(
+        level="healthy",
+        findings=(),
         usage=tuple(usage),
         collisions=collisions,
         training_error=training_error,
         validation_error=validation_error,
         effective_sizes=None if effective_sizes is None else tuple(map(float, effective_sizes)),
+        error=error,
     )
+    return judge(unjudged, findings)
+
+
+def judge(base: Verdict, findings: Sequence[Finding]) -> Verdict:
+    """Return the verdict with more findings, the worst first, and its level raised if need be."""
+    ranks = {"unhealthy": 0, "warning": 1, "note": 2}
+    ordered = sorted([*base.findings, *findings], key=lambda finding: ranks[finding.severity])
+    worst = ordered[0].severity if ordered else "note"
+    return replace(base, level="healthy" if worst == "note" else worst, findings=tuple(ordered))

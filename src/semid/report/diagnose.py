@@ -18,13 +18,11 @@ from semid.data.source import EmbeddingSource
 from semid.diagnostics.geometry import sample_rows
 from semid.diagnostics.overlap import LevelOverlap, overlap_levels
 from semid.errors import IdsError, UsageError
-from semid.health import Verdict, verdict
 from semid.progress import Progress, QuietProgress
 from semid.report import behaviour as behaviour_parts
 from semid.report.diagnosis import Diagnosis
 from semid.report.errors_by_level import held_out_rows, reconstruction_figures
 from semid.report.explorer import MOST_ITEMS, build_explorer, largest_buckets
-from semid.report.findings import OVERLAP_SCALE, extra_findings, judge
 from semid.report.measure import CataloguePass, measure_catalogue, rank_frequency
 from semid.report.robustness import flipped_items, measure_flips, measure_geometry
 from semid.tokenizers.base import HELD_OUT_SALT, Tokenizer
@@ -100,8 +98,8 @@ def diagnose(
     logs = None if interactions is None else read_interactions(interactions)
     pairs = {} if relations is None else run.relations(relations)
     counts = None if logs is None else behaviour_parts.item_counts(logs, source.ids)
-    seen = measure_catalogue(tok, source, steps)
     held_out, note = held_out_rows(tok, source)
+    seen = measure_catalogue(tok, source, steps, held_out=held_out)
     run.notes.append(note)
     steps.start("overlap", total=None)
     overlaps = run.overlaps(seen)
@@ -114,7 +112,7 @@ def diagnose(
         model=_model(tok),
         data={"items": len(source), "dim": source.dim, "label": source.label},
         protocol={**_protocol(tok, len(source), seed), **sample},
-        verdict=_judge(seen, overlaps, reconstruction),
+        verdict=seen.health.verdict(tok.codebooks, overlaps=overlaps),
         usage=tuple({**u.to_dict(), "rank_frequency": rank_frequency(u)} for u in seen.usage),
         reconstruction=reconstruction,
         overlap=tuple(level.to_dict() for level in overlaps),
@@ -164,7 +162,7 @@ class _Run:
         items = seen.items
         chosen = sample_rows(items, geometry_sample, seed=self.seed)
         facts = {"geometry_items": len(chosen), "flip_items": min(flip_sample, items)}
-        input_std = float(np.sqrt(seen.input.variances.mean()))
+        input_std = float(np.sqrt(seen.health.inputs.variances.mean()))
         latent_std = float(np.sqrt(seen.latent.variances.mean()))
         if input_std <= 0 or latent_std <= 0:
             self.notes.append("All items are equal, so there is no noise scale and no geometry")
@@ -247,7 +245,7 @@ class _Run:
         counts: npt.NDArray[np.int64] | None,
     ) -> dict[str, Any]:
         """Gather the code tree and what it is coloured by."""
-        spread = seen.input.variance
+        spread = float(seen.health.inputs.variances.sum())
         values: dict[str, Any] = {}
         if spread > 0:
             values["error"] = seen.errors / spread
@@ -256,7 +254,7 @@ class _Run:
                     self.tok,
                     self.source.rows(np.arange(seen.items)),
                     seen.codes,
-                    std=float(np.sqrt(seen.input.variances.mean())),
+                    std=float(np.sqrt(seen.health.inputs.variances.mean())),
                     scale=EXPLORER_NOISE,
                     seed=self.seed,
                 )
@@ -316,17 +314,3 @@ def _protocol(tok: Tokenizer, items: int, seed: int) -> dict[str, Any]:
         "behaviour": "consecutive items of the test users (a tenth, by a hash of their id); no "
         "jump over items outside the catalogue; popularity counts all users",
     }
-
-
-def _judge(
-    seen: CataloguePass, overlaps: tuple[LevelOverlap, ...], reconstruction: dict[str, Any]
-) -> Verdict:
-    relative = reconstruction["relative_error"]
-    base = verdict(
-        seen.usage,
-        seen.collisions,
-        training_error=relative.get("training", relative["all"]),
-        validation_error=relative.get("held_out"),
-        effective_sizes=[level.at(OVERLAP_SCALE).effective_size for level in overlaps] or None,
-    )
-    return judge(base, extra_findings(seen.input, seen.latent, overlaps))

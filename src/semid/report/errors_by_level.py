@@ -21,7 +21,7 @@ def held_out_rows(tok: Tokenizer, source: EmbeddingSource) -> tuple[Mask | None,
     """Find the rows the fit held out, where these look like the rows it was given.
 
     Returns:
-        ``(items,)`` mask, or None where it is unknown or nothing was held out; and a sentence.
+        ``(items,)`` mask, or None where it is unknown; and a sentence.
     """
     mask = held_out_mask(source.ids, tok.validation_fraction, salt=HELD_OUT_SALT)
     fit = tok.report
@@ -31,7 +31,7 @@ def held_out_rows(tok: Tokenizer, source: EmbeddingSource) -> tuple[Mask | None,
             "are of all rows together"
         )
     if not mask.any():
-        return None, "The fit held no rows out, so every error here is on rows it has seen"
+        return mask, "The fit held no rows out, so every error here is on rows it has seen"
     return mask, (
         f"{int(mask.sum()):,} of {len(mask):,} items were held out of the fit; their error is the "
         "one to believe"
@@ -43,30 +43,37 @@ def reconstruction_figures(
 ) -> dict[str, Any]:
     """Errors of the whole code in the input space, and level by level in the latent space.
 
-    Relative errors are over the variance of all rows given; None where all rows are equal.
+    The relative error of some rows is their summed squared error over their summed squared distance
+    to the mean of all rows; None where all of them lie at the mean. Groups: ``all`` and, where the
+    rows are those of the fit, ``training`` and ``held_out``.
     """
     groups: dict[str, Mask | slice] = {"all": slice(None)}
+    spreads = {"all": seen.latent.spread_about(seen.latent)}
     if held_out is not None:
+        of_held_out = seen.held_out_latent.spread_about(seen.latent)
         groups |= {"training": ~held_out, "held_out": held_out}
-    spread, latent_spread = seen.input.variance, seen.latent.variance
-
-    def relative(values: npt.NDArray[np.float32], by: float) -> dict[str, float | None]:
-        return {
-            name: float(values[rows].mean(dtype=np.float64)) / by if by > 0 else None
-            for name, rows in groups.items()
-        }
-
+        spreads |= {"training": spreads["all"] - of_held_out, "held_out": of_held_out}
+    relative = seen.health.relative_errors
     return {
         "space": "decoder(codes)",
         "mse_per_element": float(seen.errors.mean(dtype=np.float64)) / tok.dim,
         "normalized_squared_error": seen.normalized / seen.items,
         "mean_cosine": seen.cosine / seen.items,
-        "relative_error": relative(seen.errors, spread),
+        "relative_error": relative,
         "per_level_kind": "prefix" if tok.hierarchical else "alone",
         "per_level": [
-            {"level": level, **relative(seen.remaining[level], latent_spread)}
+            {
+                "level": level,
+                **{
+                    name: float(seen.remaining[level][groups[name]].sum(dtype=np.float64))
+                    / spreads[name]
+                    if spreads[name] > 0
+                    else None
+                    for name in relative
+                },
+            }
             for level in range(tok.levels)
         ],
-        "variance": spread,
-        "latent_variance": latent_spread,
+        "variance": float(seen.health.inputs.variances.sum()),
+        "latent_variance": seen.latent.variance,
     }

@@ -174,8 +174,9 @@ def _reconstruction(d: Diagnosis) -> list[Figure]:
             ),
             "Squared distance between an item's latent vector and its codewords"
             + (" up to this level" if prefix else " of this codebook")
-            + ", over the variance of the latent: 1 is no better than the mean, 0 is lossless. The "
-            "last row is decoder(codes) in the input space.",
+            + ", over the squared distance of the same latent vectors to the mean of all: 1 is no "
+            "better than the mean, 0 is lossless. The last row is decoder(codes) in the input "
+            "space.",
             traces,
             {
                 "xaxis": {"type": "category", "range": [-0.4, len(names) - 0.6]},

@@ -8,7 +8,7 @@ from semid.report.diagnosis import Diagnosis
 from semid.report.figure import Figure
 from semid.report.figures import report_figures
 from semid.report.numbers import count
-from semid.report.prose import SECTIONS, VERDICTS, key_figures
+from semid.report.prose import SECTIONS, key_figures, verdict_words
 
 __all__ = ["escaped", "figure_markdown", "report_markdown", "table"]
 
@@ -39,7 +39,7 @@ def figure_markdown(figure: Figure) -> str:
 
 def report_markdown(diagnosis: Diagnosis) -> str:
     """Return a diagnosis as Markdown."""
-    word, meaning = VERDICTS[diagnosis.verdict.level]
+    word, meaning = verdict_words(diagnosis.verdict)
     parts = [
         f"# {diagnosis.model['name']} on {count(diagnosis.data['items'])} items\n",
         f"**{word}.** {meaning}\n",

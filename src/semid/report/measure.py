@@ -11,16 +11,11 @@ import numpy.typing as npt
 from semid.codes import code_dtype
 from semid.data.source import EmbeddingSource
 from semid.errors import EmbeddingError
-from semid.health import (
-    CollisionCounter,
-    Collisions,
-    LevelUsage,
-    UsageCounter,
-    bucket_keys,
-    row_hashes,
-)
+from semid.health import LevelUsage, bucket_keys, row_hashes
 from semid.progress import Progress
 from semid.tokenizers.base import Tokenizer
+from semid.tokenizers.fitreport import HealthCounter
+from semid.tokenizers.scan import mean_row
 
 __all__ = ["CataloguePass", "Moments", "measure_catalogue", "rank_frequency"]
 
@@ -40,13 +35,9 @@ class Moments:
         self.rows = 0
         self.total = np.zeros(len(first))
         self.squares = np.zeros(len(first))
-        self.low = first.astype(np.float64)
-        self.high = first.astype(np.float64)
 
     def add_(self, rows: Array) -> None:
         """Count rows ``(n, dim)``."""
-        self.low = np.minimum(self.low, rows.min(axis=0))
-        self.high = np.maximum(self.high, rows.max(axis=0))
         shifted = rows - self.shift
         self.rows += len(rows)
         self.total += shifted.sum(axis=0)
@@ -63,16 +54,10 @@ class Moments:
         """Mean squared distance to the mean: the variances summed."""
         return float(self.variances.sum())
 
-    @property
-    def mean_square(self) -> float:
-        """Mean squared length of the rows."""
-        mean = self.total / self.rows + self.shift
-        return float(mean @ mean) + self.variance
-
-    @property
-    def constant(self) -> npt.NDArray[np.int64]:
-        """Dimensions in which all rows are equal."""
-        return np.flatnonzero(self.low == self.high)
+    def spread_about(self, other: Moments) -> float:
+        """Sum of squared distances of these rows to the mean of ``other``, of the same shift."""
+        mean = other.total / other.rows
+        return float(self.squares.sum() - 2.0 * (mean @ self.total) + self.rows * (mean @ mean))
 
 
 @dataclass(frozen=True)
@@ -84,10 +69,9 @@ class CataloguePass:
         errors: ``(items,)`` float32 squared error ``|x - x_hat|^2`` of each item.
         keys: ``(items,)`` uint64, equal exactly for equal ids.
         hashes: ``(items,)`` uint64, equal for equal inputs.
-        usage: per level.
-        collisions: buckets, copies apart.
-        input: moments of the input.
+        health: usage, collisions and errors, as a fit counts them.
         latent: moments of the latent.
+        held_out_latent: moments of the latent of held-out rows alone.
         remaining: ``(levels, items)`` float32: squared latent error after the first l + 1 levels
             (parallel tokenizers: of codebook l alone).
         normalized: sum of squared errors between rows and reconstructions of unit length.
@@ -98,10 +82,9 @@ class CataloguePass:
     errors: Array
     keys: npt.NDArray[np.uint64]
     hashes: npt.NDArray[np.uint64]
-    usage: tuple[LevelUsage, ...]
-    collisions: Collisions
-    input: Moments
+    health: HealthCounter
     latent: Moments
+    held_out_latent: Moments
     remaining: Array
     normalized: float
     cosine: float
@@ -111,14 +94,26 @@ class CataloguePass:
         """Number of items."""
         return len(self.codes)
 
+    @property
+    def usage(self) -> tuple[LevelUsage, ...]:
+        """Usage of each level."""
+        return self.health.usage()
 
-def measure_catalogue(tok: Tokenizer, source: EmbeddingSource, progress: Progress) -> CataloguePass:
-    """Encode and decode every row once.
+
+def measure_catalogue(
+    tok: Tokenizer,
+    source: EmbeddingSource,
+    progress: Progress,
+    *,
+    held_out: npt.NDArray[np.bool_] | None = None,
+) -> CataloguePass:
+    """Read every row for the mean, then encode and decode every row once.
 
     Args:
         tok: a fitted tokenizer.
         source: ``(items, dim)`` embeddings.
         progress: told about every block.
+        held_out: ``(items,)`` rows that the fit held out; None where that is unknown.
 
     Raises:
         EmbeddingError: no rows, rows of another width, or values that are not finite.
@@ -133,9 +128,10 @@ def measure_catalogue(tok: Tokenizer, source: EmbeddingSource, progress: Progres
     errors = np.empty(items, dtype=np.float32)
     hashes = np.empty(items, dtype=np.uint64)
     remaining = np.empty((tok.levels, items), dtype=np.float32)
-    counters = UsageCounter(tok.codebook_sizes), CollisionCounter(tok.codebook_sizes)
-    moments: tuple[Moments, Moments] | None = None
     normalized = cosine = 0.0
+    moments: tuple[Moments, Moments] | None = None
+    progress.start("read", total=None)
+    health = HealthCounter(tok.codebook_sizes, mean_row(source))
     progress.start("read, encode, decode", total=items)
     for block in tok.encode_blocks(source):
         span = slice(block.start, block.start + len(block.x))
@@ -143,14 +139,20 @@ def measure_catalogue(tok: Tokenizer, source: EmbeddingSource, progress: Progres
         latent = tok.latent(block.x)
         codes[span] = block.codes
         hashes[span] = row_hashes(block.x)
-        errors[span] = _squared(block.x - decoded)
         remaining[:, span] = _remaining(latent, block.codes, books, tok.hierarchical)
-        counters[0].update(block.codes)
-        counters[1].update(block.codes, duplicate_groups=hashes[span])
+        errors[span] = health.update(
+            block.codes,
+            block.x,
+            decoded,
+            latent=latent,
+            train=None if held_out is None else ~held_out[span],
+            row_hashes=hashes[span],
+        )
         if moments is None:
-            moments = Moments(block.x[0]), Moments(latent[0])
-        moments[0].add_(block.x)
-        moments[1].add_(latent)
+            moments = Moments(latent[0]), Moments(latent[0])
+        moments[0].add_(latent)
+        if held_out is not None:
+            moments[1].add_(latent[held_out[span]])
         cosines = _cosines(block.x, decoded)
         cosine += float(cosines.sum())
         normalized += float((2.0 - 2.0 * cosines).sum())
@@ -161,10 +163,9 @@ def measure_catalogue(tok: Tokenizer, source: EmbeddingSource, progress: Progres
         errors=errors,
         keys=bucket_keys(codes),
         hashes=hashes,
-        usage=counters[0].result(),
-        collisions=counters[1].result(),
-        input=moments[0],
-        latent=moments[1],
+        health=health,
+        latent=moments[0],
+        held_out_latent=moments[1],
         remaining=remaining,
         normalized=normalized,
         cosine=cosine,

@@ -13,7 +13,7 @@ from semid.report.diagnosis import Diagnosis
 from semid.report.figure import level_name
 from semid.report.figures import report_figures
 from semid.report.numbers import count, number, share, spoken
-from semid.report.prose import SECTIONS, VERDICTS, grouped_findings, key_figures
+from semid.report.prose import SECTIONS, grouped_findings, key_figures, verdict_words
 
 __all__ = ["embed_json", "render", "report_page"]
 
@@ -66,7 +66,7 @@ def report_page(diagnosis: Diagnosis) -> str:
     return render(
         "report.html.j2",
         d=diagnosis,
-        verdict_words=VERDICTS[diagnosis.verdict.level],
+        verdict_words=verdict_words(diagnosis.verdict),
         findings=grouped_findings(diagnosis.verdict.findings),
         key_figures=key_figures(diagnosis),
         sections=[section for section in sections if section[3]],

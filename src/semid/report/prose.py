@@ -5,17 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from semid.health import Finding
+from semid.health import Finding, Verdict
 from semid.report.diagnosis import Diagnosis
 from semid.report.numbers import count, number, share
 
-__all__ = ["SECTIONS", "VERDICTS", "grouped_findings", "key_figures"]
+__all__ = ["SECTIONS", "VERDICTS", "grouped_findings", "key_figures", "verdict_words"]
 
 VERDICTS = {
     "healthy": ("Healthy", "Nothing here speaks against using these codes."),
     "warning": ("Worth a look", "These codes can be used, but something below costs quality."),
-    "unhealthy": ("Unhealthy", "Do not use these codes before the first finding is mended."),
+    "unhealthy": ("Unhealthy", "Do not use these codes before the first finding is repaired."),
 }
+
+
+def verdict_words(verdict: Verdict) -> tuple[str, str]:
+    """Return the verdict in a word and in a sentence; notes are pointed to."""
+    word, sentence = VERDICTS[verdict.level]
+    if verdict.healthy and verdict.findings:
+        sentence = "No warning. The notes below say what may matter to your use."
+    return word, sentence
+
 
 # id, title, introduction
 SECTIONS = (

@@ -193,7 +193,12 @@ class Tokenizer(ABC):
         prepare_kernels()
         train = ~held_out_mask(opened.ids, self.validation_fraction, salt=HELD_OUT_SALT)
         seen = scan(opened, train, steps)
-        check_enough(seen, int(train.sum()), self.codebook_sizes, held_out=self.validation_fraction)
+        check_enough(
+            seen.distinct,
+            self.codebook_sizes,
+            trained=int(train.sum()),
+            held_out=self.validation_fraction,
+        )
         mass = item_weights(weights, len(opened))
         behaviour = self._behaviour(interactions, pairs, ids=opened.ids, train=train)
         context = FitContext(
@@ -237,7 +242,7 @@ class Tokenizer(ABC):
         began: float,
     ) -> FitReport:
         """Encode and decode every row once, and judge the codes and errors."""
-        counter = HealthCounter(self.codebook_sizes, seen.variance)
+        counter = HealthCounter(self.codebook_sizes, seen.mean)
         progress.start("judge", total=len(source))
         for block in self.encode_blocks(source):
             span = slice(block.start, block.start + len(block.x))

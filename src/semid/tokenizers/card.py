@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from semid.health import NEAR, threshold_table
+
 __all__ = ["card"]
 
 
@@ -45,6 +47,12 @@ def card(kind: str, config: Mapping[str, Any]) -> str:
             "```text",
             report["summary"],
             "```",
+            "",
+            "Relative error: `sum |x - x_hat|^2 / sum |x - mean|^2` over the rows named, with the "
+            "mean of all rows. The verdict is the worst finding's; notes do not change it. A note "
+            f"also says where a figure comes within a factor of {NEAR:g} of a warning.",
+            "",
+            *threshold_table(),
             "",
         ]
     return "\n".join(lines)

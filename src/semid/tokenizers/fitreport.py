@@ -9,35 +9,26 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from semid.diagnostics.overlap import REPORT_SCALE, overlap_levels
-from semid.health import CollisionCounter, Collisions, LevelUsage, UsageCounter, Verdict, verdict
+from semid.diagnostics.overlap import REPORT_SCALE, LevelOverlap, overlap_levels
+from semid.health import (
+    CONCENTRATED,
+    GEOMETRY,
+    CollisionCounter,
+    Collisions,
+    EnergyCounter,
+    ErrorSums,
+    Finding,
+    LevelUsage,
+    UsageCounter,
+    Verdict,
+    graded,
+    judge,
+    verdict,
+)
 
-__all__ = ["ErrorSums", "FitReport", "HealthCounter"]
+__all__ = ["FitReport", "HealthCounter"]
 
 Array = npt.NDArray[np.float32]
-
-
-@dataclass
-class ErrorSums:
-    """Squared error added up over rows.
-
-    Attributes:
-        rows: rows counted.
-        squared: sum of squared errors ``|x - x_hat|^2``.
-    """
-
-    rows: int = 0
-    squared: float = 0.0
-
-    def add_(self, x: Array, reconstruction: Array) -> None:
-        """Count rows ``(n, dim)`` and their reconstruction."""
-        difference = x - reconstruction
-        self.rows += len(x)
-        self.squared += float(np.einsum("nd,nd->", difference, difference, dtype=np.float64))
-
-    def relative(self, variance: float) -> float | None:
-        """Mean squared error over ``variance``; None without rows or variance."""
-        return self.squared / self.rows / variance if self.rows and variance > 0 else None
 
 
 class HealthCounter:
@@ -45,19 +36,20 @@ class HealthCounter:
 
     Args:
         codebook_sizes: codewords of each level.
-        variance: mean squared distance of the training rows to their mean.
+        mean: ``(dim,)`` mean of all rows, which relative errors are measured against.
     """
 
-    def __init__(self, codebook_sizes: tuple[int, ...], variance: float) -> None:
+    def __init__(self, codebook_sizes: tuple[int, ...], mean: npt.NDArray[np.float64]) -> None:
         self._usage = UsageCounter(codebook_sizes)
         self._collisions = CollisionCounter(codebook_sizes)
-        self._variance = variance
         self._sizes = codebook_sizes
         self._latents = 0
         self._latent_sum: npt.NDArray[np.float64] | float = 0.0
         self._latent_squares = 0.0
+        self.inputs = EnergyCounter(mean)
         self.training = ErrorSums()
         self.validation = ErrorSums()
+        self.unknown = ErrorSums()
 
     def update(
         self,
@@ -66,17 +58,38 @@ class HealthCounter:
         reconstruction: Array,
         *,
         latent: Array,
-        train: npt.NDArray[np.bool_],
+        train: npt.NDArray[np.bool_] | None,
         row_hashes: npt.NDArray[np.uint64],
-    ) -> None:
-        """Count a block: codes ``(n, levels)``, rows and reconstructions ``(n, dim)``, latents."""
+    ) -> npt.NDArray[np.float64]:
+        """Count a block: codes ``(n, levels)``, rows and reconstructions ``(n, dim)``, latents.
+
+        Args:
+            codes: ``(n, levels)``.
+            x: ``(n, dim)`` rows.
+            reconstruction: ``(n, dim)`` their reconstructions.
+            latent: ``(n, latent)`` their latent vectors.
+            train: ``(n,)`` which rows were trained on; None where that is unknown.
+            row_hashes: ``(n,)`` hashes of the rows.
+
+        Returns:
+            ``(n,)`` squared error of each row.
+        """
         self._usage.update(codes)
         self._collisions.update(codes, duplicate_groups=row_hashes)
         self._latents += len(latent)
         self._latent_sum = self._latent_sum + latent.sum(axis=0, dtype=np.float64)
         self._latent_squares += float(np.einsum("nd,nd->", latent, latent, dtype=np.float64))
-        self.training.add_(x[train], reconstruction[train])
-        self.validation.add_(x[~train], reconstruction[~train])
+        spreads, errors = self.inputs.update(x, reconstruction)
+        groups = (
+            [(self.unknown, np.ones(len(x), bool))]
+            if train is None
+            else [(self.training, train), (self.validation, ~train)]
+        )
+        for sums, rows in groups:
+            sums.add_(
+                ErrorSums(int(rows.sum()), float(errors[rows].sum()), float(spreads[rows].sum()))
+            )
+        return errors
 
     def take_collisions(self) -> CollisionCounter:
         """Hand over the ids counted, which grow with the items, and keep what does not grow."""
@@ -90,40 +103,108 @@ class HealthCounter:
         self._latents += other._latents
         self._latent_sum = self._latent_sum + other._latent_sum
         self._latent_squares += other._latent_squares
-        for mine, theirs in ((self.training, other.training), (self.validation, other.validation)):
-            mine.rows += theirs.rows
-            mine.squared += theirs.squared
+        self.inputs.merge(other.inputs)
+        self.training.add_(other.training)
+        self.validation.add_(other.validation)
+        self.unknown.add_(other.unknown)
+
+    @property
+    def relative_errors(self) -> dict[str, float | None]:
+        """Relative errors of ``all`` rows and, where known, of ``training`` and ``held_out``."""
+        whole = ErrorSums()
+        for sums in (self.training, self.validation, self.unknown):
+            whole.add_(sums)
+        groups = {"training": self.training, "held_out": self.validation}
+        return {"all": whole.relative} | {
+            name: sums.relative for name, sums in groups.items() if sums.rows
+        }
+
+    def usage(self) -> tuple[LevelUsage, ...]:
+        """Return the usage of each level."""
+        return self._usage.result()
 
     def verdict(
-        self, codebooks: Sequence[Array], *, collisions: Collisions | None = None
+        self,
+        codebooks: Sequence[Array],
+        *,
+        collisions: Collisions | None = None,
+        overlaps: Sequence[LevelOverlap] | None = None,
     ) -> Verdict:
         """Judge what was counted.
 
         Args:
             codebooks: ``(codes, latent)`` each; they give the effective sizes at noise 0.1.
             collisions: those of all items, where their ids were taken and counted elsewhere.
+            overlaps: overlap per level at `REPORT_SCALE`, where it was computed before.
         """
-        used = self._usage.result()
-        return verdict(
+        used = self.usage()
+        errors = self.relative_errors
+        known = bool(self.training.rows or self.validation.rows)
+        if overlaps is None:
+            overlaps = self._overlaps(codebooks, used)
+        base = verdict(
             used,
             collisions or self._collisions.result(),
-            effective_sizes=self._effective_sizes(codebooks, used),
-            training_error=self.training.relative(self._variance),
-            validation_error=self.validation.relative(self._variance),
+            effective_sizes=[level.at(REPORT_SCALE).effective_size for level in overlaps] or None,
+            training_error=errors.get("training"),
+            validation_error=errors.get("held_out"),
+            error=None if known else errors["all"],
+            inputs=self.inputs.result(),
         )
+        findings = [] if self._latent_variance() > 0 else [_CONSTANT_LATENT]
+        # The unit of the noise is the latent's standard deviation: one that a few rows or columns
+        # make up would have the codewords of all other items overlap.
+        if not any(finding.name in CONCENTRATED for finding in base.findings):
+            findings += _overlap_findings(overlaps)
+        return judge(base, findings)
 
-    def _effective_sizes(
-        self, codebooks: Sequence[Array], used: tuple[LevelUsage, ...]
-    ) -> list[float] | None:
-        """Effective codebook size of each level (DRQ eq. 12); None where latents do not vary."""
+    def _latent_variance(self) -> float:
+        """Mean squared distance of latents to their mean; 0 where no digit of it is left."""
         mean = np.asarray(self._latent_sum) / max(self._latents, 1)
-        variance = (self._latent_squares / max(self._latents, 1) - float(mean @ mean)) / mean.size
+        square = self._latent_squares / max(self._latents, 1)
+        variance = square - float(mean @ mean)
+        return variance if variance > 1e-13 * square else 0.0
+
+    def _overlaps(
+        self, codebooks: Sequence[Array], used: tuple[LevelUsage, ...]
+    ) -> tuple[LevelOverlap, ...]:
+        """Overlap of each level at noise 0.1 (DRQ eq. 12); none where latents do not vary."""
+        variance = self._latent_variance() / np.size(self._latent_sum)
         if variance <= 0:
-            return None
-        levels = overlap_levels(
+            return ()
+        return overlap_levels(
             codebooks, used, latent_std=float(np.sqrt(variance)), scales=(REPORT_SCALE,)
         )
-        return [level.at(REPORT_SCALE).effective_size for level in levels]
+
+
+_CONSTANT_LATENT = Finding(
+    "constant-latent",
+    "unhealthy",
+    None,
+    "all items have the same latent vector",
+    "The embeddings are all equal, or the encoder maps everything to one point",
+    "looking at the embeddings; fitting again with a smaller learning rate",
+)
+
+
+def _overlap_findings(overlaps: Sequence[LevelOverlap]) -> list[Finding]:
+    """Judge the geometry of the codewords."""
+    findings = []
+    for level in overlaps:
+        point = level.at(REPORT_SCALE)
+        findings += graded(
+            GEOMETRY,
+            point.geometry_share,
+            f"level {level.level + 1} has codewords that lie on top of each other: at noise "
+            f"{REPORT_SCALE:g} its {level.active} used codes act like "
+            f"{point.effective_size:.1f}, though usage alone would give {1 / point.floor:.1f}",
+            "Codewords closer together than small changes of an item: which of them it gets is "
+            "chance, whatever the usage looks like",
+            "a smaller codebook at this level, k-means seeding, or less freedom for the encoder "
+            "to shrink its latent space",
+            level=level.level,
+        )
+    return findings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,13 +231,17 @@ class FitReport:
 
     @property
     def training_error(self) -> float | None:
-        """Relative error ``|x - x_hat|^2 / |x - mean|^2`` on the rows trained on."""
+        """Relative error on the rows trained on.
+
+        ``sum |x - x_hat|^2 / sum |x - mean|^2``, both sums over these rows, with the mean of all
+        rows of the file.
+        """
         error: float | None = self.health["training_error"]
         return error
 
     @property
     def validation_error(self) -> float | None:
-        """The same on held-out rows (about the training rows' mean); None if none were held out."""
+        """The same on held-out rows, with the same mean; None if none were held out."""
         error: float | None = self.health["validation_error"]
         return error
 

@@ -1,0 +1,212 @@
+"""Squared length and squared error of rows, added up by group, by column and by size."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from semid.health._thresholds import ENERGY_TIMES_MEDIAN
+
+__all__ = ["Concentration", "EnergyCounter", "ErrorSums", "Inputs"]
+
+Floats = npt.NDArray[np.float64]
+
+_CHUNK_ROWS = 4096  # 4096 x 384 float64 is 12 MB; a block of 65,536 rows would be 200
+
+
+@dataclass
+class ErrorSums:
+    """Squared error and squared distance to the mean, added up over the same rows.
+
+    Attributes:
+        rows: rows counted.
+        squared: sum of ``|x - x_hat|^2``.
+        spread: sum of ``|x - mean|^2``.
+    """
+
+    rows: int = 0
+    squared: float = 0.0
+    spread: float = 0.0
+
+    def add_(self, other: ErrorSums) -> None:
+        """Add the sums over other rows."""
+        self.rows += other.rows
+        self.squared += other.squared
+        self.spread += other.spread
+
+    @property
+    def relative(self) -> float | None:
+        """Relative error; None where all rows lie at the mean."""
+        return self.squared / self.spread if self.spread > 0 else None
+
+
+@dataclass(frozen=True)
+class Concentration:
+    """The rows or columns far above the median in squared distance to the mean.
+
+    Attributes:
+        count: rows or columns above `ENERGY_TIMES_MEDIAN` times the median.
+        total: rows or columns in all.
+        share: their share of the variance.
+        rest_error: relative error of all others, of rows about their own mean; None where all
+            others are equal.
+        columns: the columns, the widest first; empty for rows.
+    """
+
+    count: int
+    total: int
+    share: float
+    rest_error: float | None
+    columns: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is known of the embeddings themselves.
+
+    Attributes:
+        rows: concentration of the variance in rows; None where all rows are equal.
+        columns: the same in columns.
+        constant: columns that hold one value for all items.
+        constant_weight: share of these columns in the mean squared length.
+        width: number of columns.
+    """
+
+    rows: Concentration | None
+    columns: Concentration | None
+    constant: tuple[int, ...]
+    constant_weight: float
+    width: int
+
+
+@dataclass
+class _Bin:
+    """Rows of about equal squared distance to the mean; ``total`` is the sum of ``x - mean``."""
+
+    sums: ErrorSums
+    total: Floats
+
+
+class EnergyCounter:
+    """Adds up blocks of rows and their reconstructions, on one machine or many.
+
+    Memory: two vectors per half octave between the nearest and the farthest row.
+
+    Args:
+        mean: ``(dim,)`` the vector that distances are measured from: the mean of all rows.
+    """
+
+    def __init__(self, mean: Floats) -> None:
+        self.mean = np.asarray(mean, dtype=np.float64)
+        self.column_spread = np.zeros(len(self.mean))
+        self.column_error = np.zeros(len(self.mean))
+        self.low = np.full(len(self.mean), np.inf)
+        self.high = np.full(len(self.mean), -np.inf)
+        self._bins: dict[int, _Bin] = {}
+
+    def update(
+        self, x: npt.NDArray[Any], reconstruction: npt.NDArray[Any]
+    ) -> tuple[Floats, Floats]:
+        """Count rows ``(n, dim)``; return their squared distance to the mean and squared error."""
+        spreads, errors = np.empty(len(x)), np.empty(len(x))
+        for start in range(0, len(x), _CHUNK_ROWS):
+            span = slice(start, start + _CHUNK_ROWS)
+            centred = x[span] - self.mean
+            gaps = x[span] - reconstruction[span].astype(np.float64)
+            spreads[span] = np.einsum("nd,nd->n", centred, centred)
+            errors[span] = np.einsum("nd,nd->n", gaps, gaps)
+            self.column_spread += np.einsum("nd,nd->d", centred, centred)
+            self.column_error += np.einsum("nd,nd->d", gaps, gaps)
+            self._add_bins(centred, spreads[span], errors[span])
+        if len(x):
+            self.low = np.minimum(self.low, x.min(axis=0))
+            self.high = np.maximum(self.high, x.max(axis=0))
+        return spreads, errors
+
+    def _add_bins(self, centred: Floats, spreads: Floats, errors: Floats) -> None:
+        # Half octaves of the squared distance; rows at the mean itself join the lowest bin.
+        sizes = np.floor(2.0 * np.log2(np.maximum(spreads, np.finfo(np.float64).tiny)))
+        for size in np.unique(sizes):
+            rows = sizes == size
+            sums = ErrorSums(int(rows.sum()), float(errors[rows].sum()), float(spreads[rows].sum()))
+            self._add_bin(int(size), _Bin(sums, centred[rows].sum(axis=0)))
+
+    def _add_bin(self, size: int, other: _Bin) -> None:
+        mine = self._bins.setdefault(size, _Bin(ErrorSums(), np.zeros(len(self.mean))))
+        mine.sums.add_(other.sums)
+        mine.total = mine.total + other.total
+
+    def merge(self, other: EnergyCounter) -> None:
+        """Add what another counter about the same mean has counted."""
+        self.column_spread = self.column_spread + other.column_spread
+        self.column_error = self.column_error + other.column_error
+        self.low, self.high = np.minimum(self.low, other.low), np.maximum(self.high, other.high)
+        for size, each in other._bins.items():
+            self._add_bin(size, each)
+
+    @property
+    def count(self) -> int:
+        """Number of rows counted."""
+        return sum(each.sums.rows for each in self._bins.values())
+
+    @property
+    def variances(self) -> Floats:
+        """Mean squared distance to the mean, column by column ``(dim,)``."""
+        return self.column_spread / max(self.count, 1)
+
+    def result(self) -> Inputs:
+        """Return what the rows say of the embeddings."""
+        constant = np.flatnonzero(self.low == self.high)
+        # The mean squared length is that of the mean plus the variance.
+        length = float(self.mean @ self.mean) + float(self.variances.sum())
+        weight = float((self.low[constant] ** 2).sum()) / length if length > 0 else 0.0
+        return Inputs(
+            rows=self._row_concentration(),
+            columns=self._column_concentration(),
+            constant=tuple(map(int, constant)),
+            constant_weight=weight,
+            width=len(self.mean),
+        )
+
+    def _row_concentration(self) -> Concentration | None:
+        bins = sorted(self._bins.items())
+        rows = np.array([each.sums.rows for _, each in bins])
+        if not bins or not any(each.sums.spread for _, each in bins):
+            return None
+        median = bins[int(np.searchsorted(np.cumsum(rows), rows.sum() / 2))][0]
+        edge = median + math.ceil(2.0 * math.log2(ENERGY_TIMES_MEDIAN))
+        few, rest = ErrorSums(), ErrorSums()
+        shift = np.zeros(len(self.mean))  # sum of x - mean over the rest
+        for size, each in bins:
+            if size >= edge:
+                few.add_(each.sums)
+            else:
+                rest.add_(each.sums)
+                shift += each.total
+        own = rest.spread - float(shift @ shift) / max(rest.rows, 1)  # about the rest's own mean
+        return Concentration(
+            count=few.rows,
+            total=self.count,
+            share=few.spread / (few.spread + rest.spread),
+            # What cancelling leaves of a spread of 0 is no spread.
+            rest_error=rest.squared / own if own > 1e-12 * rest.spread else None,
+        )
+
+    def _column_concentration(self) -> Concentration | None:
+        spread = self.column_spread
+        if not spread.any():
+            return None
+        few = spread > ENERGY_TIMES_MEDIAN * np.median(spread[spread > 0])
+        rest = float(spread[~few].sum())
+        order = np.argsort(-spread, kind="stable")[: int(few.sum())]
+        return Concentration(
+            count=len(order),
+            total=len(spread),
+            share=float(spread[few].sum()) / float(spread.sum()),
+            rest_error=float(self.column_error[~few].sum()) / rest if rest > 0 else None,
+            columns=tuple(map(int, order)),
+        )
