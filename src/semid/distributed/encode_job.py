@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from semid.codes import CodesInfo, ids_schema, ids_table
+from semid.codes import PARQUET_OPTIONS, CodesInfo, ids_schema, ids_table
 from semid.data.filesystems import FilePath, Folder, is_uri, open_parquet
 from semid.data.ids import ItemIds
 from semid.distributed.units import Catalogue, Unit
@@ -205,7 +205,10 @@ class Output:
     def _join(self, names: Sequence[str], schema: pa.Schema) -> None:
         """Write one file of all parts, a part at a time."""
         parent, _, last = str(self.path).rstrip("/").rpartition("/")
-        with Folder(parent or ".").stream(last) as sink, pq.ParquetWriter(sink, schema) as writer:
+        with (
+            Folder(parent or ".").stream(last) as sink,
+            pq.ParquetWriter(sink, schema, **PARQUET_OPTIONS) as writer,
+        ):
             for name in names:
                 with open_parquet(self.parts.file(name)) as parquet:
                     table = parquet.read()

@@ -327,11 +327,7 @@ class Ranker:
         Raises:
             ArtefactError: the folder is incomplete, altered, or of another kind.
         """
-        config, tensors = read_artefact(path)
-        if config["kind"] != cls.kind:
-            raise ArtefactError(
-                f"'{path}' holds a '{config['kind']}', not a ranking model; open it with semid.load"
-            )
+        config, tensors = read_artefact(path, kind=cls.kind)
         try:
             users = len(tensors["schema.users.ends"])
             tensors.setdefault(

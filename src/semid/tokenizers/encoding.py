@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from semid.artefact import atomic_file, check_output
-from semid.codes import ids_schema, ids_table
+from semid.codes import PARQUET_OPTIONS, ids_schema, ids_table
 from semid.data.embeddings import open_embeddings
 from semid.data.source import EmbeddingSource
 from semid.errors import ArtefactError, EmbeddingError, OutputExistsError
@@ -169,16 +169,17 @@ class _Parts:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._write_key(self._key)
         work = self.folder / f".{first_row:012d}.tmp"
-        pq.write_table(table, work)
+        pq.write_table(table, work, **PARQUET_OPTIONS)
         work.replace(self._file(first_row))
 
     def join(self, target: Path, schema: pa.Schema, *, rows: int, overwrite: bool) -> None:
         """Put the parts together in row order and remove them."""
         files = sorted(self.folder.glob("part-*.parquet"))
         with atomic_file(target, overwrite=overwrite) as work:
-            with pq.ParquetWriter(work, schema) as writer:
+            with pq.ParquetWriter(work, schema, **PARQUET_OPTIONS) as writer:
                 for file in files:
-                    writer.write_table(pq.read_table(file).replace_schema_metadata(schema.metadata))
+                    table = pq.read_table(file, page_checksum_verification=True)
+                    writer.write_table(table.replace_schema_metadata(schema.metadata))
             found = pq.read_metadata(work).num_rows
             if found != rows:
                 raise ArtefactError(
