@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import numbers
 import os
 import re
 import reprlib
@@ -201,9 +202,11 @@ def _fits(kind: Any, value: Any) -> bool:
     if base in (None, types.NoneType):
         return value is None
     if base in (int, float):
-        if isinstance(value, bool) or not isinstance(value, int | base):
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral | numbers.Real):
             return False
-        return -(2**63) <= value < 2**64 if isinstance(value, int) else math.isfinite(value)
+        if isinstance(value, numbers.Integral):
+            return -(2**63) <= int(value) < 2**64
+        return base is float and math.isfinite(value)
     if _is_sequence(base):
         return isinstance(value, list | tuple)
     if _is_mapping(base):

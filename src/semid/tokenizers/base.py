@@ -436,10 +436,7 @@ class Tokenizer(ABC):
             tokenizer._set_tensors(tensors)
             if config["fit_report"] is not None:
                 tokenizer.report = record(FitReport, config["fit_report"], "fit_report")
-        stored = {"codebook_sizes": [len(book) for book in tokenizer.codebooks]}
-        stored |= {"codebook_fingerprint": tokenizer.codebook_fingerprint}
-        stored |= {"weights_fingerprint": tokenizer.weights_fingerprint}
-        check_stored(path, config, stored)
+        check_stored(path, config, tokenizer)
         return tokenizer
 
     def __repr__(self) -> str:

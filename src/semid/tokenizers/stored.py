@@ -63,6 +63,18 @@ def check_shapes(
             raise ValueError(f"tensor '{name}' holds NaN or infinite values")
 
 
+UNUSABLE = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What constructors raise for settings and tensors that contradict each other."""
+
+
 @contextlib.contextmanager
 def described(path: str | os.PathLike[str], what: str) -> Iterator[None]:
     """Turn whatever settings and tensors of an artefact cannot be into one sentence.
@@ -72,7 +84,7 @@ def described(path: str | os.PathLike[str], what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (ArtefactError, KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+    except (*UNUSABLE, ArtefactError) as error:
         reason = f"there is no {error}" if isinstance(error, KeyError) else error
         raise ArtefactError(
             f"'{path}' does not describe a {what} ({reason}); save the model again"
@@ -90,26 +102,24 @@ def stored_settings(kind: type, config: Mapping[str, Any]) -> dict[str, Any]:
     return checked(argument_types(kind), config["settings"], "settings")
 
 
-def check_stored(
-    path: str | os.PathLike[str], config: Mapping[str, Any], actual: Mapping[str, Any]
-) -> None:
+def check_stored(path: str | os.PathLike[str], config: Mapping[str, Any], tokenizer: Any) -> None:
     """Refuse tensors that are not those of the config, and settings that were changed in it.
 
     Args:
         path: of the artefact.
         config: its config.
-        actual: sizes and fingerprints of what was made of it, by their names in the config.
+        tokenizer: what was made of it.
 
     Raises:
         ArtefactError: naming what differs.
     """
-    different = [
-        name
-        for name, value in actual.items()
-        if config[name] != value
-        # The first format had another fingerprint under this name, of the tensors as stored.
-        and not (name == "weights_fingerprint" and config["format_version"] == 1)
-    ]
+    actual = {
+        "codebook_sizes": [len(book) for book in tokenizer.codebooks],
+        "codebook_fingerprint": tokenizer.codebook_fingerprint,
+    }
+    if config["format_version"] > 1:  # before, it was that of the tensors as they were stored
+        actual["weights_fingerprint"] = tokenizer.weights_fingerprint
+    different = [name for name, value in actual.items() if config.get(name) != value]
     if different:
         raise ArtefactError(
             f"the tensors of '{path}' do not fit its config.json ({', '.join(different)}): one of "

@@ -40,16 +40,18 @@ def load_module_(module: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
             problems.append(
                 f"'{name}' has shape {shape}, the settings ask for {tuple(state[name].shape)}"
             )
-        elif array.dtype.kind != ("f" if state[name].is_floating_point() else "i"):
+        elif array.dtype.kind not in ("f" if state[name].is_floating_point() else "biu"):
             problems.append(f"'{name}' holds {array.dtype}")
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ValueError("; ".join(problems[:3]) + more)
+    on_meta = any(tensor.is_meta for tensor in state.values())
     tensors = {
-        name: torch.from_numpy(np.array(array)).to(state[name].dtype).reshape(state[name].shape)
+        name: torch.from_numpy(np.array(array) if on_meta else array)
+        .to(state[name].dtype)
+        .reshape(state[name].shape)
         for name, array in arrays.items()
     }
-    on_meta = any(tensor.is_meta for tensor in state.values())
     module.load_state_dict(tensors, assign=on_meta)
 
 
