@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +74,15 @@ def read_grid(
     if not Path(path).is_file():
         raise ArtefactError(f"'{path}' does not exist; give a file that torch.save wrote")
     try:
+        if zipfile.is_zipfile(path):  # torch does not verify the checksums in its files
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip() is not None:
+                    raise ValueError("a checksum does not match")
         tensor = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # torch raises about ten classes for files that it did not write
         raise ArtefactError(
-            f"'{path}' cannot be read as a tensor that torch.save wrote; pickled Python objects "
-            "are never loaded"
+            f"'{path}' cannot be read as a tensor that torch.save wrote: it is damaged, cut short "
+            "or something else; pickled Python objects are never loaded"
         ) from error
     if not isinstance(tensor, torch.Tensor):
         raise ArtefactError(f"'{path}' holds {type(tensor).__name__}; {EXPECTED}")

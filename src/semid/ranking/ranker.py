@@ -349,6 +349,8 @@ class Ranker:
             codes = None
             if values["codes"] is not None:
                 codes = CodeTable.of(values["codes"], tensors["codes.rows"])
+                if values["codes_info"] is None:
+                    raise ValueError("it has codes and does not say of which model")
                 if len(codes.rows) != len(schema.items):
                     raise ValueError(f"{len(codes.rows)} rows of codes, {len(schema.items)} items")
             # Settings may declare any size: memory is taken for what the arrays have alone.

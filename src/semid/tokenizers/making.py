@@ -97,7 +97,7 @@ def make_tokenizer(
             arguments[outer] = {**value, **arguments.get(outer, {})}
         else:
             arguments[outer] = value
-    arguments = checked(allowed, arguments, kind, error=UsageError)
+    checked(allowed, arguments, kind, error=UsageError)
     if "logger" in allowed:
         arguments["logger"] = logger
     tokenizer: Tokenizer = made(**arguments, threads=threads)

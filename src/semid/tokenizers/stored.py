@@ -99,7 +99,9 @@ def stored_settings(kind: type, config: Mapping[str, Any]) -> dict[str, Any]:
     """
     known = {name: value for name, value in config.items() if name in CONFIG}
     checked(CONFIG, known, "config.json", required=CONFIG)
-    return checked(argument_types(kind), config["settings"], "settings")
+    checked(argument_types(kind), config["settings"], "settings")
+    settings: dict[str, Any] = config["settings"]
+    return settings
 
 
 def check_stored(path: str | os.PathLike[str], config: Mapping[str, Any], tokenizer: Any) -> None:
