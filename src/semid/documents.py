@@ -213,7 +213,7 @@ def _fits(kind: Any, value: Any) -> bool:
         return isinstance(value, Mapping)
     if dataclasses.is_dataclass(base):
         return isinstance(value, Mapping | typing.cast("type[Any]", base))
-    return base in (bool, str) and isinstance(value, base)
+    return isinstance(value, base) if base in (bool, str) else True  # no type of documents
 
 
 def _is_sequence(base: Any) -> bool:

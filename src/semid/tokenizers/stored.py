@@ -30,12 +30,12 @@ def argument_types(kind: type) -> dict[str, Any]:
     init = kind.__init__  # type: ignore[misc]
     hints = get_type_hints(init)
     arguments: dict[str, Any] = {}
-    for parameter in inspect.signature(init).parameters.values():
-        if parameter.kind is parameter.KEYWORD_ONLY:
-            arguments[parameter.name] = hints[parameter.name]
-        elif parameter.kind is parameter.VAR_KEYWORD:
-            (options,) = get_args(hints[parameter.name])  # Unpack[a TypedDict]
-            arguments |= get_type_hints(options)
+    for name, parameter in inspect.signature(kind).parameters.items():
+        hint = hints.get(name, Any)
+        if parameter.kind is not parameter.VAR_KEYWORD:
+            arguments[name] = hint
+        for options in get_args(hint) if parameter.kind is parameter.VAR_KEYWORD else ():
+            arguments |= get_type_hints(options)  # Unpack[a TypedDict]
     return arguments
 
 
