@@ -87,7 +87,10 @@ class HuggingFaceExport:
             ArtefactError: if something is missing or of another codebook.
         """
         folder = Path(path)
-        advice = "write the folder with 'semid export --to huggingface'"
+        advice = (
+            "this is no Hugging Face export of semid; write one with "
+            "'semid export --to huggingface'"
+        )
         where = f"'{folder / TOKENS}'"
         document = typed(dict[str, Any], read_json(folder / TOKENS, advice=advice), where)
         levels = typed(list[list[str]], document.get("levels"), f"{where}, levels")
