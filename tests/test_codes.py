@@ -130,7 +130,7 @@ def test_files_that_are_no_ids(tmp_path):
 def test_newer_formats_are_refused(tmp_path):
     make().write(tmp_path / "ids.parquet")
     table = pq.read_table(tmp_path / "ids.parquet")
-    metadata = {b"semid": table.schema.metadata[b"semid"].replace(b'version": 1', b'version": 99')}
+    metadata = {b"semid": table.schema.metadata[b"semid"].replace(b'version": 2', b'version": 99')}
     pq.write_table(table.replace_schema_metadata(metadata), tmp_path / "new.parquet")
     with pytest.raises(ArtefactError, match="format version 99"):
         SemanticIds.read(tmp_path / "new.parquet")

@@ -1,7 +1,10 @@
 """Artefacts on disk: a folder of ``config.json`` + ``model.safetensors`` + ``README.md``.
 
 A folder is written beside its destination and renamed when complete, so a reader never sees half
-of one. Tensors carry a checksum; loading verifies it. Nothing is pickled.
+of one. The tensors and the config each carry a checksum; loading verifies both. Nothing is pickled.
+
+Format versions: 1 had no checksum of the config, and the fingerprint of a tokenizer's weights did
+not cover its settings. Both are still read.
 """
 
 from __future__ import annotations
@@ -17,18 +20,21 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from semid.documents import checksum, read_json, typed
 from semid.errors import ArtefactError
 from semid.output import atomic_folder
 
 __all__ = [
     "FORMAT_VERSION",
+    "check_version",
     "fingerprint",
     "read_artefact",
     "read_config",
+    "read_tensors",
     "write_artefact",
 ]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 # Old key -> new key, applied to configs and tensors of older format versions on load.
 KEY_RENAMES: dict[str, str] = {}
@@ -36,13 +42,17 @@ KEY_RENAMES: dict[str, str] = {}
 CONFIG_FILE = "config.json"
 TENSOR_FILE = "model.safetensors"
 CARD_FILE = "README.md"
+CHECKSUM = "config_fingerprint"
 
 
-def fingerprint(tensors: Mapping[str, np.ndarray]) -> str:
+def fingerprint(
+    tensors: Mapping[str, np.ndarray], *, settings: Mapping[str, Any] | None = None
+) -> str:
     """SHA-256 over names, shapes and little-endian values, in name order.
 
     Args:
         tensors: arrays by name; floating ones are hashed as float32.
+        settings: JSON-able settings that change what the tensors compute.
 
     Returns:
         64 hexadecimal digits; the same on every platform for equal values.
@@ -53,6 +63,8 @@ def fingerprint(tensors: Mapping[str, np.ndarray]) -> str:
         kind = "<f4" if array.dtype.kind == "f" else "<i8"
         digest.update(f"{name}:{kind}:{array.shape};".encode())
         digest.update(np.ascontiguousarray(array, dtype=kind).tobytes())
+    if settings is not None:
+        digest.update(f"settings:{json.dumps(settings, sort_keys=True)}".encode())
     return digest.hexdigest()
 
 
@@ -76,13 +88,16 @@ def write_artefact(
     Raises:
         OutputExistsError: if ``path`` exists and ``overwrite`` is false.
     """
-    arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    arrays = {name: np.asarray(array, order="C") for name, array in tensors.items()}
     document = {
         "format_version": FORMAT_VERSION,
         **config,
-        "weights_fingerprint": fingerprint(arrays),
+        "tensors_fingerprint": fingerprint(arrays),
         "tensors": {name: list(array.shape) for name, array in sorted(arrays.items())},
     }
+    # Checked as it will be read: tuples are lists then, and keys are texts.
+    document = json.loads(json.dumps(document, allow_nan=False))
+    document[CHECKSUM] = checksum(document)
     with atomic_folder(path, overwrite=overwrite) as folder:
         save_file(arrays, folder / TENSOR_FILE)
         (folder / CONFIG_FILE).write_text(
@@ -96,7 +111,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read and check an artefact's ``config.json``.
 
     Raises:
-        ArtefactError: if the folder or file is missing, unreadable, or of a newer format.
+        ArtefactError: if the folder or file is missing, unreadable, altered, or of a newer format.
     """
     folder = Path(path)
     file = folder / CONFIG_FILE
@@ -105,42 +120,95 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ArtefactError(
             f"'{folder}' {what}; give a folder written by 'semid fit -o' or tokenizer.save()"
         )
-    try:
-        config = json.loads(file.read_text(encoding="utf8"))
-        version = int(config["format_version"])
-        str(config["kind"])
-    except (ValueError, KeyError, TypeError) as error:
+    document = read_json(file, advice="it is not a semid config; save the model again")
+    config = typed(dict[str, Any], document, f"'{file}'")
+    for name, kind in (("format_version", int), ("kind", str)):
+        if name not in config:
+            raise ArtefactError(
+                f"'{file}' is not a semid config: it does not say {name}; save the model again"
+            )
+        typed(kind, config[name], f"'{file}', {name}")
+    check_version(config["format_version"], FORMAT_VERSION, where=f"'{folder}'")
+    if config["format_version"] > 1 and config.pop(CHECKSUM, None) != checksum(config):
         raise ArtefactError(
-            f"'{file}' is not a semid config ({error}); save the model again"
-        ) from None
-    if version > FORMAT_VERSION:
-        raise ArtefactError(
-            f"'{folder}' has format version {version}, this semid reads up to {FORMAT_VERSION}; "
-            "upgrade with: pip install -U semid"
+            f"'{file}' is not what was saved: its values do not match its checksum; copy the "
+            "folder again, or fit or save the model with other settings instead of editing them"
         )
     return {KEY_RENAMES.get(key, key): value for key, value in config.items()}
 
 
-def read_artefact(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Read an artefact and verify that no tensor is missing or altered.
+def check_version(version: int, newest: int, *, where: str) -> None:
+    """Refuse a file of a format version that this semid does not know.
+
+    Raises:
+        ArtefactError: saying which versions are read.
+    """
+    if version < 1:
+        raise ArtefactError(f"{where} has format version {version}, which never was; copy it again")
+    if version > newest:
+        raise ArtefactError(
+            f"{where} has format version {version}, this semid reads up to {newest}; "
+            "upgrade with: pip install -U semid"
+        )
+
+
+def read_tensors(file: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """Read a safetensors file.
+
+    Raises:
+        ArtefactError: if it is missing, damaged, or of a type that is not read.
+    """
+    path = Path(file)
+    try:
+        tensors = load_file(path)
+    except FileNotFoundError:
+        raise ArtefactError(
+            f"'{path.parent}' holds no {path.name}; copy the whole folder"
+        ) from None
+    except (SafetensorError, OSError, ValueError, MemoryError) as error:
+        raise ArtefactError(
+            f"'{path}' cannot be read ({error}); it was probably cut short, copy it again"
+        ) from None
+    except (TypeError, AttributeError, KeyError) as error:  # types that numpy does not have
+        raise ArtefactError(
+            f"'{path}' holds tensors of a type that semid does not read ({error}); numbers are "
+            "float16, float32, float64 or integers"
+        ) from None
+    strange = sorted(name for name, array in tensors.items() if array.dtype.kind not in "fiub")
+    if strange:
+        raise ArtefactError(
+            f"'{path}' holds {tensors[strange[0]].dtype} in '{strange[0]}'; numbers are float16, "
+            "float32, float64 or integers"
+        )
+    return tensors
+
+
+def read_artefact(
+    path: str | os.PathLike[str], *, kind: str | None = None
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Read an artefact and verify that nothing in it is missing or altered.
+
+    Args:
+        path: its folder.
+        kind: what it must hold; None takes any.
 
     Returns:
         The config and the arrays by name.
 
     Raises:
-        ArtefactError: if anything is missing, truncated or does not match its checksum.
+        ArtefactError: if anything is missing, truncated or does not match its checksum, or if it
+            is of another kind.
     """
     config = read_config(path)
-    file = Path(path) / TENSOR_FILE
-    try:
-        tensors = load_file(file)
-    except FileNotFoundError:
-        raise ArtefactError(f"'{path}' holds no {TENSOR_FILE}; copy the whole folder") from None
-    except (SafetensorError, OSError) as error:
+    if kind not in (None, config["kind"]):
         raise ArtefactError(
-            f"'{file}' cannot be read ({error}); it was probably cut short, copy it again"
-        ) from None
-    expected = config.get("tensors", {})
+            f"'{path}' holds a '{config['kind']}', not a '{kind}'; open it with semid.load"
+        )
+    file = Path(path) / TENSOR_FILE
+    where = f"'{Path(path) / CONFIG_FILE}'"
+    expected = typed(dict[str, list[int]], config.get("tensors", {}), f"{where}, tensors")
+    digest = "weights_fingerprint" if config["format_version"] == 1 else "tensors_fingerprint"
+    tensors = read_tensors(file)
     missing = sorted(set(expected) - set(tensors))
     extra = sorted(set(tensors) - set(expected))
     reshaped = sorted(
@@ -151,7 +219,7 @@ def read_artefact(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[st
         for what, names in (("missing", missing), ("unknown", extra), ("other shape", reshaped))
         if names
     ]
-    if not problems and fingerprint(tensors) != config.get("weights_fingerprint"):
+    if not problems and fingerprint(tensors) != config.get(digest):
         problems = ["the values do not match the checksum in config.json"]
     if problems:
         raise ArtefactError(

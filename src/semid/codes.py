@@ -20,24 +20,47 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from semid.artefact import FORMAT_VERSION
+from semid.artefact import FORMAT_VERSION, check_version
+from semid.data.id_tables import code_rows, join_tables
 from semid.data.ids import ItemIds
 from semid.data.parquet_files import find_parquet
+from semid.documents import checksum, parse_json, record, typed
 from semid.errors import (
     ArtefactError,
     FingerprintError,
     IdsError,
     InputError,
+    SemidError,
     UsageError,
     check_choice,
 )
 from semid.filesystems import is_uri, open_parquet
 from semid.output import atomic_file
 
-__all__ = ["UNIQUE_METHODS", "CodesInfo", "SemanticIds", "code_dtype", "ids_schema", "ids_table"]
+__all__ = [
+    "MAX_CODEWORDS",
+    "MAX_LEVELS",
+    "PARQUET_OPTIONS",
+    "UNIQUE_METHODS",
+    "CodesInfo",
+    "SemanticIds",
+    "code_dtype",
+    "ids_schema",
+    "ids_table",
+]
 
 METADATA_KEY = b"semid"
+CHECKSUM = "checksum"
 UNIQUE_METHODS = ("none", "append", "reassign")
+
+MAX_CODEWORDS = 2**32
+"""A codebook of more codewords has codes beyond uint32."""
+
+MAX_LEVELS = 1024
+"""Codes per item; published tokenizers have 3 to 64."""
+
+PARQUET_OPTIONS: dict[str, Any] = {"write_page_checksum": True}
+"""How Semantic IDs are written: readers verify the checksums (`semid.data.filesystems`)."""
 
 
 def code_dtype(codebook_sizes: Sequence[int]) -> np.dtype[Any]:
@@ -74,12 +97,17 @@ class CodesInfo:
     norm_quantiles: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        """Check the method.
+        """Check the method and the sizes.
 
         Raises:
-            UsageError: for an unknown one.
+            UsageError: for an unknown method, or sizes that no codebooks have.
         """
         check_choice("unique", self.unique, UNIQUE_METHODS)
+        sizes = self.codebook_sizes
+        if not 1 <= len(sizes) <= MAX_LEVELS or not all(1 <= k <= MAX_CODEWORDS for k in sizes):
+            raise UsageError(
+                f"codebook_sizes={sizes[:8]}: give 1 to {MAX_LEVELS} sizes of 1 to 2**32 codewords"
+            )
 
     @property
     def model_sizes(self) -> tuple[int, ...]:
@@ -100,6 +128,7 @@ class CodesInfo:
         for name, silent in (("unique", "none"), ("capacity", 1), ("norm_quantiles", None)):
             if document[name] == silent:
                 del document[name]
+        document[CHECKSUM] = checksum(document)
         return {METADATA_KEY: json.dumps(document).encode()}
 
     @classmethod
@@ -107,26 +136,26 @@ class CodesInfo:
         """Read what `to_metadata` wrote.
 
         Raises:
-            ArtefactError: if it is absent, unreadable or of a newer format.
+            ArtefactError: if it is absent, unreadable, altered or of a newer format.
         """
-        try:
-            document = json.loads((metadata or {})[METADATA_KEY])
-            version = document.pop("format_version")
-            document["codebook_sizes"] = tuple(document["codebook_sizes"])
-            if document.get("norm_quantiles") is not None:
-                document["norm_quantiles"] = tuple(document["norm_quantiles"])
-            info = cls(**document)
-        except (KeyError, ValueError, TypeError):
+        if METADATA_KEY not in (metadata or {}):
             raise ArtefactError(
                 f"'{path}' carries no semid fingerprint in its schema; "
                 "give a file written by 'semid encode' or SemanticIds.write()"
-            ) from None
-        if version > FORMAT_VERSION:
-            raise ArtefactError(
-                f"'{path}' has format version {version}, this semid reads up to {FORMAT_VERSION}; "
-                "upgrade with: pip install -U semid"
             )
-        return info
+        where = f"the schema of '{path}'"
+        advice = "copy the file or encode it again"
+        document = parse_json((metadata or {})[METADATA_KEY], where=where, advice=advice)
+        document = dict(typed(dict[str, Any], document, where))
+        version = typed(int, document.pop("format_version", None), f"{where}, format_version")
+        check_version(version, FORMAT_VERSION, where=f"'{path}'")
+        stored = document.pop(CHECKSUM, None)
+        if version > 1 and stored != checksum({"format_version": version, **document}):
+            raise ArtefactError(f"{where} does not match its checksum; {advice}")
+        try:
+            return record(cls, document, where)
+        except UsageError as error:
+            raise ArtefactError(f"{where}: {error}; {advice}") from None
 
 
 def ids_schema(item_type: pa.DataType, info: CodesInfo, *, model_codes: bool = False) -> pa.Schema:
@@ -184,6 +213,9 @@ def ids_table(
 def _codes_column(
     codes: npt.NDArray[np.integer[Any]], sizes: Sequence[int], kind: pa.DataType
 ) -> pa.Array:
+    problems = _misfits(codes, sizes, "codes")
+    if problems:
+        raise InputError(problems)
     flat = np.ascontiguousarray(codes, dtype=code_dtype(sizes)).reshape(-1)
     return pa.FixedSizeListArray.from_arrays(pa.array(flat), type=kind)
 
@@ -214,6 +246,7 @@ class SemanticIds:
         Raises:
             InputError: listing everything that does not fit.
         """
+        object.__setattr__(self, "codes", np.asarray(self.codes))
         problems = _misfits(self.codes, self.info.codebook_sizes, "codes")
         if self.model_codes is not None:
             problems += _misfits(self.model_codes, self.info.model_sizes, "model_codes")
@@ -310,7 +343,7 @@ class SemanticIds:
             OutputExistsError: if ``path`` exists and ``overwrite`` is false.
         """
         with atomic_file(path, overwrite=overwrite) as work:
-            pq.write_table(self.to_arrow(), work)
+            pq.write_table(self.to_arrow(), work, **PARQUET_OPTIONS)
 
     def to_arrow(self) -> pa.Table:
         """Return the table that `write` writes."""
@@ -339,14 +372,17 @@ class SemanticIds:
             for file in find_parquet(given):
                 with open_parquet(file) as parquet:
                     tables.append(parquet.read())
-            others = {(t.schema.metadata or {}).get(METADATA_KEY) for t in tables}
-            if len(others) > 1:
+            infos = {CodesInfo.from_metadata(t.schema.metadata, path=path) for t in tables}
+            if len(infos) > 1:
                 raise ArtefactError(
-                    f"the files of '{path}' were made by {len(others)} different models or "
+                    f"the files of '{path}' were made by {len(infos)} different models or "
                     "settings; keep the ids of one run in a folder"
                 )
-            table = pa.concat_tables(tables)
-        except (pa.ArrowInvalid, OSError) as error:
+            table = join_tables(tables, where=f"'{path}'")
+            table.validate(full=True)
+        except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
+            if isinstance(error, SemidError):
+                raise
             raise ArtefactError(
                 f"'{path}' cannot be read as Parquet ({error}); copy or encode it again"
             ) from None
@@ -356,16 +392,24 @@ class SemanticIds:
     def from_arrow(cls, table: pa.Table, *, path: object = "the table") -> SemanticIds:
         """Read what `to_arrow` gave; arguments and errors as for `read`."""
         info = CodesInfo.from_metadata(table.schema.metadata, path=path)
-        missing = [c for c in ("item_id", "codes", "residual_norm") if c not in table.column_names]
+        columns = ("item_id", "codes", "residual_norm")
+        missing = [c for c in columns if table.column_names.count(c) != 1]
         if missing:
             raise ArtefactError(f"'{path}' lacks the columns {', '.join(missing)}; encode it again")
-        kept = "model_codes" in table.column_names
+        norms = table["residual_norm"]
+        if not pa.types.is_floating(norms.type):
+            raise ArtefactError(
+                f"column 'residual_norm' of '{path}' holds {norms.type}; encode it again"
+            )
+        model_codes = None
+        if "model_codes" in table.column_names:
+            model_codes = code_rows(table, "model_codes", len(info.model_sizes), where=f"'{path}'")
         return cls(
             items=ItemIds(table["item_id"]),
-            codes=_read_codes(table, "codes", len(info.codebook_sizes)),
-            residual_norms=table["residual_norm"].to_numpy(),
+            codes=code_rows(table, "codes", len(info.codebook_sizes), where=f"'{path}'"),
+            residual_norms=norms.to_numpy().astype(np.float32, copy=False),
             info=info,
-            model_codes=_read_codes(table, "model_codes", len(info.model_sizes)) if kept else None,
+            model_codes=model_codes,
         )
 
 
@@ -373,21 +417,15 @@ def _misfits(codes: npt.NDArray[Any], sizes: Sequence[int], name: str) -> list[s
     """What does not fit in ``(items, levels)`` codes."""
     if codes.ndim != 2 or codes.shape[1] != len(sizes):
         return [f"{name} have shape {codes.shape}, expected (items, {len(sizes)})"]
+    if codes.dtype.kind not in "iu":
+        return [f"{name} have type {codes.dtype}; codes are integers"]
     if not len(codes):
         return []
     return [
-        f"level {level} of {name} holds code {int(top)}, its codebook has {size} codewords"
-        for level, (top, size) in enumerate(zip(codes.max(axis=0), sizes, strict=True))
-        if top >= size
-    ]
-
-
-def _read_codes(table: pa.Table, name: str, levels: int) -> npt.NDArray[Any]:
-    flat = table[name].combine_chunks().flatten().to_numpy()
-    if flat.size != len(table) * levels:
-        raise ArtefactError(
-            f"column '{name}' does not hold {levels} codes a row, as the file's metadata say; "
-            "encode it again"
+        f"level {level} of {name} holds code {int(low if low < 0 else top)}, "
+        f"its codebook has {size} codewords"
+        for level, (low, top, size) in enumerate(
+            zip(codes.min(axis=0), codes.max(axis=0), sizes, strict=True)
         )
-    codes: npt.NDArray[Any] = flat.reshape(len(table), levels)
-    return codes
+        if low < 0 or top >= size
+    ]

@@ -164,12 +164,13 @@ def list_files(uri: str) -> list[str]:
 
 
 def open_parquet(path: FilePath, **options: Any) -> pq.ParquetFile:
-    """Open a Parquet file wherever it lies.
+    """Open a Parquet file wherever it lies; checksums of its pages are verified where it has some.
 
     Args:
         path: a path on this machine or a URI.
         options: further arguments of `pyarrow.parquet.ParquetFile`.
     """
+    options["page_checksum_verification"] = True
     if not is_uri(path):
         return pq.ParquetFile(path, **options)
     system, inner = resolve(path)
@@ -274,7 +275,7 @@ class Folder:
     def write_table(self, name: str, table: pa.Table) -> None:
         """Write a table as one Parquet file, whole or not at all; it is made in memory first."""
         sink = pa.BufferOutputStream()
-        pq.write_table(table, sink)
+        pq.write_table(table, sink, write_page_checksum=True)
         self.write(name, sink.getvalue())
 
     def move_into(self, name: str, target: Folder) -> None:

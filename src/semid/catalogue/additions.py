@@ -14,8 +14,8 @@ from semid.catalogue.novelty import NOVEL, norm_quantiles, novelty
 from semid.catalogue.uniqueness import place
 from semid.codes import SemanticIds
 from semid.data.embeddings import open_embeddings
-from semid.data.ids import ItemIds
-from semid.errors import FingerprintError, IdsError, UsageError
+from semid.data.ids import ItemIds, cast_ids
+from semid.errors import FingerprintError, UsageError
 from semid.output import atomic_file
 from semid.progress import Progress
 from semid.tokenizers.base import Tokenizer
@@ -211,14 +211,7 @@ def joined_items(first: ItemIds, second: ItemIds) -> ItemIds:
     Raises:
         IdsError: if the second's cannot be written in it, or an id is in both.
     """
-    ours, theirs = first.to_arrow(), second.to_arrow()
-    if pa.types.is_dictionary(ours.type):
-        ours = ours.cast(ours.type.value_type)
-    try:
-        cast = theirs.cast(ours.type)
-    except pa.ArrowInvalid as error:
-        raise IdsError(
-            f"the new item ids are {theirs.type}, the catalogue's {ours.type}, and cannot be "
-            f"written as such ({error}); give both the same type"
-        ) from None
-    return ItemIds(pa.chunked_array([ours, cast], type=ours.type), source="old and new item ids")
+    ours = first.to_arrow()
+    kind = ours.type.value_type if pa.types.is_dictionary(ours.type) else ours.type
+    theirs = cast_ids(second, kind, source="the new item ids")
+    return ItemIds(pa.chunked_array([ours.cast(kind), theirs]), source="old and new item ids")

@@ -15,7 +15,7 @@ import os
 import re
 import secrets
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from semid.artefact import check_version
 from semid.codes import CodesInfo, SemanticIds
+from semid.data.id_tables import join_tables
+from semid.data.ids import ItemIds, cast_ids
+from semid.documents import read_json, record, typed
 from semid.errors import ArtefactError, InputError, OutputExistsError, UsageError
 from semid.output import hold_state
 
 __all__ = ["CatalogueBundle", "Part", "read_catalogue"]
 
 FORMAT_VERSION = 1
-MANIFEST = re.compile(r"manifest-(\d{6,})\.json")
-_PART = re.compile(r"part-\d{6,}-[0-9a-f]{12}\.parquet")
+STATED = ("codebook_fingerprint", "weights_fingerprint", "unique")
+"""What a manifest repeats of its ids."""
+MANIFEST = re.compile(r"manifest-([0-9]{6,18})\.json")
+PART = re.compile(r"parts/part-[0-9]+-[0-9a-f]+\.parquet")
 _UNFINISHED = re.compile(r"\.(manifest|part)-.*\.[0-9a-f]{16}\.tmp")
 
 
@@ -48,6 +54,29 @@ class Part:
     file: str
     rows: int
     sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """A version of a bundle, as its manifest lists it.
+
+    Attributes:
+        format_version: of the manifest.
+        version: of the catalogue.
+        items: rows of all parts together.
+        parts: the files, in row order.
+        codebook_fingerprint: of the codebooks.
+        weights_fingerprint: of all weights.
+        unique: how codes were made unique.
+    """
+
+    format_version: int
+    version: int
+    items: int
+    parts: tuple[Part, ...]
+    codebook_fingerprint: str
+    weights_fingerprint: str
+    unique: str
 
 
 class CatalogueBundle:
@@ -105,31 +134,50 @@ class CatalogueBundle:
             UsageError: for a version that does not exist.
             ArtefactError: if its manifest cannot be read.
         """
+        return list(self._manifest(self._version(version)).parts)
+
+    def _version(self, version: int | None) -> int:
         have = self.versions()
         chosen = have[-1] if version is None else version
         if chosen not in have:
             raise UsageError(f"'{self.path}' has versions {have[0]} to {have[-1]}, not {chosen}")
-        file = self.path / _manifest_name(chosen)
-        try:
-            document = json.loads(file.read_text(encoding="utf8"))
-            if int(document["format_version"]) > FORMAT_VERSION:
-                raise ArtefactError(
-                    f"'{file}' has format version {document['format_version']}, this semid reads "
-                    f"up to {FORMAT_VERSION}; upgrade with: pip install -U semid"
-                )
-            return [Part(**part) for part in document["parts"]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ArtefactError(f"'{file}' cannot be read ({error}); copy it again") from None
+        return chosen
+
+    def _manifest(self, version: int) -> Manifest:
+        file = self.path / _manifest_name(version)
+        document = typed(dict[str, Any], read_json(file), f"'{file}'")
+        newest = typed(int, document.get("format_version"), f"'{file}', format_version")
+        check_version(newest, FORMAT_VERSION, where=f"'{file}'")
+        manifest = record(Manifest, document, f"'{file}'")
+        outside = [part.file for part in manifest.parts if not PART.fullmatch(part.file)]
+        if outside:
+            raise ArtefactError(
+                f"'{file}' names '{outside[0]}', which is no file of this bundle; its parts are "
+                "called 'parts/part-...parquet': copy the whole folder again"
+            )
+        if (
+            manifest.version != version
+            or not manifest.parts
+            or manifest.items != sum(part.rows for part in manifest.parts)
+        ):
+            raise ArtefactError(
+                f"'{file}' contradicts itself: it says version {manifest.version} and "
+                f"{manifest.items} items in {len(manifest.parts)} parts; copy it again"
+            )
+        return manifest
 
     def read(self, version: int | None = None) -> SemanticIds:
         """Read a version (the last by default), verifying every part's checksum.
 
+        Item ids have the type of the first part.
+
         Raises:
             UsageError: for a version that does not exist.
-            ArtefactError: if a part is missing or altered.
+            ArtefactError: if a part is missing or altered, or not of the manifest's model.
         """
         tables = []
-        for part in self.parts(version):
+        manifest = self._manifest(self._version(version))
+        for part in manifest.parts:
             try:
                 data = (self.path / part.file).read_bytes()
             except OSError as error:
@@ -140,10 +188,21 @@ class CatalogueBundle:
                 raise ArtefactError(
                     f"part '{part.file}' of '{self.path}' is not what was written; copy it again"
                 )
-            tables.append(pq.read_table(io.BytesIO(data)))
-        newest = tables[-1].schema.metadata
-        joined = pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
-        return SemanticIds.from_arrow(joined.replace_schema_metadata(newest), path=self.path)
+            try:
+                tables.append(pq.read_table(io.BytesIO(data)))
+            except (pa.ArrowException, OSError, ValueError) as error:
+                raise ArtefactError(
+                    f"part '{part.file}' of '{self.path}' cannot be read ({error}); copy it again"
+                ) from None
+        ids = SemanticIds.from_arrow(join_tables(tables, where=f"'{self.path}'"), path=self.path)
+        stated = {name: getattr(manifest, name) for name in STATED}
+        carried = {name: getattr(ids.info, name) for name in STATED}
+        if [len(t) for t in tables] != [part.rows for part in manifest.parts] or stated != carried:
+            raise ArtefactError(
+                f"version {manifest.version} of '{self.path}' has other rows or another model than "
+                "its manifest says; copy the whole folder again"
+            )
+        return ids
 
     def append(self, ids: SemanticIds) -> int:
         """Add a version that goes on from the last one.
@@ -158,6 +217,7 @@ class CatalogueBundle:
         Raises:
             InputError: if a published row is not what it was.
             OutputBusyError: if another writer is adding a version.
+            IdsError: if new item ids cannot be written in the type of the published ones.
             ArtefactError: if another writer added the version meanwhile.
         """
         with hold_state(self.path):
@@ -171,7 +231,8 @@ class CatalogueBundle:
             if _UNFINISHED.fullmatch(file.name):
                 file.unlink(missing_ok=True)
         for file in (self.path / "parts").iterdir():
-            unnamed = _PART.fullmatch(file.name) and f"parts/{file.name}" not in named
+            name = f"parts/{file.name}"
+            unnamed = PART.fullmatch(name) and name not in named
             if unnamed or _UNFINISHED.fullmatch(file.name):
                 file.unlink(missing_ok=True)
 
@@ -184,7 +245,11 @@ class CatalogueBundle:
                 f"these ids change rows of version {last} of '{self.path}'; a bundle only grows: "
                 "start a new one for another generation"
             )
-        part = _write_part(self.path, last + 1, ids.take(np.arange(old, len(ids))))
+        fresh = ids.take(np.arange(old, len(ids)))
+        # All parts have one type of item ids, that of the first.
+        items = cast_ids(fresh.items, before.items.to_arrow().type, source="the new item ids")
+        fresh = replace(fresh, items=ItemIds(items))
+        part = _write_part(self.path, last + 1, fresh)
         _write_manifest(self.path, last + 1, [*self.parts(last), part], ids.info)
         return last + 1
 

@@ -25,6 +25,13 @@ def import_(
         typer.Option("--ids", help="Table with an item id a row, FILE or FILE:COLUMN."),
     ] = None,
     id_column: IdColumn = None,
+    orientation: Annotated[
+        str | None,
+        typer.Option(
+            help="Sides of a GRID tensor: levels-first or items-first; by default a guess is made "
+            "and printed."
+        ),
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Read another program's ids, so that semid's tools work on them.
@@ -41,6 +48,7 @@ def import_(
         file,
         items=None if ids is None else load_ids(ids, id_column=id_column),
         tokenizer=None if model is None else load(model),
+        orientation=orientation,
     )
     found.write(output, overwrite=overwrite)
     typer.echo(f"imported {len(found):,} items with {found.levels} codes each: {output}")

@@ -17,6 +17,10 @@ from semid.errors import EmbeddingError, IdsError, UsageError
 __all__ = ["ArraySource", "TensorSource", "open_npy"]
 
 
+MAX_HEADER = 1 << 16
+"""Bytes of an ``.npy`` header; that of a matrix has 118."""
+
+
 class ArraySource(EmbeddingSource):
     """A matrix (items, dim) of float16, float32 or float64, in memory or memory-mapped.
 
@@ -193,15 +197,27 @@ def _read_header(path: Path) -> tuple[np.dtype[Any], bool, tuple[int, ...], int]
                 raise ValueError("it does not start like one")
             width = 2 if magic[6] == 1 else 4
             length = int.from_bytes(file.read(width), "little")
+            if length > MAX_HEADER:
+                raise ValueError(f"its header has {length} bytes")
             text = file.read(length)
             if len(text) < length:
                 raise ValueError("its header is cut off")
         header = ast.literal_eval(text.decode("utf8" if magic[6] == 3 else "latin1"))
-        dtype = np.dtype(header["descr"])
-        return dtype, bool(header["fortran_order"]), tuple(header["shape"]), 8 + width + length
+        dtype, shape = np.dtype(header["descr"]), tuple(header["shape"])
+        if not all(type(n) is int and 0 <= n < 2**63 for n in shape):
+            raise ValueError(f"its header says shape {shape!r:.80}")
+        return dtype, bool(header["fortran_order"]), shape, 8 + width + length
     except OSError as error:
         raise UsageError(f"'{path}' cannot be read: {error.strerror or error}") from error
-    except (ValueError, IndexError, KeyError, TypeError, SyntaxError) as error:
+    except (
+        ValueError,
+        IndexError,
+        KeyError,
+        TypeError,
+        SyntaxError,
+        MemoryError,  # ast's word, as RecursionError, for nesting without end
+        RecursionError,
+    ) as error:
         raise EmbeddingError(
             f"'{path}' is not an .npy file ({error}); write it with numpy.save"
         ) from error

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from semid.data.hashing import hash_strings, share_mask
 from semid.errors import IdsError, UsageError
 
-__all__ = ["ItemIds", "held_out_mask"]
+__all__ = ["ItemIds", "cast_ids", "held_out_mask"]
 
 _BLOCK = 65_536
 
@@ -210,6 +210,36 @@ def held_out_mask(ids: ItemIds, fraction: float, *, salt: str = "validation") ->
     if fraction == 0.0:
         return np.zeros(len(ids), dtype=bool)
     return share_mask(ids.hash64(salt), 0.0, fraction)
+
+
+def cast_ids(values: Any, kind: pa.DataType, *, source: str) -> pa.Array:
+    """Return ids in another type, if every id stays what it is.
+
+    Args:
+        values: ids as for `ItemIds`.
+        kind: type of strings or integers; of a dictionary its values' type is taken.
+        source: what the ids are called in errors.
+
+    Raises:
+        IdsError: an id cannot be written in that type, or would read differently: ``007`` as 7.
+    """
+    plain = _to_arrow(values, source)
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if plain.type == kind:
+        return plain
+    text = _to_strings(plain)
+    try:
+        cast = text.cast(kind)
+        different = pc.fill_null(pc.not_equal(_to_strings(cast), text), False)
+        problem = f"'{text.filter(different)[0]}' would change" if pc.any(different).as_py() else ""
+    except pa.ArrowInvalid as error:
+        problem = str(error)
+    if problem:
+        raise IdsError(
+            f"{source} are {plain.type}, the catalogue's {kind}, and cannot be written as such "
+            f"({problem}); give both the same type"
+        )
+    return cast
 
 
 def _increases(values: Any) -> bool:

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from semid.codes import CodesInfo, SemanticIds, code_dtype, ids_table
+from semid.codes import CodesInfo, SemanticIds, ids_table
 from semid.data.embeddings import open_embeddings
+from semid.data.id_tables import code_rows
 from semid.data.ids import ItemIds
 from semid.distributed.ray_start import RayOptions, check_slots, connect
 from semid.errors import UsageError
@@ -107,19 +108,13 @@ def ids_of_table(table: pa.Table, info: CodesInfo) -> SemanticIds:
         info: ``semid.load(model).codes_info()`` of the model that made them.
 
     Raises:
-        InputError: codes outside the model's codebooks, or rows of another length.
+        InputError: codes outside the model's codebooks.
+        ArtefactError: rows of another length, or codes that are no integers.
         IdsError: item ids repeat.
     """
-    codes = table["codes"].combine_chunks().flatten().to_numpy()
-    levels = len(info.codebook_sizes)
-    if len(codes) != table.num_rows * levels:
-        raise UsageError(
-            f"{len(codes)} codes for {table.num_rows} items: this model has {levels} levels; give "
-            "the model that made them"
-        )
     return SemanticIds(
         ItemIds(table["item_id"]),
-        codes.reshape(-1, levels).astype(code_dtype(info.codebook_sizes)),
+        code_rows(table, "codes", len(info.codebook_sizes), where="the table"),
         table["residual_norm"].to_numpy().astype(np.float32),
         info,
     )

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from semid.codes import CodesInfo, ids_schema, ids_table
+from semid.codes import PARQUET_OPTIONS, CodesInfo, ids_schema, ids_table
 from semid.distributed.units import Catalogue, Unit
 from semid.errors import ArtefactError, IdsError, OutputExistsError, UsageError
 from semid.filesystems import FilePath, Folder, local_path, open_parquet
@@ -243,7 +243,7 @@ class Output:
 
     def _join(self, done: Sequence[Done], schema: pa.Schema, sink: Any) -> None:
         """Write one file of all parts, a part at a time."""
-        with pq.ParquetWriter(sink, schema) as writer:
+        with pq.ParquetWriter(sink, schema, **PARQUET_OPTIONS) as writer:
             for unit in done:
                 with open_parquet(self.parts.file(unit.name)) as parquet:
                     table = parquet.read()

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import tomllib
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+from semid.documents import read_toml, record
 from semid.errors import UsageError, check_choice, nearest_name
 from semid.ranking.methods import METHODS
 from semid.ranking.models.registry import MODELS
@@ -26,8 +24,6 @@ __all__ = [
     "named_recipes",
     "read_experiment",
 ]
-
-Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,55 +260,8 @@ def read_experiment(name: str | Path) -> DrqRecipe | MocRecipe:
             f"recipe '{name}' is neither a file nor one of {', '.join(named_recipes())}"
             f"{nearest_name(str(name), named_recipes())}"
         )
-    try:
-        values = tomllib.loads(file.read_text(encoding="utf8"))
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"recipe '{name}' is not valid TOML: {error}") from None
-    paper = check_choice(f"paper of recipe '{name}'", str(values.get("paper")), sorted(RECIPES))
-    return _made(RECIPES[paper], values, f"recipe '{name}'")
-
-
-def _made(kind: type[Made], values: Mapping[str, Any], where: str) -> Made:
-    """Make a record of a table, refusing keys it does not have."""
-    known = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    types = typing.get_type_hints(kind)
-    arguments: dict[str, Any] = {}
-    for key, value in values.items():
-        if key not in known:
-            raise UsageError(
-                f"{where} has no key '{key}'; its keys are {', '.join(known)}"
-                f"{nearest_name(key, list(known))}"
-            )
-        arguments[key] = _value(types[key], value, f"{where}, {key}")
-    missing = [
-        name
-        for name, f in known.items()
-        if name not in arguments
-        and f.default is dataclasses.MISSING
-        and f.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise UsageError(f"{where} does not say {', '.join(missing)}; add it")
-    return kind(**arguments)
-
-
-def _value(wanted: Any, value: Any, where: str) -> Any:
-    """Check a value of TOML against the type of its field."""
-    inner = typing.get_args(wanted)
-    if type(None) in inner:
-        wanted = next(t for t in inner if t is not type(None))
-        inner = typing.get_args(wanted)
-    if typing.get_origin(wanted) is tuple:
-        if not isinstance(value, list):
-            raise UsageError(f"{where} is {value!r}; give a list")
-        return tuple(_value(inner[0], one, f"{where}[{n}]") for n, one in enumerate(value))
-    if dataclasses.is_dataclass(wanted):
-        if not isinstance(value, Mapping):
-            raise UsageError(f"{where} is {value!r}; give a table")
-        return _made(typing.cast("type[Any]", wanted), value, where)
-    plain = Mapping if typing.get_origin(wanted) is not None else wanted
-    if plain is float and type(value) is int:
-        return float(value)
-    if not isinstance(value, plain) or (plain is int and isinstance(value, bool)):
-        raise UsageError(f"{where} is {value!r}; give {getattr(plain, '__name__', plain)}")
-    return value
+    where = f"recipe '{name}'"
+    values = read_toml(file, where=where, error=UsageError, advice="correct the file")
+    paper = check_choice(f"paper of {where}", str(values.get("paper")), sorted(RECIPES))
+    recipe: DrqRecipe | MocRecipe = record(RECIPES[paper], values, where, error=UsageError)
+    return recipe

@@ -148,6 +148,7 @@ def import_ids(
     *,
     items: Any = None,
     tokenizer: Tokenizer | None = None,
+    orientation: str | None = None,
 ) -> SemanticIds:
     """Read ids that another program wrote.
 
@@ -158,13 +159,19 @@ def import_ids(
         tokenizer: the model whose codes these are; they then carry its fingerprint, and are checked
             against its codebooks. Without one they carry the fingerprint ``imported``, which no
             model accepts.
+        orientation: which side of a GRID tensor are the levels, see `semid.export.grid.read_grid`.
 
     Raises:
-        UsageError: for an unknown format.
+        UsageError: for an unknown format, or an orientation for one that has none.
         ArtefactError: if the file cannot be read as that format.
         InputError: if the codes do not fit the model, or the items not the rows.
     """
-    found: SemanticIds = _function(IMPORTS[check_choice("--from", source, list(IMPORTS))])(
-        path, items=items, tokenizer=tokenizer
-    )
-    return found
+    read = _function(IMPORTS[check_choice("--from", source, list(IMPORTS))])
+    options: dict[str, Any] = {} if orientation is None else {"orientation": orientation}
+    if options and source != "grid":
+        raise UsageError(
+            f"--orientation (orientation=) is for tensors of grid and does not apply to {source}; "
+            "leave it out"
+        )
+    ids: SemanticIds = read(path, items=items, tokenizer=tokenizer, **options)
+    return ids

@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
+from semid.artefact import read_tensors
 from semid.catalogue.decoding import AllowedTokens, TorchTrie
 from semid.catalogue.prefixes import PrefixIndex
 from semid.codes import SemanticIds
+from semid.documents import read_json, typed
 from semid.errors import ArtefactError, MissingExtraError, UsageError
 from semid.export.tokens import token_strings
 from semid.output import atomic_folder
@@ -86,18 +88,27 @@ class HuggingFaceExport:
             ArtefactError: if something is missing or of another codebook.
         """
         folder = Path(path)
-        try:
-            document = json.loads((folder / TOKENS).read_text(encoding="utf8"))
-            books = load_file(folder / CODEWORDS)
-            levels, print_ = document["levels"], document["codebook_fingerprint"]
-        except (OSError, ValueError, KeyError) as error:
-            raise ArtefactError(
-                f"'{folder}' is no Hugging Face export of semid ({error}); write it with "
-                "'semid export --to huggingface'"
-            ) from None
+        advice = (
+            "this is no Hugging Face export of semid; write one with "
+            "'semid export --to huggingface'"
+        )
+        where = f"'{folder / TOKENS}'"
+        document = typed(dict[str, Any], read_json(folder / TOKENS, advice=advice), where)
+        levels = typed(list[list[str]], document.get("levels"), f"{where}, levels")
+        stored = typed(str, document.get("codebook_fingerprint"), f"{where}, codebook_fingerprint")
+        books = read_tensors(folder / CODEWORDS)
+        names = [f"level.{n}" for n in range(len(books))]
         ids = SemanticIds.read(folder / IDS)
-        ids.check_codebook(print_)
-        return cls(levels, tuple(books[f"level.{n}"] for n in range(len(books))), ids)
+        ids.check_codebook(stored)
+        sizes = [len(level) for level in levels]
+        tables = [books[name] for name in names if name in books]
+        model_sizes = [len(table) for table in tables if table.ndim == 2]
+        if sizes != list(ids.info.codebook_sizes) or model_sizes != list(ids.info.model_sizes):
+            raise ArtefactError(
+                f"{where} has {sizes} tokens and '{CODEWORDS}' {model_sizes} codewords for ids of "
+                f"{list(ids.info.codebook_sizes)} codes per level; {advice}"
+            )
+        return cls(levels, tuple(tables), ids)
 
     def text(self, item: str) -> str:
         """Return an item's id as the string of its tokens."""

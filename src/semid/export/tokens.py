@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from semid.codes import CodesInfo, SemanticIds, code_dtype
+from semid.codes import MAX_CODEWORDS, MAX_LEVELS, CodesInfo, SemanticIds
 from semid.data.ids import ItemIds
 from semid.errors import InputError
 from semid.health import check_codes
@@ -38,7 +38,7 @@ def token_strings(sizes: tuple[int, ...]) -> list[list[str]]:
 
 
 def imported(
-    codes: npt.NDArray[np.int64], *, items: Any = None, tokenizer: Tokenizer | None = None
+    codes: npt.NDArray[Any], *, items: Any = None, tokenizer: Tokenizer | None = None
 ) -> SemanticIds:
     """Wrap codes that another program wrote.
 
@@ -54,6 +54,11 @@ def imported(
         InputError: if the codes do not fit the model, or the items not the rows.
     """
     check_codes(codes)
+    if codes.shape[1] > MAX_LEVELS or codes.max() >= MAX_CODEWORDS:
+        raise InputError(
+            f"codes up to {codes.max()} on {codes.shape[1]} levels; Semantic IDs have codes below "
+            f"2**32 on at most {MAX_LEVELS} levels: is this another kind of file?"
+        )
     named = ItemIds.range(len(codes)) if items is None else ItemIds(items)
     if len(named) != len(codes):
         raise InputError(f"{len(named)} item ids for {len(codes)} rows of codes; give one a row")
@@ -75,6 +80,4 @@ def imported(
             info = CodesInfo(**{**info.__dict__, "codebook_sizes": sizes, "unique": "append"})
         check_codes(codes, info.codebook_sizes)
     norms = np.full(len(codes), np.nan, dtype=np.float32)
-    kind = code_dtype(info.codebook_sizes)
-    own = None if kept is None else kept.astype(code_dtype(info.model_sizes))
-    return SemanticIds(named, codes.astype(kind), norms, info, own)
+    return SemanticIds(named, codes, norms, info, kept)

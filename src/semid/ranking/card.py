@@ -21,7 +21,7 @@ def card(config: Mapping[str, Any]) -> str:
         + (f" and the codes of {config['codes_info']['tokenizer']}." if config["codes"] else "."),
         "",
     ]
-    if report:
+    if "protocol" in report:
         lines += [
             f"Protocol: `{report['protocol']}`",
             "",

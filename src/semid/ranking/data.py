@@ -29,6 +29,10 @@ logger = logging.getLogger(__name__)
 
 Ints = npt.NDArray[np.int64]
 COLD_SALT = "cold items"
+
+MAX_HISTORY = 10_000
+"""Items per user that are held with the model; published models see 20 to 1,000."""
+
 TRAIN = 0
 
 
@@ -77,8 +81,8 @@ class DataOptions:
             problems.append(f"cold_items={self.cold_items}: give a share in [0, 1)")
         if self.min_count < 1:
             problems.append(f"min_count={self.min_count}: give at least 1")
-        if self.history < 0:
-            problems.append(f"history={self.history}: give 0 or more")
+        if not 0 <= self.history <= MAX_HISTORY:
+            problems.append(f"history={self.history}: give 0 to {MAX_HISTORY}")
         twice = set(self.categorical) & set(self.dense)
         if twice:
             problems.append(f"columns {sorted(twice)} are both categorical and dense")

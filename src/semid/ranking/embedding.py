@@ -100,10 +100,11 @@ class FieldIndex(nn.Module):
             self.slots, self.code_total = len(codes.sizes), sum(codes.sizes)
             table = codes.rows + np.cumsum([0, *codes.sizes[:-1]])
         self._buffer("code_rows", table)
-        moments = list(schema.dense.values())
+        moments = np.array(list(schema.dense.values()), np.float32).reshape(-1, 2)
         self.dense_names = list(schema.dense)
-        self.register_buffer("centre", torch.tensor([m for m, _ in moments]), persistent=False)
-        self.register_buffer("spread", torch.tensor([s for _, s in moments]), persistent=False)
+        for place, name in enumerate(("centre", "spread")):
+            column = torch.from_numpy(moments[:, place].copy())
+            self.register_buffer(name, column, persistent=False)
 
     def _buffer(self, name: str, array: np.ndarray) -> None:
         # Part of the schema and the codes, which are saved for themselves.
@@ -183,7 +184,7 @@ class FieldTables(nn.Module):
         if codes is not None and index.slots:
             self.codes = nn.Parameter(torch.empty(index.code_total, width).normal_() * std)
             with torch.no_grad():
-                self.codes[index.code_rows[0]] = 0.0
+                self.codes[index.code_rows[0].tolist()] = 0.0
             count = len(codes.fields)
             self.groups = [
                 [slot for slot, field in enumerate(codes.field_of) if field == number]

@@ -8,14 +8,16 @@ candidates and histories use the same array. Row 0 of every table belongs to ite
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
 
 from semid.codes import SemanticIds
 from semid.data.ids import ItemIds
+from semid.documents import checked
 from semid.errors import IdsError, UsageError, check_choice
 from semid.seeds import numpy_generator
 
@@ -128,6 +130,25 @@ class CodeTable:
     def parameters(self) -> int:
         """Rows of all tables together; times the width it is their number of parameters."""
         return sum(self.sizes)
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], rows: npt.NDArray[Any]) -> CodeTable:
+        """Read what an artefact holds of it.
+
+        Raises:
+            ValueError: rows outside their tables, or fields that do not exist.
+            ArtefactError: a value of another type.
+        """
+        hints = {name: kind for name, kind in get_type_hints(cls).items() if name != "rows"}
+        table = cls(rows=rows, **checked(hints, config, "codes"))
+        slots = len(table.sizes)
+        if rows.dtype.kind != "i" or rows.ndim != 2 or rows.shape[1] != slots:
+            raise ValueError(f"codes have shape {rows.shape} and {slots} tables")
+        if len(table.field_of) != slots or not set(table.field_of) <= set(range(len(table.fields))):
+            raise ValueError(f"the fields {table.field_of} of the codes are not {slots} of them")
+        if rows.size and ((rows < 0) | (rows >= np.array(table.sizes))).any():
+            raise ValueError("codes lie outside their tables")
+        return table
 
 
 def code_table(ids: SemanticIds, catalogue: ItemIds, features: CodeFeatures) -> CodeTable:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -18,7 +18,8 @@ from semid.artefact import read_artefact, write_artefact
 from semid.codes import CodesInfo, SemanticIds
 from semid.data.columns import require_column
 from semid.data.ids import ItemIds
-from semid.errors import ArtefactError, InputError, UsageError
+from semid.documents import checked
+from semid.errors import InputError, UsageError
 from semid.ranking.card import card
 from semid.ranking.features import CodeFeatures, CodeTable
 from semid.ranking.growth import grown_codes, grown_schema
@@ -29,6 +30,7 @@ from semid.ranking.schema import Schema
 from semid.ranking.tables import Table, open_table
 from semid.ranking.task import predict_logits
 from semid.ranking.vocabulary import as_text
+from semid.tokenizers.stored import described
 from semid.training.state import load_module_, module_arrays
 
 __all__ = ["HISTORY_COLUMN", "Prediction", "Ranker", "Ranking"]
@@ -37,6 +39,18 @@ logger = logging.getLogger(__name__)
 
 HISTORY_COLUMN = "history"
 """Column of `Ranker.predict` with each row's history, lists of item ids, oldest first."""
+
+
+CONFIG: dict[str, Any] = {
+    "architecture": Architecture,
+    "features": CodeFeatures | None,
+    "item_id": bool,
+    "schema": dict[str, Any],
+    "codes": dict[str, Any] | None,
+    "codes_info": CodesInfo | None,
+    "report": dict[str, Any],
+}
+"""What the config of a ranking model holds."""
 
 
 @dataclass(frozen=True)
@@ -327,46 +341,36 @@ class Ranker:
         Raises:
             ArtefactError: the folder is incomplete, altered, or of another kind.
         """
-        config, tensors = read_artefact(path)
-        if config["kind"] != cls.kind:
-            raise ArtefactError(
-                f"'{path}' holds a '{config['kind']}', not a ranking model; open it with semid.load"
-            )
-        try:
-            users = len(tensors["schema.users.ends"])
-            tensors.setdefault(
-                "schema.user_history", np.zeros((users, config["schema"]["history"]), np.int64)
-            )
-            schema = Schema.of(config["schema"], tensors)
+        config, tensors = read_artefact(path, kind=cls.kind)
+        with described(path, "ranking model"):
+            named = {name: config[name] for name in CONFIG}
+            values = checked(CONFIG, named, "config.json")
+            schema = Schema.of(values["schema"], tensors)
             codes = None
-            if config["codes"] is not None:
-                settings: dict[str, Any] = {
-                    name: tuple(value) if isinstance(value, list) else value
-                    for name, value in config["codes"].items()
-                }
-                codes = CodeTable(rows=tensors["codes.rows"], **settings)
-            info = config["codes_info"]
-            architecture = Architecture(**config["architecture"])
-            network = make_network(schema, codes, architecture, item_id=config["item_id"])
+            if values["codes"] is not None:
+                codes = CodeTable.of(values["codes"], tensors["codes.rows"])
+                if values["codes_info"] is None:
+                    raise ValueError("it has codes and does not say of which model")
+                if len(codes.rows) != len(schema.items):
+                    raise ValueError(f"{len(codes.rows)} rows of codes, {len(schema.items)} items")
+            # Settings may declare any size: memory is taken for what the arrays have alone.
+            with torch.device("meta"):
+                network = make_network(
+                    schema, codes, values["architecture"], item_id=values["item_id"]
+                )
             load_module_(
                 network,
                 {n.removeprefix("network."): a for n, a in tensors.items() if n[:8] == "network."},
             )
-            features = config["features"]
-            ranker = cls(
-                schema=schema,
-                network=network,
-                architecture=architecture,
-                features=None if features is None else CodeFeatures(**features),
-                codes=codes,
-                codes_info=None if info is None else _info(info),
-                report=config["report"],
-            )
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ArtefactError(
-                f"'{path}' does not describe a ranking model ({error}); save the model again"
-            ) from None
-        return ranker
+        return cls(
+            schema=schema,
+            network=network,
+            architecture=values["architecture"],
+            features=values["features"],
+            codes=codes,
+            codes_info=values["codes_info"],
+            report=values["report"],
+        )
 
     def __repr__(self) -> str:
         """Show model, fields and size."""
@@ -374,12 +378,3 @@ class Ranker:
             f"Ranker({self.architecture.model}, fields={self.network.field_names}, "
             f"parameters={self.network.parameter_counts()['total']:,})"
         )
-
-
-def _info(document: dict[str, Any]) -> CodesInfo:
-    quantiles = document.get("norm_quantiles")
-    return replace(
-        CodesInfo(**document),
-        codebook_sizes=tuple(document["codebook_sizes"]),
-        norm_quantiles=None if quantiles is None else tuple(quantiles),
-    )

@@ -11,14 +11,26 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from semid.documents import checked
 from semid.errors import InputError
 from semid.ranking.catalogue import ItemAttribute
 from semid.ranking.tables import dense_values
 from semid.ranking.vocabulary import Vocabulary, as_text
 
-__all__ = ["Inputs", "Schema"]
+__all__ = ["Inputs", "Schema", "table_rows"]
 
 Ints = npt.NDArray[np.int64]
+
+CONFIG: dict[str, Any] = {
+    "attributes": list[str],
+    "context": list[str],
+    "dense": dict[str, tuple[float, float]],
+    "history": int,
+    "id_size": int,
+    "user_column": str,
+    "item_column": str,
+}
+"""What `Schema.to_config` gives."""
 
 
 class Inputs(NamedTuple):
@@ -142,26 +154,54 @@ class Schema:
 
     @classmethod
     def of(cls, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Schema:
-        """Read what `to_config` and `tensors` gave."""
-        attributes = {
-            name: ItemAttribute(
-                Vocabulary.of(tensors, f"schema.attribute.{name}"),
-                tensors[f"schema.attribute.{name}.rows"],
+        """Read what `to_config` and `tensors` gave.
+
+        Raises:
+            ValueError: arrays that contradict the config or each other.
+            ArtefactError: a value of another type.
+        """
+        config = checked(CONFIG, config, "schema", required=CONFIG)
+        users, items = (Vocabulary.of(tensors, f"schema.{name}") for name in ("users", "items"))
+        attributes = {}
+        for name in config["attributes"]:
+            vocabulary = Vocabulary.of(tensors, f"schema.attribute.{name}")
+            rows = table_rows(tensors, f"schema.attribute.{name}.rows", len(vocabulary))
+            if rows.ndim not in (1, 2) or len(rows) != len(items):
+                raise ValueError(f"attribute '{name}' has shape {rows.shape}")
+            attributes[name] = ItemAttribute(vocabulary, rows)
+        id_rows = table_rows(tensors, "schema.id_rows", config["id_size"])
+        history = np.zeros((len(users), 0), np.int64)
+        if "schema.user_history" in tensors:  # without columns it is not stored
+            history = table_rows(tensors, "schema.user_history", len(items))
+        if id_rows.shape != (len(items),) or history.shape != (len(users), config["history"]):
+            raise ValueError(
+                f"{len(items)} items and {len(users)} users have rows of shape {id_rows.shape} and "
+                f"histories of shape {history.shape}"
             )
-            for name in config["attributes"]
-        }
         return cls(
-            users=Vocabulary.of(tensors, "schema.users"),
-            items=Vocabulary.of(tensors, "schema.items"),
-            id_rows=tensors["schema.id_rows"],
-            id_size=int(config["id_size"]),
+            users=users,
+            items=items,
+            id_rows=id_rows,
+            id_size=config["id_size"],
             attributes=attributes,
             context={
                 name: Vocabulary.of(tensors, f"schema.context.{name}") for name in config["context"]
             },
-            dense={name: (float(m), float(s)) for name, (m, s) in config["dense"].items()},
-            history=int(config["history"]),
-            user_history=tensors["schema.user_history"],
+            dense=config["dense"],
+            history=config["history"],
+            user_history=history,
             user_column=config["user_column"],
             item_column=config["item_column"],
         )
+
+
+def table_rows(tensors: Mapping[str, np.ndarray], name: str, size: int) -> Ints:
+    """Return an array of row numbers of a table with ``size`` rows.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    array = tensors[name]
+    if array.dtype.kind != "i" or (array.size and not 0 <= array.min() <= array.max() < size):
+        raise ValueError(f"'{name}' holds other values than the rows 0 to {size - 1} of its table")
+    return array.astype(np.int64, copy=False)

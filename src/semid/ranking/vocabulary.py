@@ -56,6 +56,9 @@ class Vocabulary:
         """Read what `tensors` gave."""
         text = tensors[f"{name}.bytes"].tobytes()
         ends = tensors[f"{name}.ends"]
+        good = ends.ndim == 1 and len(ends) > 0 and ends.dtype.kind == "i"
+        if not good or ends[0] != 0 or ends[-1] != len(text) or (np.diff(ends) < 0).any():
+            raise ValueError(f"'{name}.ends' does not divide '{name}.bytes' into texts")
         values = [
             text[a:b].decode() for a, b in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)
         ]

@@ -29,6 +29,7 @@ from semid.tokenizers.neural.initialise import LatentBlocks
 from semid.tokenizers.neural.options import NeuralOptions
 from semid.tokenizers.neural.pairs import Behaviour
 from semid.tokenizers.neural.rows import PreparedRows, moments
+from semid.tokenizers.stored import check_shapes
 from semid.training.stages import Stages
 
 __all__ = ["BARQ"]
@@ -356,7 +357,21 @@ class BARQ(ContinuousTokenizer):
             tensors |= {f"{name}.{level}": table for level, table in enumerate(tables)}
         return tensors
 
+    def _quantized_width(self, dim: int, tensors: Mapping[str, np.ndarray]) -> int:
+        components = tensors.get("content.components")
+        content = dim if components is None else components.shape[1]
+        encoder = any(name.startswith("autoencoder.") for name in tensors)
+        return content + (self._latent_width(dim) if encoder else 0) + self._blend.prices
+
     def _set_tensors(self, tensors: Mapping[str, np.ndarray]) -> None:
+        shapes: dict[str, tuple[int | None, ...]] = {"blend.scale": (1,)}
+        if "content.components" in tensors:
+            shapes |= {"content.components": (self._dim, None), "content.rest": (self._dim,)}
+        for level, size in enumerate(self.codebook_sizes):
+            shapes[f"content.{level}"] = (size, self._dim)
+            if "behaviour.0" in tensors:
+                shapes[f"behaviour.{level}"] = (size, None)
+        check_shapes(tensors, shapes)
         super()._set_tensors(tensors)
         prefix = "content."
         content = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

@@ -17,11 +17,12 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import numpy.typing as npt
 
-from semid.artefact import fingerprint, read_artefact, write_artefact
+from semid.artefact import FORMAT_VERSION, fingerprint, read_artefact, write_artefact
 from semid.codes import CodesInfo, SemanticIds, code_dtype
 from semid.data.embeddings import EmbeddingSource, open_embeddings
 from semid.data.ids import ItemIds, held_out_mask
-from semid.errors import ArtefactError, EmbeddingError, InputError, NotFittedError
+from semid.documents import record
+from semid.errors import EmbeddingError, NotFittedError
 from semid.progress import Progress, QuietProgress
 from semid.quantization.blocks import BLOCK_ROWS, prefetched
 from semid.quantization.nearest import prepare_kernels
@@ -31,6 +32,7 @@ from semid.tokenizers.context import (
     EncodedBlock,
     FitContext,
     check_beam,
+    codes_within,
     data_digest,
     item_weights,
     refuse_behaviour,
@@ -39,6 +41,7 @@ from semid.tokenizers.context import (
 from semid.tokenizers.fitreport import FitReport, HealthCounter
 from semid.tokenizers.neural.pairs import Behaviour
 from semid.tokenizers.scan import InputScan, check_enough, scan
+from semid.tokenizers.stored import check_stored, described, stored_settings
 from semid.training.checkpoint import Checkpoint, run_key
 
 __all__ = ["HELD_OUT_SALT", "Tokenizer"]
@@ -68,6 +71,7 @@ class Tokenizer(ABC):
     def __init__(self) -> None:
         self.report: FitReport | None = None
         self._dim: int | None = None
+        self._fingerprint_version = FORMAT_VERSION
 
     # What a tokenizer fills in -------------------------------------------------------------
 
@@ -150,9 +154,28 @@ class Tokenizer(ABC):
 
     @property
     def weights_fingerprint(self) -> str:
-        """SHA-256 of all learnt arrays."""
+        """SHA-256 of all learnt arrays and of the settings that change codes beside them.
+
+        It stays what it was for a tokenizer of format version 1, whose fingerprint covered the
+        arrays alone, so that ids written with it still match.
+        """
         _ = self.dim
-        return fingerprint(self._tensors())
+        if self._fingerprint_version == 1:
+            return fingerprint(self._tensors())
+        return fingerprint(self._tensors(), settings=self._encoding_settings())
+
+    def _encoding_settings(self) -> dict[str, Any]:
+        """Return what decides on codes beside the arrays and the beam width, JSON-able.
+
+        The shape of a network is that of its arrays. A tokenizer with further settings that change
+        what equal arrays encode adds them.
+        """
+        settings = self.settings
+        return {
+            "kind": self.kind,
+            "hierarchical": self.hierarchical,
+            **{name: settings[name] for name in ("normalize", "center") if name in settings},
+        }
 
     def fit(
         self,
@@ -222,6 +245,7 @@ class Tokenizer(ABC):
         )
         details = self._fit(context)
         self._dim = opened.dim
+        self._fingerprint_version = FORMAT_VERSION
         self.report = self._judge(opened, train, seen, details, steps, began)
         return self
 
@@ -374,22 +398,7 @@ class Tokenizer(ABC):
             codes.check_codebook(self.codebook_fingerprint)
             # An appended token stands after the model's levels and belongs to no codebook.
             codes = codes.codes[:, : len(codes.info.model_sizes)]
-        array = np.asarray(codes)
-        if array.ndim != 2 or array.shape[1] != self.levels or array.dtype.kind not in "iu":
-            raise InputError(
-                f"codes have shape {array.shape} and type {array.dtype}; give integers of shape "
-                f"(items, {self.levels})"
-            )
-        wide = array.astype(np.int64)
-        outside = (wide < 0) | (wide >= np.array(self.codebook_sizes))
-        if outside.any():
-            row, level = map(int, np.argwhere(outside)[0])
-            raise InputError(
-                f"{int(outside.any(axis=1).sum())} rows hold codes outside their codebook (first: "
-                f"row {row}, level {level}, code {wide[row, level]}, allowed 0 to "
-                f"{self.codebook_sizes[level] - 1}); were they made by another model?"
-            )
-        return wide
+        return codes_within(codes, self.codebook_sizes)
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Write the artefact folder (``config.json``, ``model.safetensors``, ``README.md``).
@@ -404,6 +413,8 @@ class Tokenizer(ABC):
             "dim": self.dim,
             "codebook_sizes": list(self.codebook_sizes),
             "codebook_fingerprint": self.codebook_fingerprint,
+            "weights_fingerprint": self.weights_fingerprint,
+            "fingerprint_version": self._fingerprint_version,
             "held_out": {"fraction": self.validation_fraction, "salt": HELD_OUT_SALT},
             "fit_report": None if self.report is None else self.report.to_dict(),
         }
@@ -422,21 +433,15 @@ class Tokenizer(ABC):
         Raises:
             ArtefactError: if the folder is incomplete, altered, or of another kind.
         """
-        config, tensors = read_artefact(path)
-        if config["kind"] != cls.kind:
-            raise ArtefactError(
-                f"'{path}' holds a '{config['kind']}', not a '{cls.kind}'; open it with semid.load"
-            )
-        try:
-            tokenizer = cls(**config["settings"])
+        config, tensors = read_artefact(path, kind=cls.kind)
+        with described(path, cls.__name__):
+            tokenizer = cls(**stored_settings(cls, config))
+            tokenizer._dim = config["dim"]
+            tokenizer._fingerprint_version = config.get("fingerprint_version", 1)
             tokenizer._set_tensors(tensors)
-            tokenizer._dim = int(config["dim"])
-            report = config["fit_report"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise ArtefactError(
-                f"'{path}' does not describe a {cls.__name__} ({error}); save the model again"
-            ) from None
-        tokenizer.report = None if report is None else FitReport.from_dict(report)
+            if config["fit_report"] is not None:
+                tokenizer.report = record(FitReport, config["fit_report"], "fit_report")
+        check_stored(path, config, tokenizer)
         return tokenizer
 
     def __repr__(self) -> str:

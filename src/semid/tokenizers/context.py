@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from semid.codes import MAX_LEVELS
 from semid.data.embeddings import EmbeddingSource
-from semid.errors import UsageError
+from semid.errors import InputError, UsageError
 from semid.progress import Progress
 from semid.tokenizers.neural.pairs import Behaviour
 from semid.tokenizers.scan import InputScan
@@ -21,6 +22,7 @@ __all__ = [
     "EncodedBlock",
     "FitContext",
     "check_beam",
+    "codes_within",
     "data_digest",
     "item_weights",
     "level_sizes",
@@ -83,8 +85,8 @@ def level_sizes(
     Raises:
         UsageError: if a value is out of range or the lengths differ.
     """
-    if levels < 1:
-        raise UsageError(f"{name}={levels}: give at least 1")
+    if not 1 <= levels <= MAX_LEVELS:
+        raise UsageError(f"{name}={levels}: give 1 to {MAX_LEVELS}")
     sizes = (codebook_size,) * levels if isinstance(codebook_size, int) else tuple(codebook_size)
     if len(sizes) != levels:
         raise UsageError(
@@ -94,6 +96,29 @@ def level_sizes(
     if min(sizes) < 2 or max(sizes) > 2**32:
         raise UsageError(f"codebook_size={codebook_size}: give between 2 and 2**32 codewords")
     return sizes
+
+
+def codes_within(codes: Any, sizes: Sequence[int]) -> npt.NDArray[np.int64]:
+    """Return codes ``(items, levels)`` as int64, each within its codebook.
+
+    Raises:
+        InputError: for a wrong shape or type, or codes out of range.
+    """
+    array = np.asarray(codes)
+    if array.ndim != 2 or array.shape[1] != len(sizes) or array.dtype.kind not in "iu":
+        raise InputError(
+            f"codes have shape {array.shape} and type {array.dtype}; give integers of shape "
+            f"(items, {len(sizes)})"
+        )
+    outside = (array < 0) | (array >= np.array(sizes))
+    if outside.any():
+        row, level = map(int, np.argwhere(outside)[0])
+        raise InputError(
+            f"{int(outside.any(axis=1).sum())} rows hold codes outside their codebook (first: "
+            f"row {row}, level {level}, code {array[row, level]}, allowed 0 to "
+            f"{sizes[level] - 1}); were they made by another model?"
+        )
+    return array.astype(np.int64)
 
 
 def item_weights(

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from semid.codes import CodesInfo, ids_schema, ids_table
+from semid.codes import PARQUET_OPTIONS, CodesInfo, ids_schema, ids_table
 from semid.data.embeddings import open_embeddings
 from semid.data.ids import ItemIds
 from semid.data.source import EmbeddingSource
@@ -237,7 +237,7 @@ class _Parts:
                 work.write_text(json.dumps({"key": self.key}), encoding="utf8")
         file = self._file(start)
         with atomic_file(file, mark=False) as work:
-            pq.write_table(table, work)
+            pq.write_table(table, work, **PARQUET_OPTIONS)
         sign_part(self.store, file.name, key=self.key, digest=digest)
         self.digests[file] = digest
 
@@ -249,14 +249,14 @@ class _Parts:
         """
         with atomic_file(target, overwrite=overwrite) as work:
             count = 0
-            with pq.ParquetWriter(work, schema) as writer:
+            with pq.ParquetWriter(work, schema, **PARQUET_OPTIONS) as writer:
                 for file, digest in sorted(self.digests.items()):
                     if not self._is_ours(file, digest):
                         raise ArtefactError(
                             f"'{file}' is not the part that this run wrote; delete "
                             f"'{self.folder}' and encode again"
                         )
-                    table = pq.read_table(file)
+                    table = pq.read_table(file, page_checksum_verification=True)
                     writer.write_table(table.replace_schema_metadata(schema.metadata))
                     count += len(table)
             if count != rows:

@@ -20,9 +20,12 @@ from semid.artefact import read_artefact, write_artefact
 from semid.codes import SemanticIds
 from semid.data.embeddings import open_embeddings
 from semid.data.ids import held_out_mask
-from semid.errors import ArtefactError, InputError, UsageError
+from semid.documents import checked
+from semid.errors import InputError, UsageError
 from semid.quantization.residual import dequantize
 from semid.quantization.tables import fit_tables
+from semid.tokenizers.context import codes_within, level_sizes
+from semid.tokenizers.stored import check_shapes, described
 
 __all__ = ["DecodeHead"]
 
@@ -31,6 +34,14 @@ KIND = "head"
 ROWS = 65_536
 SALT = "semid/heads"
 """Which items choose the ridge; other items than those a tokenizer holds out."""
+
+CONFIG: dict[str, Any] = {
+    "codebook_fingerprint": str,
+    "ridge": float,
+    "error": float | None,
+    "levels": int,
+}
+"""What the config of a head holds."""
 
 
 @dataclass(frozen=True)
@@ -120,17 +131,8 @@ class DecodeHead:
         if isinstance(codes, SemanticIds):
             codes.check_codebook(self.codebook_fingerprint)
             codes = codes.codes[:, : len(self.tables)]
-        array = np.asarray(codes)
-        sizes = np.array([len(table) for table in self.tables])
-        if array.ndim != 2 or array.shape[1] != len(sizes) or array.dtype.kind not in "iu":
-            raise InputError(
-                f"codes have shape {array.shape} and type {array.dtype}; give integers of shape "
-                f"(items, {len(sizes)})"
-            )
-        wide = array.astype(np.int64)
-        if ((wide < 0) | (wide >= sizes)).any():
-            raise InputError(f"codes lie outside their codebooks of {sizes.tolist()} codewords")
-        return dequantize(wide, self.tables)
+        sizes = [len(table) for table in self.tables]
+        return dequantize(codes_within(codes, sizes), self.tables)
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Write the head to a folder.
@@ -163,10 +165,12 @@ class DecodeHead:
         Raises:
             ArtefactError: if there is none.
         """
-        config, tensors = read_artefact(path)
-        if config["kind"] != KIND:
-            raise ArtefactError(
-                f"'{path}' holds a '{config['kind']}', not a decode head; open it with semid.load"
-            )
-        tables = tuple(tensors[f"tables.{level}"] for level in range(config["levels"]))
+        config, tensors = read_artefact(path, kind=KIND)
+        with described(path, "decode head"):
+            checked(CONFIG, {n: config[n] for n in CONFIG}, "config.json")
+            levels = level_sizes(config["levels"], 2)
+            names = [f"tables.{level}" for level, _ in enumerate(levels)]
+            width = tensors[names[0]].shape[-1]
+            check_shapes(tensors, dict.fromkeys(names, (None, width)))
+        tables = tuple(tensors[name] for name in names)
         return cls(tables, config["codebook_fingerprint"], config["ridge"], config["error"])

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import importlib
-import inspect
-import tomllib
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
+from semid.documents import checked, read_toml
 from semid.errors import UsageError, check_choice, nearest_name
 from semid.tokenizers.base import Tokenizer
+from semid.tokenizers.stored import argument_types
 
 __all__ = ["TOKENIZERS", "make_tokenizer", "read_recipe", "recipe_names"]
 
@@ -47,21 +47,16 @@ def read_recipe(name: str | Path) -> dict[str, Any]:
     Raises:
         UsageError: no such recipe or file, no TOML, or no ``tokenizer`` in it.
     """
-    if str(name) in recipe_names():
-        text = (resources.files("semid") / "recipes" / f"{name}.toml").read_text(encoding="utf8")
-    elif Path(name).is_file():
-        text = Path(name).read_text(encoding="utf8")
-    else:
+    packaged = str(name) in recipe_names()
+    path = resources.files("semid") / "recipes" / f"{name}.toml" if packaged else Path(name)
+    if not path.is_file():
         known = ", ".join(recipe_names())
         raise UsageError(
             f"--recipe '{name}' is neither a file nor one of {known}"
             f"{nearest_name(str(name), recipe_names())}"
         )
-    try:
-        recipe = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"recipe '{name}' is not valid TOML: {error}") from None
-    if "tokenizer" not in recipe:
+    recipe = read_toml(path, where=f"recipe '{name}'", error=UsageError, advice="correct the file")
+    if not isinstance(recipe.get("tokenizer"), str):
         raise UsageError(f"recipe '{name}' does not say tokenizer = \"...\"; add that line")
     return recipe
 
@@ -85,7 +80,7 @@ def make_tokenizer(
     check_choice("--tokenizer", kind, sorted(TOKENIZERS))
     module, name = TOKENIZERS[kind]
     made: Any = getattr(importlib.import_module(module), name)
-    allowed = _arguments(made)
+    allowed = argument_types(made)
     arguments: dict[str, Any] = {}
     for key, value in values.items():
         outer, _, inner = _renamed(key, allowed).partition(".")
@@ -93,7 +88,7 @@ def make_tokenizer(
             flag = "--" + (inner or outer).replace("_", "-")
             raise UsageError(
                 f"{flag} ({key}) does not apply to {kind}; its options are "
-                f"{', '.join(sorted(allowed - {'threads', 'logger'}))}"
+                f"{', '.join(sorted(set(allowed) - {'threads', 'logger'}))}"
                 f"{nearest_name(outer, sorted(allowed))}"
             )
         if inner:
@@ -102,27 +97,12 @@ def make_tokenizer(
             arguments[outer] = {**value, **arguments.get(outer, {})}
         else:
             arguments[outer] = value
+    checked(allowed, arguments, kind, error=UsageError)
     if "logger" in allowed:
         arguments["logger"] = logger
-    try:
-        tokenizer: Tokenizer = made(**arguments, threads=threads)
-    except TypeError as error:  # an unknown key inside a table of a recipe
-        raise UsageError(f"{kind}: {error}; see the options of {name}") from None
+    tokenizer: Tokenizer = made(**arguments, threads=threads)
     return tokenizer
 
 
-def _renamed(key: str, allowed: set[str]) -> str:
+def _renamed(key: str, allowed: Container[str]) -> str:
     return "n_codebooks" if key == "levels" and "n_codebooks" in allowed else key
-
-
-def _arguments(kind: type) -> set[str]:
-    """Return the constructor's argument names, those of its ``**options`` among them."""
-    init = kind.__init__  # type: ignore[misc]
-    found: set[str] = set()
-    for parameter in inspect.signature(init).parameters.values():
-        if parameter.kind is parameter.KEYWORD_ONLY:
-            found.add(parameter.name)
-        elif parameter.kind is parameter.VAR_KEYWORD:
-            (options,) = get_args(get_type_hints(init)[parameter.name])  # Unpack[a TypedDict]
-            found |= set(options.__annotations__)
-    return found

@@ -22,6 +22,7 @@ from semid.tokenizers.base import Tokenizer
 from semid.tokenizers.context import FitContext, level_sizes
 from semid.tokenizers.levels import fit_levels, training_rows
 from semid.tokenizers.neural.graph import Prepare
+from semid.tokenizers.stored import check_shapes
 from semid.training.stages import StateStore
 
 __all__ = ["RQKMeans"]
@@ -168,6 +169,8 @@ class RQKMeans(Tokenizer):
         return tensors
 
     def _set_tensors(self, tensors: Mapping[str, np.ndarray]) -> None:
+        shapes = {f"codebooks.{i}": (size, self._dim) for i, size in enumerate(self.codebook_sizes)}
+        check_shapes(tensors, shapes | ({"preprocess.mean": (self._dim,)} if self.center else {}))
         self._preprocess = Preprocess(
             mean=tensors["preprocess.mean"] if self.center else None, normalize=self.normalize
         )

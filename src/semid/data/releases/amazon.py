@@ -6,11 +6,12 @@ import ast
 import html
 import json
 import os
+import reprlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from semid.data.releases.release import Release, make_release, open_text
+from semid.data.releases.release import Release, interaction, make_release, text_lines
 from semid.errors import InputError
 
 __all__ = ["read_amazon"]
@@ -49,41 +50,40 @@ def read_amazon(
 
 
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with open_text(path) as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
+    for number, line in enumerate(text_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            document = json.loads(line)
+        except (ValueError, RecursionError):
             try:
-                found = json.loads(line)
-            except ValueError:
-                try:
-                    found = ast.literal_eval(line)  # the 2014 metadata are Python literals
-                except (ValueError, SyntaxError):
-                    found = None
-            if not isinstance(found, dict):
-                raise InputError(f"line {number} of '{path}' is no JSON object; is it cut short?")
-            yield number, found
+                document = ast.literal_eval(line)  # the 2014 metadata are Python literals
+            except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+                document = None
+        if not isinstance(document, dict):
+            raise InputError(f"line {number} of '{path}' is no JSON object; is it cut short?")
+        yield number, document
 
 
 def _reviews(path: Path) -> Iterator[tuple[str, str, int, float]]:
     for number, review in _lines(path):
+        where = f"line {number} of '{path}'"
         for user, item, rating, time, unit in _LAYOUTS.values():
             if user in review and item in review:
-                try:
-                    yield (
-                        str(review[user]),
-                        str(review[item]),
-                        int(review[time]) // unit,
-                        float(review[rating]),
-                    )
-                except (KeyError, TypeError, ValueError):
-                    raise InputError(
-                        f"line {number} of '{path}' has no number in '{rating}' or '{time}'"
-                    ) from None
+                if rating not in review or time not in review:
+                    raise InputError(f"{where} has no number in '{rating}' or '{time}'")
+                yield interaction(
+                    review[user],
+                    review[item],
+                    review[time],
+                    review[rating],
+                    where=where,
+                    unit=unit,
+                )
                 break
         else:
             listed = " or ".join(f"{names[0]}, {names[1]}" for names in _LAYOUTS.values())
-            raise InputError(f"line {number} of '{path}' has neither {listed}")
+            raise InputError(f"{where} has neither {listed}")
 
 
 def _items(path: Path) -> Iterator[tuple[str, tuple[str, str, str]]]:
@@ -102,13 +102,17 @@ def _brand(item: Mapping[str, Any]) -> str:
 
 def _categories(item: Mapping[str, Any]) -> str:
     """Write the path of categories; of several paths the longest."""
-    found = item.get("categories") or item.get("category") or []
-    if isinstance(found, str):
-        return _text(found)
-    paths = found if found and isinstance(found[0], list) else [found]
+    categories = item.get("categories") or item.get("category") or []
+    if not isinstance(categories, list | tuple):
+        return _text(categories)
+    paths = [path for path in categories if isinstance(path, list | tuple)] or [categories]
     return " > ".join(_text(name) for name in max(paths, key=len))
 
 
 def _text(value: Any) -> str:
     """Return one line of plain text."""
-    return " ".join(html.unescape(str(value)).split()) if value else ""
+    if not value:
+        return ""
+    text = value if isinstance(value, str) else reprlib.repr(value)
+    # Half a surrogate pair, which JSON can spell, is no character.
+    return " ".join(html.unescape(text).encode("utf8", "replace").decode("utf8").split())

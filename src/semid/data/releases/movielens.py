@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from semid.data.releases.release import Release, make_release, open_text
+from semid.data.releases.release import Release, interaction, make_release, text_lines
 from semid.errors import InputError, UsageError
 
 __all__ = ["read_movielens"]
@@ -43,27 +43,26 @@ def read_movielens(folder: str | os.PathLike[str], *, core: int = 0) -> Release:
 
 def _ratings(path: Path) -> Iterator[tuple[str, str, int, float]]:
     for user, movie, rating, time in _rows(path, 4):
-        try:
-            yield user, movie, int(time), float(rating)
-        except ValueError:
-            raise InputError(
-                f"'{path}' holds the rating '{rating}' at time '{time}', which are no numbers"
-            ) from None
+        yield interaction(user, movie, time, rating, where=f"'{path}'")
 
 
 def _rows(path: Path, width: int) -> Iterator[list[str]]:
     """Yield the fields of each line; CSV has a head, ``::`` has none and is Latin-1."""
     if path.suffix == ".csv":
-        with open_text(path) as file:
-            reader = csv.reader(file)
+        reader = csv.reader(text_lines(path))
+        try:
             next(reader, None)
             for fields in reader:
-                yield _checked(fields, width, path)
+                if fields:
+                    yield _checked(fields, width, path)
+        except csv.Error as error:
+            raise InputError(
+                f"'{path}' is not CSV after line {reader.line_num} ({error}); download it again"
+            ) from None
         return
-    with open_text(path, encoding="latin-1") as file:
-        for line in file:
-            if line.strip():
-                yield _checked(line.rstrip("\n").split("::"), width, path)
+    for line in text_lines(path, encoding="latin-1"):
+        if line.strip():
+            yield _checked(line.rstrip("\n").split("::"), width, path)
 
 
 def _checked(fields: list[str], width: int, path: Path) -> list[str]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import gzip
 import importlib
 import io
+import math
 import os
+import reprlib
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +23,16 @@ from semid.data.source import write_npy
 from semid.errors import InputError, InteractionsError, MissingExtraError, UsageError
 from semid.output import atomic_folder
 
-__all__ = ["Release", "core_mask", "embed_texts", "item_text", "make_release", "open_text"]
+__all__ = [
+    "Release",
+    "core_mask",
+    "embed_texts",
+    "interaction",
+    "item_text",
+    "make_release",
+    "open_text",
+    "text_lines",
+]
 
 Ints = npt.NDArray[np.int64]
 
@@ -80,6 +92,61 @@ def open_text(path: Path, *, encoding: str = "utf8") -> io.TextIOBase:
     if path.suffix == ".gz":
         return gzip.open(path, "rt", encoding=encoding)
     return path.open(encoding=encoding)
+
+
+def text_lines(path: Path, *, encoding: str = "utf8") -> Iterator[str]:
+    """Yield the lines of a text file, compressed (``.gz``) or not.
+
+    Raises:
+        UsageError: it does not exist.
+        InputError: it is cut short, damaged, or of another encoding.
+    """
+    number = 0
+    with open_text(path, encoding=encoding) as file:
+        try:
+            for line in file:
+                number += 1
+                yield line
+        except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+            reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error
+            raise InputError(
+                f"'{path}' cannot be read after line {number} ({reason}); download it again"
+            ) from None
+
+
+def interaction(
+    user: Any, item: Any, time: Any, rating: Any, *, where: str, unit: int = 1
+) -> tuple[str, str, int, float]:
+    """Return an interaction as `make_release` takes it.
+
+    Args:
+        user: id, text or integer.
+        item: the same.
+        time: in units of ``1 / unit`` seconds.
+        rating: a finite number.
+        where: the line in messages.
+        unit: how many of the time's units make a second.
+
+    Raises:
+        InputError: naming what is not of its kind.
+    """
+    names = []
+    for value in (user, item):
+        if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+            raise InputError(
+                f"{where} holds the id {reprlib.repr(value)}; ids are texts or integers"
+            )
+        names.append(str(value))
+    try:
+        seconds, stars = int(time) // unit, float(rating)
+    except (TypeError, ValueError, OverflowError):
+        seconds, stars = 2**63, 0.0
+    if not -(2**63) <= seconds < 2**63 or not math.isfinite(stars):
+        raise InputError(
+            f"{where} holds the rating {reprlib.repr(rating)} at time {reprlib.repr(time)}, which "
+            "are no numbers"
+        )
+    return names[0], names[1], seconds, stars
 
 
 def core_mask(users: Ints, items: Ints, least: int) -> npt.NDArray[np.bool_]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, get_type_hints
 
 from torch import Tensor
 
+from semid.documents import checked
 from semid.errors import UsageError, check_choice, nearest_name
 
 __all__ = ["MODELS", "Model", "make_model"]
@@ -20,6 +21,13 @@ MODELS: dict[str, tuple[str, str]] = {
     "deepim": ("semid.ranking.models.deepim", "DeepIM"),
 }
 """Name on the command line -> module and class."""
+
+
+COUNTS = {"experts", "heads", "hidden", "layers", "order"}
+"""Options that say how many modules a model has."""
+
+MAX_LAYERS = 128
+"""The papers have three."""
 
 
 class Model(Protocol):
@@ -62,10 +70,16 @@ def make_model(
     allowed = [
         p.name for p in inspect.signature(made).parameters.values() if p.kind is p.KEYWORD_ONLY
     ]
+    hints = {n: t for n, t in get_type_hints(made.__init__).items() if n in allowed}
     for key in options or {}:
         if key not in allowed:
             raise UsageError(
                 f"{key} is no option of {name}; its options are {', '.join(allowed)}"
                 f"{nearest_name(key, allowed)}"
             )
+    checked(hints, options or {}, f"options of {name}", error=UsageError)
+    for key in COUNTS & set(options or {}):
+        value = (options or {})[key]
+        if (value if isinstance(value, int) else len(value)) > MAX_LAYERS:
+            raise UsageError(f"{key}={value} of {name}: give at most {MAX_LAYERS}")
     return made(fields, width, **(options or {}))

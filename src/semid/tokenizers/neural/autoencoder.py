@@ -167,7 +167,7 @@ class ExactDecoder:
 def blank_linear(inputs: int, outputs: int, *, bias: bool = True) -> nn.Linear:
     """Return a linear layer with weights yet to be set, without a draw from torch's generator."""
     made: nn.Linear = nn.utils.skip_init(  # type: ignore[no-untyped-call]
-        nn.Linear, inputs, outputs, bias=bias
+        nn.Linear, inputs, outputs, bias=bias, device=torch.get_default_device()
     )
     return made
 

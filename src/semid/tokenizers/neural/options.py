@@ -17,6 +17,9 @@ __all__ = ["DEVICES", "Network", "NeuralOptions", "ResidualOptions", "pick_devic
 
 DEVICES = ("auto", "cpu", "cuda")
 
+MAX_LAYERS = 128
+"""Hidden layers of a perceptron; the papers have three."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
@@ -47,6 +50,8 @@ class Network:
             problems.append(f"latent={self.latent}: give at least 1, or 0 for the default")
         if any(width < 1 for width in self.hidden):
             problems.append(f"hidden={self.hidden}: give widths of at least 1")
+        if len(self.hidden) > MAX_LAYERS:
+            problems.append(f"hidden has {len(self.hidden)} layers: give at most {MAX_LAYERS}")
         if not 0 <= self.commitment_weight < float("inf"):
             problems.append(f"commitment_weight={self.commitment_weight}: give 0 or more")
         if self.pretrain_epochs < 0:

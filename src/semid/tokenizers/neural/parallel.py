@@ -18,6 +18,7 @@ from semid.tokenizers.neural.options import NeuralOptions
 from semid.tokenizers.neural.quantized import QuantizedTokenizer
 from semid.tokenizers.neural.quantizers import ParallelQuantizer, Quantizer
 from semid.tokenizers.neural.rowwise import perceptron
+from semid.tokenizers.stored import check_shapes
 
 __all__ = ["ParallelTokenizer"]
 
@@ -116,5 +117,7 @@ class ParallelTokenizer(QuantizedTokenizer):
 
     def _set_tensors(self, tensors: Mapping[str, np.ndarray]) -> None:
         super()._set_tensors(tensors)
-        found = sum(name.startswith("maps.") for name in tensors)
-        self._maps = tuple(np.ascontiguousarray(tensors[f"maps.{i}"]) for i in range(found))
+        names = [f"maps.{i}" for i in range(self.levels if self.projection else 0)]
+        width = self._codebooks()[0].shape[1]
+        check_shapes(tensors, dict.fromkeys(names, (width, width)))
+        self._maps = tuple(np.ascontiguousarray(tensors[name]) for name in names)

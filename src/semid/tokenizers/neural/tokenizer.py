@@ -20,8 +20,10 @@ from semid.tokenizers.base import Tokenizer
 from semid.tokenizers.neural.autoencoder import Autoencoder
 from semid.tokenizers.neural.graph import EncoderGraph
 from semid.tokenizers.neural.options import DEVICES, Network
+from semid.tokenizers.stored import check_shapes
 from semid.training.loggers import Logger
 from semid.training.options import TrainOptions
+from semid.training.state import load_module_
 
 __all__ = ["LATENT", "Network", "NeuralTokenizer"]
 
@@ -186,13 +188,20 @@ class NeuralTokenizer(Tokenizer):
 
     def _set_tensors(self, tensors: Mapping[str, np.ndarray]) -> None:
         prefix = "autoencoder."
-        own = {
-            name.removeprefix(prefix): torch.from_numpy(np.array(array))
+        weights = {
+            name.removeprefix(prefix): array
             for name, array in tensors.items()
             if name.startswith(prefix)
         }
-        if own:
-            self._set_autoencoder(self._loaded(own))
+        autoencoder = self._loaded(weights) if weights else None
+        dim = autoencoder.dim if autoencoder is not None else self._dim
+        if self._dim not in (None, dim):
+            raise ValueError(f"the encoder reads rows of width {dim}, config.json says {self._dim}")
+        width = None if dim is None else self._quantized_width(dim, tensors)
+        shapes = {f"codebooks.{i}": (size, width) for i, size in enumerate(self.codebook_sizes)}
+        check_shapes(tensors, shapes | ({"preprocess.mean": (dim,)} if self.center else {}))
+        if autoencoder is not None:
+            self._set_autoencoder(autoencoder)
         self._preprocess = Preprocess(
             mean=tensors["preprocess.mean"] if self.center else None, normalize=self.normalize
         )
@@ -200,12 +209,18 @@ class NeuralTokenizer(Tokenizer):
             prepare(torch.from_numpy(tensors[f"codebooks.{i}"])) for i in range(self.levels)
         )
 
-    def _loaded(self, weights: Mapping[str, torch.Tensor]) -> Autoencoder:
+    def _quantized_width(self, dim: int, tensors: Mapping[str, np.ndarray]) -> int:
+        """Return the width of codewords for rows of width ``dim``."""
+        return self._latent_width(dim)
+
+    def _loaded(self, weights: Mapping[str, np.ndarray]) -> Autoencoder:
         """Make an autoencoder of the weights' own shape."""
         several = sorted(
             n for n in weights if n.startswith("projections.") and n.endswith("weight")
         )
         inputs = [weights[name].shape[1] for name in several] or [len(weights["mean"])]
-        autoencoder = self._new_autoencoder(inputs)
-        autoencoder.load_state_dict(dict(weights))
+        # Settings may declare any size: nothing of it is allocated before the weights have it too.
+        with torch.device("meta"):
+            autoencoder = self._new_autoencoder(inputs)
+        load_module_(autoencoder, weights)
         return autoencoder

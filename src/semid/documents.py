@@ -1,0 +1,294 @@
+"""JSON and TOML that come from outside: read strictly, and checked against declared types.
+
+Whatever is wrong with such a file becomes one sentence that names the place: bytes that are not
+UTF-8, nesting without end, numbers that are not finite, keys that occur twice, are missing or
+unknown, and values of another type. The types are those of a dataclass, or of any names and
+annotations.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import numbers
+import os
+import re
+import reprlib
+import tomllib
+import types
+import typing
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from semid.errors import ArtefactError, SemidError, nearest_name
+
+__all__ = ["checked", "checksum", "parse_json", "read_json", "read_toml", "record", "typed"]
+
+Record = TypeVar("Record")
+
+COPY_AGAIN = "copy or write it again"
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def read_json(
+    path: str | os.PathLike[str],
+    *,
+    error: type[SemidError] = ArtefactError,
+    advice: str = COPY_AGAIN,
+) -> Any:
+    """Return the document of a JSON file.
+
+    Args:
+        path: the file.
+        error: class of the error for a file that cannot be read.
+        advice: end of its message, how to put it right.
+
+    Raises:
+        SemidError: of the class ``error``.
+    """
+    return parse_json(_read(path, error, advice), where=f"'{path}'", error=error, advice=advice)
+
+
+def parse_json(
+    text: bytes | str,
+    *,
+    where: str,
+    error: type[SemidError] = ArtefactError,
+    advice: str = COPY_AGAIN,
+) -> Any:
+    """Return a JSON document; ``where`` is its name in the message, the others as `read_json`."""
+    try:
+        text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+        document = _DECODER.decode(text)
+        if SURROGATE.search(text):  # half a character, which can be neither printed nor written
+            json.dumps(document, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as failure:
+        raise error(f"{where} is not valid JSON ({_reason(failure)}); {advice}") from None
+    return document
+
+
+def read_toml(path: Any, *, where: str, error: type[SemidError], advice: str) -> dict[str, Any]:
+    """Return the tables of a TOML file (a path or a resource of a package); as `parse_json`."""
+    try:
+        return tomllib.loads(_read(path, error, advice).decode("utf8"))
+    except (ValueError, RecursionError) as failure:
+        raise error(f"{where} is not valid TOML: {_reason(failure)}; {advice}") from None
+
+
+def checksum(document: Any) -> str:
+    """Return the SHA-256 of a JSON document, whatever the order and layout of its keys."""
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def record(
+    kind: type[Record], values: Any, where: str, *, error: type[SemidError] = ArtefactError
+) -> Record:
+    """Make a dataclass of a document's table, refusing keys and values it does not have.
+
+    Args:
+        kind: a dataclass; tables inside the table become the dataclasses of its fields.
+        values: the table.
+        where: its name in messages.
+        error: class of the error for a value that does not fit.
+
+    Raises:
+        SemidError: of the class ``error``, or what the dataclass itself raises for its ranges.
+    """
+    fields = dataclasses.fields(kind)  # type: ignore[arg-type]
+    required = [
+        f.name
+        for f in fields
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    hints = typing.get_type_hints(kind)
+    known = {f.name: hints[f.name] for f in fields}
+    return kind(**checked(known, values, where, required=required, error=error))
+
+
+def checked(
+    known: Mapping[str, Any],
+    values: Any,
+    where: str,
+    *,
+    required: Collection[str] = (),
+    error: type[SemidError] = ArtefactError,
+) -> dict[str, Any]:
+    """Return a table whose keys are known and whose values have their types.
+
+    Args:
+        known: the type of each key, see `typed`.
+        values: the table.
+        where: its name in messages.
+        required: keys that must be there.
+        error: class of the error.
+
+    Raises:
+        SemidError: of the class ``error``.
+    """
+    if not isinstance(values, Mapping):
+        raise error(f"{where} is {_shown(values)}; give a table of names and values")
+    for key in values:
+        if key not in known:
+            name = _shorten(str(key))
+            raise error(
+                f"{where} has no key '{name}'; its keys are {', '.join(known)}"
+                f"{nearest_name(name, list(known))}"
+            )
+    missing = [name for name in required if name not in values]
+    if missing:
+        raise error(f"{where} does not say {', '.join(missing)}; add it")
+    return {
+        key: typed(known[key], value, f"{where}, {key}", error=error)
+        for key, value in values.items()
+    }
+
+
+def typed(kind: Any, value: Any, where: str, *, error: type[SemidError] = ArtefactError) -> Any:
+    """Return a document's value as an annotation has it.
+
+    Args:
+        kind: ``Any``, ``bool``, ``int`` (of 64 bits), ``float`` (finite; an integer is one too),
+            ``str``, a list, sequence, tuple or mapping of such, a dataclass, or a union of these.
+        value: what the document holds.
+        where: its place in messages.
+        error: class of the error.
+
+    Raises:
+        SemidError: of the class ``error``, if it is of another type.
+    """
+    branches = [b for b in _branches(kind) if _fits(b, value)]
+    if not branches:
+        raise error(f"{where} is {_shown(value)}; give {_words(kind)}")
+    # A table is checked by the dataclass where there is one.
+    branch = next((b for b in branches if dataclasses.is_dataclass(b)), branches[0])
+    inner = typing.get_args(branch)
+    base = typing.get_origin(branch) or branch
+    if dataclasses.is_dataclass(base) and isinstance(value, Mapping):
+        return record(typing.cast("type[Any]", base), value, where, error=error)
+    if base is float:
+        return float(value)
+    if _is_sequence(base) and inner:
+        if base is tuple and inner[-1] is not Ellipsis:
+            if len(inner) != len(value):
+                raise error(f"{where} is {_shown(value)}; give {len(inner)} values")
+            each: Sequence[Any] = inner
+        else:
+            each = [inner[0]] * len(value)
+        items = [
+            typed(k, one, f"{where}[{n}]", error=error)
+            for n, (k, one) in enumerate(zip(each, value, strict=True))
+        ]
+        return tuple(items) if base is tuple else items
+    if _is_mapping(base) and inner:
+        return {
+            key: typed(inner[1], one, f"{where}, {key}", error=error) for key, one in value.items()
+        }
+    return value
+
+
+def _branches(kind: Any) -> tuple[Any, ...]:
+    union = typing.get_origin(kind) in (typing.Union, types.UnionType)
+    return typing.get_args(kind) if union else (kind,)
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    """Whether a value is of a type, leaving aside what lies inside it."""
+    base = typing.get_origin(kind) or kind
+    if base is Any:
+        return True
+    if base in (None, types.NoneType):
+        return value is None
+    if base in (int, float):
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral | numbers.Real):
+            return False
+        if isinstance(value, numbers.Integral):
+            return -(2**63) <= int(value) < 2**64
+        return base is float and math.isfinite(value)
+    if _is_sequence(base):
+        return isinstance(value, list | tuple)
+    if _is_mapping(base):
+        return isinstance(value, Mapping)
+    if dataclasses.is_dataclass(base):
+        return isinstance(value, Mapping | typing.cast("type[Any]", base))
+    return isinstance(value, base) if base in (bool, str) else True  # no type of documents
+
+
+def _is_sequence(base: Any) -> bool:
+    return base in (list, tuple, Sequence)
+
+
+def _is_mapping(base: Any) -> bool:
+    return base in (dict, Mapping)
+
+
+def _words(kind: Any) -> str:
+    """Say what a type is, for a message."""
+    named = {
+        int: "int",
+        float: "a finite number",
+        str: "a text",
+        bool: "true or false",
+        types.NoneType: "null",
+    }
+    words = []
+    for branch in _branches(kind):
+        base = typing.get_origin(branch) or branch
+        if _is_sequence(base):
+            words.append("a list")
+        else:
+            words.append(named.get(base, "a table"))
+    return " or ".join(dict.fromkeys(words))
+
+
+def _shown(value: Any) -> str:
+    return _shorten(reprlib.repr(value))
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _read(path: Any, error: type[SemidError], advice: str) -> bytes:
+    try:
+        data: bytes = (Path(path) if isinstance(path, str) else path).read_bytes()
+    except OSError as failure:
+        raise error(f"'{path}' cannot be read ({failure.strerror or failure}); {advice}") from None
+    return data
+
+
+def _reason(failure: Exception) -> str:
+    if isinstance(failure, RecursionError):
+        return "it is nested too deeply"
+    if isinstance(failure, UnicodeDecodeError):
+        return f"byte {failure.start} is not UTF-8"
+    if isinstance(failure, UnicodeEncodeError):
+        return "it holds half a surrogate pair, which is no character"
+    return str(failure)
+
+
+def _refuse_constant(text: str) -> float:
+    raise ValueError(f"{text} is not a number of JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is too large")
+    return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key '{_shorten(twice)}' occurs twice")
+    return table
+
+
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_unique_keys, parse_float=_finite, parse_constant=_refuse_constant
+)
