@@ -105,18 +105,14 @@ class BARQ(ContinuousTokenizer):
         self.behaviour_levels = int(behaviour_levels)
         self.content_variance = float(content_variance)
         self.size_limit = float(size_limit)
-        self.refine = (
-            refine if isinstance(refine, RefineOptions) else RefineOptions(**(refine or {}))
-        )
-        self.kmeans = (
-            kmeans if isinstance(kmeans, KMeansOptions) else KMeansOptions(**(kmeans or {}))
-        )
-        if not isinstance(objective, Objective):
-            objective = Objective(**{**OBJECTIVE, **(objective or {})})
+        self.refine = RefineOptions.of(refine)
+        self.kmeans = KMeansOptions.of(kmeans)
+        if objective is None or isinstance(objective, Mapping):
+            objective = {**OBJECTIVE, **(objective or {})}
         super().__init__(
             sizes=level_sizes(levels, codebook_size),
             beam_width=beam_width,
-            objective=objective,
+            objective=Objective.of(objective),
             **options,
         )
         self._content = Content(threads=self.threads)

@@ -22,6 +22,7 @@ from semid.codes import CodesInfo, SemanticIds, code_dtype
 from semid.data.embeddings import EmbeddingSource, open_embeddings
 from semid.data.ids import ItemIds, held_out_mask
 from semid.errors import ArtefactError, EmbeddingError, InputError, NotFittedError
+from semid.options import CheckedArguments
 from semid.progress import Progress, QuietProgress
 from semid.quantization.blocks import BLOCK_ROWS, prefetched
 from semid.quantization.nearest import prepare_kernels
@@ -48,7 +49,7 @@ Array = npt.NDArray[np.float32]
 HELD_OUT_SALT = "semid/items"
 
 
-class Tokenizer(ABC):
+class Tokenizer(CheckedArguments, ABC):
     """Base of every tokenizer.
 
     Attributes:

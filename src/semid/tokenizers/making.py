@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import tomllib
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from semid.errors import UsageError, check_choice, nearest_name
+from semid.options import argument_types
 from semid.tokenizers.base import Tokenizer
 
 __all__ = ["TOKENIZERS", "make_tokenizer", "read_recipe", "recipe_names"]
@@ -85,7 +85,7 @@ def make_tokenizer(
     check_choice("--tokenizer", kind, sorted(TOKENIZERS))
     module, name = TOKENIZERS[kind]
     made: Any = getattr(importlib.import_module(module), name)
-    allowed = _arguments(made)
+    allowed = set(argument_types(made))
     arguments: dict[str, Any] = {}
     for key, value in values.items():
         outer, _, inner = _renamed(key, allowed).partition(".")
@@ -104,25 +104,9 @@ def make_tokenizer(
             arguments[outer] = value
     if "logger" in allowed:
         arguments["logger"] = logger
-    try:
-        tokenizer: Tokenizer = made(**arguments, threads=threads)
-    except TypeError as error:  # an unknown key inside a table of a recipe
-        raise UsageError(f"{kind}: {error}; see the options of {name}") from None
+    tokenizer: Tokenizer = made(**arguments, threads=threads)
     return tokenizer
 
 
 def _renamed(key: str, allowed: set[str]) -> str:
     return "n_codebooks" if key == "levels" and "n_codebooks" in allowed else key
-
-
-def _arguments(kind: type) -> set[str]:
-    """Return the constructor's argument names, those of its ``**options`` among them."""
-    init = kind.__init__  # type: ignore[misc]
-    found: set[str] = set()
-    for parameter in inspect.signature(init).parameters.values():
-        if parameter.kind is parameter.KEYWORD_ONLY:
-            found.add(parameter.name)
-        elif parameter.kind is parameter.VAR_KEYWORD:
-            (options,) = get_args(get_type_hints(init)[parameter.name])  # Unpack[a TypedDict]
-            found |= set(options.__annotations__)
-    return found

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
-from semid.errors import UsageError, check_choice, nearest_name
+from semid.errors import check_choice
+from semid.options import check_arguments
 
 __all__ = ["MODELS", "Model", "make_model"]
 
@@ -59,13 +59,5 @@ def make_model(
     check_choice("--model (model=)", name, sorted(MODELS))
     module, kind = MODELS[name]
     made = getattr(importlib.import_module(module), kind)
-    allowed = [
-        p.name for p in inspect.signature(made).parameters.values() if p.kind is p.KEYWORD_ONLY
-    ]
-    for key in options or {}:
-        if key not in allowed:
-            raise UsageError(
-                f"{key} is no option of {name}; its options are {', '.join(allowed)}"
-                f"{nearest_name(key, allowed)}"
-            )
+    check_arguments(made, options or {})
     return made(fields, width, **(options or {}))
