@@ -19,7 +19,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from semid.errors import ArtefactError, OutputExistsError
+from semid.errors import ArtefactError, OutputExistsError, brief
 
 __all__ = [
     "FORMAT_VERSION",
@@ -177,7 +177,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         str(config["kind"])
     except (ValueError, KeyError, TypeError) as error:
         raise ArtefactError(
-            f"'{file}' is not a semid config ({error}); save the model again"
+            f"'{file}' is not a semid config ({brief(error)}); save the model again"
         ) from None
     if version > FORMAT_VERSION:
         raise ArtefactError(
@@ -204,7 +204,7 @@ def read_artefact(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[st
         raise ArtefactError(f"'{path}' holds no {TENSOR_FILE}; copy the whole folder") from None
     except (SafetensorError, OSError) as error:
         raise ArtefactError(
-            f"'{file}' cannot be read ({error}); it was probably cut short, copy it again"
+            f"'{file}' cannot be read ({brief(error)}); it was probably cut short, copy it again"
         ) from None
     expected = config.get("tensors", {})
     missing = sorted(set(expected) - set(tensors))

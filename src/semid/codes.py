@@ -30,6 +30,7 @@ from semid.errors import (
     IdsError,
     InputError,
     UsageError,
+    brief,
     check_choice,
 )
 
@@ -347,7 +348,7 @@ class SemanticIds:
             table = pa.concat_tables(tables)
         except (pa.ArrowInvalid, OSError) as error:
             raise ArtefactError(
-                f"'{path}' cannot be read as Parquet ({error}); copy or encode it again"
+                f"'{path}' cannot be read as Parquet ({brief(error)}); copy or encode it again"
             ) from None
         return cls.from_arrow(table, path=path)
 

@@ -16,7 +16,7 @@ from semid.catalogue.uniqueness import place
 from semid.codes import SemanticIds
 from semid.data.embeddings import open_embeddings
 from semid.data.ids import ItemIds
-from semid.errors import FingerprintError, IdsError, UsageError
+from semid.errors import FingerprintError, IdsError, UsageError, brief
 from semid.progress import Progress
 from semid.tokenizers.base import Tokenizer
 
@@ -219,6 +219,6 @@ def joined_items(first: ItemIds, second: ItemIds) -> ItemIds:
     except pa.ArrowInvalid as error:
         raise IdsError(
             f"the new item ids are {theirs.type}, the catalogue's {ours.type}, and cannot be "
-            f"written as such ({error}); give both the same type"
+            f"written as such ({brief(error)}); give both the same type"
         ) from None
     return ItemIds(pa.chunked_array([ours, cast], type=ours.type), source="old and new item ids")

@@ -11,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
-from semid.errors import UsageError, check_choice, nearest_name
+from semid.errors import UsageError, brief, check_choice, nearest_name
 from semid.ranking.methods import METHODS
 from semid.ranking.models.registry import MODELS
 from semid.tokenizers.making import TOKENIZERS
@@ -267,7 +267,7 @@ def read_experiment(name: str | Path) -> DrqRecipe | MocRecipe:
     try:
         values = tomllib.loads(file.read_text(encoding="utf8"))
     except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"recipe '{name}' is not valid TOML: {error}") from None
+        raise UsageError(f"recipe '{name}' is not valid TOML: {brief(error)}") from None
     paper = check_choice(f"paper of recipe '{name}'", str(values.get("paper")), sorted(RECIPES))
     return _made(RECIPES[paper], values, f"recipe '{name}'")
 

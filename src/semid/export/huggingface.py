@@ -21,7 +21,7 @@ from semid.artefact import atomic_folder
 from semid.catalogue.decoding import AllowedTokens, TorchTrie
 from semid.catalogue.prefixes import PrefixIndex
 from semid.codes import SemanticIds
-from semid.errors import ArtefactError, MissingExtraError, UsageError
+from semid.errors import ArtefactError, MissingExtraError, UsageError, brief
 from semid.export.tokens import token_strings
 from semid.seeds import torch_generator
 from semid.tokenizers.base import Tokenizer
@@ -92,7 +92,7 @@ class HuggingFaceExport:
             levels, print_ = document["levels"], document["codebook_fingerprint"]
         except (OSError, ValueError, KeyError) as error:
             raise ArtefactError(
-                f"'{folder}' is no Hugging Face export of semid ({error}); write it with "
+                f"'{folder}' is no Hugging Face export of semid ({brief(error)}); write it with "
                 "'semid export --to huggingface'"
             ) from None
         ids = SemanticIds.read(folder / IDS)

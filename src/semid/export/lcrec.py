@@ -15,7 +15,7 @@ import numpy as np
 
 from semid.artefact import atomic_file
 from semid.codes import SemanticIds
-from semid.errors import ArtefactError
+from semid.errors import ArtefactError, brief
 from semid.export.tokens import imported, level_letter, token_strings
 from semid.tokenizers.base import Tokenizer
 
@@ -53,7 +53,7 @@ def read_lcrec(
     try:
         document = json.loads(Path(path).read_text(encoding="utf8"))
     except (OSError, ValueError) as error:
-        raise ArtefactError(f"'{path}' cannot be read as JSON ({error})") from None
+        raise ArtefactError(f"'{path}' cannot be read as JSON ({brief(error)})") from None
     if not isinstance(document, dict) or not document:
         raise ArtefactError(f"'{path}' holds no object of row numbers; is it an .index.json?")
     codes: list[list[int]] = []

@@ -149,8 +149,13 @@ def prepare_ranking(
         user_column=user_column,
         item_column=item_column,
         time_column=time_column,
-        rating_column=None if label.sampled else label.column,
+        rating_column="" if label.sampled else label.column,
         extra_columns=[*options.categorical, *options.dense],
+        flags={
+            **dict.fromkeys(options.categorical, "--categorical (categorical=)"),
+            **dict.fromkeys(options.dense, "--dense (dense=)"),
+            label.column: "--label (label=)",
+        },
     )
     if not label.sampled and log.rating is None:
         raise InteractionsError(f"{log.label} has no column '{label.column}' for --label '{label}'")

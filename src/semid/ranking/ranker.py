@@ -18,7 +18,7 @@ from semid.artefact import read_artefact, write_artefact
 from semid.codes import CodesInfo, SemanticIds
 from semid.data.columns import require_column
 from semid.data.ids import ItemIds
-from semid.errors import ArtefactError, InputError, UsageError
+from semid.errors import ArtefactError, InputError, UsageError, brief
 from semid.ranking.card import card
 from semid.ranking.features import CodeFeatures, CodeTable
 from semid.ranking.growth import grown_codes, grown_schema
@@ -364,7 +364,7 @@ class Ranker:
             )
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ArtefactError(
-                f"'{path}' does not describe a ranking model ({error}); save the model again"
+                f"'{path}' does not describe a ranking model ({brief(error)}); save the model again"
             ) from None
         return ranker
 

@@ -21,7 +21,7 @@ from semid.artefact import fingerprint, read_artefact, write_artefact
 from semid.codes import CodesInfo, SemanticIds, code_dtype
 from semid.data.embeddings import EmbeddingSource, open_embeddings
 from semid.data.ids import ItemIds, held_out_mask
-from semid.errors import ArtefactError, EmbeddingError, InputError, NotFittedError
+from semid.errors import ArtefactError, EmbeddingError, InputError, NotFittedError, brief
 from semid.options import CheckedArguments
 from semid.progress import Progress, QuietProgress
 from semid.quantization.blocks import BLOCK_ROWS, prefetched
@@ -193,10 +193,10 @@ class Tokenizer(CheckedArguments, ABC):
         steps.start("prepare kernels")  # once on a machine this takes a minute
         prepare_kernels()
         train = ~held_out_mask(opened.ids, self.validation_fraction, salt=HELD_OUT_SALT)
-        seen = scan(opened, train, steps)
-        check_enough(seen, int(train.sum()), self.codebook_sizes, held_out=self.validation_fraction)
         mass = item_weights(weights, len(opened))
         behaviour = self._behaviour(interactions, pairs, ids=opened.ids, train=train)
+        seen = scan(opened, train, steps)
+        check_enough(seen, int(train.sum()), self.codebook_sizes, held_out=self.validation_fraction)
         context = FitContext(
             source=opened,
             train=opened if train.all() else opened.subset(train),
@@ -275,11 +275,7 @@ class Tokenizer(CheckedArguments, ABC):
         Raises:
             EmbeddingError: for rows of another width, or with NaN or inf.
         """
-        if source.dim != self.dim:
-            raise EmbeddingError(
-                f"these embeddings have width {source.dim}, the tokenizer was fitted on width "
-                f"{self.dim}; give embeddings of the same model"
-            )
+        self._check_width(source)
         width = self.beam_width if beam_width is None else beam_width
         for start, x in prefetched(source.blocks(BLOCK_ROWS, first=first)):
             found = self._encode_block(x, width)
@@ -361,8 +357,15 @@ class Tokenizer(CheckedArguments, ABC):
     def latent(self, source: Any) -> Array:
         """Return latent vectors ``(items, latent)`` float32 before quantization."""
         opened = open_embeddings(source)
-        _ = self.dim
+        self._check_width(opened)
         return np.concatenate([self._latent_block(x) for _, x in opened.blocks(BLOCK_ROWS)])
+
+    def _check_width(self, source: EmbeddingSource) -> None:
+        if source.dim != self.dim:
+            raise EmbeddingError(
+                f"these embeddings have width {source.dim}, the tokenizer was fitted on width "
+                f"{self.dim}; give embeddings of the same model"
+            )
 
     def _checked(self, codes: Any) -> npt.NDArray[np.int64]:
         _ = self.dim
@@ -430,7 +433,8 @@ class Tokenizer(CheckedArguments, ABC):
             report = config["fit_report"]
         except (KeyError, TypeError, ValueError) as error:
             raise ArtefactError(
-                f"'{path}' does not describe a {cls.__name__} ({error}); save the model again"
+                f"'{path}' does not describe a {cls.__name__} ({brief(error)}); save the model "
+                "again"
             ) from None
         tokenizer.report = None if report is None else FitReport.from_dict(report)
         return tokenizer

@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from semid.errors import UsageError, check_choice, nearest_name
+from semid.errors import UsageError, brief, check_choice, nearest_name
 from semid.options import argument_types
 from semid.tokenizers.base import Tokenizer
 
@@ -60,7 +60,7 @@ def read_recipe(name: str | Path) -> dict[str, Any]:
     try:
         recipe = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"recipe '{name}' is not valid TOML: {error}") from None
+        raise UsageError(f"recipe '{name}' is not valid TOML: {brief(error)}") from None
     if "tokenizer" not in recipe:
         raise UsageError(f"recipe '{name}' does not say tokenizer = \"...\"; add that line")
     return recipe
