@@ -7,12 +7,22 @@ from typing import Annotated, Any
 
 import typer
 
-from semid.cli.options import EmbeddingColumn, IdColumn, Ids, Overwrite, open_source
+from semid.cli.options import (
+    EmbeddingColumn,
+    IdColumn,
+    Ids,
+    OnInvalid,
+    Overwrite,
+    open_source,
+    refuse_unused,
+    say,
+)
 
 __all__ = ["export"]
 
 
 def export(
+    context: typer.Context,
     to: Annotated[
         str,
         typer.Option(
@@ -35,7 +45,10 @@ def export(
         ),
     ] = None,
     candidates: Annotated[
-        int, typer.Option(min=0, help="torcheasyrec: alternative ids an item; needs --embeddings.")
+        int,
+        typer.Option(
+            min=0, max=4096, help="torcheasyrec: alternative ids an item; needs --embeddings."
+        ),
     ] = 0,
     embeddings: Annotated[
         str | None, typer.Option(help="torcheasyrec: embeddings, for the alternatives.")
@@ -43,6 +56,7 @@ def export(
     ids: Ids = None,
     embedding_column: EmbeddingColumn = None,
     id_column: IdColumn = None,
+    on_invalid: OnInvalid = "error",
     overwrite: Overwrite = False,
 ) -> None:
     """Write ids or a model as another program reads them.
@@ -66,8 +80,11 @@ def export(
             ids=ids,
             embedding_column=embedding_column,
             id_column=id_column,
-            on_invalid="error",
+            on_invalid=on_invalid,
         )
+    else:
+        unused = ["embeddings", "ids", "embedding_column", "id_column", "on_invalid"]
+        refuse_unused(context, unused, "embeddings serve --to torcheasyrec with --candidates")
     written(
         to,
         output,
@@ -76,4 +93,4 @@ def export(
         overwrite=overwrite,
         **options,
     )
-    typer.echo(f"{to}: {output}")
+    say(f"{to}: {output}")

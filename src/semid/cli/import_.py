@@ -7,12 +7,18 @@ from typing import Annotated
 
 import typer
 
-from semid.cli.options import IdColumn, Overwrite
+from semid.cli.options import (
+    IdColumn,
+    Overwrite,
+    refuse_unused,
+    say,
+)
 
 __all__ = ["import_"]
 
 
 def import_(
+    context: typer.Context,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The other program's file.")],
     source: Annotated[str, typer.Option("--from", help="lcrec or grid.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Parquet file to write.")],
@@ -36,6 +42,8 @@ def import_(
     from semid.export.formats import import_ids
     from semid.loading import load
 
+    if ids is None:
+        refuse_unused(context, ["id_column"], "it names a column of --ids")
     check_output(output, overwrite=overwrite)
     found = import_ids(
         source,
@@ -44,4 +52,4 @@ def import_(
         tokenizer=None if model is None else load(model),
     )
     found.write(output, overwrite=overwrite)
-    typer.echo(f"imported {len(found):,} items with {found.levels} codes each: {output}")
+    say(f"imported {len(found):,} items with {found.levels} codes each: {output}")

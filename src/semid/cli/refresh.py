@@ -11,18 +11,24 @@ from semid.cli.options import (
     EmbeddingColumn,
     IdColumn,
     Ids,
+    ItemColumn,
     OnInvalid,
     Overwrite,
     Quiet,
     Source,
     Threads,
+    TimeColumn,
+    UserColumn,
+    open_interactions,
     open_source,
+    say,
 )
 
 __all__ = ["refresh"]
 
 
 def refresh(
+    context: typer.Context,
     model: Annotated[Path, typer.Argument(help="The generation before: a folder of 'semid fit'.")],
     embeddings: Source,
     catalogue: Annotated[
@@ -44,6 +50,9 @@ def refresh(
     cold: Annotated[
         bool, typer.Option("--cold", help="Do not start from the old codebooks.")
     ] = False,
+    user_column: UserColumn = "user_id",
+    item_column: ItemColumn = "item_id",
+    time_column: TimeColumn = None,
     ids: Ids = None,
     embedding_column: EmbeddingColumn = None,
     id_column: IdColumn = None,
@@ -63,11 +72,12 @@ def refresh(
     from semid.artefact import atomic_folder, check_output
     from semid.catalogue.bundle import read_catalogue
     from semid.catalogue.churn import item_counts
+    from semid.catalogue.refresh import check_max_churn
     from semid.catalogue.refresh import refresh as refreshed
-    from semid.data.interactions import read_interactions
     from semid.loading import load
     from semid.progress import make_progress
 
+    check_max_churn(max_churn)
     check_output(output, overwrite=overwrite)
     tokenizer = load(model)
     tokenizer.threads = threads
@@ -78,7 +88,7 @@ def refresh(
         id_column=id_column,
         on_invalid=on_invalid,
     )
-    log = None if interactions is None else read_interactions(interactions)
+    log = open_interactions(context, interactions)
     with make_progress(quiet=quiet) as progress:
         result = refreshed(
             tokenizer,
@@ -96,5 +106,5 @@ def refresh(
         (folder / "refresh.json").write_text(
             json.dumps(result.report.to_dict(), indent=2) + "\n", encoding="utf8"
         )
-    typer.echo(result.report.summary())
-    typer.echo(f"model, ids and report: {output}")
+    say(result.report.summary())
+    say(f"model, ids and report: {output}")

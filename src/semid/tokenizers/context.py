@@ -22,9 +22,11 @@ MAX_LEVELS = 256
 """Most codes per item; published tokenizers have 3 to 32."""
 
 __all__ = [
+    "MAX_LEVELS",
     "EncodedBlock",
     "FitContext",
     "check_beam",
+    "check_beam_width",
     "check_validation_fraction",
     "data_digest",
     "item_weights",
@@ -182,14 +184,23 @@ def check_validation_fraction(fraction: float) -> None:
         raise UsageError(f"validation_fraction={fraction}: give a share in [0, 1)")
 
 
+def check_beam_width(width: int) -> None:
+    """Refuse a beam that is no width.
+
+    Raises:
+        UsageError: saying what is allowed.
+    """
+    if not 1 <= width <= MAX_BEAM:
+        raise UsageError(f"beam_width={width}: give 1 to {MAX_BEAM}")
+
+
 def check_beam(width: int, *, kind: str, hierarchical: bool) -> None:
     """Refuse a beam that is no width, or one over parallel codebooks, where it would do nothing.
 
     Raises:
         UsageError: saying which.
     """
-    if not 1 <= width <= MAX_BEAM:
-        raise UsageError(f"beam_width={width}: give 1 to {MAX_BEAM}")
+    check_beam_width(width)
     if width > 1 and not hierarchical:
         raise UsageError(
             f"beam_width={width}: the codebooks of {kind} are parallel and each takes its nearest "
