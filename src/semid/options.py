@@ -23,6 +23,7 @@ from semid.errors import UsageError, nearest_name
 
 __all__ = [
     "MAX_BEAM",
+    "MAX_WEIGHT",
     "MAX_WIDTH",
     "CheckedArguments",
     "Options",
@@ -51,6 +52,9 @@ _PLURALS: dict[Any, str] = {
 
 MAX_WIDTH = 16_384
 """Widest layer or embedding: a square matrix of it takes 1 GiB."""
+
+MAX_WEIGHT = 1_000_000
+"""Largest weight of a loss, rate or temperature: beside larger ones float32 drops the rest."""
 
 MAX_BEAM = 1024
 """Widest beam: partial codes are held for each row of a block."""
@@ -249,11 +253,9 @@ class _Rule:
             opening, closing = "[("[self.ge is None], "])"[self.le is None]
             if whole:
                 return f"{low:,} to {high:,}"
-            return (
-                f"a share in {opening}{low:g}, {high:g}{closing}"
-                if (low, high) == (0, 1)
-                else (f"a number in {opening}{low:g}, {high:g}{closing}")
-            )
+            if (low, high) == (0, 1):
+                return f"a share in {opening}0, 1{closing}"
+            return f"a number {'above ' if opening == '(' else 'from '}{low:g} to {high:,}"
         if low is None:
             return "a finite number" if high is None else f"at most {high:,}"
         if self.gt is not None:

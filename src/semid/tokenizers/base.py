@@ -193,10 +193,10 @@ class Tokenizer(CheckedArguments, ABC):
         steps.start("prepare kernels")  # once on a machine this takes a minute
         prepare_kernels()
         train = ~held_out_mask(opened.ids, self.validation_fraction, salt=HELD_OUT_SALT)
-        mass = item_weights(weights, len(opened))
-        behaviour = self._behaviour(interactions, pairs, ids=opened.ids, train=train)
         seen = scan(opened, train, steps)
         check_enough(seen, int(train.sum()), self.codebook_sizes, held_out=self.validation_fraction)
+        mass = item_weights(weights, len(opened))
+        behaviour = self._behaviour(interactions, pairs, ids=opened.ids, train=train)
         context = FitContext(
             source=opened,
             train=opened if train.all() else opened.subset(train),

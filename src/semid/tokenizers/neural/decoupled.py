@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from semid.options import Options, option
+from semid.options import MAX_WEIGHT, Options, option
 from semid.seeds import numpy_generator, torch_generator
 from semid.tokenizers.neural.autoencoder import Autoencoder, blank_linear
 from semid.tokenizers.neural.contrastive import info_nce, uniformity
@@ -41,11 +41,11 @@ class Objective(Options):
             sampled in training (the paper's loss has none, whatever its name says).
     """
 
-    contrastive_weight: float = option(0.0, ge=0)
-    temperature: float = option(0.07, gt=0)
+    contrastive_weight: float = option(0.0, ge=0, le=MAX_WEIGHT)
+    temperature: float = option(0.07, gt=0, le=MAX_WEIGHT)
     pairs_per_step: int = option(512, ge=2, le=65_536)
-    uniformity_weight: float = option(0.0, ge=0)
-    kl_weight: float = option(0.0, ge=0)
+    uniformity_weight: float = option(0.0, ge=0, le=MAX_WEIGHT)
+    kl_weight: float = option(0.0, ge=0, le=MAX_WEIGHT)
 
     @property
     def needs_pairs(self) -> bool:
