@@ -173,8 +173,7 @@ def check_engine(engine: str, **only_ray: Any) -> str:
     named = [f"--{name.replace('_', '-')}" for name, v in only_ray.items() if v is not None]
     if engine != "ray" and named:
         raise UsageError(
-            f"{' and '.join(named)} go with --engine ray; on this machine alone give --processes "
-            "(encode) or start torchrun (fit)"
+            f"{' and '.join(named)} go with --engine ray; give that too, or leave them out"
         )
     return engine
 
