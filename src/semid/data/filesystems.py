@@ -34,6 +34,9 @@ __all__ = [
 CONNECT_SECONDS = 10
 """How long a connection to S3 may take; an endpoint that does not answer is tried three times."""
 
+GCS_SECONDS = 30
+"""How long Google's client repeats a request before it gives up; its own limit is 15 minutes."""
+
 FilePath = Path | str
 """A path on this machine, or the text of a URI."""
 
@@ -62,7 +65,8 @@ def resolve(path: FilePath) -> tuple[Any, str]:
         if scheme in ("s3", "s3a"):
             return _s3(rest)
         if scheme in ("gs", "gcs"):
-            system, inner = arrow_fs.FileSystem.from_uri(f"gs://{rest}")
+            limit = "" if "?" in rest else f"?retry_limit_seconds={GCS_SECONDS}"
+            system, inner = arrow_fs.FileSystem.from_uri(f"gs://{rest}{limit}")
             return system, str(inner)
         import fsspec
 
