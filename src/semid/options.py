@@ -75,7 +75,8 @@ class CheckedArguments:
         # Copying and unpickling make an object without arguments, which passes.
         parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
         names = [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
-        if len(positional) > len(names):
+        open_ended = any(each.kind is each.VAR_POSITIONAL for each in parameters)
+        if len(positional) > len(names) and not open_ended:
             first = next(iter(argument_types(cls)))
             raise UsageError(
                 f"{cls.__name__} takes {len(names)} arguments by position and was given "
@@ -226,7 +227,10 @@ class _Rule:
         allowed = f"at most {_MAX_INT}" if too_large else self._text(_is_whole(hint))
         nearest = nearest_name(str(value), self.choices) if self.choices else ""
         optional = ", or None" if type(None) in typing.get_args(hint) else ""
-        yield f"{self.name or field}={reprlib.repr(value)}: give {allowed}{optional}{nearest}"
+        said = f"{self.name or field}={reprlib.repr(value)}:"
+        if self.name is not None and self.name.startswith("--"):
+            said = f"{self.name} is {reprlib.repr(value)};"
+        yield f"{said} give {allowed}{optional}{nearest}"
 
     def _allows(self, value: Any) -> bool:
         if self.choices:
@@ -288,8 +292,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is int:
         return isinstance(value, numbers.Integral) and not _is_bool(value)
     if hint is float:
-        number = isinstance(value, numbers.Real) and not _is_bool(value)
-        return number and bool(value == value)  # not NaN
+        return isinstance(value, numbers.Real) and not _is_bool(value)
     if origin in (tuple, Sequence):
         if isinstance(value, str | bytes) or not isinstance(value, Sequence | np.ndarray):
             return False

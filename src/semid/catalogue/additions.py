@@ -116,9 +116,7 @@ def check_threshold(threshold: float) -> None:
         UsageError: it lies outside (0, 1).
     """
     if not 0 < threshold < 1:
-        raise UsageError(
-            f"--novel-beyond (threshold=) is {threshold}; give a share between 0 and 1"
-        )
+        raise UsageError(f"threshold={threshold} (--novel-beyond): give a share between 0 and 1")
 
 
 def add_items(

@@ -152,7 +152,7 @@ def check_max_churn(max_churn: float | None) -> None:
         UsageError: it lies outside [0, 1].
     """
     if max_churn is not None and not 0 <= max_churn <= 1:
-        raise UsageError(f"--max-churn (max_churn=) is {max_churn}; give a share in [0, 1]")
+        raise UsageError(f"max_churn={max_churn}: give a share in [0, 1]")
 
 
 def refresh(

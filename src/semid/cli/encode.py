@@ -115,7 +115,9 @@ def encode(
         store_bytes=store_bytes,
     )
     if catalogue is None:
-        refuse_unused(context, ["novelty", "novel_beyond"], "they go with --catalogue")
+        refuse_unused(
+            context, ["novelty", "novel_beyond"], "only additions to a --catalogue use it"
+        )
     check_threshold(novel_beyond)
     if beam_width is not None:
         check_beam_width(beam_width)

@@ -150,7 +150,7 @@ def open_interactions(context: typer.Context, path: str | None) -> Any:
         refuse_unused(
             context,
             COLUMNS_OF_INTERACTIONS,
-            "they name columns of the interactions; give --interactions",
+            "no --interactions are given",
         )
         return None
     from semid.data.interactions import read_interactions

@@ -230,10 +230,10 @@ def _refuse_unused(context: typer.Context) -> None:
     if given["embeddings"] is None:
         unused = ["methods", "scales", "models", "seeds", "codebook_size"]
         unused += ["embedding_column", "on_invalid"]
-        refuse_unused(context, unused, "they are for a grid; give --embeddings, which runs one")
+        refuse_unused(context, unused, "only a grid uses it; give --embeddings to run one")
         if given["ids"] is None:
             codes = ["code_mode", "scale", "control", "analyse", "item_id"]
-            refuse_unused(context, codes, "they say how codes are used; give --ids")
+            refuse_unused(context, codes, "there are no codes without --ids")
     else:
         unused = ["ids", "model", "code_mode", "scale", "control", "item_id", "seed"]
         unused += ["analyse", "stream"]

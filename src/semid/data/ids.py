@@ -253,8 +253,8 @@ def _to_arrow(values: Any, source: str, *, allow_null: bool = False) -> Any:
             array = pa.array(values, type=pa.large_string() if len(values) == 0 else None)
         except NOT_ARROW as error:
             raise IdsError(
-                f"{source} are not all strings or all integers of 64 bits ({brief(error)}); cast "
-                "them, for example to strings of valid Unicode"
+                f"{source} mix types or hold values that are no valid text and no integer of 64 "
+                f"bits ({brief(error)}); ids are all strings or all integers"
             ) from error
     if isinstance(array, pa.ChunkedArray):
         # `string` counts bytes in 32 bits, which a joined array of ids can outgrow.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from semid.options import MAX_WEIGHT, Options, option
+from semid.options import Options, option
 from semid.training.precision import PRECISIONS
 
 __all__ = ["SCHEDULES", "TrainOptions"]
@@ -31,8 +31,8 @@ class TrainOptions(Options):
 
     epochs: int = option(60, ge=1)
     batch_size: int = option(512, ge=2)
-    learning_rate: float = option(1e-3, gt=0, le=MAX_WEIGHT)
-    weight_decay: float = option(0.0, ge=0, le=MAX_WEIGHT)
+    learning_rate: float = option(1e-3, gt=0)
+    weight_decay: float = option(0.0, ge=0)
     schedule: str = option("cosine", choices=SCHEDULES)
     warmup: float = option(0.02, ge=0, lt=1)
     clip_norm: float | None = option(1.0, gt=0)
