@@ -58,10 +58,14 @@ def test_every_problem_is_listed_with_its_count():
     assert "1 row with infinite" in infinite
 
 
-def test_values_whose_sum_overflows_are_fine():
-    x = np.full((4, 3), 3e38, dtype=np.float32)
+def test_rows_too_long_for_squared_distances_are_named():
+    x = np.full((4, 3), 5e14, dtype=np.float32)  # together longer than the limit, one by one not
     [(_, block)] = open_embeddings(x).blocks()
     np.testing.assert_array_equal(block, x)
+    x[2] = 1e20
+    with pytest.raises(EmbeddingError, match=r"1 row with values too large.*row 2"):
+        list(open_embeddings(x).blocks())
+    assert len(open_embeddings(x, on_invalid="skip")) == 3
 
 
 def test_float64_beyond_float32():

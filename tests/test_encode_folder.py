@@ -274,7 +274,7 @@ def test_the_command_line_shares_a_folder_out(model, folder, tmp_path, inline, c
         ),
         (["--engine", "ray", "--processes", "2"], "--processes and --threads"),
         (["--processes", "2", "--ids", "x.csv"], "--catalogue and --ids"),
-        (["--processes", "2", "--novelty", "n.parquet"], "--novelty goes with"),
+        (["--processes", "2", "--novelty", "n.parquet"], "--novelty would change nothing"),
     ],
 )
 def test_flags_that_do_not_go_together(model, folder, tmp_path, flags, message, capsys):

@@ -238,7 +238,7 @@ def test_files_and_columns_that_are_not_there(tmp_path):
     ):
         read_interactions(tmp_path / "log.csv")
     assert len(read_interactions(tmp_path / "log.csv", user_column="user")) == 1
-    for name, flag in [("time_column", "--time-col"), ("rating_column", "--rating-col")]:
+    for name, flag in [("time_column", "--time-col"), ("rating_column", "rating_column=")]:
         with pytest.raises(UsageError, match=rf"no column 'timestam'.*{flag}"):
             read_interactions(TABLE, **{name: "timestam"})
     with pytest.raises(UsageError, match="no column 'ratin'; did you mean 'rating'"):

@@ -31,7 +31,7 @@ def test_labels_are_read_and_written():
     for wrong, message in (
         ("rating=8", "neither COLUMN>=NUMBER"),
         ("sampled(unifrom,1)", "did you mean 'uniform'"),
-        ("sampled(uniform,0)", "at least 1"),
+        ("sampled(uniform,0)", "give 1 to"),
     ):
         with pytest.raises(UsageError, match=message):
             Label.parse(wrong)

@@ -256,7 +256,7 @@ def test_files_that_workers_cannot_see_are_refused(items):
 
 
 def test_options_out_of_range_are_refused():
-    with pytest.raises(UsageError, match=r"--workers 0.*--cpus-per-worker 0"):
+    with pytest.raises(UsageError, match=r"--workers.* is 0;.*--cpus-per-worker.* is 0;"):
         RayOptions(workers=0, cpus_per_worker=0)
 
 

@@ -32,6 +32,7 @@ from semid.errors import (
     InputError,
     SemidError,
     UsageError,
+    brief,
     check_choice,
 )
 from semid.filesystems import is_uri, open_parquet
@@ -384,7 +385,7 @@ class SemanticIds:
             if isinstance(error, SemidError):
                 raise
             raise ArtefactError(
-                f"'{path}' cannot be read as Parquet ({error}); copy or encode it again"
+                f"'{path}' cannot be read as Parquet ({brief(error)}); copy or encode it again"
             ) from None
         return cls.from_arrow(table, path=path)
 

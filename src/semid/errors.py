@@ -9,6 +9,7 @@ the command line); everything else means the call was fine and the data or the m
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Iterable, Sequence
 
 __all__ = [
@@ -25,8 +26,10 @@ __all__ = [
     "OutputExistsError",
     "SemidError",
     "UsageError",
+    "brief",
     "check_choice",
     "nearest_name",
+    "printable",
 ]
 
 
@@ -102,6 +105,34 @@ class DivergedError(SemidError, ArithmeticError):
     """Training produced a loss that is not finite; the last good checkpoint was kept."""
 
 
+_UNPRINTABLE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+"""Unicode categories that steer a terminal or cannot be encoded: control and format characters,
+surrogates, line and paragraph separators."""
+
+
+def printable(text: str) -> str:
+    """Return a text of other people's data with everything escaped that steers a terminal.
+
+    Newlines and tabs stay.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        ascii(c)[1:-1] if c not in "\n\t" and unicodedata.category(c) in _UNPRINTABLE else c
+        for c in text
+    )
+
+
+def brief(error: BaseException) -> str:
+    """Return what another library's exception says in one line: its first, at most 200 characters.
+
+    An exception without a text gives the name of its class.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    line = printable(lines[0]) if lines else type(error).__name__
+    return line if len(line) <= 200 else f"{line[:197]}..."
+
+
 def nearest_name(given: str, allowed: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the closest allowed name, or an empty string."""
     close = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.5)
@@ -114,7 +145,7 @@ def check_choice(name: str, given: str, allowed: Sequence[str]) -> str:
     Raises:
         UsageError: naming the argument, what was given, what is allowed and the nearest name.
     """
-    if given in allowed:
+    if isinstance(given, str) and given in allowed:
         return given
     listed = ", ".join(f"'{a}'" for a in allowed)
-    raise UsageError(f"{name}='{given}' is not one of {listed}{nearest_name(given, allowed)}")
+    raise UsageError(f"{name}='{given}' is not one of {listed}{nearest_name(str(given), allowed)}")

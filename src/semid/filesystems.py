@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs as arrow_fs
 
-from semid.errors import UsageError
+from semid.errors import UsageError, brief
 
 __all__ = [
     "FilePath",
@@ -33,6 +33,12 @@ __all__ = [
     "resolve",
     "send_folder",
 ]
+
+CONNECT_SECONDS = 10
+"""How long a connection to S3 may take; an endpoint that does not answer is tried three times."""
+
+GCS_SECONDS = 30
+"""How long Google's client repeats a request before it gives up; its own limit is 15 minutes."""
 
 FilePath = Path | str
 """A path on this machine, or the text of a URI."""
@@ -96,15 +102,16 @@ def resolve(path: FilePath) -> tuple[Any, str]:
         if scheme in ("s3", "s3a"):
             return _s3(rest)
         if scheme in ("gs", "gcs"):
-            system, inner = arrow_fs.FileSystem.from_uri(f"gs://{rest}")
+            limit = "" if "?" in rest else f"?retry_limit_seconds={GCS_SECONDS}"
+            system, inner = arrow_fs.FileSystem.from_uri(f"gs://{rest}{limit}")
             return system, str(inner)
         import fsspec
 
         return arrow_fs.PyFileSystem(arrow_fs.FSSpecHandler(fsspec.filesystem(scheme))), rest
-    except (ValueError, ImportError, pa.ArrowException, OSError) as error:
+    except Exception as error:  # whatever a file system of fsspec raises
         raise UsageError(
-            f"'{uri}' cannot be opened ({error}); use s3://, gs://, file:// or a scheme that "
-            "fsspec knows, with its package installed"
+            f"'{uri}' cannot be opened ({brief(error)}); use s3://, gs://, file:// or a scheme "
+            "that fsspec knows, with its package installed"
         ) from error
 
 
@@ -114,11 +121,15 @@ def _s3(rest: str) -> tuple[Any, str]:
         system, inner = arrow_fs.FileSystem.from_uri(f"s3://{rest}")
         return system, str(inner)
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    options = {} if endpoint is None else {"endpoint_override": endpoint}
+    options: dict[str, Any] = {} if endpoint is None else {"endpoint_override": endpoint}
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     if region is not None:
         options["region"] = region
-    return arrow_fs.S3FileSystem(**options), rest
+    return arrow_fs.S3FileSystem(
+        connect_timeout=CONNECT_SECONDS,
+        retry_strategy=arrow_fs.AwsStandardS3RetryStrategy(max_attempts=3),
+        **options,
+    ), rest
 
 
 def _uri(like: str, inner: str) -> str:
@@ -147,8 +158,13 @@ def list_files(uri: str) -> list[str]:
         if info.type == arrow_fs.FileType.NotFound:
             raise UsageError(f"'{uri}' does not exist; check the path")
         found = system.get_file_info(arrow_fs.FileSelector(root, recursive=True))
-    except (pa.ArrowException, OSError) as error:
-        raise UsageError(f"'{uri}' cannot be listed ({error}); check address and keys") from error
+    except Exception as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(
+            f"'{uri}' cannot be listed ({brief(error)}); check the address, the keys and "
+            "the network"
+        ) from error
     files = [file.path for file in found if file.type == arrow_fs.FileType.File]
     if magic:
         files = [file for file in files if fnmatch.fnmatchcase(file.lstrip("/"), path.lstrip("/"))]

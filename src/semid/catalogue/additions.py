@@ -20,7 +20,14 @@ from semid.output import atomic_file
 from semid.progress import Progress
 from semid.tokenizers.base import Tokenizer
 
-__all__ = ["AdditionReport", "Additions", "add_items", "check_model", "joined_items"]
+__all__ = [
+    "AdditionReport",
+    "Additions",
+    "add_items",
+    "check_model",
+    "check_threshold",
+    "joined_items",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +109,16 @@ class Additions:
     report: AdditionReport
 
 
+def check_threshold(threshold: float) -> None:
+    """Refuse a threshold of novelty that is no share.
+
+    Raises:
+        UsageError: it lies outside (0, 1).
+    """
+    if not 0 < threshold < 1:
+        raise UsageError(f"threshold={threshold} (--novel-beyond): give a share between 0 and 1")
+
+
 def add_items(
     catalogue: SemanticIds,
     tokenizer: Tokenizer,
@@ -134,8 +151,7 @@ def add_items(
         FingerprintError: if the model did not make the catalogue.
         IdsError: if the new ids cannot be written in the catalogue's type.
     """
-    if not 0 < threshold < 1:
-        raise UsageError(f"threshold={threshold}: give a share between 0 and 1")
+    check_threshold(threshold)
     check_model(catalogue, tokenizer)
     opened = open_embeddings(source, ids=ids)
     quantiles = norm_quantiles(catalogue, tokenizer)

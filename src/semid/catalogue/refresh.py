@@ -33,7 +33,7 @@ from semid.tokenizers.base import HELD_OUT_SALT, Tokenizer
 from semid.tokenizers.context import item_weights
 from semid.tokenizers.scan import mean_row
 
-__all__ = ["Generation", "Refresh", "RefreshReport", "refresh"]
+__all__ = ["Generation", "Refresh", "RefreshReport", "check_max_churn", "refresh"]
 
 Codes = npt.NDArray[np.integer[Any]]
 
@@ -148,6 +148,16 @@ class Refresh:
     report: RefreshReport
 
 
+def check_max_churn(max_churn: float | None) -> None:
+    """Refuse a budget of changes that is no share.
+
+    Raises:
+        UsageError: it lies outside [0, 1].
+    """
+    if max_churn is not None and not 0 <= max_churn <= 1:
+        raise UsageError(f"max_churn={max_churn}: give a share in [0, 1]")
+
+
 def refresh(
     previous: Tokenizer,
     published: SemanticIds,
@@ -186,8 +196,7 @@ def refresh(
 
     Cost: a fit (two with ``compare``), three passes of encoding, and `match_codes` a level.
     """
-    if max_churn is not None and not 0 <= max_churn <= 1:
-        raise UsageError(f"max_churn={max_churn}: give a share in [0, 1]")
+    check_max_churn(max_churn)
     check_model(published, previous)
     steps = progress or QuietProgress()
     opened = open_embeddings(source, ids=ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 import warnings
@@ -27,7 +28,7 @@ from semid.cli.refresh import refresh
 from semid.cli.report import report
 from semid.cli.reproduce import reproduce
 from semid.cli.unique import unique
-from semid.errors import SemidError
+from semid.errors import SemidError, brief, printable
 
 __all__ = ["app", "main"]
 
@@ -88,6 +89,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the program and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
+    for stream in (sys.stdout, sys.stderr):  # a name may hold characters that a terminal lacks
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     console = Console(stderr=True)
     _configure(console, debug)
     try:
@@ -103,7 +107,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (OSError, MemoryError) as error:
         if debug:
             raise
-        _complain(console, f"{type(error).__name__}: {error}")
+        _complain(console, f"{type(error).__name__}: {brief(error)}")
+        sys.exit(1)
+    except Exception as error:
+        if debug:
+            raise
+        _print_error(
+            console,
+            f"internal error: {type(error).__name__}: {brief(error)}; please report it; --debug "
+            "shows the traceback",
+        )
         sys.exit(1)
     finally:
         release_outputs()
@@ -120,13 +133,22 @@ def _configure(console: Console, debug: bool) -> None:
         logging.basicConfig(
             level=level, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True
         )
+    # Names in warnings come from the user's data.
+    logging.getLogger().handlers[0].addFilter(_escape)
     logging.getLogger("numba").setLevel(logging.WARNING)
     if not debug:
         warnings.simplefilter("ignore")
 
 
+def _escape(record: logging.LogRecord) -> bool:
+    record.msg, record.args = printable(record.getMessage()), None
+    return True
+
+
 def _complain(console: Console, message: str) -> None:
-    for line in message.splitlines() or [""]:
-        console.print(
-            f"error: {line}", style="bold red", markup=False, highlight=False, soft_wrap=True
-        )
+    for line in message.split("\n"):
+        _print_error(console, f"error: {line}")
+
+
+def _print_error(console: Console, line: str) -> None:
+    console.print(printable(line), style="bold red", markup=False, highlight=False, soft_wrap=True)

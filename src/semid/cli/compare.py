@@ -11,18 +11,24 @@ from semid.cli.options import (
     EmbeddingColumn,
     IdColumn,
     Ids,
+    ItemColumn,
     OnInvalid,
     Overwrite,
     Quiet,
     Threads,
+    TimeColumn,
+    UserColumn,
     hold_output,
+    open_interactions,
     open_source,
+    say,
 )
 
 __all__ = ["compare"]
 
 
 def compare(
+    context: typer.Context,
     paths: Annotated[
         list[str],
         typer.Argument(
@@ -41,6 +47,9 @@ def compare(
         str | None,
         typer.Option(help="Parquet or CSV of item_id, related_item_id: a second truth."),
     ] = None,
+    user_column: UserColumn = "user_id",
+    item_column: ItemColumn = "item_id",
+    time_column: TimeColumn = None,
     ids: Ids = None,
     embedding_column: EmbeddingColumn = None,
     id_column: IdColumn = None,
@@ -77,11 +86,12 @@ def compare(
         id_column=id_column,
         on_invalid=on_invalid,
     )
+    log = open_interactions(context, interactions)
     with make_progress(quiet=quiet) as progress:
         result = compare_models(
             {name: load(path) for name, path in zip(names, models, strict=True)},
             source,
-            interactions=interactions,
+            interactions=log,
             relations=relations,
             seed=seed,
             threads=threads,
@@ -89,5 +99,5 @@ def compare(
         )
     result.write(output, overwrite=overwrite)
     for finding in result.findings:
-        typer.echo(f"{finding}.")
-    typer.echo(f"comparison: {output}")
+        say(f"{finding}.")
+    say(f"comparison: {output}")

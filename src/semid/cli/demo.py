@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from semid.cli.options import Overwrite, Quiet, hold_output
+from semid.cli.options import Overwrite, Quiet, hold_output, say
 
 __all__ = ["demo"]
 
@@ -16,9 +16,11 @@ def demo(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for everything the demo writes.")
     ] = Path("demo"),
-    items: Annotated[int, typer.Option(min=1000, help="Items in the catalogue.")] = 20_000,
-    codebook_size: Annotated[int, typer.Option(min=2, help="Codewords a level.")] = 256,
-    levels: Annotated[int, typer.Option(min=1, help="Codes an item.")] = 3,
+    items: Annotated[
+        int, typer.Option(min=1000, max=10_000_000, help="Items in the catalogue.")
+    ] = 20_000,
+    codebook_size: Annotated[int, typer.Option(min=2, max=65_536, help="Codewords a level.")] = 256,
+    levels: Annotated[int, typer.Option(min=1, max=256, help="Codes an item.")] = 3,
     seed: Annotated[int, typer.Option(help="Seed of the catalogue and the fit.")] = 0,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
@@ -52,8 +54,8 @@ def demo(
         )
         diagnosis.write(folder / "report.html")
     if model.report is not None:
-        typer.echo(model.report.summary)
-    typer.echo(
+        say(model.report.summary)
+    say(
         f"""
 {output}/data/          {items:,} items with titles, embeddings and user sequences
 {output}/model/         the codebooks

@@ -17,12 +17,15 @@ from semid.cli.options import (
     Threads,
     hold_output,
     open_source,
+    refuse_unused,
+    say,
 )
 
 __all__ = ["drift"]
 
 
 def drift(
+    context: typer.Context,
     model: Annotated[Path, typer.Argument(help="Folder written by 'semid fit'.")],
     before: Annotated[
         str, typer.Argument(metavar="BEFORE", help="Embeddings as they were at the fit.")
@@ -53,7 +56,9 @@ def drift(
     from semid.output import atomic_file
     from semid.progress import make_progress
 
-    if output is not None:
+    if output is None:
+        refuse_unused(context, ["overwrite"], "there is no --output")
+    else:
         reads = (model, before, after, ids, after_ids)
         hold_output(output, overwrite=overwrite, inputs=reads)
     tokenizer = load(model)
@@ -73,4 +78,4 @@ def drift(
     if output is not None:
         with atomic_file(output, overwrite=overwrite) as work:
             work.write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf8")
-    typer.echo(result.summary())
+    say(result.summary())

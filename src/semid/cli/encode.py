@@ -26,12 +26,15 @@ from semid.cli.options import (
     hold_output,
     open_source,
     ray_options,
+    refuse_unused,
+    say,
 )
 
 __all__ = ["encode"]
 
 
 def encode(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Folder or URI written by 'semid fit'.")],
     embeddings: Source,
     output: Annotated[
@@ -67,6 +70,7 @@ def encode(
         int | None,
         typer.Option(
             min=1,
+            max=4096,
             help="With --engine local: processes that share the row groups of Parquet files; "
             "default: one for a file, one a CPU where the output is a folder or a URI.",
         ),
@@ -96,9 +100,11 @@ def encode(
 
     Example: semid encode s3://b/model s3://b/items -o s3://b/ids --engine ray --workers 64
     """
+    from semid.catalogue.additions import check_threshold
     from semid.errors import UsageError
     from semid.loading import load
     from semid.progress import make_progress
+    from semid.tokenizers.context import check_beam_width
     from semid.tokenizers.encoding import encode_to_parquet
 
     check_engine(
@@ -108,6 +114,13 @@ def encode(
         ray_address=ray_address,
         store_bytes=store_bytes,
     )
+    if catalogue is None:
+        refuse_unused(
+            context, ["novelty", "novel_beyond"], "only additions to a --catalogue use it"
+        )
+    check_threshold(novel_beyond)
+    if beam_width is not None:
+        check_beam_width(beam_width)
     folder = Path(embeddings).is_dir() or "://" in embeddings
     shared = engine == "ray" or processes is not None or "://" in output
     plain = catalogue is None and ids is None
@@ -123,8 +136,9 @@ def encode(
                 "--processes and --threads go with --engine local; on Ray give --workers and "
                 "--cpus-per-worker"
             )
-        if novelty is not None:
-            raise UsageError("--novelty goes with --catalogue")
+        refuse_unused(
+            context, ["threads"], "several processes share the CPUs; give --processes alone"
+        )
         from semid.distributed.encode_run import LocalOptions
 
         layout = (
@@ -151,8 +165,6 @@ def encode(
                 "--resume and --beam-width do not go with --catalogue: new items are encoded in "
                 "one go, with the catalogue's own beam"
             )
-    elif novelty is not None:
-        raise UsageError("--novelty goes with --catalogue")
     else:
         from semid.tokenizers.encoding import partial_folder
 
@@ -183,7 +195,7 @@ def encode(
             resume=resume,
             progress=progress,
         )
-    typer.echo(f"encoded {len(source):,} items with {tokenizer.levels} codes each: {output}")
+    say(f"encoded {len(source):,} items with {tokenizer.levels} codes each: {output}")
 
 
 def _share(
@@ -216,10 +228,10 @@ def _share(
             overwrite=overwrite,
             resume=resume,
             progress=progress,
-            announce=lambda sentence: typer.echo(sentence, err=True),
+            announce=lambda sentence: say(sentence, err=True),
         )
     shares = ", ".join(f"{rows:,}" for rows in done.by_process.values()) or "none"
-    typer.echo(f"encoded {done.encoded:,} of {done.rows:,} items (by worker: {shares}): {output}")
+    say(f"encoded {done.encoded:,} of {done.rows:,} items (by worker: {shares}): {output}")
 
 
 def _grows(output: Path, catalogue: Path) -> bool:
@@ -270,5 +282,5 @@ def _add(
         where = f"{output}, version {version}"
     if novelty is not None:
         done.report.write(novelty, overwrite=overwrite)
-    typer.echo(done.report.summary())
-    typer.echo(f"ids of {len(done.ids):,} items: {where}")
+    say(done.report.summary())
+    say(f"ids of {len(done.ids):,} items: {where}")

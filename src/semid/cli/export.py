@@ -11,15 +11,19 @@ from semid.cli.options import (
     EmbeddingColumn,
     IdColumn,
     Ids,
+    OnInvalid,
     Overwrite,
     hold_output,
     open_source,
+    refuse_unused,
+    say,
 )
 
 __all__ = ["export"]
 
 
 def export(
+    context: typer.Context,
     to: Annotated[
         str,
         typer.Option(
@@ -42,7 +46,10 @@ def export(
         ),
     ] = None,
     candidates: Annotated[
-        int, typer.Option(min=0, help="torcheasyrec: alternative ids an item; needs --embeddings.")
+        int,
+        typer.Option(
+            min=0, max=4096, help="torcheasyrec: alternative ids an item; needs --embeddings."
+        ),
     ] = 0,
     embeddings: Annotated[
         str | None, typer.Option(help="torcheasyrec: embeddings, for the alternatives.")
@@ -50,6 +57,7 @@ def export(
     ids: Ids = None,
     embedding_column: EmbeddingColumn = None,
     id_column: IdColumn = None,
+    on_invalid: OnInvalid = "error",
     overwrite: Overwrite = False,
 ) -> None:
     """Write ids or a model as another program reads them.
@@ -74,8 +82,11 @@ def export(
             ids=ids,
             embedding_column=embedding_column,
             id_column=id_column,
-            on_invalid="error",
+            on_invalid=on_invalid,
         )
+    else:
+        unused = ["embeddings", "ids", "embedding_column", "id_column", "on_invalid"]
+        refuse_unused(context, unused, "embeddings serve --to torcheasyrec with --candidates")
     written(
         to,
         output,
@@ -84,4 +95,4 @@ def export(
         overwrite=overwrite,
         **options,
     )
-    typer.echo(f"{to}: {output}")
+    say(f"{to}: {output}")

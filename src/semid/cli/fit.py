@@ -7,11 +7,13 @@ from typing import Annotated, Any
 import typer
 
 from semid.cli.options import (
+    COLUMNS_OF_INTERACTIONS,
     CpusPerWorker,
     EmbeddingColumn,
     Engine,
     IdColumn,
     Ids,
+    ItemColumn,
     OnInvalid,
     Overwrite,
     Quiet,
@@ -20,17 +22,23 @@ from semid.cli.options import (
     Source,
     StoreBytes,
     Threads,
+    TimeColumn,
+    UserColumn,
     Workers,
     check_engine,
     hold_output,
+    is_given,
+    open_interactions,
     open_source,
     ray_options,
+    refuse_unused,
 )
 
 __all__ = ["fit"]
 
 
 def fit(
+    context: typer.Context,
     embeddings: Source,
     output: Annotated[
         str, typer.Option("--output", "-o", help="Folder or URI for the model; must not exist.")
@@ -38,7 +46,7 @@ def fit(
     tokenizer: Annotated[
         str | None,
         typer.Option(
-            help="rqkmeans (default), vqvae, rqvae, rqpvae, drqvae or mocvae.",
+            help="rqkmeans (default), vqvae, rqvae, rqpvae, drqvae, mocvae or barq.",
         ),
     ] = None,
     recipe: Annotated[
@@ -131,6 +139,9 @@ def fit(
         float | None, typer.Option(help="barq: highest price that evens out usage; default 0.")
     ] = None,
     kl_weight: Annotated[float | None, typer.Option(help="drqvae: weight of a KL term.")] = None,
+    user_column: UserColumn = "user_id",
+    item_column: ItemColumn = "item_id",
+    time_column: TimeColumn = None,
     engine: Engine = "local",
     workers: Workers = None,
     cpus_per_worker: CpusPerWorker = None,
@@ -219,6 +230,11 @@ def fit(
                 "--pairs": pairs,
                 "--neighbours": neighbours,
                 "--on-invalid": None if on_invalid == "error" else on_invalid,
+                **{
+                    f"--{name.replace('_', '-')}": context.params[name]
+                    for name in COLUMNS_OF_INTERACTIONS
+                    if is_given(context, name)
+                },
             },
             overwrite=overwrite,
             resume=resume,
@@ -227,6 +243,7 @@ def fit(
         return
     logger = None if log is None or not is_main() else make_logger(log)
     model = make_tokenizer(kind, {**wanted, **given}, threads=threads, logger=logger)
+    _refuse_unused(context, model)
     source = open_source(
         embeddings,
         ids=ids,
@@ -234,9 +251,38 @@ def fit(
         id_column=id_column,
         on_invalid=on_invalid,
     )
-    learnt_from = behaviour(interactions, pairs, neighbours, ids=source.ids)
+    logs = open_interactions(context, interactions)
+    learnt_from = behaviour(logs, pairs, neighbours, ids=source.ids)
     try:
         run_fit(model, source, output, learnt_from, overwrite=overwrite, resume=resume, quiet=quiet)
     finally:
         if logger is not None:
             logger.close()
+
+
+def _refuse_unused(context: typer.Context, model: Any) -> None:
+    """Refuse options that the chosen tokenizer would take and not use."""
+    training = [
+        "epochs",
+        "batch_size",
+        "learning_rate",
+        "schedule",
+        "patience",
+        "precision",
+        "latent",
+        "device",
+        "log",
+    ]
+    behaviour = ["interactions", "pairs", "neighbours", *COLUMNS_OF_INTERACTIONS]
+    if not hasattr(model, "logger"):
+        refuse_unused(context, ["log"], f"{model.kind} has no epochs to log")
+    if not hasattr(model, "objective"):
+        refuse_unused(context, behaviour, f"{model.kind} learns from embeddings alone")
+    elif not model.needs_behaviour:
+        weight = "--behaviour-weight" if model.kind == "barq" else "--contrastive-weight"
+        unused = [*behaviour, "temperature"]
+        if model.kind == "barq":  # without behaviour there is no network
+            unused += training
+        refuse_unused(context, unused, f"{weight} is 0, so nothing is learnt from behaviour")
+    if hasattr(model, "kmeans") and model.kmeans.sample_per_code is None:
+        refuse_unused(context, ["full_pass"], "it follows a sample; give --sample-per-code")

@@ -6,8 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import typer
-
+from semid.cli.options import say
 from semid.data.ids import ItemIds
 from semid.data.source import EmbeddingSource
 from semid.errors import UsageError
@@ -28,12 +27,12 @@ __all__ = [
 
 
 def behaviour(
-    interactions: str | None, pairs: str | None, neighbours: str | None, *, ids: ItemIds
+    interactions: Any, pairs: str | None, neighbours: str | None, *, ids: ItemIds
 ) -> dict[str, Any]:
     """Return the arguments of `Tokenizer.fit` that name behaviour.
 
     Args:
-        interactions: path of logs.
+        interactions: logs, opened.
         pairs: path of a table of related items.
         neighbours: path of second embeddings.
         ids: the catalogue, which names the rows of second embeddings that have no ids.
@@ -80,9 +79,7 @@ def run_fit(
             model.fit(source, checkpoint=state, resume=resume, progress=progress, **learnt_from)
     except KeyboardInterrupt:
         if speaks and (state / "state.safetensors").exists():
-            typer.echo(
-                f"stopped; '{state}' keeps the run: repeat the command with --resume", err=True
-            )
+            say(f"stopped; '{state}' keeps the run: repeat the command with --resume", err=True)
         raise
     if not speaks:
         return
@@ -111,9 +108,9 @@ def save_model(model: Tokenizer, output: str | Path, *, overwrite: bool) -> None
 def say_fitted(model: Tokenizer, output: str | Path) -> None:
     """Say how a fit went and where the model is."""
     if model.report is not None:
-        typer.echo(
+        say(
             f"fitted {model.kind} on {model.report.trained_items:,} items in "
             f"{model.report.seconds:,.1f} s"
         )
-        typer.echo(model.report.summary)
-    typer.echo(f"model: {output}")
+        say(model.report.summary)
+    say(f"model: {output}")

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import typer
-
 from semid.cli.fitting import save_model, say_fitted, state_folder
+from semid.cli.options import say
 from semid.distributed.ray_start import RayOptions
 from semid.errors import UsageError
 from semid.output import remove_state_folder
@@ -71,7 +70,7 @@ def run_fit_on_ray(
                 progress=progress,
             )
         rows = ", ".join(f"{count:,}" for count in done.rows)
-        typer.echo(f"{done.workers} workers held the training rows: {rows}", err=True)
+        say(f"{done.workers} workers held the training rows: {rows}", err=True)
     else:
         from semid.distributed.ray_train import fit_with_ray_train
 

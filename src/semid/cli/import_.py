@@ -7,12 +7,13 @@ from typing import Annotated
 
 import typer
 
-from semid.cli.options import IdColumn, Overwrite, hold_output
+from semid.cli.options import IdColumn, Overwrite, hold_output, refuse_unused, say
 
 __all__ = ["import_"]
 
 
 def import_(
+    context: typer.Context,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The other program's file.")],
     source: Annotated[str, typer.Option("--from", help="lcrec or grid.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Parquet file to write.")],
@@ -42,6 +43,8 @@ def import_(
     from semid.export.formats import import_ids
     from semid.loading import load
 
+    if ids is None:
+        refuse_unused(context, ["id_column"], "it names a column of --ids")
     hold_output(output, overwrite=overwrite, inputs=(file, model, ids))
     found = import_ids(
         source,
@@ -51,4 +54,4 @@ def import_(
         orientation=orientation,
     )
     found.write(output, overwrite=overwrite)
-    typer.echo(f"imported {len(found):,} items with {found.levels} codes each: {output}")
+    say(f"imported {len(found):,} items with {found.levels} codes each: {output}")

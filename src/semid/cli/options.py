@@ -9,12 +9,16 @@ from typing import Annotated, Any
 
 import typer
 
+from semid.errors import UsageError, check_choice, printable
+
 __all__ = [
+    "COLUMNS_OF_INTERACTIONS",
     "CpusPerWorker",
     "EmbeddingColumn",
     "Engine",
     "IdColumn",
     "Ids",
+    "ItemColumn",
     "OnInvalid",
     "Overwrite",
     "Quiet",
@@ -23,12 +27,18 @@ __all__ = [
     "Source",
     "StoreBytes",
     "Threads",
+    "TimeColumn",
+    "UserColumn",
     "Workers",
     "check_engine",
     "hold_output",
+    "is_given",
+    "open_interactions",
     "open_source",
     "ray_options",
+    "refuse_unused",
     "release_outputs",
+    "say",
 ]
 
 Source = Annotated[
@@ -54,12 +64,22 @@ IdColumn = Annotated[str | None, typer.Option(help="Column of the item ids; defa
 OnInvalid = Annotated[
     str, typer.Option(help="Rows with null, NaN or inf: 'error' refuses, 'skip' leaves them out.")
 ]
+UserColumn = Annotated[str, typer.Option(help="Column of the users in the interactions.")]
+ItemColumn = Annotated[str, typer.Option(help="Column of the items in the interactions.")]
+TimeColumn = Annotated[
+    str | None,
+    typer.Option(
+        help="Column of the order or time in the interactions; default position, else timestamp."
+    ),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 Threads = Annotated[
     int | None,
-    typer.Option(min=1, help="Threads; default: what the machine allows. Never changes a result."),
+    typer.Option(
+        min=1, max=4096, help="Threads; default: what the machine allows. Never changes a result."
+    ),
 ]
 
 Engine = Annotated[
@@ -67,11 +87,14 @@ Engine = Annotated[
     typer.Option(help="local (this machine) or ray (a cluster; pip install 'semid[ray]')."),
 ]
 Workers = Annotated[
-    int | None, typer.Option(min=1, help="With --engine ray: actors; default: one a free CPU.")
+    int | None,
+    typer.Option(min=1, max=100_000, help="With --engine ray: actors; default: one a free CPU."),
 ]
 CpusPerWorker = Annotated[
     int | None,
-    typer.Option(min=1, help="With --engine ray: CPU slots and threads of an actor; default: 1."),
+    typer.Option(
+        min=1, max=4096, help="With --engine ray: CPU slots and threads of an actor; default: 1."
+    ),
 ]
 RayAddress = Annotated[
     str | None,
@@ -112,6 +135,59 @@ def release_outputs() -> None:
     _HELD.close()
 
 
+def say(text: str, *, err: bool = False) -> None:
+    """Print a line; control characters in names of the user's data are escaped."""
+    typer.echo(printable(text), err=err)
+
+
+def refuse_unused(context: typer.Context, names: Sequence[str], reason: str) -> None:
+    """Refuse options that were given on the command line and would change nothing.
+
+    Args:
+        context: of the running command.
+        names: parameters of the command that have no effect here.
+        reason: why, and what to do, as the rest of a sentence.
+
+    Raises:
+        UsageError: naming the flags.
+    """
+    flags = [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.name in names and is_given(context, parameter.name)
+    ]
+    if flags:
+        raise UsageError(f"{' and '.join(flags)} would change nothing: {reason}")
+
+
+def is_given(context: typer.Context, name: str) -> bool:
+    """Whether a parameter was given on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+COLUMNS_OF_INTERACTIONS = ("user_column", "item_column", "time_column")
+
+
+def open_interactions(context: typer.Context, path: str | None) -> Any:
+    """Read the interactions with the columns that the shared options name, or return None.
+
+    Raises:
+        UsageError: columns are named without interactions, or do not exist.
+    """
+    if path is None:
+        refuse_unused(
+            context,
+            COLUMNS_OF_INTERACTIONS,
+            "no --interactions are given",
+        )
+        return None
+    from semid.data.interactions import read_interactions
+
+    columns = {name: context.params[name] for name in COLUMNS_OF_INTERACTIONS}
+    return read_interactions(path, rating_column="", **columns)
+
+
 def check_engine(engine: str, **only_ray: Any) -> str:
     """Refuse an unknown engine, and options of one that was not chosen.
 
@@ -122,14 +198,11 @@ def check_engine(engine: str, **only_ray: Any) -> str:
     Raises:
         UsageError: saying which.
     """
-    from semid.errors import UsageError, check_choice
-
     check_choice("--engine", engine, ("local", "ray"))
     named = [f"--{name.replace('_', '-')}" for name, v in only_ray.items() if v is not None]
     if engine != "ray" and named:
         raise UsageError(
-            f"{' and '.join(named)} go with --engine ray; on this machine alone give --processes "
-            "(encode) or start torchrun (fit)"
+            f"{' and '.join(named)} go with --engine ray; give that too, or leave them out"
         )
     return engine
 

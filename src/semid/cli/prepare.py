@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from semid.cli.options import Overwrite, hold_output
+from semid.cli.options import Overwrite, hold_output, say
 
 __all__ = ["prepare"]
 
@@ -31,7 +31,11 @@ def prepare(
     ] = None,
     core: Annotated[
         int | None,
-        typer.Option(min=0, help="Interactions a user and an item need; amazon 5, movielens 0."),
+        typer.Option(
+            min=0,
+            max=2**31 - 1,
+            help="Interactions a user and an item need; amazon 5, movielens 0.",
+        ),
     ] = None,
     embed: Annotated[
         str | None,
@@ -57,5 +61,5 @@ def prepare(
         found = read_movielens(source, core=core or 0)
     found.write(output, embed=embed, overwrite=overwrite)
     for note in found.notes:
-        typer.echo(note)
-    typer.echo(f"written: {output}")
+        say(note)
+    say(f"written: {output}")

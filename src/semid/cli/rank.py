@@ -8,12 +8,25 @@ from typing import Annotated, Any
 
 import typer
 
-from semid.cli.options import EmbeddingColumn, OnInvalid, Overwrite, Quiet, Resume, hold_output
+from semid.cli.options import (
+    EmbeddingColumn,
+    ItemColumn,
+    OnInvalid,
+    Overwrite,
+    Quiet,
+    Resume,
+    TimeColumn,
+    UserColumn,
+    hold_output,
+    refuse_unused,
+    say,
+)
 
 __all__ = ["rank"]
 
 
 def rank(
+    context: typer.Context,
     logs: Annotated[
         str,
         typer.Argument(
@@ -106,11 +119,9 @@ def rank(
     models: Annotated[str, typer.Option(help="Grid: models, or all.")] = "all",
     seeds: Annotated[int, typer.Option(help="Grid: seeds 0 to this number.")] = 5,
     codebook_size: Annotated[int, typer.Option(help="Grid: codewords a level.")] = 256,
-    user_column: Annotated[str, typer.Option(help="Users of the log.")] = "user_id",
-    item_column: Annotated[str, typer.Option(help="Items of the log.")] = "item_id",
-    time_column: Annotated[
-        str | None, typer.Option(help="When; default position, else timestamp.")
-    ] = None,
+    user_column: UserColumn = "user_id",
+    item_column: ItemColumn = "item_id",
+    time_column: TimeColumn = None,
     id_column: Annotated[
         str | None, typer.Option(help="Item ids in --items; default item_id.")
     ] = None,
@@ -125,10 +136,13 @@ def rank(
     Example: semid rank logs.parquet --items items.parquet --ids ids.parquet -o ranker/
     """
     from semid.ranking.data import DataOptions
+    from semid.ranking.features import CodeFeatures
     from semid.ranking.network import Architecture
-    from semid.ranking.training import rank_options
+    from semid.ranking.training import rank_options, training_device
     from semid.tokenizers.encoding import partial_folder
 
+    _refuse_unused(context)
+    training_device(device)
     options = DataOptions(
         label=label,
         split=split,
@@ -204,6 +218,7 @@ def rank(
         "item_id": item_id,
         "seed": seed,
     }
+    CodeFeatures.of({**features, "mode": code_mode or "levels"})  # checked before the log is read
     _single(
         (logs, items, options, columns, time_column, stream),
         (ids, features),
@@ -214,6 +229,38 @@ def rank(
         resume=resume,
         quiet=quiet,
     )
+
+
+def _refuse_unused(context: typer.Context) -> None:
+    """Refuse options that change nothing beside the others that were given."""
+    given = context.params
+    if given["embeddings"] is None:
+        unused = ["methods", "scales", "models", "seeds", "codebook_size"]
+        unused += ["embedding_column", "on_invalid"]
+        refuse_unused(context, unused, "only a grid uses it; give --embeddings to run one")
+        if given["ids"] is None:
+            codes = ["code_mode", "scale", "control", "analyse", "item_id"]
+            refuse_unused(context, codes, "there are no codes without --ids")
+    else:
+        unused = ["ids", "model", "code_mode", "scale", "control", "item_id", "seed"]
+        unused += ["analyse", "stream"]
+        refuse_unused(
+            context,
+            unused,
+            "with --embeddings a grid runs, which has --models, --methods, --scales and --seeds",
+        )
+    if given["items"] is None:
+        refuse_unused(context, ["id_column"], "it names a column of --items")
+    if given["split"] == "leave-last-out":
+        refuse_unused(context, ["fractions"], "leave-last-out tests each user's last item")
+    if given["fusion"] == "off":
+        refuse_unused(context, ["fusion_rank"], "it goes with --fusion on")
+    if given["stream"]:
+        refuse_unused(context, ["time_column"], "--stream reads no order")
+    elif given["history"] == 0 and given["split"] == "random":
+        refuse_unused(
+            context, ["time_column"], "an order serves --history and the other values of --split"
+        )
 
 
 def _single(
@@ -229,7 +276,6 @@ def _single(
 ) -> None:
     """Train one model, save it and say how good it is."""
     from semid.codes import SemanticIds
-    from semid.errors import UsageError
     from semid.output import atomic_file, remove_state_folder
     from semid.progress import make_progress
     from semid.ranking.analysis import analyse_codes
@@ -253,12 +299,6 @@ def _single(
         ids = SemanticIds.read(file)
         mode = settings["mode"] or ("levels" if ids.info.hierarchical else "parallel")
         features = CodeFeatures(**{**settings, "mode": mode})
-    elif settings["mode"] or settings["scale"] or settings["control"] != "none":
-        raise UsageError("--code-mode, --scale and --control say how codes are used: give --ids")
-    elif not settings["item_id"]:
-        raise UsageError("--no-item-id leaves nothing of the item without codes: give --ids")
-    if analyse is not None and ids is None:
-        raise UsageError("--analyse looks at the embeddings of codes: give --ids")
     state = partial_folder(output)
     try:
         with make_progress(quiet=quiet) as progress:
@@ -273,9 +313,7 @@ def _single(
             )
     except KeyboardInterrupt:
         if (state / "state.safetensors").exists():
-            typer.echo(
-                f"stopped; '{state}' keeps the run: repeat the command with --resume", err=True
-            )
+            say(f"stopped; '{state}' keeps the run: repeat the command with --resume", err=True)
         raise
     ranker.save(output, overwrite=overwrite)
     remove_state_folder(state)
@@ -283,13 +321,13 @@ def _single(
         figures = analyse_codes(ranker.network, data.parts["test"])
         with atomic_file(analyse, overwrite=overwrite) as work:
             work.write_text(json.dumps(figures.to_dict()) + "\n", encoding="utf8")
-    typer.echo(f"protocol: {ranker.report['protocol']}")
+    say(f"protocol: {ranker.report['protocol']}")
     for part in ("validation", "test", "cold"):
         if part in ranker.report:
-            typer.echo(_figures(part, ranker.report[part]))
+            say(_figures(part, ranker.report[part]))
     for name, figures in ranker.report["slices"].items():
-        typer.echo(_figures(f"  test, {name} items", figures))
-    typer.echo(f"model: {output}")
+        say(_figures(f"  test, {name} items", figures))
+    say(f"model: {output}")
 
 
 def _grid(
@@ -325,8 +363,8 @@ def _grid(
     tables = grid_tables(rows)
     with atomic_file(output / "tables.md", mark=False) as work:
         work.write_text(tables + "\n", encoding="utf8")
-    typer.echo(tables)
-    typer.echo(f"results: {output}")
+    say(tables)
+    say(f"results: {output}")
 
 
 def _figures(name: str, figures: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from semid.cli.options import (
     Source,
     hold_output,
     open_source,
+    say,
 )
 
 __all__ = ["refine"]
@@ -63,8 +64,8 @@ def refine(
     kept = made.report.details["refine"]
     if kept:
         share = 1.0 - kept[-1]["error"] / kept[0]["before"]
-        typer.echo(f"{len(kept)} rounds: squared error on held-out items {share:.1%} lower")
+        say(f"{len(kept)} rounds: squared error on held-out items {share:.1%} lower")
     else:
-        typer.echo("no round lowered the error on held-out items; the codebooks are unchanged")
-    typer.echo(made.report.summary)
-    typer.echo(f"model: {output}")
+        say("no round lowered the error on held-out items; the codebooks are unchanged")
+    say(made.report.summary)
+    say(f"model: {output}")

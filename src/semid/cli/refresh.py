@@ -11,19 +11,25 @@ from semid.cli.options import (
     EmbeddingColumn,
     IdColumn,
     Ids,
+    ItemColumn,
     OnInvalid,
     Overwrite,
     Quiet,
     Source,
     Threads,
+    TimeColumn,
+    UserColumn,
     hold_output,
+    open_interactions,
     open_source,
+    say,
 )
 
 __all__ = ["refresh"]
 
 
 def refresh(
+    context: typer.Context,
     model: Annotated[Path, typer.Argument(help="The generation before: a folder of 'semid fit'.")],
     embeddings: Source,
     catalogue: Annotated[
@@ -45,6 +51,9 @@ def refresh(
     cold: Annotated[
         bool, typer.Option("--cold", help="Do not start from the old codebooks.")
     ] = False,
+    user_column: UserColumn = "user_id",
+    item_column: ItemColumn = "item_id",
+    time_column: TimeColumn = None,
     ids: Ids = None,
     embedding_column: EmbeddingColumn = None,
     id_column: IdColumn = None,
@@ -63,12 +72,13 @@ def refresh(
 
     from semid.catalogue.bundle import read_catalogue
     from semid.catalogue.churn import item_counts
+    from semid.catalogue.refresh import check_max_churn
     from semid.catalogue.refresh import refresh as refreshed
-    from semid.data.interactions import read_interactions
     from semid.loading import load
     from semid.output import atomic_folder
     from semid.progress import make_progress
 
+    check_max_churn(max_churn)
     reads = (model, embeddings, catalogue, ids, interactions)
     hold_output(output, overwrite=overwrite, inputs=reads)
     tokenizer = load(model)
@@ -80,7 +90,7 @@ def refresh(
         id_column=id_column,
         on_invalid=on_invalid,
     )
-    log = None if interactions is None else read_interactions(interactions)
+    log = open_interactions(context, interactions)
     with make_progress(quiet=quiet) as progress:
         result = refreshed(
             tokenizer,
@@ -98,5 +108,5 @@ def refresh(
         (folder / "refresh.json").write_text(
             json.dumps(result.report.to_dict(), indent=2) + "\n", encoding="utf8"
         )
-    typer.echo(result.report.summary())
-    typer.echo(f"model, ids and report: {output}")
+    say(result.report.summary())
+    say(f"model, ids and report: {output}")

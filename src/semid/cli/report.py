@@ -11,19 +11,25 @@ from semid.cli.options import (
     EmbeddingColumn,
     IdColumn,
     Ids,
+    ItemColumn,
     OnInvalid,
     Overwrite,
     Quiet,
     Source,
     Threads,
+    TimeColumn,
+    UserColumn,
     hold_output,
+    open_interactions,
     open_source,
+    say,
 )
 
 __all__ = ["report"]
 
 
 def report(
+    context: typer.Context,
     model: Annotated[Path, typer.Argument(help="Folder written by 'semid fit'.")],
     embeddings: Source,
     output: Annotated[
@@ -47,6 +53,9 @@ def report(
         str | None,
         typer.Option(help="Parquet or CSV of item_id, related_item_id: a second truth."),
     ] = None,
+    user_column: UserColumn = "user_id",
+    item_column: ItemColumn = "item_id",
+    time_column: TimeColumn = None,
     ids: Ids = None,
     embedding_column: EmbeddingColumn = None,
     id_column: IdColumn = None,
@@ -75,6 +84,7 @@ def report(
         id_column=id_column,
         on_invalid=on_invalid,
     )
+    log = open_interactions(context, interactions)
     try:  # titles from the tables already named, where they have some
         table = read_items(ids or embeddings, ids=source.ids, id_column=id_column)
     except (UsageError, IdsError):
@@ -83,7 +93,7 @@ def report(
         result = diagnose(
             load(model),
             source,
-            interactions=interactions,
+            interactions=log,
             items=items if items is not None else table,
             relations=relations,
             seed=seed,
@@ -91,5 +101,5 @@ def report(
             progress=progress,
         )
     result.write(output, overwrite=overwrite)
-    typer.echo(result.verdict.summary())
-    typer.echo(f"report: {output}")
+    say(result.verdict.summary())
+    say(f"report: {output}")

@@ -7,12 +7,17 @@ from typing import Annotated
 
 import typer
 
-from semid.cli.options import Quiet
+from semid.cli.options import (
+    Quiet,
+    refuse_unused,
+    say,
+)
 
 __all__ = ["reproduce"]
 
 
 def reproduce(
+    context: typer.Context,
     paper: Annotated[str, typer.Argument(metavar="PAPER", help="drq or moc.")],
     data: Annotated[
         Path | None,
@@ -33,9 +38,10 @@ def reproduce(
     recipe: Annotated[
         Path | None, typer.Option(help="A recipe of your own (TOML); default the paper's.")
     ] = None,
-    processes: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
+    processes: Annotated[int, typer.Option(min=1, max=4096, help="Runs at a time.")] = 1,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads of a run; default shares the CPUs out.")
+        int | None,
+        typer.Option(min=1, max=4096, help="Threads of a run; default shares the CPUs out."),
     ] = None,
     only: Annotated[
         list[str] | None,
@@ -72,9 +78,13 @@ def reproduce(
     if source is not None:
         if estimate or quick or recipe is not None:
             raise UsageError("--from runs nothing: leave out --estimate, --quick and --recipe")
+        unused = ["data", "processes", "threads", "only", "list_runs"]
+        refuse_unused(context, unused, "--from makes pages of results and runs nothing")
         for path in page_from(paper, source, output or source / paper, publish=publish):
-            typer.echo(f"page: {path}")
+            say(f"page: {path}")
         return
+    if not estimate:
+        refuse_unused(context, ["list_runs"], "--list goes with --estimate")
     if quick and recipe is not None:
         raise UsageError("--quick is a recipe of its own: leave out --recipe")
     name: str | Path = recipe or (f"{paper}-quick" if quick else paper)
@@ -83,15 +93,15 @@ def reproduce(
     if study.paper != paper:
         raise UsageError(f"--recipe '{recipe}' is for {study.paper}, not {paper}")
     for why in study.absent.values():
-        typer.echo(f"left out: {why}", err=True)
+        say(f"left out: {why}", err=True)
     if estimate:
         found = study.estimate()
-        typer.echo(f"{found.runs} runs, {found.done} done, {found.runs - found.done} to do")
+        say(f"{found.runs} runs, {found.done} done, {found.runs - found.done} to do")
         if found.seconds is None:
-            typer.echo("how long: nothing has run yet to judge by; run one and ask again")
+            say("how long: nothing has run yet to judge by; run one and ask again")
         else:
             share = max(1, processes)
-            typer.echo(
+            say(
                 f"how long: {found.seconds / 3600:.1f} hours of one process at the speed of the "
                 f"runs done, {found.seconds / 3600 / share:.1f} with {share}; {found.guessed} "
                 "runs are guessed from unlike ones"
@@ -100,14 +110,14 @@ def reproduce(
             done = {row["key"] for row in study.rows()}
             for job in study.chosen:
                 if job.key not in done:
-                    typer.echo(f"  {job.title}")
+                    say(f"  {job.title}")
         return
     with make_progress(quiet=quiet) as progress:
         failed = study.run(processes=processes, threads=threads, progress=progress)
     for path in study.write():
-        typer.echo(f"page: {path}")
-    typer.echo(f"results: {study.folder / 'runs.jsonl'}")
+        say(f"page: {path}")
+    say(f"results: {study.folder / 'runs.jsonl'}")
     if failed:
         for title, why in failed.items():
-            typer.echo(f"failed: {title}: {why}", err=True)
+            say(f"failed: {title}: {why}", err=True)
         raise typer.Exit(1)

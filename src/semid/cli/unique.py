@@ -16,12 +16,15 @@ from semid.cli.options import (
     Quiet,
     hold_output,
     open_source,
+    refuse_unused,
+    say,
 )
 
 __all__ = ["unique"]
 
 
 def unique(
+    context: typer.Context,
     ids_file: Annotated[
         str,
         typer.Argument(metavar="IDS", help="File, folder or URI written by 'semid encode'."),
@@ -50,7 +53,9 @@ def unique(
     ] = None,
     capacity: Annotated[
         int | None,
-        typer.Option(min=1, help="reassign: items an id may have (1). append: tokens (256)."),
+        typer.Option(
+            min=1, max=2**31 - 1, help="reassign: items an id may have (1). append: tokens (256)."
+        ),
     ] = None,
     ids: Ids = None,
     embedding_column: EmbeddingColumn = None,
@@ -76,13 +81,18 @@ def unique(
         raise UsageError(
             "--method reassign looks for the next-nearest codewords: give --model and --embeddings"
         )
+    if method != "reassign":
+        searched = ["model", "embeddings", "ids", "embedding_column", "id_column", "on_invalid"]
+        refuse_unused(context, searched, f"--method {method} looks at the codes alone")
+    if method == "none":
+        refuse_unused(context, ["capacity"], "--method none goes back to the model's codes")
     if method == "append" and not output.endswith(".parquet") and not Path(ids_file).is_file():
         # Ids of any size, a part at a time.
         from semid.distributed.unique_parts import unique_folder
 
         report = unique_folder(ids_file, output, capacity=capacity, overwrite=overwrite)
-        typer.echo(report.summary())
-        typer.echo(f"ids: {output}")
+        say(report.summary())
+        say(f"ids: {output}")
         return
     hold_output(output, overwrite=overwrite, inputs=(ids_file, model, embeddings, ids))
     source = None
@@ -104,5 +114,5 @@ def unique(
             progress=progress,
         )
     done.ids.write(output, overwrite=overwrite)
-    typer.echo(done.report.summary())
-    typer.echo(f"ids: {output}")
+    say(done.report.summary())
+    say(f"ids: {output}")

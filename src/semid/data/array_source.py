@@ -12,7 +12,7 @@ import numpy as np
 from semid.data.blocks import RawBlock
 from semid.data.ids import ItemIds
 from semid.data.source import EmbeddingSource
-from semid.errors import EmbeddingError, IdsError, UsageError
+from semid.errors import EmbeddingError, IdsError, UsageError, brief
 
 __all__ = ["ArraySource", "TensorSource", "open_npy"]
 
@@ -219,5 +219,5 @@ def _read_header(path: Path) -> tuple[np.dtype[Any], bool, tuple[int, ...], int]
         RecursionError,
     ) as error:
         raise EmbeddingError(
-            f"'{path}' is not an .npy file ({error}); write it with numpy.save"
+            f"'{path}' is not an .npy file ({brief(error)}); write it with numpy.save"
         ) from error

@@ -13,7 +13,7 @@ from semid.data.arrow_rows import first_width, list_rows
 from semid.data.blocks import BLOCK, RawBlock, reblock
 from semid.data.ids import ItemIds
 from semid.data.source import EmbeddingSource
-from semid.errors import EmbeddingError
+from semid.errors import EmbeddingError, brief
 
 __all__ = ["ArrowSource", "ObjectChunk"]
 
@@ -58,8 +58,8 @@ class ObjectChunk:
             return pa.array(values, type=pa.large_list(pa.float64()), from_pandas=True)
         except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
             raise EmbeddingError(
-                f"{self._label} holds something other than lists of numbers ({error}); give one "
-                "flat list or 1-D array of floats an item"
+                f"{self._label} holds something other than lists of numbers ({brief(error)}); "
+                "give one flat list or 1-D array of floats an item"
             ) from error
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["BLOCK", "Flag", "RawBlock", "all_finite", "reblock"]
+__all__ = ["BLOCK", "MAX_NORM", "Flag", "RawBlock", "reblock", "squared_norms", "within_range"]
 
 BLOCK = 65_536
 """Rows of a block: the fixed unit of work whose sums are added in order."""
+
+MAX_NORM = 1e15
+"""Longest row. Squared distances of longer ones, and sums of a few million of those, come near the
+end of float32 at 3.4e38."""
 
 
 class Flag:
@@ -93,13 +96,18 @@ class _Filling:
             self.filled = 0
 
 
-def all_finite(values: np.ndarray) -> bool:
-    """Whether all values are finite, at the price of one sum.
+def within_range(values: np.ndarray) -> bool:
+    """Whether all rows are finite and no longer than `MAX_NORM`, at the price of one product.
 
-    A finite sum proves it: NaN and infinity survive every addition. A sum can also overflow from
-    finite values, so only then every value is looked at.
+    The sum of all squares proves it: NaN and infinity survive every addition, and no row exceeds
+    the sum. Only where it is large does every row have to be looked at.
     """
-    with np.errstate(over="ignore", invalid="ignore"):
-        if math.isfinite(float(values.sum())):
-            return True
-    return bool(np.isfinite(values).all())
+    if float(np.vdot(values, values)) <= MAX_NORM**2:
+        return True
+    return bool((squared_norms(values) <= MAX_NORM**2).all())
+
+
+def squared_norms(values: np.ndarray) -> np.ndarray:
+    """Return the squared length of each row: (n,) float64, NaN and infinity where the row has."""
+    norms: np.ndarray = np.einsum("nd,nd->n", values, values, dtype=np.float64)
+    return norms

@@ -7,6 +7,7 @@ import pyarrow as pa
 from semid.errors import EmbeddingError, UsageError, nearest_name
 
 __all__ = [
+    "NOT_ARROW",
     "float_list_width",
     "is_float_list",
     "is_list",
@@ -15,6 +16,10 @@ __all__ = [
     "require_column",
     "storage",
 ]
+
+
+NOT_ARROW = (pa.ArrowException, TypeError, UnicodeError, OverflowError)
+"""What `pyarrow.array` raises for Python values of no Arrow type, such as lone surrogates."""
 
 
 def storage(kind: pa.DataType) -> pa.DataType:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.csv as pc_csv
 
-from semid.errors import InputError, UsageError
+from semid.errors import InputError, UsageError, brief
 
 __all__ = ["csv_columns", "is_csv", "read_csv"]
 
@@ -90,4 +90,4 @@ def _delimiter(path: Path) -> str | None:
 def _refusal(path: Path, failure: Exception, error: type[InputError]) -> InputError:
     if path.stat().st_size == 0:
         return error(f"'{path}' is empty; its first line must name the columns")
-    return error(f"'{path}' could not be read as CSV ({failure}); mend the file")
+    return error(f"'{path}' could not be read as CSV ({brief(failure)}); mend the file")

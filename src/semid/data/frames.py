@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 
 from semid.data.arrow_source import Chunk, ObjectChunk
-from semid.data.columns import storage
-from semid.errors import InputError, UsageError
+from semid.data.columns import NOT_ARROW, storage
+from semid.errors import InputError, UsageError, brief
 
 __all__ = ["Frame", "is_frame", "library_of", "open_frame"]
 
@@ -89,10 +89,10 @@ class PandasFrame(Frame):
         series = self._series(name)
         try:
             array = pa.array(series, from_pandas=True)
-        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
+        except NOT_ARROW as error:
             raise InputError(
-                f"column '{name}' of {self.label} mixes types ({error}); cast it to one, for "
-                f"example frame['{name}'].astype(str)"
+                f"column '{name}' of {self.label} mixes types ({brief(error)}); cast it "
+                f"to one, for example frame['{name}'].astype(str)"
             ) from error
         return array if isinstance(array, pa.ChunkedArray) else pa.chunked_array([array])
 

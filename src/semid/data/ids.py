@@ -9,8 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from semid.data.columns import NOT_ARROW
 from semid.data.hashing import hash_strings, share_mask
-from semid.errors import IdsError, UsageError
+from semid.errors import IdsError, UsageError, brief
 
 __all__ = ["ItemIds", "cast_ids", "held_out_mask"]
 
@@ -280,9 +281,10 @@ def _to_arrow(values: Any, source: str, *, allow_null: bool = False) -> Any:
             raise IdsError(f"{source} have shape {values.shape}; ids are one value an item")
         try:
             array = pa.array(values, type=pa.large_string() if len(values) == 0 else None)
-        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
+        except NOT_ARROW as error:
             raise IdsError(
-                f"{source} mix types ({error}); ids are all strings or all integers"
+                f"{source} mix types or hold values that are no valid text and no integer of 64 "
+                f"bits ({brief(error)}); ids are all strings or all integers"
             ) from error
     if isinstance(array, pa.ChunkedArray):
         # `string` counts bytes in 32 bits, which a joined array of ids can outgrow.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -152,6 +152,7 @@ def read_interactions(
     time_column: str | None = None,
     rating_column: str | None = None,
     extra_columns: Sequence[str] = (),
+    flags: Mapping[str, str] | None = None,
 ) -> Interactions:
     """Read interactions into memory, ids dictionary-coded.
 
@@ -163,8 +164,10 @@ def read_interactions(
         time_column: numbers, dates or timestamps that rise with time. None takes ``position``
             (0 is the oldest), else ``timestamp``, else there is no order. Position goes first
             because times that are only days leave ties.
-        rating_column: numbers; None takes ``rating`` if there is one.
+        rating_column: numbers; None takes ``rating`` if there is one, an empty name reads none.
         extra_columns: further columns to keep, for example context features.
+        flags: column -> what errors tell the user to name it with, for callers that take columns
+            under other names.
 
     Returns:
         The interactions: 8 bytes each for user and item, 8 for the order, 8 for the rating.
@@ -183,17 +186,15 @@ def read_interactions(
     wanted = {
         "--user-column (user_column=)": user_column,
         "--item-column (item_column=)": item_column,
+        "--time-column (time_column=)": order_column,
+        "rating_column=": rating_column,
     }
-    if order_column is not None:
-        wanted["--time-column (time_column=)"] = order_column
-    if rating_column is not None:
-        wanted["--rating-column (rating_column=)"] = rating_column
-    for flag, column in wanted.items():
-        require_column(column, names, label=label, flag=flag)
-    for column in extra_columns:
-        require_column(column, names, label=label, flag="extra_columns=")
-    numbers = [] if rating_column is None else [rating_column]
-    table = read(list(dict.fromkeys([*wanted.values(), *extra_columns])), numbers)
+    columns = [(flag, column) for flag, column in wanted.items() if column]
+    columns += [("extra_columns=", column) for column in extra_columns]
+    for flag, column in columns:
+        require_column(column, names, label=label, flag=(flags or {}).get(column, flag))
+    numbers = [rating_column] if rating_column else []
+    table = read(list(dict.fromkeys(column for _, column in columns)), numbers)
     if len(table) == 0:
         raise InteractionsError(f"{label} holds no rows; give at least one interaction")
 
@@ -203,7 +204,7 @@ def read_interactions(
     order = rating = None
     if order_column is not None:
         order = _numbers(table, order_column, label, problems, nulls=False)
-    if rating_column is not None:
+    if rating_column:
         rating = _numbers(table, rating_column, label, problems, nulls=True)
     if problems:
         raise InteractionsError(problems)

@@ -105,11 +105,11 @@ def read_items(
         id_column or named or DEFAULT_ID_COLUMN, names, label=label, flag="--id-column (id_column=)"
     )
     if title_column is not None:
-        require_column(title_column, names, label=label, flag="--title-column (title_column=)")
+        require_column(title_column, names, label=label, flag="title_column=")
     elif "title" not in names and "text" not in names:
         raise UsageError(
             f"{label} has neither a column 'title' nor 'text'; name the one to call items by with "
-            "--title-column (title_column=)"
+            "title_column="
         )
     found = [c for c in _TEXT_COLUMNS if c in names]
     table = read(list(dict.fromkeys([key, *found, *([title_column] if title_column else [])])))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from semid.errors import EmbeddingError, InputError, UsageError
+from semid.errors import EmbeddingError, InputError, UsageError, brief
 from semid.filesystems import FilePath, is_uri, list_files, open_parquet
 
 __all__ = ["ParquetFiles", "find_parquet", "is_glob", "read_failure"]
@@ -75,10 +75,9 @@ def read_failure(
     path: FilePath, error: Exception, kind: type[InputError] = EmbeddingError
 ) -> InputError:
     """Return the error for a file that Parquet's reader refuses."""
-    first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
     return kind(
         f"'{path}' could not be read as Parquet: it is truncated, damaged or another format "
-        f"({first_line}); write or copy it again"
+        f"({brief(error)}); write or copy it again"
     )
 
 

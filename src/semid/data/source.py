@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from semid.data.blocks import BLOCK, Flag, RawBlock, all_finite
+from semid.data.blocks import BLOCK, Flag, RawBlock, within_range
 from semid.data.ids import ItemIds
 from semid.data.tally import Tally
 from semid.errors import EmbeddingError, IdsError, UsageError
@@ -85,7 +85,7 @@ class EmbeddingSource(ABC):
             raise UsageError(f"first={first} is not a multiple of the block size {size}")
         start = first
         for raw in self._raw_blocks(size, first):
-            if raw.flags is not None or not all_finite(raw.values):
+            if raw.flags is not None or not within_range(raw.values):
                 raise EmbeddingError(self._problems())
             owned = raw.values.copy() if copy and raw.shared else raw.values
             yield start, owned
@@ -108,7 +108,7 @@ class EmbeddingSource(ABC):
         """
         wanted = _check_indices(indices, len(self))
         raw = self._raw_rows(wanted)
-        if raw.flags is not None or not all_finite(raw.values):
+        if raw.flags is not None or not within_range(raw.values):
             tally = Tally(self.label, self.dim, self.ids)
             tally.add(raw, wanted)
             raise EmbeddingError(tally.sentences())

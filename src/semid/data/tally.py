@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 
-from semid.data.blocks import Flag, RawBlock, all_finite
+from semid.data.blocks import MAX_NORM, Flag, RawBlock, squared_norms, within_range
 from semid.data.ids import ItemIds
 
 __all__ = ["Tally"]
 
-_NAN, _INFINITE = 8, 16
+_NAN, _INFINITE, _LONG = 8, 16, 32
 _WORDS = {
     Flag.NULL_ROW: "null instead of an embedding",
     Flag.NULL_VALUE: "null values inside the embedding",
     _NAN: "NaN",
     _INFINITE: "infinite values (or values beyond the range of float32)",
+    _LONG: f"values too large for squared distances in float32 (longer than {MAX_NORM:g})",
     Flag.RAGGED: "another width than the rest",
 }
 
@@ -37,14 +38,15 @@ class Tally:
         """Count one block whose rows are numbered ``rows``; return the mask of its usable rows."""
         clean: np.ndarray = np.ones(len(raw.values), dtype=bool)
         flags = np.zeros(len(raw.values), np.uint8) if raw.flags is None else raw.flags
-        if not all_finite(raw.values):
-            clean = np.isfinite(raw.values).all(axis=1)
+        if not within_range(raw.values):
+            clean = squared_norms(raw.values) <= MAX_NORM**2
         if raw.flags is None and clean.all():
             return clean
         unflagged = flags == 0
         kinds = {bit: (flags & bit) != 0 for bit in (1, 2, 4)}
         kinds[_NAN] = unflagged & np.isnan(raw.values).any(axis=1)
         kinds[_INFINITE] = unflagged & np.isinf(raw.values).any(axis=1)
+        kinds[_LONG] = unflagged & np.isfinite(raw.values).all(axis=1) & ~clean
         for kind, mask in kinds.items():
             if mask.any():
                 self.counts[kind] += int(mask.sum())

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from semid.errors import InputError, MissingExtraError, UsageError
+from semid.options import Options, option
 
 __all__ = ["RayOptions", "check_slots", "check_store", "connect", "import_ray"]
 
@@ -17,9 +18,11 @@ logger = logging.getLogger(__name__)
 # What has just ended gives its slots back a moment later.
 FREED_SECONDS = 10
 
+MAX_WORKERS = 100_000
+
 
 @dataclass(frozen=True, kw_only=True)
-class RayOptions:
+class RayOptions(Options):
     """How work is laid out on Ray.
 
     Attributes:
@@ -31,29 +34,16 @@ class RayOptions:
         retries: how often a worker's work is begun again after its end, before the run gives up.
     """
 
-    workers: int | None = None
-    cpus_per_worker: int = 1
+    workers: int | None = option(None, ge=1, le=MAX_WORKERS, name="--workers (workers=)")
+    cpus_per_worker: int = option(
+        1, ge=1, le=MAX_WORKERS, name="--cpus-per-worker (cpus_per_worker=)"
+    )
     address: str | None = None
-    store_bytes: int = 512 * 1024**2
-    retries: int = 3
-
-    def __post_init__(self) -> None:
-        """Check ranges.
-
-        Raises:
-            UsageError: listing every value out of range.
-        """
-        problems = []
-        if self.workers is not None and self.workers < 1:
-            problems.append(f"--workers {self.workers} (workers): give at least 1")
-        if self.cpus_per_worker < 1:
-            problems.append(
-                f"--cpus-per-worker {self.cpus_per_worker} (cpus_per_worker): give at least 1"
-            )
-        if self.retries < 0:
-            problems.append(f"retries={self.retries}: give at least 0")
-        if problems:
-            raise UsageError("; ".join(problems))
+    # Ray starts no smaller object store.
+    store_bytes: int = option(
+        512 * 1024**2, ge=75 * 1024**2, le=2**50, name="--store-bytes (store_bytes=)"
+    )
+    retries: int = option(3, ge=0)
 
 
 def import_ray() -> Any:

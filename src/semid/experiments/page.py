@@ -14,9 +14,10 @@ from semid.experiments.claims_drq import drq_claims
 from semid.experiments.claims_moc import moc_claims
 from semid.experiments.tables_drq import drq_sections
 from semid.experiments.tables_moc import moc_sections
+from semid.markdown import escaped
 from semid.output import MARKDOWN_MARK, atomic_file
 from semid.report.figure import Figure
-from semid.report.markdown import escaped, figure_markdown, table
+from semid.report.markdown import figure_markdown, table
 from semid.report.page import render
 
 __all__ = ["TITLES", "Page", "current", "make_page", "write_page"]

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from semid.errors import UsageError
+from semid.options import Options, option
 from semid.quantization.assign import assign
 from semid.quantization.blocks import Blocks, OwnedBlocks
 from semid.quantization.rows import Rows, as_rows
@@ -43,7 +44,7 @@ Array = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, kw_only=True)
-class KMeansOptions:
+class KMeansOptions(Options):
     """How K-means is run.
 
     Attributes:
@@ -58,32 +59,12 @@ class KMeansOptions:
             and seed worse, and 1 is the plain one (``benchmarks/kmeans.py`` shows what 2 brings).
     """
 
-    iterations: int = 25
-    tolerance: float = 1e-4
-    restarts: int = 1
-    sample_per_code: int | None = None
+    iterations: int = option(25, ge=1)
+    tolerance: float = option(1e-4, ge=0, lt=1)
+    restarts: int = option(1, ge=1)
+    sample_per_code: int | None = option(None, ge=1)
     full_pass: bool = True
-    trials: int = 4
-
-    def __post_init__(self) -> None:
-        """Check ranges.
-
-        Raises:
-            UsageError: listing every value out of range.
-        """
-        problems = []
-        if self.iterations < 1:
-            problems.append(f"iterations={self.iterations}: give at least 1")
-        if not 0 <= self.tolerance < 1:
-            problems.append(f"tolerance={self.tolerance}: give a share in [0, 1)")
-        if self.restarts < 1:
-            problems.append(f"restarts={self.restarts}: give at least 1")
-        if self.trials < 1:
-            problems.append(f"trials={self.trials}: give at least 1")
-        if self.sample_per_code is not None and self.sample_per_code < 1:
-            problems.append(f"sample_per_code={self.sample_per_code}: give at least 1, or None")
-        if problems:
-            raise UsageError("; ".join(problems))
+    trials: int = option(4, ge=1, le=1024)
 
 
 @dataclass

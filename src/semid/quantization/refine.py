@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from semid.errors import UsageError
+from semid.options import MAX_BEAM, Options, option
 from semid.quantization.additive import NormalEquations
 from semid.quantization.blocks import Blocks, read_ahead
 from semid.quantization.nearest import PreparedCodebook, prepare
@@ -30,7 +30,7 @@ Doubles = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RefineOptions:
+class RefineOptions(Options):
     """How codebooks are refined.
 
     Attributes:
@@ -44,35 +44,15 @@ class RefineOptions:
         tolerance: relative fall of the error that a round has to bring for another one, 0 or more.
     """
 
-    rounds: int = 8
-    annealing_rounds: int = 12
-    temperature: float = 1.0
-    beam_width: int = 8
-    ridges: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0)
-    tolerance: float = 1e-3
+    rounds: int = option(8, ge=0)
+    annealing_rounds: int = option(12, ge=0)
+    temperature: float = option(1.0, ge=0)
+    beam_width: int = option(8, ge=1, le=MAX_BEAM)
+    ridges: tuple[float, ...] = option((0.3, 1.0, 3.0, 10.0), gt=0)
+    tolerance: float = option(1e-3, ge=0)
 
-    def __post_init__(self) -> None:
-        """Check ranges.
-
-        Raises:
-            UsageError: listing every value out of range.
-        """
-        object.__setattr__(self, "ridges", tuple(float(ridge) for ridge in self.ridges))
-        allowed = [
-            ("rounds", self.rounds >= 0, "0 or more"),
-            ("annealing_rounds", self.annealing_rounds >= 0, "0 or more"),
-            ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
-            ("beam_width", self.beam_width >= 1, "at least 1"),
-            ("ridges", bool(self.ridges) and min(self.ridges) > 0, "numbers above 0"),
-            ("tolerance", self.tolerance >= 0, "0 or more"),
-        ]
-        problems = [
-            f"{name}={getattr(self, name)!r}: give {rule}"
-            for name, good, rule in allowed
-            if not good
-        ]
-        if problems:
-            raise UsageError("; ".join(problems))
+    def _problems(self) -> list[str]:
+        return [] if self.ridges else ["ridges=(): give at least one number above 0"]
 
     @property
     def most_rounds(self) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from semid.markdown import code_span, escaped
+
 __all__ = ["card"]
 
 
@@ -13,7 +15,8 @@ def card(config: Mapping[str, Any]) -> str:
     report, schema = config["report"], config["schema"]
     architecture = config["architecture"]
     fusion = " with Mixture-of-Codes fusion" if architecture["fusion"] else ""
-    fields = ["user", "item", *schema["attributes"], *schema["context"], *schema["dense"]]
+    columns = [*schema["attributes"], *schema["context"], *schema["dense"]]
+    fields = ["user", "item", *map(escaped, columns)]
     lines = [
         f"# {architecture['model']}{fusion}",
         "",
@@ -23,7 +26,7 @@ def card(config: Mapping[str, Any]) -> str:
     ]
     if "protocol" in report:
         lines += [
-            f"Protocol: `{report['protocol']}`",
+            f"Protocol: {code_span(report['protocol'])}",
             "",
             "| rows | AUC | popularity alone | log loss | AUC by user | calibration error |",
             "|---|---|---|---|---|---|",
@@ -39,7 +42,7 @@ def card(config: Mapping[str, Any]) -> str:
         "import semid",
         "",
         "ranker = semid.load(path_of_this_folder)",
-        f"ranker.predict({{'{schema['user_column']}': [...], '{schema['item_column']}': [...]}})",
+        f"ranker.predict({{{schema['user_column']!r}: [...], {schema['item_column']!r}: [...]}})",
         "ranker.rank(user, candidates, k=10)",
         "```",
         "",

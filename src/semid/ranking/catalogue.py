@@ -25,6 +25,12 @@ logger = logging.getLogger(__name__)
 SEPARATORS = (" > ", "|", ";", ", ")
 """What categories in one string are split at: the first that occurs in the column."""
 
+ADVICE = (
+    "cut the numbers into bins and give those, or leave it out of --item-columns and "
+    "--multi-columns (item_columns=, multi_columns=)"
+)
+"""Items have no numeric features: what to do about a column of floats."""
+
 _SINGLE, _MULTI = ("brand",), ("categories",)
 
 Ints = npt.NDArray[np.int64]
@@ -144,7 +150,10 @@ def read_item_columns(
     if set(ones) & set(many):
         raise UsageError(f"item columns {sorted(set(ones) & set(many))} are named twice")
     for name in [*ones, *many]:
-        require_column(name, table.names, label=table.label, flag="--item-column (item_columns=)")
+        flag = (
+            "--item-columns (item_columns=)" if name in ones else "--multi-columns (multi_columns=)"
+        )
+        require_column(name, table.names, label=table.label, flag=flag)
     read = table.read([key, *ones, *many])
     own = ItemIds(read.column(key), source=f"id column '{key}' of {table.label}")
     rows = own.index_of(ids.strings())
@@ -171,9 +180,9 @@ def _lists(column: Any, *, name: str, label: str, split: bool) -> Any:
         column = column if isinstance(column, pa.Array) else pa.concat_arrays(column.chunks)
     kind = column.type
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        as_text(column.flatten().slice(0, 0), name=name, label=label)
+        as_text(column.flatten().slice(0, 0), name=name, label=label, advice=ADVICE)
         return column.cast(pa.large_list(pa.large_string()))
-    text = as_text(column, name=name, label=label).fill_null("")
+    text = as_text(column, name=name, label=label, advice=ADVICE).fill_null("")
     if split:
         for separator in SEPARATORS:
             if pc.any(pc.match_substring(text, separator)).as_py():

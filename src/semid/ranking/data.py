@@ -14,12 +14,13 @@ import torch
 
 from semid.data.ids import ItemIds, held_out_mask
 from semid.data.interactions import Interactions, read_interactions
-from semid.errors import InteractionsError, UsageError
+from semid.errors import InteractionsError
+from semid.options import Options, option
 from semid.ranking.catalogue import read_item_columns
 from semid.ranking.labels import Label, draw_negatives
 from semid.ranking.rows import HistoryIndex, Rows
 from semid.ranking.schema import Schema
-from semid.ranking.splits import COLD, PARTS, check_fractions, split_rows
+from semid.ranking.splits import COLD, PARTS, SPLITS, check_fractions, split_rows
 from semid.ranking.tables import dense_values, open_table
 from semid.ranking.vocabulary import Vocabulary, as_text
 
@@ -28,6 +29,8 @@ __all__ = ["DataOptions", "RankingData", "prepare_ranking"]
 logger = logging.getLogger(__name__)
 
 Ints = npt.NDArray[np.int64]
+MAX_HISTORY = 10_000
+"""Most items of a history: every row of a batch holds as many."""
 COLD_SALT = "cold items"
 
 MAX_HISTORY = 10_000
@@ -37,7 +40,7 @@ TRAIN = 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataOptions:
+class DataOptions(Options):
     """How a log becomes training rows.
 
     Attributes:
@@ -57,37 +60,24 @@ class DataOptions:
     """
 
     label: str = "sampled(uniform,1)"
-    split: str = "random"
+    split: str = option("random", choices=SPLITS, name="--split (split=)")
     fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
-    cold_items: float = 0.0
-    min_count: int = 1
-    history: int = 0
+    cold_items: float = option(0.0, ge=0, lt=1)
+    min_count: int = option(1, ge=1)
+    history: int = option(0, ge=0, le=MAX_HISTORY)
     categorical: tuple[str, ...] = ()
     dense: tuple[str, ...] = ()
     item_columns: tuple[str, ...] | None = None
     multi_columns: tuple[str, ...] | None = None
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        """Check ranges.
-
-        Raises:
-            UsageError: listing every value out of range.
-        """
-        object.__setattr__(self, "fractions", check_fractions(self.fractions))
+    def _problems(self) -> list[str]:
+        check_fractions(self.fractions)
         Label.parse(self.label)
-        problems = []
-        if not 0 <= self.cold_items < 1:
-            problems.append(f"cold_items={self.cold_items}: give a share in [0, 1)")
-        if self.min_count < 1:
-            problems.append(f"min_count={self.min_count}: give at least 1")
-        if not 0 <= self.history <= MAX_HISTORY:
-            problems.append(f"history={self.history}: give 0 to {MAX_HISTORY}")
         twice = set(self.categorical) & set(self.dense)
         if twice:
-            problems.append(f"columns {sorted(twice)} are both categorical and dense")
-        if problems:
-            raise UsageError("; ".join(problems))
+            return [f"columns {sorted(twice)} are both categorical and dense"]
+        return []
 
 
 @dataclass(frozen=True)
@@ -163,8 +153,13 @@ def prepare_ranking(
         user_column=user_column,
         item_column=item_column,
         time_column=time_column,
-        rating_column=None if label.sampled else label.column,
+        rating_column="" if label.sampled else label.column,
         extra_columns=[*options.categorical, *options.dense],
+        flags={
+            **dict.fromkeys(options.categorical, "--categorical (categorical=)"),
+            **dict.fromkeys(options.dense, "--dense (dense=)"),
+            label.column: "--label (label=)",
+        },
     )
     if not label.sampled and log.rating is None:
         raise InteractionsError(f"{log.label} has no column '{label.column}' for --label '{label}'")

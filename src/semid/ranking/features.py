@@ -18,7 +18,8 @@ import numpy.typing as npt
 from semid.codes import SemanticIds
 from semid.data.ids import ItemIds
 from semid.documents import checked
-from semid.errors import IdsError, UsageError, check_choice
+from semid.errors import IdsError, UsageError
+from semid.options import Options, option
 from semid.seeds import numpy_generator
 
 __all__ = ["CONTROLS", "MODES", "CodeFeatures", "CodeTable", "code_table"]
@@ -32,7 +33,7 @@ Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
-class CodeFeatures:
+class CodeFeatures(Options):
     """How codes become features.
 
     Attributes:
@@ -58,43 +59,17 @@ class CodeFeatures:
         weight_decay: decoupled decay of the code tables; None takes the others'.
     """
 
-    mode: str = "levels"
-    scale: int | None = None
-    n: int = 2
-    levels: tuple[int, ...] | None = None
-    pooling: str | None = None
+    mode: str = option("levels", choices=MODES, name="--code-mode (mode=)")
+    scale: int | None = option(None, ge=1)
+    n: int = option(2, ge=1)
+    levels: tuple[int, ...] | None = option(None, ge=0)
+    pooling: str | None = option(None, choices=("field", "sum"))
     item_id: bool = True
-    max_rows: int = 1 << 20
-    control: str = "none"
+    max_rows: int = option(1 << 20, ge=2)
+    control: str = option("none", choices=CONTROLS, name="--control (control=)")
     seed: int = 0
-    rate: float = 1.0
-    weight_decay: float | None = None
-
-    def __post_init__(self) -> None:
-        """Check choices and ranges.
-
-        Raises:
-            UsageError: listing every value out of range.
-        """
-        check_choice("--code-mode (mode=)", self.mode, MODES)
-        check_choice("--control (control=)", self.control, CONTROLS)
-        if self.pooling is not None:
-            check_choice("--pooling (pooling=)", self.pooling, ("field", "sum"))
-        if self.levels is not None:
-            object.__setattr__(self, "levels", tuple(int(level) for level in self.levels))
-        problems = []
-        if self.scale is not None and self.scale < 1:
-            problems.append(f"scale={self.scale}: give at least 1")
-        if self.n < 1:
-            problems.append(f"n={self.n}: give at least 1")
-        if self.max_rows < 2:
-            problems.append(f"max_rows={self.max_rows}: give at least 2")
-        if not 0 < self.rate < float("inf"):
-            problems.append(f"rate={self.rate}: give a number above 0")
-        if self.weight_decay is not None and self.weight_decay < 0:
-            problems.append(f"weight_decay={self.weight_decay}: give 0 or more")
-        if problems:
-            raise UsageError("; ".join(problems))
+    rate: float = option(1.0, gt=0)
+    weight_decay: float | None = option(None, ge=0)
 
     @property
     def pooled(self) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from semid.data.source import EmbeddingSource
 from semid.errors import UsageError, check_choice
+from semid.options import Options, option
 from semid.output import atomic_folder
 from semid.progress import Progress, QuietProgress
 from semid.ranking.cell import train_cell
@@ -20,6 +21,7 @@ from semid.ranking.methods import METHODS, Coded, Tokenizers
 from semid.ranking.models.registry import MODELS
 from semid.ranking.network import Architecture
 from semid.ranking.training import data_digest, rank_options
+from semid.tokenizers.context import MAX_LEVELS
 from semid.tokenizers.encoding import RowsDigest
 from semid.training.options import TrainOptions
 
@@ -30,7 +32,7 @@ GRID_FILES = (RESULTS_FILE, "tables.md", "tokenizers/")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Grid:
+class Grid(Options):
     """What is compared.
 
     Attributes:
@@ -46,29 +48,23 @@ class Grid:
     """
 
     methods: tuple[str, ...] = ("none", "me", "rqvae", "moc")
-    scales: tuple[int, ...] = (1, 2, 3, 7)
+    scales: tuple[int, ...] = option((1, 2, 3, 7), ge=1, le=MAX_LEVELS)
     models: tuple[str, ...] = tuple(sorted(MODELS))
     fusion: tuple[bool, ...] = (True, False)
-    seeds: int = 5
-    codebook_size: int = 256
+    seeds: int = option(5, ge=1, le=10_000)
+    codebook_size: int = option(256, ge=2, le=2**32)
     architecture: Architecture = field(default_factory=Architecture)
     training: TrainOptions = field(default_factory=lambda: rank_options(None))
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        """Check choices.
-
-        Raises:
-            UsageError: an unknown method or model, or an empty axis.
-        """
+    def _problems(self) -> list[str]:
         for name in self.methods:
             check_choice("--methods", name, METHODS)
         for name in self.models:
             check_choice("--models", name, sorted(MODELS))
         if not (self.methods and self.scales and self.models and self.fusion):
-            raise UsageError("every axis of a grid needs a value: methods, scales, models, fusion")
-        if min(self.scales) < 1 or self.seeds < 1:
-            raise UsageError(f"scales={list(self.scales)}, seeds={self.seeds}: give at least 1")
+            return ["every axis of a grid needs a value: methods, scales, models, fusion"]
+        return []
 
     def runs(self) -> Iterator[Run]:
         """Yield every run, seed by seed, so that a stopped grid has whole comparisons."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from semid.markdown import code_span
 from semid.ranking.paired import Difference, paired_difference
 
 __all__ = ["difference", "grid_tables"]
@@ -56,7 +57,7 @@ def grid_tables(rows: Sequence[Row]) -> str:
     """
     if not rows:
         return "no runs"
-    out = [f"Protocol: `{rows[0]['protocol']}`", ""]
+    out = [f"Protocol: {code_span(rows[0]['protocol'])}", ""]
     out += [f"Popularity alone: {rows[0]['popularity_auc']:.4f}", "", *_cells(rows)]
     against = _against_none(rows)
     if against:

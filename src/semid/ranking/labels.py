@@ -17,8 +17,11 @@ DISTRIBUTIONS = ("uniform", "popularity")
 ROUNDS = 50
 """Draws a negative gets before it is given up: a user then has nearly every item of the pool."""
 
-_THRESHOLD = re.compile(r"\s*(\w+)\s*(>=|>)\s*(-?\d+(?:\.\d+)?)\s*")
-_SAMPLED = re.compile(r"\s*sampled\(\s*(\w+)\s*(?:,\s*(\d+)\s*)?\)\s*")
+MAX_NEGATIVES = 1_000
+"""Most negatives per positive; all of them are held in memory."""
+
+_THRESHOLD = re.compile(r"\s*(\w+)\s*(>=|>)\s*(-?[0-9]+(?:\.[0-9]+)?)\s*")
+_SAMPLED = re.compile(r"\s*sampled\(\s*(\w+)\s*(?:,\s*([0-9]+)\s*)?\)\s*")
 
 Ints = npt.NDArray[np.int64]
 
@@ -59,9 +62,12 @@ class Label:
                 "sampled(uniform,k) or sampled(popularity,k)"
             )
         check_choice("--label sampled", found[1], DISTRIBUTIONS)
-        count = int(found[2] or 1)
-        if count < 1:
-            raise UsageError(f"--label '{text}' (label=) draws no negatives; give at least 1")
+        count = int((found[2] or "1").lstrip("0")[:9] or 0)
+        if not 1 <= count <= MAX_NEGATIVES:
+            raise UsageError(
+                f"--label '{text}' (label=) says how many negatives are drawn for each positive; "
+                f"give 1 to {MAX_NEGATIVES}"
+            )
         return cls(distribution=found[1], negatives=count)
 
     @property

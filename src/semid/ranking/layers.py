@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from semid.errors import UsageError
+from semid.options import MAX_WIDTH
+
 __all__ = ["BatchNorm", "Dropout", "Perceptron"]
 
 
@@ -52,6 +55,9 @@ class Perceptron(nn.Module):
         out: width of the output; None stops after the last hidden layer.
         batch_norm: normalise before each ReLU.
         dropout: share of the units that are dropped after it, in [0, 1).
+
+    Raises:
+        UsageError: a width or the share is out of range.
     """
 
     def __init__(
@@ -64,6 +70,12 @@ class Perceptron(nn.Module):
         dropout: float = 0.2,
     ) -> None:
         super().__init__()
+        if not all(1 <= size <= MAX_WIDTH for size in hidden):
+            raise UsageError(
+                f"--hidden (hidden=) is {list(hidden)}; give widths of 1 to {MAX_WIDTH:,}"
+            )
+        if not 0 <= dropout < 1:
+            raise UsageError(f"--dropout (dropout=) is {dropout}; give a share in [0, 1)")
         layers: list[nn.Module] = []
         for size in hidden:
             # The bias would be taken out again by the batch norm's mean.

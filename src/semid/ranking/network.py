@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from semid.errors import UsageError
+from semid.options import MAX_WIDTH, Options, option
 from semid.ranking.embedding import FieldIndex, FieldTables
 from semid.ranking.features import CodeTable
 from semid.ranking.fusion import MoCFusion
@@ -26,7 +26,7 @@ its batch instead of all."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Architecture:
+class Architecture(Options):
     """What is built on the data.
 
     Attributes:
@@ -42,29 +42,18 @@ class Architecture:
     """
 
     model: str = "deepfm"
-    width: int = 16
+    width: int = option(16, ge=1, le=MAX_WIDTH, name="--width (width=)")
     fusion: bool = False
-    fusion_rank: int = 16
+    fusion_rank: int = option(16, ge=1, le=MAX_WIDTH, name="--fusion-rank (fusion_rank=)")
     options: Mapping[str, Any] = field(default_factory=dict)
-    unknown_rate: float = 0.0
-    init_std: float = 0.01
+    unknown_rate: float = option(0.0, ge=0, lt=1)
+    init_std: float = option(0.01, ge=0)
     sparse: bool | None = None
 
-    def __post_init__(self) -> None:
-        """Check ranges.
-
-        Raises:
-            UsageError: listing every value out of range.
-        """
-        problems = []
-        if self.width < 1:
-            problems.append(f"--width (width=) is {self.width}; give at least 1")
-        if not 0 <= self.unknown_rate < 1:
-            problems.append(f"unknown_rate={self.unknown_rate}: give a share in [0, 1)")
-        if self.init_std < 0:
-            problems.append(f"init_std={self.init_std}: give 0 or more")
-        if problems:
-            raise UsageError("; ".join(problems))
+    def _problems(self) -> list[str]:
+        with torch.device("meta"):  # checks the model's own options without making its weights
+            make_model(self.model, fields=2, width=2, options=self.options)
+        return []
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings, JSON-able."""

@@ -27,10 +27,10 @@ def check_fractions(fractions: Sequence[float]) -> tuple[float, float, float]:
         UsageError: they are not three positive numbers that add up to 1.
     """
     shares = tuple(float(share) for share in fractions)
-    if len(shares) != 3 or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
+    if len(shares) != 3 or not (min(shares) > 0 and abs(sum(shares) - 1) <= 1e-6):  # NaN fails too
         raise UsageError(
-            f"fractions={list(shares)}: give three positive shares that add up to 1, for example "
-            "0.8, 0.1, 0.1"
+            f"--fractions (fractions=) is {list(shares)}; give three positive "
+            "shares that add up to 1, for example 0.8,0.1,0.1"
         )
     return shares[0], shares[1], shares[2]
 

@@ -100,11 +100,17 @@ class RankingStream:
         label = Label.parse(options.label)
         _streamable(options, label)
         files = ParquetFiles.open(path, error=InteractionsError)
+        flags = {
+            user_column: "--user-column (user_column=)",
+            item_column: "--item-column (item_column=)",
+            label.column: "--label (label=)",
+            **dict.fromkeys(options.categorical, "--categorical (categorical=)"),
+            **dict.fromkeys(options.dense, "--dense (dense=)"),
+        }
         wanted = [user_column, item_column, label.column, *options.categorical, *options.dense]
         for name in wanted:
-            require_column(
-                name, list(files.schemas[0].names), label=files.label, flag="a column of the log"
-            )
+            names = list(files.schemas[0].names)
+            require_column(name, names, label=files.label, flag=flags[name])
         scan = Scan(
             files=files,
             columns=tuple(wanted),

@@ -13,7 +13,7 @@ import pyarrow as pa
 from semid.data.csv_files import csv_columns, is_csv, read_csv
 from semid.data.frames import is_frame, open_frame
 from semid.data.parquet_files import ParquetFiles
-from semid.errors import InputError, UsageError
+from semid.errors import InputError, UsageError, brief
 
 __all__ = ["Table", "dense_values", "open_table"]
 
@@ -56,7 +56,9 @@ def open_table(source: Any, *, what: str) -> Table:
         try:
             source = pa.table(source)
         except (pa.ArrowException, ValueError, TypeError) as error:
-            raise UsageError(f"{what} cannot be read as columns of equal length: {error}") from None
+            raise UsageError(
+                f"{what} cannot be read as columns of equal length: {brief(error)}"
+            ) from None
     if is_frame(source):
         frame = open_frame(source)
         return Table(

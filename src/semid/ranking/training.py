@@ -45,7 +45,9 @@ def rank_options(training: TrainOptions | Mapping[str, Any] | None) -> TrainOpti
     """Return options with the defaults of ranking filled in."""
     if isinstance(training, TrainOptions):
         return training
-    return TrainOptions(**{**TRAINING, **(training or {})})
+    if training is not None and not isinstance(training, Mapping):
+        return TrainOptions.of(training)  # says what is wrong
+    return TrainOptions.of({**TRAINING, **(training or {})})
 
 
 def train_ranker(
@@ -86,11 +88,9 @@ def train_ranker(
         IdsError: not one item has codes.
         DivergedError: the loss is not finite.
     """
-    if isinstance(features, Mapping):
-        features = CodeFeatures(**features)
-    if isinstance(architecture, Mapping):
-        architecture = Architecture(**architecture)
-    architecture = architecture or Architecture()
+    if features is not None:
+        features = CodeFeatures.of(features)
+    architecture = Architecture.of(architecture)
     options = rank_options(training)
     if ids is None and features is not None:
         raise UsageError("features= says how codes are used, but there are none: give ids=")

@@ -65,8 +65,20 @@ class Vocabulary:
         return cls(pa.array(values, type=pa.large_string()))
 
 
-def as_text(column: Any, *, name: str, label: str) -> pa.Array:
+def as_text(
+    column: Any,
+    *,
+    name: str,
+    label: str,
+    advice: str = "cast it, or name it as a dense column (--dense, dense=)",
+) -> pa.Array:
     """Return a column of categories ``(n,)`` as strings; nulls stay nulls.
+
+    Args:
+        column: the column.
+        name: its name.
+        label: its table in the user's words.
+        advice: what to do about a column of another type.
 
     Raises:
         InputError: it holds something else than strings, integers or truth values.
@@ -83,7 +95,7 @@ def as_text(column: Any, *, name: str, label: str) -> pa.Array:
     if not good:
         raise InputError(
             f"column '{name}' of {label} holds {kind}; a category is a string, an integer or a "
-            "truth value: cast it, or name it as a dense column (--dense, dense=)"
+            f"truth value: {advice}"
         )
     if pa.types.is_dictionary(column.type):
         column = column.cast(kind)

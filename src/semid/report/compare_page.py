@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from semid.markdown import escaped
 from semid.report.compare import Comparison, MetricRow
 from semid.report.figure import Figure, line
-from semid.report.markdown import escaped, figure_markdown, table
+from semid.report.markdown import figure_markdown, table
 from semid.report.numbers import count, number, share
 from semid.report.page import render
 from semid.report.prose import VERDICTS

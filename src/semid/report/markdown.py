@@ -4,27 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from semid.markdown import escaped
 from semid.report.diagnosis import Diagnosis
 from semid.report.figure import Figure
 from semid.report.figures import report_figures
 from semid.report.numbers import count
 from semid.report.prose import SECTIONS, key_figures, verdict_words
 
-__all__ = ["escaped", "figure_markdown", "report_markdown", "table"]
-
-
-def escaped(text: str) -> str:
-    """Keep a text from ending its cell or becoming markup of its own."""
-    flat = " ".join(text.split())
-    for character in "\\|<>`*_[]":
-        flat = flat.replace(character, "\\" + character)
-    return flat
+__all__ = ["figure_markdown", "report_markdown", "table"]
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table."""
     lines = [
-        columns,
+        [escaped(c) for c in columns],
         [":--", *["--:"] * (len(columns) - 1)],
         *([escaped(c) for c in r] for r in rows),
     ]
@@ -41,7 +34,7 @@ def report_markdown(diagnosis: Diagnosis) -> str:
     """Return a diagnosis as Markdown."""
     word, meaning = verdict_words(diagnosis.verdict)
     parts = [
-        f"# {diagnosis.model['name']} on {count(diagnosis.data['items'])} items\n",
+        f"# {escaped(str(diagnosis.model['name']))} on {count(diagnosis.data['items'])} items\n",
         f"**{word}.** {meaning}\n",
     ]
     parts += [
@@ -65,5 +58,8 @@ def report_markdown(diagnosis: Diagnosis) -> str:
         ]
         parts += ["## Fullest buckets\n", table(["Items", "Id", "For example"], rows)]
     parts += ["## Protocol\n", *(f"- {escaped(note)}.\n" for note in diagnosis.notes)]
-    parts += [f"- {key.replace('_', ' ')}: {value}\n" for key, value in diagnosis.protocol.items()]
+    parts += [
+        f"- {key.replace('_', ' ')}: {escaped(str(value))}\n"
+        for key, value in diagnosis.protocol.items()
+    ]
     return "\n".join(parts)

@@ -13,6 +13,7 @@ from torch import nn
 
 from semid.data.ids import ItemIds
 from semid.errors import UsageError
+from semid.options import MAX_WEIGHT
 from semid.quantization.blocks import Blocks, in_memory
 from semid.quantization.kmeans import KMeansOptions
 from semid.quantization.nearest import prepare
@@ -96,8 +97,8 @@ class BARQ(ContinuousTokenizer):
         **options: Unpack[NeuralOptions],
     ) -> None:
         for name, value in (("behaviour_weight", behaviour_weight), ("size_limit", size_limit)):
-            if not 0 <= value < float("inf"):
-                raise UsageError(f"{name}={value}: give 0 or more")
+            if not 0 <= value <= MAX_WEIGHT:
+                raise UsageError(f"{name}={value}: give 0 to {MAX_WEIGHT:,}")
         if not 1 <= behaviour_levels <= levels:
             raise UsageError(f"behaviour_levels={behaviour_levels}: give 1 to levels={levels}")
         if not 0 < content_variance <= 1:
@@ -106,18 +107,14 @@ class BARQ(ContinuousTokenizer):
         self.behaviour_levels = int(behaviour_levels)
         self.content_variance = float(content_variance)
         self.size_limit = float(size_limit)
-        self.refine = (
-            refine if isinstance(refine, RefineOptions) else RefineOptions(**(refine or {}))
-        )
-        self.kmeans = (
-            kmeans if isinstance(kmeans, KMeansOptions) else KMeansOptions(**(kmeans or {}))
-        )
-        if not isinstance(objective, Objective):
-            objective = Objective(**{**OBJECTIVE, **(objective or {})})
+        self.refine = RefineOptions.of(refine)
+        self.kmeans = KMeansOptions.of(kmeans)
+        if objective is None or isinstance(objective, Mapping):
+            objective = {**OBJECTIVE, **(objective or {})}
         super().__init__(
             sizes=level_sizes(levels, codebook_size),
             beam_width=beam_width,
-            objective=objective,
+            objective=Objective.of(objective),
             **options,
         )
         self._content = Content(threads=self.threads)

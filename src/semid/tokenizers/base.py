@@ -23,6 +23,7 @@ from semid.data.embeddings import EmbeddingSource, open_embeddings
 from semid.data.ids import ItemIds, held_out_mask
 from semid.documents import record
 from semid.errors import EmbeddingError, NotFittedError
+from semid.options import CheckedArguments
 from semid.progress import Progress, QuietProgress
 from semid.quantization.blocks import BLOCK_ROWS, prefetched
 from semid.quantization.nearest import prepare_kernels
@@ -51,7 +52,7 @@ Array = npt.NDArray[np.float32]
 HELD_OUT_SALT = "semid/items"
 
 
-class Tokenizer(ABC):
+class Tokenizer(CheckedArguments, ABC):
     """Base of every tokenizer.
 
     Attributes:
@@ -303,11 +304,7 @@ class Tokenizer(ABC):
         Raises:
             EmbeddingError: for rows of another width, or with NaN or inf.
         """
-        if source.dim != self.dim:
-            raise EmbeddingError(
-                f"these embeddings have width {source.dim}, the tokenizer was fitted on width "
-                f"{self.dim}; give embeddings of the same model"
-            )
+        self._check_width(source)
         width = self.beam_width if beam_width is None else beam_width
         for start, x in prefetched(source.blocks(BLOCK_ROWS, first=first)):
             found = self._encode_block(x, width)
@@ -389,8 +386,15 @@ class Tokenizer(ABC):
     def latent(self, source: Any) -> Array:
         """Return latent vectors ``(items, latent)`` float32 before quantization."""
         opened = open_embeddings(source)
-        _ = self.dim
+        self._check_width(opened)
         return np.concatenate([self._latent_block(x) for _, x in opened.blocks(BLOCK_ROWS)])
+
+    def _check_width(self, source: EmbeddingSource) -> None:
+        if source.dim != self.dim:
+            raise EmbeddingError(
+                f"these embeddings have width {source.dim}, the tokenizer was fitted on width "
+                f"{self.dim}; give embeddings of the same model"
+            )
 
     def _checked(self, codes: Any) -> npt.NDArray[np.int64]:
         _ = self.dim

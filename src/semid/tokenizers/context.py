@@ -13,15 +13,19 @@ import numpy.typing as npt
 from semid.codes import MAX_LEVELS
 from semid.data.embeddings import EmbeddingSource
 from semid.errors import InputError, UsageError
+from semid.options import MAX_BEAM
 from semid.progress import Progress
 from semid.tokenizers.neural.pairs import Behaviour
 from semid.tokenizers.scan import InputScan
 from semid.training.checkpoint import Checkpoint
 
 __all__ = [
+    "MAX_LEVELS",
     "EncodedBlock",
     "FitContext",
     "check_beam",
+    "check_beam_width",
+    "check_validation_fraction",
     "codes_within",
     "data_digest",
     "item_weights",
@@ -85,9 +89,13 @@ def level_sizes(
     Raises:
         UsageError: if a value is out of range or the lengths differ.
     """
+    levels = int(levels)
     if not 1 <= levels <= MAX_LEVELS:
         raise UsageError(f"{name}={levels}: give 1 to {MAX_LEVELS}")
-    sizes = (codebook_size,) * levels if isinstance(codebook_size, int) else tuple(codebook_size)
+    if isinstance(codebook_size, Sequence | np.ndarray):
+        sizes = tuple(int(size) for size in codebook_size)
+    else:
+        sizes = (int(codebook_size),) * levels
     if len(sizes) != levels:
         raise UsageError(
             f"codebook_size has {len(sizes)} entries for {name}={levels}; give one number, or one "
@@ -188,14 +196,33 @@ def data_digest(
     return digest.hexdigest()
 
 
+def check_validation_fraction(fraction: float) -> None:
+    """Refuse a share of held-out items outside [0, 1).
+
+    Raises:
+        UsageError: saying what was given.
+    """
+    if not 0 <= fraction < 1:
+        raise UsageError(f"validation_fraction={fraction}: give a share in [0, 1)")
+
+
+def check_beam_width(width: int) -> None:
+    """Refuse a beam that is no width.
+
+    Raises:
+        UsageError: saying what is allowed.
+    """
+    if not 1 <= width <= MAX_BEAM:
+        raise UsageError(f"beam_width={width}: give 1 to {MAX_BEAM}")
+
+
 def check_beam(width: int, *, kind: str, hierarchical: bool) -> None:
     """Refuse a beam that is no width, or one over parallel codebooks, where it would do nothing.
 
     Raises:
         UsageError: saying which.
     """
-    if width < 1:
-        raise UsageError(f"beam_width={width}: give at least 1")
+    check_beam_width(width)
     if width > 1 and not hierarchical:
         raise UsageError(
             f"beam_width={width}: the codebooks of {kind} are parallel and each takes its nearest "

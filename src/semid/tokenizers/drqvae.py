@@ -64,9 +64,7 @@ class DRQVAE(ContinuousTokenizer):
         kmeans: KMeansOptions | Mapping[str, Any] | None = None,
         **options: Unpack[NeuralOptions],
     ) -> None:
-        self.kmeans = (
-            kmeans if isinstance(kmeans, KMeansOptions) else KMeansOptions(**(kmeans or {}))
-        )
+        self.kmeans = KMeansOptions.of(kmeans)
         super().__init__(
             sizes=level_sizes(levels, codebook_size),
             beam_width=beam_width,

@@ -8,10 +8,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from semid.documents import checked, read_toml
+from semid.documents import read_toml
 from semid.errors import UsageError, check_choice, nearest_name
+from semid.options import argument_types
 from semid.tokenizers.base import Tokenizer
-from semid.tokenizers.stored import argument_types
 
 __all__ = ["TOKENIZERS", "make_tokenizer", "read_recipe", "recipe_names"]
 
@@ -80,7 +80,7 @@ def make_tokenizer(
     check_choice("--tokenizer", kind, sorted(TOKENIZERS))
     module, name = TOKENIZERS[kind]
     made: Any = getattr(importlib.import_module(module), name)
-    allowed = argument_types(made)
+    allowed = set(argument_types(made))
     arguments: dict[str, Any] = {}
     for key, value in values.items():
         outer, _, inner = _renamed(key, allowed).partition(".")
@@ -97,7 +97,6 @@ def make_tokenizer(
             arguments[outer] = {**value, **arguments.get(outer, {})}
         else:
             arguments[outer] = value
-    checked(allowed, arguments, kind, error=UsageError)
     if "logger" in allowed:
         arguments["logger"] = logger
     tokenizer: Tokenizer = made(**arguments, threads=threads)

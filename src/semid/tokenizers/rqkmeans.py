@@ -11,7 +11,6 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from semid.errors import UsageError
 from semid.progress import Progress, QuietProgress
 from semid.quantization.blocks import Preprocess
 from semid.quantization.kmeans import KMeansOptions
@@ -19,7 +18,7 @@ from semid.quantization.nearest import PreparedCodebook, prepare
 from semid.quantization.residual import ResidualCodes, dequantize, encode_residual
 from semid.quantization.rows import Rows
 from semid.tokenizers.base import Tokenizer
-from semid.tokenizers.context import FitContext, level_sizes
+from semid.tokenizers.context import FitContext, check_beam, check_validation_fraction, level_sizes
 from semid.tokenizers.levels import fit_levels, training_rows
 from semid.tokenizers.neural.graph import Prepare
 from semid.tokenizers.stored import check_shapes
@@ -70,18 +69,14 @@ class RQKMeans(Tokenizer):
     ) -> None:
         super().__init__()
         self.codebook_sizes = level_sizes(levels, codebook_size)
-        if beam_width < 1:
-            raise UsageError(f"beam_width={beam_width}: give at least 1")
-        if not 0 <= validation_fraction < 1:
-            raise UsageError(f"validation_fraction={validation_fraction}: give a share in [0, 1)")
+        check_beam(beam_width, kind=self.kind, hierarchical=self.hierarchical)
+        check_validation_fraction(validation_fraction)
         self.seed = int(seed)
         self.normalize = bool(normalize)
         self.center = bool(center)
         self.beam_width = int(beam_width)
         self.validation_fraction = float(validation_fraction)
-        self.kmeans = (
-            kmeans if isinstance(kmeans, KMeansOptions) else KMeansOptions(**(kmeans or {}))
-        )
+        self.kmeans = KMeansOptions.of(kmeans)
         self.threads = threads
         self._preprocess = Preprocess(normalize=normalize)
         self._prepared: tuple[PreparedCodebook, ...] = ()

@@ -151,8 +151,27 @@ class MultiLogger:
             logger.close()
 
 
+class _DeferredLogger:
+    """A logger that is opened by its first figures, so that a refused run leaves no empty log."""
+
+    def __init__(self, kind: type[Any], where: str | None) -> None:
+        self._kind, self._where = kind, where
+        self._logger: Logger | None = None
+
+    def log(self, figures: Mapping[str, float], *, step: int) -> None:
+        """Pass figures on."""
+        if self._logger is None:
+            self._logger = self._kind(self._where)
+        self._logger.log(figures, step=step)
+
+    def close(self) -> None:
+        """Close the logger if it was opened."""
+        if self._logger is not None:
+            self._logger.close()
+
+
 def make_logger(text: str) -> Logger:
-    """Make a logger from ``KIND`` or ``KIND:WHERE``.
+    """Make a logger from ``KIND`` or ``KIND:WHERE``; its first figures open it.
 
     Args:
         text: ``jsonl:PATH``, ``tensorboard:FOLDER``, ``mlflow`` or ``wandb``, the last two with an
@@ -167,14 +186,17 @@ def make_logger(text: str) -> Logger:
         raise UsageError(
             f"--log '{text}': give jsonl:PATH, tensorboard:FOLDER, mlflow[:RUN] or wandb[:RUN]"
         )
-    made: dict[str, Any] = {
+    if kind == "jsonl" and Path(where).is_dir():
+        raise UsageError(f"--log '{text}': '{where}' is a folder; give a file, such as run.jsonl")
+    if kind != "jsonl":
+        _need(kind, extra=kind, purpose=f"--log {kind}")
+    kinds: dict[str, type[Any]] = {
         "jsonl": JsonLinesLogger,
         "tensorboard": TensorBoardLogger,
         "mlflow": MLflowLogger,
         "wandb": WandbLogger,
     }
-    logger: Logger = made[kind](where or None)
-    return logger
+    return _DeferredLogger(kinds[kind], where or None)
 
 
 def _need(package: str, *, extra: str, purpose: str) -> ModuleType:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol, get_type_hints
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
-from semid.documents import checked
-from semid.errors import UsageError, check_choice, nearest_name
+from semid.errors import UsageError, check_choice
+from semid.options import check_arguments
 
 __all__ = ["MODELS", "Model", "make_model"]
 
@@ -67,17 +66,7 @@ def make_model(
     check_choice("--model (model=)", name, sorted(MODELS))
     module, kind = MODELS[name]
     made = getattr(importlib.import_module(module), kind)
-    allowed = [
-        p.name for p in inspect.signature(made).parameters.values() if p.kind is p.KEYWORD_ONLY
-    ]
-    hints = {n: t for n, t in get_type_hints(made.__init__).items() if n in allowed}
-    for key in options or {}:
-        if key not in allowed:
-            raise UsageError(
-                f"{key} is no option of {name}; its options are {', '.join(allowed)}"
-                f"{nearest_name(key, allowed)}"
-            )
-    checked(hints, options or {}, f"options of {name}", error=UsageError)
+    check_arguments(made, options or {})
     for key in COUNTS & set(options or {}):
         value = (options or {})[key]
         if (value if isinstance(value, int) else len(value)) > MAX_LAYERS:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from semid.errors import UsageError, check_choice
+from semid.options import Options, option
 from semid.quantization.nearest import nearest, prepare
 from semid.seeds import torch_generator
 from semid.training.distributed import all_sum_, rank, world_size
@@ -25,7 +25,7 @@ below it that preparation costs more than it saves."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class UpdateRule:
+class UpdateRule(Options):
     """How codewords move.
 
     Attributes:
@@ -37,22 +37,10 @@ class UpdateRule:
         smoothing: Laplace smoothing of the counts, above 0.
     """
 
-    kind: str = "ema"
-    decay: float = 0.99
-    revive_below: float = 0.1
-    smoothing: float = 1e-5
-
-    def __post_init__(self) -> None:
-        """Check ranges.
-
-        Raises:
-            UsageError: for a value out of range.
-        """
-        check_choice("rule", self.kind, RULES)
-        if not 0 < self.decay < 1:
-            raise UsageError(f"ema_decay={self.decay}: give a number between 0 and 1")
-        if not 0 <= self.revive_below < 1:
-            raise UsageError(f"revive_below={self.revive_below}: give a share in [0, 1)")
+    kind: str = option("ema", choices=RULES, name="rule")
+    decay: float = option(0.99, gt=0, lt=1, name="ema_decay")
+    revive_below: float = option(0.1, ge=0, lt=1)
+    smoothing: float = option(1e-5, gt=0)
 
 
 @torch.no_grad()

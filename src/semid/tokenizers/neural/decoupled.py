@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from semid.errors import UsageError
+from semid.options import MAX_WEIGHT, Options, option
 from semid.seeds import numpy_generator, torch_generator
 from semid.tokenizers.neural.autoencoder import Autoencoder, blank_linear
 from semid.tokenizers.neural.contrastive import info_nce, uniformity
@@ -29,7 +29,7 @@ EVALUATED = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
-class Objective:
+class Objective(Options):
     """Weights of the losses beside reconstruction.
 
     Attributes:
@@ -41,29 +41,11 @@ class Objective:
             sampled in training (the paper's loss has none, whatever its name says).
     """
 
-    contrastive_weight: float = 0.0
-    temperature: float = 0.07
-    pairs_per_step: int = 512
-    uniformity_weight: float = 0.0
-    kl_weight: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Check ranges.
-
-        Raises:
-            UsageError: listing every value out of range.
-        """
-        problems = [
-            f"{name}={getattr(self, name)}: give 0 or more"
-            for name in ("contrastive_weight", "uniformity_weight", "kl_weight")
-            if not 0 <= getattr(self, name) < float("inf")
-        ]
-        if not 0 < self.temperature < float("inf"):
-            problems.append(f"temperature={self.temperature}: give a number above 0")
-        if self.pairs_per_step < 2:
-            problems.append(f"pairs_per_step={self.pairs_per_step}: give at least 2")
-        if problems:
-            raise UsageError("; ".join(problems))
+    contrastive_weight: float = option(0.0, ge=0, le=MAX_WEIGHT)
+    temperature: float = option(0.07, gt=0, le=MAX_WEIGHT)
+    pairs_per_step: int = option(512, ge=2, le=65_536)
+    uniformity_weight: float = option(0.0, ge=0, le=MAX_WEIGHT)
+    kl_weight: float = option(0.0, ge=0, le=MAX_WEIGHT)
 
     @property
     def needs_pairs(self) -> bool:

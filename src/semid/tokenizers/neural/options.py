@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 import torch
 
 from semid.errors import UsageError
+from semid.options import MAX_WIDTH, Options, option
 from semid.training.distributed import local_rank
 from semid.training.loggers import Logger
 from semid.training.options import TrainOptions
@@ -22,7 +23,7 @@ MAX_LAYERS = 128
 
 
 @dataclass(frozen=True, kw_only=True)
-class Network:
+class Network(Options):
     """Shape and losses of the autoencoder.
 
     Attributes:
@@ -33,31 +34,10 @@ class Network:
             the codebooks (ours); 0 starts them from the untrained encoder.
     """
 
-    latent: int = 0
-    hidden: tuple[int, ...] = (512, 256, 128)
-    commitment_weight: float = 0.25
-    pretrain_epochs: int = 5
-
-    def __post_init__(self) -> None:
-        """Check ranges.
-
-        Raises:
-            UsageError: listing every value out of range.
-        """
-        object.__setattr__(self, "hidden", tuple(int(width) for width in self.hidden))
-        problems = []
-        if self.latent < 0:
-            problems.append(f"latent={self.latent}: give at least 1, or 0 for the default")
-        if any(width < 1 for width in self.hidden):
-            problems.append(f"hidden={self.hidden}: give widths of at least 1")
-        if len(self.hidden) > MAX_LAYERS:
-            problems.append(f"hidden has {len(self.hidden)} layers: give at most {MAX_LAYERS}")
-        if not 0 <= self.commitment_weight < float("inf"):
-            problems.append(f"commitment_weight={self.commitment_weight}: give 0 or more")
-        if self.pretrain_epochs < 0:
-            problems.append(f"pretrain_epochs={self.pretrain_epochs}: give 0 or more")
-        if problems:
-            raise UsageError("; ".join(problems))
+    latent: int = option(0, ge=0, le=MAX_WIDTH)
+    hidden: tuple[int, ...] = option((512, 256, 128), ge=1, le=MAX_WIDTH)
+    commitment_weight: float = option(0.25, ge=0)
+    pretrain_epochs: int = option(5, ge=0)
 
 
 class NeuralOptions(TypedDict, total=False):

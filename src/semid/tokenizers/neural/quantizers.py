@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from semid.seeds import child_seed
 from semid.tokenizers.neural.autoencoder import blank_linear
 from semid.tokenizers.neural.codebook import Codebook, UpdateRule, nearest_labels
 
@@ -109,7 +110,10 @@ class ParallelQuantizer(nn.Module):
         for number, each in enumerate(self.maps):
             assert isinstance(each, nn.Linear)
             nn.init.eye_(each.weight)
-            generator = torch.Generator().manual_seed(seed + number)
+            own_seed = seed + number
+            if not -(2**63) <= own_seed < 2**64:  # torch takes no others
+                own_seed = child_seed(seed, "projection", number)
+            generator = torch.Generator().manual_seed(own_seed)
             with torch.no_grad():  # spaces that start alike would stay alike
                 each.weight.add_(torch.randn(latent, latent, generator=generator) / latent)
 

@@ -11,12 +11,13 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from semid.errors import UsageError, check_choice
+from semid.errors import check_choice
 from semid.quantization.blocks import Blocks, Preprocess
 from semid.quantization.nearest import PreparedCodebook, prepare
 from semid.quantization.refine import Part
 from semid.quantization.residual import ResidualCodes, dequantize, encode_residual
 from semid.tokenizers.base import Tokenizer
+from semid.tokenizers.context import check_beam, check_validation_fraction
 from semid.tokenizers.neural.autoencoder import Autoencoder
 from semid.tokenizers.neural.graph import EncoderGraph
 from semid.tokenizers.neural.options import DEVICES, Network
@@ -70,16 +71,12 @@ class NeuralTokenizer(Tokenizer):
     ) -> None:
         super().__init__()
         self.codebook_sizes = sizes
-        if beam_width < 1:
-            raise UsageError(f"beam_width={beam_width}: give at least 1")
-        if not 0 <= validation_fraction < 1:
-            raise UsageError(f"validation_fraction={validation_fraction}: give a share in [0, 1)")
+        check_beam(beam_width, kind=self.kind, hierarchical=self.hierarchical)
+        check_validation_fraction(validation_fraction)
         self.beam_width = int(beam_width)
         self.seed = int(seed)
-        self.network = network if isinstance(network, Network) else Network(**(network or {}))
-        self.training = (
-            training if isinstance(training, TrainOptions) else TrainOptions(**(training or {}))
-        )
+        self.network = Network.of(network)
+        self.training = TrainOptions.of(training)
         self.normalize, self.center = bool(normalize), bool(center)
         self.validation_fraction = float(validation_fraction)
         self.device = check_choice("device", device, DEVICES)
