@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from semid.artefact import FORMAT_VERSION, atomic_file
+from semid.data.columns import concat_tables
 from semid.data.filesystems import is_uri, open_parquet
 from semid.data.ids import ItemIds
 from semid.data.parquet_files import find_parquet
@@ -258,22 +259,38 @@ class SemanticIds:
             model_codes=None if self.model_codes is None else self.model_codes[rows],
         )
 
-    def lookup(self, items: str | Sequence[str]) -> npt.NDArray[np.unsignedinteger[Any]]:
+    def lookup(self, items: Any) -> npt.NDArray[np.unsignedinteger[Any]]:
         """Return the codes of one item ``(levels,)`` or of several ``(n, levels)``.
 
+        Args:
+            items: an item id, or a sequence or array of them: strings or integers. ``7`` and
+                ``"7"`` are one id.
+
         Raises:
+            UsageError: something else than strings and integers.
             IdsError: naming the items that are not in the table.
         """
-        wanted = [items] if isinstance(items, str) else [str(item) for item in items]
-        rows = self.items.index_of(wanted)
-        unknown = [item for item, row in zip(wanted, rows, strict=True) if row < 0]
+        single = isinstance(items, str | bytes) or not isinstance(items, Iterable)
+        names = []
+        for item in [items] if single else items:
+            value = item.as_py() if isinstance(item, pa.Scalar) else item
+            if not isinstance(value, str | int | np.integer) or isinstance(value, bool):
+                raise UsageError(
+                    f"items are looked up by ids, which are strings or integers, not by "
+                    f"{value!r} ({type(value).__name__})"
+                )
+            names.append(str(value))
+        rows = self.items.index_of(names)
+        unknown = [name for name, row in zip(names, rows, strict=True) if row < 0]
         if unknown:
+            example = f"; ids look like '{self.items[0]}'" if len(self) else ""
             raise IdsError(
-                f"{len(unknown)} of {len(wanted)} items are not in these Semantic IDs "
-                f"(first: '{unknown[0]}'); encode them first"
+                f"{len(unknown)} of {len(names)} items are not in these Semantic IDs "
+                f"(first: '{unknown[0]}'{example}); encode them first"
+                f"{self.items.whitespace_hint(unknown)}"
             )
-        found: npt.NDArray[np.unsignedinteger[Any]] = self.codes[rows]
-        return found[0] if isinstance(items, str) else found
+        codes: npt.NDArray[np.unsignedinteger[Any]] = self.codes[rows]
+        return codes[0] if single else codes
 
     def with_prefix(self, prefix: Sequence[int]) -> npt.NDArray[np.int64]:
         """Return the row numbers of the items whose codes start with ``prefix``, rising.
@@ -344,7 +361,7 @@ class SemanticIds:
                     f"the files of '{path}' were made by {len(others)} different models or "
                     "settings; keep the ids of one run in a folder"
                 )
-            table = pa.concat_tables(tables)
+            table = concat_tables(tables)
         except (pa.ArrowInvalid, OSError) as error:
             raise ArtefactError(
                 f"'{path}' cannot be read as Parquet ({error}); copy or encode it again"

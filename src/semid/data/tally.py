@@ -15,7 +15,7 @@ _WORDS = {
     Flag.NULL_VALUE: "null values inside the embedding",
     _NAN: "NaN",
     _INFINITE: "infinite values (or values beyond the range of float32)",
-    Flag.RAGGED: "another width than the rest",
+    Flag.RAGGED: "another width than {dim}, which is the most frequent",
 }
 
 
@@ -60,13 +60,9 @@ class Tally:
             if not count:
                 continue
             row = self.first[kind]
-            advice = (
-                f"all rows must be {self.dim} wide: mend or drop them"
-                if kind == Flag.RAGGED
-                else "drop them or pass --on-invalid skip (on_invalid='skip')"
-            )
             out.append(
-                f"{self.label} holds {count} row{'s' if count > 1 else ''} with {words} "
-                f"(first: item '{self.ids[row]}', row {row}); {advice}"
+                f"{self.label} holds {count} row{'s' if count > 1 else ''} with "
+                f"{words.format(dim=self.dim)} (first: item '{self.ids[row]}', row {row}); "
+                "drop them or pass --on-invalid skip (on_invalid='skip')"
             )
         return out
