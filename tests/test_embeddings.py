@@ -259,6 +259,8 @@ def test_skip_drops_the_same_rows_everywhere(container, layout, tmp_path, caplog
     column = pa.array(spoiled(), type=layout)
     source = pa.table({"item_id": IDS, "embedding": column})
     if container == "parquet":
+        if pa.types.is_fixed_size_list(layout) and int(pa.__version__.split(".")[0]) < 26:
+            pytest.skip("pyarrow before 26 cannot store null rows in lists of a fixed size")
         pq.write_table(source, tmp_path / "x.parquet", row_group_size=4)
         source = tmp_path / "x.parquet"
     elif container == "pandas":

@@ -249,6 +249,17 @@ def test_truncated_parquet(cut, tmp_path):
         open_embeddings(path)
 
 
+def test_null_rows_that_an_old_pyarrow_cannot_read(tmp_path, monkeypatch):
+    path = write(tmp_path / "x.parquet", embedding=column([[1.0, 2.0]], pa.list_(pa.float32(), 2)))
+
+    def refuse(*args, **options):
+        raise pa.ArrowInvalid("Expected all lists to be of size=2 but index 2 had size=0")
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", refuse)
+    with pytest.raises(EmbeddingError, match=r"null rows in a column of fixed-size lists, .*>=26'"):
+        open_embeddings(path).validate()
+
+
 def test_damage_inside_a_parquet_file(tmp_path):
     path = tmp_path / "x.parquet"
     rows = np.random.default_rng(0).normal(size=(3000, 8)).tolist()

@@ -206,6 +206,14 @@ def test_nulls_and_empty_strings_that_no_item_has_are_no_ids():
     assert ItemIds(np.array([2**63], np.uint64))[0] == str(2**63)
 
 
+def test_ids_as_string_views():
+    views = pa.array(["b", "a"], pa.string_view())
+    assert ItemIds(views).index_of(views).tolist() == [0, 1]
+    assert ItemIds(pa.chunked_array([views])).take(np.array([1]))[0] == "a"
+    log = read_interactions(pa.table({"user_id": views, "item_id": views}))
+    assert log.item_ids.to_pylist() == ["b", "a"]
+
+
 def test_frames_whose_ids_are_no_arrow_values():
     for ids, message in (
         ([2**70, 1], r"'item_id' of the pandas table .*beyond 64 bits.*frame\['item_id'\]"),

@@ -21,12 +21,12 @@ __all__ = [
     "is_list",
     "is_text",
     "listed",
+    "normalize_ids",
     "not_float_list",
     "pick_embedding_column",
     "refuse_repeated",
     "require_column",
     "storage",
-    "with_nulls_in_indices",
 ]
 
 
@@ -150,12 +150,15 @@ def _cast_column(table: pa.Table, name: str, kind: pa.DataType) -> pa.Table:
     return table.set_column(number, field, table.column(number).cast(kind))
 
 
-def with_nulls_in_indices(column: Any) -> Any:
-    """Decode a dictionary column that has a null among its values, so that its nulls are counted.
+def normalize_ids(column: Any) -> Any:
+    """Return a column of ids in a type that Arrow counts the nulls of and can take rows of.
 
     Args:
-        column: Arrow array or chunked array of any type; others are returned as they are.
+        column: Arrow array or chunked array. A string view becomes ``large_string``, and a
+            dictionary with a null among its values is decoded; others stay as they are.
     """
+    if column.type == pa.string_view():
+        return column.cast(pa.large_string())
     if not pa.types.is_dictionary(column.type):
         return column
     chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]

@@ -13,7 +13,7 @@ from semid.data.columns import (
     ARROW_CONVERSION_ERRORS,
     conversion_problem,
     id_type_problem,
-    with_nulls_in_indices,
+    normalize_ids,
 )
 from semid.data.hashing import hash_strings, share_mask
 from semid.errors import IdsError, UsageError
@@ -284,7 +284,7 @@ def _to_arrow(values: Any, source: str, *, allow_null: bool = False) -> Any:
         array = array.cast(pa.large_string())
     if problem := id_type_problem(array.type):
         raise IdsError(f"{source} are of type {problem}")
-    array = with_nulls_in_indices(array)
+    array = normalize_ids(array)
     if array.null_count and not allow_null:
         first = int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0])
         raise IdsError(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from semid.data.columns import id_type_problem, require_column, with_nulls_in_indices
+from semid.data.columns import id_type_problem, normalize_ids, require_column
 from semid.data.csv_files import csv_columns, is_csv, read_csv
 from semid.data.frames import is_frame, open_frame
 from semid.data.hashing import hash_strings, share_mask
@@ -269,7 +269,7 @@ def _open(source: Any, *, text: list[str]) -> tuple[list[str], Any, str]:
 
 def _codes(table: pa.Table, name: str, label: str, problems: list[str]) -> tuple[np.ndarray, Any]:
     """Code a column of ids as int32 into the distinct ids, in order of first appearance."""
-    column = with_nulls_in_indices(table.column(name))
+    column = normalize_ids(table.column(name))
     if problem := id_type_problem(column.type):
         problems.append(f"column '{name}' of {label} holds {problem}")
         return np.empty(0, np.int32), None

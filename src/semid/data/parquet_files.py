@@ -88,6 +88,12 @@ def read_failure(
     sentence = wrong_format(path, _expected(kind), allowed="parquet")
     if sentence is not None:
         return kind(sentence)
+    if "Expected all lists to be of size=" in str(error):
+        return kind(
+            f"'{path}' has null rows in a column of fixed-size lists, which pyarrow "
+            f"{pa.__version__} cannot read; upgrade it with: pip install -U 'pyarrow>=26', or "
+            "write the column as lists of variable length"
+        )
     first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
     return kind(
         f"'{path}' could not be read as Parquet: it is truncated, damaged or another format "
