@@ -55,17 +55,17 @@ def load_ids(ids: Any, *, id_column: str | None = None) -> ItemIds:
         return _from_path(path, column or id_column)
     library = library_of(ids)
     if library == "torch":
-        return ItemIds(ids.cpu().numpy())
+        return _ids(ids.cpu().numpy())
     if isinstance(ids, pa.Array | pa.ChunkedArray):
-        return ItemIds(ids)
+        return _ids(ids)
     if library in ("pandas", "polars", "pyarrow"):
         if type(ids).__name__ in ("Series", "Index") or (library == "pandas" and ids.ndim == 1):
-            return ItemIds(_one_column(ids))
+            return _ids(_one_column(ids))
         frame = open_frame(ids)
         chosen = _choose(frame.schema.names, id_column, label=frame.label, explicit=True)
-        return ItemIds(frame.column(str(chosen)), source=f"column '{chosen}' of {frame.label}")
+        return _ids(frame.column(str(chosen)), source=f"column '{chosen}' of {frame.label}")
     if isinstance(ids, Sequence | np.ndarray):
-        return ItemIds(ids)
+        return _ids(ids)
     raise UsageError(
         f"ids are a {type(ids).__name__}; give a path, an array, a list, a table or None"
     )
@@ -83,7 +83,11 @@ def frame_ids(frame: Frame, id_column: str | None) -> ItemIds | None:
     column = _choose(frame.schema.names, id_column, label=frame.label, explicit=False)
     if column is None:
         return None
-    return ItemIds(frame.column(column), source=f"id column '{column}' of {frame.label}")
+    return _ids(frame.column(column), source=f"id column '{column}' of {frame.label}")
+
+
+def _ids(values: Any, *, source: str = "item ids") -> ItemIds:
+    return ItemIds(values, source=source, allow_empty=False)
 
 
 def split_column(spec: str | Path) -> tuple[Path, str | None]:
@@ -129,7 +133,7 @@ def _from_path(path: Path, column: str | None) -> ItemIds:
         names = csv_columns(path, error=IdsError)
         chosen = _choose(names, column, label=f"'{path}'", explicit=True)
         table = read_csv(path, [str(chosen)], text=[str(chosen)], error=IdsError)
-        return ItemIds(table.column(0), source=f"column '{chosen}' of '{path}'")
+        return _ids(table.column(0), source=f"column '{chosen}' of '{path}'")
     if path.is_dir() or is_glob(path) or path.suffix.lower() in (".parquet", ".pq", ".parq"):
         files = ParquetFiles.open(path, error=IdsError)
         chosen = _choose(files.schemas[0].names, column, label=files.label, explicit=True)
@@ -141,14 +145,14 @@ def _from_path(path: Path, column: str | None) -> ItemIds:
             f"'{path}' is read as text with one id per line and has no column '{column}'; give "
             "Parquet or CSV (.csv, .tsv) for ids in a column"
         )
-    return ItemIds(_read_text(path), source=f"ids of '{path}'")
+    return _ids(_read_text(path), source=f"ids of '{path}'")
 
 
 def _parquet_column(files: ParquetFiles, column: str) -> ItemIds:
     for path, schema in zip(files.paths, files.schemas, strict=True):
         require_column(column, schema.names, label=f"'{path}'", flag=_FLAG)
     values = files.read([column]).column(0)
-    return ItemIds(values, source=f"id column '{column}' of {files.label}")
+    return _ids(values, source=f"id column '{column}' of {files.label}")
 
 
 def _read_text(path: Path) -> pa.Array:

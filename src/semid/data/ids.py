@@ -13,6 +13,7 @@ from semid.data.columns import (
     ARROW_CONVERSION_ERRORS,
     conversion_problem,
     id_type_problem,
+    is_text,
     normalize_ids,
 )
 from semid.data.hashing import hash_strings, share_mask
@@ -33,13 +34,16 @@ class ItemIds:
         values: (items,) Arrow array, chunked array, numpy array, or sequence of strings or
             integers.
         source: what the ids are called in errors, in the user's words.
+        allow_empty: whether an empty string may be an id, as it may be a category.
 
     Raises:
-        IdsError: ids are null or empty, of another type, or occur twice.
+        IdsError: ids are null, of another type, or occur twice; or empty, unless allowed.
     """
 
-    def __init__(self, values: Any, *, source: str = "item ids") -> None:
+    def __init__(self, values: Any, *, source: str = "item ids", allow_empty: bool = True) -> None:
         self._values = _to_arrow(values, source)
+        if not allow_empty:
+            _refuse_empty(self._values, source)
         self._count = len(self._values)
         self._lookup: tuple[np.ndarray, np.ndarray] | None = None
         self._refuse_duplicates(source)
@@ -291,19 +295,19 @@ def _to_arrow(values: Any, source: str, *, allow_null: bool = False) -> Any:
             f"{source}: {array.null_count} {'null' if array.null_count == 1 else 'nulls'} "
             f"(first: row {first}); give every item an id or drop the rows"
         )
-    if not allow_null:
-        _refuse_broken_text(array, source)
+    if is_text(array.type):
+        try:
+            array.validate(full=True)  # Some writers store other encodings as text.
+        except pa.ArrowInvalid as error:
+            raise IdsError(
+                f"{source} hold text that is not UTF-8 ({error}); re-encode it"
+            ) from error
     return array
 
 
-def _refuse_broken_text(array: Any, source: str) -> None:
-    """Refuse empty strings and bytes that are not UTF-8, which some writers store as text."""
-    if pa.types.is_integer(array.type):
+def _refuse_empty(array: Any, source: str) -> None:
+    if not is_text(array.type):
         return
-    try:
-        array.validate(full=True)
-    except pa.ArrowInvalid as error:
-        raise IdsError(f"{source} hold text that is not UTF-8 ({error}); re-encode it") from error
     lengths = pc.binary_length(array.dictionary if pa.types.is_dictionary(array.type) else array)
     empty = pc.equal(lengths, 0)
     if pc.any(empty).as_py():

@@ -137,7 +137,8 @@ class Catalogue:
             values = files.read([self.id_column]).column(0)
             if values.type != self.id_type:
                 values = values.cast(self.id_type)
-            ids = ItemIds(values, source=f"id column '{self.id_column}' of {files.label}")
+            source = f"id column '{self.id_column}' of {files.label}"
+            ids = ItemIds(values, source=source, allow_empty=False)
         return ParquetSource(files, self.column, ids=ids, dim=self.dim)
 
     def check_local(self, *, what: str, several: bool) -> None:
