@@ -84,6 +84,40 @@ def test_lookup_of_one_and_of_many():
         ids.lookup(["x", "nope"])
 
 
+@pytest.mark.parametrize("items", [(3, 5, 7), ("3", "5", "7")])
+def test_lookup_by_integers(items):
+    ids = make(items=items)
+    for item in (5, np.int64(5), np.uint8(5), "5", np.str_("5"), pa.scalar(5)):
+        assert ids.lookup(item).tolist() == [3, 1]
+    for several in ([7, 3], (7, 3), np.array([7, 3]), pa.array([7, 3]), range(7, 2, -4), ["7", 3]):
+        assert ids.lookup(several).tolist() == [[0, 2], [0, 7]]
+    with pytest.raises(IdsError, match=r"1 of 1 items .*first: '4'; ids look like '3'"):
+        ids.lookup(4)
+    with pytest.raises(IdsError, match=str(2**70)):
+        ids.lookup(2**70)
+
+
+def test_lookup_by_what_is_no_id():
+    ids = make()
+    with pytest.raises(IdsError, match=r"1 of 1 items .*first: '3'; ids look like 'x'"):
+        ids.lookup(3)
+    with pytest.raises(IdsError, match="1 would match without spaces"):
+        ids.lookup("x ")
+    for value in (3.0, None, True, b"x", [1.5], np.array([True])):
+        with pytest.raises(UsageError, match="ids, which are strings or integers, not by"):
+            ids.lookup(value)
+    with pytest.raises(IdsError, match="not valid Unicode"):
+        ids.lookup("\ud800")
+
+
+def test_files_of_a_folder_may_hold_text_ids_in_different_types(tmp_path):
+    for number, column in enumerate((pa.array(["a", "b", "c"]), pa.array(["d", "e", "f"]))):
+        kept = column if number else column.dictionary_encode()
+        part = SemanticIds(ItemIds(kept), make().codes, make().residual_norms, INFO)
+        part.write(tmp_path / f"{number}.parquet")
+    assert SemanticIds.read(tmp_path).items.strings().to_pylist() == list("abcdef")
+
+
 def test_prefixes():
     ids = make()
     assert ids.with_prefix((0,)).tolist() == [0, 2]

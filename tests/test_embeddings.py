@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semid.data.embeddings import EmbeddingSource, open_embeddings
+from semid.data.parquet_files import ParquetFiles
 from semid.errors import EmbeddingError, IdsError, OutputExistsError, UsageError
 
 ROWS, DIM = 37, 5
@@ -258,6 +259,8 @@ def test_skip_drops_the_same_rows_everywhere(container, layout, tmp_path, caplog
     column = pa.array(spoiled(), type=layout)
     source = pa.table({"item_id": IDS, "embedding": column})
     if container == "parquet":
+        if pa.types.is_fixed_size_list(layout) and int(pa.__version__.split(".")[0]) < 26:
+            pytest.skip("pyarrow before 26 cannot store null rows in lists of a fixed size")
         pq.write_table(source, tmp_path / "x.parquet", row_group_size=4)
         source = tmp_path / "x.parquet"
     elif container == "pandas":
@@ -278,6 +281,108 @@ def test_skip_drops_the_same_rows_everywhere(container, layout, tmp_path, caplog
     assert "first: item 'item-2', row 2" in refused.value.problems[0]
 
 
+def odd_rows(first, odd=()):
+    """37 rows, of which the first and those numbered ``odd`` have another width."""
+    rows = matrix("float64").tolist()
+    rows[0] = first
+    for row in odd:
+        rows[row] = rows[row][:2]
+    return rows
+
+
+LISTS = [
+    ("arrow", pa.list_(pa.float32())),
+    ("arrow", pa.large_list(pa.float64())),
+    ("parquet", pa.list_(pa.float32())),
+    ("parquet", pa.large_list(pa.float16())),
+    ("folder", pa.list_(pa.float32())),
+    ("pandas", pa.list_(pa.float64())),
+    ("arrays", pa.list_(pa.float64())),
+    ("polars", pa.list_(pa.float32())),
+]
+
+
+@pytest.mark.parametrize("first", [[], [1.0], [1.0] * 9, None], ids=["empty", "1", "9", "null"])
+@pytest.mark.parametrize(("container", "kind"), LISTS)
+def test_width_is_the_most_frequent_and_skip_drops_the_others(
+    container, kind, first, tmp_path, caplog
+):
+    rows = odd_rows(first, odd=(7, 30))
+    if kind.value_type == pa.float16():
+        column = pa.array([r and [np.float16(v) for v in r] for r in rows], kind)
+    else:
+        column = pa.array(rows, kind)
+    source = pa.table({"item_id": IDS, "embedding": column})
+    if container == "parquet":
+        pq.write_table(source, tmp_path / "x.parquet", row_group_size=10)
+        source = tmp_path / "x.parquet"
+    elif container == "folder":
+        (tmp_path / "x").mkdir()
+        # The first file holds odd rows alone.
+        for number, (a, b) in enumerate([(0, 1), (1, 20), (20, ROWS)]):
+            pq.write_table(source.slice(a, b - a), tmp_path / "x" / f"{number}.parquet")
+        source = tmp_path / "x"
+    elif container in ("pandas", "arrays"):
+        values = [r and np.array(r) for r in rows] if container == "arrays" else rows
+        source = pd.DataFrame({"item_id": IDS, "embedding": values})
+    elif container == "polars":
+        source = pl.from_arrow(source)
+    opened = open_embeddings(source)
+    assert opened.dim == DIM
+    with pytest.raises(EmbeddingError, match=r"width than 5, .*--on-invalid skip") as refused:
+        opened.validate()
+    count, row = ("2 rows", 7) if first is None else ("3 rows", 0)
+    expected = f"{count} with another width than 5, which is the most frequent"
+    assert f"{expected} (first: item 'item-{row}', row {row})" in str(refused.value)
+    with caplog.at_level(logging.WARNING):
+        opened = open_embeddings(source, on_invalid="skip")
+    assert "dropped 3 of 37 rows with null, NaN or infinite values or of another width" in (
+        caplog.text
+    )
+    keep = [i for i in range(ROWS) if i not in (0, 7, 30)]
+    assert opened.ids.strings().to_pylist() == [IDS[i] for i in keep]
+    for size in (10, 100):
+        got = np.concatenate([block for _, block in opened.blocks(size)])
+        np.testing.assert_array_equal(got, matrix()[keep])
+    np.testing.assert_array_equal(opened.rows([3]), matrix()[keep[3:4]])
+
+
+def test_width_when_footers_or_first_rows_mislead(tmp_path):
+    def width(rows, **options):
+        column = pa.array(rows, pa.list_(pa.float32()))
+        pq.write_table(pa.table({"embedding": column}), tmp_path / "x.parquet", **options)
+        parquet, arrow = (
+            open_embeddings(source, ids=range(len(rows))).dim
+            for source in (tmp_path / "x.parquet", pa.table({"embedding": column}))
+        )
+        assert parquet == arrow
+        return parquet
+
+    two, four = [1.0] * 2, [1.0] * 4
+    assert width([two, four, four, two, four]) == 4
+    assert width([two] * 3 + [[]] * 4 + [None] * 9) == 2  # an empty list is no width
+    # Mean length 3, which no row has; of equally frequent lengths the first counts.
+    assert width([two, four] * 5) == 2
+    # The first row group has one width, all others another.
+    assert width([two] * 2000 + [four] * 2001, row_group_size=1000) == 4
+    assert width([None] * 1500 + [four] * 3, row_group_size=500) == 4
+
+
+def test_valid_lists_are_not_read_to_learn_their_width(tmp_path, monkeypatch):
+    pq.write_table(table(matrix(rows=5000), "list"), tmp_path / "x.parquet", row_group_size=500)
+    sizes = []
+    batches = ParquetFiles.batches
+
+    def count(self, *args, **options):
+        for batch in batches(self, *args, **options):
+            sizes.append(len(batch))
+            yield batch
+
+    monkeypatch.setattr(ParquetFiles, "batches", count)
+    assert open_embeddings(tmp_path / "x.parquet").dim == DIM
+    assert sum(sizes) <= 1024
+
+
 def test_skip_keeps_a_clean_source_as_it_is():
     assert "subset_of" not in open_embeddings(matrix(), on_invalid="skip").describe()
 
@@ -288,3 +393,45 @@ def test_extension_tensor_column():
     column = pa.ExtensionArray.from_storage(kind, storage).slice(3)
     source = open_embeddings(pa.table({"embedding": column}))
     np.testing.assert_array_equal(source.rows(range(3)), matrix()[3:6])
+
+
+def test_tensors_of_more_dimensions_are_refused_as_arrays_are(tmp_path):
+    cube = matrix(dim=8).reshape(ROWS, 2, 4)
+    column = pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(cube))
+    source = pa.table({"item_id": IDS, "embedding": column})
+    pq.write_table(source, tmp_path / "x.parquet")
+    np.save(tmp_path / "x.npy", cube)
+    for place in (source, tmp_path / "x.parquet", tmp_path / "x.npy"):
+        with pytest.raises(EmbeddingError, match=r"shape \((37, )?2, 4\).* one vector"):
+            open_embeddings(place)
+    with pytest.raises(EmbeddingError, match="flat lists of 8"):
+        open_embeddings(source, embedding_column="embedding")
+    flat = pa.FixedShapeTensorArray.from_numpy_ndarray(matrix(dim=8))
+    pq.write_table(pa.table({"embedding": flat}), tmp_path / "flat.parquet")
+    np.testing.assert_array_equal(
+        open_embeddings(tmp_path / "flat.parquet").rows([3]), matrix(dim=8)[[3]]
+    )
+
+
+def test_columns_of_one_name_are_refused(tmp_path):
+    x = list_array(matrix(), "fixed")
+    ids = pa.array(IDS)
+    for names in (["item_id", "embedding", "embedding"], ["item_id", "embedding", "item_id"]):
+        repeated = max(names, key=names.count)
+        arrow = pa.table([ids, x, x if repeated == "embedding" else ids], names=names)
+        pandas = pd.concat(
+            [pd.DataFrame({"item_id": IDS}), pd.DataFrame({"embedding": list(matrix())})], axis=1
+        )
+        pandas = pd.concat([pandas, pandas[[repeated]]], axis=1)
+        pq.write_table(arrow, tmp_path / "x.parquet")
+        for source in (arrow, pandas, tmp_path / "x.parquet"):
+            message = f"several columns called '{repeated}'; rename all but one"
+            with pytest.raises(UsageError, match=message):
+                open_embeddings(source)
+            with pytest.raises(UsageError, match=message):
+                open_embeddings(source, embedding_column="embedding", id_column="item_id")
+    # A repeated column that is not read does no harm.
+    extra = pd.concat(
+        [pandas.iloc[:, :2], pd.DataFrame(0, range(ROWS), ["price", "price"])], axis=1
+    )
+    assert open_embeddings(extra).ids[1] == "item-1"

@@ -149,6 +149,35 @@ def test_a_driver_that_was_killed_goes_on(model, folder, tmp_path, inline, monke
     same_as_local(model, folder, tmp_path / "ids")
 
 
+def test_units_have_the_width_and_the_id_type_of_all_files(model, clustered, tmp_path, inline):
+    rows = clustered.tolist()
+    # The first unit begins with rows of another width, and has them alone.
+    for row in range(100):
+        rows[row] = [] if row % 2 else rows[row][:3]
+    ids = pa.array([f"i{row}" for row in range(len(rows))])
+    folder = tmp_path / "items"
+    folder.mkdir()
+    for number, (a, b) in enumerate([(0, 100), (100, 700), (700, 1200)]):
+        names = ids[a:b].dictionary_encode() if number == 1 else ids[a:b]
+        column = pa.array(rows[a:b], pa.list_(pa.float32()))
+        table = pa.table({"item_id": names, "embedding": column})
+        pq.write_table(table, folder / f"{number}.parquet", row_group_size=300)
+    catalogue = Catalogue.open(folder)
+    assert catalogue.dim == clustered.shape[1]
+    assert catalogue.id_type == pa.large_string()
+    for unit in catalogue.units(rows=1):
+        source = catalogue.source([unit])
+        assert (source.dim, source.ids.to_arrow().type) == (catalogue.dim, pa.large_string())
+    encode_folder(model, folder, tmp_path / "ids", engine=ONE, on_invalid="skip")
+    written = semid.SemanticIds.read(tmp_path / "ids")
+    tokenizer = semid.load(model)
+    expected = tokenizer.encode(semid.open_embeddings(folder, on_invalid="skip"))
+    assert written.items == expected.items
+    np.testing.assert_array_equal(written.codes, expected.codes)
+    with pytest.raises(EmbeddingError, match="100 rows with another width than 24"):
+        encode_folder(model, folder, tmp_path / "other", engine=ONE)
+
+
 def test_a_resume_with_another_model_is_refused(model, folder, clustered, tmp_path, inline):
     info = semid.load(model).codes_info()
     catalogue = Catalogue.open(folder)

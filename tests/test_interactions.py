@@ -210,6 +210,14 @@ def test_further_columns_are_kept_on_request():
     ("change", "message"),
     [
         ({"user_id": ["u", None]}, "'user_id' of the arrow table holds 1 nulls"),
+        (
+            {
+                "item_id": pa.DictionaryArray.from_arrays(
+                    pa.array([0, 1], pa.int32()), pa.array([None, "a"])
+                )
+            },
+            "'item_id' of the arrow table holds 1 nulls",
+        ),
         ({"item_id": [None, None]}, "'item_id'.*(nulls|holds null)"),
         ({"item_id": [1.5, 2.5]}, "holds double; ids are strings or integers"),
         ({"timestamp": ["x", "y"]}, "holds string; give numbers, dates or timestamps"),

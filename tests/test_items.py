@@ -16,8 +16,9 @@ from semid.data.embeddings import open_embeddings
 from semid.data.hashing import hash_strings, share_mask
 from semid.data.id_sources import load_ids, split_column
 from semid.data.ids import ItemIds, held_out_mask
+from semid.data.interactions import read_interactions
 from semid.data.items import read_items
-from semid.errors import IdsError, UsageError
+from semid.errors import IdsError, InputError, InteractionsError, UsageError
 
 X = np.ones((3, 2), np.float32)
 
@@ -137,11 +138,22 @@ def test_lookup_survives_hash_collisions(monkeypatch):
     [
         (["a", None, "b"], r": 1 null \(first: row 1\)"),
         ([1.5, 2.5], r"type double; ids are strings or integers"),
-        ([1, "a"], "mix types"),
+        ([1, "a"], "mixes types"),
         ([True, False], "type bool"),
         (np.ones((2, 2), int), r"shape \(2, 2\)"),
         (list("abcabb"), r"2 ids more than once \(3 rows too many\): 'a' \(2 times\), 'b'"),
         ([7, 8, 7], r"'7' \(2 times\)"),
+        ([2**70, 1], r"integers beyond 64 bits: give them as strings"),
+        (["a", "\ud800"], r"not valid Unicode \('\\ud800'\)"),
+        ([b"a", b"b"], "type binary; .*decode the bytes"),
+        (np.array([b"a", b"b"]), "type .*binary.*decode the bytes"),
+        (np.array(["2020-01-01"], "M8[s]"), r"type timestamp\[s\].*cast the column"),
+        (np.array([1.0, 2.0]), "type double; .*cast whole numbers to int64"),
+        (pa.array([b"a\xff"]).cast(pa.string(), safe=False), "text that is not UTF-8"),
+        (
+            pa.DictionaryArray.from_arrays(pa.array([1, 0]), pa.array([None, "a"])),
+            r": 1 null \(first: row 1\)",
+        ),
         (list("abcdefgabcdefg"), r"7 ids more than once \(7 rows too many\).*, \.\.\.;"),
     ],
 )
@@ -186,6 +198,113 @@ def test_ids_from_every_place(tmp_path):
     assert load_ids(range(3)).strings().to_pylist() == ["0", "1", "2"]
 
 
+def test_empty_strings_are_no_ids_of_a_catalogue(tmp_path):
+    pq.write_table(pa.table({"item_id": ["a", ""], "embedding": [[1.0], [2.0]]}), tmp_path / "x.pq")
+    coded = pa.array(["b", "a", "", ""]).dictionary_encode()
+    for ids, message in (
+        (["a", "", "b"], r"1 empty string \(first: row 1\)"),
+        (pa.array([""]), "1 empty string"),
+        (pd.Series(["a", "b", ""]), r"row 2"),
+        (pa.table({"item_id": coded}), r"2 empty strings \(first: row 2\)"),
+        (tmp_path / "x.pq", r"'item_id' of .*1 empty string \(first: row 1\)"),
+    ):
+        with pytest.raises(IdsError, match=message):
+            load_ids(ids)
+    with pytest.raises(IdsError, match="1 empty string"):
+        open_embeddings(tmp_path / "x.pq")
+
+
+def test_nulls_and_empty_strings_that_no_item_has_are_no_ids():
+    unused = pa.DictionaryArray.from_arrays(pa.array([2, 3]), pa.array([None, "", "a", "b"]))
+    assert load_ids(unused).strings().to_pylist() == ["a", "b"]
+    assert ItemIds(np.array([2**63], np.uint64))[0] == str(2**63)
+
+
+def test_ids_as_string_views():
+    views = pa.array(["b", "a"], pa.string_view())
+    assert ItemIds(views).index_of(views).tolist() == [0, 1]
+    assert ItemIds(pa.chunked_array([views])).take(np.array([1]))[0] == "a"
+    log = read_interactions(pa.table({"user_id": views, "item_id": views}))
+    assert log.item_ids.to_pylist() == ["b", "a"]
+
+
+def test_frames_whose_ids_are_no_arrow_values():
+    for ids, message in (
+        ([2**70, 1], r"'item_id' of the pandas table .*beyond 64 bits.*frame\['item_id'\]"),
+        (["\ud800", "a"], "'item_id' of the pandas table .*not valid Unicode"),
+        ([1, "a"], r"'item_id' of the pandas table mixes types.*frame\['item_id'\]"),
+    ):
+        frame = pd.DataFrame({"item_id": pd.Series(ids, dtype=object), "embedding": [[1.0], [2.0]]})
+        with pytest.raises(InputError, match=message):
+            open_embeddings(frame)
+
+
+TEXT_KINDS = [
+    lambda ids: pa.array(ids),
+    lambda ids: pa.array(ids, pa.large_string()),
+    lambda ids: pa.array(ids).dictionary_encode(),
+    lambda ids: pa.array(ids, pa.large_string()).dictionary_encode(),
+    lambda ids: pa.array(ids, pa.dictionary(pa.int8(), pa.string())),
+]
+
+
+@pytest.mark.parametrize("second", range(5))
+@pytest.mark.parametrize("first", range(5))
+def test_files_may_hold_text_in_different_types(first, second, tmp_path):
+    halves = [TEXT_KINDS[first](["b", "a"]), TEXT_KINDS[second](["007", "c"])]
+    for number, ids in enumerate(halves):
+        columns = {"item_id": ids, "title": ids, "user_id": ids, "embedding": [[1.0], [2.0]]}
+        pq.write_table(pa.table(columns), tmp_path / f"{number}.parquet")
+    names = ["b", "a", "007", "c"]
+    assert open_embeddings(tmp_path).ids.strings().to_pylist() == names
+    assert load_ids(tmp_path).strings().to_pylist() == names
+    items = read_items(tmp_path)
+    assert (items.ids.strings().to_pylist(), items.titles.to_pylist()) == (names, names)
+    log = read_interactions(tmp_path)
+    assert log.item_ids.take(pa.array(log.items)).to_pylist() == names
+    assert log.user_ids.type == pa.large_string()
+
+
+def test_text_and_numbers_do_not_mix(tmp_path):
+    for number, ids in enumerate((["a"], [1])):
+        pq.write_table(pa.table({"item_id": ids, "user_id": ["u"]}), tmp_path / f"{number}.parquet")
+    with pytest.raises(IdsError, match=r"do not agree on the types .*int64.*string"):
+        load_ids(tmp_path)
+
+
+def test_columns_of_one_name_are_refused_wherever_they_are_read(tmp_path):
+    ids, titles = pa.array(["a", "b"]), pa.array(["x", "y"])
+    table = pa.table([ids, titles, titles], names=["item_id", "title", "title"])
+    pq.write_table(table, tmp_path / "x.parquet")
+    (tmp_path / "x.csv").write_text("item_id,title,title\na,x,y\n", encoding="utf8")
+    for source in (table, table.to_pandas(), tmp_path / "x.parquet", tmp_path / "x.csv"):
+        with pytest.raises(UsageError, match="several columns called 'title'; rename all but one"):
+            read_items(source)
+        assert load_ids(source)[0] == "a"
+    table = pa.table([ids, ids], names=["item_id", "item_id"])
+    pq.write_table(table, tmp_path / "x.parquet")
+    (tmp_path / "x.csv").write_text("item_id,item_id\na,x\n", encoding="utf8")
+    for source in (table, table.to_pandas(), tmp_path / "x.parquet", tmp_path / "x.csv"):
+        with pytest.raises(UsageError, match="several columns called 'item_id'"):
+            load_ids(source)
+
+
+def test_ids_that_differ_by_spaces_are_pointed_out(caplog):
+    catalogue = ItemIds(["a", "b", "c"])
+    assert catalogue.whitespace_hint(["x", "y"]) == ""
+    assert "; 2 would match without spaces" in catalogue.whitespace_hint(["a ", " b", "x"])
+    assert "; 1 would match without spaces" in ItemIds(["a ", "z"]).whitespace_hint(["a"])
+    log = read_interactions(pa.table({"user_id": ["u", "u"], "item_id": ["a ", "b "]}))
+    with pytest.raises(InteractionsError, match=r"like 'a '.*2 would match without spaces"):
+        log.catalogue_rows(catalogue)
+    log = read_interactions(pa.table({"user_id": ["u", "u"], "item_id": ["a ", "b"]}))
+    with caplog.at_level(logging.WARNING):
+        assert log.catalogue_rows(catalogue).tolist() == [-1, 1]
+    assert "1 would match without spaces" in caplog.text
+    with pytest.raises(IdsError, match="2 would match without spaces"):
+        read_items(ITEMS, ids=ItemIds(["a ", "b\t"]))
+
+
 def test_id_column_beside_the_embeddings(tmp_path, caplog):
     frame = pd.DataFrame({"asin": ["a", "b"], "embedding": [[1.0], [2.0]]})
     assert open_embeddings(frame, id_column="asin").ids[1] == "b"
@@ -216,7 +335,7 @@ def test_id_files_that_cannot_be_used(tmp_path):
     with pytest.raises(UsageError, match="ids are a int"):
         load_ids(3)
     files = {
-        "binary.txt": (b"\xff\xfe\x00", "not UTF-8"),
+        "binary.txt": (b"\xfa\xfe\x00", "not UTF-8"),
         "empty.txt": (b"", "is empty"),
         "gap.txt": (b"a\n\nb\n", "1 empty lines .first: line 2"),
         "empty.csv": (b"", "is empty"),
@@ -229,7 +348,7 @@ def test_id_files_that_cannot_be_used(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(IdsError, match=message):
             load_ids(tmp_path / name)
-    with pytest.raises(UsageError, match="one id a line and has no column"):
+    with pytest.raises(UsageError, match="one id per line and has no column"):
         load_ids(f"{tmp_path}/gap.txt:asin")
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ MAX_LEVELS = 1024
 """Codes per item; published tokenizers have 3 to 64."""
 
 PARQUET_OPTIONS: dict[str, Any] = {"write_page_checksum": True}
-"""How Semantic IDs are written: readers verify the checksums (`semid.data.filesystems`)."""
+"""How Semantic IDs are written: readers verify the checksums (`semid.filesystems`)."""
 
 
 def code_dtype(codebook_sizes: Sequence[int]) -> np.dtype[Any]:
@@ -293,22 +293,38 @@ class SemanticIds:
             model_codes=None if self.model_codes is None else self.model_codes[rows],
         )
 
-    def lookup(self, items: str | Sequence[str]) -> npt.NDArray[np.unsignedinteger[Any]]:
+    def lookup(self, items: Any) -> npt.NDArray[np.unsignedinteger[Any]]:
         """Return the codes of one item ``(levels,)`` or of several ``(n, levels)``.
 
+        Args:
+            items: an item id, or a sequence or array of them: strings or integers. ``7`` and
+                ``"7"`` are one id.
+
         Raises:
+            UsageError: something else than strings and integers.
             IdsError: naming the items that are not in the table.
         """
-        wanted = [items] if isinstance(items, str) else [str(item) for item in items]
-        rows = self.items.index_of(wanted)
-        unknown = [item for item, row in zip(wanted, rows, strict=True) if row < 0]
+        single = isinstance(items, str | bytes) or not isinstance(items, Iterable)
+        names = []
+        for item in [items] if single else items:
+            value = item.as_py() if isinstance(item, pa.Scalar) else item
+            if not isinstance(value, str | int | np.integer) or isinstance(value, bool):
+                raise UsageError(
+                    f"items are looked up by ids, which are strings or integers, not by "
+                    f"{value!r} ({type(value).__name__})"
+                )
+            names.append(str(value))
+        rows = self.items.index_of(names)
+        unknown = [name for name, row in zip(names, rows, strict=True) if row < 0]
         if unknown:
+            example = f"; ids look like '{self.items[0]}'" if len(self) else ""
             raise IdsError(
-                f"{len(unknown)} of {len(wanted)} items are not in these Semantic IDs "
-                f"(first: '{unknown[0]}'); encode them first"
+                f"{len(unknown)} of {len(names)} items are not in these Semantic IDs "
+                f"(first: '{unknown[0]}'{example}); encode them first"
+                f"{self.items.whitespace_hint(unknown)}"
             )
-        found: npt.NDArray[np.unsignedinteger[Any]] = self.codes[rows]
-        return found[0] if isinstance(items, str) else found
+        codes: npt.NDArray[np.unsignedinteger[Any]] = self.codes[rows]
+        return codes[0] if single else codes
 
     def with_prefix(self, prefix: Sequence[int]) -> npt.NDArray[np.int64]:
         """Return the row numbers of the items whose codes start with ``prefix``, rising.

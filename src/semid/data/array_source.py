@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from semid.data.blocks import RawBlock
+from semid.data.file_kinds import wrong_format
 from semid.data.ids import ItemIds
 from semid.data.source import EmbeddingSource
 from semid.errors import EmbeddingError, IdsError, UsageError, brief
@@ -218,6 +219,9 @@ def _read_header(path: Path) -> tuple[np.dtype[Any], bool, tuple[int, ...], int]
         MemoryError,  # ast's word, as RecursionError, for nesting without end
         RecursionError,
     ) as error:
+        sentence = wrong_format(path, "embeddings", allowed="npy")
         raise EmbeddingError(
             f"'{path}' is not an .npy file ({brief(error)}); write it with numpy.save"
+            if sentence is None
+            else f"{sentence} (its name ends in .npy, and it is not an .npy file)"
         ) from error

@@ -2,30 +2,48 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from semid.data.blocks import Flag, RawBlock
 from semid.data.columns import float_list_width
 
-__all__ = ["first_width", "list_rows"]
+__all__ = ["list_rows", "most_common_width", "row_lengths"]
 
 
-def first_width(array: Any) -> int | None:
-    """Return the width of the rows: the type's, else that of the first row that is not null."""
-    fixed = float_list_width(array.type)
-    if fixed is not None:
-        return fixed
-    for chunk in array.chunks if isinstance(array, pa.ChunkedArray) else [array]:
-        chunk = _plain(chunk)
-        for start in range(0, len(chunk), 65_536):
-            part = chunk.slice(start, 65_536)
-            if part.null_count < len(part):
-                row = int(np.flatnonzero(part.is_valid().to_numpy(zero_copy_only=False))[0])
-                return len(part[row])
-    return None
+def row_lengths(array: Any) -> np.ndarray:
+    """Return the lengths of the lists (n,) of an Arrow array of variable lists, nulls left out."""
+    lengths: np.ndarray = pc.list_value_length(_plain(array)).drop_null().to_numpy()
+    return lengths
+
+
+def most_common_width(lengths: Iterable[np.ndarray], rows: int) -> int | None:
+    """Return the most frequent length of lists, the width that an embedding column should have.
+
+    Args:
+        lengths: lengths of the lists, in pieces; read only until one length has a majority.
+        rows: number of all rows.
+
+    Returns:
+        The length; of several that are equally frequent the one that comes first. Empty lists
+        count only where there are no others. None without any list.
+    """
+    votes: Counter[int] = Counter()
+    empty = False
+    for part in lengths:
+        empty |= bool((part == 0).any())
+        widths, first, counts = np.unique(part[part > 0], return_index=True, return_counts=True)
+        for place in np.argsort(first):
+            votes[int(widths[place])] += int(counts[place])
+        if votes and 2 * max(votes.values()) > rows:
+            break
+    # max() returns the first of equals, and a Counter keeps the order of insertion.
+    return max(votes, key=votes.__getitem__, default=0 if empty else None)
 
 
 def list_rows(array: Any, dim: int) -> RawBlock:

@@ -9,8 +9,9 @@ import numpy as np
 import pyarrow as pa
 
 from semid.data.array_source import check_matrix, matching_ids
-from semid.data.arrow_rows import first_width, list_rows
+from semid.data.arrow_rows import list_rows, most_common_width, row_lengths
 from semid.data.blocks import BLOCK, RawBlock, reblock
+from semid.data.columns import float_list_width
 from semid.data.ids import ItemIds
 from semid.data.source import EmbeddingSource
 from semid.errors import EmbeddingError, brief
@@ -53,6 +54,15 @@ class ObjectChunk:
         """Return the rows at an Arrow array of indices as an Arrow array."""
         return self._convert(self._values[indices.to_numpy()])
 
+    def lengths(self) -> np.ndarray:
+        """Return the lengths (n,) of the lists and arrays among the rows."""
+        lengths = (
+            len(row)
+            for row in self._values
+            if isinstance(row, list | tuple) or (isinstance(row, np.ndarray) and row.ndim)
+        )
+        return np.fromiter(lengths, dtype=np.int64)
+
     def _convert(self, values: np.ndarray) -> Any:
         try:
             return pa.array(values, type=pa.large_list(pa.float64()), from_pandas=True)
@@ -90,12 +100,7 @@ class ArrowSource(EmbeddingSource):
         self._chunks = [chunk for chunk in chunks if len(chunk)]
         self._starts = np.cumsum([0, *map(len, self._chunks)])
         count = int(self._starts[-1])
-        widths = (
-            first_width(chunk.slice(start, min(BLOCK, len(chunk) - start)))
-            for chunk in self._chunks
-            for start in range(0, len(chunk), BLOCK)
-        )
-        width = next((w for w in widths if w is not None), None)
+        width = _width(self._chunks, count)
         if count and width is None:
             raise EmbeddingError(f"{label} holds nothing but nulls in its {count} rows")
         check_matrix(label, (count, width or 0))
@@ -137,3 +142,16 @@ class ArrowSource(EmbeddingSource):
                 if raw.flags is not None:
                     flags[part] = raw.flags
         return RawBlock(values, flags if flags.any() else None)
+
+
+def _width(chunks: Sequence[Any], count: int) -> int | None:
+    """Return the width that the type of the chunks fixes, else the most frequent length."""
+    if chunks and not isinstance(chunks[0], ObjectChunk):
+        fixed = float_list_width(chunks[0].type)
+        if fixed is not None:
+            return fixed
+    lengths = (
+        chunk.lengths() if isinstance(chunk, ObjectChunk) else row_lengths(chunk)
+        for chunk in chunks
+    )
+    return most_common_width(lengths, count)

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import Any
+
 import pyarrow as pa
 
-from semid.errors import EmbeddingError, UsageError, nearest_name
+from semid.errors import EmbeddingError, UsageError, brief, nearest_name
 
 __all__ = [
-    "NOT_ARROW",
+    "ARROW_CONVERSION_ERRORS",
+    "common_type",
+    "concat_tables",
+    "conversion_problem",
     "float_list_width",
+    "id_type_problem",
     "is_float_list",
     "is_list",
+    "is_text",
     "listed",
+    "normalize_ids",
+    "not_float_list",
     "pick_embedding_column",
+    "refuse_repeated",
     "require_column",
     "storage",
 ]
-
-
-NOT_ARROW = (pa.ArrowException, TypeError, UnicodeError, OverflowError)
-"""What `pyarrow.array` raises for Python values of no Arrow type, such as lone surrogates."""
 
 
 def storage(kind: pa.DataType) -> pa.DataType:
@@ -36,8 +44,17 @@ def is_list(kind: pa.DataType) -> bool:
 
 
 def is_float_list(kind: pa.DataType) -> bool:
-    """Whether a column of this type can hold embeddings: lists of float16, float32 or float64."""
+    """Whether a column of this type can hold embeddings: lists of float16, float32 or float64.
+
+    Tensors of more than one dimension cannot: which of their axes are features is not known.
+    """
+    if _tensor_shape(kind)[1:]:
+        return False
     return is_list(kind) and bool(pa.types.is_floating(storage(kind).value_type))
+
+
+def _tensor_shape(kind: pa.DataType) -> tuple[int, ...]:
+    return tuple(kind.shape) if isinstance(kind, pa.FixedShapeTensorType) else ()
 
 
 def float_list_width(kind: pa.DataType) -> int | None:
@@ -46,13 +63,124 @@ def float_list_width(kind: pa.DataType) -> int | None:
     return kind.list_size if pa.types.is_fixed_size_list(kind) else None
 
 
+ARROW_CONVERSION_ERRORS = (pa.ArrowException, TypeError, UnicodeError, OverflowError)
+"""What `pyarrow.array` raises for Python values that do not make one column."""
+
+
+def conversion_problem(error: Exception, cast: str) -> str:
+    """Say why Python values make no Arrow column and what to do, in a sentence after a name.
+
+    Args:
+        error: one of `ARROW_CONVERSION_ERRORS`.
+        cast: what makes strings of the values.
+    """
+    if isinstance(error, OverflowError):
+        return f"holds integers beyond 64 bits: give them as strings, for example {cast}"
+    if isinstance(error, UnicodeEncodeError):
+        text = error.object[error.start : error.start + 1]
+        return f"holds text that is not valid Unicode ({text!a}): repair or re-encode it"
+    return f"mixes types ({brief(error)}): cast it to one, for example {cast}"
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds text, dictionary-coded or not."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(
+        pa.types.is_string(kind) or pa.types.is_large_string(kind) or kind == pa.string_view()
+    )
+
+
+def id_type_problem(kind: pa.DataType) -> str | None:
+    """Name a type that ids cannot have and say what to do; None for strings and integers."""
+    plain = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if is_text(plain) or pa.types.is_integer(plain):
+        return None
+    advice = "cast the column, for example to string"
+    if pa.types.is_floating(plain):
+        advice = (
+            "cast whole numbers to int64 (pandas makes floats of integers where some are missing: "
+            "drop those rows first)"
+        )
+    elif pa.types.is_binary(plain) or pa.types.is_large_binary(plain):
+        advice = "decode the bytes, for example by a cast to string"
+    elif pa.types.is_boolean(plain):
+        advice = "name the column that tells the items apart"
+    return f"{kind}; ids are strings or integers: {advice}"
+
+
+def common_type(kinds: Sequence[pa.DataType]) -> pa.DataType:
+    """Return one type for columns that are read one after another.
+
+    All kinds of text become ``large_string``; numbers become the wider type.
+
+    Raises:
+        ArrowException: there is no such type.
+    """
+    if len(set(kinds)) > 1 and all(map(is_text, kinds)):
+        return pa.large_string()
+    schemas = [pa.schema([("column", kind)]) for kind in kinds]
+    return pa.unify_schemas(schemas, promote_options="permissive").field(0).type
+
+
+def concat_tables(tables: Sequence[pa.Table]) -> pa.Table:
+    """Join tables of the same columns row by row, each column in its `common_type`.
+
+    Raises:
+        ArrowException: a column has types without a common one.
+    """
+    for name in tables[0].column_names if tables else ():
+        kinds = [table.schema.field(name).type for table in tables if name in table.column_names]
+        if len(set(kinds)) > 1 and all(map(is_text, kinds)):
+            tables = [_cast_column(table, name, pa.large_string()) for table in tables]
+    return pa.concat_tables(tables, promote_options="permissive")
+
+
+def _cast_column(table: pa.Table, name: str, kind: pa.DataType) -> pa.Table:
+    number = table.schema.get_field_index(name)
+    if number < 0:
+        return table
+    field = table.schema.field(number).with_type(kind)
+    return table.set_column(number, field, table.column(number).cast(kind))
+
+
+def normalize_ids(column: Any) -> Any:
+    """Return a column of ids in a type that Arrow counts the nulls of and can take rows of.
+
+    Args:
+        column: Arrow array or chunked array. A string view becomes ``large_string``, and a
+            dictionary with a null among its values is decoded; others stay as they are.
+    """
+    if column.type == pa.string_view():
+        return column.cast(pa.large_string())
+    if not pa.types.is_dictionary(column.type):
+        return column
+    chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+    if any(chunk.dictionary.null_count for chunk in chunks):
+        return column.cast(column.type.value_type)
+    return column
+
+
+def refuse_repeated(columns: Sequence[str], names: Sequence[str], *, label: str) -> None:
+    """Refuse a table in which one of ``columns`` occurs more than once.
+
+    Raises:
+        UsageError: naming the table and the column.
+    """
+    for name in columns:
+        if list(names).count(name) > 1:
+            raise UsageError(f"{label} has several columns called '{name}'; rename all but one")
+
+
 def require_column(name: str, columns: list[str], *, label: str, flag: str) -> str:
     """Return ``name`` if it is a column.
 
     Raises:
-        UsageError: with the columns there are, the nearest of them, and the flag to correct.
+        UsageError: with the columns there are, the nearest of them, and the flag to correct; or
+            several columns have that name.
     """
     if name in columns:
+        refuse_repeated([name], columns, label=label)
         return name
     raise UsageError(
         f"{label} has no column '{name}'{nearest_name(name, columns)}; it has "
@@ -76,10 +204,8 @@ def pick_embedding_column(schema: pa.Schema, wanted: str | None, *, label: str) 
     candidates = [field.name for field in schema if is_float_list(field.type)]
     if wanted is not None:
         require_column(wanted, schema.names, label=label, flag=flag)
-        if schema.get_all_field_indices(wanted)[1:]:
-            raise UsageError(f"{label} has several columns called '{wanted}'; rename all but one")
-    elif "embedding" in schema.names and schema.names.count("embedding") == 1:
-        wanted = "embedding"
+    elif "embedding" in schema.names:
+        wanted = require_column("embedding", schema.names, label=label, flag=flag)
     elif len(candidates) == 1:
         return str(candidates[0])
     elif candidates:
@@ -97,10 +223,20 @@ def pick_embedding_column(schema: pa.Schema, wanted: str | None, *, label: str) 
     kind = schema.field(wanted).type
     if not is_float_list(kind):
         raise EmbeddingError(
-            f"column '{wanted}' of {label} holds {kind}; embeddings are lists of float16, float32 "
-            f"or float64{_other_candidates(candidates, flag)}"
+            f"column '{wanted}' of {label} {not_float_list(kind)}"
+            f"{_other_candidates(candidates, flag)}"
         )
     return wanted
+
+
+def not_float_list(kind: pa.DataType) -> str:
+    """Say what a column that holds no embeddings holds, in a sentence after its name."""
+    if shape := _tensor_shape(kind):
+        return (
+            f"holds tensors of shape {shape}; embeddings are one vector per item: average or "
+            f"select one, or write the tensors as flat lists of {math.prod(shape)}"
+        )
+    return f"holds {kind}; embeddings are lists of float16, float32 or float64"
 
 
 def listed(names: list[str], most: int = 20) -> str:

@@ -47,11 +47,13 @@ def open_embeddings(
         embedding_column: a table's embedding column; None takes ``embedding``, else the only
             column of float lists.
         id_column: the id column; None takes ``item_id``.
-        on_invalid: ``error`` refuses rows with null, NaN or infinite values when they are read;
-            ``skip`` drops them and their ids, for one pass over the rows now.
+        on_invalid: ``error`` refuses rows with null, NaN or infinite values, or of another width
+            than most, when they are read; ``skip`` drops them and their ids, for one pass over the
+            rows now.
 
     Returns:
-        The source. Opening reads headers, the ids, and no embeddings beyond the first rows.
+        The source. Opening reads headers, the ids and the first rows; more rows only where lists
+        differ in length, to learn which length is the most frequent.
 
     Raises:
         UsageError: an option that does not fit, a path or a column that is not there.
@@ -110,16 +112,6 @@ def _open_path(
     if suffix == ".npy" and given.is_file():
         _refuse_columns("an .npy file", embedding_column, id_column, ids)
         return open_npy(given, ids=ids)
-    if suffix == ".npz":
-        raise UsageError(
-            f"'{path}' is an archive of arrays, which cannot be memory-mapped; save the one matrix "
-            "with numpy.save as .npy"
-        )
-    if suffix in (".csv", ".tsv", ".json", ".jsonl", ".txt", ".pt", ".pkl"):
-        raise UsageError(
-            f"'{path}' is neither .npy nor Parquet; write embeddings with numpy.save or as a "
-            "Parquet column of float lists"
-        )
     files = ParquetFiles.open(path if remote else given)
     column = pick_embedding_column(files.schemas[0], embedding_column, label=files.label)
     return ParquetSource(
@@ -148,17 +140,19 @@ def _drop_invalid(source: EmbeddingSource) -> EmbeddingSource:
     dropped = len(source) - int(usable.sum())
     if dropped == len(source):
         raise EmbeddingError(
-            f"{source.label}: none of its {len(source)} rows is without null, NaN or infinite "
-            "values; nothing would be left"
+            f"{source.label}: every one of its {len(source)} rows has null, NaN or infinite values "
+            "or another width; nothing would be left"
         )
     if not dropped:
         return source
     first = int(np.flatnonzero(~usable)[0])
     _log.warning(
-        "%s: dropped %d of %d rows with null, NaN or infinite values (first: item '%s', row %d)",
+        "%s: dropped %d of %d rows with null, NaN or infinite values or of another width than %d "
+        "(first: item '%s', row %d)",
         source.label,
         dropped,
         len(source),
+        source.dim,
         source.ids[first],
         first,
     )

@@ -13,8 +13,13 @@ import numpy as np
 import pyarrow as pa
 
 from semid.data.arrow_source import Chunk, ObjectChunk
-from semid.data.columns import NOT_ARROW, storage
-from semid.errors import InputError, UsageError, brief
+from semid.data.columns import (
+    ARROW_CONVERSION_ERRORS,
+    conversion_problem,
+    refuse_repeated,
+    storage,
+)
+from semid.errors import InputError, UsageError
 
 __all__ = ["Frame", "is_frame", "library_of", "open_frame"]
 
@@ -55,7 +60,15 @@ class Frame:
         return len(self.table)
 
     def column(self, name: str) -> Any:
-        """Return a whole column as an Arrow chunked array."""
+        """Return a whole column as an Arrow chunked array.
+
+        Raises:
+            UsageError: the table has several columns of that name.
+        """
+        refuse_repeated([name], self.schema.names, label=self.label)
+        return self._column(name)
+
+    def _column(self, name: str) -> Any:
         return self.table.column(name)
 
     def chunks(self, name: str) -> Sequence[Chunk]:
@@ -76,37 +89,41 @@ class PandasFrame(Frame):
     def __init__(self, frame: Any) -> None:
         # An index with a name is a column to its owner: often the item id.
         self._index = str(frame.index.name) if frame.index.name is not None else None
-        fields = [(str(name), _pandas_type(frame[name])) for name in frame.columns]
+        # By position: two columns may have one name.
+        fields = [
+            (str(name), _pandas_type(frame.iloc[:, place]))
+            for place, name in enumerate(frame.columns)
+        ]
         if self._index is not None and self._index not in map(str, frame.columns):
             fields.append((self._index, _pandas_type(frame.index.to_series())))
         else:
             self._index = None
-        self._names = {str(name): name for name in frame.columns}
+        self._places = {str(name): place for place, name in enumerate(frame.columns)}
         super().__init__(frame, pa.schema(fields))
 
-    def column(self, name: str) -> Any:
-        """Return a whole column as an Arrow chunked array."""
+    def _column(self, name: str) -> Any:
         series = self._series(name)
         try:
             array = pa.array(series, from_pandas=True)
-        except NOT_ARROW as error:
+        except ARROW_CONVERSION_ERRORS as error:
             raise InputError(
-                f"column '{name}' of {self.label} mixes types ({brief(error)}); cast it "
-                f"to one, for example frame['{name}'].astype(str)"
+                f"column '{name}' of {self.label} "
+                + conversion_problem(error, f"frame['{name}'].astype(str)")
             ) from error
         return array if isinstance(array, pa.ChunkedArray) else pa.chunked_array([array])
 
     def chunks(self, name: str) -> Sequence[Chunk]:
         """Return a column in pieces that become Arrow a block at a time."""
+        refuse_repeated([name], self.schema.names, label=self.label)
         series = self._series(name)
         if series.dtype != object:
             return super().chunks(name)
         return [ObjectChunk(series.to_numpy(), label=f"column '{name}' of {self.label}")]
 
     def _series(self, name: str) -> Any:
-        return (
-            self.table.index.to_series() if name == self._index else self.table[self._names[name]]
-        )
+        if name == self._index:
+            return self.table.index.to_series()
+        return self.table.iloc[:, self._places[name]]
 
 
 class PolarsFrame(Frame):
@@ -117,8 +134,7 @@ class PolarsFrame(Frame):
     def __init__(self, frame: Any) -> None:
         super().__init__(frame, frame.head(0).to_arrow().schema)
 
-    def column(self, name: str) -> Any:
-        """Return a whole column as an Arrow chunked array."""
+    def _column(self, name: str) -> Any:
         parts = [chunk.to_arrow() for chunk in self.table[name].get_chunks()]
         return pa.chunked_array(parts, type=None if parts else self.schema.field(name).type)
 
@@ -157,7 +173,7 @@ def _pandas_type(series: Any) -> pa.DataType:
     head = series[series.notna()].iloc[:8] if series.dtype == object else series.iloc[:0]
     try:
         return pa.array(head, from_pandas=True).type
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError):
+    except ARROW_CONVERSION_ERRORS:
         # Reading the column says what is wrong with its values; here only its shape counts.
         looks_like_list = len(head) and isinstance(head.iloc[0], list | tuple | np.ndarray)
         return pa.large_list(pa.float64()) if looks_like_list else pa.null()

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from semid.data.columns import listed, require_column
 from semid.data.csv_files import csv_columns, is_csv, read_csv
+from semid.data.file_kinds import HEAD_BYTES, UNKNOWN, recognize, wrong_format
 from semid.data.frames import Frame, library_of, open_frame
 from semid.data.ids import ItemIds
 from semid.data.parquet_files import ParquetFiles, is_glob
@@ -29,8 +30,9 @@ def load_ids(ids: Any, *, id_column: str | None = None) -> ItemIds:
 
     Args:
         ids: a path, ``items.parquet`` or with its column ``items.parquet:asin``, to Parquet (file,
-            folder or glob), CSV, or a text file with one id a line; or an array, list, Arrow
-            array, table or frame; or `ItemIds`.
+            folder or glob), CSV, or a text file with one id per line, or with an id, a tab and its
+            row number per line (LC-Rec's ``.item2id``); or an array, list, Arrow array, table or
+            frame; or `ItemIds`.
         id_column: the column, where a table does not name it itself. Without it ``item_id``, else
             a table's only column.
 
@@ -53,17 +55,17 @@ def load_ids(ids: Any, *, id_column: str | None = None) -> ItemIds:
         return _from_path(path, column or id_column)
     library = library_of(ids)
     if library == "torch":
-        return ItemIds(ids.cpu().numpy())
+        return _ids(ids.cpu().numpy())
     if isinstance(ids, pa.Array | pa.ChunkedArray):
-        return ItemIds(ids)
+        return _ids(ids)
     if library in ("pandas", "polars", "pyarrow"):
         if type(ids).__name__ in ("Series", "Index") or (library == "pandas" and ids.ndim == 1):
-            return ItemIds(_one_column(ids))
+            return _ids(_one_column(ids))
         frame = open_frame(ids)
         chosen = _choose(frame.schema.names, id_column, label=frame.label, explicit=True)
-        return ItemIds(frame.column(str(chosen)), source=f"column '{chosen}' of {frame.label}")
+        return _ids(frame.column(str(chosen)), source=f"column '{chosen}' of {frame.label}")
     if isinstance(ids, Sequence | np.ndarray):
-        return ItemIds(ids)
+        return _ids(ids)
     raise UsageError(
         f"ids are a {type(ids).__name__}; give a path, an array, a list, a table or None"
     )
@@ -81,7 +83,11 @@ def frame_ids(frame: Frame, id_column: str | None) -> ItemIds | None:
     column = _choose(frame.schema.names, id_column, label=frame.label, explicit=False)
     if column is None:
         return None
-    return ItemIds(frame.column(column), source=f"id column '{column}' of {frame.label}")
+    return _ids(frame.column(column), source=f"id column '{column}' of {frame.label}")
+
+
+def _ids(values: Any, *, source: str = "item ids") -> ItemIds:
+    return ItemIds(values, source=source, allow_empty=False)
 
 
 def split_column(spec: str | Path) -> tuple[Path, str | None]:
@@ -105,7 +111,7 @@ def _choose(names: list[str], wanted: str | None, *, label: str, explicit: bool)
     if wanted is not None:
         return require_column(wanted, names, label=label, flag=_FLAG)
     if DEFAULT_ID_COLUMN in names:
-        return DEFAULT_ID_COLUMN
+        return require_column(DEFAULT_ID_COLUMN, names, label=label, flag=_FLAG)
     if not explicit:
         _log.warning(
             "%s has no column '%s': items are named by row number; name the column with %s",
@@ -127,7 +133,7 @@ def _from_path(path: Path, column: str | None) -> ItemIds:
         names = csv_columns(path, error=IdsError)
         chosen = _choose(names, column, label=f"'{path}'", explicit=True)
         table = read_csv(path, [str(chosen)], text=[str(chosen)], error=IdsError)
-        return ItemIds(table.column(0), source=f"column '{chosen}' of '{path}'")
+        return _ids(table.column(0), source=f"column '{chosen}' of '{path}'")
     if path.is_dir() or is_glob(path) or path.suffix.lower() in (".parquet", ".pq", ".parq"):
         files = ParquetFiles.open(path, error=IdsError)
         chosen = _choose(files.schemas[0].names, column, label=files.label, explicit=True)
@@ -136,39 +142,75 @@ def _from_path(path: Path, column: str | None) -> ItemIds:
         raise UsageError(f"'{path}' does not exist; check the path of the ids")
     if column is not None:
         raise UsageError(
-            f"'{path}' is read as text with one id a line and has no column '{column}'; give "
+            f"'{path}' is read as text with one id per line and has no column '{column}'; give "
             "Parquet or CSV (.csv, .tsv) for ids in a column"
         )
-    return ItemIds(_read_lines(path), source=f"ids of '{path}'")
+    return _ids(_read_text(path), source=f"ids of '{path}'")
 
 
 def _parquet_column(files: ParquetFiles, column: str) -> ItemIds:
     for path, schema in zip(files.paths, files.schemas, strict=True):
         require_column(column, schema.names, label=f"'{path}'", flag=_FLAG)
     values = files.read([column]).column(0)
-    return ItemIds(values, source=f"id column '{column}' of {files.label}")
+    return _ids(values, source=f"id column '{column}' of {files.label}")
 
 
-def _read_lines(path: Path) -> pa.Array:
-    """Read a text file with one id a line; only the last line may be empty."""
+def _read_text(path: Path) -> pa.Array:
+    """Read a text file with one id per line (only the last may be empty), or LC-Rec's item2id."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        data = path.read_bytes()
     except OSError as error:
         raise UsageError(f"'{path}' cannot be read: {error.strerror or error}") from error
+    kind = recognize(data[:HEAD_BYTES], path)
+    if kind is UNKNOWN or kind.name == "text":
+        lines = _lines(path, data)
+        tabs = [number for number, line in enumerate(lines, start=1) if "\t" in line]
+        if tabs:
+            raise IdsError(
+                f"'{path}' has {len(tabs)} lines with a tab (first: line {tabs[0]}); write one id "
+                "per line, or a table that ends in .tsv, whose first line names the columns"
+            )
+        return pa.array(lines, type=pa.large_string())
+    if kind.name == "tab" and (ids := _by_row_number(_lines(path, data))) is not None:
+        return ids
+    hint = ""
+    if kind.phrase.endswith("columns"):
+        hint = (
+            f", and --ids '{path.with_suffix('.csv')}:COLUMN' names the ids' column (ids that "
+            "contain the separator are given as Parquet)"
+        )
+        hint = hint.replace(".csv", ".tsv") if kind.name == "tab" else hint
+    raise IdsError(f"{wrong_format(path, 'ids', kind)}{hint}")
+
+
+def _lines(path: Path, data: bytes) -> list[str]:
+    try:
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise IdsError(
             f"'{path}' is not UTF-8 text (byte {error.start}); ids are read from Parquet, CSV or a "
-            "UTF-8 text file with one id a line"
+            "UTF-8 text file with one id per line"
         ) from error
     lines = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
-    if text == "":
-        raise IdsError(f"'{path}' is empty; write one id a line")
     empty = [number for number, line in enumerate(lines, start=1) if line == ""]
     if empty:
         raise IdsError(
-            f"'{path}' has {len(empty)} empty lines (first: line {empty[0]}); write one id a line"
+            f"'{path}' has {len(empty)} empty lines (first: line {empty[0]}); write one id per line"
         )
-    return pa.array(lines, type=pa.large_string())
+    return lines
+
+
+def _by_row_number(lines: list[str]) -> pa.Array | None:
+    """Return the ids of lines ``id<TAB>row number`` by row; None unless each row occurs once."""
+    pairs = [line.split("\t") for line in lines]
+    ids = {
+        int(pair[1]): pair[0]
+        for pair in pairs
+        if len(pair) == 2 and pair[1].isascii() and pair[1].isdigit()
+    }
+    if len(ids) != len(lines) or max(ids) != len(lines) - 1:
+        return None
+    return pa.array([ids[row] for row in range(len(lines))], type=pa.large_string())
 
 
 def _one_column(column: Any) -> Any:

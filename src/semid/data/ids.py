@@ -9,9 +9,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from semid.data.columns import NOT_ARROW
+from semid.data.columns import (
+    ARROW_CONVERSION_ERRORS,
+    conversion_problem,
+    id_type_problem,
+    is_text,
+    normalize_ids,
+)
 from semid.data.hashing import hash_strings, share_mask
-from semid.errors import IdsError, UsageError, brief
+from semid.errors import IdsError, UsageError
 
 __all__ = ["ItemIds", "cast_ids", "held_out_mask"]
 
@@ -28,13 +34,16 @@ class ItemIds:
         values: (items,) Arrow array, chunked array, numpy array, or sequence of strings or
             integers.
         source: what the ids are called in errors, in the user's words.
+        allow_empty: whether an empty string may be an id, as it may be a category.
 
     Raises:
-        IdsError: ids are null, of another type, or occur twice. Every kind of problem is listed.
+        IdsError: ids are null, of another type, or occur twice; or empty, unless allowed.
     """
 
-    def __init__(self, values: Any, *, source: str = "item ids") -> None:
+    def __init__(self, values: Any, *, source: str = "item ids", allow_empty: bool = True) -> None:
         self._values = _to_arrow(values, source)
+        if not allow_empty:
+            _refuse_empty(self._values, source)
         self._count = len(self._values)
         self._lookup: tuple[np.ndarray, np.ndarray] | None = None
         self._refuse_duplicates(source)
@@ -139,6 +148,26 @@ class ItemIds:
             open_ = open_[at[open_] < self._count]
             open_ = open_[hashes[at[open_]] == asked_hash[open_]]
         return found
+
+    def whitespace_hint(self, ids: Any) -> str:
+        """Say how many of some unknown ids are known once the spaces around them are removed.
+
+        Args:
+            ids: (n,) ids without a row in this catalogue.
+
+        Returns:
+            A clause to end a sentence with, or an empty string.
+        """
+        unknown = _to_strings(_to_arrow(ids, "ids looked up", allow_null=True))
+        trimmed = pc.utf8_trim_whitespace(unknown)
+        rows = int((self.index_of(trimmed) >= 0).sum())
+        if not rows and len(self):
+            # Or the spaces are in the catalogue; its first ids tell.
+            first = pc.utf8_trim_whitespace(self.strings(0, _BLOCK))
+            rows = pc.sum(pc.is_in(trimmed, value_set=first)).as_py() or 0
+        if not rows:
+            return ""
+        return f"; {rows} would match without spaces around the ids: strip them in both files"
 
     def hash64(self, salt: str = "") -> np.ndarray:
         """Hash the id strings: (items,) uint64, the same for an id wherever it stands.
@@ -259,13 +288,6 @@ def _to_strings(values: Any) -> Any:
     return values.cast(pa.large_string())
 
 
-def _is_id_type(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or kind == pa.string_view()
-    return bool(text or pa.types.is_integer(kind))
-
-
 def _to_arrow(values: Any, source: str, *, allow_null: bool = False) -> Any:
     """Turn ids of any container into one Arrow array of strings or integers."""
     array = values
@@ -281,10 +303,9 @@ def _to_arrow(values: Any, source: str, *, allow_null: bool = False) -> Any:
             raise IdsError(f"{source} have shape {values.shape}; ids are one value an item")
         try:
             array = pa.array(values, type=pa.large_string() if len(values) == 0 else None)
-        except NOT_ARROW as error:
+        except ARROW_CONVERSION_ERRORS as error:
             raise IdsError(
-                f"{source} mix types or hold values that are no valid text and no integer of 64 "
-                f"bits ({brief(error)}); ids are all strings or all integers"
+                f"{source}: the sequence {conversion_problem(error, '[str(x) for x in ids]')}"
             ) from error
     if isinstance(array, pa.ChunkedArray):
         # `string` counts bytes in 32 bits, which a joined array of ids can outgrow.
@@ -295,15 +316,36 @@ def _to_arrow(values: Any, source: str, *, allow_null: bool = False) -> Any:
             array = array.chunk(0) if array.num_chunks else pa.array([], type=array.type)
     if pa.types.is_null(array.type):
         array = array.cast(pa.large_string())
-    if not _is_id_type(array.type):
-        raise IdsError(
-            f"{source} are of type {array.type}; ids are strings or integers: cast the column, "
-            "for example to string"
-        )
+    if problem := id_type_problem(array.type):
+        raise IdsError(f"{source} are of type {problem}")
+    array = normalize_ids(array)
     if array.null_count and not allow_null:
         first = int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0])
         raise IdsError(
             f"{source}: {array.null_count} {'null' if array.null_count == 1 else 'nulls'} "
             f"(first: row {first}); give every item an id or drop the rows"
         )
+    if is_text(array.type):
+        try:
+            array.validate(full=True)  # Some writers store other encodings as text.
+        except pa.ArrowInvalid as error:
+            raise IdsError(
+                f"{source} hold text that is not UTF-8 ({error}); re-encode it"
+            ) from error
     return array
+
+
+def _refuse_empty(array: Any, source: str) -> None:
+    if not is_text(array.type):
+        return
+    lengths = pc.binary_length(array.dictionary if pa.types.is_dictionary(array.type) else array)
+    empty = pc.equal(lengths, 0)
+    if pc.any(empty).as_py():
+        if pa.types.is_dictionary(array.type):
+            empty = empty.take(array.indices)
+        rows = np.flatnonzero(empty.to_numpy(zero_copy_only=False))
+        if len(rows):
+            raise IdsError(
+                f"{source}: {len(rows)} empty {'string' if len(rows) == 1 else 'strings'} (first: "
+                f"row {rows[0]}); give every item an id or drop the rows"
+            )

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from semid.data.columns import require_column
+from semid.data.columns import id_type_problem, normalize_ids, require_column
 from semid.data.csv_files import csv_columns, is_csv, read_csv
 from semid.data.frames import is_frame, open_frame
 from semid.data.hashing import hash_strings, share_mask
@@ -119,16 +119,18 @@ class Interactions:
                 f"none of the {len(rows)} items of {self.label} is in the catalogue of {len(ids)}: "
                 f"they are called like '{self.item_ids[0]}', the catalogue's like '{ids[0]}'; "
                 "check --id-column and --ids (id_column=, ids=)"
+                f"{ids.whitespace_hint(self.item_ids)}"
             )
         if missing:
             share = (rows < 0)[self.items].mean()
             _log.warning(
                 "%s: %d of %d items are not in the catalogue; the %.2f %% of interactions with "
-                "them count as gaps",
+                "them count as gaps%s",
                 self.label,
                 missing,
                 len(rows),
                 100 * share,
+                ids.whitespace_hint(self.item_ids.filter(pa.array(rows < 0))),
             )
         return rows.astype(np.int32)
 
@@ -268,13 +270,9 @@ def _open(source: Any, *, text: list[str]) -> tuple[list[str], Any, str]:
 
 def _codes(table: pa.Table, name: str, label: str, problems: list[str]) -> tuple[np.ndarray, Any]:
     """Code a column of ids as int32 into the distinct ids, in order of first appearance."""
-    column = table.column(name)
-    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or kind == pa.string_view()
-    if not (text or pa.types.is_integer(kind)):
-        problems.append(
-            f"column '{name}' of {label} holds {kind}; ids are strings or integers: cast it"
-        )
+    column = normalize_ids(table.column(name))
+    if problem := id_type_problem(column.type):
+        problems.append(f"column '{name}' of {label} holds {problem}")
         return np.empty(0, np.int32), None
     if column.null_count:
         problems.append(

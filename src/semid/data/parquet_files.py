@@ -9,12 +9,12 @@ from typing import Any
 
 import pyarrow as pa
 
+from semid.data.columns import concat_tables, refuse_repeated
+from semid.data.file_kinds import PARQUET_SUFFIXES, wrong_format
 from semid.errors import EmbeddingError, InputError, UsageError, brief
 from semid.filesystems import FilePath, is_uri, list_files, open_parquet
 
 __all__ = ["ParquetFiles", "find_parquet", "is_glob", "read_failure"]
-
-_SUFFIXES = (".parquet", ".pq", ".parq")
 
 
 def is_glob(path: str | Path) -> bool:
@@ -22,8 +22,12 @@ def is_glob(path: str | Path) -> bool:
     return any(c in str(path) for c in "*?[") and not Path(path).exists()
 
 
-def find_parquet(path: str | Path) -> list[FilePath]:
+def find_parquet(path: str | Path, *, expected: str = "table") -> list[FilePath]:
     """List the Parquet files that a path, folder (with its subfolders), glob or URI names.
+
+    Args:
+        path: the path.
+        expected: what they should hold, for advice: ``embeddings`` or ``table``.
 
     Returns:
         The files sorted by path, character by character: the order of their rows.
@@ -49,7 +53,9 @@ def find_parquet(path: str | Path) -> list[FilePath]:
     ]
     if not visible:
         raise UsageError(f"folder '{path}' holds no files; name a folder of Parquet files")
-    strangers = [file for file in visible if file.suffix.lower() not in _SUFFIXES]
+    strangers = [file for file in visible if file.suffix.lower() not in PARQUET_SUFFIXES]
+    if len(strangers) == len(visible) and (sentence := wrong_format(visible[0], expected)):
+        raise UsageError(f"folder '{path}' holds no Parquet files: {sentence}")
     if strangers:
         raise UsageError(
             f"folder '{path}' holds files that are not Parquet ({len(strangers)}, first: "
@@ -71,10 +77,23 @@ def _from_glob(pattern: Path) -> list[Path]:
     return found
 
 
+def _expected(error: type[InputError]) -> str:
+    return "embeddings" if error is EmbeddingError else "table"
+
+
 def read_failure(
     path: FilePath, error: Exception, kind: type[InputError] = EmbeddingError
 ) -> InputError:
     """Return the error for a file that Parquet's reader refuses."""
+    sentence = wrong_format(path, _expected(kind), allowed="parquet")
+    if sentence is not None:
+        return kind(sentence)
+    if "Expected all lists to be of size=" in str(error):
+        return kind(
+            f"'{path}' has null rows in a column of fixed-size lists, which pyarrow "
+            f"{pa.__version__} cannot read; upgrade it with: pip install -U 'pyarrow>=26', or "
+            "write the column as lists of variable length"
+        )
     return kind(
         f"'{path}' could not be read as Parquet: it is truncated, damaged or another format "
         f"({brief(error)}); write or copy it again"
@@ -109,7 +128,7 @@ class ParquetFiles:
             UsageError: nothing is there.
             InputError: a file cannot be read; of the class ``error``.
         """
-        paths = find_parquet(path)
+        paths = find_parquet(path, expected=_expected(error))
         schemas, groups = [], []
         for file in paths:
             try:
@@ -156,6 +175,7 @@ class ParquetFiles:
     ) -> Iterator[Any]:
         """Yield one column of one file, in Arrow arrays of at most ``size`` rows."""
         path = self.paths[file]
+        refuse_repeated([column], self.schemas[file].names, label=f"'{path}'")
         try:
             # Mapping the file keeps a row group's pages out of memory until they are decoded.
             with open_parquet(path, memory_map=True) as parquet:
@@ -169,6 +189,25 @@ class ParquetFiles:
         except (pa.ArrowException, OSError) as failure:
             raise read_failure(path, failure, self.error) from failure
 
+    def value_counts(self, column: str) -> Iterator[tuple[int, int | None]]:
+        """Yield the rows of each row group and the values in their lists, from the footers.
+
+        A null and an empty list count as one value. The count is None where several columns of
+        the file could be meant.
+        """
+        for file, path in enumerate(self.paths):
+            with open_parquet(path) as parquet:
+                meta = parquet.metadata
+            numbers = self._numbers(file, list(range(len(self.row_groups[file]))))
+            for number in numbers or ():
+                group = meta.row_group(number)
+                leaves = [
+                    leaf.num_values
+                    for leaf in map(group.column, range(group.num_columns))
+                    if leaf.path_in_schema.startswith(f"{column}.")
+                ]
+                yield group.num_rows, leaves[0] if len(leaves) == 1 else None
+
     def read(self, columns: list[str], *, dictionaries: list[str] | None = None) -> pa.Table:
         """Read columns of all files into memory, in file order.
 
@@ -179,6 +218,7 @@ class ParquetFiles:
         """
         tables = []
         for file, path in enumerate(self.paths):
+            refuse_repeated(columns, self.schemas[file].names, label=f"'{path}'")
             try:
                 with open_parquet(path, memory_map=True, read_dictionary=dictionaries) as parquet:
                     groups = self._numbers(file, None)
@@ -190,7 +230,7 @@ class ParquetFiles:
             except (pa.ArrowException, OSError) as failure:
                 raise read_failure(path, failure, self.error) from failure
         try:
-            return pa.concat_tables(tables, promote_options="permissive")
+            return concat_tables(tables)
         except pa.ArrowException as failure:
             kinds = {str(t.schema.field(c).type) for c in columns for t in tables}
             raise self.error(

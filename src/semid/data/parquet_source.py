@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from semid.data.array_source import check_matrix, matching_ids
-from semid.data.arrow_rows import first_width, list_rows
+from semid.data.arrow_rows import list_rows, most_common_width, row_lengths
 from semid.data.blocks import BLOCK, RawBlock, reblock
-from semid.data.columns import float_list_width, is_float_list, listed, storage
+from semid.data.columns import (
+    float_list_width,
+    is_float_list,
+    listed,
+    not_float_list,
+    refuse_repeated,
+    storage,
+)
 from semid.data.ids import ItemIds
 from semid.data.parquet_files import ParquetFiles
 from semid.data.source import EmbeddingSource
@@ -30,6 +38,7 @@ class ParquetSource(EmbeddingSource):
         files: the files, in the order of their rows.
         column: the embedding column.
         ids: item ids, or None for row numbers.
+        dim: width of a row, where it is known from all the files that these are a part of.
 
     Raises:
         EmbeddingError: no rows, nothing but nulls, or files that do not agree on the column.
@@ -38,12 +47,19 @@ class ParquetSource(EmbeddingSource):
 
     cheap_rows = False
 
-    def __init__(self, files: ParquetFiles, column: str, *, ids: ItemIds | None = None) -> None:
+    def __init__(
+        self,
+        files: ParquetFiles,
+        column: str,
+        *,
+        ids: ItemIds | None = None,
+        dim: int | None = None,
+    ) -> None:
         self._files = files
         self._column = column
         self.label = f"embedding column '{column}' of {files.label}"
         self._refuse_disagreement()
-        width = next((w for w in self._widths() if w is not None), None)
+        width = self._width() if dim is None else dim
         if files.count and width is None:
             raise EmbeddingError(f"{self.label} holds nothing but nulls in its {files.count} rows")
         check_matrix(self.label, (files.count, width or 0))
@@ -74,11 +90,12 @@ class ParquetSource(EmbeddingSource):
                     f"{self._files.label} have; it has {listed(schema.names)}"
                 )
                 continue
+            refuse_repeated([self._column], schema.names, label=f"'{path}'")
             kind = schema.field(self._column).type
             if not is_float_list(kind):
                 problems.append(
-                    f"'{path}' holds {kind} in column '{self._column}'; embeddings are lists of "
-                    "float16, float32 or float64: write all files with one schema"
+                    f"column '{self._column}' of '{path}' {not_float_list(kind)}; write all files "
+                    "with one schema"
                 )
             elif (width := float_list_width(kind)) is not None:
                 widths.setdefault(width, path)
@@ -91,13 +108,30 @@ class ParquetSource(EmbeddingSource):
         if problems:
             raise EmbeddingError(problems)
 
-    def _widths(self) -> Iterator[int | None]:
-        """Yield the width of each batch, the one the types fix first."""
+    def _width(self) -> int | None:
+        """Return the width that the types fix, else the most frequent length of the lists."""
         for schema in self._files.schemas:
-            yield float_list_width(schema.field(self._column).type)
+            fixed = float_list_width(schema.field(self._column).type)
+            if fixed is not None:
+                return fixed
+        if not self._files.count:
+            return None
+        # The footers say how many values a row group holds, so lists of one length are told
+        # without reading them: then the first rows are enough.
+        votes: Counter[int] = Counter()
+        for rows, values in self._files.value_counts(self._column):
+            if rows and values is not None and values % rows == 0:
+                votes[values // rows] += rows
+        [(width, support)] = votes.most_common(1) or [(0, 0)]
+        first = next(iter(self._lengths(size=1024)))
+        if 2 * support > self._files.count and most_common_width([first], len(first)) == width:
+            return width
+        return most_common_width(self._lengths(size=BLOCK), self._files.count)
+
+    def _lengths(self, *, size: int) -> Iterator[np.ndarray]:
         for file in range(len(self._files.paths)):
-            for batch in self._files.batches(file, self._column, size=1024):
-                yield first_width(batch)
+            for batch in self._files.batches(file, self._column, size=size):
+                yield row_lengths(batch)
 
     def _raw_blocks(self, size: int, first: int = 0) -> Iterator[RawBlock]:
         yield from reblock(self._pieces(size, first), size, self.dim)

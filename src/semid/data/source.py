@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from semid.data.blocks import BLOCK, Flag, RawBlock, within_range
+from semid.data.blocks import BLOCK, RawBlock, within_range
 from semid.data.ids import ItemIds
 from semid.data.tally import Tally
 from semid.errors import EmbeddingError, IdsError, UsageError
@@ -125,17 +125,11 @@ class EmbeddingSource(ABC):
             raise EmbeddingError(problems)
 
     def valid_rows(self) -> np.ndarray:
-        """Return which rows can be used: boolean mask (items,), from one pass over the rows.
-
-        Raises:
-            EmbeddingError: rows have another width than the rest; those are never skipped.
-        """
+        """Return which rows can be used: boolean mask (items,), from one pass over the rows."""
         mask = np.zeros(len(self), dtype=bool)
         tally = Tally(self.label, self.dim, self.ids)
         for rows, raw in self._numbered():
             mask[rows] = tally.add(raw, rows)
-        if tally.counts[Flag.RAGGED]:
-            raise EmbeddingError(tally.sentences())
         return mask
 
     def subset(self, mask_or_indices: Any) -> EmbeddingSource:

@@ -84,7 +84,10 @@ class SubsetSource(EmbeddingSource):
             if high > low:
                 local = self.indices[low:high] - start
                 flags = None if raw.flags is None else raw.flags[local]
-                yield RawBlock(raw.values[local], flags)
+                # Flags say that a row cannot be used: none, where all such rows were left out.
+                yield RawBlock(
+                    raw.values[local], flags if flags is not None and flags.any() else None
+                )
             if high == len(self.indices):
                 return
             start = stop

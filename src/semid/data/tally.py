@@ -16,7 +16,7 @@ _WORDS = {
     _NAN: "NaN",
     _INFINITE: "infinite values (or values beyond the range of float32)",
     _LONG: f"values too large for squared distances in float32 (longer than {MAX_NORM:g})",
-    Flag.RAGGED: "another width than the rest",
+    Flag.RAGGED: "another width than {dim}, which is the most frequent",
 }
 
 
@@ -62,13 +62,9 @@ class Tally:
             if not count:
                 continue
             row = self.first[kind]
-            advice = (
-                f"all rows must be {self.dim} wide: mend or drop them"
-                if kind == Flag.RAGGED
-                else "drop them or pass --on-invalid skip (on_invalid='skip')"
-            )
             out.append(
-                f"{self.label} holds {count} row{'s' if count > 1 else ''} with {words} "
-                f"(first: item '{self.ids[row]}', row {row}); {advice}"
+                f"{self.label} holds {count} row{'s' if count > 1 else ''} with "
+                f"{words.format(dim=self.dim)} (first: item '{self.ids[row]}', row {row}); "
+                "drop them or pass --on-invalid skip (on_invalid='skip')"
             )
         return out

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from semid.data.columns import pick_embedding_column
+from semid.data.columns import common_type, pick_embedding_column, require_column
 from semid.data.id_sources import DEFAULT_ID_COLUMN
 from semid.data.ids import ItemIds
 from semid.data.parquet_files import ParquetFiles
 from semid.data.parquet_source import ParquetSource
 from semid.data.source import EmbeddingSource
-from semid.errors import UsageError, nearest_name
+from semid.errors import UsageError
 from semid.filesystems import FilePath, is_uri
 
 __all__ = ["UNIT_ROWS", "Catalogue", "Unit"]
@@ -58,11 +58,15 @@ class Catalogue:
         files: the files.
         column: the embedding column.
         id_column: the id column, or None for row numbers.
+        dim: width of the embeddings, the same for every unit whatever rows lie in it.
+        id_type: Arrow type of the item ids.
     """
 
     files: ParquetFiles
     column: str
     id_column: str | None
+    dim: int
+    id_type: pa.DataType
 
     @classmethod
     def open(
@@ -94,21 +98,14 @@ class Catalogue:
         chosen = id_column
         if chosen is None and DEFAULT_ID_COLUMN in files.schemas[0].names:
             chosen = DEFAULT_ID_COLUMN
-        if chosen is not None:
-            _agree(files, chosen)
-        ParquetSource(files, column)  # refuses files that do not agree on the embeddings
-        return cls(files, column, chosen)
+        id_type = pa.int64() if chosen is None else _id_type(files, chosen)
+        # Refuses files that do not agree on the embeddings.
+        dim = ParquetSource(files, column, ids=ItemIds.range(files.count)).dim
+        return cls(files, column, chosen, dim, id_type)
 
     def __len__(self) -> int:
         """Count the rows."""
         return self.files.count
-
-    @property
-    def id_type(self) -> pa.DataType:
-        """Arrow type of the item ids."""
-        if self.id_column is None:
-            return pa.int64()
-        return self.files.schemas[0].field(self.id_column).type
 
     def units(self, rows: int = UNIT_ROWS) -> list[Unit]:
         """Cut into units: row groups of a file until one has ``rows`` rows, in row order."""
@@ -138,8 +135,11 @@ class Catalogue:
             ids = ItemIds(pa.array(np.arange(first, first + files.count)))
         else:
             values = files.read([self.id_column]).column(0)
-            ids = ItemIds(values, source=f"id column '{self.id_column}' of {files.label}")
-        return ParquetSource(files, self.column, ids=ids)
+            if values.type != self.id_type:
+                values = values.cast(self.id_type)
+            source = f"id column '{self.id_column}' of {files.label}"
+            ids = ItemIds(values, source=source, allow_empty=False)
+        return ParquetSource(files, self.column, ids=ids, dim=self.dim)
 
     def check_local(self, *, what: str, several: bool) -> None:
         """Refuse paths that other machines cannot see.
@@ -154,18 +154,16 @@ class Catalogue:
             )
 
 
-def _agree(files: ParquetFiles, column: str) -> None:
-    """Refuse files that lack the id column or hold ids of another type."""
+def _id_type(files: ParquetFiles, column: str) -> pa.DataType:
+    """Return the one type that the ids of all files are read as."""
     kinds: dict[pa.DataType, FilePath] = {}
     for path, schema in zip(files.paths, files.schemas, strict=True):
-        if column not in schema.names:
-            raise UsageError(
-                f"'{path}' has no column '{column}'{nearest_name(column, schema.names)}; name the "
-                "id column with --id-column (id_column=)"
-            )
+        require_column(column, schema.names, label=f"'{path}'", flag="--id-column (id_column=)")
         kinds.setdefault(schema.field(column).type, path)
-    if len(kinds) > 1:
-        found = ", ".join(f"{kind} in '{path}'" for kind, path in kinds.items())
+    try:
+        return common_type(list(kinds))
+    except pa.ArrowException:
+        types = ", ".join(f"{kind} in '{path}'" for kind, path in kinds.items())
         raise UsageError(
-            f"the id column '{column}' is of several types: {found}; write all files with one"
-        )
+            f"the id column '{column}' is of several types: {types}; write all files with one"
+        ) from None
