@@ -11,12 +11,19 @@ import pyarrow.compute as pc
 
 from semid.data.columns import is_list
 from semid.data.ids import cast_ids
-from semid.errors import ArtefactError
+from semid.errors import ArtefactError, SemidError
 
 __all__ = ["code_rows", "join_tables"]
 
 
-def code_rows(table: pa.Table, name: str, levels: int, *, where: str) -> npt.NDArray[Any]:
+def code_rows(
+    table: pa.Table,
+    name: str,
+    levels: int,
+    *,
+    where: str,
+    error: type[SemidError] = ArtefactError,
+) -> npt.NDArray[Any]:
     """Return a column of lists as ``(items, levels)`` integers of its own type.
 
     Args:
@@ -24,24 +31,24 @@ def code_rows(table: pa.Table, name: str, levels: int, *, where: str) -> npt.NDA
         name: of the column.
         levels: codes per item.
         where: the table in messages.
+        error: class of the error.
 
     Raises:
-        ArtefactError: if it holds anything else than as many integers for every item.
+        SemidError: of the class ``error``, if it holds anything else than as many integers for
+            every item.
     """
     column = table[name]
     if not is_list(column.type) or not pa.types.is_integer(column.type.value_type):
-        raise ArtefactError(
-            f"column '{name}' of {where} holds {column.type}; codes are lists of integers"
-        )
+        raise error(f"column '{name}' of {where} holds {column.type}; codes are lists of integers")
     lists = column.combine_chunks()
     values = lists.flatten()
     empty = lists.null_count or values.null_count
     sizes = pc.list_value_length(lists).unique().to_pylist()
     if empty or any(size != levels for size in sizes):
         problem = "has nulls" if empty else f"holds lists of {sorted(sizes)[:8]} codes"
-        raise ArtefactError(
-            f"column '{name}' of {where} {problem}; every item needs {levels} codes, as the "
-            "metadata of its model say: encode it again"
+        raise error(
+            f"column '{name}' of {where} {problem}; every item needs {levels} codes, for "
+            f"this model has {levels} levels: give the model that made them, or encode again"
         )
     codes: npt.NDArray[Any] = values.to_numpy().reshape(len(table), levels)
     return codes

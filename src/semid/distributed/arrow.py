@@ -109,12 +109,12 @@ def ids_of_table(table: pa.Table, info: CodesInfo) -> SemanticIds:
 
     Raises:
         InputError: codes outside the model's codebooks.
-        ArtefactError: rows of another length, or codes that are no integers.
+        UsageError: rows of another length, or codes that are no integers.
         IdsError: item ids repeat.
     """
     return SemanticIds(
         ItemIds(table["item_id"]),
-        code_rows(table, "codes", len(info.codebook_sizes), where="the table"),
+        code_rows(table, "codes", len(info.codebook_sizes), where="the table", error=UsageError),
         table["residual_norm"].to_numpy().astype(np.float32),
         info,
     )
