@@ -115,9 +115,8 @@ def encode(
         store_bytes=store_bytes,
     )
     if catalogue is None:
-        refuse_unused(
-            context, ["novelty", "novel_beyond"], "only additions to a --catalogue use it"
-        )
+        only = "only additions to a --catalogue use it"
+        refuse_unused(context, ["novelty", "novel_beyond"], only)
     check_threshold(novel_beyond)
     if beam_width is not None:
         check_beam_width(beam_width)
