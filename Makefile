@@ -3,12 +3,13 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+LOWEST := .venv-lowest
 
 # Two processes or more bring more than threads inside one: the tests' matrices are tiny.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 MARKS ?= not slow and not gpu and not browser
 
-.PHONY: demo test slow browser fuzz bench quick docs results lint format clean
+.PHONY: demo test lowest slow browser fuzz faults bench quick docs results lint format clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +23,11 @@ demo: $(READY)  ## the main job on a synthetic catalogue: demo/report.html
 test: $(READY)  ## the fast tests
 	$(PYTEST) -m '$(MARKS)'
 
+lowest:  ## the fast tests on Python 3.11 with the lower bounds of pyproject.toml
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet -c constraints-lowest.txt -e '.[dev]'
+	$(LOWEST)/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m '$(MARKS)'
+
 slow: $(READY)  ## tests on real data at full size, minutes
 	$(BIN)/python -m pytest -m slow
 
@@ -30,6 +36,9 @@ browser: $(READY)  ## tests of the pages in headless Chromium
 
 fuzz: $(READY)  ## 20,000 broken inputs and odd options: counts, and each kind of failure
 	$(BIN)/python tests/fuzz --examples 20000 --processes 2
+
+faults: $(READY)  ## 200 kills at random moments of every command that writes, and 50 pairs of runs
+	$(BIN)/python tests/faults.py --kills 200 --pairs 50
 
 bench: $(READY)  ## speed and quality beside the peers, into benchmarks/results: half an hour
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,bench]'
@@ -57,4 +66,4 @@ format: $(READY)
 	$(BIN)/ruff format src tests benchmarks
 
 clean:
-	rm -rf $(VENV) demo build dist
+	rm -rf $(VENV) $(LOWEST) demo build dist

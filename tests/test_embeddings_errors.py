@@ -15,6 +15,8 @@ X = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)
 
 
 def column(rows, kind):
+    if pa.types.is_float16(kind.value_type):  # pyarrow before 21 makes no half floats of floats
+        rows = [row and [None if v is None else np.float16(v) for v in row] for row in rows]
     return pa.array(rows, type=kind)
 
 
@@ -173,7 +175,7 @@ def test_nulls_in_the_column(kind):
 @pytest.mark.parametrize("kind", [pa.list_(pa.float32()), pa.list_(pa.float32(), 2)])
 def test_nothing_but_nulls_and_nothing_at_all(kind, tmp_path):
     nulls = write(tmp_path / "n.parquet", embedding=column([None, None], kind))
-    with pytest.raises(EmbeddingError, match=r"nothing but nulls|null instead of an embedding"):
+    with pytest.raises(EmbeddingError, match=r"nothing but nulls|null instead|null rows"):
         open_embeddings(nulls).validate()
     none = write(tmp_path / "e.parquet", embedding=column([], kind))
     for source in (none, pq.read_table(none), pl.read_parquet(none)):
