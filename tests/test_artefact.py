@@ -108,7 +108,11 @@ def test_checkpoints(tmp_path):
     with pytest.raises(ArtefactError, match="other settings or data"):
         Checkpoint(tmp_path / "x.partial", key="other", resume=True)
     file = tmp_path / "x.partial" / "state.safetensors"
-    file.write_bytes(file.read_bytes()[:20])
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ArtefactError, match="checksum"):
+        Checkpoint(tmp_path / "x.partial", key=key, resume=True)
+    file.write_bytes(whole[:20])
     with pytest.raises(ArtefactError, match="cannot be read"):
         Checkpoint(tmp_path / "x.partial", key=key, resume=True)
     run.clear()

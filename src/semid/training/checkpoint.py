@@ -20,19 +20,28 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from semid.errors import ArtefactError, OutputExistsError
+from semid.errors import ArtefactError, OutputExistsError, brief
 from semid.output import atomic_file, check_state_folder, hold_state, remove_state_folder
 from semid.training.distributed import is_main
 
 __all__ = ["Checkpoint", "run_key"]
 
 STATE_FILE = "state.safetensors"
+_UNREADABLE = (SafetensorError, OSError, LookupError, ValueError, TypeError, RecursionError)
 
 
 def run_key(settings: Mapping[str, Any], data_digest: str) -> str:
     """Return the SHA-256 of a run's settings and data: equal for runs that may be continued."""
     document = json.dumps(settings, sort_keys=True, default=str)
     return hashlib.sha256(f"{document}\n{data_digest}".encode()).hexdigest()
+
+
+def _checksum(arrays: Mapping[str, np.ndarray], record: str) -> str:
+    digest = hashlib.sha256(record.encode())
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name}:{array.dtype.str}:{array.shape};".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
 
 
 class Checkpoint:
@@ -76,9 +85,11 @@ class Checkpoint:
                 arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
             record = json.loads(metadata["record"])
             key = metadata["key"]
-        except (SafetensorError, OSError, KeyError, ValueError, RecursionError) as error:
+            if metadata["checksum"] != _checksum(arrays, metadata["record"]):
+                raise ValueError("its values do not match its checksum")
+        except _UNREADABLE as error:
             raise ArtefactError(
-                f"the checkpoint '{file}' cannot be read ({error}); delete '{self.folder}' "
+                f"the checkpoint '{file}' cannot be read ({brief(error)}); delete '{self.folder}' "
                 "and start again"
             ) from None
         if key != self.key:
@@ -98,11 +109,10 @@ class Checkpoint:
         if not is_main():
             return
         with atomic_file(self.folder / STATE_FILE, mark=False) as work:
-            save_file(
-                {name: np.ascontiguousarray(array) for name, array in arrays.items()},
-                work,
-                metadata={"key": self.key, "record": json.dumps(record)},
-            )
+            plain = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+            text = json.dumps(record)
+            checksum = _checksum(plain, text)
+            save_file(plain, work, metadata={"key": self.key, "record": text, "checksum": checksum})
 
     def clear(self) -> None:
         """Remove the folder: the run is complete and its result is saved."""
