@@ -17,7 +17,7 @@ import pytest
 
 import rank_cases
 import semid
-from semid import output
+from semid import output, runs
 from semid.catalogue.bundle import CatalogueBundle
 from semid.cli import main
 from semid.codes import SemanticIds
@@ -280,7 +280,7 @@ def test_another_thread_is_another_run(tmp_path):
 
 
 def test_a_remote_output_is_held_too(monkeypatch):
-    monkeypatch.setattr(output, "_CLAIM_RENEWAL", 0.05)
+    monkeypatch.setattr(runs, "_CLAIM_RENEWAL", 0.05)
     folder = Folder("memory://bucket")
     with claim_output("memory://bucket/ids"):
         (claim,) = folder.names(hidden=True)
@@ -330,7 +330,7 @@ def test_a_kill_while_a_folder_is_replaced(tmp_path, monkeypatch, step):
     with atomic_folder(target) as folder:
         (folder / "version").write_text("old", encoding="utf8")
     monkeypatch.setattr(output, "_exchange", lambda new, target: False)
-    rename, remove, count = Path.rename, output._remove, iter(range(10))
+    rename, remove, count = Path.rename, output.remove_path, iter(range(10))
 
     def dies(self, to):
         if self.parent == tmp_path and next(count) == step:
@@ -338,14 +338,14 @@ def test_a_kill_while_a_folder_is_replaced(tmp_path, monkeypatch, step):
         return rename(self, to)
 
     monkeypatch.setattr(Path, "rename", dies)
-    monkeypatch.setattr(output, "_remove", lambda path: None)  # a kill cleans nothing up
+    monkeypatch.setattr(output, "remove_path", lambda path: None)  # a kill cleans nothing up
     with (
         pytest.raises(KilledError) if step < 2 else pytest.MonkeyPatch.context(),
         atomic_folder(target, overwrite=True) as folder,
     ):
         (folder / "version").write_text("new", encoding="utf8")
     monkeypatch.setattr(Path, "rename", rename)
-    monkeypatch.setattr(output, "_remove", remove)
+    monkeypatch.setattr(output, "remove_path", remove)
     with claim_output(target, overwrite=True):  # the next run
         pass
     assert (target / "version").read_text(encoding="utf8") == ("old" if step < 2 else "new")

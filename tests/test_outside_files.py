@@ -260,13 +260,13 @@ def test_wrong_recipes(tmp_path, read):
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"levels": "3"}, "levels is '3'; give int"),
-        ({"levels": 10**9}, "levels=1000000000: give 1 to 1024"),
-        ({"seed": float("inf")}, "seed is inf"),
+        ({"levels": "3"}, "levels='3' .str.: give a whole number"),
+        ({"levels": 10**9}, "levels=1000000000: give 1 to 256"),
+        ({"seed": float("inf")}, "seed=inf: give a whole number"),
         ({"network": {"hiden": [4]}}, "did you mean 'hidden'"),
-        ({"network": {"hidden": ["4"]}}, r"hidden\[0\] is '4'"),
-        ({"training": 3}, "training is 3; give a table"),
-        ({"normalize": 1}, "normalize is 1; give true or false"),
+        ({"network": {"hidden": ["4"]}}, r"hidden=\['4'\]"),
+        ({"training": 3}, "training=3 .int.: give TrainOptions or a mapping"),
+        ({"normalize": 1}, "normalize=1 .int.: give True or False"),
     ],
 )
 def test_wrong_values_of_recipes(values, said):

@@ -223,7 +223,7 @@ def test_semid_rank(tmp_path, capsys):
     assert "codes - none" in capsys.readouterr().out
     assert (tmp_path / "grid" / "tables.md").exists()
     for extra, message in (
-        (["--code-mode", "levels"], "give --ids"),
+        (["--code-mode", "levels"], "without --ids"),
         (["--fusion", "maybe"], "not one of"),
         (["--hidden", "a"], "whole numbers"),
         (["--fractions", "1,2"], "three positive shares"),

@@ -359,9 +359,12 @@ def test_unfitted_says_so(make, clustered):
 def test_save_never_replaces_unasked(make, fitted, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "precious.txt").write_text("keep", encoding="utf8")
-    with pytest.raises(OutputExistsError, match="overwrite"):
-        fitted(make).save(tmp_path / "model")
+    for overwrite in (False, True):
+        with pytest.raises(OutputExistsError, match="overwrite"):
+            fitted(make).save(tmp_path / "model", overwrite=overwrite)
     assert (tmp_path / "model" / "precious.txt").read_text(encoding="utf8") == "keep"
+    (tmp_path / "model" / "precious.txt").unlink()
+    fitted(make).save(tmp_path / "model", overwrite=True)
     fitted(make).save(tmp_path / "model", overwrite=True)
     assert semid.load(tmp_path / "model").dim == 24
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

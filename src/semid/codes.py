@@ -57,7 +57,7 @@ UNIQUE_METHODS = ("none", "append", "reassign")
 MAX_CODEWORDS = 2**32
 """A codebook of more codewords has codes beyond uint32."""
 
-MAX_LEVELS = 1024
+MAX_LEVELS = 256
 """Codes per item; published tokenizers have 3 to 64."""
 
 PARQUET_OPTIONS: dict[str, Any] = {"write_page_checksum": True}

@@ -24,24 +24,15 @@ import glob
 import hashlib
 import json
 import os
-import re
 import secrets
-import shutil
-import socket
 import stat
-import threading
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from semid.errors import OutputBusyError, OutputExistsError, SemidError, UsageError
+from semid.errors import OutputExistsError, SemidError, UsageError
 from semid.filesystems import FilePath, Folder, is_uri, list_sizes, local_path, open_parquet
-
-try:
-    import fcntl
-except ImportError:  # Windows has no fcntl: there, nothing stops a second run
-    fcntl = None  # type: ignore[assignment]
+from semid.runs import NOFOLLOW, check_state_folder, hidden_path, hold_path, remove_path
 
 __all__ = [
     "MARKDOWN_MARK",
@@ -49,12 +40,9 @@ __all__ = [
     "atomic_file",
     "atomic_folder",
     "check_output",
-    "check_state_folder",
     "claim_output",
-    "hold_state",
     "mark_folder",
     "mark_remote_folder",
-    "remove_state_folder",
     "replace_folder",
 ]
 
@@ -62,16 +50,8 @@ MARKER = ".semid"
 MARKDOWN_MARK = "<!-- written by semid -->"
 _MARKS = (MARKDOWN_MARK.encode(), b'<meta name="generator" content="semid ')
 
-# Names that the state of a run consists of, in `NAME.partial/`; nothing else is removed from there.
-_STATE_NAME = re.compile(
-    r"run\.json|state\.safetensors|part-[\d-]+\.parquet(\.json)?|\.[^/]*\.(tmp|lock)"
-)
 # Folders that semid 0.1 wrote before there was a marker.
 _UNMARKED_ARTEFACT = {"config.json", "model.safetensors", "README.md"}
-
-# A claim on a remote output is renewed every 15 s and lapses after two minutes of silence.
-_CLAIM_RENEWAL = 15.0
-_CLAIM_LIFETIME = 120.0
 
 
 # --- what may be written -----------------------------------------------------------------------
@@ -267,12 +247,6 @@ def _digest(folder: Folder, name: str) -> str:
     return digest.hexdigest()
 
 
-# --- one run at a time -------------------------------------------------------------------------
-
-_held: dict[str, tuple[int, int]] = {}  # path of an output -> thread that holds it, depth
-_held_guard = threading.Lock()
-
-
 @contextlib.contextmanager
 def claim_output(
     path: FilePath | os.PathLike[str],
@@ -297,7 +271,7 @@ def claim_output(
     """
     given = list(inputs)
     check_output(path, overwrite=overwrite, inputs=given)
-    with _lock(path):
+    with hold_path(path):
         if state is not None:
             check_state_folder(state)
         # Another run may have ended between the first check and the lock.
@@ -305,189 +279,11 @@ def claim_output(
         yield
 
 
-@contextlib.contextmanager
-def _lock(path: FilePath | os.PathLike[str]) -> Iterator[None]:
-    location = local_path(path)
-    key = str(path) if location is None else os.path.abspath(location)  # noqa: PTH100
-    thread = threading.get_ident()
-    with _held_guard:
-        owner, depth = _held.get(key, (thread, 0))
-        if owner != thread:
-            raise OutputBusyError(f"another thread of this process is writing '{path}'")
-        _held[key] = (thread, depth + 1)
-    try:
-        if depth:
-            yield
-        elif location is None:
-            with _remote_claim(str(path).rstrip("/")):
-                yield
-        else:
-            with _file_lock(Path(key)):
-                yield
-    finally:
-        with _held_guard:
-            owner, depth = _held.pop(key)
-            if depth > 1:
-                _held[key] = (owner, depth - 1)
-
-
-def _describe_run() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
-
-
-def _busy(path: Any, owner: dict[str, Any], advice: str = "") -> OutputBusyError:
-    who = ""
-    if owner:
-        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(owner.get("time", 0)))
-        who = f" (process {owner.get('pid')} on {owner.get('host')}, {since})"
-    return OutputBusyError(
-        f"another run{who} is writing '{path}'; wait until it has ended or choose another output"
-        f"{advice}"
-    )
-
-
-@contextlib.contextmanager
-def _file_lock(target: Path) -> Iterator[None]:
-    """Hold the lock file of a local output; the system releases it when the process ends."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    file = _hidden(target, "lock")
-    descriptor = _open_locked(target, file)
-    try:
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(_describe_run()).encode(), 0)
-        _restore_and_clean(target)
-        yield
-    finally:
-        # The name goes before the lock: whoever opens it later makes a file of his own.
-        file.unlink(missing_ok=True)
-        os.close(descriptor)
-
-
-def _open_locked(target: Path, file: Path) -> int:
-    while True:
-        try:
-            descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | _NOFOLLOW, 0o666)
-        except OSError as error:
-            if error.errno == errno.ELOOP:
-                raise OutputExistsError(
-                    f"'{file}', the lock of '{target}', is a symbolic link; remove it"
-                ) from None
-            raise
-        try:
-            if fcntl is not None:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = _parse(os.pread(descriptor, 4096, 0))
-            os.close(descriptor)
-            raise _busy(target, owner) from None
-        except OSError as error:  # a file system without locks: nothing stops a second run there
-            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL):
-                os.close(descriptor)
-                raise
-        # The former owner may have removed the name between open and lock: then try again.
-        with contextlib.suppress(FileNotFoundError):
-            if os.fstat(descriptor).st_ino == file.stat().st_ino:
-                return descriptor
-        os.close(descriptor)
-
-
-_NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
-
-
-def _parse(data: bytes) -> dict[str, Any]:
-    with contextlib.suppress(ValueError):
-        document = json.loads(data)
-        if isinstance(document, dict):
-            return document
-    return {}
-
-
-@contextlib.contextmanager
-def _remote_claim(uri: str) -> Iterator[None]:
-    """Hold a remote output by a small file beside it that is renewed while the run lives.
-
-    Object stores have no locks. Each run first writes a claim and then lists all claims; the
-    oldest live one wins. A store that lists what was written before (S3, GCS and Azure do) shows
-    two runs to each other whichever came first.
-    """
-    parent, _, last = uri.rpartition("/")
-    folder = Folder(parent)
-    prefix = f".{last}.claim-"
-    name = prefix + secrets.token_hex(8)
-    document = {**_describe_run(), "begun": time.time()}
-    folder.write(name, json.dumps(document).encode())
-    stop = threading.Event()
-
-    def renew() -> None:
-        while not stop.wait(_CLAIM_RENEWAL):
-            with contextlib.suppress(OSError):
-                folder.write(name, json.dumps({**document, "time": time.time()}).encode())
-
-    keeper = threading.Thread(target=renew, daemon=True)
-    try:
-        for other in folder.names(hidden=True):
-            if not other.startswith(prefix) or other == name:
-                continue
-            owner = _parse(folder.read(other) or b"")
-            if not _is_alive(owner):
-                folder.remove_file(other)
-            elif (owner.get("begun", 0.0), other) < (document["begun"], name):
-                raise _busy(
-                    uri, owner, f"; a killed run counts as ended {_CLAIM_LIFETIME:.0f} s later"
-                )
-        keeper.start()
-        yield
-    finally:
-        stop.set()
-        if keeper.ident is not None:
-            keeper.join()
-        folder.remove_file(name)
-
-
-def _is_alive(owner: dict[str, Any]) -> bool:
-    """Whether the run behind a claim may still be there."""
-    if time.time() - float(owner.get("time", 0.0)) > _CLAIM_LIFETIME:
-        return False
-    if owner.get("host") == socket.gethostname() and owner.get("pid") != os.getpid():
-        try:
-            os.kill(int(owner["pid"]), 0)
-        except ProcessLookupError:
-            return False
-        except (OSError, ValueError, KeyError):
-            return True
-    return True
-
-
 # --- how it appears ----------------------------------------------------------------------------
 
 
-def _hidden(target: Path, kind: str) -> Path:
-    """Return a hidden name beside ``target``; at most 255 bytes, as file systems demand."""
-    return target.parent / f".{target.name[:100]}.{kind}"
-
-
 def _temporary(target: Path) -> Path:
-    return _hidden(target, f"{secrets.token_hex(8)}.tmp")
-
-
-def _restore_and_clean(target: Path) -> None:
-    """Remove what killed runs left beside ``target``; put a former output back if it is missing."""
-    pattern = re.compile(rf"\.{re.escape(target.name[:100])}\.[0-9a-f]{{16}}\.(tmp|old)")
-    for entry in sorted(target.parent.iterdir()):
-        match = pattern.fullmatch(entry.name)
-        if match is None:
-            continue
-        if match[1] == "old" and not os.path.lexists(target):
-            entry.rename(target)
-        else:
-            _remove(entry)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+    return hidden_path(target, f"{secrets.token_hex(8)}.tmp")
 
 
 def _exchange(new: Path, target: Path) -> bool:
@@ -510,12 +306,12 @@ def replace_folder(new: Path, target: Path) -> None:
     if not os.path.lexists(target):
         new.rename(target)
     elif _exchange(new, target):
-        _remove(new)
+        remove_path(new)
     else:  # two steps; a run that comes after a kill between them puts the old one back
-        old = _hidden(target, f"{secrets.token_hex(8)}.old")
+        old = hidden_path(target, f"{secrets.token_hex(8)}.old")
         target.rename(old)
         new.rename(target)
-        _remove(old)
+        remove_path(old)
 
 
 @contextlib.contextmanager
@@ -544,7 +340,7 @@ def atomic_folder(
                 mark_folder(work, names=grows)
             replace_folder(work, target)
         finally:
-            _remove(work)
+            remove_path(work)
 
 
 def mark_folder(folder: Path, *, names: Iterable[str] = ()) -> None:
@@ -594,10 +390,10 @@ def atomic_file(
     target = Path(os.path.abspath(path))  # noqa: PTH100
     if target.is_dir():
         raise OutputExistsError(f"output '{path}' is a folder; give a file name")
-    with claim_output(path, overwrite=overwrite) if mark else _lock(target):
+    with claim_output(path, overwrite=overwrite) if mark else hold_path(target):
         work = _temporary(target)
         # Made here, exclusively, so that nothing that lies there is followed or written into.
-        os.close(os.open(work, os.O_CREAT | os.O_EXCL | os.O_WRONLY | _NOFOLLOW, 0o666))
+        os.close(os.open(work, os.O_CREAT | os.O_EXCL | os.O_WRONLY | NOFOLLOW, 0o666))
         mode = stat.S_IMODE(work.stat().st_mode)
         marker = target.parent / f".{target.name}{MARKER}"
         try:
@@ -637,49 +433,3 @@ def _plain_write_errors(path: Any) -> Iterator[None]:
                 "sizes; free some space and repeat. What was there before is untouched"
             ) from error
         raise
-
-
-# --- the state of a run ------------------------------------------------------------------------
-
-
-def check_state_folder(path: FilePath | os.PathLike[str]) -> None:
-    """Refuse a folder for the state of a run that holds anything else.
-
-    Raises:
-        OutputExistsError: it is a link or a file, or holds files that are no state of a run.
-    """
-    local = local_path(path)
-    if local is not None and (local.is_symlink() or (local.exists() and not local.is_dir())):
-        raise OutputExistsError(
-            f"'{path}' is where the unfinished run is kept, and it is not a folder; move it away"
-        )
-    for name in sorted(list_sizes(str(path) if local is None else local) or {}):
-        if _STATE_NAME.fullmatch(name) is None:
-            raise OutputExistsError(
-                f"'{path}' is where the unfinished run is kept, and it holds '{name}', which "
-                "semid did not write; move it away or choose another output"
-            )
-
-
-def remove_state_folder(path: FilePath | os.PathLike[str]) -> None:
-    """Remove the state of a run that has ended; files that are no state stay."""
-    local = local_path(path)
-    if local is not None and local.is_symlink():
-        return
-    folder = Folder(str(path) if local is None else local)
-    for name in list_sizes(folder.path) or {}:
-        if _STATE_NAME.fullmatch(name):
-            folder.remove_file(name)
-    if not list_sizes(folder.path):
-        folder.remove()
-
-
-@contextlib.contextmanager
-def hold_state(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Hold the folder of a run's state, so that no other run continues it meanwhile.
-
-    Raises:
-        OutputBusyError: another run holds it.
-    """
-    with _lock(path):
-        yield

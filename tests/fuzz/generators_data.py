@@ -428,6 +428,8 @@ def ids(random: Random, bench: Bench, work: Path) -> Case:
         if same_type:
             pq.write_table(pa.table({"item_id": array}), work / "plain.parquet")
             plain = pq.read_table(work / "plain.parquet")["item_id"].type
+            if array.type == pa.string_view():  # Parquet has no such type; all text is one type
+                plain = pa.large_string()
             kind = result.items.to_arrow().type
             expect(kind == plain, "ids of another type come back", f"{array.type} -> {kind}")
         hits = result.items.index_of(ItemIds(result.items.to_arrow()).strings())

@@ -29,7 +29,7 @@ from semid.data.id_tables import join_tables
 from semid.data.ids import ItemIds, cast_ids
 from semid.documents import read_json, record, typed
 from semid.errors import ArtefactError, InputError, OutputExistsError, UsageError
-from semid.output import hold_state
+from semid.runs import hold_path
 
 __all__ = ["CatalogueBundle", "Part", "read_catalogue"]
 
@@ -220,7 +220,7 @@ class CatalogueBundle:
             IdsError: if new item ids cannot be written in the type of the published ones.
             ArtefactError: if another writer added the version meanwhile.
         """
-        with hold_state(self.path):
+        with hold_path(self.path):
             self._remove_leftovers()
             return self._append(ids)
 

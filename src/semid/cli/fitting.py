@@ -11,8 +11,8 @@ from semid.data.ids import ItemIds
 from semid.data.source import EmbeddingSource
 from semid.errors import UsageError
 from semid.filesystems import is_uri, send_folder
-from semid.output import remove_state_folder
 from semid.progress import make_progress
+from semid.runs import remove_state_folder
 from semid.tokenizers.base import Tokenizer
 from semid.tokenizers.encoding import partial_folder
 from semid.training.distributed import is_main

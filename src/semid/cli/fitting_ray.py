@@ -8,8 +8,8 @@ from semid.cli.fitting import save_model, say_fitted, state_folder
 from semid.cli.options import say
 from semid.distributed.ray_start import RayOptions
 from semid.errors import UsageError
-from semid.output import remove_state_folder
 from semid.progress import make_progress
+from semid.runs import remove_state_folder
 from semid.tokenizers.making import make_tokenizer
 from semid.tokenizers.rqkmeans import RQKMeans
 

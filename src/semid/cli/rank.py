@@ -276,13 +276,14 @@ def _single(
 ) -> None:
     """Train one model, save it and say how good it is."""
     from semid.codes import SemanticIds
-    from semid.output import atomic_file, remove_state_folder
+    from semid.output import atomic_file
     from semid.progress import make_progress
     from semid.ranking.analysis import analyse_codes
     from semid.ranking.data import prepare_ranking
     from semid.ranking.features import CodeFeatures
     from semid.ranking.stream import RankingStream
     from semid.ranking.training import train_ranker
+    from semid.runs import remove_state_folder
     from semid.tokenizers.encoding import partial_folder
 
     logs, items, options, columns, time_column, stream = source

@@ -207,7 +207,9 @@ def _read_header(path: Path) -> tuple[np.dtype[Any], bool, tuple[int, ...], int]
         dtype, shape = np.dtype(header["descr"]), tuple(header["shape"])
         if not all(type(n) is int and 0 <= n < 2**63 for n in shape):
             raise ValueError(f"its header says shape {shape!r:.80}")
-        return dtype, bool(header["fortran_order"]), shape, 8 + width + length
+        if not isinstance(header["fortran_order"], bool):
+            raise ValueError("its header says neither True nor False for fortran_order")
+        return dtype, header["fortran_order"], shape, 8 + width + length
     except OSError as error:
         raise UsageError(f"'{path}' cannot be read: {error.strerror or error}") from error
     except (
@@ -220,8 +222,10 @@ def _read_header(path: Path) -> tuple[np.dtype[Any], bool, tuple[int, ...], int]
         RecursionError,
     ) as error:
         sentence = wrong_format(path, "embeddings", allowed="npy")
+        endless = isinstance(error, MemoryError | RecursionError)
+        problem = "its header is nested too deeply" if endless else brief(error)
         raise EmbeddingError(
-            f"'{path}' is not an .npy file ({brief(error)}); write it with numpy.save"
+            f"'{path}' is not an .npy file ({problem}); write it with numpy.save"
             if sentence is None
             else f"{sentence} (its name ends in .npy, and it is not an .npy file)"
         ) from error

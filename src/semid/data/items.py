@@ -9,13 +9,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from semid.data.columns import require_column
+from semid.data.columns import is_list, require_column
 from semid.data.csv_files import csv_columns, is_csv, read_csv
 from semid.data.frames import is_frame, open_frame
 from semid.data.id_sources import DEFAULT_ID_COLUMN, split_column
 from semid.data.ids import ItemIds
 from semid.data.parquet_files import ParquetFiles
-from semid.errors import IdsError, UsageError
+from semid.errors import IdsError, InputError, UsageError
 
 __all__ = ["ItemTexts", "read_items"]
 
@@ -58,6 +58,8 @@ class ItemTexts:
         """
         rows = self.ids.index_of(ids.strings())
         missing = int((rows < 0).sum())
+        if len(ids) and not len(self.ids):
+            raise IdsError("the table of items has no rows; give one with a row per item")
         if len(ids) and missing == len(ids):
             raise IdsError(
                 f"none of the {len(ids)} items has a row in the table of items: they are called "
@@ -156,8 +158,12 @@ def _texts(table: pa.Table, name: str) -> Any:
     column = table.column(name)
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
-    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
-        column = column.cast(pa.list_(pa.string()))
-        column = pc.binary_join(column, " > ")
-    array = column.cast(pa.large_string()).fill_null("").combine_chunks()
+    try:
+        if is_list(column.type):
+            column = pc.binary_join(column.cast(pa.list_(pa.string())), " > ")
+        array = column.cast(pa.large_string()).fill_null("").combine_chunks()
+    except pa.ArrowException:
+        raise InputError(
+            f"column '{name}' of the table of items holds {column.type}; give text or lists of text"
+        ) from None
     return array if isinstance(array, pa.Array) else pa.concat_arrays(array.chunks)

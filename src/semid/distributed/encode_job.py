@@ -11,7 +11,6 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,8 +23,9 @@ from semid.distributed.units import Catalogue, Unit
 from semid.errors import ArtefactError, IdsError, OutputExistsError, UsageError
 from semid.filesystems import FilePath, Folder, local_path, open_parquet
 from semid.loading import load
-from semid.output import atomic_file, atomic_folder, mark_remote_folder, remove_state_folder
+from semid.output import atomic_file, atomic_folder, mark_remote_folder
 from semid.quantization.blocks import BLOCK_ROWS
+from semid.runs import remove_state_folder
 from semid.tokenizers.encoding import RowsDigest, is_part, sign_part
 from semid.training.checkpoint import run_key
 
@@ -229,9 +229,11 @@ class Output:
             with atomic_file(local, overwrite=overwrite) as work:
                 self._join(done, schema, work)
         else:
+            parts = local_path(self.parts.path)
+            assert parts is not None
             with atomic_folder(local, overwrite=overwrite) as work:
                 for unit in done:
-                    Path(self.parts.file(unit.name)).rename(work / unit.name)
+                    (parts / unit.name).rename(work / unit.name)
         remove_state_folder(partial_path(self.path))
 
     def _check(self, unit: Done) -> None:

@@ -34,9 +34,10 @@ from semid.distributed.units import UNIT_ROWS, Catalogue, Unit
 from semid.errors import EmbeddingError, InputError
 from semid.filesystems import FilePath
 from semid.loading import load
-from semid.output import claim_output, remove_state_folder
+from semid.output import claim_output
 from semid.progress import Progress, QuietProgress
 from semid.quantization.threads import default_threads
+from semid.runs import remove_state_folder
 
 __all__ = ["EncodeRun", "LocalOptions", "encode_folder"]
 

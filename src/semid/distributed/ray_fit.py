@@ -27,7 +27,7 @@ from semid.quantization.rows import Rows
 from semid.tokenizers.fitreport import FitReport
 from semid.tokenizers.rqkmeans import RQKMeans
 from semid.tokenizers.scan import check_enough
-from semid.training.checkpoint import Checkpoint, run_key
+from semid.training.checkpoint import open_checkpoint, run_key
 from semid.training.gathering import shard_spans
 
 __all__ = ["RayFit", "fit_on_ray", "shard_loads", "share_units"]
@@ -154,14 +154,12 @@ def fit_on_ray(
             trained=trained,
             held_out=tokenizer.validation_fraction,
         )
-        store = None
-        if checkpoint is not None:
-            digest = hashlib.sha256("".join(d for k in looks for d in k.digests).encode())
-            key = run_key({"kind": tokenizer.kind, **tokenizer.settings}, digest.hexdigest())
-            store = Checkpoint(checkpoint, key=key, resume=resume)
+        digest = hashlib.sha256("".join(d for k in looks for d in k.digests).encode())
+        key = run_key({"kind": tokenizer.kind, **tokenizer.settings}, digest.hexdigest())
         loads, spans = shard_loads(units, train, len(shares))
-        team.load(loads, spans)
-        levels = tokenizer.fit_rows(Rows(team, dim=dim), store=store, progress=steps)
+        with open_checkpoint(checkpoint, key=key, resume=resume) as store:
+            team.load(loads, spans)
+            levels = tokenizer.fit_rows(Rows(team, dim=dim), store=store, progress=steps)
         mean = sum((look.sums for look in looks), np.zeros(dim)) / len(catalogue)
         steps.start("judge", total=len(catalogue))
         tokenizer.report = _judge(team, tokenizer, mean, levels, trained, began)

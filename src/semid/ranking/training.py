@@ -22,7 +22,7 @@ from semid.ranking.report import evaluate
 from semid.ranking.rows import Rows
 from semid.ranking.stream import RankingStream
 from semid.ranking.task import BatchSource, MemoryBatches, RankingTask
-from semid.training.checkpoint import Checkpoint, run_key
+from semid.training.checkpoint import open_checkpoint, run_key
 from semid.training.loggers import Logger
 from semid.training.loop import train
 from semid.training.options import TrainOptions
@@ -115,27 +115,25 @@ def train_ranker(
         code_rate=1.0 if features is None else features.rate,
         code_decay=None if features is None else features.weight_decay,
     )
-    store = None
-    if checkpoint is not None:
-        settings = {
-            "kind": "ranker",
-            "protocol": data.protocol,
-            "architecture": architecture.to_dict(),
-            "features": None if features is None else vars(features),
-            "training": vars(options),
-            "seed": seed,
-        }
-        digest = data_digest(data, parts, table)
-        store = Checkpoint(checkpoint, key=run_key(settings, digest), resume=resume)
-    result = train(
-        task,
-        options,
-        seed=seed,
-        progress=progress or QuietProgress(),
-        store=store,
-        log=logger,
-        task=architecture.model,
-    )
+    settings = {
+        "kind": "ranker",
+        "protocol": data.protocol,
+        "architecture": architecture.to_dict(),
+        "features": None if features is None else vars(features),
+        "training": vars(options),
+        "seed": seed,
+    }
+    key = "" if checkpoint is None else run_key(settings, data_digest(data, parts, table))
+    with open_checkpoint(checkpoint, key=key, resume=resume) as store:
+        result = train(
+            task,
+            options,
+            seed=seed,
+            progress=progress or QuietProgress(),
+            store=store,
+            log=logger,
+            task=architecture.model,
+        )
     report = {
         "protocol": data.protocol,
         "seed": seed,

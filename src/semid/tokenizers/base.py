@@ -43,7 +43,7 @@ from semid.tokenizers.fitreport import FitReport, HealthCounter
 from semid.tokenizers.neural.pairs import Behaviour
 from semid.tokenizers.scan import InputScan, check_enough, scan
 from semid.tokenizers.stored import check_stored, described, stored_settings
-from semid.training.checkpoint import Checkpoint, run_key
+from semid.training.checkpoint import open_checkpoint, run_key
 
 __all__ = ["HELD_OUT_SALT", "Tokenizer"]
 
@@ -225,26 +225,21 @@ class Tokenizer(CheckedArguments, ABC):
         )
         mass = item_weights(weights, len(opened))
         behaviour = self._behaviour(interactions, pairs, ids=opened.ids, train=train)
-        context = FitContext(
-            source=opened,
-            train=opened if train.all() else opened.subset(train),
-            held_out=None if train.all() else opened.subset(~train),
-            inputs=getattr(opened, "inputs", (opened.dim,)),
-            scan=seen,
-            weights=train_weights(mass, train),
-            behaviour=behaviour,
-            checkpoint=None
-            if checkpoint is None
-            else Checkpoint(
-                checkpoint,
-                key=run_key(
-                    {"kind": self.kind, **self.settings}, data_digest(seen.digest, mass, behaviour)
-                ),
-                resume=resume,
-            ),
-            progress=steps,
-        )
-        details = self._fit(context)
+        settings = {"kind": self.kind, **self.settings}
+        key = run_key(settings, data_digest(seen.digest, mass, behaviour))
+        with open_checkpoint(checkpoint, key=key, resume=resume) as store:
+            context = FitContext(
+                source=opened,
+                train=opened if train.all() else opened.subset(train),
+                held_out=None if train.all() else opened.subset(~train),
+                inputs=getattr(opened, "inputs", (opened.dim,)),
+                scan=seen,
+                weights=train_weights(mass, train),
+                behaviour=behaviour,
+                checkpoint=store,
+                progress=steps,
+            )
+            details = self._fit(context)
         self._dim = opened.dim
         self._fingerprint_version = FORMAT_VERSION
         self.report = self._judge(opened, train, seen, details, steps, began)

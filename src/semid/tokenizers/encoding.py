@@ -29,9 +29,10 @@ from semid.data.ids import ItemIds
 from semid.data.source import EmbeddingSource
 from semid.errors import ArtefactError, EmbeddingError, OutputExistsError
 from semid.filesystems import Folder, open_parquet
-from semid.output import atomic_file, claim_output, remove_state_folder
+from semid.output import atomic_file, claim_output
 from semid.progress import Progress, QuietProgress
 from semid.quantization.blocks import BLOCK_ROWS
+from semid.runs import remove_state_folder
 from semid.tokenizers.base import Tokenizer
 from semid.tokenizers.context import EncodedBlock
 from semid.training.checkpoint import run_key

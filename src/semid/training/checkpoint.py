@@ -11,8 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
-import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from semid.errors import ArtefactError, OutputExistsError, brief
-from semid.output import atomic_file, check_state_folder, hold_state, remove_state_folder
+from semid.output import atomic_file
+from semid.runs import check_state_folder, hold_path, remove_state_folder
 from semid.training.distributed import is_main
 
-__all__ = ["Checkpoint", "run_key"]
+__all__ = ["Checkpoint", "open_checkpoint", "run_key"]
 
 STATE_FILE = "state.safetensors"
 _UNREADABLE = (SafetensorError, OSError, LookupError, ValueError, TypeError, RecursionError)
@@ -61,22 +61,25 @@ class Checkpoint:
         self.folder = Path(folder)
         self.key = key
         self._state: tuple[dict[str, np.ndarray], dict[str, Any]] | None = None
-        file = self.folder / STATE_FILE
+        self._hold = contextlib.ExitStack()
         if is_main():
             check_state_folder(self.folder)
-            # Held until the run clears it or this object is gone.
-            self._hold = contextlib.ExitStack()
-            self._hold.enter_context(hold_state(self.folder))
-            weakref.finalize(self, self._hold.close)
-        if file.exists() and not resume:
-            if not is_main():
-                return  # it may be what the first process has begun already
+            self._hold.enter_context(hold_path(self.folder))
+        try:
+            self._open(resume)
+        except BaseException:
+            self.release()
+            raise
+
+    def _open(self, resume: bool) -> None:
+        file = self.folder / STATE_FILE
+        if file.exists() and resume:
+            self._state = self._read(file)
+        elif file.exists() and is_main():  # else the first process may have begun it already
             raise OutputExistsError(
                 f"'{self.folder}' holds an unfinished run; continue it with --resume "
                 "(resume=True) or delete that folder"
             )
-        if file.exists():
-            self._state = self._read(file)
 
     def _read(self, file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         try:
@@ -119,4 +122,23 @@ class Checkpoint:
         if not is_main():
             return
         remove_state_folder(self.folder)
+        self.release()
+
+    def release(self) -> None:
+        """Let other runs have the folder; this object writes no more."""
         self._hold.close()
+
+
+@contextlib.contextmanager
+def open_checkpoint(
+    folder: str | os.PathLike[str] | None, *, key: str, resume: bool
+) -> Iterator[Checkpoint | None]:
+    """Hold the checkpoint of a run for the length of the block; None without a folder."""
+    if folder is None:
+        yield None
+        return
+    store = Checkpoint(folder, key=key, resume=resume)
+    try:
+        yield store
+    finally:
+        store.release()
