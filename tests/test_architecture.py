@@ -13,17 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "src" / "semid"
 # A module may import its own group and groups on lines above it; on one line, only to the left.
 FLOORS = [
     ["errors"],
-    [
-        "filesystems",
-        "markdown",
-        "options",
-        "documents",
-        "locks",
-        "output",
-        "artefact",
-        "seeds",
-        "progress",
-    ],
+    ["filesystems", "markdown", "options", "documents"],
+    ["runs", "output", "artefact", "seeds", "progress"],
     ["data", "codes", "health", "quantization", "training"],
     ["diagnostics"],
     ["tokenizers"],

@@ -135,6 +135,7 @@ def test_bad_data_exits_with_1_and_writes_nothing(run, catalogue, model, tmp_pat
     np.save(tmp_path / "pickled.npy", np.array([{}], dtype=object), allow_pickle=True)
     (tmp_path / "cut.npy").write_bytes((catalogue / "x.npy").read_bytes()[:5000])
     np.save(tmp_path / "narrow.npy", clustered[:, :9])
+    (tmp_path / "empty").mkdir()
     before = sorted(path.name for path in tmp_path.iterdir())
     out = tmp_path / "out"
     small = ("--codebook-size", 16, "-o", out, "-q")
@@ -154,7 +155,7 @@ def test_bad_data_exits_with_1_and_writes_nothing(run, catalogue, model, tmp_pat
     code, _, err = run("encode", model, tmp_path / "narrow.npy", "-o", out, "-q")
     assert code == 1
     assert "width 9" in err
-    code, _, err = run("encode", tmp_path, catalogue / "x.npy", "-o", out, "-q")
+    code, _, err = run("encode", tmp_path / "empty", catalogue / "x.npy", "-o", out, "-q")
     assert code == 1
     assert "config.json" in err
     assert sorted(path.name for path in tmp_path.iterdir()) == before
