@@ -30,6 +30,7 @@ from values import (
 
 import semid
 from semid.codes import SemanticIds
+from semid.data.blocks import MAX_NORM
 from semid.data.ids import ItemIds
 from semid.data.interactions import read_interactions
 from semid.data.items import read_items
@@ -105,7 +106,7 @@ def npy(random: Random, bench: Bench, work: Path) -> Case:
 
     def check(ids: SemanticIds) -> None:
         rows = np.load(file, mmap_mode="r", allow_pickle=False).astype(np.float32)
-        usable = np.isfinite(rows).all(axis=1)
+        usable = np.linalg.norm(np.nan_to_num(rows, nan=np.inf).astype("f8"), axis=1) <= MAX_NORM
         expect(usable.all() or skip, "rows that are not finite were accepted")
         check_ids(ids, [str(n) for n in np.flatnonzero(usable)], bench.encode(rows[usable]))
 
@@ -165,7 +166,7 @@ def matrix(random: Random, bench: Bench, work: Path) -> Case:
         rows = container.detach().float().numpy() if tensor else np.asarray(container)
         rows = rows.astype(np.float32)
         expect(rows.ndim == 2 and len(rows), "no matrix, but accepted")
-        usable = np.isfinite(rows).all(axis=1)
+        usable = np.linalg.norm(np.nan_to_num(rows, nan=np.inf).astype("f8"), axis=1) <= MAX_NORM
         expect(usable.all() or skip, "rows that are not finite were accepted")
         names = ids or [str(n) for n in range(len(rows))]
         expect(len(names) == len(rows), "another number of ids was accepted")
@@ -249,7 +250,7 @@ def _vector(row: list[Any] | None, dim: int) -> list[float] | None:
     if row is None or len(row) != dim or None in row:
         return None
     numbers = [float(np.float32(v)) for v in row]
-    return numbers if all(map(math.isfinite, numbers)) else None
+    return numbers if math.hypot(*numbers) <= MAX_NORM else None
 
 
 def _container(
@@ -298,7 +299,7 @@ def _container(
     else:
         column = pa.array(rows, types[kind])
         words = f"Arrow {kind}"
-    if len(column) and random.random() < 0.2:
+    if len(column) and not pa.types.is_dictionary(column.type) and random.random() < 0.2:
         column = pa.concat_arrays([column.slice(0, 1), column]).slice(1)
     names, columns = ["item_id", "embedding"], [ids, column]
     extra = random.choice((None, None, "twin", "twice", "ids twice", "nested"))

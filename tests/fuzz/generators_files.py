@@ -252,7 +252,8 @@ def bundle(random: Random, bench: Bench, work: Path) -> Case:
             cli("export", folder, "--to", "lcrec", "-o", work / "x.json")()
         elif use == "versions":
             opened = CatalogueBundle(folder)
-            return opened.read(random.choice(opened.versions()))
+            versions = opened.versions()[-1:] if outside else opened.versions()
+            return opened.read(random.choice(versions))
         return read_catalogue(folder)
 
     def check(ids: SemanticIds) -> None:
@@ -358,7 +359,7 @@ def imports(random: Random, bench: Bench, work: Path) -> Case:
         pq.write_table(table, file)
     else:
         bench.copy("openonerec", file)
-        part = random.choice(sorted(file.iterdir()))
+        part = random.choice(sorted(file.glob("*.parquet")))
         table, text = _mutate_columns(random, pq.read_table(part))
         pq.write_table(table, part)
     use = random.choice(("api", "cli", "model", "ids"))
@@ -367,11 +368,14 @@ def imports(random: Random, bench: Bench, work: Path) -> Case:
         flags = ["--model", bench / "rqkmeans"]
     elif use == "ids":
         flags = ["--ids", bench / "ids.txt"]
+    lies = {"orientation": "levels-first"} if fmt == "grid" else {}
+    if lies:
+        flags += ["--orientation", "levels-first"]
     out = work / "out.parquet"
 
     def call() -> Any:
         if use == "api" and fmt in IMPORTS:
-            return import_ids(fmt, file)
+            return import_ids(fmt, file, **lies)
         cli("import", file, "--from", fmt, "-o", out, *flags)()
         ids = SemanticIds.read(out)
         cli("unique", out, "-o", work / "unique.parquet", "-q")()
@@ -466,7 +470,7 @@ def export(random: Random, bench: Bench, work: Path) -> Case:
     def check(ids: SemanticIds) -> None:
         rows = ids.codes.tolist()
         if to in IMPORTS and rows:
-            back = import_ids(to, out)
+            back = import_ids(to, out, **({"orientation": "levels-first"} if to == "grid" else {}))
             expect(back.codes.tolist() == rows, "an import gives other codes than the export")
         elif to == "openonerec":
             table, text = (

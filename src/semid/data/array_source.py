@@ -91,6 +91,8 @@ class TensorSource(EmbeddingSource):
     ) -> None:
         if not tensor.is_floating_point():
             raise EmbeddingError(_refused_type(label, str(tensor.dtype)))
+        if tensor.device.type == "meta":
+            raise EmbeddingError(f"{label} is on the device 'meta' and holds no values")
         if str(tensor.layout) != "torch.strided":
             raise EmbeddingError(f"{label} is {tensor.layout}; give a dense one: x.to_dense()")
         check_matrix(label, tuple(tensor.shape))
@@ -205,7 +207,9 @@ def _read_header(path: Path) -> tuple[np.dtype[Any], bool, tuple[int, ...], int]
                 raise ValueError("its header is cut off")
         header = ast.literal_eval(text.decode("utf8" if magic[6] == 3 else "latin1"))
         dtype, shape = np.dtype(header["descr"]), tuple(header["shape"])
-        if not all(type(n) is int and 0 <= n < 2**63 for n in shape):
+        if not isinstance(header["shape"], tuple) or not all(
+            type(n) is int and 0 <= n < 2**63 for n in shape
+        ):
             raise ValueError(f"its header says shape {shape!r:.80}")
         if not isinstance(header["fortran_order"], bool):
             raise ValueError("its header says neither True nor False for fortran_order")

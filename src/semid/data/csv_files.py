@@ -33,7 +33,7 @@ def csv_columns(path: Path, *, error: type[InputError]) -> list[str]:
     try:
         with _open(path, None, error) as reader:
             return list(reader.schema.names)
-    except (pa.ArrowException, OSError) as failure:
+    except (pa.ArrowException, OSError, UnicodeError) as failure:
         raise _refusal(path, failure, error) from failure
 
 

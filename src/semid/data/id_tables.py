@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from semid.data.columns import is_list
+from semid.data.columns import is_list, refuse_repeated
 from semid.data.ids import cast_ids
 from semid.errors import ArtefactError, SemidError
 
@@ -62,10 +62,12 @@ def join_tables(tables: Sequence[pa.Table], *, where: str) -> pa.Table:
 
     Raises:
         ArtefactError: if a column is missing in some, or holds values of another type.
+        UsageError: if two columns have one name.
         IdsError: if item ids cannot be written in the first one's type.
     """
     if any(t.column_names != tables[0].column_names for t in tables):
         raise ArtefactError(f"the files of {where} have different columns; encode them again")
+    refuse_repeated(tables[0].column_names, tables[0].column_names, label=where)
     joined = [t.replace_schema_metadata(None) for t in tables]
     if (
         "item_id" in tables[0].column_names

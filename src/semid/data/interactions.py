@@ -185,13 +185,13 @@ def read_interactions(
     order_column = time_column or next((c for c in _ORDER_COLUMNS if c in names), None)
     if rating_column is None and "rating" in names:
         rating_column = "rating"
-    wanted = {
+    wanted: dict[str, str | None] = {
         "--user-column (user_column=)": user_column,
         "--item-column (item_column=)": item_column,
         "--time-column (time_column=)": order_column,
-        "rating_column=": rating_column,
     }
-    columns = [(flag, column) for flag, column in wanted.items() if column]
+    wanted["rating_column="] = rating_column or None
+    columns = [(flag, name) for flag, name in wanted.items() if name is not None]
     columns += [("extra_columns=", column) for column in extra_columns]
     for flag, column in columns:
         require_column(column, names, label=label, flag=(flags or {}).get(column, flag))
@@ -326,7 +326,7 @@ def _numbers(
         )
         return None
     if nulls:
-        column = column.cast(pa.float64())
+        column = column.cast(pa.float64(), safe=False)  # integers beyond 2^53 are rounded
     values: np.ndarray = column.to_numpy()
     if not nulls and values.dtype.kind == "f" and not np.isfinite(values).all():
         problems.append(

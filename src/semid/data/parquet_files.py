@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from semid.data.columns import concat_tables, refuse_repeated
+from semid.data.columns import concat_tables, is_text, refuse_repeated
 from semid.data.file_kinds import PARQUET_SUFFIXES, wrong_format
 from semid.errors import EmbeddingError, InputError, UsageError, brief
 from semid.filesystems import FilePath, is_uri, list_files, open_parquet
@@ -218,9 +218,11 @@ class ParquetFiles:
         """
         tables = []
         for file, path in enumerate(self.paths):
-            refuse_repeated(columns, self.schemas[file].names, label=f"'{path}'")
+            schema = self.schemas[file]
+            refuse_repeated(columns, schema.names, label=f"'{path}'")
+            coded = [name for name in dictionaries or [] if is_text(schema.field(name).type)]
             try:
-                with open_parquet(path, memory_map=True, read_dictionary=dictionaries) as parquet:
+                with open_parquet(path, memory_map=True, read_dictionary=coded) as parquet:
                     groups = self._numbers(file, None)
                     tables.append(
                         parquet.read(columns=columns)

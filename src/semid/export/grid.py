@@ -91,6 +91,7 @@ def read_grid(
         or tensor.numel() == 0
         or tensor.dtype not in INTEGERS
         or tensor.layout is not torch.strided
+        or tensor.device.type == "meta"  # holds no values
         # A view that repeats its values would take memory that the file does not have.
         or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
     ):
