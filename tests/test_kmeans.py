@@ -98,6 +98,23 @@ def test_empty_clusters_are_seeded_again(clustered):
     assert result.distinct == 20
 
 
+def test_empty_clusters_move_to_rows_that_differ():
+    """Of A, A, B, B, the farthest rows, two empty clusters take one A and one B."""
+    near = np.random.default_rng(0).normal(size=(50, 2))
+    rows = np.concatenate([near, [[90, 0]] * 2, [[0, 80]] * 2]).astype(np.float32)
+    init = np.array([[0, 0], [1e4, 0], [1e4, 1]], dtype=np.float32)
+    first: list[np.ndarray] = []
+    kmeans(
+        ArrayBlocks(rows),
+        3,
+        seed=0,
+        init=init,
+        options=KMeansOptions(iterations=1),
+        on_iteration=lambda state: first.append(state.centroids.copy()),
+    )
+    assert first[0][1:].tolist() == [[90, 0], [0, 80]]
+
+
 def test_fewer_distinct_rows_than_codes_leaves_dead_codes(caplog):
     x = np.repeat(np.eye(6, dtype=np.float32), 5, axis=0)
     result = kmeans(ArrayBlocks(x), 9, seed=0)
