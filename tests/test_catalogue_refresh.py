@@ -64,6 +64,14 @@ def test_dead_codes_are_matched_by_distance():
         match_codes(np.zeros(0, int), np.zeros(0, int), book, book[:4])
 
 
+def test_no_distance_outweighs_an_item():
+    """Every code keeps its one item, though all codewords have moved to another's place."""
+    book, codes = 100 * rows(8, dim=3), np.arange(8)
+    for weights in (None, np.full(8, 0.01)):
+        numbers = match_codes(codes, codes, book, np.roll(book, 1, axis=0), weights=weights)
+        assert np.array_equal(numbers, codes)
+
+
 def test_renumbering_changes_names_only_and_can_be_undone():
     tokenizer, x = drawn_tokenizer(sizes=(8, 8)), rows(200)
     generator = np.random.default_rng(0)
@@ -116,6 +124,7 @@ def test_alignment_saves_ids_at_the_same_quality(first, later):
     assert aligned.error == pytest.approx((left**2).sum() / spread, rel=1e-4)
     assert report.churn.weighted_prefix is not None
     assert "ids changed" in report.summary()
+    assert f"held out {aligned.held_out_error:.4f}" in report.summary()
 
 
 @pytest.mark.parametrize("method", ["none", "append", "reassign"])
@@ -141,6 +150,8 @@ def test_a_budget_holds_and_published_ids_stay(first, clustered, later, method):
         assert len(np.unique(result.ids.codes, axis=0)) == 1100
     frozen = refresh(tokenizer, published, later[kept], ids=names(kept), max_churn=0.0)
     assert frozen.report.churn.moved == 0
+    free = refresh(tokenizer, published, later[kept], ids=names(kept), max_churn=1.0)
+    assert (free.report.budget, free.report.held_back) == (700, 0)
 
 
 def test_wrong_refreshes_are_refused(first, clustered):

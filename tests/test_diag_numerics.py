@@ -330,6 +330,8 @@ def test_geometry_of_known_spaces():
     assert line.participation_ratio == pytest.approx(1)
     assert (line.zero_columns, line.constant_columns) == (1, 1)
     assert line.mean_abs_cosine == pytest.approx(1)
+    wide = geometry(rng().normal(size=(5, 40)) + 9, name="fewer rows than columns")
+    assert wide.eigenvalues.min() == 0.0
     assert geometry(np.arange(5)[:, None], name="one").mean_abs_cosine is None
     with pytest.raises(InputError, match="all 4 rows are equal"):
         geometry(np.full((4, 2), 0.3), name="flat")
