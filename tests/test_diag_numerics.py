@@ -260,6 +260,9 @@ def test_padding_the_latent_changes_nothing_under_input_noise():
     plain = flip_rates(inputs, encode, space="input", scales=(0.1,))
     padded = flip_rates(inputs, lambda r: encode(r, 28), space="input", scales=(0.1,))
     assert plain == padded
+    for bad in (lambda r: r[:, 0], lambda r: r[1:]):
+        with pytest.raises(InputError, match="encode_latent returned shape"):
+            input_margin_proxy(inputs, bad, codebooks, scales=(0.1,))
     a = input_margin_proxy(inputs, encode_latent, codebooks, scales=(0.1,))
     b = input_margin_proxy(inputs, lambda r: encode_latent(r, 28), padded_books, scales=(0.1,))
     assert a.points[0].code == pytest.approx(b.points[0].code, rel=1e-3)

@@ -169,7 +169,12 @@ def test_bad_codes_are_refused_with_every_bad_level():
         usage(np.zeros((3, 1)), 4)
     with pytest.raises(InputError) as caught:
         check_codes(np.array([[4, 0, -1]]), [4, 4, 4])
-    assert len(caught.value.problems) == 2
+    assert caught.value.problems == (
+        "level 0 holds codes 4 to 4; allowed: 0 to 3",
+        "level 2 holds codes -1 to -1; allowed: 0 to 3",
+    )
+    with pytest.raises(InputError, match="allowed: at least 0"):
+        check_codes(np.array([[-1]]))
     with pytest.raises(UsageError, match="2 entries"):
         usage(np.zeros((3, 1), np.uint16), [4, 4])
     with pytest.raises(InputError, match="at least one item"):

@@ -134,6 +134,31 @@ def test_users_follow_the_topics_and_time():
     assert counts.argmax() in (2, 3, 4)
 
 
+def test_ratings_and_times_are_those_that_the_text_states():
+    """Ratings fall with the distance of a step and rise with the item's quality; 3 years, days."""
+    log, table = SMALL.interactions(), SMALL.interactions_table()
+    item = SMALL.ids.index_of(table["item_id"])
+    niche, user, rating = SMALL.niches()[item], log.users, log.rating
+    later = np.flatnonzero(user[1:] == user[:-1]) + 1
+    near = niche[later] == niche[later - 1]
+    far = niche[later] // 16 != niche[later - 1] // 16
+    assert 0.5 < rating[later[near]].mean() - rating[later[far]].mean() < 1.1
+    assert rating.mean() == pytest.approx(3.85, abs=0.1)
+    sums = np.bincount(item, rating, 6_000), np.bincount(item, minlength=6_000)
+    often = np.flatnonzero(sums[1] > 60)
+    assert np.std(sums[0][often] / sums[1][often]) > 0.15
+    steps = np.bincount(user)
+    assert steps.min() >= 1
+    assert 8 < steps.mean() < 11.5
+    assert steps.max() <= 60
+    times = table["timestamp"].to_numpy()
+    starts = times[table["position"].to_numpy() == 0]
+    year = 365 * 86_400
+    assert 0 <= starts.min() - 1_420_070_400 < year / 10
+    assert 2.9 * year < starts.max() - 1_420_070_400 < 3 * year + 60 * 86_400
+    assert np.diff(times)[later - 1].mean() / 86_400 == pytest.approx(8, rel=0.2)
+
+
 def test_titles_and_categories_can_be_read():
     items = read_items(SMALL.items_table(), ids=SMALL.ids)
     niche = SMALL.niches()
