@@ -288,6 +288,7 @@ def test_negatives_are_fixed_uniform_and_never_the_query():
     shares = np.bincount(drawn.targets[pairs.queries == 2].ravel(), minlength=5)
     assert shares[2] == 0
     assert shares[[0, 1, 3, 4]] / shares.sum() == pytest.approx(0.25, abs=0.02)
+    assert negative_pairs(pairs, per_pair=1).targets.shape == (len(pairs), 1)
     with pytest.raises(UsageError, match="at least 1"):
         negative_pairs(pairs, per_pair=0)
 
@@ -376,12 +377,26 @@ def test_auc_interval_follows_an_exact_resampling_of_users():
     assert estimate.high - estimate.low == pytest.approx(high - low, rel=0.35)
 
 
+def test_a_level_of_weight_zero_is_not_read():
+    codes, pairs = rng().integers(0, 3, (20, 2)), random_pairs(20, 300)
+    negatives = negative_pairs(pairs)
+    options = {"hierarchical": True, "replicates": 0}
+    books = [np.eye(3), np.eye(3)]
+    found = pair_aucs(codes, books, pairs, negatives, level_weights=[5.0, 0.0], **options)
+    assert found.weights == (1.0, 0.0)
+    alone = pair_aucs(codes[:, :1], books[:1], pairs, negatives, **options)
+    for name in ("weighted", "weighted_equality"):
+        assert found.aucs[name].value == alone.aucs[name].value
+    assert found.aucs["exact_full"].value != alone.aucs["exact_full"].value
+
+
 def test_pair_aucs_refuse_what_does_not_fit():
     codes, pairs = rng().integers(0, 3, (20, 2)), random_pairs(20, 30)
     negatives = negative_pairs(pairs)
     books = [np.eye(3), np.eye(3)]
-    with pytest.raises(InputError, match="level weights"):
-        pair_aucs(codes, books, pairs, negatives, hierarchical=True, level_weights=[1.0])
+    for weights in ([1.0], [2.0, -1.0], [0.0, 0.0]):
+        with pytest.raises(InputError, match="level weights"):
+            pair_aucs(codes, books, pairs, negatives, hierarchical=True, level_weights=weights)
     with pytest.raises(InputError, match="belongs to these pairs"):
         pair_aucs(codes, books, random_pairs(20, 31), negatives, hierarchical=True)
     with pytest.raises(InputError, match="the pool 20"):
@@ -437,3 +452,43 @@ def test_popularity_health_by_hand():
     json.dumps(found.to_dict())
     with pytest.raises(InputError, match="counts 2"):
         popularity_health(codes, counts[:2])
+
+
+@pytest.mark.parametrize(
+    ("head", "mid", "segments"),
+    [
+        (0.2, 0.4, [0, 1, 1, 2, 2, 3]),
+        (0.2, 0.0, [0, 2, 2, 2, 2, 3]),
+        (0.6, 0.4, [0, 0, 0, 1, 1, 3]),
+        (0.01, 0.01, [0, 2, 2, 2, 2, 3]),  # the head has at least one item
+    ],
+)
+def test_segments_at_the_ends_of_their_ranges(head, mid, segments):
+    counts = np.array([50, 40, 30, 20, 10, 0])
+    assert popularity_segments(counts, head=head, mid=mid).tolist() == segments
+    for bad in ({"head": 0.0}, {"head": 1.0, "mid": 0.0}, {"mid": -0.1}, {"head": 0.7, "mid": 0.4}):
+        with pytest.raises(UsageError, match="needed"):
+            popularity_segments(counts, **bad)
+
+
+def test_bootstrap_of_known_totals():
+    """Two clusters of equal size: means of 0, 1/2 and 1 with chances 1/4, 1/2 and 1/4."""
+
+    def mean(totals):
+        return totals[:, :1] / totals[:, 1:]
+
+    sums = np.array([[0.0, 5.0], [5.0, 5.0]])
+    estimate = bootstrap(sums, mean, replicates=400, confidence=0.95, seed=0)[0]
+    assert (estimate.value, estimate.low, estimate.high) == (0.5, 0.0, 1.0)
+    inner = bootstrap(sums, mean, replicates=400, confidence=0.3, seed=0)[0]
+    assert (inner.low, inner.high) == (0.5, 0.5)
+    single = bootstrap(sums, mean, replicates=1, confidence=0.95, seed=0)[0]
+    assert single.low == single.high
+    for alone, options in ((sums, {"replicates": 0}), (sums[:1], {"replicates": 9})):
+        estimate = bootstrap(alone, mean, confidence=0.95, seed=0, **options)[0]
+        assert estimate.value == alone[:, 0].sum() / alone[:, 1].sum()
+        assert estimate.low is None
+        assert estimate.high is None
+    for bad in ({"replicates": -1}, {"confidence": 0.0}, {"confidence": 1.0}):
+        with pytest.raises(UsageError, match="replicates must not be negative"):
+            bootstrap(sums, mean, seed=0, **{"replicates": 5, "confidence": 0.95} | bad)

@@ -411,3 +411,22 @@ def test_reconstruction_by_level_falls_with_depth():
         reconstruction(latents, latents[:, :2], name="x")
     with pytest.raises(InputError, match="update first"):
         ReconstructionCounter("x").result()
+
+
+def test_the_ends_of_ranges_are_allowed():
+    assert (proportion(0, 1).value, proportion(1, 1).value) == (0.0, 1.0)
+    assert (proportion(0, 1).low, proportion(1, 1).high) == (0.0, 1.0)
+    for bad in ((-1, 1), (2, 1), (0, 0)):
+        with pytest.raises(UsageError, match="trials >= 1"):
+            proportion(*bad)
+    for confidence in (0.0, 1.0):
+        with pytest.raises(UsageError, match="confidence"):
+            proportion(1, 2, confidence=confidence)
+    assert sample_rows(5, 5).tolist() == sample_rows(5, None).tolist() == [0, 1, 2, 3, 4]
+    assert len(sample_rows(5, 1)) == 1
+    with pytest.raises(UsageError, match="at least 1"):
+        sample_rows(5, 0)
+    latents, codebooks = make_levels(items=50)
+    assert margin_proxy(latents, codebooks, scales=(0.1,), neighbours=1).points
+    with pytest.raises(UsageError, match="neighbours"):
+        margin_proxy(latents, codebooks, neighbours=0)

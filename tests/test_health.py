@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 
 from semid.errors import InputError, UsageError
 from semid.health import (
+    CapacityCounter,
     CollisionCounter,
     UsageCounter,
     bucket_keys,
     check_codes,
     collisions,
+    merge_capacities,
     row_hashes,
     usage,
     usage_from_counts,
@@ -348,3 +350,28 @@ def test_levels_of_one_code_are_judged_neither_way():
     assert "collapsed-level" not in severities(found)
     with pytest.raises(UsageError):
         UsageCounter([0])
+
+
+def test_capacity_of_a_hand_computed_catalogue():
+    counter = CapacityCounter([4], 3)
+    assert len(counter) == 0
+    assert counter.result().ids == 0
+    counter.update(np.array([[0], [0], [1], [2]]), [0, 1, 1, 1])
+    found = counter.result()
+    assert (len(counter), found.ids, found.items) == (4, 3, (1, 3, 0))
+    assert found.histograms == ({2: 1}, {1: 2, 2: 1}, {})
+    assert found.capacity_shares == pytest.approx((1 / 6, 5 / 6, 0))
+    assert found.shared_shares == pytest.approx((1, 1 / 3, 0))
+    twice = merge_capacities([found, found])
+    assert (twice.ids, twice.histograms) == (6, ({2: 2}, {1: 4, 2: 2}, {}))
+    with pytest.raises(UsageError, match="segments=0"):
+        CapacityCounter([4], 0)
+    with pytest.raises(UsageError, match="cannot be merged"):
+        counter.merge(CapacityCounter([4], 2))
+    for segments in ([3], [-1]):
+        with pytest.raises(InputError, match="0 to 2"):
+            counter.update(np.array([[0]]), segments)
+    with pytest.raises(InputError, match="same segments"):
+        merge_capacities([found, CapacityCounter([4], 2).result()])
+    with pytest.raises(InputError, match="at least one part"):
+        merge_capacities([])

@@ -77,6 +77,11 @@ def test_shares_tile_the_hash_range():
     assert share_mask(hashes, 0, 0.5).tolist() == [True, True, False, False]
     assert share_mask(hashes, 0.5, 1).tolist() == [False, False, True, True]
     assert not share_mask(hashes, 1, 1).any()
+    assert not share_mask(hashes, 0, 0).any()
+    assert share_mask(hashes, 0, 1).all()
+    for start, stop in ((-0.1, 0.5), (0.5, 1.1)):
+        with pytest.raises(UsageError, match="not within"):
+            share_mask(hashes, start, stop)
     with pytest.raises(UsageError):
         share_mask(hashes, 0.5, 0.4)
 

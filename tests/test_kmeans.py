@@ -283,6 +283,18 @@ def test_options_out_of_range(change):
         KMeansOptions(**change)
 
 
+def test_the_ends_of_the_options_ranges_are_allowed(clustered):
+    options = KMeansOptions(iterations=1, tolerance=0.0, restarts=1, trials=1, sample_per_code=1)
+    result = kmeans(ArrayBlocks(clustered), 1, seed=0, options=options, weights=None)
+    assert len(result.history) == 1
+    np.testing.assert_allclose(result.centroids[0], clustered.mean(0), atol=1e-5)
+    some = np.zeros(len(clustered))
+    some[3] = 1.0  # weights of 0 are allowed
+    heavy = kmeans(ArrayBlocks(clustered), 1, seed=0, weights=some)
+    np.testing.assert_allclose(heavy.centroids[0], clustered[3])
+    assert len(kmeans(ArrayBlocks(clustered[:1]), 1, seed=0).labels) == 1
+
+
 def test_bad_arguments(clustered):
     data = ArrayBlocks(clustered)
     with pytest.raises(UsageError, match="codes=0"):

@@ -94,6 +94,10 @@ def test_embeddings_share_what_their_topics_share():
     levels = [cosine[m].mean() for m in (same_niche, same_aisle, same_department, far)]
     assert levels == sorted(levels, reverse=True)
     assert min(np.diff(levels[::-1])) > 0.05
+    # Squared lengths that are shared: all, department, aisle, niche; then style, finish, noise.
+    shared = np.cumsum([1.0, 0.9**2, 0.7**2, 0.55**2])
+    cosines = shared / (shared[-1] + 0.35**2 + 0.2**2 + 0.45**2)
+    np.testing.assert_allclose(levels[::-1], cosines, atol=0.12)
     # Anisotropy: even strangers point the same way, and few directions hold most variance.
     assert levels[-1] > 0.2
     spectrum = np.linalg.svd(x - x.mean(0), compute_uv=False) ** 2
