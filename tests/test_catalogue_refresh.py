@@ -102,8 +102,15 @@ def test_churn_equals_counting():
     assert found.prefix == (0.25, 0.5)
     assert found.weighted_level == pytest.approx((5 / 8, 2 / 8))
     assert found.weighted_prefix == pytest.approx((5 / 8, 7 / 8))
+    third = np.array([[0, 0, 0], [0, 0, 1], [1, 0, 0]])
+    deep = churn(np.zeros((3, 3), int), third, weights=np.zeros(3))
+    assert (deep.moved, deep.prefix) == (2, pytest.approx((1 / 3, 1 / 3, 2 / 3)))
+    assert deep.weighted_level == deep.weighted_prefix == (0.0, 0.0, 0.0)
+    assert churn(old[:0], new[:0]).level == (0.0, 0.0)
     with pytest.raises(InputError, match="shapes"):
         churn(old, new[:2])
+    with pytest.raises(InputError, match="shapes"):
+        churn(old[0], new[0])
 
 
 def test_alignment_saves_ids_at_the_same_quality(first, later):

@@ -164,6 +164,17 @@ def test_reassign_is_the_cheapest_placement(make, capacity):
     assert done.report.moved == (done.ids.codes != ids.codes).any(1).sum() > 0
 
 
+@pytest.mark.parametrize("chunk", [1, 5, 20])
+def test_chunks_of_groups_change_nothing(monkeypatch, chunk):
+    tokenizer, data = drawn_tokenizer(sizes=(8, 32)), rows(70)
+    ids = tokenizer.encode(data)
+    whole = make_unique(ids, method="reassign", tokenizer=tokenizer, embeddings=data)
+    monkeypatch.setattr("semid.catalogue.reassign.CHUNK_ROWS", chunk)
+    parts = make_unique(ids, method="reassign", tokenizer=tokenizer, embeddings=data)
+    assert np.array_equal(parts.ids.codes, whole.ids.codes)
+    assert parts.report.largest_extra == whole.report.largest_extra > 0
+
+
 def test_reassign_reports_who_found_no_place(tokenizer):
     data = np.repeat(rows(3), 20, axis=0)  # 20 copies of each for 8 last codes
     ids = tokenizer.encode(data)

@@ -48,8 +48,9 @@ def test_pairs_count_what_they_leave_out():
     assert pairs.targets.tolist() == [1, 0]
     assert pairs.users.tolist() == [7, 9]
     assert (pairs.unknown, pairs.same, len(pairs)) == (2, 1, 2)
-    by_id = pairs_by_id(["a", "b", "c"], ["a", "x", "c"], ["b", "a", "c"])
-    assert (by_id.queries.tolist(), by_id.unknown, by_id.same) == ([0], 1, 1)
+    by_id = pairs_by_id(["a", "b", "c"], ["a", "x", "c", "b"], ["b", "a", "c", "y"])
+    assert (by_id.queries.tolist(), by_id.targets.tolist()) == ([0], [1])
+    assert (by_id.unknown, by_id.same) == (2, 1)
     assert json.loads(json.dumps(by_id.counts()))["by_user"] is False
 
 
@@ -347,6 +348,7 @@ def test_pair_aucs_match_brute_force(hierarchical, size):
     expected = auc([unit[a] @ unit[b] for a, b in pos], [unit[a] @ unit[b] for a, b in neg])
     assert found.aucs["embedding: original"].value == pytest.approx(expected, abs=2e-3)
     assert found.exact == found.aucs["exact_prefix" if hierarchical else "exact_count"]
+    assert [match.depth for match in found.matches] == [1, 2, 3]
     first = found.matches[0]
     assert first.prefix_positive == first.code_positive
     assert first.code_positive == np.mean([codes[a, 0] == codes[b, 0] for a, b in pos])

@@ -127,6 +127,18 @@ def test_range_behaves_like_stored_numbers():
     assert len(ItemIds.range(0).index_of(["1"])) == 1
 
 
+@pytest.mark.parametrize("ids", [ItemIds.range(7), ItemIds(list("abcdefg")), ItemIds([*range(7)])])
+def test_parts_of_the_ids_are_slices(ids):
+    whole = ids.strings().to_pylist()
+    assert whole == [ids[row] for row in range(7)]
+    for start, stop in ((0, 3), (2, 5), (4, None), (5, 2), (3, 99), (-2, None), (-3, -1)):
+        assert ids.strings(start, stop).to_pylist() == whole[start:stop]
+    assert ids[-7] == whole[0]
+    for row in (7, -8):
+        with pytest.raises(IndexError, match="outside the 7 items"):
+            ids[row]
+
+
 def test_lookup_survives_hash_collisions(monkeypatch):
     monkeypatch.setattr(
         "semid.data.ids.hash_strings", lambda s, salt="": np.zeros(len(s), np.uint64)

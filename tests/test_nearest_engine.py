@@ -235,6 +235,10 @@ def test_cgroup_quota_is_read_in_both_versions(tmp_path: Path) -> None:
     assert cgroup_limit(root, proc) == 0.5
     (group / "cpu.cfs_quota_us").write_text("-1\n")
     assert cgroup_limit(root, proc) == 2.5
+    (proc / "self" / "cgroup").write_text("0::/x:1/y\n")
+    (root / "x:1").mkdir()
+    (root / "x:1" / "cpu.max").write_text("150000 100000\n")
+    assert cgroup_limit(root, proc) == 1.5
 
 
 def test_default_threads_follow_the_quota(monkeypatch: pytest.MonkeyPatch) -> None:
