@@ -120,6 +120,15 @@ def test_bucket_keys_order_as_the_ids_do():
     assert np.array_equal(np.argsort(bucket_keys(wide), kind="stable"), np.lexsort(wide.T[::-1]))
 
 
+def test_ids_wider_than_a_key_are_told_apart_or_refused():
+    wide = 2**62
+    codes = np.array([[wide, wide], [1, wide]])  # 63 bits, and 1 for which of the two
+    assert bucket_keys(codes).tolist() == [2**63 + wide, wide]
+    assert len(np.unique(bucket_keys(np.array([[wide, 0], [wide, 1], [0, 1]])))) == 3
+    with pytest.raises(InputError, match="level 1 holds codes of 63 bits; at most 62 fit"):
+        bucket_keys(np.array([[wide, wide], [1, wide], [2, wide]]))
+
+
 def test_copies_in_the_input_are_counted_apart():
     x = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
     x = x[[0, 1, 0, 2, 3, 4, 4]]

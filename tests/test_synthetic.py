@@ -157,6 +157,7 @@ def test_ratings_and_times_are_those_that_the_text_states():
     assert steps.max() <= 60
     times = table["timestamp"].to_numpy()
     starts = times[table["position"].to_numpy() == 0]
+    assert len(np.unique(niche[table["position"].to_numpy() == 0])) > 100  # users start anywhere
     year = 365 * 86_400
     assert 0 <= starts.min() - 1_420_070_400 < year / 10
     assert 2.9 * year < starts.max() - 1_420_070_400 < 3 * year + 60 * 86_400
@@ -194,7 +195,7 @@ def test_the_word_lists_are_as_regular_as_the_arithmetic_expects():
 
 
 def test_the_smallest_catalogue_and_sizes_refused():
-    tiny = SyntheticCatalogue(items=1, dim=2)
+    tiny = SyntheticCatalogue(items=1, dim=2, users=1, seed=0)
     assert tiny.matrix().shape == (1, 2)
     assert len(tiny.interactions()) == 1
     assert SyntheticCatalogue(items=10).user_count == 5
