@@ -235,9 +235,10 @@ class Reach:
         return reached
 
     def tests(self, path: str, line: int) -> list[str]:
-        """Return the tests of a line; those of the module where coverage does not tell.
+        """Return the tests of a line, then others of its module, up to `TEST_SECONDS`.
 
-        It does not for code that numba compiles, and for what runs once, at the import.
+        Coverage does not tell the tests of code that numba compiles, and of what runs once: at the
+        import, in a fixture, or behind a cache.
         """
         bodies = [
             node.body[0] if isinstance(node.body, list) else node.body
@@ -245,22 +246,23 @@ class Reach:
             if isinstance(node, (ast.FunctionDef, ast.Lambda))
             and node.lineno <= line <= (node.end_lineno or 0)
         ]
-        tests: set[str] = set()
-        if any(first.lineno <= line for first in bodies):
-            tests = self.lines.get(path, {}).get(line, set())
+        inside = any(first.lineno <= line for first in bodies)
+        line_tests = self.lines.get(path, {}).get(line, set()) if inside else set()
+        module_tests: set[str] = set()
         paths = {path}
-        while not tests and paths:
-            tests = set().union(*(t for p in paths for t in self.lines.get(p, {}).values()))
+        while not module_tests and paths:
+            module_tests = module_tests.union(*(t for p in paths for t in self.lines[p].values()))
             paths = {p for p, imported in self.imports.items() if imported & paths}
         module = path.removeprefix("src/").removesuffix(".py").replace("/", ".")
         package = ".".join(module.split(".")[:2])
 
-        def rank(test: str) -> tuple[int, float, str]:
+        def rank(test: str) -> tuple[bool, int, float, str]:
             text = self.texts[Path(test.split("::")[0]).name]
-            return (-(module in text) - (package in text), self.seconds[test], test)
+            named = (module in text) + (package in text)
+            return (test not in line_tests, -named, self.seconds[test], test)
 
         chosen, total = [], 0.0
-        for test in sorted(tests, key=rank):
+        for test in sorted(line_tests | module_tests, key=rank):
             total += self.seconds[test]
             if chosen and total > TEST_SECONDS:
                 break
