@@ -186,7 +186,7 @@ def measure_coverage() -> None:
     """Run the tests under coverage, unless the last run was over the same files."""
     files = sorted(p for name in ("src", "tests") for p in (ROOT / name).rglob("*.py"))
     state = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
-    stamp, report = WORK / "coverage.stamp", WORK / "junit.xml"
+    stamp, report = WORK / "state.sha256", WORK / "junit.xml"
     if stamp.exists() and stamp.read_text() == state:
         return
     tests = [str(p) for p in sorted(ROOT.glob("tests/test_*.py")) if not re.search(SKIPPED, p.name)]
@@ -250,15 +250,19 @@ class Reach:
         line_tests = self.lines.get(path, {}).get(line, set()) if inside else set()
         module_tests: set[str] = set()
         paths = {path}
-        while not module_tests and paths:
-            module_tests = module_tests.union(*(t for p in paths for t in self.lines[p].values()))
-            paths = {p for p, imported in self.imports.items() if imported & paths}
-        module = path.removeprefix("src/").removesuffix(".py").replace("/", ".")
-        package = ".".join(module.split(".")[:2])
+        for _ in range(2):  # the module and what imports it
+            paths |= {p for p, imported in self.imports.items() if imported & paths}
+            module_tests = module_tests.union(
+                *(t for p in paths for t in self.lines.get(p, {}).values())
+            )
+            if module_tests:
+                break
+        parts = path.removeprefix("src/").removesuffix(".py").split("/")
+        names = [".".join(parts[:depth]) for depth in range(2, len(parts) + 1)]
 
         def rank(test: str) -> tuple[bool, int, float, str]:
             text = self.texts[Path(test.split("::")[0]).name]
-            named = (module in text) + (package in text)
+            named = sum(name in text for name in names)
             return (test not in line_tests, -named, self.seconds[test], test)
 
         chosen, total = [], 0.0

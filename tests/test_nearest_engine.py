@@ -88,6 +88,8 @@ def test_every_score_lies_within_the_bound(route: routes.Route, metric: int) -> 
     route.screen(table, operand, state)
     y, entries = state.y.astype(np.float64), table.scaled[:200].astype(np.float64)
     truth = y @ entries.T - (0.5 * (entries**2).sum(1) if metric == L2 else 0.0)
+    lengths = codebook.double().norm(dim=1).numpy() * 2.0**-table.exponent
+    assert lengths.max() <= table.reach * (1 + 1e-6)
     for row in range(64):
         assert state.counts[row] >= 200
         kept = state.candidates[row, : state.counts[row]]
