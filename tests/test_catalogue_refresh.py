@@ -105,6 +105,7 @@ def test_churn_equals_counting():
     third = np.array([[0, 0, 0], [0, 0, 1], [1, 0, 0]])
     deep = churn(np.zeros((3, 3), int), third, weights=np.zeros(3))
     assert (deep.moved, deep.prefix) == (2, pytest.approx((1 / 3, 1 / 3, 2 / 3)))
+    assert deep.to_dict()["share"] == deep.share == pytest.approx(2 / 3)
     assert deep.weighted_level == deep.weighted_prefix == (0.0, 0.0, 0.0)
     assert churn(old[:0], new[:0]).level == (0.0, 0.0)
     with pytest.raises(InputError, match="shapes"):

@@ -226,6 +226,8 @@ def test_expected_hits_are_the_mean_over_orders_of_ties(hierarchical):
     pairs = random_pairs(60, 300)
     options = {"hierarchical": hierarchical, "cutoffs": (5, 20), "replicates": 0}
     runs = [discrete_retrieval(codes, pairs, seed=s, **options) for s in range(60)]
+    name = "levels 1-2" if hierarchical else "codebooks 1-2"
+    assert (runs[0].depths[1].name, runs[0].expected[1].name) == (name, f"{name}, expected")
     assert len({run.depths[1].rates[5].value for run in runs}) > 10
     assert len({run.expected[1].rates[5].value for run in runs}) == 1
     for depth in range(2):
