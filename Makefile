@@ -9,7 +9,7 @@ LOWEST := .venv-lowest
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 MARKS ?= not slow and not gpu and not browser
 
-.PHONY: demo test lowest slow browser fuzz faults bench quick docs results lint format clean
+.PHONY: demo test lowest slow browser fuzz faults bench mutation quick docs results lint format clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -43,6 +43,10 @@ faults: $(READY)  ## 200 kills at random moments of every command that writes, a
 bench: $(READY)  ## speed and quality beside the peers, into benchmarks/results: half an hour
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,bench]'
 	$(BIN)/python benchmarks
+
+mutation: $(READY)  ## share of single faults that the tests notice, per package: an hour on two cores
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,mutation]'
+	$(BIN)/python benchmarks/mutation.py $(MUTATION)
 
 quick: $(READY)  ## both reproductions at toy size, into results-quick/
 	$(BIN)/semid reproduce drq --quick --quiet

@@ -95,6 +95,12 @@ def test_reassigned_additions_go_round_published_codes(tokenizer, x):
     assert done.ids.codes[80].tolist() == [prefix, nearest]
 
 
+def test_novelty_between_quantiles_that_repeat():
+    norms = np.array([0.5, 1, 1.5, 2, 2.5, 3, 4], np.float32)
+    scores = novelty(norms, (1.0, 1.0, 2.0, 2.0, 3.0))
+    assert scores.tolist() == [0, 0.25, 0.5, 0.75, 0.875, 1, 1]
+
+
 def test_novelty_is_a_percentile_of_the_reference(tokenizer, x):
     before = tokenizer.encode(x[:80], ids=names(0, 80))
     quantiles = norm_quantiles(before, tokenizer)

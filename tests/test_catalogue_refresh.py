@@ -13,9 +13,10 @@ from semid.catalogue.drift import drift
 from semid.catalogue.matching import match_codes, renumbered
 from semid.catalogue.refresh import refresh
 from semid.catalogue.uniqueness import make_unique
-from semid.data.ids import ItemIds
+from semid.data.ids import ItemIds, held_out_mask
 from semid.errors import FingerprintError, InputError, UsageError
 from semid.quantization.kmeans import KMeansOptions
+from semid.tokenizers.base import HELD_OUT_SALT
 
 
 def names(picked):
@@ -60,8 +61,21 @@ def test_dead_codes_are_matched_by_distance():
     order = np.random.default_rng(1).permutation(6)
     numbers = match_codes(np.zeros(0, int), np.zeros(0, int), book, book[order])
     assert np.array_equal(numbers, order)
+    # One item that counts 0.5 stays at code 0; the other codes are matched by distance.
+    order[np.flatnonzero(order == 0)], order[0] = order[0], 0
+    one = np.zeros(1, int)
+    numbers = match_codes(one, one, book, book[order], weights=np.array([0.5]))
+    assert np.array_equal(numbers, order)
     with pytest.raises(UsageError, match="codebook sizes"):
         match_codes(np.zeros(0, int), np.zeros(0, int), book, book[:4])
+
+
+def test_no_distance_outweighs_an_item():
+    """Every code keeps its one item, though all codewords have moved to another's place."""
+    book, codes = 100 * rows(8, dim=3), np.arange(8)
+    for weights in (None, np.full(8, 0.01)):
+        numbers = match_codes(codes, codes, book, np.roll(book, 1, axis=0), weights=weights)
+        assert np.array_equal(numbers, codes)
 
 
 def test_renumbering_changes_names_only_and_can_be_undone():
@@ -88,8 +102,16 @@ def test_churn_equals_counting():
     assert found.prefix == (0.25, 0.5)
     assert found.weighted_level == pytest.approx((5 / 8, 2 / 8))
     assert found.weighted_prefix == pytest.approx((5 / 8, 7 / 8))
+    third = np.array([[0, 0, 0], [0, 0, 1], [1, 0, 0]])
+    deep = churn(np.zeros((3, 3), int), third, weights=np.zeros(3))
+    assert (deep.moved, deep.prefix) == (2, pytest.approx((1 / 3, 1 / 3, 2 / 3)))
+    assert deep.to_dict()["share"] == deep.share == pytest.approx(2 / 3)
+    assert deep.weighted_level == deep.weighted_prefix == (0.0, 0.0, 0.0)
+    assert churn(old[:0], new[:0]).level == (0.0, 0.0)
     with pytest.raises(InputError, match="shapes"):
         churn(old, new[:2])
+    with pytest.raises(InputError, match="shapes"):
+        churn(old[0], new[0])
 
 
 def test_alignment_saves_ids_at_the_same_quality(first, later):
@@ -115,7 +137,11 @@ def test_alignment_saves_ids_at_the_same_quality(first, later):
     spread = ((later - later.mean(0)) ** 2).sum()
     assert aligned.error == pytest.approx((left**2).sum() / spread, rel=1e-4)
     assert report.churn.weighted_prefix is not None
+    held = held_out_mask(names(range(1200)), tokenizer.validation_fraction, salt=HELD_OUT_SALT)
+    expected = (left[held] ** 2).sum() / held.sum() / (spread / 1200)
+    assert aligned.held_out_error == pytest.approx(expected, rel=1e-4)
     assert "ids changed" in report.summary()
+    assert f"held out {aligned.held_out_error:.4f}" in report.summary()
 
 
 @pytest.mark.parametrize("method", ["none", "append", "reassign"])
@@ -141,6 +167,8 @@ def test_a_budget_holds_and_published_ids_stay(first, clustered, later, method):
         assert len(np.unique(result.ids.codes, axis=0)) == 1100
     frozen = refresh(tokenizer, published, later[kept], ids=names(kept), max_churn=0.0)
     assert frozen.report.churn.moved == 0
+    free = refresh(tokenizer, published, later[kept], ids=names(kept), max_churn=1.0)
+    assert (free.report.budget, free.report.held_back) == (700, 0)
 
 
 def test_wrong_refreshes_are_refused(first, clustered):
@@ -178,6 +206,58 @@ def test_drift_is_silent_on_a_resample_and_speaks_of_a_shift(first, clustered):
     assert "refresh" in shifted.summary()
     with pytest.raises(InputError, match="no rows"):
         drift(tokenizer, clustered[:800], clustered[:0])
+
+
+def test_drift_figures_equal_their_definitions(first, clustered, later):
+    tokenizer, _ = first
+    found = drift(
+        tokenizer, clustered[:700], later[500:],
+        before_ids=names(range(700)), after_ids=names(range(500, 1200)),
+    )  # fmt: skip
+    parts = [clustered[:700], later[500:]]
+    encoded = [tokenizer.encode(part) for part in parts]
+    squares = [(e.residual_norms.astype(float) ** 2).mean() for e in encoded]
+    spread = ((parts[0] - parts[0].mean(0)) ** 2).sum(1).mean()
+    assert found.error_before == pytest.approx(squares[0] / spread, rel=1e-4)
+    assert found.error_after == pytest.approx(squares[1] / spread, rel=1e-4)
+    assert (found.items_before, found.items_after, found.shared) == (700, 700, 200)
+    same = encoded[0].codes[500:] == encoded[1].codes[:200]
+    assert found.changed == (~same).any(1).mean()
+    quantiles = np.quantile(encoded[1].residual_norms, [0.05, 0.25, 0.5, 0.75, 0.95, 0.99])
+    assert found.norm_quantiles_after == pytest.approx(quantiles, rel=1e-5)
+    counts = np.bincount(encoded[1].codes[:, 0], minlength=16)
+    assert found.levels[0].dead_after == (counts == 0).sum()
+    p = counts[counts > 0] / 700
+    assert found.levels[0].perplexity_after == pytest.approx(np.exp(-(p * np.log(p)).sum()))
+
+
+@pytest.mark.parametrize(
+    ("error", "excess", "novel_new", "novel", "verdict"),
+    [
+        (1.09, 0.09, 0.02, 0.9, "none"),  # of all items, novelty does not count where some are new
+        (1.11, 0.0, 0.0, 0.0, "watch"),
+        (1.24, 0.0, 0.0, 0.0, "watch"),
+        (1.26, 0.0, 0.0, 0.0, "refresh"),
+        (1.0, 0.11, 0.0, 0.0, "watch"),
+        (1.0, 0.24, 0.0, 0.0, "watch"),
+        (1.0, 0.26, 0.0, 0.0, "refresh"),
+        (1.0, 0.0, 0.04, 0.0, "watch"),
+        (1.0, 0.0, 0.09, 0.0, "watch"),
+        (1.0, 0.0, 0.11, 0.0, "refresh"),
+        (1.0, 0.0, None, 0.04, "watch"),
+        (1.0, 0.0, None, 0.11, "refresh"),
+    ],
+)
+def test_drift_is_judged_at_its_thresholds(error, excess, novel_new, novel, verdict):
+    from semid.catalogue.drift import LevelDrift, _verdict
+
+    calm = LevelDrift(0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0, 0)
+    moved = LevelDrift(1, excess, 0.0, excess, 0.0, 1.0, 1.0, 1.0, 1.0, 0, 0)
+    result, reasons = _verdict((calm, moved), [0.5, 0.5 * error], novel_new, novel)
+    assert result == verdict
+    assert len(reasons) == (verdict != "none")
+    if excess > 0.1:
+        assert reasons[0].startswith(f"level 2: {excess:.1%}")
 
 
 def test_usage_figures_equal_their_definitions(first, clustered):

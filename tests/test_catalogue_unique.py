@@ -13,6 +13,7 @@ from scipy.optimize import linear_sum_assignment
 import semid
 from catalogue_cases import drawn_tokenizer, parallel_tokenizer, rows
 from semid.catalogue.assignment import assign_rows
+from semid.catalogue.buckets import bucket_sizes, group_numbers, group_starts
 from semid.catalogue.uniqueness import make_unique
 from semid.codes import SemanticIds
 from semid.data.ids import ItemIds
@@ -94,6 +95,24 @@ def test_append_numbers_each_bucket_closest_first(ids):
     assert done.ids.info.codebook_sizes == (4, 8, 256)
 
 
+@pytest.mark.parametrize("items", [0, 1])
+def test_catalogues_of_one_item_and_of_none(ids, items):
+    done = make_unique(ids.take(np.arange(items)))
+    assert (done.report.unique_before, done.report.unique_after) == (items, items)
+    assert (done.report.shared_before, done.report.moved) == (0, 0)
+    assert done.report.distortion_after == done.report.distortion_before
+
+
+def test_buckets_are_numbered_in_the_order_of_the_codes():
+    codes = np.array([[1, 0], [0, 2], [1, 0], [0, 1]])
+    assert group_numbers(codes).tolist() == [2, 1, 2, 0]
+    assert bucket_sizes(group_numbers(codes)).tolist() == [2, 1, 2, 1]
+    assert group_numbers(codes[:0]).tolist() == bucket_sizes(np.zeros(0, int)).tolist() == []
+    assert group_numbers(codes[:, :0]).tolist() == [0] * 4
+    assert group_starts(np.array([3, 3, 5, 7, 7])).tolist() == [0, 2, 3, 5]
+    assert group_starts(np.zeros(0, int)).tolist() == [0]
+
+
 def test_append_beyond_its_alphabet_is_reported(ids):
     done = make_unique(ids, method="append", capacity=2)
     sizes = np.unique(ids.codes, axis=0, return_counts=True)[1]
@@ -143,6 +162,17 @@ def test_reassign_is_the_cheapest_placement(make, capacity):
         expected = brute_force_extra(tokenizer, data, ids.codes.astype(int), capacity)
         assert paid == pytest.approx(expected, rel=1e-4)
     assert done.report.moved == (done.ids.codes != ids.codes).any(1).sum() > 0
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 20])
+def test_chunks_of_groups_change_nothing(monkeypatch, chunk):
+    tokenizer, data = drawn_tokenizer(sizes=(8, 32)), rows(70)
+    ids = tokenizer.encode(data)
+    whole = make_unique(ids, method="reassign", tokenizer=tokenizer, embeddings=data)
+    monkeypatch.setattr("semid.catalogue.reassign.CHUNK_ROWS", chunk)
+    parts = make_unique(ids, method="reassign", tokenizer=tokenizer, embeddings=data)
+    assert np.array_equal(parts.ids.codes, whole.ids.codes)
+    assert parts.report.largest_extra == whole.report.largest_extra > 0
 
 
 def test_reassign_reports_who_found_no_place(tokenizer):

@@ -48,8 +48,9 @@ def test_pairs_count_what_they_leave_out():
     assert pairs.targets.tolist() == [1, 0]
     assert pairs.users.tolist() == [7, 9]
     assert (pairs.unknown, pairs.same, len(pairs)) == (2, 1, 2)
-    by_id = pairs_by_id(["a", "b", "c"], ["a", "x", "c"], ["b", "a", "c"])
-    assert (by_id.queries.tolist(), by_id.unknown, by_id.same) == ([0], 1, 1)
+    by_id = pairs_by_id(["a", "b", "c"], ["a", "x", "c", "b"], ["b", "a", "c", "y"])
+    assert (by_id.queries.tolist(), by_id.targets.tolist()) == ([0], [1])
+    assert (by_id.unknown, by_id.same) == (2, 1)
     assert json.loads(json.dumps(by_id.counts()))["by_user"] is False
 
 
@@ -225,6 +226,8 @@ def test_expected_hits_are_the_mean_over_orders_of_ties(hierarchical):
     pairs = random_pairs(60, 300)
     options = {"hierarchical": hierarchical, "cutoffs": (5, 20), "replicates": 0}
     runs = [discrete_retrieval(codes, pairs, seed=s, **options) for s in range(60)]
+    name = "levels 1-2" if hierarchical else "codebooks 1-2"
+    assert (runs[0].depths[1].name, runs[0].expected[1].name) == (name, f"{name}, expected")
     assert len({run.depths[1].rates[5].value for run in runs}) > 10
     assert len({run.expected[1].rates[5].value for run in runs}) == 1
     for depth in range(2):
@@ -288,6 +291,7 @@ def test_negatives_are_fixed_uniform_and_never_the_query():
     shares = np.bincount(drawn.targets[pairs.queries == 2].ravel(), minlength=5)
     assert shares[2] == 0
     assert shares[[0, 1, 3, 4]] / shares.sum() == pytest.approx(0.25, abs=0.02)
+    assert negative_pairs(pairs, per_pair=1).targets.shape == (len(pairs), 1)
     with pytest.raises(UsageError, match="at least 1"):
         negative_pairs(pairs, per_pair=0)
 
@@ -346,6 +350,7 @@ def test_pair_aucs_match_brute_force(hierarchical, size):
     expected = auc([unit[a] @ unit[b] for a, b in pos], [unit[a] @ unit[b] for a, b in neg])
     assert found.aucs["embedding: original"].value == pytest.approx(expected, abs=2e-3)
     assert found.exact == found.aucs["exact_prefix" if hierarchical else "exact_count"]
+    assert [match.depth for match in found.matches] == [1, 2, 3]
     first = found.matches[0]
     assert first.prefix_positive == first.code_positive
     assert first.code_positive == np.mean([codes[a, 0] == codes[b, 0] for a, b in pos])
@@ -376,12 +381,26 @@ def test_auc_interval_follows_an_exact_resampling_of_users():
     assert estimate.high - estimate.low == pytest.approx(high - low, rel=0.35)
 
 
+def test_a_level_of_weight_zero_is_not_read():
+    codes, pairs = rng().integers(0, 3, (20, 2)), random_pairs(20, 300)
+    negatives = negative_pairs(pairs)
+    options = {"hierarchical": True, "replicates": 0}
+    books = [np.eye(3), np.eye(3)]
+    found = pair_aucs(codes, books, pairs, negatives, level_weights=[5.0, 0.0], **options)
+    assert found.weights == (1.0, 0.0)
+    alone = pair_aucs(codes[:, :1], books[:1], pairs, negatives, **options)
+    for name in ("weighted", "weighted_equality"):
+        assert found.aucs[name].value == alone.aucs[name].value
+    assert found.aucs["exact_full"].value != alone.aucs["exact_full"].value
+
+
 def test_pair_aucs_refuse_what_does_not_fit():
     codes, pairs = rng().integers(0, 3, (20, 2)), random_pairs(20, 30)
     negatives = negative_pairs(pairs)
     books = [np.eye(3), np.eye(3)]
-    with pytest.raises(InputError, match="level weights"):
-        pair_aucs(codes, books, pairs, negatives, hierarchical=True, level_weights=[1.0])
+    for weights in ([1.0], [2.0, -1.0], [0.0, 0.0]):
+        with pytest.raises(InputError, match="level weights"):
+            pair_aucs(codes, books, pairs, negatives, hierarchical=True, level_weights=weights)
     with pytest.raises(InputError, match="belongs to these pairs"):
         pair_aucs(codes, books, random_pairs(20, 31), negatives, hierarchical=True)
     with pytest.raises(InputError, match="the pool 20"):
@@ -437,3 +456,43 @@ def test_popularity_health_by_hand():
     json.dumps(found.to_dict())
     with pytest.raises(InputError, match="counts 2"):
         popularity_health(codes, counts[:2])
+
+
+@pytest.mark.parametrize(
+    ("head", "mid", "segments"),
+    [
+        (0.2, 0.4, [0, 1, 1, 2, 2, 3]),
+        (0.2, 0.0, [0, 2, 2, 2, 2, 3]),
+        (0.6, 0.4, [0, 0, 0, 1, 1, 3]),
+        (0.01, 0.01, [0, 2, 2, 2, 2, 3]),  # the head has at least one item
+    ],
+)
+def test_segments_at_the_ends_of_their_ranges(head, mid, segments):
+    counts = np.array([50, 40, 30, 20, 10, 0])
+    assert popularity_segments(counts, head=head, mid=mid).tolist() == segments
+    for bad in ({"head": 0.0}, {"head": 1.0, "mid": 0.0}, {"mid": -0.1}, {"head": 0.7, "mid": 0.4}):
+        with pytest.raises(UsageError, match="needed"):
+            popularity_segments(counts, **bad)
+
+
+def test_bootstrap_of_known_totals():
+    """Two clusters of equal size: means of 0, 1/2 and 1 with chances 1/4, 1/2 and 1/4."""
+
+    def mean(totals):
+        return totals[:, :1] / totals[:, 1:]
+
+    sums = np.array([[0.0, 5.0], [5.0, 5.0]])
+    estimate = bootstrap(sums, mean, replicates=400, confidence=0.95, seed=0)[0]
+    assert (estimate.value, estimate.low, estimate.high) == (0.5, 0.0, 1.0)
+    inner = bootstrap(sums, mean, replicates=400, confidence=0.3, seed=0)[0]
+    assert (inner.low, inner.high) == (0.5, 0.5)
+    single = bootstrap(sums, mean, replicates=1, confidence=0.95, seed=0)[0]
+    assert single.low == single.high
+    for alone, options in ((sums, {"replicates": 0}), (sums[:1], {"replicates": 9})):
+        estimate = bootstrap(alone, mean, confidence=0.95, seed=0, **options)[0]
+        assert estimate.value == alone[:, 0].sum() / alone[:, 1].sum()
+        assert estimate.low is None
+        assert estimate.high is None
+    for bad in ({"replicates": -1}, {"confidence": 0.0}, {"confidence": 1.0}):
+        with pytest.raises(UsageError, match="replicates must not be negative"):
+            bootstrap(sums, mean, seed=0, **{"replicates": 5, "confidence": 0.95} | bad)

@@ -260,6 +260,9 @@ def test_padding_the_latent_changes_nothing_under_input_noise():
     plain = flip_rates(inputs, encode, space="input", scales=(0.1,))
     padded = flip_rates(inputs, lambda r: encode(r, 28), space="input", scales=(0.1,))
     assert plain == padded
+    for bad in (lambda r: r[:, 0], lambda r: r[1:]):
+        with pytest.raises(InputError, match="encode_latent returned shape"):
+            input_margin_proxy(inputs, bad, codebooks, scales=(0.1,))
     a = input_margin_proxy(inputs, encode_latent, codebooks, scales=(0.1,))
     b = input_margin_proxy(inputs, lambda r: encode_latent(r, 28), padded_books, scales=(0.1,))
     assert a.points[0].code == pytest.approx(b.points[0].code, rel=1e-3)
@@ -330,6 +333,8 @@ def test_geometry_of_known_spaces():
     assert line.participation_ratio == pytest.approx(1)
     assert (line.zero_columns, line.constant_columns) == (1, 1)
     assert line.mean_abs_cosine == pytest.approx(1)
+    wide = geometry(rng().normal(size=(5, 40)) + 9, name="fewer rows than columns")
+    assert wide.eigenvalues.min() == 0.0
     assert geometry(np.arange(5)[:, None], name="one").mean_abs_cosine is None
     with pytest.raises(InputError, match="all 4 rows are equal"):
         geometry(np.full((4, 2), 0.3), name="flat")
@@ -406,3 +411,22 @@ def test_reconstruction_by_level_falls_with_depth():
         reconstruction(latents, latents[:, :2], name="x")
     with pytest.raises(InputError, match="update first"):
         ReconstructionCounter("x").result()
+
+
+def test_the_ends_of_ranges_are_allowed():
+    assert (proportion(0, 1).value, proportion(1, 1).value) == (0.0, 1.0)
+    assert (proportion(0, 1).low, proportion(1, 1).high) == (0.0, 1.0)
+    for bad in ((-1, 1), (2, 1), (0, 0)):
+        with pytest.raises(UsageError, match="trials >= 1"):
+            proportion(*bad)
+    for confidence in (0.0, 1.0):
+        with pytest.raises(UsageError, match="confidence"):
+            proportion(1, 2, confidence=confidence)
+    assert sample_rows(5, 5).tolist() == sample_rows(5, None).tolist() == [0, 1, 2, 3, 4]
+    assert len(sample_rows(5, 1)) == 1
+    with pytest.raises(UsageError, match="at least 1"):
+        sample_rows(5, 0)
+    latents, codebooks = make_levels(items=50)
+    assert margin_proxy(latents, codebooks, scales=(0.1,), neighbours=1).points
+    with pytest.raises(UsageError, match="neighbours"):
+        margin_proxy(latents, codebooks, neighbours=0)

@@ -194,6 +194,10 @@ def test_subsets_equal_indexing(data, tmp_path_factory):
     nested = open_embeddings(path).subset(order).subset([3, 1])
     np.testing.assert_array_equal(nested.rows([1, 0]), x[order][[1, 3]])
     assert nested.ids[0] == f"item-{order[3]}"
+    renamed = open_embeddings(x, ids=[f"x{i}" for i in range(ROWS)])
+    for base in (renamed, open_embeddings(renamed.subset(order), ids=list("abcdefghi"))):
+        ids = base.ids.strings().to_pylist()
+        assert base.subset([4, 2]).ids.strings().to_pylist() == [ids[4], ids[2]]
 
 
 def test_subset_refuses_what_does_not_fit():

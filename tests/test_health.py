@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 
 from semid.errors import InputError, UsageError
 from semid.health import (
+    CapacityCounter,
     CollisionCounter,
     UsageCounter,
     bucket_keys,
     check_codes,
     collisions,
+    merge_capacities,
     row_hashes,
     usage,
     usage_from_counts,
@@ -118,6 +120,15 @@ def test_bucket_keys_order_as_the_ids_do():
     assert np.array_equal(np.argsort(bucket_keys(wide), kind="stable"), np.lexsort(wide.T[::-1]))
 
 
+def test_ids_wider_than_a_key_are_told_apart_or_refused():
+    wide = 2**62
+    codes = np.array([[wide, wide], [1, wide]])  # 63 bits, and 1 for which of the two
+    assert bucket_keys(codes).tolist() == [2**63 + wide, wide]
+    assert len(np.unique(bucket_keys(np.array([[wide, 0], [wide, 1], [0, 1]])))) == 3
+    with pytest.raises(InputError, match="level 1 holds codes of 63 bits; at most 62 fit"):
+        bucket_keys(np.array([[wide, wide], [1, wide], [2, wide]]))
+
+
 def test_copies_in_the_input_are_counted_apart():
     x = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
     x = x[[0, 1, 0, 2, 3, 4, 4]]
@@ -169,7 +180,12 @@ def test_bad_codes_are_refused_with_every_bad_level():
         usage(np.zeros((3, 1)), 4)
     with pytest.raises(InputError) as caught:
         check_codes(np.array([[4, 0, -1]]), [4, 4, 4])
-    assert len(caught.value.problems) == 2
+    assert caught.value.problems == (
+        "level 0 holds codes 4 to 4; allowed: 0 to 3",
+        "level 2 holds codes -1 to -1; allowed: 0 to 3",
+    )
+    with pytest.raises(InputError, match="allowed: at least 0"):
+        check_codes(np.array([[-1]]))
     with pytest.raises(UsageError, match="2 entries"):
         usage(np.zeros((3, 1), np.uint16), [4, 4])
     with pytest.raises(InputError, match="at least one item"):
@@ -237,3 +253,135 @@ def test_errors_are_judged_and_everything_is_json():
         judge(codes, 256, effective_sizes=[1.0, 2.0])
     with pytest.raises(InputError, match="no levels"):
         verdict((), collisions(codes))
+
+
+def severities(found) -> dict[str, str]:
+    return {f.name: f.severity for f in found.findings}
+
+
+def in_buckets(sizes: list[int]) -> np.ndarray:
+    """Codes of ids that hold so many items each; three levels of 256 codes, all used evenly."""
+    ids = np.repeat(np.random.default_rng(0).permutation(len(sizes)), sizes)
+    return np.stack([ids % 256, ids // 7 % 256, (ids // 256 * 89 + ids) % 256], axis=1)
+
+
+@pytest.mark.parametrize(
+    ("unique", "severity"), [(705, None), (695, "warning"), (405, "warning"), (395, "unhealthy")]
+)
+def test_collisions_are_judged_by_their_rate(unique, severity):
+    sizes = [1000 // unique + (i < 1000 % unique) for i in range(unique)]
+    assert severities(judge(in_buckets(sizes), 256)).get("collisions") == severity
+
+
+@pytest.mark.parametrize(
+    ("items", "largest", "severity"),
+    [
+        (40_000, 39, None),  # below a thousandth of the items
+        (40_000, 41, "warning"),
+        (40_000, 399, "warning"),
+        (40_000, 401, "unhealthy"),
+        (20_000, 32, None),  # over a thousandth, but not over 32 times the even filling
+        (20_000, 33, "warning"),
+    ],
+)
+def test_giant_buckets_are_judged_by_their_share(items, largest, severity):
+    codes = in_buckets([largest] + [1] * (items - largest))
+    assert severities(judge(codes, 256)).get("giant-bucket") == severity
+
+
+@pytest.mark.parametrize(
+    ("active", "collapsed"),
+    [(65, None), (63, "warning"), (33, "warning"), (31, "unhealthy")],
+)
+def test_levels_are_judged_by_the_share_of_their_perplexity(active, collapsed):
+    counts = np.zeros(256, int)
+    counts[:active] = 20
+    few = collisions(np.arange(256)[:, None])
+    found = verdict([usage_from_counts(counts)], few)
+    assert severities(found).get("collapsed-level") == collapsed
+    assert found.level == (collapsed or "warning")  # the dead codes
+
+
+@pytest.mark.parametrize(
+    ("size", "items", "dead", "starved"),
+    [(100, 900, 10, False), (100, 890, 11, True), (100, 40, 70, False), (100, 40, 71, True)],
+)
+def test_dead_codes_count_beyond_those_that_few_items_make_unavoidable(size, items, dead, starved):
+    counts = np.zeros(size, int)
+    counts[: size - dead] = items // (size - dead)
+    counts[0] += items - counts.sum()
+    found = verdict([usage_from_counts(counts)], collisions(np.arange(100)[:, None]))
+    assert ("dead-codes" in severities(found)) == starved
+
+
+@pytest.mark.parametrize(("copies", "severity"), [(0, None), (10, "note"), (11, "warning")])
+def test_copies_in_the_input_are_judged_by_their_share(copies, severity):
+    codes = np.random.default_rng(0).integers(0, 256, (1000, 3))
+    groups = np.arange(1000)
+    groups[1 : copies + 1] = 0
+    codes[1 : copies + 1] = codes[0]
+    found = verdict(usage(codes, 256), collisions(codes, duplicate_groups=groups))
+    assert severities(found).get("duplicate-input") == severity
+    assert found.healthy == (severity != "warning")
+    if copies == 11:
+        assert "11 items (1.10%)" in found.summary()
+
+
+@pytest.mark.parametrize(
+    ("training", "validation", "names"),
+    [
+        (0.4, 0.6, []),
+        (0.4, 0.601, ["overfit"]),
+        (None, 0.999, []),
+        (None, 1.0, ["worse-than-mean"]),
+        (1.0, None, ["worse-than-mean"]),
+        (1.2, 0.9, []),  # held-out error decides where it is known
+        (0.0, 0.5, []),
+    ],
+)
+def test_errors_are_judged_at_their_thresholds(training, validation, names):
+    codes = np.random.default_rng(0).integers(0, 256, (5000, 3))
+    found = judge(codes, 256, training_error=training, validation_error=validation)
+    assert [f.name for f in found.findings] == names
+
+
+def test_summary_holds_the_figures():
+    found = judge(np.array([[0, 1], [0, 1], [1, 0], [1, 1]]), 2, training_error=0.25)
+    lines = found.summary().splitlines()
+    assert lines[1].split(": ")[1] == "perplexity 2.0 of 2, 0 dead codes, largest code 50.00%"
+    assert "3 unique of 4 items; 1 - unique/N 0.2500" in lines[3]
+    assert lines[3].endswith("items in shared buckets 0.5000; largest bucket 2")
+    assert lines[4] == "  relative error: training 0.2500"
+
+
+def test_levels_of_one_code_are_judged_neither_way():
+    found = judge(np.zeros((50, 1), np.uint16), 1)
+    assert found.usage[0].perplexity == 1
+    assert "collapsed-level" not in severities(found)
+    with pytest.raises(UsageError):
+        UsageCounter([0])
+
+
+def test_capacity_of_a_hand_computed_catalogue():
+    counter = CapacityCounter([4], 3)
+    assert len(counter) == 0
+    assert counter.result().ids == 0
+    counter.update(np.array([[0], [0], [1], [2]]), [0, 1, 1, 1])
+    found = counter.result()
+    assert (len(counter), found.ids, found.items) == (4, 3, (1, 3, 0))
+    assert found.histograms == ({2: 1}, {1: 2, 2: 1}, {})
+    assert found.capacity_shares == pytest.approx((1 / 6, 5 / 6, 0))
+    assert found.shared_shares == pytest.approx((1, 1 / 3, 0))
+    twice = merge_capacities([found, found])
+    assert (twice.ids, twice.histograms) == (6, ({2: 2}, {1: 4, 2: 2}, {}))
+    with pytest.raises(UsageError, match="segments=0"):
+        CapacityCounter([4], 0)
+    with pytest.raises(UsageError, match="cannot be merged"):
+        counter.merge(CapacityCounter([4], 2))
+    for segments in ([3], [-1]):
+        with pytest.raises(InputError, match="0 to 2"):
+            counter.update(np.array([[0]]), segments)
+    with pytest.raises(InputError, match="same segments"):
+        merge_capacities([found, CapacityCounter([4], 2).result()])
+    with pytest.raises(InputError, match="at least one part"):
+        merge_capacities([])

@@ -78,6 +78,11 @@ def test_shares_tile_the_hash_range():
     assert share_mask(hashes, 0, 0.5).tolist() == [True, True, False, False]
     assert share_mask(hashes, 0.5, 1).tolist() == [False, False, True, True]
     assert not share_mask(hashes, 1, 1).any()
+    assert not share_mask(hashes, 0, 0).any()
+    assert share_mask(hashes, 0, 1).all()
+    for start, stop in ((-0.1, 0.5), (0.5, 1.1)):
+        with pytest.raises(UsageError, match="not within"):
+            share_mask(hashes, start, stop)
     with pytest.raises(UsageError):
         share_mask(hashes, 0.5, 0.4)
 
@@ -121,6 +126,18 @@ def test_range_behaves_like_stored_numbers():
     assert ids.index_of(pa.array(["3", None])).tolist() == [3, -1]
     assert ids.take(np.array([3, 1])).strings().to_pylist() == ["3", "1"]
     assert len(ItemIds.range(0).index_of(["1"])) == 1
+
+
+@pytest.mark.parametrize("ids", [ItemIds.range(7), ItemIds(list("abcdefg")), ItemIds([*range(7)])])
+def test_parts_of_the_ids_are_slices(ids):
+    whole = ids.strings().to_pylist()
+    assert whole == [ids[row] for row in range(7)]
+    for start, stop in ((0, 3), (2, 5), (4, None), (5, 2), (3, 99), (-2, None), (-3, -1)):
+        assert ids.strings(start, stop).to_pylist() == whole[start:stop]
+    assert ids[-7] == whole[0]
+    for row in (7, -8):
+        with pytest.raises(IndexError, match="outside the 7 items"):
+            ids[row]
 
 
 def test_lookup_survives_hash_collisions(monkeypatch):

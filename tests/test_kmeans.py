@@ -98,6 +98,23 @@ def test_empty_clusters_are_seeded_again(clustered):
     assert result.distinct == 20
 
 
+def test_empty_clusters_move_to_rows_that_differ():
+    """Of A, A, B, B, the farthest rows, two empty clusters take one A and one B."""
+    near = np.random.default_rng(0).normal(size=(50, 2))
+    rows = np.concatenate([near, [[90, 0]] * 2, [[0, 80]] * 2]).astype(np.float32)
+    init = np.array([[0, 0], [1e4, 0], [1e4, 1]], dtype=np.float32)
+    first: list[np.ndarray] = []
+    kmeans(
+        ArrayBlocks(rows),
+        3,
+        seed=0,
+        init=init,
+        options=KMeansOptions(iterations=1),
+        on_iteration=lambda state: first.append(state.centroids.copy()),
+    )
+    assert first[0][1:].tolist() == [[90, 0], [0, 80]]
+
+
 def test_fewer_distinct_rows_than_codes_leaves_dead_codes(caplog):
     x = np.repeat(np.eye(6, dtype=np.float32), 5, axis=0)
     result = kmeans(ArrayBlocks(x), 9, seed=0)
@@ -264,6 +281,18 @@ def test_adding_statistics():
 def test_options_out_of_range(change):
     with pytest.raises(UsageError, match=next(iter(change))):
         KMeansOptions(**change)
+
+
+def test_the_ends_of_the_options_ranges_are_allowed(clustered):
+    options = KMeansOptions(iterations=1, tolerance=0.0, restarts=1, trials=1, sample_per_code=1)
+    result = kmeans(ArrayBlocks(clustered), 1, seed=0, options=options, weights=None)
+    assert len(result.history) == 1
+    np.testing.assert_allclose(result.centroids[0], clustered.mean(0), atol=1e-5)
+    some = np.zeros(len(clustered))
+    some[3] = 1.0  # weights of 0 are allowed
+    heavy = kmeans(ArrayBlocks(clustered), 1, seed=0, weights=some)
+    np.testing.assert_allclose(heavy.centroids[0], clustered[3])
+    assert len(kmeans(ArrayBlocks(clustered[:1]), 1, seed=0).labels) == 1
 
 
 def test_bad_arguments(clustered):

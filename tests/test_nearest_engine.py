@@ -88,6 +88,8 @@ def test_every_score_lies_within_the_bound(route: routes.Route, metric: int) -> 
     route.screen(table, operand, state)
     y, entries = state.y.astype(np.float64), table.scaled[:200].astype(np.float64)
     truth = y @ entries.T - (0.5 * (entries**2).sum(1) if metric == L2 else 0.0)
+    lengths = codebook.double().norm(dim=1).numpy() * 2.0**-table.exponent
+    assert lengths.max() <= table.reach * (1 + 1e-6)
     for row in range(64):
         assert state.counts[row] >= 200
         kept = state.candidates[row, : state.counts[row]]
@@ -235,6 +237,10 @@ def test_cgroup_quota_is_read_in_both_versions(tmp_path: Path) -> None:
     assert cgroup_limit(root, proc) == 0.5
     (group / "cpu.cfs_quota_us").write_text("-1\n")
     assert cgroup_limit(root, proc) == 2.5
+    (proc / "self" / "cgroup").write_text("0::/x:1/y\n")
+    (root / "x:1").mkdir()
+    (root / "x:1" / "cpu.max").write_text("150000 100000\n")
+    assert cgroup_limit(root, proc) == 1.5
 
 
 def test_default_threads_follow_the_quota(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,9 +112,11 @@ def test_wrong_files(tmp_path):
     other = write_gz(tmp_path / "a.json.gz", [json.dumps({"user": 1})])
     with pytest.raises(InputError, match=r"line 1 .* has neither reviewerID, asin or user_id"):
         read_amazon(other)
-    cut = write_gz(tmp_path / "b.json.gz", [json.dumps(PAIRS[0]), '{"reviewerID": "u'])
-    with pytest.raises(InputError, match="no JSON object"):
-        read_amazon(cut)
+    whole = json.dumps({"reviewerID": "u", "asin": "A", "overall": 5, "unixReviewTime": 1})
+    for line in ('{"reviewerID": "u', "{'reviewerID': u}", "17"):  # cut, a name, no object
+        cut = write_gz(tmp_path / "b.json.gz", [whole, line])
+        with pytest.raises(InputError, match=r"line 2 .* no JSON object"):
+            read_amazon(cut)
     bare = write_gz(tmp_path / "c.json.gz", [json.dumps({"reviewerID": "u", "asin": "A"})])
     with pytest.raises(InputError, match="no number in 'overall'"):
         read_amazon(bare)

@@ -94,6 +94,10 @@ def test_embeddings_share_what_their_topics_share():
     levels = [cosine[m].mean() for m in (same_niche, same_aisle, same_department, far)]
     assert levels == sorted(levels, reverse=True)
     assert min(np.diff(levels[::-1])) > 0.05
+    # Squared lengths that are shared: all, department, aisle, niche; then style, finish, noise.
+    shared = np.cumsum([1.0, 0.9**2, 0.7**2, 0.55**2])
+    cosines = shared / (shared[-1] + 0.35**2 + 0.2**2 + 0.45**2)
+    np.testing.assert_allclose(levels[::-1], cosines, atol=0.12)
     # Anisotropy: even strangers point the same way, and few directions hold most variance.
     assert levels[-1] > 0.2
     spectrum = np.linalg.svd(x - x.mean(0), compute_uv=False) ** 2
@@ -134,6 +138,32 @@ def test_users_follow_the_topics_and_time():
     assert counts.argmax() in (2, 3, 4)
 
 
+def test_ratings_and_times_are_those_that_the_text_states():
+    """Ratings fall with the distance of a step and rise with the item's quality; 3 years, days."""
+    log, table = SMALL.interactions(), SMALL.interactions_table()
+    item = SMALL.ids.index_of(table["item_id"])
+    niche, user, rating = SMALL.niches()[item], log.users, log.rating
+    later = np.flatnonzero(user[1:] == user[:-1]) + 1
+    near = niche[later] == niche[later - 1]
+    far = niche[later] // 16 != niche[later - 1] // 16
+    assert 0.5 < rating[later[near]].mean() - rating[later[far]].mean() < 1.1
+    assert rating.mean() == pytest.approx(3.85, abs=0.1)
+    sums = np.bincount(item, rating, 6_000), np.bincount(item, minlength=6_000)
+    often = np.flatnonzero(sums[1] > 60)
+    assert np.std(sums[0][often] / sums[1][often]) > 0.15
+    steps = np.bincount(user)
+    assert steps.min() >= 1
+    assert 8 < steps.mean() < 11.5
+    assert steps.max() <= 60
+    times = table["timestamp"].to_numpy()
+    starts = times[table["position"].to_numpy() == 0]
+    assert len(np.unique(niche[table["position"].to_numpy() == 0])) > 100  # users start anywhere
+    year = 365 * 86_400
+    assert 0 <= starts.min() - 1_420_070_400 < year / 10
+    assert 2.9 * year < starts.max() - 1_420_070_400 < 3 * year + 60 * 86_400
+    assert np.diff(times)[later - 1].mean() / 86_400 == pytest.approx(8, rel=0.2)
+
+
 def test_titles_and_categories_can_be_read():
     items = read_items(SMALL.items_table(), ids=SMALL.ids)
     niche = SMALL.niches()
@@ -165,7 +195,7 @@ def test_the_word_lists_are_as_regular_as_the_arithmetic_expects():
 
 
 def test_the_smallest_catalogue_and_sizes_refused():
-    tiny = SyntheticCatalogue(items=1, dim=2)
+    tiny = SyntheticCatalogue(items=1, dim=2, users=1, seed=0)
     assert tiny.matrix().shape == (1, 2)
     assert len(tiny.interactions()) == 1
     assert SyntheticCatalogue(items=10).user_count == 5

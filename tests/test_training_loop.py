@@ -225,11 +225,14 @@ def test_every_row_once_an_epoch_and_shares_that_add_up():
 def test_schedules():
     common = {"total": 100, "peak": 2.0, "warmup": 0.1}
     rates = [learning_rate(step, schedule="cosine", **common) for step in range(100)]
-    assert rates[:10] == sorted(rates[:10])
+    rising = [2.0 * step / 11 for step in range(1, 11)]
+    assert rates[:10] == pytest.approx(rising)
     assert max(rates) == rates[10] == 2.0
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[-1] == pytest.approx(2.0 * FLOOR, rel=0.1)
-    assert learning_rate(99, schedule="constant", **common) == 2.0
+    assert rates[55] == pytest.approx(2.0 * (FLOOR + (1 - FLOOR) / 2))
+    constant = [learning_rate(step, schedule="constant", **common) for step in range(100)]
+    assert constant == pytest.approx([*rising, *[2.0] * 90])
 
 
 def test_options_out_of_range_name_all_problems():
