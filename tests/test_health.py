@@ -330,12 +330,13 @@ def test_copies_in_the_input_are_judged_by_their_share(copies, severity):
 @pytest.mark.parametrize(
     ("training", "validation", "names"),
     [
-        (0.4, 0.6, []),
+        (0.4, 0.5, []),
+        (0.4, 0.6, ["near-threshold"]),
         (0.4, 0.601, ["overfit"]),
-        (None, 0.999, []),
+        (None, 0.999, ["little-variance-kept"]),
         (None, 1.0, ["worse-than-mean"]),
         (1.0, None, ["worse-than-mean"]),
-        (1.2, 0.9, []),  # held-out error decides where it is known
+        (1.2, 0.9, ["little-variance-kept"]),  # held-out error decides where it is known
         (0.0, 0.5, []),
     ],
 )
