@@ -9,7 +9,7 @@ LOWEST := .venv-lowest
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 MARKS ?= not slow and not gpu and not browser
 
-.PHONY: demo test lowest slow browser fuzz faults bench mutation quick docs results lint format clean
+.PHONY: demo test lowest golden slow browser fuzz faults bench mutation quick docs results lint format clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -39,6 +39,9 @@ fuzz: $(READY)  ## 20,000 broken inputs and odd options: counts, and each kind o
 
 faults: $(READY)  ## 200 kills at random moments of every command that writes, and 50 pairs of runs
 	$(BIN)/python tests/faults.py --kills 200 --pairs 50
+
+golden: $(READY)  ## tests/golden.json, the record of all results, anew; prints what changed
+	$(BIN)/python tests/test_golden.py
 
 bench: $(READY)  ## speed and quality beside the peers, into benchmarks/results: half an hour
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,bench]'

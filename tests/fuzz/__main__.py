@@ -183,6 +183,8 @@ def run_all(names: list[str], base: Path, processes: int) -> list[Outcome]:
                     continue
                 slow[line["name"].partition(":")[0]] += int(1000 * line.pop("seconds"))
                 outcomes.append(Outcome(**line))
+                if outcomes[-1].verdict in FAILURES:
+                    say(f"{outcomes[-1].name}: {outcomes[-1].verdict}: {outcomes[-1].kind}")
                 worker.names = worker.names[1:]
                 worker.current = None
         for key in list(selector.get_map().values()):

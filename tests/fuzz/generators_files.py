@@ -428,7 +428,9 @@ def _mutate_grid(random: Random, bench: Bench, file: Path) -> str:
     ]  # fmt: skip
     thing = random.choice(strange)
     torch.save(thing, file)
-    return f"{type(thing).__name__} {getattr(thing, 'dtype', '')} {getattr(thing, 'shape', '')}"
+    dense = isinstance(thing, torch.Tensor) and not thing.is_nested
+    shape = thing.shape if dense else ""
+    return f"{type(thing).__name__} {getattr(thing, 'dtype', '')} {shape}"
 
 
 def export(random: Random, bench: Bench, work: Path) -> Case:

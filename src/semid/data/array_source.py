@@ -206,6 +206,8 @@ def _read_header(path: Path) -> tuple[np.dtype[Any], bool, tuple[int, ...], int]
             if len(text) < length:
                 raise ValueError("its header is cut off")
         header = ast.literal_eval(text.decode("utf8" if magic[6] == 3 else "latin1"))
+        if set(header) != {"descr", "fortran_order", "shape"}:
+            raise ValueError("its header has other keys than descr, fortran_order and shape")
         dtype, shape = np.dtype(header["descr"]), tuple(header["shape"])
         if not isinstance(header["shape"], tuple) or not all(
             type(n) is int and 0 <= n < 2**63 for n in shape

@@ -80,7 +80,8 @@ def make_tokenizer(
     check_choice("--tokenizer", kind, sorted(TOKENIZERS))
     module, name = TOKENIZERS[kind]
     made: Any = getattr(importlib.import_module(module), name)
-    allowed = set(argument_types(made))
+    takes_logger = "logger" in argument_types(made)
+    allowed = set(argument_types(made)) - {"threads", "logger"}  # these are not settings
     arguments: dict[str, Any] = {}
     for key, value in values.items():
         outer, _, inner = _renamed(key, allowed).partition(".")
@@ -88,7 +89,7 @@ def make_tokenizer(
             flag = "--" + (inner or outer).replace("_", "-")
             raise UsageError(
                 f"{flag} ({key}) does not apply to {kind}; its options are "
-                f"{', '.join(sorted(set(allowed) - {'threads', 'logger'}))}"
+                f"{', '.join(sorted(allowed))}"
                 f"{nearest_name(outer, sorted(allowed))}"
             )
         if inner:
@@ -97,7 +98,7 @@ def make_tokenizer(
             arguments[outer] = {**value, **arguments.get(outer, {})}
         else:
             arguments[outer] = value
-    if "logger" in allowed:
+    if takes_logger:
         arguments["logger"] = logger
     tokenizer: Tokenizer = made(**arguments, threads=threads)
     return tokenizer
