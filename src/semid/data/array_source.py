@@ -93,6 +93,8 @@ class TensorSource(EmbeddingSource):
             raise EmbeddingError(_refused_type(label, str(tensor.dtype)))
         if tensor.device.type == "meta":
             raise EmbeddingError(f"{label} is on the device 'meta' and holds no values")
+        if tensor.is_nested:
+            raise EmbeddingError(f"{label} is nested; give a dense one of shape (items, dim)")
         if str(tensor.layout) != "torch.strided":
             raise EmbeddingError(f"{label} is {tensor.layout}; give a dense one: x.to_dense()")
         check_matrix(label, tuple(tensor.shape))

@@ -84,8 +84,9 @@ def read_grid(
             f"'{path}' cannot be read as a tensor that torch.save wrote: it is damaged, cut short "
             "or something else; pickled Python objects are never loaded"
         ) from error
-    if not isinstance(tensor, torch.Tensor):
-        raise ArtefactError(f"'{path}' holds {type(tensor).__name__}; {EXPECTED}")
+    if not isinstance(tensor, torch.Tensor) or tensor.is_nested:
+        kind = "nested tensor" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+        raise ArtefactError(f"'{path}' holds {kind}; {EXPECTED}")
     if (
         tensor.ndim != 2
         or tensor.numel() == 0
