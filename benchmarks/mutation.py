@@ -20,6 +20,7 @@ import argparse
 import ast
 import compileall
 import contextlib
+import fcntl
 import hashlib
 import importlib
 import json
@@ -382,6 +383,8 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="Test the survivors again.")
     arguments = parser.parse_args()
     WORK.mkdir(parents=True, exist_ok=True)
+    lock = (WORK / "lock").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)  # a second run waits: both would write to the same trees
     measure_coverage()
     sample = [m for name in PACKAGES for m in draw(name, arguments.size, arguments.seed)]
     random.Random(arguments.seed).shuffle(sample)
