@@ -260,8 +260,11 @@ def bundle(random: Random, bench: Bench, work: Path) -> Case:
         in_range(ids)
         expect(not outside, "a part outside of the bundle was read")
         names = ids.items.strings().to_pylist()
-        if names == [f"i{n}" for n in range(len(names))]:
-            expect(np.array_equal(ids.codes, bench.codes[: len(ids)]), "other codes than published")
+        # A part that was swapped under a fresh checksum may hold other valid codes.
+        if kind != "swap" and names == [f"i{n}" for n in range(len(names))]:
+            published = bench.codes[: len(ids)]
+            same = np.array_equal(ids.codes, published)
+            expect(same, "other codes than published", (ids.codes.shape, published.shape))
 
     return Case(f"{kind} {file.name}: {text}, {use}", call, check, [folder, work / "x.json"])
 

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from semid.data.columns import ARROW_CONVERSION_ERRORS
 from semid.data.csv_files import csv_columns, is_csv, read_csv
 from semid.data.frames import is_frame, open_frame
 from semid.data.parquet_files import ParquetFiles
@@ -55,7 +56,7 @@ def open_table(source: Any, *, what: str) -> Table:
     if isinstance(source, dict):
         try:
             source = pa.table(source)
-        except (pa.ArrowException, ValueError, TypeError) as error:
+        except (*ARROW_CONVERSION_ERRORS, ValueError) as error:
             raise UsageError(
                 f"{what} cannot be read as columns of equal length: {brief(error)}"
             ) from None
