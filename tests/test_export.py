@@ -133,8 +133,9 @@ def test_torcheasyrec_round_trip_with_candidates(ids, tokenizer, tmp_path):
     )  # fmt: skip
     table = pq.read_table(tmp_path / "t.parquet")
     assert table["codes"].to_pylist() == ids.codes.tolist()
-    candidates = np.array(table["candidate_codes"].to_pylist())
-    assert candidates.shape == (60, 3, 3)
+    flat = np.array(table["candidate_codes"].to_pylist())  # as its tools read it: no nested lists
+    assert flat.shape == (60, 3 * 3)
+    candidates = flat.reshape(60, 3, 3)
     assert np.array_equal(candidates[:, 0], ids.codes)
     left = [
         np.linalg.norm(x - tokenizer.quantize(candidates[:, place]), axis=1) for place in range(3)

@@ -24,6 +24,7 @@ from semid.codes import SemanticIds
 from semid.errors import ArtefactError, OutputBusyError, OutputExistsError, SemidError, UsageError
 from semid.filesystems import Folder
 from semid.output import atomic_file, atomic_folder, check_output, claim_output
+from semid.tokenizers import encoding
 from semid.tokenizers.encoding import encode_to_parquet
 
 ROWS = 300
@@ -440,6 +441,20 @@ def test_a_resume_sees_every_changed_row(place, monkeypatch, clustered):
     x[101] = -x[101]  # in the second of three finished parts
     assert encode_to_parquet(model, x, "new.parquet", resume=True) == ROWS - 80
     assert np.array_equal(SemanticIds.read("new.parquet").codes, model.encode(x).codes)
+
+
+def test_a_resume_after_the_last_part(place, monkeypatch, clustered):
+    """A kill after all parts are written and before they are joined loses nothing."""
+    model = semid.load("model")
+    join = encoding._Parts.join
+    monkeypatch.setattr(encoding._Parts, "join", lambda *a, **k: (_ for _ in ()).throw(KilledError))
+    with pytest.raises(KilledError):
+        encode_to_parquet(model, clustered[:ROWS], "new.parquet")
+    monkeypatch.setattr(encoding._Parts, "join", join)
+    assert encode_to_parquet(model, clustered[:ROWS], "new.parquet", resume=True) == 0
+    expected = model.encode(clustered[:ROWS]).codes
+    assert np.array_equal(SemanticIds.read("new.parquet").codes, expected)
+    assert not Path("new.parquet.partial").exists()
 
 
 def test_a_resumed_folder_sees_every_changed_row(place, monkeypatch):

@@ -123,9 +123,10 @@ def check_arguments(kind: type, arguments: Mapping[str, Any]) -> None:
             )
         elif not _fits(value, allowed[name]):
             a_type = "" if isinstance(value, float) else f" ({type(value).__name__})"
+            long = isinstance(value, int) and not -(2**63) <= value < 2**64
             problems.append(
                 f"{kind.__name__}: {name}={reprlib.repr(value)}{a_type}: "
-                f"give {_described(allowed[name])}"
+                f"give {_described(allowed[name])}{' of at most 64 bits' if long else ''}"
             )
     if problems:
         raise UsageError("; ".join(problems))
@@ -289,8 +290,9 @@ def _fits(value: Any, hint: Any) -> bool:
     origin = typing.get_origin(hint)
     if hint is bool:
         return _is_bool(value)
-    if hint is int:
-        return isinstance(value, numbers.Integral) and not _is_bool(value)
+    if hint is int:  # files hold 64 bits
+        whole = isinstance(value, numbers.Integral) and not _is_bool(value)
+        return whole and -(2**63) <= int(value) < 2**64
     if hint is float:
         return isinstance(value, numbers.Real) and not _is_bool(value)
     if origin in (tuple, Sequence):

@@ -43,9 +43,9 @@ def write_torcheasyrec(
         tokenizer: the model, for candidates.
         embeddings: the items' embeddings, for candidates.
         embedding_ids: item ids for embeddings that have none.
-        candidates: ids an item in the column ``candidate_codes``, list<list<int64>>: the model's
-            prefix with the nearest last codes, nearest first, its own among them. 0 leaves the
-            column out.
+        candidates: ids per item in the column ``candidate_codes``, a flat list<int64> of
+            candidates * levels codes: the model's prefix with the nearest last codes, nearest
+            first, its own among them. 0 leaves the column out.
         overwrite: replace an existing file.
 
     Raises:
@@ -59,10 +59,8 @@ def write_torcheasyrec(
                 f"candidates={candidates} are nearest codewords: give --model and --embeddings "
                 "(tokenizer=, embeddings=)"
             )
-        found = candidate_codes(ids, tokenizer, embeddings, candidates, embedding_ids=embedding_ids)
-        inner = _lists(found.reshape(-1, found.shape[2]))
-        offsets = pa.array(np.arange(len(ids) + 1, dtype=np.int32) * found.shape[1])
-        columns["candidate_codes"] = pa.ListArray.from_arrays(offsets, inner)
+        codes = candidate_codes(ids, tokenizer, embeddings, candidates, embedding_ids=embedding_ids)
+        columns["candidate_codes"] = _lists(codes.reshape(len(ids), -1))
     with atomic_file(path, overwrite=overwrite) as work:
         pq.write_table(pa.table(columns), work)
 

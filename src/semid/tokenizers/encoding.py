@@ -213,7 +213,7 @@ class _Parts:
                 logger.warning("rows from %d on have changed; they are encoded again", start)
                 break
             self.digests[file] = digest
-            self.first_row = stop if stop == len(self.source) else start + PART_BLOCKS * BLOCK_ROWS
+            self.first_row = start + PART_BLOCKS * BLOCK_ROWS
         for file in self.folder.glob("part-*.parquet"):
             if file not in self.digests:
                 file.unlink()

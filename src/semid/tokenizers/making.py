@@ -93,9 +93,14 @@ def make_tokenizer(
                 f"{nearest_name(outer, sorted(allowed))}"
             )
         if inner:
-            arguments.setdefault(outer, {})[inner] = value
+            table = arguments.setdefault(outer, {})
+            if not isinstance(table, dict):
+                raise UsageError(f"{outer} is {table!r} and {key} is given too; give one of them")
+            table[inner] = value
         elif isinstance(value, Mapping):
             arguments[outer] = {**value, **arguments.get(outer, {})}
+        elif outer in arguments:
+            raise UsageError(f"{outer}.{next(iter(arguments[outer]))} is given, and {outer} too")
         else:
             arguments[outer] = value
     if takes_logger:
