@@ -641,3 +641,38 @@ def test_imports_say_what_they_read(tmp_path, monkeypatch, capsys):
     Path("h.json").write_text('{"0": ["<a_99999999999999999999>"]}')
     assert run("import", "h.json", "--from", "lcrec", "-o", "k.parquet") == 1
     assert "number below 2**32" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "encode {} x.npy -o out.parquet",
+        "encode {} parts --processes 1 -o out",
+        "report {} x.npy -o out.html",
+        "compare {} {}2 x.npy -o out.html",
+        "refine {} x.npy -o out",
+        "refresh {} x.npy --catalogue ids.parquet -o out",
+        "drift {} x.npy x.npy",
+        "unique ids.parquet --method reassign --model {} --embeddings x.npy -o out.parquet",
+        "import lcrec.json --from lcrec --model {} -o out.parquet",
+        "export --to onnx --model {} -o out.onnx",
+    ],
+)
+def test_a_model_that_gives_no_codes(command, tmp_path, monkeypatch, capsys):
+    """Where a tokenizer is needed, a ranking model or a decode head is refused by name."""
+    monkeypatch.chdir(tmp_path)
+    x = np.random.default_rng(0).normal(size=(60, 4)).astype("f4")
+    np.save("x.npy", x)
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(x.reshape(-1)), 4)
+    Path("parts").mkdir()
+    pq.write_table(pa.table({"embedding": vectors}), "parts/a.parquet")
+    ids = semid.RQKMeans(levels=2, codebook_size=4).fit(x).encode(x)
+    ids.write("ids.parquet")
+    export("lcrec", "lcrec.json", ids=ids)
+    for name in ("head", "head2"):
+        shutil.copytree(V1 / "head", name)
+    with pytest.raises(SystemExit) as ended:
+        main(command.format("head", "head").split())
+    assert ended.value.code == 1
+    error = capsys.readouterr().err
+    assert "'head' holds a DecodeHead" in error, error

@@ -9,9 +9,10 @@ from typing import Any
 from semid.artefact import read_config
 from semid.errors import ArtefactError, nearest_name
 from semid.filesystems import fetched, is_uri
+from semid.tokenizers.base import Tokenizer
 from semid.tokenizers.making import TOKENIZERS
 
-__all__ = ["KINDS", "load"]
+__all__ = ["KINDS", "load", "load_tokenizer"]
 
 # kind -> (module, class). Modules are imported when an artefact of the kind is opened.
 KINDS: dict[str, tuple[str, str]] = {
@@ -45,3 +46,18 @@ def load(path: str | os.PathLike[str]) -> Any:
         )
     module, name = KINDS[kind]
     return getattr(importlib.import_module(module), name).load(path)
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Any:
+    """Open a saved tokenizer; arguments as for `load`.
+
+    Raises:
+        ArtefactError: as `load`, and if the artefact is of another kind.
+    """
+    model = load(path)
+    if not isinstance(model, Tokenizer):
+        raise ArtefactError(
+            f"'{path}' holds a {type(model).__name__}, which gives items no codes; give a folder "
+            "that 'semid fit' wrote"
+        )
+    return model

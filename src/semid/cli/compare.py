@@ -64,7 +64,7 @@ def compare(
     Example: semid compare model_a/ model_b/ items.parquet --interactions logs.parquet -o c.html
     """
     from semid.errors import UsageError
-    from semid.loading import load
+    from semid.loading import load_tokenizer
     from semid.progress import make_progress
     from semid.report import compare as compare_models
 
@@ -89,7 +89,7 @@ def compare(
     log = open_interactions(context, interactions)
     with make_progress(quiet=quiet) as progress:
         result = compare_models(
-            {name: load(path) for name, path in zip(names, models, strict=True)},
+            {name: load_tokenizer(path) for name, path in zip(names, models, strict=True)},
             source,
             interactions=log,
             relations=relations,

@@ -52,7 +52,7 @@ def drift(
     import json
 
     from semid.catalogue.drift import drift as drifted
-    from semid.loading import load
+    from semid.loading import load_tokenizer
     from semid.output import atomic_file
     from semid.progress import make_progress
 
@@ -61,7 +61,7 @@ def drift(
     else:
         reads = (model, before, after, ids, after_ids)
         hold_output(output, overwrite=overwrite, inputs=reads)
-    tokenizer = load(model)
+    tokenizer = load_tokenizer(model)
     tokenizer.threads = threads
     old, new = (
         open_source(

@@ -102,7 +102,7 @@ def encode(
     """
     from semid.catalogue.additions import check_threshold
     from semid.errors import UsageError
-    from semid.loading import load
+    from semid.loading import load_tokenizer
     from semid.progress import make_progress
     from semid.tokenizers.context import check_beam_width
     from semid.tokenizers.encoding import encode_to_parquet
@@ -172,7 +172,7 @@ def encode(
         hold_output(output, overwrite=overwrite, inputs=reads, state=state)
     if catalogue is not None:
         _hold_outputs((model, embeddings, ids), catalogue, Path(output), novelty, overwrite)
-    tokenizer = load(model)
+    tokenizer = load_tokenizer(model)
     tokenizer.threads = threads
     source = open_source(
         embeddings,

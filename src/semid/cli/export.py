@@ -67,7 +67,7 @@ def export(
     from semid.catalogue.bundle import read_catalogue
     from semid.errors import UsageError
     from semid.export.formats import export as written
-    from semid.loading import load
+    from semid.loading import load_tokenizer
 
     hold_output(output, overwrite=overwrite, inputs=(ids_file, model, embeddings, ids))
     options: dict[str, Any] = {}
@@ -91,7 +91,7 @@ def export(
         to,
         output,
         ids=None if ids_file is None else read_catalogue(ids_file),
-        tokenizer=None if model is None else load(model),
+        tokenizer=None if model is None else load_tokenizer(model),
         overwrite=overwrite,
         **options,
     )

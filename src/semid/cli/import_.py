@@ -41,7 +41,7 @@ def import_(
     """
     from semid.data.id_sources import load_ids
     from semid.export.formats import import_ids
-    from semid.loading import load
+    from semid.loading import load_tokenizer
 
     if ids is None:
         refuse_unused(context, ["id_column"], "it names a column of --ids")
@@ -50,7 +50,7 @@ def import_(
         source,
         file,
         items=None if ids is None else load_ids(ids, id_column=id_column),
-        tokenizer=None if model is None else load(model),
+        tokenizer=None if model is None else load_tokenizer(model),
         orientation=orientation,
     )
     found.write(output, overwrite=overwrite)

@@ -43,7 +43,7 @@ def refine(
 
     Example: semid refine model/ items.parquet -o refined/
     """
-    from semid.loading import load
+    from semid.loading import load_tokenizer
     from semid.progress import make_progress
     from semid.quantization.refine import RefineOptions
     from semid.tokenizers.refining import refine as refined
@@ -58,7 +58,7 @@ def refine(
         on_invalid=on_invalid,
     )
     with make_progress(quiet=quiet) as progress:
-        made = refined(load(model), opened, options=options, progress=progress)
+        made = refined(load_tokenizer(model), opened, options=options, progress=progress)
     made.save(output, overwrite=overwrite)
     assert made.report is not None
     kept = made.report.details["refine"]

@@ -74,14 +74,14 @@ def refresh(
     from semid.catalogue.churn import item_counts
     from semid.catalogue.refresh import check_max_churn
     from semid.catalogue.refresh import refresh as refreshed
-    from semid.loading import load
+    from semid.loading import load_tokenizer
     from semid.output import atomic_folder
     from semid.progress import make_progress
 
     check_max_churn(max_churn)
     reads = (model, embeddings, catalogue, ids, interactions)
     hold_output(output, overwrite=overwrite, inputs=reads)
-    tokenizer = load(model)
+    tokenizer = load_tokenizer(model)
     tokenizer.threads = threads
     source = open_source(
         embeddings,

@@ -71,7 +71,7 @@ def report(
     """
     from semid.data.items import read_items
     from semid.errors import IdsError, UsageError
-    from semid.loading import load
+    from semid.loading import load_tokenizer
     from semid.progress import make_progress
     from semid.report import diagnose
 
@@ -91,7 +91,7 @@ def report(
         table = None
     with make_progress(quiet=quiet) as progress:
         result = diagnose(
-            load(model),
+            load_tokenizer(model),
             source,
             interactions=log,
             items=items if items is not None else table,

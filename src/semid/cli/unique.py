@@ -73,7 +73,7 @@ def unique(
     from semid.catalogue.uniqueness import make_unique
     from semid.codes import UNIQUE_METHODS, SemanticIds
     from semid.errors import UsageError, check_choice
-    from semid.loading import load
+    from semid.loading import load_tokenizer
     from semid.progress import make_progress
 
     check_choice("--method", method, UNIQUE_METHODS)
@@ -108,7 +108,7 @@ def unique(
         done = make_unique(
             SemanticIds.read(ids_file),
             method=method,
-            tokenizer=None if model is None else load(model),
+            tokenizer=None if model is None else load_tokenizer(model),
             embeddings=source,
             capacity=capacity,
             progress=progress,

@@ -21,7 +21,7 @@ from semid.data.ids import ItemIds
 from semid.distributed.ray_start import RayOptions, check_slots, connect
 from semid.errors import UsageError
 from semid.filesystems import FilePath
-from semid.loading import load
+from semid.loading import load_tokenizer
 from semid.tokenizers.base import Tokenizer
 
 __all__ = ["ArrowEncoder", "TableEncoder", "encode_dataset", "ids_of_table"]
@@ -30,7 +30,7 @@ __all__ = ["ArrowEncoder", "TableEncoder", "encode_dataset", "ids_of_table"]
 @lru_cache(maxsize=2)
 def _loaded(model: str) -> Tokenizer:
     """Load an artefact once a process."""
-    tokenizer: Tokenizer = load(model)
+    tokenizer: Tokenizer = load_tokenizer(model)
     tokenizer.threads = 1  # type: ignore[attr-defined] # engines give a task one CPU slot
     return tokenizer
 

@@ -22,7 +22,7 @@ from semid.codes import PARQUET_OPTIONS, CodesInfo, ids_schema, ids_table
 from semid.distributed.units import Catalogue, Unit
 from semid.errors import ArtefactError, IdsError, OutputExistsError, UsageError
 from semid.filesystems import FilePath, Folder, local_path, open_parquet
-from semid.loading import load
+from semid.loading import load_tokenizer
 from semid.output import atomic_file, atomic_folder, mark_remote_folder
 from semid.quantization.blocks import BLOCK_ROWS
 from semid.runs import remove_state_folder
@@ -98,7 +98,7 @@ class Encoder:
 
     def __init__(self, job: EncodeJob, *, threads: int | None = 1) -> None:
         self.job = job
-        self.tokenizer = load(job.model)
+        self.tokenizer = load_tokenizer(job.model)
         self.tokenizer.threads = threads
         if self.tokenizer.weights_fingerprint != job.info.weights_fingerprint:
             raise ArtefactError(

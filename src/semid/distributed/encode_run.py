@@ -33,7 +33,7 @@ from semid.distributed.ray_team import Crew
 from semid.distributed.units import UNIT_ROWS, Catalogue, Unit
 from semid.errors import EmbeddingError, InputError
 from semid.filesystems import FilePath
-from semid.loading import load
+from semid.loading import load_tokenizer
 from semid.output import claim_output
 from semid.progress import Progress, QuietProgress
 from semid.quantization.threads import default_threads
@@ -128,7 +128,7 @@ def encode_folder(
     with claim_output(output, overwrite=overwrite, inputs=[model, source], state=state):
         catalogue = Catalogue.open(source, embedding_column=embedding_column, id_column=id_column)
         check_engine_options(on_invalid, catalogue, several=True)
-        tokenizer = load(model)
+        tokenizer = load_tokenizer(model)
         info = tokenizer.codes_info(beam_width)
         where = open_output(output, resume=resume, info=info, catalogue=catalogue)
         units = catalogue.units(unit_rows)

@@ -15,7 +15,7 @@ from typing import Any
 from semid.distributed.ray_start import RayOptions, check_slots, connect
 from semid.errors import InputError, MissingExtraError
 from semid.filesystems import FilePath
-from semid.loading import load
+from semid.loading import load_tokenizer
 from semid.tokenizers.base import Tokenizer
 
 __all__ = ["fit_with_ray_train"]
@@ -81,7 +81,7 @@ def fit_with_ray_train(
             ),
             run_config=RunConfig(storage_path=str(work / "ray"), name="semid"),
         ).fit()
-        fitted: Tokenizer = load(work / "model")
+        fitted: Tokenizer = load_tokenizer(work / "model")
     except ray.train.TrainingFailedError as error:
         raise InputError(
             f"a worker of Ray Train failed: {_last_words(error)}; with a checkpoint, --resume "
