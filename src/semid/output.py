@@ -123,23 +123,23 @@ def _check_parent(path: Any, target: Path) -> None:
 
 def _check_inputs(path: Any, target: Path, inputs: Iterable[Any]) -> None:
     real = Path(os.path.realpath(target))
-    for given in inputs:
-        for source in _input_paths(given):
+    for name in inputs:
+        for source in _input_paths(name):
             if source == real or (real.exists() and source.exists() and source.samefile(real)):
-                raise UsageError(f"output '{path}' is the input '{given}'; choose another path")
+                raise UsageError(f"output '{path}' is the input '{name}'; choose another path")
             if real in source.parents:
                 raise UsageError(
-                    f"output '{path}' holds the input '{given}'; choose a path outside of it"
+                    f"output '{path}' holds the input '{name}'; choose a path outside of it"
                 )
             if source in real.parents and source.is_dir():
                 raise UsageError(
-                    f"output '{path}' lies inside the input '{given}'; choose a path outside of it"
+                    f"output '{path}' lies inside the input '{name}'; choose a path outside of it"
                 )
 
 
-def _input_paths(given: Any) -> list[Path]:
+def _input_paths(name: Any) -> list[Path]:
     """Return the real paths on this machine that an input names."""
-    if not isinstance(given, str | os.PathLike) or (path := local_path(given)) is None:
+    if not isinstance(name, str | os.PathLike) or (path := local_path(name)) is None:
         return []
     text = str(path)
     if not os.path.lexists(text):
@@ -151,13 +151,13 @@ def _input_paths(given: Any) -> list[Path]:
 
 def _check_remote(uri: str, *, overwrite: bool, inputs: Iterable[Any]) -> None:
     plain = uri.rstrip("/")
-    for given in inputs:
-        source = str(given).rstrip("/") if is_uri(given) else None
+    for name in inputs:
+        source = str(name).rstrip("/") if is_uri(name) else None
         if source is None:
             continue
         if plain == source or source.startswith(f"{plain}/") or plain.startswith(f"{source}/"):
             raise UsageError(
-                f"output '{uri}' is, holds or lies inside the input '{given}'; choose another path"
+                f"output '{uri}' is, holds or lies inside the input '{name}'; choose another path"
             )
     if not Folder(plain).exists():
         return
@@ -269,13 +269,13 @@ def claim_output(
         OutputExistsError, UsageError: as for `check_output`.
         OutputBusyError: if another run holds it.
     """
-    given = list(inputs)
-    check_output(path, overwrite=overwrite, inputs=given)
+    input_list = list(inputs)
+    check_output(path, overwrite=overwrite, inputs=input_list)
     with hold_path(path):
         if state is not None:
             check_state_folder(state)
         # Another run may have ended between the first check and the lock.
-        check_output(path, overwrite=overwrite, inputs=given)
+        check_output(path, overwrite=overwrite, inputs=input_list)
         yield
 
 

@@ -233,12 +233,12 @@ def rank(
 
 def _refuse_unused(context: typer.Context) -> None:
     """Refuse options that change nothing beside the others that were given."""
-    given = context.params
-    if given["embeddings"] is None:
+    parameters = context.params
+    if parameters["embeddings"] is None:
         unused = ["methods", "scales", "models", "seeds", "codebook_size"]
         unused += ["embedding_column", "on_invalid"]
         refuse_unused(context, unused, "only a grid uses it; give --embeddings to run one")
-        if given["ids"] is None:
+        if parameters["ids"] is None:
             codes = ["code_mode", "scale", "control", "analyse", "item_id"]
             refuse_unused(context, codes, "there are no codes without --ids")
     else:
@@ -249,15 +249,15 @@ def _refuse_unused(context: typer.Context) -> None:
             unused,
             "with --embeddings a grid runs, which has --models, --methods, --scales and --seeds",
         )
-    if given["items"] is None:
+    if parameters["items"] is None:
         refuse_unused(context, ["id_column"], "it names a column of --items")
-    if given["split"] == "leave-last-out":
+    if parameters["split"] == "leave-last-out":
         refuse_unused(context, ["fractions"], "leave-last-out tests each user's last item")
-    if given["fusion"] == "off":
+    if parameters["fusion"] == "off":
         refuse_unused(context, ["fusion_rank"], "it goes with --fusion on")
-    if given["stream"]:
+    if parameters["stream"]:
         refuse_unused(context, ["time_column"], "--stream reads no order")
-    elif given["history"] == 0 and given["split"] == "random":
+    elif parameters["history"] == 0 and parameters["split"] == "random":
         refuse_unused(
             context, ["time_column"], "an order serves --history and the other values of --split"
         )

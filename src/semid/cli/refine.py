@@ -58,14 +58,14 @@ def refine(
         on_invalid=on_invalid,
     )
     with make_progress(quiet=quiet) as progress:
-        made = refined(load_tokenizer(model), opened, options=options, progress=progress)
-    made.save(output, overwrite=overwrite)
-    assert made.report is not None
-    kept = made.report.details["refine"]
+        refined_model = refined(load_tokenizer(model), opened, options=options, progress=progress)
+    refined_model.save(output, overwrite=overwrite)
+    assert refined_model.report is not None
+    kept = refined_model.report.details["refine"]
     if kept:
         share = 1.0 - kept[-1]["error"] / kept[0]["before"]
         say(f"{len(kept)} rounds: squared error on held-out items {share:.1%} lower")
     else:
         say("no round lowered the error on held-out items; the codebooks are unchanged")
-    say(made.report.summary)
+    say(refined_model.report.summary)
     say(f"model: {output}")

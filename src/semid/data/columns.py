@@ -188,12 +188,12 @@ def require_column(name: str, columns: list[str], *, label: str, flag: str) -> s
     )
 
 
-def pick_embedding_column(schema: pa.Schema, wanted: str | None, *, label: str) -> str:
+def pick_embedding_column(schema: pa.Schema, column: str | None, *, label: str) -> str:
     """Choose the embedding column: the one named, else ``embedding``, else the only candidate.
 
     Args:
         schema: the columns there are.
-        wanted: the name the user gave, or None.
+        column: the name the user gave, or None.
         label: the table in the user's words.
 
     Raises:
@@ -202,10 +202,10 @@ def pick_embedding_column(schema: pa.Schema, wanted: str | None, *, label: str) 
     """
     flag = "--embedding-column (embedding_column=)"
     candidates = [field.name for field in schema if is_float_list(field.type)]
-    if wanted is not None:
-        require_column(wanted, schema.names, label=label, flag=flag)
+    if column is not None:
+        require_column(column, schema.names, label=label, flag=flag)
     elif "embedding" in schema.names:
-        wanted = require_column("embedding", schema.names, label=label, flag=flag)
+        column = require_column("embedding", schema.names, label=label, flag=flag)
     elif len(candidates) == 1:
         return str(candidates[0])
     elif candidates:
@@ -220,13 +220,13 @@ def pick_embedding_column(schema: pa.Schema, wanted: str | None, *, label: str) 
             "column of lists of float16, float32 or float64; for a column a dimension pass the "
             "matrix itself: frame.to_numpy()"
         )
-    kind = schema.field(wanted).type
+    kind = schema.field(column).type
     if not is_float_list(kind):
         raise EmbeddingError(
-            f"column '{wanted}' of {label} {not_float_list(kind)}"
+            f"column '{column}' of {label} {not_float_list(kind)}"
             f"{_other_candidates(candidates, flag)}"
         )
-    return wanted
+    return column
 
 
 def not_float_list(kind: pa.DataType) -> str:

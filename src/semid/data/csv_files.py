@@ -110,4 +110,4 @@ def _refusal(path: Path, failure: Exception, error: type[InputError]) -> InputEr
     # Arrow raises OSError for what is not compressed as the file's name says.
     if isinstance(failure, OSError) and (sentence := wrong_format(path, "table")):
         return error(sentence)
-    return error(f"'{path}' could not be read as CSV ({brief(failure)}); mend the file")
+    return error(f"'{path}' could not be read as CSV ({brief(failure)}); correct the file")

@@ -185,13 +185,13 @@ def read_interactions(
     order_column = time_column or next((c for c in _ORDER_COLUMNS if c in names), None)
     if rating_column is None and "rating" in names:
         rating_column = "rating"
-    wanted: dict[str, str | None] = {
+    named: dict[str, str | None] = {
         "--user-column (user_column=)": user_column,
         "--item-column (item_column=)": item_column,
         "--time-column (time_column=)": order_column,
     }
-    wanted["rating_column="] = rating_column or None
-    columns = [(flag, name) for flag, name in wanted.items() if name is not None]
+    named["rating_column="] = rating_column or None
+    columns = [(flag, name) for flag, name in named.items() if name is not None]
     columns += [("extra_columns=", column) for column in extra_columns]
     for flag, column in columns:
         require_column(column, names, label=label, flag=(flags or {}).get(column, flag))

@@ -187,13 +187,15 @@ class EnergyCounter:
             else:
                 rest.add_(each.sums)
                 shift += each.total
-        own = rest.spread - float(shift @ shift) / max(rest.rows, 1)  # about the rest's own mean
+        rest_spread = rest.spread - float(shift @ shift) / max(
+            rest.rows, 1
+        )  # about the rest's rest_spread mean
         return Concentration(
             count=few.rows,
             total=self.count,
             share=few.spread / (few.spread + rest.spread),
             # What cancelling leaves of a spread of 0 is no spread.
-            rest_error=rest.squared / own if own > 1e-12 * rest.spread else None,
+            rest_error=rest.squared / rest_spread if rest_spread > 1e-12 * rest.spread else None,
         )
 
     def _column_concentration(self) -> Concentration | None:
