@@ -124,6 +124,7 @@ def test_alignment_saves_ids_at_the_same_quality(first, later):
     report = result.report
     assert tokenizer.codebook_fingerprint == fingerprint
     assert (report.new, report.removed, report.churn.items) == (400, 0, 800)
+    assert (report.budget, report.held_back) == (None, 0)
     aligned, fresh = report.generation("refreshed"), report.generation("fresh")
     assert aligned.churn.share < 0.5 * fresh.churn.share
     assert report.generation("fresh, matched").churn.share <= fresh.churn.share

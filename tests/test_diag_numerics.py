@@ -273,6 +273,21 @@ def test_padding_the_latent_changes_nothing_under_input_noise():
     assert wide.points[0].code[0] < 0.8 * narrow.points[0].code[0]
 
 
+def test_input_noise_is_measured_over_all_blocks(monkeypatch):
+    """Rows that the encoder stretches come last: the first block alone would miss their noise."""
+    latents, codebooks = make_levels(items=1200)
+
+    def encode_latent(rows):
+        return (rows[:, :4] * np.where(rows[:, 4:] > 0, 3, 0.1)).astype(np.float32)
+
+    inputs = np.column_stack([latents, np.repeat([-9, 9], 600)]).astype(np.float32)
+    whole = input_margin_proxy(inputs, encode_latent, codebooks, scales=(0.1,), unit=1.0)
+    blocks = [slice(start, start + 200) for start in range(0, 1200, 200)]
+    monkeypatch.setattr("semid.diagnostics.margins.row_blocks", lambda *_: iter(blocks))
+    parts = input_margin_proxy(inputs, encode_latent, codebooks, scales=(0.1,), unit=1.0)
+    assert parts.points[0].code == pytest.approx(whole.points[0].code, rel=0.1)
+
+
 def test_margins_of_lone_and_equal_codewords():
     x = rng().normal(size=(20, 2)).astype(np.float32)
     found = margin_proxy(x, [np.zeros((1, 2)), np.ones((3, 2))], scales=(0.1, 3.0))

@@ -45,6 +45,8 @@ def test_usage_of_a_hand_computed_level():
     assert found.largest_share == 0.5
     assert found.gini == pytest.approx(0.375)
     assert found.probabilities.tolist() == [0.5, 0.25, 0.0, 0.25]
+    assert "counts" not in found.to_dict()
+    assert found.to_dict(counts=True)["counts"] == [2, 1, 0, 1]
 
 
 @settings(deadline=None)

@@ -179,6 +179,12 @@ def test_ids_that_cannot_be_used(values, message):
         ItemIds(values)
 
 
+@pytest.mark.parametrize("values", ["abc", b"abc", 5, {"a", "b"}])
+def test_ids_that_are_no_list(values):
+    with pytest.raises(UsageError, match=f"are a {type(values).__name__}; give an array or a list"):
+        ItemIds(values)
+
+
 def test_ids_from_every_place(tmp_path):
     names = ["x1", "x2", "007"]
     table = pa.table({"item_id": ["a", "b", "c"], "asin": names})
