@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ import pytest
 import rank_cases
 import semid
 from semid import output, runs
+from semid.catalogue import bundle as bundle_module
 from semid.catalogue.bundle import CatalogueBundle
 from semid.cli import main
 from semid.codes import SemanticIds
@@ -290,9 +292,13 @@ def test_a_remote_output_is_held_too(monkeypatch):
         assert json.loads(folder.read(claim) or b"")["time"] > first["time"]
     assert folder.names(hidden=True) == []
     # A live claim of another machine refuses, one that is silent for long does not.
-    other = {"host": "elsewhere", "pid": 1, "begun": 1.0, "time": time.time()}
+    # Whose clock is ahead does not matter, nor whether this machine has such a process.
+    other = {"host": socket.gethostname(), "pid": 2**22 + 1, "time": time.time() + 30}
     folder.write(".ids.claim-aa", json.dumps(other).encode())
-    with pytest.raises(OutputBusyError, match="on elsewhere"), claim_output("memory://bucket/ids"):
+    with (
+        pytest.raises(OutputBusyError, match="process 4194305"),
+        claim_output("memory://bucket/ids"),
+    ):
         pass
     assert folder.names(hidden=True) == [".ids.claim-aa"]
     folder.write(".ids.claim-aa", json.dumps({**other, "time": time.time() - 121}).encode())
@@ -575,6 +581,34 @@ def test_a_bundle_loses_the_leftovers_of_killed_writers(place):
         "parts",
     ]
     assert len(bundle.read(2)) == 200
+
+
+def test_a_bundle_appears_whole(place, monkeypatch):
+    """A kill while a bundle is begun leaves nothing that the same call would trip over."""
+    ids = SemanticIds.read("ids.parquet")
+    write = bundle_module._write_manifest
+    monkeypatch.setattr(
+        bundle_module, "_write_manifest", lambda *a: (_ for _ in ()).throw(KilledError)
+    )
+    monkeypatch.setattr(bundle_module, "remove_path", lambda path: None)
+    with pytest.raises(KilledError):
+        CatalogueBundle.create("pub", ids)
+    assert not Path("pub").exists()
+    monkeypatch.setattr(bundle_module, "_write_manifest", write)
+    assert len(CatalogueBundle.create("pub", ids).read()) == ROWS
+    assert not list(place.glob(".pub*"))
+
+
+def test_the_name_of_a_recipe_is_no_input(place):
+    check_output(place / "rqvae", inputs=["rqvae", "no-such-file.parquet:item_id"])
+
+
+def test_ids_with_a_column_of_the_users_own(place):
+    table = pq.read_table("ids.parquet").append_column("price", pa.array(np.arange(ROWS)))
+    pq.write_table(table, "mine.parquet")  # keeps the schema's metadata
+    with pytest.raises(OutputExistsError, match="not written by semid"):
+        check_output("mine.parquet", overwrite=True)
+    check_output("ids.parquet", overwrite=True)
 
 
 def test_novelty_beside_the_output(place, capsys):

@@ -50,6 +50,7 @@ MARKER = ".semid"
 MARKDOWN_MARK = "<!-- written by semid -->"
 _MARKS = (MARKDOWN_MARK.encode(), b'<meta name="generator" content="semid ')
 
+_IDS_COLUMNS = {"item_id", "codes", "residual_norm", "model_codes"}
 # Folders that semid 0.1 wrote before there was a marker.
 _UNMARKED_ARTEFACT = {"config.json", "model.safetensors", "README.md"}
 
@@ -105,7 +106,7 @@ def _not_ours(path: Any, foreign: str) -> OutputExistsError:
         f"holds '{foreign}', which semid did not write" if foreign else "was not written by semid"
     )
     return OutputExistsError(
-        f"output '{path}' {what}; --overwrite replaces only what semid wrote and nobody changed: "
+        f"output '{path}' {what}; --overwrite replaces only what semid wrote: "
         "choose another path, or move it away yourself"
     )
 
@@ -145,8 +146,9 @@ def _input_paths(name: Any) -> list[Path]:
     if not os.path.lexists(text):
         if matches := glob.glob(text, recursive=True):  # noqa: PTH207 - keeps its text
             return [Path(os.path.realpath(match)) for match in matches]
-        text = text.rpartition(":")[0] or text  # FILE:COLUMN
-    return [Path(os.path.realpath(text))]
+        text = text.rpartition(":")[0]  # FILE:COLUMN
+    # What is not there, such as the name of a recipe, cannot be lost.
+    return [Path(os.path.realpath(text))] if text and os.path.lexists(text) else []
 
 
 def _check_remote(uri: str, *, overwrite: bool, inputs: Iterable[Any]) -> None:
@@ -218,10 +220,11 @@ def _is_own_file(path: FilePath) -> bool:
     if first.startswith(b"PAR1"):
         try:
             with open_parquet(path) as parquet:
-                metadata = parquet.schema_arrow.metadata or {}
+                schema = parquet.schema_arrow
         except (OSError, ValueError):
             return False
-        if any(key.split(b".")[0] == b"semid" for key in metadata):
+        # Arrow keeps the metadata of a table to which a user adds columns: those are his.
+        if b"semid" in (schema.metadata or {}) and set(schema.names) <= _IDS_COLUMNS:
             return True
     elif any(mark in first or mark in last for mark in _MARKS):
         return True

@@ -98,7 +98,7 @@ def _describe_run() -> dict[str, Any]:
 def _busy(path: Any, owner: dict[str, Any], advice: str = "") -> OutputBusyError:
     who = ""
     if owner:
-        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(owner.get("time", 0)))
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(_number(owner.get("time"))))
         who = f" (process {owner.get('pid')} on {owner.get('host')}, {since})"
     return OutputBusyError(
         f"another run{who} is writing '{path}'; wait until it has ended or choose another output"
@@ -163,15 +163,16 @@ def _parse(data: bytes) -> dict[str, Any]:
 def _remote_claim(uri: str) -> Iterator[None]:
     """Hold a remote output by a small file beside it that is renewed while the run lives.
 
-    Object stores have no locks. Each run first writes a claim and then lists all claims; the
-    oldest live one wins. A store that lists what was written before (S3, GCS and Azure do) shows
-    two runs to each other whichever came first.
+    Object stores have no locks. Each run first writes a claim and then lists all claims; one that
+    sees another live claim ends. A store that lists what was written before (S3, GCS and Azure do)
+    shows it to at least one of two runs. Clocks that differ cannot let both in: only the age of a
+    claim is compared, with two minutes to spare.
     """
     parent, _, last = uri.rpartition("/")
     folder = Folder(parent)
     prefix = f".{last}.claim-"
     name = prefix + secrets.token_hex(8)
-    document = {**_describe_run(), "begun": time.time()}
+    document = _describe_run()
     folder.write(name, json.dumps(document).encode())
     stop = threading.Event()
 
@@ -186,9 +187,9 @@ def _remote_claim(uri: str) -> Iterator[None]:
             if not other.startswith(prefix) or other == name:
                 continue
             owner = _parse(folder.read(other) or b"")
-            if not _is_alive(owner):
+            if time.time() - _number(owner.get("time")) > _CLAIM_LIFETIME:
                 folder.remove_file(other)
-            elif (owner.get("begun", 0.0), other) < (document["begun"], name):
+            else:
                 raise _busy(
                     uri, owner, f"; a killed run counts as ended {_CLAIM_LIFETIME:.0f} s later"
                 )
@@ -201,18 +202,8 @@ def _remote_claim(uri: str) -> Iterator[None]:
         folder.remove_file(name)
 
 
-def _is_alive(owner: dict[str, Any]) -> bool:
-    """Whether the run behind a claim may still be there."""
-    if time.time() - float(owner.get("time", 0.0)) > _CLAIM_LIFETIME:
-        return False
-    if owner.get("host") == socket.gethostname() and owner.get("pid") != os.getpid():
-        try:
-            os.kill(int(owner["pid"]), 0)
-        except ProcessLookupError:
-            return False
-        except (OSError, ValueError, KeyError):
-            return True
-    return True
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else 0.0
 
 
 def hidden_path(target: Path, kind: str) -> Path:

@@ -29,7 +29,7 @@ from semid.data.id_tables import join_tables
 from semid.data.ids import ItemIds, cast_ids
 from semid.documents import read_json, record, typed
 from semid.errors import ArtefactError, InputError, OutputExistsError, UsageError
-from semid.runs import hold_path
+from semid.runs import hidden_path, hold_path, remove_path
 
 __all__ = ["CatalogueBundle", "Part", "read_catalogue"]
 
@@ -115,9 +115,14 @@ class CatalogueBundle:
                 f"output '{folder}' exists; a bundle only grows: choose another path, or add to it "
                 "with --catalogue"
             )
-        (folder / "parts").mkdir(parents=True, exist_ok=True)
-        part = _write_part(folder, 1, ids)
-        _write_manifest(folder, 1, [part], ids.info)
+        with hold_path(folder):
+            work = hidden_path(folder, f"{secrets.token_hex(8)}.tmp")
+            try:
+                (work / "parts").mkdir(parents=True)
+                _write_manifest(work, 1, [_write_part(work, 1, ids)], ids.info)
+                work.rename(folder)  # an empty folder may be there
+            finally:
+                remove_path(work)
         return cls(folder)
 
     def versions(self) -> list[int]:

@@ -61,10 +61,10 @@ def refine(
         refined_model = refined(load_tokenizer(model), opened, options=options, progress=progress)
     refined_model.save(output, overwrite=overwrite)
     assert refined_model.report is not None
-    kept = refined_model.report.details["refine"]
-    if kept:
-        share = 1.0 - kept[-1]["error"] / kept[0]["before"]
-        say(f"{len(kept)} rounds: squared error on held-out items {share:.1%} lower")
+    rounds_done = refined_model.report.details["refine"]
+    if rounds_done:
+        share = 1.0 - rounds_done[-1]["error"] / rounds_done[0]["before"]
+        say(f"{len(rounds_done)} rounds: squared error on held-out items {share:.1%} lower")
     else:
         say("no round lowered the error on held-out items; the codebooks are unchanged")
     say(refined_model.report.summary)

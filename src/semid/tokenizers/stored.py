@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import numpy as np
 
 from semid.documents import checked
 from semid.errors import ArtefactError
+from semid.options import argument_types
 
-__all__ = ["argument_types", "check_shapes", "check_stored", "described", "stored_settings"]
+__all__ = ["check_shapes", "check_stored", "described", "stored_settings"]
 
 CONFIG: dict[str, Any] = {
     "settings": dict[str, Any],
@@ -23,20 +23,6 @@ CONFIG: dict[str, Any] = {
     "fit_report": dict[str, Any] | None,
 }
 """What every config of a tokenizer holds."""
-
-
-def argument_types(kind: type) -> dict[str, Any]:
-    """Return the constructor's argument names and annotations, with those of its ``**options``."""
-    init = kind.__init__  # type: ignore[misc]
-    hints = get_type_hints(init)
-    arguments: dict[str, Any] = {}
-    for name, parameter in inspect.signature(kind).parameters.items():
-        hint = hints.get(name, Any)
-        if parameter.kind is not parameter.VAR_KEYWORD:
-            arguments[name] = hint
-        for options in get_args(hint) if parameter.kind is parameter.VAR_KEYWORD else ():
-            arguments |= get_type_hints(options)  # Unpack[a TypedDict]
-    return arguments
 
 
 def check_shapes(
