@@ -62,7 +62,7 @@ REPLACEMENTS = re.compile(
     "|Gt_GtE|Gt_LtE|GtE_Gt|GtE_Lt|Is_IsNot|IsNot_Is|Delete_USub|Delete_Not|Delete_Invert"
 )
 # Tests of packages further down and of many processes: slow, and few are twins of what they call.
-SKIPPED = "ray|experiments|rank_|report|docs|training|compare|architecture|vae|export|encode|cli.py"
+SKIPPED = "ray|reproduce|rank_|report|docs|training|compare|architecture|vae|export|encode|cli.py"
 # Imported once, before the forks.
 PRELOADED = ("numpy", "numba", "torch", "pyarrow.parquet", "pandas", "polars", "sklearn.cluster")
 PRELOADED += ("hypothesis", "plotly.graph_objects", "typer", "rich.console", "fsspec", "faiss")

@@ -35,13 +35,13 @@ from torch import nn
 from common import in_turn, save
 from semid.data.ids import ItemIds
 from semid.progress import QuietProgress
-from semid.ranking.metrics import auc
-from semid.ranking.network import Architecture, make_network
-from semid.ranking.rows import Rows
-from semid.ranking.schema import Schema
-from semid.ranking.task import MemoryBatches, RankingTask, predict_logits
-from semid.ranking.training import rank_options
-from semid.ranking.vocabulary import Vocabulary
+from semid.recommenders.ranking.metrics import auc
+from semid.recommenders.ranking.network import Architecture, make_network
+from semid.recommenders.ranking.rows import Rows
+from semid.recommenders.ranking.schema import Schema
+from semid.recommenders.ranking.task import MemoryBatches, RankingTask, predict_logits
+from semid.recommenders.ranking.training import rank_options
+from semid.recommenders.ranking.vocabulary import Vocabulary
 from semid.training.loop import Evaluation, train
 
 HERE = Path(__file__).parent

@@ -17,11 +17,11 @@ import torch
 
 import semid
 from semid.progress import make_progress
-from semid.ranking.data import DataOptions, prepare_ranking
-from semid.ranking.grid import Grid, run_grid
-from semid.ranking.gridtable import grid_tables
-from semid.ranking.network import Architecture
-from semid.ranking.training import rank_options
+from semid.recommenders.ranking.data import DataOptions, prepare_ranking
+from semid.recommenders.ranking.grid import Grid, run_grid
+from semid.recommenders.ranking.gridtable import grid_tables
+from semid.recommenders.ranking.network import Architecture
+from semid.recommenders.ranking.training import rank_options
 
 SETS = {
     "anime": ("anime_mal", "rating>=8", ()),

@@ -27,9 +27,9 @@ from sklearn.cluster import KMeans
 import semid
 from semid.data.ids import held_out_mask
 from semid.data.interactions import Interactions
-from semid.experiments.datasets import Opened
-from semid.experiments.recipe import DataSet
 from semid.health import collisions, usage
+from semid.reproduce.datasets import Opened
+from semid.reproduce.recipe import DataSet
 from semid.tokenizers.base import HELD_OUT_SALT, Tokenizer
 from semid.training.precision import resolve_precision
 

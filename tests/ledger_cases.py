@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from semid.experiments.ledger import Ledger
+from semid.reproduce.ledger import Ledger
 
 
 def append(folder: Path, start: int) -> None:

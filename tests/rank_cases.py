@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from semid.codes import CodesInfo, SemanticIds
 from semid.data.ids import ItemIds
-from semid.ranking.data import DataOptions, RankingData, prepare_ranking
+from semid.recommenders.ranking.data import DataOptions, RankingData, prepare_ranking
 
 USERS, ITEMS, GROUPS = 80, 48, 4
 SMALL = {"hidden": (8,), "dropout": 0.0}

@@ -19,9 +19,9 @@ FLOORS = [
     ["diagnostics"],
     ["tokenizers"],
     ["loading"],
-    ["ranking", "catalogue"],
+    ["recommenders", "catalogue"],
     ["export"],
-    ["report", "experiments", "serve", "distributed"],
+    ["report", "reproduce", "serve", "distributed"],
     ["cli"],
 ]
 RANK = {

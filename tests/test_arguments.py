@@ -24,11 +24,11 @@ from semid.errors import EmbeddingError, IdsError, UsageError, brief, printable
 from semid.markdown import code_span, escaped
 from semid.options import CheckedArguments, Options, argument_types
 from semid.quantization.kmeans import KMeansOptions
-from semid.ranking.data import DataOptions
-from semid.ranking.features import CodeFeatures
-from semid.ranking.grid import Grid
-from semid.ranking.labels import Label
-from semid.ranking.network import Architecture
+from semid.recommenders.ranking.data import DataOptions
+from semid.recommenders.ranking.features import CodeFeatures
+from semid.recommenders.ranking.grid import Grid
+from semid.recommenders.ranking.labels import Label
+from semid.recommenders.ranking.network import Architecture
 from semid.report import compare
 from semid.training.options import TrainOptions
 

@@ -522,9 +522,9 @@ def test_parts_of_another_run_are_not_joined(place, monkeypatch):
 @pytest.mark.parametrize("change", ["log", "items"])
 def test_a_resumed_ranker_sees_changed_data(place, change, monkeypatch):
     """The key of a run covers the training rows of a stream and the attributes of items."""
-    from semid.ranking.data import DataOptions
-    from semid.ranking.stream import RankingStream
-    from semid.ranking.training import data_digest
+    from semid.recommenders.ranking.data import DataOptions
+    from semid.recommenders.ranking.stream import RankingStream
+    from semid.recommenders.ranking.training import data_digest
 
     def digest() -> str:
         options = DataOptions(label="label>=1")
@@ -539,8 +539,8 @@ def test_a_resumed_ranker_sees_changed_data(place, change, monkeypatch):
     before = digest()
     assert digest() == before
     if change == "log":  # two training labels change places: every count stays what it was
-        from semid.ranking.labels import Label
-        from semid.ranking.stream import Scan
+        from semid.recommenders.ranking.labels import Label
+        from semid.recommenders.ranking.stream import Scan
 
         data = RankingStream.open(
             "log.parquet", items="items.parquet", options=DataOptions(label="label>=1")

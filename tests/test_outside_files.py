@@ -31,9 +31,9 @@ from semid.data.releases.amazon import read_amazon
 from semid.data.releases.movielens import read_movielens
 from semid.documents import checksum
 from semid.errors import ArtefactError, IdsError, InputError, SemidError, UsageError
-from semid.experiments.recipe import read_experiment
 from semid.export.formats import export, import_ids
 from semid.export.huggingface import HuggingFaceExport
+from semid.reproduce.recipe import read_experiment
 from semid.tokenizers.making import make_tokenizer, read_recipe
 
 V1 = Path(__file__).parent / "data" / "v1"

@@ -12,12 +12,12 @@ from rank_cases import ITEMS, codes, data, item_table, log_table
 from semid.data.ids import ItemIds
 from semid.data.interactions import read_interactions
 from semid.errors import IdsError, InputError, InteractionsError, UsageError
-from semid.ranking.data import DataOptions, prepare_ranking
-from semid.ranking.features import CodeFeatures, code_table
-from semid.ranking.labels import Label
-from semid.ranking.splits import split_rows
-from semid.ranking.stream import RankingStream
-from semid.ranking.vocabulary import Vocabulary
+from semid.recommenders.ranking.data import DataOptions, prepare_ranking
+from semid.recommenders.ranking.features import CodeFeatures, code_table
+from semid.recommenders.ranking.labels import Label
+from semid.recommenders.ranking.splits import split_rows
+from semid.recommenders.ranking.stream import RankingStream
+from semid.recommenders.ranking.vocabulary import Vocabulary
 
 
 def pairs(part):

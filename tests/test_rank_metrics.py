@@ -10,8 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semid.errors import InputError, UsageError
-from semid.ranking.information import adjusted_mutual_information, normalised_mutual_information
-from semid.ranking.metrics import (
+from semid.recommenders.ranking.information import (
+    adjusted_mutual_information,
+    normalised_mutual_information,
+)
+from semid.recommenders.ranking.metrics import (
     auc,
     auc_by_user,
     auc_error,
@@ -21,8 +24,8 @@ from semid.ranking.metrics import (
     measure,
     sigmoid,
 )
-from semid.ranking.paired import paired_difference, student_quantile
-from semid.ranking.slices import slice_masks
+from semid.recommenders.ranking.paired import paired_difference, student_quantile
+from semid.recommenders.ranking.slices import slice_masks
 
 
 def brute_auc(labels, scores):

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from semid.errors import UsageError
-from semid.ranking.fusion import MoCFusion
-from semid.ranking.interactions import (
+from semid.recommenders.ranking.fusion import MoCFusion
+from semid.recommenders.ranking.interactions import (
     CrossLayer,
     ExpertCrossLayer,
     FactorizationMachine,
@@ -18,8 +18,8 @@ from semid.ranking.interactions import (
     LowRankCrossLayer,
     SymmetricPolynomials,
 )
-from semid.ranking.layers import Dropout
-from semid.ranking.models import MODELS, make_model
+from semid.recommenders.ranking.layers import Dropout
+from semid.recommenders.ranking.models import MODELS, make_model
 
 BATCH, FIELDS, WIDTH = 3, 5, 4
 

@@ -14,23 +14,23 @@ import torch
 from rank_cases import QUICK, SMALL, codes, data, item_table, log_table
 from semid.errors import UsageError
 from semid.progress import QuietProgress
-from semid.ranking.analysis import (
+from semid.recommenders.ranking.analysis import (
     analyse_codes,
     code_embeddings,
     correlation,
     linear_cka,
     singular_values,
 )
-from semid.ranking.data import DataOptions, prepare_ranking
-from semid.ranking.features import CodeFeatures, code_table
-from semid.ranking.kept import information_kept
-from semid.ranking.metrics import auc
-from semid.ranking.network import Architecture, make_network
-from semid.ranking.optimiser import RowwiseAdamW, make_optimizer
-from semid.ranking.report import reliance
-from semid.ranking.stream import RankingStream
-from semid.ranking.task import predict_logits
-from semid.ranking.training import rank_options, train_ranker
+from semid.recommenders.ranking.data import DataOptions, prepare_ranking
+from semid.recommenders.ranking.features import CodeFeatures, code_table
+from semid.recommenders.ranking.kept import information_kept
+from semid.recommenders.ranking.metrics import auc
+from semid.recommenders.ranking.network import Architecture, make_network
+from semid.recommenders.ranking.optimiser import RowwiseAdamW, make_optimizer
+from semid.recommenders.ranking.report import reliance
+from semid.recommenders.ranking.stream import RankingStream
+from semid.recommenders.ranking.task import predict_logits
+from semid.recommenders.ranking.training import rank_options, train_ranker
 from semid.report.figures_ranking import ranking_figures
 from semid.training.state import module_arrays
 

@@ -12,10 +12,10 @@ import torch
 import semid
 from rank_cases import SMALL, codes, data, item_table, log_table
 from semid.errors import ArtefactError, FingerprintError, InputError, OutputExistsError, UsageError
-from semid.ranking.features import CodeFeatures
-from semid.ranking.graph import input_names, write_onnx, write_torch_export
-from semid.ranking.network import Architecture
-from semid.ranking.training import train_ranker
+from semid.recommenders.ranking.features import CodeFeatures
+from semid.recommenders.ranking.graph import input_names, write_onnx, write_torch_export
+from semid.recommenders.ranking.network import Architecture
+from semid.recommenders.ranking.training import train_ranker
 
 ONE = {"epochs": 1, "batch_size": 512, "precision": "fp32"}
 
@@ -158,7 +158,7 @@ def sample(schema, rows):
 
 
 def expected_scores(ranker, given):
-    from semid.ranking.graph import RankingGraph
+    from semid.recommenders.ranking.graph import RankingGraph
 
     with torch.no_grad():
         return RankingGraph(ranker)(*given)

@@ -17,7 +17,7 @@ from semid.data.releases.amazon import read_amazon
 from semid.data.releases.movielens import read_movielens
 from semid.data.releases.release import core_mask
 from semid.errors import InputError, InteractionsError, MissingExtraError, UsageError
-from semid.ranking.data import DataOptions, prepare_ranking
+from semid.recommenders.ranking.data import DataOptions, prepare_ranking
 
 
 def write_gz(path, lines):

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from semid.loading import load
     from semid.quantization.kmeans import KMeansOptions
     from semid.quantization.refine import RefineOptions
-    from semid.ranking.data import DataOptions, prepare_ranking
-    from semid.ranking.features import CodeFeatures
-    from semid.ranking.network import Architecture
-    from semid.ranking.ranker import Ranker
-    from semid.ranking.stream import RankingStream
-    from semid.ranking.training import train_ranker
+    from semid.recommenders.ranking.data import DataOptions, prepare_ranking
+    from semid.recommenders.ranking.features import CodeFeatures
+    from semid.recommenders.ranking.network import Architecture
+    from semid.recommenders.ranking.ranker import Ranker
+    from semid.recommenders.ranking.stream import RankingStream
+    from semid.recommenders.ranking.training import train_ranker
     from semid.report import diagnose
     from semid.tokenizers.barq import BARQ
     from semid.tokenizers.drqvae import DRQVAE
@@ -74,11 +74,11 @@ __all__ = [
 
 # Names are imported when first used, so that `import semid` and `semid --help` stay quick.
 _HOME = {
-    "Architecture": "semid.ranking.network",
+    "Architecture": "semid.recommenders.ranking.network",
     "BARQ": "semid.tokenizers.barq",
-    "CodeFeatures": "semid.ranking.features",
+    "CodeFeatures": "semid.recommenders.ranking.features",
     "DRQVAE": "semid.tokenizers.drqvae",
-    "DataOptions": "semid.ranking.data",
+    "DataOptions": "semid.recommenders.ranking.data",
     "DecodeHead": "semid.tokenizers.heads",
     "KMeansOptions": "semid.quantization.kmeans",
     "MoCVAE": "semid.tokenizers.mocvae",
@@ -88,8 +88,8 @@ _HOME = {
     "RQKMeans": "semid.tokenizers.rqkmeans",
     "RQPVAE": "semid.tokenizers.rqpvae",
     "RQVAE": "semid.tokenizers.rqvae",
-    "Ranker": "semid.ranking.ranker",
-    "RankingStream": "semid.ranking.stream",
+    "Ranker": "semid.recommenders.ranking.ranker",
+    "RankingStream": "semid.recommenders.ranking.stream",
     "RefineOptions": "semid.quantization.refine",
     "SemanticIds": "semid.codes",
     "SemidError": "semid.errors",
@@ -101,10 +101,10 @@ _HOME = {
     "load": "semid.loading",
     "make_unique": "semid.catalogue.uniqueness",
     "open_embeddings": "semid.data.embeddings",
-    "prepare_ranking": "semid.ranking.data",
+    "prepare_ranking": "semid.recommenders.ranking.data",
     "read_interactions": "semid.data.interactions",
     "refine": "semid.tokenizers.refining",
-    "train_ranker": "semid.ranking.training",
+    "train_ranker": "semid.recommenders.ranking.training",
 }
 
 

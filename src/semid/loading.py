@@ -18,7 +18,7 @@ __all__ = ["KINDS", "load", "load_tokenizer"]
 KINDS: dict[str, tuple[str, str]] = {
     **TOKENIZERS,
     "head": ("semid.tokenizers.heads", "DecodeHead"),
-    "ranker": ("semid.ranking.ranker", "Ranker"),
+    "ranker": ("semid.recommenders.ranking.ranker", "Ranker"),
 }
 
 

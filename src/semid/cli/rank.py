@@ -135,10 +135,10 @@ def rank(
 
     Example: semid rank logs.parquet --items items.parquet --ids ids.parquet -o ranker/
     """
-    from semid.ranking.data import DataOptions
-    from semid.ranking.features import CodeFeatures
-    from semid.ranking.network import Architecture
-    from semid.ranking.training import rank_options, training_device
+    from semid.recommenders.ranking.data import DataOptions
+    from semid.recommenders.ranking.features import CodeFeatures
+    from semid.recommenders.ranking.network import Architecture
+    from semid.recommenders.ranking.training import rank_options, training_device
     from semid.tokenizers.encoding import partial_folder
 
     _refuse_unused(context)
@@ -180,8 +180,8 @@ def rank(
     reads = (logs, items, ids)
     if embeddings is not None:
         from semid.output import atomic_folder
-        from semid.ranking.grid import GRID_FILES, Grid
-        from semid.ranking.models.registry import MODELS
+        from semid.recommenders.ranking.grid import GRID_FILES, Grid
+        from semid.recommenders.ranking.models.registry import MODELS
 
         grid = Grid(
             methods=_names(methods) or (),
@@ -278,11 +278,11 @@ def _single(
     from semid.codes import SemanticIds
     from semid.output import atomic_file
     from semid.progress import make_progress
-    from semid.ranking.analysis import analyse_codes
-    from semid.ranking.data import prepare_ranking
-    from semid.ranking.features import CodeFeatures
-    from semid.ranking.stream import RankingStream
-    from semid.ranking.training import train_ranker
+    from semid.recommenders.ranking.analysis import analyse_codes
+    from semid.recommenders.ranking.data import prepare_ranking
+    from semid.recommenders.ranking.features import CodeFeatures
+    from semid.recommenders.ranking.stream import RankingStream
+    from semid.recommenders.ranking.training import train_ranker
     from semid.runs import remove_state_folder
     from semid.tokenizers.encoding import partial_folder
 
@@ -344,9 +344,9 @@ def _grid(
     from semid.cli.options import open_source
     from semid.output import atomic_file
     from semid.progress import make_progress
-    from semid.ranking.data import prepare_ranking
-    from semid.ranking.grid import run_grid
-    from semid.ranking.gridtable import grid_tables
+    from semid.recommenders.ranking.data import prepare_ranking
+    from semid.recommenders.ranking.grid import run_grid
+    from semid.recommenders.ranking.gridtable import grid_tables
 
     logs, items, options, columns = source
     path, column, on_invalid = vectors
@@ -396,7 +396,7 @@ def _numbers(flag: str, text: str) -> tuple[int, ...]:
 
 def _three(text: str) -> tuple[float, float, float]:
     from semid.errors import UsageError
-    from semid.ranking.splits import check_fractions
+    from semid.recommenders.ranking.splits import check_fractions
 
     try:
         return check_fractions([float(part) for part in _names(text) or ()])

@@ -69,8 +69,8 @@ def reproduce(
     Example: semid reproduce drq --quick
     """
     from semid.errors import UsageError, check_choice
-    from semid.experiments.study import PAPERS, Study, page_from
     from semid.progress import make_progress
+    from semid.reproduce.study import PAPERS, Study, page_from
 
     check_choice("PAPER", paper, PAPERS)
     if publish and source is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from semid.ranking.analysis import CodeAnalysis, Discriminability
+from semid.recommenders.ranking.analysis import CodeAnalysis, Discriminability
 from semid.report.figure import Figure, bars, line
 
 __all__ = ["SECTION", "ranking_figures"]

@@ -1,0 +1,139 @@
+"""The whole ranking model as one graph, raw row numbers in, probability out."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from semid.errors import MissingExtraError
+from semid.output import atomic_file
+from semid.recommenders.ranking.ranker import Ranker
+from semid.recommenders.ranking.schema import Inputs, Schema
+
+__all__ = ["RankingGraph", "input_names", "write_onnx", "write_torch_export"]
+
+
+def input_names(schema: Schema) -> list[str]:
+    """Return the names of the graph's inputs, in order.
+
+    ``user`` and ``item`` are int64 ``(batch,)`` rows of the vocabularies (0 is unknown);
+    ``context`` int64 ``(batch, columns)``, ``dense`` float32 ``(batch, columns)`` and ``history``
+    int64 ``(batch, length)`` are there where the model reads them.
+    """
+    present = {
+        "context": bool(schema.context),
+        "dense": bool(schema.dense),
+        "history": schema.history > 0,
+    }
+    return ["user", "item", *(name for name, used in present.items() if used)]
+
+
+class RankingGraph(nn.Module):
+    """Probabilities ``(batch,)`` from the tensors that `input_names` lists.
+
+    Codes, brand and categories are gathered inside, so whoever serves it sends item rows alone.
+
+    Args:
+        ranker: trained.
+    """
+
+    def __init__(self, ranker: Ranker) -> None:
+        super().__init__()
+        self.network = ranker.network.eval()
+        self.names = input_names(ranker.schema)
+
+    def forward(self, *given: Tensor) -> Tensor:
+        """Score a batch."""
+        inputs = dict(zip(self.names, given, strict=True))
+        item = inputs["item"]
+        nothing = item.new_zeros((item.shape[0], 0))
+        return self.network.logits(
+            Inputs(
+                inputs["user"],
+                item,
+                inputs.get("context", nothing),
+                inputs.get("dense", nothing.float()),
+                inputs.get("history", nothing),
+            )
+        ).sigmoid()
+
+
+def _example(schema: Schema) -> tuple[Tensor, ...]:
+    batch = 3
+    made = {
+        "user": torch.zeros(batch, dtype=torch.int64),
+        "item": torch.zeros(batch, dtype=torch.int64),
+        "context": torch.zeros((batch, len(schema.context)), dtype=torch.int64),
+        "dense": torch.zeros((batch, len(schema.dense))),
+        "history": torch.zeros((batch, schema.history), dtype=torch.int64),
+    }
+    return tuple(made[name] for name in input_names(schema))
+
+
+def _dynamic(schema: Schema) -> tuple[tuple[dict[int, torch.export.Dim], ...]]:
+    batch = torch.export.Dim("batch")
+    return (tuple({0: batch} for _ in input_names(schema)),)
+
+
+def write_torch_export(
+    path: str | os.PathLike[str], *, ranker: Ranker, overwrite: bool = False
+) -> None:
+    """Write the model; ``torch.export.load(path).module()(user, item, ...)`` gives probabilities.
+
+    Args:
+        path: file; ``.pt2`` by custom.
+        ranker: trained.
+        overwrite: replace an existing file.
+
+    Raises:
+        OutputExistsError: ``path`` exists and ``overwrite`` is false.
+    """
+    program = torch.export.export(
+        RankingGraph(ranker), _example(ranker.schema), dynamic_shapes=_dynamic(ranker.schema)
+    )
+    with atomic_file(path, overwrite=overwrite) as work, work.open("wb") as file:
+        torch.export.save(program, file)
+
+
+def write_onnx(path: str | os.PathLike[str], *, ranker: Ranker, overwrite: bool = False) -> None:
+    """Write the model as one ``.onnx`` file with a dynamic batch, output ``probability``.
+
+    Args:
+        path: file.
+        ranker: trained.
+        overwrite: replace an existing file.
+
+    Raises:
+        MissingExtraError: without onnx and onnxscript.
+        OutputExistsError: ``path`` exists and ``overwrite`` is false.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError(
+            error.name or "onnx", extra="onnx", purpose="the ONNX export"
+        ) from None
+    noisy = logging.getLogger("torch.onnx")
+    level = noisy.level
+    with atomic_file(path, overwrite=overwrite) as work, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own deprecations say nothing to a user
+        noisy.setLevel(logging.ERROR)
+        try:
+            torch.onnx.export(
+                RankingGraph(ranker),
+                _example(ranker.schema),
+                str(work),
+                input_names=input_names(ranker.schema),
+                output_names=["probability"],
+                dynamic_shapes=_dynamic(ranker.schema),
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+            )
+        finally:
+            noisy.setLevel(level)

@@ -1,0 +1,160 @@
+"""The tables at the end of a grid: means, and paired differences with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from semid.markdown import code_span
+from semid.recommenders.ranking.paired import Difference, paired_difference
+
+__all__ = ["difference", "grid_tables"]
+
+Row = Mapping[str, Any]
+
+
+def _pick(rows: Sequence[Row], figure: str, **wanted: Any) -> dict[int, float]:
+    """Return a figure by seed of the rows that match."""
+    return {
+        row["seed"]: row[figure]
+        for row in rows
+        if all(row[name] == value for name, value in wanted.items()) and row[figure] is not None
+    }
+
+
+def difference(
+    rows: Sequence[Row],
+    a: Mapping[str, Any],
+    b: Mapping[str, Any],
+    *,
+    figure: str = "auc",
+) -> Difference | None:
+    """Compare two cells on the seeds they share.
+
+    Args:
+        rows: of `run_grid`.
+        a: what its rows have, for example ``{"method": "moc", "scale": 3}``.
+        b: what the other's have.
+        figure: which number.
+
+    Returns:
+        The mean of a - b, or None where no seed is shared.
+    """
+    left, right = _pick(rows, figure, **a), _pick(rows, figure, **b)
+    seeds = sorted(set(left) & set(right))
+    if not seeds:
+        return None
+    return paired_difference([left[s] for s in seeds], [right[s] for s in seeds])
+
+
+def grid_tables(rows: Sequence[Row]) -> str:
+    """Return Markdown: every cell, codes against none and each other, fusion on and off.
+
+    Args:
+        rows: of `run_grid`, all of one protocol.
+    """
+    if not rows:
+        return "no runs"
+    out = [f"Protocol: {code_span(rows[0]['protocol'])}", ""]
+    out += [f"Popularity alone: {rows[0]['popularity_auc']:.4f}", "", *_cells(rows)]
+    against = _against_none(rows)
+    if against:
+        out += ["", "Codes against none, the same model, fusion and seeds:", "", *against]
+    for method, title in (("moc", "MoC"), ("barq", "BARQ")):
+        rivals = _against_others(rows, method)
+        if rivals:
+            shared = "the same model, scale, fusion and seeds"
+            out += ["", f"{title} against the others, {shared}:", "", *rivals]
+    switched = _fusion(rows)
+    if switched:
+        out += ["", "Fusion on against off:", "", *switched]
+    out += ["", "Intervals are 95 % of Student's t over seeds, on one split."]
+    return "\n".join(out)
+
+
+def _cell_keys(rows: Sequence[Row]) -> list[tuple[Any, ...]]:
+    return list(dict.fromkeys((r["model"], r["method"], r["scale"], r["fusion"]) for r in rows))
+
+
+def _cells(rows: Sequence[Row]) -> list[str]:
+    lines = [
+        "| model | method | scale | fusion | seeds | AUC | log loss | unseen items AUC "
+        "| codes shuffled at test | fusion taken out at test | norm of W_down W_up |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for model, method, scale, fusion in _cell_keys(rows):
+        own = [
+            r
+            for r in rows
+            if (r["model"], r["method"], r["scale"], r["fusion"]) == (model, method, scale, fusion)
+        ]
+        shuffled, without = (
+            [r["reliance"][name] - r["auc"] for r in own if name in r["reliance"]]
+            for name in ("auc_codes_shuffled", "auc_without_fusion")
+        )
+        norms = [r["reliance"]["fusion_norm"] for r in own if "fusion_norm" in r["reliance"]]
+        cold = [r["cold_auc"] for r in own if r["cold_auc"] is not None]
+        lines.append(
+            f"| {model} | {method} | {scale or '-'} | {'on' if fusion else 'off'} | {len(own)} "
+            f"| {_spread([r['auc'] for r in own])} | {_spread([r['log_loss'] for r in own])} "
+            f"| {_spread(cold)} | {_signed(shuffled)} | {_signed(without)} "
+            f"| {_spread(norms)} |"
+        )
+    return lines
+
+
+def _table(rows: list[tuple[str, Difference | None]], head: str) -> list[str]:
+    found = [(name, d) for name, d in rows if d is not None]
+    if not found:
+        return []
+    return [f"| {head} | AUC difference |", "|---|---|", *(f"| {n} | {d} |" for n, d in found)]
+
+
+def _against_none(rows: Sequence[Row]) -> list[str]:
+    found = []
+    for model, method, scale, fusion in _cell_keys(rows):
+        if method == "none":
+            continue
+        shared = {"model": model, "fusion": fusion}
+        base = {**shared, "method": "none"}
+        name = f"{model}, {method} {scale}x, fusion {'on' if fusion else 'off'}"
+        found.append((name, difference(rows, {**shared, "method": method, "scale": scale}, base)))
+    return _table(found, "codes - none")
+
+
+def _against_others(rows: Sequence[Row], first: str) -> list[str]:
+    found = []
+    for model, method, scale, fusion in _cell_keys(rows):
+        if method in ("none", first):
+            continue
+        shared = {"model": model, "scale": scale, "fusion": fusion}
+        name = f"{model}, {first} - {method}, {scale}x, fusion {'on' if fusion else 'off'}"
+        pair = difference(rows, {**shared, "method": first}, {**shared, "method": method})
+        found.append((name, pair))
+    return _table(found, f"{first} - other")
+
+
+def _fusion(rows: Sequence[Row]) -> list[str]:
+    found = []
+    for model, method, scale, fusion in _cell_keys(rows):
+        if not fusion:
+            continue
+        shared = {"model": model, "method": method, "scale": scale}
+        name = f"{model}, {method}" + (f" {scale}x" if scale else "")
+        pair = difference(rows, {**shared, "fusion": True}, {**shared, "fusion": False})
+        found.append((name, pair))
+    return _table(found, "fusion on - off")
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
+    if len(values) < 2:
+        return f"{values[0]:.4f}"
+    return f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}"
+
+
+def _signed(values: Sequence[float]) -> str:
+    return f"{np.mean(values):+.4f}" if values else "-"

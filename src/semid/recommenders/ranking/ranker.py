@@ -1,0 +1,380 @@
+"""A trained ranking model with everything it needs to score raw users and items."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+
+from semid.artefact import read_artefact, write_artefact
+from semid.codes import CodesInfo, SemanticIds
+from semid.data.columns import require_column
+from semid.data.ids import ItemIds
+from semid.documents import checked
+from semid.errors import InputError, UsageError
+from semid.recommenders.ranking.card import card
+from semid.recommenders.ranking.features import CodeFeatures, CodeTable
+from semid.recommenders.ranking.growth import grown_codes, grown_schema
+from semid.recommenders.ranking.metrics import sigmoid
+from semid.recommenders.ranking.network import Architecture, RankingNetwork, make_network
+from semid.recommenders.ranking.rows import GivenHistory, Rows
+from semid.recommenders.ranking.schema import Schema
+from semid.recommenders.ranking.tables import Table, open_table
+from semid.recommenders.ranking.task import predict_logits
+from semid.recommenders.ranking.vocabulary import as_text
+from semid.tokenizers.stored import described
+from semid.training.state import load_module_, module_arrays
+
+__all__ = ["HISTORY_COLUMN", "Prediction", "Ranker", "Ranking"]
+
+logger = logging.getLogger(__name__)
+
+HISTORY_COLUMN = "history"
+"""Column of `Ranker.predict` with each row's history, lists of item ids, oldest first."""
+
+
+CONFIG: dict[str, Any] = {
+    "architecture": Architecture,
+    "features": CodeFeatures | None,
+    "item_id": bool,
+    "schema": dict[str, Any],
+    "codes": dict[str, Any] | None,
+    "codes_info": CodesInfo | None,
+    "report": dict[str, Any],
+}
+"""What the config of a ranking model holds."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Scores of rows.
+
+    Attributes:
+        probability: ``(rows,)`` float32 in [0, 1].
+        logit: ``(rows,)`` float32.
+        unknown: how many rows read an unknown row, by what was not known: ``user``, ``item`` (not
+            in the catalogue), ``item_id`` (in the catalogue, but too rare in training for a row of
+            its own), ``codes`` (an item without codes), and each context column.
+    """
+
+    probability: npt.NDArray[np.float32]
+    logit: npt.NDArray[np.float32]
+    unknown: dict[str, int]
+
+    def __len__(self) -> int:
+        """Count the rows."""
+        return len(self.logit)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Candidates, best first.
+
+    Attributes:
+        items: item ids.
+        probability: ``(items,)`` float32.
+        unknown: as in `Prediction`.
+    """
+
+    items: list[str]
+    probability: npt.NDArray[np.float32]
+    unknown: dict[str, int]
+
+
+class Ranker:
+    """A ranking model; made by `train_ranker`, opened by `semid.load`.
+
+    Args:
+        schema: vocabularies and item attributes.
+        network: the trained network, on the CPU.
+        architecture: what it was built from.
+        features: how codes are used, or None.
+        codes: the joined codes, or None.
+        codes_info: which tokenizer and codebook they belong to, or None.
+        report: figures of the training.
+    """
+
+    kind: ClassVar[str] = "ranker"
+
+    def __init__(
+        self,
+        *,
+        schema: Schema,
+        network: RankingNetwork,
+        architecture: Architecture,
+        features: CodeFeatures | None = None,
+        codes: CodeTable | None = None,
+        codes_info: CodesInfo | None = None,
+        report: dict[str, Any] | None = None,
+    ) -> None:
+        self.schema, self.network, self.architecture = schema, network.eval(), architecture
+        self.features, self.codes, self.codes_info = features, codes, codes_info
+        self.report = report or {}
+
+    @property
+    def codebook_fingerprint(self) -> str | None:
+        """SHA-256 of the codebooks whose codes the model reads; None without codes."""
+        return None if self.codes_info is None else self.codes_info.codebook_fingerprint
+
+    def check_codes(self, ids: SemanticIds) -> None:
+        """Refuse codes of another codebook than the model was trained with.
+
+        Raises:
+            FingerprintError: the fingerprints differ.
+            UsageError: the model reads no codes.
+        """
+        if self.codebook_fingerprint is None:
+            raise UsageError("this model was trained without codes, so it cannot use any")
+        ids.check_codebook(self.codebook_fingerprint)
+
+    def rows(self, frame: Any) -> tuple[Rows, dict[str, int]]:
+        """Look a table up in the vocabularies.
+
+        Args:
+            frame: as for `predict`.
+
+        Returns:
+            Rows with labels 0, and the counts of what was unknown.
+        """
+        schema = self.schema
+        table = open_table(frame, what="the rows to score")
+        wanted = [schema.user_column, schema.item_column, *schema.context, *schema.dense]
+        for name in wanted:
+            require_column(name, table.names, label=table.label, flag="a column of the model")
+        given = schema.history > 0 and HISTORY_COLUMN in table.names
+        read = table.read([*wanted, *([HISTORY_COLUMN] if given else [])])
+        problems: list[str] = []
+        found = {}
+        for name in (schema.user_column, schema.item_column):
+            try:
+                found[name] = as_text(read.column(name), name=name, label=table.label)
+            except InputError as error:
+                problems += error.problems
+        if problems:
+            raise InputError(problems)
+        user = schema.users.rows(found[schema.user_column])
+        item = schema.items.rows(found[schema.item_column])
+        columns = {n: read.column(n) for n in (*schema.context, *schema.dense)}
+        context, dense = schema.context_rows(columns, rows=len(user), label=table.label)
+        history = torch.from_numpy(self._history(user, read if given else None, table))
+        rows = Rows(
+            user=torch.from_numpy(user.astype(np.int32)),
+            item=torch.from_numpy(item.astype(np.int32)),
+            label=torch.zeros(len(user)),
+            context=context,
+            dense=dense,
+            history=None if not schema.history else GivenHistory(history),
+            person=torch.from_numpy(user.astype(np.int32)),
+        )
+        return rows, self._unknown(user, item, context)
+
+    def _history(
+        self, user: npt.NDArray[np.int64], read: pa.Table | None, table: Table
+    ) -> npt.NDArray[np.int64]:
+        """Return ``(rows, history)`` catalogue rows, newest first: given, or the user's own."""
+        length = self.schema.history
+        if read is None:
+            found: npt.NDArray[np.int64] = self.schema.user_history[user]
+            return found if length else np.zeros((len(user), 0), np.int64)
+        column = read.column(HISTORY_COLUMN).combine_chunks()
+        column = column if isinstance(column, pa.Array) else pa.concat_arrays(column.chunks)
+        try:
+            lists = column.cast(pa.large_list(pa.large_string()))
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+            raise InputError(
+                f"column '{HISTORY_COLUMN}' of {table.label} holds {column.type}; give lists of "
+                "item ids, oldest first"
+            ) from None
+        items = self.schema.items.rows(lists.flatten())
+        ends = np.cumsum(lists.value_lengths().fill_null(0).to_numpy(zero_copy_only=False))
+        starts = np.concatenate([[0], ends[:-1]]).astype(np.int64)
+        at = ends.astype(np.int64)[:, None] - 1 - np.arange(length)
+        known = items[np.clip(at, 0, max(len(items) - 1, 0))] if len(items) else at * 0
+        return np.where(at >= starts[:, None], known, 0)
+
+    def _unknown(
+        self, user: npt.NDArray[np.int64], item: npt.NDArray[np.int64], context: torch.Tensor
+    ) -> dict[str, int]:
+        unknown = {
+            "user": int((user == 0).sum()),
+            "item": int((item == 0).sum()),
+            "item_id": int(((item > 0) & (self.schema.id_rows[item] == 0)).sum()),
+        }
+        if self.codes is not None and not self.codes.widened:
+            unknown["codes"] = int((self.codes.rows[item] == 0).all(axis=1).sum())
+        for place, name in enumerate(self.schema.context):
+            unknown[name] = int((context[:, place] == 0).sum())
+        return unknown
+
+    def predict(self, frame: Any) -> Prediction:
+        """Score rows.
+
+        Args:
+            frame: a table (path, Arrow, pandas, polars) or dictionary of columns, with the user
+                and item columns of the training log, its context columns, and optionally
+                `HISTORY_COLUMN`; without it a known user's training history is taken.
+
+        Returns:
+            Scores in the order of the rows. Users and items that training did not see read the
+            unknown rows; they are counted, and a warning says so.
+
+        Raises:
+            UsageError: a column is missing.
+            InputError: a column of a wrong type, or NaN in a dense one.
+        """
+        rows, unknown = self.rows(frame)
+        logits = predict_logits(self.network, rows)
+        seen = {name: count for name, count in unknown.items() if count}
+        if seen:
+            listed = ", ".join(f"{count} by {name}" for name, count in seen.items())
+            logger.warning("of %d rows, unknown to the model: %s", len(rows), listed)
+        return Prediction(sigmoid(logits).astype(np.float32), logits, unknown)
+
+    def rank(
+        self,
+        user: Any,
+        candidates: Sequence[Any] | None = None,
+        *,
+        k: int | None = None,
+        context: dict[str, Any] | None = None,
+    ) -> Ranking:
+        """Order candidates for a user.
+
+        Args:
+            user: a user id.
+            candidates: item ids; None takes the whole catalogue.
+            k: how many to return; None returns all.
+            context: one value for each context column, and optionally `HISTORY_COLUMN`.
+
+        Returns:
+            The best first; equal scores keep the order of the candidates.
+        """
+        if candidates is None:
+            wanted = self.schema.items.ids.strings()
+        else:
+            wanted = ItemIds(list(candidates), source="candidates").strings()
+        count = len(wanted)
+        columns: dict[str, Any] = {
+            self.schema.user_column: pa.array([str(user)] * count, type=pa.large_string()),
+            self.schema.item_column: wanted,
+        }
+        for name, value in (context or {}).items():
+            columns[name] = pa.array([value] * count)
+        scored = self.predict(columns)
+        order = np.argsort(-scored.logit, kind="stable")[:k]
+        names = wanted.take(pa.array(order)).to_pylist()
+        return Ranking(names, scored.probability[order], scored.unknown)
+
+    def with_items(self, items: Any, *, ids: SemanticIds | None = None) -> Ranker:
+        """Return a model that knows further items by their attributes and codes.
+
+        New items have no row of their own among the item ids; they are scored by what they share
+        with others. Weights stay as they are.
+
+        Args:
+            items: table with ``item_id`` and the attributes of the training items; items already
+                known are left alone.
+            ids: Semantic IDs of the new items by the same codebook (for prefix and n-gram features
+                of the known items too). None leaves them without codes.
+
+        Raises:
+            FingerprintError: codes of another codebook.
+            UsageError: the model cannot use codes, or a column is missing.
+        """
+        if ids is not None:
+            self.check_codes(ids)
+        schema, new = grown_schema(self.schema, items)
+        codes = self.codes
+        if codes is not None and self.features is not None:
+            codes = grown_codes(codes, self.features, self.schema.items.ids, new, ids)
+        network = make_network(schema, codes, self.architecture, item_id=self.network.index.item_id)
+        load_module_(network, module_arrays(self.network))
+        return Ranker(
+            schema=schema,
+            network=network,
+            architecture=self.architecture,
+            features=self.features,
+            codes=codes,
+            codes_info=self.codes_info,
+            report=self.report,
+        )
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Write the artefact folder (``config.json``, ``model.safetensors``, ``README.md``).
+
+        Raises:
+            OutputExistsError: ``path`` exists and ``overwrite`` is false.
+        """
+        codes = self.codes
+        config: dict[str, Any] = {
+            "kind": self.kind,
+            "architecture": self.architecture.to_dict(),
+            "features": None if self.features is None else asdict(self.features),
+            "item_id": self.network.index.item_id,
+            "schema": self.schema.to_config(),
+            "codes": None,
+            "codebook_fingerprint": self.codebook_fingerprint,
+            "codes_info": None if self.codes_info is None else asdict(self.codes_info),
+            "report": self.report,
+        }
+        tensors = {f"network.{n}": a for n, a in module_arrays(self.network).items()}
+        tensors |= {n: a for n, a in self.schema.tensors().items() if a.size or a.ndim < 2}
+        if codes is not None:
+            config["codes"] = {name: value for name, value in vars(codes).items() if name != "rows"}
+            tensors["codes.rows"] = codes.rows
+        return write_artefact(
+            path, config=config, tensors=tensors, card=card(config), overwrite=overwrite
+        )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read what `save` wrote; scores exactly as the saved model did.
+
+        Raises:
+            ArtefactError: the folder is incomplete, altered, or of another kind.
+        """
+        config, tensors = read_artefact(path, kind=cls.kind)
+        with described(path, "ranking model"):
+            named = {name: config[name] for name in CONFIG}
+            values = checked(CONFIG, named, "config.json")
+            schema = Schema.of(values["schema"], tensors)
+            codes = None
+            if values["codes"] is not None:
+                codes = CodeTable.of(values["codes"], tensors["codes.rows"])
+                if values["codes_info"] is None:
+                    raise ValueError("it has codes and does not say of which model")
+                if len(codes.rows) != len(schema.items):
+                    raise ValueError(f"{len(codes.rows)} rows of codes, {len(schema.items)} items")
+            # Settings may declare any size: memory is taken for what the arrays have alone.
+            with torch.device("meta"):
+                network = make_network(
+                    schema, codes, values["architecture"], item_id=values["item_id"]
+                )
+            load_module_(
+                network,
+                {n.removeprefix("network."): a for n, a in tensors.items() if n[:8] == "network."},
+            )
+        return cls(
+            schema=schema,
+            network=network,
+            architecture=values["architecture"],
+            features=values["features"],
+            codes=codes,
+            codes_info=values["codes_info"],
+            report=values["report"],
+        )
+
+    def __repr__(self) -> str:
+        """Show model, fields and size."""
+        return (
+            f"Ranker({self.architecture.model}, fields={self.network.field_names}, "
+            f"parameters={self.network.parameter_counts()['total']:,})"
+        )

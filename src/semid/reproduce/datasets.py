@@ -1,0 +1,153 @@
+"""The data of a recipe, opened: embeddings, items and interactions, and what identifies them."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from semid.data.embeddings import open_embeddings
+from semid.data.interactions import Interactions, read_interactions
+from semid.data.source import EmbeddingSource
+from semid.data.synthetic import SyntheticCatalogue
+from semid.errors import UsageError
+from semid.output import atomic_folder
+from semid.reproduce.ledger import Ledger
+from semid.reproduce.recipe import DataSet
+
+__all__ = ["EMBEDDINGS", "Opened", "missing_files", "open_data"]
+
+EMBEDDINGS = ("embeddings.f16.npy", "embeddings.npy")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A data set on disk.
+
+    Attributes:
+        spec: of the recipe.
+        folder: where its files lie.
+        logs: interaction files by the name their users are told apart by; one, unless the data
+            set joins those of others.
+    """
+
+    spec: DataSet
+    folder: Path
+    logs: dict[str, Path]
+
+    @property
+    def items(self) -> Path:
+        """The table of items."""
+        return self.folder / "items.parquet"
+
+    @property
+    def interactions(self) -> Path:
+        """The one log.
+
+        Raises:
+            UsageError: the data set joins the logs of several others.
+        """
+        if len(self.logs) != 1:
+            raise UsageError(f"data set '{self.spec.name}' has {len(self.logs)} logs, not one")
+        return next(iter(self.logs.values()))
+
+    @cached_property
+    def embeddings(self) -> EmbeddingSource:
+        """The embeddings, named by the table of items."""
+        return open_embeddings(_embeddings(self.folder), ids=self.items)
+
+    def log(self) -> Interactions | None:
+        """Read the interactions; several logs in one, their users told apart by the log's name.
+
+        A person in two logs counts as two users: nothing is paired across logs, and which of the
+        two are test users is drawn apart.
+        """
+        if not self.logs:
+            return None
+        if len(self.logs) == 1:
+            return read_interactions(self.interactions)
+        parts = []
+        for name, path in self.logs.items():
+            table = pq.read_table(path, columns=["user_id", "item_id", "position"])
+            users = [f"{name}:{user}" for user in table.column("user_id").to_pylist()]
+            parts.append(
+                pa.table(
+                    {
+                        "user_id": pa.array(users, pa.large_string()),
+                        "item_id": table.column("item_id").cast(pa.large_string()),
+                        "position": table.column("position").cast(pa.int64()),
+                    }
+                )
+            )
+        return read_interactions(pa.concat_tables(parts))
+
+    def pool(self, log: Interactions) -> EmbeddingSource:
+        """Return the items that retrieval searches: all, or those that joined logs know."""
+        if len(self.logs) == 1:
+            return self.embeddings
+        known = self.embeddings.ids.index_of(log.item_ids)
+        return self.embeddings.subset(np.sort(known[known >= 0]))
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the files: a run on other files is another run."""
+        seen = hashlib.sha256()
+        for path in (_embeddings(self.folder), self.items, *self.logs.values()):
+            seen.update(path.name.encode())
+            with path.open("rb") as file:
+                seen.update(hashlib.file_digest(file, "sha256").digest())
+        return seen.hexdigest()[:16]
+
+
+def missing_files(spec: DataSet, data: Path | None) -> str | None:
+    """Return what keeps a data set from being opened, in a sentence, or None."""
+    if spec.synthetic:
+        return None
+    if data is None:
+        return f"data set '{spec.name}' needs --data, the folder that holds '{spec.folder}'"
+    folder = data / spec.folder
+    wanted = [folder / "items.parquet"]
+    wanted += [data / name / "interactions.parquet" for name in spec.logs or (spec.folder,)]
+    gone = [str(path) for path in wanted if not path.is_file()]
+    if not any((folder / name).is_file() for name in EMBEDDINGS):
+        gone.append(str(folder / EMBEDDINGS[0]))
+    if gone:
+        return f"data set '{spec.name}' lacks {', '.join(gone)}; see 'semid prepare'"
+    return None
+
+
+def open_data(spec: DataSet, data: Path | None, ledger: Ledger) -> Opened:
+    """Open a data set, making a synthetic one first.
+
+    Args:
+        spec: of the recipe.
+        data: folder of data sets; None where all are synthetic.
+        ledger: whose folder keeps synthetic catalogues.
+
+    Raises:
+        UsageError: a file is missing.
+    """
+    if spec.synthetic:
+        folder = ledger.folder / "data" / f"synthetic-{spec.synthetic}"
+        with ledger.lock(folder.name):
+            if not folder.exists():
+                with atomic_folder(folder) as work:
+                    SyntheticCatalogue(items=spec.synthetic, seed=0).write(work)
+        return Opened(spec, folder, {spec.name: folder / "interactions.parquet"})
+    problem = missing_files(spec, data)
+    if problem is not None or data is None:
+        raise UsageError(str(problem))
+    names: Any = spec.logs or (spec.folder,)
+    return Opened(
+        spec, data / spec.folder, {name: data / name / "interactions.parquet" for name in names}
+    )
+
+
+def _embeddings(folder: Path) -> Path:
+    return next(folder / name for name in EMBEDDINGS if (folder / name).is_file())

@@ -1,0 +1,238 @@
+"""The page of a reproduction: made from the rows of a ledger and nothing else."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from semid.errors import InputError
+from semid.markdown import escaped
+from semid.output import MARKDOWN_MARK, atomic_file
+from semid.report.figure import Figure
+from semid.report.markdown import figure_markdown, table
+from semid.report.page import render
+from semid.reproduce.claims import Judgement, Row, Rows
+from semid.reproduce.claims_drq import drq_claims
+from semid.reproduce.claims_moc import moc_claims
+from semid.reproduce.tables_drq import drq_sections
+from semid.reproduce.tables_moc import moc_sections
+
+__all__ = ["TITLES", "Page", "current", "make_page", "write_page"]
+
+TITLES = {
+    "drq": "Decoupled Residual Quantization for Robust Semantic IDs (DRQ)",
+    "moc": "Towards Scalable Semantic Representation (Mixture-of-Codes)",
+}
+READING = (
+    "'Holds': the paired intervals over seeds say so in every comparison, or, where the claim is "
+    "about most, in more than half of them with none against. 'Opposite': more than half say the "
+    "contrary and none agrees. 'Does not show' is no proof of the contrary: too few seeds or too "
+    "small an effect look like it. Intervals are 95 %, so one comparison in twenty leaves out 0 by "
+    "chance. Only what has run is counted."
+)
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page, as data.
+
+    Attributes:
+        title: the paper.
+        subtitle: how many runs, over which data.
+        warning: why it must not be quoted, or empty.
+        judgements: claim by claim.
+        sections: tables and figures.
+        protocol: sentences.
+        not_run: what of the recipe has no result, a line a cell.
+    """
+
+    title: str
+    subtitle: str
+    warning: str
+    judgements: tuple[Judgement, ...]
+    sections: tuple[tuple[str, str, str, list[Figure]], ...]
+    protocol: tuple[str, ...]
+    not_run: tuple[str, ...]
+    reading: str = READING
+
+    @property
+    def claim_columns(self) -> list[str]:
+        """Head of the table of claims."""
+        return ["claim", "where", "verdict", "in favour", "against", "open", "not run"]
+
+    @property
+    def claim_rows(self) -> list[list[str]]:
+        """One row a claim."""
+        return [
+            [
+                j.claim.sentence,
+                j.claim.where,
+                j.verdict,
+                *(str(j.counts[k]) for k in ("favour", "against", "open", "not run")),
+            ]
+            for j in self.judgements
+        ]
+
+    def to_markdown(self) -> str:
+        """Return the page as Markdown."""
+        parts = [f"# {self.title}\n", f"{self.subtitle}\n"]
+        if self.warning:
+            parts.append(f"**Not to be quoted.** {self.warning}\n")
+        parts += ["## Claims\n", f"{self.reading}\n", table(self.claim_columns, self.claim_rows)]
+        for j in self.judgements:
+            terms = "" if j.claim.equal_terms else " Not on equal terms."
+            parts.append(f"### {escaped(j.claim.sentence)}\n")
+            parts.append(
+                f"**{j.verdict}** ({j.claim.where}). Test: {escaped(j.claim.test)}.{terms}\n"
+            )
+            if j.note:
+                parts.append(f"{escaped(j.note)}\n")
+            parts.append("".join(f"- {escaped(line)}\n" for line in j.lines))
+        for _, title, intro, figures in self.sections:
+            parts += [f"## {title}\n", f"{intro}\n"]
+            parts += [figure_markdown(figure) for figure in figures] or ["Not run.\n"]
+        parts += ["## Protocol\n", "".join(f"- {escaped(line)}\n" for line in self.protocol)]
+        parts.append("## Not run\n")
+        parts.append(
+            "".join(f"- {escaped(line)}\n" for line in self.not_run)
+            or "Everything in the recipe has run.\n"
+        )
+        return "\n".join(parts)
+
+    def to_html(self) -> str:
+        """Return the page as HTML that needs no network."""
+        plots = [f.to_plot() for _, _, _, figures in self.sections for f in figures if f.traces]
+        return render("reproduce.html.j2", p=self, plots=plots)
+
+
+def current(rows: Sequence[Row]) -> tuple[list[Row], int]:
+    """Keep the rows of the settings that ran last, by data set and protocol.
+
+    Rows of other settings cannot be compared with them. Of several rows of one cell and seed the
+    last counts.
+
+    Returns:
+        The rows, and how many were left out.
+    """
+    latest = {(r["data"], r.get("variant", ""), r.get("run", "")): r["settings"] for r in rows}
+    # The DRQ paper's variants share their settings with the main rows.
+    kept: dict[tuple[Any, ...], Row] = {}
+    names = ("data", "variant", "run", "tokenizer", "model", "method", "scale", "fusion", "part")
+    for row in rows:
+        if latest[row["data"], row.get("variant", ""), row.get("run", "")] == row["settings"]:
+            kept[(*(row.get(n) for n in names), row["seed"])] = row
+    return list(kept.values()), len(rows) - len(kept)
+
+
+def make_page(
+    paper: str,
+    rows: Sequence[Row],
+    *,
+    missing: Sequence[str] = (),
+    absent: Mapping[str, str] | None = None,
+    publish: bool = False,
+) -> Page:
+    """Judge the claims and lay out the tables.
+
+    Args:
+        paper: ``drq`` or ``moc``.
+        rows: of `semid.reproduce.ledger.read_runs`.
+        missing: titles of the recipe's runs that have no row.
+        absent: what cannot be run here -> why.
+        publish: for documentation; refuses toys.
+
+    Raises:
+        InputError: a row of another paper, or of a quick run where ``publish`` is set or beside
+            rows that are not quick.
+    """
+    quick = [r for r in rows if r.get("quick")]
+    foreign = {str(r.get("paper")) for r in rows} - {paper}
+    if foreign:
+        raise InputError(f"rows of {', '.join(sorted(foreign))} among those of {paper}")
+    if quick and publish:
+        raise InputError(
+            f"{len(quick)} of {len(rows)} rows come from --quick, whose numbers decide nothing; "
+            "only full runs go into the documentation"
+        )
+    if quick and len(quick) < len(rows):
+        raise InputError(
+            f"{len(quick)} rows of --quick are mixed with {len(rows) - len(quick)} full ones; "
+            "give them another --output"
+        )
+    kept, dropped = current(rows)
+    found = Rows(kept)
+    sections = {"drq": drq_sections, "moc": moc_sections}[paper](found)
+    sets = ", ".join(map(str, found.names("data"))) or "no data set yet"
+    return Page(
+        title=TITLES[paper],
+        subtitle=f"{len(kept)} runs on {sets}.",
+        warning="These are runs of --quick, a toy on a made-up catalogue that shows that the "
+        "machinery works. They decide no claim."
+        if quick
+        else "",
+        judgements=tuple({"drq": drq_claims, "moc": moc_claims}[paper](found)),
+        sections=tuple(sections),
+        protocol=tuple(_protocol(kept, dropped)),
+        not_run=(
+            *(f"{what}: {why}" for what, why in (absent or {}).items()),
+            *_folded(missing),
+        ),
+    )
+
+
+def _machine(row: Row) -> str:
+    """Name what a row ran on."""
+    found = row.get("machine") or {}
+    gpu = f"{found['gpu']}, " if found.get("gpu") else ""
+    return f"{gpu}{found.get('chip')}, {row.get('threads')} threads"
+
+
+def _protocol(rows: Sequence[Row], dropped: int) -> list[str]:
+    """Say under which protocol, by which code and on which machine the rows came to be."""
+    if not rows:
+        return ["Nothing has run yet"]
+    commits = Counter(f"{r.get('commit')}{' with changes' if r.get('dirty') else ''}" for r in rows)
+    versions = Counter(
+        ", ".join(f"{k} {v}" for k, v in (r.get("versions") or {}).items()) for r in rows
+    )
+    chips = Counter(_machine(r) for r in rows)
+    protocols = Counter(f"{r['data']}: {r.get('protocol')}" for r in rows)
+    said = [f"{text} ({count} runs)" for text, count in protocols.most_common(24)]
+    said += [f"Commit {text} ({count} runs)" for text, count in commits.most_common()]
+    said += [f"Versions: {text} ({count} runs)" for text, count in versions.most_common()]
+    said += [f"Machine: {text} ({count} runs)" for text, count in chips.most_common()]
+    if dropped:
+        said.append(f"{dropped} rows of earlier settings or repeated runs are left out")
+    return said
+
+
+def _folded(titles: Sequence[str]) -> list[str]:
+    """Fold the seeds of one cell into a line."""
+    seeds: dict[str, list[str]] = {}
+    for title in titles:
+        name, _, seed = title.rpartition(", seed ")
+        seeds.setdefault(name, []).append(seed)
+    return [
+        f"{name}, {'seed' if len(s) == 1 else 'seeds'} {', '.join(s)}" for name, s in seeds.items()
+    ]
+
+
+def write_page(page: Page, folder: Path, name: str) -> list[Path]:
+    """Write ``name.md`` and ``name.html``, replacing those that are there.
+
+    Args:
+        page: what to write.
+        folder: made if it does not exist.
+        name: ``drq`` or ``moc``.
+    """
+    written = []
+    markdown = f"{page.to_markdown()}\n{MARKDOWN_MARK}\n"
+    for suffix, text in ((".md", markdown), (".html", page.to_html())):
+        target = folder / f"{name}{suffix}"
+        with atomic_file(target, overwrite=True) as work:
+            work.write_text(text, encoding="utf8")
+        written.append(target)
+    return written

@@ -1,0 +1,204 @@
+"""Runs over several processes, in order; one that fails or dies leaves the others alone."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any, Protocol
+
+from semid.errors import UsageError
+from semid.progress import Progress
+from semid.reproduce.ledger import Ledger
+from semid.reproduce.origin import origin
+
+__all__ = ["Job", "Runner", "run_jobs"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run.
+
+    Attributes:
+        key: hash of everything that decides it.
+        title: for people.
+        spec: what tells it from others, JSON-able; goes into its row.
+        settings: hash of what it shares with others of its data set and protocol.
+    """
+
+    key: str
+    title: str
+    spec: Mapping[str, Any]
+    settings: str = ""
+
+
+class Runner(Protocol):
+    """What runs a job; pickled into every process, so it opens its data when it first runs."""
+
+    def __call__(self, job: Job) -> dict[str, Any]:
+        """Return the figures of a job, JSON-able."""
+        ...
+
+
+@dataclass
+class _Worker:
+    """A process and the job that it says it is at."""
+
+    process: Any
+    pipe: Any
+    job: str | None = None
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    runner: Runner,
+    folder: Path,
+    *,
+    processes: int = 1,
+    threads: int | None = None,
+    progress: Progress,
+    task: str = "reproduce",
+) -> dict[str, str]:
+    """Run what has no line in the ledger yet.
+
+    Args:
+        jobs: in the order of their worth.
+        runner: runs one.
+        folder: of the ledger. Other commands may work on the same folder at the same time: every
+            run is done once.
+        processes: how many at a time.
+        threads: of torch in each process; None shares the CPUs out.
+        progress: told about every run.
+        task: what the progress is called.
+
+    Returns:
+        Title -> what went wrong, for runs that failed; they are tried again by the next call.
+
+    Raises:
+        UsageError: ``processes`` below 1.
+    """
+    if processes < 1:
+        raise UsageError(f"--processes {processes}: give at least 1")
+    titles = {job.key: job.title for job in jobs}
+    done = Ledger(folder).keys() & set(titles)
+    open_jobs = [job for job in jobs if job.key not in done]
+    progress.start(task, total=len(jobs))
+    progress.step(len(done))
+    failed: dict[str, str] = {}
+
+    def heard(kind: str, key: str, note: str) -> None:
+        if kind == "failed":
+            failed[titles[key]] = note
+            logger.warning("%s failed: %s", titles[key], note)
+        if kind != "begun":
+            progress.step(1, run=titles[key])
+
+    if processes == 1 or len(open_jobs) < 2:
+        _work(runner, open_jobs, folder, threads, heard)
+    else:
+        share = threads or max(1, (os.cpu_count() or 1) // processes)
+        _spread(runner, open_jobs, folder, min(processes, len(open_jobs)), share, heard)
+    return failed
+
+
+def _work(
+    runner: Runner,
+    jobs: Sequence[Job],
+    folder: Path,
+    threads: int | None,
+    say: Callable[[str, str, str], None],
+) -> None:
+    """Claim and run jobs one after the other."""
+    import torch
+
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    ledger = Ledger(folder)
+    try:
+        for job in jobs:
+            with ledger.claim(job.key) as mine:
+                if not mine:  # done meanwhile, or under way in another process
+                    continue
+                say("begun", job.key, "")
+                try:
+                    figures = runner(job)
+                except Exception as error:  # noqa: BLE001 - whatever it is, the others go on
+                    say("failed", job.key, f"{type(error).__name__}: {error}")
+                    continue
+                shared = {"key": job.key, "settings": job.settings, **job.spec}
+                ledger.add({**shared, **figures, **origin()})
+                say("done", job.key, "")
+    finally:
+        torch.set_num_threads(before)
+
+
+def _child(
+    runner: Runner, jobs: Sequence[Job], folder: Path, threads: int, pipe: connection.Connection
+) -> None:
+    """Work in a process of its own, saying through the pipe what it is at."""
+    _work(runner, jobs, folder, threads, lambda *said: pipe.send(said))
+    pipe.close()
+
+
+def _spread(
+    runner: Runner,
+    jobs: Sequence[Job],
+    folder: Path,
+    processes: int,
+    threads: int,
+    heard: Callable[[str, str, str], None],
+) -> None:
+    """Keep so many processes at work until all jobs are done, claimed elsewhere or failed."""
+    context = multiprocessing.get_context("spawn")  # threads do not survive a fork
+    bad: set[str] = set()
+
+    def begin() -> _Worker:
+        here, there = context.Pipe(duplex=False)
+        left = [job for job in jobs if job.key not in bad]
+        process = context.Process(
+            target=_child, args=(runner, left, folder, threads, there), daemon=True
+        )
+        process.start()
+        there.close()
+        return _Worker(process, here)
+
+    workers = [begin() for _ in range(processes)]
+    try:
+        while workers:
+            for worker in _ready(workers):
+                try:
+                    kind, key, note = worker.pipe.recv()
+                except (EOFError, OSError):  # it has ended, or it died
+                    worker.process.join()
+                    workers.remove(worker)
+                    if worker.process.exitcode != 0:
+                        if worker.job is None:  # it died before its first run: so would another
+                            logger.warning(
+                                "a process ended with %s before it ran", worker.process.exitcode
+                            )
+                            continue
+                        bad.add(worker.job)
+                        code = worker.process.exitcode
+                        heard("failed", worker.job, f"the process ended with code {code}")
+                        workers.append(begin())
+                    continue
+                worker.job = key if kind == "begun" else None
+                if kind == "failed":
+                    bad.add(key)
+                heard(kind, key, note)
+    finally:
+        for worker in workers:
+            worker.process.terminate()
+            worker.process.join()
+
+
+def _ready(workers: Sequence[_Worker]) -> Iterator[_Worker]:
+    found = connection.wait([worker.pipe for worker in workers])
+    yield from [worker for worker in workers if worker.pipe in found]

@@ -1,0 +1,208 @@
+"""Small studies from end to end: runs, resume, the page, and `semid reproduce`."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from semid.cli import main
+from semid.errors import UsageError
+from semid.reproduce.datasets import open_data
+from semid.reproduce.ledger import Ledger, read_runs
+from semid.reproduce.recipe import DataSet, read_experiment
+from semid.reproduce.study import Study
+
+DRQ = """
+paper = "drq"
+seeds = 2
+levels = 2
+geometry_sample = 300
+flip_sample = 60
+replicates = 10
+[neural]
+network = { latent = 6, hidden = [12], pretrain_epochs = 1 }
+training = { epochs = 1, batch_size = 256 }
+[[tokenizers]]
+name = "RQ-KMeans"
+kind = "rqkmeans"
+[[tokenizers]]
+name = "DRQ-VAE+CL"
+kind = "drqvae"
+behaviour = true
+options = { contrastive_weight = 0.1, pairs_per_step = 32 }
+[[data]]
+name = "synthetic"
+synthetic = 700
+codebook_size = 8
+"""
+MOC = """
+paper = "moc"
+seeds = 1
+width = 3
+fusion_rank = 2
+model = { hidden = [6], dropout = 0.0 }
+training = { epochs = 1, batch_size = 4096 }
+kept = { epochs = 1 }
+[tokenizer]
+network = { latent = 6, hidden = [12], pretrain_epochs = 1 }
+training = { epochs = 1, batch_size = 256 }
+[[stages]]
+name = "main"
+models = ["dcnv2"]
+methods = ["none", "vqvae", "me", "moc", "random"]
+scales = [2]
+analyse = 1
+[[stages]]
+name = "kept"
+kind = "kept"
+methods = ["moc"]
+scales = [2]
+[[stages]]
+name = "parts"
+models = ["dcnv2"]
+methods = ["moc"]
+scales = [2]
+fusion = [false]
+parts = ["alone", "first"]
+[[stages]]
+name = "ratings"
+models = ["dcnv2"]
+methods = ["none"]
+fusion = [false]
+variant = "stars"
+[[variants]]
+name = "stars"
+label = "stars>3"
+[[data]]
+name = "synthetic"
+synthetic = 700
+codebook_size = 8
+"""
+
+
+def run(*arguments):
+    with pytest.raises(SystemExit) as caught:
+        main([str(a) for a in arguments])
+    return caught.value.code or 0
+
+
+@pytest.fixture
+def recipes(tmp_path):
+    for name, text in (("drq", DRQ), ("moc", MOC)):
+        (tmp_path / f"{name}.toml").write_text(text)
+    return tmp_path
+
+
+def test_a_study_of_drq(recipes, capsys):
+    out = recipes / "out"
+    given = ["reproduce", "drq", "--recipe", recipes / "drq.toml", "-o", out, "--quiet"]
+    assert run(*given, "--estimate", "--list") == 0
+    shown = capsys.readouterr().out
+    assert "4 runs, 0 done, 4 to do" in shown
+    assert "nothing has run yet to judge by" in shown
+    assert shown.splitlines()[2] == "  synthetic, RQ-KMeans, seed 0"
+    assert run(*given, "--only", "seed 0") == 0
+    rows = read_runs(out / "drq" / "runs.jsonl")
+    assert [(r["tokenizer"], r["seed"]) for r in rows] == [("RQ-KMeans", 0), ("DRQ-VAE+CL", 0)]
+    assert run(*given, "--estimate") == 0
+    assert "4 runs, 2 done, 2 to do" in capsys.readouterr().out
+    assert run(*given) == 0
+    rows = read_runs(out / "drq" / "runs.jsonl")
+    assert len(rows) == len({r["key"] for r in rows}) == 4
+    kmeans, contrastive = rows[0], rows[1]
+    # Without a decoder there is nothing to lose before quantization.
+    assert kmeans["decoder(z)"]["relative_error"] == 0.0
+    assert kmeans["behaviour"]["retention"]["decoder(z)"]["50"] == 1.0
+    assert kmeans["flips"]["latent_is_input"]
+    assert contrastive["decoder(z)"]["relative_error"] > 0
+    assert contrastive["latent"] == 6
+    assert len(contrastive["overlap"]) == 2
+    assert "contrastive pairs" in contrastive["protocol"]
+    page = (out / "drq" / "drq.md").read_text()
+    assert "| RQ-KMeans | 2 |" in page
+    assert "| RQ-VAE | not run |" in page
+    assert (out / "drq" / "drq.html").exists()
+    # Another setting is another run, never a silent mixture.
+    (recipes / "drq.toml").write_text(DRQ.replace("flip_sample = 60", "flip_sample = 50"))
+    assert run(*given, "--estimate") == 0
+    assert "4 runs, 0 done" in capsys.readouterr().out
+
+
+def test_a_study_of_moc(recipes, capsys):
+    out = recipes / "out"
+    given = ["reproduce", "moc", "--recipe", recipes / "moc.toml", "-o", out, "--quiet"]
+    assert run(*given) == 0
+    assert "has no column 'stars'" in capsys.readouterr().err
+    rows = read_runs(out / "moc" / "runs.jsonl")
+    cells = [
+        (r["method"], r["scale"], r["fusion"], r.get("part", ""))
+        for r in rows
+        if r["run"] == "rank"
+    ]
+    whole = [("none", 0), ("vqvae", 1), ("me", 2), ("moc", 2), ("random", 2)]
+    assert cells[:10] == [(*c, f, "") for c in whole for f in (False, True)]
+    assert sorted(cells[10:]) == [("moc", 2, False, p) for p in ("alone 1", "alone 2", "first 1")]
+    by = {(r["method"], r["fusion"]): r for r in rows if r["run"] == "rank" and "part" not in r}
+    assert len(by["moc", False]["analysis"]["correlation"]) == 2
+    assert "analysis" not in by["none", False]
+    assert by["me", True]["analysis_fused"]["spectrum"]["dimensions"] == 6
+    # A part of the codes reads fewer tables; the ledger was told which.
+    parts = [r for r in rows if r.get("part")]
+    assert all(r["parameters"]["codes"] < by["moc", False]["parameters"]["codes"] for r in parts)
+    assert by["none", False]["parameters"]["codes"] == 0
+    (kept,) = [r for r in rows if r["run"] == "kept"]
+    assert kept["kept"]["error"] > 0
+    page = (out / "moc" / "moc.md").read_text()
+    for part in ("One level alone, synthetic", "Information kept", "Singular values"):
+        assert part in page
+    assert "has no column 'stars'" in page
+    again = json.loads((out / "moc" / "runs.jsonl").read_text().splitlines()[0])
+    assert run(*given) == 0
+    assert len(read_runs(out / "moc" / "runs.jsonl")) == len(rows)
+    assert again["key"] == rows[0]["key"]
+
+
+def test_a_union_joins_the_logs_of_others(tmp_path):
+    from semid.data.synthetic import SyntheticCatalogue
+
+    for number, name in enumerate(("a", "b")):
+        files = SyntheticCatalogue(items=60 + number, seed=number).write(tmp_path / name)
+        table = pq.read_table(files.interactions)
+        ids = [f"{name}:{x}" for x in table.column("item_id").to_pylist()]
+        pq.write_table(
+            table.set_column(1, "item_id", [ids]), tmp_path / name / "interactions.parquet"
+        )
+    names = [f"a:P{n:07d}" for n in range(60)] + [f"b:P{n:07d}" for n in range(61)]
+    names += [f"c:{n}" for n in range(30)]
+    import pyarrow as pa
+
+    (tmp_path / "all").mkdir()
+    pq.write_table(pa.table({"item_id": names}), tmp_path / "all" / "items.parquet")
+    np.save(
+        tmp_path / "all" / "embeddings.npy",
+        np.random.default_rng(0).normal(size=(len(names), 4)).astype(np.float32),
+    )
+    spec = DataSet(name="union", folder="all", logs=("a", "b"))
+    opened = open_data(spec, tmp_path, Ledger(tmp_path / "ledger"))
+    log = opened.log()
+    assert log.order_column == "position"
+    assert {str(u).split(":")[0] for u in log.user_ids.to_pylist()} == {"a", "b"}
+    pool = opened.pool(log)
+    kept = pool.ids.strings().to_pylist()
+    assert kept == [n for n in names if n in set(log.item_ids.to_pylist())]
+    assert not any(n.startswith("c:") for n in kept)
+    with pytest.raises(UsageError, match="2 logs"):
+        _ = opened.interactions
+
+
+def test_data_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(UsageError, match="needs --data"):
+        Study("drq", output=tmp_path)
+    with pytest.raises(UsageError, match=r"lacks .*items\.parquet"):
+        Study("moc", data=tmp_path, output=tmp_path)
+    with pytest.raises(UsageError, match="no run's title"):
+        Study("drq-quick", output=tmp_path, only=["nothing like it"])
+    assert read_experiment("drq-quick").data[0].synthetic
