@@ -24,7 +24,7 @@ from semid.data.interactions import SELECT, Interactions, split_users
 from semid.diagnostics.pairs import ItemPairs, item_pairs
 from semid.diagnostics.reconstruction import reconstruction
 from semid.health import usage
-from semid.report.behaviour import Pool, measure_pairs
+from semid.report.behavior import Pool, measure_pairs
 from semid.tokenizers.barq import BARQ
 from semid.tokenizers.base import HELD_OUT_SALT
 from semid.tokenizers.making import make_tokenizer
@@ -32,13 +32,13 @@ from semid.tokenizers.making import make_tokenizer
 HERE = Path(__file__).parent
 SETS = {name: f"amazon2014_{name}" for name in ("beauty", "toys", "sports")}
 WHOLE = {"content_variance": 1.0}
-CONTENT = {"behaviour_weight": 0.0, **WHOLE}
+CONTENT = {"behavior_weight": 0.0, **WHOLE}
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "barq, weight 1": ("barq", {"behaviour_weight": 1.0, **WHOLE}),
-    "barq, weight 2": ("barq", {"behaviour_weight": 2.0, **WHOLE}),
-    "barq, weight 3": ("barq", {"behaviour_weight": 3.0, **WHOLE}),
-    "barq, weight 4": ("barq", {"behaviour_weight": 4.0, **WHOLE}),
-    "barq, weight 2, two levels": ("barq", {"behaviour_levels": 2, **WHOLE}),
+    "barq, weight 1": ("barq", {"behavior_weight": 1.0, **WHOLE}),
+    "barq, weight 2": ("barq", {"behavior_weight": 2.0, **WHOLE}),
+    "barq, weight 3": ("barq", {"behavior_weight": 3.0, **WHOLE}),
+    "barq, weight 4": ("barq", {"behavior_weight": 4.0, **WHOLE}),
+    "barq, weight 2, two levels": ("barq", {"behavior_levels": 2, **WHOLE}),
     "barq, weight 2, size limit .1": ("barq", {"size_limit": 0.1, **WHOLE}),
     "barq, weight 2, size limit .3": ("barq", {"size_limit": 0.3, **WHOLE}),
     "barq, weight 2, lambda 3": ("barq", {"objective": {"contrastive_weight": 3.0}, **WHOLE}),
@@ -80,7 +80,7 @@ def measure(place: Path, name: str, seed: int) -> Row:
     kind, options = SETTINGS[name]
     began = time.process_time()
     tok = make_tokenizer(kind, {"seed": seed, **options})
-    tok.fit(items, interactions=log if tok.needs_behaviour else None)
+    tok.fit(items, interactions=log if tok.needs_behavior else None)
     fitted = time.process_time() - began
     rows = items.rows(np.arange(len(items)))
     held = held_out_mask(items.ids, tok.validation_fraction, salt=HELD_OUT_SALT)
@@ -88,9 +88,9 @@ def measure(place: Path, name: str, seed: int) -> Row:
     decoded = tok.decode(codes)
     spaces = {"original": rows, "decoder": decoded}
     best = "decoder"
-    if isinstance(tok, BARQ) and tok.decodes_behaviour:
-        best = "behaviour"
-        spaces[best] = tok.decode_behaviour(codes)
+    if isinstance(tok, BARQ) and tok.decodes_behavior:
+        best = "behavior"
+        spaces[best] = tok.decode_behavior(codes)
     found = measure_pairs(
         selection_pairs(log, items.ids),
         Pool(codes, tok.codebooks, spaces, hierarchical=tok.hierarchical),

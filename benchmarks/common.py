@@ -37,9 +37,9 @@ def union_rows(dim: int) -> Tensor:
     rows = torch.from_numpy(np.load(path)).float()
     rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
     if dim < rows.shape[1]:
-        centred = rows - rows.mean(0)
-        _, vectors = torch.linalg.eigh(centred.T @ centred)
-        rows = centred @ vectors.flip(1)[:, :dim]
+        centered = rows - rows.mean(0)
+        _, vectors = torch.linalg.eigh(centered.T @ centered)
+        rows = centered @ vectors.flip(1)[:, :dim]
     return rows.contiguous()
 
 

@@ -5,7 +5,7 @@
 Rows come from the union catalogue (SEMID_DATA, default ../shared/data); the encoded rows are held
 out from the fits. "faiss flat x 3" and semid encode greedily with semid's codebooks, so their
 codes must be equal up to ties; faiss's ResidualQuantizer trains its own codebooks on the same rows
-with beam 1, so its column of the error says which codebooks generalise better. Beams are of both
+with beam 1, so its column of the error says which codebooks generalize better. Beams are of both
 sides' own codebooks.
 """
 

@@ -35,7 +35,7 @@ BLOCK = 65_536
 
 
 def perturbed(base: torch.Tensor, rows: int, generator: torch.Generator) -> torch.Tensor:
-    """Draw ``(rows, dim)`` perturbed copies; ``base`` lies on its principal axes, centred."""
+    """Draw ``(rows, dim)`` perturbed copies; ``base`` lies on its principal axes, centered."""
     chosen = torch.randint(len(base), (rows,), generator=generator)
     noise = torch.randn(rows, base.shape[1], generator=generator) * (NOISE * base.std(0))
     made: torch.Tensor = (base[chosen] + noise) / (1 + NOISE**2) ** 0.5

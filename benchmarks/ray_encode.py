@@ -38,16 +38,16 @@ SEED = 0
 
 
 def write(folder: Path, rows: int, dim: int) -> None:
-    """Write float16 rows around 4,096 centres, a file at a time."""
+    """Write float16 rows around 4,096 centers, a file at a time."""
     folder.mkdir()
-    centres = np.random.default_rng(SEED).standard_normal((4096, dim), dtype=np.float32)
-    centres *= np.linspace(2.0, 0.2, dim, dtype=np.float32)
+    centers = np.random.default_rng(SEED).standard_normal((4096, dim), dtype=np.float32)
+    centers *= np.linspace(2.0, 0.2, dim, dtype=np.float32)
     for file, start in enumerate(range(0, rows, FILE_ROWS)):
         count = min(FILE_ROWS, rows - start)
         generator = np.random.default_rng((SEED, file))
         x = generator.standard_normal((count, dim), dtype=np.float32)
         x *= np.float32(0.4)
-        x += centres[generator.integers(0, len(centres), count)]
+        x += centers[generator.integers(0, len(centers), count)]
         flat = pa.array(x.astype(np.float16).reshape(-1))
         columns = {
             "item_id": pa.array(np.arange(start, start + count)),

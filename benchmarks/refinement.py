@@ -57,19 +57,19 @@ def by_semid(
     seed: int,
     log: Path,
     *,
-    behaviour: bool = False,
+    behavior: bool = False,
 ) -> Fitted:
-    """Fit a tokenizer, with behaviour if it takes some."""
+    """Fit a tokenizer, with behavior if it takes some."""
     tok = make(codebook_size=codes, seed=seed)
-    tok.fit(train, interactions=semid.read_interactions(log) if behaviour else None)
+    tok.fit(train, interactions=semid.read_interactions(log) if behavior else None)
     return lambda test: tok.decode(tok.encode(test).codes)
 
 
 SIDES: dict[str, Callable[[EmbeddingSource, int, int, Path], Fitted]] = {
     FAISS: by_faiss,
     "RQKMeans": partial(by_semid, semid.RQKMeans),
-    "BARQ, no behaviour": partial(by_semid, partial(semid.BARQ, behaviour_weight=0.0)),
-    "BARQ": partial(by_semid, semid.BARQ, behaviour=True),
+    "BARQ, no behavior": partial(by_semid, partial(semid.BARQ, behavior_weight=0.0)),
+    "BARQ": partial(by_semid, semid.BARQ, behavior=True),
 }
 
 

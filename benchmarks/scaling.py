@@ -8,7 +8,7 @@ The model of one iteration, for W workers of C cores over R rows:
 
     rows:     ceil(blocks of the largest shard / C) * seconds a block of one core
     sums:     ceil(log2 W) steps, each one list of nodes: nodes * K * (d + 1) * 8 bytes / bandwidth
-    centres:  K * d * 4 bytes to each worker, from the driver: W * K * d * 4 / bandwidth
+    centers:  K * d * 4 bytes to each worker, from the driver: W * K * d * 4 / bandwidth
     calls:    (1 + ceil(log2 W)) * seconds a call
 
 Seconds a block and a call are measured here in one worker; cores and bandwidth are assumptions,
@@ -57,12 +57,12 @@ ENGINES = ("local", "torchrun", "ray")
 
 
 def synthetic(rows: int, dim: int) -> np.ndarray:
-    """Rows around 4,096 centres of falling scale, so that neither level is noise alone."""
+    """Rows around 4,096 centers of falling scale, so that neither level is noise alone."""
     generator = np.random.default_rng(SEED)
     scale = np.linspace(2.0, 0.2, dim, dtype=np.float32)
-    centres = generator.standard_normal((4096, dim), dtype=np.float32) * scale
+    centers = generator.standard_normal((4096, dim), dtype=np.float32) * scale
     x = 0.4 * generator.standard_normal((rows, dim), dtype=np.float32)
-    x += centres[generator.integers(0, 4096, rows)]
+    x += centers[generator.integers(0, 4096, rows)]
     return x
 
 
@@ -91,7 +91,7 @@ def measure(
     """Seed and iterate; return seconds, CPU seconds a worker, and what tells results apart."""
     before = clock()
     began = time.perf_counter()
-    centres = kmeans_plus_plus(rows, codes, generator=np.random.default_rng(SEED))
+    centers = kmeans_plus_plus(rows, codes, generator=np.random.default_rng(SEED))
     seeding = time.perf_counter() - began
     seeding_cpu = np.subtract(clock(), before)
     before = clock()
@@ -99,9 +99,9 @@ def measure(
     seconds = []
     for _ in range(iterations):
         began = time.perf_counter()
-        total = rows.assign(centres)
+        total = rows.assign(centers)
         filled = total.counts > 0
-        centres[filled] = (total.sums[filled] / total.counts[filled, None]).astype(np.float32)
+        centers[filled] = (total.sums[filled] / total.counts[filled, None]).astype(np.float32)
         seconds.append(time.perf_counter() - began)
     cpu = np.subtract(clock(), before) / iterations
     volume = {
@@ -118,7 +118,7 @@ def measure(
         "iterations": seconds,
         "bytes_an_iteration": volume,
         "bytes_seeding": seeded,
-        "bits": centres.tobytes().hex()[:64] + f"{float(total.inertia).hex()}",
+        "bits": centers.tobytes().hex()[:64] + f"{float(total.inertia).hex()}",
     }
 
 
@@ -212,7 +212,7 @@ def model(
     return {
         "rows": math.ceil(largest / cores) * block_seconds,
         "sums": steps * nodes * codes * (dim + 1) * 8 / bandwidth,
-        "centres": (workers if workers > 1 else 0) * codes * dim * 4 / bandwidth,
+        "centers": (workers if workers > 1 else 0) * codes * dim * 4 / bandwidth,
         "calls": (1 + steps) * call_seconds if workers > 1 else 0.0,
     }
 

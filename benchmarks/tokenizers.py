@@ -70,7 +70,7 @@ def methods(codes: int, log: Interactions | None, epochs: int | None) -> dict[st
     return made
 
 
-def summarise(codes: np.ndarray, size: int) -> Row:
+def summarize(codes: np.ndarray, size: int) -> Row:
     """Return usage and collisions of codes ``(items, levels)``."""
     found, used = collisions(codes), usage(codes, size)
     return {
@@ -91,7 +91,7 @@ def fit_ours(x: np.ndarray, ids: Path, tokenizer: Tokenizer, extra: dict[str, An
     return {
         "error_trained": report.training_error,
         "error_held_out": report.validation_error,
-        **summarise(tokenizer.encode(x).codes, tokenizer.codebook_sizes[0]),
+        **summarize(tokenizer.encode(x).codes, tokenizer.codebook_sizes[0]),
         "seconds": seconds,
         "cpu_seconds": cpu,
     }
@@ -111,7 +111,7 @@ def fit_sklearn(x: np.ndarray, held: np.ndarray, codes: int, seed: int) -> Row:
     return {
         "error_trained": float(errors[~held].mean() / variance),
         "error_held_out": float(errors[held].mean() / variance),
-        **summarise(np.stack(labels, 1), codes),
+        **summarize(np.stack(labels, 1), codes),
         "seconds": time.perf_counter() - began,
         "cpu_seconds": time.process_time() - cpu,
     }

@@ -3,7 +3,7 @@
     pip install --no-deps vector-quantize-pytorch einops einx
     python benchmarks/training_step.py --batch 4096 --codes 4096
 
-Both sides have moving averages and revival of dead codes, the same encoder, decoder, optimiser
+Both sides have moving averages and revival of dead codes, the same encoder, decoder, optimizer
 and batch, and the same precision. Steps are interleaved; medians and their ratio are printed, and
 the time of each part of our step. Without the peer installed, only ours is timed.
 """
@@ -63,7 +63,7 @@ def ours(levels: int, codes: int, latent: int, batch: int) -> QuantizedAutoencod
     for book in quantizer.books:
         assert isinstance(book, Codebook)
         words = torch.randn(codes, latent, generator=generator)
-        book.initialise_(words, torch.full((codes,), 1 / codes), batch=batch)
+        book.initialize_(words, torch.full((codes,), 1 / codes), batch=batch)
     model = QuantizedAutoencoder(autoencoder, quantizer, commitment_weight=0.25)
     model.quantizing.fill_(True)
     return model

@@ -3,7 +3,7 @@
     python benchmarks/views.py ../shared/data --processes 2
 
 Runs `barq.toml` by the machinery of ``semid reproduce``: one JSON line a run, and the same command
-continues where it was stopped. Nothing is fitted on what is measured: behaviour is that of a tenth
+continues where it was stopped. Nothing is fitted on what is measured: behavior is that of a tenth
 of the users, reconstruction that of a twentieth of the items. The neural tokenizers' runs of
 ``semid reproduce drq``, whose network is wider than their default, stand beside these. Tables go to
 ``views.md``.
@@ -50,7 +50,7 @@ def _share(row: Row) -> float:
 
 
 def _either(first: Callable[[Row], float | None], other: Callable[[Row], float | None]) -> Any:
-    """Read a decoder made for behaviour where there is one, the only decoder elsewhere."""
+    """Read a decoder made for behavior where there is one, the only decoder elsewhere."""
 
     def read(row: Row) -> float | None:
         found = first(row)
@@ -60,9 +60,9 @@ def _either(first: Callable[[Row], float | None], other: Callable[[Row], float |
 
 
 LEVELS = range(3)
-RETENTION = ("behaviour", "retention")
-AUCS = ("behaviour", "aucs")
-HEAD = "decode_behaviour(codes)"
+RETENTION = ("behavior", "retention")
+AUCS = ("behavior", "aucs")
+HEAD = "decode_behavior(codes)"
 VIEWS = (
     View("error held out", figure("decoder(codes)", "relative_error_held_out"), False),
     View("ids that flip at .2", flips, False),
@@ -75,7 +75,7 @@ VIEWS = (
         _either(figure(*RETENTION, HEAD, "50"), figure(*RETENTION, "decoder(codes)", "50")),
         True,
     ),
-    View("HR@50 by ids", figure("behaviour", "discrete", "50"), True),
+    View("HR@50 by ids", figure("behavior", "discrete", "50"), True),
     View("weighted AUC", figure(*AUCS, "weighted"), True),
     View("embedding AUC", figure(*AUCS, "embedding: decoder(codes)"), True),
     View(

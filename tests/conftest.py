@@ -27,6 +27,6 @@ def real_data() -> Path:
 def clustered() -> np.ndarray:
     """Rows (1200, 24) in 40 loose clusters with unequal scales: structure at two levels."""
     generator = np.random.default_rng(7)
-    centres = generator.normal(size=(40, 24)) * np.linspace(3.0, 0.3, 24)
-    rows = centres[generator.integers(0, 40, 1200)] + 0.3 * generator.normal(size=(1200, 24))
+    centers = generator.normal(size=(40, 24)) * np.linspace(3.0, 0.3, 24)
+    rows = centers[generator.integers(0, 40, 1200)] + 0.3 * generator.normal(size=(1200, 24))
     return rows.astype(np.float32)

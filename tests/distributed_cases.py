@@ -39,6 +39,6 @@ def rows_array(x: np.ndarray) -> pa.Array:
 def many_rows(rows: int = 200_000, dim: int = 4, seed: int = 3) -> np.ndarray:
     """Rows in 30 clusters: four blocks of rows, small enough to fit in a moment."""
     generator = np.random.default_rng(seed)
-    centres = generator.normal(size=(30, dim))
+    centers = generator.normal(size=(30, dim))
     noise = 0.3 * generator.normal(size=(rows, dim))
-    return (centres[generator.integers(0, 30, rows)] + noise).astype(np.float32)
+    return (centers[generator.integers(0, 30, rows)] + noise).astype(np.float32)

@@ -367,7 +367,7 @@ SMALL: dict[str, Any] = {
     "training": {"epochs": 3, "batch_size": 128, "precision": "fp32"},
     "device": "cpu",
 }
-BEHAVIOUR: dict[str, Any] = {
+BEHAVIOR: dict[str, Any] = {
     "objective": {"pairs_per_step": 64},
     "refine": {"rounds": 2, "annealing_rounds": 2},
 }
@@ -462,9 +462,9 @@ TOKENIZERS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
         ),
         {"pairs": "pairs"},
     ),
-    "drqvae neighbours": (
+    "drqvae neighbors": (
         lambda: semid.DRQVAE(**LEVELS, contrastive_weight=0.1, pairs_per_step=64, **SMALL),
-        {"pairs": "neighbours"},
+        {"pairs": "neighbors"},
     ),
     "mocvae ema": (lambda: semid.MoCVAE(n_codebooks=3, codebook_size=16, **SMALL), {}),
     "mocvae gradient": (
@@ -482,18 +482,18 @@ TOKENIZERS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
         {},
     ),
     "barq": (
-        lambda: semid.BARQ(**LEVELS, **BEHAVIOUR, **SMALL),
+        lambda: semid.BARQ(**LEVELS, **BEHAVIOR, **SMALL),
         {"interactions": "log"},
     ),
     "barq balanced": (
         lambda: semid.BARQ(
-            **LEVELS, size_limit=0.5, behaviour_levels=2, content_variance=1.0,
-            **BEHAVIOUR, **SMALL,
+            **LEVELS, size_limit=0.5, behavior_levels=2, content_variance=1.0,
+            **BEHAVIOR, **SMALL,
         ),
         {"pairs": "pairs"},
     ),
-    "barq without behaviour": (
-        lambda: semid.BARQ(**LEVELS, behaviour_weight=0.0, **BEHAVIOUR, **SMALL),
+    "barq without behavior": (
+        lambda: semid.BARQ(**LEVELS, behavior_weight=0.0, **BEHAVIOR, **SMALL),
         {},
     ),
 }  # fmt: skip
@@ -508,7 +508,7 @@ def tokenizer_case(name: str, make: Callable[[], Any], fit: dict[str, Any]) -> N
             "fused": fused,
             "log": lambda: world.log,
             "pairs": pairs,
-            "neighbours": lambda: semid.Neighbours(
+            "neighbors": lambda: semid.Neighbors(
                 embedding_table(vectors(ITEMS, width=8, seed=40)), k=3
             ),
         }
@@ -753,7 +753,7 @@ def rank_case(name: str, more: tuple[Any, ...]) -> None:
     @case(f"rank {name}")
     def run(world: World, folder: Path, record: Record) -> None:
         record.threaded = True
-        analysis = ("--analyse", folder / "analysis.json") if name == "fusion" else ()
+        analysis = ("--analyze", folder / "analysis.json") if name == "fusion" else ()
         world.run(
             "rank", "@log.parquet", *RANK, *more, *analysis, "-o", folder / "ranker", needs="ids"
         )

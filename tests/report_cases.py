@@ -80,20 +80,20 @@ class FixedParallel(FixedResidual):
 def blobs(
     items: int = 600, groups: int = 8, dim: int = 16, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return rows around well separated centres, the centres, and small offsets around zero."""
+    """Return rows around well separated centers, the centers, and small offsets around zero."""
     rng = np.random.default_rng(seed)
-    centres = rng.normal(size=(groups, dim)).astype(np.float32) * 3
+    centers = rng.normal(size=(groups, dim)).astype(np.float32) * 3
     offsets = rng.normal(size=(groups, dim)).astype(np.float32) * 0.5
-    x = centres[np.arange(items) % groups] + offsets[np.arange(items) // groups % groups]
-    return (x + rng.normal(size=x.shape) * 0.1).astype(np.float32), centres, offsets
+    x = centers[np.arange(items) % groups] + offsets[np.arange(items) // groups % groups]
+    return (x + rng.normal(size=x.shape) * 0.1).astype(np.float32), centers, offsets
 
 
 def healthy(**options: Any) -> tuple[np.ndarray, FixedResidual]:
     """Return rows and a tokenizer that fits them, with many more ids than rows."""
-    x, centres, offsets = blobs(**options)
+    x, centers, offsets = blobs(**options)
     rng = np.random.default_rng(1)
     fine = rng.normal(size=(32, x.shape[1])).astype(np.float32) * 0.4
-    return x + fine[rng.integers(0, 32, len(x))], FixedResidual(centres, offsets, fine)
+    return x + fine[rng.integers(0, 32, len(x))], FixedResidual(centers, offsets, fine)
 
 
 def titles(items: int, *, hostile: bool = False) -> pa.Table:

@@ -105,7 +105,7 @@ def refusal(run, *arguments: object, code: int = 2) -> str:
         ("RQVAE", {"logger": 3, "seed": "x"}, "seed='x'"),
         ("RQVAE", {"device": "gpu"}, "device='gpu'"),
         ("DRQVAE", {"temperature": 0}, "temperature=0"),
-        ("BARQ", {"behaviour_weight": 1e30}, "behaviour_weight"),
+        ("BARQ", {"behavior_weight": 1e30}, "behavior_weight"),
         ("VQVAE", {"rule": "emma"}, "rule='emma'.*did you mean 'ema'"),
     ],
 )  # fmt: skip
@@ -243,14 +243,14 @@ for _name in ("epochs", "batch_size", "learning_rate", "patience", "latent"):
     BESIDE["fit", _name] = "--tokenizer rqvae"
 for _name in ("contrastive_weight", "uniformity_weight", "kl_weight"):
     BESIDE["fit", _name] = "--tokenizer drqvae"
-for _name in ("behaviour_weight", "content_variance", "size_limit"):
+for _name in ("behavior_weight", "content_variance", "size_limit"):
     BESIDE["fit", _name] = "--tokenizer barq"
 
 HUGE = "1" + "0" * 30
 VALUES = ("-1", "0", "nan", "inf", "1e30", HUGE, "text")
 SEEDS = {"seed", "data_seed"}
 ZERO = {
-    "behaviour_weight", "contrastive_weight", "uniformity_weight", "kl_weight", "size_limit",
+    "behavior_weight", "contrastive_weight", "uniformity_weight", "kl_weight", "size_limit",
     "validation_fraction", "tolerance", "latent", "rounds", "annealing_rounds", "max_churn",
     "cold_items", "history", "dropout", "core", "candidates",
 }  # fmt: skip
@@ -392,7 +392,7 @@ FAILURES = [  # command, arguments, a part of the sentence
     ("fit", "x.parquet --log jsonl:run.jsonl -o o", "--log"),
     ("fit", "x.parquet --tokenizer rqvae --log jsonl:. -o o", "is a folder"),
     ("fit", "x.parquet --tokenizer drqvae --temperature 0.1 -o o", "--temperature"),
-    ("fit", "x.parquet --tokenizer barq --behaviour-weight 0 --epochs 3 -o o", "--epochs"),
+    ("fit", "x.parquet --tokenizer barq --behavior-weight 0 --epochs 3 -o o", "--epochs"),
     ("fit", "x.parquet --full-pass -o o", "--sample-per-code"),
     ("fit", "x.parquet --epochs 3 -o o", "--epochs"),
     ("fit", "x.parquet --workers 3 -o o", "--workers"),
@@ -421,11 +421,11 @@ FAILURES = [  # command, arguments, a part of the sentence
     ("reproduce", "drq --from nowhere --processes 3", "--processes"),
     ("rank", "odd.parquet -o o", "--user-column"),
     ("rank", "log.parquet --label click>=1 -o o", "--label"),
-    ("rank", "log.parquet --label label>=1 --categorical colour -o o", "--categorical"),
+    ("rank", "log.parquet --label label>=1 --categorical color -o o", "--categorical"),
     ("rank", "log.parquet --label label>=1 --categorical note -o o", "--dense"),
     ("rank", "log.parquet --label label>=1 --items items.parquet --item-columns price -o o", "--item-columns"),
-    ("rank", "log.parquet --label label>=1 --items items.parquet --item-columns colour -o o", "--item-columns"),
-    ("rank", "log.parquet --label label>=1 --items items.parquet --multi-columns colour -o o", "--multi-columns"),
+    ("rank", "log.parquet --label label>=1 --items items.parquet --item-columns color -o o", "--item-columns"),
+    ("rank", "log.parquet --label label>=1 --items items.parquet --multi-columns color -o o", "--multi-columns"),
     ("rank", "log.parquet --label label>=1 --item-columns brand -o o", "--items"),
     ("rank", "log.parquet --fractions nan,.5,.5 -o o", "--fractions"),
     ("rank", "log.parquet --hidden=-1 -o o", "--hidden"),

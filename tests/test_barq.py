@@ -1,4 +1,4 @@
-"""BARQ: what each of its parts is for, on data in which behaviour and content disagree."""
+"""BARQ: what each of its parts is for, on data in which behavior and content disagree."""
 
 from __future__ import annotations
 
@@ -38,45 +38,45 @@ def purity(codes: np.ndarray, labels: np.ndarray) -> float:
 @pytest.fixture(scope="module")
 def fitted(shelves):
     rows, _, pairs = shelves
-    tokenizer = semid.BARQ(**SMALL, behaviour_weight=4.0, objective={"pairs_per_step": 64})
+    tokenizer = semid.BARQ(**SMALL, behavior_weight=4.0, objective={"pairs_per_step": 64})
     return tokenizer.fit(rows, pairs=pairs)
 
 
-def test_the_first_code_follows_behaviour(fitted, shelves):
+def test_the_first_code_follows_behavior(fitted, shelves):
     rows, shelf, _ = shelves
-    content = semid.BARQ(codebook_size=8, behaviour_weight=0.0).fit(rows)
+    content = semid.BARQ(codebook_size=8, behavior_weight=0.0).fit(rows)
     assert purity(fitted.encode(rows).codes[:, 0], shelf) > 0.9
     assert purity(content.encode(rows).codes[:, 0], shelf) < 0.6
 
 
-def test_codes_decode_to_content_and_to_behaviour(fitted, shelves):
+def test_codes_decode_to_content_and_to_behavior(fitted, shelves):
     rows, shelf, _ = shelves
     ids = fitted.encode(rows)
     assert fitted.decode(ids).shape == rows.shape
-    directions = fitted.decode_behaviour(ids)
+    directions = fitted.decode_behavior(ids)
     assert directions.shape == (900, 8)
     directions = directions - directions.mean(axis=0)
     unit = directions / np.linalg.norm(directions, axis=1, keepdims=True)
     cosine = unit @ unit.T
     same = shelf[:, None] == shelf[None]
     assert cosine[same].mean() > cosine[~same].mean() + 0.5
-    head = fitted.report.details["behaviour_tables"]
+    head = fitted.report.details["behavior_tables"]
     assert head["relative_error"] < 0.5
 
 
 def test_refinement_is_part_of_the_fit(shelves):
     rows, _, _ = shelves
-    plain = semid.BARQ(codebook_size=8, behaviour_weight=0.0, refine={"rounds": 0}).fit(rows)
-    refined = semid.BARQ(codebook_size=8, behaviour_weight=0.0).fit(rows)
+    plain = semid.BARQ(codebook_size=8, behavior_weight=0.0, refine={"rounds": 0}).fit(rows)
+    refined = semid.BARQ(codebook_size=8, behavior_weight=0.0).fit(rows)
     assert refined.report.validation_error < plain.report.validation_error
     assert not plain.report.details["refine"]
     rounds = refined.report.details["refine"]
     assert rounds[-1]["error"] < rounds[0]["before"]
 
 
-def test_without_behaviour_or_refinement_it_is_residual_k_means(shelves):
+def test_without_behavior_or_refinement_it_is_residual_k_means(shelves):
     rows, _, _ = shelves
-    settings = {"behaviour_weight": 0.0, "refine": {"rounds": 0}, "beam_width": 1}
+    settings = {"behavior_weight": 0.0, "refine": {"rounds": 0}, "beam_width": 1}
     settings["content_variance"] = 1.0
     plain = semid.BARQ(codebook_size=8, **settings).fit(rows)
     twin = semid.RQKMeans(codebook_size=8).fit(rows)
@@ -87,7 +87,7 @@ def test_without_behaviour_or_refinement_it_is_residual_k_means(shelves):
 def test_prices_even_out_usage():
     generator = np.random.default_rng(4)
     heavy = generator.normal(size=(900, 4)) * np.exp(generator.normal(size=(900, 1)))
-    settings = {"behaviour_weight": 0.0, "validation_fraction": 0}
+    settings = {"behavior_weight": 0.0, "validation_fraction": 0}
     plain, even = (
         semid.BARQ(codebook_size=16, **settings, size_limit=limit).fit(heavy.astype(np.float32))
         for limit in (0.0, 0.5)
@@ -102,17 +102,17 @@ def test_prices_even_out_usage():
 
 def test_wrong_or_missing_arguments_are_refused(shelves):
     rows, _, pairs = shelves
-    with pytest.raises(UsageError, match="barq learns from behaviour"):
+    with pytest.raises(UsageError, match="barq learns from behavior"):
         semid.BARQ(**SMALL).fit(rows)
-    with pytest.raises(UsageError, match="behaviour_weight=0"):
-        semid.BARQ(codebook_size=8, behaviour_weight=0).fit(rows, pairs=pairs)
-    with pytest.raises(UsageError, match="behaviour_levels=4"):
-        semid.BARQ(behaviour_levels=4)
+    with pytest.raises(UsageError, match="behavior_weight=0"):
+        semid.BARQ(codebook_size=8, behavior_weight=0).fit(rows, pairs=pairs)
+    with pytest.raises(UsageError, match="behavior_levels=4"):
+        semid.BARQ(behavior_levels=4)
     with pytest.raises(UsageError, match="size_limit=-1"):
         semid.BARQ(size_limit=-1)
-    content = semid.BARQ(codebook_size=8, behaviour_weight=0).fit(rows)
-    with pytest.raises(UsageError, match="without behaviour"):
-        content.decode_behaviour(content.encode(rows))
+    content = semid.BARQ(codebook_size=8, behavior_weight=0).fit(rows)
+    with pytest.raises(UsageError, match="without behavior"):
+        content.decode_behavior(content.encode(rows))
 
 
 def error(found: np.ndarray, wanted: np.ndarray) -> float:
@@ -130,11 +130,11 @@ def test_tables_follow_the_codes_of_a_refinement(shelves):
     directions = plain.latent(rows)[:, -8:]
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
     assert error(refined.decode(codes), rows) < 0.95 * error(plain.decode(codes), rows)
-    found, stale = (made.decode_behaviour(codes) for made in (refined, plain))
+    found, stale = (made.decode_behavior(codes) for made in (refined, plain))
     assert error(found, directions) < 0.95 * error(stale, directions)
 
 
-def test_a_refinement_keeps_prices_and_levels_of_behaviour(shelves):
+def test_a_refinement_keeps_prices_and_levels_of_behavior(shelves):
     rows, _, pairs = shelves
     settings = {**SMALL, "refine": {"rounds": 0}, "objective": {"pairs_per_step": 64}}
     plain = semid.BARQ(**settings, size_limit=0.5).fit(rows, pairs=pairs)
@@ -143,7 +143,7 @@ def test_a_refinement_keeps_prices_and_levels_of_behaviour(shelves):
         assert np.array_equal(before[:, -3:], after[:, -3:])
         assert after[:, -3:].any()
     for deeper in refined.codebooks[1:]:
-        assert not deeper[:, -11:-3].any()  # behaviour
+        assert not deeper[:, -11:-3].any()  # behavior
 
 
 def test_content_is_the_leading_components_and_decodes_to_whole_rows():
@@ -152,7 +152,7 @@ def test_content_is_the_leading_components_and_decodes_to_whole_rows():
     follows = 0.2 * np.abs(loud) @ generator.normal(size=(4, 6))
     rows = np.concatenate([loud, follows], axis=1).astype(np.float32)
     rows = rows @ np.linalg.qr(generator.normal(size=(10, 10)))[0].astype(np.float32) + 1
-    made = semid.BARQ(codebook_size=8, behaviour_weight=0.0, content_variance=0.8).fit(rows)
+    made = semid.BARQ(codebook_size=8, behavior_weight=0.0, content_variance=0.8).fit(rows)
     latent = made.latent(rows)
     left = rows - rows.mean(axis=0)
     values = np.linalg.svd(left, compute_uv=False) ** 2

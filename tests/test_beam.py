@@ -16,8 +16,8 @@ SIZES = (70, 65, 130)
 def drawn(seed: int = 0, *, mean: float = 0.0) -> tuple[np.ndarray, list[np.ndarray]]:
     """Rows (700, 24) in clusters, and codebooks in which some codewords are equal or zero."""
     generator = np.random.default_rng(seed)
-    centres = generator.normal(size=(40, 24))
-    rows = centres[generator.integers(0, 40, 700)] + 0.4 * generator.normal(size=(700, 24)) + mean
+    centers = generator.normal(size=(40, 24))
+    rows = centers[generator.integers(0, 40, 700)] + 0.4 * generator.normal(size=(700, 24)) + mean
     books = [rows[generator.permutation(700)[: SIZES[0]]]]
     books += [0.5**level * generator.normal(size=(SIZES[level], 24)) for level in (1, 2)]
     for book in books[1:]:

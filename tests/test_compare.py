@@ -20,13 +20,13 @@ IDS = [f"item-{i}" for i in range(600)]
 
 @pytest.fixture(scope="module")
 def comparison() -> Comparison:
-    x, centres, offsets = blobs()
+    x, centers, offsets = blobs()
     rng = np.random.default_rng(5)
     models = {
-        "good": FixedResidual(centres, offsets),
-        "coarse": FixedResidual(centres, offsets * 0),
+        "good": FixedResidual(centers, offsets),
+        "coarse": FixedResidual(centers, offsets * 0),
         "random": FixedResidual(rng.normal(size=(8, 16)) * 3, rng.normal(size=(8, 16))),
-        "parallel": FixedParallel(centres, centres * 1.01),
+        "parallel": FixedParallel(centers, centers * 1.01),
     }
     return compare(models, x, ids=IDS, interactions=logs(600), cutoffs=[20, 50], **FAST)
 

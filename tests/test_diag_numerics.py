@@ -205,7 +205,7 @@ def test_wilson_interval():
 def test_margin_proxy_is_its_formula(hierarchical):
     latents, codebooks = make_levels(items=50)
     found = margin_proxy(
-        latents, codebooks, scales=(0.2,), unit=1.0, neighbours=3, hierarchical=hierarchical
+        latents, codebooks, scales=(0.2,), unit=1.0, neighbors=3, hierarchical=hierarchical
     )
     expected, prefix, residual = np.zeros(2), np.zeros(2), latents.astype(np.float64)
     stays = np.ones(50)
@@ -334,7 +334,7 @@ def test_geometry_is_its_formulas():
     ]
     assert found.mean_abs_cosine == pytest.approx(np.mean(cosine))
     correlation = np.abs(np.corrcoef(x.T))[~np.eye(6, dtype=bool)]
-    assert found.mean_abs_cosine_centred == pytest.approx(correlation.mean())
+    assert found.mean_abs_cosine_centered == pytest.approx(correlation.mean())
     assert (found.rows, found.items, found.dim) == (500, 500, 6)
     assert len(found.to_dict(eigenvalues=True)["eigenvalues"]) == 6
 
@@ -442,6 +442,6 @@ def test_the_ends_of_ranges_are_allowed():
     with pytest.raises(UsageError, match="at least 1"):
         sample_rows(5, 0)
     latents, codebooks = make_levels(items=50)
-    assert margin_proxy(latents, codebooks, scales=(0.1,), neighbours=1).points
-    with pytest.raises(UsageError, match="neighbours"):
-        margin_proxy(latents, codebooks, neighbours=0)
+    assert margin_proxy(latents, codebooks, scales=(0.1,), neighbors=1).points
+    with pytest.raises(UsageError, match="neighbors"):
+        margin_proxy(latents, codebooks, neighbors=0)

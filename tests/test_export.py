@@ -342,7 +342,7 @@ def test_huggingface_in_a_model(appended, tokenizer, tmp_path):
     sid = [[token_ids[n][c] for n, c in enumerate(appended.codes[r])] for r in (7, 8)]
     assert fast(text)["input_ids"] == [2, *sid[0], 3, *sid[1]]
     before = model.get_input_embeddings().weight.detach().clone()
-    read.initialise(model, token_ids)
+    read.initialize(model, token_ids)
     after = model.get_input_embeddings().weight.detach()
     assert torch.equal(after[:5], before[:5])
     rows_ = after[torch.tensor(token_ids[1])].double()
@@ -362,7 +362,7 @@ def test_huggingface_in_a_model(appended, tokenizer, tmp_path):
     for row in out[:, 2:6].tolist():
         assert tuple(inverse[n][token] for n, token in enumerate(row)) in known
     with pytest.raises(UsageError, match="add_tokens"):
-        read.initialise(model, token_ids[:2])
+        read.initialize(model, token_ids[:2])
     (tmp_path / "hf" / "added_tokens.json").unlink()
     with pytest.raises(ArtefactError, match="no Hugging Face export"):
         HuggingFaceExport.read(tmp_path / "hf")

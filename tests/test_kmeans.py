@@ -60,8 +60,8 @@ def test_every_iteration_lowers_the_inertia(clustered):
 
 def test_planted_clusters_are_found(clustered):
     generator = np.random.default_rng(0)
-    centres = generator.normal(size=(12, 8)) * 50
-    x = (centres[np.arange(600) % 12] + generator.normal(size=(600, 8))).astype(np.float32)
+    centers = generator.normal(size=(12, 8)) * 50
+    x = (centers[np.arange(600) % 12] + generator.normal(size=(600, 8))).astype(np.float32)
     labels = kmeans(ArrayBlocks(x), 12, seed=1).labels
     assert len({(int(a), i % 12) for i, a in enumerate(labels)}) == 12
 
@@ -209,7 +209,7 @@ def test_greedy_seeding_beats_plain_on_average(clustered, monkeypatch, sampled):
 
 
 def test_plain_seeding_draws_from_the_sequential_distribution():
-    """Two centres on a line of five points: compare with the exact k-means++ probabilities."""
+    """Two centers on a line of five points: compare with the exact k-means++ probabilities."""
     x = np.array([[0.0], [1.0], [2.0], [4.0], [8.0]], dtype=np.float32)
     squared = (x - x.T).astype(np.float64) ** 2
     exact = (squared / squared.sum(1, keepdims=True)) / 5

@@ -38,9 +38,9 @@ def check(x: F32, codebook: F32, route: str, **options: object) -> None:
 
 
 def clustered(rng: np.random.Generator, n: int, codes: int, dim: int) -> tuple[F32, F32]:
-    centres = rng.normal(size=(codes, dim)).astype(np.float32)
-    x = centres[rng.integers(codes, size=n)] + 0.05 * rng.normal(size=(n, dim))
-    return x.astype(np.float32), centres
+    centers = rng.normal(size=(codes, dim)).astype(np.float32)
+    x = centers[rng.integers(codes, size=n)] + 0.05 * rng.normal(size=(n, dim))
+    return x.astype(np.float32), centers
 
 
 def cases() -> dict[str, tuple[F32, F32]]:

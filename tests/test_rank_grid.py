@@ -116,7 +116,7 @@ def test_tokenizers_see_training_items_alone(rows, tmp_path):
         maker.method("rqkmeans", 2, progress=QuietProgress())
 
 
-def test_a_tokenizer_that_learns_from_behaviour_sees_training_positives_alone(rows, tmp_path):
+def test_a_tokenizer_that_learns_from_behavior_sees_training_positives_alone(rows, tmp_path):
     log = rows.training_log
     train = rows.parts["train"]
     liked = train.item[train.label == 1].numpy() - 1
@@ -139,7 +139,7 @@ def test_a_tokenizer_that_learns_from_behaviour_sees_training_positives_alone(ro
     found = maker.method("barq", 2, progress=QuietProgress())
     assert len(found.ids) == ITEMS
     tokenizer = semid.load(tmp_path / "barq-2x")
-    assert tokenizer.decodes_behaviour
+    assert tokenizer.decodes_behavior
 
 
 def test_wrong_grids(rows, tmp_path):
@@ -182,7 +182,7 @@ def test_semid_rank(tmp_path, capsys):
             "on",
             "--cold-items",
             "0.2",
-            "--analyse",
+            "--analyze",
             tmp_path / "a.json",
             "-o",
             tmp_path / "model",

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from semid.errors import InputError, UsageError
 from semid.recommenders.ranking.information import (
     adjusted_mutual_information,
-    normalised_mutual_information,
+    normalized_mutual_information,
 )
 from semid.recommenders.ranking.metrics import (
     auc,
@@ -141,7 +141,7 @@ def test_mutual_information_agrees_with_sklearn():
     for clusters, classes, rows in ((1, 1, 5), (1, 2, 9), (7, 2, 200), (20, 5, 300), (60, 2, 60)):
         a = generator.integers(0, clusters, rows)
         b = (a + generator.integers(0, 2, rows)) % classes
-        assert normalised_mutual_information(a, b) == pytest.approx(
+        assert normalized_mutual_information(a, b) == pytest.approx(
             normalized_mutual_info_score(a, b), abs=1e-9
         )
         assert adjusted_mutual_information(a, b) == pytest.approx(

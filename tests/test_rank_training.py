@@ -15,7 +15,7 @@ from rank_cases import QUICK, SMALL, codes, data, item_table, log_table
 from semid.errors import UsageError
 from semid.progress import QuietProgress
 from semid.recommenders.ranking.analysis import (
-    analyse_codes,
+    analyze_codes,
     code_embeddings,
     correlation,
     linear_cka,
@@ -26,7 +26,7 @@ from semid.recommenders.ranking.features import CodeFeatures, code_table
 from semid.recommenders.ranking.kept import information_kept
 from semid.recommenders.ranking.metrics import auc
 from semid.recommenders.ranking.network import Architecture, make_network
-from semid.recommenders.ranking.optimiser import RowwiseAdamW, make_optimizer
+from semid.recommenders.ranking.optimizer import RowwiseAdamW, make_optimizer
 from semid.recommenders.ranking.report import reliance
 from semid.recommenders.ranking.stream import RankingStream
 from semid.recommenders.ranking.task import predict_logits
@@ -310,7 +310,7 @@ def test_context_and_history_train():
 
 def test_analysis_of_code_embeddings(rows, coded):
     e = code_embeddings(coded.network, rows.parts["test"])
-    found = analyse_codes(coded.network, rows.parts["test"], clusters=(4, 8), default=4)
+    found = analyze_codes(coded.network, rows.parts["test"], clusters=(4, 8), default=4)
     assert found.fields == ("code:1", "code:2")
     assert [d.clusters for d in found.sweep] == [4, 8]
     flat = e.reshape(len(e), -1)
@@ -338,8 +338,8 @@ def test_analysis_of_code_embeddings(rows, coded):
 def test_information_kept_rises_with_codes_that_tell_more():
     ids = codes(levels=2, size=8)
     generator = np.random.default_rng(1)
-    centres = [generator.normal(size=(8, 6)) for _ in range(2)]
-    x = sum(c[ids.codes[:, level]] for level, c in enumerate(centres)).astype(np.float32)
+    centers = [generator.normal(size=(8, 6)) for _ in range(2)]
+    x = sum(c[ids.codes[:, level]] for level, c in enumerate(centers)).astype(np.float32)
     quick = {"epochs": 25, "batch_size": 8, "learning_rate": 0.01, "precision": "fp32"}
     one, two = (
         information_kept(
@@ -354,8 +354,8 @@ def test_information_kept_rises_with_codes_that_tell_more():
 
 def test_information_kept_is_learnt_at_any_scale_of_the_embeddings():
     ids = codes(levels=2, size=8)
-    centres = np.random.default_rng(1).normal(size=(8, 384)).astype(np.float32)
-    x = centres[ids.codes[:, 0]] + centres[::-1][ids.codes[:, 1]]
+    centers = np.random.default_rng(1).normal(size=(8, 384)).astype(np.float32)
+    x = centers[ids.codes[:, 0]] + centers[::-1][ids.codes[:, 1]]
     errors = [
         information_kept(factor * x + shift, ids, width=8, training={"precision": "fp32"}).error
         for factor, shift in ((1.0, 0.0), (0.03, 0.2))

@@ -197,7 +197,7 @@ def test_a_weight_counts_a_row_so_often_and_in_the_noise_too(clustered):
     "kind",
     [
         lambda: semid.RQKMeans(codebook_size=16),
-        lambda: semid.BARQ(codebook_size=16, behaviour_weight=0.0),
+        lambda: semid.BARQ(codebook_size=16, behavior_weight=0.0),
     ],
     ids=["rqkmeans", "barq"],
 )

@@ -55,8 +55,8 @@ def test_figures_equal_brute_force() -> None:
 
 
 def test_collapsed_level_is_named() -> None:
-    x, centres, offsets = blobs()
-    far = centres + 100
+    x, centers, offsets = blobs()
+    far = centers + 100
     far[0] = x.mean(0)  # every row is nearest to this codeword
     d = diagnose(FixedResidual(np.tile(far, (4, 1)) + np.arange(32)[:, None], offsets), x, **FAST)
     found = next(f for f in d.verdict.findings if f.name == "collapsed-level" and f.level == 0)
@@ -65,10 +65,10 @@ def test_collapsed_level_is_named() -> None:
 
 
 def test_giant_bucket_is_named() -> None:
-    x, centres, offsets = blobs(items=2000)
+    x, centers, offsets = blobs(items=2000)
     rng = np.random.default_rng(1)
-    x[: len(x) // 2] = centres[0] + rng.normal(size=(len(x) // 2, x.shape[1])) * 0.01
-    books = np.concatenate([centres, centres + 50]), np.concatenate([offsets, offsets * 2])
+    x[: len(x) // 2] = centers[0] + rng.normal(size=(len(x) // 2, x.shape[1])) * 0.01
+    books = np.concatenate([centers, centers + 50]), np.concatenate([offsets, offsets * 2])
     fine = rng.normal(size=(16, x.shape[1])) * 2  # coarse: all near rows share the last code
     d = diagnose(FixedResidual(*books, fine), x, **FAST)
     assert "giant-bucket" in names(d)
@@ -99,10 +99,10 @@ def test_duplicated_inputs_are_named_and_counted_apart() -> None:
 
 @pytest.mark.parametrize(("value", "severity"), [(0.0, "warning"), (50.0, "warning")])
 def test_constant_dimensions_are_named(value: float, severity: str) -> None:
-    x, centres, offsets = blobs()
+    x, centers, offsets = blobs()
     wide = [
         np.concatenate([a, np.full((len(a), 1), v)], 1)
-        for a, v in ((x, value), (centres, value), (offsets, 0.0))
+        for a, v in ((x, value), (centers, value), (offsets, 0.0))
     ]
     d = diagnose(FixedResidual(*wide[1:]), wide[0].astype(np.float32), **FAST)
     found = next(f for f in d.verdict.findings if f.name == "constant-dimension")
@@ -127,16 +127,16 @@ def test_one_item_is_enough() -> None:
 
 
 @pytest.mark.parametrize("kind", [FixedResidual, FixedParallel])
-def test_behaviour_sees_what_follows_what(kind: type[FixedResidual]) -> None:
-    x, centres, offsets = blobs()
-    books = (centres, offsets) if kind is FixedResidual else (centres, centres * 0.9)
+def test_behavior_sees_what_follows_what(kind: type[FixedResidual]) -> None:
+    x, centers, offsets = blobs()
+    books = (centers, offsets) if kind is FixedResidual else (centers, centers * 0.9)
     d = diagnose(kind(*books), x, ids=IDS, interactions=logs(600), cutoffs=[20, 50], **FAST)
-    assert d.behaviour is not None
-    measured = d.behaviour["measured"]
+    assert d.behavior is not None
+    measured = d.behavior["measured"]
     rates = {r["name"]: r["rates"]["50"]["value"] for r in measured["retrieval"]["hit_rates"]}
     assert rates["decoder(codes)"] > 5 * rates["random"]
     assert measured["aucs"]["aucs"]["weighted"]["value"] > 0.9
-    assert measured["pairs"]["clusters"] <= d.behaviour["test_users"] < 100
+    assert measured["pairs"]["clusters"] <= d.behavior["test_users"] < 100
     assert d.explorer is not None
     assert len(d.explorer["trees"]) == (1 if kind is FixedResidual else 2)
 
@@ -147,17 +147,17 @@ def test_unknown_items_are_counted_and_said() -> None:
     strange = table["item_id"].to_pylist()
     strange[::7] = ["elsewhere"] * len(strange[::7])
     d = diagnose(tok, x, ids=IDS, interactions=table.set_column(1, "item_id", [strange]), **FAST)
-    assert d.behaviour is not None
-    assert d.behaviour["unknown_interactions"] == len(strange[::7])
+    assert d.behavior is not None
+    assert d.behavior["unknown_interactions"] == len(strange[::7])
     assert any("outside the catalogue" in note for note in d.notes)
 
 
 def test_logs_without_order_leave_popularity_and_say_why() -> None:
     x, tok = healthy()
     d = diagnose(tok, x, ids=IDS, interactions=logs(600).drop_columns(["position"]), **FAST)
-    assert d.behaviour is not None
-    assert d.behaviour["measured"] is None
-    assert d.behaviour["popularity"] is not None
+    assert d.behavior is not None
+    assert d.behavior["measured"] is None
+    assert d.behavior["popularity"] is not None
     assert any("no order" in note for note in d.notes)
     d.to_html()
 
@@ -209,8 +209,8 @@ class TestRefusals:
     def test_usual_cutoffs_shrink_with_the_pool_and_say_so(self) -> None:
         x, tok = healthy()
         d = diagnose(tok, x[:40], ids=IDS[:40], interactions=logs(40), **FAST)
-        assert d.behaviour is not None
-        assert d.behaviour["measured"]["cutoffs"] == [20]
+        assert d.behavior is not None
+        assert d.behavior["measured"]["cutoffs"] == [20]
         assert any("too small" in note for note in d.notes)
 
     def test_relations_without_a_known_pair(self) -> None:

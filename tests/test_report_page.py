@@ -70,7 +70,7 @@ def test_embedded_json_reads_back() -> None:
 
 
 def test_size_is_bounded_whatever_the_catalogue() -> None:
-    x, centres, offsets = blobs(items=24_000, groups=64, dim=8)
+    x, centers, offsets = blobs(items=24_000, groups=64, dim=8)
     from report_cases import FixedResidual
 
     rng = np.random.default_rng(0)
@@ -80,7 +80,7 @@ def test_size_is_bounded_whatever_the_catalogue() -> None:
         1, "title", [[f"{'long title ' * 60}{i}" for i in range(24_000)]]
     )
     long = long.set_column(0, "item_id", [ids])
-    d = diagnose(FixedResidual(centres, offsets, third), x, ids=ids, items=long, **FAST)
+    d = diagnose(FixedResidual(centers, offsets, third), x, ids=ids, items=long, **FAST)
     assert d.explorer is not None
     assert d.explorer["shown"] == 20_000
     assert (
@@ -97,8 +97,8 @@ def test_size_is_bounded_whatever_the_catalogue() -> None:
 
 
 def test_parallel_codebooks_have_a_tree_each() -> None:
-    x, centres, _ = blobs()
-    d = diagnose(FixedParallel(centres, centres * 0.9, centres * 1.1), x, **FAST)
+    x, centers, _ = blobs()
+    d = diagnose(FixedParallel(centers, centers * 0.9, centers * 1.1), x, **FAST)
     assert d.explorer is not None
     assert [tree["level"] for tree in d.explorer["trees"]] == [0, 1, 2]
     for level, tree in enumerate(d.explorer["trees"]):

@@ -35,7 +35,7 @@ def drq_row(tokenizer, seed, *, data="beauty", quick=False, variant="", size=100
         "effective_rank": size + noise,
         "top_share": 1 / (size + noise),
         "mean_abs_cosine": 0.1,
-        "mean_abs_cosine_centred": 0.1,
+        "mean_abs_cosine_centered": 0.1,
         "dim": 256,
     }
     cutoffs = {"20": 0.9, "50": 0.9, "100": auc, "200": auc}
@@ -76,7 +76,7 @@ def drq_row(tokenizer, seed, *, data="beauty", quick=False, variant="", size=100
         "collisions": {"collision_rate": 0.1, "unique_ids": 90, "largest_bucket": 3},
         "decoder(codes)": error,
         "decoder(z)": error,
-        "behaviour": {
+        "behavior": {
             "cutoffs": [20, 50, 100, 200],
             "retention": {"decoder(codes)": cutoffs, "decoder(z)": cutoffs},
             "aucs": {
@@ -124,7 +124,7 @@ def test_the_verdict_by_hand():
     nan = float("nan")
     assert of(strict, Difference(0.5, nan, nan, 1)) == "does not show"
     judged = judge(strict, [Comparison("x", d) for d in (up, down, flat, None)])
-    assert judged.counts == {"favour": 1, "against": 1, "open": 1, "not run": 1}
+    assert judged.counts == {"favor": 1, "against": 1, "open": 1, "not run": 1}
     assert judged.lines == [
         "x: +0.2000 [+0.1000, +0.3000]",
         "x: -0.2000 [-0.3000, -0.1000]",

@@ -31,7 +31,7 @@ kind = "rqkmeans"
 [[tokenizers]]
 name = "DRQ-VAE+CL"
 kind = "drqvae"
-behaviour = true
+behavior = true
 options = { contrastive_weight = 0.1, pairs_per_step = 32 }
 [[data]]
 name = "synthetic"
@@ -54,7 +54,7 @@ name = "main"
 models = ["dcnv2"]
 methods = ["none", "vqvae", "me", "moc", "random"]
 scales = [2]
-analyse = 1
+analyze = 1
 [[stages]]
 name = "kept"
 kind = "kept"
@@ -115,7 +115,7 @@ def test_a_study_of_drq(recipes, capsys):
     kmeans, contrastive = rows[0], rows[1]
     # Without a decoder there is nothing to lose before quantization.
     assert kmeans["decoder(z)"]["relative_error"] == 0.0
-    assert kmeans["behaviour"]["retention"]["decoder(z)"]["50"] == 1.0
+    assert kmeans["behavior"]["retention"]["decoder(z)"]["50"] == 1.0
     assert kmeans["flips"]["latent_is_input"]
     assert contrastive["decoder(z)"]["relative_error"] > 0
     assert contrastive["latent"] == 6

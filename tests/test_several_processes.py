@@ -54,7 +54,7 @@ json.dump(found, open(f"{folder}/found{world}_{rank}.json", "w"))
 
 FITS = {
     "plain": {"levels": 2, "codebook_size": 6, "kmeans": {"iterations": 2}},
-    "centred": {"levels": 1, "codebook_size": 5, "center": True, "kmeans": {"iterations": 1}},
+    "centered": {"levels": 1, "codebook_size": 5, "center": True, "kmeans": {"iterations": 1}},
     "sample": {
         "levels": 2,
         "codebook_size": 6,

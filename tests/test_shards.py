@@ -26,7 +26,7 @@ from semid.quantization.residual import fit_residual
 from semid.quantization.rows import Rows, as_rows, payload_bytes
 from semid.quantization.shard import Shard
 from semid.quantization.tree import TreeSum, cut_blocks, merge_nodes
-from semid.training.distributed import neighbours
+from semid.training.distributed import neighbors
 from semid.training.gathering import shard_spans
 
 
@@ -182,10 +182,10 @@ def test_payload_counts_arrays():
 
 
 def test_processes_of_one_machine_share_its_cpus(monkeypatch):
-    assert neighbours() == 1
+    assert neighbors() == 1
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert neighbours() == 4
+    assert neighbors() == 4
 
 
 # Counts over codes that do not fit one machine ------------------------------------------------

@@ -1,4 +1,4 @@
-"""One suite of behaviour for every tokenizer: a new one joins by a line in TOKENIZERS."""
+"""One suite of behavior for every tokenizer: a new one joins by a line in TOKENIZERS."""
 
 from __future__ import annotations
 
@@ -53,18 +53,18 @@ NEURAL: dict[str, Callable[..., Tokenizer]] = {
 class WithPairs(semid.BARQ):
     """BARQ that brings its pairs along: the suite's calls know of embeddings alone."""
 
-    def _behaviour(self, interactions, pairs, *, ids, train):
+    def _behavior(self, interactions, pairs, *, ids, train):
         rows = np.arange(len(ids) - 1)
         given = np.stack([rows, rows + 1], axis=1) if pairs is None else pairs
-        return super()._behaviour(interactions, given, ids=ids, train=train)
+        return super()._behavior(interactions, given, ids=ids, train=train)
 
 
 def barq(**changes: object) -> Tokenizer:
     settings = {**SMALL, "objective": {"pairs_per_step": 32}, "size_limit": 0.1, **changes}
     settings.setdefault("refine", {"rounds": 2})
     if settings.get("levels") == 1:
-        settings["behaviour_levels"] = 1
-    return WithPairs(**{"beam_width": 2, "behaviour_levels": 2, **settings})
+        settings["behavior_levels"] = 1
+    return WithPairs(**{"beam_width": 2, "behavior_levels": 2, **settings})
 
 
 TOKENIZERS: dict[str, Callable[..., Tokenizer]] = {
@@ -78,7 +78,7 @@ TOKENIZERS: dict[str, Callable[..., Tokenizer]] = {
         **{
             "levels": 3,
             "codebook_size": 16,
-            "behaviour_weight": 0.0,
+            "behavior_weight": 0.0,
             "refine": {"rounds": 2},
             **changes,
         }
@@ -282,7 +282,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(make, clustered, tmp_path)
     whole = run().fit(clustered).weights_fingerprint
     # Nine steps an epoch: before the codebooks are made, and after; DRQ-VAE also in its K-means.
     settings = make().settings
-    trains = "training" in settings and settings.get("behaviour_weight", 1.0)
+    trains = "training" in settings and settings.get("behavior_weight", 1.0)
     stops = [4, 23] if trains else [1, 4, 9]
     stops += [29] * (make().kind == "drqvae")
     for after in stops:

@@ -78,7 +78,7 @@ def test_codebooks_of_a_mixture_are_no_copies(fitted):
     assert all(abs(books[0] - other).max() > 0.1 for other in books[1:])
 
 
-def behaviour(items: int = 600, users: int = 3000) -> tuple[np.ndarray, pa.Table]:
+def behavior(items: int = 600, users: int = 3000) -> tuple[np.ndarray, pa.Table]:
     """Rows of mostly noise whose quiet half says which items go together."""
     generator = np.random.default_rng(0)
     topic = generator.integers(0, 12, items)
@@ -110,7 +110,7 @@ def held_out_auc(latents: np.ndarray, table: pa.Table) -> float:
 
 @pytest.mark.slow
 def test_contrastive_training_raises_the_auc_of_held_out_pairs():
-    x, table = behaviour()
+    x, table = behavior()
     ids = [f"i{n}" for n in range(len(x))]
     network = {"hidden": (64,), "latent": 16}
     training = {"epochs": 120, "batch_size": 128, "learning_rate": 3e-3}
@@ -128,7 +128,7 @@ def test_contrastive_training_raises_the_auc_of_held_out_pairs():
 
 
 def test_what_test_users_do_changes_nothing():
-    x, table = behaviour(items=200, users=600)
+    x, table = behavior(items=200, users=600)
     ids = [f"i{n}" for n in range(len(x))]
     owners = table["user_id"].to_pylist()
     kept = split_users(owners) != TEST

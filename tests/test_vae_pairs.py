@@ -13,7 +13,7 @@ import semid
 from semid.data.ids import ItemIds
 from semid.data.interactions import TRAIN, split_users
 from semid.errors import InteractionsError, UsageError
-from semid.tokenizers.neural.behaviour import Neighbours, read_behaviour
+from semid.tokenizers.neural.behavior import Neighbors, read_behavior
 from semid.tokenizers.neural.contrastive import info_nce, uniformity
 from semid.tokenizers.neural.pairs import Positives, SequencePairs, TablePairs
 
@@ -65,7 +65,7 @@ def test_sequences_give_every_consecutive_pair_and_no_other():
 
 def test_no_pair_of_a_user_who_is_not_a_training_user():
     table = log()
-    found = read_behaviour(table, None, ids=IDS, train=EVERY)
+    found = read_behavior(table, None, ids=IDS, train=EVERY)
     users = [f"u{n}" for n in range(400)]
     part = dict(zip(users, split_users(users), strict=True))
     owners, items = table["user_id"].to_pylist(), table["item_id"].to_pylist()
@@ -86,23 +86,23 @@ def test_pairs_speak_of_training_rows_and_leave_held_out_items_out():
     train[[2, 7]] = False
     rows = np.flatnonzero(train)
     given = np.array([[0, 1], [1, 2], [3, 8], [7, 9], [10, 11]])
-    found = read_behaviour(None, given, ids=IDS, train=train).train
+    found = read_behavior(None, given, ids=IDS, train=train).train
     first, second = found.draw(200, np.random.default_rng(0))
     pairs = set(zip(rows[first].tolist(), rows[second].tolist(), strict=True))
     assert pairs == {(0, 1), (3, 8), (10, 11)}
 
 
-def test_pairs_by_id_table_and_neighbours(tmp_path):
+def test_pairs_by_id_table_and_neighbors(tmp_path):
     ids = np.array([["i0", "i3"], ["i4", "i5"], ["i6", "nobody"]])
-    assert read_behaviour(None, ids, ids=IDS, train=EVERY).train.count == 2
+    assert read_behavior(None, ids, ids=IDS, train=EVERY).train.count == 2
     table = pa.table({"item_id": ["i0", "i1"], "related_item_id": ["i2", "i3"]})
-    found = read_behaviour(None, table, ids=IDS, train=EVERY).train
+    found = read_behavior(None, table, ids=IDS, train=EVERY).train
     first, second = found.draw(50, np.random.default_rng(0))
     assert set(zip(first.tolist(), second.tolist(), strict=True)) == {(0, 2), (1, 3)}
     angles = np.repeat(np.arange(6), 2) + np.tile([0.0, 0.05], 6)
     circle = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
-    near = read_behaviour(
-        None, Neighbours(circle, k=1, ids=IDS.to_arrow()), ids=IDS, train=EVERY
+    near = read_behavior(
+        None, Neighbors(circle, k=1, ids=IDS.to_arrow()), ids=IDS, train=EVERY
     ).train
     first, second = near.draw(500, np.random.default_rng(0))
     assert set(zip(first.tolist(), second.tolist(), strict=True)) == {(n, n ^ 1) for n in range(12)}
@@ -110,15 +110,15 @@ def test_pairs_by_id_table_and_neighbours(tmp_path):
 
 def test_pairs_that_cannot_be_used_are_refused():
     with pytest.raises(InteractionsError, match="none of the 2 pairs"):
-        read_behaviour(None, np.array([["a", "b"], ["c", "i1"]]), ids=IDS, train=EVERY)
+        read_behavior(None, np.array([["a", "b"], ["c", "i1"]]), ids=IDS, train=EVERY)
     with pytest.raises(UsageError, match="row numbers outside 0 to 11"):
-        read_behaviour(None, np.array([[0, 12]]), ids=IDS, train=EVERY)
+        read_behavior(None, np.array([[0, 12]]), ids=IDS, train=EVERY)
     with pytest.raises(UsageError, match="shape"):
-        read_behaviour(None, np.zeros((3, 3), dtype=int), ids=IDS, train=EVERY)
+        read_behavior(None, np.zeros((3, 3), dtype=int), ids=IDS, train=EVERY)
     with pytest.raises(InteractionsError, match="no order"):
-        read_behaviour(log().drop_columns("timestamp"), None, ids=IDS, train=EVERY)
+        read_behavior(log().drop_columns("timestamp"), None, ids=IDS, train=EVERY)
     with pytest.raises(UsageError, match="give one of"):
-        read_behaviour(log(), np.array([[0, 1]]), ids=IDS, train=EVERY)
+        read_behavior(log(), np.array([[0, 1]]), ids=IDS, train=EVERY)
     with pytest.raises(InteractionsError, match="paired with themselves"):
         TablePairs(np.array([1]), np.array([1]), 3, protocol="")
 

@@ -27,7 +27,7 @@ def filled(quantizer, seed: int = 1):
     for number, book in enumerate(quantizer.books):
         codes, latent = book.codewords.shape
         words = drawn(codes, latent, seed=seed + number) / (1 + number)
-        book.initialise_(words, torch.full((codes,), 1 / codes), batch=64)
+        book.initialize_(words, torch.full((codes,), 1 / codes), batch=64)
     return quantizer
 
 
@@ -94,7 +94,7 @@ def test_moving_averages_equal_a_float64_reference():
     rule = UpdateRule(decay=decay, revive_below=0, smoothing=smoothing)
     book = Codebook(8, 4, rule=rule, seed=0, name=0)
     start = drawn(8, 4, seed=3)
-    book.initialise_(start, torch.full((8,), 1 / 8), batch=32)
+    book.initialize_(start, torch.full((8,), 1 / 8), batch=32)
     counts = np.full(8, 4.0)
     sums = start.double().numpy() * counts[:, None]
     for step in range(20):
@@ -134,7 +134,7 @@ def test_a_planted_dead_code_comes_back(kind):
 def test_revival_takes_a_vector_of_the_batch_and_resets_the_accumulators():
     book = Codebook(4, 3, rule=UpdateRule(decay=0.5, revive_below=0.5), seed=0, name=0)
     words = torch.tensor([[0.0, 0, 0], [1, 1, 1], [2, 2, 2], [99, 99, 99]])
-    book.initialise_(words, torch.tensor([0.34, 0.33, 0.33, 0.0]), batch=30)
+    book.initialize_(words, torch.tensor([0.34, 0.33, 0.33, 0.0]), batch=30)
     z = torch.rand(30, 3, generator=torch_generator(0, "batch")) * 2
     book.observe_(z, nearest_labels(z, book.codewords))
     assert int(book.revived) >= 1
@@ -146,7 +146,7 @@ def test_revival_takes_a_vector_of_the_batch_and_resets_the_accumulators():
 def test_revived_vectors_depend_on_seed_and_step_alone():
     def run(seed: int) -> torch.Tensor:
         book = Codebook(16, 3, rule=UpdateRule(decay=0.5, revive_below=0.9), seed=seed, name=0)
-        book.initialise_(drawn(16, 3), torch.full((16,), 1 / 16), batch=20)
+        book.initialize_(drawn(16, 3), torch.full((16,), 1 / 16), batch=20)
         for step in range(5):
             z = drawn(20, 3, seed=step)
             book.observe_(z, nearest_labels(z, book.codewords))
@@ -218,7 +218,7 @@ def test_exact_layers_equal_torch_and_ignore_the_rows_beside():
 def test_a_codebook_on_another_device_starts_from_centroids_on_the_cpu(kind: str) -> None:
     """The meta device holds no values, but refuses to mix like any other."""
     book = Codebook(8, 4, rule=UpdateRule(kind=kind), seed=0, name=0).to("meta")
-    book.initialise_(torch.ones(8, 4), torch.full((8,), 1 / 8), batch=64)
+    book.initialize_(torch.ones(8, 4), torch.full((8,), 1 / 8), batch=64)
     assert {t.device.type for t in book.state_dict().values()} == {"meta"}
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from semid.tokenizers.features import fuse
     from semid.tokenizers.heads import DecodeHead
     from semid.tokenizers.mocvae import MoCVAE
-    from semid.tokenizers.neural.behaviour import Neighbours
+    from semid.tokenizers.neural.behavior import Neighbors
     from semid.tokenizers.neural.tokenizer import Network
     from semid.tokenizers.refining import refine
     from semid.tokenizers.rqkmeans import RQKMeans
@@ -50,7 +50,7 @@ __all__ = [
     "DecodeHead",
     "KMeansOptions",
     "MoCVAE",
-    "Neighbours",
+    "Neighbors",
     "Network",
     "PrefixIndex",
     "RQKMeans",
@@ -82,7 +82,7 @@ _HOME = {
     "DecodeHead": "semid.tokenizers.heads",
     "KMeansOptions": "semid.quantization.kmeans",
     "MoCVAE": "semid.tokenizers.mocvae",
-    "Neighbours": "semid.tokenizers.neural.behaviour",
+    "Neighbors": "semid.tokenizers.neural.behavior",
     "Network": "semid.tokenizers.neural.tokenizer",
     "PrefixIndex": "semid.catalogue.prefixes",
     "RQKMeans": "semid.tokenizers.rqkmeans",

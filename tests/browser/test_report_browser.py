@@ -128,7 +128,7 @@ def test_opens_from_disk_in_any_size_and_theme(
 def test_explorer_by_keyboard_alone(desktop: Visit) -> None:
     page = desktop.page
     page.focus("#explorer-search")
-    for _ in range(2):  # past the choice of colour, into the map
+    for _ in range(2):  # past the choice of color, into the map
         page.keyboard.press("Tab")
     first = desktop.script("document.activeElement.dataset.node")
     assert first is not None, "one Tab stop leads into the map"
@@ -164,8 +164,8 @@ def test_bucket_opens_in_the_explorer(desktop: Visit) -> None:
 
 
 def test_parallel_codebooks_can_be_chosen(browser: Any, tmp_path: Path) -> None:
-    x, centres, _ = blobs()
-    tok = FixedParallel(centres, centres * 0.9)
+    x, centers, _ = blobs()
+    tok = FixedParallel(centers, centers * 0.9)
     d = diagnose(tok, x, ids=IDS, items=titles(600), **FAST)
     visit = Visit(browser, d.write(tmp_path / "parallel.html"))
     visit.page.select_option("#explorer-tree", "1")
@@ -176,10 +176,10 @@ def test_parallel_codebooks_can_be_chosen(browser: Any, tmp_path: Path) -> None:
 
 
 def test_comparison_opens_from_disk(browser: Any, tmp_path: Path) -> None:
-    x, centres, offsets = blobs()
+    x, centers, offsets = blobs()
     models = {
-        "residual": FixedResidual(centres, offsets),
-        "parallel": FixedParallel(centres, centres * 0.9),
+        "residual": FixedResidual(centers, offsets),
+        "parallel": FixedParallel(centers, centers * 0.9),
     }
     c = compare(models, x, ids=IDS, interactions=logs(600), **FAST)
     visit = Visit(browser, c.write(tmp_path / "c.html"), viewport={"width": 1280, "height": 844})

@@ -113,10 +113,10 @@ def fit(
     pairs: Annotated[
         str | None, typer.Option(help="drqvae, barq: table of item_id, related_item_id.")
     ] = None,
-    neighbours: Annotated[
+    neighbors: Annotated[
         str | None,
         typer.Option(
-            help="drqvae, barq: second embeddings, the nearest neighbours in which are pairs."
+            help="drqvae, barq: second embeddings, the nearest neighbors in which are pairs."
         ),
     ] = None,
     contrastive_weight: Annotated[
@@ -128,8 +128,8 @@ def fit(
     uniformity_weight: Annotated[
         float | None, typer.Option(help="drqvae: weight of the uniformity loss.")
     ] = None,
-    behaviour_weight: Annotated[
-        float | None, typer.Option(help="barq: weight of behaviour beside content; default 2.")
+    behavior_weight: Annotated[
+        float | None, typer.Option(help="barq: weight of behavior beside content; default 2.")
     ] = None,
     content_variance: Annotated[
         float | None,
@@ -162,13 +162,13 @@ def fit(
 
     Example: semid fit s3://b/items --codebook-size 4096 -o s3://b/model --engine ray --workers 64
     """
-    from semid.cli.fitting import behaviour, run_fit, state_folder
+    from semid.cli.fitting import behavior, run_fit, state_folder
     from semid.tokenizers.making import make_tokenizer, read_recipe
     from semid.training.distributed import is_main
     from semid.training.loggers import make_logger
 
     if is_main():  # of several processes the first alone writes, and may have done so by now
-        reads = (embeddings, ids, recipe, interactions, pairs, neighbours)
+        reads = (embeddings, ids, recipe, interactions, pairs, neighbors)
         hold_output(output, overwrite=overwrite, inputs=reads, state=state_folder(output))
     check_engine(
         engine,
@@ -204,7 +204,7 @@ def fit(
         "temperature": temperature,
         "uniformity_weight": uniformity_weight,
         "kl_weight": kl_weight,
-        "behaviour_weight": behaviour_weight,
+        "behavior_weight": behavior_weight,
         "content_variance": content_variance,
         "size_limit": size_limit,
     }
@@ -228,7 +228,7 @@ def fit(
                 "--threads": threads,
                 "--interactions": interactions,
                 "--pairs": pairs,
-                "--neighbours": neighbours,
+                "--neighbors": neighbors,
                 "--on-invalid": None if on_invalid == "error" else on_invalid,
                 **{
                     f"--{name.replace('_', '-')}": context.params[name]
@@ -252,7 +252,7 @@ def fit(
         on_invalid=on_invalid,
     )
     logs = open_interactions(context, interactions)
-    learnt_from = behaviour(logs, pairs, neighbours, ids=source.ids)
+    learnt_from = behavior(logs, pairs, neighbors, ids=source.ids)
     try:
         run_fit(model, source, output, learnt_from, overwrite=overwrite, resume=resume, quiet=quiet)
     finally:
@@ -273,16 +273,16 @@ def _refuse_unused(context: typer.Context, model: Any) -> None:
         "device",
         "log",
     ]
-    behaviour = ["interactions", "pairs", "neighbours", *COLUMNS_OF_INTERACTIONS]
+    behavior = ["interactions", "pairs", "neighbors", *COLUMNS_OF_INTERACTIONS]
     if not hasattr(model, "logger"):
         refuse_unused(context, ["log"], f"{model.kind} has no epochs to log")
     if not hasattr(model, "objective"):
-        refuse_unused(context, behaviour, f"{model.kind} learns from embeddings alone")
-    elif not model.needs_behaviour:
-        weight = "--behaviour-weight" if model.kind == "barq" else "--contrastive-weight"
-        unused = [*behaviour, "temperature"]
-        if model.kind == "barq":  # without behaviour there is no network
+        refuse_unused(context, behavior, f"{model.kind} learns from embeddings alone")
+    elif not model.needs_behavior:
+        weight = "--behavior-weight" if model.kind == "barq" else "--contrastive-weight"
+        unused = [*behavior, "temperature"]
+        if model.kind == "barq":  # without behavior there is no network
             unused += training
-        refuse_unused(context, unused, f"{weight} is 0, so nothing is learnt from behaviour")
+        refuse_unused(context, unused, f"{weight} is 0, so nothing is learned from behavior")
     if hasattr(model, "kmeans") and model.kmeans.sample_per_code is None:
         refuse_unused(context, ["full_pass"], "it follows a sample; give --sample-per-code")

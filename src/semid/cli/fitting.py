@@ -18,7 +18,7 @@ from semid.tokenizers.encoding import partial_folder
 from semid.training.distributed import is_main
 
 __all__ = [
-    "behaviour",
+    "behavior",
     "run_fit",
     "save_model",
     "say_fitted",
@@ -26,28 +26,28 @@ __all__ = [
 ]
 
 
-def behaviour(
-    interactions: Any, pairs: str | None, neighbours: str | None, *, ids: ItemIds
+def behavior(
+    interactions: Any, pairs: str | None, neighbors: str | None, *, ids: ItemIds
 ) -> dict[str, Any]:
-    """Return the arguments of `Tokenizer.fit` that name behaviour.
+    """Return the arguments of `Tokenizer.fit` that name behavior.
 
     Args:
         interactions: logs, opened.
         pairs: path of a table of related items.
-        neighbours: path of second embeddings.
+        neighbors: path of second embeddings.
         ids: the catalogue, which names the rows of second embeddings that have no ids.
 
     Raises:
-        UsageError: pairs and neighbours are both given.
+        UsageError: pairs and neighbors are both given.
     """
-    if pairs is not None and neighbours is not None:
-        raise UsageError("--pairs and --neighbours both name pairs; give one of them")
-    if neighbours is None:
+    if pairs is not None and neighbors is not None:
+        raise UsageError("--pairs and --neighbors both name pairs; give one of them")
+    if neighbors is None:
         return {"interactions": interactions, "pairs": pairs}
-    from semid.tokenizers.neural.behaviour import Neighbours
+    from semid.tokenizers.neural.behavior import Neighbors
 
-    named = None if Path(neighbours).suffix != ".npy" else ids.to_arrow()
-    return {"interactions": interactions, "pairs": Neighbours(Path(neighbours), ids=named)}
+    named = None if Path(neighbors).suffix != ".npy" else ids.to_arrow()
+    return {"interactions": interactions, "pairs": Neighbors(Path(neighbors), ids=named)}
 
 
 def run_fit(

@@ -105,7 +105,7 @@ def rank(
     stream: Annotated[
         bool, typer.Option("--stream", help="Read the log from disk every epoch; needs a label.")
     ] = False,
-    analyse: Annotated[
+    analyze: Annotated[
         Path | None, typer.Option(help="JSON file for MoC's metrics of the code embeddings.")
     ] = None,
     embeddings: Annotated[
@@ -209,8 +209,8 @@ def rank(
         )
         return
     hold_output(output, overwrite=overwrite, inputs=reads, state=partial_folder(output))
-    if analyse is not None:
-        hold_output(analyse, overwrite=overwrite, inputs=reads)
+    if analyze is not None:
+        hold_output(analyze, overwrite=overwrite, inputs=reads)
     features = {
         "mode": code_mode,
         "scale": scale,
@@ -224,7 +224,7 @@ def rank(
         (ids, features),
         {"architecture": architecture, "training": training, "seed": seed, "device": device},
         output,
-        analyse=analyse,
+        analyze=analyze,
         overwrite=overwrite,
         resume=resume,
         quiet=quiet,
@@ -239,11 +239,11 @@ def _refuse_unused(context: typer.Context) -> None:
         unused += ["embedding_column", "on_invalid"]
         refuse_unused(context, unused, "only a grid uses it; give --embeddings to run one")
         if parameters["ids"] is None:
-            codes = ["code_mode", "scale", "control", "analyse", "item_id"]
+            codes = ["code_mode", "scale", "control", "analyze", "item_id"]
             refuse_unused(context, codes, "there are no codes without --ids")
     else:
         unused = ["ids", "model", "code_mode", "scale", "control", "item_id", "seed"]
-        unused += ["analyse", "stream"]
+        unused += ["analyze", "stream"]
         refuse_unused(
             context,
             unused,
@@ -269,7 +269,7 @@ def _single(
     run: dict[str, Any],
     output: Path,
     *,
-    analyse: Path | None,
+    analyze: Path | None,
     overwrite: bool,
     resume: bool,
     quiet: bool,
@@ -278,7 +278,7 @@ def _single(
     from semid.codes import SemanticIds
     from semid.output import atomic_file
     from semid.progress import make_progress
-    from semid.recommenders.ranking.analysis import analyse_codes
+    from semid.recommenders.ranking.analysis import analyze_codes
     from semid.recommenders.ranking.data import prepare_ranking
     from semid.recommenders.ranking.features import CodeFeatures
     from semid.recommenders.ranking.stream import RankingStream
@@ -318,9 +318,9 @@ def _single(
         raise
     ranker.save(output, overwrite=overwrite)
     remove_state_folder(state)
-    if analyse is not None:
-        figures = analyse_codes(ranker.network, data.parts["test"])
-        with atomic_file(analyse, overwrite=overwrite) as work:
+    if analyze is not None:
+        figures = analyze_codes(ranker.network, data.parts["test"])
+        with atomic_file(analyze, overwrite=overwrite) as work:
             work.write_text(json.dumps(figures.to_dict()) + "\n", encoding="utf8")
     say(f"protocol: {ranker.report['protocol']}")
     for part in ("validation", "test", "cold"):

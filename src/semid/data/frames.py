@@ -1,6 +1,6 @@
 """Tables in memory (Arrow, pandas, polars) behind one small face.
 
-pandas, polars and torch are recognised by the module their classes come from and never imported
+pandas, polars and torch are recognized by the module their classes come from and never imported
 here: who passes a frame has imported its library already.
 """
 

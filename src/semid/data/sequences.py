@@ -79,7 +79,7 @@ class Sequences:
     def consecutive_pairs(self, users: np.ndarray | None = None) -> ConsecutivePairs:
         """Pair each item with the next of the same user.
 
-        Pairs in which an item is unknown are left out, and its neighbours are not paired with each
+        Pairs in which an item is unknown are left out, and its neighbors are not paired with each
         other: no jump over a gap. An item that follows itself is a pair like any other.
 
         Args:

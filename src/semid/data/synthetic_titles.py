@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 PATHS = [(d, a, n) for d in DEPARTMENTS for a, niches in d.aisles.items() for n in niches]
-"""Every niche with its department and aisle, neighbours side by side."""
+"""Every niche with its department and aisle, neighbors side by side."""
 
 NICHES_OF_DEPARTMENT = len(PATHS) // len(DEPARTMENTS)
 STYLES = len(DEPARTMENTS[0].styles)

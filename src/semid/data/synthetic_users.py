@@ -46,7 +46,7 @@ def walk(
     """Prepare the walk over a catalogue.
 
     Args:
-        niche: (items,) niche of each item, numbered so that neighbours lie side by side.
+        niche: (items,) niche of each item, numbered so that neighbors lie side by side.
         weight: (items,) popularity, positive.
         quality: (items,) what is added to every rating of the item.
         widths: niches that each reach spans: niche, aisle, department, all.

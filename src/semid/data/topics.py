@@ -44,7 +44,7 @@ DEPARTMENTS = (
             "Lighting": ("desk lamp", "floor lamp", "pendant light", "wall sconce"),
             "Furniture": ("side table", "bookcase", "armchair", "bed frame"),
             "Textiles": ("throw blanket", "cushion cover", "area rug", "linen curtain"),
-            "Storage": ("storage basket", "coat rack", "drawer organiser", "glass jar"),
+            "Storage": ("storage basket", "coat rack", "drawer organizer", "glass jar"),
         },
         ("Walnut", "Oak", "Rattan", "Marble", "Nordic", "Mid-century", "Handmade", "Bauhaus"),
         ("brushed brass", "matte black", "smoked glass", "natural", "sage green", "ivory"),

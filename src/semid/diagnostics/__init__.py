@@ -51,7 +51,7 @@ from semid.diagnostics.retrieval import (
     ItemRetrieval,
     Retention,
     item_retrieval,
-    neighbour_ranks,
+    neighbor_ranks,
 )
 
 __all__ = [
@@ -91,7 +91,7 @@ __all__ = [
     "latent_std",
     "margin_proxy",
     "negative_pairs",
-    "neighbour_ranks",
+    "neighbor_ranks",
     "overlap",
     "overlap_levels",
     "pair_aucs",

@@ -221,7 +221,7 @@ def _level_cosines(
     cases: _Cases,
     threads: int | None,
 ) -> tuple[Floats, Floats]:
-    """Return cosines of the centred codewords ``(cases, levels)`` and each level's variance."""
+    """Return cosines of the centered codewords ``(cases, levels)`` and each level's variance."""
     cosines = np.empty((len(cases.a), len(codebooks)))
     variances = np.empty(len(codebooks))
     for level, codebook in enumerate(codebooks):

@@ -73,11 +73,11 @@ def proportion(successes: int, trials: int, *, confidence: float = 0.95) -> Prop
         )
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
     share = successes / trials
-    centre = (share + z * z / (2 * trials)) / (1 + z * z / trials)
+    center = (share + z * z / (2 * trials)) / (1 + z * z / trials)
     half = z / (1 + z * z / trials)
     half *= math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    low = 0.0 if successes == 0 else max(centre - half, 0.0)
-    high = 1.0 if successes == trials else min(centre + half, 1.0)
+    low = 0.0 if successes == 0 else max(center - half, 0.0)
+    high = 1.0 if successes == trials else min(center + half, 1.0)
     return Proportion(share, low, high, trials)
 
 

@@ -35,7 +35,7 @@ class Geometry:
         top_share: largest eigenvalue's share of the variance.
         mean_abs_cosine: mean absolute cosine between distinct columns as they are (the paper's
             reading); None with fewer than two columns that are not zero.
-        mean_abs_cosine_centred: the same with centred columns, mean absolute correlation.
+        mean_abs_cosine_centered: the same with centered columns, mean absolute correlation.
         zero_columns: columns of zeros, left out of the first cosine.
         constant_columns: columns without variance, left out of the second.
         eigenvalues: of the covariance, largest first, ``(dim,)``.
@@ -49,7 +49,7 @@ class Geometry:
     effective_rank: float
     top_share: float
     mean_abs_cosine: float | None
-    mean_abs_cosine_centred: float | None
+    mean_abs_cosine_centered: float | None
     zero_columns: int
     constant_columns: int
     eigenvalues: npt.NDArray[np.float64] = field(repr=False, compare=False)
@@ -120,7 +120,7 @@ def geometry(
 
     Cost: ``rows * dim^2 + dim^3``, float64.
 
-    Source: DRQ section 5.2; the centred cosine is ours.
+    Source: DRQ section 5.2; the centered cosine is ours.
     """
     array = as_matrix(x, name)
     rows = sample_rows(len(array), sample, seed=seed)
@@ -133,8 +133,8 @@ def geometry(
         gram += block.T @ block
     mean = total / len(rows)
     covariance = gram / len(rows) - np.outer(mean, mean)
-    centre = mean + shift
-    raw = covariance + np.outer(centre, centre)
+    center = mean + shift
+    raw = covariance + np.outer(center, center)
     values = np.clip(np.linalg.eigvalsh(covariance)[::-1], 0.0, None)
     variance, square = np.clip(np.diag(covariance), 0.0, None), np.diag(raw)
     varies = variance > _CONSTANT * square
@@ -151,7 +151,7 @@ def geometry(
         effective_rank=float(np.exp(-(used * np.log(used)).sum())),
         top_share=float(share[0]),
         mean_abs_cosine=_mean_abs_cosine(raw, square > 0),
-        mean_abs_cosine_centred=_mean_abs_cosine(covariance, varies),
+        mean_abs_cosine_centered=_mean_abs_cosine(covariance, varies),
         zero_columns=int((square <= 0).sum()),
         constant_columns=int((~varies).sum()),
         eigenvalues=values,

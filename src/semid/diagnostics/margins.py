@@ -54,14 +54,14 @@ class MarginProxy:
         space: where the noise is put.
         unit: standard deviation that the scales multiply.
         items: items averaged over.
-        neighbours: cell walls looked at per item and level.
+        neighbors: cell walls looked at per item and level.
         points: one a scale.
     """
 
     space: Space
     unit: float
     items: int
-    neighbours: int
+    neighbors: int
     points: tuple[MarginPoint, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -83,10 +83,10 @@ class _Walls:
         self.images = [torch.from_numpy(np.ascontiguousarray(image)) for image in images]
 
     def ratios(
-        self, residuals: Float, neighbours: int, noises: Sequence[float] | None, threads: int | None
+        self, residuals: Float, neighbors: int, noises: Sequence[float] | None, threads: int | None
     ) -> tuple[list[torch.Tensor], Float]:
-        """Return ``d_j / s_j`` per noise, ``(batch, neighbours)``, and the nearest codewords."""
-        m = min(neighbours + 1, len(self.codewords))
+        """Return ``d_j / s_j`` per noise, ``(batch, neighbors)``, and the nearest codewords."""
+        m = min(neighbors + 1, len(self.codewords))
         labels, distances = nearest_m(torch.from_numpy(residuals), self.table, m, threads=threads)
         chosen = self.codewords[labels[:, 0].numpy()]
         if m == 1:  # a single codeword has no walls
@@ -112,7 +112,7 @@ def _proxy(
     noises: Sequence[float],
     factors: Sequence[Float] | None,
     hierarchical: bool,
-    neighbours: int,
+    neighbors: int,
     threads: int | None,
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Average the flip probabilities: ``(scales, levels)`` by code and by prefix."""
@@ -129,7 +129,7 @@ def _proxy(
         stays = [torch.zeros(len(residuals), dtype=torch.float64) for _ in noises]
         for i, level in enumerate(levels):
             isotropic = noises if factors is None else None
-            ratios, chosen = level.ratios(residuals, neighbours, isotropic, threads)
+            ratios, chosen = level.ratios(residuals, neighbors, isotropic, threads)
             for s, ratio in enumerate(ratios):
                 stay = torch.special.log_ndtr(ratio).sum(1)
                 stays[s] = stays[s] + stay
@@ -140,11 +140,11 @@ def _proxy(
     return code / len(latents), prefix / len(latents)
 
 
-def _check(scales: Sequence[float], neighbours: int, codebooks: Sequence[Matrix]) -> None:
-    if not scales or min(scales) <= 0 or neighbours < 1 or not codebooks:
+def _check(scales: Sequence[float], neighbors: int, codebooks: Sequence[Matrix]) -> None:
+    if not scales or min(scales) <= 0 or neighbors < 1 or not codebooks:
         raise UsageError(
-            f"scales={list(scales)}, neighbours={neighbours}, {len(codebooks)} codebooks: positive "
-            "scales, at least one neighbour and at least one codebook are needed"
+            f"scales={list(scales)}, neighbors={neighbors}, {len(codebooks)} codebooks: positive "
+            "scales, at least one neighbor and at least one codebook are needed"
         )
 
 
@@ -152,7 +152,7 @@ def _result(
     space: Space,
     unit: float,
     items: int,
-    neighbours: int,
+    neighbors: int,
     scales: Sequence[float],
     sums: tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]],
 ) -> MarginProxy:
@@ -163,7 +163,7 @@ def _result(
         )
         for i, scale in enumerate(scales)
     )
-    return MarginProxy(space, float(unit), items, neighbours, points)
+    return MarginProxy(space, float(unit), items, neighbors, points)
 
 
 def margin_proxy(
@@ -173,7 +173,7 @@ def margin_proxy(
     scales: Sequence[float] = NOISE_SCALES,
     unit: float | None = None,
     hierarchical: bool = True,
-    neighbours: int = 9,
+    neighbors: int = 9,
     threads: int | None = None,
 ) -> MarginProxy:
     """Estimate flip rates under latent noise in closed form, without drawing noise.
@@ -189,7 +189,7 @@ def margin_proxy(
         scales: noise as multiples of ``unit``, positive.
         unit: the latent standard deviation; None measures it by `latent_std`.
         hierarchical: levels quantize residuals; False for parallel codebooks of one latent.
-        neighbours: walls per item and level.
+        neighbors: walls per item and level.
         threads: see `semid.quantization.nearest.nearest`.
 
     Returns:
@@ -197,13 +197,13 @@ def margin_proxy(
 
     Raises:
         InputError: shapes that do not fit, values that are not finite.
-        UsageError: scales, neighbours or codebooks out of range.
+        UsageError: scales, neighbors or codebooks out of range.
 
     Cost: one nearest-codeword search of all rows a level.
 
     Source: ours.
     """
-    _check(scales, neighbours, codebooks)
+    _check(scales, neighbors, codebooks)
     array = as_matrix(latents, "latents")
     std = latent_std(array) if unit is None else unit
     sums = _proxy(
@@ -212,10 +212,10 @@ def margin_proxy(
         noises=[scale * std for scale in scales],
         factors=None,
         hierarchical=hierarchical,
-        neighbours=neighbours,
+        neighbors=neighbors,
         threads=threads,
     )
-    return _result("latent", std, len(array), neighbours, scales, sums)
+    return _result("latent", std, len(array), neighbors, scales, sums)
 
 
 def _noise_factor(displacements: npt.NDArray[np.float64], draws: int) -> Float:
@@ -233,7 +233,7 @@ def input_margin_proxy(
     scales: Sequence[float] = NOISE_SCALES,
     unit: float | None = None,
     hierarchical: bool = True,
-    neighbours: int = 9,
+    neighbors: int = 9,
     seed: int = 0,
     threads: int | None = None,
 ) -> MarginProxy:
@@ -250,7 +250,7 @@ def input_margin_proxy(
         scales: noise as multiples of ``unit``, positive.
         unit: the input's standard deviation; None measures it by `latent_std`.
         hierarchical: see `margin_proxy`.
-        neighbours: see `margin_proxy`.
+        neighbors: see `margin_proxy`.
         seed: of the draws.
         threads: see `margin_proxy`.
 
@@ -259,13 +259,13 @@ def input_margin_proxy(
 
     Raises:
         InputError: shapes that do not fit, values that are not finite.
-        UsageError: scales, neighbours or codebooks out of range.
+        UsageError: scales, neighbors or codebooks out of range.
 
     Cost: ``1 + scales`` passes of the encoder and one nearest-codeword search a level.
 
     Source: ours.
     """
-    _check(scales, neighbours, codebooks)
+    _check(scales, neighbors, codebooks)
     array = as_matrix(inputs, "inputs")
     std = latent_std(array) if unit is None else unit
     latents: list[Float] = []
@@ -288,10 +288,10 @@ def input_margin_proxy(
         noises=[scale * std for scale in scales],
         factors=[_noise_factor(total, len(array)) for total in outer],
         hierarchical=hierarchical,
-        neighbours=neighbours,
+        neighbors=neighbors,
         threads=threads,
     )
-    return _result("input", std, len(array), neighbours, scales, sums)
+    return _result("input", std, len(array), neighbors, scales, sums)
 
 
 def _latents(encode_latent: Callable[[Float], Any], rows: Float) -> Float:

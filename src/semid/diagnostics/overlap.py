@@ -176,7 +176,7 @@ def _weighted_sum(
 
 
 class _Codewords:
-    """Active codewords, centred (distances do not change, and float32 loses fewer digits)."""
+    """Active codewords, centered (distances do not change, and float32 loses fewer digits)."""
 
     def __init__(self, codebook: npt.NDArray[Any], share: npt.NDArray[np.float64]) -> None:
         used = np.flatnonzero(share)

@@ -25,7 +25,7 @@ class Reconstruction:
         items: rows compared.
         dim: width.
         mse: squared error per element.
-        normalized_error: squared error summed over l2-normalised vectors, ``2 (1 - cosine)``; the
+        normalized_error: squared error summed over l2-normalized vectors, ``2 (1 - cosine)``; the
             DRQ paper's reading. Rows that are zero on one side are left out.
         relative_error: ``sum |x - x_hat|^2 / sum |x - mean|^2``; 1 is as good as the mean vector,
             None where all rows are equal.
@@ -85,8 +85,8 @@ class ReconstructionCounter:
         self._normalized += float(gaps.sum())
         self._cosine += float((1.0 - gaps / 2.0).sum())
         mean = x.mean(0, dtype=np.float64)
-        centred = x - mean
-        self._pool(len(x), mean, float(np.einsum("nd,nd->", centred, centred)))
+        centered = x - mean
+        self._pool(len(x), mean, float(np.einsum("nd,nd->", centered, centered)))
 
     def _pool(self, items: int, mean: npt.NDArray[np.float64], spread: float) -> None:
         """Merge a mean and the squared distances to it into those so far."""

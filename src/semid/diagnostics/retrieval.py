@@ -25,7 +25,7 @@ __all__ = [
     "check_cutoffs",
     "hit_rates",
     "item_retrieval",
-    "neighbour_ranks",
+    "neighbor_ranks",
 ]
 
 CUTOFFS = (20, 50, 100, 200)
@@ -160,7 +160,7 @@ def hit_rates(
     return HitRates(name, dict(zip(ks, estimates, strict=True)))
 
 
-def neighbour_ranks(
+def neighbor_ranks(
     embedding: Matrix,
     pairs: ItemPairs,
     *,
@@ -168,7 +168,7 @@ def neighbour_ranks(
     seed: int = 0,
     threads: int | None = None,
 ) -> npt.NDArray[np.int64]:
-    """Find each target's place among its query's nearest neighbours by cosine.
+    """Find each target's place among its query's nearest neighbors by cosine.
 
     Items of one id have one reconstruction and tie; so do copies in the input. The search breaks
     ties by row, so rows are shuffled first: ties stand in a seeded random order.
@@ -256,7 +256,7 @@ def item_retrieval(
     confidence: float = 0.95,
     threads: int | None = None,
 ) -> ItemRetrieval:
-    """Measure how well neighbours by cosine find the next item, before and after quantization.
+    """Measure how well neighbors by cosine find the next item, before and after quantization.
 
     Args:
         original: input embedding ``(pool, dim)``.
@@ -267,7 +267,7 @@ def item_retrieval(
         seed: of the order of ties and of the bootstrap.
         replicates: bootstrap draws of users; 0 gives no intervals.
         confidence: coverage of the intervals.
-        threads: see `neighbour_ranks`.
+        threads: see `neighbor_ranks`.
 
     Returns:
         An `ItemRetrieval`.
@@ -284,7 +284,7 @@ def item_retrieval(
     chance = np.array(ks) / (pairs.pool - 1)
 
     def hits(embedding: Matrix) -> Floats:
-        ranks = neighbour_ranks(embedding, pairs, depth=max(ks), seed=seed, threads=threads)
+        ranks = neighbor_ranks(embedding, pairs, depth=max(ks), seed=seed, threads=threads)
         return np.stack([ranks < k for k in ks], axis=1).astype(np.float64)
 
     base = hits(original)

@@ -128,7 +128,7 @@ class FitWorker:
         return getattr(self.shard, method)(*arguments)
 
     def merge(self, left: list[Node[Any]], right: list[Node[Any]]) -> list[Node[Any]]:
-        """Add up the nodes of two neighbours; what comes from elsewhere is not written to."""
+        """Add up the nodes of two neighbors; what comes from elsewhere is not written to."""
         return merge_nodes([copy.deepcopy(left), right])
 
     def judge(self, model: Mapping[str, Any], mean: npt.NDArray[np.float64]) -> HealthCounter:

@@ -216,7 +216,7 @@ class RayTeam:
     def add(self, method: str, *arguments: Any) -> list[Node[Statistics]]:
         """Call a method that answers in nodes on every shard, and add them up in a tree.
 
-        Neighbours add up their nodes two by two, from worker to worker, so this process receives
+        Neighbors add up their nodes two by two, from worker to worker, so this process receives
         one list of nodes whatever the number of workers.
         """
         everyone = dict.fromkeys(range(self.crew.size), arguments)

@@ -123,7 +123,7 @@ class HuggingFaceExport:
             model: a ``PreTrainedModel`` whose embeddings grow to the tokenizer's length, or None.
 
         Returns:
-            The vocabulary id of each code, a list a level; `initialise` and `processor` take it.
+            The vocabulary id of each code, a list a level; `initialize` and `processor` take it.
 
         Raises:
             MissingExtraError: without transformers.
@@ -141,7 +141,7 @@ class HuggingFaceExport:
         return [list(tokenizer.convert_tokens_to_ids(level)) for level in self.tokens]
 
     @torch.no_grad()
-    def initialise(self, model: Any, token_ids: list[list[int]], *, seed: int = 0) -> None:
+    def initialize(self, model: Any, token_ids: list[list[int]], *, seed: int = 0) -> None:
         """Start the new tokens' embeddings from the codewords, at the model's own mean and spread.
 
         Codewords are standardized level by level and, where the widths differ, brought to the
@@ -170,10 +170,10 @@ class HuggingFaceExport:
             old[new] = False
             known = weight[old.to(weight.device)].float()
             spread = known.std() if known.numel() > 1 else torch.tensor(0.02)
-            centre = known.mean(dim=0) if len(known) else weight.float().mean(dim=0)
+            center = known.mean(dim=0) if len(known) else weight.float().mean(dim=0)
             for level, book in enumerate(self.codebooks):
                 words = _widened(torch.from_numpy(book), weight.shape[1], seed)
-                value = centre + spread * words.to(weight.device)
+                value = center + spread * words.to(weight.device)
                 weight[torch.tensor(token_ids[level])] = value.to(weight.dtype)
 
     def processor(

@@ -115,25 +115,25 @@ class EnergyCounter:
         spreads, errors = np.empty(len(x)), np.empty(len(x))
         for start in range(0, len(x), _CHUNK_ROWS):
             span = slice(start, start + _CHUNK_ROWS)
-            centred = x[span] - self.mean
+            centered = x[span] - self.mean
             gaps = x[span] - reconstruction[span].astype(np.float64)
-            spreads[span] = np.einsum("nd,nd->n", centred, centred)
+            spreads[span] = np.einsum("nd,nd->n", centered, centered)
             errors[span] = np.einsum("nd,nd->n", gaps, gaps)
-            self.column_spread += np.einsum("nd,nd->d", centred, centred)
+            self.column_spread += np.einsum("nd,nd->d", centered, centered)
             self.column_error += np.einsum("nd,nd->d", gaps, gaps)
-            self._add_bins(centred, spreads[span], errors[span])
+            self._add_bins(centered, spreads[span], errors[span])
         if len(x):
             self.low = np.minimum(self.low, x.min(axis=0))
             self.high = np.maximum(self.high, x.max(axis=0))
         return spreads, errors
 
-    def _add_bins(self, centred: Floats, spreads: Floats, errors: Floats) -> None:
+    def _add_bins(self, centered: Floats, spreads: Floats, errors: Floats) -> None:
         # Half octaves of the squared distance; rows at the mean itself join the lowest bin.
         sizes = np.floor(2.0 * np.log2(np.maximum(spreads, np.finfo(np.float64).tiny)))
         for size in np.unique(sizes):
             rows = sizes == size
             sums = ErrorSums(int(rows.sum()), float(errors[rows].sum()), float(spreads[rows].sum()))
-            self._add_bin(int(size), _Bin(sums, centred[rows].sum(axis=0)))
+            self._add_bin(int(size), _Bin(sums, centered[rows].sum(axis=0)))
 
     def _add_bin(self, size: int, other: _Bin) -> None:
         mine = self._bins.setdefault(size, _Bin(ErrorSums(), np.zeros(len(self.mean))))

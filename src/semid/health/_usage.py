@@ -115,7 +115,7 @@ def check_codes(
 
 
 def usage_from_counts(counts: npt.ArrayLike, *, level: int = 0) -> LevelUsage:
-    """Summarise how evenly one codebook is used.
+    """Summarize how evenly one codebook is used.
 
     Args:
         counts: items per code, non-negative integers ``(codes,)``, not all zero.
@@ -127,7 +127,7 @@ def usage_from_counts(counts: npt.ArrayLike, *, level: int = 0) -> LevelUsage:
     array = np.asarray(counts, dtype=np.int64)
     if array.ndim != 1 or array.size == 0 or array.min() < 0 or not array.any():
         raise InputError(
-            f"counts of shape {array.shape} cannot be summarised: one non-negative integer a code "
+            f"counts of shape {array.shape} cannot be summarized: one non-negative integer a code "
             "and at least one item are needed"
         )
     items, size = int(array.sum()), len(array)
@@ -153,7 +153,7 @@ def usage_from_counts(counts: npt.ArrayLike, *, level: int = 0) -> LevelUsage:
 
 
 class UsageCounter:
-    """Counts codes block by block, on one machine or many, and summarises them at the end.
+    """Counts codes block by block, on one machine or many, and summarizes them at the end.
 
     Args:
         codebook_sizes: K of each level, ``(levels,)``.

@@ -145,7 +145,7 @@ class _Table:
         bias: ``(columns,)`` minus half their squares, minus infinity at the end.
         products: ``(codes before, columns)``.
         first: row of ``products`` at which each level before starts.
-        centre: ``(dim,)`` taken from rows and from the first codebook.
+        center: ``(dim,)`` taken from rows and from the first codebook.
         reach: longest codeword of this level.
         before: sum over the levels before of their longest codeword.
     """
@@ -156,7 +156,7 @@ class _Table:
     bias: torch.Tensor
     products: Array
     first: Labels
-    centre: Array
+    center: Array
     reach: float
     before: float
 
@@ -207,8 +207,8 @@ def _tables(codebooks: Sequence[PreparedCodebook], rows: int) -> list[_Table]:
 def _made(codebooks: Sequence[PreparedCodebook]) -> list[_Table]:
     """Make the table of every level after the first; none where float32 does not hold them."""
     words = [book.codewords.numpy() for book in codebooks]
-    centre = words[0].mean(axis=0, dtype=np.float64).astype(np.float32)
-    earlier = [words[0] - centre, *words[1:]]
+    center = words[0].mean(axis=0, dtype=np.float64).astype(np.float32)
+    earlier = [words[0] - center, *words[1:]]
     longest = [
         float(np.sqrt(np.square(each, dtype=np.float64).sum(axis=1).max())) for each in earlier
     ]
@@ -235,7 +235,7 @@ def _made(codebooks: Sequence[PreparedCodebook]) -> list[_Table]:
                 bias=torch.from_numpy(bias),
                 products=products,
                 first=np.cumsum([0, *(len(each) for each in words[: level - 1])]),
-                centre=centre,
+                center=center,
                 reach=longest[level],
                 before=sum(longest[:level]),
             )
@@ -255,7 +255,7 @@ def _scanned(
 
     def work(start: int) -> None:
         part = slice(start, start + CHUNK)
-        x = rows[part] - table.centre
+        x = rows[part] - table.center
         base = np.empty((len(x), columns), dtype=np.float32)
         torch.addmm(table.bias, torch.from_numpy(x), table.turned, out=torch.from_numpy(base))
         lengths = np.sqrt(np.einsum("nd,nd->n", x, x, dtype=np.float64))

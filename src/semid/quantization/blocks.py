@@ -108,7 +108,7 @@ class Preprocess:
 
     Args:
         center: subtract ``mean`` (dim,), fitted on the training rows; None leaves rows as they are.
-        normalize: scale each (centred) row to unit length; zero rows stay zero.
+        normalize: scale each (centered) row to unit length; zero rows stay zero.
     """
 
     def __init__(self, *, mean: Array | None = None, normalize: bool = False) -> None:

@@ -55,7 +55,7 @@ class KMeansOptions(Options):
         sample_per_code: train on at most this many rows a codeword, drawn without replacement;
             None trains on all rows.
         full_pass: after training on a sample, one Lloyd iteration over all rows.
-        trials: candidates drawn a centre in the k-means++ seeding, at least 1; fewer are quicker
+        trials: candidates drawn a center in the k-means++ seeding, at least 1; fewer are quicker
             and seed worse, and 1 is the plain one (``benchmarks/kmeans.py`` shows what 2 brings).
     """
 

@@ -106,7 +106,7 @@ def refine_residual(
     Args:
         train: ``(items, dim)`` rows to fit to.
         codebooks: one ``(codes, dim)`` float32 a level.
-        judged: rows to choose the ridge and the end on; None takes ``train``, which favours the
+        judged: rows to choose the ridge and the end on; None takes ``train``, which favors the
             smallest ridge.
         parts: columns that are fitted together; None fits all columns over all levels. Columns in
             no part stay.

@@ -146,11 +146,11 @@ class Rows:
         return numbers[np.lexsort((numbers, -loss))][:count]
 
     def start_seeding(self) -> npt.NDArray[np.float64]:
-        """Forget all centres; return the mass of each block ``(blocks,)``."""
+        """Forget all centers; return the mass of each block ``(blocks,)``."""
         return np.concatenate(self._everyone("start_seeding"))
 
     def lower(self, fresh: Array) -> npt.NDArray[np.float64]:
-        """Add centres; return the mass of each block ``(blocks,)``."""
+        """Add centers; return the mass of each block ``(blocks,)``."""
         return np.concatenate(self._everyone("lower", fresh))
 
     def draw(
@@ -172,7 +172,7 @@ class Rows:
         return drawn
 
     def closest(self, numbers: npt.NDArray[np.int64]) -> Array:
-        """Return squared distances ``(n,)`` to the nearest centre so far."""
+        """Return squared distances ``(n,)`` to the nearest center so far."""
         result = np.empty(len(numbers), dtype=np.float32)
         for at, part in self._scattered("closest", numbers):
             result[at] = part

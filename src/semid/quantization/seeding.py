@@ -1,11 +1,11 @@
 """Greedy k-means++ seeding in batches.
 
-k-means++ (Arthur & Vassilvitskii 2007) draws each centre with probability proportional to a row's
-squared distance to the centres so far, one pass over the data a centre. Here a round draws many
+k-means++ (Arthur & Vassilvitskii 2007) draws each center with probability proportional to a row's
+squared distance to the centers so far, one pass over the data a center. Here a round draws many
 candidates from the distances known at its start and accepts candidate ``x`` with probability
-``d_now(x) / d_start(x)``, where ``d_now`` also counts the centres accepted in this round: that is
+``d_now(x) / d_start(x)``, where ``d_now`` also counts the centers accepted in this round: that is
 rejection sampling from the sequential distribution, in far fewer passes. Greedy: candidates are
-drawn several a centre, and those that lower the total distance most are tried first.
+drawn several a center, and those that lower the total distance most are tried first.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from semid.quantization.threads import map_blocks
 
 __all__ = ["kmeans_plus_plus"]
 
-# Candidates a round: more save passes, but more of them are rejected. A quarter of the centres so
+# Candidates a round: more save passes, but more of them are rejected. A quarter of the centers so
 # far keeps rejection rare; 256 already runs the distance kernel at full speed.
 MAX_ROUND = 256
 # Rows of a gain block: with a few hundred candidates it stays in a core's cache.
 GAIN_ROWS = 1024
-# Rows the gains are added over, a centre and at least: they only order candidates, which are drawn
+# Rows the gains are added over, a center and at least: they only order candidates, which are drawn
 # from all rows.
 GAIN_ROWS_PER_CODE = 16
 GAIN_ROWS_LEAST = 65_536
@@ -52,7 +52,7 @@ def kmeans_plus_plus(
         generator: source of randomness.
         weights: ``(items,)`` non-negative item weights that multiply the squared distances.
         threads: plain threads; None takes what the machine allows.
-        trials: candidates drawn a centre; 1 is plain k-means++.
+        trials: candidates drawn a center; 1 is plain k-means++.
 
     Returns:
         ``(found, dim)`` float32 distinct rows; ``found < codes`` only if the data hold no more
@@ -62,20 +62,20 @@ def kmeans_plus_plus(
     """
     rows = as_rows(blocks, weights=weights, threads=threads)
     first = rows.draw(rows.start_seeding(), 1, generator)
-    centres = rows.rows(first)
-    fresh = centres
+    centers = rows.rows(first)
+    fresh = centers
     gains = _Gains(rows, codes, generator, threads) if trials > 1 else None
     while True:
         masses = rows.lower(fresh)
-        if len(centres) >= codes or not masses.any():
-            return centres
-        size = min(codes - len(centres), max(1, len(centres) // 4), MAX_ROUND)
+        if len(centers) >= codes or not masses.any():
+            return centers
+        size = min(codes - len(centers), max(1, len(centers) // 4), MAX_ROUND)
         drawn = rows.draw(masses, size * trials, generator)
         candidates = rows.rows(drawn)
         worth = None if gains is None else gains(candidates)
         kept = _accept(candidates, rows.closest(drawn), worth, size, generator)
         fresh = candidates[kept]
-        centres = np.concatenate([centres, fresh])
+        centers = np.concatenate([centers, fresh])
 
 
 class _Gains:
@@ -112,7 +112,7 @@ class _Gains:
         self.threads = threads
 
     def __call__(self, candidates: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-        """Return the gains ``(n,)`` over the distances to the centres so far."""
+        """Return the gains ``(n,)`` over the distances to the centers so far."""
         words = torch.from_numpy(candidates) - self.middle
         norms = (words**2).sum(1)
         turned = words.to(torch.bfloat16).to(self.dtype).T.contiguous()

@@ -193,12 +193,12 @@ class Shard:
     # Seeding ---------------------------------------------------------------------------------
 
     def start_seeding(self) -> npt.NDArray[np.float64]:
-        """Forget all centres; return each block's mass when every row counts by its weight."""
+        """Forget all centers; return each block's mass when every row counts by its weight."""
         self._closest = np.empty(0, np.float32)
         return np.array([_running_sum(self._mass(start)) for start in self._starts()])
 
     def lower(self, fresh: Array) -> npt.NDArray[np.float64]:
-        """Add centres ``(n, dim)``; return each block's weighted sum of squared distances."""
+        """Add centers ``(n, dim)``; return each block's weighted sum of squared distances."""
         if not len(self._closest):
             self._closest = np.full(len(self), np.inf, dtype=np.float32)
         masses = []
@@ -241,7 +241,7 @@ class Shard:
         return found
 
     def closest(self, numbers: Rows) -> Array:
-        """Return the rows' squared distances to the nearest centre so far, ``(n,)``."""
+        """Return the rows' squared distances to the nearest center so far, ``(n,)``."""
         return self._closest[numbers - self.first_row]
 
 

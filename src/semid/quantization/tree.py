@@ -87,7 +87,7 @@ class TreeSum(Generic[T]):
 
 
 def merge_nodes(parts: Iterable[Sequence[Node[T]]]) -> list[Node[T]]:
-    """Join the nodes of neighbours, left to right, and add up what became whole (in place)."""
+    """Join the nodes of neighbors, left to right, and add up what became whole (in place)."""
     tree: TreeSum[T] = TreeSum()
     for nodes in parts:
         for node in nodes:

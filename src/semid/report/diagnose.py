@@ -19,7 +19,7 @@ from semid.diagnostics.geometry import sample_rows
 from semid.diagnostics.overlap import LevelOverlap, overlap_levels
 from semid.errors import IdsError, UsageError
 from semid.progress import Progress, QuietProgress
-from semid.report import behaviour as behaviour_parts
+from semid.report import behavior as behavior_parts
 from semid.report.diagnosis import Diagnosis
 from semid.report.errors_by_level import held_out_rows, reconstruction_figures
 from semid.report.explorer import MOST_ITEMS, build_explorer, largest_buckets
@@ -63,7 +63,7 @@ def diagnose(
         items: table with ``item_id`` and ``title`` or ``text``, for names in the report; None
             takes the table of ``ids``, else that of ``x``, where they have titles.
         relations: Parquet, CSV or table of pairs ``item_id``, ``related_item_id`` and, for
-            several kinds, ``relation``: a second truth beside behaviour.
+            several kinds, ``relation``: a second truth beside behavior.
         seed: draws samples, noise, negatives, the order of ties and the bootstrap.
         geometry_sample: items whose spectra are taken.
         flip_sample: items whose flips are counted.
@@ -97,7 +97,7 @@ def diagnose(
         run.notes.append(f"{texts.missing:,} of {len(source):,} items have no row among the texts")
     logs = None if interactions is None else read_interactions(interactions)
     pairs = {} if relations is None else run.relations(relations)
-    counts = None if logs is None else behaviour_parts.item_counts(logs, source.ids)
+    counts = None if logs is None else behavior_parts.item_counts(logs, source.ids)
     held_out, note = held_out_rows(tok, source)
     seen = measure_catalogue(tok, source, steps, held_out=held_out)
     run.notes.append(note)
@@ -105,7 +105,7 @@ def diagnose(
     overlaps = run.overlaps(seen)
     reconstruction = reconstruction_figures(tok, seen, held_out)
     flips, geometry, sample = run.samples(seen, overlaps, geometry_sample, flip_sample)
-    behaviour, related = run.behaviour(seen, logs, counts, pairs, cutoffs)
+    behavior, related = run.behavior(seen, logs, counts, pairs, cutoffs)
     steps.start("explorer", total=None)
     tree = run.explorer(seen, texts, counts) if explorer else None
     return Diagnosis(
@@ -118,7 +118,7 @@ def diagnose(
         overlap=tuple(level.to_dict() for level in overlaps),
         flips=flips,
         geometry=geometry,
-        behaviour=behaviour,
+        behavior=behavior,
         relations=related,
         buckets=largest_buckets(seen.codes, seen.keys, seen.hashes, source.ids, texts),
         notes=tuple(run.notes),
@@ -140,7 +140,7 @@ class _Run:
 
     def relations(self, given: Any) -> dict[str, Any]:
         """Read the pairs of a second truth."""
-        found, notes = behaviour_parts.relations(given, self.source.ids)
+        found, notes = behavior_parts.relations(given, self.source.ids)
         self.notes += notes
         return found
 
@@ -186,7 +186,7 @@ class _Run:
         self.notes += notes
         return flips, shape, facts
 
-    def behaviour(
+    def behavior(
         self,
         seen: CataloguePass,
         logs: Any,
@@ -197,16 +197,16 @@ class _Run:
         """Measure what needs pairs of items, from the test users and from given relations."""
         pairs, found = None, None
         if logs is not None and counts is not None:
-            pairs, facts, notes = behaviour_parts.behaviour_pairs(logs, self.source.ids)
+            pairs, facts, notes = behavior_parts.behavior_pairs(logs, self.source.ids)
             self.notes += notes
             found = {
                 **facts,
-                "popularity": behaviour_parts.popularity(seen.codes, counts),
+                "popularity": behavior_parts.popularity(seen.codes, counts),
                 "measured": None,
             }
         if pairs is None and not kinds:
             return found, None
-        ks, notes = behaviour_parts.choose_cutoffs(cutoffs, seen.items)
+        ks, notes = behavior_parts.choose_cutoffs(cutoffs, seen.items)
         self.notes += notes
         pool = self._pool(seen)
         options: dict[str, Any] = {
@@ -216,22 +216,22 @@ class _Run:
             "threads": self.threads,
         }
         if pairs is not None and found is not None:
-            self.progress.start("behaviour", total=None)
-            found["measured"] = behaviour_parts.measure_pairs(pairs, pool, **options)
+            self.progress.start("behavior", total=None)
+            found["measured"] = behavior_parts.measure_pairs(pairs, pool, **options)
         related = {}
         for kind, given in kinds.items():
             self.progress.start(f"relation {kind}", total=None)
-            related[kind] = behaviour_parts.measure_pairs(given, pool, **options)
+            related[kind] = behavior_parts.measure_pairs(given, pool, **options)
         return found, related or None
 
-    def _pool(self, seen: CataloguePass) -> behaviour_parts.Pool:
+    def _pool(self, seen: CataloguePass) -> behavior_parts.Pool:
         original = np.empty((seen.items, self.source.dim), dtype=np.float32)
         decoded = np.empty_like(original)
         for start, block in self.source.blocks(copy=False):
             span = slice(start, start + len(block))
             original[span] = block
             decoded[span] = self.tok.decode(seen.codes[span])
-        return behaviour_parts.Pool(
+        return behavior_parts.Pool(
             seen.codes,
             self.tok.codebooks,
             {"original": original, "decoder(codes)": decoded},
@@ -244,7 +244,7 @@ class _Run:
         texts: ItemTexts | None,
         counts: npt.NDArray[np.int64] | None,
     ) -> dict[str, Any]:
-        """Gather the code tree and what it is coloured by."""
+        """Gather the code tree and what it is colored by."""
         spread = float(seen.health.inputs.variances.sum())
         values: dict[str, Any] = {}
         if spread > 0:
@@ -311,6 +311,6 @@ def _protocol(tok: Tokenizer, items: int, seed: int) -> dict[str, Any]:
         "explorer_noise": EXPLORER_NOISE,
         "held_out": f"fraction {tok.validation_fraction:g} of the items, by a hash of their id "
         f"(salt '{HELD_OUT_SALT}')",
-        "behaviour": "consecutive items of the test users (a tenth, by a hash of their id); no "
+        "behavior": "consecutive items of the test users (a tenth, by a hash of their id); no "
         "jump over items outside the catalogue; popularity counts all users",
     }

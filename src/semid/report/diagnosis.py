@@ -32,7 +32,7 @@ class Diagnosis:
         overlap: per level, expected overlap rate and effective size over a sweep of noise.
         flips: codes that change under noise, on the input and on the latent, with margin proxies.
         geometry: spectra of input, latent and reconstruction.
-        behaviour: retrieval, retention, AUCs and popularity, or None without interactions.
+        behavior: retrieval, retention, AUCs and popularity, or None without interactions.
         relations: the same measures on item pairs given as a second truth, or None.
         buckets: the fullest buckets with example items.
         notes: what the reader must know about the data, in sentences.
@@ -48,7 +48,7 @@ class Diagnosis:
     overlap: tuple[Mapping[str, Any], ...]
     flips: Mapping[str, Any] | None = None
     geometry: Mapping[str, Any] | None = None
-    behaviour: Mapping[str, Any] | None = None
+    behavior: Mapping[str, Any] | None = None
     relations: Mapping[str, Any] | None = None
     buckets: tuple[Mapping[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
@@ -78,7 +78,7 @@ class Diagnosis:
             "overlap": [dict(level) for level in self.overlap],
             "flips": None if self.flips is None else dict(self.flips),
             "geometry": None if self.geometry is None else dict(self.geometry),
-            "behaviour": None if self.behaviour is None else dict(self.behaviour),
+            "behavior": None if self.behavior is None else dict(self.behavior),
             "relations": None if self.relations is None else dict(self.relations),
             "buckets": [dict(bucket) for bucket in self.buckets],
             "notes": list(self.notes),

@@ -1,4 +1,4 @@
-"""What the page's explorer shows: trees, items with titles, words and neighbours of codes."""
+"""What the page's explorer shows: trees, items with titles, words and neighbors of codes."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ MOST_ITEMS = 20_000
 
 MOST_NODES = 40_000
 TITLE_BYTES = 120
-NEIGHBOURS = 5
-NEIGHBOUR_CODES = 4096
+NEIGHBORS = 5
+NEIGHBOR_CODES = 4096
 
 
 def shorten(text: str | None) -> str | None:
@@ -101,7 +101,7 @@ def build_explorer(
         texts: titles and texts, or None.
         codebooks: ``(codes, latent)`` a level.
         hierarchical: one tree of prefixes, else a tree of depth one for each codebook.
-        values: name -> ``(items,)`` values to colour by.
+        values: name -> ``(items,)`` values to color by.
         item_spread: mean squared distance between two random items in the latent space.
         seed: draws the sample of a catalogue larger than ``most_items``.
         most_items: items shown.
@@ -133,8 +133,8 @@ def build_explorer(
         "titles": None if texts is None else [_title(texts, int(row)) for row in shown],
         "codes": codes[shown].astype(np.int64).ravel().tolist(),
         "trees": [_columns(tree, place, _words(tree, texts, shown)) for tree in trees],
-        "neighbours": [
-            _neighbours(book, codes[:, level], item_spread) for level, book in enumerate(codebooks)
+        "neighbors": [
+            _neighbors(book, codes[:, level], item_spread) for level, book in enumerate(codebooks)
         ],
     }
 
@@ -184,7 +184,7 @@ def _words(
     return found
 
 
-def _neighbours(
+def _neighbors(
     book: npt.NDArray[np.float32], codes: npt.NDArray[Any], spread: float
 ) -> dict[str, Any]:
     """Return the nearest used codewords of the most used ones, nearest first.
@@ -194,15 +194,15 @@ def _neighbours(
     """
     counts = np.bincount(codes, minlength=len(book))
     active = np.flatnonzero(counts)
-    active = np.sort(active[np.argsort(-counts[active], kind="stable")[:NEIGHBOUR_CODES]])
+    active = np.sort(active[np.argsort(-counts[active], kind="stable")[:NEIGHBOR_CODES]])
     if len(active) < 2 or spread <= 0:
         return {"code": [], "near": [], "distance": []}
     words = torch.from_numpy(np.ascontiguousarray(book[active]))
-    found = nearest_m(words, words, min(NEIGHBOURS + 1, len(active)))
+    found = nearest_m(words, words, min(NEIGHBORS + 1, len(active)))
     labels, distances = found.labels.numpy(), found.distances.numpy()
     near, far = [], []
     for own, (label, distance) in enumerate(zip(labels, distances, strict=True)):
         others = label != own  # a copy of this codeword may come before itself
-        near.append(active[label[others][:NEIGHBOURS]].tolist())
-        far.append([float(f"{d / spread:.3g}") for d in distance[others][:NEIGHBOURS]])
+        near.append(active[label[others][:NEIGHBORS]].tolist())
+        far.append([float(f"{d / spread:.3g}") for d in distance[others][:NEIGHBORS]])
     return {"code": active.tolist(), "near": near, "distance": far}

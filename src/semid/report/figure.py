@@ -48,7 +48,7 @@ def level_name(diagnosis: Diagnosis, level: int) -> str:
 
 
 def line(
-    name: str, x: Sequence[Any], y: Sequence[Any], colour: int | str, **more: Any
+    name: str, x: Sequence[Any], y: Sequence[Any], color: int | str, **more: Any
 ) -> dict[str, Any]:
     """Return a line trace."""
     marks = more.pop("mode", "lines")
@@ -60,14 +60,14 @@ def line(
         "name": name,
         "x": list(x),
         "y": list(y),
-        "line": {"color": f"@{colour}", "dash": dash, "width": width},
-        "marker": {"color": f"@{colour}", "size": 7},
+        "line": {"color": f"@{color}", "dash": dash, "width": width},
+        "marker": {"color": f"@{color}", "size": 7},
         **more,
     }
 
 
 def bars(
-    name: str, x: Sequence[Any], y: Sequence[Any], colour: int | str, **more: Any
+    name: str, x: Sequence[Any], y: Sequence[Any], color: int | str, **more: Any
 ) -> dict[str, Any]:
     """Return a bar trace."""
     return {
@@ -75,6 +75,6 @@ def bars(
         "name": name,
         "x": list(x),
         "y": list(y),
-        "marker": {"color": f"@{colour}"},
+        "marker": {"color": f"@{color}"},
         **more,
     }

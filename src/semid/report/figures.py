@@ -1,13 +1,13 @@
 """Figures of a report as data: plotly traces, a caption that says good from bad, a table.
 
-Colours are names (``@1`` to ``@7``, ``@muted``) that the page replaces by those of its theme.
+Colors are names (``@1`` to ``@7``, ``@muted``) that the page replaces by those of its theme.
 """
 
 from __future__ import annotations
 
 from semid.report.diagnosis import Diagnosis
 from semid.report.figure import Figure, bars, level_name, line
-from semid.report.figures_behaviour import behaviour_figures
+from semid.report.figures_behavior import behavior_figures
 from semid.report.figures_robustness import robustness_figures
 from semid.report.numbers import count, number, share
 
@@ -22,7 +22,7 @@ def report_figures(diagnosis: Diagnosis) -> list[Figure]:
         _reconstruction,
         _effective_size,
         robustness_figures,
-        behaviour_figures,
+        behavior_figures,
     )
     return [figure for maker in makers for figure in maker(diagnosis)]
 
@@ -195,13 +195,13 @@ def _effective_size(d: Diagnosis) -> list[Figure]:
     rows = []
     for level in d.overlap:
         scales = [point["scale"] for point in level["points"]]
-        colour = level["level"] % 7 + 1
+        color = level["level"] % 7 + 1
         traces.append(
             line(
                 level_name(d, level["level"]),
                 scales,
                 [point["effective_size"] for point in level["points"]],
-                colour,
+                color,
                 mode="lines+markers",
                 hovertemplate="noise %{x}: %{y:.1f} codes",
             )
@@ -212,7 +212,7 @@ def _effective_size(d: Diagnosis) -> list[Figure]:
                 f"usage alone, {level_name(d, level['level']).lower()}",
                 [scales[0], scales[-1]],
                 [1 / floor] * 2,
-                colour,
+                color,
                 dash="dot",
                 width=1,
                 showlegend=False,

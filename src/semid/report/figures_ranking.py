@@ -30,7 +30,7 @@ def ranking_figures(analyses: Mapping[str, CodeAnalysis]) -> list[Figure]:
 def _sweep(analyses: Mapping[str, CodeAnalysis]) -> Figure:
     traces: list[dict[str, Any]] = []
     rows: list[list[str]] = []
-    for colour, (name, a) in enumerate(analyses.items()):
+    for color, (name, a) in enumerate(analyses.items()):
         for points, label, dash in ((a.sweep, "all codes", "solid"), (a.first, "code 1", "dash")):
             x = [p.clusters for p in points]
             title = f"{name}, {label}"
@@ -39,7 +39,7 @@ def _sweep(analyses: Mapping[str, CodeAnalysis]) -> Figure:
                     title,
                     x,
                     [p.ami for p in points],
-                    colour % 7 + 1,
+                    color % 7 + 1,
                     dash=dash,
                     mode="lines+markers",
                 )
@@ -64,9 +64,9 @@ def _sweep(analyses: Mapping[str, CodeAnalysis]) -> Figure:
 def _levels(analyses: Mapping[str, CodeAnalysis]) -> Figure:
     traces: list[dict[str, Any]] = []
     rows: list[list[str]] = []
-    for colour, (name, a) in enumerate(analyses.items()):
+    for color, (name, a) in enumerate(analyses.items()):
         names = [p.name.removeprefix("level ") for p in a.levels]
-        traces.append(bars(name, names, [p.ami for p in a.levels], colour % 7 + 1))
+        traces.append(bars(name, names, [p.ami for p in a.levels], color % 7 + 1))
         rows += [[f"{name}, {p.name}", *_cells(p)] for p in (*a.levels, *a.codes)]
     return Figure(
         "ranking-levels",
@@ -83,12 +83,12 @@ def _levels(analyses: Mapping[str, CodeAnalysis]) -> Figure:
 
 def _spectra(analyses: Mapping[str, CodeAnalysis]) -> Figure:
     traces, rows = [], []
-    for colour, (name, a) in enumerate(analyses.items()):
+    for color, (name, a) in enumerate(analyses.items()):
         values = a.singular_values
         top = float(values[0]) or 1.0
         # A logarithmic axis cannot show the exact zeros of a collapsed spectrum.
         y = [float(v) if v > 1e-8 * top else None for v in values]
-        traces.append(line(name, range(1, len(y) + 1), y, colour % 7 + 1))
+        traces.append(line(name, range(1, len(y) + 1), y, color % 7 + 1))
         used = sum(v is not None for v in y)
         rows.append([name, f"{top:.4g}", f"{used} of {len(y)}"])
     return Figure(
@@ -96,7 +96,7 @@ def _spectra(analyses: Mapping[str, CodeAnalysis]) -> Figure:
         SECTION,
         "Singular values of the code embeddings",
         "A curve that falls off a cliff uses few of its dimensions: the embedding has collapsed.",
-        "Of the matrix of rows by all code embeddings side by side, not centred.",
+        "Of the matrix of rows by all code embeddings side by side, not centered.",
         traces,
         {"xaxis": {"title": "index"}, "yaxis": {"title": "singular value", "type": "log"}},
         ["model", "largest", "above 1e-8 of it"],

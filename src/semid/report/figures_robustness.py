@@ -27,7 +27,7 @@ def _flips(d: Diagnosis) -> list[Figure]:
     kind = "prefix" if d.model["hierarchical"] else "code"
     traces = []
     for level in range(d.model["levels"]):
-        colour = level % 7 + 1
+        color = level % 7 + 1
         shares = [point[kind][level] for point in points]
         name = f"up to level {level + 1}" if kind == "prefix" else level_name(d, level)
         traces.append(
@@ -35,7 +35,7 @@ def _flips(d: Diagnosis) -> list[Figure]:
                 name,
                 scales,
                 [value["value"] for value in shares],
-                colour,
+                color,
                 mode="lines+markers",
                 error_y={
                     "type": "data",
@@ -44,7 +44,7 @@ def _flips(d: Diagnosis) -> list[Figure]:
                     "arrayminus": [value["value"] - value["low"] for value in shares],
                     "thickness": 1,
                     "width": 2,
-                    "color": f"@{colour}",
+                    "color": f"@{color}",
                 },
                 hovertemplate="noise %{x}: %{y:.1%}",
             )
@@ -54,7 +54,7 @@ def _flips(d: Diagnosis) -> list[Figure]:
                 f"margin proxy, {name}",
                 scales,
                 [margin[kind][level] for margin in margins],
-                colour,
+                color,
                 dash="dot",
                 width=1,
                 showlegend=False,
@@ -134,7 +134,7 @@ def _spectra(d: Diagnosis) -> list[Figure]:
             "Eigenvalues of the covariance as shares of their sum, largest first, on a random "
             f"{count(d.geometry['rows'])} of {count(d.geometry['items'])} items. Participation "
             "ratio and effective rank count the directions in use, from 1 to the width. The cosine "
-            "is the mean absolute one between distinct dimensions, as they are and centred.",
+            "is the mean absolute one between distinct dimensions, as they are and centered.",
             [
                 line(
                     space["name"],
@@ -162,7 +162,7 @@ def _spectra(d: Diagnosis) -> list[Figure]:
                 "Effective rank",
                 "Top share",
                 "Mean absolute cosine",
-                "Centred",
+                "Centered",
             ],
             [
                 [
@@ -172,7 +172,7 @@ def _spectra(d: Diagnosis) -> list[Figure]:
                     number(space["effective_rank"]),
                     share(space["top_share"]),
                     number(space["mean_abs_cosine"]),
-                    number(space["mean_abs_cosine_centred"]),
+                    number(space["mean_abs_cosine_centered"]),
                 ]
                 for space in spaces
             ],

@@ -45,8 +45,8 @@ SECTIONS = (
         "How many directions of the embedding space survive into the codes?",
     ),
     (
-        "behaviour",
-        "Behaviour",
+        "behavior",
+        "Behavior",
         "Do the codes know which items people take together?",
     ),
     (

@@ -91,7 +91,7 @@ def _flips(space: str, scale: float, *, whole: bool) -> Callable[[Diagnosis], fl
 
 
 def _measured(d: Diagnosis) -> dict[str, Any] | None:
-    return None if d.behaviour is None else d.behaviour["measured"]
+    return None if d.behavior is None else d.behavior["measured"]
 
 
 def _at_50(rates: dict[str, Any]) -> dict[str, Any] | None:

@@ -24,8 +24,8 @@ class Claim:
         where: section, table or figure.
         sentence: the claim in short.
         test: what decides it here, in words.
-        rule: ``all``: it holds if every comparison is in its favour, for claims that say so;
-            ``most``: more than half in its favour and none against.
+        rule: ``all``: it holds if every comparison is in its favor, for claims that say so;
+            ``most``: more than half in its favor and none against.
         equal_terms: False for a comparison that gives one side more than the other.
     """
 
@@ -39,7 +39,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One comparison; a positive difference is in the claim's favour.
+    """One comparison; a positive difference is in the claim's favor.
 
     Attributes:
         name: of what, on which data.
@@ -52,7 +52,7 @@ class Comparison:
     digits: int = 4
 
     @property
-    def favour(self) -> bool:
+    def favor(self) -> bool:
         """Whether the interval lies above 0."""
         return self.difference is not None and self.difference.low > 0
 
@@ -91,12 +91,12 @@ class Judgement:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many comparisons are in favour, against, open and not run."""
+        """How many comparisons are in favor, against, open and not run."""
         missing = sum(c.difference is None for c in self.comparisons)
-        favour = sum(c.favour for c in self.comparisons)
+        favor = sum(c.favor for c in self.comparisons)
         against = sum(c.against for c in self.comparisons)
-        rest = len(self.comparisons) - missing - favour - against
-        return {"favour": favour, "against": against, "open": rest, "not run": missing}
+        rest = len(self.comparisons) - missing - favor - against
+        return {"favor": favor, "against": against, "open": rest, "not run": missing}
 
     @property
     def lines(self) -> list[str]:
@@ -112,7 +112,7 @@ def judge(claim: Claim, comparisons: Sequence[Comparison], *, note: str = "") ->
     """Give the verdict on a claim.
 
     ``opposite`` needs more than half of the comparisons run against the claim and none in its
-    favour. Whatever is neither this nor holds by the claim's rule *does not show*: that is no proof
+    favor. Whatever is neither this nor holds by the claim's rule *does not show*: that is no proof
     of the contrary.
 
     Args:
@@ -125,12 +125,12 @@ def judge(claim: Claim, comparisons: Sequence[Comparison], *, note: str = "") ->
     ran = len(comparisons) - counts["not run"]
     if not ran:
         return judged
-    favour, against = counts["favour"], counts["against"]
-    enough = favour == ran if claim.rule == "all" else favour > ran / 2 and not against
+    favor, against = counts["favor"], counts["against"]
+    enough = favor == ran if claim.rule == "all" else favor > ran / 2 and not against
     verdict: Verdict = "does not show"
     if enough:
         verdict = "holds"
-    elif against > ran / 2 and not favour:
+    elif against > ran / 2 and not favor:
         verdict = "opposite"
     return Judgement(claim, verdict, tuple(comparisons), note)
 

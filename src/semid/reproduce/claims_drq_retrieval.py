@@ -19,7 +19,7 @@ __all__ = ["matching_claims", "no_winner", "retrieval_claims"]
 
 
 def _retained(name: str, k: str) -> Read:
-    return figure("behaviour", "retention", name, k)
+    return figure("behavior", "retention", name, k)
 
 
 def retrieval_claims(test: DrqTest) -> list[Judgement]:
@@ -126,7 +126,7 @@ def retrieval_claims(test: DrqTest) -> list[Judgement]:
 
 
 def _auc(name: str) -> Read:
-    return figure("behaviour", "aucs", name)
+    return figure("behavior", "aucs", name)
 
 
 def matching_claims(test: DrqTest) -> list[Judgement]:
@@ -184,7 +184,7 @@ def no_winner(test: DrqTest) -> Judgement:
                 for c in test.above(other, [tokenizer], views)
                 if c.name.startswith(f"{name}:") and c.difference is not None
             ]
-            worst = max(rivals, key=lambda c: c.favour, default=None)
+            worst = max(rivals, key=lambda c: c.favor, default=None)
             comparisons.append(
                 Comparison(f"{name}: {tokenizer} is beaten in some view", None)
                 if worst is None

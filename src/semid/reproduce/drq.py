@@ -13,7 +13,7 @@ import numpy.typing as npt
 from semid.data.interactions import Interactions
 from semid.data.source import EmbeddingSource
 from semid.diagnostics.reconstruction import reconstruction
-from semid.report.behaviour import Pool, behaviour_pairs, choose_cutoffs, measure_pairs
+from semid.report.behavior import Pool, behavior_pairs, choose_cutoffs, measure_pairs
 from semid.report.diagnose import diagnose
 from semid.report.diagnosis import Diagnosis
 from semid.reproduce.datasets import Opened, missing_files, open_data
@@ -90,7 +90,7 @@ def _job(recipe: DrqRecipe, data: DataSet, row: TokenizerSpec, seed: int, files:
         "variant": row.variant,
         "seed": seed,
     }
-    own = {**spec, "kind": row.kind, "options": row.options, "behaviour": row.behaviour}
+    own = {**spec, "kind": row.kind, "options": row.options, "behavior": row.behavior}
     name = f"{row.name} ({row.variant})" if row.variant else row.name
     return Job(
         digest([shared, own]), f"{data.name}, {name}, seed {seed}", spec, settings=digest(shared)
@@ -137,7 +137,7 @@ class DrqRunner:
                 **row.options,
             },
         )
-        tok.fit(opened.embeddings, interactions=log if row.behaviour else None)
+        tok.fit(opened.embeddings, interactions=log if row.behavior else None)
         fitted = time.process_time() - cpu
         diagnosis = diagnose(
             tok,
@@ -150,7 +150,7 @@ class DrqRunner:
         figures = _figures(diagnosis)
         figures["decoder(z)"] = _continuous(tok, opened.embeddings)
         if log is not None:
-            figures["behaviour"] = _behaviour(
+            figures["behavior"] = _behavior(
                 tok, opened.pool(log), log, replicates=self.recipe.replicates
             )
         return {
@@ -177,7 +177,7 @@ def _protocol(tok: Tokenizer, data: DataSet, log: Interactions | None) -> str:
     ]
     if log is not None:
         where = f" of {', '.join(data.logs)}" if data.logs else ""
-        parts.append(f"behaviour: consecutive items of a tenth of the users{where}")
+        parts.append(f"behavior: consecutive items of a tenth of the users{where}")
     if report is not None and "protocol" in report.details:
         parts.append(str(report.details["protocol"]))
     return "; ".join(parts)
@@ -192,7 +192,7 @@ def _figures(d: Diagnosis) -> dict[str, Any]:
             "effective_rank",
             "top_share",
             "mean_abs_cosine",
-            "mean_abs_cosine_centred",
+            "mean_abs_cosine_centered",
             "dim",
         )
         geometry = {s["name"]: {k: s[k] for k in wanted} for s in d.geometry["spaces"]}
@@ -266,11 +266,11 @@ def _continuous(tok: Tokenizer, source: EmbeddingSource) -> dict[str, Any]:
     }
 
 
-def _behaviour(
+def _behavior(
     tok: Tokenizer, source: EmbeddingSource, log: Interactions, *, replicates: int
 ) -> dict[str, Any] | None:
     """Measure retrieval and AUCs on the test users; None where the log has no order."""
-    pairs, facts, notes = behaviour_pairs(log, source.ids)
+    pairs, facts, notes = behavior_pairs(log, source.ids)
     if pairs is None:
         return None
     rows = source.rows(np.arange(len(source)))
@@ -280,8 +280,8 @@ def _behaviour(
         "decoder(codes)": tok.decode(codes),
         "decoder(z)": _reconstructed(tok, rows),
     }
-    if isinstance(tok, BARQ) and tok.decodes_behaviour:
-        spaces["decode_behaviour(codes)"] = tok.decode_behaviour(codes)
+    if isinstance(tok, BARQ) and tok.decodes_behavior:
+        spaces["decode_behavior(codes)"] = tok.decode_behavior(codes)
     pool = Pool(codes, tok.codebooks, spaces, hierarchical=tok.hierarchical)
     cutoffs, more = choose_cutoffs(None, len(source))
     found = measure_pairs(

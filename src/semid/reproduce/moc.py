@@ -16,7 +16,7 @@ from semid.data.csv_files import csv_columns, is_csv
 from semid.data.parquet_files import ParquetFiles
 from semid.errors import InteractionsError
 from semid.progress import QuietProgress
-from semid.recommenders.ranking.analysis import CodeAnalysis, analyse_codes
+from semid.recommenders.ranking.analysis import CodeAnalysis, analyze_codes
 from semid.recommenders.ranking.cell import train_cell
 from semid.recommenders.ranking.data import DataOptions, RankingData, prepare_ranking
 from semid.recommenders.ranking.kept import information_kept
@@ -77,8 +77,8 @@ def recipe_cells(recipe: MocRecipe) -> list[dict[str, Any]]:
                 if stage.data and d.name not in stage.data:
                     continue
                 for spec in _cells(recipe, stage, d, seed):
-                    known = specs.setdefault(digest(spec), {**spec, "analyse": False})
-                    known["analyse"] |= seed < stage.analyse and spec["method"] not in _BLANK
+                    known = specs.setdefault(digest(spec), {**spec, "analyze": False})
+                    known["analyze"] |= seed < stage.analyze and spec["method"] not in _BLANK
     return list(specs.values())
 
 
@@ -209,11 +209,11 @@ class MocRunner:
         )
         figures["protocol"] += f" width={self.recipe.width} tokenizer_seed=seed"
         figures["rows"] = {name: len(part) for name, part in rows.parts.items()}
-        if spec["analyse"]:
+        if spec["analyze"]:
             test = rows.parts["test"]
-            figures["analysis"] = _thinned(analyse_codes(ranker.network, test))
+            figures["analysis"] = _thinned(analyze_codes(ranker.network, test))
             if spec["fusion"]:
-                fused = analyse_codes(ranker.network, test, fused=True)
+                fused = analyze_codes(ranker.network, test, fused=True)
                 figures["analysis_fused"] = _thinned(fused)
         return figures
 

@@ -61,7 +61,7 @@ class Page:
     @property
     def claim_columns(self) -> list[str]:
         """Head of the table of claims."""
-        return ["claim", "where", "verdict", "in favour", "against", "open", "not run"]
+        return ["claim", "where", "verdict", "in favor", "against", "open", "not run"]
 
     @property
     def claim_rows(self) -> list[list[str]]:
@@ -71,7 +71,7 @@ class Page:
                 j.claim.sentence,
                 j.claim.where,
                 j.verdict,
-                *(str(j.counts[k]) for k in ("favour", "against", "open", "not run")),
+                *(str(j.counts[k]) for k in ("favor", "against", "open", "not run")),
             ]
             for j in self.judgements
         ]

@@ -74,7 +74,7 @@ class TokenizerSpec:
         options: further arguments of its class.
         variant: empty for the paper's row; else what was chosen otherwise, shown apart.
         data: names of data sets; empty takes all.
-        behaviour: whether it learns from interactions.
+        behavior: whether it learns from interactions.
     """
 
     name: str
@@ -82,7 +82,7 @@ class TokenizerSpec:
     options: Mapping[str, Any] = field(default_factory=dict)
     variant: str = ""
     data: tuple[str, ...] = ()
-    behaviour: bool = False
+    behavior: bool = False
 
     def __post_init__(self) -> None:
         """Check the kind.
@@ -154,7 +154,7 @@ class Stage:
         parts: ``alone``: each level of the widest scale by itself (fig. 8a); ``first``: its
             levels from the lowest up (fig. 8b). Empty uses all levels.
         seeds: seeds 0 to this number; 0 takes the recipe's.
-        analyse: seeds below this also keep the paper's metrics of code embeddings.
+        analyze: seeds below this also keep the paper's metrics of code embeddings.
         data: names of data sets; empty takes all.
         variant: name of a `Variant`; empty is the main protocol.
     """
@@ -167,7 +167,7 @@ class Stage:
     fusion: tuple[bool, ...] = (False, True)
     parts: tuple[str, ...] = ()
     seeds: int = 0
-    analyse: int = 0
+    analyze: int = 0
     data: tuple[str, ...] = ()
     variant: str = ""
 

@@ -123,7 +123,7 @@ def _geometry(t: _Tables) -> list[Figure]:
         ("effective rank", "effective_rank", 2),
         ("top share", "top_share", 4),
         ("mean |cosine|", "mean_abs_cosine", 4),
-        ("mean |cosine|, centred", "mean_abs_cosine_centred", 4),
+        ("mean |cosine|, centered", "mean_abs_cosine_centered", 4),
     )
     found = t.table(
         "geometry",
@@ -132,7 +132,7 @@ def _geometry(t: _Tables) -> list[Figure]:
         [(name, space("latent", key), digits) for name, key, digits in keys],
         paper=lambda name: [*_written(DRQ_GEOMETRY.get(name)), ""],
         definition="Participation ratio, entropy effective rank and largest eigenvalue's share of "
-        "the covariance; mean absolute cosine between columns as they are, and centred.",
+        "the covariance; mean absolute cosine between columns as they are, and centered.",
     )
     return [
         replace(one, rows=[*_raw(t, data, keys), *one.rows])
@@ -200,7 +200,7 @@ def _sweep(t: _Tables) -> list[Figure]:
         traces: list[dict[str, Any]] = []
         rows: list[list[str]] = []
         scales: list[float] = []
-        for colour, name in enumerate(TOKENIZERS):
+        for color, name in enumerate(TOKENIZERS):
             own = t.rows.where(data=data, tokenizer=name, variant="")
             if not own or not own[0].get("overlap"):
                 continue
@@ -215,7 +215,7 @@ def _sweep(t: _Tables) -> list[Figure]:
                 means = [sum(v) / len(v) for v in values]
                 title = f"{name}, level {n + 1}"
                 traces.append(
-                    line(title, scales, means, colour + 1, dash=("solid", "dash", "dot")[min(n, 2)])
+                    line(title, scales, means, color + 1, dash=("solid", "dash", "dot")[min(n, 2)])
                 )
                 rows.append([title, *(f"{m:.1f}" for m in means)])
         if rows:
@@ -297,8 +297,8 @@ def _usage(t: _Tables) -> list[Figure]:
 
 def _cutoffs(t: _Tables) -> list[str]:
     for row in t.rows.rows:
-        if row.get("behaviour"):
-            return [str(k) for k in row["behaviour"]["cutoffs"]]
+        if row.get("behavior"):
+            return [str(k) for k in row["behavior"]["cutoffs"]]
     return []
 
 
@@ -313,7 +313,7 @@ def _retention(t: _Tables, way: str) -> list[Figure]:
         f"retention-{'codes' if 'codes' in way else 'z'}",
         "table-4",
         f"Retention of {way}",
-        [(f"@{k}", figure("behaviour", "retention", way, k), 4) for k in ks],
+        [(f"@{k}", figure("behavior", "retention", way, k), 4) for k in ks],
         paper=paper,
         definition="(HR - HR by chance) / (HR of the original embedding - HR by chance), on "
         "consecutive items of held-out users; not bounded by 1.",
@@ -356,7 +356,7 @@ def _aucs(t: _Tables) -> list[Figure]:
         "aucs",
         "table-5",
         "AUC of pairs",
-        [(name, figure("behaviour", "aucs", key), 4) for name, key in names],
+        [(name, figure("behavior", "aucs", key), 4) for name, key in names],
         paper=lambda name: [*_written(DRQ_AUC.get(name)), "", "", ""],
         definition="Consecutive items of held-out users against ten fixed random negatives a pair; "
         "ties count one half. The paper does not say which reading of 'exact' it means.",

@@ -222,7 +222,7 @@ def _levels(rows: Rows, data: str) -> list[Figure]:
     for part, title in (("alone", "One level alone"), ("first", "Levels from the lowest up")):
         traces: list[dict[str, Any]] = []
         table: list[list[str]] = []
-        for colour, method in enumerate(("rqvae", "moc")):
+        for color, method in enumerate(("rqvae", "moc")):
             own = rows.where(data=data, run="rank", method=method, fusion=False)
             numbers = sorted(
                 {int(str(r["part"]).split()[1]) for r in own if str(r.get("part")).startswith(part)}
@@ -235,7 +235,7 @@ def _levels(rows: Rows, data: str) -> list[Figure]:
                 means.append(sum(values) / len(values))
                 table.append([f"{NAMES[method]} {part} {n}", str(len(values)), spread(values)])
             if numbers:
-                traces.append(line(NAMES[method], numbers, means, colour + 1, mode="lines+markers"))
+                traces.append(line(NAMES[method], numbers, means, color + 1, mode="lines+markers"))
         if table:
             found.append(
                 Figure(

@@ -69,14 +69,14 @@ def _kept(rows: Rows, data: str) -> Figure | None:
 def _clusters(rows: Rows, data: str) -> Figure | None:
     traces: list[dict[str, Any]] = []
     table: list[list[str]] = []
-    for colour, (name, seeds) in enumerate(_cells(rows)):
+    for color, (name, seeds) in enumerate(_cells(rows)):
         if "fusion" in name:
             continue
         for place, what, dash in (("sweep", "all codes", "solid"), ("first", "code 1", "dash")):
             points = [s["analysis"][place] for s in seeds]
             x = [p["clusters"] for p in points[0]]
             y = [_mean([p[n]["nmi"] for p in points if n < len(p)]) for n in range(len(x))]
-            traces.append(line(f"{name}, {what}", x, y, colour % 7 + 1, dash=dash))
+            traces.append(line(f"{name}, {what}", x, y, color % 7 + 1, dash=dash))
             for n, clusters in enumerate(x):
                 chance = _mean([p[n]["by_chance"] for p in points if n < len(p)])
                 ami = _mean([p[n]["ami"] for p in points if n < len(p)])
@@ -89,7 +89,7 @@ def _clusters(rows: Rows, data: str) -> Figure | None:
         "figures",
         f"What clusters know of the label (figs. 1b, 1c), {data}",
         "Higher is better; what labels shuffled at random give is no information.",
-        "K-means over the embeddings of all codes side by side, and of the first alone; normalised "
+        "K-means over the embeddings of all codes side by side, and of the first alone; normalized "
         "mutual information with the label on the test part, the same adjusted for chance, and for "
         "shuffled labels.",
         traces,
@@ -144,16 +144,16 @@ def _levels(rows: Rows, data: str) -> Figure | None:
 def _spectra(rows: Rows, data: str) -> Figure | None:
     traces: list[dict[str, Any]] = []
     table: list[list[str]] = []
-    colour = 0
+    color = 0
     for fused in (False, True):
         for name, seeds in _cells(rows, fused=fused):
             spectra = [s["analysis_fused" if fused else "analysis"]["spectrum"] for s in seeds]
             first = spectra[0]
             top = first["value"][0] or 1.0
             y = [v if v > 1e-8 * top else None for v in first["value"]]
-            colour += 1
+            color += 1
             traces.append(
-                line(name, first["rank"], y, colour % 7 + 1, dash="dash" if fused else "solid")
+                line(name, first["rank"], y, color % 7 + 1, dash="dash" if fused else "solid")
             )
             tops = [s["value"][0] for s in spectra]
             used = [float(s["above"]) for s in spectra]
@@ -167,9 +167,9 @@ def _spectra(rows: Rows, data: str) -> Figure | None:
         "figures",
         f"Singular values (figs. 4 and 10), {data}",
         "A curve that falls off a cliff uses few of its dimensions.",
-        "Of the matrix of test rows by all code embeddings side by side, not centred; the curve is "
-        "of the first seed, the table the mean over seeds, counting values above a thousandth of "
-        "the largest.",
+        "Of the matrix of test rows by all code embeddings side by side, not centered; the curve "
+        "is of the first seed, the table the mean over seeds, counting values above a thousandth "
+        "of the largest.",
         traces,
         {"xaxis": {"title": "index"}, "yaxis": {"title": "singular value", "type": "log"}},
         ["", "largest", "above 1/1000 of it"],

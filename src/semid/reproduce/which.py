@@ -20,11 +20,11 @@ QUESTIONS: dict[str, tuple[Read, int]] = {
         4,
     ),
     "retrieval by reconstruction: retention at 50": (
-        figure("behaviour", "retention", "decoder(codes)", "50"),
+        figure("behavior", "retention", "decoder(codes)", "50"),
         4,
     ),
-    "retrieval by ids alone: HR@50": (figure("behaviour", "discrete", "50"), 4),
-    "soft matching: weighted AUC": (figure("behaviour", "aucs", "weighted"), 4),
+    "retrieval by ids alone: HR@50": (figure("behavior", "discrete", "50"), 4),
+    "soft matching: weighted AUC": (figure("behavior", "aucs", "weighted"), 4),
     "even usage: perplexity of the last level": (figure("usage", -1, "perplexity"), 1),
     "capacity: K_eff of the first level": (effective_size(0), 1),
     "unique ids: fewest collisions": (less(figure("collisions", "collision_rate")), 4),
@@ -57,7 +57,7 @@ def which_tokenizer(rows: Rows) -> Figure:
                 own, rival = (
                     {"data": data, "tokenizer": name, "variant": ""} for name in (best, other)
                 )
-                beaten = Comparison(other, rows.difference(read, own, rival)).favour
+                beaten = Comparison(other, rows.difference(read, own, rival)).favor
                 if other != best and not beaten:
                     level.append(other)
             absent = [name for name in TOKENIZERS if name not in means]

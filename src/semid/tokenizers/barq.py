@@ -1,4 +1,4 @@
-"""BARQ: behaviour-aware residual quantization, all levels refined together."""
+"""BARQ: behavior-aware residual quantization, all levels refined together."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from semid.tokenizers.neural.blend import Blend, BlendGraph, Content
 from semid.tokenizers.neural.continuous import ContinuousTokenizer
 from semid.tokenizers.neural.decoupled import Objective
 from semid.tokenizers.neural.graph import EncoderGraph, Prepare
-from semid.tokenizers.neural.initialise import LatentBlocks
+from semid.tokenizers.neural.initialize import LatentBlocks
 from semid.tokenizers.neural.options import NeuralOptions
-from semid.tokenizers.neural.pairs import Behaviour
+from semid.tokenizers.neural.pairs import Behavior
 from semid.tokenizers.neural.rows import PreparedRows, moments
 from semid.tokenizers.stored import check_shapes
 from semid.training.stages import Stages
@@ -42,23 +42,27 @@ LATENT = 64
 MEMORY = 1 << 30
 
 
+STORED = {"content": "content", "behavior": "behaviour"}
+"""Decoding tables -> names of their tensors in an artefact, part of the weights fingerprint."""
+
+
 class BARQ(ContinuousTokenizer):
-    """Behaviour decides the first code, content the others, and all levels are fitted together.
+    """Behavior decides the first code, content the others, and all levels are fitted together.
 
     A contrastive encoder ``u`` of the embedding is trained on pairs. With ``P`` the leading
     principal components, level 1 clusters ``[P'x, s u(x)]``, deeper levels what level 1 leaves of
     ``P'x``; then beam encoding and ridge least squares of all codebooks take turns. Tables fitted
-    to the codes decode them to whole embeddings and to behaviour. Codes are a function of the
-    embedding alone, so items without behaviour are served like the others.
+    to the codes decode them to whole embeddings and to behavior. Codes are a function of the
+    embedding alone, so items without behavior are served like the others.
 
     Args:
         levels: codes an item.
         codebook_size: codewords a level (2 to 2**32), or one number a level.
         beam_width: partial codes kept while encoding.
-        behaviour_weight: variance of ``s u(x)`` in variances of ``P'x``, 0 or more; 2 was chosen on
-            users kept for selection (``benchmarks/choice.py``). 0 leaves behaviour out, and `fit`
+        behavior_weight: variance of ``s u(x)`` in variances of ``P'x``, 0 or more; 2 was chosen on
+            users kept for selection (``benchmarks/choice.py``). 0 leaves behavior out, and `fit`
             then takes no pairs.
-        behaviour_levels: levels that see ``u``, 1 to ``levels``.
+        behavior_levels: levels that see ``u``, 1 to ``levels``.
         content_variance: share of the embeddings' variance in the components that are quantized,
             in (0, 1]; 1 quantizes embeddings whole. A smaller share evens out usage and is faster:
             0.95 at no more error, less for some (``benchmarks/choice.py``).
@@ -87,8 +91,8 @@ class BARQ(ContinuousTokenizer):
         levels: int = 3,
         codebook_size: int | Sequence[int] = 256,
         beam_width: int = 8,
-        behaviour_weight: float = 2.0,
-        behaviour_levels: int = 1,
+        behavior_weight: float = 2.0,
+        behavior_levels: int = 1,
         content_variance: float = 0.95,
         size_limit: float = 0.0,
         objective: Objective | Mapping[str, Any] | None = None,
@@ -96,15 +100,15 @@ class BARQ(ContinuousTokenizer):
         kmeans: KMeansOptions | Mapping[str, Any] | None = None,
         **options: Unpack[NeuralOptions],
     ) -> None:
-        for name, value in (("behaviour_weight", behaviour_weight), ("size_limit", size_limit)):
+        for name, value in (("behavior_weight", behavior_weight), ("size_limit", size_limit)):
             if not 0 <= value <= MAX_WEIGHT:
                 raise UsageError(f"{name}={value}: give 0 to {MAX_WEIGHT:,}")
-        if not 1 <= behaviour_levels <= levels:
-            raise UsageError(f"behaviour_levels={behaviour_levels}: give 1 to levels={levels}")
+        if not 1 <= behavior_levels <= levels:
+            raise UsageError(f"behavior_levels={behavior_levels}: give 1 to levels={levels}")
         if not 0 < content_variance <= 1:
             raise UsageError(f"content_variance={content_variance}: give a share in (0, 1]")
-        self.behaviour_weight = float(behaviour_weight)
-        self.behaviour_levels = int(behaviour_levels)
+        self.behavior_weight = float(behavior_weight)
+        self.behavior_levels = int(behavior_levels)
         self.content_variance = float(content_variance)
         self.size_limit = float(size_limit)
         self.refine = RefineOptions.of(refine)
@@ -128,8 +132,8 @@ class BARQ(ContinuousTokenizer):
             "levels": self.levels,
             "codebook_size": list(self.codebook_sizes),
             "beam_width": self.beam_width,
-            "behaviour_weight": self.behaviour_weight,
-            "behaviour_levels": self.behaviour_levels,
+            "behavior_weight": self.behavior_weight,
+            "behavior_levels": self.behavior_levels,
             "content_variance": self.content_variance,
             "size_limit": self.size_limit,
             "objective": asdict(self.objective),
@@ -142,34 +146,34 @@ class BARQ(ContinuousTokenizer):
         return self.network.latent or LATENT
 
     @property
-    def needs_behaviour(self) -> bool:
-        """Whether behaviour has a weight."""
-        return self.behaviour_weight > 0
+    def needs_behavior(self) -> bool:
+        """Whether behavior has a weight."""
+        return self.behavior_weight > 0
 
-    def _behaviour(
+    def _behavior(
         self, interactions: Any, pairs: Any, *, ids: ItemIds, train: npt.NDArray[np.bool_]
-    ) -> Behaviour | None:
+    ) -> Behavior | None:
         given = interactions is not None or pairs is not None
-        if given and not self.needs_behaviour:
+        if given and not self.needs_behavior:
             raise UsageError(
-                "interactions or pairs were given and behaviour_weight=0, so they would not be "
-                "used; give --behaviour-weight 2 (behaviour_weight=), or leave them out"
+                "interactions or pairs were given and behavior_weight=0, so they would not be "
+                "used; give --behavior-weight 2 (behavior_weight=), or leave them out"
             )
-        if self.needs_behaviour and not given:
+        if self.needs_behavior and not given:
             raise UsageError(
-                "barq learns from behaviour; give --interactions or --pairs (interactions=, "
-                "pairs=), or --behaviour-weight 0 (behaviour_weight=) to learn without them"
+                "barq learns from behavior; give --interactions or --pairs (interactions=, "
+                "pairs=), or --behavior-weight 0 (behavior_weight=) to learn without them"
             )
-        return super()._behaviour(interactions, pairs, ids=ids, train=train) if given else None
+        return super()._behavior(interactions, pairs, ids=ids, train=train) if given else None
 
     def _fit(self, context: FitContext) -> dict[str, Any]:
         prepared = PreparedRows.of(context, center=self.center, normalize=self.normalize)
         stages = Stages(context.checkpoint)
         details: dict[str, Any] = {"protocol": "no pairs"}
         self._preprocess = prepared.preprocess
-        if context.behaviour is not None:
+        if context.behavior is not None:
             autoencoder, details["training"] = self._trained(prepared, context, stages)
-            details["protocol"] = context.behaviour.train.protocol
+            details["protocol"] = context.behavior.train.protocol
             self._set_autoencoder(autoencoder)
         train = prepared.train.blocks
         held = None if prepared.held_out is None else prepared.held_out.blocks
@@ -213,11 +217,11 @@ class BARQ(ContinuousTokenizer):
         parts = [Part(slice(0, content), self.levels)]
         if self._autoencoder is not None:
             end = content + self._latent_width(dim)
-            parts.append(Part(slice(content, end), self.behaviour_levels))
+            parts.append(Part(slice(content, end), self.behavior_levels))
         return parts
 
     def _set_scale(self, train: Blocks) -> None:
-        """Let the directions' variance be ``behaviour_weight`` times that of the content."""
+        """Let the directions' variance be ``behavior_weight`` times that of the content."""
         self._blend = self._make_blend(1.0)
         if self._autoencoder is None:
             return
@@ -227,7 +231,7 @@ class BARQ(ContinuousTokenizer):
         )
         content, directions = (moments(LatentBlocks(train, *part))[1] for part in parts)
         ratio = content / max(directions, 1e-12)
-        self._blend = self._make_blend(float(np.sqrt(self.behaviour_weight * ratio)))
+        self._blend = self._make_blend(float(np.sqrt(self.behavior_weight * ratio)))
 
     def _make_blend(self, scale: float) -> Blend:
         return Blend(
@@ -250,7 +254,7 @@ class BARQ(ContinuousTokenizer):
         *,
         weights: npt.NDArray[np.float64] | None = None,
     ) -> dict[str, Any]:
-        """Fit what the codes stand for: whole rows, and directions of behaviour."""
+        """Fit what the codes stand for: whole rows, and directions of behavior."""
         codes = self._codes(train)
         judged = None if held is None else self._codes(held)
 
@@ -270,7 +274,7 @@ class BARQ(ContinuousTokenizer):
 
         found = {"content": fitted(lambda x: x, train.dim)}
         if self._autoencoder is not None:
-            found["behaviour"] = fitted(self._blend.directions, self._latent_width(train.dim))
+            found["behavior"] = fitted(self._blend.directions, self._latent_width(train.dim))
         self._tables = {name: made.tables for name, made in found.items()}
         return {
             f"{name}_tables": {"ridge": made.ridge, "relative_error": made.error}
@@ -309,24 +313,24 @@ class BARQ(ContinuousTokenizer):
         return self._preprocess.invert(self._content.rows(np.ascontiguousarray(content)))
 
     @property
-    def decodes_behaviour(self) -> bool:
-        """Whether it was fitted with behaviour, so that `decode_behaviour` works."""
-        return "behaviour" in self._tables
+    def decodes_behavior(self) -> bool:
+        """Whether it was fitted with behavior, so that `decode_behavior` works."""
+        return "behavior" in self._tables
 
-    def decode_behaviour(self, codes: Any) -> Array:
-        """Return directions of behaviour ``(n, latent)`` float32 that codes stand for.
+    def decode_behavior(self, codes: Any) -> Array:
+        """Return directions of behavior ``(n, latent)`` float32 that codes stand for.
 
         Cosines between them say which items go together in sequences. They are least-squares
         predictions of the encoder's directions and not scaled to length 1.
 
         Raises:
-            UsageError: if the tokenizer was fitted without behaviour.
+            UsageError: if the tokenizer was fitted without behavior.
             InputError: as for `decode`.
         """
         checked = self._checked(codes)
-        if not self.decodes_behaviour:
-            raise UsageError("this barq was fitted without behaviour; fit it with interactions")
-        return dequantize(checked, self._tables["behaviour"])
+        if not self.decodes_behavior:
+            raise UsageError("this barq was fitted without behavior; fit it with interactions")
+        return dequantize(checked, self._tables["behavior"])
 
     def encoder_module(self) -> nn.Module:
         """Return the map from rows ``(n, dim)`` to the blend, for export.
@@ -351,7 +355,7 @@ class BARQ(ContinuousTokenizer):
         tensors["blend.scale"] = np.array([self._blend.scale], dtype=np.float32)
         tensors |= {f"content.{name}": each for name, each in self._content.tensors().items()}
         for name, tables in self._tables.items():
-            tensors |= {f"{name}.{level}": table for level, table in enumerate(tables)}
+            tensors |= {f"{STORED[name]}.{level}": table for level, table in enumerate(tables)}
         return tensors
 
     def _quantized_width(self, dim: int, tensors: Mapping[str, np.ndarray]) -> int:
@@ -366,8 +370,8 @@ class BARQ(ContinuousTokenizer):
             shapes |= {"content.components": (self._dim, None), "content.rest": (self._dim,)}
         for level, size in enumerate(self.codebook_sizes):
             shapes[f"content.{level}"] = (size, self._dim)
-            if "behaviour.0" in tensors:
-                shapes[f"behaviour.{level}"] = (size, None)
+            if f"{STORED['behavior']}.0" in tensors:
+                shapes[f"{STORED['behavior']}.{level}"] = (size, None)
         check_shapes(tensors, shapes)
         super()._set_tensors(tensors)
         prefix = "content."
@@ -375,7 +379,7 @@ class BARQ(ContinuousTokenizer):
         self._content = Content.read(content, threads=self.threads)
         self._blend = self._make_blend(float(tensors["blend.scale"][0]))
         self._tables = {
-            name: tuple(tensors[f"{name}.{level}"] for level in range(self.levels))
-            for name in ("content", "behaviour")
-            if name == "content" or f"{name}.0" in tensors
+            name: tuple(tensors[f"{stored}.{level}"] for level in range(self.levels))
+            for name, stored in STORED.items()
+            if name == "content" or f"{stored}.0" in tensors
         }

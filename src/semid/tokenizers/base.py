@@ -36,11 +36,11 @@ from semid.tokenizers.context import (
     codes_within,
     data_digest,
     item_weights,
-    refuse_behaviour,
+    refuse_behavior,
     train_weights,
 )
 from semid.tokenizers.fitreport import FitReport, HealthCounter
-from semid.tokenizers.neural.pairs import Behaviour
+from semid.tokenizers.neural.pairs import Behavior
 from semid.tokenizers.scan import InputScan, check_enough, scan
 from semid.tokenizers.stored import check_stored, described, stored_settings
 from semid.training.checkpoint import open_checkpoint, run_key
@@ -107,7 +107,7 @@ class Tokenizer(CheckedArguments, ABC):
 
     @abstractmethod
     def _tensors(self) -> dict[str, np.ndarray]:
-        """Return every learnt array by name, the codebooks among them."""
+        """Return every learned array by name, the codebooks among them."""
 
     @abstractmethod
     def _set_tensors(self, tensors: Mapping[str, np.ndarray]) -> None:
@@ -116,7 +116,7 @@ class Tokenizer(CheckedArguments, ABC):
     # What every tokenizer has --------------------------------------------------------------
 
     @property
-    def needs_behaviour(self) -> bool:
+    def needs_behavior(self) -> bool:
         """Whether `fit` cannot do without interactions or pairs."""
         return False
 
@@ -155,7 +155,7 @@ class Tokenizer(CheckedArguments, ABC):
 
     @property
     def weights_fingerprint(self) -> str:
-        """SHA-256 of all learnt arrays and of the settings that change codes beside them.
+        """SHA-256 of all learned arrays and of the settings that change codes beside them.
 
         It stays what it was for a tokenizer of format version 1, whose fingerprint covered the
         arrays alone, so that ids written with it still match.
@@ -194,7 +194,7 @@ class Tokenizer(CheckedArguments, ABC):
 
         Args:
             source: embeddings ``(items, dim)``: anything `semid.open_embeddings` reads.
-            interactions: user sequences, for tokenizers that learn from behaviour.
+            interactions: user sequences, for tokenizers that learn from behavior.
             pairs: ``(n, 2)`` item pairs, for tokenizers that learn from relations.
             ids: item ids for a source that has none; they decide which items are held out.
             weights: ``(items,)`` non-negative item weights, for example popularity.
@@ -224,9 +224,9 @@ class Tokenizer(CheckedArguments, ABC):
             held_out=self.validation_fraction,
         )
         mass = item_weights(weights, len(opened))
-        behaviour = self._behaviour(interactions, pairs, ids=opened.ids, train=train)
+        behavior = self._behavior(interactions, pairs, ids=opened.ids, train=train)
         settings = {"kind": self.kind, **self.settings}
-        key = run_key(settings, data_digest(seen.digest, mass, behaviour))
+        key = run_key(settings, data_digest(seen.digest, mass, behavior))
         with open_checkpoint(checkpoint, key=key, resume=resume) as store:
             context = FitContext(
                 source=opened,
@@ -235,7 +235,7 @@ class Tokenizer(CheckedArguments, ABC):
                 inputs=getattr(opened, "inputs", (opened.dim,)),
                 scan=seen,
                 weights=train_weights(mass, train),
-                behaviour=behaviour,
+                behavior=behavior,
                 checkpoint=store,
                 progress=steps,
             )
@@ -245,11 +245,11 @@ class Tokenizer(CheckedArguments, ABC):
         self.report = self._judge(opened, train, seen, details, steps, began)
         return self
 
-    def _behaviour(
+    def _behavior(
         self, interactions: Any, pairs: Any, *, ids: ItemIds, train: npt.NDArray[np.bool_]
-    ) -> Behaviour | None:
+    ) -> Behavior | None:
         """Return pairs to learn from; one that learns from embeddings alone refuses any."""
-        refuse_behaviour(self.kind, interactions=interactions, pairs=pairs)
+        refuse_behavior(self.kind, interactions=interactions, pairs=pairs)
         return None
 
     def _judge(

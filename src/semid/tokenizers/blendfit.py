@@ -1,4 +1,4 @@
-"""Codebooks of a blend of content and behaviour: K-means by level, refinement, prices."""
+"""Codebooks of a blend of content and behavior: K-means by level, refinement, prices."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class BlendFit:
     """What the steps of one fit share.
 
     Attributes:
-        rows: training rows ``[content, behaviour, room for prices]``.
+        rows: training rows ``[content, behavior, room for prices]``.
         judged: the same of the items held out, or None.
-        parts: the columns of content, of all levels, and those of behaviour, of the first, if any.
+        parts: the columns of content, of all levels, and those of behavior, of the first, if any.
         prices: columns at the end, 0 in every row.
         sizes: codewords of each level.
         seed: any integer.
@@ -56,7 +56,7 @@ class BlendFit:
     def levels(
         self, options: KMeansOptions, stages: Stages
     ) -> tuple[list[Array], list[dict[str, Any]]]:
-        """K-means of the levels that see behaviour, then of the others on what content is left."""
+        """K-means of the levels that see behavior, then of the others on what content is left."""
         first = self.parts[-1].levels
         books: list[Array] = []
         records: list[dict[str, Any]] = []
@@ -96,7 +96,7 @@ class BlendFit:
     def refined(
         self, books: Sequence[Array], options: RefineOptions
     ) -> tuple[list[Array], list[RefineRound]]:
-        """Refine all levels together: content over all of them, behaviour over its own."""
+        """Refine all levels together: content over all of them, behavior over its own."""
         self.progress.start("refine", total=options.most_rounds)
         return refine_residual(
             self.rows,

@@ -15,7 +15,7 @@ from semid.data.embeddings import EmbeddingSource
 from semid.errors import InputError, UsageError
 from semid.options import MAX_BEAM
 from semid.progress import Progress
-from semid.tokenizers.neural.pairs import Behaviour
+from semid.tokenizers.neural.pairs import Behavior
 from semid.tokenizers.scan import InputScan
 from semid.training.checkpoint import Checkpoint
 
@@ -30,7 +30,7 @@ __all__ = [
     "data_digest",
     "item_weights",
     "level_sizes",
-    "refuse_behaviour",
+    "refuse_behavior",
     "train_weights",
 ]
 
@@ -48,7 +48,7 @@ class FitContext:
         inputs: width of each named input whose columns lie side by side in a row.
         scan: what the first pass over all rows saw.
         weights: ``(train rows,)`` item weights, or None.
-        behaviour: pairs of training rows to learn from, or None.
+        behavior: pairs of training rows to learn from, or None.
         checkpoint: where to keep the state of the run, or None.
         progress: told about every step.
     """
@@ -59,7 +59,7 @@ class FitContext:
     inputs: tuple[int, ...]
     scan: InputScan
     weights: npt.NDArray[np.float64] | None
-    behaviour: Behaviour | None
+    behavior: Behavior | None
     checkpoint: Checkpoint | None
     progress: Progress
 
@@ -169,7 +169,7 @@ def train_weights(
     return kept
 
 
-def refuse_behaviour(kind: str, **given: Any) -> None:
+def refuse_behavior(kind: str, **given: Any) -> None:
     """Refuse interactions and pairs on behalf of a tokenizer that would not use them.
 
     Raises:
@@ -185,14 +185,14 @@ def refuse_behaviour(kind: str, **given: Any) -> None:
 
 
 def data_digest(
-    rows: str, weights: npt.NDArray[np.float64] | None, behaviour: Behaviour | None
+    rows: str, weights: npt.NDArray[np.float64] | None, behavior: Behavior | None
 ) -> str:
     """Identify all data of a run: the rows' own digest, weights and pairs where there are any."""
-    if weights is None and behaviour is None:
+    if weights is None and behavior is None:
         return rows
     digest = hashlib.sha256(rows.encode())
     digest.update(b"" if weights is None else weights.tobytes())
-    digest.update(b"" if behaviour is None else behaviour.digest().encode())
+    digest.update(b"" if behavior is None else behavior.digest().encode())
     return digest.hexdigest()
 
 

@@ -11,7 +11,7 @@ from semid.tokenizers.context import FitContext, level_sizes
 from semid.tokenizers.levels import fit_levels
 from semid.tokenizers.neural.continuous import ContinuousTokenizer
 from semid.tokenizers.neural.decoupled import Objective
-from semid.tokenizers.neural.initialise import LatentBlocks
+from semid.tokenizers.neural.initialize import LatentBlocks
 from semid.tokenizers.neural.options import NeuralOptions
 from semid.tokenizers.neural.rows import PreparedRows
 from semid.training.stages import Stages
@@ -115,7 +115,7 @@ class DRQVAE(ContinuousTokenizer):
         )
         self._preprocess = prepared.preprocess
         self._set_autoencoder(autoencoder)
-        protocol = "no pairs" if context.behaviour is None else context.behaviour.train.protocol
+        protocol = "no pairs" if context.behavior is None else context.behavior.train.protocol
         return {
             "training": details,
             "levels": levels,

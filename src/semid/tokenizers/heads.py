@@ -1,7 +1,7 @@
 """Decode heads: tables from codes to any target, fitted by least squares.
 
 The codebooks that encode need not be those that decode. A head changes no code: it sums one row a
-level (or parallel codebook) of tables of its own, in the input space, a behaviour space, or the
+level (or parallel codebook) of tables of its own, in the input space, a behavior space, or the
 space of another model.
 """
 

@@ -19,7 +19,7 @@ from semid.quantization.residual import LevelFit, fit_residual
 from semid.quantization.rows import Rows, as_rows
 from semid.quantization.shard import Shard
 from semid.quantization.threads import default_threads
-from semid.training.distributed import join_processes, neighbours, world_size
+from semid.training.distributed import join_processes, neighbors, world_size
 from semid.training.gathering import GatherTeam, own_span
 from semid.training.stages import StateStore
 
@@ -48,7 +48,7 @@ def training_rows(
     join_processes()
     if world_size() == 1:
         return as_rows(source, weights=weights, threads=threads, memory_bytes=memory_bytes)
-    threads = threads or max(1, default_threads() // neighbours())
+    threads = threads or max(1, default_threads() // neighbors())
     first, last = own_span(len(source))
     shard = Shard(
         source.subset(np.arange(first, last)),

@@ -36,7 +36,7 @@ class RQKMeans(Tokenizer):
         levels: codes an item.
         codebook_size: codewords a level (2 to 2**32), or one number a level.
         seed: any integer.
-        normalize: scale (centred) rows to unit length first.
+        normalize: scale (centered) rows to unit length first.
         center: subtract the training mean first.
         beam_width: partial codes kept while encoding; 1 is greedy, 5 lowers the error by a few
             per cent at 5 times the cost.

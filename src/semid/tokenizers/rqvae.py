@@ -1,4 +1,4 @@
-"""RQ-VAE: residual codebooks inside an autoencoder, learnt by gradient."""
+"""RQ-VAE: residual codebooks inside an autoencoder, learned by gradient."""
 
 from __future__ import annotations
 

@@ -25,6 +25,10 @@ CONFIG: dict[str, Any] = {
 """What every config of a tokenizer holds."""
 
 
+RENAMED = {"behaviour_weight": "behavior_weight", "behaviour_levels": "behavior_levels"}
+"""Settings under names they had when older artefacts were written."""
+
+
 def check_shapes(
     tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int | None, ...]]
 ) -> None:
@@ -85,8 +89,10 @@ def stored_settings(kind: type, config: Mapping[str, Any]) -> dict[str, Any]:
     """
     known = {name: value for name, value in config.items() if name in CONFIG}
     checked(CONFIG, known, "config.json", required=CONFIG)
-    checked(argument_types(kind), config["settings"], "settings")
-    settings: dict[str, Any] = config["settings"]
+    settings: dict[str, Any] = {
+        RENAMED.get(name, name): value for name, value in config["settings"].items()
+    }
+    checked(argument_types(kind), settings, "settings")
     return settings
 
 

@@ -22,7 +22,7 @@ __all__ = [
     "is_main",
     "join_processes",
     "local_rank",
-    "neighbours",
+    "neighbors",
     "rank",
     "world_size",
 ]
@@ -72,7 +72,7 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0")) if _started() > 1 else 0
 
 
-def neighbours() -> int:
+def neighbors() -> int:
     """Count the processes of this group on this machine, this one among them."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if _started() > 1 else 1
 

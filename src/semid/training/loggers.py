@@ -30,7 +30,7 @@ class Logger(Protocol):
     """What the loop reports figures to."""
 
     def log(self, figures: Mapping[str, float], *, step: int) -> None:
-        """Take figures of one step or epoch; ``step`` counts optimiser steps."""
+        """Take figures of one step or epoch; ``step`` counts optimizer steps."""
         ...
 
     def close(self) -> None:

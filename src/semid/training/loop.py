@@ -50,7 +50,7 @@ class Step(NamedTuple):
     """What a model's ``forward`` returns.
 
     Attributes:
-        loss: scalar to be minimised, a mean over this process's rows.
+        loss: scalar to be minimized, a mean over this process's rows.
         logs: detached scalars worth seeing, by name.
     """
 
@@ -87,9 +87,9 @@ class Trainee(Protocol):
     Attributes:
         module: its ``forward(batch)`` returns a `Step`; what it has to remember lies in its
             parameters and buffers.
-        steps_per_epoch: optimiser steps an epoch, the same in every process.
+        steps_per_epoch: optimizer steps an epoch, the same in every process.
 
-    It may also have ``optimizer(options)``, which returns the optimiser to use instead of AdamW
+    It may also have ``optimizer(options)``, which returns the optimizer to use instead of AdamW
     over all parameters; a parameter group's ``rate`` then multiplies the learning rate of a step.
     """
 
@@ -213,7 +213,7 @@ class _Run:
         self.trainee, self.options, self.seed = trainee, options, seed
         self.store, self.progress, self.device = store, progress, device
         self.module = trainee.module
-        # A trainee may bring an optimiser of its own; a group's "rate" is a multiple of the rate.
+        # A trainee may bring an optimizer of its own; a group's "rate" is a multiple of the rate.
         make = getattr(trainee, "optimizer", None)
         self.optimizer: torch.optim.Optimizer = (
             torch.optim.AdamW(

@@ -1,4 +1,4 @@
-"""Model and optimiser as flat arrays by name, which is what a checkpoint holds."""
+"""Model and optimizer as flat arrays by name, which is what a checkpoint holds."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def load_module_(module: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def optimizer_arrays(optimizer: torch.optim.Optimizer) -> Arrays:
-    """Return the optimiser's state by parameter number and name; rates are the schedule's."""
+    """Return the optimizer's state by parameter number and name; rates are the schedule's."""
     state: dict[int, dict[str, Tensor]] = optimizer.state_dict()["state"]
     return {
         f"{number}.{name}": value.detach().cpu().numpy().copy()

@@ -33,7 +33,7 @@ def read_amazon(
 
     Args:
         reviews: a line of JSON a review, ``.json.gz`` or ``.jsonl.gz``, or not compressed. The
-            layout is recognised by its keys: ``reviewerID``/``asin``/``overall`` (2014, 2018) or
+            layout is recognized by its keys: ``reviewerID``/``asin``/``overall`` (2014, 2018) or
             ``user_id``/``parent_asin``/``rating`` with milliseconds (2023; items are the parents,
             as the metadata has them).
         items: the category's ``meta_*`` file: JSON or, in 2014, Python literals.

@@ -1,6 +1,6 @@
 """Integer products for x86 chips without VNNI: `vpmaddwd`, 16 bits times 16 bits into 32.
 
-An instruction multiplies 16 pairs and adds neighbours, at the rate of a float32 FMA of 8 on chips
+An instruction multiplies 16 pairs and adds neighbors, at the rate of a float32 FMA of 8 on chips
 from Zen 2 and Skylake on: twice the multiply-adds a cycle, and exact.
 """
 

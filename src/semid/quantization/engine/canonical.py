@@ -81,7 +81,7 @@ def resolve_best(
         unit: a row's true score estimate is ``score * unit + shift``.
         shift: see ``unit``.
         bound: how far an estimate may be from the truth, scaled units.
-        half_square: half the squared norm of the centred query, scaled units.
+        half_square: half the squared norm of the centered query, scaled units.
         half_scale: half the square of the factor that turns real units into scaled ones.
         labels: ``(rows,)`` result.
         distances: ``(rows,)`` result.

@@ -32,7 +32,7 @@ class DeviceTable(NamedTuple):
     Attributes:
         rows: ``(entries, width)`` float32 as given.
         norms: ``(entries,)`` float64 lengths.
-        centre: ``(width,)`` float64.
+        center: ``(width,)`` float64.
         scaled: ``(entries, width)`` float32 scaled rows.
         offsets: ``(entries,)`` float32, minus what is to be subtracted from products.
         rounded: ``(entries, width + PIECES)`` bfloat16 scaled rows, then the offset in pieces: with
@@ -42,7 +42,7 @@ class DeviceTable(NamedTuple):
 
     rows: Tensor
     norms: Tensor
-    centre: Tensor
+    center: Tensor
     scaled: Tensor
     offsets: Tensor
     rounded: Tensor
@@ -65,7 +65,7 @@ def device_table(table: Table, device: torch.device) -> DeviceTable:
         found = known[device] = DeviceTable(
             torch.from_numpy(table.rows).to(device),
             torch.from_numpy(table.norms).to(device),
-            torch.from_numpy(table.centre).to(device).double(),
+            torch.from_numpy(table.center).to(device).double(),
             scaled.to(device),
             offsets.to(device),
             torch.cat([rounded, pieces], 1).to(device),
@@ -124,7 +124,7 @@ def _bound(table: Table, length: Tensor, residual: Tensor, lost: float, products
 
     Args:
         table: what is searched.
-        length: ``(n,)`` of the centred queries.
+        length: ``(n,)`` of the centered queries.
         residual: ``(n,)`` norms of what rounding took from them.
         lost: the same of the entries, at most.
         products: error of a product and a sum of the route, relative to the vectors' lengths.
@@ -140,10 +140,10 @@ def _bound(table: Table, length: Tensor, residual: Tensor, lost: float, products
     return total
 
 
-def _centred(x: Tensor, table: Table, ready: DeviceTable) -> Tensor:
-    """Centre and scale queries in float64; see `rows.centre_queries`."""
+def _centered(x: Tensor, table: Table, ready: DeviceTable) -> Tensor:
+    """Center and scale queries in float64; see `rows.center_queries`."""
     if table.metric == L2:
-        return (x.double() - ready.centre) * 2.0**-table.exponent
+        return (x.double() - ready.center) * 2.0**-table.exponent
     largest = x.abs().amax(dim=1, keepdim=True).double()
     usable = (largest > 0) & torch.isfinite(largest)
     power = torch.frexp(torch.where(usable, largest, 1.0)).exponent
@@ -210,7 +210,7 @@ def _block(
 ) -> tuple[Tensor, Tensor, int]:
     """Search for one block of padded float32 queries; see `search_device`."""
     single = k == 1 and exclude is None and len(table) > 1
-    y64 = _centred(x, table, ready)
+    y64 = _centered(x, table, ready)
     length = y64.norm(dim=1)
     usable = length <= FAR  # false for NaN
     y64 = torch.where(usable[:, None], y64, 0.0)

@@ -1,4 +1,4 @@
-"""Rows made ready for screening: centred, scaled by a power of two, measured, rounded."""
+"""Rows made ready for screening: centered, scaled by a power of two, measured, rounded."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["FAR", "centre_queries", "centre_table", "first_copies", "round_bfloat16", "slack"]
+__all__ = ["FAR", "center_queries", "center_table", "first_copies", "round_bfloat16", "slack"]
 
 FAR = 2.0**30
-"""A query further from the table's centre than this many table radii is not screened."""
+"""A query further from the table's center than this many table radii is not screened."""
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
@@ -21,18 +21,18 @@ FAST = {"reassoc", "contract", "nsz"}  # NaN and infinity keep their meaning
 
 
 @numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True, fastmath=FAST)
-def centre_queries(
-    x: F32, rows: int, centre: F32, factor: float, own_scale: bool, y: F32, half_square: F64
+def center_queries(
+    x: F32, rows: int, center: F32, factor: float, own_scale: bool, y: F32, half_square: F64
 ) -> None:
-    """Write ``(x - centre) * factor`` to ``y`` and half its squared norm to ``half_square``.
+    """Write ``(x - center) * factor`` to ``y`` and half its squared norm to ``half_square``.
 
     Args:
         x: ``(>= rows, width)`` queries.
         rows: how many to take; further rows of ``y`` are set to zero.
-        centre: ``(width,)``.
+        center: ``(width,)``.
         factor: power of two that brings the table's radius to at most 1.
         own_scale: scale each row by its own power of two instead (metrics in which the length
-            of a query changes no ranking); ``centre`` must be zero.
+            of a query changes no ranking); ``center`` must be zero.
         y: ``(>= rows, width)`` float32 result; zero where a row cannot be screened.
         half_square: ``(rows,)``; -1 marks a row that cannot be screened (not finite, or `FAR`).
     """
@@ -47,7 +47,7 @@ def centre_queries(
                 scale = math.ldexp(1.0, -math.frexp(float(largest))[1])
         total = 0.0
         for j in range(width):
-            value = (np.float64(x[i, j]) - np.float64(centre[j])) * scale
+            value = (np.float64(x[i, j]) - np.float64(center[j])) * scale
             total += value * value
             y[i, j] = value
         if total <= FAR * FAR:
@@ -62,17 +62,17 @@ def centre_queries(
 
 
 @numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True)
-def centre_table(
-    table: F32, norms: F64, normalise: bool, centre: F32, scaled: F32, offsets: F64, lengths: F64
+def center_table(
+    table: F32, norms: F64, normalize: bool, center: F32, scaled: F32, offsets: F64, lengths: F64
 ) -> int:
-    """Centre and scale a table; see `centre_queries`.
+    """Center and scale a table; see `center_queries`.
 
     Args:
         table: ``(entries, width)`` rows as given.
         norms: ``(entries,)`` their lengths.
-        normalise: divide each row by its length first (zero rows stay zero).
-        centre: ``(width,)`` result: the mean row.
-        scaled: ``(>= entries, width)`` result: ``(row - centre) * 2**-exponent``.
+        normalize: divide each row by its length first (zero rows stay zero).
+        center: ``(width,)`` result: the mean row.
+        scaled: ``(>= entries, width)`` result: ``(row - center) * 2**-exponent``.
         offsets: ``(entries,)`` result: half the squared norm of each scaled row.
         lengths: ``(entries,)`` result: norm of each scaled row, at most 1.
 
@@ -82,26 +82,26 @@ def centre_table(
     entries, width = table.shape
     mean = np.zeros(width)
     for i in range(entries):
-        divisor = norms[i] if normalise and norms[i] > 0.0 else 1.0
+        divisor = norms[i] if normalize and norms[i] > 0.0 else 1.0
         for j in range(width):
             mean[j] += table[i, j] / divisor
     for j in range(width):
-        centre[j] = mean[j] / entries
+        center[j] = mean[j] / entries
     largest = 0.0
     for i in range(entries):
-        divisor = norms[i] if normalise and norms[i] > 0.0 else 1.0
+        divisor = norms[i] if normalize and norms[i] > 0.0 else 1.0
         total = 0.0
         for j in range(width):
-            value = table[i, j] / divisor - np.float64(centre[j])
+            value = table[i, j] / divisor - np.float64(center[j])
             total += value * value
         lengths[i] = math.sqrt(total)
         largest = max(largest, lengths[i])
     exponent = math.frexp(largest)[1] if largest > 0.0 else 0
     scale = math.ldexp(1.0, -exponent)
     for i in range(entries):
-        divisor = norms[i] if normalise and norms[i] > 0.0 else 1.0
+        divisor = norms[i] if normalize and norms[i] > 0.0 else 1.0
         for j in range(width):
-            scaled[i, j] = (table[i, j] / divisor - np.float64(centre[j])) * scale
+            scaled[i, j] = (table[i, j] / divisor - np.float64(center[j])) * scale
         lengths[i] *= scale
         offsets[i] = lengths[i] * lengths[i] / 2.0
     for i in range(entries, scaled.shape[0]):
@@ -190,11 +190,11 @@ def slack(residual: F64, length: F64, width: int) -> F64:
     """Bound the true rounding error of rows from its float32 measurement.
 
     Covers the sum's own rounding (``width`` float32 terms), squares that underflowed, and the
-    float32 rounding of the centred row before it was rounded further.
+    float32 rounding of the centered row before it was rounded further.
 
     Args:
         residual: measured norms, as `round_bfloat16` gives them.
-        length: norms of the centred rows.
+        length: norms of the centered rows.
         width: columns.
     """
     return residual * (1.0 + (width + 8) * 2.0**-24) + length * 2.0**-22 + 2.0**-60

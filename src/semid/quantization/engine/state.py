@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from semid.quantization.engine.canonical import L2
-from semid.quantization.engine.rows import centre_queries, round_bfloat16
+from semid.quantization.engine.rows import center_queries, round_bfloat16
 from semid.quantization.engine.screen import trim_rows
 from semid.quantization.engine.table import Table, aligned
 from semid.quantization.engine.vector import SCAN
@@ -34,7 +34,7 @@ class State:
 
     Attributes:
         rows: queries in the current block.
-        y: ``(limit, width)`` float32 centred and scaled queries.
+        y: ``(limit, width)`` float32 centered and scaled queries.
         length, residual, bound: ``(limit,)`` float64: norm of each query, what rounding took
             from it, and how far a score may lie from the truth (scaled units).
         unit, shift: ``(limit,)`` float64: true score estimate = stored score * unit + shift.
@@ -76,15 +76,15 @@ class State:
         return found[:size].reshape(shape)
 
     def load(self, x: F32, table: Table, within: F64 | None = None) -> None:
-        """Take a block: centre, scale and measure ``x`` ``(rows, width)``.
+        """Take a block: center, scale and measure ``x`` ``(rows, width)``.
 
         ``within`` ``(rows,)``: squared distances that ``k`` entries are known not to exceed.
         """
         self.rows = rows = len(x)
         l2 = table.metric == L2
-        centre = table.centre if l2 else np.zeros_like(table.centre)
+        center = table.center if l2 else np.zeros_like(table.center)
         factor = 2.0**-table.exponent
-        centre_queries(x, rows, centre, factor, not l2, self.y, self.half_square)
+        center_queries(x, rows, center, factor, not l2, self.y, self.half_square)
         self.length[:rows] = np.sqrt(2.0 * np.maximum(self.half_square[:rows], 0.0))
         self.length[rows:] = 0.0
         self._attained = (

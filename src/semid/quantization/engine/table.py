@@ -14,7 +14,7 @@ import torch
 
 from semid.errors import EmbeddingError, UsageError
 from semid.quantization.engine.canonical import COSINE, L2, norms
-from semid.quantization.engine.rows import centre_table, first_copies, round_bfloat16, slack
+from semid.quantization.engine.rows import center_table, first_copies, round_bfloat16, slack
 from semid.quantization.engine.vector import LANES, SCAN
 
 __all__ = ["PAD_OFFSET", "Operand", "Table", "aligned", "check_rows", "float32_rows", "padded"]
@@ -43,7 +43,7 @@ class Operand:
 
 
 def aligned(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    """Return uninitialised memory that starts on a cache line, as numpy's own need not.
+    """Return uninitialized memory that starts on a cache line, as numpy's own need not.
 
     A tile or register of 64 bytes that straddles two lines costs two loads.
     """
@@ -100,7 +100,7 @@ def check_rows(rows: torch.Tensor, *, name: str) -> None:
 class Table:
     """Vectors to search, with everything screening needs.
 
-    Scaled units: rows are centred on ``centre`` and multiplied by ``2**-exponent``, which brings
+    Scaled units: rows are centered on ``center`` and multiplied by ``2**-exponent``, which brings
     the longest to at most 1.
 
     Args:
@@ -117,7 +117,7 @@ class Table:
         offsets: ``(columns,)`` float32, subtracted from products; `PAD_OFFSET` on padding.
         lengths: ``(entries,)`` float64 norms of the scaled rows.
         radius: the largest of ``lengths``.
-        reach: length of the centre plus ``radius``, scaled units.
+        reach: length of the center plus ``radius``, scaled units.
 
     Raises:
         UsageError: no rows, another dtype or shape.
@@ -156,15 +156,15 @@ class Table:
         columns = padded(entries, SCAN)
         self.norms: F64 = np.empty(entries)
         norms(self.rows, self.norms)
-        self.centre: F32 = np.empty(width, np.float32)
+        self.center: F32 = np.empty(width, np.float32)
         self.scaled: F32 = aligned((columns, width), np.float32)
         self.lengths: F64 = np.empty(entries)
         half = np.empty(entries)
-        self.exponent: int = centre_table(
+        self.exponent: int = center_table(
             self.rows,
             self.norms,
             self.metric == COSINE,
-            self.centre,
+            self.center,
             self.scaled,
             half,
             self.lengths,
@@ -172,8 +172,8 @@ class Table:
         self.offsets: F32 = np.full(columns, PAD_OFFSET, np.float32)
         self.offsets[:entries] = half if self.metric == L2 else 0.0
         self.radius = float(self.lengths.max())
-        centre = float(np.linalg.norm(self.centre.astype(np.float64)))
-        self.reach = self.radius + centre * 2.0**-self.exponent
+        center = float(np.linalg.norm(self.center.astype(np.float64)))
+        self.reach = self.radius + center * 2.0**-self.exponent
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -1,6 +1,6 @@
 """Vector instructions for the kernels, written as portable LLVM IR with a fixed order of sums.
 
-numba vectorises a reduction only when it may reorder it, and the canonical distance must not be
+numba vectorizes a reduction only when it may reorder it, and the canonical distance must not be
 reordered: its value is the same on every chip because the lanes and the order they are added in
 are written down here. LLVM splits the wide vectors where a chip has narrower ones.
 """

@@ -16,7 +16,7 @@ from semid.quantization.blocks import ArrayBlocks
 from semid.quantization.kmeans import KMeansOptions, kmeans
 from semid.recommenders.ranking.information import (
     adjusted_mutual_information,
-    normalised_mutual_information,
+    normalized_mutual_information,
 )
 from semid.recommenders.ranking.network import RankingNetwork
 from semid.recommenders.ranking.rows import Rows
@@ -26,7 +26,7 @@ __all__ = [
     "CLUSTERS",
     "CodeAnalysis",
     "Discriminability",
-    "analyse_codes",
+    "analyze_codes",
     "code_embeddings",
     "correlation",
     "discriminability",
@@ -82,7 +82,7 @@ class Discriminability:
         name: what was grouped: ``flattened``, ``level i`` (one embedding), ``code i`` (the code
             itself, no clustering).
         clusters: groups asked for; for codes those that occur.
-        nmi: normalised mutual information (arithmetic mean of the entropies).
+        nmi: normalized mutual information (arithmetic mean of the entropies).
         ami: the same adjusted for chance.
         shuffled_nmi: mean NMI with shuffled labels: what a grouping of these sizes gets by chance.
     """
@@ -117,13 +117,13 @@ def discriminability(
     binary = (labels > 0.5).astype(np.int64)
     generator = numpy_generator(seed, "shuffled labels", name)
     chance = [
-        normalised_mutual_information(groups, generator.permutation(binary))
+        normalized_mutual_information(groups, generator.permutation(binary))
         for _ in range(shuffles)
     ]
     return Discriminability(
         name=name,
         clusters=len(np.unique(groups)),
-        nmi=normalised_mutual_information(groups, binary),
+        nmi=normalized_mutual_information(groups, binary),
         ami=adjusted_mutual_information(groups, binary),
         shuffled_nmi=float(np.mean(chance)) if chance else math.nan,
     )
@@ -154,7 +154,7 @@ def singular_values(e: Array) -> npt.NDArray[np.float64]:
     """Return the singular values, largest first, of embeddings laid side by side.
 
     Args:
-        e: ``(rows, fields, width)``; the matrix is ``(rows, fields * width)``, not centred.
+        e: ``(rows, fields, width)``; the matrix is ``(rows, fields * width)``, not centered.
 
     Source: MoC definition 3.2. By the Gram matrix in float64: values below 1e-8 of the largest
     are noise.
@@ -176,8 +176,8 @@ def correlation(e: Array) -> npt.NDArray[np.float64]:
 
     Source: MoC eq. 9.
     """
-    centred = e.astype(np.float64) - e.mean(axis=0, dtype=np.float64)
-    inner = np.einsum("nid,njd->ij", centred, centred)
+    centered = e.astype(np.float64) - e.mean(axis=0, dtype=np.float64)
+    inner = np.einsum("nid,njd->ij", centered, centered)
     norms = np.sqrt(np.diag(inner))
     safe = np.where(norms > 0, norms, 1.0)
     found: npt.NDArray[np.float64] = inner / safe[:, None] / safe[None, :]
@@ -185,7 +185,7 @@ def correlation(e: Array) -> npt.NDArray[np.float64]:
 
 
 def linear_cka(e: Array) -> npt.NDArray[np.float64]:
-    """Return the linear centred kernel alignment of every two fields ``(fields, fields)``.
+    """Return the linear centered kernel alignment of every two fields ``(fields, fields)``.
 
     Invariant to rotations and scales of each field, 1 for fields that carry the same geometry.
 
@@ -194,12 +194,12 @@ def linear_cka(e: Array) -> npt.NDArray[np.float64]:
 
     Source: Kornblith et al., ICML 2019.
     """
-    centred = e.astype(np.float64) - e.mean(axis=0, dtype=np.float64)
-    fields = centred.shape[1]
+    centered = e.astype(np.float64) - e.mean(axis=0, dtype=np.float64)
+    fields = centered.shape[1]
     cross = np.empty((fields, fields))
     for i in range(fields):
         for j in range(i, fields):
-            cross[i, j] = cross[j, i] = float(np.square(centred[:, i].T @ centred[:, j]).sum())
+            cross[i, j] = cross[j, i] = float(np.square(centered[:, i].T @ centered[:, j]).sum())
     norms = np.sqrt(np.diag(cross))
     safe = np.where(norms > 0, norms, 1.0)
     return cross / safe[:, None] / safe[None, :]
@@ -241,7 +241,7 @@ class CodeAnalysis:
         return found
 
 
-def analyse_codes(
+def analyze_codes(
     network: RankingNetwork,
     rows: Rows,
     *,
@@ -267,7 +267,7 @@ def analyse_codes(
     Cost: a K-means a cluster number and field.
     """
     if len(rows) < 2:
-        raise InputError(f"{len(rows)} rows cannot be analysed; give at least 2")
+        raise InputError(f"{len(rows)} rows cannot be analyzed; give at least 2")
     labels = rows.label.cpu().numpy()
     e = code_embeddings(network, rows, fused=fused)
     flat = e.reshape(len(e), -1)

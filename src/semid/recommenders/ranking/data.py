@@ -92,7 +92,7 @@ class RankingData:
         positives: ``(items + 1,)`` positive ones among them; what popularity means here.
         protocol: label, split, seed and features in one line, to stand beside every result.
         dropped_negatives: negatives that were given up because their user took nearly all items.
-        training_log: the positive training interactions, for tokenizers that learn from behaviour.
+        training_log: the positive training interactions, for tokenizers that learn from behavior.
     """
 
     schema: Schema
@@ -121,7 +121,7 @@ def prepare_ranking(
 ) -> RankingData:
     """Turn a log into rows to train, choose and test on.
 
-    Vocabularies, normalisation and popularity come from training rows alone; a history holds
+    Vocabularies, normalization and popularity come from training rows alone; a history holds
     training positives from before its row; negatives of a part avoid what their user took in that
     part and the parts before it, so that training does not know what is tested.
 

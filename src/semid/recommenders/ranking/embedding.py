@@ -21,7 +21,7 @@ class Positions(NamedTuple):
         single: ``(batch, fields)`` rows of the base table, one a field.
         multi: per field with several values ``(batch, values)`` rows of it; the field's first
             row stands for padding.
-        dense: ``(batch, columns)`` normalised numbers.
+        dense: ``(batch, columns)`` normalized numbers.
         codes: ``(batch, slots)`` rows of the code table.
         past_items: ``(batch, length)`` rows of the base table for the history.
         past_codes: ``(batch, length, slots)`` rows of the code table for it.
@@ -54,7 +54,7 @@ class FieldIndex(nn.Module):
     item_rows: Tensor
     code_rows: Tensor
     offsets: Tensor
-    centre: Tensor
+    center: Tensor
     spread: Tensor
 
     def __init__(
@@ -102,7 +102,7 @@ class FieldIndex(nn.Module):
         self._buffer("code_rows", table)
         moments = np.array(list(schema.dense.values()), np.float32).reshape(-1, 2)
         self.dense_names = list(schema.dense)
-        for place, name in enumerate(("centre", "spread")):
+        for place, name in enumerate(("center", "spread")):
             column = torch.from_numpy(moments[:, place].copy())
             self.register_buffer(name, column, persistent=False)
 
@@ -125,7 +125,7 @@ class FieldIndex(nn.Module):
         if len(self.offsets) > 1:
             parts.append(inputs.context + self.offsets[1:])
         single = torch.cat(parts, 1)
-        dense = (inputs.dense - self.centre) / self.spread if self.dense_names else inputs.dense
+        dense = (inputs.dense - self.center) / self.spread if self.dense_names else inputs.dense
         multi = tuple(
             self.get_buffer(f"multi_{place}")[item] for place in range(len(self.multi_names))
         )
@@ -136,7 +136,7 @@ class FieldIndex(nn.Module):
         if self.history and self.slots:
             past_codes = self.code_rows[past]
         codes = self.code_rows[item] if self.slots else own
-        weight = (past > 0).to(self.centre.dtype)
+        weight = (past > 0).to(self.center.dtype)
         return Positions(single, multi, dense, codes, past_items, past_codes, weight)
 
     def _hidden(self, like: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class CodeFeatures(Options):
             (Mixture-of-Codes §4.1); the same tables, refused for codes that are hierarchical.
             ``multi``: ``scale`` tables for the first code (ME, eq. 4). ``prefix``: a table a
             prefix length, an injective number a prefix. ``ngram``: a table a window of ``n``
-            neighbouring codes.
+            neighboring codes.
         scale: codes to use, from the first; for ``multi`` the number of tables. None takes all.
         n: codes in a window of ``ngram``.
         levels: use these levels alone (from 0), for example ``(1,)`` for fig. 8a; None uses the

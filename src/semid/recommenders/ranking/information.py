@@ -12,7 +12,7 @@ __all__ = [
     "contingency",
     "expected_mutual_information",
     "mutual_information",
-    "normalised_mutual_information",
+    "normalized_mutual_information",
 ]
 
 Ints = npt.NDArray[np.int64]
@@ -43,7 +43,7 @@ def mutual_information(table: Ints) -> float:
     return max(float(value), 0.0)
 
 
-def normalised_mutual_information(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> float:
+def normalized_mutual_information(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> float:
     """Return ``MI / mean(H(a), H(b))`` of two groupings ``(rows,)``; 1 if both have one group."""
     table = contingency(a, b)
     mean = 0.5 * (_entropy(table.sum(1)) + _entropy(table.sum(0)))

@@ -40,7 +40,7 @@ class SymmetricPolynomials(nn.Module):
     Args:
         width: of a field's embedding.
         order: K, at least 1.
-        batch_norm: normalise each polynomial (ours): where embeddings are small, e_3 is near 0
+        batch_norm: normalize each polynomial (ours): where embeddings are small, e_3 is near 0
             and gets no gradient without it.
 
     Raises:

@@ -14,13 +14,13 @@ __all__ = ["BatchNorm", "Dropout", "Perceptron"]
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """Batch normalisation that also takes a training batch of one row.
+    """Batch normalization that also takes a training batch of one row.
 
-    One row has no variance; it is normalised by the running moments, which it leaves as they are.
+    One row has no variance; it is normalized by the running moments, which it leaves as they are.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise ``(batch, width)``."""
+        """Normalize ``(batch, width)``."""
         if self.training and x.shape[0] == 1:
             return nn.functional.batch_norm(
                 x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
@@ -53,7 +53,7 @@ class Perceptron(nn.Module):
         width: of the input.
         hidden: widths of the hidden layers; empty leaves one linear map.
         out: width of the output; None stops after the last hidden layer.
-        batch_norm: normalise before each ReLU.
+        batch_norm: normalize before each ReLU.
         dropout: share of the units that are dropped after it, in [0, 1).
 
     Raises:

@@ -126,7 +126,7 @@ class Tokenizers:
         tokenizer = make_tokenizer(kind, {**values, **self.options})
         tokenizer.fit(
             self.source.subset(self._train_rows()),
-            interactions=self.data.training_log if tokenizer.needs_behaviour else None,
+            interactions=self.data.training_log if tokenizer.needs_behavior else None,
             progress=progress,
         )
         tokenizer.save(folder, overwrite=True)

@@ -52,7 +52,7 @@ def split_rows(
             one stays in training, one with two has no validation) or ``time`` (the earliest share
             trains, the latest is tested; equal times stay together).
         fractions: shares of train, validation and test, for ``random`` and ``time``.
-        cold_items: ``(log items,)`` True for items none of whose interactions may be learnt from;
+        cold_items: ``(log items,)`` True for items none of whose interactions may be learned from;
             all of theirs go to the part ``cold``.
         seed: decides ``random``.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from semid.recommenders.ranking.metrics import auc, log_loss
 from semid.recommenders.ranking.network import RankingNetwork
-from semid.recommenders.ranking.optimiser import make_optimizer
+from semid.recommenders.ranking.optimizer import make_optimizer
 from semid.recommenders.ranking.rows import Rows
 from semid.recommenders.ranking.schema import Inputs
 from semid.training.batches import epoch_batches, own_share, steps_per_epoch
@@ -107,7 +107,7 @@ class RankingTask:
         self.labels = validation.label.cpu().numpy()
 
     def optimizer(self, options: TrainOptions) -> torch.optim.Optimizer:
-        """Return the optimiser; called by the loop."""
+        """Return the optimizer; called by the loop."""
         return make_optimizer(
             self.network, options, code_rate=self.code_rate, code_decay=self.code_decay
         )

@@ -1,5 +1,5 @@
 "use strict";
-// Theme, figures, and the list that unfolds. Figures name colours; a theme gives them values.
+// Theme, figures, and the list that unfolds. Figures name colors; a theme gives them values.
 const semid = {};
 
 semid.css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();

@@ -124,7 +124,7 @@
     make("div", { class: "tools" },
       make("label", { class: "grow" }, "Search", search),
       treePick ? make("label", {}, "Codebook", treePick) : null,
-      make("label", {}, "Colour", metricPick)),
+      make("label", {}, "Color", metricPick)),
     trail, map, legend, said, detail);
 
   const go = (tree, node, options) => {
@@ -161,7 +161,7 @@
     const boxes = squarify(nodes.map((node) => tree.items[node]), map.clientWidth, map.clientHeight);
     const values = nodes.map((node) => metricOf(tree, node));
     const low = Math.min(...values), high = Math.max(...values);
-    // Where white and dark text read equally well on the mixed colour.
+    // Where white and dark text read equally well on the mixed color.
     const flip = document.documentElement.dataset.theme === "dark" ? 0.55 : 0.66;
     nodes.forEach((node, index) => {
       const [x, y, w, h] = boxes[index];
@@ -184,7 +184,7 @@
     const drawn = nodes.reduce((sum, node) => sum + tree.items[node], 0);
     const whole = state.node < 0 ? data.items : tree.items[state.node];
     legend.append(
-      make("span", { text: `${label} (more colour: ${sense})` }), make("span", { class: "num", text: write[kind](low) }),
+      make("span", { text: `${label} (more color: ${sense})` }), make("span", { class: "num", text: write[kind](low) }),
       make("i", { "aria-hidden": "true" }), make("span", { class: "num", text: write[kind](high) }),
       ...(drawn < whole ? [make("span", { text: `· codes with ${count(whole - drawn)} more items are not drawn` })] : []));
   };
@@ -318,7 +318,7 @@
       side.append(make("h3", { text: "Words that describe it" }), make("ul", { class: "chips" }, ...told.map((word) => make("li", { text: word }))));
     }
     const level = trees.length > 1 ? tree.level : tree.depth[node] - 1;
-    const near = data.neighbours[level];
+    const near = data.neighbors[level];
     const at = near.code.indexOf(tree.code[node]);
     if (at >= 0) {
       side.append(make("h3", { text: "Nearest codes by overlap" }),

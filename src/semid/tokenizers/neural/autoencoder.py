@@ -57,9 +57,9 @@ class Autoencoder(nn.Module):
         self.decoder = nn.ModuleList(
             [blank_linear(a, b) for a, b in _steps([latent, *reversed(hidden), dim])]
         )
-        self._initialise_(seed)
+        self._initialize_(seed)
 
-    def _initialise_(self, seed: int) -> None:
+    def _initialize_(self, seed: int) -> None:
         """Draw weights uniform in ``sqrt(6 / fan_in)`` (He), half of that at the two ends."""
         generator = torch_generator(seed, "weights")
         for stack in (self.projections, self.encoder, self.decoder):

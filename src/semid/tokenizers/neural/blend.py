@@ -1,4 +1,4 @@
-"""The space in which behaviour and content lie side by side."""
+"""The space in which behavior and content lie side by side."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class Blend:
     """Rows ``x`` to ``[P'x, scale u(x), 0...]``, with ``u`` the direction of the encoder's latent.
 
     Args:
-        encoder: the behaviour encoder; None leaves behaviour out.
+        encoder: the behavior encoder; None leaves behavior out.
         content: rows to ``P'x``.
         scale: what directions are multiplied by.
         prices: coordinates at the end for codewords' prices, 0 in every row.
@@ -146,7 +146,7 @@ class BlendGraph(nn.Module):
 
     Args:
         prepare: preprocessing of rows.
-        encoder: rows ``(batch, dim)`` to latents; None leaves behaviour out.
+        encoder: rows ``(batch, dim)`` to latents; None leaves behavior out.
         components: of the content, ``(dim, content)``; None keeps rows whole.
         scale: what directions are multiplied by.
         prices: coordinates at the end, all 0.

@@ -106,7 +106,7 @@ class Codebook(nn.Module):
         self.register_buffer("revived", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
-    def initialise_(self, codewords: Tensor, shares: Tensor, *, batch: int) -> None:
+    def initialize_(self, codewords: Tensor, shares: Tensor, *, batch: int) -> None:
         """Set codewords ``(codes, latent)``; ``shares`` ``(codes,)`` of the rows each one takes.
 
         Moving counts start at what a batch of ``batch`` rows is expected to hold.

@@ -11,14 +11,14 @@ from semid.data.ids import ItemIds
 from semid.errors import UsageError
 from semid.tokenizers.context import FitContext
 from semid.tokenizers.neural.autoencoder import Autoencoder
-from semid.tokenizers.neural.behaviour import read_behaviour
+from semid.tokenizers.neural.behavior import read_behavior
 from semid.tokenizers.neural.decoupled import (
     ContinuousAutoencoder,
     ContinuousTrainee,
     Objective,
 )
 from semid.tokenizers.neural.options import NeuralOptions, pick_device
-from semid.tokenizers.neural.pairs import Behaviour
+from semid.tokenizers.neural.pairs import Behavior
 from semid.tokenizers.neural.rows import PreparedRows
 from semid.tokenizers.neural.tokenizer import NeuralTokenizer
 from semid.training.loop import train
@@ -50,25 +50,25 @@ class ContinuousTokenizer(NeuralTokenizer):
         super().__init__(sizes=sizes, beam_width=beam_width, **options)
 
     @property
-    def needs_behaviour(self) -> bool:
+    def needs_behavior(self) -> bool:
         """Whether a loss is over pairs."""
         return self.objective.needs_pairs
 
-    def _behaviour(
+    def _behavior(
         self, interactions: Any, pairs: Any, *, ids: ItemIds, train: npt.NDArray[np.bool_]
-    ) -> Behaviour | None:
+    ) -> Behavior | None:
         given = interactions is not None or pairs is not None
-        if given and not self.needs_behaviour:
+        if given and not self.needs_behavior:
             raise UsageError(
                 "interactions or pairs were given and contrastive_weight=0, so they would not be "
                 "used; set --contrastive-weight (contrastive_weight), for example 0.1"
             )
-        if self.needs_behaviour and not given:
+        if self.needs_behavior and not given:
             raise UsageError(
                 f"contrastive_weight={self.objective.contrastive_weight:g} needs pairs to learn "
                 "from; give --interactions or --pairs (interactions=, pairs=)"
             )
-        return read_behaviour(interactions, pairs, ids=ids, train=train, threads=self.threads)
+        return read_behavior(interactions, pairs, ids=ids, train=train, threads=self.threads)
 
     def _trained(
         self, prepared: PreparedRows, context: FitContext, stages: Stages
@@ -98,7 +98,7 @@ class ContinuousTokenizer(NeuralTokenizer):
             model,
             prepared.train,
             prepared.held_out,
-            context.behaviour,
+            context.behavior,
             self.training,
             seed=self.seed,
             weights=context.weights,

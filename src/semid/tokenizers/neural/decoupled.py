@@ -15,7 +15,7 @@ from semid.options import MAX_WEIGHT, Options, option
 from semid.seeds import numpy_generator, torch_generator
 from semid.tokenizers.neural.autoencoder import Autoencoder, blank_linear
 from semid.tokenizers.neural.contrastive import info_nce, uniformity
-from semid.tokenizers.neural.pairs import Behaviour, PairSource
+from semid.tokenizers.neural.pairs import Behavior, PairSource
 from semid.training.batches import epoch_batches, own_share, steps_per_epoch
 from semid.training.distributed import rank, world_size
 from semid.training.loop import Evaluation, Step
@@ -141,7 +141,7 @@ class ContinuousTrainee:
         model: what is trained.
         rows: rows to train on.
         held_out: rows to judge on; None judges on the training rows.
-        behaviour: pairs, or None.
+        behavior: pairs, or None.
         options: batch size.
         seed: of the order of rows and the pairs drawn.
         weights: ``(rows,)`` item weights: how often a row is drawn.
@@ -153,7 +153,7 @@ class ContinuousTrainee:
         model: ContinuousAutoencoder,
         rows: TrainingRows,
         held_out: TrainingRows | None,
-        behaviour: Behaviour | None,
+        behavior: Behavior | None,
         options: TrainOptions,
         *,
         seed: int,
@@ -162,7 +162,7 @@ class ContinuousTrainee:
     ) -> None:
         self.module: nn.Module = model
         self.model, self.rows, self.held_out = model, rows, held_out
-        self.behaviour, self.options, self.seed = behaviour, options, seed
+        self.behavior, self.options, self.seed = behavior, options, seed
         self.weights, self.device = weights, device
         self.steps_per_epoch = steps_per_epoch(len(rows), options.batch_size)
 
@@ -185,11 +185,11 @@ class ContinuousTrainee:
             yield self._batch(rows, step), weight
 
     def _batch(self, rows: Tensor, step: int) -> Batch:
-        if self.behaviour is None:
+        if self.behavior is None:
             return Batch(rows, None, None, None, self.seed + step)
         generator = numpy_generator(self.seed, "pairs", step, rank())
         size = max(2, self.model.objective.pairs_per_step // world_size())
-        first, second, excluded = self._pairs(self.behaviour.train, size, generator)
+        first, second, excluded = self._pairs(self.behavior.train, size, generator)
         return Batch(rows, first, second, excluded, self.seed + step)
 
     def _pairs(
@@ -225,8 +225,8 @@ class ContinuousTrainee:
             "participation_ratio": _participation(moment, total, len(judged)),
         }
         score = relative
-        if self.behaviour is not None and self.behaviour.select is not None:
-            near = self._select_loss(self.behaviour.select)
+        if self.behavior is not None and self.behavior.select is not None:
+            near = self._select_loss(self.behavior.select)
             logs["contrastive_selection_users"] = near
             score += self.model.objective.contrastive_weight * near
         return Evaluation(score, logs=logs)

@@ -88,7 +88,7 @@ class ReconstructionTrainee:
         seed: of the order of rows.
         weights: ``(rows,)`` item weights: how often a row is drawn.
         pretrain: epochs without quantization before the codebooks are made.
-        initialise: makes the codebooks, called once, after those epochs.
+        initialize: makes the codebooks, called once, after those epochs.
         device: where the model lies.
     """
 
@@ -102,19 +102,19 @@ class ReconstructionTrainee:
         seed: int,
         weights: npt.NDArray[np.float64] | None,
         pretrain: int,
-        initialise: Callable[[], None],
+        initialize: Callable[[], None],
         device: torch.device,
     ) -> None:
         self.module: nn.Module = model
         self.model, self.rows, self.held_out = model, rows, held_out
         self.options, self.seed, self.weights = options, seed, weights
-        self.pretrain, self.initialise, self.device = pretrain, initialise, device
+        self.pretrain, self.initialize, self.device = pretrain, initialize, device
         self.steps_per_epoch = steps_per_epoch(len(rows), options.batch_size)
 
     def start_epoch(self, epoch: int) -> None:
         """Make the codebooks when it is time."""
         if epoch >= self.pretrain and not bool(self.model.quantizing):
-            self.initialise()
+            self.initialize()
             self.model.quantizing.fill_(True)
 
     def batches(self, epoch: int, first: int) -> Iterator[tuple[Tensor, float]]:

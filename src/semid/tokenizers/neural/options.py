@@ -47,7 +47,7 @@ class NeuralOptions(TypedDict, total=False):
         seed: any integer.
         network: shape and losses of the autoencoder.
         training: how it is trained.
-        normalize: scale (centred) rows to unit length first.
+        normalize: scale (centered) rows to unit length first.
         center: subtract the training mean first.
         validation_fraction: share of the items held out by a hash of their id, in [0, 1).
         device: ``auto`` (CUDA if there is one), ``cpu`` or ``cuda``; encoding is on the CPU.

@@ -1,7 +1,7 @@
 """Pairs of items that belong together, for contrastive training: drawn, never all listed.
 
 Positives come from three places: consecutive items of the training users, a table of related
-items, or nearest neighbours in a second embedding. A batch is drawn by a generator, so a resumed
+items, or nearest neighbors in a second embedding. A batch is drawn by a generator, so a resumed
 run draws the same pairs.
 """
 
@@ -16,14 +16,14 @@ import numpy.typing as npt
 
 from semid.errors import InteractionsError
 
-__all__ = ["Behaviour", "PairSource", "Positives", "SequencePairs", "TablePairs"]
+__all__ = ["Behavior", "PairSource", "Positives", "SequencePairs", "TablePairs"]
 
 Rows = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
 
 class Positives:
-    """Which items are positives of which, in both directions, as sorted neighbour lists.
+    """Which items are positives of which, in both directions, as sorted neighbor lists.
 
     Args:
         first: ``(pairs,)`` rows.
@@ -71,9 +71,9 @@ class Positives:
         lengths = self._offsets[first + 1] - self._offsets[first]
         anchors = np.repeat(np.arange(count), lengths)
         within = np.arange(len(anchors)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        neighbours = self._others[self._offsets[first][anchors] + within]
-        low = np.searchsorted(present, neighbours, side="left")
-        high = np.searchsorted(present, neighbours, side="right")
+        neighbors = self._others[self._offsets[first][anchors] + within]
+        low = np.searchsorted(present, neighbors, side="left")
+        high = np.searchsorted(present, neighbors, side="right")
         for shift in range(int((high - low).max(initial=0))):
             hit = low + shift < high
             excluded[anchors[hit], order[low[hit] + shift]] = True
@@ -201,7 +201,7 @@ class SequencePairs:
 
 
 @dataclass(frozen=True)
-class Behaviour:
+class Behavior:
     """Pairs to learn from and pairs to choose checkpoints by.
 
     Attributes:

@@ -8,7 +8,7 @@ from typing import Any
 from semid.quantization.nearest import prepare
 from semid.tokenizers.context import FitContext
 from semid.tokenizers.neural.codebook import Codebook
-from semid.tokenizers.neural.initialise import LatentBlocks, initialise_
+from semid.tokenizers.neural.initialize import LatentBlocks, initialize_
 from semid.tokenizers.neural.model import QuantizedAutoencoder, ReconstructionTrainee
 from semid.tokenizers.neural.options import pick_device
 from semid.tokenizers.neural.quantizers import Quantizer
@@ -39,9 +39,9 @@ class QuantizedTokenizer(NeuralTokenizer):
             commitment_weight=self.network.commitment_weight,
         ).to(device)
 
-        def initialise() -> None:
+        def initialize() -> None:
             encoder = autoencoder.exact_encoder()
-            initialise_(
+            initialize_(
                 model.quantizer,
                 LatentBlocks(
                     prepared.train.blocks, lambda x: encoder(x, threads=self.threads), latent
@@ -60,7 +60,7 @@ class QuantizedTokenizer(NeuralTokenizer):
             seed=self.seed,
             weights=context.weights,
             pretrain=min(self.network.pretrain_epochs, self.training.epochs - 1),
-            initialise=initialise,
+            initialize=initialize,
             device=device,
         )
         result = train(

@@ -35,7 +35,7 @@ LATENT = 32
 class NeuralTokenizer(Tokenizer):
     """Base of tokenizers that quantize the latent of an autoencoder, level after level.
 
-    How autoencoder and codebooks are learnt is a subclass's `_fit`; it ends by `_set_autoencoder`
+    How autoencoder and codebooks are learned is a subclass's `_fit`; it ends by `_set_autoencoder`
     and by setting ``_preprocess`` and ``_prepared``.
 
     Args:
@@ -44,7 +44,7 @@ class NeuralTokenizer(Tokenizer):
         seed: any integer.
         network: shape and losses of the autoencoder.
         training: how it is trained.
-        normalize: scale (centred) rows to unit length first.
+        normalize: scale (centered) rows to unit length first.
         center: subtract the training mean first.
         validation_fraction: share of the items held out by a hash of their id, in [0, 1).
         device: ``auto`` (CUDA if there is one), ``cpu`` or ``cuda``; encoding is on the CPU.

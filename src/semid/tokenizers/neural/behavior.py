@@ -20,21 +20,21 @@ from semid.data.interactions import SELECT, TRAIN, read_interactions, split_user
 from semid.data.parquet_files import ParquetFiles
 from semid.errors import InteractionsError, UsageError
 from semid.quantization.topk import prepare_database, top_k
-from semid.tokenizers.neural.pairs import Behaviour, PairSource, SequencePairs, TablePairs
+from semid.tokenizers.neural.pairs import Behavior, PairSource, SequencePairs, TablePairs
 
-__all__ = ["Neighbours", "read_behaviour"]
+__all__ = ["Neighbors", "read_behavior"]
 
 Rows = npt.NDArray[np.int64]
 QUERIES = 4096
 
 
 @dataclass(frozen=True)
-class Neighbours:
-    """Pairs of each item with its nearest neighbours in a second embedding, by cosine.
+class Neighbors:
+    """Pairs of each item with its nearest neighbors in a second embedding, by cosine.
 
     Attributes:
         source: embeddings of the same items, anything `semid.open_embeddings` reads.
-        k: neighbours an item, at least 1.
+        k: neighbors an item, at least 1.
         ids: item ids for a source that has none.
     """
 
@@ -43,14 +43,14 @@ class Neighbours:
     ids: Any = None
 
 
-def read_behaviour(
+def read_behavior(
     interactions: Any,
     pairs: Any,
     *,
     ids: ItemIds,
     train: npt.NDArray[np.bool_],
     threads: int | None = None,
-) -> Behaviour | None:
+) -> Behavior | None:
     """Turn interactions or pairs into pairs of training rows.
 
     Args:
@@ -58,10 +58,10 @@ def read_behaviour(
             are consecutive items of the training users, 80 % by a hash of their id; a tenth serves
             to choose checkpoints; the last tenth, the test users, is not looked at.
         pairs: a table or path with ``item_id`` and ``related_item_id``; an ``(n, 2)`` array of ids
-            or of row numbers; or `Neighbours`.
+            or of row numbers; or `Neighbors`.
         ids: the catalogue.
         train: ``(items,)`` which items are trained on; pairs with others are left out.
-        threads: plain threads for the search of neighbours.
+        threads: plain threads for the search of neighbors.
 
     Returns:
         Pairs in numbers of training rows, or None if nothing was given.
@@ -92,7 +92,7 @@ def read_behaviour(
         int(train.sum()),
         protocol=f"contrastive pairs: {origin}; items held out for validation left out",
     )
-    return Behaviour(found, None)
+    return Behavior(found, None)
 
 
 def _through(rows: Rows, items: npt.NDArray[np.integer]) -> Rows:
@@ -101,7 +101,7 @@ def _through(rows: Rows, items: npt.NDArray[np.integer]) -> Rows:
     return mapped
 
 
-def _from_interactions(interactions: Any, ids: ItemIds, rows: Rows) -> Behaviour:
+def _from_interactions(interactions: Any, ids: ItemIds, rows: Rows) -> Behavior:
     log = read_interactions(interactions)
     sequences = log.sequences(ids)
     part = split_users(log.user_ids)
@@ -124,12 +124,12 @@ def _from_interactions(interactions: Any, ids: ItemIds, rows: Rows) -> Behaviour
         select = of(part == SELECT, "selection")
     except InteractionsError:  # too few users for pairs to choose by: the error decides alone
         select = None
-    return Behaviour(train, select)
+    return Behavior(train, select)
 
 
 def _read_pairs(pairs: Any, ids: ItemIds, threads: int | None) -> tuple[Rows, Rows, str]:
-    if isinstance(pairs, Neighbours):
-        return _neighbours(pairs, ids, threads)
+    if isinstance(pairs, Neighbors):
+        return _neighbors(pairs, ids, threads)
     if isinstance(pairs, str | Path) or is_frame(pairs):
         table, label = _read_table(pairs)
         first, second = (ids.index_of(column.combine_chunks()) for column in table.columns)
@@ -138,7 +138,7 @@ def _read_pairs(pairs: Any, ids: ItemIds, threads: int | None) -> tuple[Rows, Ro
     if array.ndim != 2 or array.shape[1] != 2:
         raise UsageError(
             f"pairs have shape {array.shape}; give (n, 2) item ids or row numbers, a table or path "
-            "with 'item_id' and 'related_item_id', or semid.Neighbours"
+            "with 'item_id' and 'related_item_id', or semid.Neighbors"
         )
     label = f"{len(array)} pairs given as an array"
     if array.dtype.kind in "iu":
@@ -174,17 +174,17 @@ def _read_table(source: Any) -> tuple[pa.Table, str]:
     return files.read(wanted), label
 
 
-def _neighbours(given: Neighbours, ids: ItemIds, threads: int | None) -> tuple[Rows, Rows, str]:
+def _neighbors(given: Neighbors, ids: ItemIds, threads: int | None) -> tuple[Rows, Rows, str]:
     """Pair every item with its ``k`` nearest others; reads the second embedding into memory."""
     second: EmbeddingSource = open_embeddings(given.source, ids=given.ids)
     if given.k < 1:
-        raise UsageError(f"Neighbours k={given.k}: give at least 1")
+        raise UsageError(f"Neighbors k={given.k}: give at least 1")
     at = second.ids.index_of(ids.to_arrow())
     known = np.flatnonzero(at >= 0)
     if len(known) <= given.k:
         raise InteractionsError(
-            f"only {len(known)} of {len(ids)} items have a second embedding; {given.k} neighbours "
-            "need more: give embeddings of the same items (--neighbours, --ids)"
+            f"only {len(known)} of {len(ids)} items have a second embedding; {given.k} neighbors "
+            "need more: give embeddings of the same items (--neighbors, --ids)"
         )
     matrix = torch.from_numpy(second.rows(at[known]))
     base = prepare_database(matrix)
@@ -196,4 +196,4 @@ def _neighbours(given: Neighbours, ids: ItemIds, threads: int | None) -> tuple[R
         )
         found[start:stop] = best.indices.numpy()
     first = np.repeat(known, given.k)
-    return first, known[found.reshape(-1)], f"{given.k} nearest neighbours in {second.label}"
+    return first, known[found.reshape(-1)], f"{given.k} nearest neighbors in {second.label}"

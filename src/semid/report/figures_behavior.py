@@ -1,4 +1,4 @@
-"""Figures of robustness, geometry, behaviour and relations."""
+"""Figures of robustness, geometry, behavior and relations."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from semid.report.diagnosis import Diagnosis
 from semid.report.figure import Figure, bars, line
 from semid.report.numbers import count, number, share
 
-__all__ = ["behaviour_figures"]
+__all__ = ["behavior_figures"]
 
 
-def behaviour_figures(d: Diagnosis) -> list[Figure]:
+def behavior_figures(d: Diagnosis) -> list[Figure]:
     """Return the figures of the test users, of popularity and of each kind of relation."""
     figures = []
-    if d.behaviour is not None:
-        if d.behaviour["measured"] is not None:
-            figures += _pairs(d.behaviour["measured"], "behaviour", "behaviour", "")
-        if d.behaviour["popularity"] is not None:
-            figures.append(_popularity(d.behaviour["popularity"]))
+    if d.behavior is not None:
+        if d.behavior["measured"] is not None:
+            figures += _pairs(d.behavior["measured"], "behavior", "behavior", "")
+        if d.behavior["popularity"] is not None:
+            figures.append(_popularity(d.behavior["popularity"]))
     for place, (kind, measured) in enumerate((d.relations or {}).items()):
         suffix = ", " + kind.replace("_", " ")
         figures += _pairs(measured, f"relations-{place}", "relations", suffix)
@@ -54,7 +54,7 @@ def _hit_rates(measured: Mapping[str, Any], prefix: str, section: str, suffix: s
     ks = [str(k) for k in measured["cutoffs"]]
     rates = measured["retrieval"]["hit_rates"]
     ways = [*rates[:-1], {**measured["discrete"]["depths"][-1], "name": "whole id"}, rates[-1]]
-    colours: Sequence[int | str] = [1, 2, 4, 5, 6]
+    colors: Sequence[int | str] = [1, 2, 4, 5, 6]
     traces = []
     for place, way in enumerate(ways):
         values = [way["rates"][k] for k in ks]
@@ -63,7 +63,7 @@ def _hit_rates(measured: Mapping[str, Any], prefix: str, section: str, suffix: s
                 way["name"],
                 [f"HR@{k}" for k in ks],
                 [value["value"] for value in values],
-                "muted" if way["name"] == "random" else colours[place],
+                "muted" if way["name"] == "random" else colors[place],
                 hovertemplate="%{y:.2%}",
                 **_error_bars(values),
             )
@@ -143,7 +143,7 @@ def _retention(measured: Mapping[str, Any], prefix: str, section: str, suffix: s
         section,
         f"Retrieval that survives the codes{suffix}",
         "Good: near or above the dotted line at every K. Bad: a line that sinks at small K, where "
-        "the codes blur an item with its near neighbours.",
+        "the codes blur an item with its near neighbors.",
         "Retention@K = (HR of the reconstruction - HR of chance) / (HR of the original - HR of "
         "chance). It is not bounded by 1. The plain ratio of hit rates stands in the table.",
         traces,
@@ -247,7 +247,7 @@ def _matches(measured: Mapping[str, Any], prefix: str, section: str, suffix: str
 def _popularity(popularity: Mapping[str, Any]) -> Figure:
     return Figure(
         "popularity",
-        "behaviour",
+        "behavior",
         "Who gets room in the id space",
         "Good: popular items hold at least their share of ids and seldom share one. Bad: a head "
         "that shares ids with the tail, since its traffic then teaches the wrong items.",

@@ -1,6 +1,6 @@
 """Exact top-k retrieval by cosine: semid against faiss and torch, one thread on every side.
 
-    python benchmarks/neighbours.py [--pool 100000] [--queries 4096] [--dim 256] [--k 200]
+    python benchmarks/neighbors.py [--pool 100000] [--queries 4096] [--dim 256] [--k 200]
 
 Rows are those of the union catalogue (SEMID_DATA, default ../shared/data), scaled to unit length.
 """
@@ -55,7 +55,7 @@ def main() -> None:
         shared = np.mean([len(np.intersect1d(a, b)) / given.k for a, b in pairs])
         rows.append({"side": name, "shared with semid": f"{shared:.6f}", **timing.figures(base)})
     save(
-        "neighbours",
+        "neighbors",
         rows,
         settings=vars(given),
         packages=("faiss-cpu",),

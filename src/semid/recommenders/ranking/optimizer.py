@@ -62,7 +62,7 @@ def make_optimizer(
     code_rate: float = 1.0,
     code_decay: float | None = None,
 ) -> torch.optim.Optimizer:
-    """Return the optimiser of a network.
+    """Return the optimizer of a network.
 
     Args:
         network: what is trained.

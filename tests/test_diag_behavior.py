@@ -17,7 +17,7 @@ from semid.diagnostics import (
     item_pairs,
     item_retrieval,
     negative_pairs,
-    neighbour_ranks,
+    neighbor_ranks,
     pair_aucs,
     pairs_by_id,
     popularity_health,
@@ -112,10 +112,10 @@ def brute_ranks(embedding: np.ndarray, pairs, depth: int) -> np.ndarray:
     return np.array(result)
 
 
-def test_neighbour_ranks_match_brute_force():
+def test_neighbor_ranks_match_brute_force():
     embedding = rng().normal(size=(150, 12)).astype(np.float32)
     pairs = random_pairs(150, 400)
-    found = neighbour_ranks(embedding, pairs, depth=20, threads=1)
+    found = neighbor_ranks(embedding, pairs, depth=20, threads=1)
     assert np.array_equal(found, brute_ranks(embedding.astype(np.float64), pairs, 20))
     assert 0 < (found < 20).sum() < len(pairs)
 
@@ -123,7 +123,7 @@ def test_neighbour_ranks_match_brute_force():
 def test_ties_among_equal_reconstructions_are_not_broken_by_row():
     embedding = np.ones((200, 4), np.float32)
     pairs = item_pairs(np.arange(10, 200), np.zeros(190, np.int64), pool=200)
-    places = [neighbour_ranks(embedding, pairs, depth=199, seed=s)[0] for s in range(12)]
+    places = [neighbor_ranks(embedding, pairs, depth=199, seed=s)[0] for s in range(12)]
     assert len(set(places)) > 6
     assert 40 < np.mean(places) < 160
 
@@ -186,7 +186,7 @@ def test_retrieval_refuses_what_does_not_fit():
     with pytest.raises(UsageError, match="at least 1"):
         item_retrieval(x, {}, pairs, cutoffs=())
     with pytest.raises(UsageError, match="at most 500"):
-        neighbour_ranks(np.ones((700, 2)), random_pairs(700, 5), depth=501)
+        neighbor_ranks(np.ones((700, 2)), random_pairs(700, 5), depth=501)
 
 
 # Retrieval by codes --------------------------------------------------------------------------
@@ -300,8 +300,8 @@ def brute_readings(codes, codebooks, weights, a, b):
     equal = codes[a] == codes[b]
     weighted = 0.0
     for level, codebook in enumerate(codebooks):
-        centred = codebook - codebook[codes[:, level]].mean(0)
-        u, v = centred[codes[a, level]], centred[codes[b, level]]
+        centered = codebook - codebook[codes[:, level]].mean(0)
+        u, v = centered[codes[a, level]], centered[codes[b, level]]
         scale = np.linalg.norm(u) * np.linalg.norm(v)
         weighted += weights[level] * (u @ v / scale if scale else 0.0)
     prefix = 0

@@ -1,4 +1,4 @@
-"""What the codes know of behaviour: retrieval, retention, AUCs and popularity on held-out users."""
+"""What the codes know of behavior: retrieval, retention, AUCs and popularity on held-out users."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from semid.errors import InteractionsError, UsageError
 
 __all__ = [
     "Pool",
-    "behaviour_pairs",
+    "behavior_pairs",
     "choose_cutoffs",
     "item_counts",
     "measure_pairs",
@@ -74,7 +74,7 @@ def choose_cutoffs(cutoffs: Sequence[int] | None, items: int) -> tuple[tuple[int
     ]
 
 
-def behaviour_pairs(
+def behavior_pairs(
     interactions: Interactions, ids: ItemIds
 ) -> tuple[ItemPairs | None, dict[str, Any], list[str]]:
     """Pair each item of the test users with the next.

@@ -16,7 +16,7 @@ from semid.seeds import child_seed
 from semid.tokenizers.neural.codebook import Codebook
 from semid.tokenizers.neural.quantizers import ParallelQuantizer, Quantizer
 
-__all__ = ["LatentBlocks", "initialise_"]
+__all__ = ["LatentBlocks", "initialize_"]
 
 Array = npt.NDArray[np.float32]
 INITIAL = KMeansOptions(iterations=10)
@@ -53,7 +53,7 @@ class LatentBlocks:
         return self.encode(self.base.rows(indices))
 
 
-def initialise_(
+def initialize_(
     quantizer: Quantizer,
     latents: Blocks,
     *,
@@ -82,7 +82,7 @@ def initialise_(
     def set_(book: Codebook, result: KMeansResult) -> None:
         counts = np.bincount(result.labels, weights, minlength=len(result.centroids))
         shares = torch.from_numpy((counts / counts.sum()).astype(np.float32))
-        book.initialise_(torch.from_numpy(result.centroids), shares, batch=batch)
+        book.initialize_(torch.from_numpy(result.centroids), shares, batch=batch)
 
     if isinstance(quantizer, ParallelQuantizer):
         for number, book in enumerate(books):
