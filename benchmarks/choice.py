@@ -27,7 +27,7 @@ from semid.health import usage
 from semid.report.behavior import Pool, measure_pairs
 from semid.tokenizers.barq import BARQ
 from semid.tokenizers.base import HELD_OUT_SALT
-from semid.tokenizers.making import make_tokenizer
+from semid.tokenizers.factory import make_tokenizer
 
 HERE = Path(__file__).parent
 SETS = {name: f"amazon2014_{name}" for name in ("beauty", "toys", "sports")}

@@ -39,10 +39,8 @@ import pyarrow.parquet as pq
 from torch import distributed as dist
 
 from common import RESULTS, machine, markdown
-from semid.distributed.fitworker import FitWorker
-from semid.distributed.ray_fit import shard_loads, share_units
-from semid.distributed.ray_start import RayOptions, connect
-from semid.distributed.ray_team import RayTeam
+from semid.distributed.ray_fit import FitWorker, shard_loads, share_units
+from semid.distributed.ray_workers import RayOptions, RayTeam, connect
 from semid.distributed.units import Catalogue
 from semid.quantization.blocks import BLOCK_ROWS, ArrayBlocks
 from semid.quantization.rows import LocalTeam, Rows

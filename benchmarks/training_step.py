@@ -20,9 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from semid.tokenizers.neural.autoencoder import Autoencoder
-from semid.tokenizers.neural.codebook import Codebook, UpdateRule, nearest_labels
-from semid.tokenizers.neural.model import QuantizedAutoencoder, squared_error
-from semid.tokenizers.neural.quantizers import ResidualQuantizer
+from semid.tokenizers.neural.quantized import QuantizedAutoencoder, squared_error
+from semid.tokenizers.neural.quantizers import (
+    Codebook,
+    ResidualQuantizer,
+    UpdateRule,
+    nearest_labels,
+)
 
 Run = Callable[[], None]
 DIM, HIDDEN = 384, (512, 256, 128)

@@ -518,7 +518,7 @@ def test_other_exceptions_become_one_sentence(run, monkeypatch, files, error):
     def broken(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("semid.tokenizers.making.make_tokenizer", broken)
+    monkeypatch.setattr("semid.tokenizers.factory.make_tokenizer", broken)
     code, text = run("fit", files / "x.parquet", "-o", "o")
     assert code == 1
     assert text.startswith(f"internal error: {type(error).__name__}: ")

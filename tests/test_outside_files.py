@@ -34,7 +34,7 @@ from semid.errors import ArtefactError, IdsError, InputError, SemidError, UsageE
 from semid.export.formats import export, import_ids
 from semid.export.huggingface import HuggingFaceExport
 from semid.reproduce.recipe import read_experiment
-from semid.tokenizers.making import make_tokenizer, read_recipe
+from semid.tokenizers.factory import make_tokenizer, read_recipe
 
 V1 = Path(__file__).parent / "data" / "v1"
 NAMES = [f"i{n}" for n in range(40)]

@@ -21,8 +21,7 @@ from semid.cli import main
 from semid.distributed.encode_job import Encoder
 from semid.distributed.encode_run import encode_folder
 from semid.distributed.ray_fit import fit_on_ray
-from semid.distributed.ray_start import RayOptions, check_slots, check_store, import_ray
-from semid.distributed.ray_team import RayTeam
+from semid.distributed.ray_workers import RayOptions, RayTeam, check_slots, check_store, import_ray
 from semid.distributed.units import Catalogue
 from semid.errors import EmbeddingError, InputError, UsageError
 from semid.filesystems import Folder
@@ -263,7 +262,7 @@ def test_options_out_of_range_are_refused():
 def test_without_ray_the_command_to_install_it_is_named():
     script = (
         "import sys; sys.modules['ray'] = None\n"
-        "from semid.distributed.ray_start import import_ray\n"
+        "from semid.distributed.ray_workers import import_ray\n"
         "import_ray()"
     )
     failed = subprocess.run(

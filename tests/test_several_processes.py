@@ -245,7 +245,7 @@ def test_an_encode_whose_driver_is_killed_is_continued(engine, tmp_path):
 def test_a_ray_dataset_is_encoded(tmp_path, clustered):
     ray = pytest.importorskip("ray")
     from semid.distributed.arrow import encode_dataset
-    from semid.distributed.ray_start import RayOptions
+    from semid.distributed.ray_workers import RayOptions
     from semid.errors import UsageError
 
     items = write_folder(tmp_path / "items", clustered)

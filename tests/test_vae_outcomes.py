@@ -13,8 +13,8 @@ import semid
 from semid.data.interactions import TEST, split_users
 from semid.diagnostics.geometry import geometry
 from semid.errors import DivergedError, EmbeddingError, UsageError
-from semid.tokenizers.making import TOKENIZERS, make_tokenizer, read_recipe, recipe_names
-from semid.tokenizers.neural.contrastive import uniformity
+from semid.tokenizers.factory import TOKENIZERS, make_tokenizer, read_recipe, recipe_names
+from semid.tokenizers.neural.continuous import uniformity
 
 NETWORK = {"hidden": (32,), "latent": 8, "pretrain_epochs": 2}
 TRAINING = {"epochs": 12, "batch_size": 128, "learning_rate": 3e-3}

@@ -13,9 +13,8 @@ import semid
 from semid.data.ids import ItemIds
 from semid.data.interactions import TRAIN, split_users
 from semid.errors import InteractionsError, UsageError
-from semid.tokenizers.neural.behavior import Neighbors, read_behavior
-from semid.tokenizers.neural.contrastive import info_nce, uniformity
-from semid.tokenizers.neural.pairs import Positives, SequencePairs, TablePairs
+from semid.tokenizers.behavior import Neighbors, Positives, SequencePairs, TablePairs, read_behavior
+from semid.tokenizers.neural.continuous import info_nce, uniformity
 
 EVERY = np.ones(12, dtype=bool)
 

@@ -9,14 +9,15 @@ import torch
 from semid.errors import UsageError
 from semid.seeds import torch_generator
 from semid.tokenizers.neural.autoencoder import Autoencoder
-from semid.tokenizers.neural.codebook import (
+from semid.tokenizers.neural.quantizers import (
     ENGINE_FROM,
     RULES,
     Codebook,
+    ParallelQuantizer,
+    ResidualQuantizer,
     UpdateRule,
     nearest_labels,
 )
-from semid.tokenizers.neural.quantizers import ParallelQuantizer, ResidualQuantizer
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:

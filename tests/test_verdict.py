@@ -36,8 +36,8 @@ from semid.health._thresholds import GEOMETRY, THRESHOLDS
 from semid.report import diagnose
 from semid.report.compare import compare
 from semid.tokenizers.base import HELD_OUT_SALT
-from semid.tokenizers.neural.codebook import Codebook, UpdateRule
-from semid.tokenizers.neural.model import ReconstructionTrainee
+from semid.tokenizers.neural.quantized import ReconstructionTrainee
+from semid.tokenizers.neural.quantizers import Codebook, UpdateRule
 
 DOCS = Path(__file__).parents[1] / "docs" / "report.md"
 KMEANS = {"restarts": 1, "iterations": 10}

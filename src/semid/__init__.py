@@ -24,17 +24,15 @@ if TYPE_CHECKING:
     from semid.recommenders.ranking.training import train_ranker
     from semid.report import diagnose
     from semid.tokenizers.barq import BARQ
+    from semid.tokenizers.behavior import Neighbors
     from semid.tokenizers.drqvae import DRQVAE
     from semid.tokenizers.features import fuse
     from semid.tokenizers.heads import DecodeHead
-    from semid.tokenizers.mocvae import MoCVAE
-    from semid.tokenizers.neural.behavior import Neighbors
+    from semid.tokenizers.mocvae import VQVAE, MoCVAE
     from semid.tokenizers.neural.tokenizer import Network
     from semid.tokenizers.refining import refine
     from semid.tokenizers.rqkmeans import RQKMeans
-    from semid.tokenizers.rqpvae import RQPVAE
-    from semid.tokenizers.rqvae import RQVAE
-    from semid.tokenizers.vqvae import VQVAE
+    from semid.tokenizers.rqvae import RQPVAE, RQVAE
     from semid.training.options import TrainOptions
 
 
@@ -82,11 +80,11 @@ _HOME = {
     "DecodeHead": "semid.tokenizers.heads",
     "KMeansOptions": "semid.quantization.kmeans",
     "MoCVAE": "semid.tokenizers.mocvae",
-    "Neighbors": "semid.tokenizers.neural.behavior",
+    "Neighbors": "semid.tokenizers.behavior",
     "Network": "semid.tokenizers.neural.tokenizer",
     "PrefixIndex": "semid.catalogue.prefixes",
     "RQKMeans": "semid.tokenizers.rqkmeans",
-    "RQPVAE": "semid.tokenizers.rqpvae",
+    "RQPVAE": "semid.tokenizers.rqvae",
     "RQVAE": "semid.tokenizers.rqvae",
     "Ranker": "semid.recommenders.ranking.ranker",
     "RankingStream": "semid.recommenders.ranking.stream",
@@ -95,7 +93,7 @@ _HOME = {
     "SemidError": "semid.errors",
     "SyntheticCatalogue": "semid.data.synthetic",
     "TrainOptions": "semid.training.options",
-    "VQVAE": "semid.tokenizers.vqvae",
+    "VQVAE": "semid.tokenizers.mocvae",
     "diagnose": "semid.report",
     "fuse": "semid.tokenizers.features",
     "load": "semid.loading",

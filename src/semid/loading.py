@@ -10,7 +10,7 @@ from semid.artefact import read_config
 from semid.errors import ArtefactError, nearest_name
 from semid.filesystems import fetched, is_uri
 from semid.tokenizers.base import Tokenizer
-from semid.tokenizers.making import TOKENIZERS
+from semid.tokenizers.factory import TOKENIZERS
 
 __all__ = ["KINDS", "load", "load_tokenizer"]
 

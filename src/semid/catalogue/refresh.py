@@ -30,8 +30,7 @@ from semid.health import ErrorSums, collisions
 from semid.progress import Progress, QuietProgress
 from semid.quantization.blocks import BLOCK_ROWS
 from semid.tokenizers.base import HELD_OUT_SALT, Tokenizer
-from semid.tokenizers.context import item_weights
-from semid.tokenizers.scan import mean_row
+from semid.tokenizers.context import item_weights, mean_row
 
 __all__ = ["Generation", "Refresh", "RefreshReport", "check_max_churn", "refresh"]
 

@@ -163,7 +163,7 @@ def fit(
     Example: semid fit s3://b/items --codebook-size 4096 -o s3://b/model --engine ray --workers 64
     """
     from semid.cli.fitting import behavior, run_fit, state_folder
-    from semid.tokenizers.making import make_tokenizer, read_recipe
+    from semid.tokenizers.factory import make_tokenizer, read_recipe
     from semid.training.distributed import is_main
     from semid.training.loggers import make_logger
 

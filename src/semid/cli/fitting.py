@@ -44,7 +44,7 @@ def behavior(
         raise UsageError("--pairs and --neighbors both name pairs; give one of them")
     if neighbors is None:
         return {"interactions": interactions, "pairs": pairs}
-    from semid.tokenizers.neural.behavior import Neighbors
+    from semid.tokenizers.behavior import Neighbors
 
     named = None if Path(neighbors).suffix != ".npy" else ids.to_arrow()
     return {"interactions": interactions, "pairs": Neighbors(Path(neighbors), ids=named)}

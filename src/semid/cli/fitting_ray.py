@@ -6,11 +6,11 @@ from typing import Any
 
 from semid.cli.fitting import save_model, say_fitted, state_folder
 from semid.cli.options import say
-from semid.distributed.ray_start import RayOptions
+from semid.distributed.ray_workers import RayOptions
 from semid.errors import UsageError
 from semid.progress import make_progress
 from semid.runs import remove_state_folder
-from semid.tokenizers.making import make_tokenizer
+from semid.tokenizers.factory import make_tokenizer
 from semid.tokenizers.rqkmeans import RQKMeans
 
 __all__ = ["run_fit_on_ray"]

@@ -211,7 +211,7 @@ def ray_options(
     workers: int | None, cpus_per_worker: int | None, address: str | None, store_bytes: int | None
 ) -> Any:
     """Return the layout on Ray that the shared options ask for."""
-    from semid.distributed.ray_start import RayOptions
+    from semid.distributed.ray_workers import RayOptions
 
     given = {"cpus_per_worker": cpus_per_worker, "store_bytes": store_bytes}
     chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}

@@ -18,7 +18,7 @@ from semid.codes import CodesInfo, SemanticIds, ids_table
 from semid.data.embeddings import open_embeddings
 from semid.data.id_tables import code_rows
 from semid.data.ids import ItemIds
-from semid.distributed.ray_start import RayOptions, check_slots, connect
+from semid.distributed.ray_workers import RayOptions, check_slots, connect
 from semid.errors import UsageError
 from semid.filesystems import FilePath
 from semid.loading import load_tokenizer

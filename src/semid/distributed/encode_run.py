@@ -27,10 +27,8 @@ from semid.distributed.encode_job import (
     partial_path,
     refuse_repeats,
 )
-from semid.distributed.estimate import Estimate, estimate_encode
-from semid.distributed.ray_start import RayOptions, check_slots, connect
-from semid.distributed.ray_team import Crew
-from semid.distributed.units import UNIT_ROWS, Catalogue, Unit
+from semid.distributed.ray_workers import Crew, RayOptions, check_slots, connect
+from semid.distributed.units import UNIT_ROWS, Catalogue, Estimate, Unit, estimate_encode
 from semid.errors import EmbeddingError, InputError
 from semid.filesystems import FilePath
 from semid.loading import load_tokenizer

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from semid.distributed.ray_start import RayOptions, check_slots, connect
+from semid.distributed.ray_workers import RayOptions, check_slots, connect
 from semid.errors import InputError, MissingExtraError
 from semid.filesystems import FilePath
 from semid.loading import load_tokenizer
@@ -35,7 +35,7 @@ def fit_with_ray_train(
 
     Args:
         kind: the tokenizer's name, for example ``rqpvae``.
-        values: its arguments, as `semid.tokenizers.making.make_tokenizer` takes them.
+        values: its arguments, as `semid.tokenizers.factory.make_tokenizer` takes them.
         source: embeddings that every process can open: a path on a disk they share, or a URI.
         columns: ``embedding_column`` and ``id_column``.
         options: workers, CPUs, cluster.
@@ -104,7 +104,7 @@ def _shared(checkpoint: FilePath | None) -> str | None:
 def _train(told: dict[str, Any]) -> None:
     """Run in every process: the fit that a single process would do."""
     from semid.data.embeddings import open_embeddings
-    from semid.tokenizers.making import make_tokenizer
+    from semid.tokenizers.factory import make_tokenizer
     from semid.training.distributed import is_main
 
     tokenizer = make_tokenizer(told["kind"], told["values"], threads=told["threads"])

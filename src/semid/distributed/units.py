@@ -1,13 +1,11 @@
-"""Parquet cut into units of row groups: what one worker takes at a time, and can be done again.
-
-A unit depends on the files alone, not on the number of workers, so a run that was stopped knows
-what it has done and what is left.
-"""
+"""Units of work: row groups of Parquet files, and how long encoding them will take."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -20,8 +18,10 @@ from semid.data.parquet_source import ParquetSource
 from semid.data.source import EmbeddingSource
 from semid.errors import UsageError
 from semid.filesystems import FilePath, is_uri
+from semid.tokenizers.base import Tokenizer
 
-__all__ = ["UNIT_ROWS", "Catalogue", "Unit"]
+__all__ = ["START_SECONDS", "UNIT_ROWS", "Catalogue", "Estimate", "Unit", "estimate_encode"]
+
 
 UNIT_ROWS = 262_144
 """Rows after which a unit is full: what the end of a worker can cost at most, with the row group
@@ -167,3 +167,104 @@ def _id_type(files: ParquetFiles, column: str) -> pa.DataType:
         raise UsageError(
             f"the id column '{column}' is of several types: {types}; write all files with one"
         ) from None
+
+
+START_SECONDS = {"local": 6.0, "ray": 15.0}
+"""Until the first worker works: imports and kernels, with Ray its own start besides. Measured on a
+small machine (docs/scaling.md); they only weigh where a run is short."""
+
+PROBE_ROWS = 16_384
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """How long an encode will take.
+
+    Attributes:
+        rows: rows left to encode.
+        bytes: bytes of their files, by the footers.
+        rows_a_second: of one worker with one thread, measured on the first rows.
+        workers: workers of the run.
+        engine: the engine that was chosen.
+    """
+
+    rows: int
+    bytes: int
+    rows_a_second: float
+    workers: int
+    engine: str
+
+    def seconds(self, engine: str, workers: int) -> float:
+        """Return the time on an engine."""
+        return START_SECONDS[engine] + self.rows / self.rows_a_second / workers
+
+    @property
+    def sentence(self) -> str:
+        """Return what a person should know, with the reason for the engine."""
+        local = self.seconds("local", self.workers)
+        ray = self.seconds("ray", self.workers)
+        return (
+            f"{self.rows:,} rows ({self.bytes / 1e9:.2f} GB): one worker encodes about "
+            f"{self.rows_a_second:,.0f} rows a second; {self.workers} on this machine take about "
+            f"{spell(local)}, as many on Ray {spell(ray)}. {self._reason()}"
+        )
+
+    def _reason(self) -> str:
+        if self.engine == "local":
+            return (
+                "--engine local starts faster and passes nothing around; --engine ray pays when "
+                "more machines share the work."
+            )
+        return "--engine ray pays when more machines share the work; on one, leave it out."
+
+
+def estimate_encode(
+    tokenizer: Tokenizer,
+    catalogue: Catalogue,
+    left: list[Unit],
+    *,
+    beam_width: int,
+    workers: int,
+    engine: str,
+) -> Estimate:
+    """Encode a few rows and tell from them how long all will take.
+
+    Args:
+        tokenizer: fitted; its threads are set to one meanwhile.
+        catalogue: the embeddings.
+        left: units left to encode, at least one.
+        beam_width: of the run.
+        workers: workers of the run.
+        engine: ``local`` or ``ray``.
+    """
+    threads = getattr(tokenizer, "threads", None)
+    tokenizer.threads = 1  # type: ignore[attr-defined]
+    try:
+        raw = next(iter(catalogue.source(left[:1])._raw_blocks(PROBE_ROWS)))
+        x = np.nan_to_num(raw.values)  # rows that cannot be used are the run's business
+        tokenizer._encode_block(x[:256], beam_width)  # the first call prepares kernels
+        began = time.process_time()
+        tokenizer._encode_block(x, beam_width)
+        took = max(time.process_time() - began, 1e-6)
+    finally:
+        tokenizer.threads = threads  # type: ignore[attr-defined]
+    rows = sum(unit.rows for unit in left)
+    files = {unit.file for unit in left}
+    width = sum(_size(catalogue, file) for file in files)
+    return Estimate(rows, width, len(x) / took, workers, engine)
+
+
+def _size(catalogue: Catalogue, file: int) -> int:
+    """Return a file's size; for one that is elsewhere, what its values weigh as float32."""
+    path = str(catalogue.files.paths[file])
+    if "://" not in path:
+        return Path(path).stat().st_size
+    rows = int(np.sum(catalogue.files.row_groups[file]))
+    return rows * catalogue.source(catalogue.units()[:1]).dim * 4
+
+
+def spell(seconds: float) -> str:
+    """Write a time as a person says it."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

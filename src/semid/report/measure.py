@@ -14,8 +14,8 @@ from semid.errors import EmbeddingError
 from semid.health import LevelUsage, bucket_keys, row_hashes
 from semid.progress import Progress
 from semid.tokenizers.base import Tokenizer
-from semid.tokenizers.fitreport import HealthCounter
-from semid.tokenizers.scan import mean_row
+from semid.tokenizers.context import mean_row
+from semid.tokenizers.fit_report import HealthCounter
 
 __all__ = ["CataloguePass", "Moments", "measure_catalogue", "rank_frequency"]
 

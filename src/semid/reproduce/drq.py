@@ -22,7 +22,7 @@ from semid.reproduce.pool import Job
 from semid.reproduce.recipe import DataSet, DrqRecipe, TokenizerSpec
 from semid.tokenizers.barq import BARQ
 from semid.tokenizers.base import Tokenizer
-from semid.tokenizers.making import make_tokenizer
+from semid.tokenizers.factory import make_tokenizer
 from semid.tokenizers.neural.tokenizer import NeuralTokenizer
 
 __all__ = ["DrqRunner", "drq_jobs"]

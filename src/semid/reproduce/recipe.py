@@ -12,7 +12,7 @@ from semid.documents import read_toml, record
 from semid.errors import UsageError, check_choice, nearest_name
 from semid.recommenders.ranking.methods import METHODS
 from semid.recommenders.ranking.models.registry import MODELS
-from semid.tokenizers.making import TOKENIZERS
+from semid.tokenizers.factory import TOKENIZERS
 
 __all__ = [
     "DataSet",
@@ -70,7 +70,7 @@ class TokenizerSpec:
 
     Attributes:
         name: the paper's name.
-        kind: key of `semid.tokenizers.making.TOKENIZERS`.
+        kind: key of `semid.tokenizers.factory.TOKENIZERS`.
         options: further arguments of its class.
         variant: empty for the paper's row; else what was chosen otherwise, shown apart.
         data: names of data sets; empty takes all.

@@ -20,16 +20,13 @@ from semid.quantization.nearest import prepare
 from semid.quantization.refine import Part, RefineOptions
 from semid.quantization.residual import ResidualCodes, dequantize, encode_residual
 from semid.quantization.tables import Tables, fit_tables
-from semid.tokenizers.blendfit import BlendFit
+from semid.tokenizers.barq_fit import Blend, BlendFit, BlendGraph, Content
+from semid.tokenizers.behavior import Behavior
 from semid.tokenizers.context import FitContext, level_sizes
-from semid.tokenizers.neural.blend import Blend, BlendGraph, Content
-from semid.tokenizers.neural.continuous import ContinuousTokenizer
-from semid.tokenizers.neural.decoupled import Objective
-from semid.tokenizers.neural.graph import EncoderGraph, Prepare
-from semid.tokenizers.neural.initialize import LatentBlocks
-from semid.tokenizers.neural.options import NeuralOptions
-from semid.tokenizers.neural.pairs import Behavior
-from semid.tokenizers.neural.rows import PreparedRows, moments
+from semid.tokenizers.neural.autoencoder import EncoderGraph, Prepare
+from semid.tokenizers.neural.continuous import ContinuousTokenizer, Objective
+from semid.tokenizers.neural.quantized import LatentBlocks
+from semid.tokenizers.neural.tokenizer import NeuralOptions, PreparedRows, moments
 from semid.tokenizers.stored import check_shapes
 from semid.training.stages import Stages
 
@@ -69,12 +66,12 @@ class BARQ(ContinuousTokenizer):
         size_limit: highest price of a codeword in mean squared residuals, 0 or more: evens out
             usage at some error (see `semid.quantization.prices`).
         objective: losses of the encoder beside reconstruction, see
-            `semid.tokenizers.neural.decoupled.Objective`; here ``contrastive_weight`` is 1 and
+            `semid.tokenizers.neural.continuous.Objective`; here ``contrastive_weight`` is 1 and
             ``pairs_per_step`` 1024.
         refine: how codebooks are refined.
         kmeans: how K-means runs at each level.
         **options: what every neural tokenizer takes, see
-            `semid.tokenizers.neural.options.NeuralOptions`; ``latent`` 0 of the network takes 64.
+            `semid.tokenizers.neural.tokenizer.NeuralOptions`; ``latent`` 0 of the network takes 64.
 
     Raises:
         UsageError: if a value is out of range.

@@ -1,8 +1,7 @@
 """The contract of a tokenizer: fit, encode, decode, quantize, save and load.
 
-A tokenizer is a file of its own that fills in the methods marked abstract. Opening the data,
-holding rows out, judging the result, streaming, fingerprints and artefacts are the same for all
-and live here.
+A tokenizer fills in the methods marked abstract. Opening the data, holding rows out, judging the
+result, streaming, fingerprints and artefacts are the same for all and live here.
 """
 
 from __future__ import annotations
@@ -28,20 +27,21 @@ from semid.progress import Progress, QuietProgress
 from semid.quantization.blocks import BLOCK_ROWS, prefetched
 from semid.quantization.nearest import prepare_kernels
 from semid.quantization.residual import ResidualCodes
-from semid.tokenizers.card import card
+from semid.tokenizers.behavior import Behavior
 from semid.tokenizers.context import (
     EncodedBlock,
     FitContext,
+    InputScan,
     check_beam,
+    check_enough,
     codes_within,
     data_digest,
     item_weights,
     refuse_behavior,
+    scan,
     train_weights,
 )
-from semid.tokenizers.fitreport import FitReport, HealthCounter
-from semid.tokenizers.neural.pairs import Behavior
-from semid.tokenizers.scan import InputScan, check_enough, scan
+from semid.tokenizers.fit_report import FitReport, HealthCounter, card
 from semid.tokenizers.stored import check_stored, described, stored_settings
 from semid.training.checkpoint import open_checkpoint, run_key
 

@@ -9,11 +9,9 @@ from typing import Any, ClassVar, Unpack
 from semid.quantization.kmeans import KMeansOptions
 from semid.tokenizers.context import FitContext, level_sizes
 from semid.tokenizers.levels import fit_levels
-from semid.tokenizers.neural.continuous import ContinuousTokenizer
-from semid.tokenizers.neural.decoupled import Objective
-from semid.tokenizers.neural.initialize import LatentBlocks
-from semid.tokenizers.neural.options import NeuralOptions
-from semid.tokenizers.neural.rows import PreparedRows
+from semid.tokenizers.neural.continuous import ContinuousTokenizer, Objective
+from semid.tokenizers.neural.quantized import LatentBlocks
+from semid.tokenizers.neural.tokenizer import NeuralOptions, PreparedRows
 from semid.training.stages import Stages
 
 __all__ = ["DRQVAE"]
@@ -36,7 +34,7 @@ class DRQVAE(ContinuousTokenizer):
         kl_weight: of a KL term, 0 or more; the paper's loss has none.
         kmeans: how K-means runs at each level.
         **options: what every neural tokenizer takes, see
-            `semid.tokenizers.neural.options.NeuralOptions`: ``seed``, ``network``, ``training``,
+            `semid.tokenizers.neural.tokenizer.NeuralOptions`: ``seed``, ``network``, ``training``,
             ``normalize``, ``center``, ``validation_fraction``, ``device``, ``threads``, ``logger``.
             ``latent`` 0 of the network takes 256 or the input's width, whichever is smaller (ours);
             its pre-training and commitment do not apply.

@@ -21,11 +21,10 @@ from semid.quantization.nearest import prepare
 from semid.quantization.refine import RefineOptions, refine_residual
 from semid.seeds import child_seed
 from semid.tokenizers.base import HELD_OUT_SALT, Tokenizer
-from semid.tokenizers.context import item_weights, train_weights
-from semid.tokenizers.neural.initialize import LatentBlocks
+from semid.tokenizers.context import item_weights, scan, train_weights
+from semid.tokenizers.neural.quantized import LatentBlocks
 from semid.tokenizers.neural.tokenizer import NeuralTokenizer
 from semid.tokenizers.rqkmeans import RQKMeans
-from semid.tokenizers.scan import scan
 
 __all__ = ["refine"]
 

@@ -20,7 +20,7 @@ from semid.quantization.rows import Rows
 from semid.tokenizers.base import Tokenizer
 from semid.tokenizers.context import FitContext, check_beam, check_validation_fraction, level_sizes
 from semid.tokenizers.levels import fit_levels, training_rows
-from semid.tokenizers.neural.graph import Prepare
+from semid.tokenizers.neural.autoencoder import Prepare
 from semid.tokenizers.stored import check_shapes
 from semid.training.stages import StateStore
 

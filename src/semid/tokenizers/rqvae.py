@@ -1,4 +1,4 @@
-"""RQ-VAE: residual codebooks inside an autoencoder, learned by gradient."""
+"""RQ-VAE and RQP-VAE: residual codebooks inside an autoencoder."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Unpack
 
 from semid.tokenizers.context import level_sizes
-from semid.tokenizers.neural.codebook import UpdateRule
-from semid.tokenizers.neural.options import NeuralOptions
 from semid.tokenizers.neural.quantized import QuantizedTokenizer
-from semid.tokenizers.neural.quantizers import Quantizer, ResidualQuantizer
+from semid.tokenizers.neural.quantizers import Quantizer, ResidualQuantizer, UpdateRule
+from semid.tokenizers.neural.tokenizer import NeuralOptions, ResidualOptions
 
-__all__ = ["RQVAE"]
+__all__ = ["RQPVAE", "RQVAE"]
 
 
 class RQVAE(QuantizedTokenizer):
@@ -25,7 +24,7 @@ class RQVAE(QuantizedTokenizer):
         codebook_size: codewords a level (2 to 2**32), or one number a level.
         beam_width: partial codes kept while encoding; 1 is greedy.
         **options: what every neural tokenizer takes, see
-            `semid.tokenizers.neural.options.NeuralOptions`: ``seed``, ``network``, ``training``,
+            `semid.tokenizers.neural.tokenizer.NeuralOptions`: ``seed``, ``network``, ``training``,
             ``normalize``, ``center``, ``validation_fraction``, ``device``, ``threads``, ``logger``.
 
     Raises:
@@ -62,3 +61,43 @@ class RQVAE(QuantizedTokenizer):
     def _quantizer(self, latent: int) -> Quantizer:
         rule = UpdateRule(kind="gradient", revive_below=0.0)
         return ResidualQuantizer(self.codebook_sizes, latent, rule=rule, seed=self.seed)
+
+
+class RQPVAE(RQVAE):
+    """RQ-VAE with EMA codebook updates and dead-code revival: codes do not die.
+
+    Args:
+        ema_decay: of the moving averages, in (0, 1).
+        revive_below: a code whose moving count falls below this share of an even filling is put
+            on a residual of the current batch, in [0, 1); 0 never revives.
+        **options: as for `RQVAE`.
+
+    Raises:
+        UsageError: if a value is out of range.
+
+    Source: DRQ §5.1; moving averages with Laplace smoothing from van den Oord 2017, app. A.1.
+    """
+
+    kind: ClassVar[str] = "rqpvae"
+
+    def __init__(
+        self,
+        *,
+        ema_decay: float = 0.99,
+        revive_below: float = 0.1,
+        **options: Unpack[ResidualOptions],
+    ) -> None:
+        self.rule = UpdateRule(decay=ema_decay, revive_below=revive_below)
+        super().__init__(**options)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Constructor arguments that change the result, JSON-able."""
+        return {
+            **super().settings,
+            "ema_decay": self.rule.decay,
+            "revive_below": self.rule.revive_below,
+        }
+
+    def _quantizer(self, latent: int) -> Quantizer:
+        return ResidualQuantizer(self.codebook_sizes, latent, rule=self.rule, seed=self.seed)

@@ -17,7 +17,7 @@ from semid.errors import IdsError, UsageError, check_choice
 from semid.progress import Progress
 from semid.recommenders.ranking.data import RankingData
 from semid.recommenders.ranking.features import CodeFeatures
-from semid.tokenizers.making import TOKENIZERS, make_tokenizer
+from semid.tokenizers.factory import TOKENIZERS, make_tokenizer
 
 __all__ = ["METHODS", "Coded", "Tokenizers"]
 

@@ -1,22 +1,98 @@
-"""The autoencoder under every neural tokenizer: one or several inputs in, a latent, and back."""
+"""The autoencoder of neural tokenizers: in training, exact on the CPU, and for export."""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from itertools import pairwise
 
+import numba
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from semid.quantization.blocks import Preprocess
+from semid.quantization.threads import map_blocks
 from semid.seeds import torch_generator
-from semid.tokenizers.neural.rowwise import Layer, perceptron
 
-__all__ = ["Autoencoder", "ExactDecoder", "ExactEncoder", "blank_linear"]
+__all__ = [
+    "Autoencoder",
+    "EncoderGraph",
+    "ExactDecoder",
+    "ExactEncoder",
+    "Layer",
+    "Prepare",
+    "blank_linear",
+    "dense",
+    "perceptron",
+]
+
 
 Array = npt.NDArray[np.float32]
+Layer = tuple[Array, Array]
+"""Weights ``(in, out)`` and bias ``(out,)``."""
+
+BLOCK = 256
+"""Rows a block: a block's widest activations stay in the second-level cache."""
+
+
+@numba.njit(nogil=True, cache=True, fastmath={"contract"})
+def _dense(x: Array, weight: Array, bias: Array, relu: bool, out: Array) -> None:
+    inputs, width = weight.shape
+    whole = inputs - inputs % 4
+    for i in range(len(x)):
+        row = out[i]
+        row[:] = bias
+        for k in range(0, whole, 4):
+            a, b, c, d = x[i, k], x[i, k + 1], x[i, k + 2], x[i, k + 3]
+            w0, w1, w2, w3 = weight[k], weight[k + 1], weight[k + 2], weight[k + 3]
+            for j in range(width):
+                total = row[j] + a * w0[j]
+                total = total + b * w1[j]
+                total = total + c * w2[j]
+                row[j] = total + d * w3[j]
+        for k in range(whole, inputs):
+            a, w0 = x[i, k], weight[k]
+            for j in range(width):
+                row[j] = row[j] + a * w0[j]
+        if relu:
+            for j in range(width):
+                row[j] = max(row[j], np.float32(0))
+
+
+def dense(x: Array, layer: Layer, *, relu: bool) -> Array:
+    """Apply one layer to rows ``(n, in)`` and return ``(n, out)`` float32."""
+    weight, bias = layer
+    out = np.empty((len(x), weight.shape[1]), dtype=np.float32)
+    _dense(np.ascontiguousarray(x, dtype=np.float32), weight, bias, relu, out)
+    return out
+
+
+def perceptron(x: Array, layers: Sequence[Layer], *, threads: int | None = None) -> Array:
+    """Apply dense layers with ReLU between them.
+
+    Args:
+        x: ``(n, in)`` float32.
+        layers: weights and bias of each layer; there is no ReLU after the last.
+        threads: plain threads over blocks of rows; it changes no bit.
+
+    Returns:
+        ``(n, out)`` float32. Each row depends on that row alone, in any chunking.
+    """
+    out = np.empty((len(x), layers[-1][0].shape[1]), dtype=np.float32)
+
+    def work(start: int) -> None:
+        block = x[start : start + BLOCK]
+        for number, layer in enumerate(layers):
+            block = dense(block, layer, relu=number < len(layers) - 1)
+        out[start : start + BLOCK] = block
+
+    starts = range(0, len(x), BLOCK)
+    map_blocks(work, starts, threads=1 if len(starts) < 8 else threads)
+    return out
+
 
 PROJECTED = 256
 """Widest projection of one of several inputs."""
@@ -184,3 +260,67 @@ def _numpy(tensor: Tensor) -> Array:
 def _layer(layer: nn.Module) -> Layer:
     assert isinstance(layer, nn.Linear)
     return np.ascontiguousarray(_numpy(layer.weight).T), _numpy(layer.bias)
+
+
+class Prepare(nn.Module):
+    """Centring and scaling of rows, as `semid.quantization.blocks.Preprocess` does them."""
+
+    mean: Tensor | None
+
+    def __init__(self, preprocess: Preprocess) -> None:
+        super().__init__()
+        mean = preprocess.mean
+        self.register_buffer("mean", None if mean is None else torch.from_numpy(mean.copy()))
+        self.normalize = preprocess.normalize
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Prepare rows ``(batch, dim)``."""
+        if self.mean is not None:
+            x = x - self.mean
+        if self.normalize:
+            norms = x.double().square().sum(dim=1, keepdim=True).sqrt()
+            norms = torch.where(norms == 0, torch.ones_like(norms), norms)
+            x = (x.double() / norms).float()
+        return x
+
+
+class EncoderGraph(nn.Module):
+    """Rows to latents, without the autocast of training.
+
+    Args:
+        preprocess: of the rows.
+        autoencoder: its encoder is copied.
+        maps: ``(latent, latent)`` of each parallel codebook; none where all see the same latent.
+    """
+
+    def __init__(
+        self,
+        preprocess: Preprocess,
+        autoencoder: Autoencoder,
+        maps: Sequence[npt.NDArray[np.float32]] = (),
+    ) -> None:
+        super().__init__()
+        self.prepare = Prepare(preprocess)
+        self.inputs = list(autoencoder.inputs)
+        self.register_buffer("mean", autoencoder.mean.detach().clone())
+        self.register_buffer("scale", autoencoder.scale.detach().clone())
+        self.projections = copy.deepcopy(autoencoder.projections)
+        self.layers = copy.deepcopy(autoencoder.encoder)
+        self.maps = len(maps)
+        for number, each in enumerate(maps):
+            self.register_buffer(f"map_{number}", torch.from_numpy(each.copy()))
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """Return latents ``(batch, latent)``, or one a codebook, of rows ``(batch, dim)``."""
+        z = (self.prepare(x) - self.get_buffer("mean")) / self.get_buffer("scale")
+        if len(self.projections):
+            parts = torch.split(z, self.inputs, dim=1)
+            pairs = zip(self.projections, parts, strict=True)
+            z = torch.cat([project(part) for project, part in pairs], dim=1)
+        for layer in self.layers[:-1]:
+            z = torch.relu(layer(z))
+        latent: Tensor = self.layers[-1](z)
+        if self.maps:
+            return [latent @ self.get_buffer(f"map_{number}") for number in range(self.maps)]
+        return latent

@@ -1,32 +1,165 @@
-"""What all neural tokenizers share: an autoencoder, exact encoding, their arrays in an artefact."""
+"""What all neural tokenizers share: options, preprocessed rows, exact encoding, stored arrays."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
 
-from semid.errors import check_choice
-from semid.quantization.blocks import Blocks, Preprocess
+from semid.errors import UsageError, check_choice
+from semid.options import MAX_WIDTH, Options, option
+from semid.quantization.blocks import Blocks, PreparedBlocks, Preprocess
 from semid.quantization.nearest import PreparedCodebook, prepare
 from semid.quantization.refine import Part
 from semid.quantization.residual import ResidualCodes, dequantize, encode_residual
 from semid.tokenizers.base import Tokenizer
-from semid.tokenizers.context import check_beam, check_validation_fraction
-from semid.tokenizers.neural.autoencoder import Autoencoder
-from semid.tokenizers.neural.graph import EncoderGraph
-from semid.tokenizers.neural.options import DEVICES, Network
+from semid.tokenizers.context import FitContext, check_beam, check_validation_fraction
+from semid.tokenizers.neural.autoencoder import Autoencoder, EncoderGraph
 from semid.tokenizers.stored import check_shapes
+from semid.training.distributed import local_rank
 from semid.training.loggers import Logger
 from semid.training.options import TrainOptions
+from semid.training.rows import TrainingRows
 from semid.training.state import load_module_
 
-__all__ = ["LATENT", "Network", "NeuralTokenizer"]
+__all__ = [
+    "DEVICES",
+    "LATENT",
+    "Network",
+    "NeuralOptions",
+    "NeuralTokenizer",
+    "PreparedRows",
+    "ResidualOptions",
+    "moments",
+    "pick_device",
+]
+
+
+DEVICES = ("auto", "cpu", "cuda")
+
+MAX_LAYERS = 128
+"""Hidden layers of a perceptron; the papers have three."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network(Options):
+    """Shape and losses of the autoencoder.
+
+    Attributes:
+        latent: width of the latent; 0 takes the tokenizer's own choice (32, DRQ-VAE 256).
+        hidden: widths of the encoder's hidden layers, mirrored by the decoder (MoC §4.1).
+        commitment_weight: beta, 0 or more (the papers' equations have 1; 0.25 is ours).
+        pretrain_epochs: epochs of the autoencoder alone, before K-means over its latents starts
+            the codebooks (ours); 0 starts them from the untrained encoder.
+    """
+
+    latent: int = option(0, ge=0, le=MAX_WIDTH)
+    hidden: tuple[int, ...] = option((512, 256, 128), ge=1, le=MAX_WIDTH)
+    commitment_weight: float = option(0.25, ge=0)
+    pretrain_epochs: int = option(5, ge=0)
+
+
+class NeuralOptions(TypedDict, total=False):
+    """Arguments that every neural tokenizer takes beside its own; all have defaults.
+
+    Attributes:
+        seed: any integer.
+        network: shape and losses of the autoencoder.
+        training: how it is trained.
+        normalize: scale (centered) rows to unit length first.
+        center: subtract the training mean first.
+        validation_fraction: share of the items held out by a hash of their id, in [0, 1).
+        device: ``auto`` (CUDA if there is one), ``cpu`` or ``cuda``; encoding is on the CPU.
+        threads: plain threads for K-means and encoding; results do not depend on it.
+        logger: told the figures of every epoch; it stays the caller's to close.
+    """
+
+    seed: int
+    network: Network | Mapping[str, Any] | None
+    training: TrainOptions | Mapping[str, Any] | None
+    normalize: bool
+    center: bool
+    validation_fraction: float
+    device: str
+    threads: int | None
+    logger: Logger | None
+
+
+class ResidualOptions(NeuralOptions, total=False):
+    """Arguments of tokenizers whose levels quantize what the levels before left.
+
+    Attributes:
+        levels: codes an item.
+        codebook_size: codewords a level (2 to 2**32), or one number a level.
+        beam_width: partial codes kept while encoding; 1 is greedy.
+    """
+
+    levels: int
+    codebook_size: int | Sequence[int]
+    beam_width: int
+
+
+def pick_device(wanted: str) -> torch.device:
+    """Return the device to train on; processes of ``torchrun`` take one GPU each.
+
+    Raises:
+        UsageError: CUDA was asked for and there is none.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UsageError("device='cuda': no CUDA device was found; give device='cpu' or 'auto'")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank() % torch.cuda.device_count())
+
+
+def moments(blocks: Blocks) -> tuple[npt.NDArray[np.float64], float]:
+    """Return the mean of rows and their mean squared distance to it."""
+    mean, squares = np.zeros(blocks.dim), 0.0
+    for _, block in blocks.blocks():
+        mean += block.sum(axis=0, dtype=np.float64)
+        squares += float(np.einsum("nd,nd->", block, block, dtype=np.float64))
+    mean /= len(blocks)
+    return mean, max(squares / len(blocks) - float(mean @ mean), 0.0)
+
+
+@dataclass(frozen=True)
+class PreparedRows:
+    """Rows of a fit after preprocessing, and their moments.
+
+    Attributes:
+        preprocess: fitted on the training rows.
+        train: rows to train on.
+        held_out: rows to judge on, or None.
+        mean: ``(dim,)`` float64 of the training rows.
+        variance: mean squared distance to it.
+    """
+
+    preprocess: Preprocess
+    train: TrainingRows
+    held_out: TrainingRows | None
+    mean: npt.NDArray[np.float64]
+    variance: float
+
+    @classmethod
+    def of(cls, context: FitContext, *, center: bool, normalize: bool) -> PreparedRows:
+        """Prepare the rows of a fit."""
+        preprocess = Preprocess.fit(context.train, center=center, normalize=normalize)
+
+        def ready(blocks: Blocks) -> TrainingRows:
+            return TrainingRows(
+                blocks if preprocess.identity else PreparedBlocks(blocks, preprocess)
+            )
+
+        train = ready(context.train)
+        held = None if context.held_out is None else ready(context.held_out)
+        mean, variance = moments(train.blocks)
+        return cls(preprocess, train, held, mean, variance)
+
 
 Array = npt.NDArray[np.float32]
 LATENT = 32

@@ -1,8 +1,8 @@
-"""What a fit says of itself: sizes, errors on trained and held-out rows, the health verdict."""
+"""The report of a fit (sizes, errors, health verdict) and the model card made from it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from semid.diagnostics.overlap import REPORT_SCALE, LevelOverlap, overlap_levels
 from semid.health import (
     CONCENTRATED,
     GEOMETRY,
+    NEAR,
     CollisionCounter,
     Collisions,
     EnergyCounter,
@@ -23,10 +24,12 @@ from semid.health import (
     Verdict,
     graded,
     judge,
+    threshold_table,
     verdict,
 )
 
-__all__ = ["FitReport", "HealthCounter"]
+__all__ = ["FitReport", "HealthCounter", "card"]
+
 
 Array = npt.NDArray[np.float32]
 
@@ -253,3 +256,51 @@ class FitReport:
     def from_dict(cls, data: dict[str, Any]) -> FitReport:
         """Read what `to_dict` gave."""
         return cls(**data)
+
+
+def card(kind: str, config: Mapping[str, Any]) -> str:
+    """Return Markdown that says what the model is, how it was made and whether it is healthy.
+
+    Args:
+        kind: kind of the tokenizer.
+        config: what ``config.json`` will hold.
+    """
+    sizes = config["codebook_sizes"]
+    lines = [
+        f"# Semantic ID tokenizer: {kind}",
+        "",
+        f"{len(sizes)} codes an item from codebooks of {', '.join(map(str, sizes))} codewords, "
+        f"for embeddings of width {config['dim']}.",
+        "",
+        "```python",
+        "import semid",
+        'tokenizer = semid.load("path/to/this/folder")',
+        "ids = tokenizer.encode(embeddings)",
+        "```",
+        "",
+        "| setting | value |",
+        "|---|---|",
+        *[f"| `{name}` | `{value}` |" for name, value in config["settings"].items()],
+        f"| codebook fingerprint | `{config['codebook_fingerprint']}` |",
+        "",
+    ]
+    report = config["fit_report"]
+    if report is not None:
+        lines += [
+            "## Fit",
+            "",
+            f"{report['items']:,} items, {report['trained_items']:,} trained on, "
+            f"{report['held_out_items']:,} held out, {report['seconds']:,.1f} seconds.",
+            "",
+            "```text",
+            report["summary"],
+            "```",
+            "",
+            "Relative error: `sum |x - x_hat|^2 / sum |x - mean|^2` over the rows named, with the "
+            "mean of all rows. The verdict is the worst finding's; notes do not change it. A note "
+            f"also says where a figure comes within a factor of {NEAR:g} of a warning.",
+            "",
+            *threshold_table(),
+            "",
+        ]
+    return "\n".join(lines)

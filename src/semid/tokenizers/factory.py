@@ -15,14 +15,15 @@ from semid.tokenizers.base import Tokenizer
 
 __all__ = ["TOKENIZERS", "make_tokenizer", "read_recipe", "recipe_names"]
 
+
 TOKENIZERS: dict[str, tuple[str, str]] = {
     "barq": ("semid.tokenizers.barq", "BARQ"),
     "drqvae": ("semid.tokenizers.drqvae", "DRQVAE"),
     "mocvae": ("semid.tokenizers.mocvae", "MoCVAE"),
     "rqkmeans": ("semid.tokenizers.rqkmeans", "RQKMeans"),
-    "rqpvae": ("semid.tokenizers.rqpvae", "RQPVAE"),
+    "rqpvae": ("semid.tokenizers.rqvae", "RQPVAE"),
     "rqvae": ("semid.tokenizers.rqvae", "RQVAE"),
-    "vqvae": ("semid.tokenizers.vqvae", "VQVAE"),
+    "vqvae": ("semid.tokenizers.mocvae", "VQVAE"),
 }
 """Name on the command line -> module and class; modules are imported when they are used."""
 
