@@ -36,8 +36,8 @@ from common import in_turn, save
 from semid.data.ids import ItemIds
 from semid.progress import QuietProgress
 from semid.recommenders.ranking.metrics import auc
-from semid.recommenders.ranking.network import Architecture, make_network
-from semid.recommenders.ranking.rows import Rows
+from semid.recommenders.ranking.network import RankerConfig, make_network
+from semid.recommenders.ranking.rows import RankingRows
 from semid.recommenders.ranking.schema import Schema
 from semid.recommenders.ranking.task import MemoryBatches, RankingTask, predict_logits
 from semid.recommenders.ranking.training import rank_options
@@ -73,10 +73,10 @@ def schema() -> Schema:
     )
 
 
-def rows_of(x: np.ndarray, y: np.ndarray) -> Rows:
+def rows_of(x: np.ndarray, y: np.ndarray) -> RankingRows:
     """Return rows as semid holds them."""
     wide = torch.from_numpy(x.astype(np.int32))
-    return Rows(
+    return RankingRows(
         user=wide[:, 0].contiguous(),
         item=wide[:, 1].contiguous(),
         label=torch.from_numpy(y),
@@ -93,7 +93,7 @@ class Ours:
     def __init__(self, model: str, hidden: tuple[int, ...], x: np.ndarray, y: np.ndarray) -> None:
         options = {"hidden": hidden, "dropout": 0.0, "batch_norm": False}
         self.network = make_network(
-            schema(), None, Architecture(model=model, width=WIDTH, options=options)
+            schema(), None, RankerConfig(model=model, width=WIDTH, options=options)
         )
         self.rows = rows_of(x, y)
         self.options = rank_options(
@@ -234,7 +234,7 @@ def parity(given: argparse.Namespace, python: Path | None) -> list[dict[str, Any
                 cut = int(0.8 * len(y)), int(0.9 * len(y))
                 parts = [rows_of(x[a:b], y[a:b]) for a, b in ((0, cut[0]), cut, (cut[1], len(y)))]
                 options = {"hidden": (64, 32), "dropout": 0.0, "batch_norm": False}
-                architecture = Architecture(
+                architecture = RankerConfig(
                     model=model, width=WIDTH, options=options, init_std=1e-4
                 )
                 network = make_network(schema(), None, architecture, seed=seed)

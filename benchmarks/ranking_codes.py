@@ -17,10 +17,10 @@ import torch
 
 import semid
 from semid.progress import make_progress
-from semid.recommenders.ranking.data import DataOptions, prepare_ranking
+from semid.recommenders.ranking.data import RankingDataConfig, prepare_ranking_data
 from semid.recommenders.ranking.grid import Grid, run_grid
 from semid.recommenders.ranking.gridtable import grid_tables
-from semid.recommenders.ranking.network import Architecture
+from semid.recommenders.ranking.network import RankerConfig
 from semid.recommenders.ranking.training import rank_options
 
 SETS = {
@@ -55,10 +55,10 @@ def main() -> None:
     for name in given.sets:
         folder, label, single = SETS[name]
         place = given.data / folder
-        data = prepare_ranking(
+        data = prepare_ranking_data(
             place / "interactions.parquet",
             items=place / "items.parquet",
-            options=DataOptions(label=label, cold_items=given.cold, item_columns=single),
+            config=RankingDataConfig(label=label, cold_items=given.cold, item_columns=single),
         )
         log = data.training_log
         ordered = log is not None and log.has_order
@@ -68,7 +68,7 @@ def main() -> None:
             models=tuple(given.models),
             fusion=(False, True),
             seeds=given.seeds,
-            architecture=Architecture(
+            config=RankerConfig(
                 width=given.width,
                 options={"hidden": tuple(given.hidden)},
                 unknown_rate=given.unknown_rate,

@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from semid.codes import CodesInfo, SemanticIds
 from semid.data.ids import ItemIds
-from semid.recommenders.ranking.data import DataOptions, RankingData, prepare_ranking
+from semid.recommenders.ranking.data import RankingData, RankingDataConfig, prepare_ranking_data
 
 USERS, ITEMS, GROUPS = 80, 48, 4
 SMALL = {"hidden": (8,), "dropout": 0.0}
@@ -85,4 +85,6 @@ def codes(
 def data(**options: object) -> RankingData:
     """The log, prepared."""
     settings = {"label": "rating>=4", **options}
-    return prepare_ranking(log_table(), items=item_table(), options=DataOptions(**settings))
+    return prepare_ranking_data(
+        log_table(), items=item_table(), config=RankingDataConfig(**settings)
+    )

@@ -24,11 +24,11 @@ from semid.errors import EmbeddingError, IdsError, UsageError, brief, printable
 from semid.markdown import code_span, escaped
 from semid.options import CheckedArguments, Options, argument_types
 from semid.quantization.kmeans import KMeansOptions
-from semid.recommenders.ranking.data import DataOptions
+from semid.recommenders.ranking.data import RankingDataConfig
 from semid.recommenders.ranking.features import CodeFeatures
 from semid.recommenders.ranking.grid import Grid
 from semid.recommenders.ranking.labels import Label
-from semid.recommenders.ranking.network import Architecture
+from semid.recommenders.ranking.network import RankerConfig
 from semid.report import compare
 from semid.training.options import TrainOptions
 
@@ -135,7 +135,7 @@ def test_checked_objects_copy_and_pickle():
 
 
 @pytest.mark.parametrize(
-    "kind", [KMeansOptions, TrainOptions, DataOptions, CodeFeatures, Grid, Architecture]
+    "kind", [KMeansOptions, TrainOptions, RankingDataConfig, CodeFeatures, Grid, RankerConfig]
 )
 def test_options_refuse_unknown_names_and_wrong_types(kind):
     assert Options in kind.__mro__
@@ -165,7 +165,7 @@ def test_every_tokenizer_checks_its_arguments():
 )
 def test_ranking_models_check_their_options_before_any_data(options, message):
     with pytest.raises(UsageError, match=message):
-        Architecture(options=options)
+        RankerConfig(options=options)
 
 
 def test_labels_and_shares_out_of_range():
@@ -174,11 +174,11 @@ def test_labels_and_shares_out_of_range():
             Label.parse(text)
     assert Label.parse("sampled(uniform,007)").negatives == 7
     with pytest.raises(UsageError, match="--fractions"):
-        DataOptions(fractions=(0.5, 0.5, 0.5))
+        RankingDataConfig(fractions=(0.5, 0.5, 0.5))
     with pytest.raises(UsageError, match="fractions"):
-        DataOptions(fractions=(float("nan"), 0.5, 0.5))
+        RankingDataConfig(fractions=(float("nan"), 0.5, 0.5))
     with pytest.raises(UsageError, match=r"history=.*0 to 10,000"):
-        DataOptions(history=10**9)
+        RankingDataConfig(history=10**9)
 
 
 @pytest.mark.parametrize(

@@ -522,13 +522,13 @@ def test_parts_of_another_run_are_not_joined(place, monkeypatch):
 @pytest.mark.parametrize("change", ["log", "items"])
 def test_a_resumed_ranker_sees_changed_data(place, change, monkeypatch):
     """The key of a run covers the training rows of a stream and the attributes of items."""
-    from semid.recommenders.ranking.data import DataOptions
+    from semid.recommenders.ranking.data import RankingDataConfig
     from semid.recommenders.ranking.stream import RankingStream
     from semid.recommenders.ranking.training import data_digest
 
     def digest() -> str:
-        options = DataOptions(label="label>=1")
-        data = RankingStream.open("log.parquet", items="items.parquet", options=options)
+        options = RankingDataConfig(label="label>=1")
+        data = RankingStream.open("log.parquet", items="items.parquet", config=options)
         return data_digest(data, data.parts)
 
     log = pq.read_table("log.parquet")
@@ -543,7 +543,7 @@ def test_a_resumed_ranker_sees_changed_data(place, change, monkeypatch):
         from semid.recommenders.ranking.stream import Scan
 
         data = RankingStream.open(
-            "log.parquet", items="items.parquet", options=DataOptions(label="label>=1")
+            "log.parquet", items="items.parquet", config=RankingDataConfig(label="label>=1")
         )
         part = data.scan.parts(log)
         labels = log["label"].to_numpy().copy()

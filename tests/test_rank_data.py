@@ -12,7 +12,7 @@ from rank_cases import ITEMS, codes, data, item_table, log_table
 from semid.data.ids import ItemIds
 from semid.data.interactions import read_interactions
 from semid.errors import IdsError, InputError, InteractionsError, UsageError
-from semid.recommenders.ranking.data import DataOptions, prepare_ranking
+from semid.recommenders.ranking.data import RankingDataConfig, prepare_ranking_data
 from semid.recommenders.ranking.features import CodeFeatures, code_table
 from semid.recommenders.ranking.labels import Label
 from semid.recommenders.ranking.splits import split_rows
@@ -89,8 +89,8 @@ def test_vocabularies_and_popularity_come_from_training_rows():
 
 
 def test_sampled_negatives_are_no_positives_of_the_past_and_know_no_future():
-    found = prepare_ranking(
-        log_table(), items=item_table(), options=DataOptions(label="sampled(uniform,2)")
+    found = prepare_ranking_data(
+        log_table(), items=item_table(), config=RankingDataConfig(label="sampled(uniform,2)")
     )
     positives, seen = {}, set()
     for name in ("train", "validation", "test"):
@@ -116,7 +116,7 @@ def test_sampled_negatives_are_no_positives_of_the_past_and_know_no_future():
 
 def test_popularity_negatives_follow_training_counts():
     base = log_table(600, items=ITEMS)
-    found = prepare_ranking(base, options=DataOptions(label="sampled(popularity,3)"))
+    found = prepare_ranking_data(base, config=RankingDataConfig(label="sampled(popularity,3)"))
     rows = found.parts["train"]
     drawn = np.bincount(rows.item.numpy()[rows.label.numpy() == 0], minlength=ITEMS + 1)
     assert np.corrcoef(drawn[1:], found.positives[1:])[0, 1] > 0.6
@@ -253,9 +253,9 @@ def test_codes_that_do_not_fit():
 def test_a_stream_reads_the_same_rows(tmp_path):
     table = log_table()
     pq.write_table(table, tmp_path / "log.parquet", row_group_size=100)
-    options = DataOptions(label="rating>=4", categorical=("device",), dense=("price",))
+    options = RankingDataConfig(label="rating>=4", categorical=("device",), dense=("price",))
     found = RankingStream.open(
-        tmp_path / "log.parquet", items=item_table(), options=options, buffer_rows=150
+        tmp_path / "log.parquet", items=item_table(), config=options, buffer_rows=150
     )
     held = sum(len(rows) for rows in found.parts.values())
     assert found.train_rows + held == len(table)
@@ -286,33 +286,37 @@ def test_a_stream_reads_the_same_rows(tmp_path):
         ({"label": "rating>=4", "history": 3}, "history"),
     ):
         with pytest.raises(UsageError, match=message):
-            RankingStream.open(tmp_path / "log.parquet", options=DataOptions(**wrong))
+            RankingStream.open(tmp_path / "log.parquet", config=RankingDataConfig(**wrong))
 
 
 def test_bad_logs():
     table = log_table(200)
     with pytest.raises(InteractionsError, match="every row is positive"):
-        prepare_ranking(table, options=DataOptions(label="rating>=0"))
+        prepare_ranking_data(table, config=RankingDataConfig(label="rating>=0"))
     with pytest.raises(UsageError, match="click"):
-        prepare_ranking(table, options=DataOptions(label="click>=1"))
+        prepare_ranking_data(table, config=RankingDataConfig(label="click>=1"))
     holes = table.set_column(
         table.column_names.index("price"), "price", pa.array([float("nan")] + [1.0] * 199)
     )
     with pytest.raises(InputError, match=r"dense column 'price'.*1 rows.*first: row 0"):
-        prepare_ranking(holes, options=DataOptions(label="rating>=4", dense=("price",)))
+        prepare_ranking_data(holes, config=RankingDataConfig(label="rating>=4", dense=("price",)))
     with pytest.raises(InputError, match=r"column 'price'.*a category is a string"):
-        prepare_ranking(table, options=DataOptions(label="rating>=4", categorical=("price",)))
+        prepare_ranking_data(
+            table, config=RankingDataConfig(label="rating>=4", categorical=("price",))
+        )
     with pytest.raises(InputError, match=r"column 'device'.*holds numbers"):
-        prepare_ranking(table, options=DataOptions(label="rating>=4", dense=("device",)))
+        prepare_ranking_data(table, config=RankingDataConfig(label="rating>=4", dense=("device",)))
     with pytest.raises(UsageError, match="needs to know what came first"):
-        prepare_ranking(
+        prepare_ranking_data(
             table.drop_columns(["timestamp"]),
-            options=DataOptions(label="rating>=4", split="leave-last-out"),
+            config=RankingDataConfig(label="rating>=4", split="leave-last-out"),
         )
     with pytest.raises(UsageError, match="add up to 1"):
-        DataOptions(fractions=(0.5, 0.1, 0.1))
+        RankingDataConfig(fractions=(0.5, 0.1, 0.1))
     with pytest.raises(UsageError, match="no table of items"):
-        prepare_ranking(table, options=DataOptions(label="rating>=4", item_columns=("brand",)))
+        prepare_ranking_data(
+            table, config=RankingDataConfig(label="rating>=4", item_columns=("brand",))
+        )
     strangers = item_table().set_column(0, "item_id", pa.array([f"x{n}" for n in range(ITEMS)]))
     with pytest.raises(InteractionsError, match=r"none of the .* items"):
-        prepare_ranking(table, items=strangers, options=DataOptions(label="rating>=4"))
+        prepare_ranking_data(table, items=strangers, config=RankingDataConfig(label="rating>=4"))

@@ -17,7 +17,7 @@ from semid.progress import QuietProgress
 from semid.recommenders.ranking.grid import RESULTS_FILE, Grid, read_results, run_grid
 from semid.recommenders.ranking.gridtable import difference, grid_tables
 from semid.recommenders.ranking.methods import Tokenizers
-from semid.recommenders.ranking.network import Architecture
+from semid.recommenders.ranking.network import RankerConfig
 from semid.recommenders.ranking.training import rank_options
 
 TRAINING = rank_options({"epochs": 1, "batch_size": 512, "precision": "fp32"})
@@ -40,7 +40,7 @@ def grid(**changes):
         "fusion": (False, True),
         "seeds": 2,
         "codebook_size": 4,
-        "architecture": Architecture(width=4, options=SMALL),
+        "config": RankerConfig(width=4, options=SMALL),
         "training": TRAINING,
     }
     return Grid(**{**settings, **changes})
@@ -195,7 +195,7 @@ def test_semid_rank(tmp_path, capsys):
     assert not (tmp_path / "model.partial").exists()
     assert "singular_values" in json.loads((tmp_path / "a.json").read_text())
     ranker = semid.load(tmp_path / "model")
-    assert ranker.architecture.fusion
+    assert ranker.config.fusion
     assert len(ranker.rank("u1", ["i1", "i2"]).items) == 2
     np.save(tmp_path / "x.npy", vectors())
     assert (

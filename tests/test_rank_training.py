@@ -21,11 +21,11 @@ from semid.recommenders.ranking.analysis import (
     linear_cka,
     singular_values,
 )
-from semid.recommenders.ranking.data import DataOptions, prepare_ranking
+from semid.recommenders.ranking.data import RankingDataConfig, prepare_ranking_data
 from semid.recommenders.ranking.features import CodeFeatures, code_table
 from semid.recommenders.ranking.kept import information_kept
 from semid.recommenders.ranking.metrics import auc
-from semid.recommenders.ranking.network import Architecture, make_network
+from semid.recommenders.ranking.network import RankerConfig, make_network
 from semid.recommenders.ranking.optimizer import RowwiseAdamW, make_optimizer
 from semid.recommenders.ranking.report import reliance
 from semid.recommenders.ranking.stream import RankingStream
@@ -34,7 +34,7 @@ from semid.recommenders.ranking.training import rank_options, train_ranker
 from semid.report.figures_ranking import ranking_figures
 from semid.training.state import module_arrays
 
-ARCHITECTURE = Architecture(width=4, options=SMALL)
+ARCHITECTURE = RankerConfig(width=4, options=SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def coded(rows):
         rows,
         ids=codes(),
         features=CodeFeatures(mode="levels", scale=2),
-        architecture=replace(ARCHITECTURE, width=8, fusion=True, fusion_rank=4, unknown_rate=0.1),
+        config=replace(ARCHITECTURE, width=8, fusion=True, fusion_rank=4, unknown_rate=0.1),
         training={**QUICK, "epochs": 12, "batch_size": 128},
     )
 
@@ -65,7 +65,7 @@ def test_training_improves_beats_popularity_and_returns_the_best(rows, coded):
 
 def test_best_weights_come_back_although_nothing_stopped(rows):
     found = train_ranker(
-        rows, architecture=ARCHITECTURE, training={**QUICK, "learning_rate": 0.2, "patience": None}
+        rows, config=ARCHITECTURE, training={**QUICK, "learning_rate": 0.2, "patience": None}
     )
     history = [epoch["score"] for epoch in found.report["training"]["history"]]
     assert len(history) == QUICK["epochs"]
@@ -191,7 +191,7 @@ def test_codes_have_a_rate_and_a_decay_of_their_own(rows):
         rows,
         ids=codes(),
         features={"rate": 1e-12},
-        architecture=ARCHITECTURE,
+        config=ARCHITECTURE,
         training={**QUICK, "epochs": 1},
         seed=3,
     )
@@ -229,24 +229,22 @@ def test_row_wise_adam_is_adam_on_the_rows_it_touches():
 
 def test_large_tables_train_row_by_row(rows):
     found = train_ranker(
-        rows, ids=codes(), architecture=replace(ARCHITECTURE, sparse=True), training=QUICK
+        rows, ids=codes(), config=replace(ARCHITECTURE, sparse=True), training=QUICK
     )
     assert found.network.sparse
     assert found.report["test"]["auc"] > found.report["test"]["popularity_auc"]
     with pytest.raises(UsageError, match="clip_norm"):
-        train_ranker(
-            rows, architecture=replace(ARCHITECTURE, sparse=True), training={"clip_norm": 1.0}
-        )
+        train_ranker(rows, config=replace(ARCHITECTURE, sparse=True), training={"clip_norm": 1.0})
 
 
 def test_the_widened_id_costs_what_the_codes_would(rows):
     ids = codes(levels=3, size=64)
-    plain = train_ranker(rows, ids=ids, architecture=ARCHITECTURE, training={**QUICK, "epochs": 1})
+    plain = train_ranker(rows, ids=ids, config=ARCHITECTURE, training={**QUICK, "epochs": 1})
     wide = train_ranker(
         rows,
         ids=ids,
         features={"control": "widened"},
-        architecture=ARCHITECTURE,
+        config=ARCHITECTURE,
         training={**QUICK, "epochs": 1},
     )
     extra = wide.report["parameters"]["wide"]
@@ -268,7 +266,7 @@ class Stop(QuietProgress):
 def test_a_stopped_run_resumes_to_the_same_bits(rows, tmp_path):
     settings = {
         "ids": codes(),
-        "architecture": replace(ARCHITECTURE, options={"hidden": (8,)}),
+        "config": replace(ARCHITECTURE, options={"hidden": (8,)}),
         "training": {**QUICK, "epochs": 3},
     }
     whole = train_ranker(rows, **settings)
@@ -285,23 +283,23 @@ def test_a_stream_trains(tmp_path):
     stream = RankingStream.open(
         tmp_path / "log.parquet",
         items=item_table(),
-        options=DataOptions(label="rating>=4", dense=("price",)),
+        config=RankingDataConfig(label="rating>=4", dense=("price",)),
         buffer_rows=256,
     )
-    found = train_ranker(stream, ids=codes(), architecture=ARCHITECTURE, training=QUICK)
+    found = train_ranker(stream, ids=codes(), config=ARCHITECTURE, training=QUICK)
     assert found.report["test"]["auc"] > found.report["test"]["popularity_auc"]
 
 
 def test_context_and_history_train():
     table = log_table()
-    found = prepare_ranking(
+    found = prepare_ranking_data(
         table,
         items=item_table(),
-        options=DataOptions(
+        config=RankingDataConfig(
             label="rating>=4", history=3, categorical=("device",), dense=("price",)
         ),
     )
-    ranker = train_ranker(found, ids=codes(), architecture=ARCHITECTURE, training=QUICK)
+    ranker = train_ranker(found, ids=codes(), config=ARCHITECTURE, training=QUICK)
     assert "history:code:1" in ranker.network.field_names
     before = copy.deepcopy(ranker.network.state_dict())
     assert ranker.report["test"]["auc"] > 0.6

@@ -14,7 +14,7 @@ from rank_cases import SMALL, codes, data, item_table, log_table
 from semid.errors import ArtefactError, FingerprintError, InputError, OutputExistsError, UsageError
 from semid.recommenders.ranking.features import CodeFeatures
 from semid.recommenders.ranking.graph import input_names, write_onnx, write_torch_export
-from semid.recommenders.ranking.network import Architecture
+from semid.recommenders.ranking.network import RankerConfig
 from semid.recommenders.ranking.training import train_ranker
 
 ONE = {"epochs": 1, "batch_size": 512, "precision": "fp32"}
@@ -25,7 +25,7 @@ def trained(model="deepfm", *, mode="levels", **options):
         data(**options),
         ids=codes(skip=2),
         features=CodeFeatures(mode=mode),
-        architecture=Architecture(model=model, width=4, options=SMALL, fusion=True, fusion_rank=2),
+        config=RankerConfig(model=model, width=4, options=SMALL, fusion=True, fusion_rank=2),
         training=ONE,
     )
 
@@ -198,7 +198,7 @@ def test_onnx_of_every_model(model, tmp_path):
 
 
 def test_models_without_codes(tmp_path):
-    ranker = train_ranker(data(), architecture=Architecture(width=4, options=SMALL), training=ONE)
+    ranker = train_ranker(data(), config=RankerConfig(width=4, options=SMALL), training=ONE)
     ranker.save(tmp_path / "m")
     again = semid.load(tmp_path / "m")
     frame = pa.table({"user_id": ["u1"], "item_id": ["i1"]})

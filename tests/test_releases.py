@@ -17,7 +17,7 @@ from semid.data.releases.amazon import read_amazon
 from semid.data.releases.movielens import read_movielens
 from semid.data.releases.release import core_mask
 from semid.errors import InputError, InteractionsError, MissingExtraError, UsageError
-from semid.recommenders.ranking.data import DataOptions, prepare_ranking
+from semid.recommenders.ranking.data import RankingDataConfig, prepare_ranking_data
 
 
 def write_gz(path, lines):
@@ -226,10 +226,10 @@ def test_semid_prepare_and_the_rating_label(tmp_path, capsys, monkeypatch):
     assert np.load(folder / "embeddings.f16.npy").shape == (12, 2)
     assert read_interactions(folder / "interactions.parquet").order_column == "position"
     assert pq.read_table(folder / "items.parquet").num_rows == 12
-    rows = prepare_ranking(
+    rows = prepare_ranking_data(
         folder / "interactions.parquet",
         items=folder / "items.parquet",
-        options=DataOptions(label="rating>3"),
+        config=RankingDataConfig(label="rating>3"),
     )
     assert "label=rating>3" in rows.protocol
     share = float(rows.parts["train"].label.mean())

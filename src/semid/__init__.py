@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from semid.loading import load
     from semid.quantization.kmeans import KMeansOptions
     from semid.quantization.refine import RefineOptions
-    from semid.recommenders.ranking.data import DataOptions, prepare_ranking
+    from semid.recommenders.ranking.data import RankingDataConfig, prepare_ranking_data
     from semid.recommenders.ranking.features import CodeFeatures
-    from semid.recommenders.ranking.network import Architecture
+    from semid.recommenders.ranking.network import RankerConfig
     from semid.recommenders.ranking.ranker import Ranker
     from semid.recommenders.ranking.stream import RankingStream
     from semid.recommenders.ranking.training import train_ranker
@@ -42,9 +42,7 @@ __all__ = [
     "RQPVAE",
     "RQVAE",
     "VQVAE",
-    "Architecture",
     "CodeFeatures",
-    "DataOptions",
     "DecodeHead",
     "KMeansOptions",
     "MoCVAE",
@@ -53,6 +51,8 @@ __all__ = [
     "PrefixIndex",
     "RQKMeans",
     "Ranker",
+    "RankerConfig",
+    "RankingDataConfig",
     "RankingStream",
     "RefineOptions",
     "SemanticIds",
@@ -64,7 +64,7 @@ __all__ = [
     "load",
     "make_unique",
     "open_embeddings",
-    "prepare_ranking",
+    "prepare_ranking_data",
     "read_interactions",
     "refine",
     "train_ranker",
@@ -72,11 +72,11 @@ __all__ = [
 
 # Names are imported when first used, so that `import semid` and `semid --help` stay quick.
 _HOME = {
-    "Architecture": "semid.recommenders.ranking.network",
+    "RankerConfig": "semid.recommenders.ranking.network",
     "BARQ": "semid.tokenizers.barq",
     "CodeFeatures": "semid.recommenders.ranking.features",
     "DRQVAE": "semid.tokenizers.drqvae",
-    "DataOptions": "semid.recommenders.ranking.data",
+    "RankingDataConfig": "semid.recommenders.ranking.data",
     "DecodeHead": "semid.tokenizers.heads",
     "KMeansOptions": "semid.quantization.kmeans",
     "MoCVAE": "semid.tokenizers.mocvae",
@@ -99,7 +99,7 @@ _HOME = {
     "load": "semid.loading",
     "make_unique": "semid.catalogue.uniqueness",
     "open_embeddings": "semid.data.embeddings",
-    "prepare_ranking": "semid.recommenders.ranking.data",
+    "prepare_ranking_data": "semid.recommenders.ranking.data",
     "read_interactions": "semid.data.interactions",
     "refine": "semid.tokenizers.refining",
     "train_ranker": "semid.recommenders.ranking.training",

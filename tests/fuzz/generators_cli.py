@@ -360,7 +360,7 @@ def constructor(random: Random, bench: Bench, work: Path) -> Case:
     name = random.choice(
         ("RQKMeans", "RQVAE", "VQVAE", "RQPVAE", "DRQVAE", "MoCVAE", "KMeansOptions",
         "TrainOptions",
-         "Network", "Architecture", "DataOptions", "CodeFeatures", "RefineOptions")
+         "Network", "RankerConfig", "RankingDataConfig", "CodeFeatures", "RefineOptions")
     )  # fmt: skip
     made = getattr(semid, name)
     known = _parameters(made)

@@ -135,15 +135,15 @@ def rank(
 
     Example: semid rank logs.parquet --items items.parquet --ids ids.parquet -o ranker/
     """
-    from semid.recommenders.ranking.data import DataOptions
+    from semid.recommenders.ranking.data import RankingDataConfig
     from semid.recommenders.ranking.features import CodeFeatures
-    from semid.recommenders.ranking.network import Architecture
+    from semid.recommenders.ranking.network import RankerConfig
     from semid.recommenders.ranking.training import rank_options, training_device
     from semid.tokenizers.encoding import partial_folder
 
     _refuse_unused(context)
     training_device(device)
-    options = DataOptions(
+    options = RankingDataConfig(
         label=label,
         split=split,
         fractions=_three(fractions),
@@ -157,7 +157,7 @@ def rank(
         seed=data_seed,
     )
     switches = _switches(fusion)
-    architecture = Architecture(
+    architecture = RankerConfig(
         model=model,
         width=width,
         fusion=switches[0],
@@ -190,7 +190,7 @@ def rank(
             fusion=switches,
             seeds=seeds,
             codebook_size=codebook_size,
-            architecture=architecture,
+            config=architecture,
             training=training,
         )
         # A grid that is resumed must be one that semid wrote, as one that is replaced.
@@ -222,7 +222,7 @@ def rank(
     _single(
         (logs, items, options, columns, time_column, stream),
         (ids, features),
-        {"architecture": architecture, "training": training, "seed": seed, "device": device},
+        {"config": architecture, "training": training, "seed": seed, "device": device},
         output,
         analyze=analyze,
         overwrite=overwrite,
@@ -279,7 +279,7 @@ def _single(
     from semid.output import atomic_file
     from semid.progress import make_progress
     from semid.recommenders.ranking.analysis import analyze_codes
-    from semid.recommenders.ranking.data import prepare_ranking
+    from semid.recommenders.ranking.data import prepare_ranking_data
     from semid.recommenders.ranking.features import CodeFeatures
     from semid.recommenders.ranking.stream import RankingStream
     from semid.recommenders.ranking.training import train_ranker
@@ -289,10 +289,10 @@ def _single(
     logs, items, options, columns, time_column, stream = source
     data: Any
     if stream:
-        data = RankingStream.open(logs, items=items, options=options, **columns)
+        data = RankingStream.open(logs, items=items, config=options, **columns)
     else:
-        data = prepare_ranking(
-            logs, items=items, options=options, time_column=time_column, **columns
+        data = prepare_ranking_data(
+            logs, items=items, config=options, time_column=time_column, **columns
         )
     file, settings = codes
     ids = features = None
@@ -344,7 +344,7 @@ def _grid(
     from semid.cli.options import open_source
     from semid.output import atomic_file
     from semid.progress import make_progress
-    from semid.recommenders.ranking.data import prepare_ranking
+    from semid.recommenders.ranking.data import prepare_ranking_data
     from semid.recommenders.ranking.grid import run_grid
     from semid.recommenders.ranking.gridtable import grid_tables
 
@@ -358,7 +358,7 @@ def _grid(
         id_column=None if named else columns["id_column"],
         on_invalid=on_invalid,
     )
-    data = prepare_ranking(logs, items=items, options=options, **columns)
+    data = prepare_ranking_data(logs, items=items, config=options, **columns)
     with make_progress(quiet=quiet) as progress:
         rows = run_grid(grid, data, output, embeddings=embeddings, device=device, progress=progress)
     tables = grid_tables(rows)

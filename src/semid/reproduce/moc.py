@@ -18,11 +18,11 @@ from semid.errors import InteractionsError
 from semid.progress import QuietProgress
 from semid.recommenders.ranking.analysis import CodeAnalysis, analyze_codes
 from semid.recommenders.ranking.cell import train_cell
-from semid.recommenders.ranking.data import DataOptions, RankingData, prepare_ranking
+from semid.recommenders.ranking.data import RankingData, RankingDataConfig, prepare_ranking_data
 from semid.recommenders.ranking.kept import information_kept
 from semid.recommenders.ranking.labels import Label
 from semid.recommenders.ranking.methods import Coded, Tokenizers
-from semid.recommenders.ranking.network import Architecture
+from semid.recommenders.ranking.network import RankerConfig
 from semid.recommenders.ranking.training import rank_options
 from semid.reproduce.datasets import Opened, missing_files, open_data
 from semid.reproduce.ledger import Ledger, digest
@@ -197,7 +197,7 @@ class MocRunner:
         ranker, figures = train_cell(
             rows,
             coded,
-            architecture=Architecture(
+            config=RankerConfig(
                 model=str(spec["model"]),
                 width=self.recipe.width,
                 fusion=bool(spec["fusion"]),
@@ -223,10 +223,10 @@ class MocRunner:
             data = next(d for d in self.recipe.data if d.name == name)
             other = next((v for v in self.recipe.variants if v.name == variant), None)
             opened = open_data(data, self.data, Ledger(self.folder))
-            rows = prepare_ranking(
+            rows = prepare_ranking_data(
                 opened.interactions,
                 items=opened.items,
-                options=DataOptions(
+                config=RankingDataConfig(
                     label=(other.label if other else "") or data.label,
                     split=other.split if other else "random",
                     item_columns=data.item_columns,

@@ -38,7 +38,7 @@ class DataSet:
         seeds: seeds 0 to this number; 0 takes the recipe's.
         logs: folders below ``--data`` whose interactions join on the item id, where the data set
             has none of its own; retrieval and AUCs are then on the items of these logs.
-        label: what a click is, as `semid.recommenders.ranking.data.DataOptions` has it.
+        label: what a click is, as `semid.recommenders.ranking.data.RankingDataConfig` has it.
         item_columns: columns of the items with one value; None takes ``brand`` if it is there.
         synthetic: items of a synthetic catalogue that is made instead; 0 reads ``folder``.
     """

@@ -19,7 +19,7 @@ from semid.recommenders.ranking.information import (
     normalized_mutual_information,
 )
 from semid.recommenders.ranking.network import RankingNetwork
-from semid.recommenders.ranking.rows import Rows
+from semid.recommenders.ranking.rows import RankingRows
 from semid.seeds import numpy_generator
 
 __all__ = [
@@ -41,7 +41,7 @@ Array = npt.NDArray[np.float32]
 
 
 def code_embeddings(
-    network: RankingNetwork, rows: Rows, *, fused: bool = False, batch_size: int = 65_536
+    network: RankingNetwork, rows: RankingRows, *, fused: bool = False, batch_size: int = 65_536
 ) -> Array:
     """Return the embeddings of the code fields ``(rows, fields, width)``.
 
@@ -243,7 +243,7 @@ class CodeAnalysis:
 
 def analyze_codes(
     network: RankingNetwork,
-    rows: Rows,
+    rows: RankingRows,
     *,
     clusters: Sequence[int] = CLUSTERS,
     default: int = 100,

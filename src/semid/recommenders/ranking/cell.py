@@ -7,7 +7,7 @@ from typing import Any
 
 from semid.recommenders.ranking.data import RankingData
 from semid.recommenders.ranking.methods import Coded
-from semid.recommenders.ranking.network import Architecture
+from semid.recommenders.ranking.network import RankerConfig
 from semid.recommenders.ranking.ranker import Ranker
 from semid.recommenders.ranking.report import reliance
 from semid.recommenders.ranking.training import train_ranker, training_device
@@ -20,7 +20,7 @@ def train_cell(
     data: RankingData,
     coded: Coded,
     *,
-    architecture: Architecture,
+    config: RankerConfig,
     training: TrainOptions,
     seed: int,
     device: str = "auto",
@@ -30,7 +30,7 @@ def train_cell(
     Args:
         data: the split.
         coded: codes of the items and how they are used, or none.
-        architecture: model, width, fusion.
+        config: model, width, fusion.
         training: how the run is conducted.
         seed: start of the weights, order of the rows, dropout.
         device: as for `semid.train_ranker`.
@@ -43,7 +43,7 @@ def train_cell(
         data,
         ids=coded.ids,
         features=coded.features,
-        architecture=architecture,
+        config=config,
         training=training,
         seed=seed,
         device=device,

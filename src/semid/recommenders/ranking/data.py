@@ -18,13 +18,13 @@ from semid.errors import InteractionsError
 from semid.options import Options, option
 from semid.recommenders.ranking.catalogue import read_item_columns
 from semid.recommenders.ranking.labels import Label, draw_negatives
-from semid.recommenders.ranking.rows import HistoryIndex, Rows
+from semid.recommenders.ranking.rows import HistoryIndex, RankingRows
 from semid.recommenders.ranking.schema import Schema
 from semid.recommenders.ranking.splits import COLD, PARTS, SPLITS, check_fractions, split_rows
 from semid.recommenders.ranking.tables import dense_values, open_table
 from semid.recommenders.ranking.vocabulary import Vocabulary, as_text
 
-__all__ = ["DataOptions", "RankingData", "prepare_ranking"]
+__all__ = ["RankingData", "RankingDataConfig", "prepare_ranking_data"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ TRAIN = 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataOptions(Options):
+class RankingDataConfig(Options):
     """How a log becomes training rows.
 
     Attributes:
@@ -96,7 +96,7 @@ class RankingData:
     """
 
     schema: Schema
-    parts: dict[str, Rows]
+    parts: dict[str, RankingRows]
     interactions: Ints
     positives: Ints
     protocol: str
@@ -109,11 +109,11 @@ class RankingData:
         return self.interactions[1:] > 0
 
 
-def prepare_ranking(
+def prepare_ranking_data(
     interactions: Any,
     *,
     items: Any = None,
-    options: DataOptions | None = None,
+    config: RankingDataConfig | None = None,
     user_column: str = "user_id",
     item_column: str = "item_id",
     time_column: str | None = None,
@@ -127,9 +127,9 @@ def prepare_ranking(
 
     Args:
         interactions: the log: a path, a frame, or `semid.Interactions` with the columns that
-            ``options`` names.
+            ``config`` names.
         items: table of items with brand, categories and the like; None knows nothing of them.
-        options: label, split and features.
+        config: label, split and features.
         user_column: the users of the log.
         item_column: the items of the log.
         time_column: when; None takes ``position``, else ``timestamp`` (for ``split=time``
@@ -144,9 +144,9 @@ def prepare_ranking(
     Cost: a few arrays of 8 bytes a row while it runs; about 20 bytes a row and 16 a training
     positive are kept.
     """
-    options = options or DataOptions()
-    label = Label.parse(options.label)
-    if time_column is None and options.split == "time":
+    config = config or RankingDataConfig()
+    label = Label.parse(config.label)
+    if time_column is None and config.split == "time":
         time_column = _timestamp(interactions)
     log = read_interactions(
         interactions,
@@ -154,26 +154,26 @@ def prepare_ranking(
         item_column=item_column,
         time_column=time_column,
         rating_column="" if label.sampled else label.column,
-        extra_columns=[*options.categorical, *options.dense],
+        extra_columns=[*config.categorical, *config.dense],
         flags={
-            **dict.fromkeys(options.categorical, "--categorical (categorical=)"),
-            **dict.fromkeys(options.dense, "--dense (dense=)"),
+            **dict.fromkeys(config.categorical, "--categorical (categorical=)"),
+            **dict.fromkeys(config.dense, "--dense (dense=)"),
             label.column: "--label (label=)",
         },
     )
     if not label.sampled and log.rating is None:
         raise InteractionsError(f"{log.label} has no column '{label.column}' for --label '{label}'")
     catalogue, log_row = _catalogue(log, items, id_column)
-    cold = _cold(catalogue, options.cold_items)
+    cold = _cold(catalogue, config.cold_items)
     part = split_rows(
         log,
-        options.split,
-        fractions=options.fractions,
+        config.split,
+        fractions=config.fractions,
         cold_items=cold[log_row],
-        seed=options.seed,
+        seed=config.seed,
     )
     positive = np.ones(len(log), dtype=bool) if label.sampled else label.of(np.asarray(log.rating))
-    draft = _Draft(log, log_row[log.items].astype(np.int64), part, positive, cold, options, label)
+    draft = _Draft(log, log_row[log.items].astype(np.int64), part, positive, cold, config, label)
     rows = draft.rows(len(catalogue))
     return draft.finish(
         rows,
@@ -182,8 +182,8 @@ def prepare_ranking(
             items,
             catalogue,
             id_column=id_column,
-            single=options.item_columns,
-            multi=options.multi_columns,
+            single=config.item_columns,
+            multi=config.multi_columns,
         ),
         columns=(user_column, item_column),
     )
@@ -232,7 +232,7 @@ class _Draft:
     part: npt.NDArray[np.int8]
     positive: npt.NDArray[np.bool_]
     cold: npt.NDArray[np.bool_]
-    options: DataOptions
+    config: RankingDataConfig
     label: Label
     dropped: int = 0
 
@@ -278,7 +278,7 @@ class _Draft:
             pool=pool,
             weights=weights,
             items=items,
-            seed=self.options.seed,
+            seed=self.config.seed,
             name=PARTS[number],
         )
 
@@ -286,21 +286,21 @@ class _Draft:
         self, rows: dict[int, Any], catalogue: ItemIds, columns_of: Any, *, columns: tuple[str, str]
     ) -> RankingData:
         """Build vocabularies from the training rows and look every row up."""
-        log, options, items = self.log, self.options, len(catalogue)
+        log, config, items = self.log, self.config, len(catalogue)
         sources, chosen, _ = rows[TRAIN]
         user_counts = np.bincount(log.users[sources], minlength=len(log.user_ids))
-        known_users = np.flatnonzero(user_counts >= options.min_count)
+        known_users = np.flatnonzero(user_counts >= config.min_count)
         user_rows = np.zeros(len(log.user_ids), dtype=np.int64)
         user_rows[known_users] = np.arange(1, len(known_users) + 1)
         item_counts = np.bincount(chosen, minlength=items)
-        known_items = np.flatnonzero(item_counts >= options.min_count)
+        known_items = np.flatnonzero(item_counts >= config.min_count)
         id_rows = np.zeros(items + 1, dtype=np.int64)
         id_rows[known_items + 1] = np.arange(1, len(known_items) + 1)
         context = {
             name: _vocabulary(log.columns[name].take(pa.array(sources)), name, log.label)
-            for name in options.categorical
+            for name in config.categorical
         }
-        histories = self._histories(rows) if options.history else None
+        histories = self._histories(rows) if config.history else None
         schema = Schema(
             users=Vocabulary(log.user_ids.take(pa.array(known_users))),
             items=Vocabulary(catalogue),
@@ -310,10 +310,10 @@ class _Draft:
             context=context,
             dense={
                 name: _moments(dense_values(log.columns[name], name=name, label=log.label)[sources])
-                for name in options.dense
+                for name in config.dense
             },
-            history=options.history,
-            user_history=np.zeros((len(known_users) + 1, options.history), np.int64),
+            history=config.history,
+            user_history=np.zeros((len(known_users) + 1, config.history), np.int64),
             user_column=columns[0],
             item_column=columns[1],
         )
@@ -324,8 +324,8 @@ class _Draft:
             history = None
             if histories is not None:
                 events, spans = histories
-                history = HistoryIndex(events, spans[at], options.history)
-            parts[PARTS[number]] = Rows(
+                history = HistoryIndex(events, spans[at], config.history)
+            parts[PARTS[number]] = RankingRows(
                 user=torch.from_numpy(user_rows[log.users[source]].astype(np.int32)),
                 item=torch.from_numpy((item + 1).astype(np.int32)),
                 label=torch.from_numpy(labels.astype(np.float32)),
@@ -370,27 +370,27 @@ class _Draft:
         counts = np.bincount(self.log.users[event], minlength=len(self.log.user_ids))
         ends = np.cumsum(counts)
         spans = torch.from_numpy(np.stack([ends - counts, ends], axis=1)[known])
-        index = HistoryIndex(histories[0], spans, self.options.history)
+        index = HistoryIndex(histories[0], spans, self.config.history)
         schema.user_history[1:] = index.of(torch.arange(len(known))).numpy()
 
     def _protocol(self, schema: Schema) -> str:
-        options = self.options
-        shares = "/".join(f"{share:g}" for share in options.fractions)
-        split = options.split if options.split == "leave-last-out" else f"{options.split}({shares})"
+        config = self.config
+        shares = "/".join(f"{share:g}" for share in config.fractions)
+        split = config.split if config.split == "leave-last-out" else f"{config.split}({shares})"
         fields = ["user", "item", *schema.attributes, *schema.context, *schema.dense]
         ordered = "" if self.log.has_order else ", file order"
         parts = [
             f"label={self.label}",
             f"split={split}",
-            f"data_seed={options.seed}",
+            f"data_seed={config.seed}",
             f"fields={'+'.join(fields)}",
         ]
-        if options.cold_items:
-            parts.append(f"cold_items={options.cold_items:g}")
-        if options.min_count > 1:
-            parts.append(f"min_count={options.min_count}")
-        if options.history:
-            parts.append(f"history={options.history}{ordered}")
+        if config.cold_items:
+            parts.append(f"cold_items={config.cold_items:g}")
+        if config.min_count > 1:
+            parts.append(f"min_count={config.min_count}")
+        if config.history:
+            parts.append(f"history={config.history}{ordered}")
         return " ".join(parts)
 
 

@@ -19,7 +19,7 @@ from semid.recommenders.ranking.cell import train_cell
 from semid.recommenders.ranking.data import RankingData
 from semid.recommenders.ranking.methods import METHODS, Coded, Tokenizers
 from semid.recommenders.ranking.models.registry import MODELS
-from semid.recommenders.ranking.network import Architecture
+from semid.recommenders.ranking.network import RankerConfig
 from semid.recommenders.ranking.training import data_digest, rank_options
 from semid.tokenizers.context import MAX_LEVELS
 from semid.tokenizers.encoding import RowsDigest
@@ -42,7 +42,7 @@ class Grid(Options):
         fusion: with, without, or both.
         seeds: seeds 0 to this number; all methods share the split.
         codebook_size: codewords a level.
-        architecture: width, rank and options; its model and fusion are the grid's.
+        config: width, rank and options; its model and fusion are the grid's.
         training: how runs are conducted.
         tokenizer: further arguments of the tokenizers.
     """
@@ -53,7 +53,7 @@ class Grid(Options):
     fusion: tuple[bool, ...] = (True, False)
     seeds: int = option(5, ge=1, le=10_000)
     codebook_size: int = option(256, ge=2, le=2**32)
-    architecture: Architecture = field(default_factory=Architecture)
+    config: RankerConfig = field(default_factory=RankerConfig)
     training: TrainOptions = field(default_factory=lambda: rank_options(None))
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
 
@@ -193,7 +193,7 @@ def _one(
     _, figures = train_cell(
         data,
         coded[run.method, run.scale],
-        architecture=replace(grid.architecture, model=run.model, fusion=run.fusion),
+        config=replace(grid.config, model=run.model, fusion=run.fusion),
         training=grid.training,
         seed=run.seed,
         device=device,
@@ -210,7 +210,7 @@ def _settings(grid: Grid, data: RankingData, embeddings: EmbeddingSource | None)
         if embeddings is None
         else RowsDigest.of((block for _, block in embeddings.blocks(copy=False)), embeddings.ids),
         "architecture": {
-            k: v for k, v in grid.architecture.to_dict().items() if k not in ("model", "fusion")
+            k: v for k, v in grid.config.to_dict().items() if k not in ("model", "fusion")
         },
         "training": vars(grid.training),
         "codebook_size": grid.codebook_size,

@@ -18,7 +18,7 @@ from semid.recommenders.ranking.schema import Inputs, Schema
 from semid.seeds import child_seed
 from semid.training.loop import Step
 
-__all__ = ["SPARSE_ROWS", "Architecture", "RankingNetwork", "WideId", "make_network"]
+__all__ = ["SPARSE_ROWS", "RankerConfig", "RankingNetwork", "WideId", "make_network"]
 
 SPARSE_ROWS = 1_000_000
 """Tables with more rows get row-wise updates unless told otherwise: a step then costs the rows of
@@ -26,7 +26,7 @@ its batch instead of all."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Architecture(Options):
+class RankerConfig(Options):
     """What is built on the data.
 
     Attributes:
@@ -105,7 +105,7 @@ class RankingNetwork(nn.Module):
     Args:
         schema: vocabularies and attributes.
         codes: code features, or None.
-        architecture: what is built on them.
+        config: what is built on them.
         item_id: whether the item id has a field.
     """
 
@@ -113,17 +113,15 @@ class RankingNetwork(nn.Module):
         self,
         schema: Schema,
         codes: CodeTable | None,
-        architecture: Architecture,
+        config: RankerConfig,
         *,
         item_id: bool = True,
     ) -> None:
         super().__init__()
-        width, std = architecture.width, architecture.init_std
-        self.index = FieldIndex(
-            schema, codes, item_id=item_id, unknown_rate=architecture.unknown_rate
-        )
+        width, std = config.width, config.init_std
+        self.index = FieldIndex(schema, codes, item_id=item_id, unknown_rate=config.unknown_rate)
         total = self.index.rows + self.index.code_total
-        sparse = architecture.sparse
+        sparse = config.sparse
         self.sparse = total > SPARSE_ROWS if sparse is None else sparse
         self.tables = FieldTables(self.index, codes, width=width, std=std, sparse=self.sparse)
         fields = self.tables.fields
@@ -131,12 +129,8 @@ class RankingNetwork(nn.Module):
         if codes is not None and codes.widened:
             self.wide = WideId(schema, codes, width=width, std=std)
             fields += self.wide.fields
-        self.fusion = (
-            MoCFusion(fields, width, rank=architecture.fusion_rank) if architecture.fusion else None
-        )
-        self.model = make_model(
-            architecture.model, fields=fields, width=width, options=architecture.options
-        )
+        self.fusion = MoCFusion(fields, width, rank=config.fusion_rank) if config.fusion else None
+        self.model = make_model(config.model, fields=fields, width=width, options=config.options)
         self.first = None
         if self.model.first_order:
             self.first = FieldTables(self.index, codes, width=1, std=0.0, sparse=self.sparse)
@@ -190,7 +184,7 @@ class RankingNetwork(nn.Module):
 def make_network(
     schema: Schema,
     codes: CodeTable | None,
-    architecture: Architecture,
+    config: RankerConfig,
     *,
     item_id: bool = True,
     seed: int = 0,
@@ -202,4 +196,4 @@ def make_network(
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(child_seed(seed, "start"))
-        return RankingNetwork(schema, codes, architecture, item_id=item_id)
+        return RankingNetwork(schema, codes, config, item_id=item_id)

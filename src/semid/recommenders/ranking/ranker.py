@@ -24,8 +24,8 @@ from semid.recommenders.ranking.card import card
 from semid.recommenders.ranking.features import CodeFeatures, CodeTable
 from semid.recommenders.ranking.growth import grown_codes, grown_schema
 from semid.recommenders.ranking.metrics import sigmoid
-from semid.recommenders.ranking.network import Architecture, RankingNetwork, make_network
-from semid.recommenders.ranking.rows import GivenHistory, Rows
+from semid.recommenders.ranking.network import RankerConfig, RankingNetwork, make_network
+from semid.recommenders.ranking.rows import GivenHistory, RankingRows
 from semid.recommenders.ranking.schema import Schema
 from semid.recommenders.ranking.tables import Table, open_table
 from semid.recommenders.ranking.task import predict_logits
@@ -42,7 +42,7 @@ HISTORY_COLUMN = "history"
 
 
 CONFIG: dict[str, Any] = {
-    "architecture": Architecture,
+    "architecture": RankerConfig,
     "features": CodeFeatures | None,
     "item_id": bool,
     "schema": dict[str, Any],
@@ -95,7 +95,7 @@ class Ranker:
     Args:
         schema: vocabularies and item attributes.
         network: the trained network, on the CPU.
-        architecture: what it was built from.
+        config: what it was built from.
         features: how codes are used, or None.
         codes: the joined codes, or None.
         codes_info: which tokenizer and codebook they belong to, or None.
@@ -109,13 +109,13 @@ class Ranker:
         *,
         schema: Schema,
         network: RankingNetwork,
-        architecture: Architecture,
+        config: RankerConfig,
         features: CodeFeatures | None = None,
         codes: CodeTable | None = None,
         codes_info: CodesInfo | None = None,
         report: dict[str, Any] | None = None,
     ) -> None:
-        self.schema, self.network, self.architecture = schema, network.eval(), architecture
+        self.schema, self.network, self.config = schema, network.eval(), config
         self.features, self.codes, self.codes_info = features, codes, codes_info
         self.report = report or {}
 
@@ -135,7 +135,7 @@ class Ranker:
             raise UsageError("this model was trained without codes, so it cannot use any")
         ids.check_codebook(self.codebook_fingerprint)
 
-    def rows(self, frame: Any) -> tuple[Rows, dict[str, int]]:
+    def rows(self, frame: Any) -> tuple[RankingRows, dict[str, int]]:
         """Look a table up in the vocabularies.
 
         Args:
@@ -165,7 +165,7 @@ class Ranker:
         columns = {n: read.column(n) for n in (*schema.context, *schema.dense)}
         context, dense = schema.context_rows(columns, rows=len(user), label=table.label)
         history = torch.from_numpy(self._history(user, read if given else None, table))
-        rows = Rows(
+        rows = RankingRows(
             user=torch.from_numpy(user.astype(np.int32)),
             item=torch.from_numpy(item.astype(np.int32)),
             label=torch.zeros(len(user)),
@@ -295,12 +295,12 @@ class Ranker:
         codes = self.codes
         if codes is not None and self.features is not None:
             codes = grown_codes(codes, self.features, self.schema.items.ids, new, ids)
-        network = make_network(schema, codes, self.architecture, item_id=self.network.index.item_id)
+        network = make_network(schema, codes, self.config, item_id=self.network.index.item_id)
         load_module_(network, module_arrays(self.network))
         return Ranker(
             schema=schema,
             network=network,
-            architecture=self.architecture,
+            config=self.config,
             features=self.features,
             codes=codes,
             codes_info=self.codes_info,
@@ -316,7 +316,7 @@ class Ranker:
         codes = self.codes
         config: dict[str, Any] = {
             "kind": self.kind,
-            "architecture": self.architecture.to_dict(),
+            "architecture": self.config.to_dict(),
             "features": None if self.features is None else asdict(self.features),
             "item_id": self.network.index.item_id,
             "schema": self.schema.to_config(),
@@ -365,7 +365,7 @@ class Ranker:
         return cls(
             schema=schema,
             network=network,
-            architecture=values["architecture"],
+            config=values["architecture"],
             features=values["features"],
             codes=codes,
             codes_info=values["codes_info"],
@@ -375,6 +375,6 @@ class Ranker:
     def __repr__(self) -> str:
         """Show model, fields and size."""
         return (
-            f"Ranker({self.architecture.model}, fields={self.network.field_names}, "
+            f"Ranker({self.config.model}, fields={self.network.field_names}, "
             f"parameters={self.network.parameter_counts()['total']:,})"
         )

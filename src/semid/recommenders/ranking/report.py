@@ -13,7 +13,7 @@ import torch
 from semid.recommenders.ranking.data import RankingData
 from semid.recommenders.ranking.metrics import auc, measure
 from semid.recommenders.ranking.network import RankingNetwork
-from semid.recommenders.ranking.rows import Rows
+from semid.recommenders.ranking.rows import RankingRows
 from semid.recommenders.ranking.slices import measure_slices
 from semid.recommenders.ranking.task import predict_logits
 from semid.seeds import numpy_generator
@@ -21,7 +21,9 @@ from semid.seeds import numpy_generator
 __all__ = ["evaluate", "part_arrays", "reliance"]
 
 
-def part_arrays(rows: Rows) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[np.int64]]:
+def part_arrays(
+    rows: RankingRows,
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[np.int64]]:
     """Return labels, users and catalogue rows of a part as arrays."""
     return (
         rows.label.cpu().numpy(),

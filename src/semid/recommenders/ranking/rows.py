@@ -10,7 +10,7 @@ from torch import Tensor
 
 from semid.recommenders.ranking.schema import Inputs
 
-__all__ = ["GivenHistory", "History", "HistoryIndex", "Rows"]
+__all__ = ["GivenHistory", "History", "HistoryIndex", "RankingRows"]
 
 
 class History(Protocol):
@@ -72,7 +72,7 @@ class HistoryIndex:
 
 
 @dataclass(frozen=True)
-class Rows:
+class RankingRows:
     """Rows of one part.
 
     Attributes:
@@ -113,11 +113,11 @@ class Rows:
             self.label[rows],
         )
 
-    def to(self, device: torch.device) -> Rows:
+    def to(self, device: torch.device) -> RankingRows:
         """Move every tensor."""
         if self.label.device == device:
             return self
-        return Rows(
+        return RankingRows(
             self.user.to(device),
             self.item.to(device),
             self.label.to(device),

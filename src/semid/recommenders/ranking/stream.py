@@ -18,9 +18,9 @@ from semid.data.hashing import hash_strings
 from semid.data.parquet_files import ParquetFiles
 from semid.errors import InteractionsError, UsageError
 from semid.filesystems import open_parquet
-from semid.recommenders.ranking.data import DataOptions
+from semid.recommenders.ranking.data import RankingDataConfig
 from semid.recommenders.ranking.labels import Label
-from semid.recommenders.ranking.rows import Rows
+from semid.recommenders.ranking.rows import RankingRows
 from semid.recommenders.ranking.schema import Inputs, Schema
 from semid.recommenders.ranking.splits import PARTS
 from semid.recommenders.ranking.streamscan import Scan, scan_log
@@ -41,8 +41,8 @@ Columns = dict[str, npt.NDArray[Any]]
 class RankingStream:
     """A log on disk whose training rows are read anew every epoch.
 
-    Use `prepare_ranking` where the log fits in memory. Validation and test rows are held in memory:
-    for a very large log give them small ``fractions``.
+    Use `prepare_ranking_data` where the log fits in memory. Validation and test rows are held in
+    memory: for a very large log give them small ``fractions``.
 
     Attributes:
         schema: vocabularies of the training rows.
@@ -57,7 +57,7 @@ class RankingStream:
     """
 
     schema: Schema
-    parts: dict[str, Rows]
+    parts: dict[str, RankingRows]
     interactions: npt.NDArray[np.int64]
     positives: npt.NDArray[np.int64]
     protocol: str
@@ -72,7 +72,7 @@ class RankingStream:
         path: str | Path,
         *,
         items: Any = None,
-        options: DataOptions | None = None,
+        config: RankingDataConfig | None = None,
         user_column: str = "user_id",
         item_column: str = "item_id",
         id_column: str | None = None,
@@ -82,10 +82,10 @@ class RankingStream:
 
         Args:
             path: Parquet file, folder or glob, with a column to label by.
-            items: table of items, as for `prepare_ranking`; read into memory.
-            options: as for `prepare_ranking`. The label has to be a threshold (a negative can only
-                be drawn with all of its user's items at hand), the split ``random`` (by a hash of
-                user and item, so that a pair stays together) and ``history`` 0.
+            items: table of items, as for `prepare_ranking_data`; read into memory.
+            config: as for `prepare_ranking_data`. The label has to be a threshold (a negative can
+                only be drawn with all of its user's items at hand), the split ``random`` (by a hash
+                of user and item, so that a pair stays together) and ``history`` 0.
             user_column: the users of the log.
             item_column: the items of the log.
             id_column: the item ids of ``items``.
@@ -96,18 +96,18 @@ class RankingStream:
             InteractionsError: no rows, labels of one class, or a part without rows.
             InputError: columns of a wrong type, NaN in a dense column.
         """
-        options = options or DataOptions(label="label>=1")
-        label = Label.parse(options.label)
-        _streamable(options, label)
+        config = config or RankingDataConfig(label="label>=1")
+        label = Label.parse(config.label)
+        _streamable(config, label)
         files = ParquetFiles.open(path, error=InteractionsError)
         flags = {
             user_column: "--user-column (user_column=)",
             item_column: "--item-column (item_column=)",
             label.column: "--label (label=)",
-            **dict.fromkeys(options.categorical, "--categorical (categorical=)"),
-            **dict.fromkeys(options.dense, "--dense (dense=)"),
+            **dict.fromkeys(config.categorical, "--categorical (categorical=)"),
+            **dict.fromkeys(config.dense, "--dense (dense=)"),
         }
-        wanted = [user_column, item_column, label.column, *options.categorical, *options.dense]
+        wanted = [user_column, item_column, label.column, *config.categorical, *config.dense]
         for name in wanted:
             names = list(files.schemas[0].names)
             require_column(name, names, label=files.label, flag=flags[name])
@@ -117,7 +117,7 @@ class RankingStream:
             user=user_column,
             item=item_column,
             label=label,
-            options=options,
+            config=config,
         )
         found = scan_log(scan, items, id_column)
         parts = {}
@@ -242,10 +242,10 @@ def encode(table: pa.Table, scan: Scan, schema: Schema) -> Columns:
     }
 
 
-def _rows(columns: Columns, table: pa.Table, scan: Scan) -> Rows:
+def _rows(columns: Columns, table: pa.Table, scan: Scan) -> RankingRows:
     users = as_text(table.column(scan.user), name=scan.user, label=scan.files.label)
     person = np.unique(hash_strings(users), return_inverse=True)[1].astype(np.int32)
-    return Rows(
+    return RankingRows(
         user=torch.from_numpy(columns["user"]),
         item=torch.from_numpy(columns["item"]),
         label=torch.from_numpy(columns["label"]),
@@ -275,16 +275,18 @@ def _draw(
     return batch, [{name: values[:kept] for name, values in joined.items()}]
 
 
-def _streamable(options: DataOptions, label: Label) -> None:
+def _streamable(config: RankingDataConfig, label: Label) -> None:
     problems = []
     if label.sampled:
         problems.append(
             f"--label '{label}' (label=) draws negatives, which needs the whole log at once: "
-            "stream logs that have a label, or use prepare_ranking()"
+            "stream logs that have a label, or use prepare_ranking_data()"
         )
-    if options.split != "random":
-        problems.append(f"--split {options.split} (split=) needs the whole log at once: random")
-    if options.history:
-        problems.append("history= needs the whole log at once: give 0, or use prepare_ranking()")
+    if config.split != "random":
+        problems.append(f"--split {config.split} (split=) needs the whole log at once: random")
+    if config.history:
+        problems.append(
+            "history= needs the whole log at once: give 0, or use prepare_ranking_data()"
+        )
     if problems:
         raise UsageError("; ".join(problems))

@@ -18,7 +18,7 @@ from semid.data.parquet_files import ParquetFiles
 from semid.errors import InteractionsError
 from semid.filesystems import open_parquet
 from semid.recommenders.ranking.catalogue import read_item_columns
-from semid.recommenders.ranking.data import COLD_SALT, DataOptions
+from semid.recommenders.ranking.data import COLD_SALT, RankingDataConfig
 from semid.recommenders.ranking.labels import Label
 from semid.recommenders.ranking.schema import Schema
 from semid.recommenders.ranking.splits import COLD, PARTS
@@ -41,7 +41,7 @@ class Scan:
         user: the user column.
         item: the item column.
         label: how rows are labelled.
-        options: how the log becomes training rows.
+        config: how the log becomes training rows.
     """
 
     files: ParquetFiles
@@ -49,7 +49,7 @@ class Scan:
     user: str
     item: str
     label: Label
-    options: DataOptions
+    config: RankingDataConfig
 
     def tables(self) -> Iterator[pa.Table]:
         """Yield the log in pieces, in order."""
@@ -68,7 +68,7 @@ class Scan:
 
     def parts(self, table: pa.Table) -> npt.NDArray[np.int8]:
         """Return the part ``(rows,)`` of every row, from hashes of its user and item alone."""
-        options = self.options
+        config = self.config
         users = as_text(table.column(self.user), name=self.user, label=self.files.label)
         items = as_text(table.column(self.item), name=self.item, label=self.files.label)
         if users.null_count or items.null_count:
@@ -76,16 +76,16 @@ class Scan:
                 f"columns '{self.user}' and '{self.item}' of {self.files.label} hold "
                 f"{users.null_count + items.null_count} nulls; drop those rows"
             )
-        pair = hash_strings(users, salt=f"split {options.seed}")
+        pair = hash_strings(users, salt=f"split {config.seed}")
         pair = (pair ^ (pair >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
-        pair ^= hash_strings(items, salt=f"split {options.seed}")
+        pair ^= hash_strings(items, salt=f"split {config.seed}")
         pair = (pair ^ (pair >> np.uint64(32))) * np.uint64(0x94D049BB133111EB)
-        train, validation, _ = options.fractions
+        train, validation, _ = config.fractions
         part = np.full(len(table), 2, dtype=np.int8)
         part[share_mask(pair, 0.0, train)] = TRAIN
         part[share_mask(pair, train, min(train + validation, 1.0))] = 1
-        if options.cold_items:
-            cold = share_mask(hash_strings(items, salt=COLD_SALT), 0.0, options.cold_items)
+        if config.cold_items:
+            cold = share_mask(hash_strings(items, salt=COLD_SALT), 0.0, config.cold_items)
             part[cold] = COLD
         return part
 
@@ -155,10 +155,10 @@ def scan_log(scan: Scan, items: Any, id_column: str | None) -> ScanResult:
 
     Memory: the distinct users and items, and the rows of validation and test.
     """
-    options = scan.options
+    config = scan.config
     users, train_items, positive_items, all_items = (_Counter() for _ in range(4))
-    context = {name: _Counter() for name in options.categorical}
-    moments = {name: np.zeros(3) for name in options.dense}
+    context = {name: _Counter() for name in config.categorical}
+    moments = {name: np.zeros(3) for name in config.dense}
     held: dict[int, list[pa.Table]] = {}
     train_rows = positives = 0
     digest = hashlib.sha256()
@@ -183,20 +183,20 @@ def scan_log(scan: Scan, items: Any, id_column: str | None) -> ScanResult:
             sums += [len(wide), wide.sum(), (wide**2).sum()]
     _check_parts(scan, held, train_rows, positives)
     catalogue = _catalogue(all_items.result()[0], items, id_column)
-    counted = _counts(train_items, catalogue, options.min_count)
+    counted = _counts(train_items, catalogue, config.min_count)
     id_rows = np.zeros(len(catalogue) + 1, np.int64)
-    id_rows[1:][counted >= options.min_count] = 1 + np.arange(
-        int((counted >= options.min_count).sum())
+    id_rows[1:][counted >= config.min_count] = 1 + np.arange(
+        int((counted >= config.min_count).sum())
     )
     columns = read_item_columns(
         items,
         catalogue,
         id_column=id_column,
-        single=options.item_columns,
-        multi=options.multi_columns,
+        single=config.item_columns,
+        multi=config.multi_columns,
     )
     schema = Schema(
-        users=Vocabulary(users.result(options.min_count)[0]),
+        users=Vocabulary(users.result(config.min_count)[0]),
         items=Vocabulary(catalogue),
         id_rows=id_rows,
         id_size=int(id_rows.max()) + 1,
@@ -278,17 +278,17 @@ def _mean_and_spread(sums: npt.NDArray[np.float64]) -> tuple[float, float]:
 
 
 def _protocol(scan: Scan, schema: Schema) -> str:
-    options = scan.options
-    shares = "/".join(f"{share:g}" for share in options.fractions)
+    config = scan.config
+    shares = "/".join(f"{share:g}" for share in config.fractions)
     fields = ["user", "item", *schema.attributes, *schema.context, *schema.dense]
     parts = [
         f"label={scan.label}",
         f"split=random({shares}) by hash",
-        f"data_seed={options.seed}",
+        f"data_seed={config.seed}",
         f"fields={'+'.join(fields)}",
     ]
-    if options.cold_items:
-        parts.append(f"cold_items={options.cold_items:g}")
-    if options.min_count > 1:
-        parts.append(f"min_count={options.min_count}")
+    if config.cold_items:
+        parts.append(f"cold_items={config.cold_items:g}")
+    if config.min_count > 1:
+        parts.append(f"min_count={config.min_count}")
     return " ".join(parts)

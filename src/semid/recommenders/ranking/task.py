@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from semid.recommenders.ranking.metrics import auc, log_loss
 from semid.recommenders.ranking.network import RankingNetwork
 from semid.recommenders.ranking.optimizer import make_optimizer
-from semid.recommenders.ranking.rows import Rows
+from semid.recommenders.ranking.rows import RankingRows
 from semid.recommenders.ranking.schema import Inputs
 from semid.training.batches import epoch_batches, own_share, steps_per_epoch
 from semid.training.distributed import rank, world_size
@@ -49,7 +49,7 @@ class MemoryBatches:
         seed: decides the order.
     """
 
-    def __init__(self, rows: Rows, *, batch_size: int, seed: int) -> None:
+    def __init__(self, rows: RankingRows, *, batch_size: int, seed: int) -> None:
         self.rows, self.batch_size, self.seed = rows, batch_size, seed
         self.steps_per_epoch = steps_per_epoch(len(rows), batch_size)
 
@@ -63,7 +63,7 @@ class MemoryBatches:
 
 
 def predict_logits(
-    network: RankingNetwork, rows: Rows, *, batch_size: int = EVALUATION_BATCH
+    network: RankingNetwork, rows: RankingRows, *, batch_size: int = EVALUATION_BATCH
 ) -> npt.NDArray[np.float32]:
     """Score rows ``(rows,)`` in evaluation mode; the network's mode is put back."""
     was_training = network.training
@@ -95,7 +95,7 @@ class RankingTask:
         self,
         network: RankingNetwork,
         source: BatchSource,
-        validation: Rows,
+        validation: RankingRows,
         *,
         code_rate: float = 1.0,
         code_decay: float | None = None,

@@ -16,10 +16,10 @@ from semid.errors import UsageError
 from semid.progress import Progress, QuietProgress
 from semid.recommenders.ranking.data import RankingData
 from semid.recommenders.ranking.features import CodeFeatures, CodeTable, code_table
-from semid.recommenders.ranking.network import Architecture, RankingNetwork, make_network
+from semid.recommenders.ranking.network import RankerConfig, RankingNetwork, make_network
 from semid.recommenders.ranking.ranker import Ranker
 from semid.recommenders.ranking.report import evaluate
-from semid.recommenders.ranking.rows import Rows
+from semid.recommenders.ranking.rows import RankingRows
 from semid.recommenders.ranking.stream import RankingStream
 from semid.recommenders.ranking.task import BatchSource, MemoryBatches, RankingTask
 from semid.training.checkpoint import open_checkpoint, run_key
@@ -55,7 +55,7 @@ def train_ranker(
     *,
     ids: SemanticIds | None = None,
     features: CodeFeatures | Mapping[str, Any] | None = None,
-    architecture: Architecture | Mapping[str, Any] | None = None,
+    config: RankerConfig | Mapping[str, Any] | None = None,
     training: TrainOptions | Mapping[str, Any] | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -67,10 +67,10 @@ def train_ranker(
     """Train a ranking model, keep the epoch with the best validation AUC, and measure it.
 
     Args:
-        data: from `prepare_ranking`, or a `RankingStream` for logs larger than memory.
+        data: from `prepare_ranking_data`, or a `RankingStream` for logs larger than memory.
         ids: Semantic IDs of the items; None trains without codes.
         features: how codes are used; the defaults of `CodeFeatures` where ids are given.
-        architecture: model, width, fusion.
+        config: model, width, fusion.
         training: how the run is conducted; defaults in `TRAINING`.
         seed: start of the weights, order of the rows, dropout.
         device: ``auto`` (CUDA if there is one), ``cpu`` or ``cuda``.
@@ -90,7 +90,7 @@ def train_ranker(
     """
     if features is not None:
         features = CodeFeatures.of(features)
-    architecture = Architecture.of(architecture)
+    config = RankerConfig.of(config)
     options = rank_options(training)
     if ids is None and features is not None:
         raise UsageError("features= says how codes are used, but there are none: give ids=")
@@ -99,7 +99,7 @@ def train_ranker(
         features = features or CodeFeatures(mode="levels")
         table = code_table(ids, data.schema.items.ids, features)
     item_id = features is None or features.item_id
-    network = make_network(data.schema, table, architecture, item_id=item_id, seed=seed)
+    network = make_network(data.schema, table, config, item_id=item_id, seed=seed)
     if network.sparse and options.clip_norm is not None:
         raise UsageError(
             "clip_norm needs every gradient at once, and large tables have row-wise ones; pass "
@@ -118,7 +118,7 @@ def train_ranker(
     settings = {
         "kind": "ranker",
         "protocol": data.protocol,
-        "architecture": architecture.to_dict(),
+        "architecture": config.to_dict(),
         "features": None if features is None else vars(features),
         "training": vars(options),
         "seed": seed,
@@ -132,7 +132,7 @@ def train_ranker(
             progress=progress or QuietProgress(),
             store=store,
             log=logger,
-            task=architecture.model,
+            task=config.model,
         )
     report = {
         "protocol": data.protocol,
@@ -147,7 +147,7 @@ def train_ranker(
     return Ranker(
         schema=data.schema,
         network=network,
-        architecture=architecture,
+        config=config,
         features=features,
         codes=table,
         codes_info=None if ids is None else ids.info,
@@ -156,7 +156,7 @@ def train_ranker(
 
 
 def _measured(
-    network: RankingNetwork, data: RankingData | RankingStream, parts: dict[str, Rows]
+    network: RankingNetwork, data: RankingData | RankingStream, parts: dict[str, RankingRows]
 ) -> dict[str, Any]:
     judged = RankingData(data.schema, parts, data.interactions, data.positives, data.protocol)
     found = evaluate(network, judged)
@@ -167,7 +167,7 @@ def _measured(
 
 def _sources(
     data: RankingData | RankingStream, options: TrainOptions, seed: int, device: torch.device
-) -> tuple[BatchSource, dict[str, Rows]]:
+) -> tuple[BatchSource, dict[str, RankingRows]]:
     """Return where batches come from, and the parts, on the device."""
     parts = {name: rows.to(device) for name, rows in data.parts.items()}
     if isinstance(data, RankingStream):
@@ -191,7 +191,9 @@ def training_device(wanted: str) -> torch.device:
 
 
 def data_digest(
-    data: RankingData | RankingStream, parts: Mapping[str, Rows], table: CodeTable | None = None
+    data: RankingData | RankingStream,
+    parts: Mapping[str, RankingRows],
+    table: CodeTable | None = None,
 ) -> str:
     """Hash everything that a run trains on, so that a resume on other data is refused.
 
