@@ -55,7 +55,7 @@ def main() -> None:
     x = everything[given.train : given.train + given.rows].contiguous().numpy()
     faiss.omp_set_num_threads(given.threads)
     torch.set_num_threads(given.threads)
-    options = KMeansOptions(iterations=given.iterations, tolerance=0.0)
+    options = KMeansOptions(max_iter=given.iterations, tol=0.0)
     books, _ = fit_residual(
         ArrayBlocks(train), (given.codes,) * 3, seed=0, options=options, threads=given.threads
     )

@@ -31,7 +31,7 @@ Array = npt.NDArray[np.float32]
 
 def by_semid(x: Array, codes: int, iterations: int, threads: int, trials: int = 4) -> Array:
     """Greedy k-means++ and exact Lloyd."""
-    options = KMeansOptions(iterations=iterations, tolerance=0.0, trials=trials)
+    options = KMeansOptions(max_iter=iterations, tol=0.0, n_local_trials=trials)
     return kmeans(ArrayBlocks(x), codes, seed=0, options=options, threads=threads).centroids
 
 

@@ -65,7 +65,7 @@ def error_gap(dim: int, codes: int) -> float:
     for rows in (base, copies):
         half = len(rows) // 2
         book = kmeans(
-            ArrayBlocks(rows[:half].numpy()), codes, seed=0, options=KMeansOptions(iterations=5)
+            ArrayBlocks(rows[:half].numpy()), codes, seed=0, options=KMeansOptions(max_iter=5)
         ).centroids
         rest = rows[half:].contiguous()
         spread = float((rest - rest.mean(0)).double().square().sum())
@@ -127,7 +127,7 @@ def one(path: Path, rows: int, given: argparse.Namespace) -> dict[str, Any]:
         levels=3,
         codebook_size=given.codes,
         kmeans={
-            "iterations": given.iterations,
+            "max_iter": given.iterations,
             "sample_per_code": given.sample,
             "full_pass": False,
         },

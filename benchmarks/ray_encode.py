@@ -162,7 +162,7 @@ def main() -> None:
         items, model = folder / "items", folder / "model"
         write(items, given.rows, given.dim)
         tokenizer = semid.RQKMeans(
-            levels=given.levels, codebook_size=given.codes, kmeans={"iterations": 3}
+            levels=given.levels, codebook_size=given.codes, kmeans={"max_iter": 3}
         )
         first = next(semid.open_embeddings(items).blocks(65_536))[1]
         tokenizer.fit(first).save(model)

@@ -32,7 +32,7 @@ def by_semid(x: np.ndarray, codes: int, seed: int, iterations: int) -> list[np.n
         codebook_size=codes,
         seed=seed,
         validation_fraction=0,
-        kmeans=semid.KMeansOptions(iterations=iterations, tolerance=0.0),
+        kmeans=semid.KMeansOptions(max_iter=iterations, tol=0.0),
     )
     return list(tokenizer.fit(x).codebooks)
 

@@ -55,7 +55,7 @@ def methods(codes: int, log: Interactions | None, epochs: int | None) -> dict[st
     made: dict[str, Made] = {
         "RQKMeans": (lambda s: semid.RQKMeans(codebook_size=codes, seed=s), {}),
         "RQKMeans, 10 trials": (  # as many as scikit-learn draws at 4096 codes
-            lambda s: semid.RQKMeans(codebook_size=codes, seed=s, kmeans={"trials": 10}),
+            lambda s: semid.RQKMeans(codebook_size=codes, seed=s, kmeans={"n_local_trials": 10}),
             {},
         ),
         "RQVAE": (neural(semid.RQVAE), {}),

@@ -426,7 +426,7 @@ TOKENIZERS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
         {},
     ),
     "rqkmeans restarts": (
-        lambda: semid.RQKMeans(**LEVELS, seed=3, kmeans={"restarts": 3, "iterations": 5}),
+        lambda: semid.RQKMeans(**LEVELS, seed=3, kmeans={"n_init": 3, "max_iter": 5}),
         {},
     ),
     "rqkmeans sample per code": (

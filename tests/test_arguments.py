@@ -89,9 +89,9 @@ def refusal(run, *arguments: object, code: int = 2) -> str:
         ("RQKMeans", {"beam_width": 10**12}, "beam_width=.*give 1 to"),
         ("RQKMeans", {"normalize": 1}, r"normalize=1 \(int\): give True or False"),
         ("RQKMeans", {"threads": "2"}, "threads='2'"),
-        ("RQKMeans", {"kmeans": {"iters": 3}}, "KMeansOptions.*'iters'; did you mean 'iterations'"),
-        ("RQKMeans", {"kmeans": {"iterations": 0}}, "iterations=0: give at least 1"),
-        ("RQKMeans", {"kmeans": {"tolerance": 10**400}}, r"tolerance=.*share in \[0, 1\)"),
+        ("RQKMeans", {"kmeans": {"max_iters": 3}}, "KMeansOptions.*'max_iters'; did you mean 'max_iter'"),
+        ("RQKMeans", {"kmeans": {"max_iter": 0}}, "max_iter=0: give at least 1"),
+        ("RQKMeans", {"kmeans": {"tol": 10**400}}, r"tol=.*share in \[0, 1\)"),
         ("RQKMeans", {"kmeans": 5}, r"kmeans=5 \(int\): give KMeansOptions or a mapping or None"),
         ("RQKMeans", {"center_": True}, "RQKMeans has no argument 'center_'; did you mean 'center'"),
         ("MoCVAE", {"levels": 3}, "MoCVAE has no argument 'levels'; did you mean 'n_codebooks'"),
@@ -125,11 +125,11 @@ def test_numbers_of_numpy_and_integers_for_floats_are_accepted():
     )
     assert model.codebook_sizes == (8, 4)
     assert {type(size) for size in model.codebook_sizes} == {int}
-    assert type(KMeansOptions(iterations=np.int32(3)).iterations) is int
+    assert type(KMeansOptions(max_iter=np.int32(3)).max_iter) is int
 
 
 def test_checked_objects_copy_and_pickle():
-    options = KMeansOptions(iterations=3)
+    options = KMeansOptions(max_iter=3)
     assert pickle.loads(pickle.dumps(options)) == copy.deepcopy(options) == options
     assert copy.deepcopy(semid.RQKMeans(levels=2)).levels == 2
 
@@ -251,7 +251,7 @@ VALUES = ("-1", "0", "nan", "inf", "1e30", HUGE, "text")
 SEEDS = {"seed", "data_seed"}
 ZERO = {
     "behavior_weight", "contrastive_weight", "uniformity_weight", "kl_weight", "size_limit",
-    "validation_fraction", "tolerance", "latent", "rounds", "annealing_rounds", "max_churn",
+    "validation_fraction", "tolerance", "tol", "latent", "rounds", "annealing_rounds", "max_churn",
     "cold_items", "history", "dropout", "core", "candidates",
 }  # fmt: skip
 

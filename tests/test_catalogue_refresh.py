@@ -35,7 +35,7 @@ def later(clustered):
 def first(clustered):
     """A model of 800 of the 1,200 items, and their published ids."""
     tokenizer = semid.RQKMeans(
-        levels=2, codebook_size=16, threads=1, kmeans=KMeansOptions(iterations=10)
+        levels=2, codebook_size=16, threads=1, kmeans=KMeansOptions(max_iter=10)
     )
     tokenizer.fit(clustered[:800], ids=names(range(800)))
     return tokenizer, tokenizer.encode(clustered[:800], ids=names(range(800)))

@@ -114,9 +114,9 @@ def test_wrong_usage_exits_with_2(run, catalogue, model, tmp_path):
     assert "did you mean 'rqkmeans'" in err
     code, _, err = run("fit", x, "--levels", 0, "-o", out)
     assert code == 2
-    code, _, err = run("fit", x, "--tolerance", 7, "-o", out)
+    code, _, err = run("fit", x, "--tol", 7, "-o", out)
     assert code == 2
-    assert "tolerance" in err
+    assert "tol" in err
     code, _, err = run("fit", x, "-o", model)
     assert code == 2
     assert "--overwrite" in err

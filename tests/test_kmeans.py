@@ -44,7 +44,7 @@ def test_lloyd_equals_scikit_learn_from_the_same_start(clustered):
         25,
         seed=0,
         init=init,
-        options=KMeansOptions(iterations=100, tolerance=0.0),
+        options=KMeansOptions(max_iter=100, tol=0.0),
     )
     theirs = KMeans(25, init=init, n_init=1, max_iter=100, tol=0, algorithm="lloyd").fit(clustered)
     assert ours.inertia == pytest.approx(theirs.inertia_, rel=1e-5)
@@ -69,7 +69,7 @@ def test_planted_clusters_are_found(clustered):
 def test_weights_equal_repeated_rows(clustered):
     weights = np.random.default_rng(1).integers(0, 4, len(clustered)).astype(np.float64)
     init = clustered[weights > 0][:20].copy()
-    options = KMeansOptions(iterations=15, tolerance=0.0)
+    options = KMeansOptions(max_iter=15, tol=0.0)
     weighted = kmeans(
         ArrayBlocks(clustered), 20, seed=0, init=init, weights=weights, options=options
     )
@@ -109,7 +109,7 @@ def test_empty_clusters_move_to_rows_that_differ():
         3,
         seed=0,
         init=init,
-        options=KMeansOptions(iterations=1),
+        options=KMeansOptions(max_iter=1),
         on_iteration=lambda state: first.append(state.centroids.copy()),
     )
     assert first[0][1:].tolist() == [[90, 0], [0, 80]]
@@ -128,7 +128,7 @@ def test_fewer_distinct_rows_than_codes_leaves_dead_codes(caplog):
 
 def test_more_trials_seed_better(clustered):
     def mean(trials):
-        options = KMeansOptions(iterations=1, trials=trials)
+        options = KMeansOptions(max_iter=1, n_local_trials=trials)
         runs = [kmeans(ArrayBlocks(clustered), 30, seed=s, options=options) for s in range(10)]
         return np.mean([run.history[-1] for run in runs])
 
@@ -137,14 +137,14 @@ def test_more_trials_seed_better(clustered):
 
 def test_more_restarts_are_never_worse(clustered):
     histories = [
-        kmeans(ArrayBlocks(clustered), 30, seed=2, options=KMeansOptions(restarts=r)).history[-1]
+        kmeans(ArrayBlocks(clustered), 30, seed=2, options=KMeansOptions(n_init=r)).history[-1]
         for r in (1, 2, 4)
     ]
     assert histories[0] >= histories[1] >= histories[2]
 
 
 def test_continuing_from_any_state_gives_the_same(clustered):
-    options = KMeansOptions(restarts=2)
+    options = KMeansOptions(n_init=2)
     states: list[KMeansState] = []
 
     def keep(state: KMeansState) -> None:
@@ -197,7 +197,7 @@ def test_greedy_seeding_beats_plain_on_average(clustered, monkeypatch, sampled):
                             ArrayBlocks(clustered),
                             40,
                             generator=np.random.default_rng(seed),
-                            trials=trials,
+                            n_local_trials=trials,
                         ),
                     )
                     for seed in range(8)
@@ -217,7 +217,9 @@ def test_plain_seeding_draws_from_the_sequential_distribution():
     places = {float(value): i for i, value in enumerate(x[:, 0])}
     rounds = 1000
     for seed in range(rounds):
-        found = kmeans_plus_plus(ArrayBlocks(x), 2, generator=np.random.default_rng(seed), trials=1)
+        found = kmeans_plus_plus(
+            ArrayBlocks(x), 2, generator=np.random.default_rng(seed), n_local_trials=1
+        )
         counts[places[float(found[0, 0])], places[float(found[1, 0])]] += 1
     error = np.abs(counts / rounds - exact)
     assert (error <= 4.5 * np.sqrt(exact * (1 - exact) / rounds) + 1e-12).all()
@@ -270,11 +272,11 @@ def test_adding_statistics():
 @pytest.mark.parametrize(
     "change",
     [
-        {"iterations": 0},
-        {"tolerance": 1.0},
-        {"tolerance": -0.1},
-        {"restarts": 0},
-        {"trials": 0},
+        {"max_iter": 0},
+        {"tol": 1.0},
+        {"tol": -0.1},
+        {"n_init": 0},
+        {"n_local_trials": 0},
         {"sample_per_code": 0},
     ],
 )
@@ -284,7 +286,7 @@ def test_options_out_of_range(change):
 
 
 def test_the_ends_of_the_options_ranges_are_allowed(clustered):
-    options = KMeansOptions(iterations=1, tolerance=0.0, restarts=1, trials=1, sample_per_code=1)
+    options = KMeansOptions(max_iter=1, tol=0.0, n_init=1, n_local_trials=1, sample_per_code=1)
     result = kmeans(ArrayBlocks(clustered), 1, seed=0, options=options, weights=None)
     assert len(result.history) == 1
     np.testing.assert_allclose(result.centroids[0], clustered.mean(0), atol=1e-5)

@@ -64,7 +64,7 @@ def items(rows, tmp_path_factory) -> Path:
 
 def tokenizer(**options: object) -> semid.RQKMeans:
     return semid.RQKMeans(
-        levels=2, codebook_size=6, threads=1, kmeans=KMeansOptions(iterations=1), **options
+        levels=2, codebook_size=6, threads=1, kmeans=KMeansOptions(max_iter=1), **options
     )
 
 

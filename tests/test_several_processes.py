@@ -53,12 +53,12 @@ json.dump(found, open(f"{folder}/found{world}_{rank}.json", "w"))
 """
 
 FITS = {
-    "plain": {"levels": 2, "codebook_size": 6, "kmeans": {"iterations": 2}},
-    "centered": {"levels": 1, "codebook_size": 5, "center": True, "kmeans": {"iterations": 1}},
+    "plain": {"levels": 2, "codebook_size": 6, "kmeans": {"max_iter": 2}},
+    "centered": {"levels": 1, "codebook_size": 5, "center": True, "kmeans": {"max_iter": 1}},
     "sample": {
         "levels": 2,
         "codebook_size": 6,
-        "kmeans": {"iterations": 1, "sample_per_code": 500},
+        "kmeans": {"max_iter": 1, "sample_per_code": 500},
     },
 }
 
@@ -181,7 +181,7 @@ def test_a_fit_killed_in_the_middle_is_continued(engine, tmp_path):
     if engine == "ray":
         pytest.importorskip("ray")
     items = write_folder(tmp_path / "items", many_rows(), row_group=30_000)
-    options = ["--levels", 2, "--codebook-size", 6, "--iterations", 12, "--tolerance", 0, "-q"]
+    options = ["--levels", 2, "--codebook-size", 6, "--max-iter", 12, "--tol", 0, "-q"]
     target = tmp_path / "killed"
     arguments = ["fit", items, *options, "-o", target]
     if engine == "ray":
@@ -215,7 +215,7 @@ def test_an_encode_whose_driver_is_killed_is_continued(engine, tmp_path):
         pytest.importorskip("ray")
     rows = np.tile(many_rows(), (10, 1))
     items = write_folder(tmp_path / "items", rows, row_group=300_000, files=8, ids=False)
-    tokenizer = semid.RQKMeans(levels=3, codebook_size=64, kmeans={"iterations": 1})
+    tokenizer = semid.RQKMeans(levels=3, codebook_size=64, kmeans={"max_iter": 1})
     tokenizer.fit(rows[:5000]).save(tmp_path / "model")
     target = tmp_path / "ids"
     share = ["--engine", "ray", "--workers", 1] if engine == "ray" else ["--processes", 1]

@@ -109,7 +109,7 @@ def rows() -> np.ndarray:
 @pytest.mark.parametrize(("shards", "weighted"), [(3, False), (7, True)])
 def test_shards_end_with_the_same_bits(rows, shards, weighted):
     weights = np.random.default_rng(0).random(len(rows)) if weighted else None
-    options = KMeansOptions(iterations=2)
+    options = KMeansOptions(max_iter=2)
     alone = kmeans(ArrayBlocks(rows), 12, seed=5, options=options, weights=weights)
     team = SeveralShards(rows, shards, weights)
     shared = kmeans(Rows(team, dim=rows.shape[1], weights=weights), 12, seed=5, options=options)
@@ -122,7 +122,7 @@ def test_shards_end_with_the_same_bits(rows, shards, weighted):
 
 @pytest.mark.parametrize("sample", [None, 500])
 def test_residual_levels_over_shards(rows, sample):
-    options = KMeansOptions(iterations=1, sample_per_code=sample)
+    options = KMeansOptions(max_iter=1, sample_per_code=sample)
     books, fits = fit_residual(ArrayBlocks(rows), [5, 6], seed=1, options=options)
     team = Rows(SeveralShards(rows, 3), dim=rows.shape[1])
     shared, shared_fits = fit_residual(team, [5, 6], seed=1, options=options)
@@ -131,7 +131,7 @@ def test_residual_levels_over_shards(rows, sample):
 
 
 def test_a_resumed_level_finds_its_labels_again(rows):
-    options = KMeansOptions(iterations=1)
+    options = KMeansOptions(max_iter=1)
     books, fits = fit_residual(ArrayBlocks(rows), [5, 6], seed=1, options=options)
     team = Rows(SeveralShards(rows, 2), dim=rows.shape[1])
     done = [(books[0], np.empty(0, np.int64), fits[0])]
@@ -141,7 +141,7 @@ def test_a_resumed_level_finds_its_labels_again(rows):
 
 def test_empty_clusters_are_seeded_alike(rows):
     init = np.concatenate([rows[:4], np.full((4, rows.shape[1]), 50, np.float32)])
-    options = KMeansOptions(iterations=2)
+    options = KMeansOptions(max_iter=2)
     alone = kmeans(ArrayBlocks(rows), 8, seed=0, options=options, init=init)
     team = Rows(SeveralShards(rows, 3), dim=rows.shape[1])
     shared = kmeans(team, 8, seed=0, options=options, init=init)

@@ -201,8 +201,8 @@ def test_recipes_and_options_that_do_not_fit_are_refused(tmp_path):
     (tmp_path / "b.toml").write_text("levels = [", encoding="utf8")
     with pytest.raises(UsageError, match="not valid TOML"):
         read_recipe(tmp_path / "b.toml")
-    with pytest.raises(UsageError, match=r"--iterations \(kmeans.iterations\) does not apply"):
-        make_tokenizer("rqvae", {"kmeans.iterations": 3})
+    with pytest.raises(UsageError, match=r"--max-iter \(kmeans.max_iter\) does not apply"):
+        make_tokenizer("rqvae", {"kmeans.max_iter": 3})
     with pytest.raises(UsageError, match="epoch"):
         make_tokenizer("rqvae", {"training": {"epoch": 3}})
     made = make_tokenizer("mocvae", {"levels": 7, "training": {"epochs": 3}, "training.epochs": 9})

@@ -40,7 +40,7 @@ from semid.tokenizers.neural.quantized import ReconstructionTrainee
 from semid.tokenizers.neural.quantizers import Codebook, UpdateRule
 
 DOCS = Path(__file__).parents[1] / "docs" / "report.md"
-KMEANS = {"restarts": 1, "iterations": 10}
+KMEANS = {"n_init": 1, "max_iter": 10}
 LEVEL = replace(usage_from_counts(np.full(256, 40)), perplexity=200.0)
 IDS = Collisions(
     items=10_000,

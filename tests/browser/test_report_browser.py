@@ -198,7 +198,7 @@ def test_real_items_are_reached_by_search_and_by_clicks(
 
     folder = real_data / "amazon2014_beauty"
     embeddings, table = folder / "embeddings.f16.npy", folder / "items.parquet"
-    tok = RQKMeans(levels=3, codebook_size=64, kmeans={"iterations": 4})
+    tok = RQKMeans(levels=3, codebook_size=64, kmeans={"max_iter": 4})
     tok.fit(embeddings, ids=table)
     d = diagnose(tok, embeddings, ids=table, flip_sample=500, geometry_sample=2000)
     path = d.write(tmp_path / "beauty.html")

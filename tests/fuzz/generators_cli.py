@@ -373,7 +373,7 @@ def constructor(random: Random, bench: Bench, work: Path) -> Case:
             arguments["training"] = {"epochs": 1, "batch_size": 16}
             arguments["network"] = {"hidden": (8,), "latent": 4}
         if "kmeans" in known:
-            arguments["kmeans"] = {"iterations": 3}
+            arguments["kmeans"] = {"max_iter": 3}
     for key in random.sample(sorted(known), min(len(known), random.choice((1, 1, 2)))):
         if isinstance(arguments.get(key), dict) and random.random() < 0.8:
             options = _parameters({"training": semid.TrainOptions, "network": semid.Network,

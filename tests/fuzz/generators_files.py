@@ -329,7 +329,7 @@ def recipe(random: Random, bench: Bench, work: Path) -> Case:
         body = "\n".join(lines).encode("utf8", "surrogatepass")
     file.write_bytes(body)
     # Flags win over the recipe: what would only take long is set here.
-    flags: list[Any] = ["--iterations", 3] if b"rqkmeans" in body else ["--epochs", 1]
+    flags: list[Any] = ["--max-iter", 3] if b"rqkmeans" in body else ["--epochs", 1]
     if re.search(rb'levels"? *= *[+]?[0-9]{3}', body):
         flags += ["--levels", 2]
     out = work / "model"

@@ -29,7 +29,7 @@ OBJECTS: tuple[Any, ...] = (
     None, True, False, "", "2", "nan", "auto", [], {}, [1, 2], [2, -1], ["a"], {"a": 1}, (), (8, 8),
     b"x", [[1]], np.float32(2.0), np.int64(2), np.array([1, 2]),
 )  # fmt: skip
-SLOW = {"epochs", "levels", "n_codebooks", "iterations", "restarts", "trials", "rounds",
+SLOW = {"epochs", "levels", "n_codebooks", "max_iter", "n_init", "n_local_trials", "rounds",
         "annealing_rounds", "seeds", "scales"}  # fmt: skip
 """Options and arguments whose large values only take long, which is no fault."""
 

@@ -72,13 +72,15 @@ def fit(
     validation_fraction: Annotated[
         float | None, typer.Option(help="Share of items held out and judged; default 0.05.")
     ] = None,
-    iterations: Annotated[int | None, typer.Option(help="Most Lloyd iterations a level.")] = None,
-    tolerance: Annotated[
-        float | None,
-        typer.Option(help="Stop when an iteration gains less than this share."),
+    max_iter: Annotated[
+        int | None, typer.Option(help="Maximum number of Lloyd iterations per level.")
     ] = None,
-    restarts: Annotated[
-        int | None, typer.Option(help="Seedings a level; the best is kept.")
+    tol: Annotated[
+        float | None,
+        typer.Option(help="Stop when an iteration lowers the error by less than this share."),
+    ] = None,
+    n_init: Annotated[
+        int | None, typer.Option(help="Seedings per level; the best is used.")
     ] = None,
     sample_per_code: Annotated[
         int | None, typer.Option(help="Train on so many rows a codeword; default: all rows.")
@@ -185,9 +187,9 @@ def fit(
         "center": center,
         "beam_width": beam_width,
         "validation_fraction": validation_fraction,
-        "kmeans.iterations": iterations,
-        "kmeans.tolerance": tolerance,
-        "kmeans.restarts": restarts,
+        "kmeans.max_iter": max_iter,
+        "kmeans.tol": tol,
+        "kmeans.n_init": n_init,
         "kmeans.sample_per_code": sample_per_code,
         "kmeans.full_pass": full_pass,
         "training.epochs": epochs,

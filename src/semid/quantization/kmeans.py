@@ -48,23 +48,23 @@ class KMeansOptions(Options):
     """How K-means is run.
 
     Attributes:
-        iterations: most Lloyd iterations a restart, at least 1.
-        tolerance: stop when an iteration lowers the inertia by less than this share of it.
-        restarts: independent seedings; the one whose last iteration had the lowest inertia
-            is kept.
-        sample_per_code: train on at most this many rows a codeword, drawn without replacement;
+        max_iter: maximum number of Lloyd iterations per seeding.
+        tol: stop when an iteration lowers the inertia by less than this share of it.
+        n_init: number of independent seedings; the run whose last iteration has the lowest
+            inertia is the result.
+        sample_per_code: train on at most this many rows per codeword, drawn without replacement;
             None trains on all rows.
-        full_pass: after training on a sample, one Lloyd iteration over all rows.
-        trials: candidates drawn a center in the k-means++ seeding, at least 1; fewer are quicker
-            and seed worse, and 1 is the plain one (``benchmarks/kmeans.py`` shows what 2 brings).
+        full_pass: after training on a sample, run one Lloyd iteration over all rows.
+        n_local_trials: candidates drawn per center in the k-means++ seeding. Fewer are faster and
+            seed worse; 1 is plain k-means++ (``benchmarks/kmeans.py`` measures 2).
     """
 
-    iterations: int = option(25, ge=1)
-    tolerance: float = option(1e-4, ge=0, lt=1)
-    restarts: int = option(1, ge=1)
+    max_iter: int = option(25, ge=1)
+    tol: float = option(1e-4, ge=0, lt=1)
+    n_init: int = option(1, ge=1)
     sample_per_code: int | None = option(None, ge=1)
     full_pass: bool = True
-    trials: int = option(4, ge=1, le=1024)
+    n_local_trials: int = option(4, ge=1, le=1024)
 
 
 @dataclass
@@ -100,7 +100,7 @@ class KMeansResult:
         history: inertia of each Lloyd iteration of the kept restart.
         distinct: codewords that could be told apart; fewer than ``codes`` only if the data hold
             fewer distinct rows.
-        converged: whether the tolerance was met before ``iterations`` ran out.
+        converged: whether the tolerance was met before ``max_iter`` was reached.
     """
 
     centroids: Array
@@ -132,7 +132,7 @@ def kmeans(
         blocks: ``(items, dim)`` finite rows; or `Rows`, which bring their weights and threads.
         codes: number of centroids, at least 1.
         seed: any integer.
-        options: iterations, tolerance, restarts, sampling.
+        options: iterations, tolerance, seedings, sampling.
         weights: ``(items,)`` non-negative weights, for example popularity; None counts rows once.
         init: ``(codes, dim)`` centroids to start from instead of k-means++ (one restart).
         threads: plain threads; None takes what the machine allows.
@@ -154,14 +154,18 @@ def kmeans(
     chosen = draw_sample(rows, codes, seed=seed, options=options)
     train = rows if chosen is None else sampled(rows, chosen, threads=threads)
     run = state or KMeansState(0, 0, np.empty((0, rows.dim), np.float32))
-    while run.restart < options.restarts:
+    while run.restart < options.n_init:
         if len(run.centroids) == 0:
             generator = numpy_generator(seed, "seeding", run.restart)
             run.centroids = (
                 init
                 if init is not None
                 else kmeans_plus_plus(
-                    train, codes, generator=generator, threads=threads, trials=options.trials
+                    train,
+                    codes,
+                    generator=generator,
+                    threads=threads,
+                    n_local_trials=options.n_local_trials,
                 )
             )
         _lloyd(train, run, options, on_iteration)
@@ -191,7 +195,7 @@ def kmeans(
         inertia=inertia,
         history=tuple(history),
         distinct=distinct,
-        converged=_settled(history, options.tolerance),
+        converged=_settled(history, options.tol),
     )
 
 
@@ -249,8 +253,8 @@ def _lloyd(
     on_iteration: Callable[[KMeansState], None] | None,
 ) -> None:
     """Iterate ``run`` in place until it converges or its iterations run out."""
-    while run.iteration < options.iterations:
-        if _settled(run.inertia, options.tolerance):
+    while run.iteration < options.max_iter:
+        if _settled(run.inertia, options.tol):
             return
         total = train.assign(run.centroids)
         run.centroids = _update(train, total, run.centroids)

@@ -151,7 +151,7 @@ def _refine(rows: Rows, codebooks: list[Array], threads: int | None) -> list[Arr
             rows,
             len(codebook),
             seed=0,  # unused: it starts from `init`
-            options=KMeansOptions(iterations=1),
+            options=KMeansOptions(max_iter=1),
             init=codebook,
             threads=threads,
         )

@@ -42,7 +42,7 @@ def kmeans_plus_plus(
     generator: np.random.Generator,
     weights: npt.NDArray[np.float64] | None = None,
     threads: int | None = None,
-    trials: int = 4,
+    n_local_trials: int = 4,
 ) -> npt.NDArray[np.float32]:
     """Choose up to ``codes`` rows as initial centroids.
 
@@ -52,25 +52,25 @@ def kmeans_plus_plus(
         generator: source of randomness.
         weights: ``(items,)`` non-negative item weights that multiply the squared distances.
         threads: plain threads; None takes what the machine allows.
-        trials: candidates drawn a center; 1 is plain k-means++.
+        n_local_trials: candidates drawn per center; 1 is plain k-means++.
 
     Returns:
         ``(found, dim)`` float32 distinct rows; ``found < codes`` only if the data hold no more
         distinct rows of positive weight. Time about one exact assignment of the data to ``codes``
-        centroids and ``trials`` bfloat16 products of `GAIN_ROWS_PER_CODE` rows a code with them;
-        memory O(items + codes dim) beside those rows.
+        centroids and ``n_local_trials`` bfloat16 products of `GAIN_ROWS_PER_CODE` rows per code
+        with them; memory O(items + codes dim) beside those rows.
     """
     rows = as_rows(blocks, weights=weights, threads=threads)
     first = rows.draw(rows.start_seeding(), 1, generator)
     centers = rows.rows(first)
     fresh = centers
-    gains = _Gains(rows, codes, generator, threads) if trials > 1 else None
+    gains = _Gains(rows, codes, generator, threads) if n_local_trials > 1 else None
     while True:
         masses = rows.lower(fresh)
         if len(centers) >= codes or not masses.any():
             return centers
         size = min(codes - len(centers), max(1, len(centers) // 4), MAX_ROUND)
-        drawn = rows.draw(masses, size * trials, generator)
+        drawn = rows.draw(masses, size * n_local_trials, generator)
         candidates = rows.rows(drawn)
         worth = None if gains is None else gains(candidates)
         kept = _accept(candidates, rows.closest(drawn), worth, size, generator)

@@ -27,6 +27,15 @@ CONFIG: dict[str, Any] = {
 
 RENAMED = {"behaviour_weight": "behavior_weight", "behaviour_levels": "behavior_levels"}
 """Settings under names they had when older artefacts were written."""
+RENAMED_OPTIONS = {
+    "kmeans": {
+        "iterations": "max_iter",
+        "tolerance": "tol",
+        "restarts": "n_init",
+        "trials": "n_local_trials",
+    }
+}
+"""The same inside nested options."""
 
 
 def check_shapes(
@@ -92,6 +101,9 @@ def stored_settings(kind: type, config: Mapping[str, Any]) -> dict[str, Any]:
     settings: dict[str, Any] = {
         RENAMED.get(name, name): value for name, value in config["settings"].items()
     }
+    for name, renamed in RENAMED_OPTIONS.items():
+        if isinstance(nested := settings.get(name), Mapping):
+            settings[name] = {renamed.get(key, key): value for key, value in nested.items()}
     checked(argument_types(kind), settings, "settings")
     return settings
 

@@ -143,7 +143,7 @@ def _clustered(x: Array, clusters: int, seed: int) -> npt.NDArray[np.int64]:
         ArrayBlocks(rows[first]),
         min(clusters, len(first)),
         seed=seed,
-        options=KMeansOptions(iterations=15),
+        options=KMeansOptions(max_iter=15),
         weights=counts.astype(np.float64),
         threads=1,
     )

@@ -39,7 +39,7 @@ __all__ = [
 
 
 Array = npt.NDArray[np.float32]
-INITIAL = KMeansOptions(iterations=10)
+INITIAL = KMeansOptions(max_iter=10)
 
 
 class LatentBlocks:
