@@ -18,10 +18,10 @@ import torch
 import semid
 from semid.progress import make_progress
 from semid.recommenders.ranking.data import RankingDataConfig, prepare_ranking_data
-from semid.recommenders.ranking.grid import Grid, run_grid
-from semid.recommenders.ranking.gridtable import grid_tables
 from semid.recommenders.ranking.network import RankerConfig
 from semid.recommenders.ranking.training import rank_options
+from semid.reproduce.grid_tables import grid_tables
+from semid.reproduce.ranking_grid import Grid, run_grid
 
 SETS = {
     "anime": ("anime_mal", "rating>=8", ()),

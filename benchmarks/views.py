@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from semid.progress import make_progress
-from semid.recommenders.ranking.paired import paired_difference
 from semid.reproduce.drq_reads import effective_size, figure, flips
 from semid.reproduce.ledger import RUNS_FILE, read_runs
+from semid.reproduce.paired import paired_difference
 from semid.reproduce.study import Study
 
 HERE = Path(__file__).parent

@@ -14,11 +14,11 @@ from semid.cli import main
 from semid.data.embeddings import open_embeddings
 from semid.errors import IdsError, UsageError
 from semid.progress import QuietProgress
-from semid.recommenders.ranking.grid import RESULTS_FILE, Grid, read_results, run_grid
-from semid.recommenders.ranking.gridtable import difference, grid_tables
-from semid.recommenders.ranking.methods import Tokenizers
 from semid.recommenders.ranking.network import RankerConfig
 from semid.recommenders.ranking.training import rank_options
+from semid.reproduce.grid_tables import difference, grid_tables
+from semid.reproduce.ranking_grid import RESULTS_FILE, Grid, read_results, run_grid
+from semid.reproduce.ranking_methods import Tokenizers
 
 TRAINING = rank_options({"epochs": 1, "batch_size": 512, "precision": "fp32"})
 

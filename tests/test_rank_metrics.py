@@ -24,8 +24,8 @@ from semid.recommenders.ranking.metrics import (
     measure,
     sigmoid,
 )
-from semid.recommenders.ranking.paired import paired_difference, student_quantile
 from semid.recommenders.ranking.slices import slice_masks
+from semid.reproduce.paired import paired_difference, student_quantile
 
 
 def brute_auc(labels, scores):

@@ -23,7 +23,6 @@ from semid.recommenders.ranking.analysis import (
 )
 from semid.recommenders.ranking.data import RankingDataConfig, prepare_ranking_data
 from semid.recommenders.ranking.features import CodeFeatures, code_table
-from semid.recommenders.ranking.kept import information_kept
 from semid.recommenders.ranking.metrics import auc
 from semid.recommenders.ranking.network import RankerConfig, make_network
 from semid.recommenders.ranking.optimizer import RowwiseAdamW, make_optimizer
@@ -32,6 +31,7 @@ from semid.recommenders.ranking.stream import RankingStream
 from semid.recommenders.ranking.task import predict_logits
 from semid.recommenders.ranking.training import rank_options, train_ranker
 from semid.report.figures_ranking import ranking_figures
+from semid.reproduce.reconstruction_probe import probe_reconstruction
 from semid.training.state import module_arrays
 
 ARCHITECTURE = RankerConfig(width=4, options=SMALL)
@@ -333,14 +333,14 @@ def test_analysis_of_code_embeddings(rows, coded):
         json.dumps(figure.to_plot(), allow_nan=False)
 
 
-def test_information_kept_rises_with_codes_that_tell_more():
+def test_reconstruction_improves_with_codes_that_tell_more():
     ids = codes(levels=2, size=8)
     generator = np.random.default_rng(1)
     centers = [generator.normal(size=(8, 6)) for _ in range(2)]
     x = sum(c[ids.codes[:, level]] for level, c in enumerate(centers)).astype(np.float32)
     quick = {"epochs": 25, "batch_size": 8, "learning_rate": 0.01, "precision": "fp32"}
     one, two = (
-        information_kept(
+        probe_reconstruction(
             x, ids, features=CodeFeatures(scale=scale), width=8, held_out=0.2, training=quick
         )
         for scale in (1, 2)
@@ -355,7 +355,7 @@ def test_information_kept_is_learnt_at_any_scale_of_the_embeddings():
     centers = np.random.default_rng(1).normal(size=(8, 384)).astype(np.float32)
     x = centers[ids.codes[:, 0]] + centers[::-1][ids.codes[:, 1]]
     errors = [
-        information_kept(factor * x + shift, ids, width=8, training={"precision": "fp32"}).error
+        probe_reconstruction(factor * x + shift, ids, width=8, training={"precision": "fp32"}).error
         for factor, shift in ((1.0, 0.0), (0.03, 0.2))
     ]
     assert errors[0] < 0.3

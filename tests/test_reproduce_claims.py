@@ -8,11 +8,11 @@ import pytest
 
 from semid.cli import main
 from semid.errors import InputError, UsageError
-from semid.recommenders.ranking.paired import Difference
 from semid.reproduce.claims import Claim, Comparison, Rows, judge, within
 from semid.reproduce.claims_drq import drq_claims
 from semid.reproduce.claims_moc import moc_claims
 from semid.reproduce.page import current, make_page
+from semid.reproduce.paired import Difference
 from semid.reproduce.paper_numbers import MOC_TABLE_1, moc_cells
 from semid.reproduce.study import page_from
 

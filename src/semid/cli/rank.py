@@ -180,8 +180,8 @@ def rank(
     reads = (logs, items, ids)
     if embeddings is not None:
         from semid.output import atomic_folder
-        from semid.recommenders.ranking.grid import GRID_FILES, Grid
         from semid.recommenders.ranking.models.registry import MODELS
+        from semid.reproduce.ranking_grid import GRID_FILES, Grid
 
         grid = Grid(
             methods=_names(methods) or (),
@@ -345,8 +345,8 @@ def _grid(
     from semid.output import atomic_file
     from semid.progress import make_progress
     from semid.recommenders.ranking.data import prepare_ranking_data
-    from semid.recommenders.ranking.grid import run_grid
-    from semid.recommenders.ranking.gridtable import grid_tables
+    from semid.reproduce.grid_tables import grid_tables
+    from semid.reproduce.ranking_grid import run_grid
 
     logs, items, options, columns = source
     path, column, on_invalid = vectors

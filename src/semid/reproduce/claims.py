@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from semid.recommenders.ranking.paired import Difference, paired_difference
+from semid.reproduce.paired import Difference, paired_difference
 
 __all__ = ["Claim", "Comparison", "Judgement", "Row", "Rows", "judge", "spread", "within"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from semid.diagnostics.flips import rank_agreement
-from semid.recommenders.ranking.paired import Difference, paired_difference
 from semid.reproduce.claims import Claim, Comparison, Judgement, Rows, judge, within
 from semid.reproduce.claims_drq_retrieval import matching_claims, no_winner, retrieval_claims
 from semid.reproduce.drq_reads import (
@@ -17,6 +16,7 @@ from semid.reproduce.drq_reads import (
     relative,
     space,
 )
+from semid.reproduce.paired import Difference, paired_difference
 
 __all__ = ["drq_claims"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from semid.recommenders.ranking.paired import Difference, paired_difference
 from semid.reproduce.claims import Comparison, Row, Rows
+from semid.reproduce.paired import Difference, paired_difference
 
 __all__ = [
     "SCALE",

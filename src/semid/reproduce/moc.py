@@ -17,17 +17,17 @@ from semid.data.parquet_files import ParquetFiles
 from semid.errors import InteractionsError
 from semid.progress import QuietProgress
 from semid.recommenders.ranking.analysis import CodeAnalysis, analyze_codes
-from semid.recommenders.ranking.cell import train_cell
 from semid.recommenders.ranking.data import RankingData, RankingDataConfig, prepare_ranking_data
-from semid.recommenders.ranking.kept import information_kept
 from semid.recommenders.ranking.labels import Label
-from semid.recommenders.ranking.methods import Coded, Tokenizers
 from semid.recommenders.ranking.network import RankerConfig
 from semid.recommenders.ranking.training import rank_options
 from semid.reproduce.datasets import Opened, missing_files, open_data
 from semid.reproduce.ledger import Ledger, digest
 from semid.reproduce.pool import Job
+from semid.reproduce.ranking_grid import train_cell
+from semid.reproduce.ranking_methods import Coded, Tokenizers
 from semid.reproduce.recipe import DataSet, MocRecipe, Stage, Variant
+from semid.reproduce.reconstruction_probe import probe_reconstruction
 
 __all__ = ["MocRunner", "cell_title", "moc_jobs", "recipe_cells"]
 
@@ -270,7 +270,7 @@ class MocRunner:
         if ids is None:
             raise InteractionsError("method 'none' has no codes to rebuild embeddings from")
         at = opened.embeddings.ids.index_of(ids.items.strings())
-        found = information_kept(
+        found = probe_reconstruction(
             opened.embeddings.rows(np.asarray(at, np.int64)),
             ids,
             features=coded.features,

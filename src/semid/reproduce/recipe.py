@@ -10,8 +10,8 @@ from typing import Any
 
 from semid.documents import read_toml, record
 from semid.errors import UsageError, check_choice, nearest_name
-from semid.recommenders.ranking.methods import METHODS
 from semid.recommenders.ranking.models.registry import MODELS
+from semid.reproduce.ranking_methods import METHODS
 from semid.tokenizers.factory import TOKENIZERS
 
 __all__ = [

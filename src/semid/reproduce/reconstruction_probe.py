@@ -23,13 +23,13 @@ from semid.training.batches import epoch_batches, steps_per_epoch
 from semid.training.loop import Evaluation, Step, train
 from semid.training.options import TrainOptions
 
-__all__ = ["InformationKept", "information_kept"]
+__all__ = ["ReconstructionProbe", "probe_reconstruction"]
 
 SALT = "information kept"
 
 
 @dataclass(frozen=True)
-class InformationKept:
+class ReconstructionProbe:
     """How well codes rebuild embeddings.
 
     Attributes:
@@ -122,7 +122,7 @@ class _Task:
         return Evaluation(self.error(self.held))
 
 
-def information_kept(
+def probe_reconstruction(
     embeddings: Any,
     ids: SemanticIds,
     *,
@@ -132,7 +132,7 @@ def information_kept(
     training: Mapping[str, Any] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
-) -> InformationKept:
+) -> ReconstructionProbe:
     """Rebuild item embeddings from trainable embeddings of their codes.
 
     Args:
@@ -186,7 +186,7 @@ def information_kept(
     )
     module.eval()
     with torch.no_grad():
-        return InformationKept(
+        return ReconstructionProbe(
             error=task.error(held),
             train_error=task.error(rows),
             items=len(rows),

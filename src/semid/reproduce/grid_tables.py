@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from semid.markdown import code_span
-from semid.recommenders.ranking.paired import Difference, paired_difference
+from semid.reproduce.paired import Difference, paired_difference
 
 __all__ = ["difference", "grid_tables"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,17 +16,23 @@ from semid.errors import UsageError, check_choice
 from semid.options import Options, option
 from semid.output import atomic_folder
 from semid.progress import Progress, QuietProgress
-from semid.recommenders.ranking.cell import train_cell
 from semid.recommenders.ranking.data import RankingData
-from semid.recommenders.ranking.methods import METHODS, Coded, Tokenizers
 from semid.recommenders.ranking.models.registry import MODELS
 from semid.recommenders.ranking.network import RankerConfig
-from semid.recommenders.ranking.training import data_digest, rank_options
+from semid.recommenders.ranking.ranker import Ranker
+from semid.recommenders.ranking.report import reliance
+from semid.recommenders.ranking.training import (
+    data_digest,
+    rank_options,
+    train_ranker,
+    training_device,
+)
+from semid.reproduce.ranking_methods import METHODS, Coded, Tokenizers
 from semid.tokenizers.context import MAX_LEVELS
 from semid.tokenizers.encoding import RowsDigest
 from semid.training.options import TrainOptions
 
-__all__ = ["GRID_FILES", "RESULTS_FILE", "Grid", "Run", "read_results", "run_grid"]
+__all__ = ["GRID_FILES", "RESULTS_FILE", "Grid", "Run", "read_results", "run_grid", "train_cell"]
 
 RESULTS_FILE = "results.jsonl"
 GRID_FILES = (RESULTS_FILE, "tables.md", "tokenizers/")
@@ -223,3 +230,62 @@ def _settings(grid: Grid, data: RankingData, embeddings: EmbeddingSource | None)
 def _key(run: Run, settings: str) -> str:
     text = json.dumps([settings, asdict(run)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def train_cell(
+    data: RankingData,
+    coded: Coded,
+    *,
+    config: RankerConfig,
+    training: TrainOptions,
+    seed: int,
+    device: str = "auto",
+) -> tuple[Ranker, dict[str, Any]]:
+    """Train one model and gather the figures that tables show.
+
+    Args:
+        data: the split.
+        coded: codes of the items and how they are used, or none.
+        config: model, width, fusion.
+        training: how the run is conducted.
+        seed: start of the weights, order of the rows, dropout.
+        device: as for `semid.train_ranker`.
+
+    Returns:
+        The model, and a JSON-able dictionary of its figures on the test part.
+    """
+    began, cpu = time.perf_counter(), time.process_time()
+    ranker = train_ranker(
+        data,
+        ids=coded.ids,
+        features=coded.features,
+        config=config,
+        training=training,
+        seed=seed,
+        device=device,
+    )
+    report = ranker.report
+    test = report["test"]
+    ranker.network.to(training_device(device))
+    relied = reliance(ranker.network, data, seed=seed)
+    ranker.network.to("cpu")
+    return ranker, {
+        "auc": test["auc"],
+        "auc_error": test["auc_error"],
+        "log_loss": test["log_loss"],
+        "user_auc": test["user_auc"],
+        "calibration_error": test["calibration_error"],
+        "popularity_auc": test["popularity_auc"],
+        "validation_auc": report["validation"]["auc"],
+        "cold_auc": report.get("cold", {}).get("auc"),
+        "slices": {name: s["auc"] for name, s in report["slices"].items()},
+        "reliance": relied,
+        "best_epoch": report["training"]["best_epoch"],
+        "epochs": report["training"]["epochs"],
+        "stopped_early": report["training"]["stopped_early"],
+        "precision": report["training"]["precision"],
+        "parameters": report["parameters"],
+        "protocol": data.protocol,
+        "seconds": round(time.perf_counter() - began, 3),
+        "cpu_seconds": round(time.process_time() - cpu, 3),
+    }
