@@ -236,6 +236,13 @@ def test_controls():
     assert single.fields == ("code:2",)
 
 
+def test_an_item_table_without_rows_is_named(tmp_path):
+    log = pa.table({"user_id": ["u", "u"], "item_id": ["a", "b"], "position": [0, 1]})
+    empty = pa.table({"item_id": pa.array([], pa.string())})
+    with pytest.raises(InteractionsError, match="there are no ids"):
+        prepare_ranking(log, items=empty, options=DataOptions(label="sampled(uniform,1)"))
+
+
 def test_codes_that_do_not_fit():
     ids = codes()
     with pytest.raises(UsageError, match="these codes are residual"):
@@ -246,6 +253,8 @@ def test_codes_that_do_not_fit():
         code_table(ids, ids.items, CodeFeatures(scale=4))
     with pytest.raises(IdsError, match="none of the 2 items has codes"):
         code_table(ids, ItemIds(["x", "y"]), CodeFeatures())
+    with pytest.raises(IdsError, match="the ids hold no items"):
+        code_table(ids.take(np.arange(0)), ids.items, CodeFeatures())
     with pytest.raises(UsageError, match="did you mean 'levels'"):
         CodeFeatures(mode="level")
 

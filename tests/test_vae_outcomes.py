@@ -179,6 +179,13 @@ def test_a_rate_that_diverges_stops_with_advice(clustered):
         semid.RQPVAE(codebook_size=16, network=NETWORK, training=training).fit(clustered)
 
 
+@pytest.mark.parametrize("kind", [semid.RQVAE, semid.MoCVAE, semid.VQVAE])
+def test_one_step_into_the_infinite_is_no_model(kind, clustered):
+    training = {"epochs": 1, "learning_rate": 1e30}
+    with pytest.raises(DivergedError, match="--learning-rate"):
+        kind(codebook_size=8, network=NETWORK, training=training).fit(clustered)
+
+
 def test_every_shipped_recipe_makes_a_tokenizer():
     assert recipe_names()
     for name in recipe_names():

@@ -401,7 +401,7 @@ def ids(random: Random, bench: Bench, work: Path) -> Case:
                 )
             except (ValueError, TypeError):
                 given = np.arange(count)
-            if given.dtype.kind in "iu":
+            if given.dtype.kind in "iuU":  # numpy's texts end before trailing NULs
                 texts = [str(v) for v in given]
         elif form == "text":
             given = work / "ids.txt"

@@ -205,8 +205,8 @@ def refresh(
     if len(shared) == 0:
         raise InputError(
             f"none of the {len(opened)} items was published before (they are called like "
-            f"'{opened.ids[0]}', the published like '{published.items[0]}'); give the same ids, "
-            "or fit a new model"
+            f"{opened.ids.example}, the published like {published.items.example}); "
+            "give the same ids, or fit a new model"
         )
     # What an item's new codes are held against: its published ones, but for a reassigned last code,
     # which differs from the model's on purpose.

@@ -89,6 +89,11 @@ class ItemIds:
         return f"ItemIds({self._count} {kind})"
 
     @property
+    def example(self) -> str:
+        """The first id in quotes, for messages that show what ids look like."""
+        return f"'{self[0]}'" if len(self) else "none, since there are no ids"
+
+    @property
     def is_range(self) -> bool:
         """Whether the ids are plain row numbers."""
         return self._values is None

@@ -117,7 +117,7 @@ class Interactions:
         if missing == len(rows):
             raise InteractionsError(
                 f"none of the {len(rows)} items of {self.label} is in the catalogue of {len(ids)}: "
-                f"they are called like '{self.item_ids[0]}', the catalogue's like '{ids[0]}'; "
+                f"they are called like '{self.item_ids[0]}', the catalogue's like {ids.example}; "
                 "check --id-column and --ids (id_column=, ids=)"
                 f"{ids.whitespace_hint(self.item_ids)}"
             )

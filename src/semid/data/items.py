@@ -63,7 +63,7 @@ class ItemTexts:
         if len(ids) and missing == len(ids):
             raise IdsError(
                 f"none of the {len(ids)} items has a row in the table of items: they are called "
-                f"like '{ids[0]}', the table's like '{self.ids[0]}'; check --id-column "
+                f"like {ids.example}, the table's like {self.ids.example}; check --id-column "
                 f"(id_column=){self.ids.whitespace_hint(ids.strings(0, 65_536))}"
             )
         take = pa.array(rows, mask=rows < 0)

@@ -142,6 +142,6 @@ class Tokenizers:
         if not len(known):
             raise IdsError(
                 f"none of the {len(trained)} training items has an embedding: they are called like "
-                f"'{trained[0]}', the embeddings' like '{self.source.ids[0]}'; check --items"
+                f"{trained.example}, the embeddings' like {self.source.ids.example}; check --items"
             )
         return known

@@ -294,7 +294,7 @@ def read_behavior(
     if not ((first >= 0) & (second >= 0)).any():
         raise InteractionsError(
             f"none of the {len(first)} pairs has both items in the catalogue of {len(ids)}, whose "
-            f"ids are like '{ids[0]}'; check --pairs and --ids (pairs=, ids=)"
+            f"ids are like {ids.example}; check --pairs and --ids (pairs=, ids=)"
         )
     found = TablePairs(
         _through(rows, first),

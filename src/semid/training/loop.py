@@ -257,8 +257,10 @@ class _Run:
                 raise KeyboardInterrupt
         if interrupts.pending:  # too late for the others to hear of it; all is saved
             raise KeyboardInterrupt
-        load_module_(self.module, self.best_arrays)
         best = self.evaluations[self.best_epoch]
+        if not math.isfinite(best.score) and not best.higher_is_better:
+            self._diverged("no epoch ended with a finite error")
+        load_module_(self.module, self.best_arrays)
         if not best.healthy:
             logger.warning("no epoch was healthy; the one with the best score is kept")
         return TrainResult(

@@ -211,7 +211,7 @@ def _catalogue(log: Interactions, items: Any, id_column: str | None) -> tuple[It
     if len(extra) == len(rows):
         raise InteractionsError(
             f"none of the {len(rows)} items of {log.label} is in {table.label}: they are called "
-            f"like '{log.item_ids[0]}', the table's like '{known[0]}'; check --id-column"
+            f"like {own.example}, the table's like {known.example}; check --id-column"
         )
     rows[extra] = len(known) + np.arange(len(extra))
     joined = pa.concat_arrays([known.strings(), log.item_ids.take(pa.array(extra))])

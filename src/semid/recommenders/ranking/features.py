@@ -143,13 +143,15 @@ def code_table(ids: SemanticIds, catalogue: ItemIds, features: CodeFeatures) -> 
             codes).
     """
     _fits(ids, features)
+    if len(ids) == 0:
+        raise IdsError("the ids hold no items; encode the catalogue first")
     at = ids.items.index_of(catalogue.strings())
     known = at >= 0
     if len(catalogue) and not known.any():
         raise IdsError(
             f"none of the {len(catalogue)} items has codes: they are called like "
-            f"'{catalogue[0]}', those of the ids file like '{ids.items[0]}'; give the ids of this "
-            "catalogue"
+            f"{catalogue.example}, those of the ids file like {ids.items.example}; "
+            "give the ids of this catalogue"
         )
     without = int((~known).sum())
     if without:
