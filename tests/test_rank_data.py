@@ -240,7 +240,9 @@ def test_an_item_table_without_rows_is_named(tmp_path):
     log = pa.table({"user_id": ["u", "u"], "item_id": ["a", "b"], "position": [0, 1]})
     empty = pa.table({"item_id": pa.array([], pa.string())})
     with pytest.raises(InteractionsError, match="there are no ids"):
-        prepare_ranking(log, items=empty, options=DataOptions(label="sampled(uniform,1)"))
+        prepare_ranking_data(
+            log, items=empty, options=RankingDataConfig(label="sampled(uniform,1)")
+        )
 
 
 def test_codes_that_do_not_fit():
