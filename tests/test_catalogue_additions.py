@@ -13,9 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from catalogue_cases import drawn_tokenizer, rows
-from semid.catalogue.additions import add_items
+from semid.catalogue.additions import add_items, norm_quantiles, novelty
 from semid.catalogue.bundle import CatalogueBundle
-from semid.catalogue.novelty import norm_quantiles, novelty
 from semid.catalogue.uniqueness import make_unique
 from semid.data.ids import ItemIds
 from semid.errors import (

@@ -115,7 +115,7 @@ def test_unknown_and_wrong_prefixes():
         PrefixIndex.build(np.array([[0, 7]]), sizes=(2, 2))
     with pytest.raises(UsageError, match="twice"):
         AllowedTokens(TorchTrie(index), [[1, 1, 2, 3], [4, 5]], prompt_length=1, end_token=0)
-    with pytest.raises(UsageError, match="tokens a level"):
+    with pytest.raises(UsageError, match="tokens per level"):
         AllowedTokens(TorchTrie(index), [[1, 2]], prompt_length=1, end_token=0)
 
 

@@ -13,7 +13,7 @@ from scipy.optimize import linear_sum_assignment
 import semid
 from catalogue_cases import drawn_tokenizer, parallel_tokenizer, rows
 from semid.catalogue.assignment import assign_rows
-from semid.catalogue.buckets import bucket_sizes, group_numbers, group_starts
+from semid.catalogue.placement import bucket_sizes, group_numbers, group_starts
 from semid.catalogue.uniqueness import make_unique
 from semid.codes import SemanticIds
 from semid.data.ids import ItemIds
@@ -169,7 +169,7 @@ def test_chunks_of_groups_change_nothing(monkeypatch, chunk):
     tokenizer, data = drawn_tokenizer(sizes=(8, 32)), rows(70)
     ids = tokenizer.encode(data)
     whole = make_unique(ids, method="reassign", tokenizer=tokenizer, embeddings=data)
-    monkeypatch.setattr("semid.catalogue.reassign.CHUNK_ROWS", chunk)
+    monkeypatch.setattr("semid.catalogue.placement.CHUNK_ROWS", chunk)
     parts = make_unique(ids, method="reassign", tokenizer=tokenizer, embeddings=data)
     assert np.array_equal(parts.ids.codes, whole.ids.codes)
     assert parts.report.largest_extra == whole.report.largest_extra > 0

@@ -1,4 +1,9 @@
-"""New items: they get ids beside the published ones, and no published id moves."""
+"""New items: they get ids beside the published ones, and no published id changes.
+
+Novelty compares a residual norm with the training distribution. The reference are the held-out
+items of the fit, where there are enough of them: codewords lie closer to the rows they were trained
+on, so training rows would mark too many new items as novel.
+"""
 
 from __future__ import annotations
 
@@ -10,42 +15,53 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from semid.catalogue.novelty import NOVEL, norm_quantiles, novelty
 from semid.catalogue.uniqueness import place
 from semid.codes import SemanticIds
 from semid.data.embeddings import open_embeddings
-from semid.data.ids import ItemIds, cast_ids
+from semid.data.ids import ItemIds, cast_ids, held_out_mask
 from semid.errors import FingerprintError, UsageError
 from semid.output import atomic_file
 from semid.progress import Progress
-from semid.tokenizers.base import Tokenizer
+from semid.tokenizers.base import HELD_OUT_SALT, Tokenizer
 
 __all__ = [
+    "MIN_REFERENCE",
+    "NOVEL",
     "AdditionReport",
     "Additions",
     "add_items",
     "check_model",
     "check_threshold",
     "joined_items",
+    "norm_quantiles",
+    "novelty",
 ]
+
+NOVEL = 0.99
+"""Share of the reference beyond which an item is novel: one in a hundred of a like catalogue."""
+
+MIN_REFERENCE = 200
+"""Number of held-out items (of which two lie beyond `NOVEL`) below which all items are used."""
+
+QUANTILES = 201
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdditionReport:
-    """What adding items found.
+    """Figures of `add_items`.
 
     Attributes:
-        given: rows given.
-        known: of them published before; they keep their id.
+        given: rows of the source.
+        known: rows of items that were published before; they keep their id.
         stale: known items whose embedding would get other codes today.
         new: items added.
         novel: new items beyond ``threshold`` of the reference.
         threshold: share of the reference beyond which an item is novel.
-        unplaced: new items that found no free place and share an id.
+        unplaced: new items without a free code or token; they share an id.
         items: ids of the new items ``(new,)``.
         norms: ``(new,)`` residual norms.
-        novelty: ``(new,)`` share of the reference below each.
-        shared: ``(new,)`` bool, the unplaced.
+        novelty: ``(new,)`` share of the reference below each norm.
+        shared: ``(new,)`` bool, whether an item is unplaced.
     """
 
     given: int
@@ -78,7 +94,7 @@ class AdditionReport:
                 "them; see 'semid drift' and 'semid refresh'"
             )
         if self.unplaced:
-            lines.append(f"  {self.unplaced:,} new items found no free place and share an id")
+            lines.append(f"  {self.unplaced:,} new items have no free place and share an id")
         return "\n".join(lines)
 
     def write(self, path: Any, *, overwrite: bool = False) -> None:
@@ -98,7 +114,7 @@ class AdditionReport:
 
 @dataclass(frozen=True)
 class Additions:
-    """The outcome of `add_items`.
+    """The result of `add_items`.
 
     Attributes:
         ids: the published items in their order, then the new ones in theirs.
@@ -107,16 +123,6 @@ class Additions:
 
     ids: SemanticIds
     report: AdditionReport
-
-
-def check_threshold(threshold: float) -> None:
-    """Refuse a threshold of novelty that is no share.
-
-    Raises:
-        UsageError: it lies outside (0, 1).
-    """
-    if not 0 < threshold < 1:
-        raise UsageError(f"threshold={threshold} (--novel-beyond): give a share between 0 and 1")
 
 
 def add_items(
@@ -128,20 +134,20 @@ def add_items(
     threshold: float = NOVEL,
     progress: Progress | None = None,
 ) -> Additions:
-    """Encode items into a published catalogue.
+    """Encode new items into a published catalogue.
 
-    New items get what the catalogue's own step gives them: the next token of their bucket after
-    ``append``, the nearest free codes after ``reassign`` (exact among the new items), their plain
-    codes after neither. Items published before are left as they are, whatever their embedding.
+    New items get what the catalogue's own uniqueness method gives them: the next token of their
+    bucket (``append``), the nearest free codes (``reassign``, exact among the new items), or their
+    plain codes. Published items keep their id, whatever their embedding is now.
 
     Args:
         catalogue: published ids.
         tokenizer: the model that made them.
-        source: embeddings of new items, and of old ones if that is easier.
+        source: embeddings of new items; items already published are allowed.
         ids: item ids for a source that has none.
         threshold: share of the training distribution's residual norms beyond which an item is
             novel, in (0, 1).
-        progress: told about the work; silent by default.
+        progress: callback that receives progress events.
 
     Returns:
         All items, and a report.
@@ -150,69 +156,74 @@ def add_items(
         UsageError: for a threshold out of range.
         FingerprintError: if the model did not make the catalogue.
         IdsError: if the new ids cannot be written in the catalogue's type.
+
+    Example:
+        >>> added = semid.add_items(ids, model, new_embeddings, ids=new_names)
+        >>> added.ids.write("ids-2.parquet")
     """
     check_threshold(threshold)
     check_model(catalogue, tokenizer)
     opened = open_embeddings(source, ids=ids)
     quantiles = norm_quantiles(catalogue, tokenizer)
     encoded = tokenizer.encode(opened, beam_width=catalogue.info.beam_width, progress=progress)
-    at = catalogue.items.index_of(opened.ids.strings())
-    known, new = np.flatnonzero(at >= 0), np.flatnonzero(at < 0)
-    stale = (encoded.codes[known] != catalogue.encoded[at[known]]).any(axis=1)
-    fresh = encoded.take(new)
+    position = catalogue.items.index_of(opened.ids.strings())
+    known, new = np.flatnonzero(position >= 0), np.flatnonzero(position < 0)
+    stale = (encoded.codes[known] != catalogue.encoded[position[known]]).any(axis=1)
+    added = encoded.take(new)
     old = len(catalogue)
     plain = SemanticIds(
-        joined_items(catalogue.items, fresh.items),
-        np.concatenate([catalogue.encoded, fresh.codes]),
-        np.concatenate([catalogue.residual_norms, fresh.residual_norms]),
+        joined_items(catalogue.items, added.items),
+        np.concatenate([catalogue.encoded, added.codes]),
+        np.concatenate([catalogue.residual_norms, added.residual_norms]),
         catalogue.info.model,
     )
-    published = np.arange(len(plain)) < old
     target = replace(catalogue.info, norm_quantiles=quantiles)
     shared = np.zeros(len(new), bool)
     if target.unique == "none":
         joined = replace(plain, info=target)
         if catalogue.model_codes is not None:
-            codes = np.concatenate([catalogue.codes, fresh.codes])
+            codes = np.concatenate([catalogue.codes, added.codes])
             joined = replace(joined, codes=codes, model_codes=plain.codes)
     else:
-        room = np.zeros((len(new), catalogue.levels), catalogue.codes.dtype)
-        done = place(
+        placeholder = np.zeros((len(new), catalogue.levels), catalogue.codes.dtype)
+        unique = place(
             plain,
             target,
-            published=published,
-            codes=np.concatenate([catalogue.codes, room]),
+            published=np.arange(len(plain)) < old,
+            codes=np.concatenate([catalogue.codes, placeholder]),
             capacity=target.codebook_sizes[-1] if target.unique == "append" else target.capacity,
             tokenizer=tokenizer,
             embeddings=opened,
             progress=progress,
         )
-        joined = done.ids
-        rows = done.report.unplaced_rows
+        joined = unique.ids
+        rows = unique.report.unplaced_rows
         shared[rows[rows >= old] - old] = True
-    score = novelty(fresh.residual_norms, quantiles)
+    scores = novelty(added.residual_norms, quantiles)
     report = AdditionReport(
         given=len(opened),
         known=len(known),
         stale=int(stale.sum()),
         new=len(new),
-        novel=int((score > threshold).sum()),
+        novel=int((scores > threshold).sum()),
         threshold=threshold,
         unplaced=int(shared.sum()),
-        items=fresh.items,
-        norms=fresh.residual_norms,
-        novelty=score,
+        items=added.items,
+        norms=added.residual_norms,
+        novelty=scores,
         shared=shared,
     )
     return Additions(joined, report)
 
 
-def check_model(catalogue: SemanticIds, tokenizer: Tokenizer) -> None:
-    """Refuse a model with another codebook, or another encoder before the same codebook.
+def check_threshold(threshold: float) -> None:
+    """Raise `UsageError` unless a novelty threshold lies in (0, 1)."""
+    if not 0 < threshold < 1:
+        raise UsageError(f"threshold={threshold} (--novel-beyond): give a share between 0 and 1")
 
-    Raises:
-        FingerprintError: if either differs.
-    """
+
+def check_model(catalogue: SemanticIds, tokenizer: Tokenizer) -> None:
+    """Raise `FingerprintError` unless a tokenizer has the weights that made the ids."""
     catalogue.check_codebook(tokenizer.codebook_fingerprint)
     if catalogue.info.weights_fingerprint != tokenizer.weights_fingerprint:
         raise FingerprintError(
@@ -222,12 +233,57 @@ def check_model(catalogue: SemanticIds, tokenizer: Tokenizer) -> None:
 
 
 def joined_items(first: ItemIds, second: ItemIds) -> ItemIds:
-    """Return the ids of both in the first one's type.
+    """Return the ids of both in the type of the first.
 
     Raises:
-        IdsError: if the second's cannot be written in it, or an id is in both.
+        IdsError: if an id of the second cannot be written in that type, or is in both.
     """
-    ours = first.to_arrow()
-    kind = ours.type.value_type if pa.types.is_dictionary(ours.type) else ours.type
-    theirs = cast_ids(second, kind, source="the new item ids")
-    return ItemIds(pa.chunked_array([ours.cast(kind), theirs]), source="old and new item ids")
+    before = first.to_arrow()
+    kind = before.type.value_type if pa.types.is_dictionary(before.type) else before.type
+    after = cast_ids(second, kind, source="the new item ids")
+    return ItemIds(pa.chunked_array([before.cast(kind), after]), source="old and new item ids")
+
+
+def norm_quantiles(ids: SemanticIds, tokenizer: Tokenizer) -> tuple[float, ...]:
+    """Return 201 evenly spaced quantiles of the reference residual norms.
+
+    Args:
+        ids: the catalogue that the tokenizer was fitted on. A reference that it carries from an
+            earlier addition is returned unchanged, so that it does not move as items come in.
+        tokenizer: the model; its settings tell which items it held out.
+
+    Raises:
+        UsageError: if no residual norm is known.
+    """
+    if ids.info.norm_quantiles is not None:
+        return ids.info.norm_quantiles
+    held_out = held_out_mask(ids.items, tokenizer.validation_fraction, salt=HELD_OUT_SALT)
+    norms = ids.residual_norms
+    if held_out.sum() >= MIN_REFERENCE:
+        norms = norms[held_out]
+    norms = norms[np.isfinite(norms)]
+    if len(norms) == 0:
+        raise UsageError(
+            "the catalogue knows no residual norms, so novelty cannot be judged; encode it with "
+            "'semid encode' instead of importing it"
+        )
+    return tuple(np.quantile(norms.astype(np.float64), np.linspace(0, 1, QUANTILES)).tolist())
+
+
+def novelty(
+    norms: npt.NDArray[np.float32], quantiles: tuple[float, ...]
+) -> npt.NDArray[np.float64]:
+    """Return the share of the reference below each residual norm: ``(items,)`` in [0, 1].
+
+    Args:
+        norms: ``(items,)``.
+        quantiles: from `norm_quantiles`; shares are interpolated between them.
+    """
+    grid = np.linspace(0, 1, len(quantiles))
+    points = np.asarray(quantiles)
+    # Where quantiles repeat, the highest share counts: as many lie at or below.
+    last = np.append(points[1:] != points[:-1], True)
+    scores: npt.NDArray[np.float64] = np.interp(
+        norms.astype(np.float64), points[last], grid[last], left=0.0, right=1.0
+    )
+    return scores

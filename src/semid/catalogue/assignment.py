@@ -1,8 +1,11 @@
-"""Rows to columns at the least total cost, each column with a capacity: exact.
+"""Exact linear assignment of rows to columns with capacities, by shortest augmenting paths.
 
-Shortest augmenting paths over dual prices (Jonker and Volgenant 1987), started from every row's
-cheapest column, so that only rows that meet at a full column cost more than a look. With capacity 1
-this is the linear assignment problem; rows beyond the capacity are left out where that is cheapest.
+The method is that of Jonker and Volgenant (1987), with columns that take several rows, and with
+rows left out where that is cheapest. `scipy.optimize.linear_sum_assignment` is not used: where rows
+outnumber the places it breaks the many equal-cost ties otherwise, so published ids would change. It
+is faster there (1,000 rows, 256 columns: 13 ms, ours 284 ms), but slower where every row has a
+place (2,000 x 4,096: 550 against 260 ms; matching 2,048 codes: 61 against 14 ms), and semid needs
+no scipy otherwise.
 """
 
 from __future__ import annotations
@@ -15,22 +18,19 @@ from semid.errors import UsageError
 
 __all__ = ["assign_rows"]
 
-_NONE = -1
-
 
 def assign_rows(
     cost: npt.ArrayLike, capacity: npt.ArrayLike | None = None
 ) -> npt.NDArray[np.int64]:
-    """Give rows columns so that as many as possible get one, at the least total cost.
+    """Assign as many rows as possible to columns at the least total cost.
 
     Args:
         cost: ``(rows, columns)`` finite numbers.
-        capacity: ``(columns,)`` rows a column may take; None is one each. A column with capacity 0
-            is never used.
+        capacity: ``(columns,)`` rows that each column may take; None means one each.
 
     Returns:
-        ``(rows,)`` int64 columns, -1 for rows left out, which happens only when every place is
-        taken. Deterministic; among equally good answers it depends on the order of the rows.
+        ``(rows,)`` int64 columns; -1 for rows left out because every place is taken.
+        Deterministic; among solutions of equal cost the result depends on the order of the rows.
 
     Raises:
         UsageError: for shapes that do not fit, costs that are not finite, or capacities below 0.
@@ -38,134 +38,144 @@ def assign_rows(
     Cost: ``O(rows columns)`` for rows whose cheapest column has room; each other row costs
     ``O(visited columns)``, at most ``O(columns^2 capacity)``. Memory: ``cost`` in float64.
     """
-    table = np.ascontiguousarray(cost, dtype=np.float64)
-    if table.ndim != 2 or not np.isfinite(table).all():
-        raise UsageError(f"cost has shape {table.shape}; give finite numbers (rows, columns)")
-    rows, columns = table.shape
-    room = np.ones(columns, np.int64) if capacity is None else np.array(capacity, dtype=np.int64)
-    if room.shape != (columns,) or (room < 0).any():
-        raise UsageError(f"capacity has shape {room.shape}; give {columns} numbers, none below 0")
-    open_ = np.flatnonzero(room > 0)
-    if rows == 0 or len(open_) == 0:
-        return np.full(rows, _NONE, np.int64)
-    if len(open_) < columns:
-        table, room = np.ascontiguousarray(table[:, open_]), room[open_]
-    labels: npt.NDArray[np.int64] = _solve(table, room)
-    return np.where(labels < 0, labels, open_[labels])
+    matrix = np.ascontiguousarray(cost, dtype=np.float64)
+    if matrix.ndim != 2 or not np.isfinite(matrix).all():
+        raise UsageError(f"cost has shape {matrix.shape}; give finite numbers (rows, columns)")
+    rows, columns = matrix.shape
+    places = np.ones(columns, np.int64) if capacity is None else np.array(capacity, dtype=np.int64)
+    if places.shape != (columns,) or (places < 0).any():
+        raise UsageError(f"capacity has shape {places.shape}; give {columns} numbers, none below 0")
+    usable = np.flatnonzero(places > 0)
+    if rows == 0 or len(usable) == 0:
+        return np.full(rows, -1, np.int64)
+    if len(usable) < columns:
+        matrix, places = np.ascontiguousarray(matrix[:, usable]), places[usable]
+    labels: npt.NDArray[np.int64] = _solve(matrix, places)
+    return np.where(labels < 0, labels, usable[labels])
 
 
 @numba.njit(nogil=True, cache=True)
-def _solve(cost: npt.NDArray[np.float64], room: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def _solve(cost: npt.NDArray[np.float64], places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Assign the rows one after another; ``places`` is reduced to the places that stay free.
+
+    Invariant (complementary slackness): with u = row_dual and v = column_dual,
+    ``cost[r, c] - u[r] - v[c]`` is 0 for assigned pairs and at least 0 for all pairs of assigned
+    rows, and v is 0 for columns with a free place. An assignment with such duals is optimal.
+    """
     rows, columns = cost.shape
-    price_row = np.zeros(rows)
-    price = np.zeros(columns)
+    row_dual = np.zeros(rows)
+    column_dual = np.zeros(columns)
     label = np.full(rows, -1, np.int64)
-    first = np.full(columns, -1, np.int64)  # rows of a column: a linked list
-    after = np.full(rows, -1, np.int64)
-    left = room.sum()
+    # The rows of each column form a linked list: head[column], then next_row[row].
+    head = np.full(columns, -1, np.int64)
+    next_row = np.full(rows, -1, np.int64)
+
+    # 1. Assign rows to their cheapest column while it has room. With v = 0 the smallest cost of a
+    #    row is its dual, so the invariant holds, and most rows need no search.
     for row in range(rows):
-        best = np.argmin(cost[row])
-        price_row[row] = cost[row, best]
-        if room[best] > 0:
-            _attach(row, best, label, first, after)
-            room[best] -= 1
-            left -= 1
+        cheapest = np.argmin(cost[row])
+        row_dual[row] = cost[row, cheapest]
+        if places[cheapest] > 0:
+            _attach(row, cheapest, label, head, next_row)
+            places[cheapest] -= 1
+
     distance = np.empty(columns)
-    via = np.empty(columns, np.int64)
-    done = np.empty(columns, np.bool_)
+    predecessor = np.empty(columns, np.int64)
+    scanned = np.empty(columns, np.bool_)
     for start in range(rows):
         if label[start] >= 0:
             continue
-        price_row[start] = (cost[start] - price).min()
-        distance[:] = cost[start] - price_row[start] - price
-        via[:] = start
-        done[:] = False
-        end = -1
+
+        # 2. Dijkstra from the unassigned row over reduced costs, which the invariant keeps
+        #    nonnegative. distance[c] is the cost of moving rows along a path so that column c
+        #    takes one more row; predecessor[c] is the row that the path moves to c.
+        row_dual[start] = (cost[start] - column_dual).min()
+        distance[:] = cost[start] - row_dual[start] - column_dual
+        predecessor[:] = start
+        scanned[:] = False
+        sink = -1
         for _ in range(columns):
-            here = -1
+            nearest = -1
             for column in range(columns):
-                if not done[column] and (here < 0 or distance[column] < distance[here]):
-                    here = column
-            done[here] = True
-            if room[here] > 0:
-                end = here
+                if not scanned[column] and (nearest < 0 or distance[column] < distance[nearest]):
+                    nearest = column
+            scanned[nearest] = True
+            if places[nearest] > 0:
+                sink = nearest
                 break
-            row = first[here]
+            # A full column passes on: any of its rows could move to another column.
+            row = head[nearest]
             while row >= 0:
-                base = distance[here] - price_row[row]
+                base = distance[nearest] - row_dual[row]
                 for column in range(columns):
-                    if not done[column]:
-                        reach = base + cost[row, column] - price[column]
-                        if reach < distance[column]:
-                            distance[column] = reach
-                            via[column] = row
-                row = after[row]
-        _finish(start, end, left, distance, via, done, price_row, price, label, first, after)
-        if end >= 0:
-            room[end] -= 1
-            left -= 1
+                    if not scanned[column]:
+                        candidate = base + cost[row, column] - column_dual[column]
+                        if candidate < distance[column]:
+                            distance[column] = candidate
+                            predecessor[column] = row
+                row = next_row[row]
+
+        # 3. Without a free place, one row is left out: the one whose path is shortest after
+        #    subtracting the cost that its own assignment saves (its dual); ties keep the start out.
+        dropped = -1
+        if sink >= 0:
+            total = distance[sink]
+        else:
+            total = distance.max()
+            dropped, least = start, -row_dual[start]
+            for column in range(columns):
+                row = head[column]
+                while row >= 0:
+                    if distance[column] - row_dual[row] < least:
+                        dropped, least = row, distance[column] - row_dual[row]
+                    row = next_row[row]
+            if dropped == start:
+                continue
+
+        # 4. Shift the duals of the scanned columns and their rows by what the path exceeds them.
+        #    This makes every edge of the path tight, so the invariant holds after the moves.
+        row_dual[start] += total
+        for column in range(columns):
+            if scanned[column] and column != sink:
+                row = head[column]
+                while row >= 0:
+                    row_dual[row] += total - distance[column]
+                    row = next_row[row]
+                column_dual[column] -= total - distance[column]
+
+        # 5. Move rows backward along the path, from the free place to the start.
+        column = sink
+        if sink >= 0:
+            places[sink] -= 1
+        else:
+            column = label[dropped]
+            _detach(dropped, label, head, next_row)
+        row = -1
+        while row != start:
+            row = predecessor[column]
+            previous = label[row]
+            if row != start:
+                _detach(row, label, head, next_row)
+            _attach(row, column, label, head, next_row)
+            column = previous
     return label
 
 
 @numba.njit(nogil=True, cache=True)
-def _finish(  # type: ignore[no-untyped-def]
-    start, end, left, distance, via, done, price_row, price, label, first, after
-) -> None:
-    """Move the prices, then the rows along the path; with no place left, drop one row."""
-    columns = len(price)
-    if end >= 0:
-        total = distance[end]
-    else:
-        total = distance.max()
-        # Dropping a row ends the path at its column; the cheapest path of all drops the row whose
-        # path is shortest after what keeping it was worth.
-        out, least = start, -price_row[start]
-        for column in range(columns):
-            row = first[column]
-            while row >= 0:
-                if distance[column] - price_row[row] < least:
-                    out, least = row, distance[column] - price_row[row]
-                row = after[row]
-        if out == start:
-            return
-    price_row[start] += total
-    for column in range(columns):
-        if done[column] and column != end:
-            row = first[column]
-            while row >= 0:
-                price_row[row] += total - distance[column]
-                row = after[row]
-            price[column] -= total - distance[column]
-    column = end
-    if end < 0:
-        column = label[out]
-        _detach(out, label, first, after)
-    while True:
-        row = via[column]
-        before = label[row]
-        if row != start:
-            _detach(row, label, first, after)
-        _attach(row, column, label, first, after)
-        if row == start:
-            return
-        column = before
-
-
-@numba.njit(nogil=True, cache=True)
-def _attach(row, column, label, first, after) -> None:  # type: ignore[no-untyped-def]
+def _attach(row, column, label, head, next_row) -> None:  # type: ignore[no-untyped-def]
     label[row] = column
-    after[row] = first[column]
-    first[column] = row
+    next_row[row] = head[column]
+    head[column] = row
 
 
 @numba.njit(nogil=True, cache=True)
-def _detach(row, label, first, after) -> None:  # type: ignore[no-untyped-def]
+def _detach(row, label, head, next_row) -> None:  # type: ignore[no-untyped-def]
     column = label[row]
-    if first[column] == row:
-        first[column] = after[row]
+    if head[column] == row:
+        head[column] = next_row[row]
     else:
-        before = first[column]
-        while after[before] != row:
-            before = after[before]
-        after[before] = after[row]
+        previous = head[column]
+        while next_row[previous] != row:
+            previous = next_row[previous]
+        next_row[previous] = next_row[row]
     label[row] = -1

@@ -1,7 +1,7 @@
-"""Has the catalogue moved away from its codebooks? Two snapshots of embeddings under one of them.
+"""Drift: two snapshots of a catalogue's embeddings under one codebook.
 
-A shift of usage is judged beyond what two samples of these sizes show by chance. The thresholds are
-ours and not calibrated: the figures stand beside the verdict, so that a user can judge by others.
+A shift of usage counts only beyond what two samples of these sizes show by chance. The thresholds
+are ours and not calibrated; the figures are reported beside the verdict.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from semid.catalogue.novelty import NOVEL, norm_quantiles, novelty
+from semid.catalogue.additions import NOVEL, norm_quantiles, novelty
 from semid.codes import SemanticIds
 from semid.data.embeddings import EmbeddingSource, open_embeddings
 from semid.diagnostics.overlap import REPORT_SCALE, overlap_levels
@@ -24,32 +24,29 @@ from semid.tokenizers.base import Tokenizer
 
 __all__ = ["Drift", "LevelDrift", "drift"]
 
-# Quantization error of the whole catalogue against the first snapshot's: a tenth more is what a
-# coarser codebook would cost; a quarter is most of a level's worth of codewords.
+# Growth of the quantization error. A tenth is what a coarser codebook would cost; a quarter is most
+# of what one more level of codewords gains.
 ERROR_WATCH, ERROR_REFRESH = 1.1, 1.25
-# Total variation beyond chance: the share of items that would have to sit on other codes.
+# Total variation beyond chance: the share of items with other codes.
 SHIFT_WATCH, SHIFT_REFRESH = 0.1, 0.25
-# Novel items among the new ones; 1 % would lie beyond the threshold in a like catalogue.
+# Share of novel items among the new ones; 1 % is expected without drift.
 NOVEL_WATCH, NOVEL_REFRESH = 0.03, 0.1
 
 
 @dataclass(frozen=True)
 class LevelDrift:
-    """One level's usage in two snapshots.
+    """Usage of one level in two snapshots.
 
     Attributes:
         level: level, counted from 0.
         total_variation: half the sum of absolute differences of the code shares, in [0, 1].
-        expected: what two samples of these sizes from one distribution, as many of their items in
-            common with equal codes, would show on average.
+        expected: mean ``total_variation`` of two samples of these sizes from one distribution,
+            with as many common items of equal codes.
         excess: ``total_variation`` beyond ``expected``, not below 0.
         jensen_shannon: Jensen-Shannon divergence of the code shares in bits, in [0, 1].
-        perplexity_before: ``exp(H)`` of the code shares.
-        perplexity_after: the same, later.
-        effective_before: effective codebook size at noise 0.1 (DRQ eq. 12).
-        effective_after: the same, later.
-        dead_before: codes without an item.
-        dead_after: the same, later.
+        perplexity_before, perplexity_after: ``exp(H)`` of the code shares.
+        effective_before, effective_after: effective codebook size at noise 0.1 (DRQ eq. 12).
+        dead_before, dead_after: number of codes without an item.
     """
 
     level: int
@@ -70,16 +67,14 @@ class Drift:
     """Two snapshots of a catalogue under one codebook.
 
     Attributes:
-        verdict: ``none``, ``watch`` or ``refresh``, the worst reason's.
-        reasons: what speaks for a refresh, with figures; empty for ``none``.
-        items_before: items of the first snapshot.
-        items_after: items of the second.
+        verdict: ``none``, ``watch`` or ``refresh``: that of the worst reason.
+        reasons: arguments for a refresh, with figures; empty for ``none``.
+        items_before, items_after: items of each snapshot.
         shared: items in both.
         changed: share of the shared items whose codes differ; None without any.
-        error_before: mean squared quantization error over the first snapshot's latent variance.
-        error_after: the second snapshot's, over the same variance.
-        norm_quantiles_before: residual norms at 5, 25, 50, 75, 95 and 99 %.
-        norm_quantiles_after: the same, later.
+        error_before, error_after: mean squared quantization error over the latent variance of the
+            first snapshot.
+        norm_quantiles_before, norm_quantiles_after: residual norms at 5, 25, 50, 75, 95 and 99 %.
         novel_after: share of the second snapshot beyond 99 % of the training distribution.
         novel_new: the same among items that are not in the first; None without any.
         levels: usage by level.
@@ -144,18 +139,21 @@ def drift(
         after: embeddings as they are.
         before_ids: item ids for a source that has none.
         after_ids: the same for the second.
-        progress: told about every block; silent by default.
+        progress: callback that receives progress events.
 
     Returns:
-        The figures and a verdict: ``refresh`` when the error grew by a quarter, a level's usage
-        shifted by a quarter beyond chance, or a tenth of the new items are novel; ``watch`` at
-        1.1 times, a tenth and 3 %.
+        The figures and a verdict: ``refresh`` when the error grew by a quarter, the usage of a
+        level shifted by a quarter beyond chance, or a tenth of the new items are novel; ``watch``
+        at 1.1 times, a tenth and 3 %.
 
     Raises:
         InputError: if a snapshot has no items.
         EmbeddingError: for rows of another width.
 
-    Cost: two passes over each snapshot; ``O(codes^2)`` a level for the effective sizes.
+    Example:
+        >>> print(semid.drift(model, old_embeddings, new_embeddings).summary())
+
+    Cost: two passes over each snapshot; ``O(codes^2)`` per level for the effective sizes.
     """
     steps = progress or QuietProgress()
     old = open_embeddings(before, ids=before_ids)
@@ -164,40 +162,39 @@ def drift(
         raise InputError(f"the snapshots have {len(old)} and {len(new)} items; give some in both")
     first, second = tokenizer.encode(old, progress=steps), tokenizer.encode(new, progress=steps)
     variance, std = _latent_spread(tokenizer, old)
-    used = [usage(ids.codes, tokenizer.codebook_sizes) for ids in (first, second)]
+    usages = [usage(ids.codes, tokenizer.codebook_sizes) for ids in (first, second)]
     sizes = [
         [
             level.at(REPORT_SCALE).effective_size
             for level in overlap_levels(
-                tokenizer.codebooks, each, latent_std=std, scales=(REPORT_SCALE,)
+                tokenizer.codebooks, levels, latent_std=std, scales=(REPORT_SCALE,)
             )
         ]
-        for each in used
+        for levels in usages
     ]
-    at = first.items.index_of(second.items.strings())
-    shared = at >= 0
-    same = first.codes[at[shared]] == second.codes[shared]
-    changed = (~same).any(axis=1)
+    position = first.items.index_of(second.items.strings())
+    shared = position >= 0
+    same = first.codes[position[shared]] == second.codes[shared]
     levels = tuple(
-        _level(a, b, size_a, size_b, shared=int(kept))
-        for a, b, size_a, size_b, kept in zip(*used, *sizes, same.sum(axis=0), strict=True)
+        _level(a, b, size_a, size_b, shared=int(count))
+        for a, b, size_a, size_b, count in zip(*usages, *sizes, same.sum(axis=0), strict=True)
     )
-    scores = novelty(second.residual_norms, norm_quantiles(first, tokenizer)) > NOVEL
-    novel_new = float(scores[~shared].mean()) if (~shared).any() else None
+    novel = novelty(second.residual_norms, norm_quantiles(first, tokenizer)) > NOVEL
+    novel_new = float(novel[~shared].mean()) if (~shared).any() else None
     errors = [_mean_square(ids) / variance for ids in (first, second)]
-    verdict, reasons = _verdict(levels, errors, novel_new, float(scores.mean()))
+    verdict, reasons = _verdict(levels, errors, novel_new, float(novel.mean()))
     return Drift(
         verdict=verdict,
         reasons=reasons,
         items_before=len(first),
         items_after=len(second),
         shared=int(shared.sum()),
-        changed=float(changed.mean()) if shared.any() else None,
+        changed=float((~same).any(axis=1).mean()) if shared.any() else None,
         error_before=errors[0],
         error_after=errors[1],
         norm_quantiles_before=_quantiles(first),
         norm_quantiles_after=_quantiles(second),
-        novel_after=float(scores.mean()),
+        novel_after=float(novel.mean()),
         novel_new=novel_new,
         levels=levels,
     )
@@ -209,18 +206,18 @@ def _level(
     p, q = a.probabilities, b.probabilities
     pooled = (a.counts + b.counts) / (a.items + b.items)
     variation = 0.5 * float(np.abs(p - q).sum())
-    # The mean of |p - q| for two multinomial samples, by the normal approximation. Items in both
-    # with the same code add to both sides alike and take their covariance off.
-    apart = 1.0 / a.items + 1.0 / b.items - 2.0 * shared / (float(a.items) * b.items)
-    spread = pooled * (1.0 - pooled) * max(apart, 0.0)
-    expected = 0.5 * float(np.sqrt(2.0 / np.pi * spread).sum())
-    middle = 0.5 * (p + q)
+    # Mean of |p - q| for two multinomial samples, by the normal approximation. Items in both with
+    # the same code add equally to p and q, so their covariance is subtracted.
+    factor = 1.0 / a.items + 1.0 / b.items - 2.0 * shared / (float(a.items) * b.items)
+    difference_variance = pooled * (1.0 - pooled) * max(factor, 0.0)
+    expected = 0.5 * float(np.sqrt(2.0 / np.pi * difference_variance).sum())
+    divergence = _entropy(0.5 * (p + q)) - 0.5 * (_entropy(p) + _entropy(q))
     return LevelDrift(
         level=a.level,
         total_variation=variation,
         expected=expected,
         excess=max(variation - expected, 0.0),
-        jensen_shannon=max(_entropy(middle) - 0.5 * (_entropy(p) + _entropy(q)), 0.0),
+        jensen_shannon=max(divergence, 0.0),
         perplexity_before=a.perplexity,
         perplexity_after=b.perplexity,
         effective_before=size_a,
@@ -231,12 +228,12 @@ def _level(
 
 
 def _entropy(p: npt.NDArray[np.float64]) -> float:
-    used = p[p > 0]
-    return float(-(used * np.log2(used)).sum())
+    positive = p[p > 0]
+    return float(-(positive * np.log2(positive)).sum())
 
 
 def _latent_spread(tokenizer: Tokenizer, source: EmbeddingSource) -> tuple[float, float]:
-    """Mean squared distance of latents to their mean, and the standard deviation an element."""
+    """Mean squared distance of latents to their mean, and standard deviation per element."""
     total: Any = 0.0
     squares = 0.0
     for _, x in source.blocks(BLOCK_ROWS):
@@ -260,32 +257,25 @@ def _quantiles(ids: SemanticIds) -> tuple[float, ...]:
 def _verdict(
     levels: tuple[LevelDrift, ...], errors: list[float], novel_new: float | None, novel: float
 ) -> tuple[str, tuple[str, ...]]:
-    found: list[tuple[bool, str]] = []
     growth = errors[1] / errors[0] if errors[0] > 0 else 1.0
-    if growth > ERROR_WATCH:
-        found.append(
-            (growth > ERROR_REFRESH, f"the quantization error is {growth:.2f} times what it was")
-        )
     worst = max(levels, key=lambda level: level.excess)
-    if worst.excess > SHIFT_WATCH:
-        found.append(
-            (
-                worst.excess > SHIFT_REFRESH,
-                f"level {worst.level + 1}: {worst.excess:.1%} of the items sit on other codes than "
-                "before, beyond chance",
-            )
-        )
-    share, whom = (novel, "the items") if novel_new is None else (novel_new, "the new items")
-    if share > NOVEL_WATCH:
-        found.append(
-            (
-                share > NOVEL_REFRESH,
-                f"{share:.1%} of {whom} lie where the codebook has no codewords (1 % is usual)",
-            )
-        )
-    if not found:
-        return "none", ()
-    return (
-        "refresh" if any(strong for strong, _ in found) else "watch",
-        tuple(reason for _, reason in found),
-    )
+    share, group = (novel, "the items") if novel_new is None else (novel_new, "the new items")
+    checks = [
+        (
+            growth, ERROR_WATCH, ERROR_REFRESH,
+            f"the quantization error is {growth:.2f} times what it was",
+        ),
+        (
+            worst.excess, SHIFT_WATCH, SHIFT_REFRESH,
+            f"level {worst.level + 1}: {worst.excess:.1%} of the items have other codes than "
+            "before, beyond chance",
+        ),
+        (
+            share, NOVEL_WATCH, NOVEL_REFRESH,
+            f"{share:.1%} of {group} lie where the codebook has no codewords (1 % is usual)",
+        ),
+    ]  # fmt: skip
+    reasons = tuple(reason for value, watch, _, reason in checks if value > watch)
+    if any(value > refresh for value, _, refresh, _ in checks):
+        return "refresh", reasons
+    return "watch" if reasons else "none", reasons

@@ -1,4 +1,4 @@
-"""Give a new generation's codewords the numbers of the old codewords that they go on from.
+"""Two generations of a tokenizer: fit again, match codewords by number, count changed ids.
 
 Codewords of a level may be numbered in any way without changing what they encode. Choosing the
 numbers by assignment keeps as many published codes as numbering alone can.
@@ -6,89 +6,254 @@ numbers by assignment keeps as many published codes as numbering alone can.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from semid.catalogue.assignment import assign_rows
-from semid.errors import UsageError
+from semid.data.embeddings import EmbeddingSource
+from semid.data.ids import ItemIds
+from semid.data.interactions import Interactions
+from semid.errors import InputError, UsageError
+from semid.progress import Progress
+from semid.quantization.blocks import PreparedBlocks
+from semid.quantization.kmeans import KMeansState
+from semid.quantization.nearest import prepare
+from semid.quantization.residual import fit_residual
 from semid.tokenizers.base import Tokenizer
+from semid.tokenizers.context import FitContext
+from semid.tokenizers.rqkmeans import RQKMeans
 
-__all__ = ["match_codes", "renumbered"]
+__all__ = ["Churn", "churn", "fit_again", "item_counts", "match_codes", "renumber"]
 
 Array = npt.NDArray[np.float32]
+Codes = npt.NDArray[np.integer[Any]]
+
+
+@dataclass(frozen=True)
+class Churn:
+    """Shares of the items in both generations whose codes changed.
+
+    Attributes:
+        items: items in both generations.
+        moved: items whose id changed.
+        level: share whose code at each level changed.
+        prefix: share whose prefix of 1, 2, ... codes changed; the last is the whole id.
+        weighted_level: ``level`` with items weighted by popularity; None without weights.
+        weighted_prefix: ``prefix`` with items weighted by popularity; None without weights.
+    """
+
+    items: int
+    moved: int
+    level: tuple[float, ...]
+    prefix: tuple[float, ...]
+    weighted_level: tuple[float, ...] | None = None
+    weighted_prefix: tuple[float, ...] | None = None
+
+    @property
+    def share(self) -> float:
+        """Share of the items whose id changed."""
+        return self.prefix[-1]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-able data."""
+        return {**self.__dict__, "share": self.share}
+
+
+def churn(old: Codes, new: Codes, *, weights: npt.NDArray[np.float64] | None = None) -> Churn:
+    """Compare the codes ``(items, levels)`` of the same items in two generations.
+
+    Args:
+        old: codes before.
+        new: codes after.
+        weights: ``(items,)`` nonnegative popularity; if all are zero, so are the weighted shares.
+
+    Raises:
+        InputError: if the shapes differ.
+    """
+    if old.shape != new.shape or old.ndim != 2:
+        raise InputError(f"codes have shapes {old.shape} and {new.shape}; give (items, levels)")
+    changed = old != new
+    by_prefix = np.logical_or.accumulate(changed, axis=1)
+    normalized = None if weights is None else weights / max(float(weights.sum()), 1e-300)
+
+    def mean(mask: npt.NDArray[np.bool_]) -> tuple[float, ...]:
+        return tuple(mask.mean(axis=0).tolist()) if len(mask) else (0.0,) * mask.shape[1]
+
+    def weighted(mask: npt.NDArray[np.bool_]) -> tuple[float, ...] | None:
+        return None if normalized is None else tuple((normalized @ mask).tolist())
+
+    return Churn(
+        items=len(old),
+        moved=int(by_prefix[:, -1].sum()),
+        level=mean(changed),
+        prefix=mean(by_prefix),
+        weighted_level=weighted(changed),
+        weighted_prefix=weighted(by_prefix),
+    )
+
+
+def item_counts(log: Interactions, items: ItemIds) -> npt.NDArray[np.float64]:
+    """Return the number of interactions of each item: ``(items,)`` float64.
+
+    Raises:
+        InteractionsError: if no item of the log is in the catalogue.
+    """
+    rows = log.catalogue_rows(items)
+    counts = np.bincount(log.items, minlength=len(rows))
+    result = np.zeros(len(items))
+    result[rows[rows >= 0]] = counts[rows >= 0]
+    return result
 
 
 def match_codes(
-    old: npt.NDArray[np.integer[Any]],
-    new: npt.NDArray[np.integer[Any]],
-    old_book: Array,
-    new_book: Array,
+    old: Codes,
+    new: Codes,
+    old_codebook: Array,
+    new_codebook: Array,
     *,
     weights: npt.NDArray[np.float64] | None = None,
 ) -> npt.NDArray[np.int64]:
-    """Match the codes of one level by the items that two generations share.
+    """Match the codewords of one level by the items that two generations share.
 
     Args:
         old: ``(shared,)`` codes of the items in the old generation.
         new: ``(shared,)`` codes of the same items in the new one.
-        old_book: ``(codes, latent)`` codewords.
-        new_book: ``(codes, latent)`` codewords; as many as before.
-        weights: ``(shared,)`` what an item counts, for example its popularity; None counts once.
+        old_codebook: ``(codes, latent)``.
+        new_codebook: ``(codes, latent)``.
+        weights: ``(shared,)`` positive item weights, for example popularity; None means 1 each.
 
     Returns:
-        ``(codes,)`` int64, the number that each new codeword should carry, a permutation: the one
-        under which the most items keep their code at this level, exactly; among equals (dead codes
-        above all) the one with the smallest sum of squared distances between old and new codewords.
+        ``(codes,)`` int64, the number for each new codeword, a permutation. The largest possible
+        weight of items keeps its code at this level; among equal solutions (above all for dead
+        codes) the sum of squared distances between old and new codewords is smallest.
 
     Raises:
         UsageError: if the codebooks differ in shape.
 
     Cost: ``O(codes^2)`` memory, ``O(codes^3)`` time at worst.
     """
-    if old_book.shape != new_book.shape:
+    if old_codebook.shape != new_codebook.shape:
         raise UsageError(
-            f"codebooks have shapes {old_book.shape} and {new_book.shape}; a refresh keeps the "
-            "codebook sizes and the width"
+            f"codebooks have shapes {old_codebook.shape} and {new_codebook.shape}; a refresh keeps "
+            "the codebook sizes and the width"
         )
-    codes = len(new_book)
+    codes = len(new_codebook)
     pair = new.astype(np.int64) * codes + old.astype(np.int64)
-    together = np.bincount(pair, weights=weights, minlength=codes * codes).reshape(codes, codes)
-    a, b = new_book.astype(np.float64), old_book.astype(np.float64)
-    distance = (a**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2.0 * (a @ b.T)
+    weight = np.bincount(pair, weights=weights, minlength=codes * codes).reshape(codes, codes)
+    a, b = new_codebook.astype(np.float64), old_codebook.astype(np.float64)
+    distance = np.maximum((a**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2.0 * (a @ b.T), 0.0)
+    # Distances only break ties: scaled like this, all of them together count less than half of the
+    # lightest item.
     largest = max(float(distance.max()), 1e-300)
-    least = 1.0 if weights is None else float(together[together > 0].min(initial=1.0))
-    # All distances together count less than half of the lightest item.
-    return assign_rows(-together + np.maximum(distance, 0.0) * (0.5 * least / codes / largest))
+    lightest = 1.0 if weights is None else float(weight[weight > 0].min(initial=1.0))
+    return assign_rows(-weight + distance * (0.5 * lightest / codes / largest))
 
 
-def renumbered(tokenizer: Tokenizer, numbers: Sequence[npt.NDArray[np.int64]]) -> Tokenizer:
-    """Return the same tokenizer with its codewords numbered anew.
+def renumber(tokenizer: Tokenizer, numbers: Sequence[npt.NDArray[np.int64]]) -> Tokenizer:
+    """Return a copy of a fitted tokenizer with its codewords numbered anew.
 
     Args:
-        tokenizer: fitted; it stays as it is.
-        numbers: ``(codes,)`` a level, the number each codeword gets, a permutation.
+        tokenizer: fitted tokenizer; it is not changed.
+        numbers: for each level ``(codes,)`` the number that each codeword gets, a permutation.
 
     Raises:
-        UsageError: if the tokenizer does not keep its codebooks under ``codebooks.LEVEL``.
+        UsageError: if the tokenizer does not store its codebooks under ``codebooks.LEVEL``.
     """
     tensors = dict(tokenizer._tensors())
-    for level, (book, number) in enumerate(zip(tokenizer.codebooks, numbers, strict=True)):
+    for level, (codebook, number) in enumerate(zip(tokenizer.codebooks, numbers, strict=True)):
         name = f"codebooks.{level}"
-        if name not in tensors or not np.array_equal(tensors[name], book):
+        if name not in tensors or not np.array_equal(tensors[name], codebook):
             raise UsageError(
                 f"{tokenizer.kind} keeps no codebook under '{name}', so its codes cannot be "
                 "renumbered"
             )
-        moved = np.empty_like(book)
-        moved[number] = book
-        tensors[name] = moved
-    made = type(tokenizer)(**tokenizer.settings)
-    made._set_tensors(tensors)
-    made._dim = tokenizer.dim
-    made.report = tokenizer.report
+        permuted = np.empty_like(codebook)
+        permuted[number] = codebook
+        tensors[name] = permuted
+    return _with_tensors(tokenizer, tensors, dim=tokenizer.dim, report=tokenizer.report)
+
+
+class _WarmStart(RQKMeans):
+    """Residual K-means that starts every level from a given codebook, in its old space."""
+
+    start: tuple[Array, ...] = ()
+
+    def _fit(self, context: FitContext) -> dict[str, Any]:
+        rows = (
+            context.train
+            if self._preprocess.identity
+            else PreparedBlocks(context.train, self._preprocess)
+        )
+        context.progress.start("fit again", total=None)
+
+        def on_iteration(level: int, state: KMeansState) -> None:
+            context.progress.step(1, level=level + 1, inertia=state.inertia[-1])
+
+        codebooks, fits = fit_residual(
+            rows,
+            self.codebook_sizes,
+            seed=self.seed,
+            options=self.kmeans,
+            weights=context.weights,
+            init=self.start,
+            threads=self.threads,
+            on_iteration=on_iteration,
+        )
+        self._prepared = tuple(prepare(torch.from_numpy(book)) for book in codebooks)
+        return {"levels": [asdict(fit) for fit in fits], "warm_start": True}
+
+
+def fit_again(
+    previous: Tokenizer,
+    source: EmbeddingSource,
+    *,
+    warm_start: bool = True,
+    weights: npt.ArrayLike | None = None,
+    progress: Progress | None = None,
+) -> Tokenizer:
+    """Fit a tokenizer of the same class and settings on a changed catalogue.
+
+    Args:
+        previous: the generation before; it is not changed.
+        source: the catalogue now.
+        warm_start: start from the old codebooks and keep the old mean, so that both generations
+            share one space; only for `RQKMeans`. Otherwise the fit starts from scratch with the
+            same seed.
+        weights: ``(items,)`` item weights, as for `Tokenizer.fit`.
+        progress: callback that receives progress events.
+
+    Cost: a fit; a warm start usually needs fewer iterations.
+    """
+    settings = previous.settings
+    # A subclass may use its codebooks in another way, so the exact class is required.
+    if not warm_start or type(previous) is not RQKMeans:
+        fresh = _copy_threads(previous, type(previous)(**settings))
+        return fresh.fit(source, weights=weights, progress=progress)
+    warm = _WarmStart(**settings, threads=previous.threads)
+    warm.start = tuple(np.array(book) for book in previous.codebooks)
+    warm._preprocess = previous._preprocess
+    warm.fit(source, weights=weights, progress=progress)
+    return _with_tensors(previous, warm._tensors(), dim=warm.dim, report=warm.report)
+
+
+def _with_tensors(
+    tokenizer: Tokenizer, tensors: Mapping[str, np.ndarray], *, dim: int, report: Any
+) -> Tokenizer:
+    """Return a fitted tokenizer of the same class and settings with other learned arrays."""
+    copy = _copy_threads(tokenizer, type(tokenizer)(**tokenizer.settings))
+    copy._set_tensors(tensors)
+    copy._dim = dim
+    copy.report = report
+    return copy
+
+
+def _copy_threads(tokenizer: Tokenizer, copy: Tokenizer) -> Tokenizer:
+    """Give a copy the number of threads, which belongs to the machine and is no setting."""
     if hasattr(tokenizer, "threads"):
-        made.threads = tokenizer.threads  # type: ignore[attr-defined]
-    return made
+        copy.threads = tokenizer.threads  # type: ignore[attr-defined]
+    return copy

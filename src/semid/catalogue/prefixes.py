@@ -1,8 +1,8 @@
-"""Which items lie under a prefix, and which codes may follow it: one sorted trie in flat arrays.
+"""A trie of ids in flat arrays: which items share a prefix, and which codes may follow it.
 
-The trie is compressed sparse rows over all levels at once. Nodes are numbered level by level in the
-order of their prefixes, the root is 0; every node but the root is the end of one edge, and edges
-are sorted by (parent, code). Looking a code up is one binary search in ``parent * codes + code``.
+The trie is stored as compressed sparse rows over all levels. Nodes are numbered level by level in
+the order of their prefixes, from the root 0. Each other node is the end of one edge, and edges are
+sorted by (parent, code), so a code is found by one binary search in ``parent * width + code``.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class PrefixIndex:
-    """Items by prefix. Made by `PrefixIndex.build`.
+    """Items by prefix; create it with `PrefixIndex.build`.
 
     Attributes:
-        sizes: codes of each level, in the order the trie is walked.
-        order: which level of the ids each depth of the trie takes.
+        sizes: number of codes per level, in the order of the trie.
+        order: level of the ids at each depth of the trie.
         child_codes: ``(edges,)`` code of each edge; edge e ends in node e + 1.
         child_starts: ``(nodes + 1,)`` first edge of each node; leaves have none.
-        keys: ``(edges,)`` rising ``parent * largest size + code``.
+        keys: ``(edges,)`` ascending ``parent * width + code``, where width is the largest size.
         depth_starts: ``(levels + 2,)`` first node of each depth, and the number of nodes.
-        rows: ``(items,)`` item rows, sorted by their codes, rising inside a bucket.
-        row_starts: ``(leaves + 1,)`` first place of each leaf in ``rows``.
+        rows: ``(items,)`` item rows, sorted by their codes, ascending inside a bucket.
+        row_starts: ``(leaves + 1,)`` first position of each leaf in ``rows``.
     """
 
     sizes: tuple[int, ...]
@@ -58,17 +58,17 @@ class PrefixIndex:
         """Sort a catalogue's codes into a trie.
 
         Args:
-            ids: `SemanticIds`, or integers ``(items, levels)``, in any row order; equal ids are
-                one leaf with several items.
-            sizes: codes of each level; by default what the ids say, or the largest code and one.
-            order: the levels in the order in which they are generated, for parallel codes, whose
-                order is free. By default first to last.
+            ids: `SemanticIds`, or integers ``(items, levels)``, in any row order; equal ids share
+                a leaf.
+            sizes: codes per level; by default those of the ids, or the largest code plus 1.
+            order: levels in the order in which they are generated, for parallel codes, whose order
+                is free. By default first to last.
 
         Raises:
             InputError: if the codes are not ``(items, levels)`` integers within ``sizes``.
             UsageError: if ``order`` is not a permutation of the levels.
 
-        Cost: a sort of the items; memory 24 bytes a node and 8 an item.
+        Cost: a sort of the items; memory 24 bytes per node and 8 per item.
         """
         codes: npt.NDArray[Any]
         if isinstance(ids, SemanticIds):
@@ -77,47 +77,48 @@ class PrefixIndex:
         else:
             codes = check_codes(ids)
         levels = codes.shape[1]
-        turn = tuple(range(levels)) if order is None else tuple(int(level) for level in order)
-        if sorted(turn) != list(range(levels)):
+        depths = tuple(range(levels)) if order is None else tuple(int(level) for level in order)
+        if sorted(depths) != list(range(levels)):
             raise UsageError(
-                f"order={list(turn)} is not a permutation of the {levels} levels 0 to {levels - 1}"
+                f"order={list(depths)} is not a permutation of the {levels} levels 0 to "
+                f"{levels - 1}"
             )
         if sizes is None:
-            sizes = [int(top) + 1 for top in codes.max(axis=0)]
+            sizes = [int(largest) + 1 for largest in codes.max(axis=0)]
         check_codes(codes, sizes)
-        walked = codes[:, turn]
-        rows = np.lexsort(walked.T[::-1]).astype(np.int64)
+        ordered = codes[:, depths]
+        rows = np.lexsort(ordered.T[::-1]).astype(np.int64)
         return cls(
-            sizes=tuple(int(sizes[level]) for level in turn),
-            order=turn,
+            sizes=tuple(int(sizes[level]) for level in depths),
+            order=depths,
             rows=rows,
-            **_nodes(walked[rows], max(int(size) for size in sizes)),
+            **_build_nodes(ordered[rows], max(int(size) for size in sizes)),
         )
 
     @property
     def levels(self) -> int:
-        """Codes of an id."""
+        """Codes per id."""
         return len(self.sizes)
 
     @property
     def nodes(self) -> int:
-        """Prefixes in the trie, the empty one included."""
+        """Number of prefixes in the trie, including the empty one."""
         return len(self.child_starts) - 1
 
     @property
     def unique_ids(self) -> int:
-        """Distinct ids."""
+        """Number of distinct ids."""
         return len(self.row_starts) - 1
 
     def __len__(self) -> int:
-        """Count the items."""
+        """Return the number of items."""
         return len(self.rows)
 
     def find(self, prefixes: npt.ArrayLike) -> npt.NDArray[np.int64]:
-        """Walk the trie.
+        """Find the nodes of prefixes.
 
         Args:
-            prefixes: ``(depth,)`` codes of one prefix or ``(batch, depth)`` of many, in the order
+            prefixes: codes ``(depth,)`` of one prefix or ``(batch, depth)`` of many, in the order
                 of the trie; any integers.
 
         Returns:
@@ -126,26 +127,27 @@ class PrefixIndex:
         Raises:
             UsageError: if prefixes are longer than an id or not integers.
 
-        Cost: ``O(depth log edges)`` a prefix.
+        Cost: ``O(depth log edges)`` per prefix.
         """
-        wanted, single = self._prefixes(prefixes)
-        node = np.zeros(len(wanted), np.int64)
-        for depth in range(wanted.shape[1]):
-            node = self.step(node, wanted[:, depth])
-        return node[0] if single else node
+        batch, single = self._checked(prefixes)
+        nodes = np.zeros(len(batch), np.int64)
+        for depth in range(batch.shape[1]):
+            nodes = self.step(nodes, batch[:, depth])
+        return nodes[0] if single else nodes
 
     def step(self, nodes: npt.ArrayLike, codes: npt.ArrayLike) -> npt.NDArray[np.int64]:
-        """Go from nodes along codes, both ``(batch,)``: the next nodes, -1 where there is none."""
-        at, code = np.asarray(nodes, np.int64), np.asarray(codes, np.int64)
+        """Return the children of nodes along codes, all ``(batch,)``; -1 where there is none."""
+        parent, code = np.asarray(nodes, np.int64), np.asarray(codes, np.int64)
         width = max(self.sizes)
-        key = at * width + code
+        key = parent * width + code
         edge = np.minimum(np.searchsorted(self.keys, key), len(self.keys) - 1)
-        known = (at >= 0) & (code >= 0) & (code < width) & (self.keys[edge] == key)
-        return np.where(known, edge + 1, -1)
+        # A code outside the level would give the key of another parent.
+        exists = (parent >= 0) & (code >= 0) & (code < width) & (self.keys[edge] == key)
+        return np.where(exists, edge + 1, -1)
 
     def next_codes(self, prefix: npt.ArrayLike = ()) -> npt.NDArray[np.int64]:
-        """Return the codes that may follow one prefix, rising; none for an unknown or whole id."""
-        node = int(self.find(np.asarray(prefix, dtype=np.int64).reshape(-1)))
+        """Return the codes that may follow a prefix, ascending; none if unknown or a whole id."""
+        node = self._node(prefix)
         if node < 0:
             return np.zeros(0, np.int64)
         return self.child_codes[self.child_starts[node] : self.child_starts[node + 1]]
@@ -159,47 +161,52 @@ class PrefixIndex:
         Returns:
             ``(batch, codes)`` bool over the codes of the next level.
         """
-        wanted, _ = self._prefixes(prefixes)
-        if wanted.shape[1] >= self.levels:
-            raise UsageError(f"prefixes of {wanted.shape[1]} codes are whole ids; nothing follows")
-        nodes = self.find(wanted)
-        mask = np.zeros((len(wanted), self.sizes[wanted.shape[1]]), dtype=bool)
+        batch, _ = self._checked(prefixes)
+        if batch.shape[1] >= self.levels:
+            raise UsageError(f"prefixes of {batch.shape[1]} codes are whole ids; nothing follows")
+        nodes = self.find(batch)
+        mask = np.zeros((len(batch), self.sizes[batch.shape[1]]), dtype=bool)
         starts = self.child_starts[nodes]
         counts = np.where(nodes >= 0, self.child_starts[nodes + 1] - starts, 0)
-        row = np.repeat(np.arange(len(wanted)), counts)
+        row = np.repeat(np.arange(len(batch)), counts)
         offset = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
         mask[row, self.child_codes[np.repeat(starts, counts) + offset]] = True
         return mask
 
     def items(self, prefix: npt.ArrayLike = ()) -> npt.NDArray[np.int64]:
-        """Return the rows of the items under one prefix, rising. Cost: a sort of the answer."""
-        start, stop = self._span(int(self.find(np.asarray(prefix, dtype=np.int64).reshape(-1))))
+        """Return the rows of the items with a prefix, ascending."""
+        start, stop = self._row_range(self._node(prefix))
         return np.sort(self.rows[start:stop])
 
     def count(self, prefix: npt.ArrayLike = ()) -> int:
-        """Count the items under one prefix; ``O(levels)`` after `find`."""
-        start, stop = self._span(int(self.find(np.asarray(prefix, dtype=np.int64).reshape(-1))))
+        """Return the number of items with a prefix; ``O(levels)`` after `find`."""
+        start, stop = self._row_range(self._node(prefix))
         return stop - start
 
     def contains(self, codes: npt.ArrayLike) -> npt.NDArray[np.bool_]:
         """Return for each whole id ``(batch, levels)`` whether an item has it."""
-        wanted, _ = self._prefixes(codes)
-        if wanted.shape[1] != self.levels:
-            raise UsageError(f"ids have {self.levels} codes, these rows {wanted.shape[1]}")
-        return self.find(wanted) >= 0
+        batch, _ = self._checked(codes)
+        if batch.shape[1] != self.levels:
+            raise UsageError(f"ids have {self.levels} codes, these rows {batch.shape[1]}")
+        return self.find(batch) >= 0
 
-    def _span(self, node: int) -> tuple[int, int]:
-        """First and last place in `rows` of the items under a node."""
+    def _node(self, prefix: npt.ArrayLike) -> int:
+        return int(self.find(np.asarray(prefix, dtype=np.int64).reshape(-1)))
+
+    def _row_range(self, node: int) -> tuple[int, int]:
+        """Return the range in `rows` of the items below a node."""
         if node < 0:
             return 0, 0
-        first, last = node, node
-        while first < self.depth_starts[self.levels]:  # down the leftmost and rightmost branch
-            first, last = self.child_starts[first] + 1, self.child_starts[last + 1]
         leaf = self.depth_starts[self.levels]
+        # Rows are sorted by codes: the items lie between the leftmost and the rightmost leaf.
+        first, last = node, node
+        while first < leaf:
+            first, last = self.child_starts[first] + 1, self.child_starts[last + 1]
         return int(self.row_starts[first - leaf]), int(self.row_starts[last - leaf + 1])
 
-    def _prefixes(self, given: npt.ArrayLike) -> tuple[Ints, bool]:
-        array: npt.NDArray[Any] = np.asarray(given)
+    def _checked(self, prefixes: npt.ArrayLike) -> tuple[Ints, bool]:
+        """Return prefixes as ``(batch, depth)``, and whether it was a single one."""
+        array: npt.NDArray[Any] = np.asarray(prefixes)
         if array.size == 0:
             array = array.astype(np.int64)
         if array.dtype.kind not in "iu" or array.ndim not in (1, 2):
@@ -209,32 +216,33 @@ class PrefixIndex:
             )
         if array.shape[-1] > self.levels:
             raise UsageError(f"prefix has {array.shape[-1]} codes, ids have {self.levels} levels")
-        wide = array.astype(np.int64)
-        return (wide[None], True) if wide.ndim == 1 else (wide, False)
+        return np.atleast_2d(array.astype(np.int64)), array.ndim == 1
 
 
-def _nodes(walked: npt.NDArray[Any], width: int) -> dict[str, Ints]:
-    """Build the arrays from codes ``(items, levels)`` in sorted order."""
-    items, levels = walked.shape
+def _build_nodes(codes: npt.NDArray[Any], width: int) -> dict[str, Ints]:
+    """Build the arrays of the trie from sorted codes ``(items, levels)``."""
+    items, levels = codes.shape
     if items == 0:
         raise InputError("there are no items to index; give at least one")
-    opens = np.zeros(items, dtype=bool)  # rows at which a new prefix begins
-    opens[0] = True
-    parent = np.zeros(items, np.int64)
-    codes, parents, depth_starts = [], [], [0, 1]
+    starts_prefix = np.zeros(items, dtype=bool)
+    starts_prefix[0] = True
+    parent = np.zeros(items, np.int64)  # node of each row's prefix at the depth above
+    edge_codes, edge_parents, depth_starts = [], [], [0, 1]
     for level in range(levels):
-        opens = opens.copy()
-        opens[1:] |= walked[1:, level] != walked[:-1, level]
-        first = np.flatnonzero(opens)
-        codes.append(walked[first, level].astype(np.int64))
-        parents.append(parent[first])
-        parent = np.cumsum(opens) - 1 + depth_starts[-1]
+        # Rows are sorted, so a new node begins where the prefix differs from that of the row above:
+        # where it differed a level higher, or where this code differs.
+        starts_prefix = starts_prefix.copy()
+        starts_prefix[1:] |= codes[1:, level] != codes[:-1, level]
+        first = np.flatnonzero(starts_prefix)
+        edge_codes.append(codes[first, level].astype(np.int64))
+        edge_parents.append(parent[first])
+        parent = np.cumsum(starts_prefix) - 1 + depth_starts[-1]
         depth_starts.append(depth_starts[-1] + len(first))
-    above, below = np.concatenate(parents), np.concatenate(codes)
+    parents, children = np.concatenate(edge_parents), np.concatenate(edge_codes)
     return {
-        "child_codes": below,
-        "child_starts": np.searchsorted(above, np.arange(depth_starts[-1] + 1)).astype(np.int64),
-        "keys": above * width + below,
+        "child_codes": children,
+        "child_starts": np.searchsorted(parents, np.arange(depth_starts[-1] + 1)).astype(np.int64),
+        "keys": parents * width + children,
         "depth_starts": np.array(depth_starts, np.int64),
-        "row_starts": np.append(np.flatnonzero(opens), items).astype(np.int64),
+        "row_starts": np.append(np.flatnonzero(starts_prefix), items).astype(np.int64),
     }

@@ -1,12 +1,11 @@
-"""A new generation that keeps the ids it can: fit again, align, spend a budget of changes.
+"""A new generation that keeps the ids it can.
 
-1. The codebooks are fitted again on the changed catalogue, from the old ones where the tokenizer
-   allows it (`semid.catalogue.warm`).
-2. Codewords take the numbers of the old ones they go on from (`semid.catalogue.matching`).
-3. Items whose new codes are those that were published (for reassigned ids: those the model had)
-   keep their id. Of the others, those that gain most move, up to the budget; the rest keep the
+1. The codebooks are fitted again on the changed catalogue, from the old ones where possible.
+2. Codewords take the numbers of the old ones by assignment.
+3. Items whose new codes are the published ones (for reassigned ids: those the model had) keep their
+   id. Of the others, those whose error falls most move, up to the budget; the rest keep the
    published id at a distortion that the report states.
-4. Items that moved and new ones are placed around the ids that stay.
+4. Items that move and new ones are placed around the ids that stay.
 """
 
 from __future__ import annotations
@@ -18,10 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from semid.catalogue.additions import check_model
-from semid.catalogue.churn import Churn, churn
-from semid.catalogue.matching import match_codes, renumbered
+from semid.catalogue.matching import Churn, churn, fit_again, match_codes, renumber
 from semid.catalogue.uniqueness import place
-from semid.catalogue.warm import fit_again
 from semid.codes import CodesInfo, SemanticIds
 from semid.data.embeddings import EmbeddingSource, open_embeddings
 from semid.data.ids import held_out_mask
@@ -39,19 +36,17 @@ Codes = npt.NDArray[np.integer[Any]]
 
 @dataclass(frozen=True)
 class Generation:
-    """One way to encode the changed catalogue.
+    """Quality of one set of codes for the changed catalogue.
 
     Attributes:
-        name: ``previous``, ``refreshed`` (its own codes), ``published`` (what is given out),
-            ``fresh`` (a fit from scratch) or ``fresh, matched`` (the same, renumbered).
-        error: relative error ``sum |x - x_hat|^2 / sum |x - mean|^2`` over all items, with their
-            mean.
-        held_out_error: the same over the items that fits hold out, with the same mean; None
-            without any.
+        name: ``previous``, ``refreshed`` (its own codes), ``published`` (the result), ``fresh`` (a
+            fit from scratch) or ``fresh, matched`` (the same, renumbered).
+        error: relative error ``sum |x - x_hat|^2 / sum |x - mean|^2`` over all items.
+        held_out_error: the same over held-out items, with the mean of all; None without any.
         collision_rate: ``1 - unique/N`` of these codes.
         shared_share: share of items in shared buckets.
-        churn: against the ids published before, without an appended token, and before a
-            reassigned last code; None for ``previous``.
+        churn: against the published ids, without an appended token and before a reassigned last
+            code; None for ``previous``.
     """
 
     name: str
@@ -63,23 +58,22 @@ class Generation:
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-able data."""
-        moved = None if self.churn is None else self.churn.to_dict()
-        return {**self.__dict__, "churn": moved}
+        return {**self.__dict__, "churn": None if self.churn is None else self.churn.to_dict()}
 
 
 @dataclass(frozen=True)
 class RefreshReport:
-    """What a refresh changed and what it gained.
+    """Effect of `refresh` on a catalogue.
 
     Attributes:
         items: items now.
         new: items that were not published before.
-        removed: published items that are gone.
+        removed: published items that are not in the catalogue any more.
         churn: of the published ids, appended tokens included.
-        budget: items that were allowed to move; None without a budget.
-        held_back: items that kept their id for the budget's sake.
-        unplaced: items that found no free place and share an id.
-        generations: the ways to encode, side by side.
+        budget: number of items allowed to move; None without a budget.
+        held_back: items that keep their id only because of the budget.
+        unplaced: items without a free code or token; they share an id.
+        generations: quality before and after, side by side.
     """
 
     items: int
@@ -93,14 +87,14 @@ class RefreshReport:
 
     def generation(self, name: str) -> Generation:
         """Return one generation by name."""
-        return next(each for each in self.generations if each.name == name)
+        return next(entry for entry in self.generations if entry.name == name)
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-able data."""
         return {
             **self.__dict__,
             "churn": self.churn.to_dict(),
-            "generations": [each.to_dict() for each in self.generations],
+            "generations": [entry.to_dict() for entry in self.generations],
         }
 
     def summary(self) -> str:
@@ -120,26 +114,28 @@ class RefreshReport:
                 f"  budget: {self.budget:,} changes; {self.held_back:,} items kept an id that is "
                 "no longer their nearest"
             )
-        for each in self.generations:
-            held = "" if each.held_out_error is None else f", held out {each.held_out_error:.4f}"
-            moved = "" if each.churn is None else f"; {each.churn.share:.2%} of ids changed"
+        for entry in self.generations:
+            held_out = (
+                "" if entry.held_out_error is None else f", held out {entry.held_out_error:.4f}"
+            )
+            moved = "" if entry.churn is None else f"; {entry.churn.share:.2%} of ids changed"
             lines.append(
-                f"  {each.name}: relative error {each.error:.4f}{held}; 1 - unique/N "
-                f"{each.collision_rate:.4f}{moved}"
+                f"  {entry.name}: relative error {entry.error:.4f}{held_out}; 1 - unique/N "
+                f"{entry.collision_rate:.4f}{moved}"
             )
         if self.unplaced:
-            lines.append(f"  {self.unplaced:,} items found no free place and share an id")
+            lines.append(f"  {self.unplaced:,} items have no free place and share an id")
         return "\n".join(lines)
 
 
 @dataclass(frozen=True)
 class Refresh:
-    """The outcome of `refresh`.
+    """The result of `refresh`.
 
     Attributes:
-        tokenizer: the new generation's model.
+        tokenizer: model of the new generation.
         ids: its published ids, in the row order of the source.
-        report: churn beside quality.
+        report: churn and quality.
     """
 
     tokenizer: Tokenizer
@@ -148,11 +144,7 @@ class Refresh:
 
 
 def check_max_churn(max_churn: float | None) -> None:
-    """Refuse a budget of changes that is no share.
-
-    Raises:
-        UsageError: it lies outside [0, 1].
-    """
+    """Raise `UsageError` unless a budget of changes lies in [0, 1]."""
     if max_churn is not None and not 0 <= max_churn <= 1:
         raise UsageError(f"max_churn={max_churn}: give a share in [0, 1]")
 
@@ -172,139 +164,162 @@ def refresh(
     """Fit again on a changed catalogue and keep the published ids that can be kept.
 
     Args:
-        previous: the model that made ``published``; it stays as it is.
-        published: ids given out before.
-        source: embeddings of the catalogue now: old items, new ones, some gone.
+        previous: the model that made ``published``; it is not changed.
+        published: published ids.
+        source: embeddings of the catalogue now: old and new items.
         ids: item ids for a source that has none.
-        popularity: ``(items,)`` weights in the source's row order; they weight the churn that is
-            reported and which codes are matched, not the fit.
+        popularity: ``(items,)`` weights in the row order of the source. They weight the reported
+            churn and the matching of codes, not the fit.
         max_churn: share of the items in both generations whose id may change, in [0, 1]; None lets
             every item take its new code.
-        warm_start: see `semid.catalogue.warm.fit_again`.
+        warm_start: start from the old codebooks where the tokenizer supports it; the result is
+            usually closer to the published ids.
         compare: fit from scratch too, and report it with and without renumbering.
-        progress: told about the work; silent by default.
+        progress: callback that receives progress events.
 
     Returns:
-        The model, the ids and the report. Ids keep the step (``append`` or ``reassign``) that the
-        published ones had.
+        The model, the ids and the report. Ids are made unique by the method (``append`` or
+        ``reassign``) of the published ones.
 
     Raises:
         UsageError: for a budget out of range or popularity that does not fit.
         FingerprintError: if ``previous`` did not make ``published``.
         InputError: if no item is in both.
 
-    Cost: a fit (two with ``compare``), three passes of encoding, and `match_codes` a level.
+    Example:
+        >>> result = semid.refresh(model, ids, embeddings, ids=names, max_churn=0.1)
+        >>> print(result.report.summary())
+
+    Cost: a fit (two with ``compare``), three passes of encoding, and per level an assignment of
+    ``O(codes^3)`` at worst.
     """
     check_max_churn(max_churn)
     check_model(published, previous)
     steps = progress or QuietProgress()
     opened = open_embeddings(source, ids=ids)
-    mass = item_weights(popularity, len(opened), name="popularity")
-    at = published.items.index_of(opened.ids.strings())
-    shared = np.flatnonzero(at >= 0)
-    if len(shared) == 0:
+    weights = item_weights(popularity, len(opened), name="popularity")
+    position = published.items.index_of(opened.ids.strings())
+    rows = np.flatnonzero(position >= 0)
+    if len(rows) == 0:
         raise InputError(
             f"none of the {len(opened)} items was published before (they are called like "
             f"{opened.ids.example}, the published like {published.items.example}); "
             "give the same ids, or fit a new model"
         )
-    # What an item's new codes are held against: its published ones, but for a reassigned last code,
-    # which differs from the model's on purpose.
+    # New codes are compared with the published ones; for reassigned ids with the model's, because
+    # a reassigned last code differs from them on purpose.
     base = published.encoded if published.info.unique == "reassign" else published.codes
-    both = _Both(
-        old=base[at[shared], : previous.levels].astype(np.int64),
-        rows=shared,
-        weights=None if mass is None else mass[shared],
+    shared = _SharedItems(
+        old=base[position[rows], : previous.levels].astype(np.int64),
+        rows=rows,
+        published=position[rows],
+        weights=None if weights is None else weights[rows],
     )
+    # Steps 1 and 2: fit again and renumber.
     model = _matched(
         fit_again(previous, opened, warm_start=warm_start, progress=steps),
-        previous, opened, both, steps,
+        previous, opened, shared, steps,
     )  # fmt: skip
     plain = model.encode(opened, beam_width=published.info.beam_width, progress=steps)
-    stays, budget, held_back = _staying(model, opened, plain, published, at, both, max_churn)
-    result, unplaced = _publish(model, opened, plain, published, at, stays, steps)
-    ways: list[tuple[str, Tokenizer, Codes]] = [
+    # Step 3: decide which rows keep their id. Step 4: place the others around them.
+    stays, budget, held_back = _unmoved_rows(model, opened, plain, published, shared, max_churn)
+    result, unplaced = _publish(model, opened, plain, published, position, stays, steps)
+
+    candidates: list[tuple[str, Tokenizer, Codes]] = [
         ("previous", previous, previous.encode(opened, progress=steps).codes),
         ("refreshed", model, plain.codes),
         ("published", model, result.codes[:, : model.levels]),
     ]
     if compare:
         fresh = fit_again(previous, opened, warm_start=False, progress=steps)
-        matched = _matched(fresh, previous, opened, both, steps)
-        ways.append(("fresh", fresh, fresh.encode(opened, progress=steps).codes))
-        ways.append(("fresh, matched", matched, matched.encode(opened, progress=steps).codes))
-    before = published.codes[at[shared]]
-    after = result.codes[shared]
+        matched = _matched(fresh, previous, opened, shared, steps)
+        candidates.append(("fresh", fresh, fresh.encode(opened, progress=steps).codes))
+        candidates.append(("fresh, matched", matched, matched.encode(opened, progress=steps).codes))
+    before = published.codes[shared.published].astype(np.int64)
     report = RefreshReport(
         items=len(opened),
-        new=len(opened) - len(shared),
-        removed=len(published) - len(shared),
-        churn=churn(before.astype(np.int64), after.astype(np.int64), weights=both.weights),
+        new=len(opened) - len(rows),
+        removed=len(published) - len(rows),
+        churn=churn(before, result.codes[rows].astype(np.int64), weights=shared.weights),
         budget=budget,
         held_back=held_back,
         unplaced=unplaced,
-        generations=_judge(opened, ways, both),
+        generations=_measure_generations(opened, candidates, shared),
     )
     return Refresh(model, result, report)
 
 
 @dataclass(frozen=True)
-class _Both:
-    """Items in both generations: codes before, rows now, weights."""
+class _SharedItems:
+    """Items in both generations.
+
+    Attributes:
+        old: ``(shared, levels)`` codes before.
+        rows: ``(shared,)`` rows in the source.
+        published: ``(shared,)`` rows in the published ids.
+        weights: ``(shared,)`` popularity, or None.
+    """
 
     old: npt.NDArray[np.int64]
     rows: npt.NDArray[np.int64]
+    published: npt.NDArray[np.int64]
     weights: npt.NDArray[np.float64] | None
 
 
 def _matched(
-    model: Tokenizer, previous: Tokenizer, source: EmbeddingSource, both: _Both, steps: Progress
+    model: Tokenizer,
+    previous: Tokenizer,
+    source: EmbeddingSource,
+    shared: _SharedItems,
+    progress: Progress,
 ) -> Tokenizer:
     """Renumber a model's codewords after the previous generation's."""
-    new = model.encode(source, progress=steps).codes[both.rows]
-    weights = both.weights
-    if weights is not None:  # items nobody asked for count a little, so that they are matched too
+    new = model.encode(source, progress=progress).codes[shared.rows]
+    weights = shared.weights
+    if weights is not None:  # items without popularity count a little, so that they are matched too
         weights = weights + 1e-3 * max(float(weights.mean()), 1e-12)
     numbers = [
-        match_codes(both.old[:, level], new[:, level], old_book, new_book, weights=weights)
+        match_codes(shared.old[:, level], new[:, level], old_book, new_book, weights=weights)
         for level, (old_book, new_book) in enumerate(
             zip(previous.codebooks, model.codebooks, strict=True)
         )
     ]
-    return renumbered(model, numbers)
+    return renumber(model, numbers)
 
 
-def _staying(
+def _unmoved_rows(
     model: Tokenizer,
     source: EmbeddingSource,
     plain: SemanticIds,
     published: SemanticIds,
-    at: npt.NDArray[np.int64],
-    both: _Both,
+    shared: _SharedItems,
     max_churn: float | None,
 ) -> tuple[npt.NDArray[np.int64], int | None, int]:
-    """Rows that keep their published id, the budget in items, and how many it holds back."""
-    now = plain.codes[both.rows]
-    moving = (now != both.old).any(axis=1)
-    if published.info.unique == "reassign":  # one that a budget held under another prefix
-        moving |= (now[:, :-1] != published.codes[at[both.rows], :-1]).any(axis=1)
+    """Return the rows that keep their id, the budget in items, and how many it holds back."""
+    new = plain.codes[shared.rows]
+    moving = (new != shared.old).any(axis=1)
+    if published.info.unique == "reassign":
+        # An earlier budget may have kept an id whose prefix is not the model's.
+        moving |= (new[:, :-1] != published.codes[shared.published, :-1]).any(axis=1)
+    unmoved = shared.rows[~moving]
     if max_churn is None:
-        return both.rows[~moving], None, 0
-    budget = int(max_churn * len(both.rows))
-    movers = both.rows[moving]
+        return unmoved, None, 0
+    budget = int(max_churn * len(shared.rows))
+    movers = shared.rows[moving]
     if len(movers) <= budget:
-        return both.rows[~moving], budget, 0
+        return unmoved, budget, 0
+    # The budget goes to the items whose squared error falls most: error at the published codes in
+    # the new codebooks, minus error at the new codes. Ties are broken by a hash of the item id.
     gain = np.empty(len(movers))
     for start in range(0, len(movers), BLOCK_ROWS):
-        part = movers[start : start + BLOCK_ROWS]
-        kept = published.codes[at[part], : model.levels]
-        left = model.latent(source.rows(part)) - model.quantize(kept)
-        squared = np.einsum("nd,nd->n", left, left, dtype=np.float64)
-        gain[start : start + len(part)] = squared - plain.residual_norms[part].astype(float) ** 2
-    names = source.ids.take(movers).hash64()
-    order = np.lexsort((names, -gain))
-    kept = np.concatenate([both.rows[~moving], movers[order[budget:]]]).astype(np.int64)
-    return np.sort(kept), budget, len(movers) - budget
+        span = slice(start, start + BLOCK_ROWS)
+        codes = published.codes[shared.published[moving][span], : model.levels]
+        residual = model.latent(source.rows(movers[span])) - model.quantize(codes)
+        error = np.einsum("nd,nd->n", residual, residual, dtype=np.float64)
+        gain[span] = error - plain.residual_norms[movers[span]].astype(float) ** 2
+    order = np.lexsort((source.ids.take(movers).hash64(), -gain))
+    stays = np.concatenate([unmoved, movers[order[budget:]]]).astype(np.int64)
+    return np.sort(stays), budget, len(movers) - budget
 
 
 def _publish(
@@ -312,9 +327,9 @@ def _publish(
     source: EmbeddingSource,
     plain: SemanticIds,
     published: SemanticIds,
-    at: npt.NDArray[np.int64],
+    position: npt.NDArray[np.int64],
     stays: npt.NDArray[np.int64],
-    steps: Progress,
+    progress: Progress,
 ) -> tuple[SemanticIds, int]:
     """Place the items that move or are new around those that stay."""
     info = published.info
@@ -322,13 +337,13 @@ def _publish(
     fixed = np.zeros(len(plain), bool)
     fixed[stays] = True
     codes = np.zeros((len(plain), published.levels), published.codes.dtype)
-    codes[stays] = published.codes[at[stays]]
+    codes[stays] = published.codes[position[stays]]
     if target.unique == "none":
-        given = np.where(fixed[:, None], codes, plain.codes)
-        if np.array_equal(given, plain.codes):
+        codes = np.where(fixed[:, None], codes, plain.codes)
+        if np.array_equal(codes, plain.codes):
             return plain, 0
-        return replace(plain, codes=given, model_codes=plain.codes), 0
-    done = place(
+        return replace(plain, codes=codes, model_codes=plain.codes), 0
+    unique = place(
         plain,
         target,
         published=fixed,
@@ -336,38 +351,39 @@ def _publish(
         capacity=info.codebook_sizes[-1] if info.unique == "append" else info.capacity,
         tokenizer=model,
         embeddings=source,
-        progress=steps,
+        progress=progress,
     )
-    return done.ids, done.report.unplaced
+    return unique.ids, unique.report.unplaced
 
 
-def _judge(
-    source: EmbeddingSource, ways: list[tuple[str, Tokenizer, Codes]], both: _Both
+def _measure_generations(
+    source: EmbeddingSource, candidates: list[tuple[str, Tokenizer, Codes]], shared: _SharedItems
 ) -> tuple[Generation, ...]:
-    """Measure the errors of all ways; the first pass over the embeddings is for their mean."""
-    held = held_out_mask(source.ids, ways[0][1].validation_fraction, salt=HELD_OUT_SALT)
+    """Measure errors, collisions and churn of all candidates in two passes over the embeddings."""
+    validation_fraction = candidates[0][1].validation_fraction
+    held_out = held_out_mask(source.ids, validation_fraction, salt=HELD_OUT_SALT)
     mean = mean_row(source)
-    errors = [(ErrorSums(), ErrorSums()) for _ in ways]
+    sums = [(ErrorSums(), ErrorSums()) for _ in candidates]
     for start, x in source.blocks(BLOCK_ROWS):
         span = slice(start, start + len(x))
-        spread = _squared_norms(x - mean)
-        for (whole, held_out), (_, tokenizer, codes) in zip(errors, ways, strict=True):
+        variance = _squared_norms(x - mean)
+        for errors, (_, tokenizer, codes) in zip(sums, candidates, strict=True):
             squared = _squared_norms(x - tokenizer.decode(codes[span].astype(np.int64)))
-            for sums, rows in ((whole, slice(None)), (held_out, held[span])):
-                each = float(squared[rows].sum()), float(spread[rows].sum())
-                sums.add_(ErrorSums(len(squared[rows]), *each))
+            subset = squared[held_out[span]], variance[held_out[span]]
+            for total, (a, b) in zip(errors, ((squared, variance), subset), strict=True):
+                total.add_(ErrorSums(len(a), float(a.sum()), float(b.sum())))
     result = []
-    for (whole, held_out), (name, _, codes) in zip(errors, ways, strict=True):
-        counted = collisions(codes)
-        moved = churn(both.old, codes[both.rows].astype(np.int64), weights=both.weights)
+    for (error, held_out_error), (name, _, codes) in zip(sums, candidates, strict=True):
+        shared_buckets = collisions(codes)
+        changed = churn(shared.old, codes[shared.rows].astype(np.int64), weights=shared.weights)
         result.append(
             Generation(
                 name=name,
-                error=whole.relative or 0.0,
-                held_out_error=held_out.relative,
-                collision_rate=counted.collision_rate,
-                shared_share=counted.shared_share,
-                churn=None if name == "previous" else moved,
+                error=error.relative or 0.0,
+                held_out_error=held_out_error.relative,
+                collision_rate=shared_buckets.collision_rate,
+                shared_share=shared_buckets.shared_share,
+                churn=None if name == "previous" else changed,
             )
         )
     return tuple(result)

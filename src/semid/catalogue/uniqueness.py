@@ -1,7 +1,7 @@
-"""Unique ids, as an explicit step after encoding that can be taken back.
+"""Unique ids, as an explicit step after encoding that can be undone.
 
-Encoding stays a function of the embedding; items that then share an id are told apart here, and
-the model's own codes stand beside the published ones (`SemanticIds.encoded`).
+Encoding stays a function of the embedding. Items that share codes get different ids here, and the
+model's own codes are kept beside the published ones (`SemanticIds.encoded`).
 """
 
 from __future__ import annotations
@@ -12,14 +12,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from semid.catalogue.append import append_tokens, token_alphabet
-from semid.catalogue.buckets import bucket_sizes, group_numbers
-from semid.catalogue.reassign import reassign_codes
+from semid.catalogue.placement import (
+    append_tokens,
+    bucket_sizes,
+    group_numbers,
+    reassign_codes,
+    token_count,
+)
 from semid.codes import UNIQUE_METHODS, CodesInfo, SemanticIds
 from semid.data.embeddings import EmbeddingSource, open_embeddings
 from semid.data.ids import ItemIds
 from semid.errors import IdsError, UsageError, check_choice
 from semid.progress import Progress, QuietProgress
+from semid.quantization.blocks import BLOCK_ROWS
 from semid.tokenizers.base import Tokenizer
 
 __all__ = ["UniqueIds", "UniqueReport", "make_unique", "place", "rows_of"]
@@ -27,23 +32,23 @@ __all__ = ["UniqueIds", "UniqueReport", "make_unique", "place", "rows_of"]
 
 @dataclass(frozen=True, kw_only=True)
 class UniqueReport:
-    """What a step to unique ids did.
+    """Effect of `make_unique` on a catalogue; ``before`` refers to the model's own codes.
 
     Attributes:
         method: ``append``, ``reassign`` or ``none``.
-        capacity: items an id may have (``reassign``), or tokens of the added level (``append``).
-        items: items in all.
-        unique_before: distinct ids by the model's codes.
-        unique_after: distinct ids now.
-        shared_before: items that shared their id by the model's codes.
-        shared_after: items that share their id now.
-        moved: items whose codes differ from the model's (never with ``append``, which adds only).
-        unplaced: items for which no place was left; they share an id.
-        unplaced_rows: their rows, rising.
-        distortion_before: mean squared quantization error of the model's codes, over all items;
-            NaN for imported ids, whose residual norms are not known.
-        distortion_after: the same of the published codes.
-        largest_extra: largest squared distance that one item paid.
+        capacity: items per id (``reassign``), or tokens of the added level (``append``).
+        items: number of items.
+        unique_before: distinct ids.
+        unique_after: distinct ids.
+        shared_before: items that share their id.
+        shared_after: items that share their id.
+        moved: items whose codes differ from the model's; 0 with ``append``.
+        unplaced: items without a free code or token; they share an id.
+        unplaced_rows: their rows, ascending.
+        distortion_before: mean squared quantization error over all items; NaN for imported ids,
+            whose residual norms are unknown.
+        distortion_after: the same for the published codes.
+        largest_extra: largest squared distance that one item was moved by.
     """
 
     method: str
@@ -62,13 +67,13 @@ class UniqueReport:
 
     @property
     def distortion_increase(self) -> float:
-        """Share by which the quantization error grew."""
+        """Relative increase of the quantization error."""
         if self.distortion_before <= 0:
             return 0.0 if self.distortion_after <= 0 else float("inf")
         return self.distortion_after / self.distortion_before - 1.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON-able figures."""
+        """Return JSON-able figures; None for unknown ones."""
         figures = {key: value for key, value in self.__dict__.items() if key != "unplaced_rows"}
         figures["distortion_increase"] = self.distortion_increase
         unknown = [key for key, value in figures.items() if value != value]  # NaN
@@ -91,7 +96,7 @@ class UniqueReport:
             )
         if self.unplaced:
             lines.append(
-                f"  {self.unplaced:,} items found no place and share an id: use --method append, "
+                f"  {self.unplaced:,} items have no place and share an id: use --method append, "
                 "a larger --capacity, or a model with a larger last codebook"
             )
         return "\n".join(lines)
@@ -99,11 +104,11 @@ class UniqueReport:
 
 @dataclass(frozen=True)
 class UniqueIds:
-    """The outcome of `make_unique`.
+    """The result of `make_unique`.
 
     Attributes:
-        ids: Semantic IDs in the row order given, with the model's codes beside.
-        report: what it cost and whom it could not place.
+        ids: Semantic IDs in the row order of the input, with the model's codes beside.
+        report: distortion added, and items without a place.
     """
 
     ids: SemanticIds
@@ -120,37 +125,41 @@ def make_unique(
     capacity: int | None = None,
     progress: Progress | None = None,
 ) -> UniqueIds:
-    """Tell items with equal ids apart.
+    """Give items with equal ids different ids.
 
-    Starts from the model's own codes, whatever step was taken before: doing it twice changes
-    nothing, ``none`` takes it back, and one method can replace another. The outcome of an item does
-    not depend on the order of the rows.
+    The step starts from the model's own codes: applying it twice changes nothing, ``none`` undoes
+    it, and one method can replace another. The result does not depend on the order of the rows.
 
     Args:
         ids: Semantic IDs of a catalogue.
-        method: ``append`` adds one token, the item's place in its bucket, the closest to the
+        method: ``append`` adds one token, the position of the item in its bucket, closest to the
             centroid first (ties by item id); ``reassign`` moves items to the next-nearest free
-            codes of the last level at the least total distortion; ``none`` gives the model's codes.
-        tokenizer: the model that made the ids; needed for ``reassign``.
-        embeddings: the items' embeddings, anything `semid.open_embeddings` reads, in any order;
-            needed for ``reassign``.
+            codes of the last level at the least total distortion; ``none`` returns the model's
+            codes.
+        tokenizer: model that made the ids; required by ``reassign``.
+        embeddings: embeddings of the items, anything `semid.open_embeddings` reads, in any order;
+            required by ``reassign``.
         embedding_ids: item ids for embeddings that have none.
-        capacity: ``reassign``: items an id may have; by default as many as before, or 1.
-            ``append``: tokens of the new level; by default 256, or the next power of two that
-            holds the largest bucket.
-        progress: told about placed items; silent by default.
+        capacity: ``reassign``: items per id; by default as many as before, or 1. ``append``:
+            tokens of the new level; by default 256, or the next power of two that holds the
+            largest bucket.
+        progress: callback that receives progress events.
 
     Returns:
-        The ids, and a report of the distortion paid and the items without a place. An item without
-        a place keeps the model's codes (``reassign``) or takes the last token (``append``).
+        The ids, and a report of the added distortion. An item without a place keeps the model's
+        codes (``reassign``) or takes the last token (``append``).
 
     Raises:
         UsageError: for an unknown method, a capacity out of range, or a missing model.
         FingerprintError: if the ids are of another codebook.
         IdsError: if an item has no embedding.
 
-    Cost: a sort of the items; ``reassign`` as in `reassign_codes`. Source of ``append``: TIGER
-    (arXiv 2305.05065), section 3.1.
+    Example:
+        >>> unique = semid.make_unique(ids)
+        >>> unique.ids.write("ids.parquet")
+
+    Cost: a sort of the items; ``reassign`` also solves one assignment problem per prefix with
+    collisions. Source of ``append``: TIGER (arXiv 2305.05065), section 3.1.
     """
     check_choice("method", method, UNIQUE_METHODS)
     if capacity is not None and capacity < 1:
@@ -187,24 +196,21 @@ def place(
     embedding_ids: Any = None,
     progress: Progress | None = None,
 ) -> UniqueIds:
-    """Give places to items beside others whose ids are published and stay as they are.
+    """Make ids unique while published ids stay as they are.
 
     Args:
         plain: all items with the model's own codes.
-        target: what the published ids carry; its ``unique`` names the method.
-        published: ``(items,)`` rows that stay; None has none.
+        target: metadata of the published ids; its ``unique`` names the method.
+        published: ``(items,)`` rows that stay; None means none.
         codes: ``(items, levels)`` their published codes; other rows are ignored.
         capacity: as for `make_unique`.
         tokenizer: as for `make_unique`.
-        embeddings: as for `make_unique`; only of the items that are not published.
+        embeddings: as for `make_unique`; only those of items that are not published are needed.
         embedding_ids: as for `make_unique`.
         progress: as for `make_unique`.
 
     Returns:
-        All items, in the row order given.
-
-    Raises:
-        UsageError, FingerprintError, IdsError: as for `make_unique`.
+        All items in the row order of the input. Errors as for `make_unique`.
     """
     if target.unique == "append":
         return _append(plain, target, published, codes, capacity)
@@ -246,10 +252,10 @@ def place(
 
 
 def rows_of(items: ItemIds, source: EmbeddingSource) -> npt.NDArray[np.int64]:
-    """Find each item's row in a source: ``(items,)`` int64.
+    """Return the row of each item in a source: ``(items,)`` int64.
 
     Raises:
-        IdsError: naming items that have no embedding.
+        IdsError: naming the first item without an embedding.
     """
     rows: npt.NDArray[np.int64] = source.ids.index_of(items.strings())
     missing = np.flatnonzero(rows < 0)
@@ -280,7 +286,7 @@ def _append(
         published=published,
         tokens=None if codes is None else codes[:, -1],
     )
-    size = capacity or token_alphabet(tokens)
+    size = capacity or token_count(tokens)
     unplaced = tokens >= size
     extended = np.concatenate([prefix, np.minimum(tokens, size - 1)[:, None]], axis=1)
     info = replace(target, codebook_sizes=(*plain.info.codebook_sizes, size))
@@ -296,14 +302,14 @@ def _extra_error(
     ids: SemanticIds,
     moved: npt.NDArray[np.int64],
 ) -> float:
-    """Sum the squared quantization error that the moved items gained."""
+    """Return the squared quantization error that the moved items add."""
     total = 0.0
-    for start in range(0, len(moved), 65_536):
-        part = moved[start : start + 65_536]
+    for start in range(0, len(moved), BLOCK_ROWS):
+        part = moved[start : start + BLOCK_ROWS]
         latent = tokenizer.latent(source.rows(rows[part]))
         for sign, codes in ((1.0, ids.codes[part]), (-1.0, plain.codes[part])):
-            left = latent - tokenizer.quantize(codes)
-            total += sign * float(np.einsum("nd,nd->", left, left, dtype=np.float64))
+            residual = latent - tokenizer.quantize(codes)
+            total += sign * float(np.einsum("nd,nd->", residual, residual, dtype=np.float64))
     return total
 
 

@@ -71,7 +71,7 @@ def refresh(
     import json
 
     from semid.catalogue.bundle import read_catalogue
-    from semid.catalogue.churn import item_counts
+    from semid.catalogue.matching import item_counts
     from semid.catalogue.refresh import check_max_churn
     from semid.catalogue.refresh import refresh as refreshed
     from semid.loading import load_tokenizer

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from semid.catalogue.append import append_tokens, token_alphabet
+from semid.catalogue.placement import append_tokens, token_count
 from semid.catalogue.uniqueness import UniqueReport
 from semid.codes import CodesInfo, ids_table
 from semid.data.ids import ItemIds
@@ -104,7 +104,7 @@ def _unique_folder(
         folder = Path(name)
         _share_out(files, info, folder, count)
         largest = max(_number(folder, part) for part in range(count))
-        size = capacity or token_alphabet(np.array([largest]))
+        size = capacity or token_count(np.array([largest]))
         counts = _count(folder, count, size)
         extended = replace(info, unique="append", codebook_sizes=(*info.codebook_sizes, size))
         with _new_folder(output, overwrite) as target:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from semid.catalogue.buckets import group_numbers
+from semid.catalogue.placement import group_numbers
 from semid.codes import SemanticIds
 from semid.output import atomic_folder
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from semid.catalogue.reassign import last_level_inputs
+from semid.catalogue.placement import last_level_inputs
 from semid.catalogue.uniqueness import rows_of
 from semid.codes import SemanticIds
 from semid.data.embeddings import open_embeddings
