@@ -1,9 +1,8 @@
-"""JSON and TOML that come from outside: read strictly, and checked against declared types.
+"""The type checker, and JSON and TOML from outside: read strictly and checked against types.
 
 Whatever is wrong with such a file becomes one sentence that names the place: bytes that are not
 UTF-8, nesting without end, numbers that are not finite, keys that occur twice, are missing or
-unknown, and values of another type. The types are those of a dataclass, or of any names and
-annotations.
+unknown, and values of another type.
 """
 
 from __future__ import annotations
@@ -23,11 +22,38 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from semid.errors import ArtefactError, SemidError, nearest_name
 
-__all__ = ["checked", "checksum", "parse_json", "read_json", "read_toml", "record", "typed"]
+__all__ = [
+    "alternatives",
+    "checked",
+    "checksum",
+    "described",
+    "fits",
+    "parse_json",
+    "read_json",
+    "read_toml",
+    "record",
+    "typed",
+]
 
 Record = TypeVar("Record")
+
+_NOUNS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "True or False",
+    str: "a string",
+    type(None): "None",
+}
+_PLURALS: dict[Any, str] = {
+    int: "whole numbers",
+    float: "numbers",
+    bool: "truth values",
+    str: "strings",
+}
 
 COPY_AGAIN = "copy or write it again"
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -159,9 +185,9 @@ def typed(kind: Any, value: Any, where: str, *, error: type[SemidError] = Artefa
     Raises:
         SemidError: of the class ``error``, if it is of another type.
     """
-    branches = [b for b in _branches(kind) if _fits(b, value)]
+    branches = [b for b in alternatives(kind) if _fits(b, value)]
     if not branches:
-        raise error(f"{where} is {_shown(value)}; give {_words(kind)}")
+        raise error(f"{where} is {_shown(value)}; give {described(_document_type(kind))}")
     # A table is checked by the dataclass where there is one.
     branch = next((b for b in branches if dataclasses.is_dataclass(b)), branches[0])
     inner = typing.get_args(branch)
@@ -170,7 +196,7 @@ def typed(kind: Any, value: Any, where: str, *, error: type[SemidError] = Artefa
         return record(typing.cast("type[Any]", base), value, where, error=error)
     if base is float:
         return float(value)
-    if _is_sequence(base) and inner:
+    if base in (list, tuple, Sequence) and inner:
         if base is tuple and inner[-1] is not Ellipsis:
             if len(inner) != len(value):
                 raise error(f"{where} is {_shown(value)}; give {len(inner)} values")
@@ -182,64 +208,85 @@ def typed(kind: Any, value: Any, where: str, *, error: type[SemidError] = Artefa
             for n, (k, one) in enumerate(zip(each, value, strict=True))
         ]
         return tuple(items) if base is tuple else items
-    if _is_mapping(base) and inner:
+    if base in (dict, Mapping) and inner:
         return {
             key: typed(inner[1], one, f"{where}, {key}", error=error) for key, one in value.items()
         }
     return value
 
 
-def _branches(kind: Any) -> tuple[Any, ...]:
-    union = typing.get_origin(kind) in (typing.Union, types.UnionType)
-    return typing.get_args(kind) if union else (kind,)
-
-
 def _fits(kind: Any, value: Any) -> bool:
-    """Whether a value is of a type, leaving aside what lies inside it."""
-    base = typing.get_origin(kind) or kind
-    if base is Any:
-        return True
-    if base in (None, types.NoneType):
+    """Whether a document's value is of a type, leaving aside what lies inside it."""
+    if dataclasses.is_dataclass(kind):
+        return isinstance(value, Mapping | typing.cast("type[Any]", kind))
+    if kind is not float or not fits(value, float):
+        return fits(value, kind, inside=False)
+    if isinstance(value, numbers.Integral):
+        return fits(value, int)
+    return math.isfinite(value)
+
+
+def _document_type(kind: Any) -> Any:
+    """Return a type as documents write it: a dataclass is a table."""
+    members = tuple(Mapping if dataclasses.is_dataclass(b) else b for b in alternatives(kind))
+    return typing.Union[members]  # noqa: UP007 - of a tuple
+
+
+def alternatives(hint: Any) -> tuple[Any, ...]:
+    """Return the members of a union, or the hint alone."""
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if union else (hint,)
+
+
+def fits(value: Any, hint: Any, *, inside: bool = True) -> bool:
+    """Whether a value is of the hinted type; hints that cannot be checked fit everything.
+
+    Args:
+        value: the value; numpy's numbers and arrays count as Python's.
+        hint: a type, a union, or a sequence or mapping of types. Whole numbers have 64 bits, as
+            in files.
+        inside: also check what a sequence holds.
+    """
+    options = alternatives(hint)
+    if len(options) > 1:
+        return any(fits(value, each, inside=inside) for each in options)
+    base = typing.get_origin(hint) or hint
+    is_bool = isinstance(value, bool | np.bool_)
+    if base is bool:
+        return is_bool
+    if base is int:
+        whole = isinstance(value, numbers.Integral) and not is_bool
+        return whole and -(2**63) <= int(value) < 2**64
+    if base is float:
+        return isinstance(value, numbers.Real) and not is_bool
+    if base is None:
         return value is None
-    if base in (int, float):
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral | numbers.Real):
+    if base in (list, tuple, Sequence):
+        if isinstance(value, str | bytes) or not isinstance(value, Sequence | np.ndarray):
             return False
-        if isinstance(value, numbers.Integral):
-            return -(2**63) <= int(value) < 2**64
-        return base is float and math.isfinite(value)
-    if _is_sequence(base):
-        return isinstance(value, list | tuple)
-    if _is_mapping(base):
+        inner = [each for each in typing.get_args(hint) if each is not Ellipsis]
+        return not (inside and inner) or all(
+            any(fits(each, kind) for kind in inner) for each in value
+        )
+    if base is dict:
         return isinstance(value, Mapping)
-    if dataclasses.is_dataclass(base):
-        return isinstance(value, Mapping | typing.cast("type[Any]", base))
-    return isinstance(value, base) if base in (bool, str) else True  # no type of documents
+    checkable = isinstance(base, type) and not getattr(base, "_is_protocol", False)
+    return isinstance(value, base) if checkable and base is not Any else True
 
 
-def _is_sequence(base: Any) -> bool:
-    return base in (list, tuple, Sequence)
-
-
-def _is_mapping(base: Any) -> bool:
-    return base in (dict, Mapping)
-
-
-def _words(kind: Any) -> str:
-    """Say what a type is, for a message."""
-    named = {
-        int: "int",
-        float: "a finite number",
-        str: "a text",
-        bool: "true or false",
-        types.NoneType: "null",
-    }
-    words = []
-    for branch in _branches(kind):
-        base = typing.get_origin(branch) or branch
-        if _is_sequence(base):
-            words.append("a list")
+def described(hint: Any) -> str:
+    """Return what values a type hint allows, as the object of "give"."""
+    words: list[str] = []
+    for each in alternatives(hint):
+        base, inner = typing.get_origin(each) or each, typing.get_args(each)
+        if each in _NOUNS:
+            words.append(_NOUNS[each])
+        elif base in (list, tuple, Sequence):
+            words.append(f"a list of {_PLURALS.get(inner[0] if inner else None, 'values')}")
+        elif base in (dict, Mapping):
+            words.append("a mapping")
         else:
-            words.append(named.get(base, "a table"))
+            words.append(getattr(each, "__name__", str(each)))
     return " or ".join(dict.fromkeys(words))
 
 
