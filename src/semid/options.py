@@ -285,7 +285,9 @@ class Options(CheckedArguments):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options as JSON-able values."""
-        return {field.name: _jsonable(getattr(self, field.name)) for field in _fields(self)}
+        return {
+            field.name: _jsonable(getattr(self, field.name)) for field in dataclasses.fields(self)
+        }
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -319,12 +321,12 @@ class Parameters(CheckedArguments):
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """Return the arguments as they were given; with ``deep`` also nested options."""
-        params = {field.name: getattr(self, field.name) for field in _fields(self)}
+        params = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         if deep:
             for name in list(params):
                 resolved = self._resolved(name)
                 if isinstance(resolved, Options):
-                    for field in _fields(resolved):
+                    for field in dataclasses.fields(resolved):
                         params[f"{name}__{field.name}"] = getattr(resolved, field.name)
         return params
 
@@ -360,17 +362,13 @@ class Parameters(CheckedArguments):
     def __repr__(self) -> str:
         """Show the arguments that differ from their defaults."""
         shown = []
-        for field in _fields(self):
+        for field in dataclasses.fields(self):
             value, default = getattr(self, field.name), field.default
             if field.default_factory is not dataclasses.MISSING:
                 default = field.default_factory()
             if repr(value) != repr(default):
                 shown.append(f"{field.name}={value!r}")
         return f"{type(self).__name__}({', '.join(shown)})"
-
-
-def _fields(instance: Any) -> list[dataclasses.Field[Any]]:
-    return [field for field in dataclasses.fields(instance) if field.init]
 
 
 def _jsonable(value: Any) -> Any:
