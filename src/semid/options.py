@@ -313,10 +313,9 @@ class Parameters(CheckedArguments):
     @property
     def settings(self) -> dict[str, Any]:
         """Arguments that change the result, JSON-able, nested options complete."""
+        declared = declared_options(type(self))
         return {
-            name: _jsonable(self._resolved(name))
-            for name, declared in declared_options(type(self)).items()
-            if declared.setting
+            name: _jsonable(self._resolved(name)) for name in declared if declared[name].setting
         }
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
