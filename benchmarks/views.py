@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from semid.progress import make_progress
-from semid.reproduce.drq_reads import effective_size, figure, flips
+from semid.reproduce.claims import metric
+from semid.reproduce.drq import effective_size, flip_rate
 from semid.reproduce.ledger import RUNS_FILE, read_runs
 from semid.reproduce.paired import paired_difference
 from semid.reproduce.study import Study
@@ -64,26 +65,26 @@ RETENTION = ("behavior", "retention")
 AUCS = ("behavior", "aucs")
 HEAD = "decode_behavior(codes)"
 VIEWS = (
-    View("error held out", figure("decoder(codes)", "relative_error_held_out"), False),
-    View("ids that flip at .2", flips, False),
-    View("perplexity, mean", _mean(*(figure("usage", i, "perplexity") for i in LEVELS)), True),
+    View("error held out", metric("decoder(codes)", "relative_error_held_out"), False),
+    View("ids that flip at .2", flip_rate(0.2), False),
+    View("perplexity, mean", _mean(*(metric("usage", i, "perplexity") for i in LEVELS)), True),
     View("K_eff at .1, mean", _mean(*(effective_size(i) for i in LEVELS)), True),
     View("unique ids / items", _share, True),
-    View("retention at 50", figure(*RETENTION, "decoder(codes)", "50"), True),
+    View("retention at 50", metric(*RETENTION, "decoder(codes)", "50"), True),
     View(
         "retention at 50, its best decoder",
-        _either(figure(*RETENTION, HEAD, "50"), figure(*RETENTION, "decoder(codes)", "50")),
+        _either(metric(*RETENTION, HEAD, "50"), metric(*RETENTION, "decoder(codes)", "50")),
         True,
     ),
-    View("HR@50 by ids", figure("behavior", "discrete", "50"), True),
-    View("weighted AUC", figure(*AUCS, "weighted"), True),
-    View("embedding AUC", figure(*AUCS, "embedding: decoder(codes)"), True),
+    View("HR@50 by ids", metric("behavior", "discrete", "50"), True),
+    View("weighted AUC", metric(*AUCS, "weighted"), True),
+    View("embedding AUC", metric(*AUCS, "embedding: decoder(codes)"), True),
     View(
         "embedding AUC, its best decoder",
-        _either(figure(*AUCS, f"embedding: {HEAD}"), figure(*AUCS, "embedding: decoder(codes)")),
+        _either(metric(*AUCS, f"embedding: {HEAD}"), metric(*AUCS, "embedding: decoder(codes)")),
         True,
     ),
-    View("prefix AUC", figure(*AUCS, "exact_prefix"), True),
+    View("prefix AUC", metric(*AUCS, "exact_prefix"), True),
 )
 COST = View(
     "fit, CPU s",

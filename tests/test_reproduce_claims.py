@@ -8,13 +8,13 @@ import pytest
 
 from semid.cli import main
 from semid.errors import InputError, UsageError
-from semid.reproduce.claims import Claim, Comparison, Rows, judge, within
-from semid.reproduce.claims_drq import drq_claims
-from semid.reproduce.claims_moc import moc_claims
+from semid.reproduce.claims import Claim, Comparison, Rows, decide, evaluate, within
+from semid.reproduce.drq import drq_claims
+from semid.reproduce.moc import moc_claims, paper_auc, paper_gain
 from semid.reproduce.page import current, make_page
 from semid.reproduce.paired import Difference
-from semid.reproduce.paper_numbers import MOC_TABLE_1, moc_cells
 from semid.reproduce.study import page_from
+from semid.reproduce.tables import printed
 
 ORIGIN = {
     "commit": "c0ffee",
@@ -109,7 +109,7 @@ def test_the_verdict_by_hand():
     loose = Claim("b", "§1", "B.", "t", rule="most")
 
     def of(claim, *differences):
-        return judge(claim, [Comparison("x", d) for d in differences]).verdict
+        return decide(claim, [Comparison("x", d) for d in differences]).verdict
 
     assert of(strict, up, up, None) == "holds"
     assert of(strict, up, up, flat) == "does not show"
@@ -123,7 +123,7 @@ def test_the_verdict_by_hand():
     # One seed has no interval, so it shows nothing.
     nan = float("nan")
     assert of(strict, Difference(0.5, nan, nan, 1)) == "does not show"
-    judged = judge(strict, [Comparison("x", d) for d in (up, down, flat, None)])
+    judged = decide(strict, [Comparison("x", d) for d in (up, down, flat, None)])
     assert judged.counts == {"favor": 1, "against": 1, "open": 1, "not run": 1}
     assert judged.lines == [
         "x: +0.2000 [+0.1000, +0.3000]",
@@ -131,7 +131,7 @@ def test_the_verdict_by_hand():
         "x: +0.0000 [-0.1000, +0.1000]",
         "x: not run",
     ]
-    gone = judge(strict, [Comparison(name, None) for name in ("y", "z")])
+    gone = decide(strict, [Comparison(name, None) for name in ("y", "z")])
     assert gone.lines == ["not run: 2 comparisons, the first of y"]
 
 
@@ -144,7 +144,7 @@ def test_being_within_a_margin():
 
 
 def test_claims_of_drq_by_hand():
-    found = verdicts(drq_claims(Rows(drq_rows())))
+    found = verdicts(evaluate(drq_claims, Rows(drq_rows())))
     assert found["overlap-rqp"] == "holds"
     assert found["usage-rqp"] == "does not show"  # perplexity leads, the Ginis are equal
     assert found["geometry-cl-best"] == "does not show"  # RQP-VAE is above
@@ -155,10 +155,10 @@ def test_claims_of_drq_by_hand():
     assert found["error-codes"] == "does not show"  # beaten by one, level with three
     assert found["retention-codes"] == "opposite"  # 0.9 is not within 0.01 of 1
     assert found["no-winner"] == "holds"
-    assert set(verdicts(drq_claims(Rows([]))).values()) == {"not run"}
+    assert set(verdicts(evaluate(drq_claims, Rows([]))).values()) == {"not run"}
     # What was chosen otherwise decides nothing.
     assert set(
-        verdicts(drq_claims(Rows([drq_row("RQ-VAE", 0, variant="latent 32")]))).values()
+        verdicts(evaluate(drq_claims, Rows([drq_row("RQ-VAE", 0, variant="latent 32")]))).values()
     ) == {"not run"}
 
 
@@ -203,7 +203,7 @@ def test_claims_of_moc_by_hand():
     for row in rows:
         if row["method"] == "moc":
             row["auc"] += 1e-5 if row["seed"] % 2 else -1e-5
-    found = verdicts(moc_claims(Rows(rows)))
+    found = verdicts(evaluate(moc_claims, Rows(rows)))
     assert found["moc-printed"] == "holds"  # +.002 of fusion on one side alone
     assert found["moc-rqvae"] == "does not show"
     assert found["moc-me"] == "holds"
@@ -213,23 +213,26 @@ def test_claims_of_moc_by_hand():
     assert found["control-shuffled"] == "not run"
     assert found["fusion-moc"] == found["fusion-rqvae"] == "holds"
     assert found["nmi-moc"] == found["level-order"] == found["information"] == "not run"
-    assert set(verdicts(moc_claims(Rows([]))).values()) == {"not run"}
+    assert set(verdicts(evaluate(moc_claims, Rows([]))).values()) == {"not run"}
 
 
 def test_the_paper_against_itself():
-    assert MOC_TABLE_1["dcnv2", "moc", 7, "sports"] == 0.6989
-    assert MOC_TABLE_1["autoint", "vqvae", 1, "beauty"] == 0.6630
-    assert len(MOC_TABLE_1) == 4 * 3 * (1 + 3 * 3)
-    above, cells, mean = moc_cells("rqvae")
+    assert paper_auc("dcnv2", "moc", 7, "sports") == 0.6989
+    assert paper_auc("autoint", "vqvae", 1, "beauty") == 0.6630
+    assert paper_auc("dcnv2", "moc", 5, "sports") is None
+    table = printed("moc")["table-1"]
+    assert [len(cells) for cells in table.values()] == [1 + 3 * 3] * 4
+    assert {len(values) for cells in table.values() for values in cells.values()} == {3}
+    above, cells, mean = paper_gain("rqvae")
     assert (above, cells) == (26, 36)
     assert mean == pytest.approx(0.000425)
-    assert moc_cells("rqvae", scales=(7,))[:2] == (11, 12)
+    assert paper_gain("rqvae", scales=(7,))[:2] == (11, 12)
 
 
 def test_a_page_has_every_claim_with_its_verdict_and_what_was_not_run():
     page = make_page("drq", drq_rows(), missing=["union, RQ-VAE, seed 0", "union, RQ-VAE, seed 1"])
     text = page.to_markdown()
-    for judged in drq_claims(Rows(drq_rows())):
+    for judged in evaluate(drq_claims, Rows(drq_rows())):
         assert f"**{judged.verdict}** ({judged.claim.where})" in text
     assert "| DRQ-VAE+CL | 3 | 0.8000" in text
     assert "paper: RQ-VAE" in text
@@ -241,7 +244,7 @@ def test_a_page_has_every_claim_with_its_verdict_and_what_was_not_run():
     assert "| beauty: capacity: K\\_eff of the first level | RQP-VAE (200.1) | nobody |" in text
     assert "| RQ-VAE (0.1000) | RQP-VAE, RQ-KMeans, DRQ-VAE, DRQ-VAE+CL | none |" in text
     html = page.to_html()
-    for judged in page.judgements:
+    for judged in page.results:
         assert f'id="claim-{judged.claim.id}"' in html
     moc = make_page("moc", moc_rows()).to_markdown()
     assert "(no difference seen)" in moc or "+0.0000" in moc

@@ -1,50 +1,159 @@
-"""A claim of a paper, what decides it, and the verdict: holds, does not show, opposite, not run."""
+"""Claims of a paper as data, and the evaluator that decides each of them from the rows of a ledger.
+
+A claim is its words, the comparisons that its words cover, and the rule that turns them into a
+verdict. A comparison is a difference of one metric between two selections of rows, paired over
+seeds, on every data set of the ledger.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from semid.reproduce.paired import Difference, paired_difference
 
-__all__ = ["Claim", "Comparison", "Judgement", "Row", "Rows", "judge", "spread", "within"]
+__all__ = [
+    "RULES",
+    "Claim",
+    "ClaimResult",
+    "Comparison",
+    "Contrast",
+    "Metric",
+    "Row",
+    "Rows",
+    "claim",
+    "constant",
+    "decide",
+    "evaluate",
+    "inside",
+    "metric",
+    "negated",
+    "relative_change",
+    "within",
+]
 
 Row = Mapping[str, Any]
+Metric = Callable[[Row], float | None]
+"""Reads one number from a row; None where the row lacks it."""
 Verdict = Literal["holds", "does not show", "opposite", "not run"]
 
 
-@dataclass(frozen=True)
-class Claim:
-    """What a paper says.
+class Rows:
+    """Rows of a ledger, looked up by what they are.
 
-    Attributes:
-        id: anchor.
-        where: section, table or figure.
-        sentence: the claim in short.
-        test: what decides it here, in words.
-        rule: ``all``: it holds if every comparison is in its favor, for claims that say so;
-            ``most``: more than half in its favor and none against.
-        equal_terms: False for a comparison that gives one side more than the other.
+    Args:
+        rows: rows of one paper.
     """
 
-    id: str
-    where: str
-    sentence: str
-    test: str
-    rule: Literal["all", "most"] = "all"
-    equal_terms: bool = True
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.rows = list(rows)
+
+    def main(self) -> Rows:
+        """Return the rows of the main protocol; variants decide no claim."""
+        return Rows([row for row in self.rows if not row.get("variant")])
+
+    def where(self, **selection: Any) -> list[Row]:
+        """Return the rows that have these values; a key that a row lacks counts as empty."""
+        return [r for r in self.rows if all(r.get(k, "") == v for k, v in selection.items())]
+
+    def by_seed(self, metric: Metric, **selection: Any) -> dict[int, float]:
+        """Return a metric by seed; rows without it are left out."""
+        values = [(int(row["seed"]), metric(row)) for row in self.where(**selection)]
+        return {seed: float(value) for seed, value in values if value is not None}
+
+    def values(self, metric: Metric, **selection: Any) -> list[float]:
+        """Return a metric of every seed, in the order of the seeds."""
+        return [value for _, value in sorted(self.by_seed(metric, **selection).items())]
+
+    def names(self, key: str, **selection: Any) -> list[Any]:
+        """Return the values of a key in order of appearance."""
+        return list(dict.fromkeys(r[key] for r in self.where(**selection) if key in r))
+
+    def difference(
+        self,
+        metric: Metric,
+        a: Mapping[str, Any],
+        b: Mapping[str, Any],
+        *,
+        metric_b: Metric | None = None,
+    ) -> Difference | None:
+        """Return the paired difference of a metric over the seeds that both selections have."""
+        left, right = self.by_seed(metric, **a), self.by_seed(metric_b or metric, **b)
+        seeds = sorted(set(left) & set(right))
+        if not seeds:
+            return None
+        return paired_difference([left[s] for s in seeds], [right[s] for s in seeds])
+
+
+def _dig(document: Any, path: Sequence[Any]) -> Any:
+    """Follow keys and positions into a document; None where a step leads nowhere."""
+    for step in path:
+        if document is None:
+            return None
+        if isinstance(step, int):
+            # Position -1 is the last; a position beyond either end is a missing value.
+            inner = -len(document) <= step < len(document)
+            document = document[step] if inner else None
+        else:
+            document = document.get(step)
+    return document
+
+
+def metric(*path: Any) -> Metric:
+    """Return the metric at a path of keys and positions."""
+
+    def read(row: Row) -> float | None:
+        value = _dig(row, path)
+        return None if value is None else float(value)
+
+    return read
+
+
+def inside(path: Sequence[Any], metric: Metric) -> Metric:
+    """Return a metric of the part of a row at a path."""
+
+    def read(row: Row) -> float | None:
+        part = _dig(row, path)
+        return metric(part) if part else None
+
+    return read
+
+
+def constant(value: float) -> Metric:
+    """Return a metric that is the same for every row."""
+    return lambda row: value
+
+
+def negated(metric: Metric) -> Metric:
+    """Return a metric with its sign turned, for what should be low."""
+
+    def read(row: Row) -> float | None:
+        value = metric(row)
+        return None if value is None else -value
+
+    return read
+
+
+def relative_change(metric: Metric, base: Metric) -> Metric:
+    """Return ``metric / base - 1``."""
+
+    def read(row: Row) -> float | None:
+        value, reference = metric(row), base(row)
+        return None if value is None or not reference else value / reference - 1.0
+
+    return read
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One comparison; a positive difference is in the claim's favor.
+    """One comparison on one data set; a positive difference is in the claim's favor.
 
     Attributes:
-        name: of what, on which data.
-        difference: with its interval; None where it was not run.
-        digits: decimals worth showing.
+        name: what is compared, on which data.
+        difference: mean and interval; None where it was not run.
+        digits: number of decimals to show.
     """
 
     name: str
@@ -63,35 +172,114 @@ class Comparison:
 
     def __str__(self) -> str:
         """Write name, mean and interval."""
-        d = self.difference
+        d, form = self.difference, f"+.{self.digits}f"
         if d is None:
             return f"{self.name}: not run"
         if math.isnan(d.low):
-            return f"{self.name}: {d.mean:+.{self.digits}f} (one seed: no interval)"
-        return f"{self.name}: {d.mean:+.{self.digits}f} " + (
-            f"[{d.low:+.{self.digits}f}, {d.high:+.{self.digits}f}]"
-        )
+            return f"{self.name}: {d.mean:{form}} (one seed: no interval)"
+        return f"{self.name}: {d.mean:{form}} [{d.low:{form}}, {d.high:{form}}]"
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """A claim and what the runs say of it.
+class Contrast:
+    """A difference that a claim predicts to be positive, on whatever data set.
+
+    Attributes:
+        name: what is compared.
+        metric: the number compared.
+        a: selection of the rows that should be higher.
+        b: selection of the others; None takes the rows of ``a``.
+        metric_b: the number of the others; None takes ``metric``.
+        margin: where set, the claim is that the difference is smaller than this, either way.
+        model: ranking model, part of the comparison's name.
+        digits: number of decimals to show.
+    """
+
+    name: str
+    metric: Metric
+    a: Mapping[str, Any]
+    b: Mapping[str, Any] | None = None
+    metric_b: Metric | None = None
+    margin: float | None = None
+    model: str = ""
+    digits: int = 4
+
+    def compare(self, rows: Rows, data: str) -> Comparison:
+        """Return the comparison on one data set."""
+        on = {"data": data, "model": self.model} if self.model else {"data": data}
+        b = self.a if self.b is None else self.b
+        found = rows.difference(self.metric, {**on, **self.a}, {**on, **b}, metric_b=self.metric_b)
+        if self.margin is not None:
+            found = within(found, self.margin)
+        return Comparison(f"{', '.join(on.values())}: {self.name}", found, self.digits)
+
+
+Family = Sequence[Contrast] | Callable[[Rows, str], Sequence[Comparison]]
+"""Comparisons that are made on every data set: contrasts, or a function of rows and data set."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a paper says, and what decides it.
+
+    Attributes:
+        id: anchor on the page.
+        where: section, table or figure of the paper.
+        sentence: the claim in short.
+        test: what decides it here, in words.
+        families: the comparisons that its words cover.
+        rule: name of one of `RULES`.
+        equal_terms: False for a comparison that gives one side more than the other.
+        note: what a reader must know besides.
+        data: data sets that its words name; empty for all.
+    """
+
+    id: str
+    where: str
+    sentence: str
+    test: str
+    families: Sequence[Family] = field(default=(), repr=False)
+    rule: str = "all"
+    equal_terms: bool = True
+    note: str = ""
+    data: Sequence[str] = ()
+
+
+def claim(key: str, where: str, sentence: str, test: str, *families: Family, **more: Any) -> Claim:
+    """Return a claim with its comparisons as further arguments."""
+    return Claim(key, where, sentence, test, families, **more)
+
+
+def _every_one(run: Sequence[Comparison]) -> bool:
+    return all(c.favor for c in run)
+
+
+def _most(run: Sequence[Comparison]) -> bool:
+    return sum(c.favor for c in run) > len(run) / 2 and not any(c.against for c in run)
+
+
+RULES: Mapping[str, Callable[[Sequence[Comparison]], bool]] = {"all": _every_one, "most": _most}
+"""Whether a claim holds, given its comparisons that ran. ``all``: every one in its favor, for
+claims that say so. ``most``: more than half in its favor and none against."""
+
+
+@dataclass(frozen=True)
+class ClaimResult:
+    """A claim and what the runs say about it.
 
     Attributes:
         claim: the claim.
-        verdict: in a word.
+        verdict: the answer in a word.
         comparisons: what decided it.
-        note: what a reader must know besides.
     """
 
     claim: Claim
     verdict: Verdict
     comparisons: tuple[Comparison, ...]
-    note: str = ""
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many comparisons are in favor, against, open and not run."""
+        """Number of comparisons in favor, against, open and not run."""
         missing = sum(c.difference is None for c in self.comparisons)
         favor = sum(c.favor for c in self.comparisons)
         against = sum(c.against for c in self.comparisons)
@@ -100,15 +288,16 @@ class Judgement:
 
     @property
     def lines(self) -> list[str]:
-        """One line a comparison, those not run in one."""
-        found = [str(c) for c in self.comparisons if c.difference is not None]
-        gone = [c.name for c in self.comparisons if c.difference is None]
-        if len(gone) > 1:
-            return [*found, f"not run: {len(gone)} comparisons, the first of {gone[0]}"]
-        return [*found, *(f"{name}: not run" for name in gone)]
+        """One line per comparison, several that were not run in one."""
+        lines = [str(c) for c in self.comparisons if c.difference is not None]
+        missing = [c for c in self.comparisons if c.difference is None]
+        if len(missing) > 1:
+            count = len(missing)
+            return [*lines, f"not run: {count} comparisons, the first of {missing[0].name}"]
+        return [*lines, *map(str, missing)]
 
 
-def judge(claim: Claim, comparisons: Sequence[Comparison], *, note: str = "") -> Judgement:
+def decide(claim: Claim, comparisons: Sequence[Comparison]) -> ClaimResult:
     """Give the verdict on a claim.
 
     ``opposite`` needs more than half of the comparisons run against the claim and none in its
@@ -118,90 +307,53 @@ def judge(claim: Claim, comparisons: Sequence[Comparison], *, note: str = "") ->
     Args:
         claim: the claim.
         comparisons: everything that its words cover; those not run are counted, not guessed.
-        note: for the reader.
     """
-    judged = Judgement(claim, "not run", tuple(comparisons), note)
-    counts = judged.counts
-    ran = len(comparisons) - counts["not run"]
-    if not ran:
-        return judged
-    favor, against = counts["favor"], counts["against"]
-    enough = favor == ran if claim.rule == "all" else favor > ran / 2 and not against
+    run = [c for c in comparisons if c.difference is not None]
     verdict: Verdict = "does not show"
-    if enough:
+    if not run:
+        verdict = "not run"
+    elif RULES[claim.rule](run):
         verdict = "holds"
-    elif against > ran / 2 and not favor:
+    elif sum(c.against for c in run) > len(run) / 2 and not any(c.favor for c in run):
         verdict = "opposite"
-    return Judgement(claim, verdict, tuple(comparisons), note)
+    return ClaimResult(claim, verdict, tuple(comparisons))
 
 
-class Rows:
-    """Rows of a ledger, looked up by what they are.
+def evaluate(claims: Callable[[Rows], Sequence[Claim]], rows: Rows) -> list[ClaimResult]:
+    """Decide every claim of a paper from the rows of a ledger.
 
     Args:
-        rows: of one paper.
+        claims: the paper's claims, given the rows of the main protocol.
+        rows: rows of the ledger; variants decide nothing.
     """
-
-    def __init__(self, rows: Sequence[Row]) -> None:
-        self.rows = list(rows)
-
-    def where(self, **wanted: Any) -> list[Row]:
-        """Return the rows that have these values; a key a row lacks counts as empty."""
-        return [r for r in self.rows if all(r.get(k, "") == v for k, v in wanted.items())]
-
-    def by_seed(self, read: Callable[[Row], float | None], **wanted: Any) -> dict[int, float]:
-        """Return a figure by seed; rows without it are left out."""
-        found = {}
-        for row in self.where(**wanted):
-            value = read(row)
-            if value is not None:
-                found[int(row["seed"])] = float(value)
-        return found
-
-    def values(self, read: Callable[[Row], float | None], **wanted: Any) -> list[float]:
-        """Return a figure of every seed, in the order of the seeds."""
-        return [value for _, value in sorted(self.by_seed(read, **wanted).items())]
-
-    def names(self, key: str, **wanted: Any) -> list[Any]:
-        """Return the values of a key in order of appearance."""
-        return list(dict.fromkeys(r[key] for r in self.where(**wanted) if key in r))
-
-    def difference(
-        self,
-        read: Callable[[Row], float | None],
-        a: Mapping[str, Any],
-        b: Mapping[str, Any],
-        *,
-        read_b: Callable[[Row], float | None] | None = None,
-    ) -> Difference | None:
-        """Return the paired difference of a figure over the seeds that both sides have."""
-        left, right = self.by_seed(read, **a), self.by_seed(read_b or read, **b)
-        seeds = sorted(set(left) & set(right))
-        if not seeds:
-            return None
-        return paired_difference([left[s] for s in seeds], [right[s] for s in seeds])
+    main = rows.main()
+    sets = main.names("data") or ["any data set"]
+    results = []
+    for one in claims(main):
+        comparisons: list[Comparison] = []
+        for family in one.families:
+            for data in one.data or sets:
+                if callable(family):
+                    comparisons += family(main, data)
+                else:
+                    comparisons += [contrast.compare(main, data) for contrast in family]
+        results.append(decide(one, comparisons))
+    return results
 
 
-def within(found: Difference | None, margin: float) -> Difference | None:
+def within(difference: Difference | None, margin: float) -> Difference | None:
     """Turn a difference into the claim that it is smaller than a margin, either way.
 
     Positive where the whole interval lies within the margin, negative where it lies outside.
     """
-    if found is None:
+    if difference is None:
         return None
-    if math.isnan(found.low):
-        return Difference(margin - abs(found.mean), math.nan, math.nan, found.pairs)
-    ends = (abs(found.low), abs(found.high))
-    nearest = 0.0 if found.low <= 0 <= found.high else min(ends)
-    return Difference(margin - abs(found.mean), margin - max(ends), margin - nearest, found.pairs)
-
-
-def spread(values: Sequence[float], *, digits: int = 4) -> str:
-    """Write mean and standard deviation; one value alone; a dash for none."""
-    if not values:
-        return "-"
-    mean = sum(values) / len(values)
-    if len(values) < 2:
-        return f"{mean:.{digits}f}"
-    deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
-    return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
+    low, high = difference.low, difference.high
+    distance = margin - abs(difference.mean)
+    if math.isnan(low):
+        return Difference(distance, math.nan, math.nan, difference.pairs)
+    # The interval of |difference| runs from its end nearest to 0 (0 itself where the interval
+    # holds 0) to the farthest; taken from the margin, the farthest becomes the lower end.
+    nearest = 0.0 if low <= 0 <= high else min(abs(low), abs(high))
+    farthest = max(abs(low), abs(high))
+    return Difference(distance, margin - farthest, margin - nearest, difference.pairs)

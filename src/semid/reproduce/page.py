@@ -14,18 +14,19 @@ from semid.output import MARKDOWN_MARK, atomic_file
 from semid.report.figure import Figure
 from semid.report.markdown import figure_markdown, table
 from semid.report.page import render
-from semid.reproduce.claims import Judgement, Row, Rows
-from semid.reproduce.claims_drq import drq_claims
-from semid.reproduce.claims_moc import moc_claims
-from semid.reproduce.tables_drq import drq_sections
-from semid.reproduce.tables_moc import moc_sections
+from semid.reproduce import drq, moc
+from semid.reproduce.claims import ClaimResult, Row, Rows, evaluate
+from semid.reproduce.drq_tables import DRQ_SECTIONS
+from semid.reproduce.moc_tables import MOC_SECTIONS
+from semid.reproduce.tables import render_sections
 
-__all__ = ["TITLES", "Page", "current", "make_page", "write_page"]
+__all__ = ["Page", "current", "make_page", "write_page"]
 
-TITLES = {
-    "drq": "Decoupled Residual Quantization for Robust Semantic IDs (DRQ)",
-    "moc": "Towards Scalable Semantic Representation (Mixture-of-Codes)",
+PAPERS = {
+    "drq": (drq.TITLE, drq.drq_claims, DRQ_SECTIONS),
+    "moc": (moc.TITLE, moc.moc_claims, MOC_SECTIONS),
 }
+"""Title, claims and sections of each paper."""
 READING = (
     "'Holds': the paired intervals over seeds say so in every comparison, or, where the claim is "
     "about most, in more than half of them with none against. 'Opposite': more than half say the "
@@ -43,7 +44,7 @@ class Page:
         title: the paper.
         subtitle: how many runs, over which data.
         warning: why it must not be quoted, or empty.
-        judgements: claim by claim.
+        results: the claims with their verdicts.
         sections: tables and figures.
         protocol: sentences.
         not_run: what of the recipe has no result, a line a cell.
@@ -52,7 +53,7 @@ class Page:
     title: str
     subtitle: str
     warning: str
-    judgements: tuple[Judgement, ...]
+    results: tuple[ClaimResult, ...]
     sections: tuple[tuple[str, str, str, list[Figure]], ...]
     protocol: tuple[str, ...]
     not_run: tuple[str, ...]
@@ -73,7 +74,7 @@ class Page:
                 j.verdict,
                 *(str(j.counts[k]) for k in ("favor", "against", "open", "not run")),
             ]
-            for j in self.judgements
+            for j in self.results
         ]
 
     def to_markdown(self) -> str:
@@ -82,14 +83,14 @@ class Page:
         if self.warning:
             parts.append(f"**Not to be quoted.** {self.warning}\n")
         parts += ["## Claims\n", f"{self.reading}\n", table(self.claim_columns, self.claim_rows)]
-        for j in self.judgements:
+        for j in self.results:
             terms = "" if j.claim.equal_terms else " Not on equal terms."
             parts.append(f"### {escaped(j.claim.sentence)}\n")
             parts.append(
                 f"**{j.verdict}** ({j.claim.where}). Test: {escaped(j.claim.test)}.{terms}\n"
             )
-            if j.note:
-                parts.append(f"{escaped(j.note)}\n")
+            if j.claim.note:
+                parts.append(f"{escaped(j.claim.note)}\n")
             parts.append("".join(f"- {escaped(line)}\n" for line in j.lines))
         for _, title, intro, figures in self.sections:
             parts += [f"## {title}\n", f"{intro}\n"]
@@ -164,17 +165,17 @@ def make_page(
         )
     kept, dropped = current(rows)
     found = Rows(kept)
-    sections = {"drq": drq_sections, "moc": moc_sections}[paper](found)
+    title, claims, sections = PAPERS[paper]
     sets = ", ".join(map(str, found.names("data"))) or "no data set yet"
     return Page(
-        title=TITLES[paper],
+        title=title,
         subtitle=f"{len(kept)} runs on {sets}.",
         warning="These are runs of --quick, a toy on a made-up catalogue that shows that the "
         "machinery works. They decide no claim."
         if quick
         else "",
-        judgements=tuple({"drq": drq_claims, "moc": moc_claims}[paper](found)),
-        sections=tuple(sections),
+        results=tuple(evaluate(claims, found)),
+        sections=tuple(render_sections(sections, found)),
         protocol=tuple(_protocol(kept, dropped)),
         not_run=(
             *(f"{what}: {why}" for what, why in (absent or {}).items()),

@@ -9,9 +9,9 @@ from typing import Any
 
 from semid.errors import UsageError, check_choice
 from semid.progress import Progress, QuietProgress
-from semid.reproduce.drq import DrqRunner, drq_jobs
+from semid.reproduce.drq_runs import DrqRunner, drq_jobs
 from semid.reproduce.ledger import RUNS_FILE, median, read_runs
-from semid.reproduce.moc import MocRunner, cell_title, moc_jobs, recipe_cells
+from semid.reproduce.moc_runs import MocRunner, cell_title, moc_jobs, recipe_cells
 from semid.reproduce.page import Page, make_page, write_page
 from semid.reproduce.pool import Job, Runner, run_jobs
 from semid.reproduce.recipe import DrqRecipe, MocRecipe, read_experiment

@@ -1,0 +1,312 @@
+"""The runs behind the DRQ paper's tables: fit a tokenizer, measure all its views, keep figures."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from semid.data.interactions import Interactions
+from semid.data.source import EmbeddingSource
+from semid.diagnostics.reconstruction import reconstruction
+from semid.report.behavior import Pool, behavior_pairs, choose_cutoffs, measure_pairs
+from semid.report.diagnose import diagnose
+from semid.report.diagnosis import Diagnosis
+from semid.reproduce.datasets import Opened, missing_files, open_data
+from semid.reproduce.ledger import Ledger, digest
+from semid.reproduce.pool import Job
+from semid.reproduce.recipe import DataSet, DrqRecipe, TokenizerSpec
+from semid.tokenizers.barq import BARQ
+from semid.tokenizers.base import Tokenizer
+from semid.tokenizers.factory import make_tokenizer
+from semid.tokenizers.neural.tokenizer import NeuralTokenizer
+
+__all__ = ["DrqRunner", "drq_jobs"]
+
+EVALUATION_SEED = 0
+"""Of noise, subsets, negatives, ties and bootstrap: the same for every tokenizer and seed."""
+
+Array = npt.NDArray[np.float32]
+
+
+def drq_jobs(
+    recipe: DrqRecipe, data: Path | None, folder: Path
+) -> tuple[list[Job], dict[str, str]]:
+    """List the runs, the most informative first.
+
+    The paper's five rows on every data set, seed by seed, smaller codebooks first; then what was
+    chosen otherwise.
+
+    Args:
+        recipe: what to run.
+        data: folder of data sets.
+        folder: of the ledger.
+
+    Returns:
+        The jobs, and data set -> why it cannot be run.
+    """
+    ledger = Ledger(folder)
+    absent = {d.name: why for d in recipe.data if (why := missing_files(d, data))}
+    opened = {d.name: open_data(d, data, ledger) for d in recipe.data if d.name not in absent}
+    jobs = []
+    for main in (True, False):
+        for size in sorted({d.codebook_size for d in recipe.data}):
+            sets = [d for d in recipe.data if d.codebook_size == size and d.name in opened]
+            for seed in range(max((d.seeds or recipe.seeds for d in sets), default=0)):
+                for d in sets:
+                    if seed >= (d.seeds or recipe.seeds):
+                        continue
+                    jobs += [
+                        _job(recipe, d, row, seed, opened[d.name].digest)
+                        for row in recipe.tokenizers
+                        if main != bool(row.variant) and (not row.data or d.name in row.data)
+                    ]
+    return jobs, absent
+
+
+def _job(recipe: DrqRecipe, data: DataSet, row: TokenizerSpec, seed: int, files: str) -> Job:
+    shared = {
+        "paper": recipe.paper,
+        "revision": recipe.revision,
+        "quick": recipe.quick,
+        "files": files,
+        "codebook_size": data.codebook_size,
+        "logs": data.logs,
+        "levels": recipe.levels,
+        "geometry_sample": recipe.geometry_sample,
+        "flip_sample": recipe.flip_sample,
+        "replicates": recipe.replicates,
+        "neural": recipe.neural,
+    }
+    spec = {
+        "paper": recipe.paper,
+        "quick": recipe.quick,
+        "data": data.name,
+        "tokenizer": row.name,
+        "variant": row.variant,
+        "seed": seed,
+    }
+    own = {**spec, "kind": row.kind, "options": row.options, "behavior": row.behavior}
+    name = f"{row.name} ({row.variant})" if row.variant else row.name
+    return Job(
+        digest([shared, own]), f"{data.name}, {name}, seed {seed}", spec, settings=digest(shared)
+    )
+
+
+@dataclass
+class DrqRunner:
+    """Runs jobs of `drq_jobs`.
+
+    Args:
+        recipe: what to run.
+        data: folder of data sets.
+        folder: of the ledger.
+    """
+
+    recipe: DrqRecipe
+    data: Path | None
+    folder: Path
+    _opened: dict[str, tuple[Opened, Interactions | None]] = field(default_factory=dict)
+
+    def __call__(self, job: Job) -> dict[str, Any]:
+        """Fit, diagnose and sum up."""
+        spec = job.spec
+        data = next(d for d in self.recipe.data if d.name == spec["data"])
+        row = next(
+            t
+            for t in self.recipe.tokenizers
+            if (t.name, t.variant) == (spec["tokenizer"], spec["variant"])
+        )
+        if data.name not in self._opened:
+            found = open_data(data, self.data, Ledger(self.folder))
+            self._opened = {data.name: (found, found.log())}  # one at a time: they are large
+        opened, log = self._opened[data.name]
+        began, cpu = time.perf_counter(), time.process_time()
+        neural = {} if row.kind == "rqkmeans" else self.recipe.neural
+        tok = make_tokenizer(
+            row.kind,
+            {
+                "levels": self.recipe.levels,
+                "codebook_size": data.codebook_size,
+                "seed": int(spec["seed"]),
+                **neural,
+                **row.options,
+            },
+        )
+        tok.fit(opened.embeddings, interactions=log if row.behavior else None)
+        fitted = time.process_time() - cpu
+        diagnosis = diagnose(
+            tok,
+            opened.embeddings,
+            seed=EVALUATION_SEED,
+            geometry_sample=self.recipe.geometry_sample,
+            flip_sample=self.recipe.flip_sample,
+            explorer=False,
+        )
+        figures = _figures(diagnosis)
+        figures["decoder(z)"] = _continuous(tok, opened.embeddings)
+        if log is not None:
+            figures["behavior"] = _behavior(
+                tok, opened.pool(log), log, replicates=self.recipe.replicates
+            )
+        return {
+            "kind": row.kind,
+            "items": len(opened.embeddings),
+            "levels": tok.levels,
+            "codebook_size": data.codebook_size,
+            "latent": int(tok.codebooks[0].shape[1]),
+            **figures,
+            "protocol": _protocol(tok, data, log),
+            "fit_cpu_seconds": round(fitted, 1),
+            "cpu_seconds": round(time.process_time() - cpu, 1),
+            "seconds": round(time.perf_counter() - began, 1),
+        }
+
+
+def _protocol(tok: Tokenizer, data: DataSet, log: Interactions | None) -> str:
+    report = tok.report
+    parts = [
+        f"levels={tok.levels} codebook_size={data.codebook_size}",
+        f"latent={tok.codebooks[0].shape[1]}",
+        f"held_out={tok.validation_fraction:g} of the items",
+        f"evaluation_seed={EVALUATION_SEED}",
+    ]
+    if log is not None:
+        where = f" of {', '.join(data.logs)}" if data.logs else ""
+        parts.append(f"behavior: consecutive items of a tenth of the users{where}")
+    if report is not None and "protocol" in report.details:
+        parts.append(str(report.details["protocol"]))
+    return "; ".join(parts)
+
+
+def _figures(d: Diagnosis) -> dict[str, Any]:
+    """Take what tables and claims need out of a diagnosis."""
+    geometry = None
+    if d.geometry is not None:
+        wanted = (
+            "participation_ratio",
+            "effective_rank",
+            "top_share",
+            "mean_abs_cosine",
+            "mean_abs_cosine_centered",
+            "dim",
+        )
+        geometry = {s["name"]: {k: s[k] for k in wanted} for s in d.geometry["spaces"]}
+    found = d.verdict.collisions
+    return {
+        "verdict": d.verdict.level,
+        "geometry": geometry,
+        "overlap": [_overlap(level) for level in d.overlap],
+        "flips": None if d.flips is None else _flips(dict(d.flips)),
+        "usage": [
+            {k: u[k] for k in ("perplexity", "active", "dead", "gini", "largest_share")}
+            for u in d.usage
+        ],
+        "collisions": {
+            "collision_rate": found.collision_rate,
+            "unique_ids": found.unique_ids,
+            "shared_share": found.shared_share,
+            "largest_bucket": found.largest_bucket,
+        },
+        "decoder(codes)": {
+            "mse": d.reconstruction["mse_per_element"],
+            "normalized_squared_error": d.reconstruction["normalized_squared_error"],
+            "cosine": d.reconstruction["mean_cosine"],
+            "relative_error": d.reconstruction["relative_error"]["all"],
+            "relative_error_held_out": d.reconstruction["relative_error"].get("held_out"),
+        },
+    }
+
+
+def _overlap(level: Any) -> dict[str, Any]:
+    points = level["points"]
+    return {
+        "scale": [p["scale"] for p in points],
+        "rate": [p["rate"] for p in points],
+        "floor": points[0]["floor"],
+        "effective_size": [p["effective_size"] for p in points],
+        "geometry_scale": next((p["scale"] for p in points if not p["usage_only"]), None),
+    }
+
+
+def _flips(flips: dict[str, Any]) -> dict[str, Any]:
+    """Keep shares by scale: of every level's code and of whole ids, with the margin proxy."""
+    found: dict[str, Any] = {"latent_is_input": flips["latent_is_input"]}
+    for space in ("input", "latent"):
+        if space not in flips:
+            continue
+        points = flips[space]["flips"]["points"]
+        found[space] = {
+            "scale": [p["scale"] for p in points],
+            "code": [[level["value"] for level in p["code"]] for p in points],
+            "id": [p["prefix"][-1]["value"] for p in points],
+            "margins": [p["code"] for p in flips[space]["margins"]["points"]],
+        }
+    return found
+
+
+def _reconstructed(tok: Tokenizer, rows: Array) -> Array:
+    """Return what the decoder makes of the latents themselves; without a decoder, the rows."""
+    return tok.decode_latent(tok.latent(rows)) if isinstance(tok, NeuralTokenizer) else rows
+
+
+def _continuous(tok: Tokenizer, source: EmbeddingSource) -> dict[str, Any]:
+    """Measure decoder(z): what is lost before anything is quantized."""
+    rows = source.rows(np.arange(len(source)))
+    found = reconstruction(rows, _reconstructed(tok, rows), name="decoder(z)")
+    return {
+        "mse": found.mse,
+        "normalized_squared_error": found.normalized_error,
+        "cosine": found.cosine,
+        "relative_error": found.relative_error,
+    }
+
+
+def _behavior(
+    tok: Tokenizer, source: EmbeddingSource, log: Interactions, *, replicates: int
+) -> dict[str, Any] | None:
+    """Measure retrieval and AUCs on the test users; None where the log has no order."""
+    pairs, facts, notes = behavior_pairs(log, source.ids)
+    if pairs is None:
+        return None
+    rows = source.rows(np.arange(len(source)))
+    codes = tok.encode(source).codes
+    spaces = {
+        "original": rows,
+        "decoder(codes)": tok.decode(codes),
+        "decoder(z)": _reconstructed(tok, rows),
+    }
+    if isinstance(tok, BARQ) and tok.decodes_behavior:
+        spaces["decode_behavior(codes)"] = tok.decode_behavior(codes)
+    pool = Pool(codes, tok.codebooks, spaces, hierarchical=tok.hierarchical)
+    cutoffs, more = choose_cutoffs(None, len(source))
+    found = measure_pairs(
+        pairs, pool, cutoffs=cutoffs, seed=EVALUATION_SEED, replicates=replicates, threads=None
+    )
+    retrieval, discrete = found["retrieval"], found["discrete"]
+    return {
+        "pool": len(source),
+        "test_users": facts["test_users"],
+        "pairs": found["pairs"],
+        "cutoffs": list(cutoffs),
+        "hit_rates": {
+            r["name"]: {k: v["value"] for k, v in r["rates"].items()}
+            for r in retrieval["hit_rates"]
+        },
+        "retention": {
+            r["name"]: {k: None if v is None else v["value"] for k, v in r["above_chance"].items()}
+            for r in retrieval["retention"]
+        },
+        "retention_interval": {
+            r["name"]: {k: v and [v["low"], v["high"]] for k, v in r["above_chance"].items()}
+            for r in retrieval["retention"]
+        },
+        "discrete": {k: v["value"] for k, v in discrete["depths"][-1]["rates"].items()},
+        "aucs": {k: v["value"] for k, v in found["aucs"]["aucs"].items()},
+        "auc_intervals": {k: [v["low"], v["high"]] for k, v in found["aucs"]["aucs"].items()},
+        "notes": [*notes, *more],
+    }

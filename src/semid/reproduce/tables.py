@@ -1,0 +1,230 @@
+"""Tables of a paper as data, and the renderer that makes figures of them from a ledger's rows."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from semid.report.figure import Figure
+from semid.reproduce.claims import Metric, Rows, inside
+
+__all__ = [
+    "Column",
+    "Line",
+    "Lines",
+    "Section",
+    "Table",
+    "average",
+    "count_seeds",
+    "difference",
+    "mean",
+    "mean_and_deviation",
+    "printed",
+    "render_sections",
+    "spread",
+]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a table.
+
+    Attributes:
+        label: first cell.
+        where: selection of the rows that its columns read.
+        at: path inside a row to the part that its columns read.
+        against: selection of the rows that differences are taken to.
+    """
+
+    label: str
+    where: Mapping[str, Any] = field(default_factory=dict)
+    at: tuple[Any, ...] = ()
+    against: Mapping[str, Any] = field(default_factory=dict)
+
+    def values(self, rows: Rows, metric: Metric, **more: Any) -> list[float]:
+        """Return a metric of the line's part of the rows, one value per seed."""
+        read = inside(self.at, metric) if self.at else metric
+        return rows.values(read, **{**self.where, **more})
+
+
+Lines = Callable[[Rows], Iterable[Line]]
+Cell = Callable[[Rows, Line], str]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a table.
+
+    Attributes:
+        name: its head.
+        cell: writes the cell of a line.
+    """
+
+    name: str
+    cell: Cell
+
+
+@cache
+def printed(paper: str) -> dict[str, Any]:
+    """Return the values that a paper prints, by table and line."""
+    file = resources.files("semid") / "reproduce" / "papers" / f"{paper}.toml"
+    return tomllib.loads(file.read_text(encoding="utf8"))
+
+
+def average(values: Sequence[float]) -> float:
+    """Return the mean of at least one value."""
+    return sum(values) / len(values)
+
+
+def spread(values: Sequence[float], digits: int = 4) -> str:
+    """Write mean and standard deviation; one value alone; a dash for none."""
+    if not values:
+        return "-"
+    mean = average(values)
+    if len(values) < 2:
+        return f"{mean:.{digits}f}"
+    deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
+    return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
+
+
+def mean_and_deviation(metric: Metric, digits: int = 4) -> Cell:
+    """Return cells with the mean over seeds and the standard deviation."""
+    return lambda rows, line: spread(line.values(rows, metric), digits)
+
+
+def mean(metric: Metric, form: str) -> Cell:
+    """Return cells with the mean over seeds in a format."""
+
+    def write(rows: Rows, line: Line) -> str:
+        values = line.values(rows, metric)
+        return f"{average(values):{form}}" if values else "-"
+
+    return write
+
+
+def count_seeds(metric: Metric) -> Cell:
+    """Return cells with the number of seeds that have a metric."""
+    return lambda rows, line: str(len(line.values(rows, metric)))
+
+
+def difference(metric: Metric, **more: Any) -> Cell:
+    """Return cells with the paired difference of a line's rows to those it stands against."""
+
+    def write(rows: Rows, line: Line) -> str:
+        result = rows.difference(metric, {**line.where, **more}, {**line.against, **more})
+        return "-" if result is None else str(result)
+
+    return write
+
+
+Chart = Callable[[Rows, Sequence[Line]], list[dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table, and the curves of the same numbers, for every data set of a ledger.
+
+    Attributes:
+        id: start of the anchor; the data set follows.
+        title: what it shows; the data set follows.
+        caption: what is good and what is bad; ``{key}`` stands for a value of the first row.
+        definition: how the quantity is defined; as ``caption``.
+        lines: the lines, given the rows of the data set.
+        columns: the columns, or a function of the rows of the data set.
+        where: selection of the rows that it is about.
+        per: ``variant`` makes one table per variant instead.
+        printed: the paper's own values by line, which follow ours where the columns agree.
+        chart: makes plotly traces.
+        layout: plotly layout of the traces.
+    """
+
+    id: str
+    title: str
+    caption: str
+    definition: str
+    lines: Lines
+    columns: Sequence[Column] | Callable[[Rows], Sequence[Column]]
+    where: Mapping[str, Any] = field(default_factory=dict)
+    per: str = "data"
+    printed: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    chart: Chart | None = None
+    layout: dict[str, Any] = field(default_factory=dict)
+
+    def render(self, rows: Rows, section: str, name: str) -> Figure | None:
+        """Return the figure of one data set; None where no line has a number."""
+        part = Rows(rows.where(**self.where, **{self.per: name}))
+        lines = list(self.lines(part))
+        columns = self.columns(part) if callable(self.columns) else self.columns
+        cells: list[list[str]] = []
+        for line in lines:
+            measured = [column.cell(part, line) for column in columns]
+            if all(cell in ("-", "") for cell in measured):
+                continue
+            cells.append([line.label, *measured])
+            beside = self.printed.get(line.label, ())
+            if len(beside) == len(columns) - 1:  # all but the number of seeds
+                numbers = [f"{value:g}" if value != "" else "" for value in beside]
+                cells.append([f"paper: {line.label}", "", *numbers])
+        if not cells:
+            return None
+        return Figure(
+            f"{self.id}-{''.join(c if c.isalnum() else '-' for c in name)}",
+            section,
+            f"{self.title}, {name}",
+            self.caption.format_map(part.rows[0]),
+            self.definition.format_map(part.rows[0]),
+            self.chart(part, lines) if self.chart else (),
+            self.layout,
+            ["", *(column.name for column in columns)],
+            cells,
+        )
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section of the page.
+
+    Attributes:
+        id: anchor.
+        title: its heading.
+        intro: one sentence below it.
+        tables: its tables, each for every data set in turn.
+        by_data: show all tables of one data set before the next data set.
+    """
+
+    id: str
+    title: str
+    intro: str
+    tables: Sequence[Table | Callable[[Rows], Figure | None]]
+    by_data: bool = False
+
+    def figures(self, rows: Rows) -> list[Figure]:
+        """Return the figures that the rows have numbers for."""
+        order = rows.names("data")
+        found: list[tuple[int, Figure | None]] = []
+        for table in self.tables:
+            if not isinstance(table, Table):
+                found.append((0, table(rows)))
+                continue
+            for name in filter(None, rows.names(table.per, **table.where)):
+                place = order.index(name) if self.by_data else 0
+                found.append((place, table.render(rows, self.id, name)))
+        found.sort(key=lambda pair: pair[0])
+        return [figure for _, figure in found if figure is not None]
+
+
+def render_sections(
+    sections: Sequence[Section], rows: Rows
+) -> list[tuple[str, str, str, list[Figure]]]:
+    """Return id, title, introduction and figures of every section.
+
+    Args:
+        sections: the paper's sections.
+        rows: rows of the ledger.
+    """
+    return [(s.id, s.title, s.intro, s.figures(rows)) for s in sections]
