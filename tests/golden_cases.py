@@ -34,7 +34,7 @@ from safetensors.numpy import load_file
 import semid
 from semid.cli import main
 from semid.codes import SemanticIds
-from semid.export.formats import EXPORTS
+from semid.exports.formats import EXPORTS
 
 __all__ = ["CASES", "Record", "World", "cpu", "run_case"]
 

@@ -13,14 +13,14 @@ PACKAGE = Path(__file__).parents[1] / "src" / "semid"
 # A module may import its own group and groups on lines above it; on one line, only to the left.
 FLOORS = [
     ["errors"],
-    ["filesystems", "markdown", "documents", "options"],
+    ["filesystems", "markdown", "documents", "options", "registry"],
     ["runs", "output", "artefact", "seeds", "progress"],
     ["data", "codes", "health", "quantization", "training"],
     ["diagnostics"],
     ["tokenizers"],
     ["loading"],
     ["recommenders", "catalogue"],
-    ["export"],
+    ["exports"],
     ["report", "reproduce", "serve", "distributed"],
     ["cli"],
 ]

@@ -22,10 +22,10 @@ from semid.errors import (
     OutputExistsError,
     UsageError,
 )
-from semid.export.formats import EXPORTS, export, import_ids
-from semid.export.graph import codes_graph
-from semid.export.openonerec import parse_text, sid_text
-from semid.export.tokens import level_letter
+from semid.exports.formats import EXPORTS, export, import_ids
+from semid.exports.graph import codes_graph
+from semid.exports.openonerec import parse_text, sid_text
+from semid.exports.tokens import level_letter
 
 NAMES = [f"item-{n}" for n in range(60)]
 
@@ -321,7 +321,7 @@ def test_a_tokenizer_joins_by_its_encoder_module(tmp_path):
 def test_huggingface_in_a_model(appended, tokenizer, tmp_path):
     transformers = pytest.importorskip("transformers", reason="pip install 'semid[transformers]'")
     tokenizers = pytest.importorskip("tokenizers")
-    from semid.export.huggingface import HuggingFaceExport
+    from semid.exports.huggingface import HuggingFaceExport
 
     export("huggingface", tmp_path / "hf", ids=appended, tokenizer=tokenizer)
     read = HuggingFaceExport.read(tmp_path / "hf")

@@ -31,8 +31,8 @@ from semid.data.releases.amazon import read_amazon
 from semid.data.releases.movielens import read_movielens
 from semid.documents import checksum
 from semid.errors import ArtefactError, IdsError, InputError, SemidError, UsageError
-from semid.export.formats import export, import_ids
-from semid.export.huggingface import HuggingFaceExport
+from semid.exports.formats import export, import_ids
+from semid.exports.huggingface import HuggingFaceExport
 from semid.reproduce.recipe import read_experiment
 from semid.tokenizers.factory import make_tokenizer, read_recipe
 

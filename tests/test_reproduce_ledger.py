@@ -11,12 +11,12 @@ import pytest
 from ledger_cases import append
 from semid.errors import InputError, UsageError
 from semid.progress import QuietProgress
+from semid.registry import recipe_names
 from semid.reproduce.ledger import Ledger, digest, read_runs, rounded
 from semid.reproduce.pool import Job, run_jobs
 from semid.reproduce.recipe import (
     DrqRecipe,
     MocRecipe,
-    named_recipes,
     read_experiment,
 )
 
@@ -137,8 +137,8 @@ def test_numbers_are_rounded_and_never_nan():
 
 def test_every_recipe_that_comes_with_semid_is_read():
     kinds = {"drq": DrqRecipe, "moc": MocRecipe}
-    assert named_recipes() == ["drq", "drq-quick", "moc", "moc-quick"]
-    for name in named_recipes():
+    assert recipe_names("reproduce/recipes") == ["drq", "drq-quick", "moc", "moc-quick"]
+    for name in recipe_names("reproduce/recipes"):
         recipe = read_experiment(name)
         assert type(recipe) is kinds[recipe.paper]
         assert recipe.quick == name.endswith("quick")
@@ -157,7 +157,7 @@ def test_every_recipe_that_comes_with_semid_is_read():
     ("text", "message"),
     [
         ('paper = "drq"\nsedes = 3', "did you mean 'seeds'"),
-        ('paper = "drq"\nseeds = "3"', "seeds is '3'; give int"),
+        ('paper = "drq"\nseeds = "3"', "seeds is '3'; give a whole number"),
         ('paper = "dqr"', "did you mean 'drq'"),
         ('paper = "drq"\n[[data]]\nname = "a"', "folder = "),
         ('paper = "drq"\n[[tokenizers]]\nname = "a"\nkind = "rqvea"', "did you mean 'rqvae'"),

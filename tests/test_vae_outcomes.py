@@ -13,7 +13,8 @@ import semid
 from semid.data.interactions import TEST, split_users
 from semid.diagnostics.geometry import geometry
 from semid.errors import DivergedError, EmbeddingError, UsageError
-from semid.tokenizers.factory import TOKENIZERS, make_tokenizer, read_recipe, recipe_names
+from semid.registry import recipe_names
+from semid.tokenizers.factory import RECIPES, TOKENIZERS, make_tokenizer, read_recipe
 from semid.tokenizers.neural.continuous import uniformity
 
 NETWORK = {"hidden": (32,), "latent": 8, "pretrain_epochs": 2}
@@ -187,8 +188,8 @@ def test_one_step_into_the_infinite_is_no_model(kind, clustered):
 
 
 def test_every_shipped_recipe_makes_a_tokenizer():
-    assert recipe_names()
-    for name in recipe_names():
+    assert recipe_names(RECIPES)
+    for name in recipe_names(RECIPES):
         recipe = read_recipe(name)
         kind = recipe.pop("tokenizer")
         tokenizer = make_tokenizer(kind, recipe)
@@ -196,7 +197,7 @@ def test_every_shipped_recipe_makes_a_tokenizer():
         for key, value in recipe.items():
             if key in tokenizer.settings and not isinstance(value, dict):
                 assert tokenizer.settings[key] in (value, [value] * tokenizer.levels)
-    assert set(TOKENIZERS) >= {read_recipe(name)["tokenizer"] for name in recipe_names()}
+    assert set(TOKENIZERS) >= {read_recipe(name)["tokenizer"] for name in recipe_names(RECIPES)}
 
 
 def test_recipes_and_options_that_do_not_fit_are_refused(tmp_path):

@@ -1,109 +1,21 @@
-"""Semantic IDs for recommendation: learn them, know whether they are good, use them."""
+"""Semantic IDs for recommendation: learn them, know whether they are good, use them.
+
+The public names are those of ``__init__.pyi``, a line each. They are imported when first used, so
+that ``import semid`` and ``semid --help`` stay quick.
+"""
 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+import re
+from pathlib import Path
+from typing import Any
 
-if TYPE_CHECKING:
-    from semid.catalogue.prefixes import PrefixIndex
-    from semid.catalogue.uniqueness import make_unique
-    from semid.codes import SemanticIds
-    from semid.data.embeddings import open_embeddings
-    from semid.data.interactions import read_interactions
-    from semid.data.synthetic import SyntheticCatalogue
-    from semid.errors import SemidError
-    from semid.loading import load
-    from semid.quantization.kmeans import KMeansOptions
-    from semid.quantization.refine import RefineOptions
-    from semid.recommenders.ranking.data import RankingDataConfig, prepare_ranking_data
-    from semid.recommenders.ranking.features import CodeFeatures
-    from semid.recommenders.ranking.network import RankerConfig
-    from semid.recommenders.ranking.ranker import Ranker
-    from semid.recommenders.ranking.stream import RankingStream
-    from semid.recommenders.ranking.training import train_ranker
-    from semid.report import diagnose
-    from semid.tokenizers.barq import BARQ
-    from semid.tokenizers.behavior import Neighbors
-    from semid.tokenizers.drqvae import DRQVAE
-    from semid.tokenizers.features import fuse
-    from semid.tokenizers.heads import DecodeHead
-    from semid.tokenizers.mocvae import VQVAE, MoCVAE
-    from semid.tokenizers.neural.tokenizer import Network
-    from semid.tokenizers.refining import refine
-    from semid.tokenizers.rqkmeans import RQKMeans
-    from semid.tokenizers.rqvae import RQPVAE, RQVAE
-    from semid.training.options import TrainOptions
+_LINE = re.compile(r"^from (\S+) import (\w+) as \2$", re.MULTILINE)
+_STUB = Path(__file__).with_name("__init__.pyi").read_text(encoding="utf8")
+_HOME = {name: module for module, name in _LINE.findall(_STUB)}
 
-
-__all__ = [
-    "BARQ",
-    "DRQVAE",
-    "RQPVAE",
-    "RQVAE",
-    "VQVAE",
-    "CodeFeatures",
-    "DecodeHead",
-    "KMeansOptions",
-    "MoCVAE",
-    "Neighbors",
-    "Network",
-    "PrefixIndex",
-    "RQKMeans",
-    "Ranker",
-    "RankerConfig",
-    "RankingDataConfig",
-    "RankingStream",
-    "RefineOptions",
-    "SemanticIds",
-    "SemidError",
-    "SyntheticCatalogue",
-    "TrainOptions",
-    "diagnose",
-    "fuse",
-    "load",
-    "make_unique",
-    "open_embeddings",
-    "prepare_ranking_data",
-    "read_interactions",
-    "refine",
-    "train_ranker",
-]
-
-# Names are imported when first used, so that `import semid` and `semid --help` stay quick.
-_HOME = {
-    "RankerConfig": "semid.recommenders.ranking.network",
-    "BARQ": "semid.tokenizers.barq",
-    "CodeFeatures": "semid.recommenders.ranking.features",
-    "DRQVAE": "semid.tokenizers.drqvae",
-    "RankingDataConfig": "semid.recommenders.ranking.data",
-    "DecodeHead": "semid.tokenizers.heads",
-    "KMeansOptions": "semid.quantization.kmeans",
-    "MoCVAE": "semid.tokenizers.mocvae",
-    "Neighbors": "semid.tokenizers.behavior",
-    "Network": "semid.tokenizers.neural.tokenizer",
-    "PrefixIndex": "semid.catalogue.prefixes",
-    "RQKMeans": "semid.tokenizers.rqkmeans",
-    "RQPVAE": "semid.tokenizers.rqvae",
-    "RQVAE": "semid.tokenizers.rqvae",
-    "Ranker": "semid.recommenders.ranking.ranker",
-    "RankingStream": "semid.recommenders.ranking.stream",
-    "RefineOptions": "semid.quantization.refine",
-    "SemanticIds": "semid.codes",
-    "SemidError": "semid.errors",
-    "SyntheticCatalogue": "semid.data.synthetic",
-    "TrainOptions": "semid.training.options",
-    "VQVAE": "semid.tokenizers.mocvae",
-    "diagnose": "semid.report",
-    "fuse": "semid.tokenizers.features",
-    "load": "semid.loading",
-    "make_unique": "semid.catalogue.uniqueness",
-    "open_embeddings": "semid.data.embeddings",
-    "prepare_ranking_data": "semid.recommenders.ranking.data",
-    "read_interactions": "semid.data.interactions",
-    "refine": "semid.tokenizers.refining",
-    "train_ranker": "semid.recommenders.ranking.training",
-}
+__all__ = sorted(_HOME, key=lambda name: (not name.isupper(), not name[0].isupper(), name))
 
 
 def __getattr__(name: str) -> Any:

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from typing import Any
 
 from semid.artefact import read_config
 from semid.errors import ArtefactError, nearest_name
 from semid.filesystems import fetched, is_uri
+from semid.registry import Registry
 from semid.tokenizers.base import Tokenizer
 from semid.tokenizers.factory import TOKENIZERS
 
 __all__ = ["KINDS", "load", "load_tokenizer"]
 
-# kind -> (module, class). Modules are imported when an artefact of the kind is opened.
-KINDS: dict[str, tuple[str, str]] = {
-    **TOKENIZERS,
-    "head": ("semid.tokenizers.heads", "DecodeHead"),
-    "ranker": ("semid.recommenders.ranking.ranker", "Ranker"),
-}
+KINDS = Registry(
+    TOKENIZERS.group,
+    {
+        **TOKENIZERS.targets,
+        "head": "semid.tokenizers.heads:DecodeHead",
+        "ranker": "semid.recommenders.ranking.ranker:Ranker",
+    },
+)
 
 
 def load(path: str | os.PathLike[str]) -> Any:
@@ -40,12 +42,11 @@ def load(path: str | os.PathLike[str]) -> Any:
             return load(folder)
     kind = read_config(path)["kind"]
     if kind not in KINDS:
-        known = ", ".join(f"'{name}'" for name in sorted(KINDS))
+        known = ", ".join(f"'{name}'" for name in KINDS)
         raise ArtefactError(
             f"'{path}' holds a '{kind}'; this semid knows {known}{nearest_name(kind, KINDS)}"
         )
-    module, name = KINDS[kind]
-    return getattr(importlib.import_module(module), name).load(path)
+    return KINDS.load(kind).load(path)
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Any:

@@ -62,6 +62,10 @@ class Registry:
                 f"({brief(error)}); install its package again, or remove it"
             ) from error
 
+    def __getitem__(self, name: str) -> Any:
+        """Return the object of a name, as `load`."""
+        return self.load(name)
+
     def _entry_points(self) -> metadata.EntryPoints:
         return metadata.entry_points(group=self.group)
 

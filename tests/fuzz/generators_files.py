@@ -36,8 +36,8 @@ import semid
 from semid.catalogue.bundle import CatalogueBundle, read_catalogue
 from semid.codes import CodesInfo, SemanticIds
 from semid.data.ids import ItemIds
-from semid.export.formats import IMPORTS, import_ids
-from semid.export.openonerec import parse_text
+from semid.exports.formats import IMPORTS, import_ids
+from semid.exports.openonerec import parse_text
 
 
 def in_range(ids: SemanticIds) -> None:

@@ -66,7 +66,7 @@ def export(
     """
     from semid.catalogue.bundle import read_catalogue
     from semid.errors import UsageError
-    from semid.export.formats import export as written
+    from semid.exports.formats import export as written
     from semid.loading import load_tokenizer
 
     hold_output(output, overwrite=overwrite, inputs=(ids_file, model, embeddings, ids))

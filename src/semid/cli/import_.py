@@ -40,7 +40,7 @@ def import_(
     Example: semid import Beauty.index.json --from lcrec --ids items.parquet -o ids.parquet
     """
     from semid.data.id_sources import load_ids
-    from semid.export.formats import import_ids
+    from semid.exports.formats import import_ids
     from semid.loading import load_tokenizer
 
     if ids is None:

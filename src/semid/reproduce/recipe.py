@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from semid.documents import read_toml, record
-from semid.errors import UsageError, check_choice, nearest_name
+from semid.errors import UsageError, check_choice
 from semid.recommenders.ranking.models.registry import MODELS
+from semid.registry import find_recipe
 from semid.reproduce.ranking_methods import METHODS
 from semid.tokenizers.factory import TOKENIZERS
 
@@ -21,7 +21,6 @@ __all__ = [
     "Stage",
     "TokenizerSpec",
     "Variant",
-    "named_recipes",
     "read_experiment",
 ]
 
@@ -237,12 +236,6 @@ class MocRecipe:
 RECIPES: dict[str, type[DrqRecipe] | type[MocRecipe]] = {"drq": DrqRecipe, "moc": MocRecipe}
 
 
-def named_recipes() -> list[str]:
-    """Return the names of the recipes that come with semid."""
-    folder = resources.files("semid") / "reproduce" / "recipes"
-    return sorted(f.name[:-5] for f in folder.iterdir() if f.name.endswith(".toml"))
-
-
 def read_experiment(name: str | Path) -> DrqRecipe | MocRecipe:
     """Read a recipe.
 
@@ -253,13 +246,7 @@ def read_experiment(name: str | Path) -> DrqRecipe | MocRecipe:
     Raises:
         UsageError: no such recipe, no TOML, or a key or value that is not allowed.
     """
-    packaged = resources.files("semid") / "reproduce" / "recipes" / f"{name}.toml"
-    file = packaged if str(name) in named_recipes() else Path(name)
-    if not file.is_file():
-        raise UsageError(
-            f"recipe '{name}' is neither a file nor one of {', '.join(named_recipes())}"
-            f"{nearest_name(str(name), named_recipes())}"
-        )
+    file = find_recipe(name, "reproduce/recipes", flag="recipe")
     where = f"recipe '{name}'"
     values = read_toml(file, where=where, error=UsageError, advice="correct the file")
     paper = check_choice(f"paper of {where}", str(values.get("paper")), sorted(RECIPES))

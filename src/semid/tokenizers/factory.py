@@ -2,38 +2,34 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Container, Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from semid.documents import read_toml
-from semid.errors import UsageError, check_choice, nearest_name
+from semid.errors import UsageError, nearest_name
 from semid.options import argument_types
+from semid.registry import Registry, find_recipe
 from semid.tokenizers.base import Tokenizer
 
-__all__ = ["TOKENIZERS", "make_tokenizer", "read_recipe", "recipe_names"]
+__all__ = ["RECIPES", "TOKENIZERS", "make_tokenizer", "read_recipe"]
 
 
-TOKENIZERS: dict[str, tuple[str, str]] = {
-    "barq": ("semid.tokenizers.barq", "BARQ"),
-    "drqvae": ("semid.tokenizers.drqvae", "DRQVAE"),
-    "mocvae": ("semid.tokenizers.mocvae", "MoCVAE"),
-    "rqkmeans": ("semid.tokenizers.rqkmeans", "RQKMeans"),
-    "rqpvae": ("semid.tokenizers.rqvae", "RQPVAE"),
-    "rqvae": ("semid.tokenizers.rqvae", "RQVAE"),
-    "vqvae": ("semid.tokenizers.mocvae", "VQVAE"),
-}
-"""Name on the command line -> module and class; modules are imported when they are used."""
+TOKENIZERS = Registry(
+    "semid.tokenizers",
+    {
+        "barq": "semid.tokenizers.barq:BARQ",
+        "drqvae": "semid.tokenizers.drqvae:DRQVAE",
+        "mocvae": "semid.tokenizers.mocvae:MoCVAE",
+        "rqkmeans": "semid.tokenizers.rqkmeans:RQKMeans",
+        "rqpvae": "semid.tokenizers.rqvae:RQPVAE",
+        "rqvae": "semid.tokenizers.rqvae:RQVAE",
+        "vqvae": "semid.tokenizers.mocvae:VQVAE",
+    },
+)
 
-
-def recipe_names() -> list[str]:
-    """Return the names of the recipes that come with semid."""
-    folder = resources.files("semid") / "recipes"
-    return sorted(
-        f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml")
-    )
+RECIPES = "recipes"
+"""Folder of the recipes that come with semid."""
 
 
 def read_recipe(name: str | Path) -> dict[str, Any]:
@@ -48,15 +44,8 @@ def read_recipe(name: str | Path) -> dict[str, Any]:
     Raises:
         UsageError: no such recipe or file, no TOML, or no ``tokenizer`` in it.
     """
-    packaged = str(name) in recipe_names()
-    path = resources.files("semid") / "recipes" / f"{name}.toml" if packaged else Path(name)
-    if not path.is_file():
-        known = ", ".join(recipe_names())
-        raise UsageError(
-            f"--recipe '{name}' is neither a file nor one of {known}"
-            f"{nearest_name(str(name), recipe_names())}"
-        )
-    recipe = read_toml(path, where=f"recipe '{name}'", error=UsageError, advice="correct the file")
+    file = find_recipe(name, RECIPES, flag="--recipe")
+    recipe = read_toml(file, where=f"recipe '{name}'", error=UsageError, advice="correct the file")
     if not isinstance(recipe.get("tokenizer"), str):
         raise UsageError(f"recipe '{name}' does not say tokenizer = \"...\"; add that line")
     return recipe
@@ -78,9 +67,7 @@ def make_tokenizer(
         UsageError: an unknown kind, an argument this tokenizer does not have, or a value out of
             range.
     """
-    check_choice("--tokenizer", kind, sorted(TOKENIZERS))
-    module, name = TOKENIZERS[kind]
-    made: Any = getattr(importlib.import_module(module), name)
+    made = TOKENIZERS.load(kind, flag="--tokenizer")
     takes_logger = "logger" in argument_types(made)
     allowed = set(argument_types(made)) - {"threads", "logger"}  # these are not settings
     arguments: dict[str, Any] = {}

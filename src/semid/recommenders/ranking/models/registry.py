@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
-from semid.errors import UsageError, check_choice
+from semid.errors import UsageError
 from semid.options import check_arguments
+from semid.registry import Registry
 
 __all__ = ["MODELS", "Model", "make_model"]
 
-MODELS: dict[str, tuple[str, str]] = {
-    "autoint": ("semid.recommenders.ranking.models.autoint", "AutoInt"),
-    "dcnv2": ("semid.recommenders.ranking.models.dcnv2", "DCNv2"),
-    "deepfm": ("semid.recommenders.ranking.models.deepfm", "DeepFM"),
-    "deepim": ("semid.recommenders.ranking.models.deepim", "DeepIM"),
-}
-"""Name on the command line -> module and class."""
+MODELS = Registry(
+    "semid.recommenders",
+    {
+        "autoint": "semid.recommenders.ranking.models.autoint:AutoInt",
+        "dcnv2": "semid.recommenders.ranking.models.dcnv2:DCNv2",
+        "deepfm": "semid.recommenders.ranking.models.deepfm:DeepFM",
+        "deepim": "semid.recommenders.ranking.models.deepim:DeepIM",
+    },
+)
 
 
 COUNTS = {"experts", "heads", "hidden", "layers", "order"}
@@ -63,9 +65,7 @@ def make_model(
     Raises:
         UsageError: an unknown model or option.
     """
-    check_choice("--model (model=)", name, sorted(MODELS))
-    module, kind = MODELS[name]
-    made = getattr(importlib.import_module(module), kind)
+    made = MODELS.load(name, flag="--model (model=)")
     check_arguments(made, options or {})
     for key in COUNTS & set(options or {}):
         value = (options or {})[key]

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from semid.codes import SemanticIds
 from semid.errors import InputError
-from semid.export.tokens import level_letter
+from semid.exports.tokens import level_letter
 from semid.output import atomic_folder
 
 __all__ = ["parse_text", "sid_text", "write_openonerec"]

@@ -23,7 +23,7 @@ from semid.catalogue.prefixes import PrefixIndex
 from semid.codes import SemanticIds
 from semid.documents import read_json, typed
 from semid.errors import ArtefactError, MissingExtraError, UsageError
-from semid.export.tokens import token_strings
+from semid.exports.tokens import token_strings
 from semid.output import atomic_folder
 from semid.seeds import torch_generator
 from semid.tokenizers.base import Tokenizer

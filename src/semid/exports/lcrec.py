@@ -17,7 +17,7 @@ import numpy as np
 from semid.codes import SemanticIds
 from semid.documents import read_json
 from semid.errors import ArtefactError
-from semid.export.tokens import imported, level_letter
+from semid.exports.tokens import imported, level_letter
 from semid.output import atomic_file
 from semid.tokenizers.base import Tokenizer
 
@@ -48,7 +48,7 @@ def write_lcrec(ids: SemanticIds, path: str | os.PathLike[str], *, overwrite: bo
 def read_lcrec(
     path: str | os.PathLike[str], *, items: Any = None, tokenizer: Tokenizer | None = None
 ) -> SemanticIds:
-    """Read an index JSON; see `semid.export.formats.import_ids`.
+    """Read an index JSON; see `semid.exports.formats.import_ids`.
 
     Raises:
         ArtefactError: naming the first entry that is not of the format.

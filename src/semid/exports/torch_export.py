@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from semid.export.graph import codes_graph
+from semid.exports.graph import codes_graph
 from semid.output import atomic_file
 from semid.tokenizers.base import Tokenizer
 

@@ -17,7 +17,7 @@ import torch
 from semid.codes import SemanticIds
 from semid.data.ids import ItemIds
 from semid.errors import ArtefactError, check_choice
-from semid.export.tokens import imported
+from semid.exports.tokens import imported
 from semid.output import atomic_file
 from semid.tokenizers.base import Tokenizer
 
@@ -61,7 +61,7 @@ def read_grid(
 
     Args:
         path: the file.
-        items: item ids, as for `semid.export.formats.import_ids`.
+        items: item ids, as for `semid.exports.formats.import_ids`.
         tokenizer: the model whose codes these are, or None.
         orientation: ``levels-first``, as GRID writes it, or ``items-first``. None takes the one
             that fits the item ids or the model, and otherwise the shorter side as the levels, which

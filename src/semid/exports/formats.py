@@ -1,10 +1,10 @@
-"""The formats by name: what each needs, and one door to all of them."""
+"""Export and import formats by name: what each needs, and how to call it."""
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from semid.codes import SemanticIds
 from semid.errors import UsageError, check_choice
 from semid.health import collisions
 from semid.output import check_output
+from semid.registry import Registry, import_target
 from semid.tokenizers.base import Tokenizer
 
 __all__ = ["EXPORTS", "IMPORTS", "ExportFormat", "export", "import_ids"]
@@ -25,68 +26,64 @@ class ExportFormat:
     """One format that can be written.
 
     Attributes:
-        function: ``module:name`` of its writer, imported when used.
+        function: its writer, or ``module:name`` of it, imported when used.
         ids: whether it writes Semantic IDs.
         model: whether it needs the model.
         tokens: whether its reader tells items apart by their ids, so that shared ids are a fault.
         about: one line for the help.
     """
 
-    function: str
+    function: str | Callable[..., Any]
     ids: bool
     model: bool
     tokens: bool
     about: str
 
 
-EXPORTS = {
+EXPORTS = Registry("semid.exports", {
     "lcrec": ExportFormat(
-        "semid.export.lcrec:write_lcrec", True, False, True,
+        "semid.exports.lcrec:write_lcrec", True, False, True,
         "LC-Rec, LETTER, MiniOneRec: NAME.index.json",
     ),
     "grid": ExportFormat(
-        "semid.export.grid:write_grid", True, False, True,
+        "semid.exports.grid:write_grid", True, False, True,
         "GRID, NVIDIA SID-GR: a LongTensor (levels, items)",
     ),
     "openonerec": ExportFormat(
-        "semid.export.openonerec:write_openonerec", True, False, True,
+        "semid.exports.openonerec:write_openonerec", True, False, True,
         "OpenOneRec: a folder with pid and codes in Parquet, and the ids as text",
     ),
     "torcheasyrec": ExportFormat(
-        "semid.export.torcheasyrec:write_torcheasyrec", True, False, False,
+        "semid.exports.torcheasyrec:write_torcheasyrec", True, False, False,
         "TorchEasyRec: Parquet of item_id and codes",
     ),
     "huggingface": ExportFormat(
-        "semid.export.huggingface:write_huggingface", True, True, True,
+        "semid.exports.huggingface:write_huggingface", True, True, True,
         "Hugging Face: a folder with added tokens, their embeddings and the trie",
     ),
     "faiss": ExportFormat(
-        "semid.export.faiss_index:write_faiss", True, True, False,
+        "semid.exports.faiss_index:write_faiss", True, True, False,
         "FAISS: an IndexResidualQuantizer with the same codes",
     ),
     "fuxictr": ExportFormat(
-        "semid.export.fuxictr:write_fuxictr", True, False, False,
+        "semid.exports.fuxictr:write_fuxictr", True, False, False,
         "FuxiCTR: a folder with an item table and its feature_cols in YAML",
     ),
     "onnx": ExportFormat(
-        "semid.export.onnx:write_onnx", False, True, False,
+        "semid.exports.onnx:write_onnx", False, True, False,
         "ONNX: the encoder, embeddings to codes, any batch size",
     ),
     "torch-export": ExportFormat(
-        "semid.export.torch_export:write_torch_export", False, True, False,
+        "semid.exports.torch_export:write_torch_export", False, True, False,
         "torch.export: the encoder as a .pt2 file",
     ),
-}  # fmt: skip
+})  # fmt: skip
+"""Entry points of the group ``semid.exports`` name an `ExportFormat`."""
 
 IMPORTS = {
-    "lcrec": "semid.export.lcrec:read_lcrec",
-    "grid": "semid.export.grid:read_grid",
+    "lcrec": "semid.exports.lcrec:read_lcrec",
+    "grid": "semid.exports.grid:read_grid",
 }
-
-
-def _function(place: str) -> Any:
-    module, name = place.split(":")
-    return getattr(importlib.import_module(module), name)
 
 
 def export(
@@ -116,7 +113,7 @@ def export(
         OutputExistsError: if ``output`` exists and ``overwrite`` is false.
         FingerprintError: if the ids were made with another codebook than the model's.
     """
-    chosen = EXPORTS[check_choice("--to", to, list(EXPORTS))]
+    chosen: ExportFormat = EXPORTS.load(to, flag="--to")
     if chosen.ids and ids is None:
         raise UsageError(f"the export to {to} writes Semantic IDs: give the ids file (ids=)")
     if chosen.model and tokenizer is None:
@@ -134,7 +131,8 @@ def export(
                 found.items,
                 found.unique_ids,
             )
-    write = _function(chosen.function)
+    function = chosen.function
+    write = import_target(function) if isinstance(function, str) else function
     needs: dict[str, Any] = {"overwrite": overwrite, **options}
     if chosen.model or (tokenizer is not None and to == "torcheasyrec"):
         needs["tokenizer"] = tokenizer
@@ -159,14 +157,14 @@ def import_ids(
         tokenizer: the model whose codes these are; they then carry its fingerprint, and are checked
             against its codebooks. Without one they carry the fingerprint ``imported``, which no
             model accepts.
-        orientation: which side of a GRID tensor are the levels, see `semid.export.grid.read_grid`.
+        orientation: which side of a GRID tensor are the levels, see `semid.exports.grid.read_grid`.
 
     Raises:
         UsageError: for an unknown format, or an orientation for one that has none.
         ArtefactError: if the file cannot be read as that format.
         InputError: if the codes do not fit the model, or the items not the rows.
     """
-    read = _function(IMPORTS[check_choice("--from", source, list(IMPORTS))])
+    read = import_target(IMPORTS[check_choice("--from", source, list(IMPORTS))])
     options: dict[str, Any] = {} if orientation is None else {"orientation": orientation}
     if options and source != "grid":
         raise UsageError(

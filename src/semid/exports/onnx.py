@@ -9,7 +9,7 @@ import warnings
 import torch
 
 from semid.errors import MissingExtraError
-from semid.export.graph import codes_graph
+from semid.exports.graph import codes_graph
 from semid.output import atomic_file
 from semid.tokenizers.base import Tokenizer
 
