@@ -254,7 +254,7 @@ def test_files_and_columns_that_are_not_there(tmp_path):
     for name in ("absent.csv", "absent.parquet"):
         with pytest.raises(UsageError, match="does not exist"):
             read_interactions(tmp_path / name)
-    with pytest.raises(UsageError, match="are a list"):
+    with pytest.raises(UsageError, match="from a list"):
         read_interactions([("u", "a")])
 
 

@@ -438,5 +438,5 @@ def test_tables_of_items_that_cannot_be_used(tmp_path):
         read_items(ITEMS.select(["item_id", "categories"]))
     with pytest.raises(UsageError, match="does not exist"):
         read_items(tmp_path / "x.parquet")
-    with pytest.raises(UsageError, match="items are a list"):
+    with pytest.raises(UsageError, match="items cannot be read from a list"):
         read_items([1])

@@ -1,4 +1,4 @@
-"""Tables in memory (Arrow, pandas, polars) behind one small face.
+"""Tables in memory: Arrow, pandas, polars, and whatever offers Arrow's C stream.
 
 pandas, polars and torch are recognized by the module their classes come from and never imported
 here: who passes a frame has imported its library already.
@@ -6,7 +6,7 @@ here: who passes a frame has imported its library already.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,36 +28,35 @@ _LIBRARIES = ("numpy", "pandas", "polars", "pyarrow", "torch")
 
 def library_of(value: Any) -> str:
     """Return which of numpy, pandas, polars, pyarrow or torch a value comes from, or ''."""
-    for base in type(value).__mro__:
-        root = base.__module__.split(".")[0]
-        if root in _LIBRARIES:
-            return root
-    return ""
+    roots = (base.__module__.split(".")[0] for base in type(value).__mro__)
+    return next((root for root in roots if root in _LIBRARIES), "")
 
 
 def is_frame(value: Any) -> bool:
-    """Whether a value is a table or a single column of pandas, polars or Arrow."""
-    return library_of(value) in ("pandas", "polars", "pyarrow")
+    """Whether a value is a table or a single column of pandas, polars, Arrow or its C stream."""
+    library = library_of(value)
+    return library in ("pandas", "polars", "pyarrow") or (
+        not library and hasattr(value, "__arrow_c_stream__")
+    )
 
 
 class Frame:
-    """A table with named columns; also the Arrow implementation.
+    """A table with named columns, each of which becomes Arrow when it is read.
+
+    Args:
+        kind: ``arrow``, ``pandas`` or ``polars``.
+        schema: names and Arrow types of the columns (a pandas object column by its first values).
+        read: returns a whole column as an Arrow chunked array.
 
     Attributes:
-        schema: names and Arrow types of the columns (a pandas object column by its first values).
-        kind: ``arrow``, ``pandas`` or ``polars``.
         label: the table in the user's words.
     """
 
-    kind = "arrow"
-
-    def __init__(self, table: Any, schema: pa.Schema) -> None:
-        self.table = table
+    def __init__(self, kind: str, schema: pa.Schema, read: Callable[[str], Any]) -> None:
+        self.kind = kind
         self.schema = schema
-        self.label = f"the {self.kind} table"
-
-    def __len__(self) -> int:
-        return len(self.table)
+        self.label = f"the {kind} table"
+        self._read = read
 
     def column(self, name: str) -> Any:
         """Return a whole column as an Arrow chunked array.
@@ -66,10 +65,7 @@ class Frame:
             UsageError: the table has several columns of that name.
         """
         refuse_repeated([name], self.schema.names, label=self.label)
-        return self._column(name)
-
-    def _column(self, name: str) -> Any:
-        return self.table.column(name)
+        return self._read(name)
 
     def chunks(self, name: str) -> Sequence[Chunk]:
         """Return a column in pieces that become Arrow a block at a time."""
@@ -84,27 +80,21 @@ class Frame:
 class PandasFrame(Frame):
     """A pandas frame. Object columns of arrays stay as they are until a block is read."""
 
-    kind = "pandas"
-
     def __init__(self, frame: Any) -> None:
-        # An index with a name is a column to its owner: often the item id.
-        self._index = str(frame.index.name) if frame.index.name is not None else None
         # By position: two columns may have one name.
-        fields = [
-            (str(name), _pandas_type(frame.iloc[:, place]))
-            for place, name in enumerate(frame.columns)
-        ]
-        if self._index is not None and self._index not in map(str, frame.columns):
-            fields.append((self._index, _pandas_type(frame.index.to_series())))
-        else:
-            self._index = None
-        self._places = {str(name): place for place, name in enumerate(frame.columns)}
-        super().__init__(frame, pa.schema(fields))
+        columns = [(str(name), frame.iloc[:, i]) for i, name in enumerate(frame.columns)]
+        self._series = dict(columns)
+        # An index with a name is a column to its owner: often the item id.
+        index = frame.index.name
+        if index is not None and str(index) not in self._series:
+            columns.append((str(index), frame.index.to_series()))
+            self._series[str(index)] = columns[-1][1]
+        schema = pa.schema([(name, _pandas_type(series)) for name, series in columns])
+        super().__init__("pandas", schema, self._to_arrow)
 
-    def _column(self, name: str) -> Any:
-        series = self._series(name)
+    def _to_arrow(self, name: str) -> Any:
         try:
-            array = pa.array(series, from_pandas=True)
+            array = pa.array(self._series[name], from_pandas=True)
         except ARROW_CONVERSION_ERRORS as error:
             raise InputError(
                 f"column '{name}' of {self.label} "
@@ -115,57 +105,43 @@ class PandasFrame(Frame):
     def chunks(self, name: str) -> Sequence[Chunk]:
         """Return a column in pieces that become Arrow a block at a time."""
         refuse_repeated([name], self.schema.names, label=self.label)
-        series = self._series(name)
+        series = self._series[name]
         if series.dtype != object:
             return super().chunks(name)
         return [ObjectChunk(series.to_numpy(), label=f"column '{name}' of {self.label}")]
 
-    def _series(self, name: str) -> Any:
-        if name == self._index:
-            return self.table.index.to_series()
-        return self.table.iloc[:, self._places[name]]
-
-
-class PolarsFrame(Frame):
-    """A polars frame; each chunk of a column is shared with Arrow."""
-
-    kind = "polars"
-
-    def __init__(self, frame: Any) -> None:
-        super().__init__(frame, frame.head(0).to_arrow().schema)
-
-    def _column(self, name: str) -> Any:
-        parts = [chunk.to_arrow() for chunk in self.table[name].get_chunks()]
-        return pa.chunked_array(parts, type=None if parts else self.schema.field(name).type)
-
 
 def open_frame(value: Any) -> Frame:
-    """Wrap a pandas, polars or Arrow table, or one column of them, as a `Frame`.
+    """Wrap a table, or one column, as a `Frame`.
 
     Raises:
         UsageError: something else of these libraries, such as a lazy frame.
     """
-    name = type(value).__name__
-    library = library_of(value)
-    if library == "pandas" and name in ("DataFrame", "Series"):
-        return PandasFrame(value if name == "DataFrame" else value.to_frame(_title(value.name)))
-    if library == "polars" and name in ("DataFrame", "Series"):
-        return PolarsFrame(value if name == "DataFrame" else value.to_frame(_title(value.name)))
+    name, library = type(value).__name__, library_of(value)
+    if library in ("pandas", "polars") and name in ("DataFrame", "Series"):
+        if name == "Series":
+            value = value.to_frame("embedding" if value.name in (None, "") else str(value.name))
+        if library == "pandas":
+            return PandasFrame(value)
+        # A column at a time: a frame whose columns are chunked differently would be copied.
+        return Frame(
+            "polars",
+            value.head(0).to_arrow().schema,
+            lambda column: value[column].to_frame().to_arrow().column(0),
+        )
     if isinstance(value, pa.RecordBatch):
         value = pa.Table.from_batches([value])
-    if isinstance(value, pa.Array | pa.ChunkedArray):
+    elif isinstance(value, pa.Array | pa.ChunkedArray):
         value = pa.table({"embedding": value})
+    elif not library:
+        value = pa.table(value)  # through the Arrow C stream
     if isinstance(value, pa.Table):
-        return Frame(value, value.schema)
+        return Frame("arrow", value.schema, value.column)
     hint = "; collect it first: frame.collect()" if name == "LazyFrame" else ""
     raise UsageError(
         f"a {library} {name} is not a table in memory{hint}. Give a DataFrame, an Arrow table, or "
         "the path of a file"
     )
-
-
-def _title(name: Any) -> str:
-    return str(name) if name not in (None, "") else "embedding"
 
 
 def _pandas_type(series: Any) -> pa.DataType:

@@ -11,12 +11,13 @@ import numpy as np
 import pyarrow as pa
 
 from semid.data.columns import listed, require_column
-from semid.data.csv_files import csv_columns, is_csv, read_csv
-from semid.data.file_kinds import HEAD_BYTES, UNKNOWN, recognize, wrong_format
+from semid.data.file_kinds import HEAD_BYTES, PARQUET_SUFFIXES, UNKNOWN, recognize, wrong_format
 from semid.data.frames import Frame, library_of, open_frame
 from semid.data.ids import ItemIds
 from semid.data.parquet_files import ParquetFiles, is_glob
+from semid.data.tables import is_csv, open_table
 from semid.errors import IdsError, UsageError, nearest_name
+from semid.filesystems import FilePath, is_uri
 
 __all__ = ["DEFAULT_ID_COLUMN", "frame_ids", "load_ids", "parquet_ids", "split_column"]
 
@@ -59,8 +60,10 @@ def load_ids(ids: Any, *, id_column: str | None = None) -> ItemIds:
     if isinstance(ids, pa.Array | pa.ChunkedArray):
         return _ids(ids)
     if library in ("pandas", "polars", "pyarrow"):
-        if type(ids).__name__ in ("Series", "Index") or (library == "pandas" and ids.ndim == 1):
-            return _ids(_one_column(ids))
+        if library == "pandas" and ids.ndim == 1:
+            return _ids(pa.array(ids, from_pandas=True))
+        if type(ids).__name__ == "Series":
+            return _ids(ids.to_frame().to_arrow().column(0))
         frame = open_frame(ids)
         chosen = _choose(frame.schema.names, id_column, label=frame.label, explicit=True)
         return _ids(frame.column(str(chosen)), source=f"column '{chosen}' of {frame.label}")
@@ -90,19 +93,19 @@ def _ids(values: Any, *, source: str = "item ids") -> ItemIds:
     return ItemIds(values, source=source, allow_empty=False)
 
 
-def split_column(spec: str | Path) -> tuple[Path, str | None]:
-    """Split ``items.parquet:asin`` into the path and the column.
+def split_column(spec: str | Path) -> tuple[FilePath, str | None]:
+    """Split ``items.parquet:asin`` into the path or URI and the column.
 
     A path that exists as it stands is never split, so a colon in a file name is safe.
     """
-    whole = Path(spec).expanduser()
+    whole: FilePath = str(spec) if is_uri(spec) else Path(spec).expanduser()
     text = str(whole)
-    if whole.exists() or (is_glob(text) and ":" not in text):
+    if isinstance(whole, Path) and (whole.exists() or (is_glob(text) and ":" not in text)):
         return whole, None
     path, colon, column = text.rpartition(":")
-    # A drive letter such as C:\items.parquet is no column.
+    # A drive letter such as C:\items.parquet and the scheme of a URI are followed by no column.
     if colon and path and column and not any(c in column for c in "/\\"):
-        return Path(path), column
+        return (path if is_uri(path) else Path(path)), column
     return whole, None
 
 
@@ -128,16 +131,21 @@ def _choose(names: list[str], wanted: str | None, *, label: str, explicit: bool)
     )
 
 
-def _from_path(path: Path, column: str | None) -> ItemIds:
-    if is_csv(path):
-        names = csv_columns(path, error=IdsError)
-        chosen = _choose(names, column, label=f"'{path}'", explicit=True)
-        table = read_csv(path, [str(chosen)], text=[str(chosen)], error=IdsError)
-        return _ids(table.column(0), source=f"column '{chosen}' of '{path}'")
-    if path.is_dir() or is_glob(path) or path.suffix.lower() in (".parquet", ".pq", ".parq"):
+def _from_path(path: FilePath, column: str | None) -> ItemIds:
+    if isinstance(path, Path) and is_csv(path):
+        table = open_table(path, error=IdsError)
+        name = str(_choose(table.names, column, label=table.label, explicit=True))
+        values = table.read([name], text=[name]).column(0)
+        return _ids(values, source=f"column '{name}' of {table.label}")
+    if (
+        not isinstance(path, Path)
+        or path.is_dir()
+        or is_glob(path)
+        or path.suffix.lower() in PARQUET_SUFFIXES
+    ):
         files = ParquetFiles.open(path, error=IdsError)
-        chosen = _choose(files.schemas[0].names, column, label=files.label, explicit=True)
-        return _parquet_column(files, str(chosen))
+        name = str(_choose(files.schemas[0].names, column, label=files.label, explicit=True))
+        return _parquet_column(files, name)
     if not path.exists():
         raise UsageError(f"'{path}' does not exist; check the path of the ids")
     if column is not None:
@@ -211,9 +219,3 @@ def _by_row_number(lines: list[str]) -> pa.Array | None:
     if len(ids) != len(lines) or max(ids) != len(lines) - 1:
         return None
     return pa.array([ids[row] for row in range(len(lines))], type=pa.large_string())
-
-
-def _one_column(column: Any) -> Any:
-    if library_of(column) == "polars":
-        return pa.chunked_array([chunk.to_arrow() for chunk in column.get_chunks()])
-    return pa.array(column, from_pandas=True)

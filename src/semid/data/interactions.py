@@ -5,20 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from semid.data.columns import id_type_problem, normalize_ids, require_column
-from semid.data.csv_files import csv_columns, is_csv, read_csv
-from semid.data.frames import is_frame, open_frame
+from semid.data.columns import id_type_problem, normalize_ids
 from semid.data.hashing import hash_strings, share_mask
 from semid.data.ids import ItemIds
-from semid.data.parquet_files import ParquetFiles
 from semid.data.sequences import Sequences
-from semid.errors import InteractionsError, UsageError
+from semid.data.tables import open_table
+from semid.errors import InteractionsError
 
 __all__ = ["SELECT", "TEST", "TRAIN", "Interactions", "read_interactions", "split_users"]
 
@@ -181,7 +178,8 @@ def read_interactions(
     """
     if isinstance(source, Interactions):
         return source
-    names, read, label = _open(source, text=[user_column, item_column])
+    opened = open_table(source, what="interactions", error=InteractionsError)
+    names, label = opened.names, opened.label
     order_column = time_column or next((c for c in _ORDER_COLUMNS if c in names), None)
     if rating_column is None and "rating" in names:
         rating_column = "rating"
@@ -194,9 +192,13 @@ def read_interactions(
     columns = [(flag, name) for flag, name in named.items() if name is not None]
     columns += [("extra_columns=", column) for column in extra_columns]
     for flag, column in columns:
-        require_column(column, names, label=label, flag=(flags or {}).get(column, flag))
-    numbers = [rating_column] if rating_column else []
-    table = read(list(dict.fromkeys(column for _, column in columns)), numbers)
+        opened.require(column, flag=(flags or {}).get(column, flag))
+    table = opened.read(
+        list(dict.fromkeys(column for _, column in columns)),
+        text=[user_column, item_column],
+        numbers=[rating_column] if rating_column else [],
+        coded=True,
+    )
     if len(table) == 0:
         raise InteractionsError(f"{label} holds no rows; give at least one interaction")
 
@@ -234,38 +236,6 @@ def split_users(users: Any, *, salt: str = "users") -> np.ndarray:
     part[share_mask(hashes, 0.8, 0.9)] = SELECT
     part[share_mask(hashes, 0.9, 1.0)] = TEST
     return part
-
-
-def _open(source: Any, *, text: list[str]) -> tuple[list[str], Any, str]:
-    """Return the column names, a function that reads some of them as a table, and a label."""
-    if isinstance(source, str | Path):
-        path = Path(source).expanduser()
-        if is_csv(path):
-            names = csv_columns(path, error=InteractionsError)
-            return (
-                names,
-                lambda columns, numbers: read_csv(
-                    path, columns, text=text, numbers=numbers, error=InteractionsError
-                ),
-                f"'{source}'",
-            )
-        files = ParquetFiles.open(path, error=InteractionsError)
-        return (
-            list(files.schemas[0].names),
-            lambda columns, _: files.read(columns, dictionaries=text),
-            f"'{source}'",
-        )
-    if is_frame(source):
-        frame = open_frame(source)
-        return (
-            list(frame.schema.names),
-            lambda columns, _: pa.table({c: frame.column(c) for c in columns}),
-            frame.label,
-        )
-    raise UsageError(
-        f"interactions are a {type(source).__name__}; give a path to Parquet or CSV, an Arrow "
-        "table, or a pandas or polars frame"
-    )
 
 
 def _codes(table: pa.Table, name: str, label: str, problems: list[str]) -> tuple[np.ndarray, Any]:

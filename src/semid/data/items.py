@@ -9,12 +9,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from semid.data.columns import is_list, require_column
-from semid.data.csv_files import csv_columns, is_csv, read_csv
-from semid.data.frames import is_frame, open_frame
+from semid.data.columns import is_list
 from semid.data.id_sources import DEFAULT_ID_COLUMN, split_column
 from semid.data.ids import ItemIds
-from semid.data.parquet_files import ParquetFiles
+from semid.data.tables import open_table
 from semid.errors import IdsError, InputError, UsageError
 
 __all__ = ["ItemTexts", "read_items"]
@@ -103,19 +101,23 @@ def read_items(
     """
     if isinstance(source, ItemTexts):
         return source if ids is None else source.aligned(ids)
-    names, read, label, named = _open(source)
-    key = require_column(
-        id_column or named or DEFAULT_ID_COLUMN, names, label=label, flag="--id-column (id_column=)"
-    )
+    key = id_column
+    if isinstance(source, str | Path):
+        source, column = split_column(source)
+        key = key or column
+    opened = open_table(source, what="items", error=IdsError)
+    names = opened.names
+    key = opened.require(key or DEFAULT_ID_COLUMN, flag="--id-column (id_column=)")
     if title_column is not None:
-        require_column(title_column, names, label=label, flag="title_column=")
+        opened.require(title_column, flag="title_column=")
     elif "title" not in names and "text" not in names:
         raise UsageError(
-            f"{label} has neither a column 'title' nor 'text'; name the one to call items by with "
-            "title_column="
+            f"{opened.label} has neither a column 'title' nor 'text'; name the one to call items "
+            "by with title_column="
         )
     found = [c for c in _TEXT_COLUMNS if c in names]
-    table = read(list(dict.fromkeys([key, *found, *([title_column] if title_column else [])])))
+    read = list(dict.fromkeys([key, *found, *([title_column] if title_column else [])]))
+    table = opened.read(read, text=read)  # a title such as 1984 is no number
     columns = {c: _texts(table, c) for c in found}
     titles = _texts(table, title_column) if title_column else columns.get("title")
     text = columns.get("text")
@@ -123,34 +125,9 @@ def read_items(
         titles = text
     elif text is not None:
         titles = pc.if_else(pc.equal(titles, ""), text, titles)
-    own_ids = ItemIds(table.column(key), source=f"id column '{key}' of {label}")
+    own_ids = ItemIds(table.column(key), source=f"id column '{key}' of {opened.label}")
     items = ItemTexts(own_ids, titles, columns.get("categories"), columns.get("brand"), text)
     return items if ids is None else items.aligned(ids)
-
-
-def _open(source: Any) -> tuple[list[str], Any, str, str | None]:
-    """Return the column names, a function that reads some as a table, a label, an id column."""
-    if isinstance(source, str | Path):
-        path, column = split_column(source)
-        label = f"'{path}'"
-        if is_csv(path):
-            names = csv_columns(path, error=IdsError)
-            # Every column read here is text: a title such as 1984 is no number.
-            return names, lambda cs: read_csv(path, cs, text=cs, error=IdsError), label, column
-        files = ParquetFiles.open(path, error=IdsError)
-        return list(files.schemas[0].names), files.read, label, column
-    if is_frame(source):
-        frame = open_frame(source)
-        return (
-            list(frame.schema.names),
-            lambda cs: pa.table({c: frame.column(c) for c in cs}),
-            frame.label,
-            None,
-        )
-    raise UsageError(
-        f"items are a {type(source).__name__}; give a path to Parquet or CSV, an Arrow table, or a "
-        "pandas or polars frame"
-    )
 
 
 def _texts(table: pa.Table, name: str) -> Any:

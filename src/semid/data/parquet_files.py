@@ -208,7 +208,7 @@ class ParquetFiles:
                 ]
                 yield group.num_rows, leaves[0] if len(leaves) == 1 else None
 
-    def read(self, columns: list[str], *, dictionaries: list[str] | None = None) -> pa.Table:
+    def read(self, columns: list[str], *, dictionaries: Sequence[str] = ()) -> pa.Table:
         """Read columns of all files into memory, in file order.
 
         Args:
@@ -220,7 +220,7 @@ class ParquetFiles:
         for file, path in enumerate(self.paths):
             schema = self.schemas[file]
             refuse_repeated(columns, schema.names, label=f"'{path}'")
-            coded = [name for name in dictionaries or [] if is_text(schema.field(name).type)]
+            coded = [name for name in dictionaries if is_text(schema.field(name).type)]
             try:
                 with open_parquet(path, memory_map=True, read_dictionary=coded) as parquet:
                     groups = self._numbers(file, None)

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from semid.data.columns import require_column
-from semid.data.csv_files import csv_columns, is_csv, read_csv
-from semid.data.frames import is_frame, open_frame
 from semid.data.ids import ItemIds
 from semid.data.interactions import TEST, Interactions, split_users
-from semid.data.parquet_files import ParquetFiles
+from semid.data.tables import open_table
 from semid.diagnostics.auc import negative_pairs, pair_aucs
 from semid.diagnostics.discrete import discrete_retrieval
 from semid.diagnostics.pairs import ItemPairs, item_pairs
 from semid.diagnostics.popularity import popularity_health
 from semid.diagnostics.retrieval import CUTOFFS, item_retrieval
-from semid.errors import InteractionsError, UsageError
+from semid.errors import InteractionsError
 
 __all__ = [
     "Pool",
@@ -213,28 +209,10 @@ def relations(source: Any, ids: ItemIds) -> tuple[dict[str, ItemPairs], list[str
 
 
 def _read_relations(source: Any) -> tuple[pa.Table, str]:
-    needed = ["item_id", "related_item_id"]
-    if isinstance(source, str | Path):
-        path = Path(source).expanduser()
-        csv = is_csv(path)
-        files = None if csv else ParquetFiles.open(path, error=InteractionsError)
-        names = (
-            csv_columns(path, error=InteractionsError) if files is None else files.schemas[0].names
-        )
-        label = f"'{source}'"
-    elif is_frame(source):
-        frame = open_frame(source)
-        names, label = frame.schema.names, frame.label
-    else:
-        raise UsageError(
-            f"relations are a {type(source).__name__}; give a path to Parquet or CSV, or a table "
-            "with 'item_id' and 'related_item_id'"
-        )
-    for column in needed:
-        require_column(column, list(names), label=label, flag="the column's name in the file")
-    wanted = [*needed, *(["relation"] if "relation" in names else [])]
-    if not isinstance(source, str | Path):
-        return pa.table({name: frame.column(name) for name in wanted}), label
-    if files is None:
-        return read_csv(path, wanted, text=wanted, error=InteractionsError), label
-    return files.read(wanted), label
+    table = open_table(source, what="relations", error=InteractionsError)
+    columns = ["item_id", "related_item_id"]
+    for column in columns:
+        table.require(column, flag="the column's name in the file")
+    if "relation" in table.names:
+        columns.append("relation")
+    return table.read(columns, text=columns), table.label

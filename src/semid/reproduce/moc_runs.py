@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from semid.data.csv_files import csv_columns, is_csv
-from semid.data.parquet_files import ParquetFiles
+from semid.data.tables import open_table
 from semid.errors import InteractionsError
 from semid.progress import QuietProgress
 from semid.recommenders.ranking.analysis import CodeAnalysis, analyze_codes
@@ -154,9 +153,7 @@ def cell_title(spec: Mapping[str, Any]) -> str:
 @cache
 def _columns(path: Path) -> tuple[str, ...]:
     """Return the columns of a log."""
-    if is_csv(path):
-        return tuple(csv_columns(path, error=InteractionsError))
-    return tuple(ParquetFiles.open(path, error=InteractionsError).schemas[0].names)
+    return tuple(open_table(path, error=InteractionsError).names)
 
 
 def _unfit(opened: Opened, variant: Variant | None) -> str | None:

@@ -12,13 +12,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from semid.data.columns import require_column
-from semid.data.csv_files import csv_columns, is_csv, read_csv
 from semid.data.embeddings import EmbeddingSource, open_embeddings
-from semid.data.frames import is_frame, open_frame
+from semid.data.frames import is_frame
 from semid.data.ids import ItemIds
 from semid.data.interactions import SELECT, TRAIN, read_interactions, split_users
-from semid.data.parquet_files import ParquetFiles
+from semid.data.tables import open_table
 from semid.errors import InteractionsError, UsageError
 from semid.quantization.topk import prepare_database, top_k
 
@@ -364,24 +362,11 @@ def _read_pairs(pairs: Any, ids: ItemIds, threads: int | None) -> tuple[Rows, Ro
 
 
 def _read_table(source: Any) -> tuple[pa.Table, str]:
-    wanted = ["item_id", "related_item_id"]
-    flag = "the column's name in the file"
-    if is_frame(source):
-        frame = open_frame(source)
-        for column in wanted:
-            require_column(column, list(frame.schema.names), label=frame.label, flag=flag)
-        return pa.table({name: frame.column(name) for name in wanted}), frame.label
-    path, label = Path(source).expanduser(), f"'{source}'"
-    if is_csv(path):
-        for column in wanted:
-            require_column(
-                column, csv_columns(path, error=InteractionsError), label=label, flag=flag
-            )
-        return read_csv(path, wanted, text=wanted, error=InteractionsError), label
-    files = ParquetFiles.open(path, error=InteractionsError)
-    for column in wanted:
-        require_column(column, list(files.schemas[0].names), label=label, flag=flag)
-    return files.read(wanted), label
+    columns = ["item_id", "related_item_id"]
+    table = open_table(source, what="pairs", error=InteractionsError)
+    for column in columns:
+        table.require(column, flag="the column's name in the file")
+    return table.read(columns, text=columns), table.label
 
 
 def _neighbors(given: Neighbors, ids: ItemIds, threads: int | None) -> tuple[Rows, Rows, str]:

@@ -14,8 +14,8 @@ import pyarrow.compute as pc
 
 from semid.data.columns import require_column
 from semid.data.ids import ItemIds
+from semid.data.tables import open_table
 from semid.errors import UsageError
-from semid.recommenders.ranking.tables import open_table
 from semid.recommenders.ranking.vocabulary import Vocabulary, as_text
 
 __all__ = ["ItemAttribute", "ItemColumns", "read_item_columns"]

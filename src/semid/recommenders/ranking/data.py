@@ -14,6 +14,7 @@ import torch
 
 from semid.data.ids import ItemIds, held_out_mask
 from semid.data.interactions import Interactions, read_interactions
+from semid.data.tables import open_table
 from semid.errors import InteractionsError
 from semid.options import Options, option
 from semid.recommenders.ranking.catalogue import read_item_columns
@@ -21,7 +22,7 @@ from semid.recommenders.ranking.labels import Label, draw_negatives
 from semid.recommenders.ranking.rows import HistoryIndex, RankingRows
 from semid.recommenders.ranking.schema import Schema
 from semid.recommenders.ranking.splits import COLD, PARTS, SPLITS, check_fractions, split_rows
-from semid.recommenders.ranking.tables import dense_values, open_table
+from semid.recommenders.ranking.tables import dense_values
 from semid.recommenders.ranking.vocabulary import Vocabulary, as_text
 
 __all__ = ["RankingData", "RankingDataConfig", "prepare_ranking_data"]

@@ -11,11 +11,11 @@ import pyarrow as pa
 
 from semid.codes import SemanticIds
 from semid.data.ids import ItemIds
+from semid.data.tables import open_table
 from semid.errors import UsageError
 from semid.recommenders.ranking.catalogue import ItemAttribute, read_item_columns
 from semid.recommenders.ranking.features import CodeFeatures, CodeTable
 from semid.recommenders.ranking.schema import Schema
-from semid.recommenders.ranking.tables import open_table
 from semid.recommenders.ranking.vocabulary import Vocabulary
 
 __all__ = ["grown_codes", "grown_schema"]

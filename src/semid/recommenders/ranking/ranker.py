@@ -18,6 +18,7 @@ from semid.artefact import read_artefact, write_artefact
 from semid.codes import CodesInfo, SemanticIds
 from semid.data.columns import require_column
 from semid.data.ids import ItemIds
+from semid.data.tables import Table, open_table
 from semid.documents import checked
 from semid.errors import InputError, UsageError
 from semid.recommenders.ranking.card import card
@@ -27,7 +28,6 @@ from semid.recommenders.ranking.metrics import sigmoid
 from semid.recommenders.ranking.network import RankerConfig, RankingNetwork, make_network
 from semid.recommenders.ranking.rows import GivenHistory, RankingRows
 from semid.recommenders.ranking.schema import Schema
-from semid.recommenders.ranking.tables import Table, open_table
 from semid.recommenders.ranking.task import predict_logits
 from semid.recommenders.ranking.vocabulary import as_text
 from semid.tokenizers.stored import described

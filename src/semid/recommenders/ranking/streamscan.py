@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from semid.data.hashing import hash_strings, share_mask
 from semid.data.ids import ItemIds
 from semid.data.parquet_files import ParquetFiles
+from semid.data.tables import open_table
 from semid.errors import InteractionsError
 from semid.filesystems import open_parquet
 from semid.recommenders.ranking.catalogue import read_item_columns
@@ -22,7 +23,7 @@ from semid.recommenders.ranking.data import COLD_SALT, RankingDataConfig
 from semid.recommenders.ranking.labels import Label
 from semid.recommenders.ranking.schema import Schema
 from semid.recommenders.ranking.splits import COLD, PARTS
-from semid.recommenders.ranking.tables import dense_values, open_table
+from semid.recommenders.ranking.tables import dense_values
 from semid.recommenders.ranking.vocabulary import Vocabulary, as_text
 
 __all__ = ["Scan", "ScanResult", "scan_log"]
