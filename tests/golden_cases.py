@@ -804,7 +804,7 @@ def export_case(to: str) -> None:
             pytest.importorskip(package)
         world.ids  # noqa: B018 - it writes the files that the command reads
         shared = "@ids.parquet"
-        if EXPORTS[to].tokens:
+        if EXPORTS[to].distinct:
             shared = str(folder / "unique.parquet")
             world.run("unique", "@ids.parquet", "-q", "-o", shared)
         ids = (shared,) if EXPORTS[to].ids else ()

@@ -22,10 +22,9 @@ from semid.errors import (
     OutputExistsError,
     UsageError,
 )
+from semid.exports.encoders import codes_graph
 from semid.exports.formats import EXPORTS, export, import_ids
-from semid.exports.graph import codes_graph
-from semid.exports.openonerec import parse_text, sid_text
-from semid.exports.tokens import level_letter
+from semid.exports.id_files import level_letter, parse_text, sid_text
 
 NAMES = [f"item-{n}" for n in range(60)]
 

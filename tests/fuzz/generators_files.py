@@ -37,7 +37,7 @@ from semid.catalogue.bundle import CatalogueBundle, read_catalogue
 from semid.codes import CodesInfo, SemanticIds
 from semid.data.ids import ItemIds
 from semid.exports.formats import IMPORTS, import_ids
-from semid.exports.openonerec import parse_text
+from semid.exports.id_files import parse_text
 
 
 def in_range(ids: SemanticIds) -> None:

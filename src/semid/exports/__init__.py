@@ -1,4 +1,1 @@
-"""Other people's formats: ids and models as the trainers, rankers and servers read them.
-
-One file a format, the import beside the export where other people's files can be read back.
-"""
+"""Formats of other programs: ids and models as trainers, rankers and servers read them."""

@@ -1,4 +1,7 @@
-"""Export and import formats by name: what each needs, and how to call it."""
+"""Export to and import from the formats of other programs, by name.
+
+A format is one `ExportFormat`, declared beside its writer and its reader.
+"""
 
 from __future__ import annotations
 
@@ -7,83 +10,63 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from semid.codes import SemanticIds
 from semid.errors import UsageError, check_choice
 from semid.health import collisions
-from semid.output import check_output
-from semid.registry import Registry, import_target
+from semid.output import atomic_file, atomic_folder, check_output
+from semid.registry import Registry
 from semid.tokenizers.base import Tokenizer
 
 __all__ = ["EXPORTS", "IMPORTS", "ExportFormat", "export", "import_ids"]
 
 logger = logging.getLogger(__name__)
 
+EXPORTS = Registry(
+    "semid.exports",
+    {
+        "lcrec": "semid.exports.id_files:LCREC",
+        "grid": "semid.exports.id_files:GRID",
+        "openonerec": "semid.exports.id_files:OPENONEREC",
+        "torcheasyrec": "semid.exports.id_files:TORCHEASYREC",
+        "huggingface": "semid.exports.huggingface:HUGGINGFACE",
+        "faiss": "semid.exports.encoders:FAISS",
+        "fuxictr": "semid.exports.id_files:FUXICTR",
+        "onnx": "semid.exports.encoders:ONNX",
+        "torch-export": "semid.exports.encoders:TORCH_EXPORT",
+    },
+)
+"""The `ExportFormat` of each name. Entry points of the group ``semid.exports`` add others."""
+
+IMPORTS = ("lcrec", "grid")
+"""Names of semid's own formats that can be read."""
+
 
 @dataclass(frozen=True)
 class ExportFormat:
-    """One format that can be written.
+    """One format of another program.
 
     Attributes:
-        function: its writer, or ``module:name`` of it, imported when used.
-        ids: whether it writes Semantic IDs.
-        model: whether it needs the model.
-        tokens: whether its reader tells items apart by their ids, so that shared ids are a fault.
-        about: one line for the help.
+        write: writes to a temporary path that becomes the output: ``write(path, ids=..., tokenizer=
+            ..., **options)``, with the arguments that the format uses.
+        read: reads a file: ``read(path, items=..., tokenizer=..., **options)``; None if semid
+            cannot read the format.
+        ids: whether Semantic IDs are written.
+        model: whether the model is ``required``, ``optional`` or ``unused``.
+        folder: whether the output is a folder.
+        options: names of the further arguments of ``write``.
+        distinct: whether the reader tells items apart by their ids, so that shared ids are an
+            error there.
     """
 
-    function: str | Callable[..., Any]
-    ids: bool
-    model: bool
-    tokens: bool
-    about: str
-
-
-EXPORTS = Registry("semid.exports", {
-    "lcrec": ExportFormat(
-        "semid.exports.lcrec:write_lcrec", True, False, True,
-        "LC-Rec, LETTER, MiniOneRec: NAME.index.json",
-    ),
-    "grid": ExportFormat(
-        "semid.exports.grid:write_grid", True, False, True,
-        "GRID, NVIDIA SID-GR: a LongTensor (levels, items)",
-    ),
-    "openonerec": ExportFormat(
-        "semid.exports.openonerec:write_openonerec", True, False, True,
-        "OpenOneRec: a folder with pid and codes in Parquet, and the ids as text",
-    ),
-    "torcheasyrec": ExportFormat(
-        "semid.exports.torcheasyrec:write_torcheasyrec", True, False, False,
-        "TorchEasyRec: Parquet of item_id and codes",
-    ),
-    "huggingface": ExportFormat(
-        "semid.exports.huggingface:write_huggingface", True, True, True,
-        "Hugging Face: a folder with added tokens, their embeddings and the trie",
-    ),
-    "faiss": ExportFormat(
-        "semid.exports.faiss_index:write_faiss", True, True, False,
-        "FAISS: an IndexResidualQuantizer with the same codes",
-    ),
-    "fuxictr": ExportFormat(
-        "semid.exports.fuxictr:write_fuxictr", True, False, False,
-        "FuxiCTR: a folder with an item table and its feature_cols in YAML",
-    ),
-    "onnx": ExportFormat(
-        "semid.exports.onnx:write_onnx", False, True, False,
-        "ONNX: the encoder, embeddings to codes, any batch size",
-    ),
-    "torch-export": ExportFormat(
-        "semid.exports.torch_export:write_torch_export", False, True, False,
-        "torch.export: the encoder as a .pt2 file",
-    ),
-})  # fmt: skip
-"""Entry points of the group ``semid.exports`` name an `ExportFormat`."""
-
-IMPORTS = {
-    "lcrec": "semid.exports.lcrec:read_lcrec",
-    "grid": "semid.exports.grid:read_grid",
-}
+    write: Callable[..., None]
+    read: Callable[..., SemanticIds] | None = None
+    ids: bool = True
+    model: Literal["required", "optional", "unused"] = "unused"
+    folder: bool = False
+    options: tuple[str, ...] = ()
+    distinct: bool = False
 
 
 def export(
@@ -95,49 +78,57 @@ def export(
     overwrite: bool = False,
     **options: Any,
 ) -> Path:
-    """Write ids or a model in a format of `EXPORTS`.
+    """Write ids or a model in the format of another program.
 
     Args:
-        to: name of the format.
+        to: name of the format: ``lcrec``, ``grid``, ``openonerec``, ``torcheasyrec``,
+            ``huggingface``, ``faiss``, ``fuxictr``, ``onnx`` or ``torch-export``.
         output: file or folder to write, whole or not at all.
-        ids: Semantic IDs, for the formats that carry some.
-        tokenizer: the model, for the formats that need its codebooks or its encoder.
+        ids: Semantic IDs, for formats that contain ids.
+        tokenizer: model, for formats that need its codebooks or its encoder.
         overwrite: replace an existing output.
-        options: passed on to the format's own writer.
+        options: arguments of one format; ``torcheasyrec`` has ``candidates``, ``embeddings`` and
+            ``embedding_ids``.
 
     Returns:
         ``output``.
 
     Raises:
-        UsageError: for an unknown format, or without what it needs.
+        UsageError: for an unknown format or option, or without what the format needs.
         OutputExistsError: if ``output`` exists and ``overwrite`` is false.
         FingerprintError: if the ids were made with another codebook than the model's.
+
+    Example:
+        >>> semid.export("lcrec", "Beauty.index.json", ids=ids)
     """
     chosen: ExportFormat = EXPORTS.load(to, flag="--to")
     if chosen.ids and ids is None:
         raise UsageError(f"the export to {to} writes Semantic IDs: give the ids file (ids=)")
-    if chosen.model and tokenizer is None:
+    if chosen.model == "required" and tokenizer is None:
         raise UsageError(f"the export to {to} needs the model: give --model (tokenizer=)")
+    for option in options:
+        if not chosen.options:
+            raise UsageError(f"{option}= does not apply to {to}; leave it out")
+        check_choice(f"option of {to}", option, chosen.options)
     check_output(output, overwrite=overwrite)
-    target = Path(output)
     if ids is not None and tokenizer is not None:
         ids.check_codebook(tokenizer.codebook_fingerprint)
-    if ids is not None and chosen.tokens and len(ids):
-        found = collisions(ids.codes)
-        if found.unique_ids < found.items:
+    if ids is not None and chosen.distinct and len(ids):
+        counts = collisions(ids.codes)
+        if counts.unique_ids < counts.items:
             logger.warning(
                 "%d items have only %d distinct ids, and a generator cannot tell the others apart; "
                 "make them unique first with: semid unique",
-                found.items,
-                found.unique_ids,
+                counts.items,
+                counts.unique_ids,
             )
-    function = chosen.function
-    write = import_target(function) if isinstance(function, str) else function
-    needs: dict[str, Any] = {"overwrite": overwrite, **options}
-    if chosen.model or (tokenizer is not None and to == "torcheasyrec"):
-        needs["tokenizer"] = tokenizer
-    write(*([ids] if chosen.ids else []), target, **needs)
-    return target
+    if chosen.ids:
+        options["ids"] = ids
+    if chosen.model != "unused":
+        options["tokenizer"] = tokenizer
+    with (atomic_folder if chosen.folder else atomic_file)(output, overwrite=overwrite) as path:
+        chosen.write(path, **options)
+    return Path(output)
 
 
 def import_ids(
@@ -151,25 +142,37 @@ def import_ids(
     """Read ids that another program wrote.
 
     Args:
-        source: name of the format, one of `IMPORTS`.
+        source: name of the format: ``lcrec`` or ``grid``.
         path: the file.
-        items: item ids in the file's row order (`ItemIds` or a sequence); row numbers without.
-        tokenizer: the model whose codes these are; they then carry its fingerprint, and are checked
+        items: item ids in the row order of the file (`ItemIds` or a sequence); row numbers by
+            default.
+        tokenizer: model whose codes these are. The ids then carry its fingerprint, and are checked
             against its codebooks. Without one they carry the fingerprint ``imported``, which no
             model accepts.
-        orientation: which side of a GRID tensor are the levels, see `semid.exports.grid.read_grid`.
+        orientation: layout of a GRID tensor: ``levels-first``, as GRID writes it, or
+            ``items-first``. None takes the one that fits the item ids or the model, and otherwise
+            the shorter side as the levels, which is logged.
+
+    Returns:
+        Semantic IDs; residual norms are unknown and NaN.
 
     Raises:
-        UsageError: for an unknown format, or an orientation for one that has none.
+        UsageError: for an unknown format, or an orientation for a format that has none.
         ArtefactError: if the file cannot be read as that format.
         InputError: if the codes do not fit the model, or the items not the rows.
+
+    Example:
+        >>> ids = semid.import_ids("lcrec", "Beauty.index.json", tokenizer=model)
     """
-    read = import_target(IMPORTS[check_choice("--from", source, list(IMPORTS))])
+    if source not in EXPORTS or source in EXPORTS.targets:
+        check_choice("--from", source, IMPORTS)
+    chosen: ExportFormat = EXPORTS.load(source)
+    if chosen.read is None:
+        raise UsageError(f"{source} can be written, not read; give one of {', '.join(IMPORTS)}")
     options: dict[str, Any] = {} if orientation is None else {"orientation": orientation}
     if options and source != "grid":
         raise UsageError(
             f"--orientation (orientation=) is for tensors of grid and does not apply to {source}; "
             "leave it out"
         )
-    ids: SemanticIds = read(path, items=items, tokenizer=tokenizer, **options)
-    return ids
+    return chosen.read(path, items=items, tokenizer=tokenizer, **options)

@@ -1,0 +1,228 @@
+"""Encoders for other runtimes: a traceable module, ONNX, ``torch.export`` and FAISS.
+
+A tokenizer takes part by a method ``encoder_module()``: a module from rows ``(batch, dim)`` to
+latent vectors ``(batch, latent)`` float32, or a list of them, one per parallel codebook. The
+nearest codewords are searched here. Distances are computed in float64 and residuals in float32, as
+``encode`` does, so that the codes are equal.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from semid.codes import SemanticIds
+from semid.errors import MissingExtraError, UsageError
+from semid.exports.formats import ExportFormat
+from semid.tokenizers.base import Tokenizer
+
+__all__ = ["FAISS", "ONNX", "TORCH_EXPORT", "CodesGraph", "HasEncoderModule", "codes_graph"]
+
+
+@runtime_checkable
+class HasEncoderModule(Protocol):
+    """A tokenizer whose encoder can be exported."""
+
+    def encoder_module(self) -> nn.Module:
+        """Return the module from rows ``(batch, dim)`` to latents ``(batch, latent)``."""
+        ...
+
+
+class CodesGraph(nn.Module):
+    """Rows to codes: an encoder, then the nearest codewords of each level.
+
+    Args:
+        encoder: module from rows ``(batch, dim)`` to latents.
+        codebooks: ``(codes, latent)`` float32 per level.
+        hierarchical: whether levels quantize residuals; otherwise they are parallel.
+        beam_width: partial codes per row, for residual levels.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        codebooks: Sequence[npt.NDArray[np.float32]],
+        *,
+        hierarchical: bool,
+        beam_width: int = 1,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.levels = len(codebooks)
+        self.hierarchical = hierarchical
+        self.beam_width = beam_width
+        for level, codebook in enumerate(codebooks):
+            codewords = torch.from_numpy(np.array(codebook, dtype=np.float32))
+            self.register_buffer(f"book_{level}", codewords)
+            self.register_buffer(f"squares_{level}", codewords.double().square().sum(dim=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return codes ``(batch, levels)`` int64 of rows ``(batch, dim)`` float32."""
+        latent = self.encoder(x)
+        if not self.hierarchical:
+            spaces = latent if isinstance(latent, list | tuple) else [latent] * self.levels
+            nearest = [self._distances(z, level).argmin(1) for level, z in enumerate(spaces)]
+            return torch.stack(nearest, dim=1)
+        if self.beam_width > 1:
+            return self._beam_search(latent)
+        codes = []
+        residual = latent
+        for level in range(self.levels):
+            code = self._distances(residual, level).argmin(1)
+            codes.append(code)
+            residual = residual - self._codebook(level)[code]
+        return torch.stack(codes, dim=1)
+
+    def _codebook(self, level: int) -> Tensor:
+        return self.get_buffer(f"book_{level}")
+
+    def _distances(self, rows: Tensor, level: int) -> Tensor:
+        """Return squared distances ``(batch, codes)`` minus ``|row|^2``, in float64."""
+        product = rows.double() @ self._codebook(level).double().T
+        return self.get_buffer(f"squares_{level}") - 2.0 * product
+
+    def _beam_search(self, latent: Tensor) -> Tensor:
+        """Keep the ``beam_width`` partial codes with the smallest residuals after every level."""
+        residual = latent[:, None, :]  # (batch, beams, latent)
+        width = latent.shape[1]
+        codes: Tensor | None = None
+        for level in range(self.levels):
+            beams = residual.shape[1]
+            codebook = self._codebook(level)
+            flat = residual.reshape(-1, width)
+            # Beams have different residuals, so |residual|^2 counts here, unlike for one beam.
+            squared_norms = flat.double().square().sum(dim=1, keepdim=True)
+            total = (self._distances(flat, level) + squared_norms).reshape(
+                -1, beams * len(codebook)
+            )
+            count = min(self.beam_width, beams * len(codebook))
+            best = total.topk(count, dim=1, largest=False).indices
+            parent, code = best // len(codebook), best % len(codebook)
+            parents = torch.gather(residual, 1, parent[:, :, None].expand(-1, -1, width))
+            residual = parents - codebook[code]
+            if codes is None:
+                codes = code[:, :, None]
+            else:
+                prefix = torch.gather(codes, 1, parent[:, :, None].expand(-1, -1, level))
+                codes = torch.cat([prefix, code[:, :, None]], 2)
+        assert codes is not None
+        return codes[:, 0]
+
+
+def codes_graph(tokenizer: Tokenizer) -> CodesGraph:
+    """Return a tokenizer's encoder as a module that can be traced.
+
+    Raises:
+        NotFittedError: before `fit`.
+        UsageError: if the tokenizer has no ``encoder_module``.
+    """
+    codebooks = tokenizer.codebooks
+    if not isinstance(tokenizer, HasEncoderModule):
+        raise UsageError(
+            f"{tokenizer.kind} gives no encoder graph; give it a method encoder_module(), or "
+            "export another tokenizer"
+        )
+    graph = CodesGraph(
+        tokenizer.encoder_module(),
+        codebooks,
+        hierarchical=tokenizer.hierarchical,
+        beam_width=tokenizer.beam_width,
+    )
+    return graph.eval()
+
+
+def _write_onnx(path: Path, *, tokenizer: Tokenizer) -> None:
+    """Write one ``.onnx`` file with a dynamic batch: ``embeddings`` to ``codes``.
+
+    Codes equal those of ``tokenizer.encode`` except where two codewords are equally near up to
+    float32 rounding. Networks before the codebooks add in another order than `encode` does, which
+    can change such near-ties too.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError(
+            error.name or "onnx", extra="onnx", purpose="the ONNX export"
+        ) from None
+    graph = codes_graph(tokenizer)
+    exporter_logger = logging.getLogger("torch.onnx")
+    level = exporter_logger.level
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecations inside the exporter do not concern users
+        exporter_logger.setLevel(logging.ERROR)
+        try:
+            torch.onnx.export(
+                graph,
+                (torch.zeros((2, tokenizer.dim)),),
+                str(path),
+                input_names=["embeddings"],
+                output_names=["codes"],
+                dynamic_shapes={"x": {0: torch.export.Dim("batch")}},
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+            )
+        finally:
+            exporter_logger.setLevel(level)
+
+
+def _write_torch_export(path: Path, *, tokenizer: Tokenizer) -> None:
+    """Write a ``.pt2``; ``torch.export.load(path).module()(x)`` gives codes of ``(n, dim)``."""
+    program = torch.export.export(
+        codes_graph(tokenizer),
+        (torch.zeros((2, tokenizer.dim)),),
+        dynamic_shapes={"x": {0: torch.export.Dim("batch")}},
+    )
+    # Through an open file: for a name that does not end in .pt2, torch would warn.
+    with path.open("wb") as file:
+        torch.export.save(program, file)
+
+
+def _write_faiss(path: Path, *, ids: SemanticIds, tokenizer: Tokenizer) -> None:
+    """Write a FAISS ``IndexResidualQuantizer`` with the codebooks, and the codes in row order.
+
+    The index works in the latent space, so queries are ``tokenizer.latent(x)``. With beam 1,
+    ``index.rq.compute_codes`` gives the tokenizer's greedy codes, bit-packed.
+    """
+    try:
+        import faiss
+    except ImportError:
+        raise MissingExtraError("faiss-cpu", extra="faiss", purpose="the FAISS export") from None
+    sizes = tokenizer.codebook_sizes
+    if not tokenizer.hierarchical:
+        raise UsageError(
+            f"{tokenizer.kind} has parallel codebooks; FAISS's IndexResidualQuantizer holds "
+            "residual ones: export to torcheasyrec or onnx, or fit a residual tokenizer"
+        )
+    if any(size & (size - 1) for size in sizes):
+        raise UsageError(
+            f"codebook sizes are {list(sizes)}; FAISS packs codes into whole bits, so they must be "
+            "powers of two: fit with --codebook-size 256, 1024 or 4096, or export to onnx"
+        )
+    codebooks = tokenizer.codebooks
+    bits = np.array([size.bit_length() - 1 for size in sizes])
+    bit_vector = faiss.UInt64Vector()
+    faiss.copy_array_to_vector(bits.astype(np.uint64), bit_vector)
+    create: Any = faiss.IndexResidualQuantizer  # its stubs lack the one for sizes that differ
+    index = create(codebooks[0].shape[1], bit_vector)
+    faiss.copy_array_to_vector(np.concatenate(codebooks).ravel(), index.rq.codebooks)
+    index.rq.max_beam_size = 1
+    index.rq.is_trained = index.is_trained = True
+    codes = np.ascontiguousarray(ids.codes[:, : len(sizes)], dtype=np.int32)
+    if len(codes):
+        index.add_sa_codes(faiss.pack_bitstrings(codes, bits.tolist()))
+    faiss.write_index(index, str(path))
+
+
+ONNX = ExportFormat(_write_onnx, ids=False, model="required")
+TORCH_EXPORT = ExportFormat(_write_torch_export, ids=False, model="required")
+FAISS = ExportFormat(_write_faiss, model="required")
