@@ -13,9 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semid.data.embeddings import open_embeddings
-from semid.data.hashing import hash_strings, share_mask
 from semid.data.id_sources import load_ids, split_column
-from semid.data.ids import ItemIds, held_out_mask
+from semid.data.ids import ItemIds, hash_strings, held_out_mask, share_mask
 from semid.data.interactions import read_interactions
 from semid.data.items import read_items
 from semid.errors import IdsError, InputError, InteractionsError, UsageError

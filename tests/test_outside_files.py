@@ -27,8 +27,7 @@ from semid.catalogue.bundle import CatalogueBundle
 from semid.cli import main
 from semid.codes import CodesInfo, SemanticIds
 from semid.data.ids import ItemIds
-from semid.data.releases.amazon import read_amazon
-from semid.data.releases.movielens import read_movielens
+from semid.data.releases import read_amazon, read_movielens
 from semid.documents import checksum
 from semid.errors import ArtefactError, IdsError, InputError, SemidError, UsageError
 from semid.exports.formats import export, import_ids

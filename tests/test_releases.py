@@ -13,9 +13,7 @@ import pytest
 
 from semid.cli import main
 from semid.data.interactions import read_interactions
-from semid.data.releases.amazon import read_amazon
-from semid.data.releases.movielens import read_movielens
-from semid.data.releases.release import core_mask
+from semid.data.releases import core_mask, read_amazon, read_movielens
 from semid.errors import InputError, InteractionsError, MissingExtraError, UsageError
 from semid.recommenders.ranking.data import RankingDataConfig, prepare_ranking_data
 

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from semid.artefact import check_version
 from semid.codes import CodesInfo, SemanticIds
-from semid.data.id_tables import join_tables
+from semid.data.id_sources import join_tables
 from semid.data.ids import ItemIds, cast_ids
 from semid.documents import read_json, record, typed
 from semid.errors import ArtefactError, InputError, OutputExistsError, UsageError

@@ -47,8 +47,7 @@ def prepare(
 
     Example: semid prepare amazon reviews_Beauty.json.gz --items meta_Beauty.json.gz -o data/beauty
     """
-    from semid.data.releases.amazon import read_amazon
-    from semid.data.releases.movielens import read_movielens
+    from semid.data.releases import read_amazon, read_movielens
     from semid.errors import UsageError, check_choice
 
     check_choice("RELEASE", release, RELEASES)

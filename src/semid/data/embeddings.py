@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 
 from semid.data.array_source import ArraySource, TensorSource, open_npy
-from semid.data.arrow_source import ArrowSource
 from semid.data.blocks import BLOCK
 from semid.data.columns import pick_embedding_column
 from semid.data.frames import is_frame, library_of, open_frame
 from semid.data.id_sources import frame_ids, load_ids, parquet_ids
 from semid.data.ids import ItemIds
+from semid.data.list_sources import ArrowSource, ParquetSource
 from semid.data.parquet_files import ParquetFiles
-from semid.data.parquet_source import ParquetSource
 from semid.data.source import EmbeddingSource
 from semid.errors import EmbeddingError, UsageError, check_choice
 from semid.filesystems import is_uri

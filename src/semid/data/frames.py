@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from semid.data.arrow_source import Chunk, ObjectChunk
 from semid.data.columns import (
     ARROW_CONVERSION_ERRORS,
     conversion_problem,
     refuse_repeated,
     storage,
 )
+from semid.data.list_sources import Chunk, ObjectChunk
 from semid.errors import InputError, UsageError
 
 __all__ = ["Frame", "is_frame", "library_of", "open_frame"]

@@ -1,4 +1,4 @@
-"""Item ids from wherever they lie: a table's column, a text file, an array, or row numbers."""
+"""Item ids and codes from where they lie: a table's column, a text file, an array."""
 
 from __future__ import annotations
 
@@ -8,18 +8,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from semid.data.columns import listed, require_column
+from semid.data.columns import is_list, listed, refuse_repeated, require_column
 from semid.data.file_kinds import HEAD_BYTES, PARQUET_SUFFIXES, UNKNOWN, recognize, wrong_format
 from semid.data.frames import Frame, library_of, open_frame
-from semid.data.ids import ItemIds
+from semid.data.ids import ItemIds, cast_ids
 from semid.data.parquet_files import ParquetFiles, is_glob
 from semid.data.tables import is_csv, open_table
-from semid.errors import IdsError, UsageError, nearest_name
+from semid.errors import ArtefactError, IdsError, SemidError, UsageError, nearest_name
 from semid.filesystems import FilePath, is_uri
 
-__all__ = ["DEFAULT_ID_COLUMN", "frame_ids", "load_ids", "parquet_ids", "split_column"]
+__all__ = [
+    "DEFAULT_ID_COLUMN",
+    "code_rows",
+    "frame_ids",
+    "join_tables",
+    "load_ids",
+    "parquet_ids",
+    "split_column",
+]
 
 DEFAULT_ID_COLUMN = "item_id"
 _FLAG = "--id-column (id_column=)"
@@ -219,3 +229,79 @@ def _by_row_number(lines: list[str]) -> pa.Array | None:
     if len(ids) != len(lines) or max(ids) != len(lines) - 1:
         return None
     return pa.array([ids[row] for row in range(len(lines))], type=pa.large_string())
+
+
+def code_rows(
+    table: pa.Table,
+    name: str,
+    levels: int,
+    *,
+    where: str,
+    error: type[SemidError] = ArtefactError,
+) -> npt.NDArray[Any]:
+    """Return a column of lists as ``(items, levels)`` integers of its own type.
+
+    Args:
+        table: with the column.
+        name: of the column.
+        levels: codes per item.
+        where: the table in messages.
+        error: class of the error.
+
+    Raises:
+        SemidError: of the class ``error``, if it holds anything else than as many integers for
+            every item.
+    """
+    column = table[name]
+    if not is_list(column.type) or not pa.types.is_integer(column.type.value_type):
+        raise error(f"column '{name}' of {where} holds {column.type}; codes are lists of integers")
+    lists = column.combine_chunks()
+    values = lists.flatten()
+    empty = lists.null_count or values.null_count
+    sizes = pc.list_value_length(lists).unique().to_pylist()
+    if empty or any(size != levels for size in sizes):
+        problem = "has nulls" if empty else f"holds lists of {sorted(sizes)[:8]} codes"
+        raise error(
+            f"column '{name}' of {where} {problem}; every item needs {levels} codes, for "
+            f"this model has {levels} levels: give the model that made them, or encode again"
+        )
+    codes: npt.NDArray[Any] = values.to_numpy().reshape(len(table), levels)
+    return codes
+
+
+def join_tables(tables: Sequence[pa.Table], *, where: str) -> pa.Table:
+    """Return the rows of several tables of Semantic IDs, with the item ids in the first one's type.
+
+    Files of one catalogue may differ in the width of their integers or texts, and in whether
+    repeated texts are coded in a dictionary. The last table's metadata are those of all.
+
+    Raises:
+        ArtefactError: if a column is missing in some, or holds values of another type.
+        UsageError: if two columns have one name.
+        IdsError: if item ids cannot be written in the first one's type.
+    """
+    if any(t.column_names != tables[0].column_names for t in tables):
+        raise ArtefactError(f"the files of {where} have different columns; encode them again")
+    refuse_repeated(tables[0].column_names, tables[0].column_names, label=where)
+    joined = [t.replace_schema_metadata(None) for t in tables]
+    if (
+        "item_id" in tables[0].column_names
+        and len({t.schema.field("item_id").type for t in tables}) > 1
+    ):
+        kind = joined[0].schema.field("item_id").type
+        joined = [
+            t.set_column(
+                t.schema.get_field_index("item_id"),
+                "item_id",
+                cast_ids(t["item_id"], kind, source=f"item ids of {where}"),
+            )
+            for t in joined
+        ]
+    try:
+        table = pa.concat_tables(joined, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise ArtefactError(
+            f"the files of {where} disagree on the types of their columns ({error}); encode them "
+            "again"
+        ) from None
+    return table.replace_schema_metadata(tables[-1].schema.metadata)

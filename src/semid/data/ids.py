@@ -1,4 +1,13 @@
-"""Item ids: strings inside, their original Arrow type outside, never a duplicate."""
+"""Item ids: strings inside, their original Arrow type outside, never a duplicate.
+
+Their 64-bit hash decides who is held out, today and in five years. It depends on the characters and
+the salt alone: not on where an id stands, the process, the machine or a library's version, so new
+items never move an item from training to validation. To repeat it elsewhere: FNV-1a with 64 bits
+(offset basis ``0xcbf29ce484222325``, prime ``0x100000001b3``) over the bytes
+``utf8(salt) + 0xFF + utf8(id)``, then MurmurHash3's 64-bit finalizer, which spreads the last
+characters over all bits (FNV alone leaves the high bits of short, similar ids alike, and a
+threshold reads those). ``0xFF`` occurs in no UTF-8 text, so no salt and id pose as another pair.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +25,94 @@ from semid.data.columns import (
     is_text,
     normalize_ids,
 )
-from semid.data.hashing import hash_strings, share_mask
 from semid.errors import IdsError, UsageError
 
-__all__ = ["ItemIds", "cast_ids", "held_out_mask"]
+__all__ = [
+    "ItemIds",
+    "cast_ids",
+    "hash_strings",
+    "held_out_mask",
+    "share_mask",
+]
 
+_BASIS = 0xCBF29CE484222325
+_PRIME = 0x100000001B3
+_MASK = 0xFFFFFFFFFFFFFFFF
 _BLOCK = 65_536
+
+
+def hash_strings(strings: Any, *, salt: str = "") -> np.ndarray:
+    """Hash each string of an Arrow array (items,) without nulls: (items,) uint64, uniform.
+
+    Time grows with the characters; extra memory is a few arrays of 65,536 numbers.
+    """
+    state = np.uint64(_salted_basis(salt))
+    chunks = strings.chunks if isinstance(strings, pa.ChunkedArray) else [strings]
+    out = np.empty(sum(len(c) for c in chunks), dtype=np.uint64)
+    done = 0
+    for chunk in chunks:
+        for start in range(0, len(chunk), _BLOCK):
+            block = chunk.slice(start, _BLOCK)
+            out[done : done + len(block)] = _hash_block(block, state)
+            done += len(block)
+    return out
+
+
+def share_mask(hashes: np.ndarray, start: float, stop: float) -> np.ndarray:
+    """Return which hashes (items,) fall in a share of their range, ``0 <= start <= stop <= 1``.
+
+    The lower end belongs to the share and the upper does not, except that 1 takes everything above.
+    """
+    if not 0.0 <= start <= stop <= 1.0:
+        raise UsageError(f"a share from {start} to {stop} is not within 0 and 1")
+    low, high = round(start * 2**64), round(stop * 2**64)
+    mask = np.ones(len(hashes), dtype=bool)
+    # 2**64 itself does not fit in 64 bits, and is above every hash.
+    mask &= hashes >= np.uint64(low) if low <= _MASK else False
+    mask &= hashes < np.uint64(high) if high <= _MASK else True
+    return mask
+
+
+def _salted_basis(salt: str) -> int:
+    state = _BASIS
+    for byte in salt.encode() + b"\xff":
+        state = ((state ^ byte) * _PRIME) & _MASK
+    return state
+
+
+def _hash_block(strings: Any, state: np.uint64) -> np.ndarray:
+    """FNV-1a over a block, one character position of all its strings at a time."""
+    strings = strings.cast(pa.large_string())
+    offsets = np.frombuffer(strings.buffers()[1], dtype=np.int64)
+    starts = offsets[strings.offset : strings.offset + len(strings)]
+    lengths = offsets[strings.offset + 1 : strings.offset + len(strings) + 1] - starts
+    data_buffer = strings.buffers()[2]
+    data = np.frombuffer(data_buffer, dtype=np.uint8) if data_buffer else np.empty(0, np.uint8)
+    hashes = np.full(len(strings), state, dtype=np.uint64)
+    prime = np.uint64(_PRIME)
+    # All strings have the first positions, so these need no selection.
+    shortest = int(lengths.min()) if len(lengths) else 0
+    for position in range(shortest):
+        hashes = (hashes ^ data[starts + position]) * prime
+    # Beyond that, only the strings that are longer than the position go on.
+    longer = np.flatnonzero(lengths > shortest)
+    position = shortest
+    while len(longer):
+        hashes[longer] = (hashes[longer] ^ data[starts[longer] + position]) * prime
+        position += 1
+        longer = longer[lengths[longer] > position]
+    return _finalize(hashes)
+
+
+def _finalize(hashes: np.ndarray) -> np.ndarray:
+    """MurmurHash3's 64-bit finalizer."""
+    shift = np.uint64(33)
+    hashes ^= hashes >> shift
+    hashes *= np.uint64(0xFF51AFD7ED558CCD)
+    hashes ^= hashes >> shift
+    hashes *= np.uint64(0xC4CEB9FE1A85EC53)
+    hashes ^= hashes >> shift
+    return hashes
 
 
 class ItemIds:
@@ -120,49 +211,37 @@ class ItemIds:
         return self._trusted(self._values.take(pa.array(rows, type=pa.int64())), len(rows))
 
     def index_of(self, ids: Any) -> np.ndarray:
-        """Find the row of each id.
+        """Return the row of each of the ids (n,), -1 for unknown ones: (n,) int64.
 
-        Args:
-            ids: (n,) sequence, numpy array or Arrow array of ids; strings or integers.
-
-        Returns:
-            Array (n,) of int64: the row, or -1 for an id that is not in the catalogue.
-
-        The first call sorts the catalogue's hashes (16 bytes an item, kept); after that a lookup
-        costs a binary search an id.
+        The first call sorts the catalogue's hashes (16 bytes per item, kept); after that a lookup
+        costs a binary search per id.
         """
-        asked = _to_strings(_to_arrow(ids, "ids looked up", allow_null=True))
-        if isinstance(asked, pa.ChunkedArray):
-            asked = asked.combine_chunks()
-        found = np.full(len(asked), -1, dtype=np.int64)
-        if self._count == 0 or len(asked) == 0:
-            return found
+        queries = _to_strings(_to_arrow(ids, "ids looked up", allow_null=True))
+        if isinstance(queries, pa.ChunkedArray):
+            queries = queries.combine_chunks()
+        result = np.full(len(queries), -1, dtype=np.int64)
+        if self._count == 0 or len(queries) == 0:
+            return result
         hashes, order = self._sorted_hashes()
-        asked_hash = hash_strings(asked.fill_null(""))
-        at = np.searchsorted(hashes, asked_hash)
-        # Two ids can share a hash, so the strings decide; `open_` are those still without answer.
-        open_ = np.flatnonzero(at < self._count)
-        open_ = open_[hashes[at[open_]] == asked_hash[open_]]
-        while len(open_):
-            rows = order[at[open_]]
-            same = pc.equal(_to_strings(self._take_values(rows)), asked.take(pa.array(open_)))
+        query_hashes = hash_strings(queries.fill_null(""))
+        # Binary search gives the first row of equal hash. Two ids can share a hash, so the strings
+        # decide; queries without an answer go on to the next row while its hash is equal too.
+        place = np.searchsorted(hashes, query_hashes)
+        pending = np.flatnonzero(place < self._count)
+        pending = pending[hashes[place[pending]] == query_hashes[pending]]
+        while len(pending):
+            rows = order[place[pending]]
+            same = pc.equal(_to_strings(self._take_values(rows)), queries.take(pa.array(pending)))
             hit = same.fill_null(False).to_numpy(zero_copy_only=False)
-            found[open_[hit]] = rows[hit]
-            open_ = open_[~hit]
-            at[open_] += 1
-            open_ = open_[at[open_] < self._count]
-            open_ = open_[hashes[at[open_]] == asked_hash[open_]]
-        return found
+            result[pending[hit]] = rows[hit]
+            pending = pending[~hit]
+            place[pending] += 1
+            pending = pending[place[pending] < self._count]
+            pending = pending[hashes[place[pending]] == query_hashes[pending]]
+        return result
 
     def whitespace_hint(self, ids: Any) -> str:
-        """Say how many of some unknown ids are known once the spaces around them are removed.
-
-        Args:
-            ids: (n,) ids without a row in this catalogue.
-
-        Returns:
-            A clause to end a sentence with, or an empty string.
-        """
+        """Say how many unknown ids (n,) are known without the spaces around them, or nothing."""
         unknown = _to_strings(_to_arrow(ids, "ids looked up", allow_null=True))
         trimmed = pc.utf8_trim_whitespace(unknown)
         rows = int((self.index_of(trimmed) >= 0).sum())
@@ -177,7 +256,7 @@ class ItemIds:
     def hash64(self, salt: str = "") -> np.ndarray:
         """Hash the id strings: (items,) uint64, the same for an id wherever it stands.
 
-        See `semid.data.hashing` for the algorithm. Works in blocks of 65,536 ids.
+        See `semid.data.ids` for the algorithm. Works in blocks of 65,536 ids.
         """
         out = np.empty(self._count, dtype=np.uint64)
         for start in range(0, self._count, _BLOCK):
@@ -199,15 +278,13 @@ class ItemIds:
     def _refuse_duplicates(self, source: str) -> None:
         if _increases(self._values):
             return
-        hashes = self.hash64()
-        order = np.argsort(hashes, kind="stable")
-        hashes = hashes[order]
-        self._lookup = hashes, order
-        twin = np.zeros(len(hashes), dtype=bool)
+        # Equal ids have equal hashes: only rows whose hash has a neighbor of the same are compared.
+        hashes, order = self._sorted_hashes()
+        shared = np.zeros(len(hashes), dtype=bool)
         equal = hashes[1:] == hashes[:-1]
-        twin[1:] |= equal
-        twin[:-1] |= equal
-        rows = np.sort(order[twin])
+        shared[1:] |= equal
+        shared[:-1] |= equal
+        rows = np.sort(order[shared])
         counts = pc.value_counts(_to_strings(self._values.take(pa.array(rows))))
         repeated = counts.filter(pc.greater(counts.field("counts"), 1))
         if len(repeated) == 0:
@@ -226,16 +303,12 @@ class ItemIds:
 
 
 def held_out_mask(ids: ItemIds, fraction: float, *, salt: str = "validation") -> np.ndarray:
-    """Choose the items that are held out of a fit, by a hash of their id.
+    """Return the mask (items,) of items held out of a fit, chosen by a hash of their id alone.
 
     Args:
         ids: the catalogue's ids.
         fraction: share to hold out, 0 to 1. A larger share contains every smaller one.
         salt: another salt gives an independent choice.
-
-    Returns:
-        Boolean mask (items,), True for the held-out. An item's fate depends on its id alone, so
-        new items leave it unchanged.
 
     Raises:
         UsageError: the fraction is outside 0 to 1.

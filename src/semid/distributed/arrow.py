@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from semid.codes import CodesInfo, SemanticIds, ids_table
 from semid.data.embeddings import open_embeddings
-from semid.data.id_tables import code_rows
+from semid.data.id_sources import code_rows
 from semid.data.ids import ItemIds
 from semid.distributed.ray_workers import RayOptions, check_slots, connect
 from semid.errors import UsageError

@@ -13,8 +13,8 @@ import pyarrow as pa
 from semid.data.columns import common_type, pick_embedding_column, require_column
 from semid.data.id_sources import DEFAULT_ID_COLUMN
 from semid.data.ids import ItemIds
+from semid.data.list_sources import ParquetSource
 from semid.data.parquet_files import ParquetFiles
-from semid.data.parquet_source import ParquetSource
 from semid.data.source import EmbeddingSource
 from semid.errors import UsageError
 from semid.filesystems import FilePath, is_uri

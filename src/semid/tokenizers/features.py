@@ -11,8 +11,7 @@ import pyarrow as pa
 
 from semid.data.blocks import RawBlock
 from semid.data.embeddings import open_embeddings
-from semid.data.hashing import hash_strings
-from semid.data.ids import ItemIds
+from semid.data.ids import ItemIds, hash_strings
 from semid.data.source import EmbeddingSource
 from semid.errors import EmbeddingError, UsageError
 

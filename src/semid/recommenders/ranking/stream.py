@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from semid.data.columns import require_column
-from semid.data.hashing import hash_strings
+from semid.data.ids import hash_strings
 from semid.data.parquet_files import ParquetFiles
 from semid.errors import InteractionsError, UsageError
 from semid.filesystems import open_parquet

@@ -12,8 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from semid.data.hashing import hash_strings, share_mask
-from semid.data.ids import ItemIds
+from semid.data.ids import ItemIds, hash_strings, share_mask
 from semid.data.parquet_files import ParquetFiles
 from semid.data.tables import open_table
 from semid.errors import InteractionsError

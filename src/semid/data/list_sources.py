@@ -1,0 +1,440 @@
+"""Embeddings in columns of float lists: Arrow, frames and Parquet, viewed where possible."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from semid.data.array_source import check_matrix, matching_ids
+from semid.data.blocks import BLOCK, Flag, RawBlock, reblock
+from semid.data.columns import (
+    float_list_width,
+    is_float_list,
+    listed,
+    not_float_list,
+    refuse_repeated,
+    storage,
+)
+from semid.data.ids import ItemIds
+from semid.data.parquet_files import ParquetFiles
+from semid.data.source import EmbeddingSource
+from semid.errors import EmbeddingError, brief
+from semid.filesystems import FilePath
+
+__all__ = [
+    "ArrowSource",
+    "ObjectChunk",
+    "ParquetSource",
+]
+
+
+def row_lengths(array: Any) -> np.ndarray:
+    """Return the lengths of the lists (n,) of an Arrow array of variable lists, nulls left out."""
+    lengths: np.ndarray = pc.list_value_length(_plain(array)).drop_null().to_numpy()
+    return lengths
+
+
+def most_common_width(lengths: Iterable[np.ndarray], rows: int) -> int | None:
+    """Return the most frequent length among pieces of lengths, the first of equals, or None.
+
+    Empty lists count only where there are no others. Reading ends when one length has a majority
+    of all ``rows``.
+    """
+    votes: Counter[int] = Counter()
+    empty = False
+    for part in lengths:
+        empty |= bool((part == 0).any())
+        widths, first, counts = np.unique(part[part > 0], return_index=True, return_counts=True)
+        for place in np.argsort(first):
+            votes[int(widths[place])] += int(counts[place])
+        if votes and 2 * max(votes.values()) > rows:
+            break
+    # max() returns the first of equals, and a Counter keeps the order of insertion.
+    return max(votes, key=votes.__getitem__, default=0 if empty else None)
+
+
+def list_rows(array: Any, dim: int) -> RawBlock:
+    """View an Arrow array (n,) of lists of float16, float32 or float64 as a block (n, dim).
+
+    A null row, a null value and a row of another width become NaN and a flag. A float32 array
+    without any of these is viewed, not copied.
+    """
+    array = _plain(array)
+    if float_list_width(array.type) is not None:
+        return _fixed(array, dim)
+    return _variable(array, dim)
+
+
+def _fixed(array: Any, dim: int) -> RawBlock:
+    n, width = len(array), array.type.list_size
+    if width != dim:
+        flags = np.full(n, Flag.RAGGED, dtype=np.uint8)
+        flags[_nulls(array)] = Flag.NULL_ROW
+        return RawBlock(np.full((n, dim), np.nan, dtype=np.float32), flags)
+    # `.values` forgets the slice the array is, `.flatten()` drops null rows: cut by hand.
+    children = array.values.slice(array.offset * width, n * width)
+    values, shared, broken = _floats(children, n, width)
+    if not array.null_count and broken is None:
+        return RawBlock(values, None, shared)
+    flags = np.zeros(n, dtype=np.uint8)
+    if broken is not None:
+        flags[broken] = Flag.NULL_VALUE
+    flags[_nulls(array)] = Flag.NULL_ROW
+    return _flagged(values, flags, shared)
+
+
+def _variable(array: Any, dim: int) -> RawBlock:
+    n = len(array)
+    offsets = array.offsets.to_numpy().astype(np.int64, copy=False)
+    lengths = np.diff(offsets)
+    nulls = _nulls(array) if array.null_count else None
+    if nulls is None and (lengths == dim).all():
+        children = array.values.slice(int(offsets[0]), n * dim)
+        values, shared, broken = _floats(children, n, dim)
+        if broken is None:
+            return RawBlock(values, None, shared)
+        flags = np.zeros(n, dtype=np.uint8)
+        flags[broken] = Flag.NULL_VALUE
+        return _flagged(values, flags, shared)
+    flags = np.zeros(n, dtype=np.uint8)
+    flags[lengths != dim] = Flag.RAGGED
+    if nulls is not None:
+        flags[nulls] = Flag.NULL_ROW
+    values = np.full((n, dim), np.nan, dtype=np.float32)
+    whole = np.flatnonzero(flags == 0)
+    if len(whole):
+        where = (offsets[whole][:, None] + np.arange(dim)).reshape(-1)
+        children = array.values.take(pa.array(where))
+        part, _, broken = _floats(children, len(whole), dim)
+        values[whole] = part
+        if broken is not None:
+            flags[whole[broken]] = Flag.NULL_VALUE
+    return _flagged(values, flags, shared=False)
+
+
+def _floats(children: Any, n: int, width: int) -> tuple[np.ndarray, bool, np.ndarray | None]:
+    """Return child values as (n, width) float32, whether shared, and the rows holding a null."""
+    broken = None
+    if children.null_count:
+        rows = children.is_null().to_numpy(zero_copy_only=False).reshape(n, width).any(axis=1)
+        broken = rows if rows.any() else None
+    flat = children.to_numpy(zero_copy_only=not children.null_count)
+    with np.errstate(over="ignore"):
+        values = flat.reshape(n, width).astype(np.float32, copy=False)
+    shared = not children.null_count and values.dtype == flat.dtype
+    return values, shared, broken
+
+
+def _flagged(values: np.ndarray, flags: np.ndarray, shared: bool) -> RawBlock:
+    if not flags.any():
+        return RawBlock(values, None, shared)
+    values = values.copy() if shared else values
+    values[flags != 0] = np.nan
+    return RawBlock(values, flags)
+
+
+def _nulls(array: Any) -> np.ndarray:
+    mask: np.ndarray = array.is_null().to_numpy(zero_copy_only=False)
+    return mask
+
+
+def _plain(array: Any) -> Any:
+    return array.storage if isinstance(array, pa.ExtensionArray) else array
+
+
+class Chunk(Protocol):
+    """A run of rows that can be cut and drawn from as Arrow; an Arrow array is one."""
+
+    def __len__(self) -> int: ...
+
+    def slice(self, offset: int, length: int) -> Any:
+        """Return ``length`` rows from ``offset`` as an Arrow array."""
+
+    def take(self, indices: Any) -> Any:
+        """Return the rows at an Arrow array of indices as an Arrow array."""
+
+
+class ObjectChunk:
+    """A pandas object column (n,) of lists or 1-D arrays, turned into Arrow a block at a time."""
+
+    def __init__(self, values: np.ndarray, *, label: str) -> None:
+        self._values = values
+        self._label = label
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def slice(self, offset: int, length: int) -> Any:
+        """Return ``length`` rows from ``offset`` as an Arrow array."""
+        return self._convert(self._values[offset : offset + length])
+
+    def take(self, indices: Any) -> Any:
+        """Return the rows at an Arrow array of indices as an Arrow array."""
+        return self._convert(self._values[indices.to_numpy()])
+
+    def lengths(self) -> np.ndarray:
+        """Return the lengths (n,) of the lists and arrays among the rows."""
+        lengths = (
+            len(row)
+            for row in self._values
+            if isinstance(row, list | tuple) or (isinstance(row, np.ndarray) and row.ndim)
+        )
+        return np.fromiter(lengths, dtype=np.int64)
+
+    def _convert(self, values: np.ndarray) -> Any:
+        try:
+            return pa.array(values, type=pa.large_list(pa.float64()), from_pandas=True)
+        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
+            raise EmbeddingError(
+                f"{self._label} holds something other than lists of numbers ({brief(error)}); "
+                "give one flat list or 1-D array of floats an item"
+            ) from error
+
+
+class ArrowSource(EmbeddingSource):
+    """A column of float lists; see `list_rows` for what is viewed and what copied.
+
+    Args:
+        chunks: the column's chunks in order.
+        dtype: the type of the values, for logs.
+        ids: item ids, or None for row numbers.
+        label: the column in the user's words.
+        kind: what the column came in, for logs: ``arrow``, ``pandas`` or ``polars``.
+
+    Raises:
+        EmbeddingError: no rows, nothing but nulls, or rows of width 0.
+        IdsError: another number of ids than rows.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[Chunk],
+        *,
+        dtype: str,
+        ids: ItemIds | None = None,
+        label: str = "the column",
+        kind: str = "arrow",
+    ) -> None:
+        self._chunks = [chunk for chunk in chunks if len(chunk)]
+        self._starts = np.cumsum([0, *map(len, self._chunks)])
+        count = int(self._starts[-1])
+        width = _width(self._chunks, count)
+        if count and width is None:
+            raise EmbeddingError(f"{label} holds nothing but nulls in its {count} rows")
+        check_matrix(label, (count, width or 0))
+        self.dim = width or 0
+        self.label = label
+        self.ids = matching_ids(ids, count, label)
+        self._dtype = dtype
+        self._kind = kind
+
+    def describe(self) -> dict[str, Any]:
+        """Return kind, dtype, items and dim."""
+        return {"kind": self._kind, "dtype": self._dtype, "items": len(self), "dim": self.dim}
+
+    def _raw_blocks(self, size: int, first: int = 0) -> Iterator[RawBlock]:
+        yield from reblock(self._pieces(size, first), size, self.dim)
+
+    def _pieces(self, size: int, begin: int) -> Iterator[RawBlock]:
+        """Cut chunks at the block boundaries, so that a block inside one chunk is a view."""
+        for chunk, first in zip(self._chunks, self._starts, strict=False):
+            at = max(0, begin - int(first))
+            while at < len(chunk):
+                n = min(len(chunk) - at, size - int(first + at) % size)
+                yield list_rows(chunk.slice(at, n), self.dim)
+                at += n
+
+    def _raw_rows(self, indices: np.ndarray) -> RawBlock:
+        values = np.empty((len(indices), self.dim), dtype=np.float32)
+        flags = np.zeros(len(indices), dtype=np.uint8)
+        owner = np.searchsorted(self._starts, indices, side="right") - 1
+        for number in np.unique(owner):
+            places = np.flatnonzero(owner == number)
+            local = indices[places] - self._starts[number]
+            # Lists count values in 32 bits: draw a block at a time.
+            for start in range(0, len(places), BLOCK):
+                part = places[start : start + BLOCK]
+                taken = self._chunks[number].take(pa.array(local[start : start + BLOCK]))
+                raw = list_rows(taken, self.dim)
+                values[part] = raw.values
+                if raw.flags is not None:
+                    flags[part] = raw.flags
+        return RawBlock(values, flags if flags.any() else None)
+
+
+def _width(chunks: Sequence[Any], count: int) -> int | None:
+    """Return the width that the type of the chunks fixes, else the most frequent length."""
+    if chunks and not isinstance(chunks[0], ObjectChunk):
+        fixed = float_list_width(chunks[0].type)
+        if fixed is not None:
+            return fixed
+    lengths = (
+        chunk.lengths() if isinstance(chunk, ObjectChunk) else row_lengths(chunk)
+        for chunk in chunks
+    )
+    return most_common_width(lengths, count)
+
+
+class ParquetSource(EmbeddingSource):
+    """A column of float lists in Parquet files.
+
+    A pass decodes one block at a time. Rows at random decode every row group they lie in
+    (`cheap_rows` is False): for training write a memory map first, `EmbeddingSource.to_npy`.
+
+    Args:
+        files: the files, in the order of their rows.
+        column: the embedding column.
+        ids: item ids, or None for row numbers.
+        dim: width of a row, where it is known from all the files that these are a part of.
+
+    Raises:
+        EmbeddingError: no rows, nothing but nulls, or files that do not agree on the column.
+        IdsError: another number of ids than rows.
+    """
+
+    cheap_rows = False
+
+    def __init__(
+        self,
+        files: ParquetFiles,
+        column: str,
+        *,
+        ids: ItemIds | None = None,
+        dim: int | None = None,
+    ) -> None:
+        self._files = files
+        self._column = column
+        self.label = f"embedding column '{column}' of {files.label}"
+        self._refuse_disagreement()
+        width = self._width() if dim is None else dim
+        if files.count and width is None:
+            raise EmbeddingError(f"{self.label} holds nothing but nulls in its {files.count} rows")
+        check_matrix(self.label, (files.count, width or 0))
+        self.dim = width or 0
+        self.ids = matching_ids(ids, files.count, self.label)
+
+    def describe(self) -> dict[str, Any]:
+        """Return kind, path, column, dtype, items, dim and the number of files."""
+        kind = storage(self._files.schemas[0].field(self._column).type)
+        return {
+            "kind": "parquet",
+            "path": self._files.label.strip("'"),
+            "column": self._column,
+            "dtype": str(kind.value_type),
+            "items": len(self),
+            "dim": self.dim,
+            "files": len(self._files.paths),
+        }
+
+    def _refuse_disagreement(self) -> None:
+        """Compare the files' schemas, so that what the types show is refused before reading."""
+        problems: list[str] = []
+        widths: dict[int, FilePath] = {}
+        for path, schema in zip(self._files.paths, self._files.schemas, strict=True):
+            if self._column not in schema.names:
+                problems.append(
+                    f"'{path}' has no column '{self._column}', which other files of "
+                    f"{self._files.label} have; it has {listed(schema.names)}"
+                )
+                continue
+            refuse_repeated([self._column], schema.names, label=f"'{path}'")
+            kind = schema.field(self._column).type
+            if not is_float_list(kind):
+                problems.append(
+                    f"column '{self._column}' of '{path}' {not_float_list(kind)}; write all files "
+                    "with one schema"
+                )
+            elif (width := float_list_width(kind)) is not None:
+                widths.setdefault(width, path)
+        if len(widths) > 1:
+            found = ", ".join(f"{width} in '{path}'" for width, path in sorted(widths.items()))
+            problems.append(
+                f"{self.label} has rows of several widths: {found}; all files must come from one "
+                "embedding model"
+            )
+        if problems:
+            raise EmbeddingError(problems)
+
+    def _width(self) -> int | None:
+        """Return the width that the types fix, else the most frequent length of the lists."""
+        for schema in self._files.schemas:
+            fixed = float_list_width(schema.field(self._column).type)
+            if fixed is not None:
+                return fixed
+        if not self._files.count:
+            return None
+        # The footers say how many values a row group holds, so lists of one length are told
+        # without reading them: then the first rows are enough.
+        votes: Counter[int] = Counter()
+        for rows, values in self._files.value_counts(self._column):
+            if rows and values is not None and values % rows == 0:
+                votes[values // rows] += rows
+        [(width, support)] = votes.most_common(1) or [(0, 0)]
+        first = next(iter(self._lengths(size=1024)))
+        if 2 * support > self._files.count and most_common_width([first], len(first)) == width:
+            return width
+        return most_common_width(self._lengths(size=BLOCK), self._files.count)
+
+    def _lengths(self, *, size: int) -> Iterator[np.ndarray]:
+        for file in range(len(self._files.paths)):
+            for batch in self._files.batches(file, self._column, size=size):
+                yield row_lengths(batch)
+
+    def _raw_blocks(self, size: int, first: int = 0) -> Iterator[RawBlock]:
+        yield from reblock(self._pieces(size, first), size, self.dim)
+
+    def _pieces(self, size: int, first: int) -> Iterator[RawBlock]:
+        """Read from the row group on that row ``first`` lies in."""
+        stop = 0
+        for file, groups in enumerate(self._files.row_groups):
+            ends = stop + np.cumsum(groups, dtype=np.int64)
+            wanted = np.flatnonzero(ends > first).tolist()
+            start = stop + sum(groups[: len(groups) - len(wanted)])
+            stop += sum(groups)
+            if not wanted:
+                continue
+            for batch in self._files.batches(
+                file, self._column, size=min(size, BLOCK), row_groups=wanted
+            ):
+                kept = batch.slice(max(0, first - start))
+                start += len(batch)
+                if len(kept):
+                    yield list_rows(kept, self.dim)
+
+    def _raw_rows(self, indices: np.ndarray) -> RawBlock:
+        values = np.empty((len(indices), self.dim), dtype=np.float32)
+        flags = np.zeros(len(indices), dtype=np.uint8)
+        order = np.argsort(indices, kind="stable")
+        rising = indices[order]
+        done, file_start = 0, 0
+        for file, groups in enumerate(self._files.row_groups):
+            group_starts = file_start + np.cumsum([0, *groups])
+            file_start = int(group_starts[-1])
+            needed = [
+                g
+                for g in range(len(groups))
+                if np.diff(np.searchsorted(rising, group_starts[g : g + 2]))[0]
+            ]
+            for group in needed:
+                start = int(group_starts[group])
+                for batch in self._files.batches(
+                    file, self._column, size=BLOCK, row_groups=[group]
+                ):
+                    stop = start + len(batch)
+                    high = int(np.searchsorted(rising, stop))
+                    if high > done:
+                        places = order[done:high]
+                        raw = list_rows(batch, self.dim)
+                        values[places] = raw.values[rising[done:high] - start]
+                        if raw.flags is not None:
+                            flags[places] = raw.flags[rising[done:high] - start]
+                        done = high
+                    start = stop
+                    if done == len(rising) or rising[done] >= group_starts[group + 1]:
+                        break
+        return RawBlock(values, flags if flags.any() else None)

@@ -1,1 +1,0 @@
-"""Public releases of review data, read into the layout that the rest of semid reads."""
