@@ -22,7 +22,7 @@ import torch
 from common import in_turn, save, union_rows
 from semid.quantization.blocks import ArrayBlocks
 from semid.quantization.kmeans import KMeansOptions
-from semid.quantization.nearest import prepare
+from semid.quantization.nearest import index_codebook
 from semid.quantization.residual import dequantize, encode_residual, fit_residual
 
 Array = npt.NDArray[np.float32]
@@ -59,7 +59,7 @@ def main() -> None:
     books, _ = fit_residual(
         ArrayBlocks(train), (given.codes,) * 3, seed=0, options=options, threads=given.threads
     )
-    ready = [prepare(torch.from_numpy(book)) for book in books]
+    ready = [index_codebook(torch.from_numpy(book)) for book in books]
     indexes = []
     for book in books:
         indexes.append(faiss.IndexFlatL2(given.dim))

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from common import save
-from semid.quantization.nearest import nearest, prepare
-from semid.quantization.topk import prepare_database, top_k
+from semid.quantization.nearest import index_codebook, index_database, nearest, top_k
 
 SPAN = 65_536
 
@@ -76,7 +75,7 @@ def main() -> None:
     x = rows_like(given.embeddings, given.rows)
     books = x[torch.randperm(len(x), device="cuda")[: given.codes]].contiguous()
     halves = 0.5 * books.square().sum(1)
-    ready = prepare(books.cpu())
+    ready = index_codebook(books.cpu())
     rounded, rounded_books = x.bfloat16(), books.bfloat16()
 
     def plain() -> Tensor:
@@ -105,7 +104,7 @@ def main() -> None:
         for name, took in spent.items()
     ]
     pool, sought = x[:100_000].contiguous(), x[-4096:].contiguous()
-    database = prepare_database(pool.cpu())
+    database = index_database(pool.cpu())
     lists = timed(
         {
             "semid": lambda: top_k(sought, database, given.k),

@@ -53,8 +53,8 @@ PACKAGES = ("quantization", "diagnostics", "health", "data", "catalogue")
 OTHER_CHIPS = re.compile(r"_?(amx|avx512|FusedInt8|FusedBfloat16)|.*engine/(gpu|x86)\.py")
 PERFORMANCE = re.compile(
     r"_?(BLOCK(_ROWS)?|CHUNK(_ROWS)?|ROWS|ROW_TILE|TILE|QUERIES|PART|SCORES|PAIRS|PIECES|SCAN"
-    r"|GROUP|LINE|PRODUCT_BYTES|THREADED_WORK|HASH_ROWS|PACK_ROWS|PROBE_\w+|REMEMBERED"
-    r"|WORTH_PROBING|HOPELESS)"
+    r"|GROUP|LINE|PRODUCT_BYTES|THREADED_WORK|HASH_ROWS|PACK_ROWS|PROBE_\w+|REUSED_TABLES"
+    r"|MIN_PROBED_QUERIES|DROP_RATIO)"
 )
 REPLACEMENTS = re.compile(
     "Add_Sub|Sub_Add|Mul_Div|Div_Mul|FloorDiv_Mul|Mod_FloorDiv|Pow_Mul|LShift_RShift|RShift_LShift"

@@ -22,7 +22,7 @@ from torch import Tensor
 from common import in_turn, save, union_rows
 from semid.quantization.engine.routes import working_routes
 from semid.quantization.engine.search import search
-from semid.quantization.nearest import nearest, prepare
+from semid.quantization.nearest import index_codebook, nearest
 from semid.quantization.threads import one_blas_thread
 
 
@@ -57,7 +57,7 @@ def contestants(rows: Tensor, codebook: Tensor, threads: int) -> dict[str, Calla
     faiss.omp_set_num_threads(threads)
     index = faiss.IndexFlatL2(codebook.shape[1])
     index.add(codebook.numpy())
-    ready = prepare(codebook)
+    ready = index_codebook(codebook)
     half = codebook.square().sum(1) / 2
 
     def sklearn() -> object:

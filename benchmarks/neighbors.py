@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from common import in_turn, save, union_rows
-from semid.quantization.topk import prepare_database, top_k
+from semid.quantization.nearest import index_database, top_k
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
     sought = pool[: given.queries].contiguous()
     index = faiss.IndexFlatIP(given.dim)
     index.add(pool.numpy())
-    ready = prepare_database(pool)
+    ready = index_database(pool)
 
     def plain() -> np.ndarray:
         return np.concatenate(

@@ -17,9 +17,9 @@ import torch
 
 from common import save, union_rows
 from semid.quantization.blocks import ArrayBlocks
-from semid.quantization.nearest import nearest_m, prepare
+from semid.quantization.nearest import index_codebook, nearest_m
 from semid.quantization.seeding import kmeans_plus_plus
-from semid.quantization.statistics import statistics
+from semid.quantization.sums import statistics
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
     rows, labels, second = [], np.full(len(x), -1), np.zeros(len(x))
     moved = np.inf
     for iteration in range(1, given.iterations + 1):
-        found = nearest_m(x, prepare(torch.from_numpy(book)), 2)
+        found = nearest_m(x, index_codebook(torch.from_numpy(book)), 2)
         new, distances = found.labels.numpy(), found.distances.numpy().astype(np.float64)
         own = np.linalg.norm(x.numpy() - book[np.maximum(labels, 0)], axis=1)
         spared = (labels >= 0) & (own < second - moved)

@@ -40,15 +40,14 @@ from torch import distributed as dist
 
 from common import RESULTS, machine, markdown
 from semid.distributed.ray_fit import FitWorker, shard_loads, share_units
-from semid.distributed.ray_workers import RayOptions, RayTeam, connect
+from semid.distributed.ray_workers import RayOptions, RayShardPool, connect
 from semid.distributed.units import Catalogue
 from semid.quantization.blocks import BLOCK_ROWS, ArrayBlocks
-from semid.quantization.rows import LocalTeam, Rows
 from semid.quantization.seeding import MAX_ROUND, kmeans_plus_plus
-from semid.quantization.shard import Shard
-from semid.quantization.tree import cut_blocks
+from semid.quantization.sharding import LocalShardPool, Shard, ShardedMatrix
+from semid.quantization.sums import cut_blocks
 from semid.training.distributed import is_main, join_processes, world_size
-from semid.training.gathering import GatherTeam, own_span
+from semid.training.gathering import ProcessShardPool, own_span
 
 SEED = 0
 ENGINES = ("local", "torchrun", "ray")
@@ -84,7 +83,7 @@ def clock_of(pids: list[int]) -> list[float]:
 
 
 def measure(
-    rows: Rows, codes: int, iterations: int, clock: Callable[[], list[float]]
+    rows: ShardedMatrix, codes: int, iterations: int, clock: Callable[[], list[float]]
 ) -> dict[str, Any]:
     """Seed and iterate; return seconds, CPU seconds a worker, and what tells results apart."""
     before = clock()
@@ -93,7 +92,7 @@ def measure(
     seeding = time.perf_counter() - began
     seeding_cpu = np.subtract(clock(), before)
     before = clock()
-    sent = {name: dict(getattr(rows.team, name, {})) for name in ("sent", "received", "passed")}
+    sent = {name: dict(getattr(rows.pool, name, {})) for name in ("sent", "received", "passed")}
     seconds = []
     for _ in range(iterations):
         began = time.perf_counter()
@@ -103,9 +102,9 @@ def measure(
         seconds.append(time.perf_counter() - began)
     cpu = np.subtract(clock(), before) / iterations
     volume = {
-        name: getattr(rows.team, name).get("assign", 0) / iterations
+        name: getattr(rows.pool, name).get("assign", 0) / iterations
         for name in sent
-        if hasattr(rows.team, name)
+        if hasattr(rows.pool, name)
     }
     seeded = {name: sum(found.values()) for name, found in sent.items()}
     return {
@@ -126,9 +125,9 @@ def as_rank(path: str, codes: int, iterations: int) -> None:
     join_processes()
     first, last = own_span(len(x))
     shard = Shard(ArrayBlocks(np.array(x[first:last])), first_row=first, threads=1)
-    team = GatherTeam(shard, len(x)) if world_size() > 1 else LocalTeam(shard)
+    team = ProcessShardPool(shard, len(x)) if world_size() > 1 else LocalShardPool(shard)
     clock = gathered_clock if world_size() > 1 else own_clock
-    found = measure(Rows(team, dim=x.shape[1]), codes, iterations, clock)
+    found = measure(ShardedMatrix(team, dim=x.shape[1]), codes, iterations, clock)
     if is_main():
         print("RESULT " + json.dumps(found), flush=True)
 
@@ -160,11 +159,11 @@ def by_ray(folder: Path, workers: int, codes: int, iterations: int) -> dict[str,
             catalogue, shares[place], held_out=0.0, codes=codes, threads=1, memory_bytes=8 << 30
         )
 
-    team = RayTeam(ray, make, size=workers, cpus=1, retries=1)
+    team = RayShardPool(ray, make, size=workers, cpus=1, retries=1)
     try:
         loads, spans = shard_loads(units, [unit.rows for unit in units], workers)
         team.load(loads, spans)
-        rows = Rows(team, dim=catalogue.source(units[:1]).dim)
+        rows = ShardedMatrix(team, dim=catalogue.source(units[:1]).dim)
         empty = np.zeros((1, rows.dim), np.float32)
         rows.assign(empty)  # reads the rows and loads the kernels
         calls = []
@@ -254,9 +253,11 @@ def runs(folder: Path, given: argparse.Namespace) -> dict[str, dict[str, Any]]:
         part = pa.array(x[start : start + 4 * BLOCK_ROWS].reshape(-1))
         table = pa.table({"embedding": pa.FixedSizeListArray.from_arrays(part, x.shape[1])})
         pq.write_table(table, items / f"{file:03d}.parquet", row_group_size=BLOCK_ROWS)
-    team = LocalTeam(Shard(ArrayBlocks(x), threads=1))
+    team = LocalShardPool(Shard(ArrayBlocks(x), threads=1))
     found = {
-        "local, 1": measure(Rows(team, dim=x.shape[1]), given.codes, given.iterations, own_clock)
+        "local, 1": measure(
+            ShardedMatrix(team, dim=x.shape[1]), given.codes, given.iterations, own_clock
+        )
     }
     del team, x
     for ranks in (1, 2):

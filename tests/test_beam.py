@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from semid.quantization import beam
-from semid.quantization.nearest import prepare
+from semid.quantization.nearest import index_codebook
 from semid.quantization.residual import encode_residual
 
 SIZES = (70, 65, 130)
@@ -34,7 +34,7 @@ def searched(monkeypatch, x, books, width):
 
 
 def encoded(x, books, width, threads=1):
-    ready = [prepare(torch.from_numpy(book)) for book in books]
+    ready = [index_codebook(torch.from_numpy(book)) for book in books]
     return encode_residual(x, ready, beam_width=width, threads=threads)
 
 
@@ -116,7 +116,7 @@ def test_loose_products_are_neither_used_nor_kept(counted):
     x, books = drawn()
     plain = encoded(x, books, 4)
     counted.clear()
-    ready = [prepare(torch.from_numpy(book)) for book in books]
+    ready = [index_codebook(torch.from_numpy(book)) for book in books]
     torch.set_float32_matmul_precision("medium")
     try:
         assert_same(encode_residual(x, ready, beam_width=4, threads=1), plain)
@@ -136,7 +136,7 @@ def test_autocast_changes_nothing(counted):
 
 def test_few_rows_use_products_only_where_they_are_made(counted):
     x, books = drawn()
-    ready = [prepare(torch.from_numpy(book)) for book in books]
+    ready = [index_codebook(torch.from_numpy(book)) for book in books]
     first = encode_residual(x[:9], ready, beam_width=4)
     assert not counted
     whole = encode_residual(x, ready, beam_width=4)
@@ -144,7 +144,7 @@ def test_few_rows_use_products_only_where_they_are_made(counted):
     assert counted == [700, 700, 9, 9]
     assert_same(first, again)
     assert np.array_equal(whole.codes[:9], first.codes)
-    other = [prepare(torch.from_numpy(2 * books[0])), *ready[1:]]  # the last is shared
+    other = [index_codebook(torch.from_numpy(2 * books[0])), *ready[1:]]  # the last is shared
     assert_same(encode_residual(x, other, beam_width=4), encoded(x, [2 * books[0], *books[1:]], 4))
 
 

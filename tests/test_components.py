@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from semid.quantization.blocks import ArrayBlocks
-from semid.quantization.components import leading_components
+from semid.quantization.least_squares import leading_components
 
 
 @pytest.fixture(scope="module")

@@ -14,15 +14,15 @@ from semid.errors import UsageError
 from semid.quantization import blocks as blocks_module
 from semid.quantization.blocks import (
     ArrayBlocks,
-    PreparedBlocks,
     Preprocess,
+    PreprocessedBlocks,
     ResidualBlocks,
     in_memory,
     prefetched,
 )
 from semid.quantization.kmeans import KMeansOptions, KMeansState, kmeans
 from semid.quantization.seeding import kmeans_plus_plus
-from semid.quantization.statistics import Statistics, statistics
+from semid.quantization.sums import Statistics, statistics
 
 
 def brute_inertia(x: np.ndarray, centroids: np.ndarray) -> float:
@@ -80,10 +80,10 @@ def test_weights_equal_repeated_rows(clustered):
 
 
 def test_threads_and_memory_change_nothing(clustered, monkeypatch):
-    monkeypatch.setattr("semid.quantization.assign.THREADED_WORK", 0)
+    monkeypatch.setattr("semid.quantization.nearest.THREADED_WORK", 0)
     monkeypatch.setattr("semid.quantization.seeding.THREADED_WORK", 0)
     runs = [kmeans(ArrayBlocks(clustered), 30, seed=5, threads=threads) for threads in (1, 2, 3)]
-    view = PreparedBlocks(ArrayBlocks(clustered), Preprocess())  # read block by block
+    view = PreprocessedBlocks(ArrayBlocks(clustered), Preprocess())  # read block by block
     runs.append(kmeans(view, 30, seed=5))
     for run in runs[1:]:
         assert np.array_equal(run.centroids, runs[0].centroids)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semid.errors import EmbeddingError, UsageError
-from semid.quantization.nearest import nearest, nearest_m, prepare
+from semid.quantization.nearest import index_codebook, nearest, nearest_m
 
 ROUTE_NAMES = ["auto", "int8", "int16", "bf16", "fp32"]
 F32 = npt.NDArray[np.float32]
@@ -91,7 +91,7 @@ def test_fixed_cases_equal_brute_force(case: str, route: str) -> None:
 def test_routes_threads_and_chunks_agree_to_the_bit(case: str) -> None:
     x, codebook = (torch.from_numpy(part) for part in CASES[case])
     reference = nearest(x, codebook, route="fp32", threads=1)
-    ready = prepare(codebook)
+    ready = index_codebook(codebook)
     for route in ROUTE_NAMES:
         for threads, chunk in ((1, 37), (2, 512), (3, 1)):
             parts = [
@@ -182,7 +182,7 @@ def test_strided_and_read_only_input() -> None:
 
 def test_a_prepared_codebook_does_not_follow_later_changes() -> None:
     codebook = torch.tensor([[0.0], [1.0]])
-    ready = prepare(codebook)
+    ready = index_codebook(codebook)
     codebook += 100
     assert nearest(torch.tensor([[0.9]]), ready).labels.tolist() == [1]
 

@@ -17,9 +17,8 @@ from semid.quantization.engine.gpu import search_device
 from semid.quantization.engine.search import search
 from semid.quantization.engine.state import State
 from semid.quantization.engine.table import Table, float32_rows
-from semid.quantization.nearest import nearest, prepare
+from semid.quantization.nearest import index_codebook, nearest, top_k
 from semid.quantization.threads import cgroup_limit, default_threads, map_blocks
-from semid.quantization.topk import top_k
 
 DATA = Path(os.environ.get("SEMID_DATA", Path(__file__).parents[2] / "shared" / "data"))
 # torch's bfloat16 products are slow without the chip's, and right all the same.
@@ -201,8 +200,8 @@ def test_a_route_that_answers_wrongly_is_left_out(
 def test_many_queries_probe_once_and_the_choice_is_logged(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    x, codebook = problem(routes.WORTH_PROBING, 64, 16)
-    ready = prepare(codebook)
+    x, codebook = problem(routes.MIN_PROBED_QUERIES, 64, 16)
+    ready = index_codebook(codebook)
     routes._recent.clear()
 
     def probes() -> int:
@@ -212,7 +211,7 @@ def test_many_queries_probe_once_and_the_choice_is_logged(
         first = nearest(x, ready, threads=2)
         again = nearest(x, ready, threads=1)
         assert probes() == 1
-        for _ in range(routes.REMEMBERED):  # tables of the same shape take over the choice
+        for _ in range(routes.REUSED_TABLES):  # tables of the same shape take over the choice
             nearest(x, codebook)
         assert probes() == 1
         nearest(x, codebook)

@@ -21,7 +21,13 @@ from semid.cli import main
 from semid.distributed.encode_job import Encoder
 from semid.distributed.encode_run import encode_folder
 from semid.distributed.ray_fit import fit_on_ray
-from semid.distributed.ray_workers import RayOptions, RayTeam, check_slots, check_store, import_ray
+from semid.distributed.ray_workers import (
+    RayOptions,
+    RayShardPool,
+    check_slots,
+    check_store,
+    import_ray,
+)
 from semid.distributed.units import Catalogue
 from semid.errors import EmbeddingError, InputError, UsageError
 from semid.filesystems import Folder
@@ -171,11 +177,13 @@ def test_a_killed_actor_costs_no_row(cluster, items, local, tmp_path, monkeypatc
     assert pq.read_table(tmp_path / "ids").equals(local.encode(items).to_arrow())
 
 
-@pytest.mark.parametrize("method", ["assign", pytest.param("lower", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "method", ["assign", pytest.param("update_nearest_center", marks=pytest.mark.slow)]
+)
 def test_a_worker_killed_in_a_fit_changes_no_bit(cluster, items, local, monkeypatch, method):
     killed: list[int] = []
-    real = {"add": RayTeam.add, "ask": RayTeam.ask}
-    name = "add" if method == "assign" else "ask"
+    real = {"call_all": RayShardPool.call_all, "call": RayShardPool.call}
+    name = "call_all" if method == "assign" else "call"
 
     def kills(self, called, *arguments):
         if called == method and not killed and self._journal[-1][0] != "start_seeding":
@@ -184,7 +192,7 @@ def test_a_worker_killed_in_a_fit_changes_no_bit(cluster, items, local, monkeypa
             time.sleep(0.1)
         return real[name](self, called, *arguments)
 
-    monkeypatch.setattr(RayTeam, name, kills)
+    monkeypatch.setattr(RayShardPool, name, kills)
     fitted = tokenizer(center=True)
     done = fit_on_ray(fitted, Catalogue.open(items), options=RayOptions(workers=2))
     assert killed

@@ -9,14 +9,12 @@ import torch
 import semid
 from semid.data.ids import held_out_mask
 from semid.errors import FingerprintError, InputError, UsageError
-from semid.quantization.additive import NormalEquations
-from semid.quantization.assign import assign
 from semid.quantization.blocks import ArrayBlocks
-from semid.quantization.nearest import prepare
+from semid.quantization.least_squares import NormalEquations, fit_tables
+from semid.quantization.nearest import assign, index_codebook
 from semid.quantization.prices import priced, size_prices, with_room
-from semid.quantization.refine import Part, RefineOptions, refine_residual
+from semid.quantization.refine import ColumnGroup, RefineOptions, refine_residual
 from semid.quantization.residual import encode_residual, fit_residual
-from semid.quantization.tables import fit_tables
 from semid.tokenizers.base import HELD_OUT_SALT
 
 
@@ -72,7 +70,7 @@ def fitted(x: np.ndarray) -> list[np.ndarray]:
 
 
 def error(x: np.ndarray, books: list[np.ndarray], beam: int) -> float:
-    ready = [prepare(torch.from_numpy(book)) for book in books]
+    ready = [index_codebook(torch.from_numpy(book)) for book in books]
     norms = encode_residual(x, ready, beam_width=beam, threads=1).residual_norms
     return float(np.square(norms, dtype=np.float64).mean())
 
@@ -124,9 +122,9 @@ def test_annealing_leaves_the_nearest_optimum():
 
 def test_columns_outside_the_parts_stay(clustered):
     books = fitted(clustered)
-    parts = [Part(slice(0, 10), 3), Part(slice(10, 20), 1)]
+    parts = [ColumnGroup(slice(0, 10), 3), ColumnGroup(slice(10, 20), 1)]
     refined, rounds = refine_residual(
-        ArrayBlocks(clustered), books, parts=parts, options=RefineOptions(rounds=1), threads=1
+        ArrayBlocks(clustered), books, groups=parts, options=RefineOptions(rounds=1), threads=1
     )
     assert rounds
     assert all(np.array_equal(a[:, 20:], b[:, 20:]) for a, b in zip(refined, books, strict=True))

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from semid.quantization.blocks import ArrayBlocks, PreparedBlocks, Preprocess
+from semid.quantization.blocks import ArrayBlocks, Preprocess, PreprocessedBlocks
 from semid.quantization.kmeans import KMeansOptions, draw_sample
-from semid.quantization.nearest import prepare
+from semid.quantization.nearest import index_codebook
 from semid.quantization.residual import LevelFit, dequantize, encode_residual, fit_residual
 
 
@@ -18,7 +18,7 @@ def books(clustered):
 
 
 def prepared(books):
-    return [prepare(torch.from_numpy(book)) for book in books]
+    return [index_codebook(torch.from_numpy(book)) for book in books]
 
 
 def brute_greedy(x, books):
@@ -92,7 +92,7 @@ def test_dequantize_adds_levels(books):
 
 def test_codebooks_do_not_depend_on_what_fits_in_memory(clustered, books):
     small = fit_residual(ArrayBlocks(clustered), [12, 9, 7], seed=0, memory_bytes=0)[0]
-    view = PreparedBlocks(ArrayBlocks(clustered), Preprocess())
+    view = PreprocessedBlocks(ArrayBlocks(clustered), Preprocess())
     streamed = fit_residual(view, [12, 9, 7], seed=0, memory_bytes=0)[0]
     for one, other, third in zip(books, small, streamed, strict=True):
         assert np.array_equal(one, other)

@@ -23,9 +23,8 @@ from semid.health import (
 from semid.quantization.blocks import BLOCK_ROWS, ArrayBlocks, Preprocess
 from semid.quantization.kmeans import KMeansOptions, kmeans
 from semid.quantization.residual import fit_residual
-from semid.quantization.rows import Rows, as_rows, payload_bytes
-from semid.quantization.shard import Shard
-from semid.quantization.tree import TreeSum, cut_blocks, merge_nodes
+from semid.quantization.sharding import Shard, ShardedMatrix, as_sharded, payload_bytes
+from semid.quantization.sums import TreeSum, cut_blocks, merge_nodes
 from semid.training.distributed import neighbors
 from semid.training.gathering import shard_spans
 
@@ -55,10 +54,10 @@ class SeveralShards:
             for a, b in self.spans
         ]
 
-    def ask(self, method, arguments):
+    def call(self, method, arguments):
         return {at: getattr(self.shards[at], method)(*given) for at, given in arguments.items()}
 
-    def add(self, method, *arguments):
+    def call_all(self, method, *arguments):
         return merge_nodes([getattr(shard, method)(*arguments) for shard in self.shards])
 
 
@@ -112,7 +111,9 @@ def test_shards_end_with_the_same_bits(rows, shards, weighted):
     options = KMeansOptions(max_iter=2)
     alone = kmeans(ArrayBlocks(rows), 12, seed=5, options=options, weights=weights)
     team = SeveralShards(rows, shards, weights)
-    shared = kmeans(Rows(team, dim=rows.shape[1], weights=weights), 12, seed=5, options=options)
+    shared = kmeans(
+        ShardedMatrix(team, dim=rows.shape[1], weights=weights), 12, seed=5, options=options
+    )
     assert alone.centroids.tobytes() == shared.centroids.tobytes()
     assert alone.history == shared.history
     labels = np.concatenate([shard.labels for shard in team.shards])
@@ -124,7 +125,7 @@ def test_shards_end_with_the_same_bits(rows, shards, weighted):
 def test_residual_levels_over_shards(rows, sample):
     options = KMeansOptions(max_iter=1, sample_per_code=sample)
     books, fits = fit_residual(ArrayBlocks(rows), [5, 6], seed=1, options=options)
-    team = Rows(SeveralShards(rows, 3), dim=rows.shape[1])
+    team = ShardedMatrix(SeveralShards(rows, 3), dim=rows.shape[1])
     shared, shared_fits = fit_residual(team, [5, 6], seed=1, options=options)
     assert [book.tobytes() for book in books] == [book.tobytes() for book in shared]
     assert fits == shared_fits
@@ -133,7 +134,7 @@ def test_residual_levels_over_shards(rows, sample):
 def test_a_resumed_level_finds_its_labels_again(rows):
     options = KMeansOptions(max_iter=1)
     books, fits = fit_residual(ArrayBlocks(rows), [5, 6], seed=1, options=options)
-    team = Rows(SeveralShards(rows, 2), dim=rows.shape[1])
+    team = ShardedMatrix(SeveralShards(rows, 2), dim=rows.shape[1])
     done = [(books[0], np.empty(0, np.int64), fits[0])]
     again, _ = fit_residual(team, [5, 6], seed=1, options=options, done=done)
     assert books[1].tobytes() == again[1].tobytes()
@@ -143,18 +144,18 @@ def test_empty_clusters_are_seeded_alike(rows):
     init = np.concatenate([rows[:4], np.full((4, rows.shape[1]), 50, np.float32)])
     options = KMeansOptions(max_iter=2)
     alone = kmeans(ArrayBlocks(rows), 8, seed=0, options=options, init=init)
-    team = Rows(SeveralShards(rows, 3), dim=rows.shape[1])
+    team = ShardedMatrix(SeveralShards(rows, 3), dim=rows.shape[1])
     shared = kmeans(team, 8, seed=0, options=options, init=init)
     assert alone.centroids.tobytes() == shared.centroids.tobytes()
 
 
 def test_preparation_over_shards(rows):
-    team = Rows(SeveralShards(rows, 3), dim=rows.shape[1])
+    team = ShardedMatrix(SeveralShards(rows, 3), dim=rows.shape[1])
     mean = team.mean().astype(np.float32)
     whole = Preprocess.fit(ArrayBlocks(rows), center=True, normalize=False).mean
     assert whole is not None
     assert mean.tobytes() == whole.tobytes()
-    team.prepare(Preprocess(mean=mean))
+    team.preprocess(Preprocess(mean=mean))
     wanted = np.array([199_999, 0, 70_000])
     np.testing.assert_array_equal(team.rows(wanted), rows[wanted] - mean)
 
@@ -162,21 +163,21 @@ def test_preparation_over_shards(rows):
 def test_more_shards_than_blocks(rows):
     few = rows[:1000]
     alone = kmeans(ArrayBlocks(few), 10, seed=2)
-    shared = kmeans(Rows(SeveralShards(few, 4), dim=few.shape[1]), 10, seed=2)
+    shared = kmeans(ShardedMatrix(SeveralShards(few, 4), dim=few.shape[1]), 10, seed=2)
     assert alone.centroids.tobytes() == shared.centroids.tobytes()
 
 
 def test_farthest_rows_go_by_loss_then_row():
     x = np.zeros((10, 2), np.float32)
     x[[2, 5, 7], 0] = [3, 9, 9]
-    found = as_rows(ArrayBlocks(x))
+    found = as_sharded(ArrayBlocks(x))
     found.assign(np.zeros((1, 2), np.float32))
     assert found.farthest(2).tolist() == [5, 7]
     assert found.farthest(10).tolist() == [5, 7, 2]
 
 
 def test_payload_counts_arrays():
-    node = as_rows(ArrayBlocks(np.ones((4, 3), np.float32))).team.add("moments")
+    node = as_sharded(ArrayBlocks(np.ones((4, 3), np.float32))).pool.call_all("moments")
     assert payload_bytes(node) == 3 * 8 + 8 + 8
     assert payload_bytes({1: (np.zeros(4, np.int64), [2.0, "x"])}) == 40
 

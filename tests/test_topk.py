@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semid.errors import UsageError
-from semid.quantization.topk import prepare_database, top_k
+from semid.quantization.nearest import index_database, top_k
 
 METRIC_NAMES = ["cosine", "ip", "l2"]
 ROUTE_NAMES = ["int8", "int16", "bf16", "fp32"]
@@ -130,7 +130,7 @@ def test_blocks_of_queries_and_a_prepared_database_change_nothing() -> None:
     database = torch.randn(700, 20, generator=generator)
     queries = torch.randn(1500, 20, generator=generator)
     whole = top_k(queries, database, 9, threads=2)
-    ready = prepare_database(database)
+    ready = index_database(database)
     parts = [top_k(part, ready, 9, threads=1) for part in queries.split(401)]
     assert torch.equal(whole.indices, torch.cat([part.indices for part in parts]))
     assert torch.equal(whole.scores, torch.cat([part.scores for part in parts]))
@@ -158,7 +158,7 @@ def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(UsageError, match="metric='dot'"):
         top_k(queries, database, 1, metric="dot")
     with pytest.raises(UsageError, match="prepared for 'l2'"):
-        top_k(queries, prepare_database(database, metric="l2"), 1, metric="ip")
+        top_k(queries, index_database(database, metric="l2"), 1, metric="ip")
     with pytest.raises(UsageError, match="4 columns and the database 5"):
         top_k(queries, torch.ones(6, 5), 1)
     with pytest.raises(UsageError, match="rows 0 to 5"):

@@ -20,9 +20,9 @@ from semid.data.ids import ItemIds
 from semid.data.interactions import Interactions
 from semid.errors import InputError, UsageError
 from semid.progress import Progress
-from semid.quantization.blocks import PreparedBlocks
+from semid.quantization.blocks import PreprocessedBlocks
 from semid.quantization.kmeans import KMeansState
-from semid.quantization.nearest import prepare
+from semid.quantization.nearest import index_codebook
 from semid.quantization.residual import fit_residual
 from semid.tokenizers.base import Tokenizer
 from semid.tokenizers.context import FitContext
@@ -187,7 +187,7 @@ class _WarmStart(RQKMeans):
         rows = (
             context.train
             if self._preprocess.identity
-            else PreparedBlocks(context.train, self._preprocess)
+            else PreprocessedBlocks(context.train, self._preprocess)
         )
         context.progress.start("fit again", total=None)
 
@@ -204,7 +204,7 @@ class _WarmStart(RQKMeans):
             threads=self.threads,
             on_iteration=on_iteration,
         )
-        self._prepared = tuple(prepare(torch.from_numpy(book)) for book in codebooks)
+        self._prepared = tuple(index_codebook(torch.from_numpy(book)) for book in codebooks)
         return {"levels": [asdict(fit) for fit in fits], "warm_start": True}
 
 

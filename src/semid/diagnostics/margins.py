@@ -14,7 +14,7 @@ from semid.diagnostics.arrays import Matrix, as_block, as_matrix, row_blocks
 from semid.diagnostics.flips import Space
 from semid.diagnostics.overlap import NOISE_SCALES, latent_std
 from semid.errors import InputError, UsageError
-from semid.quantization.nearest import PreparedCodebook, nearest_m, prepare
+from semid.quantization.nearest import IndexedCodebook, index_codebook, nearest_m
 from semid.seeds import numpy_generator
 
 __all__ = ["MarginPoint", "MarginProxy", "input_margin_proxy", "margin_proxy"]
@@ -78,7 +78,7 @@ class _Walls:
 
     def __init__(self, codebook: npt.NDArray[Any], factors: Sequence[Float] | None) -> None:
         self.codewords = np.ascontiguousarray(codebook, dtype=np.float32)
-        self.table: PreparedCodebook = prepare(torch.from_numpy(self.codewords))
+        self.table: IndexedCodebook = index_codebook(torch.from_numpy(self.codewords))
         images = [self.codewords] if factors is None else [self.codewords @ f for f in factors]
         self.images = [torch.from_numpy(np.ascontiguousarray(image)) for image in images]
 

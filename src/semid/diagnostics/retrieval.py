@@ -14,7 +14,7 @@ from semid.diagnostics.arrays import Matrix, as_block, as_matrix, row_blocks
 from semid.diagnostics.bootstrap import Estimate, bootstrap, cluster_sums
 from semid.diagnostics.pairs import ItemPairs
 from semid.errors import InputError, UsageError
-from semid.quantization.topk import MOST, prepare_database, top_k
+from semid.quantization.nearest import MAX_NEIGHBORS, index_database, top_k
 from semid.seeds import numpy_generator
 
 __all__ = [
@@ -178,7 +178,7 @@ def neighbor_ranks(
         pairs: the cases.
         depth: places looked at, below the pool's size and at most 500.
         seed: of the order of ties.
-        threads: see `semid.quantization.topk.top_k`.
+        threads: see `semid.quantization.nearest.top_k`.
 
     Returns:
         Place from 0, int64 ``(pairs,)``; ``depth`` where the target is further down.
@@ -193,15 +193,17 @@ def neighbor_ranks(
     if len(array) != pairs.pool:
         raise InputError(f"embedding holds {len(array)} items, the pool {pairs.pool}")
     check_cutoffs([depth], pairs.pool)
-    if depth > MOST:
-        raise UsageError(f"cutoff {depth}: lists are at most {MOST} long; give smaller cutoffs")
+    if depth > MAX_NEIGHBORS:
+        raise UsageError(
+            f"cutoff {depth}: lists are at most {MAX_NEIGHBORS} long; give smaller cutoffs"
+        )
     order = numpy_generator(seed, "ties").permutation(len(array))
     place = np.empty_like(order)
     place[order] = np.arange(len(order))
     database = np.empty(array.shape, np.float32)
     for rows in row_blocks(len(array)):
         database[place[rows]] = as_block(array, rows)
-    ready = prepare_database(torch.from_numpy(database), metric="cosine")
+    ready = index_database(torch.from_numpy(database), metric="cosine")
     by_query = np.argsort(pairs.queries, kind="stable")
     queries, first = np.unique(pairs.queries[by_query], return_index=True)
     bounds = np.append(first, len(by_query))

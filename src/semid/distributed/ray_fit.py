@@ -14,15 +14,20 @@ import numpy as np
 import numpy.typing as npt
 
 from semid.data.ids import held_out_mask
-from semid.distributed.ray_workers import RayOptions, RayTeam, check_slots, check_store, connect
+from semid.distributed.ray_workers import (
+    RayOptions,
+    RayShardPool,
+    check_slots,
+    check_store,
+    connect,
+)
 from semid.distributed.units import Catalogue, Unit
 from semid.errors import EmbeddingError
 from semid.health import CollisionCounter, Collisions, merge_collisions, row_hashes
 from semid.progress import Progress, QuietProgress
 from semid.quantization.blocks import BLOCK_ROWS
-from semid.quantization.rows import Rows
-from semid.quantization.shard import Shard
-from semid.quantization.tree import Node, merge_nodes
+from semid.quantization.sharding import Shard, ShardedMatrix
+from semid.quantization.sums import Node, merge_nodes
 from semid.tokenizers.base import HELD_OUT_SALT, Tokenizer
 from semid.tokenizers.context import check_enough
 from semid.tokenizers.factory import make_tokenizer
@@ -312,7 +317,7 @@ def fit_on_ray(
         ray, 3 * 4 * largest * (dim + 1) * 8, what=f"the sums of {largest} x {dim} codewords"
     )
     make = _Maker(catalogue, shares, tokenizer, options.cpus_per_worker, memory_bytes)
-    team = RayTeam(
+    team = RayShardPool(
         ray, make, size=len(shares), cpus=options.cpus_per_worker, retries=options.retries
     )
     try:
@@ -333,7 +338,7 @@ def fit_on_ray(
         loads, spans = shard_loads(units, train, len(shares))
         with open_checkpoint(checkpoint, key=key, resume=resume) as store:
             team.load(loads, spans)
-            levels = tokenizer.fit_rows(Rows(team, dim=dim), store=store, progress=steps)
+            levels = tokenizer.fit_rows(ShardedMatrix(team, dim=dim), store=store, progress=steps)
         mean = sum((look.sums for look in looks), np.zeros(dim)) / len(catalogue)
         steps.start("judge", total=len(catalogue))
         tokenizer.report = _judge(team, tokenizer, mean, levels, trained, began)
@@ -370,12 +375,12 @@ class _Maker:
         )
 
 
-def _everyone(team: RayTeam, method: str, *arguments: Any) -> dict[int, Any]:
+def _everyone(team: RayShardPool, method: str, *arguments: Any) -> dict[int, Any]:
     return team.crew.ask(dict.fromkeys(range(team.crew.size), (method, arguments)))
 
 
 def _judge(
-    team: RayTeam,
+    team: RayShardPool,
     tokenizer: RQKMeans,
     mean: npt.NDArray[np.float64],
     levels: list[dict[str, Any]],
@@ -403,7 +408,7 @@ def _judge(
     )
 
 
-def _counted(team: RayTeam, size: int, model: Any, mean: npt.NDArray[np.float64]) -> list[Any]:
+def _counted(team: RayShardPool, size: int, model: Any, mean: npt.NDArray[np.float64]) -> list[Any]:
     """Bring equal ids together, each part in one worker, and count them there."""
     for attempt in range(team.crew.retries + 1):
         try:

@@ -12,11 +12,18 @@ from typing import Any
 from semid.errors import InputError, MissingExtraError, UsageError
 from semid.options import Options, option
 from semid.quantization.blocks import BLOCK_ROWS
-from semid.quantization.rows import payload_bytes
-from semid.quantization.statistics import Statistics
-from semid.quantization.tree import Node, TreeSum, merge_nodes
+from semid.quantization.sharding import payload_bytes
+from semid.quantization.sums import Node, Statistics, TreeSum, merge_nodes
 
-__all__ = ["Crew", "RayOptions", "RayTeam", "check_slots", "check_store", "connect", "import_ray"]
+__all__ = [
+    "Crew",
+    "RayOptions",
+    "RayShardPool",
+    "check_slots",
+    "check_store",
+    "connect",
+    "import_ray",
+]
 
 
 logger = logging.getLogger(__name__)
@@ -149,12 +156,24 @@ def check_store(ray: Any, needed: int, *, what: str) -> None:
 
 # What a shard must be told again to be where it was; a later call makes earlier ones void.
 VOIDS: dict[str, tuple[str, ...]] = {
-    "prepare": ("restart", "descend", "start_seeding", "lower", "assign"),
-    "restart": ("restart", "descend", "start_seeding", "lower", "assign"),
-    "descend": ("start_seeding", "lower", "assign"),
-    "start_seeding": ("start_seeding", "lower", "assign"),
-    "lower": (),
-    "assign": ("start_seeding", "lower", "assign"),
+    "preprocess": (
+        "reset_levels",
+        "subtract_codewords",
+        "start_seeding",
+        "update_nearest_center",
+        "assign",
+    ),
+    "reset_levels": (
+        "reset_levels",
+        "subtract_codewords",
+        "start_seeding",
+        "update_nearest_center",
+        "assign",
+    ),
+    "subtract_codewords": ("start_seeding", "update_nearest_center", "assign"),
+    "start_seeding": ("start_seeding", "update_nearest_center", "assign"),
+    "update_nearest_center": (),
+    "assign": ("start_seeding", "update_nearest_center", "assign"),
 }
 
 
@@ -284,8 +303,8 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-class RayTeam:
-    """The shards of a fit, one an actor (`semid.quantization.rows.Team`).
+class RayShardPool:
+    """The shards of a fit, one an actor (`semid.quantization.sharding.ShardPool`).
 
     Args:
         ray: Ray, connected.
@@ -335,7 +354,7 @@ class RayTeam:
             self._journal = [entry for entry in self._journal if entry[0] not in void]
             self._journal.append((method, dict(arguments)))
 
-    def ask(self, method: str, arguments: Mapping[int, tuple[Any, ...]]) -> dict[int, Any]:
+    def call(self, method: str, arguments: Mapping[int, tuple[Any, ...]]) -> dict[int, Any]:
         """Call a `Shard` method on the shards named; return their answers."""
         _count(self.sent, method, arguments)
         answers = self.crew.ask({p: ("call", (method, *given)) for p, given in arguments.items()})
@@ -343,7 +362,7 @@ class RayTeam:
         _count(self.received, method, answers)
         return answers
 
-    def add(self, method: str, *arguments: Any) -> list[Node[Statistics]]:
+    def call_all(self, method: str, *arguments: Any) -> list[Node[Statistics]]:
         """Call a method that answers in nodes on every shard, and add them up in a tree.
 
         Neighbors add up their nodes two by two, from worker to worker, so this process receives

@@ -28,7 +28,7 @@ from semid.errors import ArtefactError, InputError, UsageError, check_choice
 from semid.exports.formats import ExportFormat
 from semid.health import check_codes
 from semid.quantization.blocks import BLOCK_ROWS
-from semid.quantization.nearest import nearest_m, prepare
+from semid.quantization.nearest import index_codebook, nearest_m
 from semid.tokenizers.base import Tokenizer
 
 __all__ = [
@@ -358,7 +358,7 @@ def candidate_codes(
     if not 1 <= candidates <= len(last):
         raise UsageError(f"candidates={candidates}: give 1 to {len(last)}, the last codebook's")
     source = open_embeddings(embeddings, ids=embedding_ids)
-    rows, codebook = rows_of(ids.items, source), prepare(torch.from_numpy(last))
+    rows, codebook = rows_of(ids.items, source), index_codebook(torch.from_numpy(last))
     model_codes = ids.encoded.astype(np.int64)
     result = np.repeat(model_codes[:, None, :], candidates, axis=1)
     for start in range(0, len(ids), BLOCK_ROWS):

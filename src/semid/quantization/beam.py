@@ -13,11 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from semid.quantization.assign import THREADED_WORK
 from semid.quantization.engine.beam import resolve_children, scan_children
 from semid.quantization.engine.table import aligned, float32_rows, padded
 from semid.quantization.engine.vector import SCAN
-from semid.quantization.nearest import PreparedCodebook, nearest_m
+from semid.quantization.nearest import THREADED_WORK, IndexedCodebook, nearest_m
 from semid.quantization.threads import map_blocks, one_blas_thread
 
 __all__ = ["encode_beam"]
@@ -36,7 +35,7 @@ LENGTHS = (1e-12, 1e12)
 
 
 def encode_beam(
-    block: Array, codebooks: Sequence[PreparedCodebook], width: int, threads: int | None
+    block: Array, codebooks: Sequence[IndexedCodebook], width: int, threads: int | None
 ) -> tuple[Labels, Array]:
     """Encode rows level by level, keeping partial codes.
 
@@ -89,7 +88,7 @@ class _Partials:
     distances: Array
 
 
-def _first(rows: Array, codebook: PreparedCodebook, reach: int, threads: int | None) -> _Partials:
+def _first(rows: Array, codebook: IndexedCodebook, reach: int, threads: int | None) -> _Partials:
     small = rows.size * len(codebook) < THREADED_WORK
     found = nearest_m(torch.from_numpy(rows), codebook, reach, threads=1 if small else threads)
     codes = found.labels.numpy()
@@ -98,7 +97,7 @@ def _first(rows: Array, codebook: PreparedCodebook, reach: int, threads: int | N
 
 
 def _searched(
-    found: _Partials, codebook: PreparedCodebook, width: int, threads: int | None
+    found: _Partials, codebook: IndexedCodebook, width: int, threads: int | None
 ) -> _Partials:
     """Search the level for what every partial code leaves."""
     items, kept, dim = found.left.shape
@@ -172,7 +171,7 @@ class _Table:
 
 
 _kept: weakref.WeakKeyDictionary[
-    PreparedCodebook, tuple[list[weakref.ref[PreparedCodebook]], list[_Table]]
+    IndexedCodebook, tuple[list[weakref.ref[IndexedCodebook]], list[_Table]]
 ] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
@@ -183,7 +182,7 @@ def _holds(rows: Array) -> bool:
     return longest < LENGTHS[1]
 
 
-def _tables(codebooks: Sequence[PreparedCodebook], rows: int) -> list[_Table]:
+def _tables(codebooks: Sequence[IndexedCodebook], rows: int) -> list[_Table]:
     """Return the tables of the levels after the first; none where they would not pay."""
     sizes = [len(book) for book in codebooks]
     columns = [padded(size, SCAN) for size in sizes]
@@ -204,7 +203,7 @@ def _tables(codebooks: Sequence[PreparedCodebook], rows: int) -> list[_Table]:
     return made
 
 
-def _made(codebooks: Sequence[PreparedCodebook]) -> list[_Table]:
+def _made(codebooks: Sequence[IndexedCodebook]) -> list[_Table]:
     """Make the table of every level after the first; none where float32 does not hold them."""
     words = [book.codewords.numpy() for book in codebooks]
     center = words[0].mean(axis=0, dtype=np.float64).astype(np.float32)

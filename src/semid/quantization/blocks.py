@@ -16,16 +16,16 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from semid.quantization.tree import TreeSum
+from semid.quantization.sums import TreeSum
 
 __all__ = [
     "BLOCK_ROWS",
     "ArrayBlocks",
     "Blocks",
-    "OwnedBlocks",
-    "PreparedBlocks",
     "Preprocess",
+    "PreprocessedBlocks",
     "ResidualBlocks",
+    "WritableBlocks",
     "in_memory",
     "prefetched",
     "read_ahead",
@@ -85,7 +85,7 @@ class ArrayBlocks:
         return np.ascontiguousarray(self.matrix[indices], dtype=np.float32)
 
 
-class OwnedBlocks(ArrayBlocks):
+class WritableBlocks(ArrayBlocks):
     """A float32 matrix that nobody else reads, so that what a level leaves can replace it.
 
     A view of what is left would be held beside it: at a million rows a gigabyte more.
@@ -157,7 +157,7 @@ class _Sum:
         self.values += other.values
 
 
-class PreparedBlocks:
+class PreprocessedBlocks:
     """A view of blocks after `Preprocess`."""
 
     def __init__(self, base: Blocks, preprocess: Preprocess) -> None:

@@ -2,9 +2,9 @@
 
 Everything that grows with the data happens in two functions: `assign` (labels and distances of a
 block) and `statistics` (its sums). A memory map, several processes or a cluster are the same two
-functions over other blocks (`semid.quantization.shard`), their results added in the order of one
-fixed tree (`semid.quantization.tree`). What is here sees all rows through
-`semid.quantization.rows.Rows` and does not know where they lie.
+functions over other blocks (`semid.quantization.sharding`), their results added in the order of one
+fixed tree (`semid.quantization.sums`). What is here sees all rows through
+`semid.quantization.sharding.ShardedMatrix` and does not know where they lie.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import numpy.typing as npt
 
 from semid.errors import UsageError
 from semid.options import Options, option
-from semid.quantization.assign import assign
-from semid.quantization.blocks import Blocks, OwnedBlocks
-from semid.quantization.rows import Rows, as_rows
+from semid.quantization.blocks import Blocks, WritableBlocks
+from semid.quantization.nearest import assign
 from semid.quantization.seeding import kmeans_plus_plus
-from semid.quantization.statistics import Statistics
+from semid.quantization.sharding import ShardedMatrix, as_sharded
+from semid.quantization.sums import Statistics
 from semid.seeds import numpy_generator
 
 __all__ = [
@@ -112,7 +112,7 @@ class KMeansResult:
 
 
 def kmeans(
-    blocks: Blocks | Rows,
+    blocks: Blocks | ShardedMatrix,
     codes: int,
     *,
     seed: int,
@@ -129,7 +129,8 @@ def kmeans(
     processes that the rows are shared out among.
 
     Args:
-        blocks: ``(items, dim)`` finite rows; or `Rows`, which bring their weights and threads.
+        blocks: ``(items, dim)`` finite rows; or a `ShardedMatrix`, which has its own weights and
+            threads.
         codes: number of centroids, at least 1.
         seed: any integer.
         options: iterations, tolerance, seedings, sampling.
@@ -150,7 +151,7 @@ def kmeans(
     """
     options = options or KMeansOptions()
     _check(blocks, codes, weights, init)
-    rows = as_rows(blocks, weights=weights, threads=threads)
+    rows = as_sharded(blocks, weights=weights, threads=threads)
     chosen = draw_sample(rows, codes, seed=seed, options=options)
     train = rows if chosen is None else sampled(rows, chosen, threads=threads)
     run = state or KMeansState(0, 0, np.empty((0, rows.dim), np.float32))
@@ -200,7 +201,10 @@ def kmeans(
 
 
 def _check(
-    blocks: Blocks | Rows, codes: int, weights: npt.NDArray[np.float64] | None, init: Array | None
+    blocks: Blocks | ShardedMatrix,
+    codes: int,
+    weights: npt.NDArray[np.float64] | None,
+    init: Array | None,
 ) -> None:
     problems = []
     if codes < 1:
@@ -219,7 +223,7 @@ def _check(
 
 
 def draw_sample(
-    blocks: Blocks | Rows, codes: int, *, seed: int, options: KMeansOptions
+    blocks: Blocks | ShardedMatrix, codes: int, *, seed: int, options: KMeansOptions
 ) -> npt.NDArray[np.int64] | None:
     """Draw the rows to train on, if a sample was asked for and the data are larger than it.
 
@@ -235,11 +239,15 @@ def draw_sample(
 
 
 def sampled(
-    rows: Rows, chosen: npt.NDArray[np.int64], *, threads: int | None, memory_bytes: int = 0
-) -> Rows:
+    rows: ShardedMatrix,
+    chosen: npt.NDArray[np.int64],
+    *,
+    threads: int | None,
+    memory_bytes: int = 0,
+) -> ShardedMatrix:
     """Bring a sample's rows, and their weights, into this process."""
-    return as_rows(
-        OwnedBlocks(rows.rows(chosen)),
+    return as_sharded(
+        WritableBlocks(rows.rows(chosen)),
         weights=None if rows.weights is None else rows.weights[chosen],
         threads=threads,
         memory_bytes=memory_bytes,
@@ -247,7 +255,7 @@ def sampled(
 
 
 def _lloyd(
-    train: Rows,
+    train: ShardedMatrix,
     run: KMeansState,
     options: KMeansOptions,
     on_iteration: Callable[[KMeansState], None] | None,
@@ -271,7 +279,7 @@ def _settled(inertia: list[float], tolerance: float) -> bool:
     return inertia[-2] - inertia[-1] <= tolerance * inertia[-2]
 
 
-def _update(rows: Rows, total: Statistics, centroids: Array) -> Array:
+def _update(rows: ShardedMatrix, total: Statistics, centroids: Array) -> Array:
     """Move centroids to the means of their rows; re-seed the empty ones."""
     counts = total.counts
     filled = counts > 0
@@ -280,7 +288,7 @@ def _update(rows: Rows, total: Statistics, centroids: Array) -> Array:
     return _reseed(rows, moved, np.flatnonzero(~filled))
 
 
-def _reseed(rows: Rows, centroids: Array, empty: npt.NDArray[np.int64]) -> Array:
+def _reseed(rows: ShardedMatrix, centroids: Array, empty: npt.NDArray[np.int64]) -> Array:
     """Put each empty centroid on one of the rows with the largest residuals, all distinct."""
     if len(empty) == 0:
         return centroids
@@ -292,7 +300,7 @@ def _reseed(rows: Rows, centroids: Array, empty: npt.NDArray[np.int64]) -> Array
     return centroids
 
 
-def _label(rows: Rows, centroids: Array) -> tuple[Array, float]:
+def _label(rows: ShardedMatrix, centroids: Array) -> tuple[Array, float]:
     """Label all rows; centroids the last update left empty are re-seeded, the others stay."""
     total = rows.assign(centroids)
     for _ in range(RESEED_ROUNDS):

@@ -1,26 +1,42 @@
-"""Exact nearest codeword: the kernel under K-means, encoding and retrieval.
+"""Exact search: the nearest codewords of rows, and the top-k rows of a database.
 
-Screening in low precision finds every codeword that can be the nearest, a float64 distance in a
-fixed order of sums decides (see ``engine/README.md``). The answer is therefore the same on every
-chip and route, for any block size and number of threads.
+Screening in low precision finds every entry that can win, and a float64 key in a fixed order of
+sums decides (see ``engine/README.md``). The answer is therefore the same on every chip and route,
+for any block size and number of threads.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from semid.errors import UsageError, check_choice
-from semid.quantization.engine.canonical import L2
+from semid.quantization.engine.canonical import L2, METRICS
 from semid.quantization.engine.gpu import search_device
 from semid.quantization.engine.routes import ROUTES, choose, working_routes
 from semid.quantization.engine.search import search
 from semid.quantization.engine.table import Table, check_rows
 from semid.quantization.threads import resolve_threads
 
-__all__ = ["Nearest", "PreparedCodebook", "nearest", "nearest_m", "prepare", "prepare_kernels"]
+__all__ = [
+    "MAX_NEIGHBORS",
+    "THREADED_WORK",
+    "IndexedCodebook",
+    "IndexedDatabase",
+    "Nearest",
+    "TopK",
+    "assign",
+    "compile_kernels",
+    "index_codebook",
+    "index_database",
+    "nearest",
+    "nearest_m",
+    "top_k",
+]
 
 
 class Nearest(NamedTuple):
@@ -35,7 +51,7 @@ class Nearest(NamedTuple):
     distances: Tensor
 
 
-def prepare_kernels() -> None:
+def compile_kernels() -> None:
     """Compile, or fetch from the cache, and test the kernels of this machine's routes.
 
     Searching does so by itself; this is for programs that want to say why the first search on a
@@ -44,7 +60,7 @@ def prepare_kernels() -> None:
     working_routes()
 
 
-class PreparedCodebook:
+class IndexedCodebook:
     """A codebook with everything the search needs, made once and shared by threads.
 
     Args:
@@ -76,7 +92,7 @@ class PreparedCodebook:
         return self._full
 
 
-def prepare(codebook: Tensor) -> PreparedCodebook:
+def index_codebook(codebook: Tensor) -> IndexedCodebook:
     """Prepare a codebook so that repeated blocks do not pay for it again.
 
     Args:
@@ -89,12 +105,12 @@ def prepare(codebook: Tensor) -> PreparedCodebook:
         UsageError: wrong dtype or shape, or no codewords.
         EmbeddingError: NaN or infinite values.
     """
-    return PreparedCodebook(codebook)
+    return IndexedCodebook(codebook)
 
 
-def _prepared(x: Tensor, codebook: Tensor | PreparedCodebook) -> PreparedCodebook:
+def _prepared(x: Tensor, codebook: Tensor | IndexedCodebook) -> IndexedCodebook:
     check_rows(x, name="x")
-    ready = codebook if isinstance(codebook, PreparedCodebook) else prepare(codebook)
+    ready = codebook if isinstance(codebook, IndexedCodebook) else index_codebook(codebook)
     if x.shape[1] != ready.codewords.shape[1]:
         raise UsageError(
             f"x has {x.shape[1]} columns and the codebook {ready.codewords.shape[1]}; "
@@ -105,7 +121,7 @@ def _prepared(x: Tensor, codebook: Tensor | PreparedCodebook) -> PreparedCodeboo
 
 def nearest(
     x: Tensor,
-    codebook: Tensor | PreparedCodebook,
+    codebook: Tensor | IndexedCodebook,
     *,
     threads: int | None = None,
     route: str = "auto",
@@ -116,7 +132,7 @@ def nearest(
         x: ``(items, dim)`` float32, float16 or bfloat16, on the CPU or a CUDA device (searched
             there in bfloat16 whatever ``route`` says; the result stays there). A row that is not
             finite gets label 0 and a distance that is not finite; refuse such rows before.
-        codebook: ``(codes, dim)``, or what `prepare` made of it.
+        codebook: ``(codes, dim)``, or what `index_codebook` made of it.
         threads: plain threads over blocks of rows; None uses all this process may use.
         route: how to screen, ``"int8"``, ``"int16"``, ``"bf16"`` or ``"fp32"``; ``"auto"``
             tries those this chip has on a few rows and takes the fastest. It changes the time,
@@ -157,7 +173,7 @@ def _search(
 
 def nearest_m(
     x: Tensor,
-    codebook: Tensor | PreparedCodebook,
+    codebook: Tensor | IndexedCodebook,
     m: int,
     *,
     within: Tensor | None = None,
@@ -168,7 +184,7 @@ def nearest_m(
 
     Args:
         x: ``(items, dim)`` float32, float16 or bfloat16.
-        codebook: ``(codes, dim)``, or what `prepare` made of it.
+        codebook: ``(codes, dim)``, or what `index_codebook` made of it.
         m: how many, 1 to the number of codewords.
         within: ``(items,)`` float32 squared distances, on the CPU: codewords that do not lie nearer
             to a row need not be measured and may be missing, as label 0 at an infinite distance.
@@ -192,3 +208,175 @@ def nearest_m(
             f"within has shape {tuple(within.shape)}; give one distance for each of {len(x)} rows"
         )
     return _search(x, ready.full_table(), m, threads, route, within)
+
+
+Array = npt.NDArray[np.float32]
+
+# Multiply-adds below which starting threads costs more than they bring.
+THREADED_WORK = 20_000_000
+
+
+def assign(
+    block: Array, centroids: Array | IndexedCodebook, *, threads: int | None = None
+) -> tuple[npt.NDArray[np.int64], Array]:
+    """Label a block's rows: with `statistics`, the seam that everything larger is built on.
+
+    Args:
+        block: ``(n, dim)`` float32 rows.
+        centroids: ``(codes, dim)`` float32, prepared once if used for several blocks.
+        threads: plain threads; None takes what the machine allows.
+
+    Returns:
+        Labels ``(n,)`` int64, ties to the lowest, and squared distances ``(n,)`` float32.
+    """
+    words = torch.from_numpy(centroids) if isinstance(centroids, np.ndarray) else centroids
+    if len(block) * len(centroids) * block.shape[1] < THREADED_WORK:
+        threads = 1
+    found = nearest(torch.from_numpy(block), words, threads=threads)
+    return found.labels.numpy(), found.distances.numpy()
+
+
+MAX_NEIGHBORS = 500
+"""Largest ``k`` of `top_k`."""
+
+
+class TopK(NamedTuple):
+    """Result of `top_k`.
+
+    Attributes:
+        indices: ``(queries, k)`` int64 database indices, best first.
+        scores: ``(queries, k)`` float32: cosines or inner products, falling; or squared
+            distances, rising.
+    """
+
+    indices: Tensor
+    scores: Tensor
+
+
+class IndexedDatabase:
+    """A database with everything the search needs, made once and shared by threads.
+
+    Args:
+        database: ``(entries, dim)`` float32, float16 or bfloat16, finite. It is copied.
+        metric: ``"cosine"``, ``"ip"`` or ``"l2"``.
+
+    Raises:
+        UsageError: wrong dtype, shape or metric, or no entries.
+        EmbeddingError: NaN or infinite values.
+    """
+
+    def __init__(self, database: Tensor, *, metric: str = "cosine") -> None:
+        self.metric = check_choice("metric", metric, tuple(METRICS))
+        check_rows(database, name="database")
+        self.table = Table(
+            database.detach().cpu(), metric=METRICS[metric], unique=False, name="database"
+        )
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+
+def index_database(database: Tensor, *, metric: str = "cosine") -> IndexedDatabase:
+    """Prepare a database so that repeated blocks of queries do not pay for it again.
+
+    Args:
+        database: ``(entries, dim)`` float32, float16 or bfloat16, finite. It is copied.
+        metric: ``"cosine"``, ``"ip"`` or ``"l2"``.
+
+    Returns:
+        An object to give to `top_k` in place of the database.
+
+    Raises:
+        UsageError: wrong dtype, shape or metric, or no entries.
+        EmbeddingError: NaN or infinite values.
+    """
+    return IndexedDatabase(database, metric=metric)
+
+
+def _excluded(exclude: Tensor | None, queries: int, entries: int) -> np.ndarray | None:
+    if exclude is None:
+        return None
+    if exclude.shape != (queries,) or exclude.is_floating_point():
+        raise UsageError(
+            f"exclude has shape {tuple(exclude.shape)} and dtype {exclude.dtype}; "
+            f"give one integer index for each of the {queries} queries (-1 leaves none out)"
+        )
+    indices = exclude.detach().cpu().to(torch.int64).numpy()
+    if queries and not (indices.min() >= -1 and indices.max() < entries):
+        raise UsageError(
+            f"exclude holds indices from {indices.min()} to {indices.max()}; the database has "
+            f"rows 0 to {entries - 1} (-1 leaves none out)"
+        )
+    return np.ascontiguousarray(indices)
+
+
+def top_k(
+    queries: Tensor,
+    database: Tensor | IndexedDatabase,
+    k: int,
+    *,
+    metric: str = "cosine",
+    exclude: Tensor | None = None,
+    threads: int | None = None,
+    route: str = "auto",
+) -> TopK:
+    """Find the ``k`` best database rows for each query, exactly.
+
+    Scores are computed in float64 in a fixed order, so lists are the same on every chip, route
+    and number of threads; equal scores stand in index order. The cosine with a zero vector is 0.
+
+    Args:
+        queries: ``(queries, dim)`` float32, float16 or bfloat16. A row that is not finite gets
+            some indices and scores that are not finite.
+        database: ``(entries, dim)``, or what `index_database` made of it.
+        k: 1 to 500, and at most the number of entries that may be returned.
+        metric: ``"cosine"``, ``"ip"`` (inner product) or ``"l2"`` (squared distance). A prepared
+            database has its own, which must be the same.
+        exclude: ``(queries,)`` a database index to leave out of each query's list (the query
+            itself), -1 for none.
+        threads: see `semid.quantization.nearest.nearest`.
+        route: see `semid.quantization.nearest.nearest`.
+
+    Returns:
+        Indices and scores ``(queries, k)``, best first.
+
+    Raises:
+        UsageError: an argument out of range, or widths and dtypes that do not fit.
+        EmbeddingError: the database is not finite.
+
+    Time grows with queries x entries x dim; memory with the block of queries.
+    """
+    check_choice("metric", metric, tuple(METRICS))
+    check_rows(queries, name="queries")
+    ready = (
+        database
+        if isinstance(database, IndexedDatabase)
+        else index_database(database, metric=metric)
+    )
+    if ready.metric != metric:
+        raise UsageError(
+            f"metric='{metric}' but the database was prepared for '{ready.metric}'; "
+            "prepare it for the metric you ask for"
+        )
+    if queries.shape[1] != ready.table.dim:
+        raise UsageError(
+            f"queries have {queries.shape[1]} columns and the database {ready.table.dim}; "
+            "give both the same width"
+        )
+    left_out = _excluded(exclude, len(queries), len(ready))
+    most = min(MAX_NEIGHBORS, len(ready) - (left_out is not None))
+    if not 1 <= k <= most:
+        raise UsageError(
+            f"k={k} is out of range; give 1 to {most} (at most {MAX_NEIGHBORS}, and no more than the "
+            f"{len(ready)} rows of the database, less one where exclude is given)"
+        )
+    if queries.is_cuda:
+        found = search_device(queries, ready.table, k=k, exclude=left_out)
+    else:
+        chosen = choose(route, queries, ready.table, k=k)
+        found = search(
+            queries, ready.table, chosen, k=k, exclude=left_out, threads=threads, name="queries"
+        )
+    keys = torch.from_numpy(found.keys)
+    scores = (keys if metric == "l2" else -keys).to(torch.float32)
+    return TopK(torch.from_numpy(found.labels).to(queries.device), scores.to(queries.device) + 0.0)

@@ -15,7 +15,7 @@ import torch
 
 from semid.errors import UsageError
 from semid.quantization.blocks import Blocks, read_ahead
-from semid.quantization.nearest import prepare
+from semid.quantization.nearest import index_codebook
 from semid.quantization.residual import dequantize, encode_residual
 
 __all__ = ["priced", "size_prices", "with_room"]
@@ -103,7 +103,7 @@ def _sizes(
     """Return rows a codeword, level by level, and the mean squared residual without prices."""
     levels = len(codebooks)
     books = [
-        prepare(torch.from_numpy(priced(book, paid, level=level, levels=levels)))
+        index_codebook(torch.from_numpy(priced(book, paid, level=level, levels=levels)))
         for level, (book, paid) in enumerate(zip(codebooks, prices, strict=True))
     ]
     sizes, total = [np.zeros(len(book)) for book in codebooks], 0.0

@@ -17,13 +17,13 @@ import numpy.typing as npt
 import torch
 
 from semid.options import MAX_BEAM, Options, option
-from semid.quantization.additive import NormalEquations
 from semid.quantization.blocks import Blocks, read_ahead
-from semid.quantization.nearest import PreparedCodebook, prepare
+from semid.quantization.least_squares import NormalEquations
+from semid.quantization.nearest import IndexedCodebook, index_codebook
 from semid.quantization.residual import ResidualCodes, dequantize, encode_residual
 from semid.seeds import numpy_generator
 
-__all__ = ["Part", "RefineOptions", "RefineRound", "refine_residual"]
+__all__ = ["ColumnGroup", "RefineOptions", "RefineRound", "refine_residual"]
 
 Array = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -62,7 +62,7 @@ class RefineOptions(Options):
 
 
 @dataclass(frozen=True)
-class Part:
+class ColumnGroup:
     """Columns that are fitted together, over the first ``levels`` levels alone.
 
     Attributes:
@@ -94,7 +94,7 @@ def refine_residual(
     codebooks: Sequence[Array],
     *,
     judged: Blocks | None = None,
-    parts: Sequence[Part] | None = None,
+    groups: Sequence[ColumnGroup] | None = None,
     options: RefineOptions | None = None,
     weights: npt.NDArray[np.float64] | None = None,
     seed: int = 0,
@@ -108,7 +108,7 @@ def refine_residual(
         codebooks: one ``(codes, dim)`` float32 a level.
         judged: rows to choose the ridge and the end on; None takes ``train``, which favors the
             smallest ridge.
-        parts: columns that are fitted together; None fits all columns over all levels. Columns in
+        groups: columns that are fitted together; None fits all columns over all levels. Columns in
             no part stay.
         options: rounds, beam, ridges.
         weights: ``(items,)`` weights of the training rows; judged rows count alike.
@@ -124,12 +124,12 @@ def refine_residual(
     """
     options = options or RefineOptions()
     width = train.dim
-    parts = parts or [Part(slice(0, width), len(codebooks))]
+    groups = groups or [ColumnGroup(slice(0, width), len(codebooks))]
     judged = train if judged is None or not len(judged) else judged
     start = [book.copy() for book in codebooks]
     if not options.rounds:
         return start, []
-    refiner = _Refiner(train, judged, parts, options, weights, threads, on_round)
+    refiner = _Refiner(train, judged, groups, options, weights, threads, on_round)
     best, history = refiner.settled(start, refiner.error(start))
     if options.annealing_rounds:
         error = history[-1].error if history else refiner.error(best)
@@ -146,7 +146,7 @@ class _Refiner:
 
     train: Blocks
     judged: Blocks
-    parts: Sequence[Part]
+    groups: Sequence[ColumnGroup]
     options: RefineOptions
     weights: npt.NDArray[np.float64] | None
     threads: int | None
@@ -192,7 +192,7 @@ class _Refiner:
             total += float(np.square(found.residual_norms, dtype=np.float64).sum())
         return total / max(len(self.judged), 1)
 
-    def _encoded(self, block: Array, prepared: list[PreparedCodebook]) -> ResidualCodes:
+    def _encoded(self, block: Array, prepared: list[IndexedCodebook]) -> ResidualCodes:
         return encode_residual(
             block, prepared, beam_width=self.options.beam_width, threads=self.threads
         )
@@ -227,16 +227,16 @@ class _Refiner:
         tried = []
         for ridge in ridges:
             made = [book.copy() for book in books]
-            for part in self.parts:
+            for group in self.groups:
                 solved = equations.solve(
                     ridge=ridge,
-                    start=[book[:, part.columns] for book in books],
-                    columns=part.columns,
-                    levels=part.levels,
+                    start=[book[:, group.columns] for book in books],
+                    columns=group.columns,
+                    levels=group.levels,
                     threads=self.threads,
                 )
                 for book, table in zip(made, solved, strict=False):
-                    book[:, part.columns] = table
+                    book[:, group.columns] = table
             tried.append((self.error(made), ridge, made))
         error, ridge, made = min(tried, key=lambda one: one[:2])
         found = RefineRound(ridge, error, before)
@@ -249,13 +249,13 @@ class _Refiner:
     ) -> list[Array]:
         """Add noise to the columns that are fitted; ``spread`` ``(dim,)`` is that of all levels."""
         shaken = [book.copy() for book in books]
-        for part in self.parts:
-            scale = self.options.temperature / np.sqrt(part.levels) * spread[part.columns]
-            for book in shaken[: part.levels]:
+        for group in self.groups:
+            scale = self.options.temperature / np.sqrt(group.levels) * spread[group.columns]
+            for book in shaken[: group.levels]:
                 noise = generator.normal(size=(len(book), len(scale))) * scale
-                book[:, part.columns] += noise.astype(np.float32)
+                book[:, group.columns] += noise.astype(np.float32)
         return shaken
 
 
-def _prepared(books: Sequence[Array]) -> list[PreparedCodebook]:
-    return [prepare(torch.from_numpy(book)) for book in books]
+def _prepared(books: Sequence[Array]) -> list[IndexedCodebook]:
+    return [index_codebook(torch.from_numpy(book)) for book in books]

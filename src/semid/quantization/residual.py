@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from semid.quantization.assign import assign
 from semid.quantization.beam import encode_beam
 from semid.quantization.blocks import Blocks
 from semid.quantization.kmeans import (
@@ -22,8 +21,8 @@ from semid.quantization.kmeans import (
     kmeans,
     sampled,
 )
-from semid.quantization.nearest import PreparedCodebook
-from semid.quantization.rows import Rows, as_rows
+from semid.quantization.nearest import IndexedCodebook, assign
+from semid.quantization.sharding import ShardedMatrix, as_sharded
 from semid.seeds import child_seed
 
 __all__ = [
@@ -68,7 +67,7 @@ class ResidualCodes:
 
 
 def fit_residual(
-    blocks: Blocks | Rows,
+    blocks: Blocks | ShardedMatrix,
     codebook_sizes: Sequence[int],
     *,
     seed: int,
@@ -85,8 +84,8 @@ def fit_residual(
     """Fit one codebook a level by K-means on what the levels before leave.
 
     Args:
-        blocks: ``(items, dim)`` training rows; or `Rows`, which bring their weights, threads and
-            memory.
+        blocks: ``(items, dim)`` training rows; or a `ShardedMatrix`, which has its own weights,
+            threads and memory.
         codebook_sizes: codewords of each level.
         seed: any integer; each level has a child seed of its own.
         options: how K-means runs at every level.
@@ -107,7 +106,7 @@ def fit_residual(
         Source: DRQ §4.2.
     """
     options = options or KMeansOptions()
-    rows = as_rows(blocks, weights=weights, threads=threads, memory_bytes=memory_bytes)
+    rows = as_sharded(blocks, weights=weights, threads=threads, memory_bytes=memory_bytes)
     chosen = draw_sample(rows, max(codebook_sizes), seed=seed, options=options)
     train = rows
     if chosen is not None:
@@ -115,7 +114,7 @@ def fit_residual(
     codebooks: list[Array] = []
     fits: list[LevelFit] = []
     for codebook, labels, fit in done:
-        train.descend(codebook, labels)
+        train.subtract_codewords(codebook, labels)
         codebooks.append(codebook)
         fits.append(fit)
     resumed = len(codebooks)  # the caller may append to `done` as levels finish
@@ -137,13 +136,13 @@ def fit_residual(
         if on_level is not None:
             on_level(level, result)
         if level + 1 < len(codebook_sizes):
-            train.descend(result.centroids, result.labels)
+            train.subtract_codewords(result.centroids, result.labels)
     if chosen is not None and options.full_pass:
         codebooks = _refine(rows, codebooks, threads)
     return codebooks, fits
 
 
-def _refine(rows: Rows, codebooks: list[Array], threads: int | None) -> list[Array]:
+def _refine(rows: ShardedMatrix, codebooks: list[Array], threads: int | None) -> list[Array]:
     """One Lloyd iteration of every level over all rows, each on what the refined ones leave."""
     refined: list[Array] = []
     for codebook in codebooks:
@@ -157,7 +156,7 @@ def _refine(rows: Rows, codebooks: list[Array], threads: int | None) -> list[Arr
         )
         refined.append(result.centroids)
         if len(refined) < len(codebooks):
-            rows.descend(result.centroids, result.labels)
+            rows.subtract_codewords(result.centroids, result.labels)
     return refined
 
 
@@ -169,7 +168,7 @@ def _at_level(
 
 def encode_residual(
     block: Array,
-    codebooks: Sequence[PreparedCodebook],
+    codebooks: Sequence[IndexedCodebook],
     *,
     beam_width: int = 1,
     threads: int | None = None,

@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from semid.quantization.assign import THREADED_WORK
 from semid.quantization.blocks import Blocks
 from semid.quantization.engine.routes import working_routes
-from semid.quantization.rows import Rows, as_rows
+from semid.quantization.nearest import THREADED_WORK
+from semid.quantization.sharding import ShardedMatrix, as_sharded
 from semid.quantization.threads import map_blocks
 
 __all__ = ["kmeans_plus_plus"]
@@ -36,7 +36,7 @@ COPY = 1e-13
 
 
 def kmeans_plus_plus(
-    blocks: Blocks | Rows,
+    blocks: Blocks | ShardedMatrix,
     codes: int,
     *,
     generator: np.random.Generator,
@@ -60,20 +60,20 @@ def kmeans_plus_plus(
         centroids and ``n_local_trials`` bfloat16 products of `GAIN_ROWS_PER_CODE` rows per code
         with them; memory O(items + codes dim) beside those rows.
     """
-    rows = as_rows(blocks, weights=weights, threads=threads)
+    rows = as_sharded(blocks, weights=weights, threads=threads)
     first = rows.draw(rows.start_seeding(), 1, generator)
     centers = rows.rows(first)
     fresh = centers
     gains = _Gains(rows, codes, generator, threads) if n_local_trials > 1 else None
     while True:
-        masses = rows.lower(fresh)
+        masses = rows.update_nearest_center(fresh)
         if len(centers) >= codes or not masses.any():
             return centers
         size = min(codes - len(centers), max(1, len(centers) // 4), MAX_ROUND)
         drawn = rows.draw(masses, size * n_local_trials, generator)
         candidates = rows.rows(drawn)
         worth = None if gains is None else gains(candidates)
-        kept = _accept(candidates, rows.closest(drawn), worth, size, generator)
+        kept = _accept(candidates, rows.center_distances(drawn), worth, size, generator)
         fresh = candidates[kept]
         centers = np.concatenate([centers, fresh])
 
@@ -92,7 +92,7 @@ class _Gains:
     """
 
     def __init__(
-        self, source: Rows, codes: int, generator: np.random.Generator, threads: int | None
+        self, source: ShardedMatrix, codes: int, generator: np.random.Generator, threads: int | None
     ) -> None:
         items, size = len(source), max(GAIN_ROWS_LEAST, GAIN_ROWS_PER_CODE * codes)
         chosen = np.arange(items)
@@ -116,7 +116,7 @@ class _Gains:
         words = torch.from_numpy(candidates) - self.middle
         norms = (words**2).sum(1)
         turned = words.to(torch.bfloat16).to(self.dtype).T.contiguous()
-        limits = torch.from_numpy(self.source.closest(self.chosen)) - self.norms
+        limits = torch.from_numpy(self.source.center_distances(self.chosen)) - self.norms
 
         def part(start: int) -> npt.NDArray[np.float64]:
             span = slice(start, start + GAIN_ROWS)

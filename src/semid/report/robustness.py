@@ -15,7 +15,7 @@ from semid.diagnostics.flips import FlipRates, flip_rates, rank_agreement
 from semid.diagnostics.geometry import Geometry, geometry
 from semid.diagnostics.margins import MarginProxy, input_margin_proxy, margin_proxy
 from semid.diagnostics.overlap import LevelOverlap
-from semid.quantization.nearest import nearest, prepare
+from semid.quantization.nearest import index_codebook, nearest
 from semid.quantization.residual import encode_residual
 from semid.seeds import numpy_generator
 from semid.tokenizers.base import Tokenizer
@@ -37,7 +37,7 @@ def _encode(tok: Tokenizer, rows: Array) -> Codes:
 
 def _latent_encoder(tok: Tokenizer, threads: int | None) -> Callable[[Array], Codes]:
     """Return how this tokenizer's codebooks quantize latent vectors."""
-    books = [prepare(torch.from_numpy(book)) for book in tok.codebooks]
+    books = [index_codebook(torch.from_numpy(book)) for book in tok.codebooks]
 
     def encode(latents: Array) -> Codes:
         if tok.hierarchical:

@@ -16,10 +16,10 @@ from semid.errors import UsageError
 from semid.options import MAX_WEIGHT
 from semid.quantization.blocks import Blocks, in_memory
 from semid.quantization.kmeans import KMeansOptions
-from semid.quantization.nearest import prepare
-from semid.quantization.refine import Part, RefineOptions
+from semid.quantization.least_squares import Tables, fit_tables
+from semid.quantization.nearest import index_codebook
+from semid.quantization.refine import ColumnGroup, RefineOptions
 from semid.quantization.residual import ResidualCodes, dequantize, encode_residual
-from semid.quantization.tables import Tables, fit_tables
 from semid.tokenizers.barq_fit import Blend, BlendFit, BlendGraph, Content
 from semid.tokenizers.behavior import Behavior
 from semid.tokenizers.context import FitContext, level_sizes
@@ -192,7 +192,7 @@ class BARQ(ContinuousTokenizer):
         if self.size_limit:  # last, since refinement makes usage uneven again
             books = fit.priced(books, limit=self.size_limit, beam_width=self.beam_width)
         details["refine"] = [asdict(one) for one in rounds]
-        self._prepared = tuple(prepare(torch.from_numpy(book)) for book in books)
+        self._prepared = tuple(index_codebook(torch.from_numpy(book)) for book in books)
         return details | self._follow_codes(train, held, weights=context.weights)
 
     def _set_content(self, prepared: PreparedRows, stages: Stages) -> None:
@@ -209,12 +209,12 @@ class BARQ(ContinuousTokenizer):
         )
         stages.finish("components", self._content.tensors(), {})
 
-    def _parts(self, dim: int) -> list[Part]:
+    def _parts(self, dim: int) -> list[ColumnGroup]:
         content = self._content.width(dim)
-        parts = [Part(slice(0, content), self.levels)]
+        parts = [ColumnGroup(slice(0, content), self.levels)]
         if self._autoencoder is not None:
             end = content + self._latent_width(dim)
-            parts.append(Part(slice(content, end), self.behavior_levels))
+            parts.append(ColumnGroup(slice(content, end), self.behavior_levels))
         return parts
 
     def _set_scale(self, train: Blocks) -> None:

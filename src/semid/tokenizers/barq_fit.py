@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from semid.progress import Progress
 from semid.quantization.blocks import BLOCK_ROWS, Blocks, ResidualBlocks
-from semid.quantization.components import leading_components
 from semid.quantization.kmeans import KMeansOptions
-from semid.quantization.nearest import prepare
+from semid.quantization.least_squares import leading_components
+from semid.quantization.nearest import index_codebook
 from semid.quantization.prices import priced, size_prices, with_room
-from semid.quantization.refine import Part, RefineOptions, RefineRound, refine_residual
+from semid.quantization.refine import ColumnGroup, RefineOptions, RefineRound, refine_residual
 from semid.quantization.residual import encode_residual
 from semid.seeds import child_seed
 from semid.tokenizers.levels import fit_levels
@@ -210,7 +210,7 @@ class BlendFit:
 
     rows: Blocks
     judged: Blocks | None
-    parts: Sequence[Part]
+    parts: Sequence[ColumnGroup]
     prices: int
     sizes: Sequence[int]
     seed: int
@@ -251,7 +251,7 @@ class BlendFit:
 
     def _left(self, books: Sequence[Array]) -> Blocks:
         """Return the content that the greedy codes of these levels leave."""
-        ready = [prepare(torch.from_numpy(book)) for book in books]
+        ready = [index_codebook(torch.from_numpy(book)) for book in books]
         parts = [
             encode_residual(x, ready, threads=self.threads).codes for _, x in self.rows.blocks()
         ]
@@ -267,7 +267,7 @@ class BlendFit:
             self.rows,
             books,
             judged=self.judged,
-            parts=self.parts,
+            groups=self.parts,
             options=options,
             weights=self.weights,
             seed=child_seed(self.seed, "refine"),

@@ -25,7 +25,7 @@ from semid.errors import EmbeddingError, NotFittedError
 from semid.options import CheckedArguments
 from semid.progress import Progress, QuietProgress
 from semid.quantization.blocks import BLOCK_ROWS, prefetched
-from semid.quantization.nearest import prepare_kernels
+from semid.quantization.nearest import compile_kernels
 from semid.quantization.residual import ResidualCodes
 from semid.tokenizers.behavior import Behavior
 from semid.tokenizers.context import (
@@ -214,7 +214,7 @@ class Tokenizer(CheckedArguments, ABC):
         steps = progress or QuietProgress()
         opened = open_embeddings(source, ids=ids)
         steps.start("prepare kernels")  # once on a machine this takes a minute
-        prepare_kernels()
+        compile_kernels()
         train = ~held_out_mask(opened.ids, self.validation_fraction, salt=HELD_OUT_SALT)
         seen = scan(opened, train, steps)
         check_enough(

@@ -18,7 +18,7 @@ from semid.data.ids import ItemIds
 from semid.data.interactions import SELECT, TRAIN, read_interactions, split_users
 from semid.data.tables import open_table
 from semid.errors import InteractionsError, UsageError
-from semid.quantization.topk import prepare_database, top_k
+from semid.quantization.nearest import index_database, top_k
 
 __all__ = [
     "Behavior",
@@ -382,7 +382,7 @@ def _neighbors(given: Neighbors, ids: ItemIds, threads: int | None) -> tuple[Row
             "need more: give embeddings of the same items (--neighbors, --ids)"
         )
     matrix = torch.from_numpy(second.rows(at[known]))
-    base = prepare_database(matrix)
+    base = index_database(matrix)
     found = np.empty((len(known), given.k), dtype=np.int64)
     for start in range(0, len(known), QUERIES):
         stop = min(start + QUERIES, len(known))

@@ -22,8 +22,8 @@ from semid.data.embeddings import open_embeddings
 from semid.data.ids import held_out_mask
 from semid.documents import checked
 from semid.errors import InputError, UsageError
+from semid.quantization.least_squares import fit_tables
 from semid.quantization.residual import dequantize
-from semid.quantization.tables import fit_tables
 from semid.tokenizers.context import codes_within, level_sizes
 from semid.tokenizers.stored import check_shapes, described
 

@@ -14,13 +14,12 @@ from semid.data.source import EmbeddingSource
 from semid.progress import Progress
 from semid.quantization.blocks import Blocks
 from semid.quantization.kmeans import KMeansOptions, KMeansResult, KMeansState
-from semid.quantization.nearest import PreparedCodebook, prepare
+from semid.quantization.nearest import IndexedCodebook, index_codebook
 from semid.quantization.residual import LevelFit, fit_residual
-from semid.quantization.rows import Rows, as_rows
-from semid.quantization.shard import Shard
+from semid.quantization.sharding import Shard, ShardedMatrix, as_sharded
 from semid.quantization.threads import default_threads
 from semid.training.distributed import join_processes, neighbors, world_size
-from semid.training.gathering import GatherTeam, own_span
+from semid.training.gathering import ProcessShardPool, own_span
 from semid.training.stages import StateStore
 
 __all__ = ["LevelRun", "fit_levels", "training_rows"]
@@ -36,7 +35,7 @@ def training_rows(
     weights: npt.NDArray[np.float64] | None = None,
     threads: int | None = None,
     memory_bytes: int = MEMORY_BYTES,
-) -> Rows:
+) -> ShardedMatrix:
     """Return the rows of a fit; under ``torchrun`` each process holds its share of the blocks.
 
     Args:
@@ -47,7 +46,7 @@ def training_rows(
     """
     join_processes()
     if world_size() == 1:
-        return as_rows(source, weights=weights, threads=threads, memory_bytes=memory_bytes)
+        return as_sharded(source, weights=weights, threads=threads, memory_bytes=memory_bytes)
     threads = threads or max(1, default_threads() // neighbors())
     first, last = own_span(len(source))
     shard = Shard(
@@ -57,11 +56,11 @@ def training_rows(
         threads=threads,
         memory_bytes=memory_bytes,
     )
-    return Rows(GatherTeam(shard, len(source)), dim=source.dim, weights=weights)
+    return ShardedMatrix(ProcessShardPool(shard, len(source)), dim=source.dim, weights=weights)
 
 
 def fit_levels(
-    rows: Blocks | Rows,
+    rows: Blocks | ShardedMatrix,
     sizes: Sequence[int],
     *,
     seed: int,
@@ -70,7 +69,7 @@ def fit_levels(
     threads: int | None,
     store: StateStore | None,
     progress: Progress,
-) -> tuple[tuple[PreparedCodebook, ...], list[dict[str, Any]]]:
+) -> tuple[tuple[IndexedCodebook, ...], list[dict[str, Any]]]:
     """Fit one codebook a level (DRQ §4.2), from where the store left off.
 
     Args:
@@ -99,7 +98,7 @@ def fit_levels(
         on_iteration=run.on_iteration,
         on_level=run.on_level,
     )
-    prepared = tuple(prepare(torch.from_numpy(book)) for book in books)
+    prepared = tuple(index_codebook(torch.from_numpy(book)) for book in books)
     return prepared, [asdict(fit) for fit in fits]
 
 

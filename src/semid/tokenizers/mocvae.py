@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from semid.quantization.assign import assign
+from semid.quantization.nearest import assign
 from semid.quantization.residual import ResidualCodes
 from semid.tokenizers.context import level_sizes
 from semid.tokenizers.neural.autoencoder import EncoderGraph, perceptron

@@ -16,8 +16,8 @@ from semid.data.ids import held_out_mask
 from semid.data.source import EmbeddingSource
 from semid.errors import EmbeddingError, UsageError
 from semid.progress import Progress, QuietProgress
-from semid.quantization.blocks import PreparedBlocks, in_memory
-from semid.quantization.nearest import prepare
+from semid.quantization.blocks import PreprocessedBlocks, in_memory
+from semid.quantization.nearest import index_codebook
 from semid.quantization.refine import RefineOptions, refine_residual
 from semid.seeds import child_seed
 from semid.tokenizers.base import HELD_OUT_SALT, Tokenizer
@@ -84,7 +84,7 @@ def refine(
         latents(~held),
         tokenizer.codebooks,
         judged=latents(held) if held.any() else None,
-        parts=tokenizer._parts(opened.dim) if isinstance(tokenizer, NeuralTokenizer) else None,
+        groups=tokenizer._parts(opened.dim) if isinstance(tokenizer, NeuralTokenizer) else None,
         options=options,
         weights=mass,
         seed=child_seed(tokenizer.seed, "refine"),
@@ -93,12 +93,12 @@ def refine(
     )
     made = copy.copy(tokenizer)
     made.beam_width = options.beam_width
-    made._prepared = tuple(prepare(torch.from_numpy(book)) for book in books)
+    made._prepared = tuple(index_codebook(torch.from_numpy(book)) for book in books)
     before = {} if tokenizer.report is None else tokenizer.report.details
     details = {**before, "refine": [asdict(one) for one in rounds]}
     if isinstance(made, NeuralTokenizer):
         train, judged = (
-            PreparedBlocks(opened.subset(rows), made._preprocess) for rows in (~held, held)
+            PreprocessedBlocks(opened.subset(rows), made._preprocess) for rows in (~held, held)
         )
         details |= made._follow_codes(train, judged if len(judged) else None, weights=mass)
     made.report = made._judge(opened, ~held, seen, details, steps, began)

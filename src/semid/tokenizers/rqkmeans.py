@@ -14,9 +14,9 @@ from torch import nn
 from semid.progress import Progress, QuietProgress
 from semid.quantization.blocks import Preprocess
 from semid.quantization.kmeans import KMeansOptions
-from semid.quantization.nearest import PreparedCodebook, prepare
+from semid.quantization.nearest import IndexedCodebook, index_codebook
 from semid.quantization.residual import ResidualCodes, dequantize, encode_residual
-from semid.quantization.rows import Rows
+from semid.quantization.sharding import ShardedMatrix
 from semid.tokenizers.base import Tokenizer
 from semid.tokenizers.context import FitContext, check_beam, check_validation_fraction, level_sizes
 from semid.tokenizers.levels import fit_levels, training_rows
@@ -79,7 +79,7 @@ class RQKMeans(Tokenizer):
         self.kmeans = KMeansOptions.of(kmeans)
         self.threads = threads
         self._preprocess = Preprocess(normalize=normalize)
-        self._prepared: tuple[PreparedCodebook, ...] = ()
+        self._prepared: tuple[IndexedCodebook, ...] = ()
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -100,7 +100,11 @@ class RQKMeans(Tokenizer):
         return {"levels": self.fit_rows(rows, store=context.checkpoint, progress=context.progress)}
 
     def fit_rows(
-        self, rows: Rows, *, store: StateStore | None = None, progress: Progress | None = None
+        self,
+        rows: ShardedMatrix,
+        *,
+        store: StateStore | None = None,
+        progress: Progress | None = None,
     ) -> list[dict[str, Any]]:
         """Learn the codebooks from training rows alone, wherever they lie.
 
@@ -116,7 +120,7 @@ class RQKMeans(Tokenizer):
         """
         mean = rows.mean().astype(np.float32) if self.center else None
         preprocess = Preprocess(mean=mean, normalize=self.normalize)
-        rows.prepare(preprocess)
+        rows.preprocess(preprocess)
         self._prepared, levels = fit_levels(
             rows,
             self.codebook_sizes,
@@ -170,5 +174,5 @@ class RQKMeans(Tokenizer):
             mean=tensors["preprocess.mean"] if self.center else None, normalize=self.normalize
         )
         self._prepared = tuple(
-            prepare(torch.from_numpy(tensors[f"codebooks.{i}"])) for i in range(self.levels)
+            index_codebook(torch.from_numpy(tensors[f"codebooks.{i}"])) for i in range(self.levels)
         )

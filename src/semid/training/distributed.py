@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 __all__ = [
-    "agreed",
     "all_sum_",
+    "broadcast_from_rank0",
     "in_parallel",
     "is_main",
     "join_processes",
@@ -94,7 +94,7 @@ def all_sum_(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def agreed(value: T, device: torch.device) -> T:
+def broadcast_from_rank0(value: T, device: torch.device) -> T:
     """Return the first process's ``value``, in every process.
 
     For what decides how long a run goes on: machines of different makes may round an evaluation

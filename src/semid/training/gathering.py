@@ -2,7 +2,7 @@
 
 Every process runs the same program. A question to the shards is answered by the process that holds
 them and the answers are gathered, in the order of the processes, into all of them; sums are added
-up in the order of `semid.quantization.tree`. So all processes end with the same centroids, those
+up in the order of `semid.quantization.sums`. So all processes end with the same centroids, those
 of a single one.
 """
 
@@ -14,13 +14,11 @@ from typing import Any
 from torch import distributed as dist
 
 from semid.quantization.blocks import BLOCK_ROWS
-from semid.quantization.rows import payload_bytes
-from semid.quantization.shard import Shard
-from semid.quantization.statistics import Statistics
-from semid.quantization.tree import Node, cut_blocks, merge_nodes
+from semid.quantization.sharding import Shard, payload_bytes
+from semid.quantization.sums import Node, Statistics, cut_blocks, merge_nodes
 from semid.training.distributed import rank, world_size
 
-__all__ = ["GatherTeam", "own_span", "shard_spans"]
+__all__ = ["ProcessShardPool", "own_span", "shard_spans"]
 
 
 def shard_spans(rows: int, shards: int) -> list[tuple[int, int]]:
@@ -37,7 +35,7 @@ def own_span(rows: int) -> tuple[int, int]:
     return shard_spans(rows, world_size())[rank()]
 
 
-class GatherTeam:
+class ProcessShardPool:
     """The shards of all processes; made by each of them with its own.
 
     Args:
@@ -53,14 +51,14 @@ class GatherTeam:
         self.spans: Sequence[tuple[int, int]] = shard_spans(rows, world_size())
         self.sent: dict[str, int] = {}
 
-    def ask(self, method: str, arguments: Mapping[int, tuple[Any, ...]]) -> dict[int, Any]:
-        """Call the method where it is asked for; return all answers in every process."""
+    def call(self, method: str, arguments: Mapping[int, tuple[Any, ...]]) -> dict[int, Any]:
+        """Call the method where it is called for; return all answers in every process."""
         own = arguments.get(rank())
         answer = None if own is None else getattr(self.shard, method)(*own)
         answers = self._gather(method, answer)
         return {place: answers[place] for place in arguments}
 
-    def add(self, method: str, *arguments: Any) -> list[Node[Statistics]]:
+    def call_all(self, method: str, *arguments: Any) -> list[Node[Statistics]]:
         """Call the method in every process; return all nodes, added up in block order."""
         return merge_nodes(self._gather(method, getattr(self.shard, method)(*arguments)))
 

@@ -22,8 +22,8 @@ from semid.errors import DivergedError
 from semid.progress import Progress
 from semid.seeds import child_seed
 from semid.training.distributed import (
-    agreed,
     all_sum_,
+    broadcast_from_rank0,
     in_parallel,
     is_main,
     join_processes,
@@ -346,7 +346,7 @@ class _Run:
     def _judge(self, epoch: int, log: Logger) -> None:
         self.module.eval()
         with torch.no_grad():
-            found = agreed(self.trainee.evaluate(epoch), self.device)
+            found = broadcast_from_rank0(self.trainee.evaluate(epoch), self.device)
         self.module.train()
         self.evaluations.append(found)
         if self.best_epoch < 0 or found.rank() > self.evaluations[self.best_epoch].rank():

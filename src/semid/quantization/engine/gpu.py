@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from semid.quantization.engine.canonical import INNER, L2
-from semid.quantization.engine.rows import FAR
+from semid.quantization.engine.rows import MAX_TABLE_RADII
 from semid.quantization.engine.search import Found
 from semid.quantization.engine.table import Table, check_rows
 from semid.quantization.engine.vector import LANES
@@ -212,7 +212,7 @@ def _block(
     single = k == 1 and exclude is None and len(table) > 1
     y64 = _centered(x, table, ready)
     length = y64.norm(dim=1)
-    usable = length <= FAR  # false for NaN
+    usable = length <= MAX_TABLE_RADII  # false for NaN
     y64 = torch.where(usable[:, None], y64, 0.0)
     length = torch.where(usable, length, 0.0)
     screen = _bfloat16_scores if single and _mixed_products(x.device) else _float32_scores

@@ -34,13 +34,13 @@ PROBE_ROWS = 128
 PROBE_FIRST = 8
 """Queries of a first look, after which a route far behind is dropped: one that measures nearly all
 entries of a large table would take seconds for the rest."""
-HOPELESS = 4.0
+DROP_RATIO = 4.0
 """How many times slower than the best counts as far behind."""
 PROBE_ROUNDS = 3
 """Times it is timed; the shortest counts."""
-REMEMBERED = 7
+REUSED_TABLES = 7
 """Tables of one shape that take over the last choice before the routes are timed again."""
-WORTH_PROBING = 4096
+MIN_PROBED_QUERIES = 4096
 """Queries from which on timing the routes costs less than a wrong choice could."""
 
 _lock = threading.Lock()
@@ -158,7 +158,7 @@ def choose(route: str, queries: torch.Tensor, table: Table, *, k: int = 1) -> Ro
     """Pick the route for a table: the one asked for, or the fastest on a few of the queries.
 
     The choice changes the time and never the result. It is made on `PROBE_ROWS` evenly
-    spaced queries and kept for the table and the next `REMEMBERED` of its shape; few queries take
+    spaced queries and kept for the table and the next `REUSED_TABLES` of its shape; few queries take
     the first working route untimed.
 
     Args:
@@ -179,7 +179,7 @@ def choose(route: str, queries: torch.Tensor, table: Table, *, k: int = 1) -> Ro
     chosen: Route | None = table.routes.get(k)
     if chosen is not None:
         return chosen
-    if len(queries) < WORTH_PROBING:
+    if len(queries) < MIN_PROBED_QUERIES:
         return next(found for found in working if _suits(found, table))
     chosen = _recalled(table, k)
     if chosen is not None:
@@ -189,7 +189,7 @@ def choose(route: str, queries: torch.Tensor, table: Table, *, k: int = 1) -> Ro
     sample = queries[:: max(1, len(queries) // PROBE_ROWS)][:PROBE_ROWS].contiguous()
     times = np.full(len(routes), np.inf)
     for rows, rounds in ((PROBE_FIRST, 1), (len(sample), PROBE_ROUNDS)):
-        hopeful = np.flatnonzero(times <= HOPELESS * times.min())
+        hopeful = np.flatnonzero(times <= DROP_RATIO * times.min())
         times[hopeful] = np.inf
         for _ in range(rounds):  # in turn, so that a busy moment does not fall on one alone
             for at in hopeful:
@@ -204,5 +204,5 @@ def choose(route: str, queries: torch.Tensor, table: Table, *, k: int = 1) -> Ro
     )
     logger.info("route %s (%s) for %d x %d: %s", best.name, best.library, *size, seen)
     table.routes[k] = best
-    _recent[(table.metric, len(table), table.dim, k)] = (best, REMEMBERED)
+    _recent[(table.metric, len(table), table.dim, k)] = (best, REUSED_TABLES)
     return best

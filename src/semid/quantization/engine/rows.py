@@ -8,9 +8,16 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["FAR", "center_queries", "center_table", "first_copies", "round_bfloat16", "slack"]
+__all__ = [
+    "MAX_TABLE_RADII",
+    "center_queries",
+    "center_table",
+    "first_copies",
+    "round_bfloat16",
+    "slack",
+]
 
-FAR = 2.0**30
+MAX_TABLE_RADII = 2.0**30
 """A query further from the table's center than this many table radii is not screened."""
 
 F32 = npt.NDArray[np.float32]
@@ -34,7 +41,7 @@ def center_queries(
         own_scale: scale each row by its own power of two instead (metrics in which the length
             of a query changes no ranking); ``center`` must be zero.
         y: ``(>= rows, width)`` float32 result; zero where a row cannot be screened.
-        half_square: ``(rows,)``; -1 marks a row that cannot be screened (not finite, or `FAR`).
+        half_square: ``(rows,)``; -1 marks a row that cannot be screened (not finite, or `MAX_TABLE_RADII`).
     """
     width = x.shape[1]
     for i in range(rows):
@@ -50,7 +57,7 @@ def center_queries(
             value = (np.float64(x[i, j]) - np.float64(center[j])) * scale
             total += value * value
             y[i, j] = value
-        if total <= FAR * FAR:
+        if total <= MAX_TABLE_RADII * MAX_TABLE_RADII:
             half_square[i] = total / 2.0
         else:  # also when total is NaN
             half_square[i] = -1.0

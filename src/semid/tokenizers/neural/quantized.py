@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from semid.quantization.blocks import BLOCK_ROWS, Blocks, in_memory
 from semid.quantization.kmeans import KMeansOptions, KMeansResult, kmeans
-from semid.quantization.nearest import prepare
+from semid.quantization.nearest import index_codebook
 from semid.quantization.residual import fit_residual
 from semid.seeds import child_seed
 from semid.tokenizers.context import FitContext
@@ -335,5 +335,5 @@ class QuantizedTokenizer(NeuralTokenizer):
     def _take(self, model: QuantizedAutoencoder) -> None:
         """Keep what encoding and decoding need."""
         books = [book for book in model.quantizer.books if isinstance(book, Codebook)]
-        self._prepared = tuple(prepare(book.codewords.detach().cpu()) for book in books)
+        self._prepared = tuple(index_codebook(book.codewords.detach().cpu()) for book in books)
         self._set_autoencoder(model.autoencoder)

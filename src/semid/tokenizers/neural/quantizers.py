@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from semid.options import Options, option
-from semid.quantization.nearest import nearest, prepare
+from semid.quantization.nearest import index_codebook, nearest
 from semid.seeds import child_seed, torch_generator
 from semid.tokenizers.neural.autoencoder import blank_linear
 from semid.training.distributed import all_sum_, rank, world_size
@@ -75,7 +75,7 @@ def nearest_labels(z: Tensor, codewords: Tensor) -> Tensor:
     # Under autocast the product would be taken in bf16, and codewords differ by less.
     with torch.autocast(z.device.type, enabled=False):
         if z.device.type == "cpu" and codewords.numel() >= ENGINE_FROM:
-            return nearest(z, prepare(codewords), threads=torch.get_num_threads()).labels
+            return nearest(z, index_codebook(codewords), threads=torch.get_num_threads()).labels
         halves, across = 0.5 * codewords.square().sum(dim=1), codewords.t()
         parts = [
             torch.addmm(halves, part, across, alpha=-1.0).argmin(dim=1)

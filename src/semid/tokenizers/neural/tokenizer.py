@@ -13,9 +13,9 @@ from torch import nn
 
 from semid.errors import UsageError, check_choice
 from semid.options import MAX_WIDTH, Options, option
-from semid.quantization.blocks import Blocks, PreparedBlocks, Preprocess
-from semid.quantization.nearest import PreparedCodebook, prepare
-from semid.quantization.refine import Part
+from semid.quantization.blocks import Blocks, Preprocess, PreprocessedBlocks
+from semid.quantization.nearest import IndexedCodebook, index_codebook
+from semid.quantization.refine import ColumnGroup
 from semid.quantization.residual import ResidualCodes, dequantize, encode_residual
 from semid.tokenizers.base import Tokenizer
 from semid.tokenizers.context import FitContext, check_beam, check_validation_fraction
@@ -152,7 +152,7 @@ class PreparedRows:
 
         def ready(blocks: Blocks) -> TrainingRows:
             return TrainingRows(
-                blocks if preprocess.identity else PreparedBlocks(blocks, preprocess)
+                blocks if preprocess.identity else PreprocessedBlocks(blocks, preprocess)
             )
 
         train = ready(context.train)
@@ -215,7 +215,7 @@ class NeuralTokenizer(Tokenizer):
         self.device = check_choice("device", device, DEVICES)
         self.threads, self.logger = threads, logger
         self._preprocess = Preprocess(normalize=normalize)
-        self._prepared: tuple[PreparedCodebook, ...] = ()
+        self._prepared: tuple[IndexedCodebook, ...] = ()
         self._autoencoder: Autoencoder | None = None
 
     @property
@@ -247,7 +247,7 @@ class NeuralTokenizer(Tokenizer):
         self._autoencoder = autoencoder.cpu()
         self._encoder, self._decoder = autoencoder.exact_encoder(), autoencoder.exact_decoder()
 
-    def _parts(self, dim: int) -> list[Part] | None:
+    def _parts(self, dim: int) -> list[ColumnGroup] | None:
         """Return which columns of latents a refinement fits together; None for all at once."""
         return None
 
@@ -336,7 +336,7 @@ class NeuralTokenizer(Tokenizer):
             mean=tensors["preprocess.mean"] if self.center else None, normalize=self.normalize
         )
         self._prepared = tuple(
-            prepare(torch.from_numpy(tensors[f"codebooks.{i}"])) for i in range(self.levels)
+            index_codebook(torch.from_numpy(tensors[f"codebooks.{i}"])) for i in range(self.levels)
         )
 
     def _quantized_width(self, dim: int, tensors: Mapping[str, np.ndarray]) -> int:

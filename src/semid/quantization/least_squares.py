@@ -1,24 +1,28 @@
-"""Least squares of all codebooks together, from codes and the rows they stand for.
+"""Least squares of all codebooks together, lookup tables, and principal components.
 
 With one-hot rows ``H`` of the codes, the tables ``C`` that bring ``H C`` closest to targets ``Y``
 solve ``(H'H + ridge I) C = H'Y`` (additive quantization; `docs/barq.md`). ``H'H`` holds how often
-two codes meet: counts on the diagonal blocks, and off them at most one entry an item, kept sparse.
+two codes meet: counts on the diagonal blocks, and off them at most one entry per item, kept sparse.
 ``H`` is never built.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import combinations, pairwise
 
 import numba
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from semid.quantization.assign import THREADED_WORK
-from semid.quantization.threads import map_blocks
+from semid.quantization.blocks import Blocks
+from semid.quantization.nearest import THREADED_WORK
+from semid.quantization.residual import dequantize
+from semid.quantization.threads import map_blocks, one_blas_thread
 
-__all__ = ["NormalEquations"]
+__all__ = ["NormalEquations", "Tables", "fit_tables", "leading_components"]
 
 Doubles = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -26,7 +30,7 @@ Ints = npt.NDArray[np.int64]
 # Relative residual at which conjugate gradients stop (tables are kept as float32), and the steps
 # after which they do anyway.
 TOLERANCE = 1e-7
-MOST_STEPS = 500
+MAX_CG_STEPS = 500
 
 
 class NormalEquations:
@@ -170,7 +174,7 @@ class _System:
         scaled = residual / self.diagonal
         direction = scaled.copy()
         power = np.einsum("nd,nd->d", residual, scaled)
-        for _ in range(MOST_STEPS):
+        for _ in range(MAX_CG_STEPS):
             if (np.einsum("nd,nd->d", residual, residual) <= goal).all():
                 break
             image = self.apply(direction)
@@ -209,3 +213,122 @@ def _multiply(
             value, other = values[place], x[columns[place]]
             for d in range(x.shape[1]):
                 own[d] += value * other[d]
+
+
+Array = npt.NDArray[np.float32]
+Codes = npt.NDArray[np.integer]
+Pairs = Iterable[tuple[Codes, Array]]
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Least-squares tables.
+
+    Attributes:
+        tables: one ``(codes, width)`` float32 a level.
+        ridge: the ridge that was chosen.
+        error: ``sum |y - f|^2 / sum |y - mean|^2`` on the judged items; None without any.
+    """
+
+    tables: tuple[Array, ...]
+    ridge: float
+    error: float | None
+
+
+def fit_tables(
+    blocks: Pairs,
+    sizes: Sequence[int],
+    width: int,
+    *,
+    judged: Callable[[], Pairs] | None,
+    ridges: Sequence[float],
+    weights: npt.NDArray[np.float64] | None = None,
+    threads: int | None = None,
+) -> Tables:
+    """Fit tables whose rows, summed by codes, predict targets.
+
+    Args:
+        blocks: codes ``(n, levels)`` and targets ``(n, width)`` to fit to, in order.
+        sizes: codewords of each level.
+        width: width of the targets.
+        judged: gives codes and targets to choose the ridge on, block by block, once a ridge; with
+            None the middle ridge is taken.
+        ridges: to choose from, each above 0.
+        weights: ``(items,)`` weights of all blocks' items; None counts every item once.
+        threads: plain threads; they change no result.
+
+    Returns:
+        The tables of least error on the judged items.
+    """
+    equations = NormalEquations(sizes, width)
+    at = 0
+    for codes, targets in blocks:
+        equations.add_(codes, targets, None if weights is None else weights[at : at + len(codes)])
+        at += len(codes)
+    start = [np.zeros((size, width)) for size in sizes]
+    start[0] += equations.total / max(equations.items, 1.0)
+    candidates = sorted(ridges)
+    if judged is None:
+        candidates = [candidates[len(candidates) // 2]]
+    best: Tables | None = None
+    least = np.inf
+    for ridge in candidates:
+        solved = equations.solve(ridge=ridge, start=start, threads=threads)
+        tables = tuple(table.astype(np.float32) for table in solved)
+        if judged is None:
+            return Tables(tables, float(ridge), None)
+        left, spread = _errors(judged(), tables, width)
+        if left < least:
+            error = left / spread if spread > 0 else None
+            best, least = Tables(tables, float(ridge), error), left
+    assert best is not None
+    return best
+
+
+def _errors(blocks: Pairs, tables: Sequence[Array], width: int) -> tuple[float, float]:
+    """Return what tables leave of the targets, squared, and the targets' squares about their mean.
+
+    The second is 0 where it is no more than rounding, as for a single item.
+    """
+    count, left, squares, total = 0, 0.0, 0.0, np.zeros(width)
+    for codes, targets in blocks:
+        count += len(targets)
+        left += float(np.square(targets - dequantize(codes, tables), dtype=np.float64).sum())
+        squares += float(np.square(targets, dtype=np.float64).sum())
+        total += targets.sum(axis=0, dtype=np.float64)
+    spread = squares - float(total @ total) / max(count, 1)
+    return left, spread if spread > 1e-12 * squares else 0.0
+
+
+CHUNK_ROWS = 8192
+"""Rows turned into float64 at a time."""
+
+
+def leading_components(blocks: Blocks, mean: npt.NDArray[np.float64], *, share: float) -> Array:
+    """Return the fewest principal components that hold a share of the rows' variance.
+
+    Args:
+        blocks: ``(items, dim)`` rows, at least one.
+        mean: ``(dim,)`` of the rows.
+        share: in (0, 1].
+
+    Returns:
+        ``(dim, components)`` float32 with orthonormal columns, largest variance first, at least
+        one; the largest entry of each is positive.
+
+    Cost: a pass with items x dim^2 products in float64, and an eigendecomposition.
+    """
+    scatter = torch.zeros((blocks.dim, blocks.dim), dtype=torch.float64)
+    with one_blas_thread():  # another number of threads may add in another order
+        for _, block in blocks.blocks(CHUNK_ROWS):
+            left = torch.from_numpy(block - mean)
+            scatter += left.T @ left
+        found = torch.linalg.eigh(scatter)
+    variances, vectors = (each.numpy() for each in found)
+    variances, vectors = np.maximum(variances[::-1], 0.0), vectors[:, ::-1]
+    held = np.cumsum(variances)
+    kept = 1 + int(np.searchsorted(held[:-1], share * held[-1]))
+    chosen = vectors[:, :kept]
+    largest = np.abs(chosen).argmax(axis=0)
+    signs = np.where(chosen[largest, np.arange(kept)] < 0, -1.0, 1.0)
+    return np.ascontiguousarray(chosen * signs, dtype=np.float32)
