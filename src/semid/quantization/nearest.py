@@ -367,8 +367,8 @@ def top_k(
     most = min(MAX_NEIGHBORS, len(ready) - (left_out is not None))
     if not 1 <= k <= most:
         raise UsageError(
-            f"k={k} is out of range; give 1 to {most} (at most {MAX_NEIGHBORS}, and no more than the "
-            f"{len(ready)} rows of the database, less one where exclude is given)"
+            f"k={k} is out of range; give 1 to {most} (at most {MAX_NEIGHBORS}, and no more than "
+            f"the {len(ready)} rows of the database, less one where exclude is given)"
         )
     if queries.is_cuda:
         found = search_device(queries, ready.table, k=k, exclude=left_out)

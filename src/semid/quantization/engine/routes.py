@@ -158,8 +158,8 @@ def choose(route: str, queries: torch.Tensor, table: Table, *, k: int = 1) -> Ro
     """Pick the route for a table: the one asked for, or the fastest on a few of the queries.
 
     The choice changes the time and never the result. It is made on `PROBE_ROWS` evenly
-    spaced queries and kept for the table and the next `REUSED_TABLES` of its shape; few queries take
-    the first working route untimed.
+    spaced queries and kept for the table and the next `REUSED_TABLES` of its shape. A few queries
+    take the first working route untimed.
 
     Args:
         route: one of `ROUTES`. A name this machine lacks falls back to float32.

@@ -41,7 +41,8 @@ def center_queries(
         own_scale: scale each row by its own power of two instead (metrics in which the length
             of a query changes no ranking); ``center`` must be zero.
         y: ``(>= rows, width)`` float32 result; zero where a row cannot be screened.
-        half_square: ``(rows,)``; -1 marks a row that cannot be screened (not finite, or `MAX_TABLE_RADII`).
+        half_square: ``(rows,)``; -1 marks a row that cannot be screened (not finite, or beyond
+            `MAX_TABLE_RADII`).
     """
     width = x.shape[1]
     for i in range(rows):
