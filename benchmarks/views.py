@@ -61,30 +61,30 @@ def _either(first: Callable[[Row], float | None], other: Callable[[Row], float |
 
 
 LEVELS = range(3)
-RETENTION = ("behavior", "retention")
-AUCS = ("behavior", "aucs")
+RETENTION = "behavior.retention"
+AUCS = "behavior.aucs"
 HEAD = "decode_behavior(codes)"
 VIEWS = (
-    View("error held out", metric("decoder(codes)", "relative_error_held_out"), False),
+    View("error held out", metric("decoder(codes).relative_error_held_out"), False),
     View("ids that flip at .2", flip_rate(0.2), False),
-    View("perplexity, mean", _mean(*(metric("usage", i, "perplexity") for i in LEVELS)), True),
+    View("perplexity, mean", _mean(*(metric(f"usage.{i}.perplexity") for i in LEVELS)), True),
     View("K_eff at .1, mean", _mean(*(effective_size(i) for i in LEVELS)), True),
     View("unique ids / items", _share, True),
-    View("retention at 50", metric(*RETENTION, "decoder(codes)", "50"), True),
+    View("retention at 50", metric(f"{RETENTION}.decoder(codes).50"), True),
     View(
         "retention at 50, its best decoder",
-        _either(metric(*RETENTION, HEAD, "50"), metric(*RETENTION, "decoder(codes)", "50")),
+        _either(metric(f"{RETENTION}.{HEAD}.50"), metric(f"{RETENTION}.decoder(codes).50")),
         True,
     ),
-    View("HR@50 by ids", metric("behavior", "discrete", "50"), True),
-    View("weighted AUC", metric(*AUCS, "weighted"), True),
-    View("embedding AUC", metric(*AUCS, "embedding: decoder(codes)"), True),
+    View("HR@50 by ids", metric("behavior.discrete.50"), True),
+    View("weighted AUC", metric(f"{AUCS}.weighted"), True),
+    View("embedding AUC", metric(f"{AUCS}.embedding: decoder(codes)"), True),
     View(
         "embedding AUC, its best decoder",
-        _either(metric(*AUCS, f"embedding: {HEAD}"), metric(*AUCS, "embedding: decoder(codes)")),
+        _either(metric(f"{AUCS}.embedding: {HEAD}"), metric(f"{AUCS}.embedding: decoder(codes)")),
         True,
     ),
-    View("prefix AUC", metric(*AUCS, "exact_prefix"), True),
+    View("prefix AUC", metric(f"{AUCS}.exact_prefix"), True),
 )
 COST = View(
     "fit, CPU s",

@@ -9,12 +9,11 @@ import pytest
 from semid.cli import main
 from semid.errors import InputError, UsageError
 from semid.reproduce.claims import Claim, Comparison, Rows, decide, evaluate, within
-from semid.reproduce.drq import drq_claims
-from semid.reproduce.moc import moc_claims, paper_auc, paper_gain
+from semid.reproduce.drq import DRQ
+from semid.reproduce.moc import MOC, paper_auc, paper_gain
 from semid.reproduce.page import current, make_page
 from semid.reproduce.paired import Difference
 from semid.reproduce.study import page_from
-from semid.reproduce.tables import printed
 
 ORIGIN = {
     "commit": "c0ffee",
@@ -144,7 +143,7 @@ def test_being_within_a_margin():
 
 
 def test_claims_of_drq_by_hand():
-    found = verdicts(evaluate(drq_claims, Rows(drq_rows())))
+    found = verdicts(evaluate(DRQ.claims, Rows(drq_rows())))
     assert found["overlap-rqp"] == "holds"
     assert found["usage-rqp"] == "does not show"  # perplexity leads, the Ginis are equal
     assert found["geometry-cl-best"] == "does not show"  # RQP-VAE is above
@@ -155,10 +154,10 @@ def test_claims_of_drq_by_hand():
     assert found["error-codes"] == "does not show"  # beaten by one, level with three
     assert found["retention-codes"] == "opposite"  # 0.9 is not within 0.01 of 1
     assert found["no-winner"] == "holds"
-    assert set(verdicts(evaluate(drq_claims, Rows([]))).values()) == {"not run"}
+    assert set(verdicts(evaluate(DRQ.claims, Rows([]))).values()) == {"not run"}
     # What was chosen otherwise decides nothing.
     assert set(
-        verdicts(evaluate(drq_claims, Rows([drq_row("RQ-VAE", 0, variant="latent 32")]))).values()
+        verdicts(evaluate(DRQ.claims, Rows([drq_row("RQ-VAE", 0, variant="latent 32")]))).values()
     ) == {"not run"}
 
 
@@ -203,7 +202,7 @@ def test_claims_of_moc_by_hand():
     for row in rows:
         if row["method"] == "moc":
             row["auc"] += 1e-5 if row["seed"] % 2 else -1e-5
-    found = verdicts(evaluate(moc_claims, Rows(rows)))
+    found = verdicts(evaluate(MOC.claims, Rows(rows)))
     assert found["moc-printed"] == "holds"  # +.002 of fusion on one side alone
     assert found["moc-rqvae"] == "does not show"
     assert found["moc-me"] == "holds"
@@ -213,14 +212,14 @@ def test_claims_of_moc_by_hand():
     assert found["control-shuffled"] == "not run"
     assert found["fusion-moc"] == found["fusion-rqvae"] == "holds"
     assert found["nmi-moc"] == found["level-order"] == found["information"] == "not run"
-    assert set(verdicts(evaluate(moc_claims, Rows([]))).values()) == {"not run"}
+    assert set(verdicts(evaluate(MOC.claims, Rows([]))).values()) == {"not run"}
 
 
 def test_the_paper_against_itself():
     assert paper_auc("dcnv2", "moc", 7, "sports") == 0.6989
     assert paper_auc("autoint", "vqvae", 1, "beauty") == 0.6630
     assert paper_auc("dcnv2", "moc", 5, "sports") is None
-    table = printed("moc")["table-1"]
+    table = MOC.file["table-1"]
     assert [len(cells) for cells in table.values()] == [1 + 3 * 3] * 4
     assert {len(values) for cells in table.values() for values in cells.values()} == {3}
     above, cells, mean = paper_gain("rqvae")
@@ -232,7 +231,7 @@ def test_the_paper_against_itself():
 def test_a_page_has_every_claim_with_its_verdict_and_what_was_not_run():
     page = make_page("drq", drq_rows(), missing=["union, RQ-VAE, seed 0", "union, RQ-VAE, seed 1"])
     text = page.to_markdown()
-    for judged in evaluate(drq_claims, Rows(drq_rows())):
+    for judged in evaluate(DRQ.claims, Rows(drq_rows())):
         assert f"**{judged.verdict}** ({judged.claim.where})" in text
     assert "| DRQ-VAE+CL | 3 | 0.8000" in text
     assert "paper: RQ-VAE" in text

@@ -23,13 +23,11 @@ __all__ = [
     "Metric",
     "Row",
     "Rows",
-    "claim",
     "constant",
     "decide",
     "evaluate",
     "inside",
     "metric",
-    "negated",
     "relative_change",
     "within",
 ]
@@ -92,21 +90,33 @@ def _dig(document: Any, path: Sequence[Any]) -> Any:
     for step in path:
         if document is None:
             return None
-        if isinstance(step, int):
-            # Position -1 is the last; a position beyond either end is a missing value.
-            inner = -len(document) <= step < len(document)
-            document = document[step] if inner else None
-        else:
+        if isinstance(document, Mapping):
             document = document.get(step)
+        else:
+            # Position -1 is the last; a position beyond either end is a missing value.
+            at = int(step)
+            document = document[at] if -len(document) <= at < len(document) else None
     return document
 
 
-def metric(*path: Any) -> Metric:
-    """Return the metric at a path of keys and positions."""
+def metric(path: str) -> Metric:
+    """Return the metric at a path into a row.
+
+    Args:
+        path: keys and positions with dots between. A leading ``-`` turns the sign, for what should
+            be low; ``@x`` at the end takes the value at which ``scale`` beside it is ``x``.
+    """
+    keys, _, scale = path.removeprefix("-").partition("@")
+    *parents, last = keys.split(".")
+    sign = -1.0 if path.startswith("-") else 1.0
 
     def read(row: Row) -> float | None:
-        value = _dig(row, path)
-        return None if value is None else float(value)
+        parent = _dig(row, parents)
+        value = _dig(parent, [last])
+        if scale and value is not None:
+            scales = parent["scale"]
+            value = value[scales.index(float(scale))] if float(scale) in scales else None
+        return None if value is None else sign * float(value)
 
     return read
 
@@ -124,16 +134,6 @@ def inside(path: Sequence[Any], metric: Metric) -> Metric:
 def constant(value: float) -> Metric:
     """Return a metric that is the same for every row."""
     return lambda row: value
-
-
-def negated(metric: Metric) -> Metric:
-    """Return a metric with its sign turned, for what should be low."""
-
-    def read(row: Row) -> float | None:
-        value = metric(row)
-        return None if value is None else -value
-
-    return read
 
 
 def relative_change(metric: Metric, base: Metric) -> Metric:
@@ -243,11 +243,6 @@ class Claim:
     equal_terms: bool = True
     note: str = ""
     data: Sequence[str] = ()
-
-
-def claim(key: str, where: str, sentence: str, test: str, *families: Family, **more: Any) -> Claim:
-    """Return a claim with its comparisons as further arguments."""
-    return Claim(key, where, sentence, test, families, **more)
 
 
 def _every_one(run: Sequence[Comparison]) -> bool:

@@ -1,22 +1,22 @@
-"""The MoC paper as data: what its words claim of ranking and of the codes' embeddings."""
+"""The MoC paper: what its claims and tables need beside the data in ``papers/moc.toml``."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from semid.reproduce.claims import Claim, Contrast, Metric, Row, Rows, claim, inside, metric
-from semid.reproduce.tables import printed
+from semid.report.figure import line
+from semid.reproduce.claims import Metric, Row, Rows, inside, metric
+from semid.reproduce.papers import Paper
+from semid.reproduce.tables import Cell, Column, Line, Lines, average, difference, spread
 
-__all__ = ["TITLE", "moc_claims", "paper_auc", "paper_gain"]
+__all__ = ["MOC", "paper_auc", "paper_gain"]
 
-TITLE = "Towards Scalable Semantic Representation (Mixture-of-Codes)"
 MODELS = ("deepfm", "deepim", "autoint", "dcnv2")
 SETS = ("toys", "beauty", "sports")
-CLUSTERS = 100
-ONE, NONE = ("vqvae", 1), ("none", 0)
 NAMES = {
     "none": "no codes",
     "vqvae": "one code",
@@ -27,12 +27,23 @@ NAMES = {
     "shuffled": "shuffled",
     "widened": "widened",
 }
+LABELS = {
+    **NAMES,
+    "vqvae": "one code (1x of all)",
+    "random": "random codes",
+    "shuffled": "shuffled codes",
+    "widened": "wider item id",
+}
 AUC = metric("auc")
+CLUSTERS = 100
+
+
+# The paper's own numbers ---------------------------------------------------------------------
 
 
 def paper_auc(model: str, method: str, scale: int, data: str) -> float | None:
     """Return the AUC of the paper's table 1; at 1x the method is ``vqvae``."""
-    values = printed("moc")["table-1"].get(model, {}).get(f"{method}-{scale}")
+    values = MOC.file["table-1"].get(model, {}).get(f"{method}-{scale}")
     return float(values[SETS.index(data)]) if values and data in SETS else None
 
 
@@ -46,18 +57,20 @@ def paper_gain(other: str, scales: Sequence[int] = (2, 3, 7)) -> tuple[int, int,
     Returns:
         Cells in which MoC is higher, cells in all, and the mean difference.
     """
-    table = printed("moc")["table-1"]
     gains = [
         ours - theirs
-        for cells in table.values()
+        for cells in MOC.file["table-1"].values()
         for scale in scales
         for ours, theirs in zip(cells[f"moc-{scale}"], cells[f"{other}-{scale}"], strict=True)
     ]
-    return sum(gain > 1e-9 for gain in gains), len(gains), sum(gains) / len(gains)
+    return sum(gain > 1e-9 for gain in gains), len(gains), average(gains)
+
+
+# Metrics of an analysis of the codes' embeddings ----------------------------------------------
 
 
 def nmi(points: str = "sweep") -> Metric:
-    """Return a metric of an analysis: NMI of clustered embeddings with the label.
+    """Return the metric: NMI of clustered embeddings with the label.
 
     Small data have fewer clusters than `CLUSTERS`; the most that there are count then.
     """
@@ -80,7 +93,7 @@ def used_share(analysis: Row) -> float:
 
 
 def between_codes(name: str) -> Metric:
-    """Return a metric of an analysis: mean absolute off-diagonal entry of a matrix over codes."""
+    """Return the metric: mean absolute off-diagonal entry of a matrix over codes."""
 
     def read(analysis: Row) -> float | None:
         matrix = np.abs(np.asarray(analysis[name], dtype=np.float64))
@@ -98,323 +111,288 @@ def variance_rebuilt(row: Row) -> float | None:
     return 1.0 - float(kept["error"]) if kept else None
 
 
+# Cells and lines -----------------------------------------------------------------------------
+
+CELL = re.compile(
+    r"(?P<rebuilt>rebuilt )?(?P<method>.+?)(?: (?P<scale>\d+)x)?"
+    r"(?:, code (?P<alone>\d+) alone|, codes 1 to (?P<first>\d+))?(?P<fusion> \+ fusion)?"
+)
+
+
+def named_cell(name: str) -> dict[str, Any]:
+    """Select the runs that a name such as ``MoC 7x, code 2 alone + fusion`` stands for."""
+    parts = re.fullmatch(CELL, name)
+    if parts is None or parts["method"] not in NAMES.values():
+        raise ValueError(f"'{name}' names no cell")
+    method = next(key for key, label in NAMES.items() if label == parts["method"])
+    scale = int(parts["scale"] or (0 if method == "none" else 1))
+    if parts["rebuilt"]:
+        return {"run": "kept", "method": method, "scale": scale, "model": ""}
+    part = next((f"{kind} {parts[kind]}" for kind in ("alone", "first") if parts[kind]), "")
+    return cell(method, scale, bool(parts["fusion"]), part)
+
+
 def cell(method: str, scale: int, fusion: bool = False, part: str = "") -> dict[str, Any]:
     """Select the ranking runs of one cell."""
     return {"run": "rank", "method": method, "scale": scale, "fusion": fusion, "part": part}
 
 
-def cell_name(selection: Mapping[str, Any]) -> str:
-    """Write a cell."""
-    scale = f" {selection['scale']}x" if selection["scale"] > 1 else ""
-    fusion = " + fusion" if selection["fusion"] else ""
-    kind, _, number = selection["part"].partition(" ")
-    part = {"alone": f", code {number} alone", "first": f", codes 1 to {number}"}.get(kind, "")
-    return f"{NAMES[selection['method']]}{scale}{part}{fusion}"
-
-
-def ranked(
-    a: Mapping[str, Any], b: Mapping[str, Any], models: Sequence[str] = MODELS
-) -> list[Contrast]:
-    """Contrast the AUC of two cells for every ranking model."""
-    name = f"{cell_name(a)} - {cell_name(b)}"
-    return [Contrast(name, AUC, a, b, model=model) for model in models]
-
-
-def both_fusions(a: tuple[str, int], b: tuple[str, int]) -> list[list[Contrast]]:
-    """Contrast two methods on equal terms: with fusion on both sides, then on neither."""
-    return [ranked(cell(*a, fusion), cell(*b, fusion)) for fusion in (True, False)]
-
-
-def moc_claims(rows: Rows) -> list[Claim]:
-    """Return every claim of the paper, about the widest scale that has run.
-
-    Args:
-        rows: rows of the main protocol.
-    """
-    widest = max((s for s in rows.names("scale", run="rank") if s and s > 1), default=7)
-    return [*_ranking_claims(rows, widest), *_code_claims(rows, widest)]
-
-
-def _ranking_claims(rows: Rows, m: int) -> Iterator[Claim]:
-    above, cells, mean = paper_gain("rqvae")
-    moc, me, rq = (cell(name, m) for name in ("moc", "me", "rqvae"))
-    fused = {**moc, "fusion": True}
-    yield claim(
-        "moc-printed",
-        "§5.2, table 1",
-        "With as many codes MoC outperforms the baselines, most of all at 7x (as printed: "
-        "fusion for MoC alone).",
-        f"AUC at {m}x, MoC with fusion less RQ-VAE and ME without",
-        ranked(fused, rq),
-        ranked(fused, me),
-        rule="most",
-        equal_terms=False,
-        note=f"In the paper's own table 1 MoC is above RQ-VAE in {above} of {cells} cells at 2x, "
-        f"3x and 7x, by {mean:.4f} on average, with three seeds and no interval: 'a large margin' "
-        "is not what it prints.",
-    )
-    yield claim(
-        "moc-rqvae",
-        "§5.2, table 1",
-        "MoC outperforms RQ-VAE (on equal terms: fusion on both sides, or on neither).",
-        f"AUC at {m}x, MoC less RQ-VAE",
-        *both_fusions(("moc", m), ("rqvae", m)),
-        rule="most",
-    )
-    yield claim(
-        "moc-me",
-        "§5.2, table 1",
-        "MoC outperforms ME (on equal terms).",
-        f"AUC at {m}x, MoC less ME",
-        *both_fusions(("moc", m), ("me", m)),
-        rule="most",
-    )
-    yield claim(
-        "moc-toys",
-        "§5.2",
-        "On Toys at 7x all four models benefit from MoC over RQ-VAE, by .0020, .0018, "
-        ".0029 and .0005 (as printed).",
-        "AUC on Toys, MoC with fusion less RQ-VAE without, four models",
-        ranked(fused, rq),
-        equal_terms=False,
-        data=("toys",),
-    )
-    for method, name, sentence in (
-        ("moc", "MoC", "MoC's performance increases with more codes."),
-        ("rqvae", "RQ-VAE", "RQ-VAE gains slightly with more codes."),
-        ("me", "ME", "ME degrades with more embeddings of its one code."),
-    ):
-        ends = ((method, m), ONE)
-        yield claim(
-            f"scaling-{method}",
-            "§5.2, table 1",
-            sentence,
-            f"AUC of {name} at {m}x against 1x, fusion alike",
-            *both_fusions(*(ends[::-1] if method == "me" else ends)),
-            rule="most",
-        )
-    for method in ("moc", "rqvae", "me"):
-        yield claim(
-            f"help-{method}",
-            "§1, implied",
-            f"Codes help ranking: {NAMES[method]} against no codes.",
-            f"AUC at {m}x less AUC without codes, fusion alike",
-            *both_fusions((method, m), NONE),
-            rule="most",
-        )
-    for control, meaning in (
-        ("random", "codes that mean nothing, of the same shape"),
-        ("shuffled", "MoC's own codes dealt to other items"),
-        ("widened", "an item id with as many more parameters"),
-    ):
-        yield claim(
-            f"control-{control}",
-            "control (ours)",
-            f"What MoC gains is the meaning of its codes, not what {meaning} would gain.",
-            f"AUC at {m}x, MoC less {control}, fusion alike",
-            *both_fusions(("moc", m), (control, m)),
-            rule="most",
-        )
-    for method in ("rqvae", "moc"):
-        yield claim(
-            f"fusion-{method}",
-            "§5.5, table 2",
-            f"{NAMES[method]} benefits from the fusion module when scaled up.",
-            f"AUC of {NAMES[method]} at {m}x, fusion on less off",
-            ranked(cell(method, m, True), cell(method, m)),
-            rule="most",
-        )
-    models = rows.names("model", run="rank", part="alone 1") or ["dcnv2"]
-
-    def parts(kind: str, count: int) -> list[list[Contrast]]:
-        """Contrast MoC with RQ-VAE at equal parts of their codes."""
-        return [
-            ranked({**moc, "part": f"{kind} {n}"}, {**rq, "part": f"{kind} {n}"}, models)
-            for n in range(1, count + 1)
-        ]
-
-    yield claim(
-        "level-order",
-        "§5.4, fig. 8a",
-        "Adding a low level of RQ-VAE alone gains more than a high one.",
-        f"AUC with level 1 alone less AUC with level {m} alone",
-        ranked({**rq, "part": "alone 1"}, {**rq, "part": f"alone {m}"}, models),
-        rule="most",
-    )
-    yield claim(
-        "level-moc",
-        "§5.4, fig. 8a",
-        "A single code of MoC is consistently better than the same level of RQ-VAE.",
-        "AUC with code i alone, MoC less RQ-VAE, every i",
-        *parts("alone", m),
-    )
-    yield claim(
-        "level-first",
-        "§5.4, fig. 8b",
-        "With several codes from the lowest up, MoC gains significantly over RQ-VAE.",
-        "AUC with codes 1 to i, MoC less RQ-VAE, every i",
-        *parts("first", m - 1),
-        rule="most",
-    )
-
-
-def _code_claims(rows: Rows, m: int) -> Iterator[Claim]:
-    """Yield the claims behind figures 1 to 4, 7, 9 and 10."""
+def facts(rows: Rows) -> Mapping[str, Any]:
+    """Return scales, models and the paper's own gain."""
+    scales = [s for s in rows.names("scale", run="rank") if s and s > 1]
+    widest = max(scales, default=7)
+    above, cells, mean_gain = paper_gain("rqvae")
     # Embeddings were analyzed of one ranking model, whichever the recipe has first.
-    model = next((r["model"] for r in rows.rows if r.get("analysis")), "dcnv2")
+    analyzed = next((r["model"] for r in rows.rows if r.get("analysis")), "dcnv2")
+    rebuilt = rows.names("scale", run="kept", method="moc")
+    return {
+        "m": widest,
+        "codes": range(1, widest + 1),
+        "all codes but the last": range(1, widest),
+        "rebuilt scales": [s for s in rebuilt if s <= 3] or [2, 3],
+        "models": MODELS,
+        "level models": rows.names("model", run="rank", part="alone 1") or ["dcnv2"],
+        "analyzed": {"model": analyzed},
+        "above": above,
+        "cells": cells,
+        "mean_gain": mean_gain,
+    }
 
-    def at(method: str, scale: int, fusion: bool = False) -> dict[str, Any]:
-        return {**cell(method, scale, fusion), "model": model}
 
-    one, me, rq, moc = at(*ONE), at("me", m), at("rqvae", m), at("moc", m)
+def _cells(rows: Rows, **more: Any) -> list[tuple[str, int, bool]]:
+    """Return method, scale and fusion of what there is, in a fixed order."""
+    runs = rows.where(run="rank", part="", **more)
+    cells = {(r["method"], r["scale"], r["fusion"]) for r in runs}
+    return sorted(cells, key=lambda one: (list(LABELS).index(one[0]), *one))
 
-    def contrast(
-        name: str,
-        a: Mapping[str, Any],
-        b: Mapping[str, Any],
-        read: Metric,
-        read_b: Metric | None = None,
-        *,
-        part: str = "analysis",
-        **more: Any,
-    ) -> list[Contrast]:
-        """Contrast a metric of two cells' analyses; of the first one's ``part``."""
-        other = inside(("analysis",), read_b or read)
-        return [Contrast(name, inside((part,), read), a, b, other, **more)]
 
-    scales = [s for s in rows.names("scale", run="kept", method="moc") if s <= 3] or [2, 3]
-    yield claim(
-        "information",
-        "§3.1, fig. 1a",
-        "The error of rebuilding item embeddings drops significantly with 2 and 3 "
-        "independent codebooks.",
-        "variance rebuilt on held-out items, MoC at 2x and 3x less one code",
-        *(
-            [
-                Contrast(
-                    f"variance rebuilt, MoC {scale}x - one code",
-                    variance_rebuilt,
-                    {"run": "kept", "method": "moc", "scale": scale},
-                    {"run": "kept", "method": "vqvae", "scale": 1},
-                )
-            ]
-            for scale in scales
-        ),
-    )
-    yield claim(
-        "nmi-me",
-        "§3.3, fig. 2",
-        "ME's discriminability does not increase with scale and may decrease slightly.",
-        f"NMI of {CLUSTERS} clusters with the label, one code less ME {m}x",
-        contrast(f"NMI, one code - ME {m}x", one, me, nmi(), digits=5),
-        rule="most",
-        note="Every comparison here is of tiny numbers; the page sets each beside its value "
-        "for shuffled labels.",
-    )
-    yield claim(
-        "nmi-moc",
-        "§4.3, fig. 2",
-        "MoC's discriminability increases with scale.",
-        f"NMI, MoC {m}x less one code",
-        contrast(f"NMI, MoC {m}x - one code", moc, one, nmi(), digits=5),
-    )
-    yield claim(
-        "nmi-rqvae",
-        "§3.3, fig. 2",
-        "RQ-VAE's discriminability does not increase like MoC's.",
-        f"NMI at {m}x, MoC less RQ-VAE",
-        contrast(f"NMI at {m}x, MoC - RQ-VAE", moc, rq, nmi(), digits=5),
-    )
-    yield claim(
-        "nmi-first",
-        "§3.3, figs. 1c and 3",
-        "RQ-VAE's first code knows more than all its codes flattened.",
-        "NMI of the first code's embedding less that of all, RQ-VAE",
-        contrast(f"NMI, code 1 - all, RQ-VAE {m}x", rq, rq, nmi("first"), nmi(), digits=5),
-    )
-    first, last = (metric("codes", n, "nmi") for n in (0, -1))
-    yield claim(
-        "nmi-levels",
-        "§3.3, fig. 3",
-        "Higher levels of RQ-VAE hold less: the first code itself against the last.",
-        f"NMI of code 1 less NMI of code {m}, RQ-VAE",
-        contrast(f"NMI, code 1 - code {m}", rq, rq, first, last, digits=5),
-    )
-    yield claim(
-        "nmi-once",
-        "§4.3 against table 1",
-        "At 1x all methods are the same (table 1 prints one number for them; §4.3 says "
-        "that MoC's discriminability at 1x is much higher than ME's).",
-        "difference of the NMI at 1x within 0.0005, three separate trainings",
-        *(
-            contrast(
-                f"NMI, MoC 1x and {name} 1x (0.0005 less its size)",
-                at("moc", 1),
-                at(other, 1),
-                nmi(),
-                margin=0.0005,
-                digits=5,
-            )
-            for other, name in (("rqvae", "RQ-VAE"), ("vqvae", "ME"))
-        ),
-        rule="most",
-    )
-    top = f"log10 top value at {m}x"
-    yield claim(
-        "spectrum-me-top",
-        "§3.3, fig. 4",
-        "ME has the largest top singular values.",
-        "log10 of the largest singular value, ME less RQ-VAE and less MoC",
-        contrast(f"{top}, ME - RQ-VAE", me, rq, top_value, digits=3),
-        contrast(f"{top}, ME - MoC", me, moc, top_value, digits=3),
-    )
-    yield claim(
-        "spectrum-moc-top",
-        "§4.3, fig. 4",
-        "MoC's top singular values are higher than RQ-VAE's.",
-        "log10 of the largest singular value, MoC less RQ-VAE",
-        contrast(f"{top}, MoC - RQ-VAE", moc, rq, top_value, digits=3),
-    )
-    yield claim(
-        "spectrum-me-tail",
-        "§3.3, fig. 4",
-        "ME's dimensions collapse at 5x and 7x, RQ-VAE's and MoC's do not.",
-        "share of singular values above 1/1000 of the largest, RQ-VAE and MoC less ME",
-        contrast(f"share used at {m}x, RQ-VAE - ME", rq, me, used_share, digits=3),
-        contrast(f"share used at {m}x, MoC - ME", moc, me, used_share, digits=3),
-        note="ME's embeddings have at most K distinct rows, so their rank cannot exceed K.",
-    )
-    alike, cka = between_codes("correlation"), between_codes("cka")
-    yield claim(
-        "correlation-me",
-        "§5.3, fig. 7",
-        "ME's representations are strongly correlated, those of RQ-VAE and MoC are not.",
-        "mean |correlation| between codes (eq. 9), ME less RQ-VAE and less MoC",
-        contrast("|correlation|, ME - RQ-VAE", me, rq, alike, digits=3),
-        contrast("|correlation|, ME - MoC", me, moc, alike, digits=3),
-        note="Eq. 9 depends on the basis each table happens to have; the next claim does not.",
-    )
-    yield claim(
-        "cka-me",
-        "§5.3, fig. 7, by linear CKA (ours)",
-        "ME's representations are alike, those of RQ-VAE and MoC are not.",
-        "mean CKA between codes, ME less RQ-VAE and less MoC",
-        contrast("CKA, ME - RQ-VAE", me, rq, cka, digits=3),
-        contrast("CKA, ME - MoC", me, moc, cka, digits=3),
-    )
-    after = "analysis_fused"
-    fused = at("moc", m, True)
-    yield claim(
-        "fusion-nmi",
-        "§5.5, fig. 9",
-        "Fusion enhances MoC's discriminability.",
-        "NMI of MoC's embeddings after fusion less those of the model without",
-        contrast(f"NMI at {m}x, fused - without", fused, moc, nmi(), part=after, digits=5),
-    )
-    yield claim(
-        "fusion-spectrum",
-        "§5.5, fig. 10",
-        "Fusion amplifies the principal components.",
-        "log10 of the largest singular value after fusion less without",
-        contrast(f"{top}, fused - without", fused, moc, top_value, part=after, digits=3),
-    )
+def _label(method: str, scale: int, fusion: bool) -> str:
+    size = f" {scale}x" if scale > 1 else ""
+    return f"{LABELS[method]}{size}{' + fusion' if fusion else ''}"
+
+
+def _models(rows: Rows, **more: Any) -> list[str]:
+    run = rows.names("model", run="rank", **more)
+    return [model for model in MODELS if model in run]
+
+
+def auc_lines(rows: Rows) -> list[Line]:
+    """Return a line per method, scale and fusion."""
+    return [Line(_label(*one), cell(*one)) for one in _cells(rows)]
+
+
+def auc_columns(rows: Rows) -> list[Column]:
+    """Return two columns per ranking model: our AUC and the paper's."""
+    return [
+        column
+        for model in _models(rows)
+        for column in (Column(model, _auc_cell(model)), Column("paper", _paper_cell(model)))
+    ]
+
+
+def _auc_cell(model: str) -> Cell:
+    """Return cells with a model's AUC and the number of seeds."""
+
+    def write(rows: Rows, line: Line) -> str:
+        values = line.values(rows, AUC, model=model)
+        return f"{spread(values)} ({len(values)})" if values else "not run"
+
+    return write
+
+
+def _paper_cell(model: str) -> Cell:
+    """Return cells with the paper's value, where it prints one with this fusion."""
+
+    def write(rows: Rows, line: Line) -> str:
+        method, fusion = line.where["method"], line.where["fusion"]
+        if fusion != (method == "moc"):
+            return ""
+        value = paper_auc(model, method, line.where["scale"], rows.rows[0]["data"])
+        return "" if value is None else f"{value:.4f}"
+
+    return write
+
+
+def difference_lines(rows: Rows, **more: Any) -> list[Line]:
+    """Return a line per cell and rival: no codes, and RQ-VAE of the same scale."""
+    lines = []
+    for method, scale, fusion in _cells(rows, **more):
+        own = {**cell(method, scale, fusion), **more}
+        for name, rival in (("no codes", ("none", 0)), ("RQ-VAE", ("rqvae", scale))):
+            other = {**cell(*rival, fusion), **more}
+            if other != own and method != "none":
+                lines.append(Line(f"{_label(method, scale, fusion)} - {name}", own, (), other))
+    return lines
+
+
+def variant_lines(rows: Rows) -> list[Line]:
+    """Return the differences of every data set and model of a variant."""
+    return [
+        Line(f"{data}, {model}: {one.label}", one.where, (), one.against)
+        for data in rows.names("data")
+        for model in _models(rows, data=data)
+        for one in difference_lines(rows, data=data, model=model)
+    ]
+
+
+def fusion_lines(rows: Rows) -> list[Line]:
+    """Return a line per method and scale: fusion on against off."""
+    return [
+        Line(_label(method, scale, False), cell(method, scale, True), (), cell(method, scale))
+        for method, scale, fusion in _cells(rows)
+        if fusion
+    ]
+
+
+def paper_fusion(rows: Rows, line: Line) -> str:
+    """Write the paper's difference: it ablates fusion for DeepFM on Toys."""
+    name = f"{line.where['method']}-{line.where['scale']}"
+    on, off = (MOC.file["table-2"][key].get(name) for key in ("fusion", "plain"))
+    if rows.rows[0]["data"] != "toys" or on is None or off is None:
+        return ""
+    return f"{on - off:+.4f}"
+
+
+def difference_columns(rows: Rows) -> list[Column]:
+    """Return a column of differences per ranking model."""
+    return [Column(model, difference(AUC, model=model)) for model in _models(rows)]
+
+
+def part_lines(kind: str) -> Lines:
+    """Return the lines of figure 8: RQ-VAE's and MoC's codes by level."""
+
+    def lines(rows: Rows) -> Iterator[Line]:
+        for method in ("rqvae", "moc"):
+            own = rows.where(method=method, fusion=False)
+            parts = {tuple(r["part"].split()) for r in own if r.get("part")}
+            for n in sorted(int(number) for name, number in parts if name == kind):
+                where = {"run": "rank", "method": method, "fusion": False, "part": f"{kind} {n}"}
+                yield Line(f"{NAMES[method]} {kind} {n}", where)
+
+    return lines
+
+
+def part_chart(rows: Rows, lines: Sequence[Line]) -> Iterator[dict[str, Any]]:
+    """Yield a curve of the AUC over levels per method."""
+    for color, method in enumerate(("rqvae", "moc")):
+        own = [one for one in lines if one.where["method"] == method]
+        numbers = [int(one.where["part"].split()[1]) for one in own]
+        means = [average(one.values(rows, AUC)) for one in own]
+        if own:
+            yield line(NAMES[method], numbers, means, color + 1, mode="lines+markers")
+
+
+def rebuilt_lines(rows: Rows) -> list[Line]:
+    """Return a line per method and scale whose codes item embeddings were rebuilt from."""
+    return [
+        Line(f"{NAMES[method]} {scale}x", {"run": "kept", "method": method, "scale": scale})
+        for method in NAMES
+        for scale in sorted(rows.names("scale", run="kept", method=method))
+    ]
+
+
+def analyzed(rows: Rows, key: str = "analysis") -> Iterator[Line]:
+    """Yield a line per cell with an analysis, in order of appearance."""
+    runs = [r for r in rows.rows if r.get(key) and not r.get("part")]
+    cells = dict.fromkeys((r["method"], r["scale"], r["fusion"]) for r in runs)
+    after = ", model with fusion" if key == "analysis" else ", after fusion"
+    for method, scale, fusion in cells:
+        label = f"{NAMES[method]} {scale}x{after if fusion else ''}"
+        yield Line(label, cell(method, scale, fusion), (key,))
+
+
+def all_analyzed(rows: Rows) -> list[Line]:
+    """Return the lines of analyses before and after fusion."""
+    return [*analyzed(rows), *analyzed(rows, "analysis_fused")]
+
+
+def point_lines(places: Mapping[str, str], numbered: bool = False) -> Lines:
+    """Return lines per point of the analyses of models without fusion."""
+
+    def lines(rows: Rows) -> Iterator[Line]:
+        for one in analyzed(rows):
+            if one.where["fusion"]:
+                continue
+            first = next(r["analysis"] for r in rows.where(**one.where) if r.get("analysis"))
+            for place, what in places.items():
+                for n in range(len(first[place])):
+                    label = f"{one.label}, {what}{f' {n + 1}' if numbered else ''}"
+                    yield Line(label, one.where, ("analysis", place, n))
+
+    return lines
+
+
+def cluster_chart(rows: Rows, lines: Sequence[Line]) -> Iterator[dict[str, Any]]:
+    """Yield a curve of the NMI over the number of clusters per cell, of all codes and the first."""
+    curves: dict[str, list[Line]] = {}
+    for one in lines:
+        curves.setdefault(one.label, []).append(one)
+    colors = {one.label: number for number, one in enumerate(analyzed(rows))}
+    for label, points in curves.items():
+        yield line(
+            label,
+            [int(one.values(rows, metric("clusters"))[0]) for one in points],
+            [average(one.values(rows, metric("nmi"))) for one in points],
+            colors[label.rpartition(", ")[0]] % 7 + 1,
+            dash="solid" if points[0].at[1] == "sweep" else "dash",
+        )
+
+
+def spectrum_chart(rows: Rows, lines: Sequence[Line]) -> Iterator[dict[str, Any]]:
+    """Yield the spectrum of each line's first seed, without values that are rounding errors."""
+    for number, one in enumerate(lines, start=1):
+        key = one.at[0]
+        spectrum = next(r[key]["spectrum"] for r in rows.where(**one.where) if r.get(key))
+        top = spectrum["value"][0] or 1.0
+        values = [v if v > 1e-8 * top else None for v in spectrum["value"]]
+        dash = "solid" if key == "analysis" else "dash"
+        yield line(one.label, spectrum["rank"], values, number % 7 + 1, dash=dash)
+
+
+def used_values(rows: Rows, line: Line) -> str:
+    """Write how many singular values are above a thousandth of the largest."""
+    above, of = (line.values(rows, metric(f"spectrum.{key}")) for key in ("above", "dimensions"))
+    return f"{average(above):.1f} of {of[0]:.0f}"
+
+
+MOC = Paper(
+    "moc",
+    named_cell,
+    facts,
+    metrics={
+        "variance rebuilt": variance_rebuilt,
+        "NMI": inside(["analysis"], nmi()),
+        "NMI of the first embedding": inside(["analysis"], nmi("first")),
+        "NMI after fusion": inside(["analysis_fused"], nmi()),
+        "log10 top value": inside(["analysis"], top_value),
+        "log10 top value after fusion": inside(["analysis_fused"], top_value),
+        "share used": inside(["analysis"], used_share),
+        "|correlation|": inside(["analysis"], between_codes("correlation")),
+        "CKA": inside(["analysis"], between_codes("cka")),
+        # Of the part of a row that a line is about.
+        "nmi at 100": nmi(),
+        "correlation": between_codes("correlation"),
+        "cka": between_codes("cka"),
+    },
+    code={
+        "auc": auc_lines,
+        "auc columns": auc_columns,
+        "differences": difference_lines,
+        "difference columns": difference_columns,
+        "difference": lambda rows: [Column("difference", difference(AUC))],
+        "fusion": fusion_lines,
+        "paper fusion": lambda rows: [Column("paper, deepfm", paper_fusion)],
+        "alone": part_lines("alone"),
+        "first": part_lines("first"),
+        "part chart": part_chart,
+        "rebuilt": rebuilt_lines,
+        "clusters": point_lines({"sweep": "all codes", "first": "code 1"}),
+        "cluster chart": cluster_chart,
+        "levels": point_lines({"levels": "embedding", "codes": "code"}, numbered=True),
+        "analyzed": analyzed,
+        "all analyzed": all_analyzed,
+        "used": lambda rows: [Column("above 1/1000 of it", used_values)],
+        "spectrum chart": spectrum_chart,
+        "variants": variant_lines,
+    },
+)

@@ -14,19 +14,13 @@ from semid.output import MARKDOWN_MARK, atomic_file
 from semid.report.figure import Figure
 from semid.report.markdown import figure_markdown, table
 from semid.report.page import render
-from semid.reproduce import drq, moc
 from semid.reproduce.claims import ClaimResult, Row, Rows, evaluate
-from semid.reproduce.drq_tables import DRQ_SECTIONS
-from semid.reproduce.moc_tables import MOC_SECTIONS
-from semid.reproduce.tables import render_sections
+from semid.reproduce.drq import DRQ
+from semid.reproduce.moc import MOC
 
 __all__ = ["Page", "current", "make_page", "write_page"]
 
-PAPERS = {
-    "drq": (drq.TITLE, drq.drq_claims, DRQ_SECTIONS),
-    "moc": (moc.TITLE, moc.moc_claims, MOC_SECTIONS),
-}
-"""Title, claims and sections of each paper."""
+PAPERS = {"drq": DRQ, "moc": MOC}
 READING = (
     "'Holds': the paired intervals over seeds say so in every comparison, or, where the claim is "
     "about most, in more than half of them with none against. 'Opposite': more than half say the "
@@ -165,17 +159,16 @@ def make_page(
         )
     kept, dropped = current(rows)
     found = Rows(kept)
-    title, claims, sections = PAPERS[paper]
     sets = ", ".join(map(str, found.names("data"))) or "no data set yet"
     return Page(
-        title=title,
+        title=PAPERS[paper].file["title"],
         subtitle=f"{len(kept)} runs on {sets}.",
         warning="These are runs of --quick, a toy on a made-up catalogue that shows that the "
         "machinery works. They decide no claim."
         if quick
         else "",
-        results=tuple(evaluate(claims, found)),
-        sections=tuple(render_sections(sections, found)),
+        results=tuple(evaluate(PAPERS[paper].claims, found)),
+        sections=tuple(PAPERS[paper].sections(found)),
         protocol=tuple(_protocol(kept, dropped)),
         not_run=(
             *(f"{what}: {why}" for what, why in (absent or {}).items()),

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from importlib import resources
 from typing import Any
 
 from semid.report.figure import Figure
@@ -17,15 +14,12 @@ __all__ = [
     "Column",
     "Line",
     "Lines",
-    "Section",
     "Table",
     "average",
     "count_seeds",
     "difference",
     "mean",
     "mean_and_deviation",
-    "printed",
-    "render_sections",
     "spread",
 ]
 
@@ -67,13 +61,6 @@ class Column:
 
     name: str
     cell: Cell
-
-
-@cache
-def printed(paper: str) -> dict[str, Any]:
-    """Return the values that a paper prints, by table and line."""
-    file = resources.files("semid") / "reproduce" / "papers" / f"{paper}.toml"
-    return tomllib.loads(file.read_text(encoding="utf8"))
 
 
 def average(values: Sequence[float]) -> float:
@@ -122,7 +109,7 @@ def difference(metric: Metric, **more: Any) -> Cell:
     return write
 
 
-Chart = Callable[[Rows, Sequence[Line]], list[dict[str, Any]]]
+Chart = Callable[[Rows, Sequence[Line]], Iterable[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -135,7 +122,7 @@ class Table:
         caption: what is good and what is bad; ``{key}`` stands for a value of the first row.
         definition: how the quantity is defined; as ``caption``.
         lines: the lines, given the rows of the data set.
-        columns: the columns, or a function of the rows of the data set.
+        columns: the columns, given the rows of the data set.
         where: selection of the rows that it is about.
         per: ``variant`` makes one table per variant instead.
         printed: the paper's own values by line, which follow ours where the columns agree.
@@ -148,7 +135,7 @@ class Table:
     caption: str
     definition: str
     lines: Lines
-    columns: Sequence[Column] | Callable[[Rows], Sequence[Column]]
+    columns: Callable[[Rows], Sequence[Column]]
     where: Mapping[str, Any] = field(default_factory=dict)
     per: str = "data"
     printed: Mapping[str, Sequence[Any]] = field(default_factory=dict)
@@ -159,7 +146,7 @@ class Table:
         """Return the figure of one data set; None where no line has a number."""
         part = Rows(rows.where(**self.where, **{self.per: name}))
         lines = list(self.lines(part))
-        columns = self.columns(part) if callable(self.columns) else self.columns
+        columns = self.columns(part)
         cells: list[list[str]] = []
         for line in lines:
             measured = [column.cell(part, line) for column in columns]
@@ -178,53 +165,8 @@ class Table:
             f"{self.title}, {name}",
             self.caption.format_map(part.rows[0]),
             self.definition.format_map(part.rows[0]),
-            self.chart(part, lines) if self.chart else (),
+            list(self.chart(part, lines)) if self.chart else (),
             self.layout,
             ["", *(column.name for column in columns)],
             cells,
         )
-
-
-@dataclass(frozen=True)
-class Section:
-    """A section of the page.
-
-    Attributes:
-        id: anchor.
-        title: its heading.
-        intro: one sentence below it.
-        tables: its tables, each for every data set in turn.
-        by_data: show all tables of one data set before the next data set.
-    """
-
-    id: str
-    title: str
-    intro: str
-    tables: Sequence[Table | Callable[[Rows], Figure | None]]
-    by_data: bool = False
-
-    def figures(self, rows: Rows) -> list[Figure]:
-        """Return the figures that the rows have numbers for."""
-        order = rows.names("data")
-        found: list[tuple[int, Figure | None]] = []
-        for table in self.tables:
-            if not isinstance(table, Table):
-                found.append((0, table(rows)))
-                continue
-            for name in filter(None, rows.names(table.per, **table.where)):
-                place = order.index(name) if self.by_data else 0
-                found.append((place, table.render(rows, self.id, name)))
-        found.sort(key=lambda pair: pair[0])
-        return [figure for _, figure in found if figure is not None]
-
-
-def render_sections(
-    sections: Sequence[Section], rows: Rows
-) -> list[tuple[str, str, str, list[Figure]]]:
-    """Return id, title, introduction and figures of every section.
-
-    Args:
-        sections: the paper's sections.
-        rows: rows of the ledger.
-    """
-    return [(s.id, s.title, s.intro, s.figures(rows)) for s in sections]
