@@ -1,8 +1,8 @@
-"""A catalogue's ids in versions: a folder that only grows, each version's manifest written last.
+"""Versions of a catalogue's ids on disk, in a folder to which files are only added.
 
-``parts/`` holds Parquet files that never change; ``manifest-000002.json`` lists the parts of
-version 2 with their checksums. A version exists once its manifest does, so a writer that is killed
-at any moment leaves the versions before it as they were, and at most a part that nobody names.
+``parts/`` contains immutable Parquet files; ``manifest-000002.json`` lists the parts of version 2
+with their checksums. A version exists once its manifest does, so a writer that is killed at any
+moment leaves the earlier versions intact, and at most a part that no manifest names.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = ["CatalogueBundle", "Part", "read_catalogue"]
 
 FORMAT_VERSION = 1
 STATED = ("codebook_fingerprint", "weights_fingerprint", "unique")
-"""What a manifest repeats of its ids."""
+"""Metadata of the ids that a manifest repeats."""
 MANIFEST = re.compile(r"manifest-([0-9]{6,18})\.json")
 PART = re.compile(r"parts/part-[0-9]+-[0-9a-f]+\.parquet")
 _UNFINISHED = re.compile(r"\.(manifest|part)-.*\.[0-9a-f]{16}\.tmp")
@@ -43,13 +43,7 @@ _UNFINISHED = re.compile(r"\.(manifest|part)-.*\.[0-9a-f]{16}\.tmp")
 
 @dataclass(frozen=True)
 class Part:
-    """One immutable file of a bundle.
-
-    Attributes:
-        file: its path below the bundle.
-        rows: items in it.
-        sha256: of its bytes.
-    """
+    """One immutable file of a bundle: its path in the bundle, number of items, and checksum."""
 
     file: str
     rows: int
@@ -58,17 +52,7 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """A version of a bundle, as its manifest lists it.
-
-    Attributes:
-        format_version: of the manifest.
-        version: of the catalogue.
-        items: rows of all parts together.
-        parts: the files, in row order.
-        codebook_fingerprint: of the codebooks.
-        weights_fingerprint: of all weights.
-        unique: how codes were made unique.
-    """
+    """Content of a manifest: one version of a bundle, with the parts in row order."""
 
     format_version: int
     version: int
@@ -80,13 +64,18 @@ class Manifest:
 
 
 class CatalogueBundle:
-    """Published ids on disk, one version after another.
+    """Published ids on disk, in versions that add items.
 
     Args:
-        path: folder of the bundle; use `create` for a new one.
+        path: folder of the bundle; `create` starts a new one.
 
     Raises:
         ArtefactError: if there is no readable version.
+
+    Example:
+        >>> bundle = semid.CatalogueBundle.create("published", ids)
+        >>> bundle.append(semid.add_items(ids, model, new_embeddings).ids)
+        2
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -99,12 +88,12 @@ class CatalogueBundle:
 
     @classmethod
     def is_bundle(cls, path: str | os.PathLike[str]) -> bool:
-        """Say whether a path is a folder with at least one version."""
+        """Return whether a path is a folder with at least one version."""
         return Path(path).is_dir() and any(MANIFEST.fullmatch(p.name) for p in Path(path).iterdir())
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], ids: SemanticIds) -> CatalogueBundle:
-        """Start a bundle whose version 1 is ``ids``.
+        """Create a bundle whose version 1 is ``ids``.
 
         Raises:
             OutputExistsError: if the folder exists and is not empty.
@@ -126,11 +115,11 @@ class CatalogueBundle:
         return cls(folder)
 
     def versions(self) -> list[int]:
-        """Return the finished versions, rising."""
+        """Return the numbers of the versions, ascending."""
         if not self.path.is_dir():
             return []
-        found = (MANIFEST.fullmatch(entry.name) for entry in self.path.iterdir())
-        return sorted(int(match[1]) for match in found if match)
+        matches = (MANIFEST.fullmatch(entry.name) for entry in self.path.iterdir())
+        return sorted(int(match[1]) for match in matches if match)
 
     def parts(self, version: int | None = None) -> list[Part]:
         """Return the files of a version (the last by default), in row order.
@@ -139,20 +128,20 @@ class CatalogueBundle:
             UsageError: for a version that does not exist.
             ArtefactError: if its manifest cannot be read.
         """
-        return list(self._manifest(self._version(version)).parts)
+        return list(self._manifest(version).parts)
 
-    def _version(self, version: int | None) -> int:
-        have = self.versions()
-        chosen = have[-1] if version is None else version
-        if chosen not in have:
-            raise UsageError(f"'{self.path}' has versions {have[0]} to {have[-1]}, not {chosen}")
-        return chosen
-
-    def _manifest(self, version: int) -> Manifest:
+    def _manifest(self, version: int | None = None) -> Manifest:
+        """Read and check the manifest of a version, the last by default."""
+        versions = self.versions()
+        version = versions[-1] if version is None else version
+        if version not in versions:
+            raise UsageError(
+                f"'{self.path}' has versions {versions[0]} to {versions[-1]}, not {version}"
+            )
         file = self.path / _manifest_name(version)
         document = typed(dict[str, Any], read_json(file), f"'{file}'")
-        newest = typed(int, document.get("format_version"), f"'{file}', format_version")
-        check_version(newest, FORMAT_VERSION, where=f"'{file}'")
+        format_version = typed(int, document.get("format_version"), f"'{file}', format_version")
+        check_version(format_version, FORMAT_VERSION, where=f"'{file}'")
         manifest = record(Manifest, document, f"'{file}'")
         outside = [part.file for part in manifest.parts if not PART.fullmatch(part.file)]
         if outside:
@@ -166,7 +155,7 @@ class CatalogueBundle:
             or manifest.items != sum(part.rows for part in manifest.parts)
         ):
             raise ArtefactError(
-                f"'{file}' contradicts itself: it says version {manifest.version} and "
+                f"'{file}' contradicts itself: it states version {manifest.version} and "
                 f"{manifest.items} items in {len(manifest.parts)} parts; copy it again"
             )
         return manifest
@@ -181,7 +170,7 @@ class CatalogueBundle:
             ArtefactError: if a part is missing or altered, or not of the manifest's model.
         """
         tables = []
-        manifest = self._manifest(self._version(version))
+        manifest = self._manifest(version)
         for part in manifest.parts:
             try:
                 data = (self.path / part.file).read_bytes()
@@ -200,9 +189,8 @@ class CatalogueBundle:
                     f"part '{part.file}' of '{self.path}' cannot be read ({error}); copy it again"
                 ) from None
         ids = SemanticIds.from_arrow(join_tables(tables, where=f"'{self.path}'"), path=self.path)
-        stated = {name: getattr(manifest, name) for name in STATED}
-        carried = {name: getattr(ids.info, name) for name in STATED}
-        if [len(t) for t in tables] != [part.rows for part in manifest.parts] or stated != carried:
+        same_model = all(getattr(manifest, key) == getattr(ids.info, key) for key in STATED)
+        if [len(t) for t in tables] != [part.rows for part in manifest.parts] or not same_model:
             raise ArtefactError(
                 f"version {manifest.version} of '{self.path}' has other rows or another model than "
                 "its manifest says; copy the whole folder again"
@@ -210,17 +198,17 @@ class CatalogueBundle:
         return ids
 
     def append(self, ids: SemanticIds) -> int:
-        """Add a version that goes on from the last one.
+        """Add a version that continues the last one.
 
         Args:
-            ids: the whole catalogue: the last version's rows unchanged and in their order, then
-                the new ones; what `semid.catalogue.additions.add_items` returns.
+            ids: the whole catalogue, as `semid.add_items` returns it: the rows of the last version,
+                unchanged and in their order, then the new ones.
 
         Returns:
-            The new version's number.
+            The number of the new version.
 
         Raises:
-            InputError: if a published row is not what it was.
+            InputError: if a published row has changed.
             OutputBusyError: if another writer is adding a version.
             IdsError: if new item ids cannot be written in the type of the published ones.
             ArtefactError: if another writer added the version meanwhile.
@@ -230,31 +218,30 @@ class CatalogueBundle:
             return self._append(ids)
 
     def _remove_leftovers(self) -> None:
-        """Remove what a killed writer left: unfinished files, and parts that no version names."""
-        named = {part.file for version in self.versions() for part in self.parts(version)}
+        """Remove files of a killed writer: unfinished ones, and parts that no version names."""
+        listed = {part.file for version in self.versions() for part in self.parts(version)}
         for file in self.path.glob(".manifest-*"):
             if _UNFINISHED.fullmatch(file.name):
                 file.unlink(missing_ok=True)
         for file in (self.path / "parts").iterdir():
             name = f"parts/{file.name}"
-            unnamed = PART.fullmatch(name) and name not in named
-            if unnamed or _UNFINISHED.fullmatch(file.name):
+            unlisted = PART.fullmatch(name) and name not in listed
+            if unlisted or _UNFINISHED.fullmatch(file.name):
                 file.unlink(missing_ok=True)
 
     def _append(self, ids: SemanticIds) -> int:
         last = self.versions()[-1]
         before = self.read(last)
         old = len(before)
-        if not _goes_on(before, ids):
+        if not _continues(before, ids):
             raise InputError(
                 f"these ids change rows of version {last} of '{self.path}'; a bundle only grows: "
                 "start a new one for another generation"
             )
-        fresh = ids.take(np.arange(old, len(ids)))
-        # All parts have one type of item ids, that of the first.
-        items = cast_ids(fresh.items, before.items.to_arrow().type, source="the new item ids")
-        fresh = replace(fresh, items=ItemIds(items))
-        part = _write_part(self.path, last + 1, fresh)
+        added = ids.take(np.arange(old, len(ids)))
+        # All parts have the type of item ids of the first.
+        items = cast_ids(added.items, before.items.to_arrow().type, source="the new item ids")
+        part = _write_part(self.path, last + 1, replace(added, items=ItemIds(items)))
         _write_manifest(self.path, last + 1, [*self.parts(last), part], ids.info)
         return last + 1
 
@@ -270,15 +257,15 @@ def read_catalogue(path: str | os.PathLike[str]) -> SemanticIds:
     return SemanticIds.read(path)
 
 
-def _goes_on(before: SemanticIds, after: SemanticIds) -> bool:
+def _continues(before: SemanticIds, after: SemanticIds) -> bool:
+    """Return whether a catalogue has the rows of an earlier one, unchanged, at its beginning."""
     old = len(before)
-    kept = np.arange(min(old, len(after)))
     return (
         len(after) >= old
         and after.info.model == before.info.model
         and after.info.codebook_sizes == before.info.codebook_sizes
         and after.info.unique == before.info.unique
-        and after.items.take(kept) == before.items
+        and after.items.take(np.arange(old)) == before.items
         and np.array_equal(after.codes[:old], before.codes)
         and np.array_equal(after.encoded[:old], before.encoded)
     )
@@ -289,7 +276,7 @@ def _manifest_name(version: int) -> str:
 
 
 def _write_part(folder: Path, version: int, ids: SemanticIds) -> Part:
-    """Write an immutable part, named by its content, so that two writers never share a name."""
+    """Write a part; its name contains its checksum, so two writers never share a name."""
     buffer = io.BytesIO()
     pq.write_table(ids.to_arrow(), buffer)
     data = buffer.getvalue()
@@ -301,19 +288,17 @@ def _write_part(folder: Path, version: int, ids: SemanticIds) -> Part:
 
 
 def _write_manifest(folder: Path, version: int, parts: list[Part], info: CodesInfo) -> None:
-    """Publish a version; whoever comes first has it."""
-    document: dict[str, Any] = {
-        "format_version": FORMAT_VERSION,
-        "version": version,
-        "items": sum(part.rows for part in parts),
-        "parts": [asdict(part) for part in parts],
-        "codebook_fingerprint": info.codebook_fingerprint,
-        "weights_fingerprint": info.weights_fingerprint,
-        "unique": info.unique,
-    }
+    """Publish a version; the first of several writers succeeds."""
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        version=version,
+        items=sum(part.rows for part in parts),
+        parts=tuple(parts),
+        **{key: getattr(info, key) for key in STATED},
+    )
     try:
         with _durable(folder / _manifest_name(version), exclusive=True) as work:
-            work.write_text(json.dumps(document, indent=2) + "\n", encoding="utf8")
+            work.write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf8")
     except FileExistsError:
         raise ArtefactError(
             f"another writer added version {version} to '{folder}' meanwhile; repeat the command"
@@ -322,7 +307,7 @@ def _write_manifest(folder: Path, version: int, parts: list[Part], info: CodesIn
 
 @contextlib.contextmanager
 def _durable(target: Path, *, exclusive: bool = False) -> Iterator[Path]:
-    """Yield a temporary path that becomes ``target`` once its bytes are on the disk."""
+    """Yield a temporary path that becomes ``target`` once its bytes are on disk."""
     work = target.parent / f".{target.name}.{secrets.token_hex(8)}.tmp"
     work.touch(exist_ok=False)
     try:
