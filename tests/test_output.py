@@ -307,6 +307,22 @@ def test_a_remote_output_is_held_too(monkeypatch):
     assert folder.names(hidden=True) == []
 
 
+def test_nothing_of_a_uri_is_made_on_this_disk(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with claim_output("memory://top-level"):
+        assert [name[:17] for name in Folder("memory://").names(hidden=True)] == [
+            ".top-level.claim-"
+        ]
+    with pytest.raises(UsageError, match="whole file system"), claim_output("s3://bucket"):
+        pass
+    for write in (atomic_file, atomic_folder):
+        with pytest.raises(UsageError, match="disk only"), write("memory://bucket/output"):
+            pass
+    with atomic_file(f"file://{tmp_path}/here.txt") as file:
+        file.write_text("x", encoding="utf8")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [".here.txt.semid", "here.txt"]
+
+
 def test_a_planted_link_is_not_followed(tmp_path):
     victim = tmp_path / "victim"
     victim.write_text("precious", encoding="utf8")

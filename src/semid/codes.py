@@ -160,13 +160,7 @@ class CodesInfo:
 
 
 def ids_schema(item_type: pa.DataType, info: CodesInfo, *, model_codes: bool = False) -> pa.Schema:
-    """Return the Parquet schema of Semantic IDs for items of ``item_type``.
-
-    Args:
-        item_type: Arrow type of the item ids.
-        info: where the codes come from.
-        model_codes: add the column of the model's own codes.
-    """
+    """Return the Parquet schema of Semantic IDs, with the model's own codes if asked for."""
     columns = [
         pa.field("item_id", item_type, nullable=False),
         pa.field("codes", _codes_type(info.codebook_sizes), nullable=False),
@@ -190,15 +184,7 @@ def ids_table(
     *,
     model_codes: npt.NDArray[np.integer[Any]] | None = None,
 ) -> pa.Table:
-    """Return an Arrow table of a block of Semantic IDs.
-
-    Args:
-        items: ``(n,)`` item ids.
-        codes: ``(n, levels)`` integers.
-        residual_norms: ``(n,)`` lengths of what the last level leaves, in the quantized space.
-        info: where the codes come from.
-        model_codes: ``(n, model levels)`` the model's own codes, where they are kept beside.
-    """
+    """Return an Arrow table of a block of Semantic IDs; shapes as in `SemanticIds`."""
     schema = ids_schema(items.type, info, model_codes=model_codes is not None)
     columns = [
         items,
@@ -258,7 +244,7 @@ class SemanticIds:
         if not len(self.items) == len(self.codes) == len(self.residual_norms):
             problems.append(
                 f"{len(self.items)} item ids, {len(self.codes)} code rows and "
-                f"{len(self.residual_norms)} residual norms; give one of each an item"
+                f"{len(self.residual_norms)} residual norms; give one of each per item"
             )
         if problems:
             raise InputError(problems)
@@ -266,8 +252,8 @@ class SemanticIds:
             self, "codes", self.codes.astype(code_dtype(self.info.codebook_sizes), copy=False)
         )
         if self.model_codes is not None:
-            kept = self.model_codes.astype(code_dtype(self.info.model_sizes), copy=False)
-            object.__setattr__(self, "model_codes", kept)
+            model_codes = self.model_codes.astype(code_dtype(self.info.model_sizes), copy=False)
+            object.__setattr__(self, "model_codes", model_codes)
 
     def __len__(self) -> int:
         """Count the items."""
@@ -275,7 +261,7 @@ class SemanticIds:
 
     @property
     def levels(self) -> int:
-        """Number of codes an item."""
+        """Number of codes per item."""
         return len(self.info.codebook_sizes)
 
     @property
@@ -334,10 +320,10 @@ class SemanticIds:
         """
         if len(prefix) > self.levels:
             raise UsageError(f"prefix has {len(prefix)} codes, ids have {self.levels} levels")
-        found = np.ones(len(self), dtype=bool)
+        match = np.ones(len(self), dtype=bool)
         for level, code in enumerate(prefix):
-            found &= self.codes[:, level] == code
-        return np.flatnonzero(found)
+            match &= self.codes[:, level] == code
+        return np.flatnonzero(match)
 
     def check_codebook(self, codebook_fingerprint: str) -> None:
         """Refuse to go on with codes of another codebook.
@@ -381,12 +367,12 @@ class SemanticIds:
                 a folder belong to different models.
             IdsError: if item ids repeat.
         """
-        given = str(path) if is_uri(path) else Path(path)
-        if isinstance(given, Path) and not given.exists():
+        source = str(path) if is_uri(path) else Path(path)
+        if isinstance(source, Path) and not source.exists():
             raise ArtefactError(f"'{path}' does not exist; give a file written by 'semid encode'")
         try:
             tables = []
-            for file in find_parquet(given):
+            for file in find_parquet(source):
                 with open_parquet(file) as parquet:
                     tables.append(parquet.read())
             infos = {CodesInfo.from_metadata(t.schema.metadata, path=path) for t in tables}

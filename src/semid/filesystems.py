@@ -32,6 +32,7 @@ __all__ = [
     "open_parquet",
     "resolve",
     "send_folder",
+    "split_path",
 ]
 
 CONNECT_SECONDS = 10
@@ -39,6 +40,8 @@ CONNECT_SECONDS = 10
 
 GCS_SECONDS = 30
 """How long Google's client repeats a request before it gives up; its own limit is 15 minutes."""
+
+_BUCKET_SCHEMES = ("s3", "s3a", "gs", "gcs")
 
 FilePath = Path | str
 """A path on this machine, or the text of a URI."""
@@ -58,11 +61,9 @@ def local_path(path: FilePath | os.PathLike[str]) -> Path | None:
 
 
 def list_sizes(path: FilePath) -> dict[str, int] | None:
-    """List all files below a folder, hidden ones too.
+    """Return path -> bytes of all files below a folder, hidden ones too; None for no folder.
 
-    Returns:
-        Path below the folder -> bytes, or None if ``path`` is no folder. A symbolic link on this
-        machine is listed as a file; it is not followed.
+    A symbolic link on this machine is listed as a file; it is not followed.
     """
     location = local_path(path)
     if location is not None:
@@ -84,10 +85,7 @@ def list_sizes(path: FilePath) -> dict[str, int] | None:
 
 
 def resolve(path: FilePath) -> tuple[Any, str]:
-    """Return the Arrow file system of a path and the path within it.
-
-    Args:
-        path: a path on this machine or a URI.
+    """Return the Arrow file system of a path or URI, and the path within it.
 
     Raises:
         UsageError: the scheme is unknown, or the address cannot be used.
@@ -142,8 +140,7 @@ def _uri(like: str, inner: str) -> str:
 def list_files(uri: str) -> list[str]:
     """List the files that a URI names: itself, all in its folder, or those that match its glob.
 
-    Returns:
-        URIs, sorted character by character. Hidden files (``.`` or ``_`` first) are left out.
+    They are sorted character by character, without hidden ones (``.`` or ``_`` first).
 
     Raises:
         UsageError: nothing is there.
@@ -157,7 +154,7 @@ def list_files(uri: str) -> list[str]:
             return [uri]
         if info.type == arrow_fs.FileType.NotFound:
             raise UsageError(f"'{uri}' does not exist; check the path")
-        found = system.get_file_info(arrow_fs.FileSelector(root, recursive=True))
+        entries = system.get_file_info(arrow_fs.FileSelector(root, recursive=True))
     except Exception as error:
         if isinstance(error, UsageError):
             raise
@@ -165,7 +162,7 @@ def list_files(uri: str) -> list[str]:
             f"'{uri}' cannot be listed ({brief(error)}); check the address, the keys and "
             "the network"
         ) from error
-    files = [file.path for file in found if file.type == arrow_fs.FileType.File]
+    files = [file.path for file in entries if file.type == arrow_fs.FileType.File]
     if magic:
         files = [file for file in files if fnmatch.fnmatchcase(file.lstrip("/"), path.lstrip("/"))]
     else:
@@ -180,11 +177,9 @@ def list_files(uri: str) -> list[str]:
 
 
 def open_parquet(path: FilePath, **options: Any) -> pq.ParquetFile:
-    """Open a Parquet file wherever it lies; checksums of its pages are verified where it has some.
+    """Open a Parquet file wherever it lies and verify the checksums of its pages, if it has some.
 
-    Args:
-        path: a path on this machine or a URI.
-        options: further arguments of `pyarrow.parquet.ParquetFile`.
+    Options are further arguments of `pyarrow.parquet.ParquetFile`.
     """
     options["page_checksum_verification"] = True
     if not is_uri(path):
@@ -308,6 +303,22 @@ class Folder:
             self._fs.delete_file(self._inner)
 
 
+def split_path(path: FilePath) -> tuple[Folder, str]:
+    """Return the folder that a path or URI lies in, and its name there.
+
+    Raises:
+        UsageError: a URI that names a whole bucket, beside which nothing can lie.
+    """
+    if not is_uri(path):
+        return Folder(Path(path).parent), Path(path).name
+    # By the scheme first: cutting "memory://ids" at its last slash leaves no URI.
+    scheme, _, rest = str(path).partition("://")
+    parent, _, name = rest.partition("?")[0].rstrip("/").rpartition("/")
+    if not name or (not parent and scheme in _BUCKET_SCHEMES):
+        raise UsageError(f"'{path}' is a whole file system; give a file or folder in it")
+    return Folder(_uri(str(path), parent)), name
+
+
 @contextlib.contextmanager
 def fetched(uri: str) -> Iterator[Path]:
     """Copy a small folder, such as an artefact, to this machine for as long as the block runs."""
@@ -319,12 +330,9 @@ def fetched(uri: str) -> Iterator[Path]:
 
 
 def send_folder(source: Path, uri: str, *, last: str) -> None:
-    """Copy the files of a folder to a URI.
+    """Copy the files of a folder to a URI; what is there is removed first.
 
-    Args:
-        source: a folder of files.
-        uri: where they go; what is there is removed first.
-        last: name of the file that makes the copy complete: readers look for it first.
+    The file named ``last`` makes the copy complete: readers look for it first.
     """
     folder = Folder(uri)
     folder.remove()

@@ -31,7 +31,15 @@ from pathlib import Path
 from typing import Any
 
 from semid.errors import OutputExistsError, SemidError, UsageError
-from semid.filesystems import FilePath, Folder, is_uri, list_sizes, local_path, open_parquet
+from semid.filesystems import (
+    FilePath,
+    Folder,
+    is_uri,
+    list_sizes,
+    local_path,
+    open_parquet,
+    split_path,
+)
 from semid.runs import NOFOLLOW, check_state_folder, hidden_path, hold_path, remove_path
 
 __all__ = [
@@ -55,9 +63,6 @@ _IDS_COLUMNS = {"item_id", "codes", "residual_norm", "model_codes"}
 _UNMARKED_ARTEFACT = {"config.json", "model.safetensors", "README.md"}
 
 
-# --- what may be written -----------------------------------------------------------------------
-
-
 def check_output(
     path: FilePath | os.PathLike[str], *, overwrite: bool = False, inputs: Iterable[Any] = ()
 ) -> None:
@@ -79,7 +84,7 @@ def check_output(
     if location is None:
         _check_remote(str(path), overwrite=overwrite, inputs=inputs)
         return
-    target = Path(os.path.abspath(location))  # noqa: PTH100 - resolve() would follow links
+    target = _local_target(location)
     if target.is_symlink():
         raise OutputExistsError(
             f"output '{path}' is a symbolic link; give the path of the file or folder itself"
@@ -152,6 +157,7 @@ def _input_paths(name: Any) -> list[Path]:
 
 
 def _check_remote(uri: str, *, overwrite: bool, inputs: Iterable[Any]) -> None:
+    split_path(uri)  # refuses a whole bucket
     plain = uri.rstrip("/")
     for name in inputs:
         source = str(name).rstrip("/") if is_uri(name) else None
@@ -171,10 +177,7 @@ def _check_remote(uri: str, *, overwrite: bool, inputs: Iterable[Any]) -> None:
 
 
 def _foreign_content(target: FilePath) -> str | None:
-    """Return None if semid wrote all of ``target``, else the first name it did not write.
-
-    An empty name stands for the target itself.
-    """
+    """Return the first name in ``target`` that semid did not write ('' is itself), or None."""
     if isinstance(target, Path) and not (target.is_dir() or target.is_file()):
         return ""  # a device, a pipe, a socket
     sizes = list_sizes(target)
@@ -215,7 +218,7 @@ def _is_unmarked_artefact(folder: Folder) -> bool:
 
 def _is_own_file(path: FilePath) -> bool:
     """Whether a file carries a mark of semid, or has one beside it that fits its content."""
-    folder, name = _split(path)
+    folder, name = split_path(path)
     _, first, last = folder.read_ends(name, 4096)
     if first.startswith(b"PAR1"):
         try:
@@ -233,13 +236,6 @@ def _is_own_file(path: FilePath) -> bool:
     except (ValueError, AttributeError, RecursionError):
         return False
     return bool(digests) and _digest(folder, name) in digests
-
-
-def _split(path: FilePath) -> tuple[Folder, str]:
-    if is_uri(path):
-        parent, _, name = str(path).rstrip("/").rpartition("/")
-        return Folder(parent), name
-    return Folder(Path(path).parent), Path(path).name
 
 
 def _digest(folder: Folder, name: str) -> str:
@@ -260,17 +256,12 @@ def claim_output(
 ) -> Iterator[None]:
     """Hold an output for the length of a run: checked first, and locked against other runs.
 
-    A run of the same thread may claim it again, as every writer in this module does.
-
-    Args:
-        path: a path on this machine or a URI.
-        overwrite: allow replacing a former output of semid.
-        inputs: what the run reads, as for `check_output`.
-        state: folder for the unfinished run, if it keeps one on this machine; checked as well.
+    A run of the same thread may claim it again, as every writer in this module does. Arguments and
+    errors as for `check_output`; ``state`` is the folder of the unfinished run, if it keeps one on
+    this machine, and is checked as well.
 
     Raises:
-        OutputExistsError, UsageError: as for `check_output`.
-        OutputBusyError: if another run holds it.
+        OutputBusyError: another run holds it.
     """
     input_list = list(inputs)
     check_output(path, overwrite=overwrite, inputs=input_list)
@@ -282,7 +273,15 @@ def claim_output(
         yield
 
 
-# --- how it appears ----------------------------------------------------------------------------
+def _local_target(path: FilePath | os.PathLike[str]) -> Path:
+    """Return the absolute path of an output that is written through this machine's disk."""
+    location = local_path(path)
+    if location is None:
+        raise UsageError(
+            f"output '{path}' is a URI, and this can be written to this machine's disk only; give "
+            "a path here and copy it afterwards"
+        )
+    return Path(os.path.abspath(location))  # noqa: PTH100 - resolve() would follow links
 
 
 def _temporary(target: Path) -> Path:
@@ -300,12 +299,7 @@ def _exchange(new: Path, target: Path) -> bool:
 
 
 def replace_folder(new: Path, target: Path) -> None:
-    """Put a finished folder under its name and remove what was there.
-
-    Args:
-        new: a hidden folder beside ``target``.
-        target: its name; something that semid wrote may be there.
-    """
+    """Put a finished hidden folder under its name beside it and remove what semid wrote there."""
     if not os.path.lexists(target):
         new.rename(target)
     elif _exchange(new, target):
@@ -323,18 +317,12 @@ def atomic_folder(
 ) -> Iterator[Path]:
     """Yield a temporary folder that becomes ``path`` when the block ends without an error.
 
-    Args:
-        path: destination folder; its parents are made.
-        overwrite: replace a former output of semid (it stays readable until the last moment).
-        grows: files, and folders with a slash at the end, that will be added to the folder later
-            and belong to it; without any, it consists of what the block writes.
-
-    Raises:
-        OutputExistsError: as for `check_output`.
-        OutputBusyError: another run is writing ``path``.
+    Parents are made, a former output stays readable until the last moment; errors are those of
+    `claim_output`. ``grows`` names files, and folders with a slash at the end, that will be added
+    later and belong to it; without any, the folder consists of what the block writes.
     """
+    target = _local_target(path)
     with claim_output(path, overwrite=overwrite):
-        target = Path(os.path.abspath(path))  # noqa: PTH100
         work = _temporary(target)
         work.mkdir()
         try:
@@ -349,10 +337,8 @@ def atomic_folder(
 def mark_folder(folder: Path, *, names: Iterable[str] = ()) -> None:
     """Write the marker of a folder, and give its files the permissions that the umask says.
 
-    Args:
-        folder: holds nothing but what semid wrote.
-        names: files, or folders with a slash at the end, that belong to the output and grow; all
-            of the present files by default, with their sizes.
+    ``names`` are files, and folders with a slash at the end, that belong to the output and grow;
+    by default all present files are listed, with their sizes.
     """
     files: dict[str, int | None] = dict.fromkeys(names) or {
         name: size for name, size in (list_sizes(folder) or {}).items() if name != MARKER
@@ -380,17 +366,10 @@ def atomic_file(
 ) -> Iterator[Path]:
     """Yield a temporary file path that becomes ``path`` when the block ends without an error.
 
-    Args:
-        path: destination file; its parents are made.
-        overwrite: replace a former output of semid.
-        mark: False for a file inside a folder of semid's own, which needs no mark and is replaced
-            without a question.
-
-    Raises:
-        OutputExistsError: as for `check_output`.
-        OutputBusyError: another run is writing ``path``.
+    Parents are made; errors are those of `claim_output`. ``mark=False`` is for a file inside a
+    folder of semid's own, which needs no mark and is replaced without a question.
     """
-    target = Path(os.path.abspath(path))  # noqa: PTH100
+    target = _local_target(path)
     if target.is_dir():
         raise OutputExistsError(f"output '{path}' is a folder; give a file name")
     with claim_output(path, overwrite=overwrite) if mark else hold_path(target):

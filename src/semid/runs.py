@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from semid.errors import OutputBusyError, OutputExistsError
-from semid.filesystems import FilePath, Folder, list_sizes, local_path
+from semid.filesystems import FilePath, Folder, list_sizes, local_path, split_path
 
 try:
     import fcntl
@@ -56,12 +56,9 @@ _held_guard = threading.Lock()
 
 @contextlib.contextmanager
 def hold_path(path: FilePath | os.PathLike[str]) -> Iterator[None]:
-    """Hold a path against other runs; a run of the same thread may hold it again.
+    """Hold a path or URI against other runs; a run of the same thread may hold it again.
 
-    On a disk, what killed runs left beside the path is removed first.
-
-    Args:
-        path: a path on this machine or a URI; its parent is made.
+    Its parent is made. On a disk, what killed runs left beside it is removed first.
 
     Raises:
         OutputBusyError: another run holds it.
@@ -168,8 +165,7 @@ def _remote_claim(uri: str) -> Iterator[None]:
     shows it to at least one of two runs. Clocks that differ cannot let both in: only the age of a
     claim is compared, with two minutes to spare.
     """
-    parent, _, last = uri.rpartition("/")
-    folder = Folder(parent)
+    folder, last = split_path(uri)
     prefix = f".{last}.claim-"
     name = prefix + secrets.token_hex(8)
     document = _describe_run()
@@ -233,11 +229,7 @@ def remove_path(path: Path) -> None:
 
 
 def check_state_folder(path: FilePath | os.PathLike[str]) -> None:
-    """Refuse a folder for the state of a run that holds anything else.
-
-    Raises:
-        OutputExistsError: it is a link or a file, or holds files that are no state of a run.
-    """
+    """Refuse (OutputExistsError) a link, a file, or a folder that holds more than a run's state."""
     local = local_path(path)
     if local is not None and (local.is_symlink() or (local.exists() and not local.is_dir())):
         raise OutputExistsError(

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from semid.codes import PARQUET_OPTIONS, CodesInfo, ids_schema, ids_table
 from semid.distributed.units import Catalogue, Unit
 from semid.errors import ArtefactError, IdsError, OutputExistsError, UsageError
-from semid.filesystems import FilePath, Folder, local_path, open_parquet
+from semid.filesystems import FilePath, Folder, local_path, open_parquet, split_path
 from semid.loading import load_tokenizer
 from semid.output import atomic_file, atomic_folder, mark_remote_folder
 from semid.quantization.blocks import BLOCK_ROWS
@@ -222,8 +222,8 @@ class Output:
                 self.parts.move_into(unit.name, target)
             mark_remote_folder(target)
         elif local is None:
-            parent, _, last = str(self.path).rpartition("/")
-            with Folder(parent).stream(last) as sink:
+            folder, name = split_path(self.path)
+            with folder.stream(name) as sink:
                 self._join(done, schema, sink)
         elif single:
             with atomic_file(local, overwrite=overwrite) as work:
