@@ -388,3 +388,26 @@ def test_doors_are_guarded(ids, tokenizer, tmp_path, caplog):
     export("lcrec", tmp_path / "dup.json", ids=ids)
     assert "semid unique" in caplog.text
     export("lcrec", tmp_path / "dup.json", ids=ids, overwrite=True)
+
+
+def test_another_package_adds_a_format(ids, tmp_path, monkeypatch):
+    (tmp_path / "outside_format.py").write_text(
+        "from semid.exports.formats import ExportFormat\n"
+        "def write(path, *, ids, header):\n"
+        "    path.write_text(header + str(len(ids)))\n"
+        "COUNT = ExportFormat(write, options=('header',))\n"
+    )
+    info = tmp_path / "outside_format-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside_format\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[semid.exports]\ncount = outside_format:COUNT\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "count" in EXPORTS
+    path = export("count", tmp_path / "out.txt", ids=ids, header="n=")
+    assert path.read_text() == f"n={len(ids)}"
+    with pytest.raises(UsageError, match="did you mean 'header'"):
+        export("count", tmp_path / "two.txt", ids=ids, heading="n=")
+    with pytest.raises(UsageError, match="can be written, not read"):
+        import_ids("count", path)
+    with pytest.raises(UsageError, match="does not apply to lcrec"):
+        export("lcrec", tmp_path / "two.txt", ids=ids, header="n=")
