@@ -202,7 +202,7 @@ def test_subsets_equal_indexing(data, tmp_path_factory):
 
 def test_subset_refuses_what_does_not_fit():
     source = open_embeddings(matrix())
-    with pytest.raises(UsageError, match="one value a row"):
+    with pytest.raises(UsageError, match="one value per row"):
         source.subset(np.ones(3, bool))
     with pytest.raises(UsageError, match="repeat"):
         source.subset([1, 1])

@@ -326,7 +326,7 @@ def test_pandas_column_of_mixed_things():
 
 def test_ids_of_another_length_and_duplicates(tmp_path):
     for source in (X, torch.from_numpy(X), write(tmp_path / "x.parquet", embedding=list(X))):
-        with pytest.raises(IdsError, match="9 rows and there are 3 ids; give one id a row"):
+        with pytest.raises(IdsError, match="9 rows and there are 3 ids; give one id per row"):
             open_embeddings(source, ids=["a", "b", "c"])
     twice = write(tmp_path / "d.parquet", item_id=list("abcabcabc"), embedding=list(X))
     with pytest.raises(

@@ -12,8 +12,8 @@ import numpy as np
 from semid.data.blocks import RawBlock
 from semid.data.file_kinds import wrong_format
 from semid.data.ids import ItemIds
-from semid.data.source import EmbeddingSource
-from semid.errors import EmbeddingError, IdsError, UsageError, brief
+from semid.data.source import EmbeddingSource, matching_ids
+from semid.errors import EmbeddingError, UsageError, brief
 
 __all__ = ["ArraySource", "TensorSource", "open_npy"]
 
@@ -25,14 +25,8 @@ MAX_HEADER = 1 << 16
 class ArraySource(EmbeddingSource):
     """A matrix (items, dim) of float16, float32 or float64, in memory or memory-mapped.
 
-    Any memory order and byte order is read; blocks are converted one at a time. A Fortran-ordered
-    file is correct but slow to read by rows.
-
-    Args:
-        array: the matrix; never copied as a whole, never written to.
-        ids: item ids, or None for row numbers.
-        label: the matrix in the user's words.
-        path: the file it is mapped from, for logs.
+    It is never copied as a whole. Any memory order and byte order is read; a Fortran-ordered file
+    is correct but slow to read by rows.
 
     Raises:
         EmbeddingError: the array is no such matrix, or is empty.
@@ -172,18 +166,6 @@ def check_matrix(label: str, shape: tuple[int, ...]) -> None:
         raise EmbeddingError(
             f"{label} has {what} (shape {tuple(shape)}); give at least one item and one value"
         )
-
-
-def matching_ids(ids: ItemIds | None, rows: int, label: str) -> ItemIds:
-    """Return the ids, or row numbers, after checking that there is one a row."""
-    if ids is None:
-        return ItemIds.range(rows)
-    if len(ids) != rows:
-        raise IdsError(
-            f"{label} has {rows} rows and there are {len(ids)} ids; give one id a row, in the "
-            "same order"
-        )
-    return ids
 
 
 def _refused_type(label: str, dtype: str) -> str:

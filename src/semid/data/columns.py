@@ -68,12 +68,7 @@ ARROW_CONVERSION_ERRORS = (pa.ArrowException, TypeError, UnicodeError, OverflowE
 
 
 def conversion_problem(error: Exception, cast: str) -> str:
-    """Say why Python values make no Arrow column and what to do, in a sentence after a name.
-
-    Args:
-        error: one of `ARROW_CONVERSION_ERRORS`.
-        cast: what makes strings of the values.
-    """
+    """Say why Python values make no Arrow column and which ``cast`` helps, after its name."""
     if isinstance(error, OverflowError):
         return f"holds integers beyond 64 bits: give them as strings, for example {cast}"
     if isinstance(error, UnicodeEncodeError):
@@ -110,12 +105,9 @@ def id_type_problem(kind: pa.DataType) -> str | None:
 
 
 def common_type(kinds: Sequence[pa.DataType]) -> pa.DataType:
-    """Return one type for columns that are read one after another.
+    """Return the type of columns read one after another, or raise an ArrowException.
 
     All kinds of text become ``large_string``; numbers become the wider type.
-
-    Raises:
-        ArrowException: there is no such type.
     """
     if len(set(kinds)) > 1 and all(map(is_text, kinds)):
         return pa.large_string()
@@ -124,11 +116,7 @@ def common_type(kinds: Sequence[pa.DataType]) -> pa.DataType:
 
 
 def concat_tables(tables: Sequence[pa.Table]) -> pa.Table:
-    """Join tables of the same columns row by row, each column in its `common_type`.
-
-    Raises:
-        ArrowException: a column has types without a common one.
-    """
+    """Join tables of the same columns row by row, each column in its `common_type`."""
     for name in tables[0].column_names if tables else ():
         kinds = [table.schema.field(name).type for table in tables if name in table.column_names]
         if len(set(kinds)) > 1 and all(map(is_text, kinds)):
@@ -145,11 +133,9 @@ def _cast_column(table: pa.Table, name: str, kind: pa.DataType) -> pa.Table:
 
 
 def normalize_ids(column: Any) -> Any:
-    """Return a column of ids in a type that Arrow counts the nulls of and can take rows of.
+    """Return an Arrow column of ids in a type that Arrow counts the nulls of and can take rows of.
 
-    Args:
-        column: Arrow array or chunked array. A string view becomes ``large_string``, and a
-            dictionary with a null among its values is decoded; others stay as they are.
+    A string view becomes ``large_string``; a dictionary with a null among its values is decoded.
     """
     if column.type == pa.string_view():
         return column.cast(pa.large_string())
@@ -162,11 +148,7 @@ def normalize_ids(column: Any) -> Any:
 
 
 def refuse_repeated(columns: Sequence[str], names: Sequence[str], *, label: str) -> None:
-    """Refuse a table in which one of ``columns`` occurs more than once.
-
-    Raises:
-        UsageError: naming the table and the column.
-    """
+    """Refuse (UsageError) a table in which one of ``columns`` occurs more than once."""
     for name in columns:
         if list(names).count(name) > 1:
             raise UsageError(f"{label} has several columns called '{name}'; rename all but one")
@@ -190,11 +172,6 @@ def require_column(name: str, columns: list[str], *, label: str, flag: str) -> s
 
 def pick_embedding_column(schema: pa.Schema, column: str | None, *, label: str) -> str:
     """Choose the embedding column: the one named, else ``embedding``, else the only candidate.
-
-    Args:
-        schema: the columns there are.
-        column: the name the user gave, or None.
-        label: the table in the user's words.
 
     Raises:
         UsageError: no column of that name, or several candidates and none called ``embedding``.

@@ -101,17 +101,17 @@ def _open_path(
     path: str | Path, ids: ItemIds | None, embedding_column: str | None, id_column: str | None
 ) -> EmbeddingSource:
     remote = is_uri(path)
-    given = Path(path).expanduser()
-    suffix = given.suffix.lower()
+    file = Path(path).expanduser()
+    suffix = file.suffix.lower()
     if remote and suffix == ".npy":
         raise UsageError(
             f"'{path}' is an .npy, which is mapped into memory and so must lie on this machine; "
             "copy it here, or keep embeddings there as Parquet"
         )
-    if suffix == ".npy" and given.is_file():
+    if suffix == ".npy" and file.is_file():
         _refuse_columns("an .npy file", embedding_column, id_column, ids)
-        return open_npy(given, ids=ids)
-    files = ParquetFiles.open(path if remote else given)
+        return open_npy(file, ids=ids)
+    files = ParquetFiles.open(path if remote else file)
     column = pick_embedding_column(files.schemas[0], embedding_column, label=files.label)
     return ParquetSource(
         files, column, ids=ids if ids is not None else parquet_ids(files, id_column)

@@ -241,16 +241,7 @@ def code_rows(
 ) -> npt.NDArray[Any]:
     """Return a column of lists as ``(items, levels)`` integers of its own type.
 
-    Args:
-        table: with the column.
-        name: of the column.
-        levels: codes per item.
-        where: the table in messages.
-        error: class of the error.
-
-    Raises:
-        SemidError: of the class ``error``, if it holds anything else than as many integers for
-            every item.
+    Anything else than as many integers for every item raises ``error`` naming ``where``.
     """
     column = table[name]
     if not is_list(column.type) or not pa.types.is_integer(column.type.value_type):

@@ -77,16 +77,11 @@ class Sequences:
         return int((self.items < 0).sum())
 
     def select(self, users: np.ndarray) -> Sequences:
-        """Return the sequences of some users, in their order.
-
-        Args:
-            users: boolean mask (users,).
-        """
+        """Return the sequences of the users in a boolean mask (users,), in their order."""
         mask = self._mask(users)
-        kept = self.lengths[mask]
         return Sequences(
             self.user_ids.filter(mask),
-            np.concatenate([[0], np.cumsum(kept)]).astype(np.int64),
+            np.concatenate([[0], np.cumsum(self.lengths[mask])]).astype(np.int64),
             self.items[np.repeat(mask, self.lengths)],
             self.ordered,
         )
@@ -95,13 +90,8 @@ class Sequences:
         """Pair each item with the next of the same user.
 
         Pairs in which an item is unknown are left out, and its neighbors are not paired with each
-        other: no jump over a gap. An item that follows itself is a pair like any other.
-
-        Args:
-            users: boolean mask (users,) that restricts whose pairs are taken; None takes all.
-
-        Returns:
-            The pairs and their users. Time and memory grow with the interactions.
+        other: no jump over a gap. An item that follows itself is a pair like any other. A boolean
+        mask (users,) restricts whose pairs are taken.
 
         Raises:
             InteractionsError: the sequences have no order in time.
@@ -190,11 +180,10 @@ class Interactions:
         Args:
             ids: the catalogue. Items that are not in it stay as -1 and are counted.
             require_order: refuse interactions without an order; with False they come in the order
-                of the file and the result says so (``ordered`` is False).
+                of the file and ``ordered`` is False.
 
         Returns:
-            Sequences of all users, in order of first appearance. Costs a sort of the interactions
-            unless they are sorted already, and 4 bytes an interaction.
+            Sequences of all users, in order of first appearance.
 
         Raises:
             InteractionsError: there is no order, or not one item is in the catalogue.
@@ -327,16 +316,10 @@ def read_interactions(
 
 
 def split_users(users: Any, *, salt: str = "users") -> np.ndarray:
-    """Split users 80/10/10 by a hash of their id.
+    """Split users (users,), repeats allowed, 80/10/10 by a hash of their id alone.
 
-    Args:
-        users: (users,) ids: an Arrow array of strings, or a sequence or array of strings or
-            integers; repeats allowed.
-        salt: another salt gives an independent split.
-
-    Returns:
-        Array (users,) of int8: `TRAIN` (0), `SELECT` (1) or `TEST` (2). It depends on the id
-        alone, so new users leave the split of the others unchanged.
+    Returns an int8 array of `TRAIN` (0), `SELECT` (1) or `TEST` (2). New users leave the split of
+    the others unchanged; another salt gives an independent split.
     """
     array = users if isinstance(users, pa.Array | pa.ChunkedArray) else pa.array(users)
     if pa.types.is_dictionary(array.type):

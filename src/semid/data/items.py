@@ -115,18 +115,18 @@ def read_items(
             f"{opened.label} has neither a column 'title' nor 'text'; name the one to call items "
             "by with title_column="
         )
-    found = [c for c in _TEXT_COLUMNS if c in names]
-    read = list(dict.fromkeys([key, *found, *([title_column] if title_column else [])]))
+    text_columns = [c for c in _TEXT_COLUMNS if c in names]
+    read = list(dict.fromkeys([key, *text_columns, *([title_column] if title_column else [])]))
     table = opened.read(read, text=read)  # a title such as 1984 is no number
-    columns = {c: _texts(table, c) for c in found}
+    columns = {c: _texts(table, c) for c in text_columns}
     titles = _texts(table, title_column) if title_column else columns.get("title")
     text = columns.get("text")
     if titles is None:
         titles = text
     elif text is not None:
         titles = pc.if_else(pc.equal(titles, ""), text, titles)
-    own_ids = ItemIds(table.column(key), source=f"id column '{key}' of {opened.label}")
-    items = ItemTexts(own_ids, titles, columns.get("categories"), columns.get("brand"), text)
+    table_ids = ItemIds(table.column(key), source=f"id column '{key}' of {opened.label}")
+    items = ItemTexts(table_ids, titles, columns.get("categories"), columns.get("brand"), text)
     return items if ids is None else items.aligned(ids)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from semid.data.array_source import check_matrix, matching_ids
+from semid.data.array_source import check_matrix
 from semid.data.blocks import BLOCK, Flag, RawBlock, reblock
 from semid.data.columns import (
     float_list_width,
@@ -22,7 +22,7 @@ from semid.data.columns import (
 )
 from semid.data.ids import ItemIds
 from semid.data.parquet_files import ParquetFiles
-from semid.data.source import EmbeddingSource
+from semid.data.source import EmbeddingSource, matching_ids
 from semid.errors import EmbeddingError, brief
 from semid.filesystems import FilePath
 
@@ -199,13 +199,6 @@ class ObjectChunk:
 class ArrowSource(EmbeddingSource):
     """A column of float lists; see `list_rows` for what is viewed and what copied.
 
-    Args:
-        chunks: the column's chunks in order.
-        dtype: the type of the values, for logs.
-        ids: item ids, or None for row numbers.
-        label: the column in the user's words.
-        kind: what the column came in, for logs: ``arrow``, ``pandas`` or ``polars``.
-
     Raises:
         EmbeddingError: no rows, nothing but nulls, or rows of width 0.
         IdsError: another number of ids than rows.
@@ -259,8 +252,8 @@ class ArrowSource(EmbeddingSource):
             # Lists count values in 32 bits: draw a block at a time.
             for start in range(0, len(places), BLOCK):
                 part = places[start : start + BLOCK]
-                taken = self._chunks[number].take(pa.array(local[start : start + BLOCK]))
-                raw = list_rows(taken, self.dim)
+                lists = self._chunks[number].take(pa.array(local[start : start + BLOCK]))
+                raw = list_rows(lists, self.dim)
                 values[part] = raw.values
                 if raw.flags is not None:
                     flags[part] = raw.flags
@@ -286,11 +279,7 @@ class ParquetSource(EmbeddingSource):
     A pass decodes one block at a time. Rows at random decode every row group they lie in
     (`cheap_rows` is False): for training write a memory map first, `EmbeddingSource.to_npy`.
 
-    Args:
-        files: the files, in the order of their rows.
-        column: the embedding column.
-        ids: item ids, or None for row numbers.
-        dim: width of a row, where it is known from all the files that these are a part of.
+    ``dim`` is the width of a row, where it is known from all the files that these are a part of.
 
     Raises:
         EmbeddingError: no rows, nothing but nulls, or files that do not agree on the column.
@@ -352,9 +341,9 @@ class ParquetSource(EmbeddingSource):
             elif (width := float_list_width(kind)) is not None:
                 widths.setdefault(width, path)
         if len(widths) > 1:
-            found = ", ".join(f"{width} in '{path}'" for width, path in sorted(widths.items()))
+            listing = ", ".join(f"{width} in '{path}'" for width, path in sorted(widths.items()))
             problems.append(
-                f"{self.label} has rows of several widths: {found}; all files must come from one "
+                f"{self.label} has rows of several widths: {listing}; all files must come from one "
                 "embedding model"
             )
         if problems:
@@ -368,8 +357,8 @@ class ParquetSource(EmbeddingSource):
                 return fixed
         if not self._files.count:
             return None
-        # The footers say how many values a row group holds, so lists of one length are told
-        # without reading them: then the first rows are enough.
+        # The footers count the values of each row group: where these are a multiple of its rows
+        # for a majority, and the first rows agree, the lists need not be read.
         votes: Counter[int] = Counter()
         for rows, values in self._files.value_counts(self._column):
             if rows and values is not None and values % rows == 0:
@@ -393,22 +382,24 @@ class ParquetSource(EmbeddingSource):
         stop = 0
         for file, groups in enumerate(self._files.row_groups):
             ends = stop + np.cumsum(groups, dtype=np.int64)
-            wanted = np.flatnonzero(ends > first).tolist()
-            start = stop + sum(groups[: len(groups) - len(wanted)])
+            needed = np.flatnonzero(ends > first).tolist()
+            start = stop + sum(groups[: len(groups) - len(needed)])
             stop += sum(groups)
-            if not wanted:
+            if not needed:
                 continue
             for batch in self._files.batches(
-                file, self._column, size=min(size, BLOCK), row_groups=wanted
+                file, self._column, size=min(size, BLOCK), row_groups=needed
             ):
-                kept = batch.slice(max(0, first - start))
+                rest = batch.slice(max(0, first - start))
                 start += len(batch)
-                if len(kept):
-                    yield list_rows(kept, self.dim)
+                if len(rest):
+                    yield list_rows(rest, self.dim)
 
     def _raw_rows(self, indices: np.ndarray) -> RawBlock:
         values = np.empty((len(indices), self.dim), dtype=np.float32)
         flags = np.zeros(len(indices), dtype=np.uint8)
+        # One pass in the order of the files: `rising[:done]` has been read and lies in `values` at
+        # the places `order[:done]`. Row groups without a row asked for are skipped.
         order = np.argsort(indices, kind="stable")
         rising = indices[order]
         done, file_start = 0, 0

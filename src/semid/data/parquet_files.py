@@ -25,31 +25,27 @@ def is_glob(path: str | Path) -> bool:
 def find_parquet(path: str | Path, *, expected: str = "table") -> list[FilePath]:
     """List the Parquet files that a path, folder (with its subfolders), glob or URI names.
 
-    Args:
-        path: the path.
-        expected: what they should hold, for advice: ``embeddings`` or ``table``.
-
-    Returns:
-        The files sorted by path, character by character: the order of their rows.
+    They are sorted by path, character by character: the order of their rows. ``expected`` says in
+    advice what they should hold: ``embeddings`` or ``table``.
 
     Raises:
         UsageError: nothing is there, the folder is empty, or something else lies in it.
     """
     if is_uri(path):
         return list(list_files(str(path)))
-    given = Path(path).expanduser()
-    if is_glob(given):
-        return list(_from_glob(given))
-    if not given.exists():
+    place = Path(path).expanduser()
+    if is_glob(place):
+        return list(_from_glob(place))
+    if not place.exists():
         raise UsageError(f"'{path}' does not exist; check the path")
-    if given.is_file():
-        return [given]
+    if place.is_file():
+        return [place]
     visible = [
         file
-        for file in sorted(given.rglob("*"))
+        for file in sorted(place.rglob("*"))
         # Engines leave markers such as _SUCCESS and .part.crc beside their data.
         if file.is_file()
-        and not any(part.startswith((".", "_")) for part in file.relative_to(given).parts)
+        and not any(part.startswith((".", "_")) for part in file.relative_to(place).parts)
     ]
     if not visible:
         raise UsageError(f"folder '{path}' holds no files; name a folder of Parquet files")
@@ -59,7 +55,7 @@ def find_parquet(path: str | Path, *, expected: str = "table") -> list[FilePath]
     if strangers:
         raise UsageError(
             f"folder '{path}' holds files that are not Parquet ({len(strangers)}, first: "
-            f"'{strangers[0].relative_to(given)}'); keep Parquet files alone in it, or name them "
+            f"'{strangers[0].relative_to(place)}'); keep Parquet files alone in it, or name them "
             f"by a glob: '{path}/*.parquet'"
         )
     return list(visible)
@@ -69,12 +65,12 @@ def _from_glob(pattern: Path) -> list[Path]:
     parts = pattern.parts
     magic = next(i for i, part in enumerate(parts) if any(c in part for c in "*?["))
     root = Path(*parts[:magic]) if magic else Path()
-    found = sorted(file for file in root.glob(str(Path(*parts[magic:]))) if file.is_file())
-    if not found:
+    matches = sorted(file for file in root.glob(str(Path(*parts[magic:]))) if file.is_file())
+    if not matches:
         raise UsageError(
             f"glob '{pattern}' matches no file; check the pattern, and quote it on a command line"
         )
-    return found
+    return matches
 
 
 def _expected(error: type[InputError]) -> str:
@@ -148,11 +144,7 @@ class ParquetFiles:
         return sum(sum(groups) for groups in self.row_groups)
 
     def select(self, parts: Sequence[tuple[int, Sequence[int]]]) -> ParquetFiles:
-        """Return some row groups as files of their own; reads nothing.
-
-        Args:
-            parts: file number and numbers of row groups, in the order of their rows.
-        """
+        """Return row groups, by file number and numbers in it, as files of their own."""
         return replace(
             self,
             paths=tuple(self.paths[file] for file, _ in parts),
@@ -167,8 +159,8 @@ class ParquetFiles:
         """Return the numbers of row groups in their file."""
         if self.chosen is None:
             return row_groups
-        own = self.chosen[file]
-        return list(own) if row_groups is None else [own[group] for group in row_groups]
+        numbers = self.chosen[file]
+        return list(numbers) if row_groups is None else [numbers[group] for group in row_groups]
 
     def batches(
         self, file: int, column: str, *, size: int, row_groups: list[int] | None = None
@@ -178,6 +170,8 @@ class ParquetFiles:
         refuse_repeated([column], self.schemas[file].names, label=f"'{path}'")
         try:
             # Mapping the file keeps a row group's pages out of memory until they are decoded.
+            # The scanner of `pyarrow.dataset` decodes whole row groups: 2.0 instead of 0.5 GiB for
+            # a million rows of 256 float32 in one group, and four times the time.
             with open_parquet(path, memory_map=True) as parquet:
                 for batch in parquet.iter_batches(
                     batch_size=size,
@@ -209,13 +203,7 @@ class ParquetFiles:
                 yield group.num_rows, leaves[0] if len(leaves) == 1 else None
 
     def read(self, columns: list[str], *, dictionaries: Sequence[str] = ()) -> pa.Table:
-        """Read columns of all files into memory, in file order.
-
-        Args:
-            columns: names, present in every file.
-            dictionaries: text columns to keep dictionary-coded, which saves memory where values
-                repeat.
-        """
+        """Read columns of all files, some text dictionary-coded to save memory, in file order."""
         tables = []
         for file, path in enumerate(self.paths):
             schema = self.schemas[file]

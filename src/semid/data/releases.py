@@ -88,11 +88,7 @@ class Release:
 
 
 def open_text(path: Path, *, encoding: str = "utf8") -> io.TextIOBase:
-    """Open a text file, compressed (``.gz``) or not.
-
-    Raises:
-        UsageError: it does not exist.
-    """
+    """Open a text file, compressed (``.gz``) or not; UsageError if it does not exist."""
     if not path.is_file():
         raise UsageError(f"'{path}' does not exist; check the path")
     if path.suffix == ".gz":
@@ -101,12 +97,7 @@ def open_text(path: Path, *, encoding: str = "utf8") -> io.TextIOBase:
 
 
 def text_lines(path: Path, *, encoding: str = "utf8") -> Iterator[str]:
-    """Yield the lines of a text file, compressed (``.gz``) or not.
-
-    Raises:
-        UsageError: it does not exist.
-        InputError: it is cut short, damaged, or of another encoding.
-    """
+    """Yield the lines of a text file; InputError if it is cut short, damaged or misencoded."""
     number = 0
     with open_text(path, encoding=encoding) as file:
         try:
@@ -123,18 +114,10 @@ def text_lines(path: Path, *, encoding: str = "utf8") -> Iterator[str]:
 def interaction(
     user: Any, item: Any, time: Any, rating: Any, *, where: str, unit: int = 1
 ) -> tuple[str, str, int, float]:
-    """Return an interaction as `make_release` takes it.
+    """Return an interaction as `make_release` takes it, with the time in seconds.
 
-    Args:
-        user: id, text or integer.
-        item: the same.
-        time: in units of ``1 / unit`` seconds.
-        rating: a finite number.
-        where: the line in messages.
-        unit: how many of the time's units make a second.
-
-    Raises:
-        InputError: naming what is not of its kind.
+    Ids are text or integers, ``unit`` of the time's units make a second, the rating is finite;
+    anything else is an InputError that names it and the line, ``where``.
     """
     names = []
     for value in (user, item):
@@ -156,25 +139,20 @@ def interaction(
 
 
 def core_mask(users: Ints, items: Ints, least: int) -> npt.NDArray[np.bool_]:
-    """Keep interactions of users and items that have at least so many, until all do.
+    """Return the mask ``(interactions,)`` of the k-core, ``least`` being k; 0 or 1 keeps all.
 
-    Args:
-        users: ``(interactions,)`` codes from 0.
-        items: ``(interactions,)`` codes from 0.
-        least: k of the k-core; 0 or 1 keeps all.
-
-    Returns:
-        Mask ``(interactions,)``.
+    Users and items are codes ``(interactions,)`` from 0.
     """
-    kept = np.ones(len(users), dtype=bool)
+    mask = np.ones(len(users), dtype=bool)
+    # Leaving out a rare item can make a user rare, so both are repeated until nothing changes.
     while least > 1:
-        before = int(kept.sum())
+        before = int(mask.sum())
         for codes in (users, items):
-            counts = np.bincount(codes[kept], minlength=int(codes.max(initial=-1)) + 1)
-            kept &= counts[codes] >= least
-        if int(kept.sum()) == before:
+            counts = np.bincount(codes[mask], minlength=int(codes.max(initial=-1)) + 1)
+            mask &= counts[codes] >= least
+        if int(mask.sum()) == before:
             break
-    return kept
+    return mask
 
 
 def make_release(
@@ -184,17 +162,10 @@ def make_release(
     core: int,
     label: str,
 ) -> Release:
-    """Gather rows into tables.
+    """Gather rows (user, item, seconds, rating) into tables.
 
-    Args:
-        rows: user, item, seconds, rating.
-        described: item -> title, brand, categories.
-        core: k of the k-core.
-        label: the release in the user's words.
-
-    Raises:
-        UsageError: ``core`` below 0.
-        InteractionsError: nothing is left.
+    ``described`` maps items to title, brand and categories; ``core`` is k of the k-core, below 0 a
+    UsageError; if nothing is left, InteractionsError.
     """
     if core < 0:
         raise UsageError(f"--core {core} (core=): give 0 or more")
@@ -208,13 +179,13 @@ def make_release(
         ratings.append(rating)
     by_user, of_item = np.array(users, np.int64), np.array(items, np.int64)
     at, rated = np.array(times, np.int64), np.array(ratings, np.float32)
-    kept = core_mask(by_user, of_item, core)
-    if not kept.any():
+    mask = core_mask(by_user, of_item, core)
+    if not mask.any():
         raise InteractionsError(
             f"none of the {len(users)} interactions of {label} is left in the {core}-core; give a "
             "smaller --core"
         )
-    order = np.flatnonzero(kept)
+    order = np.flatnonzero(mask)
     order = order[np.lexsort((at[order], by_user[order]))]  # stable: ties keep the file's order
     starts = np.flatnonzero(np.r_[True, by_user[order][1:] != by_user[order][:-1]])
     sizes = np.diff(np.r_[starts, len(order)])
@@ -258,14 +229,9 @@ def item_text(title: str, brand: str, categories: str) -> str:
 
 
 def embed_texts(texts: Sequence[str], model: str) -> npt.NDArray[np.float32]:
-    """Embed texts with a sentence-transformers model, rows of unit length.
+    """Embed texts with a sentence-transformers model (name or folder), rows of unit length.
 
-    Args:
-        texts: one an item; empty ones are embedded as they are.
-        model: its name, or its folder.
-
-    Returns:
-        ``(texts, dim)`` float32.
+    Returns ``(texts, dim)`` float32. Empty texts are embedded as they are.
 
     Raises:
         MissingExtraError: sentence-transformers is not installed.

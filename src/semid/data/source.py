@@ -15,10 +15,7 @@ from semid.data.ids import ItemIds
 from semid.errors import EmbeddingError, IdsError, UsageError
 from semid.output import atomic_file
 
-__all__ = [
-    "EmbeddingSource",
-    "write_npy",
-]
+__all__ = ["EmbeddingSource", "matching_ids", "write_npy"]
 
 
 class EmbeddingSource(ABC):
@@ -64,18 +61,12 @@ class EmbeddingSource(ABC):
     def blocks(
         self, size: int = BLOCK, *, first: int = 0, copy: bool = True
     ) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield ``(start_row, block)`` in order.
+        """Yield each block's first row and rows (n, dim) float32, C-contiguous and finite.
 
         Args:
-            size: rows of a block, at least 1. Boundaries are multiples of it, whatever row groups,
-                chunks or files the rows are stored in; only the last block may be shorter.
-            first: row to begin at, a multiple of ``size``: what a run that was stopped had done is
-                not read again.
-            copy: give blocks that are the caller's own to change. With False they may be views of
-                the source's memory, possibly read-only: cheaper, and not to be written to.
-
-        Yields:
-            The first row of the block and the block, (n, dim) float32, C-contiguous and finite.
+            size: rows per block, at least 1; only the last may be shorter.
+            first: row to begin at, a multiple of ``size``.
+            copy: whether blocks may be changed; otherwise they may be views of the source's memory.
 
         Raises:
             EmbeddingError: a value is null, NaN or infinite; lists what is wrong in all rows.
@@ -94,34 +85,25 @@ class EmbeddingSource(ABC):
             start += len(owned)
 
     def rows(self, indices: Any) -> np.ndarray:
-        """Read rows at random.
+        """Return the rows at ``indices`` (n,), any order, repeats allowed: (n, dim) float32.
 
-        Args:
-            indices: (n,) integers from 0 to ``len(self) - 1``, in any order, repeats allowed.
-
-        Returns:
-            Array (n, dim) of float32, the caller's own. From arrays and Arrow tables this costs
-            the rows asked for. From Parquet it decodes every row group that holds one of them, so
-            rows drawn at random cost a pass over the file: make a memory map first (`to_npy`).
+        Arrays and Arrow tables read the rows asked for. Parquet decodes every row group that holds
+        one of them, so rows at random cost a pass: make a memory map first (`to_npy`).
 
         Raises:
             EmbeddingError: one of these rows is null, NaN or infinite.
             UsageError: an index is no integer or outside the rows.
         """
-        wanted = _check_indices(indices, len(self))
-        raw = self._raw_rows(wanted)
+        numbers = _check_indices(indices, len(self))
+        raw = self._raw_rows(numbers)
         if raw.flags is not None or not within_range(raw.values):
-            tally = RowProblems(self.label, self.dim, self.ids)
-            tally.add(raw, wanted)
-            raise EmbeddingError(tally.sentences())
+            problems = RowProblems(self.label, self.dim, self.ids)
+            problems.add(raw, numbers)
+            raise EmbeddingError(problems.sentences())
         return raw.values.copy() if raw.shared else raw.values
 
     def validate(self) -> None:
-        """Read everything once and raise if any row cannot be used.
-
-        Raises:
-            EmbeddingError: every kind of problem, each with its count and the first item.
-        """
+        """Read everything once and raise an EmbeddingError that lists every kind of problem."""
         problems = self._problems()
         if problems:
             raise EmbeddingError(problems)
@@ -129,9 +111,9 @@ class EmbeddingSource(ABC):
     def valid_rows(self) -> np.ndarray:
         """Return which rows can be used: boolean mask (items,), from one pass over the rows."""
         mask = np.zeros(len(self), dtype=bool)
-        tally = RowProblems(self.label, self.dim, self.ids)
+        problems = RowProblems(self.label, self.dim, self.ids)
         for rows, raw in self._numbered():
-            mask[rows] = tally.add(raw, rows)
+            mask[rows] = problems.add(raw, rows)
         return mask
 
     def subset(self, mask_or_indices: Any) -> EmbeddingSource:
@@ -152,19 +134,10 @@ class EmbeddingSource(ABC):
         return SubsetSource.of(self, mask_or_indices)
 
     def with_ids(self, ids: ItemIds) -> EmbeddingSource:
-        """Return the same embeddings under other ids (shares all memory).
-
-        Raises:
-            IdsError: another number of ids than rows.
-        """
-        if len(ids) != len(self):
-            raise IdsError(
-                f"{self.label} has {len(self)} rows and there are {len(ids)} ids; give one id a "
-                "row, in the same order"
-            )
-        twin = copy_module.copy(self)
-        twin.ids = ids
-        return twin
+        """Return the same embeddings under other ids, one per row (shares all memory)."""
+        view = copy_module.copy(self)
+        view.ids = matching_ids(ids, len(self), self.label)
+        return view
 
     def to_npy(self, path: str | Path, *, overwrite: bool = False) -> EmbeddingSource:
         """Write the rows to an ``.npy`` file in float32 and return it as a memory-mapped source.
@@ -189,10 +162,22 @@ class EmbeddingSource(ABC):
             start += len(raw.values)
 
     def _problems(self) -> list[str]:
-        tally = RowProblems(self.label, self.dim, self.ids)
+        problems = RowProblems(self.label, self.dim, self.ids)
         for rows, raw in self._numbered():
-            tally.add(raw, rows)
-        return tally.sentences()
+            problems.add(raw, rows)
+        return problems.sentences()
+
+
+def matching_ids(ids: ItemIds | None, rows: int, label: str) -> ItemIds:
+    """Return the ids, or row numbers, after checking that there is one per row."""
+    if ids is None:
+        return ItemIds.range(rows)
+    if len(ids) != rows:
+        raise IdsError(
+            f"{label} has {rows} rows and there are {len(ids)} ids; give one id per row, in the "
+            "same order"
+        )
+    return ids
 
 
 def write_npy(
@@ -207,25 +192,25 @@ def write_npy(
 
 
 def _check_indices(indices: Any, count: int) -> np.ndarray:
-    wanted = np.asarray(indices)
-    if wanted.ndim != 1 or (wanted.size and wanted.dtype.kind not in "iu"):
+    numbers = np.asarray(indices)
+    if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
         raise UsageError(
-            f"row indices are {wanted.dtype} of shape {wanted.shape}; give a flat array of integers"
+            f"row numbers are {numbers.dtype} of shape {numbers.shape}; give a flat array of "
+            "integers"
         )
-    wanted = wanted.astype(np.int64, copy=False)
-    if wanted.size and not (wanted.min() >= 0 and wanted.max() < count):
+    numbers = numbers.astype(np.int64, copy=False)
+    if numbers.size and not (numbers.min() >= 0 and numbers.max() < count):
         raise UsageError(
-            f"row indices run from {wanted.min()} to {wanted.max()}; the rows are 0 to {count - 1}"
+            f"row numbers run from {numbers.min()} to {numbers.max()}; the rows are 0 to "
+            f"{count - 1}"
         )
-    return wanted
+    return numbers
 
 
 class SubsetSource(EmbeddingSource):
     """A lazy view of rows of another source; see `EmbeddingSource.subset`.
 
-    Args:
-        base: where the rows come from.
-        indices: (n,) int64 unique rows of ``base``, in the order wanted.
+    ``indices`` (n,) int64 are unique rows of ``base``.
     """
 
     def __init__(self, base: EmbeddingSource, indices: np.ndarray) -> None:
@@ -239,33 +224,22 @@ class SubsetSource(EmbeddingSource):
     @classmethod
     def of(cls, base: EmbeddingSource, mask_or_indices: Any) -> SubsetSource:
         """Check the mask or the row numbers, and flatten a subset of a subset."""
-        chosen = np.asarray(mask_or_indices)
-        if chosen.dtype == bool:
-            if chosen.shape != (len(base),):
+        mask = np.asarray(mask_or_indices)
+        if mask.dtype == bool:
+            if mask.shape != (len(base),):
                 raise UsageError(
-                    f"the mask has shape {chosen.shape} and there are {len(base)} rows; give one "
-                    "value a row"
+                    f"the mask has shape {mask.shape} and there are {len(base)} rows; give one "
+                    "value per row"
                 )
-            chosen = np.flatnonzero(chosen)
-        if chosen.ndim != 1 or (chosen.size and chosen.dtype.kind not in "iu"):
-            raise UsageError(
-                f"a subset is chosen by a mask or row numbers, not {chosen.dtype} of shape "
-                f"{chosen.shape}"
-            )
-        chosen = chosen.astype(np.int64)
-        if chosen.size and not (chosen.min() >= 0 and chosen.max() < len(base)):
-            raise UsageError(
-                f"row numbers run from {chosen.min()} to {chosen.max()}; the rows are 0 to "
-                f"{len(base) - 1}"
-            )
-        if len(np.unique(chosen)) != len(chosen):
+            mask_or_indices = np.flatnonzero(mask)
+        rows = _check_indices(mask_or_indices, len(base))
+        if len(np.unique(rows)) != len(rows):
             raise UsageError("the row numbers of a subset repeat; name every row once")
         if isinstance(base, SubsetSource):
-            ids = base.ids
-            flat = cls(base.base, base.indices[chosen])
-            flat.ids = ids.take(chosen)
-            return flat
-        return cls(base, chosen)
+            view = cls(base.base, base.indices[rows])
+            view.ids = base.ids.take(rows)
+            return view
+        return cls(base, rows)
 
     def describe(self) -> dict[str, Any]:
         """Return the base's facts with this subset's number of items."""

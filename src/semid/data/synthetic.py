@@ -79,19 +79,14 @@ def walk(
     *,
     unit: int,
 ) -> Callable[[np.random.Generator], Steps]:
-    """Prepare the walk over a catalogue.
+    """Return a function that draws a block of ``unit`` users from a generator.
 
-    Args:
-        niche: (items,) niche of each item, numbered so that neighbors lie side by side.
-        weight: (items,) popularity, positive.
-        quality: (items,) what is added to every rating of the item.
-        widths: niches that each reach spans: niche, aisle, department, all.
-        unit: users of a block.
-
-    Returns:
-        A function that draws a block of users from a generator. Items are sorted by niche, so that
-        each reach is one range of their cumulative popularity: a step costs a binary search.
+    ``niche``, ``weight`` (popularity) and ``quality`` (added to ratings) are (items,); niches are
+    numbered so that neighbors lie side by side, and ``widths`` are the niches that each reach
+    spans: niche, aisle, department, all.
     """
+    # Items sorted by niche make each reach one range of their cumulative popularity: a step of the
+    # walk is a binary search in it.
     order = np.argsort(niche, kind="stable")
     cumulative = np.concatenate([[0.0], np.cumsum(weight[order], dtype=np.float64)])
     sorted_niche = niche[order].astype(np.int64)
@@ -137,12 +132,12 @@ def walk(
 def _first_of_each(
     user: np.ndarray, item: np.ndarray, times: np.ndarray, ratings: np.ndarray
 ) -> Steps:
-    """Keep a user's first of every item, and number what is left."""
+    """Keep a user's first interaction with every item, and number what remains."""
     key = user * (int(item.max()) + 1) + item
-    keep = np.sort(np.unique(key, return_index=True)[1])
-    user = user[keep]
+    rows = np.sort(np.unique(key, return_index=True)[1])
+    user = user[rows]
     starts = np.searchsorted(user, user)
-    return Steps(user, item[keep], np.arange(len(user)) - starts, times[keep], ratings[keep])
+    return Steps(user, item[rows], np.arange(len(user)) - starts, times[rows], ratings[rows])
 
 
 _UNIT = 4_096
@@ -365,14 +360,14 @@ class SyntheticCatalogue:
             first = unit * _USER_UNIT
             count = min(_USER_UNIT, self.user_count - first)
             block = steps(self._generator(_USERS, unit))
-            kept = slice(0, int(np.searchsorted(block.user, count)))
+            rows = slice(0, int(np.searchsorted(block.user, count)))
             yield pa.table(
                 {
-                    "user_id": numbered("U", first, count).take(pa.array(block.user[kept])),
-                    "item_id": named("P", block.item[kept]),
-                    "timestamp": pa.array(block.timestamp[kept]),
-                    "position": pa.array(block.position[kept].astype(np.int16)),
-                    "rating": pa.array(block.rating[kept].astype(np.float32)),
+                    "user_id": numbered("U", first, count).take(pa.array(block.user[rows])),
+                    "item_id": named("P", block.item[rows]),
+                    "timestamp": pa.array(block.timestamp[rows]),
+                    "position": pa.array(block.position[rows].astype(np.int16)),
+                    "rating": pa.array(block.rating[rows].astype(np.float32)),
                 }
             )
 
