@@ -84,7 +84,7 @@ def judge(x: np.ndarray, books: list[np.ndarray], codes: int) -> dict[str, float
     return {
         "relative_error": float((residual.astype(np.float64) ** 2).sum()) / spread,
         "collision_rate": found.collision_rate,
-        "shared_share": found.shared_share,
+        "colliding_item_rate": found.colliding_item_rate,
         "largest_bucket": found.largest_bucket,
         **{f"perplexity_{u.level}": u.perplexity for u in usage(ids, codes)},
         "dead": sum(u.dead for u in usage(ids, codes)),

@@ -77,7 +77,7 @@ def summarize(codes: np.ndarray, size: int) -> Row:
         "perplexity": [round(u.perplexity, 2) for u in used],
         "dead": [u.dead for u in used],
         "one_minus_unique": found.collision_rate,
-        "shared": found.shared_share,
+        "shared": found.colliding_item_rate,
     }
 
 

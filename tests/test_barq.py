@@ -93,8 +93,7 @@ def test_prices_even_out_usage():
         for limit in (0.0, 0.5)
     )
     usage = [
-        np.array([level["perplexity"] for level in made.report.health["usage"]])
-        for made in (plain, even)
+        np.array([level.perplexity for level in made.report.health.usage]) for made in (plain, even)
     ]
     assert (usage[1] > usage[0]).all()
     assert usage[1].mean() > 1.05 * usage[0].mean()

@@ -41,7 +41,7 @@ def test_the_better_model_ranks_first(comparison: Comparison) -> None:
 
 
 def test_few_collisions_earn_no_rank(comparison: Comparison) -> None:
-    for key in ("collision_rate", "shared_share", "dead"):
+    for key in ("collision_rate", "colliding_item_rate", "dead"):
         assert comparison.metric(key).ranks == (None,) * 4
 
 

@@ -51,7 +51,7 @@ def test_pairs_count_what_they_leave_out():
     by_id = pairs_by_id(["a", "b", "c"], ["a", "x", "c", "b"], ["b", "a", "c", "y"])
     assert (by_id.queries.tolist(), by_id.targets.tolist()) == ([0], [1])
     assert (by_id.unknown, by_id.same) == (2, 1)
-    assert json.loads(json.dumps(by_id.counts()))["by_user"] is False
+    assert by_id.counts().to_dict()["by_user"] is False
 
 
 def test_pairs_that_cannot_be_used_are_refused():
@@ -445,8 +445,8 @@ def test_popularity_health_by_hand():
     found = popularity_health(codes, counts, head=0.2, mid=0.4)
     head, mid, tail, unseen = found.segments
     assert [s.items for s in found.segments] == [1, 2, 2, 1]
-    assert (head.shared_share, head.shared_with_head, head.collision_rate) == (1, 0, 0)
-    assert (mid.unique_ids, mid.collision_rate, mid.shared_share) == (1, 0.5, 1)
+    assert (head.colliding_item_rate, head.shared_with_head, head.collision_rate) == (1, 0, 0)
+    assert (mid.unique_ids, mid.collision_rate, mid.colliding_item_rate) == (1, 0.5, 1)
     assert (tail.unique_ids, tail.shared_with_head, tail.mean_bucket) == (2, 0.5, 2)
     assert (unseen.interactions, unseen.shared_with_head) == (0, 0)
     assert sum(s.capacity_share for s in found.segments) == pytest.approx(1)

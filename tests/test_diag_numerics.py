@@ -67,7 +67,7 @@ def test_overlap_is_the_double_sum(shift):
     assert [point.scale for point in found.points] == list(NOISE_SCALES)
     for point in found.points:
         assert point.rate == pytest.approx(brute_overlap(codebook, counts, point.noise), rel=1e-5)
-        assert point.rate == point.floor + point.geometry
+        assert point.rate == point.collision_probability + point.geometry
         assert point.effective_size == 1 / point.rate
     assert found.active == np.count_nonzero(counts)
     json.dumps(found.to_dict())
@@ -105,7 +105,7 @@ def test_collapsed_codebook_overlaps_wholly():
 def test_overlap_of_two_codewords_by_hand():
     found = overlap(np.array([[0.0], [2.0]]), [3, 1], latent_std=1.0, scales=(1.0,))
     point = found.at(1.0)
-    assert point.floor == pytest.approx(10 / 16)
+    assert point.collision_probability == pytest.approx(10 / 16)
     assert point.geometry == pytest.approx(6 / 16 * math.exp(-1))
     with pytest.raises(UsageError, match="not in the sweep"):
         found.at(0.5)
@@ -121,8 +121,8 @@ def test_order_of_the_capacities(seed, codes, dim, scale):
     point = overlap(codebook, level, latent_std=1.0, scales=(scale,), threads=1).points[0]
     slack = 1 + 1e-9
     assert point.effective_size * slack >= 1
-    assert point.effective_size <= slack / point.floor
-    assert 1 / point.floor <= level.perplexity * slack
+    assert point.effective_size <= slack / point.collision_probability
+    assert 1 / point.collision_probability <= level.perplexity * slack
     assert level.perplexity <= level.active <= codes
 
 
@@ -336,7 +336,7 @@ def test_geometry_is_its_formulas():
     correlation = np.abs(np.corrcoef(x.T))[~np.eye(6, dtype=bool)]
     assert found.mean_abs_cosine_centered == pytest.approx(correlation.mean())
     assert (found.rows, found.items, found.dim) == (500, 500, 6)
-    assert len(found.to_dict(eigenvalues=True)["eigenvalues"]) == 6
+    assert len(found.to_dict(arrays=True)["eigenvalues"]) == 6
 
 
 def test_geometry_of_known_spaces():

@@ -41,12 +41,12 @@ def test_usage_of_a_hand_computed_level():
     found = usage(np.array([[0], [0], [1], [3]], np.uint16), 4)[0]
     assert (found.active, found.dead, found.items, found.codebook_size) == (3, 1, 4, 4)
     assert found.perplexity == pytest.approx(2**1.5)  # H = 1.5 bits
-    assert found.floor == pytest.approx(0.25 + 2 / 16)
+    assert found.collision_probability == pytest.approx(0.25 + 2 / 16)
     assert found.largest_share == 0.5
     assert found.gini == pytest.approx(0.375)
     assert found.probabilities.tolist() == [0.5, 0.25, 0.0, 0.25]
     assert "counts" not in found.to_dict()
-    assert found.to_dict(counts=True)["counts"] == [2, 1, 0, 1]
+    assert found.to_dict(arrays=True)["counts"] == [2, 1, 0, 1]
 
 
 @settings(deadline=None)
@@ -57,7 +57,7 @@ def test_usage_matches_brute_force_and_its_order(counts):
     p = array[array > 0] / array.sum()
     assert found.perplexity == pytest.approx(float(np.exp(-(p * np.log(p)).sum())))
     assert found.gini == pytest.approx(brute_gini(array), abs=1e-12)
-    assert 1 - 1e-12 <= 1 / found.floor <= found.perplexity * (1 + 1e-9)
+    assert 1 - 1e-12 <= 1 / found.collision_probability <= found.perplexity * (1 + 1e-9)
     assert found.perplexity <= found.active <= found.codebook_size
 
 
@@ -106,7 +106,9 @@ def test_collisions_match_brute_force(seed, items, sizes):
     found = collisions(codes)
     assert found.unique_ids == len(buckets)
     assert found.collision_rate == pytest.approx(1 - len(buckets) / items)
-    assert found.shared_share == pytest.approx(sum(n for n in buckets.values() if n > 1) / items)
+    assert found.colliding_item_rate == pytest.approx(
+        sum(n for n in buckets.values() if n > 1) / items
+    )
     assert found.largest_bucket == max(buckets.values())
     assert dict(found.histogram) == dict(Counter(buckets.values()))
     counter = CollisionCounter(sizes)
@@ -140,8 +142,8 @@ def test_copies_in_the_input_are_counted_apart():
     assert found.distinct_items == 5
     assert found.collision_rate == pytest.approx(3 / 7)
     assert found.collision_rate_distinct == pytest.approx(1 / 5)
-    assert found.shared_share == pytest.approx(6 / 7)
-    assert found.shared_share_distinct == pytest.approx(2 / 5)
+    assert found.colliding_item_rate == pytest.approx(6 / 7)
+    assert found.colliding_item_rate_distinct == pytest.approx(2 / 5)
     assert (found.largest_bucket, found.largest_bucket_distinct) == (2, 2)
     counter, other = CollisionCounter([4]), CollisionCounter([4])
     counter.update(codes[:3], duplicate_groups=row_hashes(x[:3]))
@@ -248,7 +250,7 @@ def test_errors_are_judged_and_everything_is_json():
     again = json.loads(json.dumps(found.to_dict()))
     assert again["level"] == "warning"
     assert again["collisions"]["unique_ids"] == found.collisions.unique_ids
-    assert len(found.usage[0].to_dict(counts=True)["counts"]) == 256
+    assert len(found.usage[0].to_dict(arrays=True)["counts"]) == 256
     worse = judge(codes, 256, training_error=0.9, validation_error=1.01)
     assert [f.name for f in worse.findings] == ["worse-than-mean"]
     with pytest.raises(InputError, match="2 entries"):
@@ -374,7 +376,7 @@ def test_capacity_of_a_hand_computed_catalogue():
     assert (len(counter), found.ids, found.items) == (4, 3, (1, 3, 0))
     assert found.histograms == ({2: 1}, {1: 2, 2: 1}, {})
     assert found.capacity_shares == pytest.approx((1 / 6, 5 / 6, 0))
-    assert found.shared_shares == pytest.approx((1, 1 / 3, 0))
+    assert found.colliding_item_rates == pytest.approx((1, 1 / 3, 0))
     twice = merge_capacities([found, found])
     assert (twice.ids, twice.histograms) == (6, ({2: 2}, {1: 4, 2: 2}, {}))
     with pytest.raises(UsageError, match="segments=0"):

@@ -87,9 +87,9 @@ def check_same(fitted: semid.RQKMeans, local: semid.RQKMeans) -> None:
     assert fitted.report.details == local.report.details
     assert fitted.report.held_out_items == local.report.held_out_items
     ours, theirs = fitted.report.health, local.report.health
-    assert ours["collisions"] == theirs["collisions"]
-    assert ours["usage"] == theirs["usage"]
-    assert ours["validation_error"] == pytest.approx(theirs["validation_error"], rel=1e-12)
+    assert ours.collisions == theirs.collisions
+    assert ours.usage == theirs.usage
+    assert ours.validation_error == pytest.approx(theirs.validation_error, rel=1e-12)
 
 
 def test_fit_and_encode_equal_local_ones(cluster, items, local, tmp_path):

@@ -56,7 +56,7 @@ def drq_row(tokenizer, seed, *, data="beauty", quick=False, variant="", size=100
             {
                 "scale": SCALES,
                 "rate": [1 / (size + noise)] * 3,
-                "floor": 1 / (size + noise),
+                "collision_probability": 1 / (size + noise),
                 "effective_size": [size + noise] * 3,
                 "geometry_scale": 0.2,
             }

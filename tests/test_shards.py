@@ -223,7 +223,7 @@ def test_collisions_of_parts_are_those_of_the_whole(sizes):
     brute = Counter(map(tuple, codes.tolist()))
     merged = merge_collisions(results)
     assert merged.unique_ids == len(brute)
-    assert merged.shared_share == sum(n for n in brute.values() if n > 1) / 3000
+    assert merged.colliding_item_rate == sum(n for n in brute.values() if n > 1) / 3000
     assert dict(merged.histogram) == dict(sorted(Counter(brute.values()).items()))
 
 
@@ -261,7 +261,7 @@ def test_capacity_of_parts_is_that_of_brute_force():
         own = [sizes[tuple(code)] for code in codes[segments == segment].tolist()]
         assert merged.items[segment] == len(own)
         assert merged.capacity_shares[segment] == pytest.approx(sum(1 / n for n in own) / 25)
-        assert merged.shared_shares[segment] == sum(n > 1 for n in own) / len(own)
+        assert merged.colliding_item_rates[segment] == sum(n > 1 for n in own) / len(own)
     assert sum(merged.capacity_shares) == pytest.approx(1.0)
 
 

@@ -53,8 +53,8 @@ def test_the_returned_model_is_better_than_the_first_epoch(kind, fitted):
 
 @pytest.mark.parametrize("kind", [semid.RQPVAE, semid.MoCVAE])
 def test_codes_do_not_die_where_they_are_revived(kind, fitted):
-    usage = fitted(kind).report.health["usage"]
-    assert [level["dead"] for level in usage] == [0, 0, 0]
+    usage = fitted(kind).report.health.usage
+    assert [level.dead for level in usage] == [0, 0, 0]
 
 
 def test_drq_codes_are_those_of_residual_k_means_on_its_latents(fitted, clustered):

@@ -26,7 +26,7 @@ from semid.health import (
     EnergyCounter,
     Inputs,
     collisions,
-    graded,
+    evaluate_threshold,
     threshold_table,
     usage,
     usage_from_counts,
@@ -46,13 +46,13 @@ IDS = Collisions(
     items=10_000,
     unique_ids=10_000,
     collision_rate=0.0,
-    shared_share=0.0,
+    colliding_item_rate=0.0,
     largest_bucket=1,
     histogram={1: 10_000},
     distinct_items=10_000,
     duplicate_items=0,
     collision_rate_distinct=0.0,
-    shared_share_distinct=0.0,
+    colliding_item_rate_distinct=0.0,
     largest_bucket_distinct=1,
 )
 INPUTS = Inputs(rows=None, columns=None, constant=(), constant_weight=0.0, width=1000)
@@ -77,12 +77,12 @@ def at_filling(items_per_id):
 
 def at_collisions(rate):
     return judged(
-        (LEVEL,) * 4, replace(IDS, collision_rate_distinct=rate, shared_share_distinct=0.0)
+        (LEVEL,) * 4, replace(IDS, collision_rate_distinct=rate, colliding_item_rate_distinct=0.0)
     )
 
 
 def at_shared(share):
-    return judged(ids=replace(IDS, shared_share_distinct=share))
+    return judged(ids=replace(IDS, colliding_item_rate_distinct=share))
 
 
 def at_bucket(items, of=100_000):
@@ -119,7 +119,7 @@ def at_constant(columns, weight=0.0):
 
 
 def at_geometry(share):
-    return {(f.name, f.severity) for f in graded(GEOMETRY, share, "", "", "")}
+    return {(f.name, f.severity) for f in evaluate_threshold(GEOMETRY, share, "", "", "")}
 
 
 CASES = [
@@ -212,7 +212,7 @@ def fitted(x, levels=2, codebook_size=8, **options):
 
 
 def findings(tok):
-    return {f["name"]: f["severity"] for f in tok.report.health["findings"]}
+    return {f.name: f.severity for f in tok.report.health.findings}
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +232,7 @@ def test_one_long_row_is_named_and_the_others_are_judged(normal, scale):
     tok = fitted(x, levels=3, codebook_size=32)
     assert findings(tok)["few-rows"] == "warning"
     assert not set(findings(tok)) & {"overfit", "overlapping-codewords"}
-    what = next(f["what"] for f in tok.report.health["findings"] if f["name"] == "few-rows")
+    what = next(f.what for f in tok.report.health.findings if f.name == "few-rows")
     assert what.startswith("1 of 2,000 rows")
     rest = np.delete(x, 7, axis=0).astype(np.float64)
     gaps = rest - np.delete(tok.decode(tok.encode(x)), 7, axis=0)

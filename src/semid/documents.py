@@ -131,6 +131,9 @@ def record(
     ]
     hints = typing.get_type_hints(kind)
     known = {f.name: hints[f.name] for f in fields}
+    stored_values = getattr(kind, "stored_values", None)  # results written under other names
+    if stored_values is not None and isinstance(values, Mapping):
+        values = stored_values(values)
     return kind(**checked(known, values, where, required=required, error=error))
 
 
@@ -209,8 +212,10 @@ def typed(kind: Any, value: Any, where: str, *, error: type[SemidError] = Artefa
         ]
         return tuple(items) if base is tuple else items
     if base in (dict, Mapping) and inner:
+        as_key = int if inner[0] is int else str  # JSON has no keys but strings
         return {
-            key: typed(inner[1], one, f"{where}, {key}", error=error) for key, one in value.items()
+            as_key(key): typed(inner[1], one, f"{where}, {key}", error=error)
+            for key, one in value.items()
         }
     return value
 

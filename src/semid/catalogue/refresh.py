@@ -44,7 +44,7 @@ class Generation:
         error: relative error ``sum |x - x_hat|^2 / sum |x - mean|^2`` over all items.
         held_out_error: the same over held-out items, with the mean of all; None without any.
         collision_rate: ``1 - unique/N`` of these codes.
-        shared_share: share of items in shared buckets.
+        colliding_item_rate: share of items in shared buckets.
         churn: against the published ids, without an appended token and before a reassigned last
             code; None for ``previous``.
     """
@@ -53,7 +53,7 @@ class Generation:
     error: float
     held_out_error: float | None
     collision_rate: float
-    shared_share: float
+    colliding_item_rate: float
     churn: Churn | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -382,7 +382,7 @@ def _measure_generations(
                 error=error.relative or 0.0,
                 held_out_error=held_out_error.relative,
                 collision_rate=shared_buckets.collision_rate,
-                shared_share=shared_buckets.shared_share,
+                colliding_item_rate=shared_buckets.colliding_item_rate,
                 churn=None if name == "previous" else changed,
             )
         )

@@ -32,7 +32,7 @@ from semid.diagnostics.overlap import (
     overlap,
     overlap_levels,
 )
-from semid.diagnostics.pairs import ItemPairs, item_pairs, pairs_by_id
+from semid.diagnostics.pairs import ItemPairs, PairCounts, item_pairs, pairs_by_id
 from semid.diagnostics.popularity import (
     PopularityHealth,
     PopularitySegment,
@@ -74,6 +74,7 @@ __all__ = [
     "NegativePairs",
     "OverlapPoint",
     "PairAucs",
+    "PairCounts",
     "PopularityHealth",
     "PopularitySegment",
     "Proportion",

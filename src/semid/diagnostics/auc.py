@@ -11,9 +11,10 @@ import numpy.typing as npt
 
 from semid.diagnostics.arrays import Matrix, as_matrix, pair_cosines
 from semid.diagnostics.bootstrap import Estimate, bootstrap
-from semid.diagnostics.pairs import ItemPairs
+from semid.diagnostics.pairs import ItemPairs, PairCounts
 from semid.errors import InputError, UsageError
 from semid.health import check_codes, usage
+from semid.results import Result
 from semid.seeds import numpy_generator
 
 __all__ = ["MatchRate", "NegativePairs", "PairAucs", "auc", "negative_pairs", "pair_aucs"]
@@ -102,7 +103,7 @@ def negative_pairs(pairs: ItemPairs, *, per_pair: int = 10, seed: int = 0) -> Ne
 
 
 @dataclass(frozen=True)
-class MatchRate:
+class MatchRate(Result):
     """How often pairs match at one depth.
 
     Attributes:
@@ -119,13 +120,9 @@ class MatchRate:
     code_positive: float
     code_negative: float
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-able dict."""
-        return dict(self.__dict__)
-
 
 @dataclass(frozen=True)
-class PairAucs:
+class PairAucs(Result):
     """AUCs of every reading on the same pairs and negatives.
 
     Attributes:
@@ -140,7 +137,7 @@ class PairAucs:
         matches: how often pairs match, by depth.
     """
 
-    pairs: dict[str, Any]
+    pairs: PairCounts
     per_pair: int
     seed: int
     hierarchical: bool
@@ -152,15 +149,6 @@ class PairAucs:
     def exact(self) -> Estimate:
         """The exact reading that fits the ids: by prefix, or by number of equal codes."""
         return self.aucs["exact_prefix" if self.hierarchical else "exact_count"]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-able dict."""
-        return {
-            **self.__dict__,
-            "weights": list(self.weights),
-            "aucs": {name: value.to_dict() for name, value in self.aucs.items()},
-            "matches": [match.to_dict() for match in self.matches],
-        }
 
 
 class _Cases:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from semid.errors import UsageError
+from semid.results import Result
 from semid.seeds import numpy_generator
 
 __all__ = ["Estimate", "bootstrap", "cluster_sums"]
@@ -18,7 +19,7 @@ Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Estimate(Result):
     """A number with a percentile bootstrap interval.
 
     Attributes:
@@ -30,10 +31,6 @@ class Estimate:
     value: float
     low: float | None = None
     high: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-able dict."""
-        return dict(self.__dict__)
 
 
 def cluster_sums(clusters: npt.NDArray[Any], values: Floats) -> Floats:

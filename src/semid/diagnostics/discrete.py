@@ -10,11 +10,12 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from semid.diagnostics.pairs import ItemPairs
+from semid.diagnostics.pairs import ItemPairs, PairCounts
 from semid.diagnostics.retrieval import CUTOFFS, HitRates, check_cutoffs, hit_rates
 from semid.errors import InputError
 from semid.health import bucket_keys, check_codes
 from semid.quantization.threads import map_blocks
+from semid.results import Result
 from semid.seeds import numpy_generator
 
 __all__ = ["DiscreteRanks", "DiscreteRetrieval", "discrete_ranks", "discrete_retrieval"]
@@ -211,7 +212,7 @@ def discrete_ranks(
 
 
 @dataclass(frozen=True)
-class DiscreteRetrieval:
+class DiscreteRetrieval(Result):
     """Hit rates of retrieval by codes.
 
     Attributes:
@@ -224,17 +225,9 @@ class DiscreteRetrieval:
 
     hierarchical: bool
     seed: int
-    pairs: dict[str, Any]
+    pairs: PairCounts
     depths: tuple[HitRates, ...]
     expected: tuple[HitRates, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-able dict."""
-        return {
-            **self.__dict__,
-            "depths": [depth.to_dict() for depth in self.depths],
-            "expected": [depth.to_dict() for depth in self.expected],
-        }
 
 
 def discrete_retrieval(

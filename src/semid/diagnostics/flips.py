@@ -15,6 +15,7 @@ import torch
 from semid.diagnostics.arrays import Matrix, as_block, as_matrix, row_blocks
 from semid.diagnostics.overlap import NOISE_SCALES, latent_std
 from semid.errors import InputError, UsageError
+from semid.results import Result
 from semid.seeds import numpy_generator
 
 __all__ = [
@@ -35,7 +36,7 @@ Encode = Callable[[npt.NDArray[np.float32]], Any]
 
 
 @dataclass(frozen=True)
-class Proportion:
+class Proportion(Result):
     """A share with its binomial confidence interval (Wilson).
 
     Attributes:
@@ -49,10 +50,6 @@ class Proportion:
     low: float
     high: float
     trials: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-able dict."""
-        return dict(self.__dict__)
 
 
 def proportion(successes: int, trials: int, *, confidence: float = 0.95) -> Proportion:
@@ -82,7 +79,7 @@ def proportion(successes: int, trials: int, *, confidence: float = 0.95) -> Prop
 
 
 @dataclass(frozen=True)
-class FlipPoint:
+class FlipPoint(Result):
     """Flips at one noise scale.
 
     Attributes:
@@ -97,18 +94,9 @@ class FlipPoint:
     code: tuple[Proportion, ...]
     prefix: tuple[Proportion, ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-able dict."""
-        return {
-            "scale": self.scale,
-            "noise": self.noise,
-            "code": [level.to_dict() for level in self.code],
-            "prefix": [level.to_dict() for level in self.prefix],
-        }
-
 
 @dataclass(frozen=True)
-class FlipRates:
+class FlipRates(Result):
     """Measured flip rates over a sweep of noise scales.
 
     Attributes:
@@ -126,10 +114,6 @@ class FlipRates:
     seed: int
     confidence: float
     points: tuple[FlipPoint, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-able dict."""
-        return {**self.__dict__, "points": [point.to_dict() for point in self.points]}
 
 
 def _codes(encode: Encode, rows: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from semid.diagnostics.arrays import Matrix, as_block, as_matrix, row_blocks
 from semid.errors import InputError, UsageError
+from semid.results import Result
 from semid.seeds import numpy_generator
 
 __all__ = ["Geometry", "geometry", "sample_rows"]
@@ -22,7 +23,7 @@ _CONSTANT = 1e-12
 
 
 @dataclass(frozen=True)
-class Geometry:
+class Geometry(Result):
     """Geometry of one space.
 
     Attributes:
@@ -52,15 +53,9 @@ class Geometry:
     mean_abs_cosine_centered: float | None
     zero_columns: int
     constant_columns: int
-    eigenvalues: npt.NDArray[np.float64] = field(repr=False, compare=False)
-
-    def to_dict(self, *, eigenvalues: bool = False) -> dict[str, Any]:
-        """Return a JSON-able dict; ``eigenvalues=True`` adds the spectrum."""
-        result = dict(self.__dict__)
-        del result["eigenvalues"]
-        if eigenvalues:
-            result["eigenvalues"] = self.eigenvalues.tolist()
-        return result
+    eigenvalues: npt.NDArray[np.float64] = field(
+        default_factory=lambda: np.zeros(0), repr=False, compare=False
+    )
 
 
 def sample_rows(items: int, rows: int | None = SAMPLE_ROWS, *, seed: int = 0) -> npt.NDArray[Any]:

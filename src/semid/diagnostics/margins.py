@@ -15,6 +15,7 @@ from semid.diagnostics.flips import Space
 from semid.diagnostics.overlap import NOISE_SCALES, latent_std
 from semid.errors import InputError, UsageError
 from semid.quantization.nearest import IndexedCodebook, index_codebook, nearest_m
+from semid.results import Result
 from semid.seeds import numpy_generator
 
 __all__ = ["MarginPoint", "MarginProxy", "input_margin_proxy", "margin_proxy"]
@@ -25,7 +26,7 @@ Float = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class MarginPoint:
+class MarginPoint(Result):
     """Proxy at one noise scale.
 
     Attributes:
@@ -40,14 +41,9 @@ class MarginPoint:
     code: tuple[float, ...]
     prefix: tuple[float, ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-able dict."""
-        result = dict(self.__dict__)
-        return {**result, "code": list(self.code), "prefix": list(self.prefix)}
-
 
 @dataclass(frozen=True)
-class MarginProxy:
+class MarginProxy(Result):
     """Margin proxy over a sweep of noise scales.
 
     Attributes:
@@ -63,10 +59,6 @@ class MarginProxy:
     items: int
     neighbors: int
     points: tuple[MarginPoint, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-able dict."""
-        return {**self.__dict__, "points": [point.to_dict() for point in self.points]}
 
 
 class _Walls:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numba
 import numpy as np
@@ -15,6 +15,7 @@ from semid.diagnostics.arrays import Matrix, as_block, as_matrix, row_blocks
 from semid.errors import InputError, UsageError
 from semid.health import LevelUsage
 from semid.quantization.threads import map_blocks
+from semid.results import Result
 
 __all__ = [
     "NOISE_SCALES",
@@ -45,22 +46,25 @@ _NEAR = 1e-2
 
 
 @dataclass(frozen=True)
-class OverlapPoint:
+class OverlapPoint(Result):
     """Overlap of one codebook at one noise scale.
 
     Attributes:
         scale: noise as a multiple of the latent standard deviation.
         noise: the noise's standard deviation s per dimension, in latent units.
-        rate: expected overlap rate R, DRQ eq. 1; ``floor + geometry``.
-        floor: distribution floor ``sum_i p_i^2``, the part that usage alone gives.
-        geometry: geometry penalty ``R - floor``, the part that near codewords add.
+        rate: expected overlap rate R, DRQ eq. 1; ``collision_probability + geometry``.
+        collision_probability: ``sum_i p_i^2``, the distribution floor that usage alone gives.
+        geometry: geometry penalty ``R - collision_probability``, added by near codewords.
         effective_size: effective codebook size ``1 / R``, DRQ eq. 12.
     """
+
+    derived: ClassVar[tuple[str, ...]] = ("geometry_share", "usage_only")
+    renamed: ClassVar[dict[str, str]] = {"floor": "collision_probability"}
 
     scale: float
     noise: float
     rate: float
-    floor: float
+    collision_probability: float
     geometry: float
     effective_size: float
 
@@ -74,17 +78,9 @@ class OverlapPoint:
         """Whether this slice shows nothing but usage: geometry is below a tenth of R."""
         return self.geometry_share <= GEOMETRY_SHARE
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-able dict."""
-        return {
-            **self.__dict__,
-            "geometry_share": self.geometry_share,
-            "usage_only": self.usage_only,
-        }
-
 
 @dataclass(frozen=True)
-class LevelOverlap:
+class LevelOverlap(Result):
     """Overlap of one level's codebook over the sweep.
 
     Attributes:
@@ -94,6 +90,8 @@ class LevelOverlap:
         latent_std: the latent standard deviation that the scales multiply.
         points: one a scale, in the order asked for.
     """
+
+    derived: ClassVar[tuple[str, ...]] = ("geometry_scale",)
 
     level: int
     codebook_size: int
@@ -118,17 +116,6 @@ class LevelOverlap:
                 return point
         listed = ", ".join(f"{point.scale:g}" for point in self.points)
         raise UsageError(f"scale={scale:g} is not in the sweep; it holds {listed}")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-able dict."""
-        return {
-            "level": self.level,
-            "codebook_size": self.codebook_size,
-            "active": self.active,
-            "latent_std": self.latent_std,
-            "geometry_scale": self.geometry_scale,
-            "points": [point.to_dict() for point in self.points],
-        }
 
 
 def latent_std(latents: Matrix) -> float:
@@ -207,7 +194,7 @@ class _Codewords:
 
 
 def _band_sums(
-    words: _Codewords, ranges: Sequence[slice], first: int, noises: Sequence[float]
+    codewords: _Codewords, ranges: Sequence[slice], first: int, noises: Sequence[float]
 ) -> npt.NDArray[np.float64]:
     """Sum ``p_i p_j exp(-d^2 / 4 s^2)`` over the tiles right of the diagonal in one row of tiles.
 
@@ -218,7 +205,7 @@ def _band_sums(
     sums = np.zeros(len(noises))
     a = ranges[first]
     for b in ranges[first:]:
-        distances = words.distances_(a, b, buffer)
+        distances = codewords.distances_(a, b, buffer)
         kernel = kernel_buffer[: distances.shape[0], : distances.shape[1]]
         least = float(distances.min())
         twice = 1.0 if a == b else 2.0
@@ -228,7 +215,7 @@ def _band_sums(
                 continue
             torch.mul(distances, -1.0 / width, out=kernel)
             kernel.clamp_(min=_LOWEST).exp_()
-            part = _weighted_sum(kernel.numpy(), words.share[a], words.share[b])
+            part = _weighted_sum(kernel.numpy(), codewords.share[a], codewords.share[b])
             sums[index] += twice * part
     return sums
 
@@ -283,23 +270,31 @@ def overlap(
         )
     as_block(array, slice(0, len(array)))  # refuses NaN
     share = counts / counts.sum()
-    words = _Codewords(array, share)
-    ranges = list(row_blocks(len(words), _TILE))
+    codewords = _Codewords(array, share)
+    ranges = list(row_blocks(len(codewords), _TILE))
     noises = [scale * latent_std for scale in scales]
     parts = map_blocks(
-        lambda first: _band_sums(words, ranges, first, noises),
+        lambda first: _band_sums(codewords, ranges, first, noises),
         range(len(ranges)),
         threads=threads,
     )
     geometry = np.sum(parts, axis=0)  # in band order, whatever thread made them
-    floor = float((words.share**2).sum())
+    collision_probability = float((codewords.share**2).sum())
     points = []
     for scale, noise, extra in zip(scales, noises, geometry, strict=True):
-        rate = min(floor + float(extra), 1.0)
+        rate = min(collision_probability + float(extra), 1.0)
+        geometry_penalty = rate - collision_probability
         points.append(
-            OverlapPoint(float(scale), float(noise), rate, floor, rate - floor, 1.0 / rate)
+            OverlapPoint(
+                float(scale),
+                float(noise),
+                rate,
+                collision_probability,
+                geometry_penalty,
+                1.0 / rate,
+            )
         )
-    return LevelOverlap(level, len(array), len(words), float(latent_std), tuple(points))
+    return LevelOverlap(level, len(array), len(codewords), float(latent_std), tuple(points))
 
 
 def overlap_levels(

@@ -10,10 +10,34 @@ import numpy as np
 import numpy.typing as npt
 
 from semid.errors import InputError
+from semid.results import Result
 
-__all__ = ["ItemPairs", "item_pairs", "pairs_by_id"]
+__all__ = ["ItemPairs", "PairCounts", "item_pairs", "pairs_by_id"]
 
 Rows = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class PairCounts(Result):
+    """How many pairs a result is about.
+
+    Attributes:
+        pool: items in the pool.
+        pairs: number of pairs.
+        queries: number of different query items.
+        clusters: users, or query items where there are no users; intervals are taken over these.
+        by_user: whether ``clusters`` are users.
+        unknown: pairs left out because an item is not in the pool.
+        same: pairs left out because both items are the same.
+    """
+
+    pool: int
+    pairs: int
+    queries: int
+    clusters: int
+    by_user: bool
+    unknown: int
+    same: int
 
 
 @dataclass(frozen=True)
@@ -42,17 +66,17 @@ class ItemPairs:
     def __len__(self) -> int:
         return len(self.queries)
 
-    def counts(self) -> dict[str, Any]:
-        """Return a JSON-able dict of the counts, for the record of a result."""
-        return {
-            "pool": self.pool,
-            "pairs": len(self),
-            "queries": len(np.unique(self.queries)),
-            "clusters": len(np.unique(self.users)),
-            "by_user": self.by_user,
-            "unknown": self.unknown,
-            "same": self.same,
-        }
+    def counts(self) -> PairCounts:
+        """Return the counts, for the record of a result."""
+        return PairCounts(
+            pool=self.pool,
+            pairs=len(self),
+            queries=len(np.unique(self.queries)),
+            clusters=len(np.unique(self.users)),
+            by_user=self.by_user,
+            unknown=self.unknown,
+            same=self.same,
+        )
 
 
 def item_pairs(

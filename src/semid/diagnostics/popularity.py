@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from semid.errors import InputError, UsageError
 from semid.health import bucket_keys, check_codes, usage_from_counts
+from semid.results import Result
 
 __all__ = ["PopularityHealth", "PopularitySegment", "popularity_health", "popularity_segments"]
 
@@ -18,7 +18,7 @@ SEGMENTS = ("head", "mid", "tail", "unseen")
 
 
 @dataclass(frozen=True)
-class PopularitySegment:
+class PopularitySegment(Result):
     """Collisions and capacity of the items of one popularity segment.
 
     Attributes:
@@ -28,7 +28,7 @@ class PopularitySegment:
         interaction_share: the same as a share of all.
         unique_ids: different ids they hold.
         collision_rate: ``1 - unique_ids / items`` inside the segment.
-        shared_share: share of them that share their id with any item of the catalogue.
+        colliding_item_rate: share of them that share their id with any item of the catalogue.
         shared_with_head: share of them that share their id with another item of the head.
         mean_bucket: items of the catalogue in the bucket of an average item of the segment.
         capacity_share: share of the catalogue's ids that the segment holds, an id that several
@@ -42,19 +42,15 @@ class PopularitySegment:
     interaction_share: float
     unique_ids: int
     collision_rate: float
-    shared_share: float
+    colliding_item_rate: float
     shared_with_head: float
     mean_bucket: float
     capacity_share: float
     perplexity: tuple[float, ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-able dict."""
-        return {**self.__dict__, "perplexity": list(self.perplexity)}
-
 
 @dataclass(frozen=True)
-class PopularityHealth:
+class PopularityHealth(Result):
     """Collisions and capacity by popularity.
 
     Attributes:
@@ -69,10 +65,6 @@ class PopularityHealth:
     mid: float
     segments: tuple[PopularitySegment, ...]
     interactions_in_shared_ids: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-able dict."""
-        return {**self.__dict__, "segments": [segment.to_dict() for segment in self.segments]}
 
 
 def popularity_segments(
@@ -173,7 +165,7 @@ def popularity_health(
                 interaction_share=interactions / total,
                 unique_ids=unique,
                 collision_rate=1 - unique / len(rows),
-                shared_share=float((sizes[own] > 1).mean()),
+                colliding_item_rate=float((sizes[own] > 1).mean()),
                 shared_with_head=float((other_heads[rows] > 0).mean()),
                 mean_bucket=float(sizes[own].mean()),
                 capacity_share=float((1.0 / sizes[own]).sum() / len(sizes)),

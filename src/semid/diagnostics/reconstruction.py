@@ -12,12 +12,13 @@ import torch
 
 from semid.diagnostics.arrays import Matrix, as_block, as_matrix, row_blocks, unit_rows
 from semid.errors import InputError, UsageError
+from semid.results import Result
 
 __all__ = ["Reconstruction", "ReconstructionCounter", "reconstruction", "reconstruction_by_level"]
 
 
 @dataclass(frozen=True)
-class Reconstruction:
+class Reconstruction(Result):
     """Reconstruction error under every reading the papers use.
 
     Attributes:
@@ -41,10 +42,6 @@ class Reconstruction:
     relative_error: float | None
     cosine: float | None
     zero_rows: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-able dict."""
-        return dict(self.__dict__)
 
 
 class ReconstructionCounter:

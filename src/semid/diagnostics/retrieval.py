@@ -12,9 +12,10 @@ import torch
 
 from semid.diagnostics.arrays import Matrix, as_block, as_matrix, row_blocks
 from semid.diagnostics.bootstrap import Estimate, bootstrap, cluster_sums
-from semid.diagnostics.pairs import ItemPairs
+from semid.diagnostics.pairs import ItemPairs, PairCounts
 from semid.errors import InputError, UsageError
 from semid.quantization.nearest import MAX_NEIGHBORS, index_database, top_k
+from semid.results import Result
 from semid.seeds import numpy_generator
 
 __all__ = [
@@ -37,7 +38,7 @@ Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class HitRates:
+class HitRates(Result):
     """HR@K of one way to retrieve.
 
     Attributes:
@@ -48,16 +49,9 @@ class HitRates:
     name: str
     rates: dict[int, Estimate]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-able dict."""
-        return {
-            "name": self.name,
-            "rates": {str(k): rate.to_dict() for k, rate in self.rates.items()},
-        }
-
 
 @dataclass(frozen=True)
-class Retention:
+class Retention(Result):
     """What a reconstruction keeps of the original embedding's retrieval.
 
     Attributes:
@@ -71,21 +65,9 @@ class Retention:
     above_chance: dict[int, Estimate | None]
     plain: dict[int, Estimate | None]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-able dict."""
-
-        def rows(values: dict[int, Estimate | None]) -> dict[str, Any]:
-            return {str(k): None if v is None else v.to_dict() for k, v in values.items()}
-
-        return {
-            "name": self.name,
-            "above_chance": rows(self.above_chance),
-            "plain": rows(self.plain),
-        }
-
 
 @dataclass(frozen=True)
-class ItemRetrieval:
+class ItemRetrieval(Result):
     """Item-to-item retrieval by embeddings.
 
     Attributes:
@@ -95,19 +77,10 @@ class ItemRetrieval:
         retention: one a reconstruction.
     """
 
-    pairs: dict[str, Any]
+    pairs: PairCounts
     seed: int
     hit_rates: tuple[HitRates, ...]
     retention: tuple[Retention, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-able dict."""
-        return {
-            "pairs": self.pairs,
-            "seed": self.seed,
-            "hit_rates": [rates.to_dict() for rates in self.hit_rates],
-            "retention": [kept.to_dict() for kept in self.retention],
-        }
 
 
 def check_cutoffs(cutoffs: Sequence[int], pool: int) -> tuple[int, ...]:

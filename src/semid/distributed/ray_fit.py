@@ -403,7 +403,7 @@ def _judge(
         held_out_items=items - trained,
         seconds=round(time.monotonic() - began, 3),
         details={"levels": levels},
-        health=judged.to_dict(),
+        health=judged,
         summary=judged.summary(),
     )
 

@@ -1,20 +1,29 @@
 """Health of codes: usage, collisions and a verdict, from the codes alone.
 
-Numpy arrays in, frozen dataclasses out; nothing here needs a model, a file or torch, so every
-tokenizer can judge itself right after a fit. Wider diagnostics live in `semid.diagnostics`.
+Numpy arrays in, frozen dataclasses out. Nothing here needs a model, a file or torch, so every
+tokenizer can evaluate itself right after a fit. Wider diagnostics are in `semid.diagnostics`.
 """
 
-from semid.health._capacity import Capacity, CapacityCounter, merge_capacities
 from semid.health._collisions import (
+    Capacity,
+    CapacityCounter,
     CollisionCounter,
     Collisions,
-    bucket_keys,
     collisions,
+    merge_capacities,
     merge_collisions,
-    part_of,
-    row_hashes,
 )
-from semid.health._energy import Concentration, EnergyCounter, ErrorSums, Inputs
+from semid.health._counters import (
+    Concentration,
+    EnergyCounter,
+    ErrorSums,
+    Inputs,
+    LevelUsage,
+    UsageCounter,
+    usage,
+    usage_from_counts,
+)
+from semid.health._keys import bucket_keys, check_codes, part_of, row_hashes
 from semid.health._thresholds import (
     GEOMETRY,
     NEAR,
@@ -23,8 +32,7 @@ from semid.health._thresholds import (
     Threshold,
     threshold_table,
 )
-from semid.health._usage import LevelUsage, UsageCounter, check_codes, usage, usage_from_counts
-from semid.health._verdict import CONCENTRATED, Finding, Verdict, graded, judge, verdict
+from semid.health._verdict import CONCENTRATED, Finding, Verdict, evaluate_threshold, verdict
 
 __all__ = [
     "CONCENTRATED",
@@ -48,8 +56,7 @@ __all__ = [
     "bucket_keys",
     "check_codes",
     "collisions",
-    "graded",
-    "judge",
+    "evaluate_threshold",
     "merge_capacities",
     "merge_collisions",
     "part_of",

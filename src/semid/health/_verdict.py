@@ -5,39 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from semid.errors import InputError
+from semid.health import _thresholds as limits
 from semid.health._collisions import Collisions
-from semid.health._energy import Concentration, Inputs
-from semid.health._thresholds import (
-    BUCKET_SHARE,
-    BUCKET_TIMES_EVEN,
-    COLLISIONS,
-    CONSTANT,
-    DEAD_CODES,
-    DUPLICATES,
-    ENERGY_ERROR,
-    ENERGY_FEW,
-    ENERGY_SHARE,
-    ERROR,
-    FILLING,
-    OVERFIT,
-    PERPLEXITY,
-    SHARED,
-    Severity,
-    Threshold,
-)
-from semid.health._usage import LevelUsage
+from semid.health._counters import Concentration, Inputs, LevelUsage
+from semid.health._thresholds import Severity, Threshold
+from semid.results import Result
 
-__all__ = ["CONCENTRATED", "Finding", "Verdict", "graded", "judge", "verdict"]
-
-Level = Literal["healthy", "warning", "unhealthy"]
+__all__ = ["CONCENTRATED", "Finding", "Verdict", "evaluate_threshold", "verdict"]
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One thing that was found.
+class Finding(Result):
+    """One finding.
 
     Attributes:
         name: short fixed name, for programs, as in the table of `docs/report.md`.
@@ -55,52 +37,43 @@ class Finding:
     why: str
     advice: str
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-able dict."""
-        return dict(self.__dict__)
-
 
 @dataclass(frozen=True)
-class Verdict:
-    """The judgement over a tokenizer's codes.
+class Verdict(Result):
+    """The verdict on a tokenizer's codes.
 
     Attributes:
-        level: ``healthy``, ``warning`` or ``unhealthy``, the worst finding's.
+        level: ``healthy``, ``warning`` or ``unhealthy``, the severity of the worst finding.
         findings: the worst first.
         usage: usage per level.
-        collisions: the buckets.
+        collisions: how items share ids.
         training_error: relative error on the rows the codebooks were fitted on, or None.
         validation_error: relative error on held-out rows, or None.
-        effective_sizes: effective codebook size per level at the stated noise, or None.
         error: relative error on all rows, where it is unknown which of them were trained on.
+        effective_sizes: effective codebook size per level at the stated noise, or None.
     """
 
-    level: Level
+    level: Literal["healthy", "warning", "unhealthy"]
     findings: tuple[Finding, ...]
     usage: tuple[LevelUsage, ...]
     collisions: Collisions
     training_error: float | None = None
     validation_error: float | None = None
-    effective_sizes: tuple[float, ...] | None = None
     error: float | None = None
+    effective_sizes: tuple[float, ...] | None = None
 
     @property
     def healthy(self) -> bool:
-        """Whether there is neither a warning nor worse."""
+        """Whether no finding is a warning or worse."""
         return self.level == "healthy"
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-able dict."""
-        return {
-            "level": self.level,
-            "findings": [finding.to_dict() for finding in self.findings],
-            "usage": [level.to_dict() for level in self.usage],
-            "collisions": self.collisions.to_dict(),
-            "training_error": self.training_error,
-            "validation_error": self.validation_error,
-            "error": self.error,
-            "effective_sizes": None if self.effective_sizes is None else list(self.effective_sizes),
-        }
+    def with_findings(self, findings: Sequence[Finding]) -> Verdict:
+        """Return the verdict with more findings, the worst first, and the level they call for."""
+        ranks = {"unhealthy": 0, "warning": 1, "note": 2}
+        ordered = sorted([*self.findings, *findings], key=lambda finding: ranks[finding.severity])
+        worst = ordered[0].severity if ordered else "note"
+        level = "healthy" if worst == "note" else worst
+        return replace(self, level=level, findings=tuple(ordered))
 
     def summary(self) -> str:
         """Return the verdict as a few lines of text for a terminal or a log."""
@@ -115,26 +88,24 @@ class Verdict:
         lines.append(
             f"  ids: {c.unique_ids:,} unique of {c.items:,} items; "
             f"1 - unique/N {c.collision_rate:.4f}; "
-            f"items in shared buckets {c.shared_share:.4f}; largest bucket {c.largest_bucket}"
+            f"items in shared buckets {c.colliding_item_rate:.4f}; "
+            f"largest bucket {c.largest_bucket}"
         )
-        errors = [
-            f"{name} {value:.4f}"
-            for name, value in (
-                ("training", self.training_error),
-                ("held out", self.validation_error),
-                ("all rows", self.error),
-            )
-            if value is not None
-        ]
-        if errors:
-            lines.append(f"  relative error: {', '.join(errors)}")
+        errors = {
+            "training": self.training_error,
+            "held out": self.validation_error,
+            "all rows": self.error,
+        }
+        known = [f"{name} {value:.4f}" for name, value in errors.items() if value is not None]
+        if known:
+            lines.append(f"  relative error: {', '.join(known)}")
         for f in self.findings:
             lines.append(f"  {f.severity}: {f.what}. {f.why}. Try: {f.advice}.")
         return "\n".join(lines)
 
 
 CONCENTRATED = ("few-rows", "few-columns")
-"""Findings that make every figure in units of the whole variance say little of most items."""
+"""Findings after which figures in units of the whole variance say little about most items."""
 
 # Why a level is used unevenly and what to try, with codes that nobody uses and without.
 _STARVED = (
@@ -150,7 +121,7 @@ _UNEVEN = (
 )
 
 
-def graded(
+def evaluate_threshold(
     threshold: Threshold,
     value: float,
     what: str,
@@ -160,31 +131,41 @@ def graded(
     level: int | None = None,
     name: str | None = None,
 ) -> list[Finding]:
-    """Return the finding for a figure beyond a threshold, or a note where it comes close to one."""
+    """Return the finding for a value beyond a threshold, or a note where it is close to one.
+
+    Args:
+        threshold: from the table of thresholds.
+        value: what was measured.
+        what: what is wrong, with the figures.
+        why: the likely cause.
+        advice: what to try.
+        level: the level it is about.
+        name: of the finding; None takes the threshold's.
+    """
+    name = name or threshold.finding
     severity = threshold.severity(value)
     if severity is not None:
-        return [Finding(name or threshold.finding, severity, level, what, why, advice)]
+        return [Finding(name, severity, level, what, why, advice)]
     if not threshold.near(value):
         return []
-    side = "below" if threshold.low else "above"
     close = (
-        f"Close to a warning (`{name or threshold.finding}`), which begins {side} "
+        f"Close to a warning (`{name}`), which begins {'below' if threshold.low else 'above'} "
         f"{threshold.warning:g}; this is {value:.3g}"
     )
     return [Finding("near-threshold", "note", level, what, close, advice)]
 
 
 def _usage_findings(level: LevelUsage) -> list[Finding]:
-    """Judge one level's usage."""
+    """Evaluate one level's usage."""
     attainable = min(level.codebook_size, level.items)
     if attainable < 2:
         return []
     share = (level.perplexity - 1.0) / (attainable - 1.0)
     dead = (level.dead - (level.codebook_size - attainable)) / level.codebook_size
-    starved = DEAD_CODES.severity(dead) is not None
+    starved = limits.DEAD_CODES.severity(dead) is not None
     bits = math.log2(attainable / level.perplexity)
-    findings = graded(
-        PERPLEXITY,
+    findings = evaluate_threshold(
+        limits.PERPLEXITY,
         share,
         f"level {level.level + 1} uses its {level.codebook_size} codes like "
         f"{level.perplexity:.1f} even ones ({share:.1%} of the way from one code to the "
@@ -193,8 +174,8 @@ def _usage_findings(level: LevelUsage) -> list[Finding]:
         *(_STARVED if starved else _UNEVEN),
         level=level.level,
     )
-    findings += graded(
-        DEAD_CODES,
+    findings += evaluate_threshold(
+        limits.DEAD_CODES,
         dead,
         f"level {level.level + 1} has {level.dead} dead codes of {level.codebook_size}",
         "No item is nearest to them, so they carry nothing",
@@ -211,42 +192,44 @@ def _even_collision_rate(items: int, capacity: float) -> float:
 
 
 def _collision_findings(c: Collisions, capacity: float) -> list[Finding]:
-    """Judge the buckets; where the copies in the input are known, they count once."""
+    """Evaluate the buckets; exact copies of an input count once where they are known."""
     items = c.distinct_items or c.items
     rate = c.collision_rate if c.collision_rate_distinct is None else c.collision_rate_distinct
-    shared = c.shared_share if c.shared_share_distinct is None else c.shared_share_distinct
+    colliding = c.colliding_item_rate_distinct
+    if colliding is None:
+        colliding = c.colliding_item_rate
     largest = c.largest_bucket_distinct or c.largest_bucket
     possible = f"{capacity:,.0f}" if capacity < 1e12 else f"{capacity:.1e}"
     filling = items / capacity if items > 1 else 0.0
-    findings = graded(
-        FILLING,
+    findings = evaluate_threshold(
+        limits.FILLING,
         filling,
         f"{possible} ids are possible for {items:,} different items, {filling:,.3g} items per id; "
-        f"{c.unique_ids:,} ids are in use, and {shared:.1%} of the items share theirs",
+        f"{c.unique_ids:,} ids are in use, and {colliding:.1%} of the items share theirs",
         "Even perfectly even codes could not tell these items apart",
         "more levels or a larger codebook, so that at least ten ids are possible per item",
     )
-    findings += graded(
-        COLLISIONS,
+    findings += evaluate_threshold(
+        limits.COLLISIONS,
         rate - _even_collision_rate(items, capacity),
-        f"1 - unique/N is {rate:.3f} and {shared:.1%} of the items share their id, "
+        f"1 - unique/N is {rate:.3f} and {colliding:.1%} of the items share their id, "
         f"though {possible} ids are possible for {items:,} items",
         "The levels are used unevenly or repeat each other",
         "more levels, better seeding, or a step that makes ids unique after encoding",
     )
     if all(finding.severity == "note" for finding in findings):
-        findings += graded(
-            SHARED,
-            shared,
-            f"{shared:.1%} of the items share their id with a different item",
+        findings += evaluate_threshold(
+            limits.SHARED,
+            colliding,
+            f"{colliding:.1%} of the items share their id with a different item",
             "Similar items get equal codes; retrieval needs one id per item, features do not",
             "unique ids after encoding (semid unique), or one more level",
         )
     share = largest / items
     even = items / min(float(items), capacity)
-    if BUCKET_TIMES_EVEN.severity(largest / even) is not None:
-        findings += graded(
-            BUCKET_SHARE,
+    if limits.BUCKET_TIMES_EVEN.severity(largest / even) is not None:
+        findings += evaluate_threshold(
+            limits.BUCKET_SHARE,
             share,
             f"one id holds {largest:,} items ({share:.2%})",
             "Items that look alike to the embedding (templates, missing text), or a collapse",
@@ -254,8 +237,8 @@ def _collision_findings(c: Collisions, capacity: float) -> list[Finding]:
         )
     if c.duplicate_items is not None:
         duplicates = c.duplicate_items / c.items
-        findings += graded(
-            DUPLICATES,
+        findings += evaluate_threshold(
+            limits.DUPLICATES,
             duplicates,
             f"{c.duplicate_items:,} items ({duplicates:.2%}) are exact copies of another "
             "item's embedding",
@@ -268,25 +251,25 @@ def _collision_findings(c: Collisions, capacity: float) -> list[Finding]:
 def _error_findings(
     training: float | None, validation: float | None, error: float | None, *, skewed: bool
 ) -> list[Finding]:
-    """Judge held-out error against the mean vector and, unless ``skewed``, training error."""
+    """Evaluate the error against the mean vector and, unless ``skewed``, the training error."""
     findings = []
-    judged = next((e for e in (validation, training, error) if e is not None), None)
-    if judged is not None and judged >= 1.0:
+    value = next((e for e in (validation, training, error) if e is not None), None)
+    if value is not None and value >= 1.0:
         findings.append(
             Finding(
                 "worse-than-mean",
                 "unhealthy",
                 None,
-                f"relative error {judged:.3f}: the mean vector would reconstruct the items as well",
+                f"relative error {value:.3f}: the mean vector would reconstruct the items as well",
                 "The codes carry nothing of the embedding",
                 "a longer fit, a smaller learning rate, or a tokenizer fitted by k-means",
             )
         )
-    elif judged is not None:
-        findings += graded(
-            ERROR,
-            judged,
-            f"relative error {judged:.3f}: the codes keep {1.0 - judged:.0%} of the variance",
+    elif value is not None:
+        findings += evaluate_threshold(
+            limits.ERROR,
+            value,
+            f"relative error {value:.3f}: the codes keep {1.0 - value:.0%} of the variance",
             "Too few codes for embeddings this varied, or a fit that did not converge",
             "more levels or a larger codebook, a longer fit, or a tokenizer fitted by k-means, "
             "whose error on the same items says what is attainable",
@@ -294,8 +277,8 @@ def _error_findings(
     # Where a few rows make up the error, the gap says on which side of the split they lie.
     if training is not None and validation is not None and training > 0 and not skewed:
         ratio = validation / training
-        findings += graded(
-            OVERFIT,
+        findings += evaluate_threshold(
+            limits.OVERFIT,
             ratio,
             f"held-out error {validation:.4f} is {ratio:.2f} times the training error "
             f"{training:.4f}",
@@ -306,7 +289,7 @@ def _error_findings(
 
 
 def _input_findings(inputs: Inputs) -> list[Finding]:
-    """Judge the embeddings: rows or columns that hold most of the variance, or none of it."""
+    """Evaluate the embeddings: rows or columns with most of the variance, or with none."""
     findings = []
     if inputs.rows is not None:
         findings += _concentration_findings(
@@ -334,29 +317,29 @@ def _input_findings(inputs: Inputs) -> list[Finding]:
 def _concentration_findings(
     c: Concentration, name: str, unit: str, why: str, advice: str
 ) -> list[Finding]:
-    """Judge variance that lies in a few rows or columns."""
-    if c.count > max(ENERGY_FEW * c.total, 1.0):
+    """Evaluate variance that lies in a few rows or columns."""
+    if c.count > max(limits.ENERGY_FEW * c.total, 1.0):
         return []
     rest = (
         "" if c.rest_error is None else f"; the relative error of all others is {c.rest_error:.3f}"
     )
     what = f"{c.count:,} of {c.total:,} {unit} hold {c.share:.1%} of the variance{rest}"
-    findings = graded(ENERGY_SHARE, c.share, what, why, advice, name=name)
+    findings = evaluate_threshold(limits.ENERGY_SHARE, c.share, what, why, advice, name=name)
     # A finding on scale alone is a warning: where the codes still describe the rest, they are fit
     # for use. The error of the rest says whether they do.
     if findings and findings[0].name == name and c.rest_error is not None:
-        worse = ENERGY_ERROR.severity(c.rest_error)
+        worse = limits.ENERGY_ERROR.severity(c.rest_error)
         return [replace(findings[0], severity=worse or findings[0].severity)]
     return findings
 
 
 def _constant_findings(inputs: Inputs) -> list[Finding]:
-    """Judge dimensions in which all items are equal."""
+    """Evaluate dimensions in which all items are equal."""
     listed = ", ".join(map(str, inputs.constant[:8])) + (", ..." if inputs.constant[8:] else "")
     # A few dimensions at zero are harmless; a constant that carries weight is in every cosine.
     worst = max(len(inputs.constant) / inputs.width, inputs.constant_weight)
-    return graded(
-        CONSTANT,
+    return evaluate_threshold(
+        limits.CONSTANT,
         worst,
         f"{len(inputs.constant)} of {inputs.width} input dimensions hold one value for all items "
         f"(dimension {listed}, counted from 0), {inputs.constant_weight:.1%} of the mean squared "
@@ -377,7 +360,7 @@ def verdict(
     effective_sizes: Sequence[float] | None = None,
     inputs: Inputs | None = None,
 ) -> Verdict:
-    """Judge a tokenizer by its codes and, where known, its errors and inputs.
+    """Evaluate a tokenizer by its codes and, where known, its errors and inputs.
 
     A low collision rate is never taken as a good sign: an untrained encoder has the lowest.
 
@@ -388,8 +371,8 @@ def verdict(
             ``sum |x - mean|^2``, both over these rows, with the mean of all rows.
         validation_error: the same on rows held out.
         error: the same on all rows, where it is unknown which of them were trained on.
-        effective_sizes: effective codebook size per level, shown and not judged: at small noise
-            it says what the usage says.
+        effective_sizes: effective codebook size per level, shown but not evaluated: at small noise
+            it repeats the usage.
         inputs: how the variance of the embeddings lies in rows and columns, from
             `semid.health.EnergyCounter`.
 
@@ -408,26 +391,18 @@ def verdict(
     capacity = math.prod(float(level.codebook_size) for level in usage)
     findings = [finding for level in usage for finding in _usage_findings(level)]
     findings += _collision_findings(collisions, capacity)
-    of_inputs = [] if inputs is None else _input_findings(inputs)
-    skewed = any(finding.name in CONCENTRATED for finding in of_inputs)
+    input_findings = [] if inputs is None else _input_findings(inputs)
+    skewed = any(finding.name in CONCENTRATED for finding in input_findings)
     findings += _error_findings(training_error, validation_error, error, skewed=skewed)
-    findings += of_inputs
-    unjudged = Verdict(
+    findings += input_findings
+    unevaluated = Verdict(
         level="healthy",
         findings=(),
         usage=tuple(usage),
         collisions=collisions,
         training_error=training_error,
         validation_error=validation_error,
-        effective_sizes=None if effective_sizes is None else tuple(map(float, effective_sizes)),
         error=error,
+        effective_sizes=None if effective_sizes is None else tuple(map(float, effective_sizes)),
     )
-    return judge(unjudged, findings)
-
-
-def judge(base: Verdict, findings: Sequence[Finding]) -> Verdict:
-    """Return the verdict with more findings, the worst first, and its level raised if need be."""
-    ranks = {"unhealthy": 0, "warning": 1, "note": 2}
-    ordered = sorted([*base.findings, *findings], key=lambda finding: ranks[finding.severity])
-    worst = ordered[0].severity if ordered else "note"
-    return replace(base, level="healthy" if worst == "note" else worst, findings=tuple(ordered))
+    return unevaluated.with_findings(findings)

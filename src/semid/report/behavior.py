@@ -160,7 +160,7 @@ def measure_pairs(
         replicates=replicates,
     )
     return {
-        "pairs": pairs.counts(),
+        "pairs": pairs.counts().to_dict(),
         "cutoffs": list(cutoffs),
         "retrieval": retrieval.to_dict(),
         "discrete": discrete.to_dict(),

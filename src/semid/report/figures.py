@@ -206,7 +206,7 @@ def _effective_size(d: Diagnosis) -> list[Figure]:
                 hovertemplate="noise %{x}: %{y:.1f} codes",
             )
         )
-        floor = level["points"][0]["floor"]
+        floor = level["points"][0]["collision_probability"]
         traces.append(
             line(
                 f"usage alone, {level_name(d, level['level']).lower()}",
@@ -224,7 +224,7 @@ def _effective_size(d: Diagnosis) -> list[Figure]:
             [
                 level_name(d, level["level"]),
                 number(shown["effective_size"]),
-                number(1 / shown["floor"]),
+                number(1 / shown["collision_probability"]),
                 share(shown["geometry_share"]),
                 "beyond the sweep"
                 if level["geometry_scale"] is None

@@ -272,7 +272,7 @@ def _popularity(popularity: Mapping[str, Any]) -> Figure:
                 count(segment["items"]),
                 share(segment["interaction_share"]),
                 share(segment["collision_rate"]),
-                share(segment["shared_share"]),
+                share(segment["colliding_item_rate"]),
                 share(segment["shared_with_head"]),
                 share(segment["capacity_share"]),
             ]

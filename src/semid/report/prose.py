@@ -84,7 +84,7 @@ def key_figures(d: Diagnosis) -> list[tuple[str, str, str]]:
         ),
         (
             "Items not alone",
-            share(collisions.shared_share),
+            share(collisions.colliding_item_rate),
             f"fullest bucket: {count(collisions.largest_bucket)}",
         ),
         (

@@ -304,12 +304,12 @@ METRICS = (
         lambda d: d.verdict.collisions.collision_rate,
     ),
     Metric(
-        "shared_share",
+        "colliding_item_rate",
         "usage",
         "items not alone",
         "neither",
         "share",
         False,
-        lambda d: d.verdict.collisions.shared_share,
+        lambda d: d.verdict.collisions.colliding_item_rate,
     ),
 )

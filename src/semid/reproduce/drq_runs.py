@@ -209,7 +209,7 @@ def _figures(d: Diagnosis) -> dict[str, Any]:
         "collisions": {
             "collision_rate": found.collision_rate,
             "unique_ids": found.unique_ids,
-            "shared_share": found.shared_share,
+            "colliding_item_rate": found.colliding_item_rate,
             "largest_bucket": found.largest_bucket,
         },
         "decoder(codes)": {
@@ -227,7 +227,7 @@ def _overlap(level: Any) -> dict[str, Any]:
     return {
         "scale": [p["scale"] for p in points],
         "rate": [p["rate"] for p in points],
-        "floor": points[0]["floor"],
+        "collision_probability": points[0]["collision_probability"],
         "effective_size": [p["effective_size"] for p in points],
         "geometry_scale": next((p["scale"] for p in points if not p["usage_only"]), None),
     }

@@ -282,7 +282,7 @@ class Tokenizer(CheckedArguments, ABC):
             held_out_items=int((~train).sum()),
             seconds=round(time.monotonic() - began, 3),
             details=details,
-            health=judged.to_dict(),
+            health=judged,
             summary=judged.summary(),
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,11 +22,11 @@ from semid.health import (
     LevelUsage,
     UsageCounter,
     Verdict,
-    graded,
-    judge,
+    evaluate_threshold,
     threshold_table,
     verdict,
 )
+from semid.results import Result
 
 __all__ = ["FitReport", "HealthCounter", "card"]
 
@@ -159,7 +159,7 @@ class HealthCounter:
         # make up would have the codewords of all other items overlap.
         if not any(finding.name in CONCENTRATED for finding in base.findings):
             findings += _overlap_findings(overlaps)
-        return judge(base, findings)
+        return base.with_findings(findings)
 
     def _latent_variance(self) -> float:
         """Mean squared distance of latents to their mean; 0 where no digit of it is left."""
@@ -195,12 +195,13 @@ def _overlap_findings(overlaps: Sequence[LevelOverlap]) -> list[Finding]:
     findings = []
     for level in overlaps:
         point = level.at(REPORT_SCALE)
-        findings += graded(
+        findings += evaluate_threshold(
             GEOMETRY,
             point.geometry_share,
             f"level {level.level + 1} has codewords that lie on top of each other: at noise "
             f"{REPORT_SCALE:g} its {level.active} used codes act like "
-            f"{point.effective_size:.1f}, though usage alone would give {1 / point.floor:.1f}",
+            f"{point.effective_size:.1f}, though usage alone would give "
+            f"{1 / point.collision_probability:.1f}",
             "Codewords closer together than small changes of an item: which of them it gets is "
             "chance, whatever the usage looks like",
             "a smaller codebook at this level, k-means seeding, or less freedom for the encoder "
@@ -211,7 +212,7 @@ def _overlap_findings(overlaps: Sequence[LevelOverlap]) -> list[Finding]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FitReport:
+class FitReport(Result):
     """The report of one fit, stored in the artefact.
 
     Attributes:
@@ -220,7 +221,7 @@ class FitReport:
         held_out_items: rows held out and judged.
         seconds: wall time of the fit.
         details: figures of this tokenizer's own, for example inertia a level.
-        health: the verdict as data (`semid.health.Verdict.to_dict`).
+        health: the verdict.
         summary: the verdict as text.
     """
 
@@ -229,7 +230,7 @@ class FitReport:
     held_out_items: int
     seconds: float
     details: dict[str, Any]
-    health: dict[str, Any]
+    health: Verdict
     summary: str
 
     @property
@@ -239,23 +240,12 @@ class FitReport:
         ``sum |x - x_hat|^2 / sum |x - mean|^2``, both sums over these rows, with the mean of all
         rows of the file.
         """
-        error: float | None = self.health["training_error"]
-        return error
+        return self.health.training_error
 
     @property
     def validation_error(self) -> float | None:
         """The same on held-out rows, with the same mean; None if none were held out."""
-        error: float | None = self.health["validation_error"]
-        return error
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return JSON-able data; `from_dict` reads it."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> FitReport:
-        """Read what `to_dict` gave."""
-        return cls(**data)
+        return self.health.validation_error
 
 
 def card(kind: str, config: Mapping[str, Any]) -> str:

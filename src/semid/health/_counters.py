@@ -1,21 +1,175 @@
-"""Squared length and squared error of rows, added up by group, by column and by size."""
+"""Usage of each codebook, and squared errors of rows, counted in blocks that can be merged."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
+from semid.errors import InputError, UsageError
+from semid.health._keys import check_codes, sizes_per_level
 from semid.health._thresholds import ENERGY_TIMES_MEDIAN
+from semid.results import Result
 
-__all__ = ["Concentration", "EnergyCounter", "ErrorSums", "Inputs"]
+__all__ = [
+    "Concentration",
+    "EnergyCounter",
+    "ErrorSums",
+    "Inputs",
+    "LevelUsage",
+    "UsageCounter",
+    "usage",
+    "usage_from_counts",
+]
 
 Floats = npt.NDArray[np.float64]
 
 _CHUNK_ROWS = 4096  # 4096 x 384 float64 is 12 MB; a block of 65,536 rows would be 200
+
+
+@dataclass(frozen=True)
+class LevelUsage(Result):
+    """Usage of one level's codebook.
+
+    Attributes:
+        level: level, counted from 0.
+        codebook_size: K, codewords in the codebook.
+        items: items counted.
+        perplexity: ``exp(H)`` of the code frequencies, H in nats; between 1 and ``active``.
+        active: codes with at least one item.
+        dead: codes with none, ``codebook_size - active``.
+        gini: Gini coefficient of the frequencies over all K codes, zeros included; 0 is even
+            use, ``1 - 1/K`` is everything in one code.
+        largest_share: share of the items that the most used code holds.
+        collision_probability: ``sum_i p_i^2``, the probability that two random items share the
+            code; no geometry can lower the overlap rate below it (DRQ eq. 1, "distribution
+            floor"). ``1 / collision_probability <= perplexity``.
+        counts: items per code, int64 ``(codes,)``; empty when read from a document.
+    """
+
+    renamed: ClassVar[dict[str, str]] = {"floor": "collision_probability"}
+
+    level: int
+    codebook_size: int
+    items: int
+    perplexity: float
+    active: int
+    dead: int
+    gini: float
+    largest_share: float
+    collision_probability: float
+    counts: npt.NDArray[np.int64] = field(
+        default_factory=lambda: np.zeros(0, np.int64), repr=False, compare=False
+    )
+
+    @property
+    def probabilities(self) -> npt.NDArray[np.float64]:
+        """Share of the items that hold each code, float64 ``(codes,)``."""
+        return self.counts / self.items
+
+
+def usage_from_counts(counts: npt.ArrayLike, *, level: int = 0) -> LevelUsage:
+    """Summarize how evenly one codebook is used.
+
+    Args:
+        counts: items per code, non-negative integers ``(codes,)``, not all zero.
+        level: the level's number, for the record.
+
+    Raises:
+        InputError: the counts are empty, negative or all zero.
+    """
+    array = np.asarray(counts, dtype=np.int64)
+    if array.ndim != 1 or array.size == 0 or array.min() < 0 or not array.any():
+        raise InputError(
+            f"counts of shape {array.shape} cannot be summarized: one non-negative integer a code "
+            "and at least one item are needed"
+        )
+    items, size = int(array.sum()), len(array)
+    used = np.sort(array[array > 0])
+    active = len(used)
+    share = used / items
+    perplexity = float(np.exp(-(share * np.log(share)).sum()))
+    # Ranks run over all K codes; the dead ones come first and add nothing to the sum.
+    ranks = np.arange(size - active + 1, size + 1, dtype=np.float64)
+    gini = 2.0 * float(ranks @ share) / size - (size + 1) / size
+    return LevelUsage(
+        level=level,
+        codebook_size=size,
+        items=items,
+        perplexity=min(max(perplexity, 1.0), float(active)),
+        active=active,
+        dead=size - active,
+        gini=max(gini, 0.0),
+        largest_share=int(used[-1]) / items,
+        collision_probability=float((share**2).sum()),
+        counts=array,
+    )
+
+
+class UsageCounter:
+    """Counts codes block by block, on one machine or many, and summarizes them at the end.
+
+    Args:
+        codebook_sizes: K of each level, ``(levels,)``.
+    """
+
+    def __init__(self, codebook_sizes: Sequence[int]) -> None:
+        self.codebook_sizes = sizes_per_level(codebook_sizes, len(codebook_sizes))
+        self._counts = [np.zeros(size, np.int64) for size in self.codebook_sizes]
+
+    def update(self, codes: npt.ArrayLike) -> None:
+        """Add a block of codes ``(batch, levels)``."""
+        block = check_codes(codes, self.codebook_sizes)
+        for level, counts in enumerate(self._counts):
+            counts += np.bincount(block[:, level], minlength=len(counts))
+
+    def merge(self, other: UsageCounter) -> None:
+        """Add what another counter over the same codebooks has counted."""
+        if other.codebook_sizes != self.codebook_sizes:
+            raise UsageError(
+                f"counters over codebooks of sizes {list(self.codebook_sizes)} and "
+                f"{list(other.codebook_sizes)} cannot be merged"
+            )
+        # New arrays: what came from another process may lie in memory that is not to be written to.
+        self._counts = [a + b for a, b in zip(self._counts, other._counts, strict=True)]
+
+    def result(self) -> tuple[LevelUsage, ...]:
+        """Return one `LevelUsage` a level for everything counted so far.
+
+        Raises:
+            InputError: nothing was counted yet.
+        """
+        return tuple(
+            usage_from_counts(counts.copy(), level=level)
+            for level, counts in enumerate(self._counts)
+        )
+
+
+def usage(codes: npt.ArrayLike, codebook_sizes: int | Sequence[int]) -> tuple[LevelUsage, ...]:
+    """Measure how evenly each level's codebook is used.
+
+    Args:
+        codes: integers ``(items, levels)``.
+        codebook_sizes: K for every level, or one a level.
+
+    Returns:
+        One `LevelUsage` a level.
+
+    Raises:
+        InputError: the codes are not integers ``(items, levels)`` within their codebooks.
+
+    Cost: one pass, ``O(items * levels + K log K)``.
+
+    Source: DRQ section 5.4 (perplexity, active codes, Gini) and eq. 11 (distribution floor).
+    """
+    array = np.asarray(codes)
+    counter = UsageCounter(sizes_per_level(codebook_sizes, check_codes(array).shape[1]))
+    counter.update(array)
+    return counter.result()
 
 
 @dataclass
