@@ -91,7 +91,7 @@ def measure(place: Path, name: str, seed: int) -> Row:
     if isinstance(tok, BARQ) and tok.decodes_behavior:
         best = "behavior"
         spaces[best] = tok.decode_behavior(codes)
-    found = measure_pairs(
+    results = measure_pairs(
         selection_pairs(log, items.ids),
         Pool(codes, tok.codebooks, spaces, hierarchical=tok.hierarchical),
         cutoffs=(50,),
@@ -99,13 +99,13 @@ def measure(place: Path, name: str, seed: int) -> Row:
         replicates=20,
         threads=None,
     )
-    retained = {r["name"]: r["above_chance"]["50"] for r in found["retrieval"]["retention"]}
+    retained = {r.name: r.above_chance[50] for r in results.retrieval.retention}
     used = usage(codes, tok.codebook_sizes[0])
     return {
         "error": reconstruction(rows[held], decoded[held], name="held out").relative_error,
-        "weighted_auc": found["aucs"]["aucs"]["weighted"]["value"],
-        "hr50": found["discrete"]["depths"][-1]["rates"]["50"]["value"],
-        "retention50": retained[best]["value"],
+        "weighted_auc": results.aucs.aucs["weighted"].value,
+        "hr50": results.discrete.depths[-1].rates[50].value,
+        "retention50": retained[best].value,
         "perplexity": float(np.mean([level.perplexity for level in used])),
         "unique": len(np.unique(codes, axis=0)) / len(codes),
         "fit_cpu_s": round(fitted, 1),

@@ -98,7 +98,7 @@ def test_known_relations_are_compared_kind_by_kind() -> None:
     for kind in ("also_bought", "noise"):
         row = c.metric(f"weighted_auc_{kind}")
         assert row.values == tuple(
-            d.relations[kind]["aucs"]["aucs"]["weighted"]["value"] for d in c.diagnoses
+            d.relations[kind].aucs.aucs["weighted"].value for d in c.diagnoses.values()
         )
         assert c.metric(f"discrete_hits_{kind}").view == "matching"
     assert c.metric("weighted_auc_also_bought").ranks == (1, 2)

@@ -40,18 +40,18 @@ def test_figures_equal_brute_force() -> None:
     codes = tok.encode(x).codes
     decoded = tok.decode(codes)
     spread = ((x - x.mean(0)) ** 2).sum()
-    assert d.reconstruction["relative_error"]["all"] == pytest.approx(
+    assert d.reconstruction.relative_error["all"] == pytest.approx(
         ((x - decoded) ** 2).sum() / spread, rel=1e-5
     )
     first = x - tok.books[0][codes[:, 0]]
-    assert d.reconstruction["per_level"][0]["all"] == pytest.approx(
+    assert d.reconstruction.per_level[0].errors["all"] == pytest.approx(
         (first**2).sum() / spread, rel=1e-5
     )
     cosines = (x * decoded).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(decoded, axis=1)
-    assert d.reconstruction["mean_cosine"] == pytest.approx(cosines.mean(), rel=1e-5)
+    assert d.reconstruction.mean_cosine == pytest.approx(cosines.mean(), rel=1e-5)
     assert d.verdict.collisions.unique_ids == len({tuple(row) for row in codes.tolist()})
     counts = np.sort(np.bincount(codes[:, 0], minlength=8))[::-1] / len(x)
-    assert d.usage[0]["rank_frequency"]["share"] == pytest.approx(counts.tolist())
+    assert d.usage[0].rank_frequency.share == pytest.approx(counts.tolist())
 
 
 def test_collapsed_level_is_named() -> None:
@@ -72,8 +72,8 @@ def test_giant_bucket_is_named() -> None:
     fine = rng.normal(size=(16, x.shape[1])) * 2  # coarse: all near rows share the last code
     d = diagnose(FixedResidual(*books, fine), x, **FAST)
     assert "giant-bucket" in names(d)
-    assert d.buckets[0]["items"] >= 1000
-    assert d.buckets[0]["distinct_inputs"] >= 1000
+    assert d.buckets[0].items >= 1000
+    assert d.buckets[0].distinct_inputs >= 1000
 
 
 def test_overlapping_codewords_with_even_use_are_named_by_geometry_alone() -> None:
@@ -82,10 +82,10 @@ def test_overlapping_codewords_with_even_use_are_named_by_geometry_alone() -> No
     book = np.repeat(words, 4, axis=0) + rng.normal(size=(64, 8)).astype(np.float32) * 1e-3
     x = np.tile(book, (10, 1)) + rng.normal(size=(640, 8)).astype(np.float32) * 1e-6
     d = diagnose(FixedResidual(book), x, **FAST)
-    assert d.usage[0]["perplexity"] == pytest.approx(64, rel=1e-6), "use must be flat"
+    assert d.usage[0].perplexity == pytest.approx(64, rel=1e-6), "use must be flat"
     assert "overlapping-codewords" in names(d)
     assert not names(d) & {"collapsed-level", "dead-codes"}
-    assert d.overlap[0]["points"][3]["effective_size"] == pytest.approx(16, rel=0.05)
+    assert d.overlap[0].points[3].effective_size == pytest.approx(16, rel=0.05)
 
 
 def test_duplicated_inputs_are_named_and_counted_apart() -> None:
@@ -94,7 +94,7 @@ def test_duplicated_inputs_are_named_and_counted_apart() -> None:
     d = diagnose(tok, x, **FAST)
     assert "duplicate-input" in names(d)
     assert d.verdict.collisions.duplicate_items == 300
-    assert any(bucket["distinct_inputs"] < bucket["items"] for bucket in d.buckets)
+    assert any(bucket.distinct_inputs < bucket.items for bucket in d.buckets)
 
 
 @pytest.mark.parametrize(("value", "severity"), [(0.0, "warning"), (50.0, "warning")])
@@ -122,7 +122,7 @@ def test_equal_rows_do_not_break_it() -> None:
 def test_one_item_is_enough() -> None:
     x, tok = healthy()
     d = diagnose(tok, x[:1], **FAST)
-    assert d.data["items"] == 1
+    assert d.data.items == 1
     d.to_html()
 
 
@@ -132,11 +132,12 @@ def test_behavior_sees_what_follows_what(kind: type[FixedResidual]) -> None:
     books = (centers, offsets) if kind is FixedResidual else (centers, centers * 0.9)
     d = diagnose(kind(*books), x, ids=IDS, interactions=logs(600), cutoffs=[20, 50], **FAST)
     assert d.behavior is not None
-    measured = d.behavior["measured"]
-    rates = {r["name"]: r["rates"]["50"]["value"] for r in measured["retrieval"]["hit_rates"]}
+    measured = d.behavior.measured
+    assert measured is not None
+    rates = {r.name: r.rates[50].value for r in measured.retrieval.hit_rates}
     assert rates["decoder(codes)"] > 5 * rates["random"]
-    assert measured["aucs"]["aucs"]["weighted"]["value"] > 0.9
-    assert measured["pairs"]["clusters"] <= d.behavior["test_users"] < 100
+    assert measured.aucs.aucs["weighted"].value > 0.9
+    assert measured.pairs.clusters <= d.behavior.test_users < 100
     assert d.explorer is not None
     assert len(d.explorer["trees"]) == (1 if kind is FixedResidual else 2)
 
@@ -148,7 +149,7 @@ def test_unknown_items_are_counted_and_said() -> None:
     strange[::7] = ["elsewhere"] * len(strange[::7])
     d = diagnose(tok, x, ids=IDS, interactions=table.set_column(1, "item_id", [strange]), **FAST)
     assert d.behavior is not None
-    assert d.behavior["unknown_interactions"] == len(strange[::7])
+    assert d.behavior.unknown_interactions == len(strange[::7])
     assert any("outside the catalogue" in note for note in d.notes)
 
 
@@ -156,8 +157,8 @@ def test_logs_without_order_leave_popularity_and_say_why() -> None:
     x, tok = healthy()
     d = diagnose(tok, x, ids=IDS, interactions=logs(600).drop_columns(["position"]), **FAST)
     assert d.behavior is not None
-    assert d.behavior["measured"] is None
-    assert d.behavior["popularity"] is not None
+    assert d.behavior.measured is None
+    assert d.behavior.popularity is not None
     assert any("no order" in note for note in d.notes)
     d.to_html()
 
@@ -174,7 +175,7 @@ def test_pairs_of_a_second_truth() -> None:
     )
     d = diagnose(tok, x, ids=IDS, relations=pairs, **FAST)
     assert d.relations is not None
-    aucs = {kind: m["aucs"]["aucs"]["weighted"]["value"] for kind, m in d.relations.items()}
+    aucs = {kind: m.aucs.aucs["weighted"].value for kind, m in d.relations.items()}
     assert aucs["twin"] > 0.9
     assert aucs["noise"] < 0.7
 
@@ -210,7 +211,8 @@ class TestRefusals:
         x, tok = healthy()
         d = diagnose(tok, x[:40], ids=IDS[:40], interactions=logs(40), **FAST)
         assert d.behavior is not None
-        assert d.behavior["measured"]["cutoffs"] == [20]
+        assert d.behavior.measured is not None
+        assert d.behavior.measured.cutoffs == (20,)
         assert any("too small" in note for note in d.notes)
 
     def test_relations_without_a_known_pair(self) -> None:
@@ -248,3 +250,29 @@ def test_writes_by_suffix_and_refuses_existing(tmp_path: Path) -> None:
         "report.json",
         "report.md",
     ]
+
+
+@pytest.mark.parametrize("kind", [FixedResidual, FixedParallel])
+def test_json_reads_back_as_the_same_result(kind: type[FixedResidual], tmp_path: Path) -> None:
+    x, centers, offsets = blobs()
+    pairs = pa.table({"item_id": ["item-0"], "related_item_id": ["item-8"]})
+    d = diagnose(
+        kind(centers, offsets), x, ids=IDS, interactions=logs(600), relations=pairs, **FAST
+    )
+    document = json.loads(d.write(tmp_path / "report.json").read_text(encoding="utf8"))
+    again = Diagnosis.from_dict(document)
+    assert again == d
+    assert again.to_json() == d.to_json()
+    figures = d.to_markdown()
+    assert again.to_markdown() == figures
+
+
+def test_reports_written_before_read_back_under_the_new_names() -> None:
+    x, tok = healthy()
+    d = diagnose(tok, x, **FAST)
+    text = d.to_json().replace("colliding_item_rate", "shared_share")
+    old = json.loads(text.replace("collision_probability", "floor"))
+    assert Diagnosis.from_dict(old) == d
+    with pytest.raises(InputError, match="no key 'perplexitie'"):
+        old["usage"][0]["perplexitie"] = old["usage"][0].pop("perplexity")
+        Diagnosis.from_dict(old)

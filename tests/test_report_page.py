@@ -10,12 +10,11 @@ import pytest
 
 from report_cases import FixedParallel, blobs, healthy, logs, titles
 from semid.report import diagnose
-from semid.report.explorer import shorten
+from semid.report.explorer import describing_words, shorten, tokens
+from semid.report.figure import number, share
 from semid.report.figures import report_figures
-from semid.report.numbers import number, share
-from semid.report.page import embed_json
+from semid.report.pages import embed_json
 from semid.report.tree import build_tree
-from semid.report.words import describing_words, tokens
 
 FAST = {"replicates": 0, "threads": 1}
 IDS = [f"item-{i}" for i in range(600)]

@@ -120,6 +120,17 @@ class MatchRate(Result):
     code_positive: float
     code_negative: float
 
+    def rates(self, hierarchical: bool) -> tuple[float, float]:
+        """Return the match rates of positives and negatives, by prefix or by this code alone."""
+        if hierarchical:
+            return self.prefix_positive, self.prefix_negative
+        return self.code_positive, self.code_negative
+
+    def ratio(self, hierarchical: bool) -> float | None:
+        """Return how much more often positives match than negatives; None if these never do."""
+        positive, negative = self.rates(hierarchical)
+        return positive / negative if negative > 0 else None
+
 
 @dataclass(frozen=True)
 class PairAucs(Result):

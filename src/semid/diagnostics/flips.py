@@ -94,6 +94,10 @@ class FlipPoint(Result):
     code: tuple[Proportion, ...]
     prefix: tuple[Proportion, ...]
 
+    def shares(self, hierarchical: bool) -> tuple[Proportion, ...]:
+        """Return the shares per level: by prefix, or by code alone for parallel codebooks."""
+        return self.prefix if hierarchical else self.code
+
 
 @dataclass(frozen=True)
 class FlipRates(Result):

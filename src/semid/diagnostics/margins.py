@@ -41,6 +41,10 @@ class MarginPoint(Result):
     code: tuple[float, ...]
     prefix: tuple[float, ...]
 
+    def shares(self, hierarchical: bool) -> tuple[float, ...]:
+        """Return the shares per level, as `FlipPoint.shares`."""
+        return self.prefix if hierarchical else self.code
+
 
 @dataclass(frozen=True)
 class MarginProxy(Result):

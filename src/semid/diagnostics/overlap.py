@@ -69,6 +69,11 @@ class OverlapPoint(Result):
     effective_size: float
 
     @property
+    def usage_size(self) -> float:
+        """Effective codebook size by usage alone, ``1 / collision_probability``."""
+        return 1.0 / self.collision_probability
+
+    @property
     def geometry_share(self) -> float:
         """Share of R that the geometry penalty makes."""
         return self.geometry / self.rate

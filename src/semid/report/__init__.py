@@ -1,7 +1,8 @@
-"""Diagnosing tokenizers and drawing what was found: pages, tables, JSON."""
+"""Diagnosing tokenizers, and their results as pages, tables and JSON."""
 
-from semid.report.compare import Comparison, compare
+from semid.report import pages as pages  # registers the pages with the results they show
+from semid.report.compare import compare
 from semid.report.diagnose import diagnose
-from semid.report.diagnosis import Diagnosis
+from semid.report.results import Comparison, Diagnosis
 
 __all__ = ["Comparison", "Diagnosis", "compare", "diagnose"]

@@ -1,8 +1,9 @@
-"""What the codes know of behavior: retrieval, retention, AUCs and popularity on held-out users."""
+"""How codes relate to behavior: item pairs from interactions or relations, and their measures."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,9 @@ from semid.data.tables import open_table
 from semid.diagnostics.auc import negative_pairs, pair_aucs
 from semid.diagnostics.discrete import discrete_retrieval
 from semid.diagnostics.pairs import ItemPairs, item_pairs
-from semid.diagnostics.popularity import popularity_health
 from semid.diagnostics.retrieval import CUTOFFS, item_retrieval
 from semid.errors import InteractionsError
+from semid.report.results import Behavior, PairResults
 
 __all__ = [
     "Pool",
@@ -25,71 +26,63 @@ __all__ = [
     "choose_cutoffs",
     "item_counts",
     "measure_pairs",
-    "popularity",
     "relations",
 ]
 
 Array = npt.NDArray[np.float32]
 
 
+@dataclass(frozen=True)
 class Pool:
     """The items among which to search, in every form that is compared.
 
-    Args:
+    Attributes:
         codes: ``(items, levels)``.
-        codebooks: ``(codes, latent)`` a level.
+        codebooks: one ``(codes, latent)`` array per level.
         embeddings: name -> ``(items, width)``; ``original`` first, then reconstructions.
         hierarchical: whether prefixes mean relatedness.
     """
 
-    def __init__(
-        self,
-        codes: npt.NDArray[Any],
-        codebooks: Sequence[Array],
-        embeddings: Mapping[str, Array],
-        *,
-        hierarchical: bool,
-    ) -> None:
-        self.codes = codes
-        self.codebooks = codebooks
-        self.embeddings = dict(embeddings)
-        self.hierarchical = hierarchical
+    codes: npt.NDArray[Any]
+    codebooks: Sequence[Array]
+    embeddings: Mapping[str, Array]
+    hierarchical: bool
 
 
 def choose_cutoffs(cutoffs: Sequence[int] | None, items: int) -> tuple[tuple[int, ...], list[str]]:
-    """Return the cutoffs: those given, or the usual ones that the pool is large enough for."""
+    """Return the cutoffs, by default the usual ones that the pool is large enough for."""
     if cutoffs is not None:
         return tuple(cutoffs), []
-    fitting = tuple(k for k in CUTOFFS if k < items)
-    if fitting == CUTOFFS:
-        return fitting, []
-    chosen = fitting or (max(items // 10, 1),)
-    return chosen, [
+    usual = tuple(k for k in CUTOFFS if k < items)
+    if usual == CUTOFFS:
+        return usual, []
+    smaller = usual or (max(items // 10, 1),)
+    return smaller, [
         f"The pool of {items:,} items is too small for the usual cutoffs "
-        f"{', '.join(map(str, CUTOFFS))}; hit rates are at {', '.join(map(str, chosen))}"
+        f"{', '.join(map(str, CUTOFFS))}; hit rates are at {', '.join(map(str, smaller))}"
     ]
 
 
 def behavior_pairs(
     interactions: Interactions, ids: ItemIds
-) -> tuple[ItemPairs | None, dict[str, Any], list[str]]:
-    """Pair each item of the test users with the next.
+) -> tuple[ItemPairs | None, Behavior, list[str]]:
+    """Pair each item of the test users with the next one.
 
     Returns:
-        The pairs, or None without an order; counts for the record; sentences for the reader.
+        The pairs, or None without an order; the counts of the interactions; notes.
 
     Raises:
         InteractionsError: no test user has a pair of known items.
     """
     sequences = interactions.sequences(ids, require_order=False)
     test = split_users(interactions.user_ids) == TEST
-    facts = {
-        "interactions": len(interactions),
-        "users": len(test),
-        "test_users": int(test.sum()),
-        "unknown_interactions": sequences.unknown,
-        "order": interactions.order_column,
-    }
+    behavior = Behavior(
+        interactions=len(interactions),
+        users=len(test),
+        test_users=int(test.sum()),
+        unknown_interactions=sequences.unknown,
+        order=interactions.order_column,
+    )
     notes = []
     if sequences.unknown:
         notes.append(
@@ -101,16 +94,17 @@ def behavior_pairs(
             "The interactions have no order (no column 'position' or 'timestamp'), so retrieval "
             "and AUCs, which need consecutive items, are left out"
         )
-        return None, facts, notes
-    found = sequences.consecutive_pairs(test)
-    first, second = found.pairs[:, 0], found.pairs[:, 1]
+        return None, behavior, notes
+    consecutive = sequences.consecutive_pairs(test)
+    first, second = consecutive.pairs[:, 0], consecutive.pairs[:, 1]
     if not (first != second).any():
         raise InteractionsError(
             f"{interactions.label}: no two different items of the catalogue follow each other in "
             f"the history of a test user ({int(test.sum()):,} of {len(test):,} users are test "
             "users, a tenth by a hash of their id); give more users, or leave interactions out"
         )
-    return item_pairs(first, second, pool=len(ids), users=found.users), facts, notes
+    pairs = item_pairs(first, second, pool=len(ids), users=consecutive.users)
+    return pairs, behavior, notes
 
 
 def item_counts(interactions: Interactions, ids: ItemIds) -> npt.NDArray[np.int64]:
@@ -127,22 +121,22 @@ def measure_pairs(
     seed: int,
     replicates: int,
     threads: int | None,
-) -> dict[str, Any]:
+) -> PairResults:
     """Measure retrieval by embedding and by codes, and AUCs, on one set of pairs.
 
     Args:
-        pairs: what belongs together.
+        pairs: the related items.
         pool: the items.
         cutoffs: K of the hit rates, each below the pool's size.
         seed: of ties, negatives and the bootstrap.
         replicates: bootstrap draws.
-        threads: plain threads.
+        threads: number of CPU threads.
     """
-    names = list(pool.embeddings)
+    original, *reconstructions = pool.embeddings
     options: dict[str, Any] = {"cutoffs": cutoffs, "seed": seed, "replicates": replicates}
     retrieval = item_retrieval(
-        pool.embeddings[names[0]],
-        {name: pool.embeddings[name] for name in names[1:]},
+        pool.embeddings[original],
+        {name: pool.embeddings[name] for name in reconstructions},
         pairs,
         threads=threads,
         **options,
@@ -159,22 +153,11 @@ def measure_pairs(
         embeddings=pool.embeddings,
         replicates=replicates,
     )
-    return {
-        "pairs": pairs.counts().to_dict(),
-        "cutoffs": list(cutoffs),
-        "retrieval": retrieval.to_dict(),
-        "discrete": discrete.to_dict(),
-        "aucs": aucs.to_dict(),
-    }
-
-
-def popularity(codes: npt.NDArray[Any], counts: npt.NDArray[np.int64]) -> dict[str, Any] | None:
-    """Measure who gets room in the id space; None without a single interaction."""
-    return popularity_health(codes, counts).to_dict() if counts.any() else None
+    return PairResults(pairs.counts(), tuple(cutoffs), retrieval, discrete, aucs)
 
 
 def relations(source: Any, ids: ItemIds) -> tuple[dict[str, ItemPairs], list[str]]:
-    """Read item pairs given as a second truth.
+    """Read item pairs of a second ground truth.
 
     Args:
         source: Parquet or CSV path, or an Arrow, pandas or polars table, with ``item_id``,
@@ -182,7 +165,7 @@ def relations(source: Any, ids: ItemIds) -> tuple[dict[str, ItemPairs], list[str
         ids: the catalogue.
 
     Returns:
-        Kind -> its pairs, and sentences for the reader.
+        Kind -> its pairs, and notes.
 
     Raises:
         UsageError: no such file or column.
@@ -201,11 +184,11 @@ def relations(source: Any, ids: ItemIds) -> tuple[dict[str, ItemPairs], list[str
             f"{unknown:,} of {len(table):,} pairs of {label} name an item outside the catalogue "
             "and are left out"
         )
-    found = {}
+    pairs = {}
     for kind in sorted({str(kind) for kind in kinds}):
         rows = kinds == kind
-        found[kind] = item_pairs(first[rows], second[rows], pool=len(ids))
-    return found, notes
+        pairs[kind] = item_pairs(first[rows], second[rows], pool=len(ids))
+    return pairs, notes
 
 
 def _read_relations(source: Any) -> tuple[pa.Table, str]:

@@ -1,4 +1,4 @@
-"""One pass over the catalogue: codes, errors per item and per level, copies, dead dimensions."""
+"""One pass over the catalogue: codes, errors per item and per level, and figures made of them."""
 
 from __future__ import annotations
 
@@ -9,22 +9,32 @@ import numpy as np
 import numpy.typing as npt
 
 from semid.codes import code_dtype
+from semid.data.ids import held_out_mask
 from semid.data.source import EmbeddingSource
 from semid.errors import EmbeddingError
 from semid.health import LevelUsage, bucket_keys, row_hashes
 from semid.progress import Progress
-from semid.tokenizers.base import Tokenizer
+from semid.report.results import Curve, LevelErrors, ReconstructionErrors
+from semid.tokenizers.base import HELD_OUT_SALT, Tokenizer
 from semid.tokenizers.context import mean_row
 from semid.tokenizers.fit_report import HealthCounter
 
-__all__ = ["CataloguePass", "Moments", "measure_catalogue", "rank_frequency"]
+__all__ = [
+    "CataloguePass",
+    "Moments",
+    "held_out_rows",
+    "measure_catalogue",
+    "rank_frequency",
+    "reconstruction_errors",
+]
 
 Floats = npt.NDArray[np.float64]
 Array = npt.NDArray[np.float32]
+Mask = npt.NDArray[np.bool_]
 
 
 class Moments:
-    """Sums that give means and variances; shifted by the first row, so that large means do no harm.
+    """Sums that give means and variances, less the first row so that large means cancel nothing.
 
     Args:
         first: ``(dim,)`` the first row seen.
@@ -62,7 +72,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class CataloguePass:
-    """What the pass saw.
+    """The results of the pass.
 
     Attributes:
         codes: ``(items, levels)``.
@@ -112,18 +122,18 @@ def measure_catalogue(
     Args:
         tok: a fitted tokenizer.
         source: ``(items, dim)`` embeddings.
-        progress: told about every block.
+        progress: callback for progress events.
         held_out: ``(items,)`` rows that the fit held out; None where that is unknown.
 
     Raises:
         EmbeddingError: no rows, rows of another width, or values that are not finite.
 
-    Memory: ``20 + 2 levels + 4 levels`` bytes an item, and a few blocks of 65,536 rows.
+    Memory: ``20 + 6 levels`` bytes per item, and a few blocks of 65,536 rows.
     """
     items = len(source)
     if items == 0:
         raise EmbeddingError("there are no rows to diagnose; give at least one")
-    books = tok.codebooks
+    codebooks = tok.codebooks
     codes = np.empty((items, tok.levels), dtype=code_dtype(tok.codebook_sizes))
     errors = np.empty(items, dtype=np.float32)
     hashes = np.empty(items, dtype=np.uint64)
@@ -139,7 +149,7 @@ def measure_catalogue(
         latent = tok.latent(block.x)
         codes[span] = block.codes
         hashes[span] = row_hashes(block.x)
-        remaining[:, span] = _remaining(latent, block.codes, books, tok.hierarchical)
+        remaining[:, span] = _remaining_errors(latent, block.codes, codebooks, tok.hierarchical)
         errors[span] = health.update(
             block.codes,
             block.x,
@@ -172,36 +182,36 @@ def measure_catalogue(
     )
 
 
-def _squared(difference: Array) -> Floats:
-    squared: Floats = np.einsum("nd,nd->n", difference, difference, dtype=np.float64)
+def _squared_norms(rows: Array) -> Floats:
+    squared: Floats = np.einsum("nd,nd->n", rows, rows, dtype=np.float64)
     return squared
 
 
 def _cosines(x: Array, decoded: Array) -> Floats:
-    """Cosine of each row with its reconstruction; 0 where one of them is zero."""
+    """Return the cosine of each row with its reconstruction; 0 where one of them is zero."""
     products = np.einsum("nd,nd->n", x, decoded, dtype=np.float64)
-    lengths = np.sqrt(_squared(x) * _squared(decoded))
+    lengths = np.sqrt(_squared_norms(x) * _squared_norms(decoded))
     cosines: Floats = np.divide(products, lengths, out=np.zeros(len(x)), where=lengths > 0)
     return cosines
 
 
-def _remaining(
-    latent: Array, codes: npt.NDArray[np.int64], books: tuple[Array, ...], hierarchical: bool
+def _remaining_errors(
+    latent: Array, codes: npt.NDArray[np.int64], codebooks: tuple[Array, ...], hierarchical: bool
 ) -> Floats:
-    """Squared latent error after each level, or of each parallel codebook alone."""
-    out = np.empty((len(books), len(latent)))
-    left = latent
-    for level, book in enumerate(books):
-        words = book[codes[:, level]]
-        left = left - words if hierarchical else latent - words
-        out[level] = _squared(left)
-    return out
+    """Return the squared latent error after each level, or of each parallel codebook alone."""
+    errors = np.empty((len(codebooks), len(latent)))
+    residual = latent
+    for level, codebook in enumerate(codebooks):
+        quantized = codebook[codes[:, level]]
+        residual = residual - quantized if hierarchical else latent - quantized
+        errors[level] = _squared_norms(residual)
+    return errors
 
 
-def rank_frequency(usage: LevelUsage, *, points: int = 256) -> dict[str, Any]:
-    """Return the shares of the codes, the most used first, thinned to about ``points`` ranks.
+def rank_frequency(usage: LevelUsage, *, points: int = 256) -> Curve:
+    """Return the shares of the codes, the most used first, thinned out to about ``points`` ranks.
 
-    Ranks run from 1; both ends are kept, and every rank where the curve has as many.
+    Ranks start at 1. Both ends are in the curve, and every rank of a curve with fewer.
     """
     shares = np.sort(usage.probabilities)[::-1]
     ranks = np.arange(1, len(shares) + 1)
@@ -209,4 +219,56 @@ def rank_frequency(usage: LevelUsage, *, points: int = 256) -> dict[str, Any]:
         even = np.linspace(1, len(shares), points)
         head = np.geomspace(1, len(shares), points // 2)
         ranks = np.unique(np.concatenate([even, head]).round().astype(np.int64))
-    return {"rank": ranks.tolist(), "share": [float(shares[rank - 1]) for rank in ranks]}
+    return Curve(tuple(ranks.tolist()), tuple(shares[ranks - 1].tolist()))
+
+
+def held_out_rows(tok: Tokenizer, source: EmbeddingSource) -> tuple[Mask | None, str]:
+    """Return ``(items,)`` which rows the fit held out, and a note; None where that is unknown.
+
+    It is known where there are as many rows and held-out rows as the fit reports.
+    """
+    mask = held_out_mask(source.ids, tok.validation_fraction, salt=HELD_OUT_SALT)
+    fit = tok.report
+    if fit is None or (fit.items, fit.held_out_items) != (len(mask), int(mask.sum())):
+        return None, (
+            "These are not the rows the model was fitted on (or they carry other ids), so errors "
+            "are of all rows together"
+        )
+    if not mask.any():
+        return mask, "The fit held no rows out, so every error here is on rows it has seen"
+    return mask, (
+        f"{int(mask.sum()):,} of {len(mask):,} items were held out of the fit; their error is the "
+        "one to believe"
+    )
+
+
+def reconstruction_errors(
+    tok: Tokenizer, measured: CataloguePass, held_out: Mask | None
+) -> ReconstructionErrors:
+    """Return errors of the whole code in the input space, and by level in the latent space."""
+    groups: dict[str, Mask | slice] = {"all": slice(None)}
+    spreads = {"all": measured.latent.spread_about(measured.latent)}
+    if held_out is not None:
+        held_out_spread = measured.held_out_latent.spread_about(measured.latent)
+        groups |= {"training": ~held_out, "held_out": held_out}
+        spreads |= {"training": spreads["all"] - held_out_spread, "held_out": held_out_spread}
+    relative = measured.health.relative_errors
+
+    def level_error(level: int, group: str) -> float | None:
+        squared = float(measured.remaining[level][groups[group]].sum(dtype=np.float64))
+        return squared / spreads[group] if spreads[group] > 0 else None
+
+    return ReconstructionErrors(
+        space="decoder(codes)",
+        mse_per_element=float(measured.errors.mean(dtype=np.float64)) / tok.dim,
+        normalized_squared_error=measured.normalized / measured.items,
+        mean_cosine=measured.cosine / measured.items,
+        relative_error=relative,
+        per_level_kind="prefix" if tok.hierarchical else "alone",
+        per_level=tuple(
+            LevelErrors(level, {group: level_error(level, group) for group in relative})
+            for level in range(tok.levels)
+        ),
+        variance=float(measured.health.inputs.variances.sum()),
+        latent_variance=measured.latent.variance,
+    )

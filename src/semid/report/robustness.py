@@ -1,8 +1,8 @@
-"""Noise and shape: codes that flip, the margins that predict it, and the spectra of the spaces."""
+"""Codes that change under noise, the margins that predict it, and the spectra of the spaces."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,21 +11,35 @@ import numpy.typing as npt
 import torch
 
 from semid.data.embeddings import open_embeddings
-from semid.diagnostics.flips import FlipRates, flip_rates, rank_agreement
+from semid.diagnostics.flips import FlipPoint, flip_rates, rank_agreement
 from semid.diagnostics.geometry import Geometry, geometry
-from semid.diagnostics.margins import MarginProxy, input_margin_proxy, margin_proxy
+from semid.diagnostics.margins import MarginPoint, input_margin_proxy, margin_proxy
 from semid.diagnostics.overlap import LevelOverlap
 from semid.quantization.nearest import index_codebook, nearest
 from semid.quantization.residual import encode_residual
+from semid.report.results import (
+    Agreement,
+    Curve,
+    Flips,
+    NoiseResponse,
+    SpaceGeometry,
+    Spaces,
+)
 from semid.seeds import numpy_generator
 from semid.tokenizers.base import Tokenizer
 
-__all__ = ["FLIP_SCALES", "flipped_items", "measure_flips", "measure_geometry"]
+__all__ = [
+    "FLIP_SCALES",
+    "agreement_with_proxies",
+    "flipped_items",
+    "measure_flips",
+    "measure_geometry",
+]
 
 FLIP_SCALES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Noise of the flip sweep, as multiples of the standard deviation of the space it is put on."""
 
-MOST_EIGENVALUES = 256
+MAX_EIGENVALUES = 256
 
 Array = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.int64]
@@ -36,15 +50,15 @@ def _encode(tok: Tokenizer, rows: Array) -> Codes:
 
 
 def _latent_encoder(tok: Tokenizer, threads: int | None) -> Callable[[Array], Codes]:
-    """Return how this tokenizer's codebooks quantize latent vectors."""
-    books = [index_codebook(torch.from_numpy(book)) for book in tok.codebooks]
+    """Return a function that quantizes latent vectors with this tokenizer's codebooks."""
+    codebooks = [index_codebook(torch.from_numpy(codebook)) for codebook in tok.codebooks]
 
     def encode(latents: Array) -> Codes:
         if tok.hierarchical:
-            found = encode_residual(latents, books, beam_width=tok.beam_width, threads=threads)
-            return found.codes
+            beam_width = tok.beam_width
+            return encode_residual(latents, codebooks, beam_width=beam_width, threads=threads).codes
         rows = torch.from_numpy(latents)
-        labels = [nearest(rows, book, threads=threads).labels.numpy() for book in books]
+        labels = [nearest(rows, each, threads=threads).labels.numpy() for each in codebooks]
         return np.stack(labels, axis=1)
 
     return encode
@@ -59,30 +73,29 @@ def measure_flips(
     latent_std: float,
     seed: int,
     threads: int | None,
-) -> tuple[dict[str, Any], list[str]]:
+) -> tuple[Flips, list[str]]:
     """Measure flips under noise on the input and on the latent, with the margin proxies.
 
     Args:
         tok: a fitted tokenizer.
         rows: ``(n, dim)`` a random subset of the items.
-        overlaps: of all items, to be set beside the flips.
-        input_std: standard deviation of the input, root of the mean variance a dimension.
+        overlaps: of all items, to be correlated with the flips.
+        input_std: standard deviation of the input, root of the mean variance per dimension.
         latent_std: the same of the latent.
         seed: of the noise.
-        threads: plain threads.
+        threads: number of CPU threads.
 
     Returns:
-        JSON-able figures, and sentences for the reader.
+        The flips, and notes.
 
     Cost: ``2 (1 + scales)`` encodings of the subset, and two searches for near codewords.
     """
     common: dict[str, Any] = {"scales": FLIP_SCALES, "threads": threads}
     shape: dict[str, Any] = {"hierarchical": tok.hierarchical, **common}
-    measured: dict[str, tuple[FlipRates, MarginProxy]] = {}
     notes = []
     latents = tok.latent(rows)
-    same = latents.shape == rows.shape and np.array_equal(latents, rows)
-    measured["input"] = (
+    latent_is_input = latents.shape == rows.shape and np.array_equal(latents, rows)
+    on_input = NoiseResponse(
         flip_rates(
             rows,
             lambda block: _encode(tok, block),
@@ -91,18 +104,19 @@ def measure_flips(
             unit=input_std,
             seed=seed,
         ),
-        # Where the latent is the input, noise on it is noise on the latent: no covariance to find.
+        # Where the latent is the input, noise on it is noise on the latent: isotropic.
         replace(margin_proxy(rows, tok.codebooks, unit=input_std, **shape), space="input")
-        if same
+        if latent_is_input
         else input_margin_proxy(
             rows, tok.latent, tok.codebooks, unit=input_std, seed=seed, **shape
         ),
     )
+    on_latent = None
     encode = _latent_encoder(tok, threads)
-    if same:
+    if latent_is_input:
         notes.append("The latent of this tokenizer is its input, so noise on either is the same")
     elif np.array_equal(encode(latents), _encode(tok, rows)):
-        measured["latent"] = (
+        on_latent = NoiseResponse(
             flip_rates(
                 latents, encode, space="latent", scales=FLIP_SCALES, unit=latent_std, seed=seed
             ),
@@ -113,36 +127,41 @@ def measure_flips(
             "Flips under noise on the latent are left out: this tokenizer does not quantize its "
             "latent with its codebooks alone"
         )
-    result: dict[str, Any] = {"items": len(rows), "latent_is_input": same}
-    for space, (flips, margins) in measured.items():
-        result[space] = {"flips": flips.to_dict(), "margins": margins.to_dict()}
-    result["agreement"] = _agreement(measured.get("latent", measured["input"]), overlaps)
-    return result, notes
+    agreement = agreement_with_proxies(
+        [
+            (flip, margin, overlaps)
+            for response in [on_latent or on_input]
+            for flip, margin in zip(response.flips.points, response.margins.points, strict=True)
+        ]
+    )
+    return Flips(len(rows), latent_is_input, on_input, agreement, on_latent), notes
 
 
-def _agreement(
-    measured: tuple[FlipRates, MarginProxy], overlaps: tuple[LevelOverlap, ...]
-) -> dict[str, Any]:
-    """Rank correlation of flips with R, its geometry and the margins, over levels and scales."""
-    flips, margins = measured
-    rows: dict[str, list[float]] = {"flips": [], "overlap": [], "geometry": [], "margins": []}
-    for flip, margin in zip(flips.points, margins.points, strict=True):
+def agreement_with_proxies(
+    points: Iterable[tuple[FlipPoint, MarginPoint, Sequence[LevelOverlap]]],
+) -> Agreement:
+    """Return the rank correlation of flips with R, its geometry and the margins, over all levels.
+
+    Args:
+        points: flips and margins at one noise scale, and the overlap of each level.
+    """
+    flips: list[float] = []
+    proxies: dict[str, list[float]] = {"overlap": [], "geometry": [], "margins": []}
+    for flip, margin, overlaps in points:
         for level in overlaps:
             point = level.at(flip.scale)
-            rows["flips"].append(flip.code[level.level].value)
-            rows["overlap"].append(point.rate)
-            rows["geometry"].append(point.geometry)
-            rows["margins"].append(margin.code[level.level])
-    agreement = rank_agreement(
-        rows.pop("flips"), {name: np.asarray(values) for name, values in rows.items()}
-    )
-    return {name: value["all"] for name, value in agreement.items()}
+            flips.append(flip.code[level.level].value)
+            proxies["overlap"].append(point.rate)
+            proxies["geometry"].append(point.geometry)
+            proxies["margins"].append(margin.code[level.level])
+    agreement = {name: value["all"] for name, value in rank_agreement(flips, proxies).items()}
+    return Agreement(**agreement)
 
 
 def flipped_items(
     tok: Tokenizer, rows: Array, codes: npt.NDArray[Any], *, std: float, scale: float, seed: int
 ) -> npt.NDArray[np.bool_]:
-    """Say of each row whether its id changes under one draw of input noise.
+    """Return for each row whether its id changes under one draw of input noise.
 
     Args:
         tok: a fitted tokenizer.
@@ -159,40 +178,34 @@ def flipped_items(
     return flipped
 
 
-def measure_geometry(spaces: dict[str, Array], *, items: int, seed: int) -> dict[str, Any] | None:
+def measure_geometry(spaces: dict[str, Array], *, items: int, seed: int) -> Spaces | None:
     """Measure the spectra of the spaces on one random subset.
 
     Args:
         spaces: name -> ``(n, width)`` rows of the same items.
         items: items the subset was drawn from.
-        seed: the subset's.
+        seed: of the subset.
 
     Returns:
-        JSON-able figures with thinned spectra; None where a space has no spread.
+        Geometry with thinned out spectra; None where a space has no spread.
     """
-    found: list[Geometry] = []
-    seen: list[Array] = []
+    measured: list[tuple[Array, SpaceGeometry]] = []
     for name, rows in spaces.items():
         if len(rows) < 2 or not (rows != rows[0]).any():
             return None
-        twin = next((i for i, other in enumerate(seen) if np.array_equal(other, rows)), None)
-        found.append(
-            geometry(rows, name=name, sample=None, seed=seed)
-            if twin is None
-            else replace(found[twin], name=name)
-        )
-        seen.append(rows)
-    return {
-        "rows": found[0].rows,
-        "items": items,
-        "spaces": [{**space.to_dict(), "spectrum": _spectrum(space)} for space in found],
-    }
+        # A latent that is the input is measured once.
+        equal = next((space for other, space in measured if np.array_equal(other, rows)), None)
+        if equal is None:
+            space = geometry(rows, name=name, sample=None, seed=seed)
+            equal = SpaceGeometry(**vars(space), spectrum=_spectrum(space))
+        measured.append((rows, replace(equal, name=name)))
+    return Spaces(measured[0][1].rows, items, tuple(space for _, space in measured))
 
 
-def _spectrum(space: Geometry) -> dict[str, Any]:
-    """Return each eigenvalue's share of the variance by rank, thinned."""
+def _spectrum(space: Geometry) -> Curve:
+    """Return each eigenvalue's share of the variance by rank, thinned out."""
     shares = space.eigenvalues / space.eigenvalues.sum()
     ranks = np.arange(1, len(shares) + 1)
-    if len(ranks) > MOST_EIGENVALUES:
-        ranks = np.unique(np.geomspace(1, len(shares), MOST_EIGENVALUES).round().astype(int))
-    return {"rank": ranks.tolist(), "share": [float(shares[rank - 1]) for rank in ranks]}
+    if len(ranks) > MAX_EIGENVALUES:
+        ranks = np.unique(np.geomspace(1, len(shares), MAX_EIGENVALUES).round().astype(int))
+    return Curve(tuple(ranks.tolist()), tuple(shares[ranks - 1].tolist()))

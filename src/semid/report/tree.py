@@ -1,7 +1,7 @@
-"""The code tree as flat columns: every prefix with its size and metrics, its items a range.
+"""The code tree as flat columns: every prefix with its size, its metrics and its range of items.
 
-Items are sorted by their codes, so the items of a prefix lie side by side and a node needs only
-where they begin and how many they are. Parallel codebooks have a tree of depth one each.
+Items are sorted by their codes, so the items of a prefix are contiguous and a node stores only
+the position of the first one and their number. Parallel codebooks have one tree of depth one each.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ class Tree:
     """Prefixes in order of depth, then of their parent, then the fullest first.
 
     Attributes:
-        level: the level of the first codes: 0, or the codebook of a parallel tokenizer.
-        order: ``(items,)`` row numbers sorted by codes; nodes count places in it.
+        level: level of the first codes: 0, or the codebook of a parallel tokenizer.
+        order: ``(items,)`` row numbers sorted by codes.
         parent: ``(nodes,)`` node of the shorter prefix, -1 for the first level.
         depth: ``(nodes,)`` from 1.
         code: ``(nodes,)`` last code of the prefix.
-        first: ``(nodes,)`` place of its first item in ``order``.
-        items: ``(nodes,)`` items under it.
+        first: ``(nodes,)`` position of its first item in ``order``.
+        items: ``(nodes,)`` number of its items.
         metrics: name -> ``(nodes,)`` value.
-        left_out: prefixes beyond the budget, which the tree does not hold.
+        left_out: number of prefixes beyond the budget, which are not in the tree.
     """
 
     level: int
@@ -45,12 +45,12 @@ class Tree:
     left_out: int
 
     def groups(self, depth: int) -> Ints:
-        """Return ``(items,)`` the node of each row at a depth; -1 where the tree holds none."""
-        found = np.full(len(self.order), -1, dtype=np.int64)
+        """Return ``(items,)`` the node of each row at a depth; -1 where there is none."""
+        nodes = np.full(len(self.order), -1, dtype=np.int64)
         for node in np.flatnonzero(self.depth == depth):
             start = self.first[node]
-            found[self.order[start : start + self.items[node]]] = node
-        return found
+            nodes[self.order[start : start + self.items[node]]] = node
+        return nodes
 
 
 def build_tree(
@@ -66,83 +66,86 @@ def build_tree(
     Args:
         codes: ``(items, levels)`` integers.
         level: first level of the prefixes.
-        depths: longest prefix; None goes to the last level.
+        depths: length of the longest prefix; None goes to the last level.
         values: name -> ``(items,)`` values, averaged over the items of each prefix.
-        most_nodes: budget; each depth keeps its fullest prefixes while it lasts. A prefix with a
-            single item is never split, since its one continuation says nothing.
+        most_nodes: budget of nodes; each depth takes its fullest prefixes while it lasts. A
+            prefix with a single item is never split: its only continuation adds nothing.
 
     Returns:
-        The `Tree`. ``metrics`` also holds ``unique``: different ids an item.
+        The `Tree`. ``metrics`` also holds ``unique``: different ids per item.
 
-    Cost: a sort of the items a depth.
+    Cost: a sort of the items per depth.
     """
-    chosen = codes[:, level:] if depths is None else codes[:, level : level + depths]
-    whole = np.concatenate([chosen, codes], axis=1)  # parallel: equal codes ordered by the rest
-    order = np.lexsort(whole.T[::-1]).astype(np.int64)
-    new_id = np.ones(len(order), dtype=bool)
-    new_id[1:] = (whole[order][1:] != whole[order][:-1]).any(axis=1)
-    sums = {"unique": _cumulated(new_id)}
+    prefix_codes = codes[:, level:] if depths is None else codes[:, level : level + depths]
+    # Sort by the codes of the prefixes and then by the whole id. The tree of a parallel codebook
+    # sees one code, but items of one whole id must be contiguous to be counted once.
+    sort_keys = np.concatenate([prefix_codes, codes], axis=1)
+    order = np.lexsort(sort_keys.T[::-1]).astype(np.int64)
+    is_new_id = np.ones(len(order), dtype=bool)
+    is_new_id[1:] = (sort_keys[order][1:] != sort_keys[order][:-1]).any(axis=1)
+    # The items of a node are a range of this order, so its sum of anything is the difference of
+    # two cumulative sums.
+    sums = {"unique": _cumulative(is_new_id)}
     for name, value in (values or {}).items():
-        sums[name] = _cumulated(np.asarray(value, dtype=np.float64)[order])
-    parts = _grow(chosen[order], most_nodes)
-    first, items = parts["first"], parts["items"]
+        sums[name] = _cumulative(np.asarray(value, dtype=np.float64)[order])
+    columns, left_out = _grow(prefix_codes[order], most_nodes)
+    first, items = columns["first"], columns["items"]
     metrics = {name: (total[first + items] - total[first]) / items for name, total in sums.items()}
-    return Tree(
-        level=level,
-        order=order,
-        parent=parts["parent"],
-        depth=parts["depth"],
-        code=parts["code"],
-        first=first,
-        items=items,
-        metrics=metrics,
-        left_out=int(parts["left_out"][0]),
-    )
+    return Tree(level=level, order=order, metrics=metrics, left_out=left_out, **columns)
 
 
-def _cumulated(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+def _cumulative(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     return np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
 
 
-def _grow(codes: npt.NDArray[Any], most_nodes: int) -> dict[str, Ints]:
-    """Split level by level: a prefix ends where its code or its parent changes."""
+def _grow(codes: npt.NDArray[Any], most_nodes: int) -> tuple[dict[str, Ints], int]:
+    """Split sorted codes depth by depth; return the columns of the nodes and how many are missing.
+
+    Args:
+        codes: ``(items, depths)`` sorted lexicographically.
+        most_nodes: budget of nodes.
+    """
     count = len(codes)
-    node_of = np.zeros(count, dtype=np.int64)  # the node of each place; -1 once not split
+    # Node of each position at the depth before; -1 where it must not be split further.
+    node_of = np.zeros(count, dtype=np.int64)
     columns: dict[str, list[Ints]] = {
         name: [] for name in ("parent", "depth", "code", "first", "items")
     }
-    made, left_out = 0, 0
+    nodes, left_out = 0, 0
     for depth in range(codes.shape[1]):
+        # Codes are sorted, so a prefix is a run: it begins where its last code or its parent
+        # changes, and it ends where the next one begins.
         column = codes[:, depth].astype(np.int64)
-        new = np.ones(count, dtype=bool)
-        new[1:] = (column[1:] != column[:-1]) | (node_of[1:] != node_of[:-1])
-        first = np.flatnonzero(new)
+        begins = np.ones(count, dtype=bool)
+        begins[1:] = (column[1:] != column[:-1]) | (node_of[1:] != node_of[:-1])
+        first = np.flatnonzero(begins)
         items = np.diff(np.append(first, count))
-        alive = node_of[first] >= 0
-        first, items = first[alive], items[alive]
-        kept = _fullest(items, most_nodes - made)
-        left_out += len(items) - len(kept)
-        first, items = first[kept], items[kept]
+        # Runs below a node that is missing or has a single item are no nodes.
+        has_parent = node_of[first] >= 0
+        first, items = first[has_parent], items[has_parent]
+        within_budget = _fullest(items, most_nodes - nodes)
+        left_out += len(items) - len(within_budget)
+        first, items = first[within_budget], items[within_budget]
         parent = node_of[first] if depth else np.full(len(first), -1, dtype=np.int64)
-        by = np.lexsort((first, -items, parent))
-        first, items, parent = first[by], items[by], parent[by]
+        # Children of one parent are contiguous, the fullest first: the order the page draws.
+        order = np.lexsort((first, -items, parent))
+        first, items, parent = first[order], items[order], parent[order]
         columns["parent"].append(parent)
         columns["depth"].append(np.full(len(first), depth + 1, dtype=np.int64))
         columns["code"].append(column[first])
         columns["first"].append(first)
         columns["items"].append(items)
+        # Only nodes with several items are split at the next depth.
         node_of = np.full(count, -1, dtype=np.int64)
         for node, (start, size) in enumerate(zip(first.tolist(), items.tolist(), strict=True)):
             if size > 1:
-                node_of[start : start + size] = made + node
-        made += len(first)
-    result = {name: np.concatenate(parts) for name, parts in columns.items()}
-    result["left_out"] = np.array([left_out])
-    return result
+                node_of[start : start + size] = nodes + node
+        nodes += len(first)
+    return {name: np.concatenate(parts) for name, parts in columns.items()}, left_out
 
 
 def _fullest(items: Ints, budget: int) -> Ints:
-    """Return the places of the ``budget`` largest, the earlier first among equals."""
+    """Return the positions of the ``budget`` largest, the earlier first among equals."""
     if len(items) <= budget:
         return np.arange(len(items))
     return np.sort(np.argsort(-items, kind="stable")[: max(budget, 0)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ import numpy.typing as npt
 
 from semid.data.interactions import Interactions
 from semid.data.source import EmbeddingSource
+from semid.diagnostics.bootstrap import Estimate
+from semid.diagnostics.overlap import LevelOverlap
 from semid.diagnostics.reconstruction import reconstruction
 from semid.report.behavior import Pool, behavior_pairs, choose_cutoffs, measure_pairs
 from semid.report.diagnose import diagnose
-from semid.report.diagnosis import Diagnosis
+from semid.report.results import Diagnosis, Flips
 from semid.reproduce.datasets import Opened, missing_files, open_data
 from semid.reproduce.ledger import Ledger, digest
 from semid.reproduce.pool import Job
@@ -183,70 +186,77 @@ def _protocol(tok: Tokenizer, data: DataSet, log: Interactions | None) -> str:
     return "; ".join(parts)
 
 
+GEOMETRY = (
+    "participation_ratio",
+    "effective_rank",
+    "top_share",
+    "mean_abs_cosine",
+    "mean_abs_cosine_centered",
+    "dim",
+)
+USAGE = ("perplexity", "active", "dead", "gini", "largest_share")
+COLLISIONS = ("collision_rate", "unique_ids", "colliding_item_rate", "largest_bucket")
+
+
+def _fields(result: Any, names: Iterable[str]) -> dict[str, Any]:
+    return {name: getattr(result, name) for name in names}
+
+
 def _figures(d: Diagnosis) -> dict[str, Any]:
-    """Take what tables and claims need out of a diagnosis."""
+    """Return what tables and claims need of a diagnosis."""
     geometry = None
     if d.geometry is not None:
-        wanted = (
-            "participation_ratio",
-            "effective_rank",
-            "top_share",
-            "mean_abs_cosine",
-            "mean_abs_cosine_centered",
-            "dim",
-        )
-        geometry = {s["name"]: {k: s[k] for k in wanted} for s in d.geometry["spaces"]}
-    found = d.verdict.collisions
+        geometry = {space.name: _fields(space, GEOMETRY) for space in d.geometry.spaces}
+    errors = d.reconstruction
     return {
         "verdict": d.verdict.level,
         "geometry": geometry,
         "overlap": [_overlap(level) for level in d.overlap],
-        "flips": None if d.flips is None else _flips(dict(d.flips)),
-        "usage": [
-            {k: u[k] for k in ("perplexity", "active", "dead", "gini", "largest_share")}
-            for u in d.usage
-        ],
-        "collisions": {
-            "collision_rate": found.collision_rate,
-            "unique_ids": found.unique_ids,
-            "colliding_item_rate": found.colliding_item_rate,
-            "largest_bucket": found.largest_bucket,
-        },
+        "flips": None if d.flips is None else _flips(d.flips),
+        "usage": [_fields(level, USAGE) for level in d.usage],
+        "collisions": _fields(d.verdict.collisions, COLLISIONS),
         "decoder(codes)": {
-            "mse": d.reconstruction["mse_per_element"],
-            "normalized_squared_error": d.reconstruction["normalized_squared_error"],
-            "cosine": d.reconstruction["mean_cosine"],
-            "relative_error": d.reconstruction["relative_error"]["all"],
-            "relative_error_held_out": d.reconstruction["relative_error"].get("held_out"),
+            "mse": errors.mse_per_element,
+            "normalized_squared_error": errors.normalized_squared_error,
+            "cosine": errors.mean_cosine,
+            "relative_error": errors.relative_error["all"],
+            "relative_error_held_out": errors.relative_error.get("held_out"),
         },
     }
 
 
-def _overlap(level: Any) -> dict[str, Any]:
-    points = level["points"]
+def _overlap(level: LevelOverlap) -> dict[str, Any]:
+    points = level.points
     return {
-        "scale": [p["scale"] for p in points],
-        "rate": [p["rate"] for p in points],
-        "collision_probability": points[0]["collision_probability"],
-        "effective_size": [p["effective_size"] for p in points],
-        "geometry_scale": next((p["scale"] for p in points if not p["usage_only"]), None),
+        "scale": [p.scale for p in points],
+        "rate": [p.rate for p in points],
+        "collision_probability": points[0].collision_probability,
+        "effective_size": [p.effective_size for p in points],
+        "geometry_scale": next((p.scale for p in points if not p.usage_only), None),
     }
 
 
-def _flips(flips: dict[str, Any]) -> dict[str, Any]:
-    """Keep shares by scale: of every level's code and of whole ids, with the margin proxy."""
-    found: dict[str, Any] = {"latent_is_input": flips["latent_is_input"]}
-    for space in ("input", "latent"):
-        if space not in flips:
-            continue
-        points = flips[space]["flips"]["points"]
-        found[space] = {
-            "scale": [p["scale"] for p in points],
-            "code": [[level["value"] for level in p["code"]] for p in points],
-            "id": [p["prefix"][-1]["value"] for p in points],
-            "margins": [p["code"] for p in flips[space]["margins"]["points"]],
-        }
-    return found
+def _flips(flips: Flips) -> dict[str, Any]:
+    """Return shares by scale: of every level's code and of whole ids, with the margin proxy."""
+    by_space: dict[str, Any] = {"latent_is_input": flips.latent_is_input}
+    for space, response in (("input", flips.input), ("latent", flips.latent)):
+        if response is not None:
+            points = response.flips.points
+            by_space[space] = {
+                "scale": [p.scale for p in points],
+                "code": [[level.value for level in p.code] for p in points],
+                "id": [p.prefix[-1].value for p in points],
+                "margins": [list(p.code) for p in response.margins.points],
+            }
+    return by_space
+
+
+def _values(estimates: Mapping[Any, Estimate | None]) -> dict[str, float | None]:
+    return {str(key): None if e is None else e.value for key, e in estimates.items()}
+
+
+def _intervals(estimates: Mapping[Any, Estimate | None]) -> dict[str, Any]:
+    return {str(key): None if e is None else [e.low, e.high] for key, e in estimates.items()}
 
 
 def _reconstructed(tok: Tokenizer, rows: Array) -> Array:
@@ -270,7 +280,7 @@ def _behavior(
     tok: Tokenizer, source: EmbeddingSource, log: Interactions, *, replicates: int
 ) -> dict[str, Any] | None:
     """Measure retrieval and AUCs on the test users; None where the log has no order."""
-    pairs, facts, notes = behavior_pairs(log, source.ids)
+    pairs, behavior, notes = behavior_pairs(log, source.ids)
     if pairs is None:
         return None
     rows = source.rows(np.arange(len(source)))
@@ -284,29 +294,20 @@ def _behavior(
         spaces["decode_behavior(codes)"] = tok.decode_behavior(codes)
     pool = Pool(codes, tok.codebooks, spaces, hierarchical=tok.hierarchical)
     cutoffs, more = choose_cutoffs(None, len(source))
-    found = measure_pairs(
+    results = measure_pairs(
         pairs, pool, cutoffs=cutoffs, seed=EVALUATION_SEED, replicates=replicates, threads=None
     )
-    retrieval, discrete = found["retrieval"], found["discrete"]
+    retentions = results.retrieval.retention
     return {
         "pool": len(source),
-        "test_users": facts["test_users"],
-        "pairs": found["pairs"],
+        "test_users": behavior.test_users,
+        "pairs": results.pairs.to_dict(),
         "cutoffs": list(cutoffs),
-        "hit_rates": {
-            r["name"]: {k: v["value"] for k, v in r["rates"].items()}
-            for r in retrieval["hit_rates"]
-        },
-        "retention": {
-            r["name"]: {k: None if v is None else v["value"] for k, v in r["above_chance"].items()}
-            for r in retrieval["retention"]
-        },
-        "retention_interval": {
-            r["name"]: {k: v and [v["low"], v["high"]] for k, v in r["above_chance"].items()}
-            for r in retrieval["retention"]
-        },
-        "discrete": {k: v["value"] for k, v in discrete["depths"][-1]["rates"].items()},
-        "aucs": {k: v["value"] for k, v in found["aucs"]["aucs"].items()},
-        "auc_intervals": {k: [v["low"], v["high"]] for k, v in found["aucs"]["aucs"].items()},
+        "hit_rates": {each.name: _values(each.rates) for each in results.retrieval.hit_rates},
+        "retention": {each.name: _values(each.above_chance) for each in retentions},
+        "retention_interval": {each.name: _intervals(each.above_chance) for each in retentions},
+        "discrete": _values(results.discrete.depths[-1].rates),
+        "aucs": _values(results.aucs.aucs),
+        "auc_intervals": _intervals(results.aucs.aucs),
         "notes": [*notes, *more],
     }

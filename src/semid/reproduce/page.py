@@ -12,8 +12,7 @@ from semid.errors import InputError
 from semid.markdown import escaped
 from semid.output import MARKDOWN_MARK, atomic_file
 from semid.report.figure import Figure
-from semid.report.markdown import figure_markdown, table
-from semid.report.page import render
+from semid.report.pages import figure_markdown, render, table
 from semid.reproduce.claims import ClaimResult, Row, Rows, evaluate
 from semid.reproduce.drq import DRQ
 from semid.reproduce.moc import MOC

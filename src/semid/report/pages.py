@@ -1,0 +1,291 @@
+"""Reports and comparisons as HTML pages and as Markdown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from markupsafe import Markup
+
+from semid.health import Finding, Verdict
+from semid.markdown import escaped
+from semid.report.compare import VERDICTS
+from semid.report.figure import Figure, count, number, share, spoken
+from semid.report.figures import level_name, report_figures
+from semid.report.figures_compare import SENSES, WRITERS, comparison_figures
+from semid.report.metrics import VIEWS
+from semid.report.results import Comparison, Diagnosis
+
+__all__ = ["embed_json", "figure_markdown", "render", "table"]
+
+# id, title, introduction
+SECTIONS = (
+    (
+        "codes",
+        "Codes",
+        "Are the codebooks used, do items keep ids of their own, and what of the embedding is left "
+        "in the codes?",
+    ),
+    ("robustness", "Robustness", "Does an item keep its id when its embedding changes a little?"),
+    ("geometry", "Geometry", "How many directions of the embedding space survive into the codes?"),
+    ("behavior", "Behavior", "Do the codes know which items people take together?"),
+    (
+        "relations",
+        "Known relations",
+        "The same questions, asked of item pairs from a second ground truth.",
+    ),
+)
+
+
+# HTML ----------------------------------------------------------------------------------------
+
+
+def embed_json(value: Any) -> Markup:
+    """Return JSON that is safe inside a ``<script>`` element.
+
+    Item texts are somebody else's: ``<``, ``>`` and ``&`` become escapes, so no text can end the
+    element or begin a comment, and the two line separators that old scripts trip over as well.
+    """
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup(text)
+
+
+def render(template: str, **values: Any) -> str:
+    """Fill a template of this package; text is escaped unless it is markup of the package."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from plotly.offline import get_plotlyjs
+
+    environment = Environment(
+        loader=PackageLoader("semid.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"count": count, "number": number, "share": share, "spoken": spoken}
+
+    def inline(name: str) -> Markup:
+        source, _, _ = environment.loader.get_source(environment, name)  # type: ignore[union-attr]
+        return Markup(source)
+
+    return environment.get_template(template).render(
+        inline=inline,
+        embed_json=embed_json,
+        plotly=Markup(get_plotlyjs()),
+        semid_version=version("semid"),
+        **values,
+    )
+
+
+def report_page(diagnosis: Diagnosis) -> str:
+    """Return the report of one tokenizer as an HTML page."""
+    figures = report_figures(diagnosis)
+    sections = [
+        (key, title, intro, [figure for figure in figures if figure.section == key])
+        for key, title, intro in SECTIONS
+    ]
+    return render(
+        "report.html.j2",
+        d=diagnosis,
+        verdict_words=verdict_words(diagnosis.verdict),
+        findings=grouped_findings(diagnosis.verdict.findings),
+        key_figures=key_figures(diagnosis),
+        sections=[section for section in sections if section[3]],
+        plots=[figure.to_plot() for figure in figures if figure.traces],
+        level_names=[level_name(diagnosis, level) for level in range(diagnosis.model.levels)],
+        protocol=_protocol_rows(diagnosis),
+    )
+
+
+def comparison_page(c: Comparison) -> str:
+    """Return the comparison as an HTML page."""
+    figures = comparison_figures(c)
+    return render(
+        "compare.html.j2",
+        c=c,
+        data=next(iter(c.diagnoses.values())).data,
+        protocol=next(iter(c.diagnoses.values())).protocol.to_dict(),
+        views=view_rows(c),
+        verdicts={name: VERDICTS[d.verdict.level][0] for name, d in c.diagnoses.items()},
+        figures=figures,
+        plots=[figure.to_plot() for figure in figures if figure.traces],
+    )
+
+
+# Markdown ------------------------------------------------------------------------------------
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [
+        [escaped(c) for c in columns],
+        [":--", *["--:"] * (len(columns) - 1)],
+        *([escaped(c) for c in r] for r in rows),
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def figure_markdown(figure: Figure) -> str:
+    """Return a figure as heading, table, caption and definition."""
+    body = table(figure.columns, figure.rows) if figure.rows else ""
+    return f"### {figure.title}\n\n{body}\n{figure.caption}\n\n*{figure.definition}*\n"
+
+
+def report_markdown(diagnosis: Diagnosis) -> str:
+    """Return a diagnosis as Markdown: the verdict, and a table per figure."""
+    word, meaning = verdict_words(diagnosis.verdict)
+    parts = [
+        f"# {escaped(diagnosis.model.name)} on {count(diagnosis.data.items)} items\n",
+        f"**{word}.** {meaning}\n",
+    ]
+    parts += [
+        f"- **{f.severity}**: {escaped(f.what)}. {escaped(f.why)}. Try {escaped(f.advice)}.\n"
+        for f in diagnosis.verdict.findings
+    ]
+    parts.append(table(["", "", ""], [list(row) for row in key_figures(diagnosis)]))
+    figures = report_figures(diagnosis)
+    for key, title, _ in SECTIONS:
+        drawn = [figure_markdown(figure) for figure in figures if figure.section == key]
+        if drawn:
+            parts += [f"## {title}\n", *drawn]
+    if diagnosis.buckets:
+        rows = [
+            [
+                count(bucket.items),
+                " ".join(map(str, bucket.codes)),
+                "; ".join(str(item.title or item.id) for item in bucket.examples[:3]),
+            ]
+            for bucket in diagnosis.buckets[:10]
+        ]
+        parts += ["## Fullest buckets\n", table(["Items", "Id", "For example"], rows)]
+    parts += ["## Protocol\n", *(f"- {escaped(note)}.\n" for note in diagnosis.notes)]
+    parts += [
+        f"- {key.replace('_', ' ')}: {escaped(str(value))}\n"
+        for key, value in diagnosis.protocol.to_dict().items()
+    ]
+    return "\n".join(parts)
+
+
+def comparison_markdown(c: Comparison) -> str:
+    """Return the comparison as Markdown."""
+    items = next(iter(c.diagnoses.values())).data.items
+    parts = [f"# {len(c.names)} models on {count(items)} items\n"]
+    parts += [f"- {escaped(finding)}.\n" for finding in c.findings]
+    for title, rows in view_rows(c):
+        body = [
+            [
+                f"{row.name} ({row.sense})",
+                *(text + (f" (rank {rank})" if rank else "") for text, rank in row.cells),
+            ]
+            for row in rows
+        ]
+        parts += [f"## {title}\n", table(["", *c.names], body)]
+    parts += ["## Trade-offs\n", *(figure_markdown(figure) for figure in comparison_figures(c))]
+    parts += ["## Notes\n", *(f"- {escaped(note)}.\n" for note in c.notes)]
+    return "\n".join(parts)
+
+
+# The contents of both ------------------------------------------------------------------------
+
+
+def verdict_words(verdict: Verdict) -> tuple[str, str]:
+    """Return the verdict in a word and in a sentence."""
+    word, sentence = VERDICTS[verdict.level]
+    if verdict.healthy and verdict.findings:
+        sentence = "No warning. The notes below say what may matter to your use."
+    return word, sentence
+
+
+def grouped_findings(findings: Sequence[Finding]) -> list[dict[str, Any]]:
+    """Join findings that differ in their figures alone, such as one fault at several levels."""
+    groups: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for f in findings:
+        group = groups.setdefault(
+            (f.name, f.severity, f.advice),
+            {"severity": f.severity, "whats": [], "why": f.why, "advice": f.advice},
+        )
+        group["whats"].append(f.what)
+    return list(groups.values())
+
+
+def key_figures(d: Diagnosis) -> list[tuple[str, str, str]]:
+    """Return name, value and remark of the figures at the head of the page."""
+    collisions, errors = d.verdict.collisions, d.reconstruction.relative_error
+    held_out = errors.get("held_out")
+    worst = min(d.usage, key=lambda u: u.perplexity / min(u.codebook_size, u.items))
+    return [
+        ("Items", count(collisions.items), f"{count(collisions.unique_ids)} different ids"),
+        ("Collision rate", share(collisions.collision_rate), "1 - unique/N"),
+        (
+            "Colliding items",
+            share(collisions.colliding_item_rate),
+            f"fullest bucket: {count(collisions.largest_bucket)}",
+        ),
+        (
+            "Least even level",
+            number(worst.perplexity),
+            f"perplexity of {count(worst.codebook_size)}, level {worst.level + 1}",
+        ),
+        (
+            "Relative error",
+            number(held_out if held_out is not None else errors["all"]),
+            "held-out items" if held_out is not None else "all items",
+        ),
+    ]
+
+
+def _protocol_rows(diagnosis: Diagnosis) -> list[tuple[str, str]]:
+    """List settings and protocol as rows of a table."""
+    facts = {
+        "tokenizer": diagnosis.model.name,
+        "embeddings": diagnosis.data.label,
+        "codebook fingerprint": diagnosis.model.codebook_fingerprint,
+        **{f"setting {key}": value for key, value in diagnosis.model.settings.items()},
+        **diagnosis.protocol.to_dict(),
+    }
+    return [
+        (
+            key.replace("_", " "),
+            spoken(value) if not isinstance(value, dict | list) else json.dumps(value),
+        )
+        for key, value in facts.items()
+    ]
+
+
+@dataclass(frozen=True)
+class ViewRow:
+    """A metric in the table of its view: per model its value, written out, and its rank."""
+
+    name: str
+    sense: str
+    cells: list[tuple[str, int | None]]
+
+
+def view_rows(c: Comparison) -> list[tuple[str, list[ViewRow]]]:
+    """Return title and rows of each view's table."""
+    views = []
+    for key, title in VIEWS.items():
+        rows = [
+            ViewRow(
+                row.name,
+                SENSES[row.better],
+                [
+                    (WRITERS[row.kind](value), rank)
+                    for value, rank in zip(row.values, row.ranks, strict=True)
+                ],
+            )
+            for row in c.metrics
+            if row.view == key
+        ]
+        if rows:
+            views.append((title, rows))
+    return views
+
+
+Diagnosis.writers |= {".html": report_page, ".md": report_markdown}
+Comparison.writers |= {".html": comparison_page, ".md": comparison_markdown}
