@@ -22,7 +22,7 @@ import semid
 from semid.data.ids import held_out_mask
 from semid.data.interactions import SELECT, Interactions, split_users
 from semid.diagnostics.pairs import ItemPairs, item_pairs
-from semid.diagnostics.reconstruction import reconstruction
+from semid.diagnostics.spaces import reconstruction
 from semid.health import usage
 from semid.report.behavior import Pool, measure_pairs
 from semid.tokenizers.barq import BARQ

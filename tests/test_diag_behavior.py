@@ -23,7 +23,7 @@ from semid.diagnostics import (
     popularity_health,
     popularity_segments,
 )
-from semid.diagnostics.bootstrap import bootstrap, cluster_sums
+from semid.diagnostics.pairs import bootstrap, cluster_sums
 from semid.errors import InputError, UsageError
 from semid.seeds import numpy_generator
 

@@ -11,7 +11,7 @@ import torch
 
 import semid
 from semid.data.interactions import TEST, split_users
-from semid.diagnostics.geometry import geometry
+from semid.diagnostics.spaces import geometry
 from semid.errors import DivergedError, EmbeddingError, UsageError
 from semid.registry import recipe_names
 from semid.tokenizers.factory import RECIPES, TOKENIZERS, make_tokenizer, read_recipe

@@ -322,8 +322,8 @@ def test_fit_report_compare_and_refresh_print_one_relative_error(normal):
         "training": gaps[~held].sum() / spreads[~held].sum(),
         "held_out": gaps[held].sum() / spreads[held].sum(),
     }
-    assert report.reconstruction["relative_error"] == pytest.approx(expected, rel=1e-9)
-    last = {name: report.reconstruction["per_level"][-1][name] for name in expected}
+    assert report.reconstruction.relative_error == pytest.approx(expected, rel=1e-9)
+    last = {name: report.reconstruction.per_level[-1].errors[name] for name in expected}
     assert last == pytest.approx(expected, rel=1e-5), "the latent is the input here"
     assert tok.report.training_error == report.verdict.training_error
     assert tok.report.validation_error == report.verdict.validation_error
@@ -344,7 +344,7 @@ def test_errors_of_unknown_rows_are_not_called_training_errors(normal):
     whole = fitted(normal, validation_fraction=0.0)
     again = diagnose(whole, normal, explorer=False)
     assert again.verdict.training_error == whole.report.training_error
-    assert set(again.reconstruction["relative_error"]) == {"all", "training"}
+    assert set(again.reconstruction.relative_error) == {"all", "training"}
 
 
 @pytest.mark.parametrize(("times", "count"), [(50, 0), (200, 1)])

@@ -55,7 +55,8 @@ class Result:
         """Return a document's values under the names of the fields, without derived ones."""
         arrays = {f.name for f in dataclasses.fields(cls) if not f.compare}  # type: ignore[arg-type]
         named = {cls.renamed.get(key, key): value for key, value in data.items()}
-        return {k: v for k, v in named.items() if k not in arrays and k not in cls.derived}
+        stored = {k: v for k, v in named.items() if k not in arrays and k not in cls.derived}
+        return {**dict.fromkeys(cls.omit_none), **stored}
 
 
 def _json_value(value: Any, arrays: bool) -> Any:

@@ -5,7 +5,6 @@ and the same result for any number of threads. Drawing them is `semid.report`'s 
 """
 
 from semid.diagnostics.auc import MatchRate, NegativePairs, PairAucs, auc, negative_pairs, pair_aucs
-from semid.diagnostics.bootstrap import Estimate
 from semid.diagnostics.discrete import (
     DiscreteRanks,
     DiscreteRetrieval,
@@ -21,7 +20,6 @@ from semid.diagnostics.flips import (
     rank_agreement,
     spearman,
 )
-from semid.diagnostics.geometry import Geometry, geometry, sample_rows
 from semid.diagnostics.margins import MarginPoint, MarginProxy, input_margin_proxy, margin_proxy
 from semid.diagnostics.overlap import (
     NOISE_SCALES,
@@ -32,18 +30,12 @@ from semid.diagnostics.overlap import (
     overlap,
     overlap_levels,
 )
-from semid.diagnostics.pairs import ItemPairs, PairCounts, item_pairs, pairs_by_id
+from semid.diagnostics.pairs import Estimate, ItemPairs, PairCounts, item_pairs, pairs_by_id
 from semid.diagnostics.popularity import (
     PopularityHealth,
     PopularitySegment,
     popularity_health,
     popularity_segments,
-)
-from semid.diagnostics.reconstruction import (
-    Reconstruction,
-    ReconstructionCounter,
-    reconstruction,
-    reconstruction_by_level,
 )
 from semid.diagnostics.retrieval import (
     CUTOFFS,
@@ -52,6 +44,15 @@ from semid.diagnostics.retrieval import (
     Retention,
     item_retrieval,
     neighbor_ranks,
+)
+from semid.diagnostics.spaces import (
+    Geometry,
+    Reconstruction,
+    ReconstructionCounter,
+    geometry,
+    reconstruction,
+    reconstruction_by_level,
+    sample_rows,
 )
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""What every diagnostic does with its input: check the shape, cut it into blocks, cast a block."""
+"""Input of the diagnostics: shapes are checked, blocks are cut, cast and checked for NaN."""
 
 from __future__ import annotations
 
@@ -26,19 +26,11 @@ __all__ = [
 Matrix = npt.NDArray[Any] | torch.Tensor
 
 BLOCK_ROWS = 16_384
-"""Rows worked on at once; fixed, so that sums do not depend on memory or threads."""
+"""Rows per block; fixed, so that sums do not depend on memory or threads."""
 
 
 def as_matrix(x: Matrix, name: str) -> npt.NDArray[Any]:
-    """Return ``x`` as a two-dimensional array of numbers without copying it.
-
-    Args:
-        x: numpy array (a memory map stays one) or torch tensor on any device, ``(items, dim)``.
-        name: what the caller calls it, for the error.
-
-    Raises:
-        InputError: not two-dimensional, empty, or not numbers.
-    """
+    """Return ``x`` (items, dim) as an array without copying it; ``name`` is for the error."""
     array = x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else np.asanyarray(x)
     if array.ndim != 2 or array.shape[0] == 0 or array.shape[1] == 0:
         raise InputError(
@@ -56,11 +48,7 @@ def row_blocks(items: int, size: int = BLOCK_ROWS) -> Iterator[slice]:
 
 
 def as_block(array: npt.NDArray[Any], rows: slice | npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    """Return some rows as a contiguous float32 array ``(batch, dim)``.
-
-    Raises:
-        InputError: the rows hold NaN or infinite values.
-    """
+    """Return rows as contiguous float32 ``(batch, dim)``; InputError if one is not finite."""
     block = np.ascontiguousarray(array[rows], dtype=np.float32)
     if not np.isfinite(block).all():
         bad = int(np.flatnonzero(~np.isfinite(block).all(1))[0])
@@ -101,19 +89,13 @@ def pair_cosines(
     *,
     threads: int | None = None,
 ) -> npt.NDArray[np.float64]:
-    """Return the cosine of pairs of rows; exactly 1 for equal rows, 0 where a row is zero.
+    """Return the cosines of pairs of rows ``(pairs,)``: exactly 1 for equal rows, 0 for zero rows.
 
     Args:
         table: ``(rows, dim)``; copied when it is not float32.
         first: row of each pair, ``(pairs,)``.
-        second: row of each pair, ``(pairs,)``.
-        threads: plain threads; None uses all this process may use. It changes no result.
-
-    Returns:
-        float64 ``(pairs,)``.
-
-    Raises:
-        InputError: a row holds NaN or infinite values.
+        second: the other row, ``(pairs,)``.
+        threads: number of CPU threads; the result does not depend on it.
     """
     rows = np.asarray(np.ascontiguousarray(table, dtype=np.float32))
     every = np.arange(len(rows))

@@ -10,8 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from semid.diagnostics.arrays import Matrix, as_matrix, pair_cosines
-from semid.diagnostics.bootstrap import Estimate, bootstrap
-from semid.diagnostics.pairs import ItemPairs, PairCounts
+from semid.diagnostics.pairs import Estimate, ItemPairs, PairCounts, bootstrap
 from semid.errors import InputError, UsageError
 from semid.health import check_codes, usage
 from semid.results import Result
@@ -24,7 +23,7 @@ Rows = npt.NDArray[np.int64]
 
 
 def auc(positives: npt.ArrayLike, negatives: npt.ArrayLike) -> float:
-    """Return the chance that a positive scores above a negative; a tie counts one half.
+    """Return the probability that a positive scores above a negative; a tie counts one half.
 
     Args:
         positives: scores ``(n,)``.
@@ -42,7 +41,7 @@ def auc(positives: npt.ArrayLike, negatives: npt.ArrayLike) -> float:
 
 
 def _placements(positives: npt.ArrayLike, negatives: npt.ArrayLike) -> tuple[Floats, Floats]:
-    """Return for each positive its wins over negatives, and for each negative the positives'."""
+    """Return each positive's share of negatives below it, each negative's of positives above."""
     p, n = np.asarray(positives, np.float64), np.asarray(negatives, np.float64)
     if p.ndim != 1 or n.ndim != 1 or not len(p) or not len(n):
         raise InputError(
@@ -50,6 +49,7 @@ def _placements(positives: npt.ArrayLike, negatives: npt.ArrayLike) -> tuple[Flo
         )
     if np.isnan(p).any() or np.isnan(n).any():
         raise InputError("scores hold NaN; an AUC has no place for them")
+    # Both sorts serve twice: once to look values up in ascending order, once to be looked up in.
     p_order, n_order = np.argsort(p), np.argsort(n)
     wins = _below(p, p_order, n[n_order])
     return wins, 1.0 - _below(n, n_order, p[p_order])
@@ -58,13 +58,19 @@ def _placements(positives: npt.ArrayLike, negatives: npt.ArrayLike) -> tuple[Flo
 def _below(values: Floats, order: npt.NDArray[np.int64], others: Floats) -> Floats:
     """Return the share of ``others`` (ascending) below each value, equal ones counting one half.
 
-    Values are looked up in their own order: at random, each would miss the cache.
+    Args:
+        values: ``(n,)``.
+        order: sorts them. Looked up in ascending order, neighbors hit the same cache lines; in
+            random order each look-up would miss the cache.
+        others: ``(m,)`` ascending.
     """
-    rising = values[order]
-    found = np.empty(len(values))
-    found[order] = np.searchsorted(others, rising, side="left")
-    found[order] += np.searchsorted(others, rising, side="right")
-    return found / (2.0 * len(others))
+    ascending = values[order]
+    below = np.empty(len(values))
+    # The left position counts smaller values, the right one equal values too: their sum is twice
+    # the number of smaller values plus the number of equal ones, which is the half count doubled.
+    below[order] = np.searchsorted(others, ascending, side="left")
+    below[order] += np.searchsorted(others, ascending, side="right")
+    return below / (2.0 * len(others))
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ class NegativePairs:
     Attributes:
         targets: row of b', int64 ``(pairs, per_pair)``; never the query itself.
         per_pair: negatives per positive pair.
-        seed: they were drawn with.
+        seed: of the draw.
     """
 
     targets: Rows = field(repr=False, compare=False)
@@ -83,9 +89,10 @@ class NegativePairs:
 
 
 def negative_pairs(pairs: ItemPairs, *, per_pair: int = 10, seed: int = 0) -> NegativePairs:
-    """Draw the fixed negatives: uniform over the pool less the query.
+    """Draw the fixed negatives, uniform over the pool without the query.
 
-    An item that the query's user also took may be drawn: no item is known to be unrelated.
+    An item that the query's user also interacted with may be drawn: no item is known to be
+    unrelated.
 
     Args:
         pairs: the positive pairs.
@@ -98,6 +105,7 @@ def negative_pairs(pairs: ItemPairs, *, per_pair: int = 10, seed: int = 0) -> Ne
     if per_pair < 1:
         raise UsageError(f"per_pair={per_pair} must be at least 1")
     rng = numpy_generator(seed, "negatives")
+    # Draw from the pool less one item and skip the query: uniform without rejection.
     drawn = rng.integers(0, pairs.pool - 1, (len(pairs), per_pair))
     return NegativePairs(drawn + (drawn >= pairs.queries[:, None]), per_pair, seed)
 
@@ -137,8 +145,8 @@ class PairAucs(Result):
     """AUCs of every reading on the same pairs and negatives.
 
     Attributes:
-        pairs: counts of the positive pairs and of what was left out.
-        per_pair: negatives a pair.
+        pairs: counts of the positive pairs and of those left out.
+        per_pair: negatives per pair.
         seed: of the negatives and of the bootstrap.
         hierarchical: whether ``exact`` is ``exact_prefix`` (True) or ``exact_count``.
         weights: of the levels in the weighted readings.
@@ -158,7 +166,7 @@ class PairAucs(Result):
 
     @property
     def exact(self) -> Estimate:
-        """The exact reading that fits the ids: by prefix, or by number of equal codes."""
+        """The exact reading of these ids: by prefix, or by number of equal codes."""
         return self.aucs["exact_prefix" if self.hierarchical else "exact_count"]
 
 
@@ -180,12 +188,13 @@ class _Cases:
     def estimate(self, scores: npt.NDArray[Any], **options: Any) -> Estimate:
         """Return the AUC with its interval over users.
 
-        A user is drawn with all his pairs, positive and negative. The AUC of a draw is taken to
-        first order in the users' weights (the projections of the two-sample U statistic), which
-        needs one sort instead of one a draw; the difference is of order 1 / users.
+        A user is drawn with all pairs, positive and negative. The AUC of a draw is taken to first
+        order in the users' weights, the projections of the two-sample U statistic. That needs one
+        sort in all instead of one per draw; the difference is of order 1 / users.
         """
         wins, losses = _placements(scores[: self.positives], scores[self.positives :])
         n, count = self.positives, int(self.clusters.max()) + 1
+        # Per user: positives and the sum of their placements, negatives and the sum of theirs.
         sums = [
             np.bincount(self.clusters[part], weights=weights, minlength=count)
             for part, weights in (
@@ -198,6 +207,8 @@ class _Cases:
         whole = float(wins.mean())
 
         def statistic(totals: Floats) -> Floats:
+            # First order: mean placement of the drawn positives among all negatives, plus that of
+            # the drawn negatives among all positives, less the AUC, which both of them contain.
             value = totals[:, 1] / totals[:, 0] + totals[:, 3] / totals[:, 2] - whole
             return np.clip(value, 0.0, 1.0)[:, None]
 
@@ -220,34 +231,37 @@ def _level_cosines(
     cases: _Cases,
     threads: int | None,
 ) -> tuple[Floats, Floats]:
-    """Return cosines of the centered codewords ``(cases, levels)`` and each level's variance."""
+    """Return cosines of the centered codewords ``(pairs, levels)`` and each level's variance."""
     cosines = np.empty((len(cases.a), len(codebooks)))
     variances = np.empty(len(codebooks))
     for level, codebook in enumerate(codebooks):
         share = usage(codes[:, level : level + 1], len(codebook))[0].probabilities
-        words = codebook.astype(np.float64)
-        words -= share @ words
-        variances[level] = share @ np.einsum("kd,kd->k", words, words)
+        # Centered by usage, so that a mean that all codewords share does not make them alike.
+        codewords = codebook.astype(np.float64)
+        codewords -= share @ codewords
+        variances[level] = share @ np.einsum("kd,kd->k", codewords, codewords)
         column = codes[:, level].astype(np.int64)
         a, b = column[cases.a], column[cases.b]
-        size = len(words)
-        if size * size <= len(a):  # cheaper to know all pairs of codes
+        size = len(codewords)
+        if size * size <= len(a):
+            # Fewer pairs of codewords than pairs of items: compute all of them once, then look up.
             every = np.arange(size)
-            table = pair_cosines(
-                words, np.repeat(every, size), np.tile(every, size), threads=threads
-            )
-            cosines[:, level] = table[a * size + b]
+            first, second = np.repeat(every, size), np.tile(every, size)
+            all_pairs = pair_cosines(codewords, first, second, threads=threads)
+            cosines[:, level] = all_pairs[a * size + b]
         else:
-            cosines[:, level] = pair_cosines(words, a, b, threads=threads)
+            cosines[:, level] = pair_cosines(codewords, a, b, threads=threads)
     return cosines, variances
 
 
 def _level_weights(
-    given: Sequence[float] | None, variances: Floats, hierarchical: bool
+    level_weights: Sequence[float] | None, variances: Floats, hierarchical: bool
 ) -> tuple[float, ...]:
     """Return the weights of the levels, summing to one."""
     levels = len(variances)
-    weights = np.asarray(variances if given is None and hierarchical else given or [1.0] * levels)
+    if level_weights is None:
+        level_weights = variances.tolist() if hierarchical else [1.0] * levels
+    weights = np.asarray(level_weights)
     if weights.shape != (levels,) or (weights < 0).any() or not weights.any():
         raise InputError(
             f"level weights {weights.tolist()}: {levels} non-negative numbers, not all zero, are "
@@ -269,13 +283,13 @@ def pair_aucs(
     confidence: float = 0.95,
     threads: int | None = None,
 ) -> PairAucs:
-    """Measure how well ids tell related pairs from random ones, in every reading.
+    """Measure how well ids distinguish related pairs from random ones, in every reading.
 
     Args:
         codes: integers ``(pool, levels)``.
-        codebooks: one ``(codes, latent)`` array a level.
-        pairs: the positive pairs, from users whom no tokenizer saw.
-        negatives: from `negative_pairs`; the same for all that are compared.
+        codebooks: one ``(codes, latent)`` array per level.
+        pairs: the positive pairs, from users whose data no tokenizer was fitted on.
+        negatives: from `negative_pairs`; the same for all tokenizers that are compared.
         hierarchical: whether prefixes mean relatedness.
         embeddings: name -> ``(pool, dim)``, scored by cosine: ``original`` as the upper bound,
             ``decoder(codes)``, ``decoder(z)``.
@@ -283,7 +297,7 @@ def pair_aucs(
             codewords carry, and equal weights for parallel codebooks.
         replicates: bootstrap draws of users; 0 gives no intervals.
         confidence: coverage of the intervals.
-        threads: plain threads; None uses all this process may use. It changes no result.
+        threads: number of CPU threads; the result does not depend on it.
 
     Returns:
         A `PairAucs`. ``weighted`` is ``sum_l w_l cos(c_a^l, c_b^l)`` with codewords less their
@@ -300,6 +314,7 @@ def pair_aucs(
     if len(array) != pairs.pool:
         raise InputError(f"codes hold {len(array)} items, the pool {pairs.pool}; give the same")
     cases = _Cases(pairs, negatives)
+    # Per pair and level: whether the codes are equal, and whether all up to this level are.
     equal = array[cases.a] == array[cases.b]
     prefix = np.logical_and.accumulate(equal, axis=1)
     cosines, variances = _level_cosines(array, tables, cases, threads)
@@ -312,8 +327,8 @@ def pair_aucs(
         "weighted_equality": equal @ np.array(weights),
     }
     for name, embedding in (embeddings or {}).items():
-        found = _embedding_scores(embedding, cases, name, pairs.pool, threads)
-        scores[f"embedding: {name}"] = found
+        cosine = _embedding_scores(embedding, cases, name, pairs.pool, threads)
+        scores[f"embedding: {name}"] = cosine
     options = {"replicates": replicates, "confidence": confidence, "seed": negatives.seed}
     n = cases.positives
     rates = [prefix[:n].mean(0), prefix[n:].mean(0), equal[:n].mean(0), equal[n:].mean(0)]

@@ -1,4 +1,4 @@
-"""Retrieval by codes alone: longest common prefix or number of equal codes, with honest ties."""
+"""Retrieval by codes alone: longest common prefix or number of equal codes, ties at random."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from semid.seeds import numpy_generator
 
 __all__ = ["DiscreteRanks", "DiscreteRetrieval", "discrete_ranks", "discrete_retrieval"]
 
-_QUERIES = 4096  # queries a block of the equal-codes search
+_QUERIES = 4096  # queries per block of the search by equal codes
 
 Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class DiscreteRanks:
-    """Where each pair's target stands in its query's list.
+    """Position of each pair's target in its query's list.
 
     Attributes:
-        rank: place under the seeded order of ties, from 0, int64 ``(pairs,)``.
-        better: candidates that match the query more than the target does.
-        tied: candidates that match it as much, the target among them.
-        match: common prefix length or number of equal codes of query and target.
+        rank: position under the seeded order of ties, from 0, int64 ``(pairs,)``.
+        better: number of candidates that match the query more than the target does.
+        tied: number of candidates that match it as much, the target among them.
+        match: length of the common prefix, or number of equal codes, of query and target.
     """
 
     rank: Ints
@@ -42,38 +42,47 @@ class DiscreteRanks:
     match: Ints
 
     def expected_hits(self, k: int) -> npt.NDArray[np.float64]:
-        """Return each pair's chance to be a hit at ``k``, averaged over all orders of ties."""
+        """Return each pair's probability of a hit at ``k``, averaged over all orders of ties."""
         return np.clip((k - self.better) / self.tied, 0.0, 1.0)
 
 
 def _prefix_ranks(codes: npt.NDArray[Any], pairs: ItemPairs, order: Ints) -> DiscreteRanks:
-    """Rank by common prefix, from sorted groups: no list is ever made."""
+    """Rank by common prefix without listing candidates; ``order`` is the priority among ties.
+
+    Candidates that share the first ``match`` codes with the query and differ in the next one tie
+    with the target. They are the group of depth ``match`` less the group of depth ``match + 1``,
+    so sizes of groups and positions inside them give every count.
+    """
     items, levels = codes.shape
     q, t = pairs.queries, pairs.targets
     match = np.logical_and.accumulate(codes[q] == codes[t], axis=1).sum(1)
     better, tied = np.zeros(len(q), np.int64), np.zeros(len(q), np.int64)
     rank = np.zeros(len(q), np.int64)
-    # A depth's group holds the items that share the query's prefix of that length. ``places`` are
-    # (group, priority) in one number, sorted: a group is a range, in order of priority.
     for depth in range(levels + 1):
         if depth == 0:
             group = np.zeros(items, np.int64)
         else:
             group = np.unique(bucket_keys(codes[:, :depth]), return_inverse=True)[1]
+        # (group, priority) in one sorted number: a group is a range of it, by priority, so the
+        # number of its members with a lower priority is a position inside the range.
         places = np.sort(group * items + order)
         starts = np.searchsorted(places, np.arange(int(group.max()) + 2) * items)
         sizes = np.diff(starts)
-        at = match == depth  # targets that leave the query's company after this depth
+        # Pairs whose common prefix ends here: the whole group ties, for now.
+        at = match == depth
         g = group[q[at]]
         before = np.searchsorted(places, g * items + order[t[at]]) - starts[g]
         tied[at] += sizes[g]
         rank[at] += before
-        at = match == depth - 1  # what stays at this depth is better than those targets
+        # Pairs whose common prefix ended one level before: the items that still share a prefix
+        # with the query match it better, so they are no ties but precede the target.
+        at = match == depth - 1
         g = group[q[at]]
         before = np.searchsorted(places, g * items + order[t[at]]) - starts[g]
-        better[at] = sizes[g] - 1  # the query is no candidate
+        better[at] = sizes[g] - 1  # without the query, which is no candidate
         tied[at] -= sizes[g]
         rank[at] += better[at] - before
+    # Pairs of one whole id have no depth after the last: take the query out of their group here.
     whole = match == levels
     tied[whole] -= 1
     rank[whole] -= order[q[whole]] < order[t[whole]]
@@ -108,20 +117,21 @@ def _count_ranks(
     touched = np.empty(items, np.int64)
     for i in range(len(queries)):
         q = queries[i]
-        found = 0
+        # Walk the lists of the items that share a code with the query and count matches per item.
+        count = 0
         for level in range(levels):
             code = codes[q, level]
             for p in range(starts[code], starts[code + 1]):
                 item = posting[p]
                 if equal[item] == 0 and item != q:
-                    touched[found] = item
-                    found += 1
+                    touched[count] = item
+                    count += 1
                 if item != q:
                     equal[item] += 1
         for case in range(case_starts[i], case_starts[i + 1]):
             t = targets[case]
             better, tied, ahead, earlier = 0, 0, 0, 0
-            for p in range(found):
+            for p in range(count):
                 item = touched[p]
                 if equal[item] > equal[t]:
                     better += 1
@@ -129,46 +139,50 @@ def _count_ranks(
                     tied += 1
                     ahead += order[item] < order[t]
                 earlier += order[item] < order[t]
-            if equal[t] == 0:  # the rest of the pool, never listed
-                tied = items - 1 - found
+            if equal[t] == 0:
+                # The target shares no code with the query and ties with the rest of the pool,
+                # which is not listed: count it as all candidates less the listed ones.
+                tied = items - 1 - count
                 ahead = order[t] - earlier - (order[q] < order[t])
             out[case, 0] = better + ahead
             out[case, 1] = better
             out[case, 2] = tied
-        for p in range(found):
+        for p in range(count):
             equal[touched[p]] = 0
 
 
 def _equal_ranks(
     codes: npt.NDArray[Any], pairs: ItemPairs, order: Ints, threads: int | None
 ) -> DiscreteRanks:
-    """Rank by number of equal codes, from the lists of items a code holds."""
+    """Rank by number of equal codes, from the lists of items of each code."""
     items, levels = codes.shape
+    # Number the codes in use through all levels, so that one array of lists serves them all.
     dense = np.empty((items, levels), np.int64)
     offset = 0
     for level in range(levels):
         dense[:, level] = offset + np.unique(codes[:, level], return_inverse=True)[1]
         offset = int(dense[:, level].max()) + 1
+    # The items of each code, one code after the other, and where each list starts.
     flat = dense.T.ravel()
     posting = np.argsort(flat, kind="stable") % items
     starts = np.concatenate([[0], np.cumsum(np.bincount(flat, minlength=offset))])
+    # Pairs of one query share its search.
     by_query = np.argsort(pairs.queries, kind="stable")
     targets = pairs.targets[by_query]
     queries, first = np.unique(pairs.queries[by_query], return_index=True)
     bounds = np.append(first, len(targets))
-    found = np.empty((len(targets), 3), np.int64)
+    by_target = np.empty((len(targets), 3), np.int64)
 
     def work(start: int) -> None:
         stop = min(start + _QUERIES, len(queries))
         a, b = bounds[start], bounds[stop]
         cases = bounds[start : stop + 1] - a
-        _count_ranks(
-            dense, posting, starts, order, queries[start:stop], cases, targets[a:b], found[a:b]
-        )
+        out = by_target[a:b]
+        _count_ranks(dense, posting, starts, order, queries[start:stop], cases, targets[a:b], out)
 
     map_blocks(work, range(0, len(queries), _QUERIES), threads=threads)
-    result = np.empty_like(found)
-    result[by_query] = found
+    result = np.empty_like(by_target)
+    result[by_query] = by_target
     match = (codes[pairs.queries] == codes[pairs.targets]).sum(1)
     return DiscreteRanks(result[:, 0], result[:, 1], result[:, 2], match)
 
@@ -181,17 +195,17 @@ def discrete_ranks(
     seed: int = 0,
     threads: int | None = None,
 ) -> DiscreteRanks:
-    """Find each target's place in its query's list, exactly, without making the lists.
+    """Return each target's exact position in its query's list, without listing candidates.
 
-    Candidates are all items of the pool but the query. Ties, which are most of the list, stand
-    in one seeded random order of the items, never in item order.
+    Candidates are all items of the pool but the query. Ties, which are most of the list, are in
+    one seeded random order of the items, never in item order.
 
     Args:
         codes: integers ``(pool, levels)``.
         pairs: the cases.
         hierarchical: rank by longest common prefix; False ranks by number of equal codes.
         seed: of the order of ties.
-        threads: plain threads; None uses all this process may use. It changes no result.
+        threads: number of CPU threads; the result does not depend on it.
 
     Returns:
         A `DiscreteRanks`.
@@ -199,7 +213,7 @@ def discrete_ranks(
     Raises:
         InputError: codes of another length than the pool.
 
-    Cost: by prefix ``levels * pool log pool``; by equal codes, a query, the items that share a
+    Cost: by prefix ``levels * pool log pool``; by equal codes, per query, the items that share a
     code with it.
     """
     array = check_codes(codes)
@@ -218,7 +232,7 @@ class DiscreteRetrieval(Result):
     Attributes:
         hierarchical: whether by prefix (True) or by number of equal codes.
         seed: of the order of ties.
-        pairs: counts of the cases and of what was left out.
+        pairs: counts of the pairs and of those left out.
         depths: hit rates with the first 1, 2, ... levels; the last is the whole id.
         expected: the same averaged over all orders of ties: no seed enters.
     """
@@ -270,8 +284,8 @@ def discrete_retrieval(
             array[:, :depth], pairs, hierarchical=hierarchical, seed=seed, threads=threads
         )
         name = f"levels 1-{depth}" if hierarchical else f"codebooks 1-{depth}"
-        seen = np.stack([ranks.rank < k for k in ks], axis=1).astype(np.float64)
-        depths.append(hit_rates(name, seen, ks, pairs, **options))
+        hits = np.stack([ranks.rank < k for k in ks], axis=1).astype(np.float64)
+        depths.append(hit_rates(name, hits, ks, pairs, **options))
         chances = np.stack([ranks.expected_hits(k) for k in ks], axis=1)
         expected.append(hit_rates(f"{name}, expected", chances, ks, pairs, **options))
     return DiscreteRetrieval(hierarchical, seed, pairs.counts(), tuple(depths), tuple(expected))

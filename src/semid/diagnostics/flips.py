@@ -1,4 +1,4 @@
-"""How often codes change under noise: measured flip rates and the closed-form margin proxy."""
+"""Measured flip rates: how often codes change under noise, and what ranks them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Proportion(Result):
         value: share in [0, 1].
         low: lower end of the interval.
         high: upper end.
-        trials: how many were tried.
+        trials: number of trials.
     """
 
     value: float
@@ -104,12 +104,12 @@ class FlipRates(Result):
     """Measured flip rates over a sweep of noise scales.
 
     Attributes:
-        space: where the noise was put.
+        space: space the noise was put on.
         unit: standard deviation that the scales multiply.
-        items: items tried.
+        items: items encoded.
         seed: of the noise.
         confidence: coverage of the intervals.
-        points: one a scale.
+        points: one per scale.
     """
 
     space: Space
@@ -121,9 +121,9 @@ class FlipRates(Result):
 
 
 def _codes(encode: Encode, rows: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
-    """Encode rows and check what came back."""
-    found = encode(rows)
-    array = found.detach().cpu().numpy() if isinstance(found, torch.Tensor) else np.asarray(found)
+    """Encode rows and check the codes."""
+    codes = encode(rows)
+    array = codes.detach().cpu().numpy() if isinstance(codes, torch.Tensor) else np.asarray(codes)
     if array.ndim != 2 or len(array) != len(rows) or not np.issubdtype(array.dtype, np.integer):
         raise InputError(
             f"encode returned shape {array.shape} and dtype {array.dtype} for {len(rows)} rows; "
@@ -145,14 +145,13 @@ def flip_rates(
     """Add Gaussian noise, encode again, and count the codes that change.
 
     Noise on the input compares tokenizers of different latent width fairly; noise on the latent
-    is what the overlap rate speaks of. All scales use the same draws, scaled, so that a sweep
-    is smooth.
+    is what the overlap rate is about. All scales use the same draws, scaled, so that a sweep is
+    smooth.
 
     Args:
-        rows: ``(items, dim)``, inputs or latents by ``space``. Every row is tried; give a random
-            subset for speed.
-        encode: rows to codes from that space on. Called on blocks; a row's codes must not
-            depend on its block.
+        rows: ``(items, dim)``, inputs or latents by ``space``; a random subset for speed.
+        encode: rows of that space to codes. Called on blocks; a row's codes must not depend on
+            its block.
         space: ``"input"`` or ``"latent"``, for the record.
         scales: noise as multiples of ``unit``, not negative.
         unit: standard deviation that the scales multiply; None measures the rows' by
@@ -184,10 +183,11 @@ def flip_rates(
             prefix = np.zeros_like(code)
         draws = numpy_generator(seed, "flips", index).standard_normal(block.shape, np.float32)
         for i, scale in enumerate(scales):
+            # A prefix changes where any code up to its end does.
             changed = _codes(encode, block + np.float32(scale * std) * draws) != before
             code[i] += changed.sum(0)
             prefix[i] += np.logical_or.accumulate(changed, axis=1).sum(0)
-    assert code is not None  # as_matrix refuses empty arrays
+    assert code is not None  # as_matrix raises for empty arrays
 
     def shares(counts: npt.NDArray[np.int64]) -> tuple[Proportion, ...]:
         return tuple(proportion(int(c), len(array), confidence=confidence) for c in counts)
@@ -236,13 +236,13 @@ def rank_agreement(
     *,
     levels: npt.ArrayLike | None = None,
 ) -> dict[str, dict[str, float | None]]:
-    """Say how well each proxy ranks measured flip rates over tokenizers and levels.
+    """Return how well each proxy ranks measured flip rates over tokenizers and levels.
 
     Args:
-        flips: measured flip rates at one fixed scale, ``(rows,)``, a row a tokenizer and level.
-        proxies: name -> the proxy's values on the same rows, such as the overlap rate, its
-            geometry penalty, and the margin proxy.
-        levels: the level of each row; given, the correlation is also taken inside each level.
+        flips: measured flip rates at one scale, ``(rows,)``, one row per tokenizer and level.
+        proxies: name -> values on the same rows, such as the overlap rate, its geometry penalty,
+            and the margin proxy.
+        levels: the level of each row; if given, correlations inside each level are added.
 
     Returns:
         Proxy -> ``{"all": rho, "level 0": rho, ...}``; None where it is not defined.
@@ -262,8 +262,8 @@ def rank_agreement(
             g.shape != measured.shape for g in groups.values()
         ):
             raise InputError(
-                f"proxy '{name}' has shape {column.shape}, flips {measured.shape}; one value a "
-                "row is needed on both sides, and one level a row"
+                f"proxy '{name}' has shape {column.shape}, flips {measured.shape}; one value per "
+                "row is needed on both sides, and one level per row"
             )
         result[name] = {g: spearman(measured[rows], column[rows]) for g, rows in groups.items()}
     return result

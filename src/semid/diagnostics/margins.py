@@ -20,7 +20,7 @@ from semid.seeds import numpy_generator
 
 __all__ = ["MarginPoint", "MarginProxy", "input_margin_proxy", "margin_proxy"]
 
-_ROWS = 2048  # rows x 9 walls x latent floats are gathered at once
+_ROWS = 2048  # rows per block; rows x 9 walls x latent floats are gathered at once
 
 Float = npt.NDArray[np.float32]
 
@@ -51,11 +51,11 @@ class MarginProxy(Result):
     """Margin proxy over a sweep of noise scales.
 
     Attributes:
-        space: where the noise is put.
+        space: space the noise is put on.
         unit: standard deviation that the scales multiply.
         items: items averaged over.
-        neighbors: cell walls looked at per item and level.
-        points: one a scale.
+        neighbors: cell walls per item and level.
+        points: one per scale.
     """
 
     space: Space
@@ -84,10 +84,10 @@ class _Walls:
         """Return ``d_j / s_j`` per noise, ``(batch, neighbors)``, and the nearest codewords."""
         m = min(neighbors + 1, len(self.codewords))
         labels, distances = nearest_m(torch.from_numpy(residuals), self.table, m, threads=threads)
-        chosen = self.codewords[labels[:, 0].numpy()]
+        nearest = self.codewords[labels[:, 0].numpy()]
         if m == 1:  # a single codeword has no walls
             walls = torch.full((len(residuals), 1), torch.inf, dtype=torch.float64)
-            return [walls] * len(noises if noises is not None else self.images), chosen
+            return [walls] * len(noises if noises is not None else self.images), nearest
         # (|r - c_j|^2 - |r - c_1|^2) / 2 is the distance to the wall times |c_j - c_1|.
         rise = (distances[:, 1:].double() - distances[:, :1].double()) / 2
         lengths = []
@@ -98,7 +98,7 @@ class _Walls:
         ratios = [torch.where(length > 0, rise / length, torch.inf) for length in lengths]
         if noises is not None:
             ratios = [ratios[0] / noise for noise in noises]
-        return ratios, chosen
+        return ratios, nearest
 
 
 def _proxy(
@@ -125,14 +125,15 @@ def _proxy(
         stays = [torch.zeros(len(residuals), dtype=torch.float64) for _ in noises]
         for i, level in enumerate(levels):
             isotropic = noises if factors is None else None
-            ratios, chosen = level.ratios(residuals, neighbors, isotropic, threads)
+            ratios, quantized = level.ratios(residuals, neighbors, isotropic, threads)
             for s, ratio in enumerate(ratios):
+                # log of the probability that no wall is crossed, walls taken as independent.
                 stay = torch.special.log_ndtr(ratio).sum(1)
                 stays[s] = stays[s] + stay
                 code[s, i] += float(-torch.expm1(stay).sum())
                 prefix[s, i] += float(-torch.expm1(stays[s]).sum())
             if hierarchical:
-                residuals = residuals - chosen
+                residuals = residuals - quantized
     return code / len(latents), prefix / len(latents)
 
 
@@ -175,18 +176,18 @@ def margin_proxy(
     """Estimate flip rates under latent noise in closed form, without drawing noise.
 
     Per item and level ``1 - prod_j (1 - Phi(-d_j / s))`` over the next codewords, ``d_j`` the
-    distance from the level's residual to the bisector with codeword j; averaged over items. The
-    walls are taken as independent and a level's noise as untouched by flips above it, which tends
-    to give too much where noise is large and dimensions are few.
+    distance from the level's residual to the bisector with codeword j; averaged over items. Walls
+    are taken as independent and a level's noise as unaffected by flips above it, which tends to
+    overestimate where noise is large and dimensions are few.
 
     Args:
         latents: ``(items, latent)`` before quantization.
-        codebooks: one ``(codes, latent)`` array a level.
+        codebooks: one ``(codes, latent)`` array per level.
         scales: noise as multiples of ``unit``, positive.
         unit: the latent standard deviation; None measures it by `latent_std`.
         hierarchical: levels quantize residuals; False for parallel codebooks of one latent.
         neighbors: walls per item and level.
-        threads: see `semid.quantization.nearest.nearest`.
+        threads: number of CPU threads; the result does not depend on it.
 
     Returns:
         A `MarginProxy`.
@@ -195,7 +196,7 @@ def margin_proxy(
         InputError: shapes that do not fit, values that are not finite.
         UsageError: scales, neighbors or codebooks out of range.
 
-    Cost: one nearest-codeword search of all rows a level.
+    Cost: one nearest-codeword search of all rows per level.
 
     Source: ours.
     """
@@ -236,8 +237,8 @@ def input_margin_proxy(
     """Estimate flip rates under input noise from the margins in the latent space.
 
     The encoder turns isotropic input noise into latent noise of some covariance, which is
-    measured by one draw an item; each wall is then judged by the noise across it. Dimensions
-    that the encoder only pads change nothing.
+    measured by one draw per item; for each wall the noise across it counts. Dimensions that the
+    encoder only pads change nothing.
 
     Args:
         inputs: ``(items, dim)``.
@@ -257,7 +258,7 @@ def input_margin_proxy(
         InputError: shapes that do not fit, values that are not finite.
         UsageError: scales, neighbors or codebooks out of range.
 
-    Cost: ``1 + scales`` passes of the encoder and one nearest-codeword search a level.
+    Cost: ``1 + scales`` passes of the encoder and one nearest-codeword search per level.
 
     Source: ours.
     """
@@ -291,9 +292,10 @@ def input_margin_proxy(
 
 
 def _latents(encode_latent: Callable[[Float], Any], rows: Float) -> Float:
-    """Encode rows to latents and check what came back."""
-    found = encode_latent(rows)
-    array = found.detach().cpu().numpy() if isinstance(found, torch.Tensor) else np.asarray(found)
+    """Encode rows to latents and check these."""
+    latents = encode_latent(rows)
+    tensor = isinstance(latents, torch.Tensor)
+    array = latents.detach().cpu().numpy() if tensor else np.asarray(latents)
     if array.ndim != 2 or len(array) != len(rows):
         raise InputError(
             f"encode_latent returned shape {array.shape} for {len(rows)} rows; (batch, latent) "

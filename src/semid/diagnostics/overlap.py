@@ -31,10 +31,10 @@ NOISE_SCALES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 1.5, 2.0, 3.0)
 """Noise as multiples of the latent standard deviation."""
 
 REPORT_SCALE = 0.1
-"""The scale that tables show."""
+"""The noise scale of tables and verdicts."""
 
 GEOMETRY_SHARE = 0.1
-"""A geometry penalty below this share of R says nothing that usage does not."""
+"""A geometry penalty below this share of R adds nothing to what usage says."""
 
 _TILE = 512  # codewords; a float32 tile of squared distances is 1 MB and stays in the cache
 # exp(-60) = 9e-27: even K^2 such terms for K = 2^32 vanish beside R >= 1/K in float64.
@@ -93,7 +93,7 @@ class LevelOverlap(Result):
         codebook_size: K, dead codes included.
         active: codes in use; only these enter the sums.
         latent_std: the latent standard deviation that the scales multiply.
-        points: one a scale, in the order asked for.
+        points: one per scale, in the given order.
     """
 
     derived: ClassVar[tuple[str, ...]] = ("geometry_scale",)
@@ -107,8 +107,7 @@ class LevelOverlap(Result):
     @property
     def geometry_scale(self) -> float | None:
         """Smallest scale of the sweep whose geometry penalty exceeds a tenth of R, or None."""
-        seen = [point.scale for point in self.points if not point.usage_only]
-        return min(seen) if seen else None
+        return min((point.scale for point in self.points if not point.usage_only), default=None)
 
     def at(self, scale: float) -> OverlapPoint:
         """Return the point at a scale of the sweep.
@@ -124,10 +123,9 @@ class LevelOverlap(Result):
 
 
 def latent_std(latents: Matrix) -> float:
-    """Return the empirical latent standard deviation, the unit of the noise scales.
+    """Return the root of the mean variance per dimension, the unit of the noise scales.
 
-    It is the root of the mean per-dimension variance, one number for all levels, since the noise
-    is put on the latent and not on the residuals.
+    One number serves all levels, since the noise is put on the latent and not on the residuals.
 
     Args:
         latents: ``(items, latent)``.
@@ -139,7 +137,8 @@ def latent_std(latents: Matrix) -> float:
         InputError: bad shape, values that are not finite, or no two different rows.
     """
     array = as_matrix(latents, "latents")
-    shift = as_block(array, slice(0, 1)).astype(np.float64)  # keeps large means from cancelling
+    # Sums are of rows less the first one, so that a large mean cancels no digits.
+    shift = as_block(array, slice(0, 1)).astype(np.float64)
     total = np.zeros(array.shape[1])
     squares = 0.0
     for rows in row_blocks(len(array)):
@@ -168,7 +167,7 @@ def _weighted_sum(
 
 
 class _Codewords:
-    """Active codewords, centered (distances do not change, and float32 loses fewer digits)."""
+    """Active codewords less their mean: distances stay, and float32 loses fewer digits."""
 
     def __init__(self, codebook: npt.NDArray[Any], share: npt.NDArray[np.float64]) -> None:
         used = np.flatnonzero(share)
@@ -183,13 +182,16 @@ class _Codewords:
         return len(self.share)
 
     def distances_(self, a: slice, b: slice, out: torch.Tensor) -> torch.Tensor:
-        """Write squared distances between two ranges to ``out``; one's own distance is inf."""
+        """Write squared distances between two ranges to ``out``; to itself a codeword has inf."""
         result = out[: a.stop - a.start, : b.stop - b.start]
+        # |x - y|^2 = |x|^2 + |y|^2 - 2 x.y by one float32 matrix product.
         torch.mm(self.rounded[a], self.rounded[b].T, out=result)
         left, right = self.squares[a].float(), self.squares[b].float()
         result.mul_(-2.0).add_(left[:, None]).add_(right)
         if a == b:
             result.fill_diagonal_(torch.inf)
+        # Where codewords nearly coincide that difference has lost its digits, and exactly these
+        # pairs make up the overlap: compute such a tile again in float64.
         if float(result.min()) < _NEAR * float(left.max() + right.max()):
             squares = self.squares[a, None] + self.squares[None, b]
             result.copy_(squares.addmm_(self.exact[a], self.exact[b].T, alpha=-2).clamp_(min=0))
@@ -201,10 +203,10 @@ class _Codewords:
 def _band_sums(
     codewords: _Codewords, ranges: Sequence[slice], first: int, noises: Sequence[float]
 ) -> npt.NDArray[np.float64]:
-    """Sum ``p_i p_j exp(-d^2 / 4 s^2)`` over the tiles right of the diagonal in one row of tiles.
+    """Sum ``p_i p_j exp(-d^2 / 4 s^2)`` over one row of tiles, from the diagonal to the right.
 
-    Distances are made once for all noises, in buffers of the band's own: fresh memory for every
-    tile would cost more than the arithmetic.
+    Distances are computed once for all noises, in two buffers: fresh memory for every tile would
+    cost more than the arithmetic.
     """
     buffer, kernel_buffer = torch.empty(_TILE, _TILE), torch.empty(_TILE, _TILE)
     sums = np.zeros(len(noises))
@@ -213,15 +215,16 @@ def _band_sums(
         distances = codewords.distances_(a, b, buffer)
         kernel = kernel_buffer[: distances.shape[0], : distances.shape[1]]
         least = float(distances.min())
-        twice = 1.0 if a == b else 2.0
+        # The matrix is symmetric: a tile right of the diagonal stands for its mirror image too.
+        multiplicity = 1.0 if a == b else 2.0
         for index, noise in enumerate(noises):
             width = 4.0 * noise * noise
-            if least / width > _FARTHEST:
+            if least / width > _FARTHEST:  # every term of the tile vanishes in float64
                 continue
             torch.mul(distances, -1.0 / width, out=kernel)
             kernel.clamp_(min=_LOWEST).exp_()
             part = _weighted_sum(kernel.numpy(), codewords.share[a], codewords.share[b])
-            sums[index] += twice * part
+            sums[index] += multiplicity * part
     return sums
 
 
@@ -236,18 +239,18 @@ def overlap(
 ) -> LevelOverlap:
     """Measure how strongly a level's codewords overlap under noise, for a sweep of noise scales.
 
-    ``R(s) = sum_ij p_i p_j exp(-|c_i - c_j|^2 / (4 s^2))`` is an exact double sum: every pair of
-    active codewords counts, in float64, without a K x K matrix. R is a proxy and no flip rate: a
+    ``R(s) = sum_ij p_i p_j exp(-|c_i - c_j|^2 / (4 s^2))`` is summed exactly over all pairs of
+    active codewords, in float64, without a K x K matrix. R is a proxy and no flip rate: a
     collapsed codebook has R = 1 and never flips (`semid.diagnostics.flip_rates` measures flips).
 
     Args:
         codebook: codewords ``(codes, latent)``.
         usage: the level's `LevelUsage`, or items per code ``(codes,)``.
         latent_std: the unit of the scales, from `semid.diagnostics.latent_std`.
-        scales: noise as multiples of it, positive. The factor that the paper used is not
-            known; the sweep is ours.
-        level: the level's number, for the record.
-        threads: plain threads; None uses all this process may use. It changes no result.
+        scales: noise as multiples of it, positive. The paper's factor is not known; the sweep is
+            ours.
+        level: number of the level, for the record.
+        threads: number of CPU threads; the result does not depend on it.
 
     Returns:
         A `LevelOverlap`.
@@ -256,8 +259,7 @@ def overlap(
         InputError: counts of another length than the codebook, or values that are not finite.
         UsageError: scales or latent_std that are not positive.
 
-    Cost: ``K^2 (dim + scales) / 2`` multiplications; memory a tile a thread. Scales so small that
-    a tile adds nothing to a float64 cost nothing there.
+    Cost: ``K^2 (dim + scales) / 2`` multiplications; memory of one tile per thread.
 
     Source: DRQ eq. 1 and 10-12.
     """
@@ -273,7 +275,7 @@ def overlap(
             f"scales={list(scales)} and latent_std={latent_std} must be positive, at least one "
             "scale given"
         )
-    as_block(array, slice(0, len(array)))  # refuses NaN
+    as_block(array, slice(0, len(array)))  # raises for NaN
     share = counts / counts.sum()
     codewords = _Codewords(array, share)
     ranges = list(row_blocks(len(codewords), _TILE))
@@ -283,7 +285,9 @@ def overlap(
         range(len(ranges)),
         threads=threads,
     )
-    geometry = np.sum(parts, axis=0)  # in band order, whatever thread made them
+    # Added up in the order of the bands, so that the sum does not depend on the threads. The
+    # diagonal, a codeword with itself, has distance 0 and adds the collision probability.
+    geometry = np.sum(parts, axis=0)
     collision_probability = float((codewords.share**2).sum())
     points = []
     for scale, noise, extra in zip(scales, noises, geometry, strict=True):
@@ -313,9 +317,9 @@ def overlap_levels(
     """Measure the overlap of every level; see `overlap`.
 
     Args:
-        codebooks: one ``(codes, latent)`` array a level.
-        usage: usage per level, of the same items that gave ``latent_std``.
-        latent_std: the same at every level, since the noise is put on the latent.
+        codebooks: one ``(codes, latent)`` array per level.
+        usage: usage per level, of the same items as ``latent_std``.
+        latent_std: the same at every level.
         scales: see `overlap`.
         threads: see `overlap`.
 

@@ -1,4 +1,4 @@
-"""Who gets room in the id space: collisions and capacity of popular and rare items."""
+"""How popular and rare items share the id space: collisions and capacity by segment."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ class PopularitySegment(Result):
 
     Attributes:
         name: ``head``, ``mid``, ``tail``, or ``unseen`` for items without interactions.
-        items: items in it.
-        interactions: interactions they got.
+        items: number of its items.
+        interactions: number of their interactions.
         interaction_share: the same as a share of all.
         unique_ids: different ids they hold.
         collision_rate: ``1 - unique_ids / items`` inside the segment.
-        colliding_item_rate: share of them that share their id with any item of the catalogue.
-        shared_with_head: share of them that share their id with another item of the head.
-        mean_bucket: items of the catalogue in the bucket of an average item of the segment.
-        capacity_share: share of the catalogue's ids that the segment holds, an id that several
-            segments hold divided by its items.
+        colliding_item_rate: share of its items that share their id with any other item.
+        shared_with_head: share of its items that share their id with another item of the head.
+        mean_bucket: mean number of items in the bucket of an item of the segment.
+        capacity_share: share of all ids that the segment holds; an id of several items is divided
+            evenly among them.
         perplexity: per level, ``exp(H)`` of the segment's code frequencies.
     """
 
@@ -54,11 +54,10 @@ class PopularityHealth(Result):
     """Collisions and capacity by popularity.
 
     Attributes:
-        head: largest share of the seen items that the head was to take.
-        mid: the same of the mid.
-        segments: those that hold items, most popular first.
-        interactions_in_shared_ids: share of all interactions that fall on items which share
-            their id.
+        head: share of the items with interactions that make the head.
+        mid: share that makes the mid.
+        segments: those with items, most popular first.
+        interactions_in_shared_ids: share of all interactions with items that share their id.
     """
 
     head: float
@@ -70,14 +69,14 @@ class PopularityHealth(Result):
 def popularity_segments(
     counts: npt.ArrayLike, *, head: float = 0.1, mid: float = 0.4
 ) -> npt.NDArray[np.int64]:
-    """Sort items into head, mid, tail and unseen by their interactions.
+    """Assign items to head, mid, tail and unseen by their interactions.
 
-    Items with equal counts stay together, in the more popular of the segments they would be cut
-    into: no item is put down by its place in the file.
+    Items with equal counts are in one segment, the more popular of those they would be split
+    over: the order of the items decides nothing.
 
     Args:
         counts: interactions of each item, ``(items,)``, not negative.
-        head: share of the seen items that make the head.
+        head: share of the items with interactions that make the head.
         mid: share that makes the mid; the rest is the tail.
 
     Returns:
@@ -91,18 +90,18 @@ def popularity_segments(
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer) or (array < 0).any():
         raise InputError(
             f"interaction counts have shape {array.shape} and dtype {array.dtype}; one "
-            "non-negative integer an item is needed"
+            "non-negative integer per item is needed"
         )
     if not 0 < head < 1 or mid < 0 or head + mid > 1:
         raise UsageError(f"head={head}, mid={mid}: 0 < head, 0 <= mid and head + mid <= 1 needed")
-    seen = np.sort(array[array > 0])[::-1]
-    if not len(seen):
+    ranked = np.sort(array[array > 0])[::-1]
+    if not len(ranked):
         raise InputError("no item has an interaction, so there is no popularity")
 
     # The least count inside each segment, were it cut by rank alone.
     def least(share: float) -> int:
         # 0.2 + 0.4 is a little over 0.6: round before counting an item more for it.
-        return int(seen[max(math.ceil(round(share * len(seen), 6)), 1) - 1])
+        return int(ranked[max(math.ceil(round(share * len(ranked), 6)), 1) - 1])
 
     head_least, mid_least = least(head), least(head + mid)
     segment = np.full(len(array), 3, np.int64)
@@ -119,13 +118,13 @@ def popularity_health(
     head: float = 0.1,
     mid: float = 0.4,
 ) -> PopularityHealth:
-    """Measure collisions and capacity of popular and rare items apart.
+    """Measure collisions and capacity of popular and rare items separately.
 
     Args:
         codes: integers ``(items, levels)``.
         counts: interactions of each item, ``(items,)``.
-        head: share of the seen items that make the head.
-        mid: share that makes the mid.
+        head: see `popularity_segments`.
+        mid: see `popularity_segments`.
 
     Returns:
         A `PopularityHealth`.
@@ -145,19 +144,19 @@ def popularity_health(
     heads = np.bincount(bucket[segment == 0], minlength=len(sizes))
     other_heads = heads[bucket] - (segment == 0)
     total = int(popularity.sum())
-    found = []
+    segments = []
     for number, name in enumerate(SEGMENTS):
         rows = np.flatnonzero(segment == number)
         if not len(rows):
             continue
-        own = bucket[rows]
-        unique = len(np.unique(own))
+        buckets = bucket[rows]
+        unique = len(np.unique(buckets))
         interactions = int(popularity[rows].sum())
         perplexity = tuple(
             usage_from_counts(np.bincount(array[rows, level])).perplexity
             for level in range(array.shape[1])
         )
-        found.append(
+        segments.append(
             PopularitySegment(
                 name=name,
                 items=len(rows),
@@ -165,12 +164,12 @@ def popularity_health(
                 interaction_share=interactions / total,
                 unique_ids=unique,
                 collision_rate=1 - unique / len(rows),
-                colliding_item_rate=float((sizes[own] > 1).mean()),
+                colliding_item_rate=float((sizes[buckets] > 1).mean()),
                 shared_with_head=float((other_heads[rows] > 0).mean()),
-                mean_bucket=float(sizes[own].mean()),
-                capacity_share=float((1.0 / sizes[own]).sum() / len(sizes)),
+                mean_bucket=float(sizes[buckets].mean()),
+                capacity_share=float((1.0 / sizes[buckets]).sum() / len(sizes)),
                 perplexity=perplexity,
             )
         )
     shared = float(popularity[sizes[bucket] > 1].sum() / total)
-    return PopularityHealth(head, mid, tuple(found), shared)
+    return PopularityHealth(head, mid, tuple(segments), shared)

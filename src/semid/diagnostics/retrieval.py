@@ -11,8 +11,7 @@ import numpy.typing as npt
 import torch
 
 from semid.diagnostics.arrays import Matrix, as_block, as_matrix, row_blocks
-from semid.diagnostics.bootstrap import Estimate, bootstrap, cluster_sums
-from semid.diagnostics.pairs import ItemPairs, PairCounts
+from semid.diagnostics.pairs import Estimate, ItemPairs, PairCounts, bootstrap, cluster_sums
 from semid.errors import InputError, UsageError
 from semid.quantization.nearest import MAX_NEIGHBORS, index_database, top_k
 from semid.results import Result
@@ -32,7 +31,7 @@ __all__ = [
 CUTOFFS = (20, 50, 100, 200)
 """The K of HR@K, the paper's."""
 
-_QUERIES = 16_384  # queries a search; their lists of 200 are 26 MB
+_QUERIES = 16_384  # queries per search; their lists of 200 take 26 MB
 
 Floats = npt.NDArray[np.float64]
 
@@ -43,7 +42,7 @@ class HitRates(Result):
 
     Attributes:
         name: which way.
-        rates: K -> share of the cases whose target is among the first K, with its interval.
+        rates: K -> share of the pairs whose target is among the first K, with its interval.
     """
 
     name: str
@@ -52,7 +51,7 @@ class HitRates(Result):
 
 @dataclass(frozen=True)
 class Retention(Result):
-    """What a reconstruction keeps of the original embedding's retrieval.
+    """How much of the original embedding's retrieval a reconstruction retains.
 
     Attributes:
         name: which reconstruction, ``decoder(codes)`` or ``decoder(z)``.
@@ -71,10 +70,10 @@ class ItemRetrieval(Result):
     """Item-to-item retrieval by embeddings.
 
     Attributes:
-        pairs: counts of the cases and of what was left out.
+        pairs: counts of the pairs and of those left out.
         seed: of the order of ties and of the bootstrap.
         hit_rates: ``original``, each reconstruction, ``random`` (closed form ``K / (N - 1)``).
-        retention: one a reconstruction.
+        retention: one per reconstruction.
     """
 
     pairs: PairCounts
@@ -84,12 +83,7 @@ class ItemRetrieval(Result):
 
 
 def check_cutoffs(cutoffs: Sequence[int], pool: int) -> tuple[int, ...]:
-    """Return the cutoffs as a tuple.
-
-    Raises:
-        UsageError: none given, or one below 1.
-        InputError: one is larger than the number of candidates, ``pool - 1``.
-    """
+    """Return the cutoffs as a tuple, checked against the pool of candidates."""
     ks = tuple(int(k) for k in cutoffs)
     if not ks or min(ks) < 1:
         raise UsageError(f"cutoffs={list(ks)}: at least one, each at least 1, is needed")
@@ -111,17 +105,7 @@ def hit_rates(
     confidence: float,
     seed: int,
 ) -> HitRates:
-    """Average hits over the cases, with intervals over users.
-
-    Args:
-        name: of the result.
-        hits: 1 or 0, or a chance between, ``(pairs, cutoffs)``.
-        ks: the cutoffs.
-        pairs: the cases.
-        replicates: bootstrap draws.
-        confidence: coverage of the intervals.
-        seed: of the bootstrap.
-    """
+    """Average hits ``(pairs, cutoffs)``, or probabilities of hits, with intervals over users."""
     sums = cluster_sums(pairs.users, np.column_stack([np.ones(len(hits)), hits]))
     estimates = bootstrap(
         sums,
@@ -141,20 +125,20 @@ def neighbor_ranks(
     seed: int = 0,
     threads: int | None = None,
 ) -> npt.NDArray[np.int64]:
-    """Find each target's place among its query's nearest neighbors by cosine.
+    """Return each target's position among its query's nearest neighbors by cosine.
 
     Items of one id have one reconstruction and tie; so do copies in the input. The search breaks
-    ties by row, so rows are shuffled first: ties stand in a seeded random order.
+    ties by row, so rows are shuffled first: ties are in a seeded random order.
 
     Args:
         embedding: ``(pool, dim)``.
-        pairs: the cases.
-        depth: places looked at, below the pool's size and at most 500.
+        pairs: queries and targets.
+        depth: length of the lists, below the pool's size and at most 500.
         seed: of the order of ties.
-        threads: see `semid.quantization.nearest.top_k`.
+        threads: number of CPU threads; the result does not depend on it.
 
     Returns:
-        Place from 0, int64 ``(pairs,)``; ``depth`` where the target is further down.
+        Position from 0, int64 ``(pairs,)``; ``depth`` where the target is further down.
 
     Raises:
         InputError: embedding of another length than the pool, or depth beyond it.
@@ -170,6 +154,7 @@ def neighbor_ranks(
         raise UsageError(
             f"cutoff {depth}: lists are at most {MAX_NEIGHBORS} long; give smaller cutoffs"
         )
+    # ``place`` is the shuffled row of each item; the search sees only shuffled rows.
     order = numpy_generator(seed, "ties").permutation(len(array))
     place = np.empty_like(order)
     place[order] = np.arange(len(order))
@@ -177,36 +162,39 @@ def neighbor_ranks(
     for rows in row_blocks(len(array)):
         database[place[rows]] = as_block(array, rows)
     ready = index_database(torch.from_numpy(database), metric="cosine")
+    # Group the pairs by query, so that each query is searched once.
     by_query = np.argsort(pairs.queries, kind="stable")
     queries, first = np.unique(pairs.queries[by_query], return_index=True)
     bounds = np.append(first, len(by_query))
     result = np.full(len(pairs), depth, np.int64)
     for start in range(0, len(queries), _QUERIES):
         stop = min(start + _QUERIES, len(queries))
-        rows_of = place[queries[start:stop]]
+        query_rows = place[queries[start:stop]]
         lists = top_k(
-            torch.from_numpy(database[rows_of]),
+            torch.from_numpy(database[query_rows]),
             ready,
             depth,
-            exclude=torch.from_numpy(rows_of),
+            exclude=torch.from_numpy(query_rows),
             threads=threads,
         ).indices.numpy()
+        # Look the targets up in the lists, a block of pairs at a time: this array is large.
         for part in row_blocks(int(bounds[stop] - bounds[start])):
             cases = by_query[bounds[start] + part.start : bounds[start] + part.stop]
-            line = np.searchsorted(queries[start:stop], pairs.queries[cases])
-            hit = lists[line] == place[pairs.targets[cases]][:, None]
+            row = np.searchsorted(queries[start:stop], pairs.queries[cases])
+            hit = lists[row] == place[pairs.targets[cases]][:, None]
             result[cases] = np.where(hit.any(1), hit.argmax(1), depth)
     return result
 
 
 def _retention(
-    name: str, original: Floats, kept: Floats, chance: Floats, pairs: ItemPairs, **options: Any
+    original: Floats, reconstructed: Floats, chance: Floats, pairs: ItemPairs, **options: Any
 ) -> tuple[list[Estimate | None], list[Estimate | None]]:
     """Estimate both ratios for every cutoff, original and reconstruction on the same draws."""
     count = len(chance)
-    values = np.column_stack([np.ones(len(original)), original, kept])
+    values = np.column_stack([np.ones(len(original)), original, reconstructed])
 
     def ratios(totals: Floats) -> Floats:
+        # Columns: number of pairs, hits of the original by cutoff, hits of the reconstruction.
         base = totals[:, 1 : 1 + count] / totals[:, :1]
         ours = totals[:, 1 + count :] / totals[:, :1]
         above = base - chance
@@ -215,9 +203,9 @@ def _retention(
             plain = np.where(base > 0, ours / base, np.nan)
         return np.concatenate([corrected, plain], axis=1)
 
-    found = bootstrap(cluster_sums(pairs.users, values), ratios, **options)
-    usable = [estimate if np.isfinite(estimate.value) else None for estimate in found]
-    return usable[:count], usable[count:]
+    estimates = bootstrap(cluster_sums(pairs.users, values), ratios, **options)
+    defined = [estimate if np.isfinite(estimate.value) else None for estimate in estimates]
+    return defined[:count], defined[count:]
 
 
 def item_retrieval(
@@ -231,18 +219,18 @@ def item_retrieval(
     confidence: float = 0.95,
     threads: int | None = None,
 ) -> ItemRetrieval:
-    """Measure how well neighbors by cosine find the next item, before and after quantization.
+    """Measure how often nearest neighbors hold the related item, before and after quantization.
 
     Args:
         original: input embedding ``(pool, dim)``.
         reconstructions: name -> reconstructed embedding ``(pool, any dim)``; name them
             ``decoder(codes)`` and ``decoder(z)``.
-        pairs: the cases; from users whom no tokenizer saw.
+        pairs: queries and targets, of users whose data no tokenizer was fitted on.
         cutoffs: the K of HR@K, each below the pool's size and at most 500.
         seed: of the order of ties and of the bootstrap.
         replicates: bootstrap draws of users; 0 gives no intervals.
         confidence: coverage of the intervals.
-        threads: see `neighbor_ranks`.
+        threads: number of CPU threads; the result does not depend on it.
 
     Returns:
         An `ItemRetrieval`.
@@ -266,9 +254,9 @@ def item_retrieval(
     rates = [hit_rates("original", base, ks, pairs, **options)]
     retained = []
     for name, embedding in reconstructions.items():
-        kept = hits(embedding)
-        rates.append(hit_rates(name, kept, ks, pairs, **options))
-        corrected, plain = _retention(name, base, kept, chance, pairs, **options)
+        reconstructed = hits(embedding)
+        rates.append(hit_rates(name, reconstructed, ks, pairs, **options))
+        corrected, plain = _retention(base, reconstructed, chance, pairs, **options)
         retained.append(
             Retention(
                 name, dict(zip(ks, corrected, strict=True)), dict(zip(ks, plain, strict=True))

@@ -15,10 +15,10 @@ from semid.data.ids import ItemIds
 from semid.data.interactions import Interactions, read_interactions
 from semid.data.items import ItemTexts, read_items
 from semid.data.source import EmbeddingSource
-from semid.diagnostics.geometry import sample_rows
 from semid.diagnostics.overlap import LevelOverlap, overlap_levels
 from semid.diagnostics.pairs import ItemPairs
 from semid.diagnostics.popularity import popularity_health
+from semid.diagnostics.spaces import sample_rows
 from semid.errors import IdsError, UsageError
 from semid.progress import Progress, QuietProgress
 from semid.report import behavior as behavior_parts

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from semid.diagnostics.bootstrap import Estimate
 from semid.diagnostics.overlap import REPORT_SCALE
+from semid.diagnostics.pairs import Estimate
 from semid.report.results import Diagnosis, NoiseResponse, PairResults
 
 __all__ = ["LEADS", "METRICS", "VIEWS", "Metric", "relation_metrics"]

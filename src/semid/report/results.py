@@ -12,12 +12,12 @@ from typing import Any, ClassVar, Literal
 from semid.diagnostics.auc import PairAucs
 from semid.diagnostics.discrete import DiscreteRetrieval
 from semid.diagnostics.flips import FlipRates
-from semid.diagnostics.geometry import Geometry
 from semid.diagnostics.margins import MarginProxy
 from semid.diagnostics.overlap import LevelOverlap
 from semid.diagnostics.pairs import PairCounts
 from semid.diagnostics.popularity import PopularityHealth
 from semid.diagnostics.retrieval import ItemRetrieval
+from semid.diagnostics.spaces import Geometry
 from semid.errors import UsageError
 from semid.health import LevelUsage, Verdict
 from semid.output import MARKDOWN_MARK, atomic_file, check_output
@@ -228,12 +228,15 @@ class Agreement(Result):
     margins: float | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class ComparedAgreement(Agreement):
+@dataclass(frozen=True)
+class ComparedAgreement(Result):
     """Agreement at one noise ``scale`` over ``rows`` models and levels."""
 
     scale: float
     rows: int
+    overlap: float | None
+    geometry: float | None
+    margins: float | None
 
 
 @dataclass(frozen=True)
@@ -253,8 +256,8 @@ class Flips(Result):
     items: int
     latent_is_input: bool
     input: NoiseResponse
+    latent: NoiseResponse | None
     agreement: Agreement
-    latent: NoiseResponse | None = None
 
     @property
     def innermost(self) -> NoiseResponse:

@@ -12,9 +12,9 @@ import torch
 
 from semid.data.embeddings import open_embeddings
 from semid.diagnostics.flips import FlipPoint, flip_rates, rank_agreement
-from semid.diagnostics.geometry import Geometry, geometry
 from semid.diagnostics.margins import MarginPoint, input_margin_proxy, margin_proxy
 from semid.diagnostics.overlap import LevelOverlap
+from semid.diagnostics.spaces import Geometry, geometry
 from semid.quantization.nearest import index_codebook, nearest
 from semid.quantization.residual import encode_residual
 from semid.report.results import (
@@ -134,7 +134,7 @@ def measure_flips(
             for flip, margin in zip(response.flips.points, response.margins.points, strict=True)
         ]
     )
-    return Flips(len(rows), latent_is_input, on_input, agreement, on_latent), notes
+    return Flips(len(rows), latent_is_input, on_input, on_latent, agreement), notes
 
 
 def agreement_with_proxies(

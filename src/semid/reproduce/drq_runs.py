@@ -13,9 +13,9 @@ import numpy.typing as npt
 
 from semid.data.interactions import Interactions
 from semid.data.source import EmbeddingSource
-from semid.diagnostics.bootstrap import Estimate
 from semid.diagnostics.overlap import LevelOverlap
-from semid.diagnostics.reconstruction import reconstruction
+from semid.diagnostics.pairs import Estimate
+from semid.diagnostics.spaces import reconstruction
 from semid.report.behavior import Pool, behavior_pairs, choose_cutoffs, measure_pairs
 from semid.report.diagnose import diagnose
 from semid.report.results import Diagnosis, Flips

@@ -1,9 +1,9 @@
-"""How well vectors are reconstructed, streaming and per level."""
+"""How embedding spaces are filled and reconstructed: spectra, column cosines, errors."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,152 @@ import torch
 from semid.diagnostics.arrays import Matrix, as_block, as_matrix, row_blocks, unit_rows
 from semid.errors import InputError, UsageError
 from semid.results import Result
+from semid.seeds import numpy_generator
 
-__all__ = ["Reconstruction", "ReconstructionCounter", "reconstruction", "reconstruction_by_level"]
+__all__ = [
+    "Geometry",
+    "Reconstruction",
+    "ReconstructionCounter",
+    "geometry",
+    "reconstruction",
+    "reconstruction_by_level",
+    "sample_rows",
+]
+
+SAMPLE_ROWS = 20_000
+"""Rows of the random subset, as in the DRQ paper."""
+
+# A column whose variance is below this share of its mean square is constant up to rounding.
+_CONSTANT = 1e-12
+
+
+@dataclass(frozen=True)
+class Geometry(Result):
+    """Geometry of one space.
+
+    Attributes:
+        name: which space, for example ``input``, ``latent``, ``reconstruction``.
+        rows: rows measured.
+        items: rows to choose from.
+        dim: width.
+        participation_ratio: ``(sum l)^2 / sum l^2`` of the covariance's eigenvalues, 1 to dim.
+        effective_rank: ``exp(-sum q log q)``, ``q = l / sum l``, 1 to dim.
+        top_share: largest eigenvalue's share of the variance.
+        mean_abs_cosine: mean absolute cosine between distinct columns as they are (the paper's
+            reading); None with fewer than two columns that are not zero.
+        mean_abs_cosine_centered: the same with centered columns, mean absolute correlation.
+        zero_columns: columns of zeros, left out of the first cosine.
+        constant_columns: columns without variance, left out of the second.
+        eigenvalues: of the covariance, largest first, ``(dim,)``.
+    """
+
+    name: str
+    rows: int
+    items: int
+    dim: int
+    participation_ratio: float
+    effective_rank: float
+    top_share: float
+    mean_abs_cosine: float | None
+    mean_abs_cosine_centered: float | None
+    zero_columns: int
+    constant_columns: int
+    eigenvalues: npt.NDArray[np.float64] = field(
+        default_factory=lambda: np.zeros(0), repr=False, compare=False
+    )
+
+
+def sample_rows(items: int, rows: int | None = SAMPLE_ROWS, *, seed: int = 0) -> npt.NDArray[Any]:
+    """Return sorted rows of the random subset for geometry and flips, the same for every space.
+
+    Args:
+        items: number of rows to choose from.
+        rows: number of rows to choose; None or more than there are chooses all.
+        seed: of the choice.
+
+    Raises:
+        UsageError: ``rows`` below 1.
+    """
+    if rows is not None and rows < 1:
+        raise UsageError(f"rows={rows} must be at least 1, or None for all")
+    if rows is None or rows >= items:
+        return np.arange(items)
+    chosen = numpy_generator(seed, "sample").choice(items, rows, replace=False, shuffle=False)
+    return np.sort(chosen)
+
+
+def _mean_abs_cosine(gram: npt.NDArray[np.float64], used: npt.NDArray[np.bool_]) -> float | None:
+    """Return the mean absolute cosine over ordered pairs of distinct used columns."""
+    count = int(used.sum())
+    if count < 2:
+        return None
+    part = gram[np.ix_(used, used)]
+    norms = np.sqrt(np.diag(part))
+    cosines = np.minimum(np.abs(part / norms[:, None] / norms[None, :]), 1.0)
+    np.fill_diagonal(cosines, 0.0)
+    return float(cosines.sum() / (count * (count - 1)))
+
+
+def geometry(
+    x: Matrix,
+    *,
+    name: str,
+    sample: int | None = SAMPLE_ROWS,
+    seed: int = 0,
+) -> Geometry:
+    """Measure how many directions a space uses and how its columns correlate.
+
+    Args:
+        x: ``(items, dim)``.
+        name: which space this is, for the record.
+        sample: rows of the random subset; None takes all. `Geometry.rows` says how many it was.
+        seed: of the subset; the same seed and length choose the same rows in every space.
+
+    Returns:
+        A `Geometry`.
+
+    Raises:
+        InputError: bad shape, values that are not finite, or all rows equal.
+
+    Cost: ``rows * dim^2 + dim^3``, float64.
+
+    Source: DRQ section 5.2; the centered cosine is ours.
+    """
+    array = as_matrix(x, name)
+    rows = sample_rows(len(array), sample, seed=seed)
+    dim = array.shape[1]
+    # Sums are of rows less the first one, so that a large mean cancels no digits.
+    shift = as_block(array, rows[:1]).astype(np.float64)[0]
+    total, gram = np.zeros(dim), np.zeros((dim, dim))
+    for part in row_blocks(len(rows)):
+        block = as_block(array, rows[part]).astype(np.float64) - shift
+        total += block.sum(0)
+        gram += block.T @ block
+    mean = total / len(rows)
+    covariance = gram / len(rows) - np.outer(mean, mean)
+    center = mean + shift
+    raw = covariance + np.outer(center, center)  # mean products of columns, not centered
+    values = np.clip(np.linalg.eigvalsh(covariance)[::-1], 0.0, None)
+    variance, square = np.clip(np.diag(covariance), 0.0, None), np.diag(raw)
+    varies = variance > _CONSTANT * square
+    if not varies.any():
+        raise InputError(f"{name}: all {len(rows)} rows are equal, so there is no geometry")
+    share = values / values.sum()
+    used = share[share > 0]
+    return Geometry(
+        name=name,
+        rows=len(rows),
+        items=len(array),
+        dim=dim,
+        participation_ratio=float(1.0 / (share**2).sum()),
+        effective_rank=float(np.exp(-(used * np.log(used)).sum())),
+        top_share=float(share[0]),
+        mean_abs_cosine=_mean_abs_cosine(raw, square > 0),
+        mean_abs_cosine_centered=_mean_abs_cosine(covariance, varies),
+        zero_columns=int((square <= 0).sum()),
+        constant_columns=int((~varies).sum()),
+        eigenvalues=values,
+    )
 
 
 @dataclass(frozen=True)
@@ -31,7 +175,7 @@ class Reconstruction(Result):
         relative_error: ``sum |x - x_hat|^2 / sum |x - mean|^2``; 1 is as good as the mean vector,
             None where all rows are equal.
         cosine: mean cosine of x and x_hat; rows that are zero on one side are left out.
-        zero_rows: how many those are.
+        zero_rows: number of such rows.
     """
 
     name: str
@@ -45,11 +189,7 @@ class Reconstruction(Result):
 
 
 class ReconstructionCounter:
-    """Adds up errors block by block, on one machine or many.
-
-    Args:
-        name: what is reconstructed from what, for the record.
-    """
+    """Adds up errors block by block, on one machine or many; ``name`` is that of the result."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -86,7 +226,7 @@ class ReconstructionCounter:
         self._pool(len(x), mean, float(np.einsum("nd,nd->", centered, centered)))
 
     def _pool(self, items: int, mean: npt.NDArray[np.float64], spread: float) -> None:
-        """Merge a mean and the squared distances to it into those so far."""
+        """Merge mean and spread of a block into those so far (Chan's parallel update)."""
         if self._mean is None:
             self._items, self._mean, self._spread = items, mean, spread
             return
@@ -109,11 +249,7 @@ class ReconstructionCounter:
         self._zero_rows += other._zero_rows
 
     def result(self) -> Reconstruction:
-        """Return the errors of everything so far.
-
-        Raises:
-            InputError: nothing was added yet.
-        """
+        """Return the errors of all rows; InputError before any were added."""
         if self._mean is None:
             raise InputError("no rows were added yet; call update first")
         used = self._items - self._zero_rows
@@ -156,16 +292,16 @@ def reconstruction_by_level(
     codes: Matrix,
     decode: Callable[[npt.NDArray[np.int64], int], Any],
 ) -> tuple[Reconstruction, ...]:
-    """Compare vectors with what the first 1, 2, ... levels of their codes give.
+    """Compare vectors with their reconstructions from the first 1, 2, ... levels of their codes.
 
     Args:
         x: ``(items, dim)``.
         codes: integers ``(items, levels)``.
         decode: codes ``(batch, levels)`` and a depth to reconstructions ``(batch, dim)`` from the
-            first ``depth`` levels alone; how the others are left out is the tokenizer's matter.
+            first ``depth`` levels alone.
 
     Returns:
-        One `Reconstruction` a depth, named ``decoder(codes), levels 1-<depth>``.
+        One `Reconstruction` per depth, named ``decoder(codes), levels 1-<depth>``.
 
     Raises:
         InputError: lengths or widths that do not fit, or values that are not finite.
@@ -183,8 +319,8 @@ def reconstruction_by_level(
     for rows in row_blocks(len(array)):
         block, part = as_block(array, rows), ids[rows].astype(np.int64)
         for depth, counter in enumerate(counters, start=1):
-            found = decode(part, depth)
-            if isinstance(found, torch.Tensor):
-                found = found.detach().cpu().numpy()
-            counter.update(block, np.asarray(found))
+            decoded = decode(part, depth)
+            if isinstance(decoded, torch.Tensor):
+                decoded = decoded.detach().cpu().numpy()
+            counter.update(block, np.asarray(decoded))
     return tuple(counter.result() for counter in counters)
