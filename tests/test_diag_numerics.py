@@ -310,7 +310,7 @@ def test_spearman_with_ties():
     assert spearman(a, b) == pytest.approx(np.corrcoef(ranks(a), ranks(b))[0, 1])
     found = rank_agreement([1, 2, 2, 1], {"r": [3, 4, 1, 2]}, levels=[0, 0, 1, 1])
     assert found == {"r": {"all": 0, "level 0": 1, "level 1": -1}}
-    with pytest.raises(InputError, match="one value a"):
+    with pytest.raises(InputError, match="one value per row"):
         rank_agreement([1, 2], {"r": [1]})
 
 
