@@ -85,8 +85,8 @@ def usage_from_counts(counts: npt.ArrayLike, *, level: int = 0) -> LevelUsage:
     array = np.asarray(counts, dtype=np.int64)
     if array.ndim != 1 or array.size == 0 or array.min() < 0 or not array.any():
         raise InputError(
-            f"counts of shape {array.shape} cannot be summarized: one non-negative integer a code "
-            "and at least one item are needed"
+            f"counts of shape {array.shape} cannot be summarized: one non-negative integer per "
+            "code and at least one item are needed"
         )
     items, size = int(array.sum()), len(array)
     used = np.sort(array[array > 0])
@@ -134,15 +134,11 @@ class UsageCounter:
                 f"counters over codebooks of sizes {list(self.codebook_sizes)} and "
                 f"{list(other.codebook_sizes)} cannot be merged"
             )
-        # New arrays: what came from another process may lie in memory that is not to be written to.
+        # New arrays: those from another process may be in read-only memory.
         self._counts = [a + b for a, b in zip(self._counts, other._counts, strict=True)]
 
     def result(self) -> tuple[LevelUsage, ...]:
-        """Return one `LevelUsage` a level for everything counted so far.
-
-        Raises:
-            InputError: nothing was counted yet.
-        """
+        """Return the usage of each level; InputError before any code was counted."""
         return tuple(
             usage_from_counts(counts.copy(), level=level)
             for level, counts in enumerate(self._counts)
@@ -154,10 +150,10 @@ def usage(codes: npt.ArrayLike, codebook_sizes: int | Sequence[int]) -> tuple[Le
 
     Args:
         codes: integers ``(items, levels)``.
-        codebook_sizes: K for every level, or one a level.
+        codebook_sizes: K for every level, or one per level.
 
     Returns:
-        One `LevelUsage` a level.
+        One `LevelUsage` per level.
 
     Raises:
         InputError: the codes are not integers ``(items, levels)`` within their codebooks.
@@ -203,12 +199,12 @@ class Concentration:
     """The rows or columns far above the median in squared distance to the mean.
 
     Attributes:
-        count: rows or columns above `ENERGY_TIMES_MEDIAN` times the median.
-        total: rows or columns in all.
+        count: number of rows or columns above `ENERGY_TIMES_MEDIAN` times the median.
+        total: number of all rows or columns.
         share: their share of the variance.
         rest_error: relative error of all others, of rows about their own mean; None where all
             others are equal.
-        columns: the columns, the widest first; empty for rows.
+        columns: the columns, largest variance first; empty for rows.
     """
 
     count: int
@@ -220,7 +216,7 @@ class Concentration:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is known of the embeddings themselves.
+    """How the variance of the embeddings is distributed over rows and columns.
 
     Attributes:
         rows: concentration of the variance in rows; None where all rows are equal.
@@ -290,9 +286,9 @@ class EnergyCounter:
             self._add_bin(int(size), _Bin(sums, centered[rows].sum(axis=0)))
 
     def _add_bin(self, size: int, other: _Bin) -> None:
-        mine = self._bins.setdefault(size, _Bin(ErrorSums(), np.zeros(len(self.mean))))
-        mine.sums.add_(other.sums)
-        mine.total = mine.total + other.total
+        total = self._bins.setdefault(size, _Bin(ErrorSums(), np.zeros(len(self.mean))))
+        total.sums.add_(other.sums)
+        total.total = total.total + other.total
 
     def merge(self, other: EnergyCounter) -> None:
         """Add what another counter about the same mean has counted."""
@@ -313,9 +309,9 @@ class EnergyCounter:
         return self.column_spread / max(self.count, 1)
 
     def result(self) -> Inputs:
-        """Return what the rows say of the embeddings."""
+        """Return the `Inputs` of all rows counted so far."""
         constant = np.flatnonzero(self.low == self.high)
-        # The mean squared length is that of the mean plus the variance.
+        # The mean squared length is the squared length of the mean plus the variance.
         length = float(self.mean @ self.mean) + float(self.variances.sum())
         weight = float((self.low[constant] ** 2).sum()) / length if length > 0 else 0.0
         return Inputs(
@@ -332,6 +328,7 @@ class EnergyCounter:
         if not bins or not any(each.sums.spread for _, each in bins):
             return None
         median = bins[int(np.searchsorted(np.cumsum(rows), rows.sum() / 2))][0]
+        # Rows stand out whose half octave begins at `ENERGY_TIMES_MEDIAN` times that of the median.
         edge = median + math.ceil(2.0 * math.log2(ENERGY_TIMES_MEDIAN))
         few, rest = ErrorSums(), ErrorSums()
         shift = np.zeros(len(self.mean))  # sum of x - mean over the rest
@@ -341,14 +338,13 @@ class EnergyCounter:
             else:
                 rest.add_(each.sums)
                 shift += each.total
-        rest_spread = rest.spread - float(shift @ shift) / max(
-            rest.rows, 1
-        )  # about the rest's rest_spread mean
+        # About the mean of the rest: the sum of squares less the square of the shifted mean.
+        rest_spread = rest.spread - float(shift @ shift) / max(rest.rows, 1)
         return Concentration(
             count=few.rows,
             total=self.count,
             share=few.spread / (few.spread + rest.spread),
-            # What cancelling leaves of a spread of 0 is no spread.
+            # A difference this small is the rounding error of a spread of 0.
             rest_error=rest.squared / rest_spread if rest_spread > 1e-12 * rest.spread else None,
         )
 

@@ -17,7 +17,7 @@ _PACK_ROWS = 65_536
 
 
 def sizes_per_level(codebook_sizes: int | Sequence[int], levels: int) -> tuple[int, ...]:
-    """Return one codebook size a level from one size or a sequence of them."""
+    """Return one codebook size per level from one size or a sequence of them."""
     if isinstance(codebook_sizes, (int, np.integer)):
         sizes = (int(codebook_sizes),) * levels
     else:
@@ -32,11 +32,11 @@ def sizes_per_level(codebook_sizes: int | Sequence[int], levels: int) -> tuple[i
 def check_codes(
     codes: npt.ArrayLike, codebook_sizes: int | Sequence[int] | None = None
 ) -> npt.NDArray[np.integer[Any]]:
-    """Check that an array is codes and return it, unchanged and not copied.
+    """Return an array after checking that it holds codes; it is not copied.
 
     Args:
         codes: integers ``(items, levels)``, each in ``[0, K)`` of its level.
-        codebook_sizes: K for every level or one a level; None checks only the lower end.
+        codebook_sizes: K for every level or one per level; None checks only the lower end.
 
     Raises:
         InputError: not an integer ``(items, levels)`` array with at least one row and one level,

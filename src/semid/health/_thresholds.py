@@ -1,4 +1,4 @@
-"""Every number of the verdict, with its reason; `docs/report.md` and model cards show the same."""
+"""Every threshold of the verdict with its reason; `docs/report.md` and model cards show them."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ __all__ = [
 Severity = Literal["note", "warning", "unhealthy"]
 
 NEAR = 1.1
-"""A figure within this factor of a warning is noted: shares of 0.24 and 0.26 are much alike."""
+"""A value within this factor of a warning is noted: shares of 0.24 and 0.26 are much alike."""
 
 ENERGY_TIMES_MEDIAN = 100.0
-"""Rows (in half octaves) and columns stand out whose part of the variance is so many medians."""
+"""Rows (in half octaves) and columns stand out above this multiple of the median variance."""
 
 ENERGY_FEW = 0.05
-"""Share of the rows or columns up to which those that stand out are few."""
+"""Rows or columns that stand out are few up to this share of all."""
 
 ROWS_PER_CODEWORD = 39
-"""Training rows per codeword below which a fit warns; faiss' K-means asks for as many."""
+"""Training rows per codeword below which a fit warns, as in faiss' K-means."""
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """Values of one figure at which a finding begins.
+    """Values of one measure at which a finding begins.
 
     Attributes:
         finding: name of the finding.
@@ -68,7 +68,7 @@ class Threshold:
     reason: str = ""
 
     def severity(self, value: float) -> Severity | None:
-        """Return how bad a value is; None if it is beyond no threshold."""
+        """Return the severity of a value; None if it is beyond no threshold."""
         steps: tuple[tuple[Severity, float | None], ...] = (
             ("unhealthy", self.unhealthy),
             ("warning", self.warning),

@@ -2,29 +2,149 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 
 from semid.data.embeddings import open_embeddings
 from semid.data.interactions import read_interactions
 from semid.diagnostics.overlap import REPORT_SCALE
+from semid.diagnostics.pairs import Estimate
 from semid.errors import UsageError
 from semid.progress import Progress
 from semid.report.diagnose import diagnose
-from semid.report.metrics import LEADS, METRICS, VIEWS, relation_metrics
-from semid.report.results import ComparedAgreement, Comparison, Diagnosis, MetricRow
+from semid.report.figure import DECLARATIONS
+from semid.report.results import (
+    ComparedAgreement,
+    Comparison,
+    Diagnosis,
+    MetricRow,
+    NoiseResponse,
+    PairResults,
+)
 from semid.report.robustness import agreement_with_proxies
 from semid.tokenizers.base import Tokenizer
 
-__all__ = ["VERDICTS", "compare"]
+__all__ = ["VERDICTS", "VIEWS", "compare"]
 
-VERDICTS = {
-    "healthy": ("Healthy", "Nothing here speaks against using these codes."),
-    "warning": ("Worth a look", "These codes can be used, but something below costs quality."),
-    "unhealthy": ("Unhealthy", "Do not use these codes before the first finding is repaired."),
+
+VERDICTS: dict[str, tuple[str, str]] = {
+    level: (texts["word"], texts["sentence"]) for level, texts in DECLARATIONS["verdicts"].items()
 }
+"""Level of a verdict -> word and sentence."""
+
+VIEWS: dict[str, str] = DECLARATIONS["views"]
+"""Key of a view -> its title."""
+
+Read = Callable[[Diagnosis], float | None]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric that models are compared by.
+
+    Attributes:
+        key: fixed name, for programs.
+        read: returns its value of a diagnosis; None where it was not measured.
+        view: key of `VIEWS`.
+        name: what it is called.
+        better: ``neither`` where a good value is no merit by itself, such as few collisions.
+        kind: how it is written.
+        lead: whether it stands for its view in the trade-offs.
+    """
+
+    key: str
+    read: Read
+    view: str
+    name: str
+    better: Literal["lower", "higher", "neither"]
+    kind: Literal["share", "number", "count"]
+    lead: bool = False
+
+
+def _flips(response: NoiseResponse) -> tuple[float, float]:
+    """Return the share of ids that change at noise 0.2, and the mean share of codes that do."""
+    point = next(p for p in response.flips.points if p.scale == 0.2)
+    return point.prefix[-1].value, sum(code.value for code in point.code) / len(point.code)
+
+
+def _at_50(rates: Mapping[int, Estimate | None]) -> float | None:
+    """Return the value at K = 50, or at the largest K there is in a small pool."""
+    estimate = rates.get(50, rates[max(rates)])
+    return None if estimate is None else estimate.value
+
+
+def _weighted_auc(measured: PairResults) -> float | None:
+    return measured.aucs.aucs["weighted"].value
+
+
+def _retention(measured: PairResults) -> float | None:
+    return _at_50(measured.retrieval.retention[0].above_chance)
+
+
+def _discrete_hits(measured: PairResults) -> float | None:
+    return _at_50(measured.discrete.depths[-1].rates)
+
+
+def _of_pairs(read: Callable[[PairResults], float | None], relation: str | None = None) -> Read:
+    """Return a metric of the test users' pairs, or of a kind of known relation."""
+
+    def value(d: Diagnosis) -> float | None:
+        if relation is not None:
+            measured = (d.relations or {}).get(relation)
+        else:
+            measured = None if d.behavior is None else d.behavior.measured
+        return None if measured is None else read(measured)
+
+    return value
+
+
+def _effective_rank(d: Diagnosis) -> float | None:
+    spaces = () if d.geometry is None else d.geometry.spaces
+    return next((s.effective_rank for s in spaces if s.name == "decoder(codes)"), None)
+
+
+def _least_effective(d: Diagnosis) -> float | None:
+    shares = [o.at(REPORT_SCALE).effective_size / o.codebook_size for o in d.overlap]
+    return min(shares, default=None)
+
+
+_READ: dict[str, Read] = {
+    "id_flips": lambda d: None if d.flips is None else _flips(d.flips.input)[0],
+    "code_flips": lambda d: None if d.flips is None else _flips(d.flips.input)[1],
+    "latent_flips": lambda d: None if d.flips is None else _flips(d.flips.innermost)[0],
+    "relative_error": lambda d: d.reconstruction.relative_error["all"],
+    "cosine": lambda d: d.reconstruction.mean_cosine,
+    "weighted_auc": _of_pairs(_weighted_auc),
+    "retention": _of_pairs(_retention),
+    "discrete_hits": _of_pairs(_discrete_hits),
+    "effective_rank": _effective_rank,
+    "least_effective": _least_effective,
+    "geometry_share": lambda d: max((o.at(1.0).geometry_share for o in d.overlap), default=None),
+    "least_perplexity": lambda d: min(u.perplexity / u.codebook_size for u in d.usage),
+    "dead": lambda d: float(sum(u.dead for u in d.usage)),
+    "collision_rate": lambda d: d.verdict.collisions.collision_rate,
+    "colliding_item_rate": lambda d: d.verdict.collisions.colliding_item_rate,
+}
+METRICS = {key: Metric(key, _READ[key], **texts) for key, texts in DECLARATIONS["metrics"].items()}
+
+
+def relation_metrics(diagnoses: Sequence[Diagnosis]) -> Iterator[Metric]:
+    """Yield what models are compared by on each kind of known relation that was measured."""
+    for kind in dict.fromkeys(kind for d in diagnoses for kind in d.relations or {}):
+        for metric, read in (
+            (METRICS["weighted_auc"], _weighted_auc),
+            (METRICS["discrete_hits"], _discrete_hits),
+        ):
+            yield replace(
+                metric,
+                key=f"{metric.key}_{kind}",
+                name=f"{metric.name}, {kind.replace('_', ' ')}",
+                read=_of_pairs(read, kind),
+                lead=False,
+            )
 
 
 def compare(
@@ -100,7 +220,7 @@ def side_by_side(diagnoses: Mapping[str, Diagnosis]) -> Comparison:
     each = list(diagnoses.values())
     all_held_out = all("held_out" in d.reconstruction.relative_error for d in each)
     rows = []
-    for metric in (*METRICS, *relation_metrics(each)):
+    for metric in (*METRICS.values(), *relation_metrics(each)):
         values = tuple(metric.read(d) for d in each)
         if metric.key == "relative_error" and all_held_out:
             values = tuple(d.reconstruction.relative_error["held_out"] for d in each)
@@ -112,7 +232,7 @@ def side_by_side(diagnoses: Mapping[str, Diagnosis]) -> Comparison:
                     metric.name,
                     metric.better,
                     metric.kind,
-                    metric.key in LEADS,
+                    metric.lead,
                     values,
                     _ranks(values, metric.better),
                 )

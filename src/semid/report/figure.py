@@ -6,11 +6,14 @@ Colors are names (``@1`` to ``@7``, ``@muted``) that the page replaces by those 
 from __future__ import annotations
 
 import math
+import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import resources
 from typing import Any, Generic, Protocol, TypeVar
 
 __all__ = [
+    "DECLARATIONS",
     "REFERENCE",
     "Column",
     "Figure",
@@ -18,6 +21,7 @@ __all__ = [
     "axis",
     "bars",
     "count",
+    "declared",
     "error_bars",
     "interval",
     "line",
@@ -29,6 +33,11 @@ __all__ = [
 
 REFERENCE: dict[str, Any] = {"dash": "dot", "width": 1}
 """Style of lines that others are compared with."""
+
+DECLARATIONS: dict[str, Any] = tomllib.loads(
+    resources.files("semid.report").joinpath("declarations.toml").read_text("utf8")
+)
+"""Texts and layouts of figures, sections, verdicts and metrics."""
 
 Entry = TypeVar("Entry")
 MISSING = "\N{EN DASH}"
@@ -297,3 +306,16 @@ class Plot(Generic[Entry]):
             columns=[self.head, *(column.head for column in self.columns)],
             rows=[self.row(name, entry) for name, entry in entries.items()],
         )
+
+
+def declared(
+    key: str,
+    *,
+    columns: tuple[Column[Entry], ...] = (),
+    x: Callable[[Entry], Iterable[Any]] | None = None,
+    y: Callable[[Entry], Iterable[Any]] | None = None,
+    estimates: Callable[[Entry], Sequence[Estimated | None]] | None = None,
+) -> Plot[Entry]:
+    """Return the figure that `declarations.toml` describes under a key, with its data."""
+    texts = DECLARATIONS["figures"][key]
+    return Plot(**texts, columns=columns, x=x, y=y, estimates=estimates)

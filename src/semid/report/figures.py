@@ -1,4 +1,4 @@
-"""The figures of a report, declared: texts, series, columns and layout."""
+"""The figures of reports and comparisons: series and columns; texts are declarations."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from semid.report.figure import (
     axis,
     bars,
     count,
+    declared,
     error_bars,
     line,
     number,
@@ -24,13 +25,15 @@ from semid.report.figure import (
 )
 from semid.report.figures_pairs import pair_figures, popularity_figure
 from semid.report.results import (
+    Comparison,
     Diagnosis,
+    MetricRow,
     NoiseResponse,
     RankedUsage,
     SpaceGeometry,
 )
 
-__all__ = ["COMPARED_FLIPS", "COMPARED_SPECTRA", "level_name", "noise_axis", "report_figures"]
+__all__ = ["SENSES", "WRITERS", "comparison_figures", "level_name", "report_figures"]
 
 UNLISTED = {**REFERENCE, "showlegend": False, "hoverinfo": "skip"}
 
@@ -62,15 +65,8 @@ def report_figures(d: Diagnosis) -> list[Figure]:
 
 # Codes ---------------------------------------------------------------------------------------
 
-USAGE = Plot[RankedUsage](
+USAGE: Plot[RankedUsage] = declared(
     "usage",
-    "codes",
-    "How evenly each codebook is used",
-    "Good: a flat line near the dotted one. Bad: a steep fall, or a line that ends early because "
-    "the remaining codes are dead.",
-    "Share of the items that hold each code, most used code first. Perplexity is exp(H) of these "
-    "shares: the number of evenly used codes that would carry as much. Gini is 0 for even use; "
-    "dead codes have no item.",
     columns=(
         Column("Codes", lambda u: u.codebook_size, count),
         Column("Perplexity", lambda u: u.perplexity, number),
@@ -79,12 +75,7 @@ USAGE = Plot[RankedUsage](
         Column("Largest code", lambda u: u.largest_share, share),
     ),
     x=lambda u: u.rank_frequency.rank,
-    y=lambda u: [value or None for value in u.rank_frequency.share],  # no zeros on a log axis
-    hover="rank %{x}: %{y:.3%} of items",
-    layout={
-        "xaxis": axis("code, most used first"),
-        "yaxis": axis("share of items", type="log", tickformat=".2~%", dtick=1),
-    },
+    y=lambda u: [value or None for value in u.rank_frequency.share],
 )
 
 
@@ -97,26 +88,13 @@ def _usage(d: Diagnosis) -> Figure:
     return replace(figure, traces=[*figure.traces, *even])
 
 
-BUCKETS = Plot[tuple[int, int, float]](
+BUCKETS: Plot[tuple[int, int, float]] = declared(
     "buckets",
-    "codes",
-    "How many items share one id",
-    "Good: nearly all items are alone in their bucket. Bad: items far to the right, where many "
-    "share one id and nothing can tell them apart.",
-    "A bucket is all items with one whole id. Two rates are in use: 1 - unique/N counts the ids "
-    "that are missing, the colliding item rate counts the items that share their id. Exact copies "
-    "of an embedding must collide and are counted apart.",
     columns=(
         Column("Buckets", lambda size: size[0], count),
         Column("Items", lambda size: size[1], count),
         Column("Share of items", lambda size: size[2], share),
     ),
-    head="Items in bucket",
-    layout={
-        "xaxis": axis("items in the bucket", type="category"),
-        "yaxis": axis("share of items", tickformat=".0%"),
-        "showlegend": False,
-    },
 )
 
 
@@ -151,15 +129,7 @@ def _buckets(d: Diagnosis) -> Figure:
     return BUCKETS.figure(sizes, traces=[trace])
 
 
-RECONSTRUCTION = Plot[Mapping[str, float | None]](
-    "reconstruction",
-    "codes",
-    "What each {level} leaves",
-    "Good: {good}. Bad: {bad}.",
-    "Squared distance between an item's latent vector and its codewords {which}, over the squared "
-    "distance of the same latent vectors to the mean of all: 1 is no better than the mean, 0 is "
-    "lossless. The last row is decoder(codes) in the input space.",
-)
+RECONSTRUCTION: Plot[Mapping[str, float | None]] = declared("reconstruction")
 PREFIX_TEXTS = {
     "level": "level",
     "good": "every level lowers the line, and held-out items lie close above the fitted ones",
@@ -209,16 +179,8 @@ def _reconstruction(d: Diagnosis) -> Figure:
 
 # Robustness and geometry ---------------------------------------------------------------------
 
-OVERLAP = Plot[LevelOverlap](
+OVERLAP: Plot[LevelOverlap] = declared(
     "overlap",
-    "robustness",
-    "Codes that stay apart under noise",
-    "Good: a line on its dotted limit until noise is large. Bad: a line that leaves the limit "
-    "early; there, codewords lie so close that chance decides between them.",
-    "Effective codebook size 1/R, where R is the expected overlap of two items' codewords under "
-    "noise on the latent. The dotted line is what usage alone gives: while a level is on it, this "
-    "figure says nothing about geometry. It does not predict how many ids flip; the figure of "
-    "flips measures that.",
     columns=(
         Column("Effective size at 0.1", lambda o: o.at(REPORT_SCALE).effective_size, number),
         Column("Usage alone", lambda o: o.at(REPORT_SCALE).usage_size, number),
@@ -231,15 +193,6 @@ OVERLAP = Plot[LevelOverlap](
     ),
     x=lambda o: [point.scale for point in o.points],
     y=lambda o: [point.effective_size for point in o.points],
-    mark="lines+markers",
-    hover="noise %{x}: %{y:.1f} codes",
-    layout={
-        "xaxis": axis(
-            "noise, in latent standard deviations",
-            ticks=[0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 3],
-        ),
-        "yaxis": axis("effective codes", rangemode="tozero"),
-    },
 )
 
 
@@ -254,33 +207,19 @@ def _effective_size(d: Diagnosis) -> Figure:
     return OVERLAP.figure({level_name(d, o.level): o for o in d.overlap}, traces=traces)
 
 
-FLIPS = Plot[NoiseResponse](
+FLIPS: Plot[NoiseResponse] = declared(
     "flips",
-    "robustness",
-    "Ids that change under noise on the input",
-    "Good: lines that stay low at small noise, so that a refreshed embedding keeps its id. Bad: "
-    "many ids that flip at 0.1 or 0.2; few collisions are then bought with noise.",
-    "Gaussian noise is added to the embeddings, in units of their standard deviation, and they are "
-    "encoded again. Whole lines are measured shares with 95% intervals; dotted lines are the "
-    "margin proxy, a closed form from the distance of each item to the borders of its cell.",
     x=lambda response: [point.scale for point in response.flips.points],
     y=lambda response: [point.prefix[-1].value for point in response.flips.points],
-    mark="lines+markers",
-    hover="noise %{x}: %{y:.1%}",
-    layout={"yaxis": axis("share of items", tickformat=".0%", range=[0, 1])},
 )
-COMPARED_FLIPS = replace(
-    FLIPS,
-    section="trade",
-    caption="Good: a low line. Bad: a line that rises at small noise; such ids will not survive a "
-    "refreshed embedding.",
-    definition="Share of the items whose whole id changes when Gaussian noise is added to the "
-    "embedding, in units of its standard deviation; the same noise for all models. Noise on the "
-    "input compares models of different latent width, noise on the latent does not.",
+COMPARED_FLIPS: Plot[NoiseResponse] = declared(
+    "compared-flips",
+    x=FLIPS.x,
+    y=FLIPS.y,
 )
 
 
-def noise_axis(response: NoiseResponse) -> dict[str, Any]:
+def _noise_axis(response: NoiseResponse) -> dict[str, Any]:
     """Return the x axis of flips under noise on the input."""
     scales = [point.scale for point in response.flips.points]
     return {"xaxis": axis("noise, in input standard deviations", ticks=scales)}
@@ -321,7 +260,7 @@ def _flips(d: Diagnosis) -> Figure:
         columns[f"{name}, input"] = [flip.value for flip in measured(d.flips.input, level)]
     rows = zip(scales, *columns.values(), strict=True)
     return replace(
-        FLIPS.figure({}, traces=traces, layout=noise_axis(d.flips.input)),
+        FLIPS.figure({}, traces=traces, layout=_noise_axis(d.flips.input)),
         columns=["Noise", *columns],
         rows=[[f"{scale:g}", *map(share, values)] for scale, *values in rows],
     )
@@ -335,32 +274,17 @@ SPACE_COLUMNS: tuple[Column[SpaceGeometry], ...] = (
     Column("Mean absolute cosine", lambda s: s.mean_abs_cosine, number),
     Column("Centered", lambda s: s.mean_abs_cosine_centered, number),
 )
-SPECTRA = Plot[SpaceGeometry](
+SPECTRA: Plot[SpaceGeometry] = declared(
     "spectra",
-    "geometry",
-    "Directions that carry variance",
-    "Good: the three lines lie together, so codes keep the directions of the embedding. Bad: a "
-    "line that drops early, where a space has collapsed onto few directions.",
-    "Eigenvalues of the covariance as shares of their sum, largest first, on a random {rows} of "
-    "{items} items. Participation ratio and effective rank count the directions in use, from 1 to "
-    "the width. The cosine is the mean absolute one between distinct dimensions, as they are and "
-    "centered.",
     columns=SPACE_COLUMNS,
     x=lambda s: s.spectrum.rank,
     y=lambda s: [value if value > 1e-9 else None for value in s.spectrum.share],
-    hover="direction %{x}: %{y:.2%}",
-    layout={
-        "xaxis": axis("direction, strongest first"),
-        "yaxis": axis("share of variance", type="log", tickformat=".3~%", dtick=1),
-    },
 )
-COMPARED_SPECTRA = replace(
-    SPECTRA,
-    section="trade",
-    title="Directions that survive in decoder(codes)",
-    caption="Good: a line close to that of the input. Bad: a line that drops early.",
-    definition="Eigenvalues of the covariance as shares of their sum, largest first.",
+COMPARED_SPECTRA: Plot[SpaceGeometry] = declared(
+    "compared-spectra",
     columns=SPACE_COLUMNS[1:4],
+    x=SPECTRA.x,
+    y=SPECTRA.y,
 )
 
 
@@ -375,3 +299,104 @@ def _spectra(d: Diagnosis) -> Figure:
     return SPECTRA.figure(
         spaces, traces=traces, rows=count(d.geometry.rows), items=count(d.geometry.items)
     )
+
+
+# Comparisons ---------------------------------------------------------------------------------
+
+WRITERS = {"share": share, "number": number, "count": count}
+"""Kind of a metric -> how its values are written."""
+
+SENSES = {"lower": "lower is better", "higher": "higher is better", "neither": "not ranked"}
+
+PARETO: Plot[int] = declared("pareto")
+AGREEMENT: Plot[float | None] = declared(
+    "agreement",
+    columns=(Column("Rank correlation", lambda value: value, number),),
+)
+
+
+def comparison_figures(c: Comparison) -> list[Figure]:
+    """Return the figures of a comparison."""
+    keys = {row.key for row in c.metrics}
+    trades = [
+        ("relative_error", "id_flips"),
+        ("relative_error", "weighted_auc"),
+        ("id_flips", "weighted_auc"),
+    ]
+    figures = [_pareto(c, c.metric(a), c.metric(b)) for a, b in trades if {a, b} <= keys]
+    responses = {name: d.flips.input for name, d in c.diagnoses.items() if d.flips is not None}
+    if len(responses) == len(c.names):
+        first = responses[c.names[0]]
+        columns: tuple[Column[NoiseResponse], ...] = tuple(
+            _flipped_ids(n, point.scale) for n, point in enumerate(first.flips.points)
+        )
+        flips = replace(COMPARED_FLIPS, columns=columns)
+        figures.append(flips.figure(responses, layout=_noise_axis(first)))
+    spaces = {name: d.geometry.spaces for name, d in c.diagnoses.items() if d.geometry is not None}
+    if len(spaces) == len(c.names):
+        source = spaces[c.names[0]][0]
+        traces = [COMPARED_SPECTRA.series("input", source, "muted", dash="dot")]
+        rows = [COMPARED_SPECTRA.row("input", source)]
+        for place, (name, (*_, decoded)) in enumerate(spaces.items()):
+            traces.append(COMPARED_SPECTRA.series(name, decoded, palette(place)))
+            rows.append(COMPARED_SPECTRA.row(name, decoded))
+        figures.append(replace(COMPARED_SPECTRA.figure({}, traces=traces), rows=rows))
+    proxies = {
+        "expected overlap rate R": c.agreement.overlap,
+        "geometry's part of R": c.agreement.geometry,
+        "margin proxy": c.agreement.margins,
+    }
+    agreement = AGREEMENT.figure(
+        proxies, traces=[], scale=c.agreement.scale, rows=count(c.agreement.rows)
+    )
+    return [*figures, agreement]
+
+
+def _flipped_ids(place: int, scale: float) -> Column[NoiseResponse]:
+    return Column(f"{scale:g}", lambda r: r.flips.points[place].prefix[-1].value, share)
+
+
+def _metric_value(row: MetricRow) -> Column[int]:
+    return Column(row.name, lambda place: row.values[place], WRITERS[row.kind])
+
+
+def _pareto(c: Comparison, x: MetricRow, y: MetricRow) -> Figure:
+    front = c.front(x, y)
+    xs, ys = ([row.values[place] for place in front] for row in (x, y))
+    traces = [line("nobody better in both", xs, ys, "muted", **REFERENCE, hoverinfo="skip")]
+    for place, name in enumerate(c.names):
+        color = f"@{palette(place)}"
+        marker = {
+            "color": color,
+            "size": 13,
+            "symbol": "circle" if place in front else "circle-open",
+            "line": {"width": 2, "color": color},
+        }
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": name,
+                "x": [x.values[place]],
+                "y": [y.values[place]],
+                "marker": marker,
+                "hovertemplate": "%{x:.3f}, %{y:.3f}",
+            }
+        )
+    columns = (
+        *(_metric_value(row) for row in (x, y)),
+        Column[int]("Beaten in both by another", lambda n: "no" if n in front else "yes"),
+    )
+    return replace(PARETO, columns=columns).figure(
+        {name: place for place, name in enumerate(c.names)},
+        traces=traces,
+        layout={"xaxis": {**_metric_axis(x), "showgrid": True}, "yaxis": _metric_axis(y)},
+        x=x,
+        y=y,
+        title=f"{x.name[0].upper()}{x.name[1:]}",
+    )
+
+
+def _metric_axis(row: MetricRow) -> dict[str, Any]:
+    title = f"{row.name}, {SENSES[row.better]}"
+    return axis(title, tickformat=".0%") if row.kind == "share" else axis(title)

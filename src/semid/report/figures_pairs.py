@@ -15,6 +15,7 @@ from semid.report.figure import (
     Plot,
     axis,
     count,
+    declared,
     error_bars,
     interval,
     line,
@@ -25,58 +26,21 @@ from semid.report.results import PairResults
 
 __all__ = ["pair_figures", "popularity_figure"]
 
-HITS = Plot[HitRates](
-    "{prefix}-hits",
-    "{section}",
-    "Finding the other item{suffix}",
-    "Good: decoder(codes) close under the original embedding, and the id itself far above random. "
-    "Bad: bars near random, where codes have lost what people take together.",
-    "HR@K over {pairs}: the share whose second item is among the K first of {candidates} "
-    "candidates, by cosine of embeddings, or by longest common prefix (parallel codebooks: number "
-    "of equal codes) with ties in a seeded random order. Intervals of 95% are over users.",
+HITS: Plot[HitRates] = declared(
+    "hits",
     x=lambda way: [f"HR@{k}" for k in way.rates],
     y=lambda way: [estimate.value for estimate in way.rates.values()],
-    mark="bars",
-    hover="%{y:.2%}",
     estimates=lambda way: list(way.rates.values()),
-    layout={
-        "barmode": "group",
-        "bargap": 0.25,
-        "yaxis": axis("hit rate", tickformat=".0%", rangemode="tozero"),
-        "xaxis": {"type": "category"},
-    },
 )
-RETENTION = Plot[Retention](
-    "{prefix}-retention",
-    "{section}",
-    "Retrieval that survives the codes{suffix}",
-    "Good: near or above the dotted line at every K. Bad: a line that sinks at small K, where the "
-    "codes blur an item with its near neighbors.",
-    "Retention@K = (HR of the reconstruction - HR of chance) / (HR of the original - HR of "
-    "chance). It is not bounded by 1. The plain ratio of hit rates stands in the table.",
+RETENTION: Plot[Retention] = declared(
+    "retention",
     x=lambda way: way.above_chance,
     y=lambda way: [None if e is None else e.value for e in way.above_chance.values()],
-    mark="lines+markers",
-    hover="K = %{x}: %{y:.1%}",
     estimates=lambda way: list(way.above_chance.values()),
-    layout={"yaxis": axis("retention", tickformat=".0%", rangemode="tozero")},
 )
-AUCS = Plot[Any](
-    "{prefix}-aucs",
-    "{section}",
-    "Telling related pairs from random ones{suffix}",
-    "Good: the readings of the codes close to the original embedding. Bad: 0.5, which is chance; a "
-    "low value for the whole id alone is normal, for few pairs share all codes.",
-    "AUC over {pairs} and {per_pair} random negatives each, the same for all readings (seed "
-    "{seed}); ties count one half. The papers name the readings and print no formula; these are "
-    "ours.",
+AUCS: Plot[Any] = declared(
+    "aucs",
     columns=(Column("AUC", lambda estimate: estimate, interval),),
-    head="Reading",
-    layout={
-        "xaxis": axis("AUC", showgrid=True, range=[0.45, 1.0]),
-        "yaxis": {"type": "category", "autorange": "reversed"},
-        "showlegend": False,
-    },
 )
 READINGS = {
     "exact_full": "whole id equal",
@@ -85,23 +49,9 @@ READINGS = {
     "weighted": "codeword cosine, weighted by level",
     "weighted_equality": "equal codes, weighted by level",
 }
-MATCHES = Plot[MatchRate](
-    "{prefix}-matches",
-    "{section}",
-    "How often codes match{suffix}",
-    "Good: related pairs match many times as often as random ones, at every depth. Bad: a ratio "
-    "near 1, or matches so rare that depth says nothing.",
-    "Share of pairs whose codes are equal in {where}.",
-)
-POPULARITY = Plot[PopularitySegment](
+MATCHES: Plot[MatchRate] = declared("matches")
+POPULARITY: Plot[PopularitySegment] = declared(
     "popularity",
-    "behavior",
-    "How popular and rare items share the id space",
-    "Good: popular items hold at least their share of ids and seldom share one. Bad: a head that "
-    "shares ids with the tail, since its traffic then teaches the wrong items.",
-    "Items by their interactions: the head is the top tenth of those with interactions, the mid "
-    "the next four tenths. Capacity is the share of all ids; an id held by several items is "
-    "divided among them. Of all interactions, {shared} fall on items that share their id.",
     columns=(
         Column("Items", lambda s: s.items, count),
         Column("Interactions", lambda s: s.interaction_share, share),

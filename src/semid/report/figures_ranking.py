@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from semid.recommenders.ranking.analysis import CodeAnalysis, Discriminability
-from semid.report.figure import Column, Figure, Plot, bars, line, palette
+from semid.report.figure import Column, Figure, Plot, bars, declared, line, palette
 
 __all__ = ["ranking_figures"]
 
@@ -19,35 +19,16 @@ POINT_COLUMNS: tuple[Column[Discriminability], ...] = (
     Column("adjusted MI", lambda point: point.ami, "{:.5f}".format),
     Column("NMI by chance", lambda point: point.shuffled_nmi, "{:.5f}".format),
 )
-CLUSTERS = Plot[Discriminability](
+CLUSTERS: Plot[Discriminability] = declared(
     "ranking-clusters",
-    SECTION,
-    "What clusters of code embeddings know of clicks",
-    "Higher is better; at 0 the clusters know what chance knows.",
-    "K-means over the embeddings of all codes side by side, and of the first code alone; the "
-    "mutual information of the clusters with the label, adjusted for chance. The MoC paper shows "
-    "the unadjusted one, which grows with the number of clusters; it is in the table beside its "
-    "value for shuffled labels.",
     columns=POINT_COLUMNS,
-    head="embedding",
-    layout={"xaxis": {"title": "clusters", "type": "log"}, "yaxis": {"title": "adjusted MI"}},
 )
-LEVELS = Plot[Discriminability](
+LEVELS: Plot[Discriminability] = declared(
     "ranking-levels",
-    SECTION,
-    "Each code alone",
-    "Even bars: every code tells something. Falling bars: later codes tell little.",
-    "The same for the embedding of one code at a time; the table has the codes themselves too.",
     columns=(replace(POINT_COLUMNS[0], head="groups"), *POINT_COLUMNS[1:]),
-    head="embedding",
-    layout={"xaxis": {"title": "code"}, "yaxis": {"title": "adjusted MI"}, "barmode": "group"},
 )
-SPECTRA = Plot[CodeAnalysis](
+SPECTRA: Plot[CodeAnalysis] = declared(
     "ranking-spectra",
-    SECTION,
-    "Singular values of the code embeddings",
-    "A curve that falls off a cliff uses few of its dimensions: the embedding has collapsed.",
-    "Of the matrix of rows by all code embeddings side by side, not centered.",
     columns=(
         Column("largest", lambda a: _positive_values(a)[0], "{:.4g}".format),
         Column(
@@ -59,22 +40,13 @@ SPECTRA = Plot[CodeAnalysis](
     ),
     x=lambda a: range(1, len(a.singular_values) + 1),
     y=lambda a: _positive_values(a)[1],
-    layout={"xaxis": {"title": "index"}, "yaxis": {"title": "singular value", "type": "log"}},
-    head="model",
 )
-CORRELATION = Plot[tuple[float, float]](
-    "ranking-correlation-{anchor}",
-    SECTION,
-    "How alike the codes' embeddings are: {name}",
-    "Bright off the diagonal means that two codes carry the same.",
-    "Linear CKA, which no rotation of an embedding changes. The MoC paper's correlation (eq. 9) "
-    "depends on the basis each table happens to have; it is in the table.",
+CORRELATION: Plot[tuple[float, float]] = declared(
+    "ranking-correlation",
     columns=(
         Column("correlation", lambda pair: pair[0], "{:.3f}".format),
         Column("CKA", lambda pair: pair[1], "{:.3f}".format),
     ),
-    head="codes",
-    layout={"xaxis": {"title": "code"}, "yaxis": {"title": "code"}},
 )
 
 

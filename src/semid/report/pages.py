@@ -12,31 +12,15 @@ from markupsafe import Markup
 
 from semid.health import Finding, Verdict
 from semid.markdown import escaped
-from semid.report.compare import VERDICTS
-from semid.report.figure import Figure, count, number, share, spoken
-from semid.report.figures import level_name, report_figures
-from semid.report.figures_compare import SENSES, WRITERS, comparison_figures
-from semid.report.metrics import VIEWS
+from semid.report.compare import VERDICTS, VIEWS
+from semid.report.figure import DECLARATIONS, Figure, count, number, share, spoken
+from semid.report.figures import SENSES, WRITERS, comparison_figures, level_name, report_figures
 from semid.report.results import Comparison, Diagnosis
 
 __all__ = ["embed_json", "figure_markdown", "render", "table"]
 
-# id, title, introduction
-SECTIONS = (
-    (
-        "codes",
-        "Codes",
-        "Are the codebooks used, do items keep ids of their own, and what of the embedding is left "
-        "in the codes?",
-    ),
-    ("robustness", "Robustness", "Does an item keep its id when its embedding changes a little?"),
-    ("geometry", "Geometry", "How many directions of the embedding space survive into the codes?"),
-    ("behavior", "Behavior", "Do the codes know which items people take together?"),
-    (
-        "relations",
-        "Known relations",
-        "The same questions, asked of item pairs from a second ground truth.",
-    ),
+SECTIONS = tuple(
+    (key, texts["title"], texts["introduction"]) for key, texts in DECLARATIONS["sections"].items()
 )
 
 
