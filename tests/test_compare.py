@@ -112,7 +112,11 @@ def test_pages_hold_every_model(comparison: Comparison, tmp_path: Path) -> None:
         assert all(name in text for name in comparison.names)
         with pytest.raises(OutputExistsError):
             comparison.write(path)
-    assert json.loads((tmp_path / "c.json").read_text())["names"] == list(comparison.names)
+    document = json.loads((tmp_path / "c.json").read_text(encoding="utf8"))
+    assert document["names"] == list(comparison.names)
+    again = Comparison.from_dict(document)
+    assert again == comparison
+    assert again.to_markdown() == comparison.to_markdown()
     page = (tmp_path / "c.html").read_text(encoding="utf8")
     assert "pareto-relative_error-id_flips" in page
     assert len(page.encode()) < 10_000_000

@@ -269,7 +269,7 @@ def test_json_reads_back_as_the_same_result(kind: type[FixedResidual], tmp_path:
 
 def test_reports_written_before_read_back_under_the_new_names() -> None:
     x, tok = healthy()
-    d = diagnose(tok, x, **FAST)
+    d = diagnose(tok, x, ids=IDS, interactions=logs(600), **FAST)
     text = d.to_json().replace("colliding_item_rate", "shared_share")
     old = json.loads(text.replace("collision_probability", "floor"))
     assert Diagnosis.from_dict(old) == d

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +36,8 @@ class PopularitySegment(Result):
             evenly among them.
         perplexity: per level, ``exp(H)`` of the segment's code frequencies.
     """
+
+    renamed: ClassVar[dict[str, str]] = {"shared_share": "colliding_item_rate"}
 
     name: str
     items: int

@@ -93,8 +93,8 @@ PERPLEXITY = Threshold(
     unhealthy=0.125,
     low=True,
     reason="A quarter means two bits of the level are lost, an eighth three. The collapsed level "
-    "of the DRQ paper (481 of 4096) stands at 0.117, its other levels at 0.17 and above. One is "
-    "subtracted so that a constant code stands at 0 for small codebooks too.",
+    "of the DRQ paper (481 of 4096) is at 0.117, its other levels at 0.17 and above. One is "
+    "subtracted so that a constant code is at 0 for small codebooks too.",
 )
 DEAD_CODES = Threshold(
     "dead-codes",
@@ -115,7 +115,7 @@ COLLISIONS = Threshold(
     "1 - unique/N, less that of ids drawn evenly at random",
     warning=0.3,
     unhealthy=0.6,
-    reason="The worst tokenizer of the DRQ paper stands at 0.23, its best at 0.07.",
+    reason="The worst tokenizer of the DRQ paper is at 0.23, its best at 0.07.",
 )
 SHARED = Threshold(
     "shared-ids",
@@ -123,8 +123,8 @@ SHARED = Threshold(
     warning=0.5,
     note=0.1,
     reason="A tenth matters to retrieval, which needs one id per item, and is usual: RQ-KMeans "
-    "with 3 x 256 codes stands at 0.14 to 0.23 on four catalogues of 7 to 18 thousand texts. At "
-    "0.5 most items cannot be told from another one.",
+    "with 3 x 256 codes is at 0.14 to 0.23 on four catalogues of 7 to 18 thousand texts. At "
+    "0.5 most items cannot be distinguished from another one.",
 )
 BUCKET_SHARE = Threshold(
     "giant-bucket",
@@ -151,8 +151,8 @@ ERROR = Threshold(
     "relative error, of held-out items where there are any",
     warning=0.7,
     unhealthy=0.85,
-    reason="Published tokenizers stand at 0.27 to 0.66 on four catalogues of text embeddings, and "
-    "K-means with 16 codewords on one level at 0.80: codes beyond 0.85 tell less than 4 bits can.",
+    reason="Published tokenizers are at 0.27 to 0.66 on four catalogues of text embeddings, and "
+    "K-means with 16 codewords on one level at 0.80: codes beyond 0.85 carry less than 4 bits can.",
 )
 OVERFIT = Threshold(
     "overfit",
@@ -167,7 +167,7 @@ ENERGY_SHARE = Threshold(
     f"where these are at most {ENERGY_FEW:g} of all (or a single one)",
     warning=0.5,
     reason="Fits minimize the squared error, so codes follow whatever holds most of the variance. "
-    "Four catalogues of text embeddings stand at 0; half and more is a fault of scale.",
+    "Four catalogues of text embeddings are at 0; half and more is a fault of scale.",
 )
 ENERGY_ERROR = Threshold(
     "few-rows, few-columns",
@@ -180,7 +180,7 @@ GEOMETRY = Threshold(
     "share of the overlap rate that near codewords make, at noise of 0.1 standard deviations",
     warning=0.1,
     unhealthy=0.5,
-    reason="Level 1 of a K-means codebook stands at 0 in tens of dimensions and more; at a tenth "
+    reason="Level 1 of a K-means codebook is at 0 in tens of dimensions and more; at a tenth "
     "the geometry begins to show beside the usage.",
 )
 CONSTANT = Threshold(
