@@ -35,13 +35,12 @@ from torch import nn
 from common import in_turn, save
 from semid.data.ids import ItemIds
 from semid.progress import QuietProgress
+from semid.recommenders.ranking.evaluation import predict_logits
 from semid.recommenders.ranking.metrics import auc
 from semid.recommenders.ranking.network import RankerConfig, make_network
-from semid.recommenders.ranking.rows import RankingRows
-from semid.recommenders.ranking.schema import Schema
-from semid.recommenders.ranking.task import MemoryBatches, RankingTask, predict_logits
-from semid.recommenders.ranking.training import rank_options
-from semid.recommenders.ranking.vocabulary import Vocabulary
+from semid.recommenders.ranking.rows import MemoryBatches, RankingRows
+from semid.recommenders.ranking.schema import Schema, Vocabulary
+from semid.recommenders.ranking.training import RankingTask, rank_options
 from semid.training.loop import Evaluation, train
 
 HERE = Path(__file__).parent

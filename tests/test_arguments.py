@@ -26,8 +26,8 @@ from semid.options import CheckedArguments, Options, argument_types
 from semid.quantization.kmeans import KMeansOptions
 from semid.recommenders.ranking.data import RankingDataConfig
 from semid.recommenders.ranking.features import CodeFeatures
-from semid.recommenders.ranking.labels import Label
 from semid.recommenders.ranking.network import RankerConfig
+from semid.recommenders.ranking.splits import Label
 from semid.report import compare
 from semid.reproduce.ranking_grid import Grid
 from semid.training.options import TrainOptions

@@ -545,7 +545,7 @@ def test_a_resumed_ranker_sees_changed_data(place, change, monkeypatch):
     def digest() -> str:
         options = RankingDataConfig(label="label>=1")
         data = RankingStream.open("log.parquet", items="items.parquet", config=options)
-        return data_digest(data, data.parts)
+        return data_digest(data)
 
     log = pq.read_table("log.parquet")
     names = [name for name in log.column_names if name not in ("user_id", "item_id")]
@@ -555,13 +555,13 @@ def test_a_resumed_ranker_sees_changed_data(place, change, monkeypatch):
     before = digest()
     assert digest() == before
     if change == "log":  # two training labels change places: every count stays what it was
-        from semid.recommenders.ranking.labels import Label
-        from semid.recommenders.ranking.stream import Scan
+        from semid.recommenders.ranking.splits import Label
+        from semid.recommenders.ranking.stream import LogFiles
 
         data = RankingStream.open(
             "log.parquet", items="items.parquet", config=RankingDataConfig(label="label>=1")
         )
-        part = data.scan.parts(log)
+        part = data.log.batch(log).parts
         labels = log["label"].to_numpy().copy()
         users = log["user_id"].to_pylist()
         train = np.flatnonzero(part == 0)
@@ -570,8 +570,8 @@ def test_a_resumed_ranker_sees_changed_data(place, change, monkeypatch):
         labels[one], labels[other] = 0, 1
         at = log.column_names.index("label")
         pq.write_table(log.set_column(at, "label", pa.array(labels)), "log.parquet")
-        assert isinstance(data.scan, Scan)
-        assert isinstance(data.scan.label, Label)
+        assert isinstance(data.log, LogFiles)
+        assert isinstance(data.log.label, Label)
         assert users
     else:
         items = pq.read_table("items.parquet")

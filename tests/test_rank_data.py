@@ -14,10 +14,9 @@ from semid.data.interactions import read_interactions
 from semid.errors import IdsError, InputError, InteractionsError, UsageError
 from semid.recommenders.ranking.data import RankingDataConfig, prepare_ranking_data
 from semid.recommenders.ranking.features import CodeFeatures, code_table
-from semid.recommenders.ranking.labels import Label
-from semid.recommenders.ranking.splits import split_rows
+from semid.recommenders.ranking.schema import Vocabulary
+from semid.recommenders.ranking.splits import Label, split_rows
 from semid.recommenders.ranking.stream import RankingStream
-from semid.recommenders.ranking.vocabulary import Vocabulary
 
 
 def pairs(part):
@@ -26,7 +25,7 @@ def pairs(part):
 
 def test_labels_are_read_and_written():
     assert str(Label.parse("rating>=8")) == "rating>=8"
-    assert Label.parse("rating > 3").of(np.array([3.0, 4.0])).tolist() == [False, True]
+    assert Label.parse("rating > 3").apply(np.array([3.0, 4.0])).tolist() == [False, True]
     assert str(Label.parse("sampled(popularity, 4)")) == "sampled(popularity,4)"
     for wrong, message in (
         ("rating=8", "neither COLUMN>=NUMBER"),
@@ -36,9 +35,9 @@ def test_labels_are_read_and_written():
         with pytest.raises(UsageError, match=message):
             Label.parse(wrong)
     with pytest.raises(InteractionsError, match=r"every row is positive.*runs from 2 to 5"):
-        Label.parse("rating>=1").of(np.array([2.0, 5.0]))
+        Label.parse("rating>=1").apply(np.array([2.0, 5.0]))
     with pytest.raises(InteractionsError, match="1 rows without a number"):
-        Label.parse("rating>=1").of(np.array([2.0, np.nan]))
+        Label.parse("rating>=1").apply(np.array([2.0, np.nan]))
 
 
 @pytest.mark.parametrize("split", ["random", "leave-last-out", "time"])
@@ -240,9 +239,7 @@ def test_an_item_table_without_rows_is_named(tmp_path):
     log = pa.table({"user_id": ["u", "u"], "item_id": ["a", "b"], "position": [0, 1]})
     empty = pa.table({"item_id": pa.array([], pa.string())})
     with pytest.raises(InteractionsError, match="there are no ids"):
-        prepare_ranking_data(
-            log, items=empty, options=RankingDataConfig(label="sampled(uniform,1)")
-        )
+        prepare_ranking_data(log, items=empty, config=RankingDataConfig(label="sampled(uniform,1)"))
 
 
 def test_codes_that_do_not_fit():
@@ -271,7 +268,7 @@ def test_a_stream_reads_the_same_rows(tmp_path):
     held = sum(len(rows) for rows in found.parts.values())
     assert found.train_rows + held == len(table)
     assert found.interactions.sum() == found.train_rows
-    batches = found.batches_of(90, seed=1, device=torch.device("cpu"))
+    batches = found.batches(90, seed=1, device=torch.device("cpu"))
 
     def epoch(number, first=0):
         return [

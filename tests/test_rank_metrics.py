@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semid.errors import InputError, UsageError
-from semid.recommenders.ranking.information import (
+from semid.recommenders.ranking.analysis import (
     adjusted_mutual_information,
     normalized_mutual_information,
 )
+from semid.recommenders.ranking.evaluation import slice_masks
 from semid.recommenders.ranking.metrics import (
     auc,
     auc_by_user,
@@ -24,7 +25,6 @@ from semid.recommenders.ranking.metrics import (
     measure,
     sigmoid,
 )
-from semid.recommenders.ranking.slices import slice_masks
 from semid.reproduce.paired import paired_difference, student_quantile
 
 

@@ -9,16 +9,16 @@ import torch
 from torch import nn
 
 from semid.errors import UsageError
-from semid.recommenders.ranking.fusion import MoCFusion
-from semid.recommenders.ranking.interactions import (
+from semid.recommenders.ranking.layers import (
     CrossLayer,
+    Dropout,
     ExpertCrossLayer,
     FactorizationMachine,
     FieldAttention,
     LowRankCrossLayer,
+    MoCFusion,
     SymmetricPolynomials,
 )
-from semid.recommenders.ranking.layers import Dropout
 from semid.recommenders.ranking.models import MODELS, make_model
 
 BATCH, FIELDS, WIDTH = 3, 5, 4
@@ -187,7 +187,7 @@ def test_dcnv2_structures(e):
 def test_wrong_names_and_values():
     with pytest.raises(UsageError, match="did you mean 'dcnv2'"):
         make_model("dcn", fields=2, width=2)
-    with pytest.raises(UsageError, match=r"DeepFM has no argument 'hiden'; did you mean 'hidden'"):
+    with pytest.raises(UsageError, match="has no argument 'hiden'; did you mean 'hidden'"):
         make_model("deepfm", fields=2, width=2, options={"hiden": (3,)})
     with pytest.raises(UsageError, match="give a rank"):
         make_model("dcnv2", fields=2, width=2, options={"experts": 2})

@@ -22,14 +22,17 @@ from semid.recommenders.ranking.analysis import (
     singular_values,
 )
 from semid.recommenders.ranking.data import RankingDataConfig, prepare_ranking_data
+from semid.recommenders.ranking.evaluation import predict_logits, reliance
 from semid.recommenders.ranking.features import CodeFeatures, code_table
 from semid.recommenders.ranking.metrics import auc
 from semid.recommenders.ranking.network import RankerConfig, make_network
-from semid.recommenders.ranking.optimizer import RowwiseAdamW, make_optimizer
-from semid.recommenders.ranking.report import reliance
 from semid.recommenders.ranking.stream import RankingStream
-from semid.recommenders.ranking.task import predict_logits
-from semid.recommenders.ranking.training import rank_options, train_ranker
+from semid.recommenders.ranking.training import (
+    RowwiseAdamW,
+    make_optimizer,
+    rank_options,
+    train_ranker,
+)
 from semid.report.figures_ranking import ranking_figures
 from semid.reproduce.reconstruction_probe import probe_reconstruction
 from semid.training.state import module_arrays

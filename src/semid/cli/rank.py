@@ -180,7 +180,7 @@ def rank(
     reads = (logs, items, ids)
     if embeddings is not None:
         from semid.output import atomic_folder
-        from semid.recommenders.ranking.models.registry import MODELS
+        from semid.recommenders.ranking.models import MODELS
         from semid.reproduce.ranking_grid import GRID_FILES, Grid
 
         grid = Grid(

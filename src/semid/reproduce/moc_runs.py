@@ -17,8 +17,8 @@ from semid.errors import InteractionsError
 from semid.progress import QuietProgress
 from semid.recommenders.ranking.analysis import CodeAnalysis, analyze_codes
 from semid.recommenders.ranking.data import RankingData, RankingDataConfig, prepare_ranking_data
-from semid.recommenders.ranking.labels import Label
 from semid.recommenders.ranking.network import RankerConfig
+from semid.recommenders.ranking.splits import Label
 from semid.recommenders.ranking.training import rank_options
 from semid.reproduce.datasets import Opened, missing_files, open_data
 from semid.reproduce.ledger import Ledger, digest

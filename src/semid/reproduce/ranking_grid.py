@@ -17,10 +17,10 @@ from semid.options import Options, option
 from semid.output import atomic_folder
 from semid.progress import Progress, QuietProgress
 from semid.recommenders.ranking.data import RankingData
-from semid.recommenders.ranking.models.registry import MODELS
+from semid.recommenders.ranking.evaluation import reliance
+from semid.recommenders.ranking.models import MODELS
 from semid.recommenders.ranking.network import RankerConfig
 from semid.recommenders.ranking.ranker import Ranker
-from semid.recommenders.ranking.report import reliance
 from semid.recommenders.ranking.training import (
     data_digest,
     rank_options,
@@ -212,7 +212,7 @@ def _settings(grid: Grid, data: RankingData, embeddings: EmbeddingSource | None)
     """Hash everything that all runs share: options, every row of the data, every embedding."""
     document = {
         "protocol": data.protocol,
-        "data": data_digest(data, data.parts),
+        "data": data_digest(data),
         "embeddings": None
         if embeddings is None
         else RowsDigest.of((block for _, block in embeddings.blocks(copy=False)), embeddings.ids),

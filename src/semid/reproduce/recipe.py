@@ -9,7 +9,7 @@ from typing import Any
 
 from semid.documents import read_toml, record
 from semid.errors import UsageError, check_choice
-from semid.recommenders.ranking.models.registry import MODELS
+from semid.recommenders.ranking.models import MODELS
 from semid.registry import find_recipe
 from semid.reproduce.ranking_methods import METHODS
 from semid.tokenizers.factory import TOKENIZERS

@@ -1,4 +1,4 @@
-"""Whether codes helped: what their embeddings know of labels, and how many directions they use."""
+"""Analysis of code embeddings: their information about labels, and the directions they use."""
 
 from __future__ import annotations
 
@@ -14,10 +14,6 @@ import torch
 from semid.errors import InputError, UsageError
 from semid.quantization.blocks import ArrayBlocks
 from semid.quantization.kmeans import KMeansOptions, kmeans
-from semid.recommenders.ranking.information import (
-    adjusted_mutual_information,
-    normalized_mutual_information,
-)
 from semid.recommenders.ranking.network import RankingNetwork
 from semid.recommenders.ranking.rows import RankingRows
 from semid.seeds import numpy_generator
@@ -26,18 +22,23 @@ __all__ = [
     "CLUSTERS",
     "CodeAnalysis",
     "Discriminability",
+    "adjusted_mutual_information",
     "analyze_codes",
     "code_embeddings",
     "correlation",
     "discriminability",
+    "expected_mutual_information",
     "linear_cka",
+    "normalized_mutual_information",
     "singular_values",
 ]
 
 CLUSTERS = (10, 20, 50, 100, 200)
-"""Cluster numbers of the sweep of MoC fig. 1b; 100 is its default."""
+"""Numbers of clusters in MoC fig. 1b; 100 is its default."""
 
 Array = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
 
 
 def code_embeddings(
@@ -46,45 +47,44 @@ def code_embeddings(
     """Return the embeddings of the code fields ``(rows, fields, width)``.
 
     Args:
-        network: trained with codes.
-        rows: of any part.
-        fused: after MoC fusion, as the model proper sees them, instead of before.
-        batch_size: rows at a time.
+        network: network trained with codes.
+        rows: rows of any part.
+        fused: return them after MoC fusion instead of before.
+        batch_size: rows per forward pass.
 
     Raises:
-        UsageError: the network has no code fields, or no fusion where ``fused`` asks for it.
+        UsageError: the network has no code fields, or no fusion although ``fused`` is true.
     """
     places = [n for n, name in enumerate(network.field_names) if name.startswith("code:")]
     if not places:
         raise UsageError("this model has no code fields; train it with ids=")
     if fused and network.fusion is None:
         raise UsageError("this model has no fusion; train it with fusion=True")
-    parts = []
+    blocks = []
     was_training = network.training
     network.eval()
     device = next(network.parameters()).device
     with torch.no_grad():
-        for start in range(0, len(rows), batch_size):
-            at = torch.arange(start, min(start + batch_size, len(rows)), device=rows.label.device)
-            e = network.embed(rows.batch(at)[0].to(device))
+        for inputs in rows.blocks(batch_size):
+            e = network.embed(inputs.to(device))
             if fused and network.fusion is not None:
                 e = network.fusion(e)
-            parts.append(e[:, places].cpu().numpy())
+            blocks.append(e[:, places].cpu().numpy())
     network.train(was_training)
-    return np.concatenate(parts)
+    return np.concatenate(blocks)
 
 
 @dataclass(frozen=True)
 class Discriminability:
-    """What a grouping of rows knows of the labels.
+    """Mutual information of a grouping of rows with the labels.
 
     Attributes:
-        name: what was grouped: ``flattened``, ``level i`` (one embedding), ``code i`` (the code
+        name: what is grouped: ``flattened``, ``level i`` (one embedding), ``code i`` (the code
             itself, no clustering).
-        clusters: groups asked for; for codes those that occur.
+        clusters: number of groups that occur.
         nmi: normalized mutual information (arithmetic mean of the entropies).
-        ami: the same adjusted for chance.
-        shuffled_nmi: mean NMI with shuffled labels: what a grouping of these sizes gets by chance.
+        ami: mutual information adjusted for chance.
+        shuffled_nmi: mean NMI with shuffled labels, the chance level for these group sizes.
     """
 
     name: str
@@ -107,9 +107,9 @@ def discriminability(
     Args:
         groups: ``(rows,)`` group of each row.
         labels: ``(rows,)`` 0 or 1.
-        name: what was grouped.
-        shuffles: draws of the baseline.
-        seed: of the draws.
+        name: what is grouped.
+        shuffles: shuffles of the labels for the baseline.
+        seed: seed of the shuffles.
 
     Source: MoC definition 3.1; the adjustment and the baseline are ours, since the information of
     clusters about clicks is tiny.
@@ -130,16 +130,16 @@ def discriminability(
 
 
 def _clustered(x: Array, clusters: int, seed: int) -> npt.NDArray[np.int64]:
-    """Cluster rows by K-means over the distinct ones, each as heavy as it is frequent.
+    """Cluster rows by K-means over the distinct ones, weighted by their frequency.
 
     The objective is that of all rows. Codes give few distinct embeddings, so this is much less
-    work, and the number of clusters is never above what there is to tell apart.
+    work, and there are never more clusters than distinct rows.
     """
     rows = np.ascontiguousarray(x, np.float32)
     numbers: dict[bytes, int] = {}
     group = np.fromiter((numbers.setdefault(row.tobytes(), len(numbers)) for row in rows), np.int64)
     _, first, counts = np.unique(group, return_index=True, return_counts=True)
-    found = kmeans(
+    result = kmeans(
         ArrayBlocks(rows[first]),
         min(clusters, len(first)),
         seed=seed,
@@ -147,10 +147,10 @@ def _clustered(x: Array, clusters: int, seed: int) -> npt.NDArray[np.int64]:
         weights=counts.astype(np.float64),
         threads=1,
     )
-    return found.labels[group]
+    return result.labels[group]
 
 
-def singular_values(e: Array) -> npt.NDArray[np.float64]:
+def singular_values(e: Array) -> Floats:
     """Return the singular values, largest first, of embeddings laid side by side.
 
     Args:
@@ -161,11 +161,11 @@ def singular_values(e: Array) -> npt.NDArray[np.float64]:
     """
     flat = e.reshape(len(e), -1).astype(np.float64)
     values = np.linalg.eigvalsh(flat.T @ flat)[::-1]
-    found: npt.NDArray[np.float64] = np.sqrt(np.clip(values, 0.0, None))
-    return found
+    roots: Floats = np.sqrt(np.clip(values, 0.0, None))
+    return roots
 
 
-def correlation(e: Array) -> npt.NDArray[np.float64]:
+def correlation(e: Array) -> Floats:
     """Return the correlation of every two fields ``(fields, fields)``.
 
     ``sum_s <e_i - mean, e_j - mean> / sqrt(sum |e_i - mean|^2 sum |e_j - mean|^2)``; it depends on
@@ -178,13 +178,10 @@ def correlation(e: Array) -> npt.NDArray[np.float64]:
     """
     centered = e.astype(np.float64) - e.mean(axis=0, dtype=np.float64)
     inner = np.einsum("nid,njd->ij", centered, centered)
-    norms = np.sqrt(np.diag(inner))
-    safe = np.where(norms > 0, norms, 1.0)
-    found: npt.NDArray[np.float64] = inner / safe[:, None] / safe[None, :]
-    return found
+    return _cosines(inner)
 
 
-def linear_cka(e: Array) -> npt.NDArray[np.float64]:
+def linear_cka(e: Array) -> Floats:
     """Return the linear centered kernel alignment of every two fields ``(fields, fields)``.
 
     Invariant to rotations and scales of each field, 1 for fields that carry the same geometry.
@@ -200,9 +197,15 @@ def linear_cka(e: Array) -> npt.NDArray[np.float64]:
     for i in range(fields):
         for j in range(i, fields):
             cross[i, j] = cross[j, i] = float(np.square(centered[:, i].T @ centered[:, j]).sum())
-    norms = np.sqrt(np.diag(cross))
-    safe = np.where(norms > 0, norms, 1.0)
-    return cross / safe[:, None] / safe[None, :]
+    return _cosines(cross)
+
+
+def _cosines(products: Floats) -> Floats:
+    """Divide inner products by the norms on their diagonal."""
+    norms = np.sqrt(np.diag(products))
+    norms = np.where(norms > 0, norms, 1.0)
+    cosines: Floats = products / norms[:, None] / norms[None, :]
+    return cosines
 
 
 @dataclass(frozen=True)
@@ -210,16 +213,16 @@ class CodeAnalysis:
     """MoC's metrics of a trained model's semantic embeddings, on one part.
 
     Attributes:
-        rows: rows looked at.
+        rows: number of rows.
         fields: names of the code fields.
-        sweep: the flattened embedding at every cluster number.
-        first: the first field's embedding at every cluster number (fig. 1c).
+        sweep: the flattened embedding at every number of clusters.
+        first: the first field's embedding at every number of clusters (fig. 1c).
         levels: each field's embedding alone (fig. 3).
         codes: the codes themselves (fig. 3).
-        singular_values: of the embeddings side by side, largest first.
-        correlation: of every two fields, eq. 9.
+        singular_values: singular values of the embeddings side by side, largest first.
+        correlation: correlation of every two fields, eq. 9.
         cka: linear CKA of every two fields.
-        fused: whether the embeddings were taken after fusion.
+        fused: whether the embeddings are those after fusion.
     """
 
     rows: int
@@ -228,17 +231,15 @@ class CodeAnalysis:
     first: tuple[Discriminability, ...]
     levels: tuple[Discriminability, ...]
     codes: tuple[Discriminability, ...]
-    singular_values: npt.NDArray[np.float64]
-    correlation: npt.NDArray[np.float64]
-    cka: npt.NDArray[np.float64]
+    singular_values: Floats
+    correlation: Floats
+    cka: Floats
     fused: bool
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-able dict."""
-        found = asdict(self)
-        for name in ("singular_values", "correlation", "cka"):
-            found[name] = getattr(self, name).tolist()
-        return found
+        arrays = ("singular_values", "correlation", "cka")
+        return {**asdict(self), **{name: getattr(self, name).tolist() for name in arrays}}
 
 
 def analyze_codes(
@@ -253,18 +254,18 @@ def analyze_codes(
     """Compute MoC's metrics of the semantic embeddings.
 
     Args:
-        network: trained with codes.
-        rows: the part to look at; the test part in the paper's figures.
-        clusters: cluster numbers of the sweep.
-        default: cluster number for each level alone.
-        fused: embeddings after fusion.
-        seed: of K-means and the shuffles.
+        network: network trained with codes.
+        rows: rows of a part; the test part in the paper's figures.
+        clusters: numbers of clusters of the sweep.
+        default: number of clusters for each level alone.
+        fused: use the embeddings after fusion.
+        seed: seed of K-means and the shuffles.
 
     Raises:
         UsageError: the network has no code fields.
         InputError: fewer than two rows.
 
-    Cost: a K-means a cluster number and field.
+    Cost: one K-means per number of clusters and field.
     """
     if len(rows) < 2:
         raise InputError(f"{len(rows)} rows cannot be analyzed; give at least 2")
@@ -274,16 +275,16 @@ def analyze_codes(
     table = network.index.code_rows.cpu().numpy()[rows.item.cpu().numpy().astype(np.int64)]
     fields = tuple(name for name in network.field_names if name.startswith("code:"))
 
-    def judged(x: Array, count: int, name: str) -> Discriminability:
+    def clustered(x: Array, count: int, name: str) -> Discriminability:
         return discriminability(_clustered(x, count, seed), labels, name=name, seed=seed)
 
     return CodeAnalysis(
         rows=len(rows),
         fields=fields,
-        sweep=tuple(judged(flat, count, "flattened") for count in clusters),
-        first=tuple(judged(e[:, 0], count, "level 1") for count in clusters),
+        sweep=tuple(clustered(flat, count, "flattened") for count in clusters),
+        first=tuple(clustered(e[:, 0], count, "level 1") for count in clusters),
         levels=tuple(
-            judged(e[:, place], default, f"level {place + 1}") for place in range(e.shape[1])
+            clustered(e[:, place], default, f"level {place + 1}") for place in range(e.shape[1])
         ),
         codes=tuple(
             discriminability(table[:, slot], labels, name=f"code {slot + 1}", seed=seed)
@@ -294,3 +295,92 @@ def analyze_codes(
         cka=linear_cka(e),
         fused=fused,
     )
+
+
+def contingency(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> Ints:
+    """Count the rows of every pair of groups, ``(groups of a, groups of b)``."""
+    left = np.unique(a, return_inverse=True)[1]
+    right = np.unique(b, return_inverse=True)[1]
+    columns = int(right.max()) + 1
+    flat = np.bincount(left * columns + right, minlength=(int(left.max()) + 1) * columns)
+    return flat.reshape(-1, columns)
+
+
+def _entropy(counts: Ints) -> float:
+    share = counts[counts > 0] / counts.sum()
+    return float(-(share * np.log(share)).sum())
+
+
+def mutual_information(table: Ints) -> float:
+    """Return the mutual information of a contingency table, in nats."""
+    total = table.sum()
+    rows, columns = table.sum(1), table.sum(0)
+    i, j = np.nonzero(table)
+    joint = table[i, j] / total
+    value = (joint * np.log(joint * total * total / (rows[i] * columns[j]))).sum()
+    return max(float(value), 0.0)
+
+
+def normalized_mutual_information(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> float:
+    """Return ``MI / mean(H(a), H(b))`` of two groupings ``(rows,)``; 1 if both have one group."""
+    table = contingency(a, b)
+    mean = 0.5 * (_entropy(table.sum(1)) + _entropy(table.sum(0)))
+    return 1.0 if mean == 0 else mutual_information(table) / mean
+
+
+def _log_factorials(top: int) -> Floats:
+    logs: Floats = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, top + 1)))])
+    return logs
+
+
+def expected_mutual_information(rows: Ints, columns: Ints) -> float:
+    """Return the expected mutual information of random groupings with these sizes.
+
+    Args:
+        rows: ``(r,)`` sizes of one grouping's groups.
+        columns: ``(c,)`` sizes of the other's, with the same sum n.
+
+    Cost: ``sum of min(rows) over columns``, about c n for few columns; one array of n logarithms.
+
+    Source: Vinh, Epps and Bailey, JMLR 2010, eq. 24a (hypergeometric model).
+    """
+    total = int(rows.sum())
+    logs = _log_factorials(total)
+    # Equal sizes give equal terms, and clusters of a K-means have few different sizes.
+    row_sizes, row_counts = np.unique(rows, return_counts=True)
+    column_sizes, column_counts = np.unique(columns, return_counts=True)
+    expected = 0.0
+    for a, times_a in zip(row_sizes.tolist(), row_counts.tolist(), strict=True):
+        for b, times_b in zip(column_sizes.tolist(), column_counts.tolist(), strict=True):
+            # All overlaps n of a group of a rows with one of b rows; `weight` is the logarithm of
+            # their hypergeometric probability.
+            n = np.arange(max(1, a + b - total), min(a, b) + 1)
+            if not len(n):
+                continue
+            weight = (
+                logs[a]
+                + logs[b]
+                + logs[total - a]
+                + logs[total - b]
+                - logs[total]
+                - logs[n]
+                - logs[a - n]
+                - logs[b - n]
+                - logs[total - a - b + n]
+            )
+            terms = n / total * np.log(total * n / (a * b)) * np.exp(weight)
+            expected += times_a * times_b * float(terms.sum())
+    return expected
+
+
+def adjusted_mutual_information(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> float:
+    """Return ``(MI - E[MI]) / (mean(H(a), H(b)) - E[MI])``, about 0 for unrelated groupings."""
+    table = contingency(a, b)
+    rows, columns = table.sum(1), table.sum(0)
+    if len(rows) == len(columns) == 1:
+        return 1.0
+    expected = expected_mutual_information(rows, columns)
+    top = 0.5 * (_entropy(rows) + _entropy(columns)) - expected
+    if abs(top) < np.finfo(np.float64).eps:
+        top = np.finfo(np.float64).eps if top >= 0 else -np.finfo(np.float64).eps
+    return (mutual_information(table) - expected) / top

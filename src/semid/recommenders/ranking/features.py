@@ -1,15 +1,14 @@
 """Semantic IDs as features of a ranking model: which rows of which tables an item reads.
 
-Codes are joined to items once. What comes out is one ``(items + 1, slots)`` integer array that the
-network holds as a buffer and gathers from, so a row of data stays user, item and context, and
-candidates and histories use the same array. Row 0 of every table belongs to items without codes.
+Codes are joined to items once, into one ``(items + 1, slots)`` integer array that the network
+gathers from. Row 0 of every table belongs to items without codes.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_type_hints
 
 import numpy as np
@@ -22,7 +21,7 @@ from semid.errors import IdsError, UsageError
 from semid.options import Options, option
 from semid.seeds import numpy_generator
 
-__all__ = ["CONTROLS", "MODES", "CodeFeatures", "CodeTable", "code_table"]
+__all__ = ["CONTROLS", "MODES", "CodeFeatures", "CodeTable", "code_table", "extend_codes"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,39 +36,48 @@ class CodeFeatures(Options):
     """How codes become features.
 
     Attributes:
-        mode: ``levels``: a table a level (RQ-VAE in MoC §3.2). ``parallel``: a table a codebook
-            (Mixture-of-Codes §4.1); the same tables, refused for codes that are hierarchical.
-            ``multi``: ``scale`` tables for the first code (ME, eq. 4). ``prefix``: a table a
-            prefix length, an injective number a prefix. ``ngram``: a table a window of ``n``
-            neighboring codes.
-        scale: codes to use, from the first; for ``multi`` the number of tables. None takes all.
-        n: codes in a window of ``ngram``.
-        levels: use these levels alone (from 0), for example ``(1,)`` for fig. 8a; None uses the
-            first ``scale``.
-        pooling: ``field``: a field a table; ``sum``: all tables are added up into one field (the
+        mode: ``levels``: a table per level (RQ-VAE in MoC §3.2). ``parallel``: a table per codebook
+            (Mixture-of-Codes §4.1); the same tables, refused for hierarchical codes. ``multi``:
+            ``scale`` tables for the first code (ME, eq. 4). ``prefix``: a table per prefix length,
+            an injective number per prefix. ``ngram``: a table per window of ``n`` neighboring
+            codes.
+        scale: number of codes, from the first; for ``multi`` the number of tables. None uses all.
+        n: length of a window of ``ngram``.
+        levels: the only levels that are used (from 0), for example ``(1,)`` for fig. 8a; None uses
+            the first ``scale``.
+        pooling: ``field``: a field per table; ``sum``: all tables are added up into one field (the
             n-gram sums of Singh et al. 2023 and Zheng et al. 2025). None takes ``sum`` for
-            ``ngram`` and ``field`` else.
-        item_id: whether the item id keeps a field of its own beside the codes.
-        max_rows: rows a prefix or n-gram table may have; more distinct ones are hashed into it.
-        control: ``none``; ``random`` (even random codes of the same shape), ``shuffled`` (the same
-            codes, dealt to other items) or ``widened`` (no codes: an item id widened by as many
-            parameters, in as many fields).
-        seed: of the control.
+            ``ngram`` and ``field`` for the others.
+        item_id: whether the item id has a field beside the codes.
+        max_rows: largest table of prefixes or n-grams; more distinct ones are hashed into it.
+        control: ``none``; ``random`` (uniform random codes of the same shape), ``shuffled`` (the
+            same codes, given to other items) or ``widened`` (no codes: an item id widened by as
+            many parameters, in as many fields).
+        seed: seed of the control.
         rate: learning rate of the code tables as a multiple of the others'.
-        weight_decay: decoupled decay of the code tables; None takes the others'.
+        weight_decay: decoupled weight decay of the code tables; None takes the others'.
     """
 
-    mode: str = option("levels", choices=MODES, name="--code-mode (mode=)")
-    scale: int | None = option(None, ge=1)
-    n: int = option(2, ge=1)
-    levels: tuple[int, ...] | None = option(None, ge=0)
-    pooling: str | None = option(None, choices=("field", "sum"))
-    item_id: bool = True
-    max_rows: int = option(1 << 20, ge=2)
-    control: str = option("none", choices=CONTROLS, name="--control (control=)")
-    seed: int = 0
-    rate: float = option(1.0, gt=0)
-    weight_decay: float | None = option(None, ge=0)
+    mode: str = option(
+        "levels", choices=MODES, name="--code-mode (mode=)", help="How codes become features."
+    )
+    scale: int | None = option(None, ge=1, help="Number of codes that are used; all by default.")
+    n: int = option(2, ge=1, help="Codes per window of the mode ngram.")
+    levels: tuple[int, ...] | None = option(None, ge=0, help="The only levels that are used.")
+    pooling: str | None = option(
+        None, choices=("field", "sum"), help="Whether tables are fields or are added up."
+    )
+    item_id: bool = option(True, help="Use the item id beside the codes.")
+    max_rows: int = option(1 << 20, ge=2, help="Largest table of prefixes or n-grams.")
+    control: str = option(
+        "none",
+        choices=CONTROLS,
+        name="--control (control=)",
+        help="Control experiment instead of the codes.",
+    )
+    seed: int = option(0, help="Seed of the control.")
+    rate: float = option(1.0, gt=0, help="Learning rate of the code tables, relative to others.")
+    weight_decay: float | None = option(None, ge=0, help="Weight decay of the code tables.")
 
     @property
     def pooled(self) -> str:
@@ -79,16 +87,16 @@ class CodeFeatures(Options):
 
 @dataclass(frozen=True)
 class CodeTable:
-    """Which rows an item reads.
+    """Rows of the code tables that each item reads.
 
     Attributes:
         rows: ``(items + 1, slots)`` row in each slot's table, 0 without codes.
         sizes: rows of each table, the reserved one included.
         fields: name of each field.
         field_of: field of each slot; slots of one field are added up.
-        without: items of the catalogue that have no codes.
+        without: number of items of the catalogue without codes.
         collisions: distinct prefixes or n-grams that share a row with another one.
-        codebook_fingerprint: of the codes.
+        codebook_fingerprint: fingerprint of the codes' codebooks.
         widened: whether the slots stand for a wider item id instead of codes.
     """
 
@@ -103,12 +111,12 @@ class CodeTable:
 
     @property
     def parameters(self) -> int:
-        """Rows of all tables together; times the width it is their number of parameters."""
+        """Rows of all tables; times the width, their number of parameters."""
         return sum(self.sizes)
 
     @classmethod
     def of(cls, config: Mapping[str, Any], rows: npt.NDArray[Any]) -> CodeTable:
-        """Read what an artefact holds of it.
+        """Read the config and the rows that an artefact holds.
 
         Raises:
             ValueError: rows outside their tables, or fields that do not exist.
@@ -130,7 +138,7 @@ def code_table(ids: SemanticIds, catalogue: ItemIds, features: CodeFeatures) -> 
     """Join codes to a catalogue.
 
     Args:
-        ids: Semantic IDs, in any order; items may be missing.
+        ids: Semantic IDs in any order; items may be missing.
         catalogue: the items.
         features: how the codes are used.
 
@@ -138,15 +146,15 @@ def code_table(ids: SemanticIds, catalogue: ItemIds, features: CodeFeatures) -> 
         The table; items without codes read row 0 of every slot and are counted.
 
     Raises:
-        IdsError: not one item has codes.
+        IdsError: no item has codes.
         UsageError: the codes cannot be used this way (too few levels, ``parallel`` for residual
             codes).
     """
-    _fits(ids, features)
+    _check_codes(ids, features)
     if len(ids) == 0:
         raise IdsError("the ids hold no items; encode the catalogue first")
-    at = ids.items.index_of(catalogue.strings())
-    known = at >= 0
+    positions = ids.items.index_of(catalogue.strings())
+    known = positions >= 0
     if len(catalogue) and not known.any():
         raise IdsError(
             f"none of the {len(catalogue)} items has codes: they are called like "
@@ -162,16 +170,16 @@ def code_table(ids: SemanticIds, catalogue: ItemIds, features: CodeFeatures) -> 
             catalogue[int(np.argmax(~known))],
         )
     codes = np.zeros((len(catalogue), ids.levels), dtype=np.int64)
-    codes[known] = ids.codes[at[known]]
-    codes, sizes = _controlled(codes, known, ids.info.codebook_sizes, features)
-    columns, rows_of, names, collisions = _slots(codes, known, sizes, features)
+    codes[known] = ids.codes[positions[known]]
+    codes, sizes = _apply_control(codes, known, ids.info.codebook_sizes, features)
+    columns, counts, names, collisions = _slots(codes, known, sizes, features)
     table = np.zeros((len(catalogue) + 1, len(columns)), dtype=np.int64)
     for slot, column in enumerate(columns):
         table[1:, slot][known] = column[known] + 1
     summed = features.pooled == "sum"
     return CodeTable(
         rows=table,
-        sizes=tuple(size + 1 for size in rows_of),
+        sizes=tuple(count + 1 for count in counts),
         fields=("code:sum",) if summed else tuple(names),
         field_of=tuple(0 if summed else slot for slot in range(len(columns))),
         without=without,
@@ -181,7 +189,7 @@ def code_table(ids: SemanticIds, catalogue: ItemIds, features: CodeFeatures) -> 
     )
 
 
-def _fits(ids: SemanticIds, features: CodeFeatures) -> None:
+def _check_codes(ids: SemanticIds, features: CodeFeatures) -> None:
     if features.mode == "parallel" and ids.info.hierarchical:
         raise UsageError(
             f"--code-mode parallel (mode=) is for parallel codebooks, and these codes are residual "
@@ -192,72 +200,64 @@ def _fits(ids: SemanticIds, features: CodeFeatures) -> None:
             f"--code-mode prefix (mode=) needs residual codes, and those of {ids.info.tokenizer} "
             "are parallel: a shared prefix means nothing; take parallel"
         )
-    wanted = features.levels or ()
-    outside = [level for level in wanted if not 0 <= level < ids.levels]
+    outside = [level for level in features.levels or () if not 0 <= level < ids.levels]
     if outside or (features.mode != "multi" and (features.scale or 1) > ids.levels):
         raise UsageError(
             f"levels={outside or features.scale} (scale=) asks for more than the {ids.levels} "
-            "codes an item has; fit a tokenizer with more levels"
+            "codes per item; fit a tokenizer with more levels"
         )
-    if features.mode == "ngram" and features.n > _count(ids.levels, features):
-        raise UsageError(
-            f"n={features.n}: windows are longer than the {_count(ids.levels, features)} codes used"
-        )
+    used = len(_used_levels(ids.levels, features))
+    if features.mode == "ngram" and features.n > used:
+        raise UsageError(f"n={features.n}: windows are longer than the {used} codes used")
 
 
-def _count(levels: int, features: CodeFeatures) -> int:
-    return len(features.levels) if features.levels else (features.scale or levels)
+def _used_levels(levels: int, features: CodeFeatures) -> list[int]:
+    if features.mode == "multi":
+        return [0]
+    return list(features.levels or range(features.scale or levels))
 
 
-def _controlled(
+def _spans(width: int, features: CodeFeatures) -> list[tuple[int, int]]:
+    """Return the spans of used codes that prefixes or n-grams cover."""
+    if features.mode == "prefix":
+        return [(0, end) for end in range(1, width + 1)]
+    return [(start, start + features.n) for start in range(width - features.n + 1)]
+
+
+def _apply_control(
     codes: Ints, known: npt.NDArray[np.bool_], sizes: Sequence[int], features: CodeFeatures
 ) -> tuple[Ints, tuple[int, ...]]:
-    """Keep the levels asked for and replace the codes where a control wants it."""
-    if features.mode == "multi":
-        used = [0]
-    elif features.levels is not None:
-        used = list(features.levels)
-    else:
-        used = list(range(features.scale or codes.shape[1]))
-    codes, kept = codes[:, used].copy(), tuple(int(sizes[level]) for level in used)
+    """Select the used levels and replace the codes if a control asks for it."""
+    levels = _used_levels(codes.shape[1], features)
+    codes, used = codes[:, levels].copy(), tuple(int(sizes[level]) for level in levels)
     generator = numpy_generator(features.seed, "control", features.control)
     if features.control == "random":
-        for level, size in enumerate(kept):
+        for level, size in enumerate(used):
             codes[:, level] = generator.integers(0, size, len(codes))
     elif features.control == "shuffled":
         rows = np.flatnonzero(known)
         codes[rows] = codes[generator.permutation(rows)]
-    return codes, kept
+    return codes, used
 
 
 def _slots(
     codes: Ints, known: npt.NDArray[np.bool_], sizes: tuple[int, ...], features: CodeFeatures
 ) -> tuple[list[Ints], list[int], list[str], int]:
-    """Return a number an item, the table's size and a name for every slot; and the collisions."""
-    levels = features.levels or tuple(range(codes.shape[1]))
+    """Return per slot a number per item, the table's size and a name; and the collisions."""
     if features.mode == "multi":
-        tables = features.scale or 1
-        return (
-            [codes[:, 0]] * tables,
-            [sizes[0]] * tables,
-            [f"code:1#{copy + 1}" for copy in range(tables)],
-            0,
-        )
+        copies = features.scale or 1
+        names = [f"code:1#{copy + 1}" for copy in range(copies)]
+        return [codes[:, 0]] * copies, [sizes[0]] * copies, names, 0
     if features.mode in ("levels", "parallel"):
-        names = [f"code:{level + 1}" for level in levels]
-        return [codes[:, place] for place in range(codes.shape[1])], list(sizes), names, 0
-    if features.mode == "prefix":
-        spans = [(0, end) for end in range(1, codes.shape[1] + 1)]
-    else:
-        width = codes.shape[1] - features.n + 1
-        spans = [(start, start + features.n) for start in range(width)]
+        levels = features.levels or range(codes.shape[1])
+        return list(codes.T), list(sizes), [f"code:{level + 1}" for level in levels], 0
     columns, counts, names, collisions = [], [], [], 0
-    for start, end in spans:
-        column, count, clash = _numbers(codes[:, start:end], known, features.max_rows - 1)
+    for start, end in _spans(codes.shape[1], features):
+        column, count, clashes = _numbers(codes[:, start:end], known, features.max_rows - 1)
         columns.append(column)
         counts.append(count)
         names.append(f"code:{start + 1}-{end}")
-        collisions += clash
+        collisions += clashes
     if collisions:
         logger.warning(
             "%d distinct prefixes or n-grams share a row: max_rows=%d is too few",
@@ -271,14 +271,14 @@ def _numbers(codes: Ints, known: npt.NDArray[np.bool_], budget: int) -> tuple[In
     """Number the distinct rows of ``codes``; hash them into ``budget`` numbers if there are more.
 
     Returns:
-        A number an item, how many there are, and how many distinct rows share one.
+        A number per item, the count of numbers, and how many distinct rows share one.
     """
     unique, inverse = np.unique(codes[known], axis=0, return_inverse=True)
     numbers = np.zeros(len(codes), dtype=np.int64)
     if len(unique) <= budget:
         numbers[known] = inverse.reshape(-1)
         return numbers, max(len(unique), 1), 0
-    # splitmix64 over the codes: even, the same on every platform.
+    # splitmix64 over the codes: uniform, and the same on every platform.
     mixed = np.zeros(len(unique), dtype=np.uint64)
     for column in unique.T.astype(np.uint64):
         mixed += column + np.uint64(0x9E3779B97F4A7C15)
@@ -288,3 +288,60 @@ def _numbers(codes: Ints, known: npt.NDArray[np.bool_], budget: int) -> tuple[In
     row_of = (mixed % np.uint64(budget)).astype(np.int64)
     numbers[known] = row_of[inverse.reshape(-1)]
     return numbers, budget, len(unique) - len(np.unique(row_of))
+
+
+def extend_codes(
+    table: CodeTable,
+    features: CodeFeatures,
+    catalogue: ItemIds,
+    new: ItemIds,
+    ids: SemanticIds | None,
+) -> CodeTable:
+    """Append the rows of new items to a table of codes.
+
+    Args:
+        table: table of the trained model.
+        features: how its codes are used.
+        catalogue: items of the table.
+        new: items to append.
+        ids: codes of the new items; None leaves them without. For prefixes and n-grams also those
+            of the catalogue: a new item takes the row of an item that shares the prefix, and the
+            reserved row if none does.
+
+    Raises:
+        UsageError: the table belongs to a control, whose codes mean nothing.
+    """
+    rows = np.zeros((len(new), table.rows.shape[1]), np.int64)
+    if ids is None:
+        return replace(table, rows=np.concatenate([table.rows, rows]))
+    if features.control != "none":
+        raise UsageError(
+            f"this model is a control ({features.control}): real codes mean nothing to it"
+        )
+    positions = ids.items.index_of(new.strings())
+    known = positions >= 0
+    codes = ids.codes.astype(np.int64)[:, _used_levels(ids.levels, features)]
+    if features.mode in ("multi", "levels", "parallel"):
+        rows[known] = codes[positions[known]] + 1
+    else:
+        trained = ids.items.index_of(catalogue.strings())
+        has_codes = trained >= 0
+        for slot, (start, end) in enumerate(_spans(codes.shape[1], features)):
+            spans = codes[:, start:end]
+            rows[known, slot] = _shared_row(
+                spans[trained[has_codes]], table.rows[1:][has_codes, slot], spans[positions[known]]
+            )
+    return replace(
+        table,
+        rows=np.concatenate([table.rows, rows]),
+        without=table.without + int((~known).sum()),
+    )
+
+
+def _shared_row(codes: Ints, rows: Ints, queries: Ints) -> Ints:
+    """Return for each of ``queries`` (n, codes) the row of an equal one of ``codes``, else 0."""
+    unique, inverse = np.unique(np.concatenate([codes, queries]), axis=0, return_inverse=True)
+    inverse = inverse.reshape(-1)
+    row_of = np.zeros(len(unique), np.int64)
+    row_of[inverse[: len(codes)]] = rows
+    return row_of[inverse[len(codes) :]]

@@ -20,9 +20,9 @@ __all__ = ["RankingGraph", "input_names", "write_onnx", "write_torch_export"]
 def input_names(schema: Schema) -> list[str]:
     """Return the names of the graph's inputs, in order.
 
-    ``user`` and ``item`` are int64 ``(batch,)`` rows of the vocabularies (0 is unknown);
-    ``context`` int64 ``(batch, columns)``, ``dense`` float32 ``(batch, columns)`` and ``history``
-    int64 ``(batch, length)`` are there where the model reads them.
+    ``user`` and ``item`` are int64 ``(batch,)`` rows of the vocabularies (0 is unknown). Models
+    that use them have also ``context`` int64 ``(batch, columns)``, ``dense`` float32
+    ``(batch, columns)`` and ``history`` int64 ``(batch, length)``.
     """
     present = {
         "context": bool(schema.context),
@@ -35,10 +35,10 @@ def input_names(schema: Schema) -> list[str]:
 class RankingGraph(nn.Module):
     """Probabilities ``(batch,)`` from the tensors that `input_names` lists.
 
-    Codes, brand and categories are gathered inside, so whoever serves it sends item rows alone.
+    Codes and item attributes are gathered inside, so a server sends item rows alone.
 
     Args:
-        ranker: trained.
+        ranker: trained model.
     """
 
     def __init__(self, ranker: Ranker) -> None:
@@ -46,32 +46,24 @@ class RankingGraph(nn.Module):
         self.network = ranker.network.eval()
         self.names = input_names(ranker.schema)
 
-    def forward(self, *given: Tensor) -> Tensor:
+    def forward(self, *tensors: Tensor) -> Tensor:
         """Score a batch."""
-        inputs = dict(zip(self.names, given, strict=True))
-        item = inputs["item"]
-        nothing = item.new_zeros((item.shape[0], 0))
-        return self.network.logits(
-            Inputs(
-                inputs["user"],
-                item,
-                inputs.get("context", nothing),
-                inputs.get("dense", nothing.float()),
-                inputs.get("history", nothing),
-            )
-        ).sigmoid()
+        inputs = dict(zip(self.names, tensors, strict=True))
+        empty = inputs["item"].new_zeros((inputs["item"].shape[0], 0))
+        defaults = {"context": empty, "dense": empty.float(), "history": empty}
+        return self.network.logits(Inputs(**{**defaults, **inputs})).sigmoid()
 
 
 def _example(schema: Schema) -> tuple[Tensor, ...]:
     batch = 3
-    made = {
+    inputs = {
         "user": torch.zeros(batch, dtype=torch.int64),
         "item": torch.zeros(batch, dtype=torch.int64),
         "context": torch.zeros((batch, len(schema.context)), dtype=torch.int64),
         "dense": torch.zeros((batch, len(schema.dense))),
         "history": torch.zeros((batch, schema.history), dtype=torch.int64),
     }
-    return tuple(made[name] for name in input_names(schema))
+    return tuple(inputs[name] for name in input_names(schema))
 
 
 def _dynamic(schema: Schema) -> tuple[tuple[dict[int, torch.export.Dim], ...]]:
@@ -85,8 +77,8 @@ def write_torch_export(
     """Write the model; ``torch.export.load(path).module()(user, item, ...)`` gives probabilities.
 
     Args:
-        path: file; ``.pt2`` by custom.
-        ranker: trained.
+        path: file, usually ``.pt2``.
+        ranker: trained model.
         overwrite: replace an existing file.
 
     Raises:
@@ -104,7 +96,7 @@ def write_onnx(path: str | os.PathLike[str], *, ranker: Ranker, overwrite: bool 
 
     Args:
         path: file.
-        ranker: trained.
+        ranker: trained model.
         overwrite: replace an existing file.
 
     Raises:
@@ -118,11 +110,11 @@ def write_onnx(path: str | os.PathLike[str], *, ranker: Ranker, overwrite: bool 
         raise MissingExtraError(
             error.name or "onnx", extra="onnx", purpose="the ONNX export"
         ) from None
-    noisy = logging.getLogger("torch.onnx")
-    level = noisy.level
+    exporter_log = logging.getLogger("torch.onnx")
+    level = exporter_log.level
     with atomic_file(path, overwrite=overwrite) as work, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's own deprecations say nothing to a user
-        noisy.setLevel(logging.ERROR)
+        warnings.simplefilter("ignore")  # deprecations inside the exporter
+        exporter_log.setLevel(logging.ERROR)
         try:
             torch.onnx.export(
                 RankingGraph(ranker),
@@ -136,4 +128,4 @@ def write_onnx(path: str | os.PathLike[str], *, ranker: Ranker, overwrite: bool 
                 verbose=False,
             )
         finally:
-            noisy.setLevel(level)
+            exporter_log.setLevel(level)

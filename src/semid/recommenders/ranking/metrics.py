@@ -31,6 +31,7 @@ def average_ranks(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     """Return the rank of each value ``(n,)``, from 1; equal values share the mean of theirs."""
     order = np.argsort(values, kind="stable")
     ordered = values[order]
+    # Runs of equal values hold the ranks start + 1 to end, whose mean is (start + 1 + end) / 2.
     starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
     ends = np.concatenate([starts[1:], [len(values)]])
     ranks = np.empty(len(values))
@@ -38,15 +39,16 @@ def average_ranks(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     return ranks
 
 
-def _check(labels: npt.NDArray[Any], scores: Floats) -> npt.NDArray[np.bool_]:
+def _positive(labels: npt.NDArray[Any], scores: Floats) -> npt.NDArray[np.bool_]:
+    """Return the mask of positive rows, after a check of shapes and scores."""
     if labels.shape != scores.shape or labels.ndim != 1:
         raise InputError(
-            f"labels have shape {labels.shape} and scores {scores.shape}; give one of each a row"
+            f"labels have shape {labels.shape} and scores {scores.shape}; give one of each per row"
         )
     if not np.isfinite(scores).all():
         raise InputError(f"{int((~np.isfinite(scores)).sum())} scores are not finite")
-    found: npt.NDArray[np.bool_] = labels > 0.5
-    return found
+    positive: npt.NDArray[np.bool_] = labels > 0.5
+    return positive
 
 
 def auc(labels: npt.NDArray[Any], scores: Floats) -> float:
@@ -64,11 +66,12 @@ def auc(labels: npt.NDArray[Any], scores: Floats) -> float:
 
     Cost: one sort.
     """
-    positive = _check(labels, scores)
+    positive = _positive(labels, scores)
     count = int(positive.sum())
     other = len(positive) - count
     if not count or not other:
         return math.nan
+    # Mann-Whitney: the rank sum of the positives, less its smallest value, counts the pairs.
     total = average_ranks(scores)[positive].sum()
     return float((total - count * (count + 1) / 2) / (count * other))
 
@@ -79,11 +82,13 @@ def auc_error(labels: npt.NDArray[Any], scores: Floats) -> float:
     It says how far the AUC of another test sample of this size would lie; differences of two models
     on the same rows vary much less. NaN with fewer than two rows of a class.
     """
-    positive = _check(labels, scores)
+    positive = _positive(labels, scores)
     count = int(positive.sum())
     other = len(positive) - count
     if count < 2 or other < 2:
         return math.nan
+    # A rank among all rows less the rank within the own class counts the rows of the other class
+    # below: DeLong's structural components, whose variances add up.
     ranks = average_ranks(scores)
     above = (ranks[positive] - average_ranks(scores[positive])) / other
     below = 1 - (ranks[~positive] - average_ranks(scores[~positive])) / count
@@ -93,52 +98,47 @@ def auc_error(labels: npt.NDArray[Any], scores: Floats) -> float:
 def auc_by_user(
     labels: npt.NDArray[Any], scores: Floats, users: npt.NDArray[Any]
 ) -> tuple[float, float, int]:
-    """Average the AUC inside each user.
+    """Return the mean AUC per user, the mean weighted by rows, and the number of users.
 
-    Args:
-        labels: ``(rows,)`` 0 or 1.
-        scores: ``(rows,)``.
-        users: ``(rows,)`` numbers.
-
-    Returns:
-        The mean over users, the mean weighted by their rows, and how many users have rows of both
-        labels; the others say nothing and are left out.
+    Users without rows of both labels are left out. All arguments are ``(rows,)``.
 
     Cost: two sorts, no loop over users.
     """
-    positive = _check(labels, scores)
+    positive = _positive(labels, scores)
+    # Rows user by user, by score within each; ties are runs of equal user and score.
     order = np.lexsort((scores, users))
-    user, score, good = users[order], scores[order], positive[order]
+    user, score, is_positive = users[order], scores[order], positive[order]
     first = np.concatenate([[True], user[1:] != user[:-1]])
     starts = np.flatnonzero(first)
     number = np.cumsum(first) - 1
     ties = np.flatnonzero(first | np.concatenate([[True], score[1:] != score[:-1]]))
     ends = np.concatenate([ties[1:], [len(user)]])
+    # Average ranks over all rows, less the rows of earlier users, are ranks within the user.
     ranks = np.repeat((ties + 1 + ends) / 2, ends - ties) - starts[number]
     rows = np.bincount(number)
-    hits = np.bincount(number, weights=good)
-    total = np.bincount(number, weights=ranks * good)
-    usable = (hits > 0) & (hits < rows)
-    if not usable.any():
+    positives = np.bincount(number, weights=is_positive)
+    rank_sums = np.bincount(number, weights=ranks * is_positive)
+    defined = (positives > 0) & (positives < rows)
+    if not defined.any():
         return math.nan, math.nan, 0
-    rows, hits, total = rows[usable], hits[usable], total[usable]
-    each = (total - hits * (hits + 1) / 2) / (hits * (rows - hits))
-    return float(each.mean()), float(np.average(each, weights=rows)), int(usable.sum())
+    rows, positives, rank_sums = rows[defined], positives[defined], rank_sums[defined]
+    aucs = (rank_sums - positives * (positives + 1) / 2) / (positives * (rows - positives))
+    return float(aucs.mean()), float(np.average(aucs, weights=rows)), int(defined.sum())
 
 
 def log_loss(labels: npt.NDArray[Any], logits: Floats) -> float:
     """Return the mean negative log likelihood, in nats, from logits ``(rows,)``."""
-    positive = _check(labels, logits)
+    positive = _positive(labels, logits)
     signed = np.where(positive, logits, -logits).astype(np.float64)
     return float(np.logaddexp(0.0, -signed).mean())
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """How predicted probabilities compare with what happened.
+    """Predicted probabilities against observed labels.
 
     Attributes:
-        ratio: mean prediction over mean label; 1 is calibrated on the whole.
+        ratio: mean prediction over mean label; 1 is calibrated overall.
         error: mean over bins of equally many rows of ``|mean prediction - mean label|`` (ECE).
         predicted: mean prediction of each bin.
         observed: mean label of each bin.
@@ -151,14 +151,8 @@ class Calibration:
 
 
 def calibration(labels: npt.NDArray[Any], probabilities: Floats, *, bins: int = 20) -> Calibration:
-    """Compare predictions with labels, overall and in bins of equally many rows.
-
-    Args:
-        labels: ``(rows,)`` 0 or 1.
-        probabilities: ``(rows,)`` in [0, 1].
-        bins: number of bins, at most the rows.
-    """
-    positive = _check(labels, probabilities).astype(np.float64)
+    """Compare probabilities ``(rows,)`` with labels, overall and in bins of equally many rows."""
+    positive = _positive(labels, probabilities).astype(np.float64)
     order = np.argsort(probabilities, kind="stable")
     parts = np.array_split(order, max(1, min(bins, len(order))))
     predicted = np.array([probabilities[part].mean(dtype=np.float64) for part in parts])
@@ -181,20 +175,20 @@ def sigmoid(logits: Floats) -> npt.NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class Metrics:
-    """Figures of one set of rows.
+    """Metrics of one set of rows.
 
     Attributes:
-        rows: rows.
-        positives: those with label 1.
-        auc: over all rows.
+        rows: number of rows.
+        positives: rows with label 1.
+        auc: AUC over all rows.
         auc_error: its standard error over test rows.
-        log_loss: in nats.
-        user_auc: mean of the AUC inside users.
-        user_auc_weighted: the same weighted by their rows.
+        log_loss: log loss in nats.
+        user_auc: mean AUC per user.
+        user_auc_weighted: the same weighted by rows.
         users: users with rows of both labels.
         calibration_ratio: mean prediction over mean label.
-        calibration_error: over 20 bins of equally many rows.
-        popularity_auc: AUC of the item's training positives as a score.
+        calibration_error: calibration error over 20 bins of equally many rows.
+        popularity_auc: AUC of the number of training positives of the row's item.
     """
 
     rows: int
@@ -210,7 +204,7 @@ class Metrics:
     popularity_auc: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON-able figures; what is not defined (NaN) becomes None."""
+        """Return JSON-able values; what is not defined (NaN) becomes None."""
         return {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in asdict(self).items()
@@ -224,15 +218,15 @@ def measure(
     users: npt.NDArray[Any],
     popularity: npt.NDArray[Any],
 ) -> Metrics:
-    """Measure a set of rows.
+    """Measure rows.
 
     Args:
         labels: ``(rows,)`` 0 or 1.
-        logits: ``(rows,)``.
-        users: ``(rows,)`` numbers that tell users apart.
+        logits: ``(rows,)`` logits.
+        users: ``(rows,)`` numbers that distinguish users.
         popularity: ``(rows,)`` training positives of the row's item.
     """
-    by_user, weighted, counted = auc_by_user(labels, logits, users)
+    user_auc, user_auc_weighted, user_count = auc_by_user(labels, logits, users)
     fit = calibration(labels, sigmoid(logits))
     return Metrics(
         rows=len(labels),
@@ -240,9 +234,9 @@ def measure(
         auc=auc(labels, logits),
         auc_error=auc_error(labels, logits),
         log_loss=log_loss(labels, logits),
-        user_auc=by_user,
-        user_auc_weighted=weighted,
-        users=counted,
+        user_auc=user_auc,
+        user_auc_weighted=user_auc_weighted,
+        users=user_count,
         calibration_ratio=fit.ratio,
         calibration_error=fit.error,
         popularity_auc=auc(labels, popularity.astype(np.float64)),

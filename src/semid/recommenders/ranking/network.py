@@ -1,19 +1,19 @@
-"""A whole ranking model: rows to embeddings, fusion, the model proper, a logit."""
+"""The whole network: rows to embeddings, fusion, the ranking model, a logit."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from semid.options import MAX_WIDTH, Options, option
-from semid.recommenders.ranking.embedding import FieldIndex, FieldTables
+from semid.recommenders.ranking.embedding import FieldIndex, FieldTables, Positions
 from semid.recommenders.ranking.features import CodeTable
-from semid.recommenders.ranking.fusion import MoCFusion
-from semid.recommenders.ranking.models.registry import make_model
+from semid.recommenders.ranking.layers import MoCFusion
+from semid.recommenders.ranking.models import MODELS, make_model
 from semid.recommenders.ranking.schema import Inputs, Schema
 from semid.seeds import child_seed
 from semid.training.loop import Step
@@ -21,61 +21,67 @@ from semid.training.loop import Step
 __all__ = ["SPARSE_ROWS", "RankerConfig", "RankingNetwork", "WideId", "make_network"]
 
 SPARSE_ROWS = 1_000_000
-"""Tables with more rows get row-wise updates unless told otherwise: a step then costs the rows of
-its batch instead of all."""
+"""Larger tables get row-wise updates by default, so that a step costs the rows of its batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankerConfig(Options):
-    """What is built on the data.
+    """Architecture of a ranking model.
 
     Attributes:
         model: ``deepfm``, ``deepim``, ``autoint`` or ``dcnv2``.
-        width: of an embedding (16 is ours; the MoC paper prints none).
+        width: width of an embedding (16 is ours; the MoC paper prints none).
         fusion: MoC fusion before the model.
-        fusion_rank: of its bottleneck.
-        options: keyword arguments of the model's class.
-        unknown_rate: share of training rows that see an unknown user or item id (ours; 0 hides
-            nothing).
-        init_std: of the embeddings' normal start.
+        fusion_rank: rank of its bottleneck.
+        options: options of the model by name, see `semid.recommenders.ranking.models`.
+        unknown_rate: share of training rows that see an unknown user or item id, so that the
+            embeddings of unknown ones learn (ours; 0 hides nothing).
+        init_std: standard deviation of the embeddings' initial values.
         sparse: row-wise updates of the tables; None decides by `SPARSE_ROWS`.
     """
 
-    model: str = "deepfm"
-    width: int = option(16, ge=1, le=MAX_WIDTH, name="--width (width=)")
-    fusion: bool = False
-    fusion_rank: int = option(16, ge=1, le=MAX_WIDTH, name="--fusion-rank (fusion_rank=)")
-    options: Mapping[str, Any] = field(default_factory=dict)
-    unknown_rate: float = option(0.0, ge=0, lt=1)
-    init_std: float = option(0.01, ge=0)
-    sparse: bool | None = None
+    model: str = option(
+        "deepfm", choices=sorted(MODELS), name="--model (model=)", help="Ranking model."
+    )
+    width: int = option(
+        16, ge=1, le=MAX_WIDTH, name="--width (width=)", help="Width of an embedding."
+    )
+    fusion: bool = option(False, help="Mixture-of-Codes fusion before the model.")
+    fusion_rank: int = option(
+        16,
+        ge=1,
+        le=MAX_WIDTH,
+        name="--fusion-rank (fusion_rank=)",
+        help="Rank of the fusion's bottleneck.",
+    )
+    options: Mapping[str, Any] = option(
+        default_factory=dict, help="Options of the ranking model, by name."
+    )
+    unknown_rate: float = option(
+        0.0, ge=0, lt=1, help="Share of training rows whose user or item id is hidden."
+    )
+    init_std: float = option(0.01, ge=0, help="Standard deviation of initial embeddings.")
+    sparse: bool | None = option(
+        None, help="Row-wise updates of embedding tables; by default for large tables."
+    )
 
     def _problems(self) -> list[str]:
-        with torch.device("meta"):  # checks the model's own options without making its weights
-            make_model(self.model, fields=2, width=2, options=self.options)
+        if self.model in MODELS:
+            MODELS[self.model].options.of(self.options)
         return []
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the settings, JSON-able."""
-        found = asdict(self)
-        found["options"] = {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in self.options.items()
-        }
-        return found
 
 
 class WideId(nn.Module):
-    """The control of equal size: what codes would cost, spent on the item id.
+    """The control of equal size: the codes' number of parameters, spent on the item id.
 
-    A narrow table more for the id, mapped linearly to as many fields as the codes would fill. Its
-    width is chosen so that table and map together have about the codes' number of parameters.
+    A narrow second table of item ids, mapped linearly to as many fields as the codes would fill.
+    Its width is chosen so that table and map together have about as many parameters as the codes.
 
     Args:
-        schema: holds the rows of the item ids.
-        codes: the codes it stands for.
-        width: of an embedding.
-        std: of the table's normal start.
+        schema: schema with the rows of the item ids.
+        codes: the codes it replaces.
+        width: width of an embedding.
+        std: standard deviation of the table's initial values.
     """
 
     id_rows: Tensor
@@ -83,29 +89,28 @@ class WideId(nn.Module):
     def __init__(self, schema: Schema, codes: CodeTable, *, width: int, std: float) -> None:
         super().__init__()
         self.fields, self.width = len(codes.fields), width
-        wanted = codes.parameters * width
-        self.extra = max(1, round(wanted / (schema.id_size + self.fields * width)))
-        self.table = nn.Parameter(torch.empty(schema.id_size, self.extra).normal_() * std)
+        extra = max(1, round(codes.parameters * width / (schema.id_size + self.fields * width)))
+        self.table = nn.Parameter(torch.empty(schema.id_size, extra).normal_() * std)
         with torch.no_grad():
             self.table[0] = 0.0
-        self.map = nn.Parameter(torch.empty(self.extra, self.fields * width))
+        self.map = nn.Parameter(torch.empty(extra, self.fields * width))
         nn.init.xavier_normal_(self.map)
         self.register_buffer("id_rows", torch.from_numpy(schema.id_rows), persistent=False)
 
     def forward(self, item: Tensor) -> Tensor:
         """Return ``(batch, fields, width)`` for catalogue rows ``(batch,)``."""
         rows = self.table.index_select(0, self.id_rows[item])
-        spread: Tensor = rows @ self.map
-        return spread.reshape(-1, self.fields, self.width)
+        mapped: Tensor = rows @ self.map
+        return mapped.reshape(-1, self.fields, self.width)
 
 
 class RankingNetwork(nn.Module):
-    """Inputs to logits; as the training loop wants it, ``forward`` returns the loss.
+    """Inputs to logits; ``forward`` returns the loss, as the training loop expects.
 
     Args:
         schema: vocabularies and attributes.
         codes: code features, or None.
-        config: what is built on them.
+        config: architecture.
         item_id: whether the item id has a field.
     """
 
@@ -144,20 +149,21 @@ class RankingNetwork(nn.Module):
 
     def embed(self, inputs: Inputs) -> Tensor:
         """Return field embeddings ``(batch, fields, width)`` before fusion."""
-        e: Tensor = self.tables(self.index(inputs))
-        return e if self.wide is None else torch.cat([e, self.wide(inputs.item)], 1)
+        return self._embed(self.index(inputs), inputs.item)
+
+    def _embed(self, positions: Positions, item: Tensor) -> Tensor:
+        e: Tensor = self.tables(positions)
+        return e if self.wide is None else torch.cat([e, self.wide(item)], 1)
 
     def logits(self, inputs: Inputs) -> Tensor:
         """Return logits ``(batch,)``."""
-        at = self.index(inputs)
-        e = self.tables(at)
-        if self.wide is not None:
-            e = torch.cat([e, self.wide(inputs.item)], 1)
+        positions = self.index(inputs)
+        e = self._embed(positions, inputs.item)
         if self.fusion is not None:
             e = self.fusion(e)
-        first = None if self.first is None else self.first(at)[..., 0]
-        found: Tensor = self.model(e, first)
-        return found.float()
+        first = None if self.first is None else self.first(positions)[..., 0]
+        logits: Tensor = self.model(e, first)
+        return logits.float()
 
     def forward(self, batch: tuple[Inputs, Tensor]) -> Step:
         """Return the mean log loss of a batch of inputs and labels."""
@@ -166,7 +172,7 @@ class RankingNetwork(nn.Module):
         return Step(loss, {})
 
     def parameter_counts(self) -> dict[str, int]:
-        """Count parameters of the tables, the codes' tables among them, and the rest."""
+        """Return the number of parameters of the tables, the codes' tables and the rest."""
         total = sum(p.numel() for p in self.parameters())
         tables = [self.tables, *([] if self.first is None else [self.first])]
         base = sum(t.base.numel() for t in tables)
@@ -189,7 +195,7 @@ def make_network(
     item_id: bool = True,
     seed: int = 0,
 ) -> RankingNetwork:
-    """Build a network whose start is a function of ``seed`` alone.
+    """Return a network whose initial weights are a function of ``seed`` alone.
 
     Raises:
         UsageError: an unknown model or option.

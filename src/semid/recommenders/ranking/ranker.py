@@ -16,20 +16,18 @@ import torch
 
 from semid.artefact import read_artefact, write_artefact
 from semid.codes import CodesInfo, SemanticIds
-from semid.data.columns import require_column
 from semid.data.ids import ItemIds
 from semid.data.tables import Table, open_table
 from semid.documents import checked
 from semid.errors import InputError, UsageError
 from semid.recommenders.ranking.card import card
-from semid.recommenders.ranking.features import CodeFeatures, CodeTable
-from semid.recommenders.ranking.growth import grown_codes, grown_schema
+from semid.recommenders.ranking.evaluation import predict_logits
+from semid.recommenders.ranking.features import CodeFeatures, CodeTable, extend_codes
+from semid.recommenders.ranking.item_table import extend_schema
 from semid.recommenders.ranking.metrics import sigmoid
 from semid.recommenders.ranking.network import RankerConfig, RankingNetwork, make_network
-from semid.recommenders.ranking.rows import GivenHistory, RankingRows
-from semid.recommenders.ranking.schema import Schema
-from semid.recommenders.ranking.task import predict_logits
-from semid.recommenders.ranking.vocabulary import as_text
+from semid.recommenders.ranking.rows import HistoryIndex, RankingRows
+from semid.recommenders.ranking.schema import Schema, as_text, one_array
 from semid.tokenizers.stored import described
 from semid.training.state import load_module_, module_arrays
 
@@ -148,9 +146,9 @@ class Ranker:
         table = open_table(frame, what="the rows to score")
         wanted = [schema.user_column, schema.item_column, *schema.context, *schema.dense]
         for name in wanted:
-            require_column(name, table.names, label=table.label, flag="a column of the model")
-        given = schema.history > 0 and HISTORY_COLUMN in table.names
-        read = table.read([*wanted, *([HISTORY_COLUMN] if given else [])])
+            table.require(name, flag="a column of the model")
+        with_history = schema.history > 0 and HISTORY_COLUMN in table.names
+        read = table.read([*wanted, *([HISTORY_COLUMN] if with_history else [])])
         problems: list[str] = []
         found = {}
         for name in (schema.user_column, schema.item_column):
@@ -164,28 +162,26 @@ class Ranker:
         item = schema.items.rows(found[schema.item_column])
         columns = {n: read.column(n) for n in (*schema.context, *schema.dense)}
         context, dense = schema.context_rows(columns, rows=len(user), label=table.label)
-        history = torch.from_numpy(self._history(user, read if given else None, table))
-        rows = RankingRows(
-            user=torch.from_numpy(user.astype(np.int32)),
-            item=torch.from_numpy(item.astype(np.int32)),
-            label=torch.zeros(len(user)),
-            context=context,
-            dense=dense,
-            history=None if not schema.history else GivenHistory(history),
-            person=torch.from_numpy(user.astype(np.int32)),
-        )
+        arrays = {
+            "user": user.astype(np.int32),
+            "item": item.astype(np.int32),
+            "label": np.zeros(len(user), np.float32),
+            "context": context.numpy(),
+            "dense": dense.numpy(),
+        }
+        history = self._history(user, read, table) if schema.history else None
+        rows = RankingRows.of(arrays, person=user, history=history)
         return rows, self._unknown(user, item, context)
 
-    def _history(
-        self, user: npt.NDArray[np.int64], read: pa.Table | None, table: Table
-    ) -> npt.NDArray[np.int64]:
-        """Return ``(rows, history)`` catalogue rows, newest first: given, or the user's own."""
+    def _history(self, user: npt.NDArray[np.int64], read: pa.Table, table: Table) -> HistoryIndex:
+        """Return the histories of rows, from their column or else from training."""
         length = self.schema.history
-        if read is None:
-            found: npt.NDArray[np.int64] = self.schema.user_history[user]
-            return found if length else np.zeros((len(user), 0), np.int64)
-        column = read.column(HISTORY_COLUMN).combine_chunks()
-        column = column if isinstance(column, pa.Array) else pa.concat_arrays(column.chunks)
+        if HISTORY_COLUMN not in read.column_names:
+            # Users' histories are stored newest first; reversed and flattened, each is a span.
+            items = np.ascontiguousarray(self.schema.user_history[:, ::-1]).reshape(-1)
+            spans = np.stack([user * length, (user + 1) * length], axis=1)
+            return HistoryIndex(torch.from_numpy(items), torch.from_numpy(spans), length)
+        column = one_array(read.column(HISTORY_COLUMN))
         try:
             lists = column.cast(pa.large_list(pa.large_string()))
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
@@ -194,11 +190,10 @@ class Ranker:
                 "item ids, oldest first"
             ) from None
         items = self.schema.items.rows(lists.flatten())
-        ends = np.cumsum(lists.value_lengths().fill_null(0).to_numpy(zero_copy_only=False))
-        starts = np.concatenate([[0], ends[:-1]]).astype(np.int64)
-        at = ends.astype(np.int64)[:, None] - 1 - np.arange(length)
-        known = items[np.clip(at, 0, max(len(items) - 1, 0))] if len(items) else at * 0
-        return np.where(at >= starts[:, None], known, 0)
+        lengths = lists.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+        ends = np.cumsum(lengths, dtype=np.int64)
+        spans = np.stack([ends - lengths, ends], axis=1)
+        return HistoryIndex(torch.from_numpy(items), torch.from_numpy(spans), length)
 
     def _unknown(
         self, user: npt.NDArray[np.int64], item: npt.NDArray[np.int64], context: torch.Tensor
@@ -291,10 +286,10 @@ class Ranker:
         """
         if ids is not None:
             self.check_codes(ids)
-        schema, new = grown_schema(self.schema, items)
+        schema, new = extend_schema(self.schema, items)
         codes = self.codes
         if codes is not None and self.features is not None:
-            codes = grown_codes(codes, self.features, self.schema.items.ids, new, ids)
+            codes = extend_codes(codes, self.features, self.schema.items.ids, new, ids)
         network = make_network(schema, codes, self.config, item_id=self.network.index.item_id)
         load_module_(network, module_arrays(self.network))
         return Ranker(

@@ -1,58 +1,31 @@
-"""Rows of one part in memory, as the columns that batches are cut from."""
+"""Rows in memory: one part of the data, its histories, and training batches cut from it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from semid.recommenders.ranking.schema import Inputs
+from semid.training.batches import epoch_batches, own_share, steps_per_epoch
+from semid.training.distributed import rank, world_size
 
-__all__ = ["GivenHistory", "History", "HistoryIndex", "RankingRows"]
-
-
-class History(Protocol):
-    """What each row's user took before it."""
-
-    def of(self, rows: Tensor) -> Tensor:
-        """Return ``(n, length)`` catalogue rows, newest first, padded with 0."""
-        ...
-
-    def to(self, device: torch.device) -> History:
-        """Move the tensors."""
-        ...
-
-
-@dataclass(frozen=True)
-class GivenHistory:
-    """Histories that are written out.
-
-    Attributes:
-        items: ``(rows, length)`` int64 catalogue rows, newest first, padded with 0.
-    """
-
-    items: Tensor
-
-    def of(self, rows: Tensor) -> Tensor:
-        """Return ``(n, length)`` catalogue rows, newest first, padded with 0."""
-        return self.items[rows]
-
-    def to(self, device: torch.device) -> GivenHistory:
-        """Move the tensor."""
-        return GivenHistory(self.items.to(device))
+__all__ = ["BatchSource", "HistoryIndex", "MemoryBatches", "RankingRows"]
 
 
 @dataclass(frozen=True)
 class HistoryIndex:
-    """Every user's training items in order, and how far each row may look back in them.
+    """The items that each row's user interacted with before it, as spans of one array.
 
     Attributes:
-        items: ``(events,)`` int32 rows of the catalogue, user by user, oldest first.
-        spans: ``(rows, 2)`` int64: the first event of the row's user, and the end (exclusive) of
-            those before the row.
-        length: most items of a history.
+        items: ``(events,)`` int32 catalogue rows, oldest first within a history.
+        spans: ``(rows, 2)`` int64 begin and end (exclusive) of each row's history.
+        length: largest number of items of a history.
     """
 
     items: Tensor
@@ -62,9 +35,12 @@ class HistoryIndex:
     def of(self, rows: Tensor) -> Tensor:
         """Return ``(n, length)`` catalogue rows, newest first, padded with 0."""
         span = self.spans[rows]
-        at = span[:, 1:] - 1 - torch.arange(self.length, device=span.device)
-        found = self.items[at.clamp(min=0)] if len(self.items) else torch.zeros_like(at)
-        return torch.where(at >= span[:, :1], found.long(), 0)
+        # Count back from the end; what lies before the begin belongs to somebody else and becomes
+        # padding.
+        positions = span[:, 1:] - 1 - torch.arange(self.length, device=span.device)
+        if not len(self.items):
+            return torch.zeros_like(positions)
+        return torch.where(positions >= span[:, :1], self.items[positions.clamp(min=0)].long(), 0)
 
     def to(self, device: torch.device) -> HistoryIndex:
         """Move the tensors."""
@@ -82,8 +58,8 @@ class RankingRows:
         context: ``(rows, columns)`` int32.
         dense: ``(rows, columns)`` float32.
         history: histories, or None.
-        person: ``(rows,)`` int32 numbers that tell users apart, also those that training did not
-            see; for figures by user.
+        person: ``(rows,)`` int32 numbers that distinguish users, also those that training did not
+            see; for metrics per user.
     """
 
     user: Tensor
@@ -91,38 +67,85 @@ class RankingRows:
     label: Tensor
     context: Tensor
     dense: Tensor
-    history: History | None
+    history: HistoryIndex | None
     person: Tensor
 
+    @classmethod
+    def of(
+        cls,
+        columns: Mapping[str, npt.NDArray[Any]],
+        *,
+        person: npt.NDArray[np.integer[Any]],
+        history: HistoryIndex | None = None,
+    ) -> RankingRows:
+        """Make rows from the arrays ``user``, ``item``, ``label``, ``context`` and ``dense``."""
+        return cls(
+            **{name: torch.from_numpy(values) for name, values in columns.items()},
+            history=history,
+            person=torch.from_numpy(person.astype(np.int32)),
+        )
+
     def __len__(self) -> int:
-        """Count the rows."""
+        """Return the number of rows."""
         return len(self.label)
 
     def batch(self, rows: Tensor) -> tuple[Inputs, Tensor]:
         """Return the inputs and labels of ``rows`` (n,)."""
         item = self.item[rows].long()
         history = item.new_zeros((len(item), 0)) if self.history is None else self.history.of(rows)
-        return (
-            Inputs(
-                self.user[rows].long(),
-                item,
-                self.context[rows].long(),
-                self.dense[rows],
-                history,
-            ),
-            self.label[rows],
+        inputs = Inputs(
+            self.user[rows].long(), item, self.context[rows].long(), self.dense[rows], history
         )
+        return inputs, self.label[rows]
+
+    def blocks(self, size: int) -> Iterator[Inputs]:
+        """Yield the inputs of all rows in order, ``size`` rows at a time."""
+        for start in range(0, len(self), size):
+            stop = min(start + size, len(self))
+            yield self.batch(torch.arange(start, stop, device=self.label.device))[0]
 
     def to(self, device: torch.device) -> RankingRows:
         """Move every tensor."""
         if self.label.device == device:
             return self
-        return RankingRows(
-            self.user.to(device),
-            self.item.to(device),
-            self.label.to(device),
-            self.context.to(device),
-            self.dense.to(device),
-            None if self.history is None else self.history.to(device),
-            self.person.to(device),
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(
+            self,
+            **{name: value.to(device) for name, value in values.items() if value is not None},
         )
+
+
+class BatchSource(Protocol):
+    """Where training batches come from.
+
+    Attributes:
+        steps_per_epoch: batches per epoch.
+    """
+
+    steps_per_epoch: int
+
+    def batches(self, epoch: int, first: int) -> Iterator[tuple[tuple[Inputs, Tensor], float]]:
+        """Yield ``((inputs, labels), weight)`` of an epoch from step ``first`` on."""
+        ...
+
+
+class MemoryBatches:
+    """Batches of rows in memory: a permutation per epoch, one gather per column.
+
+    Args:
+        rows: training rows, on the device of the network.
+        batch_size: rows per step.
+        seed: seed of the order.
+    """
+
+    def __init__(self, rows: RankingRows, *, batch_size: int, seed: int) -> None:
+        self.rows, self.batch_size, self.seed = rows, batch_size, seed
+        self.steps_per_epoch = steps_per_epoch(len(rows), batch_size)
+
+    def batches(self, epoch: int, first: int) -> Iterator[tuple[tuple[Inputs, Tensor], float]]:
+        """Yield ``((inputs, labels), weight)`` of an epoch from step ``first`` on."""
+        batches = epoch_batches(len(self.rows), self.batch_size, seed=self.seed, epoch=epoch)
+        device = self.rows.label.device
+        for batch in batches[first:]:
+            share, weight = own_share(batch, rank=rank(), world=world_size())
+            yield self.rows.batch(torch.from_numpy(share).to(device)), weight

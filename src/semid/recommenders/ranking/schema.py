@@ -1,4 +1,7 @@
-"""What turns users, items and context into rows of embedding tables; kept with the model."""
+"""Vocabularies and item attributes: how users, items and context become rows of tables.
+
+Row 0 of every table stands for what training did not see.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,25 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 from torch import Tensor
 
+from semid.data.columns import is_text
+from semid.data.ids import ItemIds
 from semid.documents import checked
 from semid.errors import InputError
-from semid.recommenders.ranking.catalogue import ItemAttribute
-from semid.recommenders.ranking.tables import dense_values
-from semid.recommenders.ranking.vocabulary import Vocabulary, as_text
 
-__all__ = ["Inputs", "Schema", "table_rows"]
+__all__ = [
+    "Inputs",
+    "ItemAttribute",
+    "Schema",
+    "Vocabulary",
+    "as_categories",
+    "as_text",
+    "dense_values",
+    "one_array",
+]
 
 Ints = npt.NDArray[np.int64]
 
@@ -30,7 +42,7 @@ CONFIG: dict[str, Any] = {
     "user_column": str,
     "item_column": str,
 }
-"""What `Schema.to_config` gives."""
+"""Types of what `Schema.to_config` returns."""
 
 
 class Inputs(NamedTuple):
@@ -40,7 +52,7 @@ class Inputs(NamedTuple):
         user: ``(batch,)`` int64 rows of the user vocabulary.
         item: ``(batch,)`` int64 rows of the catalogue; 0 for an item that is not in it.
         context: ``(batch, columns)`` int64 rows of the context vocabularies.
-        dense: ``(batch, columns)`` float32 as they were given.
+        dense: ``(batch, columns)`` float32, not yet normalized.
         history: ``(batch, length)`` int64 rows of the catalogue, newest first, padded with 0.
     """
 
@@ -55,22 +67,160 @@ class Inputs(NamedTuple):
         return Inputs(*(tensor.to(device) for tensor in self))
 
 
+class Vocabulary:
+    """Values that have a row of their own, from row 1 on.
+
+    Args:
+        values: distinct strings or integers, in the order of their rows.
+        source: what they are called in errors.
+    """
+
+    def __init__(self, values: Any, *, source: str = "values") -> None:
+        self.ids = values if isinstance(values, ItemIds) else ItemIds(values, source=source)
+
+    def __len__(self) -> int:
+        """Count the rows, the unknown one included."""
+        return len(self.ids) + 1
+
+    def rows(self, values: Any) -> Ints:
+        """Return the row of each value ``(n,)``; 0 for unknown ones and nulls."""
+        if not isinstance(values, pa.DictionaryArray):
+            return self.ids.index_of(values) + 1
+        # Look the distinct values up; nulls take the extra row at the end.
+        rows: Ints = np.append(self.ids.index_of(values.dictionary) + 1, 0)
+        indices = values.indices.fill_null(len(rows) - 1).to_numpy(zero_copy_only=False)
+        coded: Ints = rows[indices]
+        return coded
+
+    def strings(self) -> list[str]:
+        """Return the values as strings, in the order of their rows from 1 on."""
+        texts: list[str] = self.ids.strings().to_pylist()
+        return texts
+
+    def tensors(self, name: str) -> dict[str, np.ndarray]:
+        """Return arrays that `of` reads: the bytes of all values, and where each ends."""
+        texts = [text.encode() for text in self.strings()]
+        ends = np.cumsum([0, *map(len, texts)], dtype=np.int64)
+        characters = np.frombuffer(b"".join(texts), dtype=np.uint8).copy()
+        return {f"{name}.bytes": characters, f"{name}.ends": ends}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, np.ndarray], name: str) -> Vocabulary:
+        """Read what `tensors` returned."""
+        text = tensors[f"{name}.bytes"].tobytes()
+        ends = tensors[f"{name}.ends"]
+        is_valid = ends.ndim == 1 and len(ends) > 0 and ends.dtype.kind == "i"
+        if not is_valid or ends[0] != 0 or ends[-1] != len(text) or (np.diff(ends) < 0).any():
+            raise ValueError(f"'{name}.ends' does not divide '{name}.bytes' into texts")
+        values = [
+            text[a:b].decode() for a, b in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)
+        ]
+        return cls(pa.array(values, type=pa.large_string()))
+
+
+def one_array(column: Any) -> pa.Array:
+    """Return a column as one Arrow array."""
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks()
+    return column if isinstance(column, pa.Array) else pa.concat_arrays(column.chunks)
+
+
+def as_text(
+    column: Any,
+    *,
+    name: str,
+    label: str,
+    advice: str = "cast it, or name it as a dense column (--dense, dense=)",
+) -> pa.Array:
+    """Return a column of categories ``(n,)`` as strings; nulls stay nulls.
+
+    Args:
+        column: the column.
+        name: its name.
+        label: its table in the user's words.
+        advice: what to do about a column of another type.
+
+    Raises:
+        InputError: it holds something else than strings, integers or truth values.
+    """
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    checks = (is_text, pa.types.is_integer, pa.types.is_boolean, pa.types.is_null)
+    if not any(check(kind) for check in checks):
+        raise InputError(
+            f"column '{name}' of {label} holds {kind}; a category is a string, an integer or a "
+            f"truth value: {advice}"
+        )
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(kind)
+    return one_array(column.cast(pa.large_string()))
+
+
+def as_categories(column: Any, *, name: str, label: str) -> pa.Array:
+    """Return a column as `as_text` does, but leave dictionary-coded strings as they are."""
+    if isinstance(column, pa.DictionaryArray) and column.type.value_type == pa.large_string():
+        return column
+    return as_text(column, name=name, label=label)
+
+
+def dense_values(column: Any, *, name: str, label: str) -> npt.NDArray[np.float32]:
+    """Return a column of numbers ``(n,)`` as float32.
+
+    Raises:
+        InputError: it holds no numbers, or some are null, NaN or infinite.
+    """
+    kind, types = column.type, pa.types
+    checks = (types.is_integer, types.is_floating, types.is_boolean, types.is_decimal)
+    if not any(check(kind) for check in checks):
+        raise InputError(
+            f"column '{name}' of {label} holds {kind}; a dense column holds numbers: cast it, or "
+            "name it as a categorical column (--categorical, categorical=)"
+        )
+    values = one_array(column.cast(pa.float64())).to_numpy(zero_copy_only=False)
+    bad = ~np.isfinite(values)
+    if bad.any():
+        raise InputError(
+            f"dense column '{name}' of {label} holds {int(bad.sum())} rows with null, NaN or inf "
+            f"(first: row {int(np.argmax(bad))}); fill them in or drop those rows"
+        )
+    numbers: npt.NDArray[np.float32] = values.astype(np.float32)
+    return numbers
+
+
+@dataclass(frozen=True)
+class ItemAttribute:
+    """One attribute of the items.
+
+    Attributes:
+        vocabulary: its values.
+        rows: of each item; ``(items + 1,)`` for one value, ``(items + 1, most values)`` padded
+            with 0 for several. Row 0 is the unknown item.
+    """
+
+    vocabulary: Vocabulary
+    rows: Ints
+
+    @property
+    def multi(self) -> bool:
+        """Whether an item has several values."""
+        return self.rows.ndim == 2
+
+
 @dataclass(frozen=True)
 class Schema:
     """Vocabularies and item attributes.
 
     Attributes:
         users: users of the training rows.
-        items: the catalogue; every item that features are known of.
-        id_rows: ``(items + 1,)`` row of each item in the table of item ids, 0 where training
-            had too few rows of it.
+        items: the catalogue: every item with known features.
+        id_rows: ``(items + 1,)`` row of each item in the table of item ids, 0 for items with too
+            few training rows.
         id_size: rows of that table.
-        attributes: of the items, by name.
+        attributes: attributes of the items, by name.
         context: vocabularies of the categorical columns of a row, by name.
         dense: mean and standard deviation of the dense columns over the training rows, by name.
-        history: items of a user's history that the network sees; 0 sees none.
-        user_history: ``(users + 1, history)`` the last items of each user, newest first, padded
-            with 0: what `Ranker.predict` takes where no history is given.
+        history: length of the history that the network sees; 0 for none.
+        user_history: ``(users + 1, history)`` last items of each user, newest first, padded with
+            0: the histories of rows that come without one.
         user_column: name of the user column.
         item_column: name of the item column.
     """
@@ -94,21 +244,21 @@ class Schema:
 
         Args:
             columns: Arrow columns by name, each ``(rows,)``.
-            rows: how many there are, also where no column is read.
+            rows: number of rows, also where there is no column.
             label: the table in the user's words.
 
         Returns:
             ``(rows, categorical)`` int32 and ``(rows, dense)`` float32.
 
         Raises:
-            InputError: a column of a wrong type, or NaN in a dense one. All are listed.
+            InputError: listing every column of a wrong type or with NaN.
         """
         problems: list[str] = []
         categorical, dense = [], []
         for name, vocabulary in self.context.items():
             try:
-                text = as_text(columns[name], name=name, label=label)
-                categorical.append(vocabulary.rows(text).astype(np.int32))
+                values = as_categories(columns[name], name=name, label=label)
+                categorical.append(vocabulary.rows(values).astype(np.int32))
             except InputError as error:
                 problems += error.problems
         for name in self.dense:
@@ -118,11 +268,10 @@ class Schema:
                 problems += error.problems
         if problems:
             raise InputError(problems)
+        empty = np.empty((rows, 0))
         return (
-            torch.from_numpy(np.stack(categorical, 1))
-            if categorical
-            else torch.empty((rows, 0), dtype=torch.int32),
-            torch.from_numpy(np.stack(dense, 1)) if dense else torch.empty((rows, 0)),
+            torch.from_numpy(np.stack(categorical, 1) if categorical else empty.astype(np.int32)),
+            torch.from_numpy(np.stack(dense, 1) if dense else empty.astype(np.float32)),
         )
 
     def to_config(self) -> dict[str, Any]:
@@ -154,7 +303,7 @@ class Schema:
 
     @classmethod
     def of(cls, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Schema:
-        """Read what `to_config` and `tensors` gave.
+        """Read what `to_config` and `tensors` returned.
 
         Raises:
             ValueError: arrays that contradict the config or each other.

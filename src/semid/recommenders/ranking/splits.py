@@ -1,23 +1,189 @@
-"""Which rows train, which choose the checkpoint, which are tested, and which items nobody saw."""
+"""Labels, sampled negatives, and the part of a log that each row belongs to."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from semid.data.hashing import hash_strings, share_mask
 from semid.data.interactions import Interactions
 from semid.errors import InteractionsError, UsageError, check_choice
 from semid.seeds import numpy_generator
 
-__all__ = ["COLD", "PARTS", "SPLITS", "check_fractions", "split_rows"]
+__all__ = [
+    "COLD",
+    "COLD_SALT",
+    "DISTRIBUTIONS",
+    "PARTS",
+    "SPLITS",
+    "TEST",
+    "TRAIN",
+    "VALIDATION",
+    "Label",
+    "check_fractions",
+    "draw_negatives",
+    "hash_parts",
+    "split_rows",
+]
 
 SPLITS = ("random", "leave-last-out", "time")
 PARTS = ("train", "validation", "test", "cold")
 TRAIN, VALIDATION, TEST, COLD = range(4)
+COLD_SALT = "cold items"
+"""Salt of the hash that holds items out of training."""
 
+DISTRIBUTIONS = ("uniform", "popularity")
+MAX_DRAWS = 50
+"""Draws per negative; a user without a negative by then has nearly every item of the pool."""
+
+MAX_NEGATIVES = 1_000
+"""Largest number of negatives per positive; all of them are held in memory."""
+
+_THRESHOLD = re.compile(r"\s*(\w+)\s*(>=|>)\s*(-?[0-9]+(?:\.[0-9]+)?)\s*")
+_SAMPLED = re.compile(r"\s*sampled\(\s*(\w+)\s*(?:,\s*([0-9]+)\s*)?\)\s*")
+
+Ints = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
 Parts = npt.NDArray[np.int8]
+
+
+@dataclass(frozen=True)
+class Label:
+    """How rows get their label.
+
+    Attributes:
+        column: column that is compared with ``threshold``; empty for sampled negatives.
+        threshold: value the column is compared with.
+        strict: True for ``>``, False for ``>=``.
+        distribution: distribution of sampled negatives, ``uniform`` or ``popularity`` (in
+            proportion to training interactions); empty for a threshold.
+        negatives: negatives per positive.
+    """
+
+    column: str = ""
+    threshold: float = 0.0
+    strict: bool = False
+    distribution: str = ""
+    negatives: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> Label:
+        """Read ``rating>=8``, ``rating>3``, ``click>=1`` or ``sampled(uniform,1)``.
+
+        Raises:
+            UsageError: it is none of these.
+        """
+        match = _THRESHOLD.fullmatch(text)
+        if match:
+            return cls(column=match[1], threshold=float(match[3]), strict=match[2] == ">")
+        match = _SAMPLED.fullmatch(text)
+        if not match:
+            raise UsageError(
+                f"--label '{text}' (label=) is neither COLUMN>=NUMBER, COLUMN>NUMBER nor "
+                "sampled(uniform,k) or sampled(popularity,k)"
+            )
+        check_choice("--label sampled", match[1], DISTRIBUTIONS)
+        count = int((match[2] or "1").lstrip("0")[:9] or 0)
+        if not 1 <= count <= MAX_NEGATIVES:
+            raise UsageError(
+                f"--label '{text}' (label=) says how many negatives are drawn for each positive; "
+                f"give 1 to {MAX_NEGATIVES}"
+            )
+        return cls(distribution=match[1], negatives=count)
+
+    @property
+    def sampled(self) -> bool:
+        """Whether negatives are sampled."""
+        return bool(self.distribution)
+
+    def __str__(self) -> str:
+        """Return the text that `parse` reads."""
+        if self.sampled:
+            return f"sampled({self.distribution},{self.negatives})"
+        return f"{self.column}{'>' if self.strict else '>='}{self.threshold:g}"
+
+    def compare(self, values: npt.NDArray[np.floating[Any]]) -> Mask:
+        """Return which values ``(rows,)`` of the column are positive."""
+        return values > self.threshold if self.strict else values >= self.threshold
+
+    def apply(self, values: npt.NDArray[np.float64]) -> Mask:
+        """Label all values ``(rows,)`` of the column.
+
+        Raises:
+            InteractionsError: values are missing, or all rows get one label.
+        """
+        missing = ~np.isfinite(values)
+        if missing.any():
+            raise InteractionsError(
+                f"column '{self.column}' holds {int(missing.sum())} rows without a number (first: "
+                f"row {int(np.argmax(missing))}), which have no label under '{self}'; drop them"
+            )
+        positive = self.compare(values)
+        if len(values) and positive.all() != positive.any():
+            return positive
+        name = "positive" if positive.any() else "negative"
+        low, high = (values.min(), values.max()) if len(values) else (0.0, 0.0)
+        raise InteractionsError(
+            f"every row is {name} under --label '{self}' (column '{self.column}' runs from "
+            f"{low:g} to {high:g}); choose another threshold, or sampled(uniform,1)"
+        )
+
+
+def draw_negatives(
+    users: Ints,
+    *,
+    excluded: tuple[Ints, Ints],
+    pool: Ints,
+    weights: Ints | None,
+    items: int,
+    seed: int,
+    name: str,
+) -> tuple[Ints, Mask]:
+    """Draw an item per row that its user has not interacted with.
+
+    Args:
+        users: ``(rows,)`` user of each row.
+        excluded: users and items ``(pairs,)`` that must not be drawn.
+        pool: ``(pool,)`` items to draw from.
+        weights: ``(pool,)`` non-negative weights; None draws uniformly.
+        items: number of items, above every item.
+        seed: any integer.
+        name: stream of random numbers; another name draws independently.
+
+    Returns:
+        Items ``(rows,)`` and a mask of the rows that got one.
+
+    Cost: one sort of the pairs, then a binary search per draw.
+    """
+    # A pair is one integer, so "was it excluded?" is a binary search among sorted integers.
+    keys = np.unique(excluded[0] * items + excluded[1])
+    generator = numpy_generator(seed, "negatives", name)
+    cumulative = None if weights is None else np.cumsum(weights, dtype=np.float64)
+    drawn = np.zeros(len(users), dtype=np.int64)
+    pending = np.arange(len(users))
+    # Rejection sampling: rows whose draw is excluded draw again, so that what remains follows the
+    # distribution restricted to the allowed items.
+    for _ in range(MAX_DRAWS):
+        if not len(pending):
+            break
+        if cumulative is None:
+            draws = pool[generator.integers(0, len(pool), len(pending))]
+        else:
+            points = generator.random(len(pending)) * cumulative[-1]
+            positions = np.searchsorted(cumulative, points, side="right")
+            draws = pool[np.minimum(positions, len(pool) - 1)]
+        drawn[pending] = draws
+        candidates = users[pending] * items + draws
+        positions = np.minimum(np.searchsorted(keys, candidates), max(len(keys) - 1, 0))
+        pending = pending[keys[positions] == candidates] if len(keys) else pending[:0]
+    valid = np.ones(len(users), dtype=bool)
+    valid[pending] = False
+    return drawn, valid
 
 
 def check_fractions(fractions: Sequence[float]) -> tuple[float, float, float]:
@@ -37,75 +203,97 @@ def check_fractions(fractions: Sequence[float]) -> tuple[float, float, float]:
 
 def split_rows(
     log: Interactions,
-    how: str,
+    split: str,
     *,
     fractions: Sequence[float] = (0.8, 0.1, 0.1),
-    cold_items: npt.NDArray[np.bool_] | None = None,
+    cold_items: Mask | None = None,
     seed: int = 0,
 ) -> Parts:
-    """Give every interaction its part.
+    """Return the part ``(interactions,)`` of each interaction, an index into `PARTS`.
 
     Args:
         log: the interactions.
-        how: ``random`` (a pair of user and item that occurs several times stays together),
-            ``leave-last-out`` (a user's last is tested, the one before it validates; a user with
-            one stays in training, one with two has no validation) or ``time`` (the earliest share
+        split: ``random`` (a repeated pair of user and item stays together), ``leave-last-out``
+            (a user's last interaction is tested, the one before it validates; a user with one
+            stays in training, one with two has no validation) or ``time`` (the earliest share
             trains, the latest is tested; equal times stay together).
         fractions: shares of train, validation and test, for ``random`` and ``time``.
-        cold_items: ``(log items,)`` True for items none of whose interactions may be learned from;
-            all of theirs go to the part ``cold``.
-        seed: decides ``random``.
-
-    Returns:
-        ``(interactions,)`` 0 train, 1 validation, 2 test, 3 cold.
+        cold_items: ``(log items,)`` mask of items whose interactions all go to the part ``cold``.
+        seed: seed of ``random``.
 
     Raises:
         UsageError: an unknown split, or one that needs an order that the log does not have.
         InteractionsError: a part would be empty.
     """
-    check_choice("--split (split=)", how, SPLITS)
+    check_choice("--split (split=)", split, SPLITS)
     shares = check_fractions(fractions)
-    part = np.full(len(log), TRAIN, dtype=np.int8)
+    parts = np.full(len(log), TRAIN, dtype=np.int8)
     cold = np.zeros(len(log), dtype=bool) if cold_items is None else cold_items[log.items]
-    part[cold] = COLD
+    parts[cold] = COLD
     rows = np.flatnonzero(~cold)
-    if how == "random":
-        part[rows] = _random(log, rows, shares, seed)
+    if split == "random":
+        parts[rows] = _split_randomly(log, rows, shares, seed)
     elif log.order is None:
         raise UsageError(
-            f"--split {how} (split=) needs to know what came first, and {log.label} has no column "
-            "'position' or 'timestamp'; name one with --time-column, or take --split random"
+            f"--split {split} (split=) needs to know what came first, and {log.label} has no "
+            "column 'position' or 'timestamp'; name one with --time-column, or take --split random"
         )
-    elif how == "time":
+    elif split == "time":
         if log.order_column == "position":
             raise UsageError(
                 "--split time (split=) needs times that can be compared between users; 'position' "
                 "counts within a user: name a time with --time-column"
             )
-        part[rows] = _time(log.order[rows], shares)
+        parts[rows] = _split_by_time(log.order[rows], shares)
     else:
-        part[rows] = _leave_last_out(log.users[rows], log.order[rows])
+        parts[rows] = _leave_last_out(log.users[rows], log.order[rows])
     for number in (TRAIN, VALIDATION, TEST):
-        if not (part == number).any():
+        if not (parts == number).any():
             raise InteractionsError(
-                f"--split {how} (split=) of {len(log)} interactions leaves no row for "
+                f"--split {split} (split=) of {len(log)} interactions leaves no row for "
                 f"{PARTS[number]}; give more interactions or other fractions"
             )
-    return part
+    return parts
 
 
-def _random(
-    log: Interactions, rows: npt.NDArray[np.int64], shares: Sequence[float], seed: int
+def hash_parts(
+    users: Any, items: Any, *, fractions: Sequence[float], cold_share: float, seed: int
 ) -> Parts:
+    """Return the part ``(rows,)`` of each row from hashes of its user and item alone.
+
+    Args:
+        users: ``(rows,)`` Arrow strings.
+        items: ``(rows,)`` Arrow strings.
+        fractions: shares of train, validation and test.
+        cold_share: share of the items that training never sees.
+        seed: salt of the hashes.
+    """
+    # The two hashes are mixed one after the other, so that swapping user and item matters and all
+    # 64 bits depend on both (multipliers of splitmix64's finalizer).
+    pairs = hash_strings(users, salt=f"split {seed}")
+    pairs = (pairs ^ (pairs >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+    pairs ^= hash_strings(items, salt=f"split {seed}")
+    pairs = (pairs ^ (pairs >> np.uint64(32))) * np.uint64(0x94D049BB133111EB)
+    train, validation, _ = fractions
+    parts = np.full(len(pairs), TEST, dtype=np.int8)
+    parts[share_mask(pairs, 0.0, train)] = TRAIN
+    parts[share_mask(pairs, train, min(train + validation, 1.0))] = VALIDATION
+    if cold_share:
+        parts[share_mask(hash_strings(items, salt=COLD_SALT), 0.0, cold_share)] = COLD
+    return parts
+
+
+def _split_randomly(log: Interactions, rows: Ints, shares: Sequence[float], seed: int) -> Parts:
     pairs = log.users[rows].astype(np.int64) * len(log.item_ids) + log.items[rows]
     unique, inverse = np.unique(pairs, return_inverse=True)
+    # Each distinct pair has a place in a random order, and the order is cut at the shares.
     place = np.empty(len(unique), dtype=np.int64)
     place[numpy_generator(seed, "split").permutation(len(unique))] = np.arange(len(unique))
-    cut = [round(shares[0] * len(unique)), round((shares[0] + shares[1]) * len(unique))]
-    return np.searchsorted(cut, place[inverse], side="right").astype(np.int8)
+    cuts = [round(shares[0] * len(unique)), round((shares[0] + shares[1]) * len(unique))]
+    return np.searchsorted(cuts, place[inverse], side="right").astype(np.int8)
 
 
-def _time(order: npt.NDArray[np.generic], shares: Sequence[float]) -> Parts:
+def _split_by_time(order: npt.NDArray[np.generic], shares: Sequence[float]) -> Parts:
     ranked = np.sort(order)
     last = len(ranked) - 1
     cuts = [
@@ -116,13 +304,14 @@ def _time(order: npt.NDArray[np.generic], shares: Sequence[float]) -> Parts:
 
 
 def _leave_last_out(users: npt.NDArray[np.int32], order: npt.NDArray[np.generic]) -> Parts:
+    # Two stable sorts: rows by user, and by time within each user.
     by_time = np.argsort(order, kind="stable")
     ranks = by_time[np.argsort(users[by_time], kind="stable")]
     counts = np.bincount(users)
     ends = np.cumsum(counts)[users[ranks]]
     from_end = ends - 1 - np.arange(len(ranks))
     length = counts[users[ranks]]
-    part = np.full(len(users), TRAIN, dtype=np.int8)
-    part[ranks[(from_end == 0) & (length >= 2)]] = TEST
-    part[ranks[(from_end == 1) & (length >= 3)]] = VALIDATION
-    return part
+    parts = np.full(len(users), TRAIN, dtype=np.int8)
+    parts[ranks[(from_end == 0) & (length >= 2)]] = TEST
+    parts[ranks[(from_end == 1) & (length >= 3)]] = VALIDATION
+    return parts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,18 +19,22 @@ from semid.data.ids import hash_strings
 from semid.data.parquet_files import ParquetFiles
 from semid.errors import InteractionsError, UsageError
 from semid.filesystems import open_parquet
-from semid.recommenders.ranking.data import RankingDataConfig
-from semid.recommenders.ranking.labels import Label
-from semid.recommenders.ranking.rows import RankingRows
-from semid.recommenders.ranking.schema import Inputs, Schema
-from semid.recommenders.ranking.splits import PARTS
-from semid.recommenders.ranking.streamscan import Scan, scan_log
-from semid.recommenders.ranking.vocabulary import as_text
+from semid.recommenders.ranking.builder import (
+    DataBuilder,
+    LogBatch,
+    RankingData,
+    RankingDataConfig,
+    ValueCounts,
+    encode,
+)
+from semid.recommenders.ranking.item_table import join_catalogue
+from semid.recommenders.ranking.schema import Inputs, as_text, dense_values
+from semid.recommenders.ranking.splits import TRAIN, Label, hash_parts
 from semid.seeds import numpy_generator
 from semid.training.batches import own_share
 from semid.training.distributed import rank, world_size
 
-__all__ = ["BUFFER_ROWS", "RankingStream", "StreamBatches"]
+__all__ = ["BUFFER_ROWS", "LogFiles", "RankingStream", "StreamBatches"]
 
 BUFFER_ROWS = 1 << 20
 """Rows of the shuffle buffer."""
@@ -38,32 +43,99 @@ Columns = dict[str, npt.NDArray[Any]]
 
 
 @dataclass(frozen=True)
-class RankingStream:
+class LogFiles:
+    """A log on disk and how its rows are read.
+
+    Attributes:
+        files: the Parquet files.
+        user: name of the user column.
+        item: name of the item column.
+        label: how rows are labelled.
+        config: how the log becomes ranking data.
+    """
+
+    files: ParquetFiles
+    user: str
+    item: str
+    label: Label
+    config: RankingDataConfig
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that are read."""
+        config = self.config
+        return [self.user, self.item, self.label.column, *config.categorical, *config.dense]
+
+    def tables(self, places: list[tuple[int, int]] | None = None) -> Iterator[pa.Table]:
+        """Yield the log in pieces.
+
+        Args:
+            places: pairs of a file and one of its row groups; None reads everything in order.
+        """
+        order: list[tuple[int, int | None]] = [*(places or [])]
+        for file, group in order or [(file, None) for file in range(len(self.files.paths))]:
+            groups = None if group is None else [group]
+            with open_parquet(self.files.paths[file], memory_map=True) as parquet:
+                for batch in parquet.iter_batches(
+                    columns=self.columns, row_groups=groups, use_threads=False
+                ):
+                    yield pa.Table.from_batches([batch])
+
+    def batch(self, table: pa.Table) -> LogBatch:
+        """Return rows with their parts and labels.
+
+        Raises:
+            InteractionsError: a user or an item is null.
+        """
+        config, label = self.config, self.files.label
+        users, items = (
+            as_text(table.column(name), name=name, label=label) for name in (self.user, self.item)
+        )
+        if users.null_count or items.null_count:
+            raise InteractionsError(
+                f"columns '{self.user}' and '{self.item}' of {label} hold "
+                f"{users.null_count + items.null_count} nulls; drop those rows"
+            )
+        column = self.label.column
+        values = dense_values(table.column(column), name=column, label=label)
+        return LogBatch(
+            users=users,
+            items=items,
+            columns={name: table.column(name) for name in (*config.categorical, *config.dense)},
+            parts=hash_parts(
+                users,
+                items,
+                fractions=config.fractions,
+                cold_share=config.cold_items,
+                seed=config.seed,
+            ),
+            labels=self.label.compare(values),
+        )
+
+    def add_to_digest(self, digest: Any, table: pa.Table) -> None:
+        """Hash the values that training reads."""
+        for name in self.columns:
+            column = table.column(name)
+            if pa.types.is_floating(column.type) or pa.types.is_decimal(column.type):
+                digest.update(column.cast(pa.float64()).to_numpy().tobytes())
+            else:
+                text = as_text(column, name=name, label=self.files.label)
+                digest.update(hash_strings(text.fill_null("")).tobytes())
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankingStream(RankingData):
     """A log on disk whose training rows are read anew every epoch.
 
     Use `prepare_ranking_data` where the log fits in memory. Validation and test rows are held in
     memory: for a very large log give them small ``fractions``.
 
     Attributes:
-        schema: vocabularies of the training rows.
-        parts: rows by part but ``train``.
-        interactions: ``(items + 1,)`` training rows of each catalogue row.
-        positives: ``(items + 1,)`` positive ones among them.
-        protocol: as in `RankingData`.
-        train_rows: training rows of an epoch.
-        log_digest: SHA-256 of what was read of the log, for a resume.
-        scan: what the first pass found.
+        log: the files.
         buffer_rows: rows of the shuffle buffer.
     """
 
-    schema: Schema
-    parts: dict[str, RankingRows]
-    interactions: npt.NDArray[np.int64]
-    positives: npt.NDArray[np.int64]
-    protocol: str
-    train_rows: int
-    log_digest: str
-    scan: Scan
+    log: LogFiles
     buffer_rows: int = BUFFER_ROWS
 
     @classmethod
@@ -86,62 +158,47 @@ class RankingStream:
             config: as for `prepare_ranking_data`. The label has to be a threshold (a negative can
                 only be drawn with all of its user's items at hand), the split ``random`` (by a hash
                 of user and item, so that a pair stays together) and ``history`` 0.
-            user_column: the users of the log.
-            item_column: the items of the log.
-            id_column: the item ids of ``items``.
+            user_column: user column of the log.
+            item_column: item column of the log.
+            id_column: id column of ``items``.
             buffer_rows: rows of the shuffle buffer: the larger, the better mixed.
 
         Raises:
             UsageError: an option that needs the whole log at once.
             InteractionsError: no rows, labels of one class, or a part without rows.
             InputError: columns of a wrong type, NaN in a dense column.
+
+        Memory: the distinct users and items, and the rows of validation and test.
         """
         config = config or RankingDataConfig(label="label>=1")
-        label = Label.parse(config.label)
-        _streamable(config, label)
+        label = config.parsed_label
+        _check_streamable(config, label)
         files = ParquetFiles.open(path, error=InteractionsError)
+        log = LogFiles(files, user_column, item_column, label, config)
         flags = {
+            **dict.fromkeys(config.categorical, "--categorical (categorical=)"),
+            **dict.fromkeys(config.dense, "--dense (dense=)"),
             user_column: "--user-column (user_column=)",
             item_column: "--item-column (item_column=)",
             label.column: "--label (label=)",
-            **dict.fromkeys(config.categorical, "--categorical (categorical=)"),
-            **dict.fromkeys(config.dense, "--dense (dense=)"),
         }
-        wanted = [user_column, item_column, label.column, *config.categorical, *config.dense]
-        for name in wanted:
-            names = list(files.schemas[0].names)
-            require_column(name, names, label=files.label, flag=flags[name])
-        scan = Scan(
-            files=files,
-            columns=tuple(wanted),
-            user=user_column,
-            item=item_column,
-            label=label,
-            config=config,
+        for name in log.columns:
+            require_column(name, list(files.schemas[0].names), label=files.label, flag=flags[name])
+        builder = DataBuilder(config, user_column, item_column, label=files.label, in_memory=False)
+        all_items, digest = ValueCounts(), hashlib.sha256()
+        for table in log.tables():
+            log.add_to_digest(digest, table)
+            batch = log.batch(table)
+            all_items.add(batch.items)
+            builder.add(batch)
+        catalogue = join_catalogue(
+            all_items.values(in_order=True), items, id_column, label=files.label
         )
-        found = scan_log(scan, items, id_column)
-        parts = {}
-        for number, table in found.held.items():
-            columns = encode(table, scan, found.schema)
-            if columns["label"].min() == columns["label"].max():
-                raise InteractionsError(
-                    f"every row of the part {PARTS[number]} has one label under --label '{label}'; "
-                    "give more interactions or another threshold"
-                )
-            parts[PARTS[number]] = _rows(columns, table, scan)
-        return cls(
-            found.schema,
-            parts,
-            found.interactions,
-            found.positives,
-            found.protocol,
-            found.train_rows,
-            found.log_digest,
-            scan,
-            buffer_rows,
-        )
+        data = builder.finish(catalogue, items=items, id_column=id_column, split_note=" by hash")
+        fields = {**vars(data), "log_digest": digest.hexdigest()}
+        return cls(**fields, log=log, buffer_rows=buffer_rows)
 
-    def batches_of(self, batch_size: int, *, seed: int, device: torch.device) -> StreamBatches:
+    def batches(self, batch_size: int, *, seed: int, device: torch.device) -> StreamBatches:
         """Return training batches for the loop."""
         return StreamBatches(self, batch_size=batch_size, seed=seed, device=device)
 
@@ -149,14 +206,14 @@ class RankingStream:
 class StreamBatches:
     """Batches of a log on disk.
 
-    Row groups come in a random order an epoch and pass through a buffer: every row that leaves it
+    Row groups come in a random order per epoch and pass through a buffer: every row that leaves it
     is a random one of those inside. A run that is resumed midway reads up to where it was.
 
     Args:
         stream: the log.
-        batch_size: rows a step.
-        seed: decides the order.
-        device: where batches go.
+        batch_size: rows per step.
+        seed: seed of the order.
+        device: device of the batches.
     """
 
     def __init__(
@@ -164,53 +221,49 @@ class StreamBatches:
     ) -> None:
         self.stream, self.seed, self.device = stream, seed, device
         self.steps_per_epoch = max(1, round(stream.train_rows / batch_size))
-        whole, more = divmod(stream.train_rows, self.steps_per_epoch)
-        self.sizes = [whole + (step < more) for step in range(self.steps_per_epoch)]
+        size, larger = divmod(stream.train_rows, self.steps_per_epoch)
+        self.sizes = [size + (step < larger) for step in range(self.steps_per_epoch)]
 
     def batches(self, epoch: int, first: int) -> Iterator[tuple[tuple[Inputs, Tensor], float]]:
         """Yield ``((inputs, labels), weight)`` of an epoch from step ``first`` on."""
         generator = numpy_generator(self.seed, "stream", epoch)
-        held: list[Columns] = []
+        buffer: list[Columns] = []
         count, step = 0, 0
         for chunk in self._chunks(generator):
-            held.append(chunk)
+            buffer.append(chunk)
             count += len(chunk["label"])
+            # Draw while a full buffer stays behind, so that a batch mixes buffer_rows rows.
             while step < len(self.sizes) and count - self.sizes[step] >= self.stream.buffer_rows:
-                batch, held = _draw(held, self.sizes[step], generator)
+                batch, buffer = _draw(buffer, self.sizes[step], generator)
                 count -= self.sizes[step]
                 if step >= first:
                     yield self._batch(batch)
                 step += 1
         while step < len(self.sizes):
-            batch, held = _draw(held, self.sizes[step], generator)
+            batch, buffer = _draw(buffer, self.sizes[step], generator)
             if step >= first:
                 yield self._batch(batch)
             step += 1
 
     def _chunks(self, generator: np.random.Generator) -> Iterator[Columns]:
-        scan, schema = self.stream.scan, self.stream.schema
+        """Yield the training rows of every row group, the groups in a random order."""
+        log, schema = self.stream.log, self.stream.schema
         places = [
             (file, group)
-            for file, groups in enumerate(scan.files.row_groups)
+            for file, groups in enumerate(log.files.row_groups)
             for group in range(len(groups))
         ]
-        for at in generator.permutation(len(places)):
-            file, group = places[at]
-            with open_parquet(scan.files.paths[file], memory_map=True) as parquet:
-                for batch in parquet.iter_batches(
-                    columns=list(scan.columns), row_groups=[group], use_threads=False
-                ):
-                    table = pa.Table.from_batches([batch])
-                    chosen = np.flatnonzero(scan.parts(table) == 0)
-                    if len(chosen):
-                        yield encode(table.take(pa.array(chosen)), scan, schema)
+        for place in generator.permutation(len(places)):
+            for table in log.tables([places[place]]):
+                rows = log.batch(table).of_part(TRAIN)
+                if len(rows.parts):
+                    yield encode(rows, schema, label=log.files.label)
 
     def _batch(self, columns: Columns) -> tuple[tuple[Inputs, Tensor], float]:
-        every = np.arange(len(columns["label"]))
-        own, weight = own_share(every, rank=rank(), world=world_size())
+        rows, weight = own_share(np.arange(len(columns["label"])), rank=rank(), world=world_size())
 
         def tensor(name: str) -> Tensor:
-            return torch.from_numpy(columns[name][own]).to(self.device)
+            return torch.from_numpy(columns[name][rows]).to(self.device)
 
         item = tensor("item").long()
         inputs = Inputs(
@@ -223,59 +276,26 @@ class StreamBatches:
         return (inputs, tensor("label")), weight
 
 
-def encode(table: pa.Table, scan: Scan, schema: Schema) -> Columns:
-    """Look the rows of a table up: arrays ``(rows, ...)`` by name."""
-    label = scan.files.label
-    context, dense = schema.context_rows(
-        {name: table.column(name) for name in (*schema.context, *schema.dense)},
-        rows=len(table),
-        label=label,
-    )
-    users = as_text(table.column(scan.user), name=scan.user, label=label)
-    items = as_text(table.column(scan.item), name=scan.item, label=label)
-    return {
-        "user": schema.users.rows(users).astype(np.int32),
-        "item": schema.items.rows(items).astype(np.int32),
-        "label": scan.labels(table).astype(np.float32),
-        "context": context.numpy(),
-        "dense": dense.numpy(),
-    }
-
-
-def _rows(columns: Columns, table: pa.Table, scan: Scan) -> RankingRows:
-    users = as_text(table.column(scan.user), name=scan.user, label=scan.files.label)
-    person = np.unique(hash_strings(users), return_inverse=True)[1].astype(np.int32)
-    return RankingRows(
-        user=torch.from_numpy(columns["user"]),
-        item=torch.from_numpy(columns["item"]),
-        label=torch.from_numpy(columns["label"]),
-        context=torch.from_numpy(columns["context"]),
-        dense=torch.from_numpy(columns["dense"]),
-        history=None,
-        person=torch.from_numpy(person),
-    )
-
-
 def _draw(
-    held: list[Columns], rows: int, generator: np.random.Generator
+    buffer: list[Columns], rows: int, generator: np.random.Generator
 ) -> tuple[Columns, list[Columns]]:
-    """Take rows at random out of a buffer; return them and what stays."""
-    joined = {name: np.concatenate([part[name] for part in held]) for name in held[0]}
+    """Draw rows at random out of a buffer; return them and the rest."""
+    joined = {name: np.concatenate([part[name] for part in buffer]) for name in buffer[0]}
     total = len(joined["label"])
-    chosen = generator.choice(total, rows, replace=False)
-    # What leaves makes room that rows from the end fill, so that a draw costs the batch.
-    kept = total - rows
+    drawn = generator.choice(total, rows, replace=False)
+    # Remaining rows from the end fill the holes, so that a draw costs the batch, not the buffer.
+    remaining = total - rows
     stays = np.ones(total, dtype=bool)
-    stays[chosen] = False
-    tail = kept + np.flatnonzero(stays[kept:])
-    holes = chosen[chosen < kept]
-    batch = {name: values[chosen] for name, values in joined.items()}
+    stays[drawn] = False
+    tail = remaining + np.flatnonzero(stays[remaining:])
+    holes = drawn[drawn < remaining]
+    batch = {name: values[drawn] for name, values in joined.items()}
     for values in joined.values():
         values[holes] = values[tail]
-    return batch, [{name: values[:kept] for name, values in joined.items()}]
+    return batch, [{name: values[:remaining] for name, values in joined.items()}]
 
 
-def _streamable(config: RankingDataConfig, label: Label) -> None:
+def _check_streamable(config: RankingDataConfig, label: Label) -> None:
     problems = []
     if label.sampled:
         problems.append(

@@ -1,33 +1,43 @@
-"""From data to a trained ranking model, by the training loop of every semid model."""
+"""Training of a ranking model: optimizer, task and `train_ranker`."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from semid.artefact import fingerprint
 from semid.codes import SemanticIds
 from semid.errors import UsageError
 from semid.progress import Progress, QuietProgress
 from semid.recommenders.ranking.data import RankingData
+from semid.recommenders.ranking.evaluation import evaluate, predict_logits
 from semid.recommenders.ranking.features import CodeFeatures, CodeTable, code_table
+from semid.recommenders.ranking.metrics import auc, log_loss
 from semid.recommenders.ranking.network import RankerConfig, RankingNetwork, make_network
 from semid.recommenders.ranking.ranker import Ranker
-from semid.recommenders.ranking.report import evaluate
-from semid.recommenders.ranking.rows import RankingRows
-from semid.recommenders.ranking.stream import RankingStream
-from semid.recommenders.ranking.task import BatchSource, MemoryBatches, RankingTask
+from semid.recommenders.ranking.rows import BatchSource, RankingRows
 from semid.training.checkpoint import open_checkpoint, run_key
 from semid.training.loggers import Logger
-from semid.training.loop import train
+from semid.training.loop import Evaluation, train
 from semid.training.options import TrainOptions
 
-__all__ = ["TRAINING", "rank_options", "train_ranker", "training_device"]
+__all__ = [
+    "TRAINING",
+    "RankingTask",
+    "RowwiseAdamW",
+    "data_digest",
+    "make_optimizer",
+    "rank_options",
+    "train_ranker",
+    "training_device",
+]
 
 TRAINING: dict[str, Any] = {
     "epochs": 30,
@@ -38,20 +48,135 @@ TRAINING: dict[str, Any] = {
     "clip_norm": None,
     "patience": 3,
 }
-"""Defaults: batch and rate are the MoC paper's, the patience and the rest are ours."""
+"""Defaults: batch size and learning rate are the MoC paper's, the others are ours."""
 
 
 def rank_options(training: TrainOptions | Mapping[str, Any] | None) -> TrainOptions:
     """Return options with the defaults of ranking filled in."""
-    if isinstance(training, TrainOptions):
-        return training
-    if training is not None and not isinstance(training, Mapping):
-        return TrainOptions.of(training)  # says what is wrong
-    return TrainOptions.of({**TRAINING, **(training or {})})
+    return TrainOptions.of(training, defaults=TRAINING)
+
+
+class RowwiseAdamW(torch.optim.AdamW):
+    """AdamW whose parameters with sparse gradients change only in the rows of the batch.
+
+    Moments of a row stand still while the row does not occur ("lazy" Adam, as in
+    `torch.optim.SparseAdam`), and so does its decay; the bias correction counts all steps. Dense
+    parameters are updated by the fused AdamW.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update all parameters that have a gradient."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and parameter.grad.is_sparse:
+                    self._rows(parameter, group)
+                    parameter.grad = None
+        return super().step(closure)
+
+    def _rows(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        assert parameter.grad is not None
+        gradient = parameter.grad.coalesce()
+        rows, values = gradient.indices()[0], gradient.values()
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        state["step"] += 1
+        step = float(state["step"])
+        beta1, beta2 = group["betas"]
+        rate = float(group["lr"])
+        mean = state["exp_avg"][rows].mul_(beta1).add_(values, alpha=1 - beta1)
+        square = state["exp_avg_sq"][rows].mul_(beta2).addcmul_(values, values, value=1 - beta2)
+        state["exp_avg"][rows], state["exp_avg_sq"][rows] = mean, square
+        scale = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
+        kept = parameter[rows]
+        if group["weight_decay"]:
+            kept.mul_(1 - rate * group["weight_decay"])
+        parameter[rows] = kept.addcdiv_(mean, scale, value=-rate / (1 - beta1**step))
+
+
+def make_optimizer(
+    network: RankingNetwork,
+    options: TrainOptions,
+    *,
+    code_rate: float = 1.0,
+    code_decay: float | None = None,
+) -> torch.optim.Optimizer:
+    """Return the optimizer of a network.
+
+    Args:
+        network: what is trained.
+        options: rate and decay.
+        code_rate: rate of the code tables as a multiple of the others'.
+        code_decay: their decay; None takes the others'.
+    """
+    codes = [
+        tables.codes
+        for tables in (network.tables, network.first)
+        if tables is not None and tables.codes is not None
+    ]
+    own = {id(parameter) for parameter in codes}
+    others = [p for p in network.parameters() if p.requires_grad and id(p) not in own]
+    groups: list[dict[str, Any]] = [{"params": others}]
+    if codes:
+        decay = options.weight_decay if code_decay is None else code_decay
+        groups.append({"params": codes, "weight_decay": decay, "rate": code_rate})
+    kind = RowwiseAdamW if network.sparse else torch.optim.AdamW
+    return kind(groups, lr=options.learning_rate, weight_decay=options.weight_decay, fused=True)
+
+
+class RankingTask:
+    """A trainee of `semid.training.loop.train`, judged by validation AUC.
+
+    Args:
+        network: what is trained.
+        source: training batches.
+        validation: rows that choose the checkpoint.
+        code_rate: learning rate of the code tables as a multiple of the others'.
+        code_decay: their decoupled decay; None takes the others'.
+    """
+
+    def __init__(
+        self,
+        network: RankingNetwork,
+        source: BatchSource,
+        validation: RankingRows,
+        *,
+        code_rate: float = 1.0,
+        code_decay: float | None = None,
+    ) -> None:
+        self.module: nn.Module = network
+        self.steps_per_epoch = source.steps_per_epoch
+        self.network, self.source, self.validation = network, source, validation
+        self.code_rate, self.code_decay = code_rate, code_decay
+        self.labels = validation.label.cpu().numpy()
+
+    def optimizer(self, options: TrainOptions) -> torch.optim.Optimizer:
+        """Return the optimizer; called by the loop."""
+        return make_optimizer(
+            self.network, options, code_rate=self.code_rate, code_decay=self.code_decay
+        )
+
+    def start_epoch(self, epoch: int) -> None:
+        """Do nothing: batches are a function of the epoch."""
+
+    def batches(self, epoch: int, first: int) -> Iterator[tuple[Any, float]]:
+        """Yield this process's batches of an epoch from step ``first`` on."""
+        yield from self.source.batches(epoch, first)
+
+    def evaluate(self, epoch: int) -> Evaluation:
+        """Return the validation AUC."""
+        logits = predict_logits(self.network, self.validation)
+        figures = {"log_loss": log_loss(self.labels, logits)}
+        if self.network.fusion is not None:
+            figures["fusion_norm"] = self.network.fusion.norm()
+        return Evaluation(auc(self.labels, logits), higher_is_better=True, logs=figures)
 
 
 def train_ranker(
-    data: RankingData | RankingStream,
+    data: RankingData,
     *,
     ids: SemanticIds | None = None,
     features: CodeFeatures | Mapping[str, Any] | None = None,
@@ -107,11 +232,12 @@ def train_ranker(
         )
     place = training_device(device)
     network.to(place)
-    source, parts = _sources(data, options, seed, place)
+    # Batches bring their rows to the device; the parts that are evaluated stay there.
+    held = {name: rows.to(place) for name, rows in data.parts.items() if name != "train"}
     task = RankingTask(
         network,
-        source,
-        parts["validation"],
+        data.batches(options.batch_size, seed=seed, device=place),
+        held["validation"],
         code_rate=1.0 if features is None else features.rate,
         code_decay=None if features is None else features.weight_decay,
     )
@@ -123,7 +249,7 @@ def train_ranker(
         "training": vars(options),
         "seed": seed,
     }
-    key = "" if checkpoint is None else run_key(settings, data_digest(data, parts, table))
+    key = "" if checkpoint is None else run_key(settings, data_digest(data, table))
     with open_checkpoint(checkpoint, key=key, resume=resume) as store:
         result = train(
             task,
@@ -137,7 +263,8 @@ def train_ranker(
     report = {
         "protocol": data.protocol,
         "seed": seed,
-        **_measured(network, data, parts),
+        **evaluate(network, replace(data, parts=held)),
+        **({} if network.fusion is None else {"fusion_norm": network.fusion.norm()}),
         "training": result.to_dict(),
         "parameters": network.parameter_counts(),
         "items_without_codes": None if table is None else table.without,
@@ -155,26 +282,6 @@ def train_ranker(
     )
 
 
-def _measured(
-    network: RankingNetwork, data: RankingData | RankingStream, parts: dict[str, RankingRows]
-) -> dict[str, Any]:
-    judged = RankingData(data.schema, parts, data.interactions, data.positives, data.protocol)
-    found = evaluate(network, judged)
-    if network.fusion is not None:
-        found["fusion_norm"] = network.fusion.norm()
-    return found
-
-
-def _sources(
-    data: RankingData | RankingStream, options: TrainOptions, seed: int, device: torch.device
-) -> tuple[BatchSource, dict[str, RankingRows]]:
-    """Return where batches come from, and the parts, on the device."""
-    parts = {name: rows.to(device) for name, rows in data.parts.items()}
-    if isinstance(data, RankingStream):
-        return data.batches_of(options.batch_size, seed=seed, device=device), parts
-    return MemoryBatches(parts["train"], batch_size=options.batch_size, seed=seed), parts
-
-
 def training_device(wanted: str) -> torch.device:
     """Return the device that ``auto``, ``cpu`` or ``cuda`` means here.
 
@@ -190,26 +297,16 @@ def training_device(wanted: str) -> torch.device:
     return torch.device(wanted)
 
 
-def data_digest(
-    data: RankingData | RankingStream,
-    parts: Mapping[str, RankingRows],
-    table: CodeTable | None = None,
-) -> str:
-    """Hash everything that a run trains on, so that a resume on other data is refused.
-
-    Args:
-        data: vocabularies, item attributes, and for a stream the digest of the log it read.
-        parts: the rows in memory.
-        table: codes of the items.
-    """
+def data_digest(data: RankingData, table: CodeTable | None = None) -> str:
+    """Hash everything that a run trains on, so that a resume on other data is refused."""
     digest = hashlib.sha256(fingerprint(data.schema.tensors()).encode())
-    digest.update(getattr(data, "log_digest", "").encode())
-    for name, rows in sorted(parts.items()):
+    digest.update(data.log_digest.encode())
+    for name, rows in sorted(data.parts.items()):
         digest.update(name.encode())
         for column in (rows, rows.history):
             for tensor in () if column is None else vars(column).values():
                 if isinstance(tensor, torch.Tensor):
-                    digest.update(np.ascontiguousarray(tensor.cpu().numpy()).tobytes())
+                    digest.update(np.ascontiguousarray(tensor.numpy()).tobytes())
     if table is not None:
         digest.update(np.ascontiguousarray(table.rows).tobytes())
     return digest.hexdigest()
