@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -20,7 +20,7 @@ from semid.data.ids import ItemIds
 from semid.data.tables import Table, open_table
 from semid.documents import checked
 from semid.errors import InputError, UsageError
-from semid.recommenders.ranking.card import card
+from semid.markdown import code_span, escaped
 from semid.recommenders.ranking.evaluation import predict_logits
 from semid.recommenders.ranking.features import CodeFeatures, CodeTable, extend_codes
 from semid.recommenders.ranking.item_table import extend_schema
@@ -48,7 +48,7 @@ CONFIG: dict[str, Any] = {
     "codes_info": CodesInfo | None,
     "report": dict[str, Any],
 }
-"""What the config of a ranking model holds."""
+"""Types of the config of a ranking model."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ class Prediction:
     Attributes:
         probability: ``(rows,)`` float32 in [0, 1].
         logit: ``(rows,)`` float32.
-        unknown: how many rows read an unknown row, by what was not known: ``user``, ``item`` (not
-            in the catalogue), ``item_id`` (in the catalogue, but too rare in training for a row of
-            its own), ``codes`` (an item without codes), and each context column.
+        unknown: number of rows that read an unknown row, by what was unknown: ``user``, ``item``
+            (not in the catalogue), ``item_id`` (in the catalogue, but too rare in training for an
+            embedding), ``codes`` (an item without codes), and each context column.
     """
 
     probability: npt.NDArray[np.float32]
@@ -88,16 +88,16 @@ class Ranking:
 
 
 class Ranker:
-    """A ranking model; made by `train_ranker`, opened by `semid.load`.
+    """A ranking model; `train_ranker` returns one, `semid.load` opens one.
 
     Args:
         schema: vocabularies and item attributes.
-        network: the trained network, on the CPU.
-        config: what it was built from.
+        network: trained network, on the CPU.
+        config: its architecture.
         features: how codes are used, or None.
-        codes: the joined codes, or None.
-        codes_info: which tokenizer and codebook they belong to, or None.
-        report: figures of the training.
+        codes: joined codes, or None.
+        codes_info: tokenizer and codebooks of the codes, or None.
+        report: metrics of the training.
     """
 
     kind: ClassVar[str] = "ranker"
@@ -119,7 +119,7 @@ class Ranker:
 
     @property
     def codebook_fingerprint(self) -> str | None:
-        """SHA-256 of the codebooks whose codes the model reads; None without codes."""
+        """SHA-256 of the codebooks of the model's codes; None without codes."""
         return None if self.codes_info is None else self.codes_info.codebook_fingerprint
 
     def check_codes(self, ids: SemanticIds) -> None:
@@ -134,34 +134,31 @@ class Ranker:
         ids.check_codebook(self.codebook_fingerprint)
 
     def rows(self, frame: Any) -> tuple[RankingRows, dict[str, int]]:
-        """Look a table up in the vocabularies.
+        """Look a table up: rows with labels 0, and the counts of what was unknown.
 
         Args:
-            frame: as for `predict`.
-
-        Returns:
-            Rows with labels 0, and the counts of what was unknown.
+            frame: table as for `predict`.
         """
         schema = self.schema
         table = open_table(frame, what="the rows to score")
-        wanted = [schema.user_column, schema.item_column, *schema.context, *schema.dense]
-        for name in wanted:
+        columns = [schema.user_column, schema.item_column, *schema.context, *schema.dense]
+        for name in columns:
             table.require(name, flag="a column of the model")
         with_history = schema.history > 0 and HISTORY_COLUMN in table.names
-        read = table.read([*wanted, *([HISTORY_COLUMN] if with_history else [])])
+        read = table.read([*columns, *([HISTORY_COLUMN] if with_history else [])])
         problems: list[str] = []
-        found = {}
+        ids = {}
         for name in (schema.user_column, schema.item_column):
             try:
-                found[name] = as_text(read.column(name), name=name, label=table.label)
+                ids[name] = as_text(read.column(name), name=name, label=table.label)
             except InputError as error:
                 problems += error.problems
         if problems:
             raise InputError(problems)
-        user = schema.users.rows(found[schema.user_column])
-        item = schema.items.rows(found[schema.item_column])
-        columns = {n: read.column(n) for n in (*schema.context, *schema.dense)}
-        context, dense = schema.context_rows(columns, rows=len(user), label=table.label)
+        user = schema.users.rows(ids[schema.user_column])
+        item = schema.items.rows(ids[schema.item_column])
+        features = {n: read.column(n) for n in (*schema.context, *schema.dense)}
+        context, dense = schema.context_rows(features, rows=len(user), label=table.label)
         arrays = {
             "user": user.astype(np.int32),
             "item": item.astype(np.int32),
@@ -213,13 +210,13 @@ class Ranker:
         """Score rows.
 
         Args:
-            frame: a table (path, Arrow, pandas, polars) or dictionary of columns, with the user
+            frame: table (path, Arrow, pandas, polars) or dictionary of columns, with the user
                 and item columns of the training log, its context columns, and optionally
-                `HISTORY_COLUMN`; without it a known user's training history is taken.
+                `HISTORY_COLUMN`; without it a known user's training history is used.
 
         Returns:
             Scores in the order of the rows. Users and items that training did not see read the
-            unknown rows; they are counted, and a warning says so.
+            unknown rows; a warning counts them.
 
         Raises:
             UsageError: a column is missing.
@@ -227,9 +224,8 @@ class Ranker:
         """
         rows, unknown = self.rows(frame)
         logits = predict_logits(self.network, rows)
-        seen = {name: count for name, count in unknown.items() if count}
-        if seen:
-            listed = ", ".join(f"{count} by {name}" for name, count in seen.items())
+        listed = ", ".join(f"{count} by {name}" for name, count in unknown.items() if count)
+        if listed:
             logger.warning("of %d rows, unknown to the model: %s", len(rows), listed)
         return Prediction(sigmoid(logits).astype(np.float32), logits, unknown)
 
@@ -244,40 +240,40 @@ class Ranker:
         """Order candidates for a user.
 
         Args:
-            user: a user id.
+            user: user id.
             candidates: item ids; None takes the whole catalogue.
-            k: how many to return; None returns all.
-            context: one value for each context column, and optionally `HISTORY_COLUMN`.
+            k: number of items to return; None returns all.
+            context: a value for each context column, and optionally `HISTORY_COLUMN`.
 
         Returns:
-            The best first; equal scores keep the order of the candidates.
+            Items, best first; equal scores keep the order of the candidates.
         """
         if candidates is None:
-            wanted = self.schema.items.ids.strings()
+            items = self.schema.items.ids.strings()
         else:
-            wanted = ItemIds(list(candidates), source="candidates").strings()
-        count = len(wanted)
+            items = ItemIds(list(candidates), source="candidates").strings()
+        count = len(items)
         columns: dict[str, Any] = {
             self.schema.user_column: pa.array([str(user)] * count, type=pa.large_string()),
-            self.schema.item_column: wanted,
+            self.schema.item_column: items,
         }
         for name, value in (context or {}).items():
             columns[name] = pa.array([value] * count)
         scored = self.predict(columns)
         order = np.argsort(-scored.logit, kind="stable")[:k]
-        names = wanted.take(pa.array(order)).to_pylist()
+        names = items.take(pa.array(order)).to_pylist()
         return Ranking(names, scored.probability[order], scored.unknown)
 
     def with_items(self, items: Any, *, ids: SemanticIds | None = None) -> Ranker:
         """Return a model that knows further items by their attributes and codes.
 
-        New items have no row of their own among the item ids; they are scored by what they share
-        with others. Weights stay as they are.
+        New items have no embedding of their id; they are scored by what they share with others.
+        Weights stay as they are.
 
         Args:
-            items: table with ``item_id`` and the attributes of the training items; items already
-                known are left alone.
-            ids: Semantic IDs of the new items by the same codebook (for prefix and n-gram features
+            items: table with ``item_id`` and the attributes of the training items; known items
+                are left alone.
+            ids: Semantic IDs of the new items by the same codebooks (for prefix and n-gram features
                 of the known items too). None leaves them without codes.
 
         Raises:
@@ -326,12 +322,12 @@ class Ranker:
             config["codes"] = {name: value for name, value in vars(codes).items() if name != "rows"}
             tensors["codes.rows"] = codes.rows
         return write_artefact(
-            path, config=config, tensors=tensors, card=card(config), overwrite=overwrite
+            path, config=config, tensors=tensors, card=_card(config), overwrite=overwrite
         )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Read what `save` wrote; scores exactly as the saved model did.
+        """Read what `save` wrote; the scores are exactly those of the saved model.
 
         Raises:
             ArtefactError: the folder is incomplete, altered, or of another kind.
@@ -348,7 +344,7 @@ class Ranker:
                     raise ValueError("it has codes and does not say of which model")
                 if len(codes.rows) != len(schema.items):
                     raise ValueError(f"{len(codes.rows)} rows of codes, {len(schema.items)} items")
-            # Settings may declare any size: memory is taken for what the arrays have alone.
+            # A config may declare any size: only the arrays themselves may take memory.
             with torch.device("meta"):
                 network = make_network(
                     schema, codes, values["architecture"], item_id=values["item_id"]
@@ -373,3 +369,51 @@ class Ranker:
             f"Ranker({self.config.model}, fields={self.network.field_names}, "
             f"parameters={self.network.parameter_counts()['total']:,})"
         )
+
+
+def _card(config: Mapping[str, Any]) -> str:
+    """Return the README of a saved model: what it is, its metrics, how to use it."""
+    report, schema = config["report"], config["schema"]
+    architecture = config["architecture"]
+    fusion = " with Mixture-of-Codes fusion" if architecture["fusion"] else ""
+    columns = [*schema["attributes"], *schema["context"], *schema["dense"]]
+    fields = ["user", "item", *map(escaped, columns)]
+    lines = [
+        f"# {architecture['model']}{fusion}",
+        "",
+        f"A ranking model by semid over {', '.join(fields)}"
+        + (f" and the codes of {config['codes_info']['tokenizer']}." if config["codes"] else "."),
+        "",
+    ]
+    if "protocol" in report:
+        lines += [
+            f"Protocol: {code_span(report['protocol'])}",
+            "",
+            "| rows | AUC | popularity alone | log loss | AUC by user | calibration error |",
+            "|---|---|---|---|---|---|",
+        ]
+        for part in ("validation", "test", "cold"):
+            if part in report:
+                lines.append(_line(part, report[part]))
+        for name, figures in report.get("slices", {}).items():
+            lines.append(_line(f"test, {name} items", figures))
+        lines.append("")
+    lines += [
+        "```python",
+        "import semid",
+        "",
+        "ranker = semid.load(path_of_this_folder)",
+        f"ranker.predict({{{schema['user_column']!r}: [...], {schema['item_column']!r}: [...]}})",
+        "ranker.rank(user, candidates, k=10)",
+        "```",
+        "",
+    ]
+    if config["codebook_fingerprint"]:
+        lines += [f"Codebook: `{config['codebook_fingerprint']}`", ""]
+    return "\n".join(lines)
+
+
+def _line(name: str, figures: Mapping[str, Any]) -> str:
+    keys = ("auc", "popularity_auc", "log_loss", "user_auc", "calibration_error")
+    cells = ["-" if figures[key] is None else f"{figures[key]:.4f}" for key in keys]
+    return f"| {name} ({figures['rows']:,}) | " + " | ".join(cells) + " |"

@@ -57,11 +57,11 @@ def rank_options(training: TrainOptions | Mapping[str, Any] | None) -> TrainOpti
 
 
 class RowwiseAdamW(torch.optim.AdamW):
-    """AdamW whose parameters with sparse gradients change only in the rows of the batch.
+    """AdamW that updates parameters with sparse gradients only in the rows of the batch.
 
-    Moments of a row stand still while the row does not occur ("lazy" Adam, as in
-    `torch.optim.SparseAdam`), and so does its decay; the bias correction counts all steps. Dense
-    parameters are updated by the fused AdamW.
+    Moments and decay of a row stand still while the row does not occur ("lazy" Adam, as in
+    `torch.optim.SparseAdam`); the bias correction counts all steps. Dense parameters are updated
+    by the fused AdamW.
     """
 
     @torch.no_grad()
@@ -70,11 +70,11 @@ class RowwiseAdamW(torch.optim.AdamW):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None and parameter.grad.is_sparse:
-                    self._rows(parameter, group)
+                    self._update_rows(parameter, group)
                     parameter.grad = None
         return super().step(closure)
 
-    def _rows(self, parameter: Tensor, group: dict[str, Any]) -> None:
+    def _update_rows(self, parameter: Tensor, group: dict[str, Any]) -> None:
         assert parameter.grad is not None
         gradient = parameter.grad.coalesce()
         rows, values = gradient.indices()[0], gradient.values()
@@ -91,10 +91,10 @@ class RowwiseAdamW(torch.optim.AdamW):
         square = state["exp_avg_sq"][rows].mul_(beta2).addcmul_(values, values, value=1 - beta2)
         state["exp_avg"][rows], state["exp_avg_sq"][rows] = mean, square
         scale = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
-        kept = parameter[rows]
+        updated = parameter[rows]
         if group["weight_decay"]:
-            kept.mul_(1 - rate * group["weight_decay"])
-        parameter[rows] = kept.addcdiv_(mean, scale, value=-rate / (1 - beta1**step))
+            updated.mul_(1 - rate * group["weight_decay"])
+        parameter[rows] = updated.addcdiv_(mean, scale, value=-rate / (1 - beta1**step))
 
 
 def make_optimizer(
@@ -104,21 +104,21 @@ def make_optimizer(
     code_rate: float = 1.0,
     code_decay: float | None = None,
 ) -> torch.optim.Optimizer:
-    """Return the optimizer of a network.
+    """Return the optimizer of a network, with a learning rate and decay for code tables.
 
     Args:
-        network: what is trained.
-        options: rate and decay.
-        code_rate: rate of the code tables as a multiple of the others'.
-        code_decay: their decay; None takes the others'.
+        network: the network.
+        options: learning rate and weight decay.
+        code_rate: learning rate of the code tables as a multiple of the others'.
+        code_decay: weight decay of the code tables; None takes the others'.
     """
     codes = [
         tables.codes
         for tables in (network.tables, network.first)
         if tables is not None and tables.codes is not None
     ]
-    own = {id(parameter) for parameter in codes}
-    others = [p for p in network.parameters() if p.requires_grad and id(p) not in own]
+    code_ids = {id(parameter) for parameter in codes}
+    others = [p for p in network.parameters() if p.requires_grad and id(p) not in code_ids]
     groups: list[dict[str, Any]] = [{"params": others}]
     if codes:
         decay = options.weight_decay if code_decay is None else code_decay
@@ -128,14 +128,14 @@ def make_optimizer(
 
 
 class RankingTask:
-    """A trainee of `semid.training.loop.train`, judged by validation AUC.
+    """Task of `semid.training.loop.train`; the validation AUC chooses the checkpoint.
 
     Args:
-        network: what is trained.
+        network: the network.
         source: training batches.
-        validation: rows that choose the checkpoint.
-        code_rate: learning rate of the code tables as a multiple of the others'.
-        code_decay: their decoupled decay; None takes the others'.
+        validation: validation rows.
+        code_rate: as for `make_optimizer`.
+        code_decay: as for `make_optimizer`.
     """
 
     def __init__(
@@ -192,25 +192,24 @@ def train_ranker(
     """Train a ranking model, keep the epoch with the best validation AUC, and measure it.
 
     Args:
-        data: from `prepare_ranking_data`, or a `RankingStream` for logs larger than memory.
+        data: ranking data from `prepare_ranking_data`, or a `RankingStream`.
         ids: Semantic IDs of the items; None trains without codes.
-        features: how codes are used; the defaults of `CodeFeatures` where ids are given.
-        config: model, width, fusion.
-        training: how the run is conducted; defaults in `TRAINING`.
-        seed: start of the weights, order of the rows, dropout.
-        device: ``auto`` (CUDA if there is one), ``cpu`` or ``cuda``.
-        checkpoint: folder for the state of the run, so that it can be continued.
+        features: how codes are used; with ids the defaults of `CodeFeatures`.
+        config: architecture of the model.
+        training: training options; defaults in `TRAINING`.
+        seed: seed of initial weights, order of rows and dropout.
+        device: ``auto`` (CUDA if available), ``cpu`` or ``cuda``.
+        checkpoint: folder for the state of the run.
         resume: continue from ``checkpoint`` if it holds a state of this run.
-        progress: told about every step; silent by default.
-        logger: told the figures of every epoch.
+        progress: callback that receives progress events.
+        logger: logger that receives the metrics of every epoch.
 
     Returns:
-        A `Ranker` on the CPU whose ``report`` holds all figures, its best weights put back whether
-        or not patience ran out.
+        A `Ranker` on the CPU with the weights of the best epoch; ``report`` holds all metrics.
 
     Raises:
-        UsageError: codes are asked for and no ids are given, or a value is out of range.
-        IdsError: not one item has codes.
+        UsageError: features without ids, or a value out of range.
+        IdsError: no item has codes.
         DivergedError: the loss is not finite.
     """
     if features is not None:
@@ -230,13 +229,13 @@ def train_ranker(
             "clip_norm needs every gradient at once, and large tables have row-wise ones; pass "
             "clip_norm=None or sparse=False"
         )
-    place = training_device(device)
-    network.to(place)
+    torch_device = training_device(device)
+    network.to(torch_device)
     # Batches bring their rows to the device; the parts that are evaluated stay there.
-    held = {name: rows.to(place) for name, rows in data.parts.items() if name != "train"}
+    held = {name: rows.to(torch_device) for name, rows in data.parts.items() if name != "train"}
     task = RankingTask(
         network,
-        data.batches(options.batch_size, seed=seed, device=place),
+        data.batches(options.batch_size, seed=seed, device=torch_device),
         held["validation"],
         code_rate=1.0 if features is None else features.rate,
         code_decay=None if features is None else features.weight_decay,
@@ -282,19 +281,19 @@ def train_ranker(
     )
 
 
-def training_device(wanted: str) -> torch.device:
+def training_device(device: str) -> torch.device:
     """Return the device that ``auto``, ``cpu`` or ``cuda`` means here.
 
     Raises:
-        UsageError: another word, or CUDA where there is none.
+        UsageError: another word, or CUDA without a GPU.
     """
-    if wanted not in ("auto", "cpu", "cuda"):
-        raise UsageError(f"--device (device=) is '{wanted}'; give auto, cpu or cuda")
-    if wanted == "cuda" and not torch.cuda.is_available():
+    if device not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"--device (device=) is '{device}'; give auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda (device=) needs a GPU that torch can use; take auto or cpu")
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(wanted)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
 
 
 def data_digest(data: RankingData, table: CodeTable | None = None) -> str:
