@@ -17,8 +17,7 @@ from semid.progress import QuietProgress
 from semid.recommenders.ranking.network import RankerConfig
 from semid.recommenders.ranking.training import rank_options
 from semid.reproduce.grid_tables import difference, grid_tables
-from semid.reproduce.ranking_grid import RESULTS_FILE, Grid, read_results, run_grid
-from semid.reproduce.ranking_methods import Tokenizers
+from semid.reproduce.ranking_grid import RESULTS_FILE, Grid, TokenizerCache, read_results, run_grid
 
 TRAINING = rank_options({"epochs": 1, "batch_size": 512, "precision": "fp32"})
 
@@ -101,7 +100,7 @@ def test_tokenizers_see_training_items_alone(rows, tmp_path):
     for number, values in enumerate((x, moved)):
         folder = tmp_path / str(number)
         folder.mkdir()
-        maker = Tokenizers(
+        maker = TokenizerCache(
             folder,
             open_embeddings(values, ids=[f"i{n}" for n in range(ITEMS)]),
             rows,
@@ -111,7 +110,7 @@ def test_tokenizers_see_training_items_alone(rows, tmp_path):
         fitted.append(found.ids)
         assert len(found.ids) == ITEMS
     assert fitted[0].info.codebook_fingerprint == fitted[1].info.codebook_fingerprint
-    maker = Tokenizers(tmp_path, source(prefix="x"), rows, codebook_size=4)
+    maker = TokenizerCache(tmp_path, source(prefix="x"), rows, codebook_size=4)
     with pytest.raises(IdsError, match=r"none of the .* training items"):
         maker.method("rqkmeans", 2, progress=QuietProgress())
 
@@ -135,7 +134,7 @@ def test_a_tokenizer_that_learns_from_behavior_sees_training_positives_alone(row
     for user, item, time in zip(log.users, log.items, log.order, strict=True):
         assert wanted[users[user], items[item]] == time
     options = {"training": {"epochs": 1}, "network": {"hidden": (8,), "latent": 4}}
-    maker = Tokenizers(tmp_path, source(), rows, codebook_size=4, options=options)
+    maker = TokenizerCache(tmp_path, source(), rows, codebook_size=4, options=options)
     found = maker.method("barq", 2, progress=QuietProgress())
     assert len(found.ids) == ITEMS
     tokenizer = semid.load(tmp_path / "barq-2x")

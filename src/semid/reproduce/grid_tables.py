@@ -15,12 +15,12 @@ __all__ = ["difference", "grid_tables"]
 Row = Mapping[str, Any]
 
 
-def _pick(rows: Sequence[Row], figure: str, **wanted: Any) -> dict[int, float]:
-    """Return a figure by seed of the rows that match."""
+def _by_seed(rows: Sequence[Row], figure: str, **values: Any) -> dict[int, float]:
+    """Return a figure by seed of the rows with these values."""
     return {
         row["seed"]: row[figure]
         for row in rows
-        if all(row[name] == value for name, value in wanted.items()) and row[figure] is not None
+        if all(row[name] == value for name, value in values.items()) and row[figure] is not None
     }
 
 
@@ -31,18 +31,15 @@ def difference(
     *,
     figure: str = "auc",
 ) -> Difference | None:
-    """Compare two cells on the seeds they share.
+    """Return the mean of a - b over the seeds that two cells share, or None without any.
 
     Args:
-        rows: of `run_grid`.
-        a: what its rows have, for example ``{"method": "moc", "scale": 3}``.
-        b: what the other's have.
-        figure: which number.
-
-    Returns:
-        The mean of a - b, or None where no seed is shared.
+        rows: results of `run_grid`.
+        a: values of the rows of one cell, for example ``{"method": "moc", "scale": 3}``.
+        b: values of the rows of the other.
+        figure: name of the number.
     """
-    left, right = _pick(rows, figure, **a), _pick(rows, figure, **b)
+    left, right = _by_seed(rows, figure, **a), _by_seed(rows, figure, **b)
     seeds = sorted(set(left) & set(right))
     if not seeds:
         return None
@@ -50,26 +47,25 @@ def difference(
 
 
 def grid_tables(rows: Sequence[Row]) -> str:
-    """Return Markdown: every cell, codes against none and each other, fusion on and off.
-
-    Args:
-        rows: of `run_grid`, all of one protocol.
-    """
+    """Return Markdown: every cell, codes against none and each other, fusion on and off."""
     if not rows:
         return "no runs"
     out = [f"Protocol: {code_span(rows[0]['protocol'])}", ""]
     out += [f"Popularity alone: {rows[0]['popularity_auc']:.4f}", "", *_cells(rows)]
-    against = _against_none(rows)
-    if against:
-        out += ["", "Codes against none, the same model, fusion and seeds:", "", *against]
-    for method, title in (("moc", "MoC"), ("barq", "BARQ")):
-        rivals = _against_others(rows, method)
-        if rivals:
-            shared = "the same model, scale, fusion and seeds"
-            out += ["", f"{title} against the others, {shared}:", "", *rivals]
-    switched = _fusion(rows)
-    if switched:
-        out += ["", "Fusion on against off:", "", *switched]
+    comparisons = [
+        ("Codes against none, the same model, fusion and seeds:", _against_none(rows)),
+        *(
+            (
+                f"{title} against the others, the same model, scale, fusion and seeds:",
+                _against_others(rows, method),
+            )
+            for method, title in (("moc", "MoC"), ("barq", "BARQ"))
+        ),
+        ("Fusion on against off:", _fusion(rows)),
+    ]
+    for title, lines in comparisons:
+        if lines:
+            out += ["", title, "", *lines]
     out += ["", "Intervals are 95 % of Student's t over seeds, on one split."]
     return "\n".join(out)
 
@@ -85,20 +81,17 @@ def _cells(rows: Sequence[Row]) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for model, method, scale, fusion in _cell_keys(rows):
-        own = [
-            r
-            for r in rows
-            if (r["model"], r["method"], r["scale"], r["fusion"]) == (model, method, scale, fusion)
-        ]
+        cell = {"model": model, "method": method, "scale": scale, "fusion": fusion}
+        runs = [r for r in rows if cell.items() <= r.items()]
         shuffled, without = (
-            [r["reliance"][name] - r["auc"] for r in own if name in r["reliance"]]
+            [r["reliance"][name] - r["auc"] for r in runs if name in r["reliance"]]
             for name in ("auc_codes_shuffled", "auc_without_fusion")
         )
-        norms = [r["reliance"]["fusion_norm"] for r in own if "fusion_norm" in r["reliance"]]
-        cold = [r["cold_auc"] for r in own if r["cold_auc"] is not None]
+        norms = [r["reliance"]["fusion_norm"] for r in runs if "fusion_norm" in r["reliance"]]
+        cold = [r["cold_auc"] for r in runs if r["cold_auc"] is not None]
         lines.append(
-            f"| {model} | {method} | {scale or '-'} | {'on' if fusion else 'off'} | {len(own)} "
-            f"| {_spread([r['auc'] for r in own])} | {_spread([r['log_loss'] for r in own])} "
+            f"| {model} | {method} | {scale or '-'} | {'on' if fusion else 'off'} | {len(runs)} "
+            f"| {_spread([r['auc'] for r in runs])} | {_spread([r['log_loss'] for r in runs])} "
             f"| {_spread(cold)} | {_signed(shuffled)} | {_signed(without)} "
             f"| {_spread(norms)} |"
         )
@@ -106,46 +99,44 @@ def _cells(rows: Sequence[Row]) -> list[str]:
 
 
 def _table(rows: list[tuple[str, Difference | None]], head: str) -> list[str]:
-    found = [(name, d) for name, d in rows if d is not None]
-    if not found:
-        return []
-    return [f"| {head} | AUC difference |", "|---|---|", *(f"| {n} | {d} |" for n, d in found)]
+    lines = [f"| {name} | {pair} |" for name, pair in rows if pair is not None]
+    return [f"| {head} | AUC difference |", "|---|---|", *lines] if lines else []
 
 
 def _against_none(rows: Sequence[Row]) -> list[str]:
-    found = []
+    pairs = []
     for model, method, scale, fusion in _cell_keys(rows):
         if method == "none":
             continue
         shared = {"model": model, "fusion": fusion}
         base = {**shared, "method": "none"}
         name = f"{model}, {method} {scale}x, fusion {'on' if fusion else 'off'}"
-        found.append((name, difference(rows, {**shared, "method": method, "scale": scale}, base)))
-    return _table(found, "codes - none")
+        pairs.append((name, difference(rows, {**shared, "method": method, "scale": scale}, base)))
+    return _table(pairs, "codes - none")
 
 
 def _against_others(rows: Sequence[Row], first: str) -> list[str]:
-    found = []
+    pairs = []
     for model, method, scale, fusion in _cell_keys(rows):
         if method in ("none", first):
             continue
         shared = {"model": model, "scale": scale, "fusion": fusion}
         name = f"{model}, {first} - {method}, {scale}x, fusion {'on' if fusion else 'off'}"
         pair = difference(rows, {**shared, "method": first}, {**shared, "method": method})
-        found.append((name, pair))
-    return _table(found, f"{first} - other")
+        pairs.append((name, pair))
+    return _table(pairs, f"{first} - other")
 
 
 def _fusion(rows: Sequence[Row]) -> list[str]:
-    found = []
+    pairs = []
     for model, method, scale, fusion in _cell_keys(rows):
         if not fusion:
             continue
         shared = {"model": model, "method": method, "scale": scale}
         name = f"{model}, {method}" + (f" {scale}x" if scale else "")
         pair = difference(rows, {**shared, "fusion": True}, {**shared, "fusion": False})
-        found.append((name, pair))
-    return _table(found, "fusion on - off")
+        pairs.append((name, pair))
+    return _table(pairs, "fusion on - off")
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -23,8 +23,7 @@ from semid.recommenders.ranking.training import rank_options
 from semid.reproduce.datasets import Opened, missing_files, open_data
 from semid.reproduce.ledger import Ledger, digest
 from semid.reproduce.pool import Job
-from semid.reproduce.ranking_grid import train_cell
-from semid.reproduce.ranking_methods import Coded, Tokenizers
+from semid.reproduce.ranking_grid import MethodCodes, TokenizerCache, train_cell
 from semid.reproduce.recipe import DataSet, MocRecipe, Stage, Variant
 from semid.reproduce.reconstruction_probe import probe_reconstruction
 
@@ -234,13 +233,13 @@ class MocRunner:
             self._prepared[name, variant] = (opened, rows)
         return self._prepared[name, variant]
 
-    def _coded(self, job: Job, opened: Opened, rows: RankingData) -> Coded:
+    def _coded(self, job: Job, opened: Opened, rows: RankingData) -> MethodCodes:
         """Return codes and how they are used, with a tokenizer of this seed."""
         spec = job.spec
         seed, method, scale = int(spec["seed"]), str(spec["method"]), int(spec["scale"])
         place = self.folder / "tokenizers" / job.settings / f"seed-{seed}"
         place.mkdir(parents=True, exist_ok=True)
-        maker = Tokenizers(
+        maker = TokenizerCache(
             place,
             opened.embeddings,
             rows,
@@ -257,10 +256,12 @@ class MocRunner:
         if part and coded.features is not None:
             number = int(part[2])
             chosen = {"levels": (number - 1,)} if part[1] == "alone" else {"scale": number}
-            coded = Coded(coded.ids, replace(coded.features, **chosen))
+            coded = MethodCodes(coded.ids, replace(coded.features, **chosen))
         return coded
 
-    def _kept(self, job: Job, opened: Opened, rows: RankingData, coded: Coded) -> dict[str, Any]:
+    def _kept(
+        self, job: Job, opened: Opened, rows: RankingData, coded: MethodCodes
+    ) -> dict[str, Any]:
         """Rebuild item embeddings from embeddings of their codes."""
         began, cpu = time.perf_counter(), time.process_time()
         ids = coded.ids

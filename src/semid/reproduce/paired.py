@@ -1,4 +1,4 @@
-"""Paired differences of runs with the same seeds, and an interval that says what they show."""
+"""Paired differences of runs with the same seeds, with Student's intervals."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Difference:
     """The mean of paired differences.
 
     Attributes:
-        mean: of the differences.
+        mean: mean of the differences.
         low: lower end of the interval; NaN with one pair.
-        high: upper end.
+        high: upper end of the interval.
         pairs: number of pairs.
     """
 
@@ -32,18 +32,18 @@ class Difference:
 
     @property
     def shown(self) -> bool:
-        """Whether the interval leaves out 0."""
+        """Whether the interval excludes 0."""
         return self.low > 0 or self.high < 0
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON-able figures; an interval that is not defined becomes None."""
+        """Return JSON-able values; an undefined interval becomes None."""
         return {
             name: None if isinstance(value, float) and math.isnan(value) else value
             for name, value in asdict(self).items()
         }
 
     def __str__(self) -> str:
-        """Write the mean, the interval and, where it holds, that no difference is seen."""
+        """Return the mean, the interval and, if it holds 0, that no difference is seen."""
         if math.isnan(self.low):
             return f"{self.mean:+.4f}"
         note = "" if self.shown else " (no difference seen)"
@@ -56,23 +56,25 @@ def paired_difference(
     """Return the mean of ``a - b`` with Student's interval.
 
     Args:
-        a: figures of one method, a value a seed.
-        b: figures of the other, the same seeds in the same order.
-        confidence: coverage, between 0 and 1. It is about the seeds (start, order, dropout) on one
-            split: another split moves all methods together, and differs more.
+        a: values of one method, one per seed.
+        b: values of the other, for the same seeds in the same order.
+        confidence: coverage, between 0 and 1, over seeds (initial weights, order, dropout) on one
+            split. Results of another split differ more, in the same way for all methods.
 
     Raises:
         UsageError: different lengths, or none.
     """
     if len(a) != len(b) or not len(a):
-        raise UsageError(f"{len(a)} and {len(b)} values cannot be paired; give one of each a seed")
-    found = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
-    mean = float(found.mean())
-    if len(found) < 2:
-        return Difference(mean, math.nan, math.nan, len(found))
-    half = student_quantile((1 + confidence) / 2, len(found) - 1)
-    half *= float(found.std(ddof=1)) / math.sqrt(len(found))
-    return Difference(mean, mean - half, mean + half, len(found))
+        raise UsageError(
+            f"{len(a)} and {len(b)} values cannot be paired; give one of each per seed"
+        )
+    differences = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
+    mean, pairs = float(differences.mean()), len(differences)
+    if pairs < 2:
+        return Difference(mean, math.nan, math.nan, pairs)
+    half = student_quantile((1 + confidence) / 2, pairs - 1)
+    half *= float(differences.std(ddof=1)) / math.sqrt(pairs)
+    return Difference(mean, mean - half, mean + half, pairs)
 
 
 def student_quantile(share: float, freedom: int) -> float:

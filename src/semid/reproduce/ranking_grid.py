@@ -1,7 +1,8 @@
-"""A grid of runs, methods by scales by models by fusion by seeds, that can be resumed."""
+"""A resumable grid of ranking runs: methods by scales by models by fusion by seeds."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -11,13 +12,17 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from semid.codes import CodesInfo, SemanticIds, code_dtype
 from semid.data.source import EmbeddingSource
-from semid.errors import UsageError, check_choice
+from semid.errors import IdsError, UsageError, check_choice
 from semid.options import Options, option
 from semid.output import atomic_folder
 from semid.progress import Progress, QuietProgress
 from semid.recommenders.ranking.data import RankingData
 from semid.recommenders.ranking.evaluation import reliance
+from semid.recommenders.ranking.features import CodeFeatures
 from semid.recommenders.ranking.models import MODELS
 from semid.recommenders.ranking.network import RankerConfig
 from semid.recommenders.ranking.ranker import Ranker
@@ -27,42 +32,187 @@ from semid.recommenders.ranking.training import (
     train_ranker,
     training_device,
 )
-from semid.reproduce.ranking_methods import METHODS, Coded, Tokenizers
 from semid.tokenizers.context import MAX_LEVELS
 from semid.tokenizers.encoding import RowsDigest
+from semid.tokenizers.factory import TOKENIZERS, make_tokenizer
 from semid.training.options import TrainOptions
 
-__all__ = ["GRID_FILES", "RESULTS_FILE", "Grid", "Run", "read_results", "run_grid", "train_cell"]
+__all__ = [
+    "GRID_FILES",
+    "METHODS",
+    "RESULTS_FILE",
+    "Grid",
+    "MethodCodes",
+    "Run",
+    "TokenizerCache",
+    "read_results",
+    "run_grid",
+    "train_cell",
+]
 
 RESULTS_FILE = "results.jsonl"
 GRID_FILES = (RESULTS_FILE, "tables.md", "tokenizers/")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Grid(Options):
-    """What is compared.
+_PARALLEL = ("mocvae", "vqvae")
+_FITTED = {"me": "vqvae", "moc": "mocvae", "shuffled": "mocvae"}
+
+METHODS = ("none", "random", "shuffled", "widened", "me", "moc", *sorted(set(TOKENIZERS)))
+"""``none`` has no codes; ``random``, ``shuffled`` (MoC's codes given to other items) and
+``widened`` (a wider item id) are controls; ``me`` is one VQ-VAE code with many embeddings; ``moc``
+the codes of `MoCVAE`; the others are tokenizers by name, with a table per level."""
+
+
+@dataclass(frozen=True)
+class MethodCodes:
+    """Codes of one method and how they are used.
 
     Attributes:
-        methods: of `METHODS`.
-        scales: M, codes (or embeddings of one code) an item.
-        models: of `semid.recommenders.ranking.models.MODELS`.
-        fusion: with, without, or both.
-        seeds: seeds 0 to this number; all methods share the split.
-        codebook_size: codewords a level.
-        config: width, rank and options; its model and fusion are the grid's.
-        training: how runs are conducted.
+        ids: codes of the items, or None.
+        features: how they are used, or None.
+    """
+
+    ids: SemanticIds | None
+    features: CodeFeatures | None
+
+
+@dataclass
+class TokenizerCache:
+    """Fits each tokenizer once, on training items alone, and stores it on disk.
+
+    Args:
+        folder: folder of the fitted tokenizers.
+        source: embeddings of the items.
+        data: ranking data with the training items.
+        codebook_size: codewords per level.
+        seed: seed of the tokenizers and of random codes.
+        options: further arguments of the tokenizers.
+    """
+
+    folder: Path
+    source: EmbeddingSource
+    data: RankingData
+    codebook_size: int = 256
+    seed: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict)
+    _known: dict[tuple[str, int], SemanticIds] = field(default_factory=dict)
+
+    def method(self, name: str, scale: int, *, progress: Progress) -> MethodCodes:
+        """Return the codes and features of a method.
+
+        Args:
+            name: one of `METHODS`.
+            scale: M, the number of codes per item, or of embeddings of its one code.
+            progress: callback that receives progress events.
+
+        Raises:
+            UsageError: an unknown method.
+            IdsError: no training item has an embedding.
+        """
+        check_choice("--methods", name, METHODS)
+        if name == "none":
+            return MethodCodes(None, None)
+        if name in ("random", "widened"):
+            ids = self._placeholder(scale)
+            return MethodCodes(ids, CodeFeatures(mode="parallel", control=name, seed=self.seed))
+        kind = _FITTED.get(name, name)
+        if name == "me":
+            ids = self._fitted(kind, 1, progress)
+            return MethodCodes(ids, CodeFeatures(mode="multi", scale=scale))
+        ids = self._fitted(kind, scale, progress)
+        mode = "parallel" if kind in _PARALLEL else "levels"
+        control = "shuffled" if name == "shuffled" else "none"
+        return MethodCodes(ids, CodeFeatures(mode=mode, control=control, seed=self.seed))
+
+    def _placeholder(self, scale: int) -> SemanticIds:
+        """Return codes of which only the shape is used."""
+        items = self.data.schema.items.ids
+        sizes = (self.codebook_size,) * scale
+        info = CodesInfo(
+            tokenizer="none",
+            codebook_sizes=sizes,
+            hierarchical=False,
+            codebook_fingerprint="0" * 64,
+            weights_fingerprint="0" * 64,
+        )
+        codes = np.zeros((len(items), scale), dtype=code_dtype(sizes))
+        return SemanticIds(items, codes, np.zeros(len(items), np.float32), info)
+
+    def _fitted(self, kind: str, scale: int, progress: Progress) -> SemanticIds:
+        if (kind, scale) not in self._known:
+            self._known[kind, scale] = self._fit(kind, scale, progress)
+        return self._known[kind, scale]
+
+    def _fit(self, kind: str, scale: int, progress: Progress) -> SemanticIds:
+        folder = self.folder / f"{kind}-{scale}x"
+        file = self.folder / f"{kind}-{scale}x.parquet"
+        if file.exists():
+            return SemanticIds.read(file)
+        single = {"vqvae": 1}.get(kind)
+        if single is not None and scale != single:
+            raise UsageError("vqvae has one code per item: take it at --scales 1, or me or moc")
+        values: dict[str, Any] = {"codebook_size": self.codebook_size, "seed": self.seed}
+        if single is None:
+            values["levels"] = scale
+        tokenizer = make_tokenizer(kind, {**values, **self.options})
+        tokenizer.fit(
+            self.source.subset(self._train_rows()),
+            interactions=self.data.training_log if tokenizer.needs_behavior else None,
+            progress=progress,
+        )
+        tokenizer.save(folder, overwrite=True)
+        ids = tokenizer.encode(self.source, progress=progress)
+        ids.write(file)
+        return ids
+
+    def _train_rows(self) -> np.ndarray:
+        trained = self.data.schema.items.ids.take(np.flatnonzero(self.data.train_items))
+        rows = self.source.ids.index_of(trained.strings())
+        known = np.sort(rows[rows >= 0])
+        if not len(known):
+            raise IdsError(
+                f"none of the {len(trained)} training items has an embedding: they are called like "
+                f"{trained.example}, the embeddings' like {self.source.ids.example}; check --items"
+            )
+        return known
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid(Options):
+    """Options of a grid; all methods share the split, and all runs the seeds from 0.
+
+    Attributes:
+        methods: methods of `METHODS`.
+        scales: M, numbers of codes (or of embeddings of one code) per item.
+        models: ranking models.
+        fusion: with fusion, without it, or both.
+        seeds: number of seeds.
+        codebook_size: codewords per level.
+        config: architecture; its model and fusion are those of the grid.
+        training: training options.
         tokenizer: further arguments of the tokenizers.
     """
 
-    methods: tuple[str, ...] = ("none", "me", "rqvae", "moc")
-    scales: tuple[int, ...] = option((1, 2, 3, 7), ge=1, le=MAX_LEVELS)
-    models: tuple[str, ...] = tuple(sorted(MODELS))
-    fusion: tuple[bool, ...] = (True, False)
-    seeds: int = option(5, ge=1, le=10_000)
-    codebook_size: int = option(256, ge=2, le=2**32)
-    config: RankerConfig = field(default_factory=RankerConfig)
-    training: TrainOptions = field(default_factory=lambda: rank_options(None))
-    tokenizer: Mapping[str, Any] = field(default_factory=dict)
+    methods: tuple[str, ...] = option(
+        ("none", "me", "rqvae", "moc"),
+        help="Methods: none, random, shuffled, widened, me, moc, or tokenizers.",
+    )
+    scales: tuple[int, ...] = option(
+        (1, 2, 3, 7), ge=1, le=MAX_LEVELS, help="Numbers of codes per item."
+    )
+    models: tuple[str, ...] = option(tuple(sorted(MODELS)), help="Ranking models.")
+    fusion: tuple[bool, ...] = option(
+        (True, False), help="Mixture-of-Codes fusion: on, off or both."
+    )
+    seeds: int = option(5, ge=1, le=10_000, help="Number of seeds.")
+    codebook_size: int = option(256, ge=2, le=2**32, help="Codewords per level.")
+    config: RankerConfig = option(default_factory=RankerConfig, help="Architecture.")
+    training: TrainOptions = option(
+        default_factory=lambda: rank_options(None), help="Training options."
+    )
+    tokenizer: Mapping[str, Any] = option(
+        default_factory=dict, help="Further arguments of the tokenizers."
+    )
 
     def _problems(self) -> list[str]:
         for name in self.methods:
@@ -74,7 +224,7 @@ class Grid(Options):
         return []
 
     def runs(self) -> Iterator[Run]:
-        """Yield every run, seed by seed, so that a stopped grid has whole comparisons."""
+        """Yield every run, seed by seed, so that a stopped grid has complete comparisons."""
         for seed in range(self.seeds):
             for model in self.models:
                 for method in self.methods:
@@ -85,14 +235,14 @@ class Grid(Options):
 
 @dataclass(frozen=True)
 class Run:
-    """One cell of the grid.
+    """One run of the grid.
 
     Attributes:
         model: ranking model.
-        method: how items get codes.
+        method: method of `METHODS`.
         scale: M; 0 without codes.
         fusion: MoC fusion before the model.
-        seed: of the run.
+        seed: seed of the run.
     """
 
     model: str
@@ -102,24 +252,22 @@ class Run:
     seed: int
 
     def __str__(self) -> str:
-        """Name it for a progress bar."""
+        """Return the run's name for a progress bar."""
         scale = f" {self.scale}x" if self.scale else ""
         fusion = " + fusion" if self.fusion else ""
         return f"{self.model} {self.method}{scale}{fusion}, seed {self.seed}"
 
 
 def read_results(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Read the lines of a results file; a last line that was cut short is left out."""
+    """Read the lines of a results file, except a last line that was cut short."""
     file = Path(path)
     if not file.exists():
         return []
-    found = []
+    rows = []
     for line in file.read_text(encoding="utf8").splitlines():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
 
 
 def run_grid(
@@ -131,85 +279,73 @@ def run_grid(
     device: str = "auto",
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
-    """Run what is missing and return all rows of this grid.
+    """Run the missing runs and return the results of all runs of this grid.
 
     Args:
-        grid: what is compared.
-        data: the split, one for all runs.
-        folder: holds ``results.jsonl`` (a line a finished run) and ``tokenizers/``; the same call
-            continues with the first run that has no line.
-        embeddings: of the items, for methods that fit a tokenizer.
+        grid: options of the grid.
+        data: ranking data of all runs.
+        folder: folder of ``results.jsonl`` (a line per finished run) and ``tokenizers/``; the same
+            call continues with the first run without a line.
+        embeddings: embeddings of the items, for methods that fit a tokenizer.
         device: as for `train_ranker`.
-        progress: told about every run.
+        progress: callback that receives progress events.
 
     Raises:
         UsageError: a method needs embeddings and there are none.
     """
-    place = Path(folder)
-    if not place.exists():
-        with atomic_folder(place, grows=GRID_FILES):
+    folder = Path(folder)
+    if not folder.exists():
+        with atomic_folder(folder, grows=GRID_FILES):
             pass
-    results = place / RESULTS_FILE
+    results = folder / RESULTS_FILE
     settings = _settings(grid, data, embeddings)
     done = {row["run"]: row for row in read_results(results)}
-    wanted = {_key(run, settings): run for run in grid.runs()}
-    missing = [key for key in wanted if key not in done]
-    maker = None
+    runs = {_key(run, settings): run for run in grid.runs()}
+    missing = [key for key in runs if key not in done]
+    tokenizers = None
     if embeddings is not None:
-        maker = Tokenizers(
-            place / "tokenizers" / settings[:12],
+        tokenizers = TokenizerCache(
+            folder / "tokenizers" / settings[:12],
             embeddings,
             data,
             codebook_size=grid.codebook_size,
             options=grid.tokenizer,
         )
-        maker.folder.mkdir(parents=True, exist_ok=True)
+        tokenizers.folder.mkdir(parents=True, exist_ok=True)
     elif any(method != "none" for method in grid.methods):
         raise UsageError(
             f"methods {', '.join(m for m in grid.methods if m != 'none')} need --embeddings "
             "(embeddings=)"
         )
     steps = progress or QuietProgress()
-    coded: dict[tuple[str, int], Coded] = {}
-    for key in missing:  # tokenizers first: each reports a bar of its own
-        run = wanted[key]
-        if (run.method, run.scale) not in coded:
-            coded[run.method, run.scale] = (
-                Coded(None, None)
-                if maker is None
-                else maker.method(run.method, run.scale, progress=steps)
-            )
-    steps.start("rank", total=len(wanted))
-    steps.step(len(wanted) - len(missing))
+    codes: dict[tuple[str, int], MethodCodes] = {}
+    for key in missing:  # tokenizers first: each has a progress bar
+        cell = runs[key].method, runs[key].scale
+        if tokenizers is None:
+            codes[cell] = MethodCodes(None, None)
+        elif cell not in codes:
+            codes[cell] = tokenizers.method(*cell, progress=steps)
+    steps.start("rank", total=len(runs))
+    steps.step(len(runs) - len(missing))
     for key in missing:
-        row = _one(grid, data, wanted[key], coded, device)
+        run = runs[key]
+        _, figures = train_cell(
+            data,
+            codes[run.method, run.scale],
+            config=replace(grid.config, model=run.model, fusion=run.fusion),
+            training=grid.training,
+            seed=run.seed,
+            device=device,
+        )
+        done[key] = {"run": key, **asdict(run), **figures}
         with results.open("a", encoding="utf8") as file:
-            file.write(json.dumps({"run": key, **row}) + "\n")
-        done[key] = row
-        steps.step(1, run=str(wanted[key]), auc=row["auc"])
-    return [done[key] for key in wanted]
-
-
-def _one(
-    grid: Grid,
-    data: RankingData,
-    run: Run,
-    coded: Mapping[tuple[str, int], Coded],
-    device: str,
-) -> dict[str, Any]:
-    _, figures = train_cell(
-        data,
-        coded[run.method, run.scale],
-        config=replace(grid.config, model=run.model, fusion=run.fusion),
-        training=grid.training,
-        seed=run.seed,
-        device=device,
-    )
-    return {**asdict(run), **figures}
+            file.write(json.dumps(done[key]) + "\n")
+        steps.step(1, run=str(run), auc=figures["auc"])
+    return [done[key] for key in runs]
 
 
 def _settings(grid: Grid, data: RankingData, embeddings: EmbeddingSource | None) -> str:
-    """Hash everything that all runs share: options, every row of the data, every embedding."""
+    """Hash what all runs share: options, all rows of the data, all embeddings."""
     document = {
         "protocol": data.protocol,
         "data": data_digest(data),
@@ -234,31 +370,28 @@ def _key(run: Run, settings: str) -> str:
 
 def train_cell(
     data: RankingData,
-    coded: Coded,
+    codes: MethodCodes,
     *,
     config: RankerConfig,
     training: TrainOptions,
     seed: int,
     device: str = "auto",
 ) -> tuple[Ranker, dict[str, Any]]:
-    """Train one model and gather the figures that tables show.
+    """Train one model; return it and JSON-able figures on the test part.
 
     Args:
-        data: the split.
-        coded: codes of the items and how they are used, or none.
-        config: model, width, fusion.
-        training: how the run is conducted.
-        seed: start of the weights, order of the rows, dropout.
+        data: ranking data.
+        codes: codes of the items and how they are used, or none.
+        config: architecture.
+        training: training options.
+        seed: seed of initial weights, order of rows and dropout.
         device: as for `semid.train_ranker`.
-
-    Returns:
-        The model, and a JSON-able dictionary of its figures on the test part.
     """
     began, cpu = time.perf_counter(), time.process_time()
     ranker = train_ranker(
         data,
-        ids=coded.ids,
-        features=coded.features,
+        ids=codes.ids,
+        features=codes.features,
         config=config,
         training=training,
         seed=seed,
@@ -267,23 +400,17 @@ def train_cell(
     report = ranker.report
     test = report["test"]
     ranker.network.to(training_device(device))
-    relied = reliance(ranker.network, data, seed=seed)
+    reliances = reliance(ranker.network, data, seed=seed)
     ranker.network.to("cpu")
+    names = ("auc", "auc_error", "log_loss", "user_auc", "calibration_error", "popularity_auc")
+    training_names = ("best_epoch", "epochs", "stopped_early", "precision")
     return ranker, {
-        "auc": test["auc"],
-        "auc_error": test["auc_error"],
-        "log_loss": test["log_loss"],
-        "user_auc": test["user_auc"],
-        "calibration_error": test["calibration_error"],
-        "popularity_auc": test["popularity_auc"],
+        **{name: test[name] for name in names},
         "validation_auc": report["validation"]["auc"],
         "cold_auc": report.get("cold", {}).get("auc"),
         "slices": {name: s["auc"] for name, s in report["slices"].items()},
-        "reliance": relied,
-        "best_epoch": report["training"]["best_epoch"],
-        "epochs": report["training"]["epochs"],
-        "stopped_early": report["training"]["stopped_early"],
-        "precision": report["training"]["precision"],
+        "reliance": reliances,
+        **{name: report["training"][name] for name in training_names},
         "parameters": report["parameters"],
         "protocol": data.protocol,
         "seconds": round(time.perf_counter() - began, 3),

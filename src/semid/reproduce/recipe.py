@@ -11,7 +11,7 @@ from semid.documents import read_toml, record
 from semid.errors import UsageError, check_choice
 from semid.recommenders.ranking.models import MODELS
 from semid.registry import find_recipe
-from semid.reproduce.ranking_methods import METHODS
+from semid.reproduce.ranking_grid import METHODS
 from semid.tokenizers.factory import TOKENIZERS
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Information kept: how well an item's embedding can be rebuilt from embeddings of its codes."""
+"""Reconstruction probe: how well an item's embedding can be rebuilt from its codes' embeddings."""
 
 from __future__ import annotations
 
@@ -26,6 +26,14 @@ from semid.training.options import TrainOptions
 __all__ = ["ReconstructionProbe", "probe_reconstruction"]
 
 SALT = "information kept"
+
+TRAINING: dict[str, Any] = {
+    "epochs": 100,
+    "batch_size": 512,
+    "learning_rate": 3e-3,
+    "patience": 10,
+    "clip_norm": None,
+}
 
 
 @dataclass(frozen=True)
@@ -71,8 +79,8 @@ class _Rebuild(nn.Module):
 
     def rebuild(self, items: Tensor) -> Tensor:
         """Return ``(n, dim)`` for catalogue rows ``(n,)``."""
-        found: Tensor = self.net(self.table(self.rows[items]).flatten(1))
-        return found
+        rebuilt: Tensor = self.net(self.table(self.rows[items]).flatten(1))
+        return rebuilt
 
     def forward(self, batch: tuple[Tensor, Tensor]) -> Step:
         """Return the mean squared error of items and their embeddings."""
@@ -101,19 +109,19 @@ class _Task:
 
     def batches(self, epoch: int, first: int) -> Iterator[tuple[Any, float]]:
         """Yield catalogue rows and their embeddings."""
-        dealt = epoch_batches(len(self.rows), self.batch_size, seed=self.seed, epoch=epoch)
-        for batch in dealt[first:]:
-            chosen = torch.from_numpy(self.rows[batch])
-            yield (chosen + 1, self.x[chosen]), 1.0
+        batches = epoch_batches(len(self.rows), self.batch_size, seed=self.seed, epoch=epoch)
+        for batch in batches[first:]:
+            items = torch.from_numpy(self.rows[batch])
+            yield (items + 1, self.x[items]), 1.0
 
     def error(self, rows: npt.NDArray[np.int64]) -> float:
         """Return squared error over variance of catalogue rows (from 0)."""
         total = spread = 0.0
         mean = self.x[torch.from_numpy(self.rows)].mean(0)
         for part in np.array_split(rows, max(1, len(rows) // 8192)):
-            chosen = torch.from_numpy(part)
-            x = self.x[chosen]
-            total += float((self.rebuild(chosen + 1).float() - x).square().sum())
+            items = torch.from_numpy(part)
+            x = self.x[items]
+            total += float((self.rebuild(items + 1).float() - x).square().sum())
             spread += float((x - mean).square().sum())
         return total / max(spread, 1e-30)
 
@@ -140,12 +148,12 @@ def probe_reconstruction(
             ``ids.items``.
         ids: codes of the same items.
         features: how codes become embeddings; the default reads every level.
-        width: of a code's embedding.
-        held_out: share of the items that the error is taken on, by a hash of their id.
+        width: width of a code's embedding.
+        held_out: share of the items for the error, chosen by a hash of their id.
         training: options of `semid.TrainOptions` that differ from at most 100 epochs of batches of
             512 at a rate of 0.003, stopped after 10 without a better held-out error.
-        seed: start and order.
-        progress: told about every step.
+        seed: seed of initial weights and order.
+        progress: callback that receives progress events.
 
     Raises:
         InputError: another number of embeddings than of ids.
@@ -163,23 +171,14 @@ def probe_reconstruction(
         raise InputError(f"held_out={held_out} of {len(ids)} items leaves one side empty")
     rows, held = np.flatnonzero(~mask), np.flatnonzero(mask)
     rebuilt = source.rows(np.arange(len(source)))
-    # Unit embeddings of a few hundred dimensions vary by hundredths an element, which no network
-    # starts near; the share of the variance is the same in any unit.
+    # Elements of unit embeddings with hundreds of dimensions vary by hundredths, far from the
+    # outputs of a new network; the share of the variance is the same in any unit.
     rebuilt = rebuilt - rebuilt[rows].mean(axis=0)
     x = torch.from_numpy(rebuilt / max(float(np.sqrt(np.square(rebuilt[rows]).mean())), 1e-12))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(child_seed(seed, "kept"))
         module = _Rebuild(table, width, x.shape[1])
-    options = TrainOptions(
-        **{
-            "epochs": 100,
-            "batch_size": 512,
-            "learning_rate": 3e-3,
-            "patience": 10,
-            "clip_norm": None,
-            **(training or {}),
-        }
-    )
+    options = TrainOptions.of(training, defaults=TRAINING)
     task = _Task(module, x, rows, held, batch_size=options.batch_size, seed=seed)
     result = train(
         task, options, seed=seed, progress=progress or QuietProgress(), task="information kept"

@@ -16,8 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from semid.data.hashing import hash_strings
-from semid.data.ids import ItemIds
+from semid.data.ids import ItemIds, hash_strings
 from semid.data.interactions import Interactions
 from semid.errors import InteractionsError
 from semid.options import Options, option

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from semid.data.hashing import hash_strings, share_mask
+from semid.data.ids import hash_strings, share_mask
 from semid.data.interactions import Interactions
 from semid.errors import InteractionsError, UsageError, check_choice
 from semid.seeds import numpy_generator
