@@ -183,7 +183,7 @@ def test_codes_have_a_rate_and_a_decay_of_their_own(rows):
     table = code_table(codes(), rows.schema.items.ids, CodeFeatures())
     network = make_network(rows.schema, table, ARCHITECTURE)
     options = rank_options({"weight_decay": 0.01})
-    groups = make_optimizer(network, options, code_rate=3.0, code_decay=0.2).param_groups
+    groups = make_optimizer(network, options, CodeFeatures(rate=3.0, weight_decay=0.2)).param_groups
     assert [g.get("rate", 1.0) for g in groups] == [1.0, 3.0]
     assert [g["weight_decay"] for g in groups] == [0.01, 0.2]
     assert {id(p) for p in groups[1]["params"]} == {

@@ -39,11 +39,11 @@ def difference(
         b: values of the rows of the other.
         figure: name of the number.
     """
-    left, right = _by_seed(rows, figure, **a), _by_seed(rows, figure, **b)
-    seeds = sorted(set(left) & set(right))
+    first, second = _by_seed(rows, figure, **a), _by_seed(rows, figure, **b)
+    seeds = sorted(set(first) & set(second))
     if not seeds:
         return None
-    return paired_difference([left[s] for s in seeds], [right[s] for s in seeds])
+    return paired_difference([first[s] for s in seeds], [second[s] for s in seeds])
 
 
 def grid_tables(rows: Sequence[Row]) -> str:

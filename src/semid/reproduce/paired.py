@@ -89,6 +89,7 @@ def student_quantile(share: float, freedom: int) -> float:
     """
     if not 0.5 < share < 1 or freedom < 1:
         raise UsageError(f"share={share}, freedom={freedom}: 0.5 < share < 1 and freedom >= 1")
+    # Double the upper end until it is beyond the quantile, then halve the bracket.
     low, high = 0.0, 1.0
     while _student(high, freedom) < share:
         high *= 2
@@ -100,6 +101,8 @@ def student_quantile(share: float, freedom: int) -> float:
 
 def _student(t: float, freedom: int) -> float:
     """Distribution function for t >= 0, by the finite sums for whole degrees of freedom."""
+    # With t = sqrt(n) tan(angle) the integral of the density is a finite sum of powers of the
+    # cosine: odd n begins with the angle itself, even n with the sine.
     angle = math.atan(t / math.sqrt(freedom))
     cosine = math.cos(angle) ** 2
     if freedom % 2:

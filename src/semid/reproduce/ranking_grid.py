@@ -179,19 +179,7 @@ class TokenizerCache:
 
 @dataclass(frozen=True, kw_only=True)
 class Grid(Options):
-    """Options of a grid; all methods share the split, and all runs the seeds from 0.
-
-    Attributes:
-        methods: methods of `METHODS`.
-        scales: M, numbers of codes (or of embeddings of one code) per item.
-        models: ranking models.
-        fusion: with fusion, without it, or both.
-        seeds: number of seeds.
-        codebook_size: codewords per level.
-        config: architecture; its model and fusion are those of the grid.
-        training: training options.
-        tokenizer: further arguments of the tokenizers.
-    """
+    """Options of a grid; all methods share the split, and all runs the seeds from 0."""
 
     methods: tuple[str, ...] = option(
         ("none", "me", "rqvae", "moc"),
@@ -298,6 +286,8 @@ def run_grid(
         with atomic_folder(folder, grows=GRID_FILES):
             pass
     results = folder / RESULTS_FILE
+    # A run is named by a hash of its settings, its data and its place in the grid, so that a
+    # results file can hold several grids and a changed grid reuses what is equal.
     settings = _settings(grid, data, embeddings)
     done = {row["run"]: row for row in read_results(results)}
     runs = {_key(run, settings): run for run in grid.runs()}
@@ -387,6 +377,7 @@ def train_cell(
         seed: seed of initial weights, order of rows and dropout.
         device: as for `semid.train_ranker`.
     """
+    # Wall time and CPU time of training and measuring.
     began, cpu = time.perf_counter(), time.process_time()
     ranker = train_ranker(
         data,

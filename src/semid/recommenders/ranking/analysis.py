@@ -135,6 +135,7 @@ def _clustered(x: Array, clusters: int, seed: int) -> npt.NDArray[np.int64]:
     The objective is that of all rows. Codes give few distinct embeddings, so this is much less
     work, and there are never more clusters than distinct rows.
     """
+    # Number the distinct rows by their bytes, then cluster one of each.
     rows = np.ascontiguousarray(x, np.float32)
     numbers: dict[bytes, int] = {}
     group = np.fromiter((numbers.setdefault(row.tobytes(), len(numbers)) for row in rows), np.int64)
@@ -159,6 +160,7 @@ def singular_values(e: Array) -> Floats:
     Source: MoC definition 3.2. By the Gram matrix in float64: values below 1e-8 of the largest
     are noise.
     """
+    # The Gram matrix is small; its eigenvalues are the squared singular values.
     flat = e.reshape(len(e), -1).astype(np.float64)
     values = np.linalg.eigvalsh(flat.T @ flat)[::-1]
     roots: Floats = np.sqrt(np.clip(values, 0.0, None))
@@ -191,6 +193,7 @@ def linear_cka(e: Array) -> Floats:
 
     Source: Kornblith et al., ICML 2019.
     """
+    # Linear CKA is |X_i' X_j|^2 over the norms |X_i' X_i| |X_j' X_j|: a cosine of such products.
     centered = e.astype(np.float64) - e.mean(axis=0, dtype=np.float64)
     fields = centered.shape[1]
     cross = np.empty((fields, fields))
@@ -299,10 +302,11 @@ def analyze_codes(
 
 def contingency(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> Ints:
     """Count the rows of every pair of groups, ``(groups of a, groups of b)``."""
-    left = np.unique(a, return_inverse=True)[1]
-    right = np.unique(b, return_inverse=True)[1]
-    columns = int(right.max()) + 1
-    flat = np.bincount(left * columns + right, minlength=(int(left.max()) + 1) * columns)
+    # A pair of groups is one integer, so that one bincount counts all cells.
+    rows = np.unique(a, return_inverse=True)[1]
+    cells = np.unique(b, return_inverse=True)[1]
+    columns = int(cells.max()) + 1
+    flat = np.bincount(rows * columns + cells, minlength=(int(rows.max()) + 1) * columns)
     return flat.reshape(-1, columns)
 
 
@@ -381,6 +385,7 @@ def adjusted_mutual_information(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> flo
         return 1.0
     expected = expected_mutual_information(rows, columns)
     top = 0.5 * (_entropy(rows) + _entropy(columns)) - expected
+    # Where nothing is left to explain, a tiny denominator keeps the sign (as scikit-learn does).
     if abs(top) < np.finfo(np.float64).eps:
         top = np.finfo(np.float64).eps if top >= 0 else -np.finfo(np.float64).eps
     return (mutual_information(table) - expected) / top

@@ -215,6 +215,7 @@ class ValueCounts:
 
     def of(self, values: pa.Array) -> Ints:
         """Return how often each of ``values`` (n,) was counted."""
+        # Counted values that are not asked for are left out.
         merged = self._merge()
         counts = np.zeros(len(values), np.int64)
         rows = pc.fill_null(pc.index_in(merged["value"], value_set=values), -1).to_numpy()
@@ -237,6 +238,7 @@ class _Moments:
         """Merge the moments of ``values`` (rows,) into these (Chan et al., 1979)."""
         if not len(values):
             return
+        # The deviations of the two means from the joint mean add to the squares of both sides.
         mean = float(values.mean(dtype=np.float64))
         rows = self.rows + len(values)
         difference = mean - self.mean
@@ -281,7 +283,7 @@ class DataBuilder:
         self.positives += np.bincount(batch.parts[batch.labels], minlength=len(PARTS))
         for number in np.unique(batch.parts).tolist():
             rows = batch.of_part(number)
-            if number == TRAIN:
+            if number == TRAIN:  # validation and test teach nothing, not even a vocabulary
                 self._count(rows)
             if number != TRAIN or self.in_memory:
                 self.batches.setdefault(number, []).append(rows)
@@ -318,6 +320,7 @@ class DataBuilder:
         Raises:
             InteractionsError: a part without rows, or whose rows all have one label.
         """
+        # Users and items with enough training rows get rows of their own.
         self._check_parts()
         config = self.config
         users = self.users.values(in_order=True) if users is None else users
@@ -326,6 +329,7 @@ class DataBuilder:
         counts, positives = self.items.of(ids), self.positive_items.of(ids)
         # Items below the threshold share row 0; the others are numbered from 1 on.
         known = np.concatenate([[False], counts >= config.min_count])
+        # Attributes' vocabularies come from training items, the rows of all items are looked up.
         columns = read_item_columns(
             items,
             catalogue,

@@ -84,6 +84,7 @@ def prepare_ranking_data(
     if by_time and not isinstance(interactions, Interactions):
         present = open_table(interactions, what="the interaction log").names
         time_column = "timestamp" if "timestamp" in present else None
+    # Users and items are coded by first appearance; only the columns that are used are read.
     log = read_interactions(
         interactions,
         user_column=user_column,
@@ -99,6 +100,7 @@ def prepare_ranking_data(
     )
     if not label.sampled and log.rating is None:
         raise InteractionsError(f"{log.label} has no column '{label.column}' for --label '{label}'")
+    # The catalogue is known before the split, because cold items are chosen by their id.
     catalogue = join_catalogue(log.item_ids, items, id_column, label=log.label)
     item_rows = catalogue.index_of(log.item_ids)
     cold = held_out_mask(catalogue, config.cold_items, salt=COLD_SALT)
@@ -113,6 +115,7 @@ def prepare_ranking_data(
     source = _MemoryLog(
         log, catalogue, item_rows[log.items].astype(np.int64), part, positive, cold, config
     )
+    # One batch per part; the builder sees no difference to a log on disk.
     builder = DataBuilder(config, user_column, item_column, label=log.label, in_memory=True)
     for batch in source.batches():
         builder.add(batch)

@@ -150,6 +150,7 @@ def code_table(ids: SemanticIds, catalogue: ItemIds, features: CodeFeatures) -> 
         UsageError: the codes cannot be used this way (too few levels, ``parallel`` for residual
             codes).
     """
+    # Join: the position of every catalogue item among the ids, -1 without codes.
     _check_codes(ids, features)
     if len(ids) == 0:
         raise IdsError("the ids hold no items; encode the catalogue first")
@@ -171,6 +172,7 @@ def code_table(ids: SemanticIds, catalogue: ItemIds, features: CodeFeatures) -> 
         )
     codes = np.zeros((len(catalogue), ids.levels), dtype=np.int64)
     codes[known] = ids.codes[positions[known]]
+    # Codes to one number per slot; row 0 is reserved, so numbers of known items move up by 1.
     codes, sizes = _apply_control(codes, known, ids.info.codebook_sizes, features)
     columns, counts, names, collisions = _slots(codes, known, sizes, features)
     table = np.zeros((len(catalogue) + 1, len(columns)), dtype=np.int64)
@@ -234,7 +236,7 @@ def _apply_control(
     if features.control == "random":
         for level, size in enumerate(used):
             codes[:, level] = generator.integers(0, size, len(codes))
-    elif features.control == "shuffled":
+    elif features.control == "shuffled":  # items without codes stay without
         rows = np.flatnonzero(known)
         codes[rows] = codes[generator.permutation(rows)]
     return codes, used
@@ -273,12 +275,14 @@ def _numbers(codes: Ints, known: npt.NDArray[np.bool_], budget: int) -> tuple[In
     Returns:
         A number per item, the count of numbers, and how many distinct rows share one.
     """
+    # Without hashing, the number of a row is its place among the sorted distinct rows.
     unique, inverse = np.unique(codes[known], axis=0, return_inverse=True)
     numbers = np.zeros(len(codes), dtype=np.int64)
     if len(unique) <= budget:
         numbers[known] = inverse.reshape(-1)
         return numbers, max(len(unique), 1), 0
     # splitmix64 over the codes: uniform, and the same on every platform.
+    # The distinct rows are hashed, not the items, so that the number of collisions is known.
     mixed = np.zeros(len(unique), dtype=np.uint64)
     for column in unique.T.astype(np.uint64):
         mixed += column + np.uint64(0x9E3779B97F4A7C15)
@@ -321,6 +325,7 @@ def extend_codes(
     positions = ids.items.index_of(new.strings())
     known = positions >= 0
     codes = ids.codes.astype(np.int64)[:, _used_levels(ids.levels, features)]
+    # A single code is its own number; a prefix or n-gram has the number it got in training.
     if features.mode in ("multi", "levels", "parallel"):
         rows[known] = codes[positions[known]] + 1
     else:
@@ -340,6 +345,7 @@ def extend_codes(
 
 def _shared_row(codes: Ints, rows: Ints, queries: Ints) -> Ints:
     """Return for each of ``queries`` (n, codes) the row of an equal one of ``codes``, else 0."""
+    # Equal rows get equal numbers; each number remembers the row of the trained item.
     unique, inverse = np.unique(np.concatenate([codes, queries]), axis=0, return_inverse=True)
     inverse = inverse.reshape(-1)
     row_of = np.zeros(len(unique), np.int64)

@@ -120,6 +120,7 @@ def read_item_columns(
         return ItemColumns({}, frozenset())
     table = open_table(source, what="the table of items")
     key = table.require(id_column or "item_id", flag="--id-column (id_column=)")
+    # The flag that names a column, for errors; it also says whether values are split.
     flags: dict[str, str] = {}
     for names, defaults, flag in (
         (single, ("brand",), "--item-columns (item_columns=)"),
@@ -133,6 +134,7 @@ def read_item_columns(
     read = table.read([key, *flags])
     table_ids = ItemIds(read.column(key), source=f"id column '{key}' of {table.label}")
     rows = table_ids.index_of(ids.strings())
+    # Items of the log that the table lacks have no attributes.
     missing = int((rows < 0).sum())
     if missing:
         logger.warning(
@@ -218,6 +220,7 @@ def extend_schema(schema: Schema, items: Any) -> tuple[Schema, ItemIds]:
     if not len(rows):
         raise UsageError(f"the model knows all {len(ids)} items of {table.label} already")
     new = ItemIds(ids.strings().take(pa.array(rows)))
+    # Attributes of the new items, in the vocabularies of the model: no row of a table is added.
     multi = [name for name, attribute in schema.attributes.items() if attribute.multi]
     single = [name for name in schema.attributes if name not in multi]
     columns = read_item_columns(items, new, single=single, multi=multi)

@@ -63,11 +63,11 @@ class Perceptron(nn.Module):
     """Linear layers with batch norm, ReLU and dropout, ``(batch, width)`` to ``(batch, out)``.
 
     Args:
-        width: of the input.
-        hidden: widths of the hidden layers; empty leaves one linear map.
+        width: width of the input.
+        hidden: widths of the hidden layers; without any, one linear map is left.
         out: width of the output; None stops after the last hidden layer.
-        batch_norm: normalize before each ReLU.
-        dropout: share of the units that are dropped after it, in [0, 1).
+        batch_norm: batch normalization before each ReLU.
+        dropout: dropout rate after it.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Perceptron(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         for size in hidden:
-            # The bias would be taken out again by the batch norm's mean.
+            # Batch normalization subtracts the mean, and any bias with it.
             linear = nn.Linear(width, size, bias=not batch_norm)
             nn.init.xavier_normal_(linear.weight)
             if linear.bias is not None:
@@ -113,6 +113,7 @@ class FactorizationMachine(nn.Module):
 
     def forward(self, e: Tensor) -> Tensor:
         """Return ``(batch,)`` for embeddings ``(batch, fields, width)``."""
+        # The square of the sum holds every pair twice and every square once.
         total = e.sum(1)
         return 0.5 * (total.square() - e.square().sum(1)).sum(1)
 
@@ -125,10 +126,10 @@ class SymmetricPolynomials(nn.Module):
     since its terms cancel.
 
     Args:
-        width: of a field's embedding.
+        width: width of an embedding.
         order: K, at least 1.
-        batch_norm: normalize each polynomial (ours): where embeddings are small, e_3 is near 0
-            and gets no gradient without it.
+        batch_norm: batch normalization of each polynomial (ours): for small embeddings e_3 is near
+            0 and gets no gradient without it.
 
     Source: DeepIM, Yu et al., CIKM 2020.
     """
@@ -142,12 +143,13 @@ class SymmetricPolynomials(nn.Module):
 
     def polynomials(self, e: Tensor) -> list[Tensor]:
         """Return e_1 to e_K, each ``(batch, width)``, of embeddings ``(batch, fields, width)``."""
+        # Power sums p_k, from powers that are multiplied up one by one.
         e = e.float()
         powers, power = [], e
         for k in range(self.order):
             power = power if k == 0 else power * e
             powers.append(power.sum(1))
-        # powers[i - 1] is the power sum p_i; each e_k follows from those before it.
+        # Newton's recurrence: powers[i - 1] is p_i, and each e_k follows from those before it.
         elementary = [torch.ones_like(powers[0])]
         for k in range(1, self.order + 1):
             terms = [(-1) ** (i - 1) * elementary[k - i] * powers[i - 1] for i in range(1, k + 1)]
@@ -172,8 +174,8 @@ class FieldAttention(nn.Module):
     the end.
 
     Args:
-        width: of the input.
-        head_width: of each head.
+        width: width of the input.
+        head_width: width of each head.
         heads: number of heads.
         preset: ``authors`` or ``paper``; the arguments below override it.
         relu_projections: ReLU on the projections.
@@ -223,6 +225,7 @@ class FieldAttention(nn.Module):
             projected = self._project(linear, x)
             return projected.reshape(-1, x.shape[1], self.heads, self.head_width).transpose(1, 2)
 
+        # Every field attends to all fields, in each head of its own; the heads are concatenated.
         scores = split(self.query) @ split(self.key).transpose(-1, -2) * self.scale
         mixed = (scores.softmax(-1) @ split(self.value)).transpose(1, 2).flatten(-2)
         if self.residual is not None:
@@ -282,6 +285,8 @@ class ExpertCrossLayer(nn.Module):
 
     def forward(self, x0: Tensor, x: Tensor) -> Tensor:
         """Cross ``(batch, width)`` with the input ``x0`` of the same shape."""
+        # Every expert maps into its low-rank space, transforms there and maps back; the gate
+        # mixes their outputs per row.
         inner = torch.einsum("bw,ewr->ber", x, self.v).tanh()
         inner = torch.einsum("ber,ers->bes", inner, self.c).tanh()
         outer = torch.einsum("bes,esw->bew", inner, self.u) + self.bias
@@ -292,13 +297,12 @@ class ExpertCrossLayer(nn.Module):
 class MoCFusion(nn.Module):
     """``e' = e + e W_down W_up`` over the concatenation of all field embeddings.
 
-    It works before any model and with any features. ``W_up`` starts at zero (ours), so that a
-    model with fusion begins as the model without.
+    ``W_up`` starts at zero (ours), so that a model with fusion begins as the model without.
 
     Args:
         fields: number of fields.
-        width: of a field's embedding.
-        rank: of the bottleneck (the paper prints none; 16 is ours).
+        width: width of an embedding.
+        rank: rank of the bottleneck (the paper prints none; 16 is ours).
 
     Raises:
         UsageError: the rank is below 1.
@@ -320,10 +324,8 @@ class MoCFusion(nn.Module):
         return (flat + flat @ self.down @ self.up).view_as(e)
 
     def norm(self) -> float:
-        """Return the Frobenius norm of ``W_down W_up``, 0 while fusion does nothing.
-
-        Without the product: ``|AB|^2 = trace(A'A BB')``, two matrices of the rank's size.
-        """
+        """Return the Frobenius norm of ``W_down W_up``, 0 while fusion does nothing."""
+        # Without the large product: |AB|^2 = trace(A'A BB'), two matrices of the rank's size.
         with torch.no_grad():
             inner = (self.down.T @ self.down) * (self.up @ self.up.T)
             return float(inner.sum().clamp(min=0).sqrt())

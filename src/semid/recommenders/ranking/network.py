@@ -89,6 +89,7 @@ class WideId(nn.Module):
     def __init__(self, schema: Schema, codes: CodeTable, *, width: int, std: float) -> None:
         super().__init__()
         self.fields, self.width = len(codes.fields), width
+        # ids * extra + extra * fields * width parameters shall equal those of the codes.
         extra = max(1, round(codes.parameters * width / (schema.id_size + self.fields * width)))
         self.table = nn.Parameter(torch.empty(schema.id_size, extra).normal_() * std)
         with torch.no_grad():
@@ -125,6 +126,7 @@ class RankingNetwork(nn.Module):
         super().__init__()
         width, std = config.width, config.init_std
         self.index = FieldIndex(schema, codes, item_id=item_id, unknown_rate=config.unknown_rate)
+        # Tables, first the fused ones, then the control's; their fields are concatenated.
         total = self.index.rows + self.index.code_total
         sparse = config.sparse
         self.sparse = total > SPARSE_ROWS if sparse is None else sparse
@@ -136,6 +138,7 @@ class RankingNetwork(nn.Module):
             fields += self.wide.fields
         self.fusion = MoCFusion(fields, width, rank=config.fusion_rank) if config.fusion else None
         self.model = make_model(config.model, fields=fields, width=width, options=config.options)
+        # First-order weights are embeddings of width 1 in tables of their own.
         self.first = None
         if self.model.first_order:
             self.first = FieldTables(self.index, codes, width=1, std=0.0, sparse=self.sparse)

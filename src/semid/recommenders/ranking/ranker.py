@@ -155,6 +155,7 @@ class Ranker:
                 problems += error.problems
         if problems:
             raise InputError(problems)
+        # Look everything up; what is unknown reads row 0.
         user = schema.users.rows(ids[schema.user_column])
         item = schema.items.rows(ids[schema.item_column])
         features = {n: read.column(n) for n in (*schema.context, *schema.dense)}
@@ -188,6 +189,7 @@ class Ranker:
             ) from None
         items = self.schema.items.rows(lists.flatten())
         lengths = lists.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+        # Lists are oldest first, as the index wants its spans; unknown items are padding.
         ends = np.cumsum(lengths, dtype=np.int64)
         spans = np.stack([ends - lengths, ends], axis=1)
         return HistoryIndex(torch.from_numpy(items), torch.from_numpy(spans), length)
@@ -252,6 +254,7 @@ class Ranker:
             items = self.schema.items.ids.strings()
         else:
             items = ItemIds(list(candidates), source="candidates").strings()
+        # One row per candidate, all of this user and context.
         count = len(items)
         columns: dict[str, Any] = {
             self.schema.user_column: pa.array([str(user)] * count, type=pa.large_string()),
@@ -286,6 +289,7 @@ class Ranker:
         codes = self.codes
         if codes is not None and self.features is not None:
             codes = extend_codes(codes, self.features, self.schema.items.ids, new, ids)
+        # The tables' sizes stay, only the buffers that map items to rows grow. Weights are copied.
         network = make_network(schema, codes, self.config, item_id=self.network.index.item_id)
         load_module_(network, module_arrays(self.network))
         return Ranker(

@@ -253,6 +253,7 @@ class Schema:
         Raises:
             InputError: listing every column of a wrong type or with NaN.
         """
+        # All columns are tried before the problems are raised together.
         problems: list[str] = []
         categorical, dense = [], []
         for name, vocabulary in self.context.items():
@@ -310,6 +311,8 @@ class Schema:
             ArtefactError: a value of another type.
         """
         config = checked(CONFIG, config, "schema", required=CONFIG)
+        # Every array is checked against the vocabularies, so that a damaged file cannot index
+        # outside a table.
         users, items = (Vocabulary.of(tensors, f"schema.{name}") for name in ("users", "items"))
         attributes = {}
         for name in config["attributes"]:

@@ -227,6 +227,7 @@ def split_rows(
     """
     check_choice("--split (split=)", split, SPLITS)
     shares = check_fractions(fractions)
+    # Cold items leave first, so that the shares are those of the other interactions.
     parts = np.full(len(log), TRAIN, dtype=np.int8)
     cold = np.zeros(len(log), dtype=bool) if cold_items is None else cold_items[log.items]
     parts[cold] = COLD
@@ -294,6 +295,7 @@ def _split_randomly(log: Interactions, rows: Ints, shares: Sequence[float], seed
 
 
 def _split_by_time(order: npt.NDArray[np.generic], shares: Sequence[float]) -> Parts:
+    # Cuts are times, not rows: equal times fall on the same side.
     ranked = np.sort(order)
     last = len(ranked) - 1
     cuts = [
@@ -307,6 +309,7 @@ def _leave_last_out(users: npt.NDArray[np.int32], order: npt.NDArray[np.generic]
     # Two stable sorts: rows by user, and by time within each user.
     by_time = np.argsort(order, kind="stable")
     ranks = by_time[np.argsort(users[by_time], kind="stable")]
+    # Each row's distance from the end of its user's interactions.
     counts = np.bincount(users)
     ends = np.cumsum(counts)[users[ranks]]
     from_end = ends - 1 - np.arange(len(ranks))

@@ -221,6 +221,7 @@ class StreamBatches:
     ) -> None:
         self.stream, self.seed, self.device = stream, seed, device
         self.steps_per_epoch = max(1, round(stream.train_rows / batch_size))
+        # Batches of nearly equal size: the first ones have the remaining rows.
         size, larger = divmod(stream.train_rows, self.steps_per_epoch)
         self.sizes = [size + (step < larger) for step in range(self.steps_per_epoch)]
 
@@ -236,9 +237,10 @@ class StreamBatches:
             while step < len(self.sizes) and count - self.sizes[step] >= self.stream.buffer_rows:
                 batch, buffer = _draw(buffer, self.sizes[step], generator)
                 count -= self.sizes[step]
-                if step >= first:
+                if step >= first:  # a resumed run draws the steps before, but skips them
                     yield self._batch(batch)
                 step += 1
+        # The log is read; the rest of the buffer makes the last batches.
         while step < len(self.sizes):
             batch, buffer = _draw(buffer, self.sizes[step], generator)
             if step >= first:

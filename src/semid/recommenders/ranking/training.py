@@ -77,6 +77,7 @@ class RowwiseAdamW(torch.optim.AdamW):
     def _update_rows(self, parameter: Tensor, group: dict[str, Any]) -> None:
         assert parameter.grad is not None
         gradient = parameter.grad.coalesce()
+        # Coalesced, every row occurs once, with the sum of its gradients.
         rows, values = gradient.indices()[0], gradient.values()
         state = self.state[parameter]
         if not state:
@@ -87,6 +88,7 @@ class RowwiseAdamW(torch.optim.AdamW):
         step = float(state["step"])
         beta1, beta2 = group["betas"]
         rate = float(group["lr"])
+        # Adam's moments of these rows alone, then the decoupled decay and the step.
         mean = state["exp_avg"][rows].mul_(beta1).add_(values, alpha=1 - beta1)
         square = state["exp_avg_sq"][rows].mul_(beta2).addcmul_(values, values, value=1 - beta2)
         state["exp_avg"][rows], state["exp_avg_sq"][rows] = mean, square
@@ -98,33 +100,28 @@ class RowwiseAdamW(torch.optim.AdamW):
 
 
 def make_optimizer(
-    network: RankingNetwork,
-    options: TrainOptions,
-    *,
-    code_rate: float = 1.0,
-    code_decay: float | None = None,
+    network: RankingNetwork, options: TrainOptions, features: CodeFeatures | None = None
 ) -> torch.optim.Optimizer:
-    """Return the optimizer of a network, with a learning rate and decay for code tables.
+    """Return the optimizer of a network.
 
     Args:
         network: the network.
         options: learning rate and weight decay.
-        code_rate: learning rate of the code tables as a multiple of the others'.
-        code_decay: weight decay of the code tables; None takes the others'.
+        features: learning rate and weight decay of the code tables; None takes the others'.
     """
-    codes = [
-        tables.codes
-        for tables in (network.tables, network.first)
-        if tables is not None and tables.codes is not None
-    ]
+    tables = [network.tables, *([] if network.first is None else [network.first])]
+    codes = [table.codes for table in tables if table.codes is not None]
     code_ids = {id(parameter) for parameter in codes}
     others = [p for p in network.parameters() if p.requires_grad and id(p) not in code_ids]
     groups: list[dict[str, Any]] = [{"params": others}]
     if codes:
-        decay = options.weight_decay if code_decay is None else code_decay
-        groups.append({"params": codes, "weight_decay": decay, "rate": code_rate})
-    kind = RowwiseAdamW if network.sparse else torch.optim.AdamW
-    return kind(groups, lr=options.learning_rate, weight_decay=options.weight_decay, fused=True)
+        features = features or CodeFeatures()
+        decay = options.weight_decay if features.weight_decay is None else features.weight_decay
+        groups.append({"params": codes, "weight_decay": decay, "rate": features.rate})
+    optimizer = RowwiseAdamW if network.sparse else torch.optim.AdamW
+    return optimizer(
+        groups, lr=options.learning_rate, weight_decay=options.weight_decay, fused=True
+    )
 
 
 class RankingTask:
@@ -134,8 +131,7 @@ class RankingTask:
         network: the network.
         source: training batches.
         validation: validation rows.
-        code_rate: as for `make_optimizer`.
-        code_decay: as for `make_optimizer`.
+        features: code features with the learning rate of their tables, or None.
     """
 
     def __init__(
@@ -144,20 +140,17 @@ class RankingTask:
         source: BatchSource,
         validation: RankingRows,
         *,
-        code_rate: float = 1.0,
-        code_decay: float | None = None,
+        features: CodeFeatures | None = None,
     ) -> None:
         self.module: nn.Module = network
         self.steps_per_epoch = source.steps_per_epoch
         self.network, self.source, self.validation = network, source, validation
-        self.code_rate, self.code_decay = code_rate, code_decay
+        self.features = features
         self.labels = validation.label.cpu().numpy()
 
     def optimizer(self, options: TrainOptions) -> torch.optim.Optimizer:
         """Return the optimizer; called by the loop."""
-        return make_optimizer(
-            self.network, options, code_rate=self.code_rate, code_decay=self.code_decay
-        )
+        return make_optimizer(self.network, options, self.features)
 
     def start_epoch(self, epoch: int) -> None:
         """Do nothing: batches are a function of the epoch."""
@@ -212,6 +205,7 @@ def train_ranker(
         IdsError: no item has codes.
         DivergedError: the loss is not finite.
     """
+    # Options are checked before anything is built.
     if features is not None:
         features = CodeFeatures.of(features)
     config = RankerConfig.of(config)
@@ -237,9 +231,9 @@ def train_ranker(
         network,
         data.batches(options.batch_size, seed=seed, device=torch_device),
         held["validation"],
-        code_rate=1.0 if features is None else features.rate,
-        code_decay=None if features is None else features.weight_decay,
+        features=features,
     )
+    # The key names the run: a checkpoint of other settings or other data is refused.
     settings = {
         "kind": "ranker",
         "protocol": data.protocol,
@@ -259,6 +253,7 @@ def train_ranker(
             log=logger,
             task=config.model,
         )
+    # `train` has put the best weights back; they are measured on every held part.
     report = {
         "protocol": data.protocol,
         "seed": seed,
