@@ -120,7 +120,7 @@ def test_figures_of_one_class_are_none_in_a_report():
 def test_bad_scores_are_refused():
     with pytest.raises(InputError, match="1 scores are not finite"):
         auc(np.array([0.0, 1.0]), np.array([0.0, np.nan]))
-    with pytest.raises(InputError, match="one of each a row"):
+    with pytest.raises(InputError, match="one of each per row"):
         auc(np.zeros(2), np.zeros(3))
 
 

@@ -33,11 +33,7 @@ def difference(
 ) -> Difference | None:
     """Return the mean of a - b over the seeds that two cells share, or None without any.
 
-    Args:
-        rows: results of `run_grid`.
-        a: values of the rows of one cell, for example ``{"method": "moc", "scale": 3}``.
-        b: values of the rows of the other.
-        figure: name of the number.
+    ``a`` and ``b`` are values of their rows, for example ``{"method": "moc", "scale": 3}``.
     """
     first, second = _by_seed(rows, figure, **a), _by_seed(rows, figure, **b)
     seeds = sorted(set(first) & set(second))

@@ -78,11 +78,7 @@ def paired_difference(
 
 
 def student_quantile(share: float, freedom: int) -> float:
-    """Return the quantile of Student's t distribution, by bisection of its distribution function.
-
-    Args:
-        share: between 0.5 and 1, both excluded.
-        freedom: degrees of freedom, at least 1.
+    """Return the quantile of Student's t distribution for a share in (0.5, 1), by bisection.
 
     Raises:
         UsageError: a value is out of range.

@@ -65,12 +65,7 @@ the codes of `MoCVAE`; the others are tokenizers by name, with a table per level
 
 @dataclass(frozen=True)
 class MethodCodes:
-    """Codes of one method and how they are used.
-
-    Attributes:
-        ids: codes of the items, or None.
-        features: how they are used, or None.
-    """
+    """Codes of one method and how they are used; None without codes."""
 
     ids: SemanticIds | None
     features: CodeFeatures | None
@@ -80,13 +75,7 @@ class MethodCodes:
 class TokenizerCache:
     """Fits each tokenizer once, on training items alone, and stores it on disk.
 
-    Args:
-        folder: folder of the fitted tokenizers.
-        source: embeddings of the items.
-        data: ranking data with the training items.
-        codebook_size: codewords per level.
-        seed: seed of the tokenizers and of random codes.
-        options: further arguments of the tokenizers.
+    ``options`` are further arguments of the tokenizers; ``seed`` is also that of random codes.
     """
 
     folder: Path
@@ -98,15 +87,11 @@ class TokenizerCache:
     _known: dict[tuple[str, int], SemanticIds] = field(default_factory=dict)
 
     def method(self, name: str, scale: int, *, progress: Progress) -> MethodCodes:
-        """Return the codes and features of a method.
+        """Return the codes of a method of `METHODS` and their features.
 
-        Args:
-            name: one of `METHODS`.
-            scale: M, the number of codes per item, or of embeddings of its one code.
-            progress: callback that receives progress events.
+        ``scale`` is M, the number of codes per item, or of embeddings of its one code.
 
         Raises:
-            UsageError: an unknown method.
             IdsError: no training item has an embedding.
         """
         check_choice("--methods", name, METHODS)
@@ -223,15 +208,7 @@ class Grid(Options):
 
 @dataclass(frozen=True)
 class Run:
-    """One run of the grid.
-
-    Attributes:
-        model: ranking model.
-        method: method of `METHODS`.
-        scale: M; 0 without codes.
-        fusion: MoC fusion before the model.
-        seed: seed of the run.
-    """
+    """One run of the grid; ``scale`` is M, 0 without codes."""
 
     model: str
     method: str
@@ -367,16 +344,7 @@ def train_cell(
     seed: int,
     device: str = "auto",
 ) -> tuple[Ranker, dict[str, Any]]:
-    """Train one model; return it and JSON-able figures on the test part.
-
-    Args:
-        data: ranking data.
-        codes: codes of the items and how they are used, or none.
-        config: architecture.
-        training: training options.
-        seed: seed of initial weights, order of rows and dropout.
-        device: as for `semid.train_ranker`.
-    """
+    """Train one model; return it and JSON-able figures on the test part."""
     # Wall time and CPU time of training and measuring.
     began, cpu = time.perf_counter(), time.process_time()
     ranker = train_ranker(

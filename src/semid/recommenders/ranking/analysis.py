@@ -44,13 +44,7 @@ Floats = npt.NDArray[np.float64]
 def code_embeddings(
     network: RankingNetwork, rows: RankingRows, *, fused: bool = False, batch_size: int = 65_536
 ) -> Array:
-    """Return the embeddings of the code fields ``(rows, fields, width)``.
-
-    Args:
-        network: network trained with codes.
-        rows: rows of any part.
-        fused: return them after MoC fusion instead of before.
-        batch_size: rows per forward pass.
+    """Return embeddings of the code fields ``(rows, fields, width)``, if ``fused`` after fusion.
 
     Raises:
         UsageError: the network has no code fields, or no fusion although ``fused`` is true.
@@ -102,14 +96,9 @@ def discriminability(
     shuffles: int = 5,
     seed: int = 0,
 ) -> Discriminability:
-    """Compare a grouping with the labels.
+    """Return the mutual information of groups ``(rows,)`` with labels ``(rows,)``.
 
-    Args:
-        groups: ``(rows,)`` group of each row.
-        labels: ``(rows,)`` 0 or 1.
-        name: what is grouped.
-        shuffles: shuffles of the labels for the baseline.
-        seed: seed of the shuffles.
+    The baseline is the mean over ``shuffles`` random orders of the labels.
 
     Source: MoC definition 3.1; the adjustment and the baseline are ours, since the information of
     clusters about clicks is tiny.
@@ -152,13 +141,12 @@ def _clustered(x: Array, clusters: int, seed: int) -> npt.NDArray[np.int64]:
 
 
 def singular_values(e: Array) -> Floats:
-    """Return the singular values, largest first, of embeddings laid side by side.
+    """Return the singular values, largest first, of embeddings ``(rows, fields, width)``.
 
-    Args:
-        e: ``(rows, fields, width)``; the matrix is ``(rows, fields * width)``, not centered.
+    The matrix is ``(rows, fields * width)``, not centered. Values below 1e-8 of the largest are
+    noise.
 
-    Source: MoC definition 3.2. By the Gram matrix in float64: values below 1e-8 of the largest
-    are noise.
+    Source: MoC definition 3.2.
     """
     # The Gram matrix is small; its eigenvalues are the squared singular values.
     flat = e.reshape(len(e), -1).astype(np.float64)
@@ -170,11 +158,8 @@ def singular_values(e: Array) -> Floats:
 def correlation(e: Array) -> Floats:
     """Return the correlation of every two fields ``(fields, fields)``.
 
-    ``sum_s <e_i - mean, e_j - mean> / sqrt(sum |e_i - mean|^2 sum |e_j - mean|^2)``; it depends on
-    the basis that each table happens to have, `linear_cka` does not.
-
-    Args:
-        e: ``(rows, fields, width)``.
+    ``sum_s <e_i - mean, e_j - mean> / sqrt(sum |e_i - mean|^2 sum |e_j - mean|^2)`` over embeddings
+    ``(rows, fields, width)``; unlike `linear_cka` it depends on the basis of each table.
 
     Source: MoC eq. 9.
     """
@@ -187,9 +172,6 @@ def linear_cka(e: Array) -> Floats:
     """Return the linear centered kernel alignment of every two fields ``(fields, fields)``.
 
     Invariant to rotations and scales of each field, 1 for fields that carry the same geometry.
-
-    Args:
-        e: ``(rows, fields, width)``.
 
     Source: Kornblith et al., ICML 2019.
     """
@@ -338,11 +320,7 @@ def _log_factorials(top: int) -> Floats:
 
 
 def expected_mutual_information(rows: Ints, columns: Ints) -> float:
-    """Return the expected mutual information of random groupings with these sizes.
-
-    Args:
-        rows: ``(r,)`` sizes of one grouping's groups.
-        columns: ``(c,)`` sizes of the other's, with the same sum n.
+    """Return the expected mutual information of random groupings with sizes ``(r,)`` and ``(c,)``.
 
     Cost: ``sum of min(rows) over columns``, about c n for few columns; one array of n logarithms.
 

@@ -256,13 +256,8 @@ class _Moments:
 class DataBuilder:
     """Collects from the batches of a log everything that ranking data holds.
 
-    Args:
-        config: how the log becomes ranking data.
-        user: name of the user column.
-        item: name of the item column.
-        label: the log in the user's words.
-        in_memory: keep the training rows, and order vocabularies by first appearance instead of
-            by value.
+    With ``in_memory`` training rows are kept, and vocabularies follow the order of first appearance
+    instead of the values. ``user`` and ``item`` are column names, ``label`` is the log in errors.
     """
 
     def __init__(
@@ -316,9 +311,6 @@ class DataBuilder:
             users: users in the order of their rows; None takes those counted.
             split_note: note behind the split in the protocol.
             ordered: whether histories follow a time instead of the order of the file.
-
-        Raises:
-            InteractionsError: a part without rows, or whose rows all have one label.
         """
         # Users and items with enough training rows get rows of their own.
         self._check_parts()

@@ -136,17 +136,10 @@ def prepare_ranking_data(
 
 @dataclass
 class _MemoryLog:
-    """A log in memory as one batch per part; arrays are ``(interactions,)``.
+    """A log in memory as one batch per part.
 
-    Attributes:
-        log: the interactions.
-        catalogue: the items.
-        item: catalogue rows, from 0.
-        part: indices into `PARTS`.
-        positive: labels.
-        cold: ``(items,)`` mask of the items held out of training.
-        config: how the log becomes ranking data.
-        dropped: negatives that could not be drawn.
+    ``item`` holds catalogue rows from 0, ``part`` indices into `PARTS`, each ``(interactions,)``;
+    ``cold`` is the mask ``(items,)`` of the items held out of training.
     """
 
     log: Interactions

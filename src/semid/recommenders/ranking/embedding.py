@@ -143,14 +143,8 @@ class FieldIndex(nn.Module):
 class FieldTables(nn.Module):
     """The embeddings of all fields, ``(batch, fields, width)``.
 
-    The unknown row of every table starts at zero, so that it adds nothing before it learns.
-
-    Args:
-        index: meaning of the rows.
-        codes: code features, or None.
-        width: width of an embedding.
-        std: standard deviation of the initial values.
-        sparse: sparse gradients of the base and the code table, for `RowwiseAdamW`.
+    The unknown row of every table starts at zero, so that it adds nothing before it learns. With
+    ``sparse`` the base and the code table have sparse gradients, for `RowwiseAdamW`.
     """
 
     def __init__(

@@ -52,15 +52,10 @@ def slice_masks(
     *,
     few: int = MAX_FEW_INTERACTIONS,
 ) -> dict[str, npt.NDArray[np.bool_]]:
-    """Return a mask ``(rows,)`` per slice of the rows, by their item.
+    """Return a mask ``(rows,)`` per slice of the rows, by the catalogue row of their item.
 
-    ``unseen`` items have no training interaction, ``few`` at most that many; ``head``, ``mid`` and
-    ``tail`` are 10, 40 and 50 % of the seen items, by interactions.
-
-    Args:
-        items: ``(rows,)`` catalogue rows.
-        interactions: ``(items + 1,)`` training interactions of each; row 0 is the unknown item.
-        few: largest number of interactions of an item with few.
+    ``unseen`` items have none of the training interactions ``(items + 1,)``, ``few`` at most that
+    many; ``head``, ``mid`` and ``tail`` are 10, 40 and 50 % of the seen items, by interactions.
     """
     counts = interactions[items]
     segment = popularity_segments(interactions)[items]
@@ -97,13 +92,7 @@ def evaluate(network: RankingNetwork, data: RankingData) -> dict[str, Any]:
 def reliance(
     network: RankingNetwork, data: RankingData, *, part: str = "test", seed: int = 0
 ) -> dict[str, float]:
-    """Return how much a trained network relies on its fusion and its codes.
-
-    Args:
-        network: trained network.
-        data: data it was trained on.
-        part: part that is scored.
-        seed: seed of the shuffle.
+    """Return how much a trained network relies on its fusion and its codes, on one part.
 
     Returns:
         ``auc``; with fusion ``fusion_norm`` (of ``W_down W_up``) and ``auc_without_fusion``, the

@@ -120,7 +120,6 @@ class CodeTable:
 
         Raises:
             ValueError: rows outside their tables, or fields that do not exist.
-            ArtefactError: a value of another type.
         """
         hints = {name: kind for name, kind in get_type_hints(cls).items() if name != "rows"}
         table = cls(rows=rows, **checked(hints, config, "codes"))
@@ -135,15 +134,7 @@ class CodeTable:
 
 
 def code_table(ids: SemanticIds, catalogue: ItemIds, features: CodeFeatures) -> CodeTable:
-    """Join codes to a catalogue.
-
-    Args:
-        ids: Semantic IDs in any order; items may be missing.
-        catalogue: the items.
-        features: how the codes are used.
-
-    Returns:
-        The table; items without codes read row 0 of every slot and are counted.
+    """Join codes to a catalogue; items without codes read row 0 of every slot and are counted.
 
     Raises:
         IdsError: no item has codes.
@@ -301,16 +292,11 @@ def extend_codes(
     new: ItemIds,
     ids: SemanticIds | None,
 ) -> CodeTable:
-    """Append the rows of new items to a table of codes.
+    """Append the rows of new items to the table of a trained model.
 
-    Args:
-        table: table of the trained model.
-        features: how its codes are used.
-        catalogue: items of the table.
-        new: items to append.
-        ids: codes of the new items; None leaves them without. For prefixes and n-grams also those
-            of the catalogue: a new item takes the row of an item that shares the prefix, and the
-            reserved row if none does.
+    ``ids`` holds the codes of the new items; None leaves them without. For prefixes and n-grams it
+    holds those of the catalogue too: a new item takes the row of an item that shares the prefix,
+    and the reserved row if none does.
 
     Raises:
         UsageError: the table belongs to a control, whose codes mean nothing.

@@ -31,6 +31,7 @@ Ints = npt.NDArray[np.int64]
 SEPARATORS = (" > ", "|", ";", ", ")
 """What categories in one string are split at: the first that occurs in the column."""
 
+MULTI_FLAG = "--multi-columns (multi_columns=)"
 ADVICE = (
     "cut the numbers into bins and give those, or leave it out of --item-columns and "
     "--multi-columns (item_columns=, multi_columns=)"
@@ -64,10 +65,7 @@ class ItemColumns:
     def rows(self, name: str, vocabulary: Vocabulary, width: int | None = None) -> Ints:
         """Look the values up: ``(items + 1,)``, or ``(items + 1, width)`` for several.
 
-        Args:
-            name: the attribute.
-            vocabulary: its vocabulary.
-            width: largest number of values per item; None takes that of the items, at least 1.
+        ``width`` None takes the largest number of values per item, at least 1.
         """
         column = self.values[name]
         rows = vocabulary.rows(column.flatten())
@@ -97,7 +95,7 @@ def read_item_columns(
     single: Sequence[str] | None = None,
     multi: Sequence[str] | None = None,
 ) -> ItemColumns:
-    """Read attributes and line them up with a catalogue.
+    """Read attributes of items and line them up with a catalogue.
 
     Args:
         source: table of items as for `open_table`, or None.
@@ -106,10 +104,6 @@ def read_item_columns(
         single: columns with one value per item; None takes ``brand`` if present.
         multi: columns with several values, as lists or as text split at the first of `SEPARATORS`
             that occurs in it; None takes ``categories`` if present.
-
-    Raises:
-        UsageError: a column does not exist, or is named twice.
-        InputError: a column holds something else than categories.
     """
     if source is None:
         if single or multi:
@@ -124,7 +118,7 @@ def read_item_columns(
     flags: dict[str, str] = {}
     for names, defaults, flag in (
         (single, ("brand",), "--item-columns (item_columns=)"),
-        (multi, ("categories",), "--multi-columns (multi_columns=)"),
+        (multi, ("categories",), MULTI_FLAG),
     ):
         present = [name for name in defaults if name in table.names]
         for name in present if names is None else names:
@@ -144,7 +138,7 @@ def read_item_columns(
             len(ids),
         )
     positions = pa.array(rows, mask=rows < 0)
-    several = frozenset(name for name, flag in flags.items() if flag.startswith("--multi"))
+    several = frozenset(name for name, flag in flags.items() if flag == MULTI_FLAG)
     values = {}
     for name in flags:
         lists = _lists(read.column(name), name=name, label=table.label, split=name in several)
@@ -174,14 +168,8 @@ def _lists(column: Any, *, name: str, label: str, split: bool) -> Any:
 def join_catalogue(item_ids: pa.Array, items: Any, id_column: str | None, *, label: str) -> ItemIds:
     """Return the catalogue: the items of the table, then the further items of the log.
 
-    Args:
-        item_ids: ``(log items,)`` distinct item ids of the log.
-        items: table of items, or None.
-        id_column: its id column; None takes ``item_id``.
-        label: the log in the user's words.
-
     Raises:
-        InteractionsError: the table holds none of the log's items.
+        InteractionsError: the table holds none of the log's items ``item_ids``.
     """
     if items is None:
         return ItemIds(item_ids)
@@ -200,14 +188,7 @@ def join_catalogue(item_ids: pa.Array, items: Any, id_column: str | None, *, lab
 
 
 def extend_schema(schema: Schema, items: Any) -> tuple[Schema, ItemIds]:
-    """Append the items that the schema does not know.
-
-    Args:
-        schema: schema of the trained model.
-        items: table with ``item_id`` and the model's attributes.
-
-    Returns:
-        The new schema and the ids that were appended.
+    """Append the items of a table that the schema does not know; return their ids too.
 
     Raises:
         UsageError: a column is missing, or there is no new item.

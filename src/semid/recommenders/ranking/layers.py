@@ -62,12 +62,7 @@ class Dropout(nn.Dropout):
 class Perceptron(nn.Module):
     """Linear layers with batch norm, ReLU and dropout, ``(batch, width)`` to ``(batch, out)``.
 
-    Args:
-        width: width of the input.
-        hidden: widths of the hidden layers; without any, one linear map is left.
-        out: width of the output; None stops after the last hidden layer.
-        batch_norm: batch normalization before each ReLU.
-        dropout: dropout rate after it.
+    ``out`` None stops after the last hidden layer; without hidden layers one linear map is left.
     """
 
     def __init__(
@@ -123,13 +118,8 @@ class SymmetricPolynomials(nn.Module):
 
     Newton's recurrence over the power sums ``p_k = sum_f e_f^k``:
     ``k e_k = sum_{i=1..k} (-1)^(i-1) e_{k-i} p_i``, ``e_0 = 1``; in float32 also under autocast,
-    since its terms cancel.
-
-    Args:
-        width: width of an embedding.
-        order: K, at least 1.
-        batch_norm: batch normalization of each polynomial (ours): for small embeddings e_3 is near
-            0 and gets no gradient without it.
+    since its terms cancel. Batch normalization of each polynomial is ours: for small embeddings e_3
+    is near 0 and gets no gradient without it.
 
     Source: DeepIM, Yu et al., CIKM 2020.
     """
@@ -169,19 +159,9 @@ ATTENTION_PRESETS = ("authors", "paper")
 class FieldAttention(nn.Module):
     """One layer of multi-head self-attention over the fields.
 
-    ``paper``: ``ReLU(attention + W_res x)``, scores divided by ``sqrt(d)`` of a head. ``authors``
-    (their code): ReLU also on the projections of query, key, value and residual, and layer norm at
-    the end.
-
-    Args:
-        width: width of the input.
-        head_width: width of each head.
-        heads: number of heads.
-        preset: ``authors`` or ``paper``; the arguments below override it.
-        relu_projections: ReLU on the projections.
-        layer_norm: layer norm at the end.
-        scale: divide the scores by ``sqrt(head_width)``.
-        residual: add ``W_res x`` before the last ReLU.
+    The preset ``paper`` is ``ReLU(attention + W_res x)``, scores divided by ``sqrt(d)`` of a head.
+    ``authors`` (their code) has ReLU also on the projections of query, key, value and residual, and
+    layer norm at the end. The arguments after it override the preset.
 
     Source: AutoInt, Song et al., CIKM 2019, eq. 5 to 8; their code for ``authors``.
     """
@@ -297,15 +277,8 @@ class ExpertCrossLayer(nn.Module):
 class MoCFusion(nn.Module):
     """``e' = e + e W_down W_up`` over the concatenation of all field embeddings.
 
-    ``W_up`` starts at zero (ours), so that a model with fusion begins as the model without.
-
-    Args:
-        fields: number of fields.
-        width: width of an embedding.
-        rank: rank of the bottleneck (the paper prints none; 16 is ours).
-
-    Raises:
-        UsageError: the rank is below 1.
+    ``W_up`` starts at zero (ours), so that a model with fusion begins as the model without. The
+    paper prints no rank of the bottleneck; 16 is ours.
 
     Source: MoC §4.2, eq. 8.
     """

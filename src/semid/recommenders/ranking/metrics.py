@@ -52,19 +52,13 @@ def _positive(labels: npt.NDArray[Any], scores: Floats) -> npt.NDArray[np.bool_]
 
 
 def auc(labels: npt.NDArray[Any], scores: Floats) -> float:
-    """Return the area under the ROC curve of all rows; ties count one half.
+    """Return the area under the ROC curve, NaN with one class; ties count one half.
 
-    Args:
-        labels: ``(rows,)`` 0 or 1.
-        scores: ``(rows,)`` finite; larger means more likely 1.
-
-    Returns:
-        The share of pairs of a positive and a negative in the right order, NaN with one class.
+    The share of pairs of a positive and a negative row in the right order, from labels 0 or 1 and
+    finite scores, each ``(rows,)``. Costs one sort.
 
     Raises:
         InputError: shapes differ, or a score is not finite.
-
-    Cost: one sort.
     """
     positive = _positive(labels, scores)
     count = int(positive.sum())
@@ -218,14 +212,7 @@ def measure(
     users: npt.NDArray[Any],
     popularity: npt.NDArray[Any],
 ) -> Metrics:
-    """Measure rows.
-
-    Args:
-        labels: ``(rows,)`` 0 or 1.
-        logits: ``(rows,)`` logits.
-        users: ``(rows,)`` numbers that distinguish users.
-        popularity: ``(rows,)`` training positives of the row's item.
-    """
+    """Measure rows; ``popularity`` ``(rows,)`` counts training positives of the row's item."""
     user_auc, user_auc_weighted, user_count = auc_by_user(labels, logits, users)
     fit = calibration(labels, sigmoid(logits))
     return Metrics(

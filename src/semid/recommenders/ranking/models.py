@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from semid.errors import check_choice
 from semid.options import MAX_WIDTH, Options, option
 from semid.recommenders.ranking.layers import (
     ATTENTION_PRESETS,
@@ -21,6 +20,7 @@ from semid.recommenders.ranking.layers import (
     Perceptron,
     SymmetricPolynomials,
 )
+from semid.registry import Registry
 
 __all__ = [
     "MODELS",
@@ -119,7 +119,9 @@ class DCNv2Options(DeepFMOptions):
 
 
 class Model(nn.Module):
-    """Base of the models: ``model(e, first)`` returns logits ``(batch,)``.
+    """Base of the models, also of those of other packages.
+
+    ``model(e, first)`` returns logits ``(batch,)``.
 
     ``e`` are field embeddings ``(batch, fields, width)``; ``first`` are first-order weights
     ``(batch, fields)`` for models that read them, else None.
@@ -259,29 +261,20 @@ def _cross(width: int, options: DCNv2Options) -> nn.Module:
     return ExpertCrossLayer(width, rank=options.rank, experts=options.experts)
 
 
-MODELS: dict[str, type[Model]] = {
-    "autoint": AutoInt,
-    "dcnv2": DCNv2,
-    "deepfm": DeepFM,
-    "deepim": DeepIM,
-}
-"""Models by their names on the command line."""
+MODELS = Registry(
+    "semid.recommenders",
+    {"autoint": AutoInt, "dcnv2": DCNv2, "deepfm": DeepFM, "deepim": DeepIM},
+)
+"""Models by their names on the command line; entry points of the group add others."""
 
 
 def make_model(
     name: str, *, fields: int, width: int, options: Mapping[str, Any] | None = None
 ) -> Model:
-    """Return a new model.
-
-    Args:
-        name: key of `MODELS`.
-        fields: number of fields.
-        width: width of an embedding.
-        options: options of the model by name, see ``MODELS[name].options``.
+    """Return a new model; ``options`` by name are those of ``MODELS[name].options``.
 
     Raises:
         UsageError: an unknown model or option, or a value out of range.
     """
-    check_choice("--model (model=)", name, sorted(MODELS))
-    model = MODELS[name]
-    return model(fields, width, model.options.of(options))
+    kind: type[Model] = MODELS.load(name, flag="--model (model=)")
+    return kind(fields, width, kind.options.of(options))

@@ -41,7 +41,7 @@ class RankerConfig(Options):
     """
 
     model: str = option(
-        "deepfm", choices=sorted(MODELS), name="--model (model=)", help="Ranking model."
+        "deepfm", name="--model (model=)", help="Ranking model: deepfm, deepim, autoint or dcnv2."
     )
     width: int = option(
         16, ge=1, le=MAX_WIDTH, name="--width (width=)", help="Width of an embedding."
@@ -66,8 +66,7 @@ class RankerConfig(Options):
     )
 
     def _problems(self) -> list[str]:
-        if self.model in MODELS:
-            MODELS[self.model].options.of(self.options)
+        MODELS.load(self.model, flag="--model (model=)").options.of(self.options)
         return []
 
 
@@ -76,12 +75,6 @@ class WideId(nn.Module):
 
     A narrow second table of item ids, mapped linearly to as many fields as the codes would fill.
     Its width is chosen so that table and map together have about as many parameters as the codes.
-
-    Args:
-        schema: schema with the rows of the item ids.
-        codes: the codes it replaces.
-        width: width of an embedding.
-        std: standard deviation of the table's initial values.
     """
 
     id_rows: Tensor
@@ -106,14 +99,7 @@ class WideId(nn.Module):
 
 
 class RankingNetwork(nn.Module):
-    """Inputs to logits; ``forward`` returns the loss, as the training loop expects.
-
-    Args:
-        schema: vocabularies and attributes.
-        codes: code features, or None.
-        config: architecture.
-        item_id: whether the item id has a field.
-    """
+    """Inputs to logits; ``forward`` returns the loss, as the training loop expects."""
 
     def __init__(
         self,

@@ -134,11 +134,7 @@ class Ranker:
         ids.check_codebook(self.codebook_fingerprint)
 
     def rows(self, frame: Any) -> tuple[RankingRows, dict[str, int]]:
-        """Look a table up: rows with labels 0, and the counts of what was unknown.
-
-        Args:
-            frame: table as for `predict`.
-        """
+        """Look a table up: rows with labels 0, and the counts of what was unknown."""
         schema = self.schema
         table = open_table(frame, what="the rows to score")
         columns = [schema.user_column, schema.item_column, *schema.context, *schema.dense]

@@ -130,13 +130,7 @@ class BatchSource(Protocol):
 
 
 class MemoryBatches:
-    """Batches of rows in memory: a permutation per epoch, one gather per column.
-
-    Args:
-        rows: training rows, on the device of the network.
-        batch_size: rows per step.
-        seed: seed of the order.
-    """
+    """Batches of rows in memory: a permutation per epoch, one gather per column."""
 
     def __init__(self, rows: RankingRows, *, batch_size: int, seed: int) -> None:
         self.rows, self.batch_size, self.seed = rows, batch_size, seed

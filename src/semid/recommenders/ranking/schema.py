@@ -134,14 +134,9 @@ def as_text(
 ) -> pa.Array:
     """Return a column of categories ``(n,)`` as strings; nulls stay nulls.
 
-    Args:
-        column: the column.
-        name: its name.
-        label: its table in the user's words.
-        advice: what to do about a column of another type.
-
     Raises:
-        InputError: it holds something else than strings, integers or truth values.
+        InputError: it holds something else than strings, integers or truth values; ``advice`` says
+            what to do.
     """
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     checks = (is_text, pa.types.is_integer, pa.types.is_boolean, pa.types.is_null)
@@ -240,15 +235,7 @@ class Schema:
     def context_rows(
         self, columns: Mapping[str, Any], *, rows: int, label: str
     ) -> tuple[Tensor, Tensor]:
-        """Look up the context of rows.
-
-        Args:
-            columns: Arrow columns by name, each ``(rows,)``.
-            rows: number of rows, also where there is no column.
-            label: the table in the user's words.
-
-        Returns:
-            ``(rows, categorical)`` int32 and ``(rows, dense)`` float32.
+        """Look up the context of rows: ``(rows, categorical)`` int32, ``(rows, dense)`` float32.
 
         Raises:
             InputError: listing every column of a wrong type or with NaN.

@@ -156,9 +156,7 @@ def draw_negatives(
         name: stream of random numbers; another name draws independently.
 
     Returns:
-        Items ``(rows,)`` and a mask of the rows that got one.
-
-    Cost: one sort of the pairs, then a binary search per draw.
+        Items ``(rows,)`` and a mask of the rows that got one. Costs one sort of the pairs.
     """
     # A pair is one integer, so "was it excluded?" is a binary search among sorted integers.
     keys = np.unique(excluded[0] * items + excluded[1])
@@ -260,15 +258,7 @@ def split_rows(
 def hash_parts(
     users: Any, items: Any, *, fractions: Sequence[float], cold_share: float, seed: int
 ) -> Parts:
-    """Return the part ``(rows,)`` of each row from hashes of its user and item alone.
-
-    Args:
-        users: ``(rows,)`` Arrow strings.
-        items: ``(rows,)`` Arrow strings.
-        fractions: shares of train, validation and test.
-        cold_share: share of the items that training never sees.
-        seed: salt of the hashes.
-    """
+    """Return the part ``(rows,)`` of each row from hashes of its user and item (strings) alone."""
     # The two hashes are mixed one after the other, so that swapping user and item matters and all
     # 64 bits depend on both (multipliers of splitmix64's finalizer).
     pairs = hash_strings(users, salt=f"split {seed}")

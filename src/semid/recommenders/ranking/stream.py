@@ -67,11 +67,7 @@ class LogFiles:
         return [self.user, self.item, self.label.column, *config.categorical, *config.dense]
 
     def tables(self, places: list[tuple[int, int]] | None = None) -> Iterator[pa.Table]:
-        """Yield the log in pieces.
-
-        Args:
-            places: pairs of a file and one of its row groups; None reads everything in order.
-        """
+        """Yield the log in pieces: in order, or the row groups ``places`` (file, group) alone."""
         order: list[tuple[int, int | None]] = [*(places or [])]
         for file, group in order or [(file, None) for file in range(len(self.files.paths))]:
             groups = None if group is None else [group]
@@ -82,11 +78,7 @@ class LogFiles:
                     yield pa.Table.from_batches([batch])
 
     def batch(self, table: pa.Table) -> LogBatch:
-        """Return rows with their parts and labels.
-
-        Raises:
-            InteractionsError: a user or an item is null.
-        """
+        """Return rows with their parts and labels."""
         config, label = self.config, self.files.label
         users, items = (
             as_text(table.column(name), name=name, label=label) for name in (self.user, self.item)
@@ -208,12 +200,6 @@ class StreamBatches:
 
     Row groups come in a random order per epoch and pass through a buffer: every row that leaves it
     is a random one of those inside. A run that is resumed midway reads up to where it was.
-
-    Args:
-        stream: the log.
-        batch_size: rows per step.
-        seed: seed of the order.
-        device: device of the batches.
     """
 
     def __init__(

@@ -102,13 +102,7 @@ class RowwiseAdamW(torch.optim.AdamW):
 def make_optimizer(
     network: RankingNetwork, options: TrainOptions, features: CodeFeatures | None = None
 ) -> torch.optim.Optimizer:
-    """Return the optimizer of a network.
-
-    Args:
-        network: the network.
-        options: learning rate and weight decay.
-        features: learning rate and weight decay of the code tables; None takes the others'.
-    """
+    """Return the optimizer; ``features`` holds learning rate and decay of the code tables."""
     tables = [network.tables, *([] if network.first is None else [network.first])]
     codes = [table.codes for table in tables if table.codes is not None]
     code_ids = {id(parameter) for parameter in codes}
@@ -125,14 +119,7 @@ def make_optimizer(
 
 
 class RankingTask:
-    """Task of `semid.training.loop.train`; the validation AUC chooses the checkpoint.
-
-    Args:
-        network: the network.
-        source: training batches.
-        validation: validation rows.
-        features: code features with the learning rate of their tables, or None.
-    """
+    """Task of `semid.training.loop.train`; the validation AUC chooses the checkpoint."""
 
     def __init__(
         self,
