@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -87,10 +87,11 @@ class Ranking:
     unknown: dict[str, int]
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class Ranker:
     """A ranking model; `train_ranker` returns one, `semid.load` opens one.
 
-    Args:
+    Attributes:
         schema: vocabularies and item attributes.
         network: trained network, on the CPU.
         config: its architecture.
@@ -102,20 +103,17 @@ class Ranker:
 
     kind: ClassVar[str] = "ranker"
 
-    def __init__(
-        self,
-        *,
-        schema: Schema,
-        network: RankingNetwork,
-        config: RankerConfig,
-        features: CodeFeatures | None = None,
-        codes: CodeTable | None = None,
-        codes_info: CodesInfo | None = None,
-        report: dict[str, Any] | None = None,
-    ) -> None:
-        self.schema, self.network, self.config = schema, network.eval(), config
-        self.features, self.codes, self.codes_info = features, codes, codes_info
-        self.report = report or {}
+    schema: Schema
+    network: RankingNetwork
+    config: RankerConfig
+    features: CodeFeatures | None = None
+    codes: CodeTable | None = None
+    codes_info: CodesInfo | None = None
+    report: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Put the network in evaluation mode."""
+        self.network.eval()
 
     @property
     def codebook_fingerprint(self) -> str | None:
@@ -288,15 +286,7 @@ class Ranker:
         # The tables' sizes stay, only the buffers that map items to rows grow. Weights are copied.
         network = make_network(schema, codes, self.config, item_id=self.network.index.item_id)
         load_module_(network, module_arrays(self.network))
-        return Ranker(
-            schema=schema,
-            network=network,
-            config=self.config,
-            features=self.features,
-            codes=codes,
-            codes_info=self.codes_info,
-            report=self.report,
-        )
+        return replace(self, schema=schema, network=network, codes=codes)
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Write the artefact folder (``config.json``, ``model.safetensors``, ``README.md``).
