@@ -79,6 +79,7 @@ def _cells(rows: Sequence[Row]) -> list[str]:
     for model, method, scale, fusion in _cell_keys(rows):
         cell = {"model": model, "method": method, "scale": scale, "fusion": fusion}
         runs = [r for r in rows if cell.items() <= r.items()]
+        # Differences to the same weights without codes or without fusion.
         shuffled, without = (
             [r["reliance"][name] - r["auc"] for r in runs if name in r["reliance"]]
             for name in ("auc_codes_shuffled", "auc_without_fusion")

@@ -129,6 +129,7 @@ class TokenizerCache:
         return self._known[kind, scale]
 
     def _fit(self, kind: str, scale: int, progress: Progress) -> SemanticIds:
+        # The ids are written last: a fit that was stopped has none and is repeated.
         folder = self.folder / f"{kind}-{scale}x"
         file = self.folder / f"{kind}-{scale}x.parquet"
         if file.exists():
@@ -152,6 +153,7 @@ class TokenizerCache:
 
     def _train_rows(self) -> np.ndarray:
         trained = self.data.schema.items.ids.take(np.flatnonzero(self.data.train_items))
+        # Items that training never sees must not shape the codebooks either.
         rows = self.source.ids.index_of(trained.strings())
         known = np.sort(rows[rows >= 0])
         if not len(known):
@@ -313,6 +315,7 @@ def run_grid(
 
 def _settings(grid: Grid, data: RankingData, embeddings: EmbeddingSource | None) -> str:
     """Hash what all runs share: options, all rows of the data, all embeddings."""
+    # Model and fusion differ between the runs of a grid, so `_key` adds them.
     document = {
         "protocol": data.protocol,
         "data": data_digest(data),

@@ -116,6 +116,7 @@ class _Task:
 
     def error(self, rows: npt.NDArray[np.int64]) -> float:
         """Return squared error over variance of catalogue rows (from 0)."""
+        # Squared error over the variance around the mean of the training items, block by block.
         total = spread = 0.0
         mean = self.x[torch.from_numpy(self.rows)].mean(0)
         for part in np.array_split(rows, max(1, len(rows) // 8192)):

@@ -49,6 +49,7 @@ def code_embeddings(
     Raises:
         UsageError: the network has no code fields, or no fusion although ``fused`` is true.
     """
+    # Fields of history and item id are left out.
     places = [n for n, name in enumerate(network.field_names) if name.startswith("code:")]
     if not places:
         raise UsageError("this model has no code fields; train it with ids=")
@@ -103,6 +104,7 @@ def discriminability(
     Source: MoC definition 3.1; the adjustment and the baseline are ours, since the information of
     clusters about clicks is tiny.
     """
+    # Labels in random order keep the sizes of both groupings and lose every relation.
     binary = (labels > 0.5).astype(np.int64)
     generator = numpy_generator(seed, "shuffled labels", name)
     chance = [
@@ -254,6 +256,7 @@ def analyze_codes(
     """
     if len(rows) < 2:
         raise InputError(f"{len(rows)} rows cannot be analyzed; give at least 2")
+    # Embeddings once, before or after fusion; the codes themselves come from the joined table.
     labels = rows.label.cpu().numpy()
     e = code_embeddings(network, rows, fused=fused)
     flat = e.reshape(len(e), -1)
@@ -301,6 +304,7 @@ def mutual_information(table: Ints) -> float:
     """Return the mutual information of a contingency table, in nats."""
     total = table.sum()
     rows, columns = table.sum(1), table.sum(0)
+    # Empty cells add nothing: p log p tends to 0.
     i, j = np.nonzero(table)
     joint = table[i, j] / total
     value = (joint * np.log(joint * total * total / (rows[i] * columns[j]))).sum()

@@ -173,7 +173,7 @@ class LogBatch:
     def of_part(self, number: int) -> LogBatch:
         """Return the rows of one part."""
         mask = self.parts == number
-        if mask.all():
+        if mask.all():  # a log in memory comes part by part
             return self
         arrow = pa.array(mask)
         columns = {name: column.filter(arrow) for name, column in self.columns.items()}
@@ -196,11 +196,13 @@ class ValueCounts:
             distinct = distinct.dictionary_decode()
         columns = {"value": distinct.cast(pa.large_string()), "n": counted.field("counts")}
         self.pieces.append(pa.table(columns))
+        # Merging costs the distinct values so far, so it waits until as many new ones have come.
         self.waiting += len(counted)
         if self.waiting > MERGE_ROWS:
             self._merge()
 
     def _merge(self) -> pa.Table:
+        # A single piece is the result of `value_counts`: its values are distinct already.
         if len(self.pieces) != 1:
             table = pa.concat_tables(self.pieces or [_NO_COUNTS])
             merged = table.group_by("value", use_threads=False).aggregate([("n", "sum")])
@@ -274,6 +276,7 @@ class DataBuilder:
 
     def add(self, batch: LogBatch) -> None:
         """Count the training rows of a batch and hold the others."""
+        # Rows and positives per part show later whether each part has rows of both labels.
         self.rows += np.bincount(batch.parts, minlength=len(PARTS))
         self.positives += np.bincount(batch.parts[batch.labels], minlength=len(PARTS))
         for number in np.unique(batch.parts).tolist():
@@ -379,6 +382,7 @@ class DataBuilder:
     def _encoded(self, batches: list[LogBatch], schema: Schema) -> RankingRows:
         encoded = [encode(batch, schema, label=self.label) for batch in batches]
         columns = {name: np.concatenate([each[name] for each in encoded]) for name in encoded[0]}
+        # Metrics per user need numbers of users, also of those without an embedding.
         users = batches[0].users
         if pa.types.is_dictionary(users.type):
             person = users.indices.to_numpy()

@@ -174,7 +174,7 @@ class _MemoryLog:
             if not len(rows):
                 continue
             items, labels = self.item[rows], self.positive[rows]
-            if label.sampled:
+            if label.sampled:  # the negatives of a row follow all logged rows of the part
                 repeated = np.repeat(rows, label.negatives)
                 negatives, valid = self._negatives(number, repeated)
                 self.dropped += int((~valid).sum())
@@ -184,6 +184,7 @@ class _MemoryLog:
             history = None
             if spans is not None:
                 history = HistoryIndex(self._events, torch.from_numpy(spans[rows]), config.history)
+            # Codes into the distinct ids, so that later look-ups cost the distinct ids alone.
             yield LogBatch(
                 users=pa.DictionaryArray.from_arrays(pa.array(log.users[rows]), log.user_ids),
                 items=pa.DictionaryArray.from_arrays(pa.array(items), ids),

@@ -94,6 +94,7 @@ class FieldIndex(nn.Module):
         self.pads = [int(start) for start in starts[len(self.names) : -1]]
         for place, attribute in enumerate(multi.values()):
             self._buffer(f"multi_{place}", attribute.rows + self.pads[place])
+        # Codes have a fused table of their own: it may learn at another rate.
         self.slots, self.code_total = 0, 0
         table = np.zeros((items, 0), np.int64)
         if codes is not None and not codes.widened:
@@ -114,6 +115,7 @@ class FieldIndex(nn.Module):
 
     def forward(self, inputs: Inputs) -> Positions:
         """Look up the rows of a batch."""
+        # Hiding ids at random trains the unknown rows; attributes and codes stay visible.
         user, item = inputs.user, inputs.item
         item_rows = self.item_rows[item]
         if self.training and self.unknown_rate > 0:
@@ -163,6 +165,7 @@ class FieldTables(nn.Module):
         unknown = [*index.offsets.tolist(), *index.pads, *index.item_rows[0].tolist()]
         with torch.no_grad():
             self.base[unknown] = 0.0
+        # The order of the fields: base, several values, dense, item history, codes, code history.
         names = [*index.names, *index.multi_names]
         self.dense = None
         if index.dense_names:
@@ -197,10 +200,12 @@ class FieldTables(nn.Module):
 
     def forward(self, positions: Positions) -> Tensor:
         """Gather the embeddings of a batch."""
+        # One embedding per field; several values and histories become the mean of theirs.
         past = positions.past
         fields = [self._gather(self.base, positions.single)]
         for rows, pad in zip(positions.multi, self.pads, strict=True):
             fields.append(_mean(self._gather(self.base, rows), (rows > pad).to(self.base.dtype)))
+        # A dense column is its value times one trained vector.
         if self.dense is not None:
             fields.append(positions.dense.unsqueeze(-1) * self.dense)
         if self.history and self.item_id:
@@ -215,7 +220,7 @@ class FieldTables(nn.Module):
 
     def _grouped(self, e: Tensor) -> Tensor:
         """Add up the slots of each field: ``(..., slots, width)`` to ``(..., fields, width)``."""
-        if all(len(slots) == 1 for slots in self.groups):
+        if all(len(slots) == 1 for slots in self.groups):  # every slot is a field
             return e
         return torch.stack([e[..., slots, :].sum(-2) for slots in self.groups], -2)
 

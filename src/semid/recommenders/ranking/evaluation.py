@@ -37,6 +37,7 @@ def predict_logits(
     """Score rows ``(rows,)`` in evaluation mode; the network's mode is put back."""
     was_training = network.training
     network.eval()
+    # The rows may lie on another device than the network; only the batch moves.
     device = next(network.parameters()).device
     with torch.no_grad():
         logits = [
@@ -105,6 +106,7 @@ def reliance(
     def score() -> float:
         return auc(labels, predict_logits(network, rows))
 
+    # The network is changed in place for each score, and put back whatever happens.
     figures = {"auc": score()}
     fusion, table = network.fusion, network.index.code_rows
     try:

@@ -49,13 +49,14 @@ class RankingGraph(nn.Module):
     def forward(self, *tensors: Tensor) -> Tensor:
         """Score a batch."""
         inputs = dict(zip(self.names, tensors, strict=True))
+        # Inputs that the model does not read have no columns.
         empty = inputs["item"].new_zeros((inputs["item"].shape[0], 0))
         defaults = {"context": empty, "dense": empty.float(), "history": empty}
         return self.network.logits(Inputs(**{**defaults, **inputs})).sigmoid()
 
 
 def _example(schema: Schema) -> tuple[Tensor, ...]:
-    batch = 3
+    batch = 3  # neither 0 nor 1, which the exporter would take for a constant
     inputs = {
         "user": torch.zeros(batch, dtype=torch.int64),
         "item": torch.zeros(batch, dtype=torch.int64),

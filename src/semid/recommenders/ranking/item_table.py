@@ -56,6 +56,7 @@ class ItemColumns:
         """Return the attributes, their vocabularies from the items in the mask ``train`` alone."""
         attributes = {}
         for name, column in self.values.items():
+            # An empty text is a missing value: it gets no row and reads the unknown one.
             values = pc.drop_null(pc.unique(column.filter(pa.array(train)).flatten()))
             values = values.filter(pc.not_equal(values, ""))
             vocabulary = Vocabulary(values.cast(pa.large_string()), source=f"values of '{name}'")
@@ -178,6 +179,7 @@ def join_catalogue(item_ids: pa.Array, items: Any, id_column: str | None, *, lab
     if key not in table.names:
         return ItemIds(item_ids)  # reading the columns says what is wrong
     known = ItemIds(table.read([key]).column(key), source=f"id column '{key}' of {table.label}")
+    # The table comes first, so that its items have equal rows whatever the log holds.
     extra = np.flatnonzero(known.index_of(item_ids) < 0)
     if len(extra) == len(item_ids):
         raise InteractionsError(

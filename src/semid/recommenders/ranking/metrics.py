@@ -123,6 +123,7 @@ def auc_by_user(
 def log_loss(labels: npt.NDArray[Any], logits: Floats) -> float:
     """Return the mean negative log likelihood, in nats, from logits ``(rows,)``."""
     positive = _positive(labels, logits)
+    # -log sigmoid(z) = log(1 + exp(-z)), which logaddexp computes without overflow.
     signed = np.where(positive, logits, -logits).astype(np.float64)
     return float(np.logaddexp(0.0, -signed).mean())
 
@@ -147,6 +148,7 @@ class Calibration:
 def calibration(labels: npt.NDArray[Any], probabilities: Floats, *, bins: int = 20) -> Calibration:
     """Compare probabilities ``(rows,)`` with labels, overall and in bins of equally many rows."""
     positive = _positive(labels, probabilities).astype(np.float64)
+    # Bins of equally many rows, by predicted probability; the error weighs them by their rows.
     order = np.argsort(probabilities, kind="stable")
     parts = np.array_split(order, max(1, min(bins, len(order))))
     predicted = np.array([probabilities[part].mean(dtype=np.float64) for part in parts])

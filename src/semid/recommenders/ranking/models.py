@@ -177,6 +177,7 @@ class DeepIM(Model):
 
     def __init__(self, fields: int, width: int, options: DeepIMOptions) -> None:
         super().__init__(fields, width, options)
+        # A linear map weighs the products of each order; the perceptron reads the embeddings.
         self.polynomials = SymmetricPolynomials(
             width, order=options.order, batch_norm=options.polynomial_norm
         )
@@ -199,6 +200,7 @@ class AutoInt(Model):
 
     def __init__(self, fields: int, width: int, options: AutoIntOptions) -> None:
         super().__init__(fields, width, options)
+        # Each layer reads what the one before returns: heads * head_width per field.
         layers: list[FieldAttention] = []
         for _ in range(options.layers):
             layers.append(
@@ -244,6 +246,7 @@ class DCNv2(Model):
 
     def forward(self, e: Tensor, first: Tensor | None = None) -> Tensor:
         """Return logits ``(batch,)``; ``first`` is not read."""
+        # Each cross layer multiplies by the input once more, so degrees rise by one.
         x0 = e.flatten(1)
         x = x0
         for layer in self.cross:

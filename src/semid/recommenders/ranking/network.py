@@ -147,6 +147,7 @@ class RankingNetwork(nn.Module):
     def logits(self, inputs: Inputs) -> Tensor:
         """Return logits ``(batch,)``."""
         positions = self.index(inputs)
+        # Embeddings, fusion, model; under autocast the logit returns to float32 for the loss.
         e = self._embed(positions, inputs.item)
         if self.fusion is not None:
             e = self.fusion(e)
@@ -189,6 +190,7 @@ def make_network(
     Raises:
         UsageError: an unknown model or option.
     """
+    # The generator of the caller stays as it was.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(child_seed(seed, "start"))
         return RankingNetwork(schema, codes, config, item_id=item_id)

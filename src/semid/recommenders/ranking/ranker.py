@@ -140,6 +140,7 @@ class Ranker:
             table.require(name, flag="a column of the model")
         with_history = schema.history > 0 and HISTORY_COLUMN in table.names
         read = table.read([*columns, *([HISTORY_COLUMN] if with_history else [])])
+        # Both id columns are tried before the problems are raised together.
         problems: list[str] = []
         ids = {}
         for name in (schema.user_column, schema.item_column):
@@ -191,6 +192,7 @@ class Ranker:
     def _unknown(
         self, user: npt.NDArray[np.int64], item: npt.NDArray[np.int64], context: torch.Tensor
     ) -> dict[str, int]:
+        # Row 0 is the unknown one in every table.
         unknown = {
             "user": int((user == 0).sum()),
             "item": int((item == 0).sum()),
@@ -257,6 +259,7 @@ class Ranker:
         for name, value in (context or {}).items():
             columns[name] = pa.array([value] * count)
         scored = self.predict(columns)
+        # By logit: probabilities of large logits are equal in float32.
         order = np.argsort(-scored.logit, kind="stable")[:k]
         names = items.take(pa.array(order)).to_pylist()
         return Ranking(names, scored.probability[order], scored.unknown)
@@ -306,6 +309,7 @@ class Ranker:
             "codes_info": None if self.codes_info is None else asdict(self.codes_info),
             "report": self.report,
         }
+        # Buffers are part of the schema and the codes, which are stored once, on their own.
         tensors = {f"network.{n}": a for n, a in module_arrays(self.network).items()}
         tensors |= {n: a for n, a in self.schema.tensors().items() if a.size or a.ndim < 2}
         if codes is not None:

@@ -138,6 +138,7 @@ class MemoryBatches:
 
     def batches(self, epoch: int, first: int) -> Iterator[tuple[tuple[Inputs, Tensor], float]]:
         """Yield ``((inputs, labels), weight)`` of an epoch from step ``first`` on."""
+        # The order is a function of seed and epoch; every process takes its share of each batch.
         batches = epoch_batches(len(self.rows), self.batch_size, seed=self.seed, epoch=epoch)
         device = self.rows.label.device
         for batch in batches[first:]:

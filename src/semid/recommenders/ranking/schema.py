@@ -99,6 +99,7 @@ class Vocabulary:
 
     def tensors(self, name: str) -> dict[str, np.ndarray]:
         """Return arrays that `of` reads: the bytes of all values, and where each ends."""
+        # Tensors hold no strings: all bytes in one array, and the ends of the texts in another.
         texts = [text.encode() for text in self.strings()]
         ends = np.cumsum([0, *map(len, texts)], dtype=np.int64)
         characters = np.frombuffer(b"".join(texts), dtype=np.uint8).copy()
@@ -107,6 +108,7 @@ class Vocabulary:
     @classmethod
     def of(cls, tensors: Mapping[str, np.ndarray], name: str) -> Vocabulary:
         """Read what `tensors` returned."""
+        # Ends that do not rise from 0 to the number of bytes come from a damaged file.
         text = tensors[f"{name}.bytes"].tobytes()
         ends = tensors[f"{name}.ends"]
         is_valid = ends.ndim == 1 and len(ends) > 0 and ends.dtype.kind == "i"

@@ -169,6 +169,8 @@ def draw_negatives(
     for _ in range(MAX_DRAWS):
         if not len(pending):
             break
+        # By inverse transform: a uniform point falls into an item's stretch of the cumulated
+        # weights in proportion to its weight.
         if cumulative is None:
             draws = pool[generator.integers(0, len(pool), len(pending))]
         else:

@@ -106,6 +106,7 @@ class LogFiles:
 
     def add_to_digest(self, digest: Any, table: pa.Table) -> None:
         """Hash the values that training reads."""
+        # Values, not encoded bytes: the same log in other Parquet files has the same digest.
         for name in self.columns:
             column = table.column(name)
             if pa.types.is_floating(column.type) or pa.types.is_decimal(column.type):
@@ -235,6 +236,7 @@ class StreamBatches:
 
     def _chunks(self, generator: np.random.Generator) -> Iterator[Columns]:
         """Yield the training rows of every row group, the groups in a random order."""
+        # Row groups are the unit of reading; the buffer mixes what they hold.
         log, schema = self.stream.log, self.stream.schema
         places = [
             (file, group)
@@ -248,6 +250,7 @@ class StreamBatches:
                     yield encode(rows, schema, label=log.files.label)
 
     def _batch(self, columns: Columns) -> tuple[tuple[Inputs, Tensor], float]:
+        # With several processes each takes its share, weighted so that the gradients add up.
         rows, weight = own_share(np.arange(len(columns["label"])), rank=rank(), world=world_size())
 
         def tensor(name: str) -> Tensor:

@@ -148,6 +148,7 @@ class RankingTask:
 
     def evaluate(self, epoch: int) -> Evaluation:
         """Return the validation AUC."""
+        # The AUC alone decides; the others are for logs.
         logits = predict_logits(self.network, self.validation)
         figures = {"log_loss": log_loss(self.labels, logits)}
         if self.network.fusion is not None:
@@ -280,6 +281,7 @@ def training_device(device: str) -> torch.device:
 
 def data_digest(data: RankingData, table: CodeTable | None = None) -> str:
     """Hash everything that a run trains on, so that a resume on other data is refused."""
+    # Vocabularies and attributes, the rows of all parts in memory, the log on disk, the codes.
     digest = hashlib.sha256(fingerprint(data.schema.tensors()).encode())
     digest.update(data.log_digest.encode())
     for name, rows in sorted(data.parts.items()):
