@@ -101,6 +101,8 @@ def pair_cosines(
     every = np.arange(len(rows))
     squares, result = np.empty(len(rows)), np.empty(len(first))
 
+    # Squared norms are taken by the same function as the products of pairs, so the cosine of equal
+    # rows is exactly 1.
     def norm(part: slice) -> None:
         _dots(rows, every[part], every[part], squares[part])
 

@@ -319,6 +319,7 @@ def pair_aucs(
     prefix = np.logical_and.accumulate(equal, axis=1)
     cosines, variances = _level_cosines(array, tables, cases, threads)
     weights = _level_weights(level_weights, variances, hierarchical)
+    # Every reading scores the same pairs; related pairs should score above random ones.
     scores: dict[str, npt.NDArray[Any]] = {
         "exact_full": prefix[:, -1],
         "exact_prefix": prefix.sum(1),
@@ -330,6 +331,7 @@ def pair_aucs(
         cosine = _embedding_scores(embedding, cases, name, pairs.pool, threads)
         scores[f"embedding: {name}"] = cosine
     options = {"replicates": replicates, "confidence": confidence, "seed": negatives.seed}
+    # Positives come first in the list of pairs.
     n = cases.positives
     rates = [prefix[:n].mean(0), prefix[n:].mean(0), equal[:n].mean(0), equal[n:].mean(0)]
     matches = tuple(

@@ -68,6 +68,7 @@ def proportion(successes: int, trials: int, *, confidence: float = 0.95) -> Prop
             f"successes={successes}, trials={trials}, confidence={confidence}: 0 <= successes <= "
             "trials, trials >= 1 and 0 < confidence < 1 are needed"
         )
+    # Wilson: the shares p from which the observed one is within z standard errors of p itself.
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
     share = successes / trials
     center = (share + z * z / (2 * trials)) / (1 + z * z / trials)
@@ -202,6 +203,7 @@ def flip_rates(
 def _ranks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Return ranks with ties sharing their mean."""
     inverse, counts = np.unique(values, return_inverse=True, return_counts=True)[1:]
+    # Equal values have the ranks last - count + 1 to last, whose mean they share.
     last = np.cumsum(counts)
     mean: npt.NDArray[np.float64] = (last - (counts - 1) / 2.0)[inverse]
     return mean
@@ -225,6 +227,7 @@ def spearman(first: npt.ArrayLike, second: npt.ArrayLike) -> float | None:
         raise InputError(f"values to correlate have shapes {a.shape} and {b.shape}; (n,) twice")
     if len(a) < 2:
         return None
+    # Pearson's correlation of the ranks, centered at their mean (n + 1) / 2.
     a, b = _ranks(a) - (len(a) + 1) / 2, _ranks(b) - (len(b) + 1) / 2
     scale = float(np.sqrt((a @ a) * (b @ b)))
     return float(np.clip(a @ b / scale, -1.0, 1.0)) if scale > 0 else None

@@ -88,8 +88,11 @@ class _Walls:
         if m == 1:  # a single codeword has no walls
             walls = torch.full((len(residuals), 1), torch.inf, dtype=torch.float64)
             return [walls] * len(noises if noises is not None else self.images), nearest
-        # (|r - c_j|^2 - |r - c_1|^2) / 2 is the distance to the wall times |c_j - c_1|.
+        # The wall between c_1 and c_j is their bisector. (|r - c_j|^2 - |r - c_1|^2) / 2 is the
+        # distance of r to it, times |c_j - c_1|.
         rise = (distances[:, 1:].double() - distances[:, :1].double()) / 2
+        # Standard deviation of the noise across the wall, times |c_j - c_1| as well, so that the
+        # quotient below is the distance in units of the noise.
         lengths = []
         for image in self.images:
             step = image[labels[:, 1:]] - image[labels[:, :1]]
@@ -121,6 +124,7 @@ def _proxy(
     code = np.zeros((len(noises), len(levels)))
     prefix = np.zeros_like(code)
     for rows in row_blocks(len(latents), _ROWS):
+        # Per noise: log of the probability that no code so far has changed.
         residuals = as_block(latents, rows)
         stays = [torch.zeros(len(residuals), dtype=torch.float64) for _ in noises]
         for i, level in enumerate(levels):
@@ -217,6 +221,7 @@ def margin_proxy(
 
 def _noise_factor(displacements: npt.NDArray[np.float64], draws: int) -> Float:
     """Return F with ``F F^T`` the covariance, from the sum of outer products."""
+    # Rounding leaves eigenvalues slightly below 0 where the encoder ignores a direction.
     values, vectors = np.linalg.eigh(displacements / draws)
     factor: Float = (vectors * np.sqrt(np.clip(values, 0.0, None))).astype(np.float32)
     return factor
@@ -272,6 +277,7 @@ def input_margin_proxy(
         clean = _latents(encode_latent, block)
         latents.append(clean)
         draws = numpy_generator(seed, "margins", index).standard_normal(block.shape, np.float32)
+        # The same draws at every scale, as in `flip_rates`: the sweep is smooth.
         for i, scale in enumerate(scales):
             moved = _latents(encode_latent, block + np.float32(scale * std) * draws)
             step = moved.astype(np.float64) - clean

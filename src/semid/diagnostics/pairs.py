@@ -232,6 +232,7 @@ def bootstrap(
         # How often each cluster is drawn; the totals are linear in these weights.
         weights = np.bincount(rng.integers(0, clusters, clusters), minlength=clusters)
         totals[replicate] = weights @ sums
+    # One call for all draws; a ratio whose denominator was 0 in a draw is NaN and left out.
     drawn = statistic(totals)
     result = []
     for value, column in zip(point, drawn.T, strict=True):

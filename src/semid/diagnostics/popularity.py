@@ -107,6 +107,7 @@ def popularity_segments(
         return int(ranked[max(math.ceil(round(share * len(ranked), 6)), 1) - 1])
 
     head_least, mid_least = least(head), least(head + mid)
+    # From the least popular to the most: each line overwrites those that belong further up.
     segment = np.full(len(array), 3, np.int64)
     segment[array > 0] = 2
     segment[(array >= mid_least) & (array > 0)] = 1
@@ -142,6 +143,7 @@ def popularity_health(
     segment = popularity_segments(popularity, head=head, mid=mid)
     if len(segment) != len(array):
         raise InputError(f"codes hold {len(array)} items and counts {len(segment)}")
+    # Bucket of each item, size of each bucket, and how many other head items share the item's id.
     bucket = np.unique(bucket_keys(array), return_inverse=True)[1]
     sizes = np.bincount(bucket)
     heads = np.bincount(bucket[segment == 0], minlength=len(sizes))

@@ -197,6 +197,8 @@ def _retention(
         # Columns: number of pairs, hits of the original by cutoff, hits of the reconstruction.
         base = totals[:, 1 : 1 + count] / totals[:, :1]
         ours = totals[:, 1 + count :] / totals[:, :1]
+        # Retention compares what both achieve beyond chance; without such a margin of the original
+        # there is nothing to retain.
         above = base - chance
         with np.errstate(divide="ignore", invalid="ignore"):
             corrected = np.where(above > 0, (ours - chance) / above, np.nan)

@@ -138,6 +138,7 @@ def geometry(
     covariance = gram / len(rows) - np.outer(mean, mean)
     center = mean + shift
     raw = covariance + np.outer(center, center)  # mean products of columns, not centered
+    # Rounding leaves eigenvalues slightly below 0 where a space does not use all directions.
     values = np.clip(np.linalg.eigvalsh(covariance)[::-1], 0.0, None)
     variance, square = np.clip(np.diag(covariance), 0.0, None), np.diag(raw)
     varies = variance > _CONSTANT * square
@@ -233,6 +234,8 @@ class ReconstructionCounter:
         if mean.shape != self._mean.shape:
             raise InputError(f"blocks are {len(self._mean)} and {len(mean)} wide; give one width")
         both = self._items + items
+        # The spread of both blocks about their common mean is the sum of their spreads plus what
+        # the distance of the two means adds.
         step = mean - self._mean
         self._spread += spread + float(step @ step) * self._items * items / both
         self._mean = self._mean + step * (items / both)

@@ -125,6 +125,7 @@ def collisions(
     """
     keys = bucket_keys(codes)
     histogram = _histogram(_run_lengths(np.sort(keys)))
+    # Every rate follows from how many buckets there are of each size.
     rates = _bucket_rates(histogram)
     if duplicate_groups is None:
         return Collisions(*rates, histogram)
@@ -154,7 +155,8 @@ class CollisionCounter:
     def __init__(self, codebook_sizes: Sequence[int]) -> None:
         self.codebook_sizes = tuple(int(size) for size in codebook_sizes)
         self._bits = [max((size - 1).bit_length(), 1) for size in self.codebook_sizes]
-        self._spans: list[slice] = []  # levels that share a 64-bit word
+        # Levels are packed into as few 64-bit words as possible; each span shares one word.
+        self._spans: list[slice] = []
         start = 0
         for level in range(len(self._bits)):
             if sum(self._bits[start : level + 1]) > 64:
@@ -378,6 +380,7 @@ class CapacityCounter:
         words, segments = self._ids.collected()
         if not len(words):
             return Capacity(0, tuple({} for _ in range(self.segments)))
+        # Size of each item's bucket over all segments, then a histogram of them per segment.
         _, groups, counts = np.unique(bucket_keys(words), return_inverse=True, return_counts=True)
         sizes = counts[groups]
         histograms = tuple(_histogram(sizes[segments == s]) for s in range(self.segments))

@@ -92,6 +92,7 @@ def usage_from_counts(counts: npt.ArrayLike, *, level: int = 0) -> LevelUsage:
     used = np.sort(array[array > 0])
     active = len(used)
     share = used / items
+    # Entropy in nats; the logarithm is taken of used codes only.
     perplexity = float(np.exp(-(share * np.log(share)).sum()))
     # Ranks run over all K codes; the dead ones come first and add nothing to the sum.
     ranks = np.arange(size - active + 1, size + 1, dtype=np.float64)
@@ -330,6 +331,7 @@ class EnergyCounter:
         median = bins[int(np.searchsorted(np.cumsum(rows), rows.sum() / 2))][0]
         # Rows stand out whose half octave begins at `ENERGY_TIMES_MEDIAN` times that of the median.
         edge = median + math.ceil(2.0 * math.log2(ENERGY_TIMES_MEDIAN))
+        # Only sums by half octave are stored, so the split is exact at the edge of a bin.
         few, rest = ErrorSums(), ErrorSums()
         shift = np.zeros(len(self.mean))  # sum of x - mean over the rest
         for size, each in bins:
@@ -352,6 +354,7 @@ class EnergyCounter:
         spread = self.column_spread
         if not spread.any():
             return None
+        # The median of columns that vary at all: padding would pull it to 0.
         few = spread > ENERGY_TIMES_MEDIAN * np.median(spread[spread > 0])
         rest = float(spread[~few].sum())
         order = np.argsort(-spread, kind="stable")[: int(few.sum())]

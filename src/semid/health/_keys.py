@@ -146,6 +146,8 @@ def row_hashes(block: npt.ArrayLike) -> npt.NDArray[np.uint64]:
     weights = np.random.Generator(np.random.PCG64(0x5EED)).integers(
         0, 2**64, size=words, dtype=np.uint64
     ) | np.uint64(1)
+    # One odd random weight per 64-bit word of a row; the hash is the weighted sum of the words,
+    # mixed once more. Buffers are small enough to stay in the cache.
     padded = np.zeros((_HASH_ROWS, 2 * words), np.float32)
     mixed = np.empty((_HASH_ROWS, words), np.uint64)
     for start in range(0, len(array), _HASH_ROWS):
@@ -161,6 +163,7 @@ def row_hashes(block: npt.ArrayLike) -> npt.NDArray[np.uint64]:
             np.right_shift(w, np.uint64(shift), out=mixed[: len(rows)])
             np.bitwise_xor(w, mixed[: len(rows)], out=w)
         total = np.einsum("ij,j->i", w, weights)
+        # A multiplication spreads low bits upward and the shifts spread high bits downward.
         total ^= total >> np.uint64(31)
         total *= np.uint64(0xD6E8FEB86659FD93)
         result[start : start + len(rows)] = total ^ (total >> np.uint64(32))

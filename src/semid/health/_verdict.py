@@ -160,6 +160,7 @@ def _usage_findings(level: LevelUsage) -> list[Finding]:
     attainable = min(level.codebook_size, level.items)
     if attainable < 2:
         return []
+    # With fewer items than codes, not all codes can be used: measure against what is attainable.
     share = (level.perplexity - 1.0) / (attainable - 1.0)
     dead = (level.dead - (level.codebook_size - attainable)) / level.codebook_size
     starved = limits.DEAD_CODES.severity(dead) is not None
@@ -187,6 +188,7 @@ def _usage_findings(level: LevelUsage) -> list[Finding]:
 
 def _even_collision_rate(items: int, capacity: float) -> float:
     """Return the expected ``1 - unique/N`` of ids drawn evenly at random."""
+    # Poisson: of `capacity` ids, 1 - exp(-filling) are hit; per item that many over `filling`.
     filling = items / capacity
     return 1.0 + math.expm1(-filling) / filling
 
@@ -217,6 +219,7 @@ def _collision_findings(c: Collisions, capacity: float) -> list[Finding]:
         "The levels are used unevenly or repeat each other",
         "more levels, better seeding, or a step that makes ids unique after encoding",
     )
+    # Colliding items are reported on their own only where no cause of theirs is.
     if all(finding.severity == "note" for finding in findings):
         findings += evaluate_threshold(
             limits.SHARED,
@@ -226,6 +229,7 @@ def _collision_findings(c: Collisions, capacity: float) -> list[Finding]:
             "unique ids after encoding (semid unique), or one more level",
         )
     share = largest / items
+    # A bucket is a fault if it is large as such and beside the even filling of short ids.
     even = items / min(float(items), capacity)
     if limits.BUCKET_TIMES_EVEN.severity(largest / even) is not None:
         findings += evaluate_threshold(
@@ -392,6 +396,7 @@ def verdict(
     findings = [finding for level in usage for finding in _usage_findings(level)]
     findings += _collision_findings(collisions, capacity)
     input_findings = [] if inputs is None else _input_findings(inputs)
+    # Where few rows or columns hold most of the variance, errors say little about the others.
     skewed = any(finding.name in CONCENTRATED for finding in input_findings)
     findings += _error_findings(training_error, validation_error, error, skewed=skewed)
     findings += input_findings

@@ -95,6 +95,7 @@ def behavior_pairs(
             "and AUCs, which need consecutive items, are left out"
         )
         return None, behavior, notes
+    # Test users are a tenth by a hash of their id: no fit uses their interactions.
     consecutive = sequences.consecutive_pairs(test)
     first, second = consecutive.pairs[:, 0], consecutive.pairs[:, 1]
     if not (first != second).any():
@@ -177,6 +178,7 @@ def relations(source: Any, ids: ItemIds) -> tuple[dict[str, ItemPairs], list[str
     kinds: npt.NDArray[Any] = np.full(len(table), "related", dtype=object)
     if "relation" in table.column_names:
         kinds = table["relation"].cast(pa.large_string()).to_numpy()
+    # Ids outside the catalogue have row -1.
     unknown = int(((first < 0) | (second < 0)).sum())
     notes = []
     if unknown:

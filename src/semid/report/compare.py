@@ -254,6 +254,7 @@ def _ranks(values: tuple[float | None, ...], better: str) -> tuple[int | None, .
     if better == "neither":
         return (None,) * len(values)
     sign = 1.0 if better == "lower" else -1.0
+    # A rank is one more than the number of better values, so equal values share it.
     known = [sign * value for value in values if value is not None]
     return tuple(
         None if value is None else 1 + sum(other < sign * value for other in known)
@@ -264,6 +265,7 @@ def _ranks(values: tuple[float | None, ...], better: str) -> tuple[int | None, .
 def _dominated(names: tuple[str, ...], leads: Sequence[MetricRow]) -> dict[str, tuple[str, ...]]:
     """Return for each model the others that are no worse in any lead metric and better in one."""
     ranked = [row.ranks for row in leads if None not in row.ranks]
+    # Metrics that were not measured for every model decide nothing.
     ranks = np.array(ranked, dtype=np.int64).reshape(len(ranked), len(names)).T
     return {
         name: tuple(
@@ -324,6 +326,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _notes(diagnoses: Mapping[str, Diagnosis], all_held_out: bool) -> tuple[str, ...]:
+    # A note that all models share is written once.
     models: dict[str, list[str]] = {}
     for name, d in diagnoses.items():
         for note in d.notes:

@@ -254,6 +254,7 @@ class _Run:
     def _pool(self, measured: CataloguePass) -> behavior_parts.Pool:
         original = np.empty((measured.items, self.source.dim), dtype=np.float32)
         decoded = np.empty_like(original)
+        # Searching needs all items at once, as they are and as they are reconstructed.
         for start, block in self.source.blocks(copy=False):
             span = slice(start, start + len(block))
             original[span] = block
@@ -272,6 +273,7 @@ class _Run:
         counts: npt.NDArray[np.int64] | None,
     ) -> dict[str, Any]:
         """Gather the code tree and the values it is colored by."""
+        # Values to color the tree by, each averaged over the items of a prefix.
         spread = float(measured.health.inputs.variances.sum())
         values: dict[str, Any] = {}
         if spread > 0:

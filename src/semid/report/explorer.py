@@ -85,6 +85,7 @@ def largest_buckets(
         most: maximum number of buckets.
         examples: maximum number of items named per bucket, in row order.
     """
+    # Sorted by key, a bucket is a run; the stable sort leaves its items in row order.
     order = np.argsort(keys, kind="stable")
     ordered = keys[order]
     first = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
@@ -146,6 +147,7 @@ def build_explorer(
             build_tree(codes, level=level, depths=1, values=values, most_nodes=nodes_per_tree)
             for level in range(levels)
         ]
+    # Position of each item among those shown; -1 for the others.
     place = np.full(count, -1, dtype=np.int64)
     place[shown] = np.arange(len(shown))
     return {
@@ -217,6 +219,7 @@ def _neighbors(
 
     The nearest codewords also overlap most, whatever the noise: overlap falls with distance alone.
     """
+    # The most used codewords, in the order of their codes.
     counts = np.bincount(codes, minlength=len(codebook))
     active = np.flatnonzero(counts)
     active = np.sort(active[np.argsort(-counts[active], kind="stable")[:NEIGHBOR_CODES]])

@@ -81,6 +81,7 @@ USAGE: Plot[RankedUsage] = declared(
 
 def _usage(d: Diagnosis) -> Figure:
     figure = USAGE.figure({level_name(d, u.level): u for u in d.usage})
+    # A level whose codes are used evenly is a flat line at 1 / K.
     even = [
         line(f"even use of {size:,}", [1, size], [1 / size] * 2, "muted", **REFERENCE)
         for size in sorted({u.codebook_size for u in d.usage})
@@ -100,6 +101,7 @@ BUCKETS: Plot[tuple[int, int, float]] = declared(
 
 def _bucket_sizes(d: Diagnosis) -> dict[str, tuple[int, int, float]]:
     """Group bucket sizes into 1, 2, 3, 4 and then doublings: buckets, items, share of items."""
+    # Sizes above 4 share a bin up to the next power of two: 5 to 8, 9 to 16, ...
     bins: dict[tuple[int, int], tuple[int, int]] = {}
     for size, buckets in d.verdict.collisions.histogram.items():
         low = size if size <= 4 else 1 << ((size - 1).bit_length() - 1)

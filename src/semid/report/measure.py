@@ -143,6 +143,7 @@ def measure_catalogue(
     progress.start("read", total=None)
     health = HealthCounter(tok.codebook_sizes, mean_row(source))
     progress.start("read, encode, decode", total=items)
+    # One pass: everything that needs a row, its codes or its reconstruction is added up here.
     for block in tok.encode_blocks(source):
         span = slice(block.start, block.start + len(block.x))
         decoded = tok.decode(block.codes)
@@ -158,6 +159,7 @@ def measure_catalogue(
             train=None if held_out is None else ~held_out[span],
             row_hashes=hashes[span],
         )
+        # Both moments are shifted by the first row, so that spreads can be taken about one mean.
         if moments is None:
             moments = Moments(latent[0]), Moments(latent[0])
         moments[0].add_(latent)
@@ -213,6 +215,7 @@ def rank_frequency(usage: LevelUsage, *, points: int = 256) -> Curve:
 
     Ranks start at 1. Both ends are in the curve, and every rank of a curve with fewer.
     """
+    # Half of the points are even in rank and half in its logarithm: head and tail both show.
     shares = np.sort(usage.probabilities)[::-1]
     ranks = np.arange(1, len(shares) + 1)
     if len(ranks) > points:
@@ -249,6 +252,8 @@ def reconstruction_errors(
     groups: dict[str, Mask | slice] = {"all": slice(None)}
     spreads = {"all": measured.latent.spread_about(measured.latent)}
     if held_out is not None:
+        # The training rows are all rows less the held-out ones, and so is their spread about the
+        # common mean.
         held_out_spread = measured.held_out_latent.spread_about(measured.latent)
         groups |= {"training": ~held_out, "held_out": held_out}
         spreads |= {"training": spreads["all"] - held_out_spread, "held_out": held_out_spread}

@@ -439,6 +439,7 @@ class Comparison(Document):
             for place, (rx, ry) in enumerate(zip(x.ranks, y.ranks, strict=True))
             if rx is not None and ry is not None
         }
+        # Ranks instead of values: lower is better in both, whatever the metric.
         undominated = [
             (rx, ry, place)
             for place, (rx, ry) in ranks.items()

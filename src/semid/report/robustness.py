@@ -112,6 +112,7 @@ def measure_flips(
         ),
     )
     on_latent = None
+    # Noise on the latent means something only if the codebooks alone quantize it: try without.
     encode = _latent_encoder(tok, threads)
     if latent_is_input:
         notes.append("The latent of this tokenizer is its input, so noise on either is the same")
