@@ -239,6 +239,22 @@ def test_all_problems_at_once():
     assert len(refused.value.problems) == 3
 
 
+class Stream:
+    """A table of a library that semid does not know, with Arrow's C stream alone."""
+
+    def __init__(self, table):
+        self.table = table
+
+    def __arrow_c_stream__(self, requested_schema=None):
+        return self.table.__arrow_c_stream__(requested_schema)
+
+
+def test_tables_through_the_arrow_c_stream():
+    expected, log = read_interactions(TABLE), read_interactions(Stream(TABLE))
+    assert log.user_ids.equals(expected.user_ids)
+    np.testing.assert_array_equal(log.items, expected.items)
+
+
 def test_files_and_columns_that_are_not_there(tmp_path):
     (tmp_path / "log.csv").write_text("user,item_id\nu,a\n")
     with pytest.raises(

@@ -15,6 +15,7 @@ import pytest
 import semid
 from distributed_cases import rows_array, write_folder
 from semid.cli import main
+from semid.data.id_sources import load_ids
 from semid.distributed.arrow import ArrowEncoder, ids_of_table
 from semid.errors import EmbeddingError, UsageError
 from semid.filesystems import Folder, list_files, resolve
@@ -72,6 +73,19 @@ def test_file_uris(folder, tmp_path, monkeypatch):
     work = tmp_path / "work"
     work.mkdir()
     check_whole_way(f"file://{tmp_path}/store", folder, work, monkeypatch)
+
+
+def test_ids_and_interactions_behind_a_uri(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    items = send(folder, "memory://semid-ids/items")
+    ids = load_ids(folder)
+    assert load_ids(items) == ids
+    assert load_ids(f"{items}/*.parquet:item_id") == ids
+    log = pa.table({"user_id": ["u", "u"], "item_id": ["a", "b"], "position": [0, 1]})
+    Folder("memory://semid-ids/log").write_table("log.parquet", log)
+    assert len(semid.read_interactions("memory://semid-ids/log")) == 2
+    assert list(tmp_path.iterdir()) == []
+    Folder("memory://semid-ids").remove()
 
 
 def test_a_file_system_in_memory(folder, tmp_path, monkeypatch):

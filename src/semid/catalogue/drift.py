@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from semid.catalogue.additions import NOVEL, norm_quantiles, novelty
 from semid.codes import SemanticIds
+from semid.data.blocks import Moments
 from semid.data.embeddings import EmbeddingSource, open_embeddings
 from semid.diagnostics.overlap import REPORT_SCALE, overlap_levels
 from semid.errors import InputError
@@ -234,15 +235,10 @@ def _entropy(p: npt.NDArray[np.float64]) -> float:
 
 def _latent_spread(tokenizer: Tokenizer, source: EmbeddingSource) -> tuple[float, float]:
     """Mean squared distance of latents to their mean, and standard deviation per element."""
-    total: Any = 0.0
-    squares = 0.0
-    for _, x in source.blocks(BLOCK_ROWS):
-        z = tokenizer.latent(x)
-        total = total + z.sum(axis=0, dtype=np.float64)
-        squares += float(np.einsum("nd,nd->", z, z, dtype=np.float64))
-    mean = total / len(source)
-    variance = max(squares / len(source) - float(mean @ mean), 1e-300)
-    return variance, float(np.sqrt(variance / len(mean)))
+    latents = ((start, tokenizer.latent(x)) for start, x in source.blocks(BLOCK_ROWS))
+    moments = Moments.of(latents)
+    variance = max(moments.variance, 1e-300)
+    return variance, float(np.sqrt(variance / moments.total.size))
 
 
 def _mean_square(ids: SemanticIds) -> float:

@@ -157,7 +157,7 @@ def check_matrix(label: str, shape: tuple[int, ...]) -> None:
         if len(shape) == 1:
             hint = "; for one item, x[None, :]"
         elif len(shape) == 3:
-            hint = "; average or select one vector an item, or x.reshape(len(x), -1)"
+            hint = "; average or select one vector per item, or x.reshape(len(x), -1)"
         raise EmbeddingError(
             f"{label} has shape {tuple(shape)}; embeddings are a matrix (items, width){hint}"
         )

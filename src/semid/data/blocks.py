@@ -13,6 +13,7 @@ __all__ = [
     "BLOCK",
     "MAX_NORM",
     "Flag",
+    "Moments",
     "RawBlock",
     "RowProblems",
     "reblock",
@@ -133,6 +134,53 @@ _WORDS = {
     _LONG: f"values too large for squared distances in float32 (longer than {MAX_NORM:g})",
     Flag.RAGGED: "another width than {dim}, which is the most frequent",
 }
+
+
+class Moments:
+    """Mean of rows and their mean squared distance to it, from sums in float64 in block order.
+
+    Attributes:
+        count: rows added.
+        total: (dim,) sum of the rows.
+        squares: sum of their squared lengths.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.total: np.ndarray = np.zeros(())
+        self.squares = 0.0
+
+    @classmethod
+    def of(cls, blocks: Iterable[tuple[int, np.ndarray]]) -> Moments:
+        """Add up blocks as ``blocks()`` yields them."""
+        moments = cls()
+        for _, rows in blocks:
+            moments.add_(rows)
+        return moments
+
+    def add_(self, rows: np.ndarray) -> None:
+        """Add rows (n, dim)."""
+        self.count += len(rows)
+        self.total = self.total + rows.sum(axis=0, dtype=np.float64)
+        self.squares += float(np.einsum("nd,nd->", rows, rows, dtype=np.float64))
+
+    def merge_(self, other: Moments) -> None:
+        """Add what other rows have summed up to."""
+        self.count += other.count
+        self.total = self.total + other.total
+        self.squares += other.squares
+
+    @property
+    def mean(self) -> np.ndarray:
+        """Mean of the rows (dim,)."""
+        mean: np.ndarray = self.total / max(self.count, 1)
+        return mean
+
+    @property
+    def variance(self) -> float:
+        """Mean squared distance of a row to the mean, at least 0."""
+        mean = np.atleast_1d(self.mean)
+        return max(self.squares / max(self.count, 1) - float(mean @ mean), 0.0)
 
 
 class RowProblems:

@@ -57,7 +57,7 @@ def open_embeddings(
     Raises:
         UsageError: an option that does not fit, a path or a column that is not there.
         EmbeddingError: the embeddings are empty, of a wrong type or shape, or unreadable.
-        IdsError: ids are null, repeated, of a wrong type, or not one a row.
+        IdsError: ids are null, repeated, of a wrong type, or not one per row.
     """
     check_choice("on_invalid", on_invalid, ("error", "skip"))
     opened = _open(source, ids, embedding_column, id_column)

@@ -75,8 +75,8 @@ def load_ids(ids: Any, *, id_column: str | None = None) -> ItemIds:
         if type(ids).__name__ == "Series":
             return _ids(ids.to_frame().to_arrow().column(0))
         frame = open_frame(ids)
-        chosen = _choose(frame.schema.names, id_column, label=frame.label, explicit=True)
-        return _ids(frame.column(str(chosen)), source=f"column '{chosen}' of {frame.label}")
+        column = _choose(frame.schema.names, id_column, label=frame.label, explicit=True)
+        return _ids(frame.column(str(column)), source=f"column '{column}' of {frame.label}")
     if isinstance(ids, Sequence | np.ndarray):
         return _ids(ids)
     raise UsageError(
@@ -119,10 +119,10 @@ def split_column(spec: str | Path) -> tuple[FilePath, str | None]:
     return whole, None
 
 
-def _choose(names: list[str], wanted: str | None, *, label: str, explicit: bool) -> str | None:
+def _choose(names: list[str], column: str | None, *, label: str, explicit: bool) -> str | None:
     """Choose the id column; None (row numbers) only for a table that is not about ids."""
-    if wanted is not None:
-        return require_column(wanted, names, label=label, flag=_FLAG)
+    if column is not None:
+        return require_column(column, names, label=label, flag=_FLAG)
     if DEFAULT_ID_COLUMN in names:
         return require_column(DEFAULT_ID_COLUMN, names, label=label, flag=_FLAG)
     if not explicit:

@@ -378,7 +378,7 @@ def _to_arrow(values: Any, source: str, *, allow_null: bool = False) -> Any:
                 "integers"
             )
         if isinstance(values, np.ndarray) and values.ndim != 1:
-            raise IdsError(f"{source} have shape {values.shape}; ids are one value an item")
+            raise IdsError(f"{source} have shape {values.shape}; ids are one value per item")
         try:
             array = pa.array(values, type=pa.large_string() if len(values) == 0 else None)
         except ARROW_CONVERSION_ERRORS as error:

@@ -192,7 +192,7 @@ class ObjectChunk:
         except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
             raise EmbeddingError(
                 f"{self._label} holds something other than lists of numbers ({brief(error)}); "
-                "give one flat list or 1-D array of floats an item"
+                "give one flat list or 1-D array of floats per item"
             ) from error
 
 

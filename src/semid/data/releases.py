@@ -266,7 +266,7 @@ def read_amazon(
     """Read a category of the Amazon reviews.
 
     Args:
-        reviews: a line of JSON a review, ``.json.gz`` or ``.jsonl.gz``, or not compressed. The
+        reviews: one line of JSON per review, ``.json.gz`` or ``.jsonl.gz``, or not compressed. The
             layout is recognized by its keys: ``reviewerID``/``asin``/``overall`` (2014, 2018) or
             ``user_id``/``parent_asin``/``rating`` with milliseconds (2023; items are the parents,
             as the metadata has them).

@@ -162,7 +162,7 @@ class SyntheticCatalogue:
     Args:
         items: number of items, at least 1.
         dim: width of the embeddings, at least 2.
-        users: number of users, at least 1; None takes one for two items.
+        users: number of users, at least 1; None takes one per two items.
         seed: everything follows from it.
 
     Raises:
@@ -234,7 +234,7 @@ class SyntheticCatalogue:
             overwrite: replace files that exist.
 
         Returns:
-            The paths. Memory: about 40 bytes an item for the users' walk, and a few blocks.
+            The paths. Memory: about 40 bytes per item for the users' walk, and a few blocks.
 
         Raises:
             OutputExistsError: a file exists and ``overwrite`` is False.

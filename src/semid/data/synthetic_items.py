@@ -72,7 +72,7 @@ BRANDS = len(DEPARTMENTS[0].brands)
 
 
 class Attributes(NamedTuple):
-    """What items are like: one number an item, (n,) each; words as places in their lists."""
+    """What items are like: one number per item, (n,) each; words as places in their lists."""
 
     niche: np.ndarray
     style: np.ndarray

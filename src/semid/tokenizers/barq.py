@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from semid.data.blocks import Moments
 from semid.data.ids import ItemIds
 from semid.errors import UsageError
 from semid.options import MAX_WEIGHT
@@ -26,7 +27,7 @@ from semid.tokenizers.context import FitContext, level_sizes
 from semid.tokenizers.neural.autoencoder import EncoderGraph, Prepare
 from semid.tokenizers.neural.continuous import ContinuousTokenizer, Objective
 from semid.tokenizers.neural.quantized import LatentBlocks
-from semid.tokenizers.neural.tokenizer import NeuralOptions, PreparedRows, moments
+from semid.tokenizers.neural.tokenizer import NeuralOptions, PreparedRows
 from semid.tokenizers.stored import check_shapes
 from semid.training.stages import Stages
 
@@ -226,7 +227,9 @@ class BARQ(ContinuousTokenizer):
             (self._content, self._content.width(train.dim)),
             (self._blend.directions, self._latent_width(train.dim)),
         )
-        content, directions = (moments(LatentBlocks(train, *part))[1] for part in parts)
+        content, directions = (
+            Moments.of(LatentBlocks(train, *part).blocks()).variance for part in parts
+        )
         ratio = content / max(directions, 1e-12)
         self._blend = self._make_blend(float(np.sqrt(self.behavior_weight * ratio)))
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from semid.data.blocks import Moments
 from semid.diagnostics.overlap import REPORT_SCALE, LevelOverlap, overlap_levels
 from semid.health import (
     CONCENTRATED,
@@ -46,9 +47,7 @@ class HealthCounter:
         self._usage = UsageCounter(codebook_sizes)
         self._collisions = CollisionCounter(codebook_sizes)
         self._sizes = codebook_sizes
-        self._latents = 0
-        self._latent_sum: npt.NDArray[np.float64] | float = 0.0
-        self._latent_squares = 0.0
+        self._latents = Moments()
         self.inputs = EnergyCounter(mean)
         self.training = ErrorSums()
         self.validation = ErrorSums()
@@ -79,9 +78,7 @@ class HealthCounter:
         """
         self._usage.update(codes)
         self._collisions.update(codes, duplicate_groups=row_hashes)
-        self._latents += len(latent)
-        self._latent_sum = self._latent_sum + latent.sum(axis=0, dtype=np.float64)
-        self._latent_squares += float(np.einsum("nd,nd->", latent, latent, dtype=np.float64))
+        self._latents.add_(latent)
         spreads, errors = self.inputs.update(x, reconstruction)
         groups = (
             [(self.unknown, np.ones(len(x), bool))]
@@ -103,9 +100,7 @@ class HealthCounter:
         """Add what another counter over other rows has counted."""
         self._usage.merge(other._usage)
         self._collisions.merge(other._collisions)
-        self._latents += other._latents
-        self._latent_sum = self._latent_sum + other._latent_sum
-        self._latent_squares += other._latent_squares
+        self._latents.merge_(other._latents)
         self.inputs.merge(other.inputs)
         self.training.add_(other.training)
         self.validation.add_(other.validation)
@@ -163,16 +158,15 @@ class HealthCounter:
 
     def _latent_variance(self) -> float:
         """Mean squared distance of latents to their mean; 0 where no digit of it is left."""
-        mean = np.asarray(self._latent_sum) / max(self._latents, 1)
-        square = self._latent_squares / max(self._latents, 1)
-        variance = square - float(mean @ mean)
+        variance = self._latents.variance
+        square = self._latents.squares / max(self._latents.count, 1)
         return variance if variance > 1e-13 * square else 0.0
 
     def _overlaps(
         self, codebooks: Sequence[Array], used: tuple[LevelUsage, ...]
     ) -> tuple[LevelOverlap, ...]:
         """Overlap of each level at noise 0.1 (DRQ eq. 12); none where latents do not vary."""
-        variance = self._latent_variance() / np.size(self._latent_sum)
+        variance = self._latent_variance() / self._latents.total.size
         if variance <= 0:
             return ()
         return overlap_levels(

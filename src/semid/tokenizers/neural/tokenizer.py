@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from semid.data.blocks import Moments
 from semid.errors import UsageError, check_choice
 from semid.options import MAX_WIDTH, Options, option
 from semid.quantization.blocks import Blocks, Preprocess, PreprocessedBlocks
@@ -35,7 +36,6 @@ __all__ = [
     "NeuralTokenizer",
     "PreparedRows",
     "ResidualOptions",
-    "moments",
     "pick_device",
 ]
 
@@ -117,16 +117,6 @@ def pick_device(wanted: str) -> torch.device:
     return torch.device("cuda", local_rank() % torch.cuda.device_count())
 
 
-def moments(blocks: Blocks) -> tuple[npt.NDArray[np.float64], float]:
-    """Return the mean of rows and their mean squared distance to it."""
-    mean, squares = np.zeros(blocks.dim), 0.0
-    for _, block in blocks.blocks():
-        mean += block.sum(axis=0, dtype=np.float64)
-        squares += float(np.einsum("nd,nd->", block, block, dtype=np.float64))
-    mean /= len(blocks)
-    return mean, max(squares / len(blocks) - float(mean @ mean), 0.0)
-
-
 @dataclass(frozen=True)
 class PreparedRows:
     """Rows of a fit after preprocessing, and their moments.
@@ -157,8 +147,8 @@ class PreparedRows:
 
         train = ready(context.train)
         held = None if context.held_out is None else ready(context.held_out)
-        mean, variance = moments(train.blocks)
-        return cls(preprocess, train, held, mean, variance)
+        moments = Moments.of(train.blocks.blocks())
+        return cls(preprocess, train, held, moments.mean, moments.variance)
 
 
 Array = npt.NDArray[np.float32]
