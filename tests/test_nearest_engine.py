@@ -11,11 +11,10 @@ import pytest
 import torch
 
 from semid.quantization.engine import routes
-from semid.quantization.engine.canonical import COSINE, INNER, L2
-from semid.quantization.engine.gemm import Bfloat16Gemm
+from semid.quantization.engine.formats import Bfloat16Gemm
 from semid.quantization.engine.gpu import search_device
-from semid.quantization.engine.search import search
-from semid.quantization.engine.state import State
+from semid.quantization.engine.keys import COSINE, INNER, L2
+from semid.quantization.engine.search import State, search
 from semid.quantization.engine.table import Table, float32_rows
 from semid.quantization.nearest import index_codebook, nearest, top_k
 from semid.quantization.threads import cgroup_limit, default_threads, map_blocks

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from semid.quantization.engine.beam import resolve_children, scan_children
+from semid.quantization.engine.keys import resolve_children, scan_children
 from semid.quantization.engine.table import aligned, float32_rows, padded
 from semid.quantization.engine.vector import SCAN
 from semid.quantization.nearest import THREADED_WORK, IndexedCodebook, nearest_m

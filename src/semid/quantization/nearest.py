@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from semid.errors import UsageError, check_choice
-from semid.quantization.engine.canonical import L2, METRICS
 from semid.quantization.engine.gpu import search_device
+from semid.quantization.engine.keys import L2, METRICS
 from semid.quantization.engine.routes import ROUTES, choose, working_routes
 from semid.quantization.engine.search import search
 from semid.quantization.engine.table import Table, check_rows

@@ -10,10 +10,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from semid.quantization.engine.canonical import INNER, L2
-from semid.quantization.engine.rows import MAX_TABLE_RADII
+from semid.quantization.engine.keys import INNER, L2
 from semid.quantization.engine.search import Found
-from semid.quantization.engine.table import Table, check_rows
+from semid.quantization.engine.table import MAX_TABLE_RADII, Table, check_rows
 from semid.quantization.engine.vector import LANES
 
 __all__ = ["DeviceTable", "canonical_keys", "device_table", "search_device"]

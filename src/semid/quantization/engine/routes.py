@@ -10,20 +10,24 @@ import functools
 import logging
 import threading
 import time
-from typing import Protocol
 
 import numpy as np
 import torch
 
 from semid.errors import SemidError, check_choice
-from semid.quantization.engine.canonical import L2
-from semid.quantization.engine.fused import FusedBfloat16, FusedInt8, FusedShort
-from semid.quantization.engine.gemm import Bfloat16Gemm, Float32Gemm
-from semid.quantization.engine.search import search
-from semid.quantization.engine.state import State
-from semid.quantization.engine.table import Operand, Table
+from semid.quantization.engine.formats import (
+    Bfloat16Gemm,
+    Float32Gemm,
+    FusedBfloat16,
+    FusedInt8,
+    FusedShort,
+)
+from semid.quantization.engine.keys import L2
+from semid.quantization.engine.search import Route, search
+from semid.quantization.engine.table import Table
+from semid.quantization.engine.x86 import AMX, AVX2, AVX512
 
-__all__ = ["ROUTES", "Route", "choose", "working_routes"]
+__all__ = ["ROUTES", "choose", "working_routes"]
 
 logger = logging.getLogger(__name__)
 
@@ -46,30 +50,14 @@ MIN_PROBED_QUERIES = 4096
 _lock = threading.Lock()
 
 
-class Route(Protocol):
-    """A way to score all entries for a block of queries and to bound the scores' error."""
-
-    name: str
-    library: str
-
-    def unavailable(self) -> str | None:
-        """Return why this route cannot run here, or None."""
-
-    def prepare(self, table: Table) -> Operand | None:
-        """Make the table's copy for this route; None where it cannot hold this table."""
-
-    def screen(self, table: Table, operand: Operand, state: State) -> None:
-        """Fill ``state``'s candidates so that every possible winner is among them."""
-
-
 def _candidates() -> list[Route]:
     """All routes; of each name the best first, and first of all what few queries should take."""
     return [
-        FusedBfloat16(tiles=True, features=("amx-bf16",), library="AMX tiles"),
-        FusedInt8(tiles=True, features=("amx-int8",), library="AMX tiles"),
-        FusedInt8(features=("avx512vnni", "avx512bw"), library="AVX-512 VNNI"),
-        FusedBfloat16(features=("avx512bf16", "avx512bw"), library="AVX-512 BF16"),
-        FusedShort(features=("avx2",), library="AVX2"),
+        FusedBfloat16(AMX(), features=("amx-bf16",), library="AMX tiles"),
+        FusedInt8(AMX(), features=("amx-int8",), library="AMX tiles"),
+        FusedInt8(AVX512(), features=("avx512vnni", "avx512bw"), library="AVX-512 VNNI"),
+        FusedBfloat16(AVX512(), features=("avx512bf16", "avx512bw"), library="AVX-512 BF16"),
+        FusedShort(AVX2(), features=("avx2",), library="AVX2"),
         Float32Gemm(),
         Bfloat16Gemm(),
     ]

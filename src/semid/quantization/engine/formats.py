@@ -1,7 +1,7 @@
-"""Screening in one pass: products of a tile of rows stay in cache until they are looked at.
+"""The number formats in which routes screen: how rows are rounded, and what that takes from them.
 
-A block of scores is never written to memory as a whole: 32 rows times a group of entries are
-multiplied, scanned and forgotten. Both instruction sets (`x86`) fill the same blocks.
+`FusedInt8`, `FusedShort` and `FusedBfloat16` multiply and scan in one `sweep`; `Float32Gemm` and
+`Bfloat16Gemm` write blocks of scores with torch and scan them from memory.
 """
 
 from __future__ import annotations
@@ -9,137 +9,30 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import llvmlite.binding
 import numba
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from semid.quantization.engine.avx2 import AVX2_GROUP, avx2_best, avx2_many
-from semid.quantization.engine.rows import FAST, slack
-from semid.quantization.engine.screen import scan_best, scan_many
-from semid.quantization.engine.state import ROW_TILE, State
-from semid.quantization.engine.table import PAD_OFFSET, Operand, Table, aligned, padded
-from semid.quantization.engine.x86 import (
-    amx_begin,
-    amx_block,
-    amx_end,
-    avx512_block,
-    missing_features,
-    pitch,
-)
+from semid.quantization.engine.search import State
+from semid.quantization.engine.sweep import scan_best, scan_many, sweep
+from semid.quantization.engine.table import FAST, PAD_OFFSET, Operand, Table, aligned, padded, slack
+from semid.quantization.engine.x86 import AMX, BLOCKS, LINE, ROW_TILE, missing_features, pitch
 
-__all__ = ["FusedBfloat16", "FusedInt8", "FusedShort"]
+__all__ = ["Bfloat16Gemm", "Float32Gemm", "FusedBfloat16", "FusedInt8", "FusedShort"]
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
 I32 = npt.NDArray[np.int32]
 
-GROUP = 256
-"""Entries a group: 32 rows of scores take 32 KB, 256 packed entries of 512 bytes 128 KB."""
 START_LIMIT = 2.0**28
 """Largest offset in integer steps; with `WIDEST` products it stays within int32."""
 WIDEST = 16384
 """Widest int8 rows: 255 * 127 * 16384 is below 2**29."""
 NORM = 2.0**14
 """Longest int16 row: the product of two, and every part of it, stays within 2**28."""
-
-
-# Four functions and not one with switches: each is compiled at its first use, which takes seconds,
-# and a chip without an instruction must never see the function that holds it.
-
-
-@numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True)
-def _amx_best(
-    a: Any, panels: Any, start: Any, scores: Any, saved: Any, rows: int, offsets: F32,
-    margin: Any, top: Any, counts: I64, candidates: I32, kept: Any,
-) -> None:  # fmt: skip
-    """Score and scan all rows and entries; ``start`` is ``(tiles or 1, columns)``."""
-    columns = start.shape[1]
-    amx_begin(saved)
-    for group in range(0, columns, GROUP):
-        size = min(GROUP, columns - group)
-        for row in range(0, rows, ROW_TILE):
-            line = (row // ROW_TILE) % start.shape[0]
-            for column in range(0, size, 32):
-                amx_block(
-                    a, row, panels, (group + column) // 16, start,
-                    line * columns + group + column, scores, column,
-                )  # fmt: skip
-            scan_best(
-                scores, min(ROW_TILE, rows - row), size, group, offsets, margin, top, counts,
-                candidates, kept, row,
-            )  # fmt: skip
-    amx_end(saved)
-
-
-@numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True)
-def _amx_many(
-    a: Any, panels: Any, start: Any, scores: Any, saved: Any, rows: int, offsets: F32,
-    margin: Any, top: Any, counts: I64, candidates: I32, kept: Any, k: int, scratch: Any,
-) -> None:  # fmt: skip
-    """`_amx_best` for the ``k`` best."""
-    columns = start.shape[1]
-    amx_begin(saved)
-    for group in range(0, columns, GROUP):
-        size = min(GROUP, columns - group)
-        for row in range(0, rows, ROW_TILE):
-            line = (row // ROW_TILE) % start.shape[0]
-            for column in range(0, size, 32):
-                amx_block(
-                    a, row, panels, (group + column) // 16, start,
-                    line * columns + group + column, scores, column,
-                )  # fmt: skip
-            scan_many(
-                scores, min(ROW_TILE, rows - row), size, group, offsets, margin, top, counts,
-                candidates, kept, row, k, scratch,
-            )  # fmt: skip
-    amx_end(saved)
-
-
-@numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True)
-def _avx512_best(
-    a: Any, panels: Any, start: Any, scores: Any, rows: int, offsets: F32,
-    margin: Any, top: Any, counts: I64, candidates: I32, kept: Any,
-) -> None:  # fmt: skip
-    """`_amx_best` with vector registers."""
-    columns = start.shape[1]
-    for group in range(0, columns, GROUP):
-        size = min(GROUP, columns - group)
-        for row in range(0, rows, ROW_TILE):
-            line = (row // ROW_TILE) % start.shape[0]
-            for column in range(0, size, 64):
-                for part in range(row, row + ROW_TILE, 4):
-                    avx512_block(
-                        a, part, panels, (group + column) // 16, start,
-                        line * columns + group + column, scores, column,
-                    )  # fmt: skip
-            scan_best(
-                scores, min(ROW_TILE, rows - row), size, group, offsets, margin, top, counts,
-                candidates, kept, row,
-            )  # fmt: skip
-
-
-@numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True)
-def _avx512_many(
-    a: Any, panels: Any, start: Any, scores: Any, rows: int, offsets: F32,
-    margin: Any, top: Any, counts: I64, candidates: I32, kept: Any, k: int, scratch: Any,
-) -> None:  # fmt: skip
-    """`_amx_best` with vector registers, for the ``k`` best."""
-    columns = start.shape[1]
-    for group in range(0, columns, GROUP):
-        size = min(GROUP, columns - group)
-        for row in range(0, rows, ROW_TILE):
-            line = (row // ROW_TILE) % start.shape[0]
-            for column in range(0, size, 64):
-                for part in range(row, row + ROW_TILE, 4):
-                    avx512_block(
-                        a, part, panels, (group + column) // 16, start,
-                        line * columns + group + column, scores, column,
-                    )  # fmt: skip
-            scan_many(
-                scores, min(ROW_TILE, rows - row), size, group, offsets, margin, top, counts,
-                candidates, kept, row, k, scratch,
-            )  # fmt: skip
 
 
 @numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True, fastmath=FAST)
@@ -242,10 +135,16 @@ def _pack(codes: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 class _Fused:
-    """What all number formats share."""
+    """What all number formats share: products and scan in one pass (`sweep`).
 
-    def __init__(self, *, tiles: bool = False, features: tuple[str, ...], library: str) -> None:
-        self.tiles, self.features, self.library = tiles, features, library
+    Args:
+        chip: `AMX`, `AVX512` or `AVX2`.
+        features: CPU features that it takes, as LLVM names them.
+        library: what log messages call it.
+    """
+
+    def __init__(self, chip: Any, *, features: tuple[str, ...], library: str) -> None:
+        self.chip, self.features, self.library = chip, features, library
 
     def unavailable(self) -> str | None:
         """Return why this route cannot run here, or None."""
@@ -254,25 +153,14 @@ class _Fused:
     def _sweep(
         self, table: Table, state: State, rows: npt.NDArray[Any], panels: Any, start: Any
     ) -> None:
-        avx2 = rows.dtype == np.int16
-        group = AVX2_GROUP if avx2 else GROUP
-        scores = state.buffer("scores" + start.dtype.str, (ROW_TILE, group), start.dtype)
-        found = (
+        group = BLOCKS[type(self.chip)].group
+        saved = state.buffer("tiles", (LINE,), np.uint8) if isinstance(self.chip, AMX) else None
+        sweep(
+            self.chip, rows, panels, start,
+            state.buffer("scores" + start.dtype.str, (ROW_TILE, group), start.dtype), saved,
             state.rows, table.offsets, state.margin, state.top, state.counts, state.candidates,
-            state.kept,
+            state.kept, *((None, None) if state.best_only else (state.k, state.scratch)),
         )  # fmt: skip
-        if self.tiles:
-            saved = state.buffer("tiles", (64,), np.uint8)
-            if state.best_only:
-                _amx_best(rows, panels, start, scores, saved, *found)
-            else:
-                _amx_many(rows, panels, start, scores, saved, *found, state.k, state.scratch)
-            return
-        if state.best_only:
-            (avx2_best if avx2 else _avx512_best)(rows, panels, start, scores, *found)
-        else:
-            sweep = avx2_many if avx2 else _avx512_many
-            sweep(rows, panels, start, scores, *found, state.k, state.scratch)
 
 
 class _FusedInteger(_Fused):
@@ -384,3 +272,104 @@ class FusedBfloat16(_Fused):
             entry_residual=operand.residual,
         )
         self._sweep(table, state, bits, panels, start)
+
+
+CHUNK = 2048  # columns a product: 256 rows of float32 scores take 2 MB
+ROWS = 256
+BFLOAT16 = ("amx-bf16", "avx512bf16", "bf16")
+"""What LLVM calls the instructions, on x86 and Arm. Without them torch's products take a hundred
+times as long as those of float32."""
+
+
+def _bfloat16(bits: npt.NDArray[np.uint16]) -> torch.Tensor:
+    return torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)
+
+
+def _scan(state: State, table: Table, scores: npt.NDArray[np.generic], start: int, at: int) -> None:
+    rows, columns = scores.shape
+    shared = (
+        scores, rows, columns, at, table.offsets, state.margin, state.top, state.counts,
+        state.candidates, state.kept, start,
+    )  # fmt: skip
+    if state.best_only:
+        scan_best(*shared)
+    else:
+        scan_many(*shared, state.k, state.scratch)
+
+
+class Float32Gemm:
+    """Scores by float32 products; the route that is always there."""
+
+    name = "fp32"
+    library = "torch float32"
+
+    def unavailable(self) -> str | None:
+        """Return why this route cannot run here, or None."""
+        return None
+
+    def prepare(self, table: Table) -> Operand | None:
+        """Use the table's scaled rows, which carry only float32 rounding."""
+        return Operand(None, table.radius * 2.0**-23 + 2.0**-60)
+
+    def screen(self, table: Table, operand: Operand, state: State) -> None:
+        """Fill ``state``'s candidates; see `engine.search`."""
+        y, length, rows = state.y, state.length, state.rows
+        # torch may be told to round float32 operands to bfloat16 or TF32 inside its products.
+        loose = torch.get_float32_matmul_precision() != "highest"
+        unit = 2.0**-8 if loose else 0.0
+        state.set_bound(
+            table,
+            residual=length * (2.0**-23 + unit) + 2.0**-60,
+            entry_residual=operand.residual + unit * table.radius,
+        )
+        weights = torch.from_numpy(table.scaled)
+        bias = torch.from_numpy(table.offsets)
+        for at in range(0, len(table.offsets), CHUNK):
+            part = slice(at, min(at + CHUNK, len(table.offsets)))
+            for start in range(0, rows, ROWS):
+                block = torch.from_numpy(y[start : min(start + ROWS, rows)])
+                scores = state.buffer("fp32", (len(block), part.stop - at), np.float32)
+                torch.addmm(
+                    bias[part], block, weights[part].T, beta=-1.0, out=torch.from_numpy(scores)
+                )
+                _scan(state, table, scores, start, at)
+
+
+class Bfloat16Gemm:
+    """Scores by bfloat16 products with bfloat16 results, whose rounding is in the bound."""
+
+    name = "bf16"
+    library = "torch bfloat16"
+
+    def unavailable(self) -> str | None:
+        """Return why this route cannot run here, or None."""
+        features = llvmlite.binding.get_host_cpu_features()
+        if any(features.get(name, False) for name in BFLOAT16):
+            return None
+        return "the chip has no bfloat16 products"
+
+    def prepare(self, table: Table) -> Operand | None:
+        """Round the scaled rows to bfloat16."""
+        bits, residual = table.bfloat16(32)
+        return Operand(bits, residual)
+
+    def screen(self, table: Table, operand: Operand, state: State) -> None:
+        """Fill ``state``'s candidates; see `engine.search`."""
+        rows = state.rows
+        bits = state.buffer("bf16", (rows, operand.data.shape[1]), np.uint16)
+        state.round_bfloat16(bits)
+        width = operand.data.shape[1]
+        state.set_bound(
+            table,
+            residual=slack(state.residual, state.length, width),
+            entry_residual=operand.residual,
+            relative=2.0**-8,
+        )
+        weights, y = _bfloat16(operand.data), _bfloat16(bits)
+        for at in range(0, len(weights), CHUNK):
+            part = weights[at : at + CHUNK].T
+            for start in range(0, rows, ROWS):
+                block = y[start : start + ROWS]
+                scores = state.buffer("products", (len(block), part.shape[1]), np.uint16)
+                torch.mm(block, part, out=_bfloat16(scores))
+                _scan(state, table, scores, start, at)

@@ -9,8 +9,17 @@ import numpy as np
 import numpy.typing as npt
 
 from semid.quantization.engine.vector import SCAN, hits, maximum, score, trailing_zeros
+from semid.quantization.engine.x86 import (
+    ROW_TILE,
+    begin,
+    block_columns,
+    block_rows,
+    end,
+    group_columns,
+    score_block,
+)
 
-__all__ = ["F32", "I32", "I64", "kth_largest", "scan_best", "scan_many", "trim_rows"]
+__all__ = ["F32", "I32", "I64", "kth_largest", "scan_best", "scan_many", "sweep", "trim_rows"]
 
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
@@ -189,3 +198,68 @@ def scan_many(
                 kept[i, count] = score(scores, base + column + at, offsets, first + column + at)
                 count += 1
             counts[i] = count
+
+
+@numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True)
+def sweep(
+    chip: Any,
+    a: Any,
+    panels: Any,
+    start: Any,
+    scores: Any,
+    saved: Any,
+    rows: int,
+    offsets: F32,
+    margin: Any,
+    top: Any,
+    counts: I64,
+    candidates: I32,
+    kept: Any,
+    k: Any,
+    scratch: Any,
+) -> None:
+    """Score and scan all rows and entries; a block of scores never leaves the cache.
+
+    It is compiled for each type of chip at its first use, and separately for the best entry alone
+    and for the ``k`` best: numba drops the branch that a None rules out.
+
+    Args:
+        chip: whose instructions multiply, see `x86`.
+        a: ``(>= rows, width)`` rounded queries, a multiple of `ROW_TILE` rows.
+        panels: packed table, see `x86`.
+        start: ``(tiles or 1, columns)`` what the sums start from: minus the offsets.
+        scores: ``(ROW_TILE, group)`` scratch.
+        saved: ``(64,)`` scratch for AMX, None for other chips.
+        rows: queries to scan.
+        offsets: ``(columns,)``; see `scan_best`, as all up to ``kept``.
+        margin: of each row.
+        top: of each row.
+        counts: of each row.
+        candidates: of each row.
+        kept: of each row.
+        k: how many are wanted; None for the best alone.
+        scratch: as in `scan_many`; None for the best alone.
+    """
+    columns = start.shape[1]
+    begin(chip, saved)
+    for group in range(0, columns, group_columns(chip)):
+        size = min(group_columns(chip), columns - group)
+        for row in range(0, rows, ROW_TILE):
+            line = (row // ROW_TILE) % start.shape[0]
+            for column in range(0, size, block_columns(chip)):
+                for block in range(row, row + ROW_TILE, block_rows(chip)):
+                    score_block(
+                        chip, a, block, panels, (group + column) // 16, start,
+                        line * columns + group + column, scores, column,
+                    )  # fmt: skip
+            if k is None:
+                scan_best(
+                    scores, min(ROW_TILE, rows - row), size, group, offsets, margin, top, counts,
+                    candidates, kept, row,
+                )  # fmt: skip
+            else:
+                scan_many(
+                    scores, min(ROW_TILE, rows - row), size, group, offsets, margin, top, counts,
+                    candidates, kept, row, k, scratch,
+                )  # fmt: skip
+    end(chip, saved)
