@@ -47,13 +47,13 @@ def assert_same(one, other):
 def counted(monkeypatch):
     """Count the rows that went by products."""
     rows = []
-    scanned = beam._scanned
+    scanned = beam._scan_level
 
     def counting(x, *rest):
         rows.append(len(x))
         return scanned(x, *rest)
 
-    monkeypatch.setattr(beam, "_scanned", counting)
+    monkeypatch.setattr(beam, "_scan_level", counting)
     return rows
 
 
@@ -123,7 +123,7 @@ def test_loose_products_are_neither_used_nor_kept(counted):
     finally:
         torch.set_float32_matmul_precision("highest")
     assert not counted
-    assert ready[-1] not in beam._kept
+    assert ready[-1] not in beam._table_cache
 
 
 def test_autocast_changes_nothing(counted):

@@ -55,21 +55,21 @@ def encode_beam(
     each level for every partial code.
     """
     tables = _tables(codebooks, len(block))
-    parts = []
+    beams = []
     for start in range(0, len(block), ROWS):
         rows = block[start : start + ROWS]
-        scanned = bool(tables) and _holds(rows)
+        scanned = bool(tables) and _fits_float32(rows)
         reach = width if len(codebooks) > 1 else 1
-        parts.append(_first(rows, codebooks[0], min(reach, len(codebooks[0])), threads))
+        beams.append(_first_level(rows, codebooks[0], min(reach, len(codebooks[0])), threads))
         for level in range(1, len(codebooks)):
             keep = width if level + 1 < len(codebooks) else 1  # the last level's best alone
             if scanned:
-                parts[-1] = _scanned(rows, parts[-1], tables[level - 1], keep, threads)
+                beams[-1] = _scan_level(rows, beams[-1], tables[level - 1], keep, threads)
             else:
-                parts[-1] = _searched(parts[-1], codebooks[level], keep, threads)
+                beams[-1] = _search_level(beams[-1], codebooks[level], keep, threads)
     return (
-        np.concatenate([np.ascontiguousarray(found.codes[:, 0]) for found in parts]),
-        np.concatenate([found.left[:, 0] for found in parts]),
+        np.concatenate([np.ascontiguousarray(beam.codes[:, 0]) for beam in beams]),
+        np.concatenate([beam.residuals[:, 0] for beam in beams]),
     )
 
 
@@ -79,16 +79,18 @@ class _Partials:
 
     Attributes:
         codes: ``(n, partials, levels so far)``.
-        left: ``(n, partials, dim)`` what they leave.
+        residuals: ``(n, partials, dim)`` what they leave.
         distances: ``(n, partials)`` its squared length.
     """
 
     codes: Labels
-    left: Array
+    residuals: Array
     distances: Array
 
 
-def _first(rows: Array, codebook: IndexedCodebook, reach: int, threads: int | None) -> _Partials:
+def _first_level(
+    rows: Array, codebook: IndexedCodebook, reach: int, threads: int | None
+) -> _Partials:
     small = rows.size * len(codebook) < THREADED_WORK
     found = nearest_m(torch.from_numpy(rows), codebook, reach, threads=1 if small else threads)
     codes = found.labels.numpy()
@@ -96,28 +98,28 @@ def _first(rows: Array, codebook: IndexedCodebook, reach: int, threads: int | No
     return _Partials(codes[:, :, None], left, found.distances.numpy())
 
 
-def _searched(
-    found: _Partials, codebook: IndexedCodebook, width: int, threads: int | None
+def _search_level(
+    beam: _Partials, codebook: IndexedCodebook, width: int, threads: int | None
 ) -> _Partials:
     """Search the level for what every partial code leaves."""
-    items, kept, dim = found.left.shape
+    items, partials, dim = beam.residuals.shape
     reach = min(width, len(codebook))
-    small = found.left.size * len(codebook) < THREADED_WORK
+    small = beam.residuals.size * len(codebook) < THREADED_WORK
     search = partial(nearest_m, codebook=codebook, m=reach, threads=1 if small else threads)
-    left = torch.from_numpy(found.left)
+    left = torch.from_numpy(beam.residuals)
     best = search(left[:, 0])
     labels, distances = best.labels.numpy(), best.distances.numpy()
-    if kept > 1:
+    if partials > 1:
         # The best partial code has `reach` children, so others matter only below the last.
         last = best.distances[:, -1] if reach == width else torch.full((items,), torch.inf)
         others = left[:, 1:].reshape(-1, dim)
-        rest = search(others, within=last.repeat_interleave(kept - 1))
+        rest = search(others, within=last.repeat_interleave(partials - 1))
         labels = np.hstack([labels, rest.labels.numpy().reshape(items, -1)])
         distances = np.hstack([distances, rest.distances.numpy().reshape(items, -1)])
     # Stable: equal distances keep the better parent, then the lower code.
     order = np.argsort(distances, axis=1, kind="stable")[:, :width]
-    return _grown(
-        found,
+    return _extend(
+        beam,
         order // reach,
         np.take_along_axis(labels, order, axis=1),
         np.take_along_axis(distances, order, axis=1),
@@ -125,12 +127,12 @@ def _searched(
     )
 
 
-def _grown(
-    found: _Partials, parents: Labels, labels: Labels, distances: Array, words: Array
+def _extend(
+    beam: _Partials, parents: Labels, labels: Labels, distances: Array, words: Array
 ) -> _Partials:
     at = np.arange(len(labels))[:, None]
-    codes = np.concatenate([found.codes[at, parents], labels[:, :, None]], axis=2)
-    return _Partials(codes, found.left[at, parents] - words[labels], distances)
+    codes = np.concatenate([beam.codes[at, parents], labels[:, :, None]], axis=2)
+    return _Partials(codes, beam.residuals[at, parents] - words[labels], distances)
 
 
 @dataclass(frozen=True)
@@ -170,13 +172,13 @@ class _Table:
         return np.asarray(2.0 * bound, dtype=np.float32)
 
 
-_kept: weakref.WeakKeyDictionary[
+_table_cache: weakref.WeakKeyDictionary[
     IndexedCodebook, tuple[list[weakref.ref[IndexedCodebook]], list[_Table]]
 ] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
 
-def _holds(rows: Array) -> bool:
+def _fits_float32(rows: Array) -> bool:
     """Return whether float32 holds products with these rows."""
     longest = float(np.abs(rows).max(initial=0.0)) * math.sqrt(rows.shape[1])
     return longest < LENGTHS[1]
@@ -192,18 +194,18 @@ def _tables(codebooks: Sequence[IndexedCodebook], rows: int) -> list[_Table]:
     if len(sizes) < 2 or needed > PRODUCT_BYTES or loose:
         return []
     with _lock:
-        others, made = _kept.get(codebooks[-1], ([], []))
+        others, tables = _table_cache.get(codebooks[-1], ([], []))
     if [ref() for ref in others] == list(codebooks[:-1]):
-        return made
+        return tables
     if rows < max(sizes):
         return []
-    made = _made(codebooks)
+    tables = _make_tables(codebooks)
     with _lock:
-        _kept[codebooks[-1]] = [weakref.ref(book) for book in codebooks[:-1]], made
-    return made
+        _table_cache[codebooks[-1]] = [weakref.ref(book) for book in codebooks[:-1]], tables
+    return tables
 
 
-def _made(codebooks: Sequence[IndexedCodebook]) -> list[_Table]:
+def _make_tables(codebooks: Sequence[IndexedCodebook]) -> list[_Table]:
     """Make the table of every level after the first; none where float32 does not hold them."""
     words = [book.codewords.numpy() for book in codebooks]
     center = words[0].mean(axis=0, dtype=np.float64).astype(np.float32)
@@ -215,11 +217,11 @@ def _made(codebooks: Sequence[IndexedCodebook]) -> list[_Table]:
         return []
     tables = []
     for level in range(1, len(words)):
-        own = words[level]
-        turned = np.zeros((own.shape[1], padded(len(own), SCAN)), dtype=np.float32)
-        turned[:, : len(own)] = own.T
+        codewords = words[level]
+        turned = np.zeros((codewords.shape[1], padded(len(codewords), SCAN)), dtype=np.float32)
+        turned[:, : len(codewords)] = codewords.T
         bias = np.full(turned.shape[1], -np.inf, dtype=np.float32)
-        bias[: len(own)] = -0.5 * np.square(own, dtype=np.float64).sum(axis=1)
+        bias[: len(codewords)] = -0.5 * np.square(codewords, dtype=np.float64).sum(axis=1)
         rows = np.concatenate(earlier[:level])
         products = np.empty((len(rows), turned.shape[1]), dtype=np.float32)
         with one_blas_thread():  # products with `out` are float32 under autocast too
@@ -228,7 +230,7 @@ def _made(codebooks: Sequence[IndexedCodebook]) -> list[_Table]:
             )
         tables.append(
             _Table(
-                words=own,
+                words=codewords,
                 padded=float32_rows(codebooks[level].codewords, name="codebook"),
                 turned=torch.from_numpy(turned),
                 bias=torch.from_numpy(bias),
@@ -242,13 +244,13 @@ def _made(codebooks: Sequence[IndexedCodebook]) -> list[_Table]:
     return tables
 
 
-def _scanned(
-    rows: Array, found: _Partials, table: _Table, width: int, threads: int | None
+def _scan_level(
+    rows: Array, beam: _Partials, table: _Table, width: int, threads: int | None
 ) -> _Partials:
     """Take the level's best children from products that all partial codes of a row share."""
-    items, kept, dim = found.left.shape
+    items, partials, dim = beam.residuals.shape
     columns = len(table.bias)
-    best = min(width, kept * len(table.words))
+    best = min(width, partials * len(table.words))
     parents, labels = np.empty((2, items, best), dtype=np.int64)
     distances = np.empty((items, best), dtype=np.float32)
 
@@ -263,9 +265,9 @@ def _scanned(
         candidates = np.empty((count, capacity), dtype=np.int32)
         scan_children(
             base,
-            0.5 * found.distances[part],
+            0.5 * beam.distances[part],
             table.products,
-            found.codes[part] + table.first,
+            beam.codes[part] + table.first,
             table.bias.numpy(),
             table.margins(lengths),
             np.full(count, np.finfo(np.float32).min),
@@ -276,13 +278,13 @@ def _scanned(
             np.empty(capacity, dtype=np.float32),
             aligned((1, columns), np.float32),
         )
-        left = np.zeros((count * kept, table.padded.shape[1]), dtype=np.float32)
-        left[:, :dim] = found.left[part].reshape(-1, dim)
+        left = np.zeros((count * partials, table.padded.shape[1]), dtype=np.float32)
+        left[:, :dim] = beam.residuals[part].reshape(-1, dim)
         resolve_children(
             left, table.padded, columns, counts, candidates, parents[part], labels[part],
             distances[part],
         )  # fmt: skip
 
-    small = found.left.size * len(table.words) < THREADED_WORK
+    small = beam.residuals.size * len(table.words) < THREADED_WORK
     map_blocks(work, range(0, items, CHUNK), threads=1 if small else threads)
-    return _grown(found, parents, labels, distances, table.words)
+    return _extend(beam, parents, labels, distances, table.words)

@@ -73,7 +73,7 @@ class KMeansState:
 
     Attributes:
         restart: number of the current restart.
-        iteration: Lloyd iterations done in it.
+        iteration: finished Lloyd iterations of it.
         centroids: ``(codes, dim)`` float32 after those iterations.
         inertia: inertia of each iteration's assignment.
         best_centroids: of the best finished restart; empty before the first ends.
@@ -152,10 +152,12 @@ def kmeans(
     options = options or KMeansOptions()
     _check(blocks, codes, weights, init)
     rows = as_sharded(blocks, weights=weights, threads=threads)
-    chosen = draw_sample(rows, codes, seed=seed, options=options)
-    train = rows if chosen is None else sampled(rows, chosen, threads=threads)
+    sample = draw_sample(rows, codes, seed=seed, options=options)
+    train = rows if sample is None else sampled(rows, sample, threads=threads)
     run = state or KMeansState(0, 0, np.empty((0, rows.dim), np.float32))
     while run.restart < options.n_init:
+        # A resumed run has its centroids. A seeding draws from a generator of its own number, so
+        # that it is the same whether or not the runs before it were interrupted.
         if len(run.centroids) == 0:
             generator = numpy_generator(seed, "seeding", run.restart)
             run.centroids = (
@@ -178,9 +180,12 @@ def kmeans(
         if init is not None:
             break
     centroids, history = run.best_centroids, run.best_inertia
-    if chosen is not None and options.full_pass:
+    if sample is not None and options.full_pass:
+        # One Lloyd step over all rows: an unbiased mean per centroid at the cost of one pass.
         centroids = _update(rows, rows.assign(centroids), centroids)
     centroids, inertia = _label(rows, centroids)
+    # Seeding stops at the number of distinct rows; copies of codeword 0 fill the rest. Ties go to
+    # the lowest code, so a copy is never assigned.
     distinct = len(centroids)
     if distinct < codes:
         logger.warning(
@@ -196,7 +201,7 @@ def kmeans(
         inertia=inertia,
         history=tuple(history),
         distinct=distinct,
-        converged=_settled(history, options.tol),
+        converged=_has_converged(history, options.tol),
     )
 
 
@@ -234,21 +239,21 @@ def draw_sample(
         return None
     size = options.sample_per_code * codes
     generator = numpy_generator(seed, "sample")
-    chosen = generator.choice(len(blocks), size, replace=False, shuffle=False)
-    return np.sort(chosen).astype(np.int64)
+    numbers = generator.choice(len(blocks), size, replace=False, shuffle=False)
+    return np.sort(numbers).astype(np.int64)  # rising, so that they are read in order
 
 
 def sampled(
     rows: ShardedMatrix,
-    chosen: npt.NDArray[np.int64],
+    sample: npt.NDArray[np.int64],
     *,
     threads: int | None,
     memory_bytes: int = 0,
 ) -> ShardedMatrix:
     """Bring a sample's rows, and their weights, into this process."""
     return as_sharded(
-        WritableBlocks(rows.rows(chosen)),
-        weights=None if rows.weights is None else rows.weights[chosen],
+        WritableBlocks(rows.rows(sample)),
+        weights=None if rows.weights is None else rows.weights[sample],
         threads=threads,
         memory_bytes=memory_bytes,
     )
@@ -262,7 +267,7 @@ def _lloyd(
 ) -> None:
     """Iterate ``run`` in place until it converges or its iterations run out."""
     while run.iteration < options.max_iter:
-        if _settled(run.inertia, options.tol):
+        if _has_converged(run.inertia, options.tol):
             return
         total = train.assign(run.centroids)
         run.centroids = _update(train, total, run.centroids)
@@ -272,27 +277,29 @@ def _lloyd(
             on_iteration(run)
 
 
-def _settled(inertia: list[float], tolerance: float) -> bool:
+def _has_converged(inertia: list[float], tol: float) -> bool:
     """Whether the last iteration improved too little; depends on the history alone."""
     if len(inertia) < 2:
         return bool(inertia) and inertia[-1] == 0.0
-    return inertia[-2] - inertia[-1] <= tolerance * inertia[-2]
+    return inertia[-2] - inertia[-1] <= tol * inertia[-2]
 
 
 def _update(rows: ShardedMatrix, total: Statistics, centroids: Array) -> Array:
     """Move centroids to the means of their rows; re-seed the empty ones."""
     counts = total.counts
-    filled = counts > 0
+    occupied = counts > 0
     moved = centroids.copy()
-    moved[filled] = (total.sums[filled] / counts[filled, None]).astype(np.float32)
-    return _reseed(rows, moved, np.flatnonzero(~filled))
+    # The mean minimizes the weighted sum of squared distances to the rows of a centroid.
+    moved[occupied] = (total.sums[occupied] / counts[occupied, None]).astype(np.float32)
+    return _reseed(rows, moved, np.flatnonzero(~occupied))
 
 
 def _reseed(rows: ShardedMatrix, centroids: Array, empty: npt.NDArray[np.int64]) -> Array:
     """Put each empty centroid on one of the rows with the largest residuals, all distinct."""
     if len(empty) == 0:
         return centroids
-    # Twice as many as needed, since duplicates among them are used once.
+    # A centroid on a row removes that row's loss, so the rows with the largest loss lower the
+    # inertia most. Twice as many as needed, since duplicates among them are used once.
     farthest = rows.rows(rows.farthest(2 * len(empty)))
     _, first = np.unique(farthest, axis=0, return_index=True)
     farthest = farthest[np.sort(first)][: len(empty)]
@@ -309,7 +316,7 @@ def _label(rows: ShardedMatrix, centroids: Array) -> tuple[Array, float]:
             break
         reseeded = _reseed(rows, centroids.copy(), empty)
         if np.array_equal(reseeded, centroids):
-            break
+            break  # no row has any loss left to give
         centroids = reseeded
         total = rows.assign(centroids)
     return centroids, total.inertia

@@ -72,12 +72,13 @@ class NormalEquations:
         self.items += float(mass.sum())
         self.total += weighted.sum(axis=0)
         for level, size in enumerate(self.sizes):
-            own = np.ascontiguousarray(codes[:, level], dtype=np.int64)
-            self.counts[level] += np.bincount(own, weights=mass, minlength=size)
-            _add_rows(self.sums[level], own, weighted)
+            level_codes = np.ascontiguousarray(codes[:, level], dtype=np.int64)
+            self.counts[level] += np.bincount(level_codes, weights=mass, minlength=size)
+            _add_rows(self.sums[level], level_codes, weighted)
         for (i, j), (keys, masses) in self._pairs.items():
-            own = codes[:, i].astype(np.int64) * self.sizes[j] + codes[:, j].astype(np.int64)
-            merged, where = np.unique(np.concatenate([keys, own]), return_inverse=True)
+            # A pair of codes is one integer key; equal keys of earlier blocks are added up.
+            pair = codes[:, i].astype(np.int64) * self.sizes[j] + codes[:, j].astype(np.int64)
+            merged, where = np.unique(np.concatenate([keys, pair]), return_inverse=True)
             mass_of = np.bincount(where, weights=np.concatenate([masses, mass])).astype(np.float64)
             self._pairs[i, j] = (merged, mass_of)
 
@@ -169,6 +170,7 @@ class _System:
 
     def solve(self, right: Doubles, x: Doubles) -> Doubles:
         """Return the solution for every column of ``right``, by conjugate gradients from ``x``."""
+        # Every column is a system of its own with the same matrix; all take their steps together.
         goal = TOLERANCE**2 * np.maximum(np.einsum("nd,nd->d", right, right), 1e-300)
         residual = right - self.apply(x)
         scaled = residual / self.diagonal
@@ -179,10 +181,12 @@ class _System:
                 break
             image = self.apply(direction)
             along = np.einsum("nd,nd->d", direction, image)
+            # The step that minimizes the error along the direction; 0 once a column has converged.
             step = np.divide(power, along, out=np.zeros_like(power), where=along > 0)
             x = x + step * direction
             residual = residual - step * image
             scaled = residual / self.diagonal
+            # The next direction is conjugate to all earlier ones (Hestenes & Stiefel 1952).
             before, power = power, np.einsum("nd,nd->d", residual, scaled)
             share = np.divide(power, before, out=np.zeros_like(power), where=before > 0)
             direction = scaled + share * direction
@@ -192,9 +196,9 @@ class _System:
 @numba.njit(nogil=True, cache=True)
 def _add_rows(table: np.ndarray, codes: np.ndarray, rows: np.ndarray) -> None:
     for row in range(len(codes)):
-        own = table[codes[row]]
+        total = table[codes[row]]
         for d in range(rows.shape[1]):
-            own[d] += rows[row, d]
+            total[d] += rows[row, d]
 
 
 @numba.njit(nogil=True, cache=True)
@@ -208,11 +212,11 @@ def _multiply(
     last: int,
 ) -> None:
     for row in range(first, last):
-        own = out[row]
+        total = out[row]
         for place in range(starts[row], starts[row + 1]):
             value, other = values[place], x[columns[place]]
             for d in range(x.shape[1]):
-                own[d] += value * other[d]
+                total[d] += value * other[d]
 
 
 Array = npt.NDArray[np.float32]

@@ -130,6 +130,8 @@ def refine_residual(
     if not options.rounds:
         return start, []
     refiner = _Refiner(train, judged, groups, options, weights, threads, on_round)
+    # First the nearest local optimum, then out of it with falling noise and down again; the second
+    # result counts only where held-out rows prefer it.
     best, history = refiner.settled(start, refiner.error(start))
     if options.annealing_rounds:
         error = history[-1].error if history else refiner.error(best)
@@ -156,13 +158,16 @@ class _Refiner:
         """Run rounds without noise for as long as they lower the error."""
         rounds: list[RefineRound] = []
         for _ in range(self.options.rounds):
-            made, found = self._solved(self._equations(books)[0], books, self.options.ridges, error)
-            if not found.error < error:
+            solved, record = self._solved(
+                self._equations(books)[0], books, self.options.ridges, error
+            )
+            # Held-out rows decide, so a round may raise the error: its codebooks are dropped.
+            if not record.error < error:
                 break
-            rounds.append(found)
-            enough = found.error > (1.0 - self.options.tolerance) * error
-            books, error = made, found.error
-            if enough:
+            rounds.append(record)
+            too_small = record.error > (1.0 - self.options.tolerance) * error
+            books, error = solved, record.error
+            if too_small:
                 break
         return books, rounds
 
@@ -176,25 +181,27 @@ class _Refiner:
         for number in range(count):
             equations, squared = self._equations(books)
             if not rounds:
+                # The residual's standard deviation per column sets the scale of all noise.
                 spread = np.sqrt(squared / max(self._mass(), 1e-12))
-            books, found = self._solved(equations, books, ridges, error)
-            rounds.append(found)
-            ridges, error = (found.ridge,), found.error
-            if number + 1 < count:
+            books, record = self._solved(equations, books, ridges, error)
+            rounds.append(record)
+            # The first round chooses the ridge; the others take it, which saves encodings.
+            ridges, error = (record.ridge,), record.error
+            if number + 1 < count:  # the noise falls linearly and the last round adds none
                 books = self._shaken(books, (1.0 - number / count) * spread, generator)
         return books, rounds
 
     def error(self, books: Sequence[Array]) -> float:
         """Return the mean squared residual of the judged rows."""
-        prepared, total = _prepared(books), 0.0
+        indexed, total = _indexed(books), 0.0
         for _, block in read_ahead(self.judged):
-            found = self._encoded(block, prepared)
-            total += float(np.square(found.residual_norms, dtype=np.float64).sum())
+            norms = self._encoded(block, indexed).residual_norms
+            total += float(np.square(norms, dtype=np.float64).sum())
         return total / max(len(self.judged), 1)
 
-    def _encoded(self, block: Array, prepared: list[IndexedCodebook]) -> ResidualCodes:
+    def _encoded(self, block: Array, indexed: list[IndexedCodebook]) -> ResidualCodes:
         return encode_residual(
-            block, prepared, beam_width=self.options.beam_width, threads=self.threads
+            block, indexed, beam_width=self.options.beam_width, threads=self.threads
         )
 
     def _equations(self, books: Sequence[Array]) -> tuple[NormalEquations, Doubles]:
@@ -203,14 +210,14 @@ class _Refiner:
         A weight counts a row so often in both.
         """
         equations = NormalEquations([len(book) for book in books], self.train.dim)
-        prepared, squared = _prepared(books), np.zeros(self.train.dim)
+        indexed, squared = _indexed(books), np.zeros(self.train.dim)
         for start, block in read_ahead(self.train):
-            codes = self._encoded(block, prepared).codes
+            codes = self._encoded(block, indexed).codes
             mass = None if self.weights is None else self.weights[start : start + len(block)]
             equations.add_(codes, block, mass)
-            left = block - dequantize(codes, books)
-            heavy = left if mass is None else left * mass[:, None]
-            squared += np.einsum("nd,nd->d", heavy, left, dtype=np.float64)
+            residual = block - dequantize(codes, books)
+            weighted = residual if mass is None else residual * mass[:, None]
+            squared += np.einsum("nd,nd->d", weighted, residual, dtype=np.float64)
         return equations, squared
 
     def _mass(self) -> float:
@@ -226,7 +233,7 @@ class _Refiner:
         """Solve with every ridge and keep the one that judged rows like best."""
         tried = []
         for ridge in ridges:
-            made = [book.copy() for book in books]
+            refined = [book.copy() for book in books]
             for group in self.groups:
                 solved = equations.solve(
                     ridge=ridge,
@@ -235,14 +242,14 @@ class _Refiner:
                     levels=group.levels,
                     threads=self.threads,
                 )
-                for book, table in zip(made, solved, strict=False):
+                for book, table in zip(refined, solved, strict=False):
                     book[:, group.columns] = table
-            tried.append((self.error(made), ridge, made))
-        error, ridge, made = min(tried, key=lambda one: one[:2])
-        found = RefineRound(ridge, error, before)
+            tried.append((self.error(refined), ridge, refined))
+        error, ridge, refined = min(tried, key=lambda one: one[:2])  # ties: the smaller ridge
+        record = RefineRound(ridge, error, before)
         if self.on_round is not None:
-            self.on_round(found)
-        return made, found
+            self.on_round(record)
+        return refined, record
 
     def _shaken(
         self, books: Sequence[Array], spread: Doubles, generator: np.random.Generator
@@ -257,5 +264,5 @@ class _Refiner:
         return shaken
 
 
-def _prepared(books: Sequence[Array]) -> list[IndexedCodebook]:
+def _indexed(books: Sequence[Array]) -> list[IndexedCodebook]:
     return [index_codebook(torch.from_numpy(book)) for book in books]

@@ -61,21 +61,23 @@ def kmeans_plus_plus(
         with them; memory O(items + codes dim) beside those rows.
     """
     rows = as_sharded(blocks, weights=weights, threads=threads)
-    first = rows.draw(rows.start_seeding(), 1, generator)
-    centers = rows.rows(first)
-    fresh = centers
+    # The first center is drawn by weight alone.
+    centers = rows.rows(rows.draw(rows.start_seeding(), 1, generator))
+    accepted = centers
     gains = _Gains(rows, codes, generator, threads) if n_local_trials > 1 else None
     while True:
-        masses = rows.update_nearest_center(fresh)
+        # One pass: distances to the nearest center, and their weighted sum per block.
+        masses = rows.update_nearest_center(accepted)
         if len(centers) >= codes or not masses.any():
             return centers
         size = min(codes - len(centers), max(1, len(centers) // 4), MAX_ROUND)
         drawn = rows.draw(masses, size * n_local_trials, generator)
         candidates = rows.rows(drawn)
-        worth = None if gains is None else gains(candidates)
-        kept = _accept(candidates, rows.center_distances(drawn), worth, size, generator)
-        fresh = candidates[kept]
-        centers = np.concatenate([centers, fresh])
+        reduction = None if gains is None else gains(candidates)
+        accepted = candidates[
+            _accept(candidates, rows.center_distances(drawn), reduction, size, generator)
+        ]
+        centers = np.concatenate([centers, accepted])
 
 
 class _Gains:
@@ -101,8 +103,8 @@ class _Gains:
         self.source = source
         self.chosen = chosen.astype(np.int64)
         rows = torch.from_numpy(source.rows(self.chosen))
-        self.middle = rows.mean(0)
-        rows -= self.middle
+        self.mean = rows.mean(0)
+        rows -= self.mean
         self.norms = (rows**2).sum(1)
         native = any(route.name == "bf16" for route in working_routes())
         self.dtype = torch.bfloat16 if native else torch.float32
@@ -113,14 +115,15 @@ class _Gains:
 
     def __call__(self, candidates: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
         """Return the gains ``(n,)`` over the distances to the centers so far."""
-        words = torch.from_numpy(candidates) - self.middle
-        norms = (words**2).sum(1)
-        turned = words.to(torch.bfloat16).to(self.dtype).T.contiguous()
+        centered = torch.from_numpy(candidates) - self.mean
+        norms = (centered**2).sum(1)
+        transposed = centered.to(torch.bfloat16).to(self.dtype).T.contiguous()
         limits = torch.from_numpy(self.source.center_distances(self.chosen)) - self.norms
 
         def part(start: int) -> npt.NDArray[np.float64]:
             span = slice(start, start + GAIN_ROWS)
-            gain = (self.rows[span] @ turned).to(torch.bfloat16).float()
+            gain = (self.rows[span] @ transposed).to(torch.bfloat16).float()
+            # limit - |x - c|^2 = (limit - |x|^2) + 2 x.c - |c|^2, where it is positive.
             gain.mul_(2).sub_(norms).add_(limits[span, None]).clamp_(min=0)
             if self.weights is not None:
                 gain *= self.weights[span, None]
@@ -128,7 +131,7 @@ class _Gains:
             return summed
 
         total = np.zeros(len(candidates))
-        threads = self.threads if self.rows.numel() * len(words) >= THREADED_WORK else 1
+        threads = self.threads if self.rows.numel() * len(centered) >= THREADED_WORK else 1
         # Added in row order, so that threads cannot change the sum.
         for gain in map_blocks(part, range(0, len(self.rows), GAIN_ROWS), threads=threads):
             total += gain
@@ -143,6 +146,7 @@ def _accept(
     generator: np.random.Generator,
 ) -> list[int]:
     """Accept up to ``size`` candidates one after another, each with probability now / start."""
+    # Centered in float64, so that |a|^2 + |b|^2 - 2 a.b loses few digits.
     wide = candidates - candidates.mean(axis=0, dtype=np.float64)
     norms = np.einsum("nd,nd->n", wide, wide)
     apart = norms[:, None] + norms - 2 * (wide @ wide.T)
@@ -151,11 +155,13 @@ def _accept(
     now = before.copy()
     coins = generator.random(len(candidates))
     order = np.arange(len(candidates)) if gains is None else np.argsort(-gains, kind="stable")
-    kept: list[int] = []
+    accepted: list[int] = []
     for i in order:
+        # Candidates were drawn in proportion to `before`; accepting with probability now / before
+        # makes them draws in proportion to `now`. A copy of an accepted one has now = 0.
         if coins[i] * before[i] < now[i]:
-            kept.append(int(i))
-            if len(kept) == size:
+            accepted.append(int(i))
+            if len(accepted) == size:
                 break
             np.minimum(now, apart[i], out=now)
-    return kept
+    return accepted
