@@ -51,61 +51,40 @@ class RawBlock(NamedTuple):
     shared: bool = False
 
 
-def reblock(pieces: Iterable[RawBlock], size: int, dim: int) -> Iterator[RawBlock]:
+def reblock(pieces: Iterable[RawBlock], size: int) -> Iterator[RawBlock]:
     """Cut pieces of any length into blocks of exactly ``size`` rows (the last may be shorter).
 
-    A piece that happens to be a whole block passes through untouched; otherwise rows are copied
-    once, into one block at a time.
+    A block that lies within one piece is a view of it; others are copied once, a block at a time.
     """
-    block = _Filling(size, dim)
-    previous: RawBlock | None = None
+    parts: list[RawBlock] = []
+    count = 0
     for piece in pieces:
-        if len(piece.values) == 0:
-            continue
-        # One piece behind, because a short last piece may pass through untouched too.
-        if previous is not None:
-            yield from block.add(previous)
-        previous = piece
-    if previous is not None:
-        if block.filled == 0 and len(previous.values) <= size:
-            yield previous
-            return
-        yield from block.add(previous)
-    yield from block.rest()
+        start = 0
+        while start < len(piece.values):
+            stop = min(start + size - count, len(piece.values))
+            flags = None if piece.flags is None else piece.flags[start:stop]
+            parts.append(RawBlock(piece.values[start:stop], flags, piece.shared))
+            count, start = count + stop - start, stop
+            if count == size:
+                yield _joined(parts)
+                parts, count = [], 0
+    if parts:
+        yield _joined(parts)
 
 
-class _Filling:
-    """The block that pieces are being copied into."""
-
-    def __init__(self, size: int, dim: int) -> None:
-        self.shape = (size, dim)
-        self.filled = 0
-
-    def add(self, piece: RawBlock) -> Iterator[RawBlock]:
-        """Append a piece; yield every block that it fills."""
-        size = self.shape[0]
-        if self.filled == 0 and len(piece.values) == size:
-            yield piece
-            return
-        at = 0
-        while at < len(piece.values):
-            if self.filled == 0:
-                self.values = np.empty(self.shape, dtype=np.float32)
-                self.flags = np.zeros(size, dtype=np.uint8)
-            n = min(size - self.filled, len(piece.values) - at)
-            self.values[self.filled : self.filled + n] = piece.values[at : at + n]
-            if piece.flags is not None:
-                self.flags[self.filled : self.filled + n] = piece.flags[at : at + n]
-            self.filled, at = self.filled + n, at + n
-            if self.filled == size:
-                yield from self.rest()
-
-    def rest(self) -> Iterator[RawBlock]:
-        """Yield what has been filled, if anything."""
-        if self.filled:
-            flags = self.flags[: self.filled]
-            yield RawBlock(self.values[: self.filled], flags if flags.any() else None)
-            self.filled = 0
+def _joined(parts: list[RawBlock]) -> RawBlock:
+    if len(parts) == 1:
+        values, flags, shared = parts[0]
+    else:
+        values, shared = np.concatenate([part.values for part in parts]), False
+        flags = np.concatenate(
+            [
+                np.zeros(len(part.values), np.uint8) if part.flags is None else part.flags
+                for part in parts
+            ]
+        )
+    # Flags say that a row cannot be used: none, where all rows of the block can.
+    return RawBlock(values, flags if flags is not None and flags.any() else None, shared)
 
 
 def within_range(values: np.ndarray) -> bool:

@@ -231,7 +231,7 @@ class ArrowSource(EmbeddingSource):
         return {"kind": self._kind, "dtype": self._dtype, "items": len(self), "dim": self.dim}
 
     def _raw_blocks(self, size: int, first: int = 0) -> Iterator[RawBlock]:
-        yield from reblock(self._pieces(size, first), size, self.dim)
+        yield from reblock(self._pieces(size, first), size)
 
     def _pieces(self, size: int, begin: int) -> Iterator[RawBlock]:
         """Cut chunks at the block boundaries, so that a block inside one chunk is a view."""
@@ -375,7 +375,7 @@ class ParquetSource(EmbeddingSource):
                 yield row_lengths(batch)
 
     def _raw_blocks(self, size: int, first: int = 0) -> Iterator[RawBlock]:
-        yield from reblock(self._pieces(size, first), size, self.dim)
+        yield from reblock(self._pieces(size, first), size)
 
     def _pieces(self, size: int, first: int) -> Iterator[RawBlock]:
         """Read from the row group on that row ``first`` lies in."""

@@ -250,7 +250,7 @@ class SubsetSource(EmbeddingSource):
             for start in range(first, len(self), size):
                 yield self.base._raw_rows(self.indices[start : start + size])
             return
-        yield from reblock(self._in_order(first), size, self.dim)
+        yield from reblock(self._in_order(first), size)
 
     def _in_order(self, first: int) -> Iterator[RawBlock]:
         """Pass over the base once and keep the rows of this subset."""
@@ -264,10 +264,7 @@ class SubsetSource(EmbeddingSource):
             if high > low:
                 local = self.indices[low:high] - start
                 flags = None if raw.flags is None else raw.flags[local]
-                # Flags say that a row cannot be used: none, where all such rows were left out.
-                yield RawBlock(
-                    raw.values[local], flags if flags is not None and flags.any() else None
-                )
+                yield RawBlock(raw.values[local], flags)
             if high == len(self.indices):
                 return
             start = stop

@@ -393,7 +393,7 @@ class _SyntheticSource(EmbeddingSource):
         }
 
     def _raw_blocks(self, size: int, first: int = 0) -> Iterator[RawBlock]:
-        yield from reblock(self._catalogue._units(first), size, self.dim)
+        yield from reblock(self._catalogue._units(first), size)
 
     def _raw_rows(self, indices: np.ndarray) -> RawBlock:
         values = np.empty((len(indices), self.dim), dtype=np.float32)
