@@ -39,8 +39,8 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "barq, weight 3": ("barq", {"behavior_weight": 3.0, **WHOLE}),
     "barq, weight 4": ("barq", {"behavior_weight": 4.0, **WHOLE}),
     "barq, weight 2, two levels": ("barq", {"behavior_levels": 2, **WHOLE}),
-    "barq, weight 2, size limit .1": ("barq", {"size_limit": 0.1, **WHOLE}),
-    "barq, weight 2, size limit .3": ("barq", {"size_limit": 0.3, **WHOLE}),
+    "barq, weight 2, size limit .1": ("barq", {"balance_strength": 0.1, **WHOLE}),
+    "barq, weight 2, size limit .3": ("barq", {"balance_strength": 0.3, **WHOLE}),
     "barq, weight 2, lambda 3": ("barq", {"objective": {"contrastive_weight": 3.0}, **WHOLE}),
     "barq, weight 2, 2048 pairs": ("barq", {"objective": {"pairs_per_step": 2048}, **WHOLE}),
     # The settings of "weight 2", whose row was measured before annealing was added.

@@ -31,8 +31,8 @@ def catalogue(
     generator = np.random.default_rng(seed)
     books = [0.5**level * generator.normal(size=(codes, dim)).astype("f4") for level in range(3)]
     tokenizer = semid.RQKMeans(levels=3, codebook_size=codes)
-    tokenizer._set_tensors({f"codebooks.{level}": book for level, book in enumerate(books)})
     tokenizer._dim = dim
+    tokenizer._set_tensors({f"codebooks.{level}": book for level, book in enumerate(books)})
     share = 1.0 / np.arange(1, codes + 1) ** skew
     x = np.zeros((items, dim), np.float32)
     for book in books:

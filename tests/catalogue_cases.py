@@ -18,13 +18,13 @@ def drawn_tokenizer(
     """A residual tokenizer whose codebooks are drawn, not fitted: quick, and as good for this."""
     generator = np.random.default_rng(seed)
     tokenizer = semid.RQKMeans(levels=len(sizes), codebook_size=sizes, threads=1)
+    tokenizer._dim = dim
     tokenizer._set_tensors(
         {
             f"codebooks.{level}": (scale**level * generator.normal(size=(size, dim))).astype("f4")
             for level, size in enumerate(sizes)
         }
     )
-    tokenizer._dim = dim
     return tokenizer
 
 
@@ -45,8 +45,8 @@ def drawn_neural(
         if options.get("projection"):
             tensors[f"maps.{level}"] = generator.normal(size=(5, 5)).astype("f4")
     tensors["preprocess.mean"] = np.full(dim, 0.25, dtype=np.float32)
-    tokenizer._set_tensors(tensors)
     tokenizer._dim = dim
+    tokenizer._set_tensors(tensors)
     return tokenizer
 
 
@@ -54,6 +54,7 @@ class Parallel(semid.RQKMeans):
     """Codebooks that all quantize the same vector and are averaged, as in Mixture-of-Codes."""
 
     hierarchical = False
+    combine = "mean"
 
     def _encode_block(self, x, beam_width):
         from semid.quantization.residual import ResidualCodes
@@ -62,16 +63,12 @@ class Parallel(semid.RQKMeans):
         left = x - self._quantize_codes(codes)
         return ResidualCodes(codes, np.linalg.norm(left, axis=1).astype(np.float32))
 
-    def _quantize_codes(self, codes):
-        words = [book[codes[:, level]] for level, book in enumerate(self.codebooks)]
-        return np.mean(words, axis=0).astype(np.float32)
-
 
 def parallel_tokenizer(*, dim: int = 6, sizes: tuple[int, ...] = (4, 8)) -> Tokenizer:
     drawn = drawn_tokenizer(dim=dim, sizes=sizes, scale=1.0)
     tokenizer = Parallel(levels=len(sizes), codebook_size=sizes, threads=1)
-    tokenizer._set_tensors(drawn._tensors())
     tokenizer._dim = dim
+    tokenizer._set_tensors(drawn._tensors())
     return tokenizer
 
 

@@ -487,7 +487,7 @@ TOKENIZERS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     ),
     "barq balanced": (
         lambda: semid.BARQ(
-            **LEVELS, size_limit=0.5, behavior_levels=2, content_variance=1.0,
+            **LEVELS, balance_strength=0.5, behavior_levels=2, content_variance=1.0,
             **BEHAVIOR, **SMALL,
         ),
         {"pairs": "pairs"},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -16,18 +16,16 @@ class FixedResidual(Tokenizer):
 
     kind: ClassVar[str] = "fixed-residual"
     hierarchical: ClassVar[bool] = True
+    combine: ClassVar[Literal["sum", "mean", "concat"]] = "sum"
 
     def __init__(self, *books: np.ndarray) -> None:
-        super().__init__()
         self.books = tuple(np.asarray(book, dtype=np.float32) for book in books)
-        self.codebook_sizes = tuple(len(book) for book in self.books)
-        self.seed = 0
-        self.validation_fraction = 0.0
+        super().__init__(validation_fraction=0.0)
         self._dim = self.books[0].shape[1]
 
     @property
-    def settings(self) -> dict[str, Any]:
-        return {"books": len(self.books)}
+    def codebook_sizes(self) -> tuple[int, ...]:
+        return tuple(len(book) for book in self.books)
 
     def _fit(self, context: Any) -> dict[str, Any]:
         raise NotImplementedError
@@ -66,6 +64,7 @@ class FixedParallel(FixedResidual):
 
     kind: ClassVar[str] = "fixed-parallel"
     hierarchical: ClassVar[bool] = False
+    combine: ClassVar[Literal["sum", "mean", "concat"]] = "mean"
 
     def _encode_block(self, x: np.ndarray, beam_width: int) -> ResidualCodes:
         codes = np.stack([self._nearest(x, book) for book in self.books], 1)

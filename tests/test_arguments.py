@@ -243,14 +243,14 @@ for _name in ("epochs", "batch_size", "learning_rate", "patience", "latent"):
     BESIDE["fit", _name] = "--tokenizer rqvae"
 for _name in ("contrastive_weight", "uniformity_weight", "kl_weight"):
     BESIDE["fit", _name] = "--tokenizer drqvae"
-for _name in ("behavior_weight", "content_variance", "size_limit"):
+for _name in ("behavior_weight", "content_variance", "balance_strength"):
     BESIDE["fit", _name] = "--tokenizer barq"
 
 HUGE = "1" + "0" * 30
 VALUES = ("-1", "0", "nan", "inf", "1e30", HUGE, "text")
 SEEDS = {"seed", "data_seed"}
 ZERO = {
-    "behavior_weight", "contrastive_weight", "uniformity_weight", "kl_weight", "size_limit",
+    "behavior_weight", "contrastive_weight", "uniformity_weight", "kl_weight", "balance_strength",
     "validation_fraction", "tolerance", "tol", "latent", "rounds", "annealing_rounds", "max_churn",
     "cold_items", "history", "dropout", "core", "candidates",
 }  # fmt: skip

@@ -89,7 +89,9 @@ def test_prices_even_out_usage():
     heavy = generator.normal(size=(900, 4)) * np.exp(generator.normal(size=(900, 1)))
     settings = {"behavior_weight": 0.0, "validation_fraction": 0}
     plain, even = (
-        semid.BARQ(codebook_size=16, **settings, size_limit=limit).fit(heavy.astype(np.float32))
+        semid.BARQ(codebook_size=16, **settings, balance_strength=limit).fit(
+            heavy.astype(np.float32)
+        )
         for limit in (0.0, 0.5)
     )
     usage = [
@@ -107,8 +109,8 @@ def test_wrong_or_missing_arguments_are_refused(shelves):
         semid.BARQ(codebook_size=8, behavior_weight=0).fit(rows, pairs=pairs)
     with pytest.raises(UsageError, match="behavior_levels=4"):
         semid.BARQ(behavior_levels=4)
-    with pytest.raises(UsageError, match="size_limit=-1"):
-        semid.BARQ(size_limit=-1)
+    with pytest.raises(UsageError, match="balance_strength=-1"):
+        semid.BARQ(balance_strength=-1)
     content = semid.BARQ(codebook_size=8, behavior_weight=0).fit(rows)
     with pytest.raises(UsageError, match="without behavior"):
         content.decode_behavior(content.encode(rows))
@@ -136,7 +138,7 @@ def test_tables_follow_the_codes_of_a_refinement(shelves):
 def test_a_refinement_keeps_prices_and_levels_of_behavior(shelves):
     rows, _, pairs = shelves
     settings = {**SMALL, "refine": {"rounds": 0}, "objective": {"pairs_per_step": 64}}
-    plain = semid.BARQ(**settings, size_limit=0.5).fit(rows, pairs=pairs)
+    plain = semid.BARQ(**settings, balance_strength=0.5).fit(rows, pairs=pairs)
     refined = semid.refine(plain, rows)
     for before, after in zip(plain.codebooks, refined.codebooks, strict=True):
         assert np.array_equal(before[:, -3:], after[:, -3:])

@@ -9,7 +9,7 @@ from scipy.optimize import linear_sum_assignment
 import semid
 from catalogue_cases import drawn_tokenizer, rows
 from semid.catalogue.drift import drift
-from semid.catalogue.matching import churn, match_codes, renumber
+from semid.catalogue.matching import churn, match_codes
 from semid.catalogue.refresh import refresh
 from semid.catalogue.uniqueness import make_unique
 from semid.data.ids import ItemIds, held_out_mask
@@ -80,7 +80,7 @@ def test_no_distance_outweighs_an_item():
 def test_renumbering_changes_names_only_and_can_be_undone():
     tokenizer, x = drawn_tokenizer(sizes=(8, 8)), rows(200)
     generator = np.random.default_rng(0)
-    other = renumber(tokenizer, [generator.permutation(8) for _ in range(2)])
+    other = tokenizer.renumbered([generator.permutation(8) for _ in range(2)])
     before, after = tokenizer.encode(x).codes, other.encode(x).codes
     assert not np.array_equal(before, after)
     np.testing.assert_array_equal(tokenizer.decode(before), other.decode(after))
@@ -88,7 +88,7 @@ def test_renumbering_changes_names_only_and_can_be_undone():
         match_codes(before[:, n], after[:, n], tokenizer.codebooks[n], other.codebooks[n])
         for n in range(2)
     ]
-    back = renumber(other, numbers)
+    back = other.renumbered(numbers)
     assert back.codebook_fingerprint == tokenizer.codebook_fingerprint
 
 

@@ -14,9 +14,14 @@ import pytest
 import semid
 from distributed_cases import rows_array, write_folder
 from semid.cli import main
-from semid.distributed import encode_run
-from semid.distributed.encode_job import EncodeJob, Encoder, open_output
-from semid.distributed.encode_run import LocalOptions, encode_folder
+from semid.distributed import encode_folder as encoding_run
+from semid.distributed.encode_folder import (
+    EncodeJob,
+    EncodeWorker,
+    LocalOptions,
+    encode_folder,
+    encode_key,
+)
 from semid.distributed.units import Catalogue
 from semid.errors import (
     ArtefactError,
@@ -27,8 +32,10 @@ from semid.errors import (
     UsageError,
 )
 from semid.filesystems import Folder
+from semid.tokenizers.encoding import PartFolder
 
 ONE = LocalOptions(processes=1)
+SOURCE = Path(semid.__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +75,7 @@ class Inline:
 
 @pytest.fixture
 def inline(monkeypatch):
-    monkeypatch.setattr(encode_run, "ProcessPoolExecutor", Inline)
+    monkeypatch.setattr(encoding_run, "ProcessPoolExecutor", Inline)
 
 
 def same_as_local(model: Path, source: Path, output: Path) -> None:
@@ -125,7 +132,7 @@ class KilledError(Exception):
 
 def test_a_driver_that_was_killed_goes_on(model, folder, tmp_path, inline, monkeypatch):
     encoded: list[str] = []
-    real = Encoder.encode
+    real = EncodeWorker.encode
 
     def dies(self, unit):
         if len(encoded) == 3:
@@ -133,7 +140,7 @@ def test_a_driver_that_was_killed_goes_on(model, folder, tmp_path, inline, monke
         encoded.append(unit.name)
         return real(self, unit)
 
-    monkeypatch.setattr(Encoder, "encode", dies)
+    monkeypatch.setattr(EncodeWorker, "encode", dies)
     with pytest.raises(KilledError):
         encode_folder(model, folder, tmp_path / "ids", engine=ONE, unit_rows=150)
     assert not (tmp_path / "ids").exists()
@@ -142,7 +149,9 @@ def test_a_driver_that_was_killed_goes_on(model, folder, tmp_path, inline, monke
     with pytest.raises(OutputExistsError, match="--resume"):
         encode_folder(model, folder, tmp_path / "ids", engine=ONE, unit_rows=150)
     before = list(encoded)
-    monkeypatch.setattr(Encoder, "encode", lambda s, u: (encoded.append(u.name), real(s, u))[1])
+    monkeypatch.setattr(
+        EncodeWorker, "encode", lambda s, u: (encoded.append(u.name), real(s, u))[1]
+    )
     done = encode_folder(model, folder, tmp_path / "ids", engine=ONE, unit_rows=150, resume=True)
     assert set(before) <= set(encoded[3:])  # read again, but not encoded again
     assert 0 < done.encoded < done.rows == 1200
@@ -181,14 +190,15 @@ def test_units_have_the_width_and_the_id_type_of_all_files(model, clustered, tmp
 def test_a_resume_with_another_model_is_refused(model, folder, clustered, tmp_path, inline):
     info = semid.load(model).codes_info()
     catalogue = Catalogue.open(folder)
-    open_output(tmp_path / "ids", resume=False, info=info, catalogue=catalogue)
+    parts = PartFolder(tmp_path / "ids.partial", info, encode_key(info, catalogue))
+    parts.begin(resume=False)
     other = tmp_path / "other"
     semid.RQKMeans(levels=2, codebook_size=16, seed=9).fit(clustered).save(other)
     with pytest.raises(ArtefactError, match="another model"):
         encode_folder(other, folder, tmp_path / "ids", engine=ONE, resume=True)
     job = EncodeJob(other, catalogue, tmp_path / "ids.partial", info, "key")
     with pytest.raises(ArtefactError, match="has changed"):
-        Encoder(job)
+        EncodeWorker(job)
 
 
 def kills_itself_once(unit):
@@ -197,14 +207,14 @@ def kills_itself_once(unit):
     if unit.groups[0] > 0 and not marker.exists():
         marker.write_text("killed", encoding="utf8")
         os.kill(os.getpid(), signal.SIGKILL)
-    assert encode_run._ENCODER is not None
-    return encode_run._ENCODER.encode(unit)
+    assert encoding_run._WORKER is not None
+    return encoding_run._WORKER.encode(unit)
 
 
 def test_a_killed_process_costs_no_row(model, folder, tmp_path, monkeypatch):
     monkeypatch.setenv("SEMID_TEST_MARKER", str(tmp_path / "marker"))
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-    monkeypatch.setattr(encode_run, "_encode", kills_itself_once)
+    monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent}{os.pathsep}{SOURCE}")
+    monkeypatch.setattr(encoding_run, "_encode", kills_itself_once)
     done = encode_folder(model, folder, tmp_path / "ids", engine=ONE, unit_rows=150)
     assert (tmp_path / "marker").exists()
     assert done.lost == 1
@@ -215,9 +225,9 @@ def test_a_killed_process_costs_no_row(model, folder, tmp_path, monkeypatch):
 def test_processes_that_end_again_and_again_end_the_run(model, folder, tmp_path, monkeypatch):
     class Broken(Inline):
         def submit(self, work, *given):
-            raise encode_run.BrokenProcessPool("ended")
+            raise encoding_run.BrokenProcessPool("ended")
 
-    monkeypatch.setattr(encode_run, "ProcessPoolExecutor", Broken)
+    monkeypatch.setattr(encoding_run, "ProcessPoolExecutor", Broken)
     with pytest.raises(InputError, match=r"4 times, 3 units are left.*--resume"):
         encode_folder(model, folder, tmp_path / "ids", engine=ONE)
 

@@ -26,8 +26,7 @@ from semid.codes import SemanticIds
 from semid.errors import ArtefactError, OutputBusyError, OutputExistsError, SemidError, UsageError
 from semid.filesystems import Folder
 from semid.output import atomic_file, atomic_folder, check_output, claim_output
-from semid.tokenizers import encoding
-from semid.tokenizers.encoding import encode_to_parquet
+from semid.tokenizers.encoding import PartFolder, encode_to_parquet
 
 ROWS = 300
 
@@ -454,25 +453,25 @@ def test_a_resume_sees_every_changed_row(place, monkeypatch, clustered):
             raise KilledError
         write(*arguments, **options)
 
-    monkeypatch.setattr("semid.tokenizers.encoding.pq.write_table", dies)
+    monkeypatch.setattr("semid.filesystems.pq.write_table", dies)
     with pytest.raises(KilledError):
         encode_to_parquet(model, x, "new.parquet")
-    monkeypatch.setattr("semid.tokenizers.encoding.pq.write_table", write)
+    monkeypatch.setattr("semid.filesystems.pq.write_table", write)
     with pytest.raises(OutputExistsError, match="--resume"):
         encode_to_parquet(model, x, "new.parquet")
-    x[101] = -x[101]  # in the second of three finished parts
-    assert encode_to_parquet(model, x, "new.parquet", resume=True) == ROWS - 80
+    x[101] = -x[101]  # in the second of three finished parts, which alone is encoded again
+    assert encode_to_parquet(model, x, "new.parquet", resume=True) == ROWS - 160
     assert np.array_equal(SemanticIds.read("new.parquet").codes, model.encode(x).codes)
 
 
 def test_a_resume_after_the_last_part(place, monkeypatch, clustered):
     """A kill after all parts are written and before they are joined loses nothing."""
     model = semid.load("model")
-    join = encoding._Parts.join
-    monkeypatch.setattr(encoding._Parts, "join", lambda *a, **k: (_ for _ in ()).throw(KilledError))
+    publish = PartFolder.publish
+    monkeypatch.setattr(PartFolder, "publish", lambda *a, **k: (_ for _ in ()).throw(KilledError))
     with pytest.raises(KilledError):
         encode_to_parquet(model, clustered[:ROWS], "new.parquet")
-    monkeypatch.setattr(encoding._Parts, "join", join)
+    monkeypatch.setattr(PartFolder, "publish", publish)
     assert encode_to_parquet(model, clustered[:ROWS], "new.parquet", resume=True) == 0
     expected = model.encode(clustered[:ROWS]).codes
     assert np.array_equal(SemanticIds.read("new.parquet").codes, expected)
@@ -480,21 +479,20 @@ def test_a_resume_after_the_last_part(place, monkeypatch, clustered):
 
 
 def test_a_resumed_folder_sees_every_changed_row(place, monkeypatch):
-    from semid.distributed import encode_run
-    from semid.distributed.encode_job import Encoder, Output
-    from semid.distributed.encode_run import LocalOptions, encode_folder
+    from semid.distributed import encode_folder as encoding_run
+    from semid.distributed.encode_folder import EncodeWorker, LocalOptions, encode_folder
 
     def inline(self, units, workers):
-        encoder = Encoder(self.job, threads=1)
+        encoder = EncodeWorker(self.job, threads=1)
         return map(encoder.encode, units)
 
-    monkeypatch.setattr(encode_run._LocalRun, "results", inline)
-    publish = Output.publish
-    monkeypatch.setattr(Output, "publish", lambda *a, **k: (_ for _ in ()).throw(KilledError))
+    monkeypatch.setattr(encoding_run._LocalRun, "results", inline)
+    publish = PartFolder.publish
+    monkeypatch.setattr(PartFolder, "publish", lambda *a, **k: (_ for _ in ()).throw(KilledError))
     one = LocalOptions(processes=1)
     with pytest.raises(KilledError):
         encode_folder("model", "parts", "new", engine=one)
-    monkeypatch.setattr(Output, "publish", publish)
+    monkeypatch.setattr(PartFolder, "publish", publish)
     file = Path("parts/p100.parquet")
     table = pq.read_table(file)
     values = table["embedding"].combine_chunks().flatten().to_numpy().copy()
@@ -509,27 +507,26 @@ def test_a_resumed_folder_sees_every_changed_row(place, monkeypatch):
 
 def test_parts_of_another_run_are_not_joined(place, monkeypatch):
     """A part that another run put in the place of ours is noticed before the output appears."""
-    from semid.distributed import encode_run
-    from semid.distributed.encode_job import Encoder, Output
-    from semid.distributed.encode_run import LocalOptions, encode_folder
+    from semid.distributed import encode_folder as encoding_run
+    from semid.distributed.encode_folder import EncodeWorker, LocalOptions, encode_folder
 
     def inline(self, units, workers):
-        encoder = Encoder(self.job, threads=1)
+        encoder = EncodeWorker(self.job, threads=1)
         return map(encoder.encode, units)
 
-    monkeypatch.setattr(encode_run._LocalRun, "results", inline)
-    publish = Output.publish
+    monkeypatch.setattr(encoding_run._LocalRun, "results", inline)
+    publish = PartFolder.publish
 
-    def meddle(self, done, schema, **options):
-        name = done[0].name
+    def meddle(self, output, parts, schema, **options):
+        name = parts[0].name
         table = pq.read_table(f"new.partial/{name}")
         other = {**table.schema.metadata}
         other[b"semid"] = other[b"semid"].replace(b'"beam_width": 1', b'"beam_width": 2')
         assert other != table.schema.metadata
         pq.write_table(table.replace_schema_metadata(other), f"new.partial/{name}")
-        publish(self, done, schema, **options)
+        publish(self, output, parts, schema, **options)
 
-    monkeypatch.setattr(Output, "publish", meddle)
+    monkeypatch.setattr(PartFolder, "publish", meddle)
     with pytest.raises(ArtefactError, match="not the part that this run wrote"):
         encode_folder("model", "parts", "new", engine=LocalOptions(processes=1))
     assert not Path("new").exists()

@@ -18,8 +18,7 @@ import pytest
 import semid
 from distributed_cases import many_rows, write_folder
 from semid.cli import main
-from semid.distributed.encode_job import Encoder
-from semid.distributed.encode_run import encode_folder
+from semid.distributed.encode_folder import EncodeWorker, encode_folder
 from semid.distributed.ray_fit import fit_on_ray
 from semid.distributed.ray_workers import (
     RayOptions,
@@ -48,7 +47,8 @@ pytestmark = [
 def cluster() -> Iterator[object]:
     """Start one cluster of two CPU slots; actors find the tests' helpers by name."""
     import_ray()
-    os.environ["PYTHONPATH"] = str(Path(__file__).parent)
+    source = Path(semid.__file__).parents[1]
+    os.environ["PYTHONPATH"] = f"{Path(__file__).parent}{os.pathsep}{source}"
     os.environ.setdefault("RAY_worker_niceness", "0")  # or they wait for every other process
     ray.init(
         num_cpus=2, include_dashboard=False, object_store_memory=80_000_000, log_to_driver=False
@@ -143,8 +143,8 @@ class Stoppable:
     def __init__(self, job, marker: Path) -> None:
         self.job, self.marker = job, marker
 
-    def __call__(self, place: int) -> Encoder:
-        encoder = Encoder(self.job, threads=1)
+    def __call__(self, place: int) -> EncodeWorker:
+        encoder = EncodeWorker(self.job, threads=1)
         real, begun, marker = encoder.encode, [], self.marker
 
         def encode(unit):
@@ -163,7 +163,8 @@ def test_a_killed_actor_costs_no_row(cluster, items, local, tmp_path, monkeypatc
     local.save(tmp_path / "model")
     marker = tmp_path / "marker"
     monkeypatch.setattr(
-        "semid.distributed.encode_run._Maker", lambda job, threads: Stoppable(job, marker)
+        "semid.distributed.encode_folder._make_worker",
+        lambda job, threads, place: Stoppable(job, marker)(place),
     )
     run = encode_folder(
         tmp_path / "model",
@@ -187,7 +188,7 @@ def test_a_worker_killed_in_a_fit_changes_no_bit(cluster, items, local, monkeypa
 
     def kills(self, called, *arguments):
         if called == method and not killed and self._journal[-1][0] != "start_seeding":
-            killed.append(self.crew.process_ids()[1])
+            killed.append(self.pool.process_ids()[1])
             threading.Timer(0.05, os.kill, (killed[0], signal.SIGKILL)).start()
             time.sleep(0.1)
         return real[name](self, called, *arguments)

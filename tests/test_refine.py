@@ -5,15 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from semid.quantization.additive import NormalEquations
+from semid.quantization.assign import assign
+from semid.quantization.tables import fit_tables
 
 import semid
 from semid.data.ids import held_out_mask
 from semid.errors import FingerprintError, InputError, UsageError
+from semid.quantization.balance import add_penalties, balance_penalties, pad_columns
 from semid.quantization.blocks import ArrayBlocks
-from semid.quantization.least_squares import NormalEquations, fit_tables
-from semid.quantization.nearest import assign, index_codebook
-from semid.quantization.prices import priced, size_prices, with_room
-from semid.quantization.refine import ColumnGroup, RefineOptions, refine_residual
+from semid.quantization.nearest import prepare
+from semid.quantization.refine import Part, RefineOptions, refine_residual
 from semid.quantization.residual import encode_residual, fit_residual
 from semid.tokenizers.base import HELD_OUT_SALT
 
@@ -70,7 +72,7 @@ def fitted(x: np.ndarray) -> list[np.ndarray]:
 
 
 def error(x: np.ndarray, books: list[np.ndarray], beam: int) -> float:
-    ready = [index_codebook(torch.from_numpy(book)) for book in books]
+    ready = [prepare(torch.from_numpy(book)) for book in books]
     norms = encode_residual(x, ready, beam_width=beam, threads=1).residual_norms
     return float(np.square(norms, dtype=np.float64).mean())
 
@@ -122,9 +124,9 @@ def test_annealing_leaves_the_nearest_optimum():
 
 def test_columns_outside_the_parts_stay(clustered):
     books = fitted(clustered)
-    parts = [ColumnGroup(slice(0, 10), 3), ColumnGroup(slice(10, 20), 1)]
+    parts = [Part(slice(0, 10), 3), Part(slice(10, 20), 1)]
     refined, rounds = refine_residual(
-        ArrayBlocks(clustered), books, groups=parts, options=RefineOptions(rounds=1), threads=1
+        ArrayBlocks(clustered), books, parts=parts, options=RefineOptions(rounds=1), threads=1
     )
     assert rounds
     assert all(np.array_equal(a[:, 20:], b[:, 20:]) for a, b in zip(refined, books, strict=True))
@@ -268,7 +270,7 @@ def test_prices_are_one_more_coordinate():
     rows = generator.normal(size=(500, 4)).astype(np.float32)
     words = generator.normal(size=(9, 4)).astype(np.float32)
     prices = generator.random(9)
-    labels, distances = assign(with_room(rows, 1), priced(words, prices))
+    labels, distances = assign(pad_columns(rows, 1), add_penalties(words, prices))
     wide = np.square(rows[:, None].astype(np.float64) - words).sum(axis=2) + prices
     assert np.array_equal(labels, wide.argmin(axis=1))
     assert np.allclose(distances, wide.min(axis=1), rtol=1e-5)
@@ -282,10 +284,10 @@ def test_prices_even_out_usage_within_their_bound():
     words = np.concatenate([rows[:8], rows[-8:]])
     plain, squared = assign(rows, words)
     limit = 0.5
-    (prices,) = size_prices(ArrayBlocks(rows), [words], limit=limit, threads=1)
+    (prices,) = balance_penalties(ArrayBlocks(rows), [words], strength=limit, threads=1)
     assert prices.min() == 0
     assert prices.max() <= limit * squared.mean(dtype=np.float64) * (1 + 1e-6)
-    labels, _ = assign(with_room(rows, 1), priced(words, prices))
+    labels, _ = assign(pad_columns(rows, 1), add_penalties(words, prices))
     paid = np.square(rows.astype(np.float64) - words[labels]).sum(axis=1)
     assert (paid <= squared + prices.max() + 1e-4).all()
 
@@ -295,9 +297,9 @@ def test_prices_even_out_usage_within_their_bound():
         return float(-(share * np.log(share)).sum())
 
     assert entropy(labels) > entropy(plain) + 0.05
-    assert not size_prices(ArrayBlocks(rows), [words], limit=0)[0].any()
-    with pytest.raises(UsageError, match="limit=-1"):
-        size_prices(ArrayBlocks(rows), [words], limit=-1)
+    assert not balance_penalties(ArrayBlocks(rows), [words], strength=0)[0].any()
+    with pytest.raises(UsageError, match="strength=-1"):
+        balance_penalties(ArrayBlocks(rows), [words], strength=-1)
 
 
 @pytest.mark.parametrize("kept", [1, 5])

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from sklearn.base import clone
+from sklearn.pipeline import Pipeline
+from sklearn.preprocessing import StandardScaler
 
 import semid
 from semid.artefact import TENSOR_FILE
@@ -60,7 +65,7 @@ class WithPairs(semid.BARQ):
 
 
 def barq(**changes: object) -> Tokenizer:
-    settings = {**SMALL, "objective": {"pairs_per_step": 32}, "size_limit": 0.1, **changes}
+    settings = {**SMALL, "objective": {"pairs_per_step": 32}, "balance_strength": 0.1, **changes}
     settings.setdefault("refine", {"rounds": 2})
     if settings.get("levels") == 1:
         settings["behavior_levels"] = 1
@@ -219,7 +224,7 @@ def test_quantize_sums_or_mixes_the_codebooks(make, fitted, clustered):
     tokenizer = fitted(make)
     codes = tokenizer.encode(clustered).codes
     words = [book[codes[:, level]] for level, book in enumerate(tokenizer.codebooks)]
-    mixed = np.sum(words, axis=0) if tokenizer.hierarchical else np.mean(words, axis=0)
+    mixed = {"sum": np.sum, "mean": np.mean}[tokenizer.combine](words, axis=0)
     np.testing.assert_allclose(tokenizer.quantize(codes), mixed, rtol=1e-5, atol=1e-5)
 
 
@@ -413,3 +418,46 @@ def test_options_out_of_range_are_refused(make):
 def test_repr_shows_settings(make, fitted):
     assert "not fitted" in repr(make())
     assert "dim=24" in repr(fitted(make))
+
+
+def test_arguments_follow_scikit_learn(make):
+    tokenizer = make()
+    arguments = tokenizer.get_params(deep=False)
+    cloned = clone(tokenizer)
+    assert type(cloned) is type(tokenizer)
+    assert all(cloned.get_params(deep=False)[name] is value for name, value in arguments.items())
+    cloned.set_params(seed=7, validation_fraction=0.25)
+    assert cloned.settings == {**tokenizer.settings, "seed": 7, "validation_fraction": 0.25}
+    assert type(tokenizer)(**tokenizer.settings).settings == tokenizer.settings
+    with pytest.raises(UsageError, match="validation_fraction"):
+        cloned.set_params(validation_fraction=2.0)
+    with pytest.raises(UsageError, match="no argument 'levles'"):
+        cloned.set_params(levles=2)
+
+
+def test_it_is_the_last_step_of_a_pipeline(make, clustered):
+    pipeline = Pipeline([("scale", StandardScaler()), ("ids", brief(make))])
+    codes = pipeline.fit_transform(clustered)
+    assert np.array_equal(codes, pipeline.transform(clustered))
+    scaled = pipeline["scale"].transform(clustered)
+    assert np.array_equal(codes, pipeline["ids"].encode(scaled).codes)
+
+
+def test_copies_and_pickles_encode_alike(make, fitted, clustered):
+    assert "not fitted" in repr(pickle.loads(pickle.dumps(make())))
+    tokenizer = fitted(make)
+    for copied in (pickle.loads(pickle.dumps(tokenizer)), copy.deepcopy(tokenizer)):
+        assert copied.settings == tokenizer.settings
+        assert copied.weights_fingerprint == tokenizer.weights_fingerprint
+        assert np.array_equal(copied.encode(clustered).codes, tokenizer.encode(clustered).codes)
+
+
+def test_renumbered_codewords_decode_alike(make, fitted, clustered):
+    tokenizer = fitted(make)
+    generator = np.random.default_rng(3)
+    numbers = [generator.permutation(size) for size in tokenizer.codebook_sizes]
+    renumbered = tokenizer.renumbered(numbers)
+    codes = tokenizer.encode(clustered).codes
+    expected = np.stack([number[codes[:, level]] for level, number in enumerate(numbers)], axis=1)
+    assert np.array_equal(renumbered.encode(clustered).codes, expected)
+    assert np.array_equal(renumbered.decode(expected), tokenizer.decode(codes))

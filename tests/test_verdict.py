@@ -36,7 +36,7 @@ from semid.health._thresholds import GEOMETRY, THRESHOLDS
 from semid.report import diagnose
 from semid.report.compare import compare
 from semid.tokenizers.base import HELD_OUT_SALT
-from semid.tokenizers.neural.quantized import ReconstructionTrainee
+from semid.tokenizers.neural.quantized import ReconstructionTask
 from semid.tokenizers.neural.quantizers import Codebook, UpdateRule
 
 DOCS = Path(__file__).parents[1] / "docs" / "report.md"
@@ -301,7 +301,7 @@ def test_a_level_of_codewords_at_one_point_is_unhealthy_right_after_the_fit(norm
 def test_a_collapsed_level_makes_a_checkpoint_unhealthy(used, healthy):
     book = Codebook(64, 2, rule=UpdateRule(), seed=0, name=0)
     book.used[:used] = 1000
-    trainee = object.__new__(ReconstructionTrainee)
+    trainee = object.__new__(ReconstructionTask)
     trainee.model = SimpleNamespace(quantizer=SimpleNamespace(books=[book]))
     assert trainee._usage()[1] is healthy
     assert not torch.count_nonzero(book.used)

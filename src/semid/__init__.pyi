@@ -34,7 +34,7 @@ from semid.tokenizers.features import fuse as fuse
 from semid.tokenizers.heads import DecodeHead as DecodeHead
 from semid.tokenizers.mocvae import VQVAE as VQVAE
 from semid.tokenizers.mocvae import MoCVAE as MoCVAE
-from semid.tokenizers.neural.tokenizer import Network as Network
+from semid.tokenizers.neural.tokenizer import AutoencoderConfig as AutoencoderConfig
 from semid.tokenizers.refining import refine as refine
 from semid.tokenizers.rqkmeans import RQKMeans as RQKMeans
 from semid.tokenizers.rqvae import RQPVAE as RQPVAE

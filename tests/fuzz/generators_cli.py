@@ -360,7 +360,7 @@ def constructor(random: Random, bench: Bench, work: Path) -> Case:
     name = random.choice(
         ("RQKMeans", "RQVAE", "VQVAE", "RQPVAE", "DRQVAE", "MoCVAE", "KMeansOptions",
         "TrainOptions",
-         "Network", "RankerConfig", "RankingDataConfig", "CodeFeatures", "RefineOptions")
+         "AutoencoderConfig", "RankerConfig", "RankingDataConfig", "CodeFeatures", "RefineOptions")
     )  # fmt: skip
     made = getattr(semid, name)
     known = _parameters(made)
@@ -376,8 +376,9 @@ def constructor(random: Random, bench: Bench, work: Path) -> Case:
             arguments["kmeans"] = {"max_iter": 3}
     for key in random.sample(sorted(known), min(len(known), random.choice((1, 1, 2)))):
         if isinstance(arguments.get(key), dict) and random.random() < 0.8:
-            options = _parameters({"training": semid.TrainOptions, "network": semid.Network,
-                                   "kmeans": semid.KMeansOptions}[key])  # fmt: skip
+            options = _parameters({
+                "training": semid.TrainOptions, "network": semid.AutoencoderConfig,
+                "kmeans": semid.KMeansOptions}[key])  # fmt: skip
             inner = random.choice([*sorted(options), "bogus"])
             arguments[key] = {**arguments[key], inner: _argument(random, inner)}
         else:

@@ -6,29 +6,18 @@ numbers by assignment keeps as many published codes as numbering alone can.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from semid.catalogue.assignment import assign_rows
-from semid.data.embeddings import EmbeddingSource
 from semid.data.ids import ItemIds
 from semid.data.interactions import Interactions
 from semid.errors import InputError, UsageError
-from semid.progress import Progress
-from semid.quantization.blocks import PreprocessedBlocks
-from semid.quantization.kmeans import KMeansState
-from semid.quantization.nearest import index_codebook
-from semid.quantization.residual import fit_residual
-from semid.tokenizers.base import Tokenizer
-from semid.tokenizers.context import FitContext
-from semid.tokenizers.rqkmeans import RQKMeans
 
-__all__ = ["Churn", "churn", "fit_again", "item_counts", "match_codes", "renumber"]
+__all__ = ["Churn", "churn", "item_counts", "match_codes"]
 
 Array = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.integer[Any]]
@@ -152,108 +141,3 @@ def match_codes(
     largest = max(float(distance.max()), 1e-300)
     lightest = 1.0 if weights is None else float(weight[weight > 0].min(initial=1.0))
     return assign_rows(-weight + distance * (0.5 * lightest / codes / largest))
-
-
-def renumber(tokenizer: Tokenizer, numbers: Sequence[npt.NDArray[np.int64]]) -> Tokenizer:
-    """Return a copy of a fitted tokenizer with its codewords numbered anew.
-
-    Args:
-        tokenizer: fitted tokenizer; it is not changed.
-        numbers: for each level ``(codes,)`` the number that each codeword gets, a permutation.
-
-    Raises:
-        UsageError: if the tokenizer does not store its codebooks under ``codebooks.LEVEL``.
-    """
-    tensors = dict(tokenizer._tensors())
-    for level, (codebook, number) in enumerate(zip(tokenizer.codebooks, numbers, strict=True)):
-        name = f"codebooks.{level}"
-        if name not in tensors or not np.array_equal(tensors[name], codebook):
-            raise UsageError(
-                f"{tokenizer.kind} keeps no codebook under '{name}', so its codes cannot be "
-                "renumbered"
-            )
-        permuted = np.empty_like(codebook)
-        permuted[number] = codebook
-        tensors[name] = permuted
-    return _with_tensors(tokenizer, tensors, dim=tokenizer.dim, report=tokenizer.report)
-
-
-class _WarmStart(RQKMeans):
-    """Residual K-means that starts every level from a given codebook, in its old space."""
-
-    start: tuple[Array, ...] = ()
-
-    def _fit(self, context: FitContext) -> dict[str, Any]:
-        rows = (
-            context.train
-            if self._preprocess.identity
-            else PreprocessedBlocks(context.train, self._preprocess)
-        )
-        context.progress.start("fit again", total=None)
-
-        def on_iteration(level: int, state: KMeansState) -> None:
-            context.progress.step(1, level=level + 1, inertia=state.inertia[-1])
-
-        codebooks, fits = fit_residual(
-            rows,
-            self.codebook_sizes,
-            seed=self.seed,
-            options=self.kmeans,
-            weights=context.weights,
-            init=self.start,
-            threads=self.threads,
-            on_iteration=on_iteration,
-        )
-        self._prepared = tuple(index_codebook(torch.from_numpy(book)) for book in codebooks)
-        return {"levels": [asdict(fit) for fit in fits], "warm_start": True}
-
-
-def fit_again(
-    previous: Tokenizer,
-    source: EmbeddingSource,
-    *,
-    warm_start: bool = True,
-    weights: npt.ArrayLike | None = None,
-    progress: Progress | None = None,
-) -> Tokenizer:
-    """Fit a tokenizer of the same class and settings on a changed catalogue.
-
-    Args:
-        previous: the generation before; it is not changed.
-        source: the catalogue now.
-        warm_start: start from the old codebooks and keep the old mean, so that both generations
-            share one space; only for `RQKMeans`. Otherwise the fit starts from scratch with the
-            same seed.
-        weights: ``(items,)`` item weights, as for `Tokenizer.fit`.
-        progress: callback that receives progress events.
-
-    Cost: a fit; a warm start usually needs fewer iterations.
-    """
-    settings = previous.settings
-    # A subclass may use its codebooks in another way, so the exact class is required.
-    if not warm_start or type(previous) is not RQKMeans:
-        fresh = _copy_threads(previous, type(previous)(**settings))
-        return fresh.fit(source, weights=weights, progress=progress)
-    warm = _WarmStart(**settings, threads=previous.threads)
-    warm.start = tuple(np.array(book) for book in previous.codebooks)
-    warm._preprocess = previous._preprocess
-    warm.fit(source, weights=weights, progress=progress)
-    return _with_tensors(previous, warm._tensors(), dim=warm.dim, report=warm.report)
-
-
-def _with_tensors(
-    tokenizer: Tokenizer, tensors: Mapping[str, np.ndarray], *, dim: int, report: Any
-) -> Tokenizer:
-    """Return a fitted tokenizer of the same class and settings with other learned arrays."""
-    copy = _copy_threads(tokenizer, type(tokenizer)(**tokenizer.settings))
-    copy._set_tensors(tensors)
-    copy._dim = dim
-    copy.report = report
-    return copy
-
-
-def _copy_threads(tokenizer: Tokenizer, copy: Tokenizer) -> Tokenizer:
-    """Give a copy the number of threads, which belongs to the machine and is no setting."""
-    if hasattr(tokenizer, "threads"):
-        copy.threads = tokenizer.threads  # type: ignore[attr-defined]
-    return copy

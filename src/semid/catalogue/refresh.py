@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from semid.catalogue.additions import check_model
-from semid.catalogue.matching import Churn, churn, fit_again, match_codes, renumber
+from semid.catalogue.matching import Churn, churn, match_codes
 from semid.catalogue.uniqueness import place
 from semid.codes import CodesInfo, SemanticIds
 from semid.data.embeddings import EmbeddingSource, open_embeddings
@@ -217,7 +217,7 @@ def refresh(
     )
     # Steps 1 and 2: fit again and renumber.
     model = _matched(
-        fit_again(previous, opened, warm_start=warm_start, progress=steps),
+        previous.fit_again(opened, warm_start=warm_start, progress=steps),
         previous, opened, shared, steps,
     )  # fmt: skip
     plain = model.encode(opened, beam_width=published.info.beam_width, progress=steps)
@@ -231,7 +231,7 @@ def refresh(
         ("published", model, result.codes[:, : model.levels]),
     ]
     if compare:
-        fresh = fit_again(previous, opened, warm_start=False, progress=steps)
+        fresh = previous.fit_again(opened, warm_start=False, progress=steps)
         matched = _matched(fresh, previous, opened, shared, steps)
         candidates.append(("fresh", fresh, fresh.encode(opened, progress=steps).codes))
         candidates.append(("fresh, matched", matched, matched.encode(opened, progress=steps).codes))
@@ -284,7 +284,7 @@ def _matched(
             zip(previous.codebooks, model.codebooks, strict=True)
         )
     ]
-    return renumber(model, numbers)
+    return model.renumbered(numbers)
 
 
 def _unmoved_rows(

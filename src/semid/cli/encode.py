@@ -138,7 +138,7 @@ def encode(
         refuse_unused(
             context, ["threads"], "several processes share the CPUs; give --processes alone"
         )
-        from semid.distributed.encode_run import LocalOptions
+        from semid.distributed.encode_folder import LocalOptions
 
         layout = (
             ray_options(workers, cpus_per_worker, ray_address, store_bytes)
@@ -211,7 +211,7 @@ def _share(
     quiet: bool,
 ) -> None:
     """Encode with several workers."""
-    from semid.distributed.encode_run import encode_folder
+    from semid.distributed.encode_folder import encode_folder
     from semid.progress import make_progress
 
     with make_progress(quiet=quiet) as progress:

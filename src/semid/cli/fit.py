@@ -137,7 +137,7 @@ def fit(
         float | None,
         typer.Option(help="barq: share of the variance that is quantized; default 0.95."),
     ] = None,
-    size_limit: Annotated[
+    balance_strength: Annotated[
         float | None, typer.Option(help="barq: highest price that evens out usage; default 0.")
     ] = None,
     kl_weight: Annotated[float | None, typer.Option(help="drqvae: weight of a KL term.")] = None,
@@ -208,7 +208,7 @@ def fit(
         "kl_weight": kl_weight,
         "behavior_weight": behavior_weight,
         "content_variance": content_variance,
-        "size_limit": size_limit,
+        "balance_strength": balance_strength,
     }
     wanted = {} if recipe is None else read_recipe(recipe)
     kind = tokenizer or wanted.pop("tokenizer", "rqkmeans")
@@ -278,13 +278,14 @@ def _refuse_unused(context: typer.Context, model: Any) -> None:
     behavior = ["interactions", "pairs", "neighbors", *COLUMNS_OF_INTERACTIONS]
     if not hasattr(model, "logger"):
         refuse_unused(context, ["log"], f"{model.kind} has no epochs to log")
-    if not hasattr(model, "objective"):
+    if model.behavior_argument is None:
         refuse_unused(context, behavior, f"{model.kind} learns from embeddings alone")
     elif not model.needs_behavior:
-        weight = "--behavior-weight" if model.kind == "barq" else "--contrastive-weight"
+        weight = "--" + model.behavior_argument.replace("_", "-")
         unused = [*behavior, "temperature"]
         if model.kind == "barq":  # without behavior there is no network
             unused += training
         refuse_unused(context, unused, f"{weight} is 0, so nothing is learned from behavior")
-    if hasattr(model, "kmeans") and model.kmeans.sample_per_code is None:
+    kmeans = model.settings.get("kmeans")
+    if kmeans is not None and kmeans["sample_per_code"] is None:
         refuse_unused(context, ["full_pass"], "it follows a sample; give --sample-per-code")

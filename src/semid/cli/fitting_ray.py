@@ -11,7 +11,6 @@ from semid.errors import UsageError
 from semid.progress import make_progress
 from semid.runs import remove_state_folder
 from semid.tokenizers.factory import make_tokenizer
-from semid.tokenizers.rqkmeans import RQKMeans
 
 __all__ = ["run_fit_on_ray"]
 
@@ -55,7 +54,7 @@ def run_fit_on_ray(
         )
     model = make_tokenizer(kind, values)
     state = state_folder(output)
-    if isinstance(model, RQKMeans):
+    if model.fits_shards:
         from semid.distributed.ray_fit import fit_on_ray
         from semid.distributed.units import Catalogue
 

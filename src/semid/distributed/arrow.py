@@ -31,7 +31,7 @@ __all__ = ["ArrowEncoder", "TableEncoder", "encode_dataset", "ids_of_table"]
 def _loaded(model: str) -> Tokenizer:
     """Load an artefact once a process."""
     tokenizer: Tokenizer = load_tokenizer(model)
-    tokenizer.threads = 1  # type: ignore[attr-defined] # engines give a task one CPU slot
+    tokenizer.threads = 1  # engines give a task one CPU slot
     return tokenizer
 
 
@@ -155,7 +155,7 @@ def encode_dataset(
 ) -> Any:
     """Encode a Ray Dataset: for rows that a Ray Data pipeline makes, not for files that lie there.
 
-    For files use `semid.distributed.encode_run.encode_folder`, which goes on after a stop.
+    For files use `semid.distributed.encode_folder.encode_folder`, which goes on after a stop.
 
     Args:
         dataset: a `ray.data.Dataset` with embeddings and item ids.

@@ -6,8 +6,9 @@ import copy
 import hashlib
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,38 +31,34 @@ from semid.quantization.sharding import Shard, ShardedMatrix
 from semid.quantization.sums import Node, merge_nodes
 from semid.tokenizers.base import HELD_OUT_SALT, Tokenizer
 from semid.tokenizers.context import check_enough
-from semid.tokenizers.factory import make_tokenizer
 from semid.tokenizers.fit_report import FitReport, HealthCounter
-from semid.tokenizers.rqkmeans import RQKMeans
 from semid.training.checkpoint import open_checkpoint, run_key
 from semid.training.gathering import shard_spans
 
 __all__ = [
     "FitWorker",
-    "Look",
     "RayFit",
-    "describe_tokenizer",
+    "ShardScan",
     "fit_on_ray",
-    "revive_tokenizer",
     "shard_loads",
     "share_units",
 ]
 
 
 @dataclass(frozen=True)
-class Look:
-    """What a worker saw in its row groups.
+class ShardScan:
+    """One pass over the row groups of a worker.
 
     Attributes:
         train: training rows of each unit.
         sums: ``(dim,)`` float64 sum of all rows.
-        few: the smallest hashes of different rows, at most as many as there are codewords.
+        smallest_hashes: of different rows, at most as many as there are codewords.
         digests: one digest a unit of its rows and of who is held out.
     """
 
     train: list[int]
     sums: npt.NDArray[np.float64]
-    few: npt.NDArray[np.uint64]
+    smallest_hashes: npt.NDArray[np.uint64]
     digests: list[str]
 
 
@@ -70,7 +67,7 @@ class FitWorker:
 
     Args:
         catalogue: the embeddings.
-        units: the units it looks at and judges, one after another.
+        units: the units it scans at and judges, one after another.
         held_out: share of the items held out.
         codes: codewords of the largest level.
         threads: plain threads.
@@ -94,7 +91,7 @@ class FitWorker:
         self._hashes: npt.NDArray[np.uint64] | None = None
         self._collisions: CollisionCounter | None = None
 
-    def look(self) -> Look:
+    def scan(self) -> ShardScan:
         """Read the units once.
 
         Raises:
@@ -105,18 +102,18 @@ class FitWorker:
         sums: npt.NDArray[np.float64] | float = 0.0
         for unit in self.units:
             source = self.catalogue.source([unit])
-            kept = ~held_out_mask(source.ids, self.held_out, salt=HELD_OUT_SALT)
-            digest = hashlib.sha256(np.packbits(kept).tobytes())
+            is_train = ~held_out_mask(source.ids, self.held_out, salt=HELD_OUT_SALT)
+            digest = hashlib.sha256(np.packbits(is_train).tobytes())
             for _, block in source.blocks():
                 sums = sums + block.sum(axis=0, dtype=np.float64)
-                found = row_hashes(block)
-                digest.update(found.tobytes())
-                hashes.append(found)
-            train.append(int(kept.sum()))
+                block_hashes = row_hashes(block)
+                digest.update(block_hashes.tobytes())
+                hashes.append(block_hashes)
+            train.append(int(is_train.sum()))
             digests.append(digest.hexdigest())
         self._hashes = np.concatenate(hashes)
-        few = np.unique(self._hashes)[: self.codes]
-        return Look(train, np.asarray(sums), few, digests)
+        smallest = np.unique(self._hashes)[: self.codes]
+        return ShardScan(train, np.asarray(sums), smallest, digests)
 
     def load(self, units: Sequence[Unit], skip: int, first_row: int, rows: int) -> int:
         """Take a shard of the training rows.
@@ -133,9 +130,9 @@ class FitWorker:
         if rows == 0:
             units = self.units[:1] or self.catalogue.units()[:1]
         source = self.catalogue.source(units)
-        kept = np.flatnonzero(~held_out_mask(source.ids, self.held_out, salt=HELD_OUT_SALT))
+        train = np.flatnonzero(~held_out_mask(source.ids, self.held_out, salt=HELD_OUT_SALT))
         self.shard = Shard(
-            source.subset(kept[skip : skip + rows]),
+            source.subset(train[skip : skip + rows]),
             first_row=-(-first_row // BLOCK_ROWS) * BLOCK_ROWS if rows == 0 else first_row,
             threads=self.threads,
             memory_bytes=self.memory_bytes,
@@ -150,33 +147,28 @@ class FitWorker:
         """Add up the nodes of two neighbors; what comes from elsewhere is not written to."""
         return merge_nodes([copy.deepcopy(left), right])
 
-    def judge(self, model: Mapping[str, Any], mean: npt.NDArray[np.float64]) -> HealthCounter:
+    def evaluate(self, tokenizer: Tokenizer, mean: npt.NDArray[np.float64]) -> HealthCounter:
         """Encode and decode the units' rows, and count.
 
         Args:
-            model: what `describe_tokenizer` gave.
+            tokenizer: fitted; a copy travels to each worker.
             mean: ``(dim,)`` mean of all rows.
         """
-        tokenizer = revive_tokenizer(model)
-        tokenizer.threads = self.threads  # type: ignore[attr-defined]
+        tokenizer.threads = self.threads
         counter = HealthCounter(tokenizer.codebook_sizes, mean)
         done = 0
         for unit in self.units:
             source = self.catalogue.source([unit])
-            kept = ~held_out_mask(source.ids, self.held_out, salt=HELD_OUT_SALT)
+            is_train = ~held_out_mask(source.ids, self.held_out, salt=HELD_OUT_SALT)
             for block in tokenizer.encode_blocks(source):
                 span = slice(block.start, block.start + len(block.x))
-                known = None if self._hashes is None else self._hashes[done : done + len(block.x)]
-                counter.update(
-                    block.codes,
-                    block.x,
-                    tokenizer._decode_codes(block.codes),
-                    latent=tokenizer._latent_block(block.x),
-                    train=kept[span],
-                    row_hashes=row_hashes(block.x) if known is None else known,
-                )
+                if self._hashes is None:  # a worker that replaced another has not scanned
+                    hashes = row_hashes(block.x)
+                else:
+                    hashes = self._hashes[done : done + len(block.x)]
+                tokenizer._count_block(counter, block, is_train[span], hashes)
                 done += len(block.x)
-        # The ids themselves stay here: they are shared out by `split` and counted in parts.
+        # The ids themselves stay here: `split` distributes them to be counted in parts.
         self._collisions = counter.take_collisions()
         return counter
 
@@ -192,24 +184,6 @@ class FitWorker:
         for part in parts[1:]:
             whole.merge(part)
         return whole.result() if len(whole) else None
-
-
-def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return a fitted tokenizer as plain data, for a worker that cannot read its folder yet."""
-    return {
-        "kind": tokenizer.kind,
-        "settings": tokenizer.settings,
-        "dim": tokenizer.dim,
-        "tensors": tokenizer._tensors(),
-    }
-
-
-def revive_tokenizer(model: Mapping[str, Any]) -> Tokenizer:
-    """Make a tokenizer of what `describe_tokenizer` gave."""
-    tokenizer = make_tokenizer(model["kind"], dict(model["settings"]))
-    tokenizer._set_tensors({name: np.array(value) for name, value in model["tensors"].items()})
-    tokenizer._dim = int(model["dim"])
-    return tokenizer
 
 
 @dataclass(frozen=True)
@@ -240,8 +214,8 @@ def share_units(units: Sequence[Unit], shares: int) -> list[list[Unit]]:
     middles = edges - np.array([unit.rows for unit in units]) / 2
     owner = np.minimum((middles * shares / max(total, 1)).astype(int), shares - 1)
     runs: list[list[Unit]] = [[] for _ in range(shares)]
-    for unit, own in zip(units, owner, strict=True):
-        runs[own].append(unit)
+    for unit, share in zip(units, owner, strict=True):
+        runs[share].append(unit)
     return runs
 
 
@@ -261,14 +235,14 @@ def shard_loads(
     for first, last in spans:
         low = int(np.searchsorted(stops, first, side="right"))
         high = int(np.searchsorted(stops, last, side="left")) + 1
-        own = list(units[low:high]) if last > first else []
-        skip = first - int(stops[low] - train[low]) if own else 0
-        loads.append((own, skip, first, last - first))
+        shard_units = list(units[low:high]) if last > first else []
+        skip = first - int(stops[low] - train[low]) if shard_units else 0
+        loads.append((shard_units, skip, first, last - first))
     return loads, spans
 
 
 def fit_on_ray(
-    tokenizer: RQKMeans,
+    tokenizer: Tokenizer,
     catalogue: Catalogue,
     *,
     options: RayOptions | None = None,
@@ -277,10 +251,10 @@ def fit_on_ray(
     resume: bool = False,
     progress: Progress | None = None,
 ) -> RayFit:
-    """Fit a tokenizer in place; its codebooks are those of `RQKMeans.fit`, bit for bit.
+    """Fit a tokenizer in place; its codebooks are those of `Tokenizer.fit`, bit for bit.
 
     Args:
-        tokenizer: not fitted yet; its ``threads`` are not used, a worker has its CPUs.
+        tokenizer: not fitted yet, one that `fits_shards`; a worker uses its CPUs as threads.
         catalogue: the embeddings.
         options: workers, CPUs, cluster.
         memory_bytes: a worker holds its training rows as float32 up to this size, and reads them
@@ -303,7 +277,7 @@ def fit_on_ray(
     """
     options = options or RayOptions()
     steps = progress or QuietProgress()
-    began = time.monotonic()
+    started = time.monotonic()
     catalogue.check_local(what="a worker", several=True)
     units = catalogue.units()
     check_enough(len(catalogue), tokenizer.codebook_sizes)
@@ -316,114 +290,105 @@ def fit_on_ray(
     check_store(
         ray, 3 * 4 * largest * (dim + 1) * 8, what=f"the sums of {largest} x {dim} codewords"
     )
-    make = _Maker(catalogue, shares, tokenizer, options.cpus_per_worker, memory_bytes)
-    team = RayShardPool(
+    make = partial(
+        _make_worker,
+        catalogue,
+        shares,
+        {
+            "held_out": tokenizer.validation_fraction,
+            "codes": largest,
+            "threads": options.cpus_per_worker,
+            "memory_bytes": memory_bytes,
+        },
+    )
+    shards = RayShardPool(
         ray, make, size=len(shares), cpus=options.cpus_per_worker, retries=options.retries
     )
     try:
         steps.start("read", total=len(catalogue))
-        looks: list[Look] = list(_everyone(team, "look").values())
+        scans: list[ShardScan] = list(_everyone(shards, "scan").values())
         steps.step(len(catalogue))
-        train = [count for look in looks for count in look.train]
+        train = [count for each in scans for count in each.train]
         trained = sum(train)
-        distinct = len(np.unique(np.concatenate([look.few for look in looks])))
+        distinct = len(np.unique(np.concatenate([each.smallest_hashes for each in scans])))
         check_enough(
             distinct,
             tokenizer.codebook_sizes,
             trained=trained,
             held_out=tokenizer.validation_fraction,
         )
-        digest = hashlib.sha256("".join(d for k in looks for d in k.digests).encode())
+        digest = hashlib.sha256("".join(d for k in scans for d in k.digests).encode())
         key = run_key({"kind": tokenizer.kind, **tokenizer.settings}, digest.hexdigest())
         loads, spans = shard_loads(units, train, len(shares))
         with open_checkpoint(checkpoint, key=key, resume=resume) as store:
-            team.load(loads, spans)
-            levels = tokenizer.fit_rows(ShardedMatrix(team, dim=dim), store=store, progress=steps)
-        mean = sum((look.sums for look in looks), np.zeros(dim)) / len(catalogue)
+            shards.load(loads, spans)
+            levels = tokenizer.fit_rows(ShardedMatrix(shards, dim=dim), store=store, progress=steps)
+        mean = sum((each.sums for each in scans), np.zeros(dim)) / len(catalogue)
         steps.start("judge", total=len(catalogue))
-        tokenizer.report = _judge(team, tokenizer, mean, levels, trained, began)
+        tokenizer.report = _evaluate(shards, tokenizer, mean, levels, trained, started)
         steps.step(len(catalogue))
         rows = tuple(last - first for first, last in spans)
-        return RayFit(len(shares), rows, team.crew.lost, team.sent, team.received, team.passed)
-    finally:
-        team.close()
-
-
-class _Maker:
-    """Makes the worker of a place; travels to the actor."""
-
-    def __init__(
-        self,
-        catalogue: Catalogue,
-        shares: list[list[Unit]],
-        tokenizer: RQKMeans,
-        threads: int,
-        memory_bytes: int,
-    ) -> None:
-        self.catalogue, self.shares = catalogue, shares
-        self.held_out, self.codes = tokenizer.validation_fraction, max(tokenizer.codebook_sizes)
-        self.threads, self.memory_bytes = threads, memory_bytes
-
-    def __call__(self, place: int) -> FitWorker:
-        return FitWorker(
-            self.catalogue,
-            self.shares[place],
-            held_out=self.held_out,
-            codes=self.codes,
-            threads=self.threads,
-            memory_bytes=self.memory_bytes,
+        return RayFit(
+            len(shares), rows, shards.pool.lost, shards.sent, shards.received, shards.passed
         )
+    finally:
+        shards.close()
 
 
-def _everyone(team: RayShardPool, method: str, *arguments: Any) -> dict[int, Any]:
-    return team.crew.ask(dict.fromkeys(range(team.crew.size), (method, arguments)))
+def _make_worker(
+    catalogue: Catalogue, shares: list[list[Unit]], options: dict[str, Any], place: int
+) -> FitWorker:
+    return FitWorker(catalogue, shares[place], **options)
 
 
-def _judge(
-    team: RayShardPool,
-    tokenizer: RQKMeans,
+def _everyone(shards: RayShardPool, method: str, *arguments: Any) -> dict[int, Any]:
+    return shards.pool.ask(dict.fromkeys(range(shards.pool.size), (method, arguments)))
+
+
+def _evaluate(
+    shards: RayShardPool,
+    tokenizer: Tokenizer,
     mean: npt.NDArray[np.float64],
     levels: list[dict[str, Any]],
     trained: int,
-    began: float,
+    started: float,
 ) -> FitReport:
     """Judge every row once; ids meet in parts, so no machine holds those of all items."""
-    model = team.ray.put(describe_tokenizer(tokenizer))
-    counters = list(_everyone(team, "judge", model, mean).values())
+    model = shards.ray.put(tokenizer)
+    counters = list(_everyone(shards, "evaluate", model, mean).values())
     whole = counters[0]
     for counter in counters[1:]:
         whole.merge(counter)
-    size = team.crew.size
-    collisions = merge_collisions(_counted(team, size, model, mean))
-    judged = whole.verdict(tokenizer.codebooks, collisions=collisions)
-    items = whole.training.rows + whole.validation.rows
-    return FitReport(
-        items=items,
+    size = shards.pool.size
+    collisions = merge_collisions(_counted(shards, size, model, mean))
+    return FitReport.of(
+        whole.verdict(tokenizer.codebooks, collisions=collisions),
+        items=whole.training.rows + whole.validation.rows,
         trained_items=trained,
-        held_out_items=items - trained,
-        seconds=round(time.monotonic() - began, 3),
+        seconds=time.monotonic() - started,
         details={"levels": levels},
-        health=judged,
-        summary=judged.summary(),
     )
 
 
-def _counted(team: RayShardPool, size: int, model: Any, mean: npt.NDArray[np.float64]) -> list[Any]:
+def _counted(
+    shards: RayShardPool, size: int, model: Any, mean: npt.NDArray[np.float64]
+) -> list[Any]:
     """Bring equal ids together, each part in one worker, and count them there."""
-    for attempt in range(team.crew.retries + 1):
+    for attempt in range(shards.pool.retries + 1):
         try:
             pieces = [
-                team.crew.actors[place].pieces.options(num_returns=size).remote("split", size)
+                shards.pool.actors[place].pieces.options(num_returns=size).remote("split", size)
                 for place in range(size)
             ]
             parts = [piece if size > 1 else [piece] for piece in pieces]
             counted = [
-                team.crew.start(part, "count", *(row[part] for row in parts))
+                shards.pool.start(part, "count", *(row[part] for row in parts))
                 for part in range(size)
             ]
-            return [found for ref in counted if (found := team.crew.get(ref)) is not None]
-        except (team.ray.exceptions.RayActorError, team.ray.exceptions.ObjectLostError) as lost:
-            for place in team.crew.dead():
-                team.crew.remake(place, attempt, lost)
-                team.crew.ask({place: ("judge", (model, mean))})
+            results = [shards.pool.get(ref) for ref in counted]
+            return [result for result in results if result is not None]
+        except (shards.ray.exceptions.RayActorError, shards.ray.exceptions.ObjectLostError) as lost:
+            for place in shards.pool.ended():
+                shards.pool.replace_worker(place, attempt, lost)
+                shards.pool.ask({place: ("evaluate", (model, mean))})
     raise EmbeddingError("workers ended again and again while the codes were counted")

@@ -48,7 +48,7 @@ def fit_with_ray_train(
     Raises:
         MissingExtraError: Ray Train is not installed.
         UsageError: the workers would not fit the cluster.
-        InputError: a worker failed; with its last words.
+        InputError: a worker failed; with the last line of its error.
     """
     options = options or RayOptions()
     ray = connect(options)
@@ -60,7 +60,7 @@ def fit_with_ray_train(
     gpus = int(ray.cluster_resources().get("GPU", 0))
     workers = check_slots(ray, options)
     work = Path(tempfile.mkdtemp(prefix="semid-train-", dir=_shared(checkpoint)))
-    told = {
+    config = {
         "kind": kind,
         "values": values,
         "source": str(source) if "://" in str(source) else os.path.abspath(source),  # noqa: PTH100
@@ -73,7 +73,7 @@ def fit_with_ray_train(
     try:
         TorchTrainer(
             _train,
-            train_loop_config=told,
+            train_loop_config=config,
             scaling_config=ScalingConfig(
                 num_workers=workers,
                 use_gpu=gpus >= workers,
@@ -84,7 +84,7 @@ def fit_with_ray_train(
         fitted: Tokenizer = load_tokenizer(work / "model")
     except ray.train.TrainingFailedError as error:
         raise InputError(
-            f"a worker of Ray Train failed: {_last_words(error)}; with a checkpoint, --resume "
+            f"a worker of Ray Train failed: {_last_line(error)}; with a checkpoint, --resume "
             "continues the run"
         ) from error
     finally:
@@ -101,22 +101,22 @@ def _shared(checkpoint: FilePath | None) -> str | None:
     return str(parent)
 
 
-def _train(told: dict[str, Any]) -> None:
+def _train(config: dict[str, Any]) -> None:
     """Run in every process: the fit that a single process would do."""
     from semid.data.embeddings import open_embeddings
     from semid.tokenizers.factory import make_tokenizer
     from semid.training.distributed import is_main
 
-    tokenizer = make_tokenizer(told["kind"], told["values"], threads=told["threads"])
+    tokenizer = make_tokenizer(config["kind"], config["values"], threads=config["threads"])
     tokenizer.fit(
-        open_embeddings(told["source"], **told["columns"]),
-        checkpoint=told["checkpoint"],
-        resume=told["resume"],
+        open_embeddings(config["source"], **config["columns"]),
+        checkpoint=config["checkpoint"],
+        resume=config["resume"],
     )
     if is_main():
-        tokenizer.save(told["output"])
+        tokenizer.save(config["output"])
 
 
-def _last_words(error: Exception) -> str:
+def _last_line(error: Exception) -> str:
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     return lines[-1].strip() if lines else type(error).__name__

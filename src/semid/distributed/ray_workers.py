@@ -16,9 +16,9 @@ from semid.quantization.sharding import payload_bytes
 from semid.quantization.sums import Node, Statistics, TreeSum, merge_nodes
 
 __all__ = [
-    "Crew",
     "RayOptions",
     "RayShardPool",
+    "WorkerPool",
     "check_slots",
     "check_store",
     "connect",
@@ -28,8 +28,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# What has just ended gives its slots back a moment later.
 FREED_SECONDS = 10
+"""Time to wait for slots: work that has just ended gives them back a moment later."""
 
 MAX_WORKERS = 100_000
 
@@ -38,25 +38,30 @@ MAX_WORKERS = 100_000
 class RayOptions(Options):
     """How work is laid out on Ray.
 
-    Attributes:
-        workers: actors; None takes one for every ``cpus_per_worker`` of the cluster.
-        cpus_per_worker: CPU slots, and threads, of an actor; at least 1.
-        address: a cluster's address, for example ``auto``; None meets the cluster named by
-            ``RAY_ADDRESS``, else starts one on this machine.
-        store_bytes: object store of a cluster that is started here.
-        retries: how often a worker's work is begun again after its end, before the run gives up.
+    ``workers`` None takes one for every ``cpus_per_worker`` of the cluster; ``address`` None takes
+    the cluster named by ``RAY_ADDRESS``, else starts one on this machine.
     """
 
-    workers: int | None = option(None, ge=1, le=MAX_WORKERS, name="--workers (workers=)")
-    cpus_per_worker: int = option(
-        1, ge=1, le=MAX_WORKERS, name="--cpus-per-worker (cpus_per_worker=)"
+    workers: int | None = option(
+        None, ge=1, le=MAX_WORKERS, name="--workers (workers=)", help="Number of workers."
     )
-    address: str | None = None
+    cpus_per_worker: int = option(
+        1,
+        ge=1,
+        le=MAX_WORKERS,
+        name="--cpus-per-worker (cpus_per_worker=)",
+        help="CPU slots, and threads, of a worker.",
+    )
+    address: str | None = option(None, help="Address of a Ray cluster; one is started by default.")
     # Ray starts no smaller object store.
     store_bytes: int = option(
-        512 * 1024**2, ge=75 * 1024**2, le=2**50, name="--store-bytes (store_bytes=)"
+        512 * 1024**2,
+        ge=75 * 1024**2,
+        le=2**50,
+        name="--store-bytes (store_bytes=)",
+        help="Object store of a cluster that is started here, in bytes.",
     )
-    retries: int = option(3, ge=0)
+    retries: int = option(3, ge=0, help="Times a worker that ends is replaced.")
 
 
 def import_ray() -> Any:
@@ -65,7 +70,7 @@ def import_ray() -> Any:
     Raises:
         MissingExtraError: it is not installed; with the command that installs it.
     """
-    # Read when Ray starts: nothing about a catalogue leaves the house because of a default.
+    # Read when Ray starts: no default sends statistics about a run elsewhere.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
@@ -79,19 +84,19 @@ def connect(options: RayOptions) -> Any:
     ray = import_ray()
     if not ray.is_initialized():
         address = options.address or os.environ.get("RAY_ADDRESS")
-        own = {} if address else {"object_store_memory": options.store_bytes}
+        started_here = {} if address else {"object_store_memory": options.store_bytes}
         ray.init(
             address=address or "local",
             include_dashboard=None if address else False,
             log_to_driver=False,
             logging_level=logging.WARNING,
-            **own,
+            **started_here,
         )
     return ray
 
 
 def check_slots(ray: Any, options: RayOptions, *, readers: int = 0) -> int:
-    """Return the number of workers to start, all of which find room.
+    """Return the number of workers to start, all of which find a free slot.
 
     Actors that find no free CPU slot wait for one for ever, and so does everything behind them.
 
@@ -104,31 +109,31 @@ def check_slots(ray: Any, options: RayOptions, *, readers: int = 0) -> int:
         UsageError: they do not fit, with the numbers that would.
     """
     total = int(ray.cluster_resources().get("CPU", 0))
-    most = (total - readers) // options.cpus_per_worker
-    wanted = max(most, 1) if options.workers is None else options.workers
+    capacity = (total - readers) // options.cpus_per_worker
+    requested = max(capacity, 1) if options.workers is None else options.workers
     for _ in range(FREED_SECONDS * 10):
         free = int(ray.available_resources().get("CPU", 0))
-        room = (free - readers) // options.cpus_per_worker
-        if room >= wanted:
-            return wanted
-        if wanted > most:
-            break  # no end of other work would make room
+        available = (free - readers) // options.cpus_per_worker
+        if available >= requested:
+            return requested
+        if requested > capacity:
+            break  # no end of other work would free enough
         time.sleep(0.1)
-    if options.workers is None and room >= 1:
-        return room
-    kept = f" and leave {readers} for the tasks that read" if readers else ""
-    if room < 1:
+    if options.workers is None and available >= 1:
+        return available
+    reserved = f" and leave {readers} for the tasks that read" if readers else ""
+    if available < 1:
         raise UsageError(
             f"a worker with {options.cpus_per_worker} CPUs does not fit: the cluster has {free} of "
-            f"{total} CPU slots free{kept and ', and ' + str(readers) + ' must stay for reading'}, "
-            "so it would wait for ever; free some, add a machine, or lower --cpus-per-worker "
-            "(cpus_per_worker)"
+            f"{total} CPU slots free"
+            f"{reserved and ', and ' + str(readers) + ' must stay for reading'}, so it would wait "
+            "for ever; free some, add a machine, or lower --cpus-per-worker (cpus_per_worker)"
         )
     raise UsageError(
-        f"{wanted} workers with {options.cpus_per_worker} CPUs each would take "
-        f"{wanted * options.cpus_per_worker} CPU slots{kept}, but the cluster has {free} of "
-        f"{total} free, so some would wait for ever; give --workers {room} (workers={room}), or "
-        "add machines"
+        f"{requested} workers with {options.cpus_per_worker} CPUs each would take "
+        f"{requested * options.cpus_per_worker} CPU slots{reserved}, but the cluster has {free} of "
+        f"{total} free, so some would wait for ever; give --workers {available} "
+        f"(workers={available}), or add machines"
     )
 
 
@@ -154,31 +159,23 @@ def check_store(ray: Any, needed: int, *, what: str) -> None:
         )
 
 
-# What a shard must be told again to be where it was; a later call makes earlier ones void.
+_SEEDING = ("start_seeding", "update_nearest_center", "assign")
+_LEVELS = ("reset_levels", "subtract_codewords", *_SEEDING)
+
 VOIDS: dict[str, tuple[str, ...]] = {
-    "preprocess": (
-        "reset_levels",
-        "subtract_codewords",
-        "start_seeding",
-        "update_nearest_center",
-        "assign",
-    ),
-    "reset_levels": (
-        "reset_levels",
-        "subtract_codewords",
-        "start_seeding",
-        "update_nearest_center",
-        "assign",
-    ),
-    "subtract_codewords": ("start_seeding", "update_nearest_center", "assign"),
-    "start_seeding": ("start_seeding", "update_nearest_center", "assign"),
+    "preprocess": _LEVELS,
+    "reset_levels": _LEVELS,
+    "subtract_codewords": _SEEDING,
+    "start_seeding": _SEEDING,
     "update_nearest_center": (),
-    "assign": ("start_seeding", "update_nearest_center", "assign"),
+    "assign": _SEEDING,
 }
+"""Calls that change what a shard knows -> earlier calls that need not be repeated after them when a
+new worker has to be brought to where the old one was."""
 
 
-class Crew:
-    """Actors of one kind, each remade where it ends.
+class WorkerPool:
+    """Actors of one kind; one that ends is replaced.
 
     Args:
         ray: Ray, connected.
@@ -186,6 +183,7 @@ class Crew:
         size: number of actors.
         cpus: CPU slots of each.
         retries: how often one call may lose its worker.
+        restore: returns the calls that bring a new worker of a place to where the old one was.
     """
 
     def __init__(
@@ -210,8 +208,8 @@ class Crew:
         return self.actors[place].call.remote(method, *arguments)
 
     def ask(self, calls: Mapping[int, tuple[str, tuple[Any, ...]]]) -> dict[int, Any]:
-        """Call methods, wait, and return the answers; a worker that ends is made again."""
-        refs = {place: self.start(place, name, *given) for place, (name, given) in calls.items()}
+        """Call methods, wait, and return the answers; a worker that ends is replaced."""
+        refs = {place: self.start(place, name, *args) for place, (name, args) in calls.items()}
         answers: dict[int, Any] = {}
         for place, ref in refs.items():
             for attempt in range(self.retries + 1):
@@ -219,9 +217,9 @@ class Crew:
                     answers[place] = self.get(ref)
                     break
                 except self.ray.exceptions.RayActorError as error:
-                    self.remake(place, attempt, error)
-                    name, given = calls[place]
-                    ref = self.start(place, name, *given)
+                    self.replace_worker(place, attempt, error)
+                    name, args = calls[place]
+                    ref = self.start(place, name, *args)
         return answers
 
     def get(self, ref: Any) -> Any:
@@ -237,7 +235,7 @@ class Crew:
                 "more machines, so that each holds fewer rows"
             ) from None
 
-    def remake(self, place: int, attempt: int, error: Exception) -> None:
+    def replace_worker(self, place: int, attempt: int, error: Exception) -> None:
         """Put a new worker in the place of one that ended, and bring it to where that one was.
 
         Raises:
@@ -254,15 +252,15 @@ class Crew:
         for method, arguments in self.restore(place):
             self.get(self.start(place, method, *arguments))
 
-    def dead(self) -> list[int]:
+    def ended(self) -> list[int]:
         """Return the places whose worker has ended."""
-        found = []
+        places = []
         for place, actor in enumerate(self.actors):
             try:
                 self.ray.get(actor.process_id.remote())
             except self.ray.exceptions.RayActorError:
-                found.append(place)
-        return found
+                places.append(place)
+        return places
 
     def process_ids(self) -> list[int]:
         """Return the process id of each worker."""
@@ -289,8 +287,8 @@ class _Host:
 
     def pieces(self, method: str, size: int) -> Any:
         """Call a method that answers in ``size`` pieces, each of which is kept as its own."""
-        found = getattr(self.worker, method)(size)
-        return tuple(found) if size > 1 else found[0]
+        pieces = getattr(self.worker, method)(size)
+        return tuple(pieces) if size > 1 else pieces[0]
 
     def process_id(self) -> int:
         """Return the process's id."""
@@ -314,7 +312,7 @@ class RayShardPool:
         retries: how often one call may lose its worker.
 
     Attributes:
-        crew: the actors.
+        pool: the actors.
         sent: method -> bytes of arrays that left this process.
         received: method -> bytes of arrays that came back to it.
         passed: method -> bytes of sums that went from one worker to another.
@@ -330,22 +328,24 @@ class RayShardPool:
         self.passed: dict[str, int] = {}
         self._loads: list[tuple[Any, ...]] = []
         self._journal: list[tuple[str, dict[int, tuple[Any, ...]]]] = []
-        self.crew = Crew(ray, make, size=size, cpus=cpus, retries=retries, restore=self._restore)
+        self.pool = WorkerPool(
+            ray, make, size=size, cpus=cpus, retries=retries, restore=self._restore
+        )
 
     def load(self, loads: Sequence[tuple[Any, ...]], spans: Sequence[tuple[int, int]]) -> None:
         """Give every worker its shard: arguments of `FitWorker.load`, and the rows it holds."""
         self._loads = list(loads)
         self.spans = list(spans)
-        self.crew.ask({place: ("load", given) for place, given in enumerate(self._loads)})
+        self.pool.ask({place: ("load", args) for place, args in enumerate(self._loads)})
 
     def _restore(self, place: int) -> list[tuple[str, tuple[Any, ...]]]:
         if not self._loads:
             return []
-        told: list[tuple[str, tuple[Any, ...]]] = [("load", self._loads[place])]
+        calls: list[tuple[str, tuple[Any, ...]]] = [("load", self._loads[place])]
         for method, arguments in self._journal:
             if place in arguments:
-                told.append(("call", (method, *arguments[place])))
-        return told
+                calls.append(("call", (method, *arguments[place])))
+        return calls
 
     def _note(self, method: str, arguments: Mapping[int, tuple[Any, ...]]) -> None:
         """Remember a call that changes what shards know, and forget those it makes void."""
@@ -357,7 +357,7 @@ class RayShardPool:
     def call(self, method: str, arguments: Mapping[int, tuple[Any, ...]]) -> dict[int, Any]:
         """Call a `Shard` method on the shards named; return their answers."""
         _count(self.sent, method, arguments)
-        answers = self.crew.ask({p: ("call", (method, *given)) for p, given in arguments.items()})
+        answers = self.pool.ask({p: ("call", (method, *args)) for p, args in arguments.items()})
         self._note(method, arguments)
         _count(self.received, method, answers)
         return answers
@@ -368,17 +368,17 @@ class RayShardPool:
         Neighbors add up their nodes two by two, from worker to worker, so this process receives
         one list of nodes whatever the number of workers.
         """
-        everyone = dict.fromkeys(range(self.crew.size), arguments)
+        everyone = dict.fromkeys(range(self.pool.size), arguments)
         _count(self.sent, method, everyone)
-        for attempt in range(self.crew.retries + 1):
+        for attempt in range(self.pool.retries + 1):
             try:
-                nodes = self.crew.get(self._added(method, arguments))
+                nodes = self.pool.get(self._added(method, arguments))
                 break
             except (self.ray.exceptions.RayActorError, self.ray.exceptions.ObjectLostError) as lost:
                 # The calls change nothing when they are made twice: all are made again.
-                for place in self.crew.dead():
-                    self.crew.remake(place, attempt, lost)
-                if attempt == self.crew.retries:
+                for place in self.pool.ended():
+                    self.pool.replace_worker(place, attempt, lost)
+                if attempt == self.pool.retries:
                     raise InputError(
                         f"'{method}' lost workers {attempt + 1} times ({_first_line(lost)}); use "
                         "more --workers on more machines, then --resume"
@@ -388,43 +388,42 @@ class RayShardPool:
         if nodes:
             passed = self._nodes_passed() * payload_bytes(nodes[0])
             self.passed[method] = self.passed.get(method, 0) + passed
-        merged: list[Node[Statistics]] = merge_nodes([_own(nodes)])
+        merged: list[Node[Statistics]] = merge_nodes([_copied(nodes)])
         return merged
 
     def _added(self, method: str, arguments: tuple[Any, ...]) -> Any:
         big = [self.ray.put(value) if payload_bytes(value) else value for value in arguments]
-        held = [
+        # (place, reference to its nodes): neighbors are merged in pairs until one is left.
+        nodes = [
             (place, actor.call.remote("call", method, *big))
-            for place, actor in enumerate(self.crew.actors)
+            for place, actor in enumerate(self.pool.actors)
         ]
-        while len(held) > 1:
-            joined = []
-            for left, right in zip(held[::2], held[1::2], strict=False):
-                at = left[0]
-                joined.append((at, self.crew.actors[at].call.remote("merge", left[1], right[1])))
-            if len(held) % 2:
-                joined.append(held[-1])
-            held = joined
-        return held[0][1]
+        while len(nodes) > 1:
+            merged = []
+            for (place, left), (_, right) in zip(nodes[::2], nodes[1::2], strict=False):
+                merged.append((place, self.pool.actors[place].call.remote("merge", left, right)))
+            if len(nodes) % 2:
+                merged.append(nodes[-1])
+            nodes = merged
+        return nodes[0][1]
 
     def _nodes_passed(self) -> int:
         """Count the nodes that go from worker to worker in one sum; the spans alone decide it."""
-        held: list[list[Node[_Nothing]]] = []
+        trees: list[list[Node[_Nothing]]] = []
         for first, last in self.spans:
             tree: TreeSum[_Nothing] = TreeSum()
             for block in range(first // BLOCK_ROWS, -(-last // BLOCK_ROWS)):
                 tree.add(block, _Nothing())
-            held.append(tree.nodes)
+            trees.append(tree.nodes)
         passed = 0
-        while len(held) > 1:
-            passed += sum(len(nodes) for nodes in held[1::2])
-            pairs = [merge_nodes(held[i : i + 2]) for i in range(0, len(held), 2)]
-            held = pairs
+        while len(trees) > 1:
+            passed += sum(len(nodes) for nodes in trees[1::2])
+            trees = [merge_nodes(trees[i : i + 2]) for i in range(0, len(trees), 2)]
         return passed
 
     def close(self) -> None:
         """End the workers."""
-        self.crew.close()
+        self.pool.close()
 
 
 class _Nothing:
@@ -434,7 +433,7 @@ class _Nothing:
         """Add nothing."""
 
 
-def _own(nodes: Sequence[Node[Statistics]]) -> list[Node[Statistics]]:
+def _copied(nodes: Sequence[Node[Statistics]]) -> list[Node[Statistics]]:
     """Copy what lies in the object store, which is not to be written to."""
     return [
         Node(

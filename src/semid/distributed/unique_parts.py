@@ -7,7 +7,6 @@ itself; each file is written again with its tokens. Memory: one part, or one fil
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -23,11 +22,11 @@ from semid.catalogue.uniqueness import UniqueReport
 from semid.codes import CodesInfo, ids_table
 from semid.data.ids import ItemIds
 from semid.data.parquet_files import find_parquet
-from semid.distributed.encode_job import refuse_repeats
 from semid.errors import ArtefactError, UsageError
-from semid.filesystems import FilePath, Folder, local_path, open_parquet
+from semid.filesystems import FilePath, open_parquet
 from semid.health import bucket_keys, part_of
-from semid.output import atomic_folder, claim_output, mark_remote_folder
+from semid.output import claim_output
+from semid.tokenizers.encoding import new_folder, refuse_repeats
 
 __all__ = ["unique_folder"]
 
@@ -107,7 +106,7 @@ def _unique_folder(
         size = capacity or token_count(np.array([largest]))
         counts = _count(folder, count, size)
         extended = replace(info, unique="append", codebook_sizes=(*info.codebook_sizes, size))
-        with _new_folder(output, overwrite) as target:
+        with new_folder(output, overwrite=overwrite) as target:
             for number, file in enumerate(files):
                 tokens = np.minimum(_tokens(folder, number, count), size - 1)
                 table = _plain(file, info)
@@ -140,35 +139,21 @@ def _unique_folder(
     )
 
 
-@contextlib.contextmanager
-def _new_folder(output: FilePath, overwrite: bool) -> Iterator[Folder]:
-    """Open the folder for the results; on this machine it appears when it is complete."""
-    local = local_path(output)
-    if local is not None:
-        with atomic_folder(local, overwrite=overwrite) as folder:
-            yield Folder(folder)
-        return
-    target = Folder(str(output).rstrip("/"))
-    target.remove()
-    yield target
-    mark_remote_folder(target)
-
-
 def _one_info(files: list[FilePath]) -> CodesInfo:
     """Read what the files carry; all must carry the same."""
-    found: CodesInfo | None = None
+    first: CodesInfo | None = None
     for file in files:
         with open_parquet(file) as parquet:
             info = CodesInfo.from_metadata(parquet.schema_arrow.metadata, path=file).model
-        if found is not None and info != found:
+        if first is not None and info != first:
             raise ArtefactError(
                 f"'{file}' holds ids of another model, beam or method than '{files[0]}'; keep the "
                 "ids of one model in a folder"
             )
-        found = info
-    if found is None:
+        first = info
+    if first is None:
         raise UsageError("there are no files of ids")
-    return found
+    return first
 
 
 def _plain(file: FilePath, info: CodesInfo) -> pa.Table:

@@ -237,8 +237,7 @@ def estimate_encode(
         workers: workers of the run.
         engine: ``local`` or ``ray``.
     """
-    threads = getattr(tokenizer, "threads", None)
-    tokenizer.threads = 1  # type: ignore[attr-defined]
+    threads, tokenizer.threads = tokenizer.threads, 1
     try:
         raw = next(iter(catalogue.source(left[:1])._raw_blocks(PROBE_ROWS)))
         x = np.nan_to_num(raw.values)  # rows that cannot be used are the run's business
@@ -247,7 +246,7 @@ def estimate_encode(
         tokenizer._encode_block(x, beam_width)
         took = max(time.process_time() - began, 1e-6)
     finally:
-        tokenizer.threads = threads  # type: ignore[attr-defined]
+        tokenizer.threads = threads
     rows = sum(unit.rows for unit in left)
     files = {unit.file for unit in left}
     width = sum(_size(catalogue, file) for file in files)

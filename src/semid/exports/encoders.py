@@ -12,7 +12,7 @@ import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,16 +24,7 @@ from semid.errors import MissingExtraError, UsageError
 from semid.exports.formats import ExportFormat
 from semid.tokenizers.base import Tokenizer
 
-__all__ = ["FAISS", "ONNX", "TORCH_EXPORT", "CodesGraph", "HasEncoderModule", "codes_graph"]
-
-
-@runtime_checkable
-class HasEncoderModule(Protocol):
-    """A tokenizer whose encoder can be exported."""
-
-    def encoder_module(self) -> nn.Module:
-        """Return the module from rows ``(batch, dim)`` to latents ``(batch, latent)``."""
-        ...
+__all__ = ["FAISS", "ONNX", "TORCH_EXPORT", "CodesGraph", "codes_graph"]
 
 
 class CodesGraph(nn.Module):
@@ -125,11 +116,6 @@ def codes_graph(tokenizer: Tokenizer) -> CodesGraph:
         UsageError: if the tokenizer has no ``encoder_module``.
     """
     codebooks = tokenizer.codebooks
-    if not isinstance(tokenizer, HasEncoderModule):
-        raise UsageError(
-            f"{tokenizer.kind} gives no encoder graph; give it a method encoder_module(), or "
-            "export another tokenizer"
-        )
     graph = CodesGraph(
         tokenizer.encoder_module(),
         codebooks,

@@ -11,18 +11,18 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from semid.progress import Progress
+from semid.quantization.balance import add_penalties, balance_penalties, pad_columns
 from semid.quantization.blocks import BLOCK_ROWS, Blocks, ResidualBlocks
 from semid.quantization.kmeans import KMeansOptions
 from semid.quantization.least_squares import leading_components
 from semid.quantization.nearest import index_codebook
-from semid.quantization.prices import priced, size_prices, with_room
 from semid.quantization.refine import ColumnGroup, RefineOptions, RefineRound, refine_residual
 from semid.quantization.residual import encode_residual
 from semid.seeds import child_seed
+from semid.tokenizers.context import FitContext
 from semid.tokenizers.levels import fit_levels
 from semid.tokenizers.neural.autoencoder import ExactEncoder, perceptron
-from semid.training.stages import Stages
+from semid.training.stages import StateStore
 
 __all__ = ["Blend", "BlendFit", "BlendGraph", "Columns", "Content", "unit_rows"]
 
@@ -44,7 +44,7 @@ class Content:
     Args:
         components: ``(dim, width)`` orthonormal columns; None keeps rows whole.
         rest: ``(dim,)`` the mean's part outside the components; None with them.
-        threads: plain threads; they change no bit.
+        threads: number of CPU threads.
     """
 
     def __init__(
@@ -59,19 +59,20 @@ class Content:
         """Keep the components of rows with mean ``mean`` that hold ``share`` of the variance."""
         if share == 1:
             return cls(threads=threads)
-        kept = leading_components(blocks, mean, share=share)
-        wide = kept.astype(np.float64)
-        return cls(kept, (mean - wide @ (mean @ wide)).astype(np.float32), threads=threads)
+        components = leading_components(blocks, mean, share=share)
+        exact = components.astype(np.float64)
+        rest = (mean - exact @ (mean @ exact)).astype(np.float32)
+        return cls(components, rest, threads=threads)
 
     @classmethod
     def read(cls, tensors: Mapping[str, Array], *, threads: int | None) -> Content:
-        """Return what `tensors` was made of."""
+        """Read what `tensors` gave."""
         return cls(tensors.get("components"), tensors.get("rest"), threads=threads)
 
     def tensors(self) -> dict[str, Array]:
-        """Return what it takes to make it again, by name."""
-        named = {"components": self.components, "rest": self.rest}
-        return {name: each for name, each in named.items() if each is not None}
+        """Return its arrays by name."""
+        arrays = {"components": self.components, "rest": self.rest}
+        return {name: array for name, array in arrays.items() if array is not None}
 
     def width(self, dim: int) -> int:
         """Return the width of the content of rows of width ``dim``."""
@@ -99,8 +100,8 @@ class Blend:
         encoder: the behavior encoder; None leaves behavior out.
         content: rows to ``P'x``.
         scale: what directions are multiplied by.
-        prices: coordinates at the end for codewords' prices, 0 in every row.
-        threads: plain threads; they change no bit.
+        penalty_columns: columns at the end for codewords' penalties, 0 in every row.
+        threads: number of CPU threads.
     """
 
     def __init__(
@@ -109,11 +110,11 @@ class Blend:
         *,
         content: Content,
         scale: float,
-        prices: int,
+        penalty_columns: int,
         threads: int | None,
     ) -> None:
         self.encoder, self.content, self.scale = encoder, content, np.float32(scale)
-        self.prices, self.threads = prices, threads
+        self.penalty_columns, self.threads = penalty_columns, threads
 
     def directions(self, x: Array) -> Array:
         """Return ``u(x)`` ``(n, latent)``, of width 0 without an encoder."""
@@ -122,9 +123,9 @@ class Blend:
         return unit_rows(self.encoder(x, threads=self.threads))
 
     def __call__(self, x: Array) -> Array:
-        """Return ``(n, content + latent + prices)``; each row depends on that row alone."""
-        room = np.zeros((len(x), self.prices), dtype=np.float32)
-        return np.concatenate([self.content(x), self.scale * self.directions(x), room], axis=1)
+        """Return ``(n, content + latent + penalties)``; each row depends on that row alone."""
+        zeros = np.zeros((len(x), self.penalty_columns), dtype=np.float32)
+        return np.concatenate([self.content(x), self.scale * self.directions(x), zeros], axis=1)
 
 
 class Columns:
@@ -160,7 +161,7 @@ class BlendGraph(nn.Module):
         encoder: rows ``(batch, dim)`` to latents; None leaves behavior out.
         components: of the content, ``(dim, content)``; None keeps rows whole.
         scale: what directions are multiplied by.
-        prices: coordinates at the end, all 0.
+        penalty_columns: columns at the end, all 0.
     """
 
     def __init__(
@@ -170,16 +171,16 @@ class BlendGraph(nn.Module):
         *,
         components: Array | None,
         scale: float,
-        prices: int,
+        penalty_columns: int,
     ) -> None:
         super().__init__()
         self.prepare, self.encoder = prepare, encoder
-        self.scale, self.prices = scale, prices
-        kept = None if components is None else torch.from_numpy(components.copy())
-        self.register_buffer("components", kept)
+        self.scale, self.penalty_columns = scale, penalty_columns
+        matrix = None if components is None else torch.from_numpy(components.copy())
+        self.register_buffer("components", matrix)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``(batch, content + latent + prices)``."""
+        """Return ``(batch, content + latent + penalties)``."""
         content = self.prepare(x)
         parts = [content if self.components is None else content @ self.components]
         if self.encoder is not None:
@@ -187,8 +188,8 @@ class BlendGraph(nn.Module):
             norms = z.square().sum(dim=1, keepdim=True).sqrt()
             norms = torch.where(norms == 0, torch.ones_like(norms), norms)
             parts.append((self.scale * (z / norms)).float())
-        if self.prices:
-            parts.append(parts[0].new_zeros((x.shape[0], self.prices)))
+        if self.penalty_columns:
+            parts.append(parts[0].new_zeros((x.shape[0], self.penalty_columns)))
         return torch.cat(parts, dim=1)
 
 
@@ -197,97 +198,98 @@ class BlendFit:
     """What the steps of one fit share.
 
     Attributes:
-        rows: training rows ``[content, behavior, room for prices]``.
-        judged: the same of the items held out, or None.
+        rows: training rows ``[content, behavior, zeros for penalties]``.
+        held_out: the same of the items held out, or None.
         parts: the columns of content, of all levels, and those of behavior, of the first, if any.
-        prices: columns at the end, 0 in every row.
+        penalty_columns: columns at the end, 0 in every row.
+        context: of the fit.
         sizes: codewords of each level.
         seed: any integer.
-        weights: ``(items,)`` weights of the training rows, or None.
-        threads: plain threads; they change no result.
-        progress: told about every iteration and round.
+        threads: number of CPU threads.
     """
 
     rows: Blocks
-    judged: Blocks | None
+    held_out: Blocks | None
     parts: Sequence[ColumnGroup]
-    prices: int
+    penalty_columns: int
+    context: FitContext
     sizes: Sequence[int]
     seed: int
-    weights: npt.NDArray[np.float64] | None
     threads: int | None
-    progress: Progress
 
-    def levels(
-        self, options: KMeansOptions, stages: Stages
-    ) -> tuple[list[Array], list[dict[str, Any]]]:
-        """K-means of the levels that see behavior, then of the others on what content is left."""
-        first = self.parts[-1].levels
-        books: list[Array] = []
-        records: list[dict[str, Any]] = []
-        for name, at, stop in (("blend", 0, first), ("content", first, len(self.sizes))):
-            if at == stop:
-                continue
-            kept = stages.finished(name)
-            if kept is None:
-                found, fits = fit_levels(
-                    self._left(books) if at else self.rows,
-                    self.sizes[at:stop],
-                    seed=child_seed(self.seed, name) if at else self.seed,
-                    options=options,
-                    weights=self.weights,
-                    threads=self.threads,
-                    store=stages.stage(name),
-                    progress=self.progress,
-                )
-                words = [book.codewords.numpy() for book in found]
-                stages.finish(name, {str(i): word for i, word in enumerate(words)}, {"fits": fits})
-            else:
-                words = [kept[0][str(i)] for i in range(stop - at)]
-                fits = kept[1]["fits"]
-            books += [with_room(word, self.rows.dim - word.shape[1]) for word in words]
-            records += fits
+    def levels(self, options: KMeansOptions) -> tuple[list[Array], list[dict[str, Any]]]:
+        """K-means of the levels with behavior, then of the others on the rest of the content."""
+        with_behavior = self.parts[-1].levels
+        books, records = self._stage("blend", self.rows, self.sizes[:with_behavior], options)
+        if with_behavior < len(self.sizes):
+            content = self._residual_content(books)
+            more, fits = self._stage("content", content, self.sizes[with_behavior:], options)
+            books, records = books + more, records + fits
         return books, records
 
-    def _left(self, books: Sequence[Array]) -> Blocks:
+    def _stage(
+        self, name: str, rows: Blocks, sizes: Sequence[int], options: KMeansOptions
+    ) -> tuple[list[Array], list[dict[str, Any]]]:
+        """Fit some levels as one stage of the run; codewords get the columns that they lack."""
+
+        def run(store: StateStore | None) -> tuple[dict[str, Array], dict[str, Any]]:
+            books, fits = fit_levels(
+                rows,
+                sizes,
+                seed=self.seed if name == "blend" else child_seed(self.seed, name),
+                options=options,
+                weights=self.context.weights,
+                threads=self.threads,
+                store=store,
+                progress=self.context.progress,
+            )
+            return {str(level): book for level, book in enumerate(books)}, {"fits": fits}
+
+        arrays, record = self.context.stage(name, run)
+        books = [arrays[str(level)] for level in range(len(sizes))]
+        padded = [pad_columns(book, self.rows.dim - book.shape[1]) for book in books]
+        return padded, record["fits"]
+
+    def _residual_content(self, books: Sequence[Array]) -> Blocks:
         """Return the content that the greedy codes of these levels leave."""
-        ready = [index_codebook(torch.from_numpy(book)) for book in books]
-        parts = [
-            encode_residual(x, ready, threads=self.threads).codes for _, x in self.rows.blocks()
+        prepared = [index_codebook(torch.from_numpy(book)) for book in books]
+        codes = [
+            encode_residual(x, prepared, threads=self.threads).codes for _, x in self.rows.blocks()
         ]
-        labels = list(np.ascontiguousarray(np.concatenate(parts).T))
+        labels = list(np.ascontiguousarray(np.concatenate(codes).T))
         return Columns(ResidualBlocks(self.rows, labels, books), self.parts[0].columns.stop)
 
     def refined(
         self, books: Sequence[Array], options: RefineOptions
     ) -> tuple[list[Array], list[RefineRound]]:
         """Refine all levels together: content over all of them, behavior over its own."""
-        self.progress.start("refine", total=options.most_rounds)
+        progress = self.context.progress
+        progress.start("refine", total=options.most_rounds)
         return refine_residual(
             self.rows,
             books,
-            judged=self.judged,
+            judged=self.held_out,
             groups=self.parts,
             options=options,
-            weights=self.weights,
+            weights=self.context.weights,
             seed=child_seed(self.seed, "refine"),
             threads=self.threads,
-            on_round=lambda one: self.progress.step(1, error=one.error, ridge=one.ridge),
+            on_round=lambda done: progress.step(1, error=done.error, ridge=done.ridge),
         )
 
-    def priced(self, books: Sequence[Array], *, limit: float, beam_width: int) -> list[Array]:
-        """Give codewords the prices that even out usage, for all levels together."""
-        unpriced = self.rows.dim - self.prices
-        plain = [np.ascontiguousarray(book[:, :unpriced]) for book in books]
-        prices = size_prices(
-            Columns(self.rows, unpriced),
-            plain,
-            limit=limit,
+    def balanced(self, books: Sequence[Array], *, strength: float, beam_width: int) -> list[Array]:
+        """Give codewords the penalties that even out usage, for all levels together."""
+        width = self.rows.dim - self.penalty_columns
+        books = [np.ascontiguousarray(book[:, :width]) for book in books]
+        penalties = balance_penalties(
+            Columns(self.rows, width),
+            books,
+            strength=strength,
             columns=self.parts[0].columns.stop,
             beam_width=beam_width,
             threads=self.threads,
         )
         return [
-            priced(book, paid, level=level, levels=self.prices)
-            for level, (book, paid) in enumerate(zip(plain, prices, strict=True))
+            add_penalties(book, penalty, level=level, levels=self.penalty_columns)
+            for level, (book, penalty) in enumerate(zip(books, penalties, strict=True))
         ]

@@ -1,32 +1,32 @@
 """The contract of a tokenizer: fit, encode, decode, quantize, save and load.
 
-A tokenizer fills in the methods marked abstract. Opening the data, holding rows out, judging the
-result, streaming, fingerprints and artefacts are the same for all and live here.
+A tokenizer fills in the methods marked abstract. Opening the data, holding rows out, evaluating the
+result, streaming, fingerprints and artefacts are the same for all and live here. The rest of the
+library asks a tokenizer by this contract alone and never by its class.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any, ClassVar, Self
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from semid.artefact import FORMAT_VERSION, fingerprint, read_artefact, write_artefact
+from semid.artefact import FORMAT_VERSION
 from semid.codes import CodesInfo, SemanticIds, code_dtype
 from semid.data.embeddings import EmbeddingSource, open_embeddings
 from semid.data.ids import ItemIds, held_out_mask
-from semid.documents import record
-from semid.errors import EmbeddingError, NotFittedError
-from semid.options import CheckedArguments
+from semid.errors import EmbeddingError, UsageError
 from semid.progress import Progress, QuietProgress
-from semid.quantization.blocks import BLOCK_ROWS, prefetched
+from semid.quantization.blocks import BLOCK_ROWS, Blocks, prefetched
 from semid.quantization.nearest import compile_kernels
-from semid.quantization.residual import ResidualCodes
+from semid.quantization.refine import ColumnGroup
+from semid.quantization.residual import ResidualCodes, dequantize
 from semid.tokenizers.behavior import Behavior
 from semid.tokenizers.context import (
     EncodedBlock,
@@ -41,45 +41,50 @@ from semid.tokenizers.context import (
     scan,
     train_weights,
 )
-from semid.tokenizers.fit_report import FitReport, HealthCounter, card
-from semid.tokenizers.stored import check_stored, described, stored_settings
+from semid.tokenizers.fit_report import FitReport, HealthCounter
+from semid.tokenizers.stored import HELD_OUT_SALT, StoredTokenizer
 from semid.training.checkpoint import open_checkpoint, run_key
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from semid.quantization.sharding import ShardedMatrix
+    from semid.training.stages import StateStore
 
 __all__ = ["HELD_OUT_SALT", "Tokenizer"]
 
 Array = npt.NDArray[np.float32]
+Weights = npt.NDArray[np.float64]
 
-HELD_OUT_SALT = "semid/items"
 
+@dataclass(kw_only=True, eq=False, repr=False)
+class Tokenizer(StoredTokenizer):
+    """Base of every tokenizer; constructor arguments are fields, see `semid.options`.
 
-class Tokenizer(CheckedArguments, ABC):
-    """Base of every tokenizer.
+    It follows scikit-learn: ``clone``, ``get_params``, ``set_params``, `fit_transform` and
+    ``Pipeline`` work.
 
     Attributes:
         kind: name in artefacts and on the command line.
         hierarchical: whether a shared prefix of codes means relatedness.
+        combine: how the codewords of an item make its quantized vector: ``sum``, ``mean`` or
+            ``concat``.
+        behavior_argument: argument whose value 0 turns learning from behavior off; None for
+            tokenizers that learn from embeddings alone.
+        can_warm_start: whether `fit_again` can start from the codebooks of the fit before.
+        fits_shards: whether `fit_rows` fits rows that lie in several processes or machines.
         report: the `FitReport` of the last fit, or None before it.
     """
 
-    kind: ClassVar[str]
-    hierarchical: ClassVar[bool]
+    combine: ClassVar[Literal["sum", "mean", "concat"]]
+    behavior_argument: ClassVar[str | None] = None
+    can_warm_start: ClassVar[bool] = False
+    fits_shards: ClassVar[bool] = False
 
-    codebook_sizes: tuple[int, ...]
-    seed: int
-    beam_width: int = 1
-    validation_fraction: float = 0.05
-
-    def __init__(self) -> None:
-        self.report: FitReport | None = None
-        self._dim: int | None = None
-        self._fingerprint_version = FORMAT_VERSION
+    # No annotation: not an argument of every tokenizer, see `semid.tokenizers.codebooks`.
+    beam_width = 1
 
     # What a tokenizer fills in -------------------------------------------------------------
-
-    @property
-    @abstractmethod
-    def settings(self) -> dict[str, Any]:
-        """Constructor arguments, JSON-able; ``cls(**settings)`` makes an equal tokenizer."""
 
     @abstractmethod
     def _fit(self, context: FitContext) -> dict[str, Any]:
@@ -90,30 +95,14 @@ class Tokenizer(CheckedArguments, ABC):
         """Encode rows ``(n, dim)``; each row's codes depend on that row alone."""
 
     @abstractmethod
-    def _decode_codes(self, codes: npt.NDArray[np.int64]) -> Array:
-        """Return ``(n, dim)`` float32 reconstructions in the input space."""
-
-    @abstractmethod
-    def _quantize_codes(self, codes: npt.NDArray[np.int64]) -> Array:
-        """Return ``(n, latent)`` float32 quantized latent vectors."""
-
-    @abstractmethod
     def _latent_block(self, x: Array) -> Array:
         """Return ``(n, latent)`` float32 latent vectors before quantization."""
 
     @abstractmethod
-    def _codebooks(self) -> tuple[Array, ...]:
-        """Return one ``(codes, latent)`` float32 array a level."""
+    def _decode_codes(self, codes: npt.NDArray[np.int64]) -> Array:
+        """Return ``(n, dim)`` float32 reconstructions in the input space."""
 
-    @abstractmethod
-    def _tensors(self) -> dict[str, np.ndarray]:
-        """Return every learned array by name, the codebooks among them."""
-
-    @abstractmethod
-    def _set_tensors(self, tensors: Mapping[str, np.ndarray]) -> None:
-        """Take the arrays that `_tensors` gave."""
-
-    # What every tokenizer has --------------------------------------------------------------
+    # What a tokenizer may fill in ----------------------------------------------------------
 
     @property
     def needs_behavior(self) -> bool:
@@ -121,66 +110,94 @@ class Tokenizer(CheckedArguments, ABC):
         return False
 
     @property
-    def levels(self) -> int:
-        """Number of codes an item."""
-        return len(self.codebook_sizes)
+    def has_decoder(self) -> bool:
+        """Whether `decode_latent` works."""
+        return False
 
     @property
-    def dim(self) -> int:
-        """Width of the embeddings it was fitted on.
+    def decodes_behavior(self) -> bool:
+        """Whether `decode_behavior` works."""
+        return False
+
+    def _behavior(
+        self, interactions: Any, pairs: Any, *, ids: ItemIds, train: npt.NDArray[np.bool_]
+    ) -> Behavior | None:
+        """Return pairs to learn from; one that learns from embeddings alone refuses any."""
+        refuse_behavior(self.kind, interactions=interactions, pairs=pairs)
+        return None
+
+    def _start_from(self, previous: Self) -> None:
+        """Let the next `fit` start from the codebooks of ``previous`` (`can_warm_start`)."""
+        raise NotImplementedError
+
+    def fit_rows(
+        self,
+        rows: ShardedMatrix,
+        *,
+        store: StateStore | None = None,
+        progress: Progress | None = None,
+    ) -> list[dict[str, Any]]:
+        """Fit training rows that lie in several processes or machines (`fits_shards`).
+
+        The part of `fit` that needs no items: nothing is held out and nothing evaluated.
+
+        Args:
+            rows: ``(items, dim)`` training rows.
+            store: keeps the state after every iteration.
+            progress: callback that receives progress events.
+
+        Returns:
+            A JSON-able record of how each level ended.
+        """
+        raise UsageError(f"{self.kind} cannot fit rows that lie in several processes")
+
+    def _quantize_codes(self, codes: npt.NDArray[np.int64]) -> Array:
+        """Return ``(n, latent)`` float32 quantized latent vectors."""
+        if self.combine == "concat":
+            books = enumerate(self._codebooks())
+            return np.concatenate([book[codes[:, level]] for level, book in books], axis=1)
+        total = dequantize(codes, self._codebooks())
+        return total / np.float32(self.levels) if self.combine == "mean" else total
+
+    def decode_latent(self, z: npt.ArrayLike) -> Array:
+        """Return reconstructions ``(n, dim)`` of latents ``(n, latent)`` without quantization."""
+        raise UsageError(f"{self.kind} has no decoder of latents")
+
+    def decode_behavior(self, codes: Any) -> Array:
+        """Return directions of behavior ``(n, latent)`` that codes stand for."""
+        raise UsageError(f"{self.kind} decodes no behavior; fit barq with interactions or pairs")
+
+    def encoder_module(self) -> nn.Module:
+        """Return the module from rows ``(batch, dim)`` to latents, for export.
+
+        Latents are ``(batch, latent)`` float32, or a list of them where each parallel codebook has
+        its own.
 
         Raises:
             NotFittedError: before `fit`.
+            UsageError: if the tokenizer has no such module.
         """
-        if self._dim is None:
-            raise NotFittedError(
-                f"this {type(self).__name__} is not fitted; call fit(x) or semid.load(path)"
-            )
-        return self._dim
+        raise UsageError(
+            f"{self.kind} gives no encoder graph; give it a method encoder_module(), or "
+            "export another tokenizer"
+        )
 
-    @property
-    def codebooks(self) -> tuple[Array, ...]:
-        """Codewords of each level: ``(codes, latent)`` float32.
+    def _refined_parts(self, dim: int) -> list[ColumnGroup] | None:
+        """Return which latent columns a refinement fits together; None for all at once."""
+        return None
 
-        Raises:
-            NotFittedError: before `fit`.
-        """
-        _ = self.dim
-        return self._codebooks()
+    def _refit_decoder(
+        self, train: Blocks, held_out: Blocks | None, *, weights: Weights | None
+    ) -> dict[str, Any]:
+        """Fit again what is fitted to codes, after codebooks changed; return details of it."""
+        return {}
 
-    @property
-    def codebook_fingerprint(self) -> str:
-        """SHA-256 of the codebooks; ids carry it."""
-        return fingerprint({f"{level:04d}": book for level, book in enumerate(self.codebooks)})
-
-    @property
-    def weights_fingerprint(self) -> str:
-        """SHA-256 of all learned arrays and of the settings that change codes beside them.
-
-        It stays what it was for a tokenizer of format version 1, whose fingerprint covered the
-        arrays alone, so that ids written with it still match.
-        """
-        _ = self.dim
-        if self._fingerprint_version == 1:
-            return fingerprint(self._tensors())
-        return fingerprint(self._tensors(), settings=self._encoding_settings())
-
-    def _encoding_settings(self) -> dict[str, Any]:
-        """Return what decides on codes beside the arrays and the beam width, JSON-able.
-
-        The shape of a network is that of its arrays. A tokenizer with further settings that change
-        what equal arrays encode adds them.
-        """
-        settings = self.settings
-        return {
-            "kind": self.kind,
-            "hierarchical": self.hierarchical,
-            **{name: settings[name] for name in ("normalize", "center") if name in settings},
-        }
+    # What every tokenizer has --------------------------------------------------------------
 
     def fit(
         self,
         source: Any,
+        y: None = None,
         *,
         interactions: Any = None,
         pairs: Any = None,
@@ -194,13 +211,14 @@ class Tokenizer(CheckedArguments, ABC):
 
         Args:
             source: embeddings ``(items, dim)``: anything `semid.open_embeddings` reads.
+            y: not used; scikit-learn passes it.
             interactions: user sequences, for tokenizers that learn from behavior.
             pairs: ``(n, 2)`` item pairs, for tokenizers that learn from relations.
             ids: item ids for a source that has none; they decide which items are held out.
             weights: ``(items,)`` non-negative item weights, for example popularity.
             checkpoint: folder for the state of the run, so that it can be continued.
             resume: continue from ``checkpoint`` if it holds a state of this run.
-            progress: told about every step; silent by default.
+            progress: callback that receives progress events.
 
         Returns:
             self, fitted; ``self.report`` holds the verdict.
@@ -210,15 +228,15 @@ class Tokenizer(CheckedArguments, ABC):
             UsageError: for arguments this tokenizer cannot use.
             ArtefactError: if the checkpoint belongs to another run.
         """
-        began = time.monotonic()
-        steps = progress or QuietProgress()
+        started = time.monotonic()
+        progress = progress or QuietProgress()
         opened = open_embeddings(source, ids=ids)
-        steps.start("prepare kernels")  # once on a machine this takes a minute
+        progress.start("prepare kernels")  # once on a machine this takes a minute
         compile_kernels()
         train = ~held_out_mask(opened.ids, self.validation_fraction, salt=HELD_OUT_SALT)
-        seen = scan(opened, train, steps)
+        scanned = scan(opened, train, progress)
         check_enough(
-            seen.distinct,
+            scanned.distinct,
             self.codebook_sizes,
             trained=int(train.sum()),
             held_out=self.validation_fraction,
@@ -226,64 +244,93 @@ class Tokenizer(CheckedArguments, ABC):
         mass = item_weights(weights, len(opened))
         behavior = self._behavior(interactions, pairs, ids=opened.ids, train=train)
         settings = {"kind": self.kind, **self.settings}
-        key = run_key(settings, data_digest(seen.digest, mass, behavior))
+        key = run_key(settings, data_digest(scanned.digest, mass, behavior))
         with open_checkpoint(checkpoint, key=key, resume=resume) as store:
             context = FitContext(
                 source=opened,
                 train=opened if train.all() else opened.subset(train),
                 held_out=None if train.all() else opened.subset(~train),
                 inputs=getattr(opened, "inputs", (opened.dim,)),
-                scan=seen,
+                scan=scanned,
                 weights=train_weights(mass, train),
                 behavior=behavior,
                 checkpoint=store,
-                progress=steps,
+                progress=progress,
             )
             details = self._fit(context)
         self._dim = opened.dim
         self._fingerprint_version = FORMAT_VERSION
-        self.report = self._judge(opened, train, seen, details, steps, began)
+        self.report = self._evaluate(opened, train, scanned, details, progress, started)
         return self
 
-    def _behavior(
-        self, interactions: Any, pairs: Any, *, ids: ItemIds, train: npt.NDArray[np.bool_]
-    ) -> Behavior | None:
-        """Return pairs to learn from; one that learns from embeddings alone refuses any."""
-        refuse_behavior(self.kind, interactions=interactions, pairs=pairs)
-        return None
+    def fit_again(
+        self,
+        source: Any,
+        *,
+        warm_start: bool = True,
+        weights: npt.ArrayLike | None = None,
+        progress: Progress | None = None,
+    ) -> Self:
+        """Return a tokenizer of the same settings, fitted on a changed catalogue.
 
-    def _judge(
+        Args:
+            source: the catalogue now, as for `fit`.
+            warm_start: start from these codebooks where `can_warm_start`; preprocessing stays as it
+                is then, so that both generations share one space. Otherwise fit from scratch.
+            weights: ``(items,)`` item weights.
+            progress: callback that receives progress events.
+        """
+        again = type(self)(**self.get_params(deep=False))
+        if warm_start and self.can_warm_start:
+            again._start_from(self)
+        return again.fit(source, weights=weights, progress=progress)
+
+    def fit_transform(self, source: Any, y: None = None, **fit_params: Any) -> npt.NDArray[Any]:
+        """Fit and return the codes ``(items, levels)``; arguments as for `fit`."""
+        return self.fit(source, **fit_params).transform(source)
+
+    def transform(self, source: Any) -> npt.NDArray[Any]:
+        """Return the codes ``(items, levels)`` of `encode`."""
+        return self.encode(source).codes
+
+    def _evaluate(
         self,
         source: EmbeddingSource,
         train: npt.NDArray[np.bool_],
-        seen: InputScan,
+        scanned: InputScan,
         details: dict[str, Any],
         progress: Progress,
-        began: float,
+        started: float,
     ) -> FitReport:
-        """Encode and decode every row once, and judge the codes and errors."""
-        counter = HealthCounter(self.codebook_sizes, seen.mean)
+        """Encode and decode every row once, and report the health of codes and errors."""
+        counter = HealthCounter(self.codebook_sizes, scanned.mean)
         progress.start("judge", total=len(source))
         for block in self.encode_blocks(source):
             span = slice(block.start, block.start + len(block.x))
-            counter.update(
-                block.codes,
-                block.x,
-                self._decode_codes(block.codes),
-                latent=self._latent_block(block.x),
-                train=train[span],
-                row_hashes=seen.row_hashes[span],
-            )
+            self._count_block(counter, block, train[span], scanned.row_hashes[span])
             progress.step(len(block.x))
-        judged = counter.verdict(self.codebooks)
-        return FitReport(
+        return FitReport.of(
+            counter.verdict(self.codebooks),
             items=len(source),
             trained_items=int(train.sum()),
-            held_out_items=int((~train).sum()),
-            seconds=round(time.monotonic() - began, 3),
+            seconds=time.monotonic() - started,
             details=details,
-            health=judged,
-            summary=judged.summary(),
+        )
+
+    def _count_block(
+        self,
+        counter: HealthCounter,
+        block: EncodedBlock,
+        train: npt.NDArray[np.bool_],
+        row_hashes: npt.NDArray[np.uint64],
+    ) -> None:
+        counter.update(
+            block.codes,
+            block.x,
+            self._decode_codes(block.codes),
+            latent=self._latent_block(block.x),
+            train=train,
+            row_hashes=row_hashes,
         )
 
     def encode_blocks(
@@ -293,7 +340,7 @@ class Tokenizer(CheckedArguments, ABC):
 
         Args:
             source: opened embeddings.
-            beam_width: overrides the tokenizer's own.
+            beam_width: replaces the tokenizer's own.
             first: row to begin at (a multiple of the block size); rows before it are not read.
 
         Raises:
@@ -302,8 +349,8 @@ class Tokenizer(CheckedArguments, ABC):
         self._check_width(source)
         width = self.beam_width if beam_width is None else beam_width
         for start, x in prefetched(source.blocks(BLOCK_ROWS, first=first)):
-            found = self._encode_block(x, width)
-            yield EncodedBlock(start, x, found.codes, found.residual_norms)
+            encoded = self._encode_block(x, width)
+            yield EncodedBlock(start, x, encoded.codes, encoded.residual_norms)
 
     def encode(
         self,
@@ -319,8 +366,8 @@ class Tokenizer(CheckedArguments, ABC):
             source: embeddings ``(items, dim)`` as for `fit`; a single ``(dim,)`` vector is one
                 item.
             ids: item ids for a source that has none.
-            beam_width: partial codes kept a row; None takes the tokenizer's own.
-            progress: told about every block; silent by default.
+            beam_width: partial codes kept per row; None takes the tokenizer's own.
+            progress: callback that receives progress events.
 
         Returns:
             `SemanticIds` with codes ``(items, levels)``.
@@ -335,20 +382,20 @@ class Tokenizer(CheckedArguments, ABC):
         opened = open_embeddings(source, ids=ids)
         codes = np.empty((len(opened), self.levels), dtype=code_dtype(self.codebook_sizes))
         norms = np.empty(len(opened), dtype=np.float32)
-        steps = progress or QuietProgress()
-        steps.start("encode", total=len(opened))
+        progress = progress or QuietProgress()
+        progress.start("encode", total=len(opened))
         for block in self.encode_blocks(opened, beam_width=info.beam_width):
             span = slice(block.start, block.start + len(block.x))
             codes[span] = block.codes
             norms[span] = block.residual_norms
-            steps.step(len(block.x))
+            progress.step(len(block.x))
         return SemanticIds(opened.ids, codes, norms, info)
 
     def codes_info(self, beam_width: int | None = None) -> CodesInfo:
         """Return what ids of this tokenizer carry in their metadata.
 
         Raises:
-            UsageError: if ``beam_width`` is below 1.
+            UsageError: if ``beam_width`` is below 1, or above 1 for parallel codebooks.
         """
         width = self.beam_width if beam_width is None else beam_width
         check_beam(width, kind=self.kind, hierarchical=self.hierarchical)
@@ -398,53 +445,3 @@ class Tokenizer(CheckedArguments, ABC):
             # An appended token stands after the model's levels and belongs to no codebook.
             codes = codes.codes[:, : len(codes.info.model_sizes)]
         return codes_within(codes, self.codebook_sizes)
-
-    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-        """Write the artefact folder (``config.json``, ``model.safetensors``, ``README.md``).
-
-        Raises:
-            NotFittedError: before `fit`.
-            OutputExistsError: if ``path`` exists and ``overwrite`` is false.
-        """
-        config = {
-            "kind": self.kind,
-            "settings": self.settings,
-            "dim": self.dim,
-            "codebook_sizes": list(self.codebook_sizes),
-            "codebook_fingerprint": self.codebook_fingerprint,
-            "weights_fingerprint": self.weights_fingerprint,
-            "fingerprint_version": self._fingerprint_version,
-            "held_out": {"fraction": self.validation_fraction, "salt": HELD_OUT_SALT},
-            "fit_report": None if self.report is None else self.report.to_dict(),
-        }
-        return write_artefact(
-            path,
-            config=config,
-            tensors=self._tensors(),
-            card=card(self.kind, config),
-            overwrite=overwrite,
-        )
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Read what `save` wrote; encodes exactly as the saved tokenizer did.
-
-        Raises:
-            ArtefactError: if the folder is incomplete, altered, or of another kind.
-        """
-        config, tensors = read_artefact(path, kind=cls.kind)
-        with described(path, cls.__name__):
-            tokenizer = cls(**stored_settings(cls, config))
-            tokenizer._dim = config["dim"]
-            tokenizer._fingerprint_version = config.get("fingerprint_version", 1)
-            tokenizer._set_tensors(tensors)
-            if config["fit_report"] is not None:
-                tokenizer.report = record(FitReport, config["fit_report"], "fit_report")
-        check_stored(path, config, tokenizer)
-        return tokenizer
-
-    def __repr__(self) -> str:
-        """Show the settings and whether it is fitted."""
-        shown = ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
-        state = "not fitted" if self._dim is None else f"dim={self._dim}"
-        return f"{type(self).__name__}({shown}) [{state}]"

@@ -43,53 +43,53 @@ class Positives:
         second: ``(pairs,)`` rows.
         items: rows are 0 to ``items - 1``.
 
-    Memory: 4 bytes a distinct pair and direction, and 8 an item; a sort of the pairs to make it.
+    Memory: 4 bytes per distinct pair and direction, 8 per item; a sort of the pairs to make it.
     """
 
     def __init__(
         self, first: npt.NDArray[np.integer], second: npt.NDArray[np.integer], items: int
     ) -> None:
         a, b = first.astype(np.int64), second.astype(np.int64)
+        # Each pair as one number, once per direction: sorting the numbers sorts the neighbor lists
+        # and puts those of one item side by side.
         keys = np.unique(np.concatenate([a * items + b, b * items + a]))
-        owners = keys // items
-        self._offsets = np.searchsorted(owners, np.arange(items + 1))
+        self._offsets = np.searchsorted(keys // items, np.arange(items + 1))
         self._others = (keys % items).astype(np.int32)
 
     def digest(self) -> str:
         """Return the SHA-256 of the lists."""
-        found = hashlib.sha256(self._offsets.tobytes())
-        found.update(self._others.tobytes())
-        return found.hexdigest()
+        digest = hashlib.sha256(self._offsets.tobytes())
+        digest.update(self._others.tobytes())
+        return digest.hexdigest()
 
     def of(self, item: int) -> npt.NDArray[np.int32]:
         """Return the positives of one item, rising."""
         return self._others[self._offsets[item] : self._offsets[item + 1]]
 
     def excluded(self, first: Rows, second: Rows) -> Mask:
-        """Say which ``second[j]`` is no negative for ``first[i]``.
-
-        Args:
-            first: ``(n,)`` anchors.
-            second: ``(n,)`` their positives.
+        """Return which ``second[j]`` is no negative for ``first[i]``, both ``(n,)``.
 
         Returns:
             ``(n, n)``: true where ``second[j]`` is the anchor itself or any positive of it (copies
             of its own positive among them), except on the diagonal, which holds the pairs.
             Cost: O(sum of the anchors' positives + n^2 / 8).
         """
-        count = len(first)
         excluded: Mask = np.equal(first[:, None], second[None, :])
         order = np.argsort(second, kind="stable")
-        present = second[order]
+        sorted_second = second[order]
+        # List the positives of all anchors one after another: `neighbors[k]` is a positive of
+        # `first[anchors[k]]`, `within[k]` its place in that anchor's list.
         lengths = self._offsets[first + 1] - self._offsets[first]
-        anchors = np.repeat(np.arange(count), lengths)
+        anchors = np.repeat(np.arange(len(first)), lengths)
         within = np.arange(len(anchors)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         neighbors = self._others[self._offsets[first][anchors] + within]
-        low = np.searchsorted(present, neighbors, side="left")
-        high = np.searchsorted(present, neighbors, side="right")
+        # Where each of them stands in the batch: an item may stand there several times, as the run
+        # `low` to `high` of the sorted batch, so the mask is set one place of the runs at a time.
+        low = np.searchsorted(sorted_second, neighbors, side="left")
+        high = np.searchsorted(sorted_second, neighbors, side="right")
         for shift in range(int((high - low).max(initial=0))):
-            hit = low + shift < high
-            excluded[anchors[hit], order[low[hit] + shift]] = True
+            occurs = low + shift < high
+            excluded[anchors[occurs], order[low[occurs] + shift]] = True
         np.fill_diagonal(excluded, False)
         return excluded
 
@@ -113,17 +113,12 @@ class PairSource(Protocol):
 
 
 class TablePairs:
-    """Pairs that are listed.
+    """Pairs that are listed: ``(pairs,)`` rows of ``items`` each.
 
-    Args:
-        first: ``(pairs,)`` rows.
-        second: ``(pairs,)`` rows.
-        items: rows are 0 to ``items - 1``; pairs with a row of -1, or of an item with itself, are
-            left out.
-        protocol: one sentence for the report.
+    Pairs with a row of -1, or of an item with itself, are left out.
 
     Raises:
-        InteractionsError: no pair is left.
+        InteractionsError: no pair remains.
     """
 
     def __init__(
@@ -134,23 +129,23 @@ class TablePairs:
         *,
         protocol: str,
     ) -> None:
-        keep = (first >= 0) & (second >= 0) & (first != second)
-        if not keep.any():
+        usable = (first >= 0) & (second >= 0) & (first != second)
+        if not usable.any():
             raise InteractionsError(
                 f"no pair is left of {len(first)}: their items are unknown, held out for "
                 "validation, or paired with themselves; check that pairs and embeddings share "
                 "their ids (--ids, --id-column)"
             )
-        self._first = first[keep].astype(np.int32)
-        self._second = second[keep].astype(np.int32)
+        self._first = first[usable].astype(np.int32)
+        self._second = second[usable].astype(np.int32)
         self.count = len(self._first)
         self.positives = Positives(self._first, self._second, items)
         self.protocol = protocol
 
     def draw(self, size: int, generator: np.random.Generator) -> tuple[Rows, Rows]:
         """Draw pairs with replacement."""
-        chosen = generator.integers(0, self.count, size)
-        return self._first[chosen].astype(np.int64), self._second[chosen].astype(np.int64)
+        pairs = generator.integers(0, self.count, size)
+        return self._first[pairs].astype(np.int64), self._second[pairs].astype(np.int64)
 
 
 class SequencePairs:
@@ -159,14 +154,14 @@ class SequencePairs:
     Args:
         items: ``(interactions,)`` rows of all sequences one after another, -1 for gaps.
         offsets: ``(users + 1,)`` where each sequence begins.
-        users: ``(users,)`` whose pairs are taken.
+        users: ``(users,)`` whose pairs are used.
         count_items: rows are 0 to ``count_items - 1``.
         protocol: one sentence for the report.
 
     Raises:
         InteractionsError: these users have no two different consecutive items.
 
-    Memory: 5 bytes an interaction of these users, and `Positives`.
+    Memory: 5 bytes per interaction of these users, and `Positives`.
     """
 
     def __init__(
@@ -179,13 +174,15 @@ class SequencePairs:
         protocol: str,
     ) -> None:
         lengths = np.diff(offsets)
-        # Only the chosen users' sequences are kept: what others do must not move a draw.
+        # Sequences of other users are dropped: what they do must not move a draw.
         self._items = items = items[np.repeat(users, lengths)]
         offsets = np.concatenate([[0], np.cumsum(lengths[users])])
+        # Position p begins a pair if items p and p + 1 are known and differ ...
         begins = np.zeros(max(len(items) - 1, 0), dtype=bool)
         if len(begins):
             begins[:] = (items[:-1] >= 0) & (items[1:] >= 0) & (items[:-1] != items[1:])
-            ends = offsets[1:-1]  # a position that ends a sequence begins no pair
+            # ... and p is not the last position of a sequence.
+            ends = offsets[1:-1]
             begins[ends[(ends > 0) & (ends <= len(begins))] - 1] = False
         self._begins = begins
         self.count = int(begins.sum())
@@ -195,32 +192,31 @@ class SequencePairs:
                 f"{int(users.sum())} training users of {len(users)}; give more interactions, or "
                 "set contrastive_weight=0"
             )
-        self._share = self.count / len(begins)
-        at = np.flatnonzero(begins)
-        self.positives = Positives(items[at], items[at + 1], count_items)
+        positions = np.flatnonzero(begins)
+        self.positives = Positives(items[positions], items[positions + 1], count_items)
         self.protocol = protocol
 
     def draw(self, size: int, generator: np.random.Generator) -> tuple[Rows, Rows]:
         """Draw pairs with replacement, by drawing positions until enough begin a pair."""
-        found: list[Rows] = []
+        accepted: list[Rows] = []
         missing = size
         while missing > 0:
-            tried = generator.integers(0, len(self._begins), int(missing / self._share) + 16)
-            hits = tried[self._begins[tried]][:missing]
-            found.append(hits)
-            missing -= len(hits)
-        at = np.concatenate(found)
-        return self._items[at].astype(np.int64), self._items[at + 1].astype(np.int64)
+            # Rejection sampling: positions are uniform, so accepted ones are uniform over pairs.
+            # As many are drawn as should give the missing ones, and a few more.
+            draws = int(missing / (self.count / len(self._begins))) + 16
+            drawn = generator.integers(0, len(self._begins), draws)
+            accepted.append(drawn[self._begins[drawn]][:missing])
+            missing -= len(accepted[-1])
+        positions = np.concatenate(accepted)
+        return (
+            self._items[positions].astype(np.int64),
+            self._items[positions + 1].astype(np.int64),
+        )
 
 
 @dataclass(frozen=True)
 class Behavior:
-    """Pairs to learn from and pairs to choose checkpoints by.
-
-    Attributes:
-        train: pairs of training users, or of the table.
-        select: pairs of the users kept for selection, or None.
-    """
+    """Pairs to learn from (of training users, or of a table) and, if any, to choose epochs by."""
 
     train: PairSource
     select: PairSource | None
@@ -233,7 +229,7 @@ class Behavior:
         return digest.hexdigest()
 
 
-QUERIES = 4096
+QUERY_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -242,7 +238,7 @@ class Neighbors:
 
     Attributes:
         source: embeddings of the same items, anything `semid.open_embeddings` reads.
-        k: neighbors an item, at least 1.
+        k: neighbors per item, at least 1.
         ids: item ids for a source that has none.
     """
 
@@ -269,10 +265,10 @@ def read_behavior(
             or of row numbers; or `Neighbors`.
         ids: the catalogue.
         train: ``(items,)`` which items are trained on; pairs with others are left out.
-        threads: plain threads for the search of neighbors.
+        threads: number of CPU threads.
 
     Returns:
-        Pairs in numbers of training rows, or None if nothing was given.
+        Pairs in numbers of training rows, or None if nothing was neighbors.
 
     Raises:
         UsageError: both were given, or pairs of an unknown form.
@@ -294,16 +290,16 @@ def read_behavior(
             f"none of the {len(first)} pairs has both items in the catalogue of {len(ids)}, whose "
             f"ids are like {ids.example}; check --pairs and --ids (pairs=, ids=)"
         )
-    found = TablePairs(
-        _through(rows, first),
-        _through(rows, second),
+    table = TablePairs(
+        _train_rows(rows, first),
+        _train_rows(rows, second),
         int(train.sum()),
         protocol=f"contrastive pairs: {origin}; items held out for validation left out",
     )
-    return Behavior(found, None)
+    return Behavior(table, None)
 
 
-def _through(rows: Rows, items: npt.NDArray[np.integer]) -> Rows:
+def _train_rows(rows: Rows, items: npt.NDArray[np.integer]) -> Rows:
     """Map catalogue rows to training rows; -1 stays -1."""
     mapped: Rows = np.where(items >= 0, rows[items], -1)
     return mapped
@@ -313,7 +309,7 @@ def _from_interactions(interactions: Any, ids: ItemIds, rows: Rows) -> Behavior:
     log = read_interactions(interactions)
     sequences = log.sequences(ids)
     part = split_users(log.user_ids)
-    items = _through(rows, sequences.items).astype(np.int32)
+    items = _train_rows(rows, sequences.items).astype(np.int32)
     count = int(rows.max()) + 1
 
     def of(users: npt.NDArray[np.bool_], name: str) -> PairSource:
@@ -369,26 +365,30 @@ def _read_table(source: Any) -> tuple[pa.Table, str]:
     return table.read(columns, text=columns), table.label
 
 
-def _neighbors(given: Neighbors, ids: ItemIds, threads: int | None) -> tuple[Rows, Rows, str]:
+def _neighbors(neighbors: Neighbors, ids: ItemIds, threads: int | None) -> tuple[Rows, Rows, str]:
     """Pair every item with its ``k`` nearest others; reads the second embedding into memory."""
-    second: EmbeddingSource = open_embeddings(given.source, ids=given.ids)
-    if given.k < 1:
-        raise UsageError(f"Neighbors k={given.k}: give at least 1")
-    at = second.ids.index_of(ids.to_arrow())
-    known = np.flatnonzero(at >= 0)
-    if len(known) <= given.k:
+    second: EmbeddingSource = open_embeddings(neighbors.source, ids=neighbors.ids)
+    if neighbors.k < 1:
+        raise UsageError(f"Neighbors k={neighbors.k}: give at least 1")
+    positions = second.ids.index_of(ids.to_arrow())
+    known = np.flatnonzero(positions >= 0)
+    if len(known) <= neighbors.k:
         raise InteractionsError(
-            f"only {len(known)} of {len(ids)} items have a second embedding; {given.k} neighbors "
-            "need more: give embeddings of the same items (--neighbors, --ids)"
+            f"only {len(known)} of {len(ids)} items have a second embedding; {neighbors.k} "
+            "neighbors need more: give embeddings of the same items (--neighbors, --ids)"
         )
-    matrix = torch.from_numpy(second.rows(at[known]))
+    matrix = torch.from_numpy(second.rows(positions[known]))
     base = index_database(matrix)
-    found = np.empty((len(known), given.k), dtype=np.int64)
-    for start in range(0, len(known), QUERIES):
-        stop = min(start + QUERIES, len(known))
+    nearest = np.empty((len(known), neighbors.k), dtype=np.int64)
+    for start in range(0, len(known), QUERY_ROWS):
+        stop = min(start + QUERY_ROWS, len(known))
         best = top_k(
-            matrix[start:stop], base, given.k, exclude=torch.arange(start, stop), threads=threads
+            matrix[start:stop],
+            base,
+            neighbors.k,
+            exclude=torch.arange(start, stop),
+            threads=threads,
         )
-        found[start:stop] = best.indices.numpy()
-    first = np.repeat(known, given.k)
-    return first, known[found.reshape(-1)], f"{given.k} nearest neighbors in {second.label}"
+        nearest[start:stop] = best.indices.numpy()
+    first = np.repeat(known, neighbors.k)
+    return first, known[nearest.reshape(-1)], f"{neighbors.k} nearest neighbors in {second.label}"

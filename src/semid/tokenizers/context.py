@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from semid.quantization.blocks import prefetched
 from semid.tokenizers.behavior import Behavior
 from semid.training.checkpoint import Checkpoint
 from semid.training.distributed import is_main
+from semid.training.stages import Stages, StateStore
 
 __all__ = [
     "MAX_LEVELS",
@@ -30,7 +32,6 @@ __all__ = [
     "check_beam",
     "check_beam_width",
     "check_enough",
-    "check_validation_fraction",
     "codes_within",
     "data_digest",
     "item_weights",
@@ -43,6 +44,9 @@ __all__ = [
 
 
 logger = logging.getLogger(__name__)
+
+Result = tuple[dict[str, np.ndarray], dict[str, Any]]
+"""Arrays and JSON-able record of a stage."""
 
 
 @dataclass(frozen=True)
@@ -173,6 +177,25 @@ class FitContext:
     behavior: Behavior | None
     checkpoint: Checkpoint | None
     progress: Progress
+
+    @cached_property
+    def stages(self) -> Stages:
+        """The checkpoint, split between stages that run one after another."""
+        return Stages(self.checkpoint)
+
+    def stage(self, name: str, run: Callable[[StateStore | None], Result]) -> Result:
+        """Run a stage of the fit, or return what it returned in the run that is continued.
+
+        Args:
+            name: of the stage.
+            run: does the work; it is given the stage's store (`state` to continue from, `save`;
+                None keeps nothing) and returns arrays by name and a JSON-able record.
+        """
+        result = self.stages.finished(name)
+        if result is None:
+            result = run(self.stages.stage(name))
+            self.stages.finish(name, *result)
+        return result
 
 
 @dataclass(frozen=True)
@@ -305,16 +328,6 @@ def data_digest(
     digest.update(b"" if weights is None else weights.tobytes())
     digest.update(b"" if behavior is None else behavior.digest().encode())
     return digest.hexdigest()
-
-
-def check_validation_fraction(fraction: float) -> None:
-    """Refuse a share of held-out items outside [0, 1).
-
-    Raises:
-        UsageError: saying what was given.
-    """
-    if not 0 <= fraction < 1:
-        raise UsageError(f"validation_fraction={fraction}: give a share in [0, 1)")
 
 
 def check_beam_width(width: int) -> None:

@@ -1,20 +1,22 @@
-"""Encode a catalogue of any size to one Parquet file, and go on after a kill.
+"""Encode a catalogue of any size part by part, and go on after a kill.
 
-Finished parts lie in ``<output>.partial/``; each is complete or absent, and names the run and the
-rows it was made from. A resumed run reads those rows again and starts at the first part that is
-missing or whose rows have changed, so no row is lost, doubled or stale. The final file is put
-together and renamed at the end.
+Finished parts lie in ``<output>.partial/``. Each is complete or absent, and signed with the run and
+the rows it was made from. A resumed run reads those rows again and encodes the parts that are
+missing or whose rows have changed, so no row is lost, doubled or stale. At the end the parts become
+the output. One process encodes the parts in order (`encode_to_parquet`); several share them
+(`semid.distributed.encode_folder`). What is written does not depend on who encodes which part.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,9 @@ import pyarrow.parquet as pq
 from semid.codes import PARQUET_OPTIONS, CodesInfo, ids_schema, ids_table
 from semid.data.embeddings import open_embeddings
 from semid.data.ids import ItemIds
-from semid.data.source import EmbeddingSource
-from semid.errors import ArtefactError, EmbeddingError, OutputExistsError
-from semid.filesystems import Folder, open_parquet
-from semid.output import atomic_file, claim_output
+from semid.errors import ArtefactError, EmbeddingError, IdsError, OutputExistsError
+from semid.filesystems import FilePath, Folder, local_path, open_parquet, split_path
+from semid.output import atomic_file, atomic_folder, claim_output, mark_remote_folder
 from semid.progress import Progress, QuietProgress
 from semid.quantization.blocks import BLOCK_ROWS
 from semid.runs import remove_state_folder
@@ -37,19 +38,268 @@ from semid.tokenizers.base import Tokenizer
 from semid.tokenizers.context import EncodedBlock
 from semid.training.checkpoint import run_key
 
-__all__ = ["RowsDigest", "encode_to_parquet", "is_part", "partial_folder", "sign_part"]
+__all__ = [
+    "EncodedPart",
+    "PartFolder",
+    "RowsDigest",
+    "encode_to_parquet",
+    "new_folder",
+    "partial_folder",
+    "partial_path",
+    "refuse_repeats",
+]
 
 logger = logging.getLogger(__name__)
 
-# Blocks per part: a kill costs at most these 262,144 rows.
+Array = npt.NDArray[np.float32]
+
 PART_BLOCKS = 4
+"""Blocks per part of one process: a kill costs at most these 262,144 rows."""
+
 KEY_FILE = "run.json"
 
 
+def partial_path(path: FilePath) -> str:
+    """Return where an unfinished run towards ``path`` keeps its parts, on the same file system."""
+    return f"{str(path).rstrip('/')}.partial"
+
+
 def partial_folder(path: str | os.PathLike[str]) -> Path:
-    """Return where a run in progress towards ``path`` keeps its state."""
-    target = Path(path)
-    return target.parent / f"{target.name}.partial"
+    """Return `partial_path` of an output on this machine."""
+    return Path(partial_path(os.fspath(path)))
+
+
+class RowsDigest:
+    """SHA-256 of rows and their ids: identifies what a part was made from."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def update(self, block: Array) -> None:
+        """Add the next rows, ``(n, dim)`` float32."""
+        self._digest.update(np.ascontiguousarray(block).data)
+
+    def finish(self, ids: ItemIds) -> str:
+        """Add the rows' item ids and return 64 hexadecimal digits."""
+        self._digest.update(ids.hash64().tobytes())
+        return self._digest.hexdigest()
+
+    @classmethod
+    def of(cls, blocks: Iterable[Array], ids: ItemIds) -> str:
+        """Return the digest of rows in blocks and of their ids."""
+        digest = cls()
+        for block in blocks:
+            digest.update(block)
+        return digest.finish(ids)
+
+
+@dataclass(frozen=True)
+class EncodedPart:
+    """A part that was encoded.
+
+    Attributes:
+        name: its file; names sort in row order.
+        rows: rows in it.
+        encoded: whether it was encoded now; False if an earlier run had done it.
+        process: id of the process that did it.
+        digest: SHA-256 of the rows and ids it was made from.
+        hashes: ``(rows,)`` uint64 of the item ids, to find repeats among parts.
+    """
+
+    name: str
+    rows: int
+    encoded: bool
+    process: int
+    digest: str
+    hashes: npt.NDArray[np.uint64]
+
+
+class PartFolder:
+    """The parts of one run; small, and made in every process that writes some.
+
+    Args:
+        path: folder or URI, `partial_path` of the output.
+        info: metadata of the ids.
+        key: the run's `semid.training.checkpoint.run_key`; every part is signed with it.
+    """
+
+    def __init__(self, path: FilePath, info: CodesInfo, key: str) -> None:
+        self.path, self.info, self.key = path, info, key
+        self.folder = Folder(path)
+
+    def begin(self, *, resume: bool) -> None:
+        """Mark the folder as this run's, or check that it is.
+
+        Raises:
+            OutputExistsError: it holds an unfinished run and ``resume`` is false.
+            ArtefactError: the unfinished run has another key.
+        """
+        if self.finished() and not resume:
+            raise OutputExistsError(
+                f"'{self.path}' holds an unfinished run; continue it with --resume (resume=True) "
+                "or delete that folder"
+            )
+        stored = self.folder.read(KEY_FILE)
+        if stored is None or not resume:
+            self.folder.write(KEY_FILE, json.dumps({"key": self.key}).encode())
+        elif _json(stored) != {"key": self.key}:
+            raise ArtefactError(
+                f"'{self.path}' belongs to a run with another model, beam or source; repeat the "
+                "command that began it, or delete that folder"
+            )
+
+    def finished(self) -> set[str]:
+        """Return the names of the parts that are done."""
+        signed = [name for name in self.folder.names() if name.endswith(".parquet.json")]
+        return {name.removesuffix(".json") for name in signed}
+
+    def encode(
+        self,
+        name: str,
+        ids: ItemIds,
+        *,
+        read: Callable[[], Iterator[Array]],
+        encode: Callable[[], Iterator[EncodedBlock]],
+    ) -> EncodedPart:
+        """Encode one part and write its file, unless it is there and its rows have not changed.
+
+        Args:
+            name: of the file.
+            ids: item ids of the rows.
+            read: yields the rows in blocks.
+            encode: yields them encoded.
+        """
+        hashes = ids.hash64()
+        if self.folder.exists_file(name):
+            digest = RowsDigest.of(read(), ids)
+            if self._is_signed(name, digest):
+                return EncodedPart(name, len(ids), False, os.getpid(), digest, hashes)
+            logger.warning("the rows of '%s' have changed; they are encoded again", name)
+        items = ids.to_arrow()
+        tables = [ids_schema(items.type, self.info).empty_table()]
+        rows_digest, done = RowsDigest(), 0
+        for block in encode():
+            rows = items.slice(done, len(block.x))
+            tables.append(ids_table(rows, block.codes, block.residual_norms, self.info))
+            rows_digest.update(block.x)
+            done += len(block.x)
+        digest = rows_digest.finish(ids)
+        self.folder.write_table(name, pa.concat_tables(tables))
+        # The signature follows the part: one without a signature does not count.
+        signature = {"key": self.key, "rows": digest}
+        self.folder.write(f"{name}.json", json.dumps(signature).encode())
+        return EncodedPart(name, len(ids), True, os.getpid(), digest, hashes)
+
+    def _is_signed(self, name: str, digest: str) -> bool:
+        """Whether a part is complete, made by this run, from these rows, and holds such ids."""
+        signature = _json(self.folder.read(f"{name}.json") or b"{}")
+        try:
+            with open_parquet(self.folder.file(name)) as parquet:
+                metadata = parquet.schema_arrow.metadata
+            same_info = CodesInfo.from_metadata(metadata, path=name) == self.info
+        except (OSError, ValueError, RecursionError, ArtefactError):
+            return False
+        return same_info and signature == {"key": self.key, "rows": digest}
+
+    def publish(
+        self,
+        output: FilePath,
+        parts: Sequence[EncodedPart],
+        schema: pa.Schema,
+        *,
+        overwrite: bool,
+        single: bool,
+    ) -> None:
+        """Make the output of the parts, in row order, and end the run.
+
+        Args:
+            output: where the ids go.
+            parts: every part.
+            schema: of a file of all rows.
+            overwrite: replace a former output of semid.
+            single: one file of all rows; otherwise a folder with a file per part.
+
+        Raises:
+            ArtefactError: a part is not what this run wrote or accepted.
+        """
+        parts = sorted(parts, key=lambda part: part.name)
+        for part in parts:
+            if not self._is_signed(part.name, part.digest):
+                raise ArtefactError(
+                    f"'{part.name}' in '{self.path}' is not the part that this run wrote; delete "
+                    "that folder and encode again"
+                )
+        local = local_path(output)
+        if not single:
+            with new_folder(output, overwrite=overwrite) as target:
+                for part in parts:
+                    self.folder.move_into(part.name, target)
+        elif local is not None:
+            with atomic_file(local, overwrite=overwrite) as work:
+                self._join(parts, schema, work)
+        else:
+            folder, name = split_path(output)
+            with folder.stream(name) as sink:
+                self._join(parts, schema, sink)
+        self.clear()
+
+    def _join(self, parts: Sequence[EncodedPart], schema: pa.Schema, sink: Any) -> None:
+        """Write one file of all parts, a part at a time."""
+        with pq.ParquetWriter(sink, schema, **PARQUET_OPTIONS) as writer:
+            for part in parts:
+                with open_parquet(self.folder.file(part.name)) as parquet:
+                    table = parquet.read()
+                if len(table) != part.rows:
+                    raise ArtefactError(
+                        f"'{part.name}' in '{self.path}' holds {len(table)} of {part.rows} rows; "
+                        "delete that folder and encode again"
+                    )
+                writer.write_table(table.replace_schema_metadata(schema.metadata))
+
+    def clear(self) -> None:
+        """Remove the parts."""
+        remove_state_folder(self.path)
+
+
+def _json(data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+
+
+@contextlib.contextmanager
+def new_folder(output: FilePath, *, overwrite: bool) -> Iterator[Folder]:
+    """Open the folder for results.
+
+    On this machine it appears, or takes the place of the former one, in one step at the end. An
+    object store has no such step: there the former files are removed first and the marker that
+    makes the folder complete is written last.
+    """
+    local = local_path(output)
+    if local is not None:
+        with atomic_folder(local, overwrite=overwrite) as work:
+            yield Folder(work)
+        return
+    target = Folder(str(output).rstrip("/"))
+    target.remove()
+    yield target
+    mark_remote_folder(target)
+
+
+def refuse_repeats(hashes: Sequence[npt.NDArray[np.uint64]]) -> None:
+    """Refuse item ids that occur in several parts.
+
+    Raises:
+        IdsError: saying how many.
+    """
+    ordered = np.sort(np.concatenate(hashes)) if hashes else np.empty(0, np.uint64)
+    repeated = int((ordered[1:] == ordered[:-1]).sum())
+    if repeated:
+        raise IdsError(
+            f"{repeated} item ids stand in more than one place among the files; every item needs "
+            "an id of its own: drop the repeats or choose another --id-column (id_column=)"
+        )
 
 
 def encode_to_parquet(
@@ -70,10 +320,10 @@ def encode_to_parquet(
         source: embeddings, anything `semid.open_embeddings` reads.
         path: the Parquet file to write.
         ids: item ids for a source that has none.
-        beam_width: partial codes kept a row; None takes the tokenizer's own.
+        beam_width: partial codes kept per row; None takes the tokenizer's own.
         overwrite: replace an existing file.
         resume: continue a run that was stopped; without one it starts afresh.
-        progress: told about every block; silent by default.
+        progress: callback that receives progress events.
 
     Returns:
         The number of rows encoded in this call (less than all after a resume).
@@ -86,187 +336,50 @@ def encode_to_parquet(
 
     Memory: a few blocks of 65,536 rows.
     """
-    target = Path(path)
     opened = open_embeddings(source, ids=ids)
     info = tokenizer.codes_info(beam_width)
-    steps = progress or QuietProgress()
-    with claim_output(target, overwrite=overwrite, inputs=[source], state=partial_folder(target)):
+    progress = progress or QuietProgress()
+    state = partial_folder(path)
+    with claim_output(path, overwrite=overwrite, inputs=[source], state=state):
         key = run_key(asdict(info), json.dumps(opened.describe(), default=str))
-        parts = _Parts(partial_folder(target), opened, info, key=key, resume=resume)
-        steps.start("encode", total=len(opened))
-        steps.step(min(parts.first_row, len(opened)))
-        items = opened.ids.to_arrow()
-        written = 0
-        blocks = tokenizer.encode_blocks(opened, beam_width=info.beam_width, first=parts.first_row)
+        folder = PartFolder(state, info, key)
+        folder.begin(resume=resume)
+        rows = _Cursor(lambda first: opened.blocks(BLOCK_ROWS, first=first, copy=False))
+        encoded = _Cursor(
+            lambda first: tokenizer.encode_blocks(opened, beam_width=info.beam_width, first=first)
+        )
+        parts: list[EncodedPart] = []
+        progress.start("encode", total=len(opened))
         try:
-            for group in _groups(blocks, PART_BLOCKS):
-                tables = [
-                    ids_table(items.slice(b.start, len(b.x)), b.codes, b.residual_norms, info)
-                    for b in group
-                ]
-                parts.write(group, pa.concat_tables(tables))
-                count = sum(len(block.x) for block in group)
-                written += count
-                steps.step(count)
-        except EmbeddingError:  # these rows will not become right: leave nothing to resume
-            parts.clear()
-            raise
-        parts.join(target, ids_schema(items.type, info), rows=len(opened), overwrite=overwrite)
-    return written
-
-
-def _groups(blocks: Iterator[EncodedBlock], size: int) -> Iterator[list[EncodedBlock]]:
-    while group := list(itertools.islice(blocks, size)):
-        yield group
-
-
-class RowsDigest:
-    """SHA-256 of rows and their ids: identifies what a part was made from."""
-
-    def __init__(self) -> None:
-        self._digest = hashlib.sha256()
-
-    def update(self, block: npt.NDArray[np.float32]) -> None:
-        """Add the next rows, ``(n, dim)`` float32."""
-        self._digest.update(np.ascontiguousarray(block).data)
-
-    def finish(self, ids: ItemIds) -> str:
-        """Add the rows' item ids and return 64 hexadecimal digits."""
-        self._digest.update(ids.hash64().tobytes())
-        return self._digest.hexdigest()
-
-    @classmethod
-    def of(cls, blocks: Iterable[npt.NDArray[np.float32]], ids: ItemIds) -> str:
-        """Return the digest of rows in blocks and of their ids."""
-        digest = cls()
-        for block in blocks:
-            digest.update(block)
-        return digest.finish(ids)
-
-
-def sign_part(folder: Folder, name: str, *, key: str, digest: str) -> None:
-    """Write beside a finished part which run made it, and from which rows.
-
-    Args:
-        folder: of the parts.
-        name: the part's file.
-        key: the run's `semid.training.checkpoint.run_key`.
-        digest: the `RowsDigest` of its rows.
-    """
-    folder.write(f"{name}.json", json.dumps({"key": key, "rows": digest}).encode())
-
-
-def is_part(folder: Folder, name: str, info: CodesInfo, *, key: str, digest: str) -> bool:
-    """Whether a part is complete, made by this run, from these rows, and holds such ids."""
-    try:
-        signed = json.loads(folder.read(f"{name}.json") or b"{}")
-        with open_parquet(folder.file(name)) as parquet:
-            metadata = parquet.schema_arrow.metadata
-        same = CodesInfo.from_metadata(metadata, path=name) == info
-    except (OSError, ValueError, RecursionError, ArtefactError):
-        return False
-    return bool(same and signed == {"key": key, "rows": digest})
-
-
-class _Parts:
-    """The finished parts of a run, named by their first row."""
-
-    def __init__(
-        self, folder: Path, source: EmbeddingSource, info: CodesInfo, *, key: str, resume: bool
-    ) -> None:
-        self.folder, self.source, self.info, self.key = folder, source, info, key
-        self.store = Folder(folder)
-        self.digests: dict[Path, str] = {}
-        self.first_row = 0
-        if not folder.exists():
-            return
-        if not resume and any(folder.iterdir()):
-            raise OutputExistsError(
-                f"'{folder}' holds an unfinished run; continue it with --resume (resume=True) or "
-                "delete that folder"
-            )
-        self._check_key()
-        self._accept()
-
-    def _check_key(self) -> None:
-        file = self.folder / KEY_FILE
-        try:
-            same = not file.exists() or json.loads(file.read_bytes())["key"] == self.key
-        except (ValueError, KeyError, TypeError, RecursionError):
-            same = False
-        if not same:
-            raise ArtefactError(
-                f"'{self.folder}' belongs to a run with another model, beam or source; repeat the "
-                "command that began it, or delete that folder"
-            )
-
-    def _accept(self) -> None:
-        """Count the parts from the first on whose rows are still what they were; drop the rest."""
-        blocks = (block for _, block in self.source.blocks(BLOCK_ROWS, copy=False))
-        for start in range(0, len(self.source), PART_BLOCKS * BLOCK_ROWS):
-            file = self._file(start)
-            if not file.exists():
-                break
-            stop = min(start + PART_BLOCKS * BLOCK_ROWS, len(self.source))
-            digest = RowsDigest.of(itertools.islice(blocks, PART_BLOCKS), self._ids(start, stop))
-            if not self._is_ours(file, digest):
-                logger.warning("rows from %d on have changed; they are encoded again", start)
-                break
-            self.digests[file] = digest
-            self.first_row = start + PART_BLOCKS * BLOCK_ROWS
-        for file in self.folder.glob("part-*.parquet"):
-            if file not in self.digests:
-                file.unlink()
-                self.store.remove_file(f"{file.name}.json")
-
-    def _is_ours(self, file: Path, digest: str) -> bool:
-        return is_part(self.store, file.name, self.info, key=self.key, digest=digest)
-
-    def _ids(self, start: int, stop: int) -> ItemIds:
-        return self.source.ids.take(np.arange(start, stop))
-
-    def _file(self, first_row: int) -> Path:
-        return self.folder / f"part-{first_row:012d}.parquet"
-
-    def write(self, group: list[EncodedBlock], table: pa.Table) -> None:
-        """Write a part, whole or not at all."""
-        start, stop = group[0].start, group[-1].start + len(group[-1].x)
-        digest = RowsDigest.of((block.x for block in group), self._ids(start, stop))
-        if not self.folder.exists():
-            self.folder.mkdir(parents=True)
-            with atomic_file(self.folder / KEY_FILE, mark=False) as work:
-                work.write_text(json.dumps({"key": self.key}), encoding="utf8")
-        file = self._file(start)
-        with atomic_file(file, mark=False) as work:
-            pq.write_table(table, work, **PARQUET_OPTIONS)
-        sign_part(self.store, file.name, key=self.key, digest=digest)
-        self.digests[file] = digest
-
-    def join(self, target: Path, schema: pa.Schema, *, rows: int, overwrite: bool) -> None:
-        """Put the parts together in row order and remove them.
-
-        Raises:
-            ArtefactError: they are not the parts that this run wrote or accepted.
-        """
-        with atomic_file(target, overwrite=overwrite) as work:
-            count = 0
-            with pq.ParquetWriter(work, schema, **PARQUET_OPTIONS) as writer:
-                for file, digest in sorted(self.digests.items()):
-                    if not self._is_ours(file, digest):
-                        raise ArtefactError(
-                            f"'{file}' is not the part that this run wrote; delete "
-                            f"'{self.folder}' and encode again"
-                        )
-                    table = pq.read_table(file, page_checksum_verification=True)
-                    writer.write_table(table.replace_schema_metadata(schema.metadata))
-                    count += len(table)
-            if count != rows:
-                raise ArtefactError(
-                    f"'{self.folder}' holds {count} of {rows} rows; delete that folder and encode "
-                    "again"
+            for start in range(0, len(opened), PART_BLOCKS * BLOCK_ROWS):
+                stop = min(start + PART_BLOCKS * BLOCK_ROWS, len(opened))
+                part = folder.encode(
+                    f"part-{start:012d}.parquet",
+                    opened.ids.take(np.arange(start, stop)),
+                    read=lambda start=start: (x for _, x in rows.take(start)),  # type: ignore[misc]
+                    encode=lambda start=start: encoded.take(start),  # type: ignore[misc]
                 )
-        self.clear()
+                parts.append(part)
+                progress.step(part.rows)
+        except EmbeddingError:  # these rows will not become right: leave nothing to resume
+            folder.clear()
+            raise
+        schema = ids_schema(opened.ids.to_arrow().type, info)
+        folder.publish(Path(path), parts, schema, overwrite=overwrite, single=True)
+    return sum(part.rows for part in parts if part.encoded)
 
-    def clear(self) -> None:
-        """Remove the parts."""
-        remove_state_folder(self.folder)
+
+class _Cursor:
+    """Reads blocks part by part; a part that follows the last one goes on in the same pass."""
+
+    def __init__(self, blocks_from: Callable[[int], Iterator[Any]]) -> None:
+        self._blocks_from = blocks_from
+        self._blocks: Iterator[Any] = iter(())
+        self._next_row = -1
+
+    def take(self, start: int) -> Iterator[Any]:
+        """Yield the blocks of the part that begins at row ``start``."""
+        if start != self._next_row:
+            self._blocks = self._blocks_from(start)
+        self._next_row = start + PART_BLOCKS * BLOCK_ROWS
+        yield from itertools.islice(self._blocks, PART_BLOCKS)

@@ -241,6 +241,27 @@ class FitReport(Result):
         """The same on held-out rows, with the same mean; None if none were held out."""
         return self.health.validation_error
 
+    @classmethod
+    def of(
+        cls,
+        verdict: Verdict,
+        *,
+        items: int,
+        trained_items: int,
+        seconds: float,
+        details: dict[str, Any],
+    ) -> FitReport:
+        """Make the report of a verdict."""
+        return cls(
+            items=items,
+            trained_items=trained_items,
+            held_out_items=items - trained_items,
+            seconds=round(seconds, 3),
+            details=details,
+            health=verdict,
+            summary=verdict.summary(),
+        )
+
 
 def card(kind: str, config: Mapping[str, Any]) -> str:
     """Return Markdown that says what the model is, how it was made and whether it is healthy.

@@ -8,13 +8,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from semid.data.source import EmbeddingSource
 from semid.progress import Progress
 from semid.quantization.blocks import Blocks
 from semid.quantization.kmeans import KMeansOptions, KMeansResult, KMeansState
-from semid.quantization.nearest import IndexedCodebook, index_codebook
 from semid.quantization.residual import LevelFit, fit_residual
 from semid.quantization.sharding import Shard, ShardedMatrix, as_sharded
 from semid.quantization.threads import default_threads
@@ -69,7 +67,7 @@ def fit_levels(
     threads: int | None,
     store: StateStore | None,
     progress: Progress,
-) -> tuple[tuple[IndexedCodebook, ...], list[dict[str, Any]]]:
+) -> tuple[list[Array], list[dict[str, Any]]]:
     """Fit one codebook a level (DRQ §4.2), from where the store left off.
 
     Args:
@@ -83,7 +81,7 @@ def fit_levels(
         progress: told about every iteration.
 
     Returns:
-        Prepared codebooks, and a JSON-able record of how each level's K-means ended.
+        The codebooks, and a JSON-able record of how each level's K-means ended.
     """
     run = LevelRun(store, progress, len(sizes))
     books, fits = fit_residual(
@@ -98,8 +96,7 @@ def fit_levels(
         on_iteration=run.on_iteration,
         on_level=run.on_level,
     )
-    prepared = tuple(index_codebook(torch.from_numpy(book)) for book in books)
-    return prepared, [asdict(fit) for fit in fits]
+    return list(books), [asdict(fit) for fit in fits]
 
 
 class LevelRun:

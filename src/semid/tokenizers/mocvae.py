@@ -1,74 +1,69 @@
-"""MoC-VAE and VQ-VAE: parallel codebooks that all quantize the same latent (MoC 4.1)."""
+"""MoC-VAE and VQ-VAE: parallel codebooks that all quantize the same latent (MoC §4.1)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Unpack
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 from torch import nn
 
+from semid.options import option
 from semid.quantization.nearest import assign
 from semid.quantization.residual import ResidualCodes
 from semid.tokenizers.context import level_sizes
 from semid.tokenizers.neural.autoencoder import EncoderGraph, perceptron
 from semid.tokenizers.neural.quantized import QuantizedAutoencoder, QuantizedTokenizer
-from semid.tokenizers.neural.quantizers import ParallelQuantizer, Quantizer, UpdateRule
-from semid.tokenizers.neural.tokenizer import NeuralOptions
+from semid.tokenizers.neural.quantizers import RULES, ParallelQuantizer, UpdateRule
 from semid.tokenizers.stored import check_shapes
 
 __all__ = ["VQVAE", "MoCVAE", "ParallelTokenizer"]
 
-
 Array = npt.NDArray[np.float32]
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class ParallelTokenizer(QuantizedTokenizer):
-    """Base of tokenizers with parallel codebooks; the decoder sees their average.
-
-    Args:
-        sizes: codewords of each codebook.
-        rule: how codewords move.
-        projection: a learned linear map of the latent for each codebook.
-        **options: see `NeuralOptions`.
-    """
+    """Base of tokenizers with parallel codebooks; the decoder receives the mean codeword."""
 
     hierarchical: ClassVar[bool] = False
+    combine: ClassVar[Literal["sum", "mean", "concat"]] = "mean"
 
-    def __init__(
-        self,
-        *,
-        sizes: tuple[int, ...],
-        rule: UpdateRule,
-        projection: bool,
-        **options: Unpack[NeuralOptions],
-    ) -> None:
-        super().__init__(sizes=sizes, **options)
-        self.rule, self.projection = rule, projection
+    projection = False
+
+    rule: str = option(
+        "ema",
+        choices=RULES,
+        help="ema: each codebook follows the mean of the latents assigned to it; gradient: all "
+        "codebooks are fitted jointly through their average.",
+    )
+    ema_decay: float = option(0.99, gt=0, lt=1, help="Decay of the codewords' moving averages.")
+    revive_below: float = option(
+        0.1,
+        ge=0,
+        lt=1,
+        help="Share of an even filling below which a code is moved to a latent of the current "
+        "batch; 0 never revives.",
+    )
+
+    def __post_init__(self) -> None:
+        """Start without projections."""
+        super().__post_init__()
         self._maps: tuple[Array, ...] = ()
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Constructor arguments that change the result, JSON-able."""
-        return {
-            "rule": self.rule.kind,
-            "ema_decay": self.rule.decay,
-            "revive_below": self.rule.revive_below,
-            **super().settings,
-        }
-
-    def _quantizer(self, latent: int) -> Quantizer:
+    def _quantizer(self, latent: int) -> ParallelQuantizer:
         return ParallelQuantizer(
             self.codebook_sizes,
             latent,
-            rule=self.rule,
+            rule=UpdateRule(kind=self.rule, decay=self.ema_decay, revive_below=self.revive_below),
             seed=self.seed,
             projection=self.projection,
         )
 
-    def _take(self, model: QuantizedAutoencoder) -> None:
-        super()._take(model)
+    def _set_model(self, model: QuantizedAutoencoder) -> None:
+        super()._set_model(model)
         assert isinstance(model.quantizer, ParallelQuantizer)
         self._maps = tuple(
             parameter.detach().cpu().numpy().T.copy()
@@ -76,34 +71,23 @@ class ParallelTokenizer(QuantizedTokenizer):
         )
 
     def _encode_block(self, x: Array, beam_width: int) -> ResidualCodes:
-        spaces = self._spaces(self._encoded(x))
+        spaces = self._spaces(super()._latent_block(x))
         codes = np.empty((len(x), self.levels), dtype=np.int64)
         for level, (space, book) in enumerate(zip(spaces, self._prepared, strict=True)):
             codes[:, level], _ = assign(space, book, threads=self.threads)
-        left = self._middle(spaces) - self._quantize_codes(codes)
-        norms = np.sqrt(np.einsum("nd,nd->n", left, left, dtype=np.float64))
+        residual = _mean(spaces) - self._quantize_codes(codes)
+        norms = np.sqrt(np.einsum("nd,nd->n", residual, residual, dtype=np.float64))
         return ResidualCodes(codes, norms.astype(np.float32))
 
     def _spaces(self, z: Array) -> list[Array]:
-        """Return what each codebook is given."""
+        """Return the latent that each codebook quantizes; one for all without projections."""
         if not self._maps:
             return [z] * self.levels
-        still = np.zeros(z.shape[1], dtype=np.float32)
-        return [perceptron(z, [(each, still)], threads=self.threads) for each in self._maps]
-
-    def _middle(self, spaces: list[Array]) -> Array:
-        if not self._maps:
-            return spaces[0]
-        total = spaces[0]
-        for space in spaces[1:]:
-            total = total + space
-        return total / np.float32(len(spaces))
-
-    def _quantize_codes(self, codes: npt.NDArray[np.int64]) -> Array:
-        return super()._quantize_codes(codes) / np.float32(self.levels)
+        no_bias = np.zeros(z.shape[1], dtype=np.float32)
+        return [perceptron(z, [(each, no_bias)], threads=self.threads) for each in self._maps]
 
     def _latent_block(self, x: Array) -> Array:
-        return self._middle(self._spaces(self._encoded(x)))
+        return _mean(self._spaces(super()._latent_block(x)))
 
     def encoder_module(self) -> nn.Module:
         """Return the encoder as a module that can be traced, see `NeuralTokenizer`."""
@@ -122,26 +106,24 @@ class ParallelTokenizer(QuantizedTokenizer):
         self._maps = tuple(np.ascontiguousarray(tensors[name]) for name in names)
 
 
+def _mean(spaces: list[Array]) -> Array:
+    """Return the mean latent; the latent itself, unrounded, where all spaces are the same."""
+    if spaces[0] is spaces[-1]:
+        return spaces[0]
+    total = spaces[0]
+    for space in spaces[1:]:
+        total = total + space
+    return total / np.float32(len(spaces))
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
 class MoCVAE(ParallelTokenizer):
-    """One encoder, several codebooks beside each other; the decoder sees the mean codeword.
+    """One encoder, several codebooks beside each other; the decoder receives the mean codeword.
 
     Codes are parallel: each codebook describes the whole item, and a shared first code means no
-    more than a shared last one.
-
-    Args:
-        n_codebooks: codes an item.
-        codebook_size: codewords a codebook (2 to 2**32), or one number a codebook.
-        rule: ``ema``: each codebook follows the mean of the latents it was given (MoC §2, "in
-            practice"); ``gradient``: all are fitted jointly through their average.
-        ema_decay: of the moving averages, in (0, 1).
-        revive_below: share of an even filling below which a code is put on a latent of the current
-            batch, in [0, 1); 0 never revives (ours: 0.1).
-        projection: a learned linear map of the latent for each codebook (ours, after the paper's
-            "various spaces"; off in the paper's equations).
-        **options: what every neural tokenizer takes, see
-            `semid.tokenizers.neural.tokenizer.NeuralOptions`: ``seed``, ``network``, ``training``,
-            ``normalize``, ``center``, ``validation_fraction``, ``device``, ``threads``, ``logger``.
-            Each codebook's K-means start has a child seed of its own.
+    more than a shared last one. Each codebook's K-means start has a child seed of its own. The
+    papers say "various spaces" of the projection, which is ours and off in their equations; MoC §2
+    uses the EMA rule "in practice".
 
     Raises:
         UsageError: if a value is out of range.
@@ -151,48 +133,24 @@ class MoCVAE(ParallelTokenizer):
 
     kind: ClassVar[str] = "mocvae"
 
-    def __init__(
-        self,
-        *,
-        n_codebooks: int = 3,
-        codebook_size: int | Sequence[int] = 256,
-        rule: str = "ema",
-        ema_decay: float = 0.99,
-        revive_below: float = 0.1,
-        projection: bool = False,
-        **options: Unpack[NeuralOptions],
-    ) -> None:
-        super().__init__(
-            sizes=level_sizes(n_codebooks, codebook_size, name="n_codebooks"),
-            rule=UpdateRule(kind=rule, decay=ema_decay, revive_below=revive_below),
-            projection=bool(projection),
-            **options,
-        )
+    n_codebooks: int = option(3, help="Codes per item.")
+    codebook_size: int | Sequence[int] = option(
+        256, help="Codewords per codebook (2 to 2**32), or one number for each codebook."
+    )
+    projection: bool = option(False, help="Give each codebook a learned linear map of the latent.")
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """Constructor arguments that change the result, JSON-able."""
-        return {
-            "n_codebooks": self.levels,
-            "codebook_size": list(self.codebook_sizes),
-            "projection": self.projection,
-            **super().settings,
-        }
+    def codebook_sizes(self) -> tuple[int, ...]:
+        """Codewords of each codebook."""
+        return level_sizes(self.n_codebooks, self.codebook_size, name="n_codebooks")
+
+    def _resolved(self, name: str) -> Any:
+        return list(self.codebook_sizes) if name == "codebook_size" else super()._resolved(name)
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class VQVAE(ParallelTokenizer):
-    """One code an item: the 1x point of every Mixture-of-Codes curve, and what many embeddings use.
-
-    It is `MoCVAE` with one codebook.
-
-    Args:
-        codebook_size: codewords (2 to 2**32).
-        rule: ``ema`` (moving averages) or ``gradient``.
-        ema_decay: of the moving averages, in (0, 1).
-        revive_below: share of an even filling below which a code is revived; 0 never.
-        **options: what every neural tokenizer takes, see
-            `semid.tokenizers.neural.tokenizer.NeuralOptions`: ``seed``, ``network``, ``training``,
-            ``normalize``, ``center``, ``validation_fraction``, ``device``, ``threads``, ``logger``.
+    """One code per item: the 1x point of every Mixture-of-Codes curve; `MoCVAE` of one codebook.
 
     Raises:
         UsageError: if a value is out of range.
@@ -202,23 +160,9 @@ class VQVAE(ParallelTokenizer):
 
     kind: ClassVar[str] = "vqvae"
 
-    def __init__(
-        self,
-        *,
-        codebook_size: int = 256,
-        rule: str = "ema",
-        ema_decay: float = 0.99,
-        revive_below: float = 0.1,
-        **options: Unpack[NeuralOptions],
-    ) -> None:
-        super().__init__(
-            sizes=level_sizes(1, codebook_size),
-            rule=UpdateRule(kind=rule, decay=ema_decay, revive_below=revive_below),
-            projection=False,
-            **options,
-        )
+    codebook_size: int = option(256, help="Number of codewords (2 to 2**32).")
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """Constructor arguments that change the result, JSON-able."""
-        return {"codebook_size": self.codebook_sizes[0], **super().settings}
+    def codebook_sizes(self) -> tuple[int, ...]:
+        """Codewords of the one codebook."""
+        return level_sizes(1, self.codebook_size)

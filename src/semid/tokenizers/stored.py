@@ -1,19 +1,29 @@
-"""What an artefact says of a tokenizer, checked before anything is made of it and after."""
+"""The artefact of a tokenizer: saving, loading, and the checks of settings and tensors."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 import numpy as np
+import numpy.typing as npt
 
-from semid.documents import checked
-from semid.errors import ArtefactError
-from semid.options import argument_types
+from semid.artefact import FORMAT_VERSION, fingerprint, read_artefact, write_artefact
+from semid.documents import checked, record
+from semid.errors import ArtefactError, NotFittedError, UsageError
+from semid.options import Parameters, argument_types, option
+from semid.tokenizers.fit_report import FitReport, card
 
-__all__ = ["check_shapes", "check_stored", "described", "stored_settings"]
+__all__ = ["HELD_OUT_SALT", "StoredTokenizer", "check_shapes", "described"]
+
+Array = npt.NDArray[np.float32]
+
+HELD_OUT_SALT = "semid/items"
 
 CONFIG: dict[str, Any] = {
     "settings": dict[str, Any],
@@ -25,7 +35,11 @@ CONFIG: dict[str, Any] = {
 """What every config of a tokenizer holds."""
 
 
-RENAMED = {"behaviour_weight": "behavior_weight", "behaviour_levels": "behavior_levels"}
+RENAMED = {
+    "behaviour_weight": "behavior_weight",
+    "behaviour_levels": "behavior_levels",
+    "size_limit": "balance_strength",
+}
 """Settings under names they had when older artefacts were written."""
 RENAMED_OPTIONS = {
     "kmeans": {
@@ -130,4 +144,229 @@ def check_stored(path: str | os.PathLike[str], config: Mapping[str, Any], tokeni
         raise ArtefactError(
             f"the tensors of '{path}' do not fit its config.json ({', '.join(different)}): one of "
             "them was changed; copy the folder again, or fit a model with other settings"
+        )
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class StoredTokenizer(Parameters, ABC):
+    """The part of the contract that an artefact holds; `semid.tokenizers.base` has the rest."""
+
+    kind: ClassVar[str]
+    hierarchical: ClassVar[bool]
+
+    seed: int = option(0, help="Seed of everything that is drawn.")
+    validation_fraction: float = option(
+        0.05, ge=0, lt=1, help="Share of the items held out by a hash of their id."
+    )
+    threads: int | None = option(
+        None, ge=1, setting=False, help="CPU threads; all by default. Results do not depend on it."
+    )
+
+    def __post_init__(self) -> None:
+        """Check the arguments and start unfitted; a subclass adds its state after calling this."""
+        super().__post_init__()
+        _ = self.codebook_sizes  # raises for sizes that contradict the number of levels
+        self.report: FitReport | None = None
+        self._dim: int | None = None
+        self._fingerprint_version = FORMAT_VERSION
+
+    @property
+    @abstractmethod
+    def codebook_sizes(self) -> tuple[int, ...]:
+        """Codewords of each level."""
+
+    @abstractmethod
+    def _codebooks(self) -> tuple[Array, ...]:
+        """Return one ``(codes, latent)`` float32 array per level."""
+
+    @abstractmethod
+    def _tensors(self) -> dict[str, np.ndarray]:
+        """Return every learned array by name, the codebooks as ``codebooks.LEVEL``."""
+
+    @abstractmethod
+    def _set_tensors(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """Take the arrays that `_tensors` gave."""
+
+    def _code_tensors(self, level: int) -> Sequence[str]:
+        """Return names of the arrays that have one row per codeword of ``level``."""
+        return (f"codebooks.{level}",)
+
+    @property
+    def levels(self) -> int:
+        """Number of codes per item."""
+        return len(self.codebook_sizes)
+
+    @property
+    def dim(self) -> int:
+        """Width of the embeddings it was fitted on.
+
+        Raises:
+            NotFittedError: before `fit`.
+        """
+        if self._dim is None:
+            raise NotFittedError(
+                f"this {type(self).__name__} is not fitted; call fit(x) or semid.load(path)"
+            )
+        return self._dim
+
+    @property
+    def codebooks(self) -> tuple[Array, ...]:
+        """Codewords of each level: ``(codes, latent)`` float32.
+
+        Raises:
+            NotFittedError: before `fit`.
+        """
+        _ = self.dim
+        return self._codebooks()
+
+    @property
+    def codebook_fingerprint(self) -> str:
+        """SHA-256 of the codebooks; ids carry it."""
+        return fingerprint({f"{level:04d}": book for level, book in enumerate(self.codebooks)})
+
+    @property
+    def weights_fingerprint(self) -> str:
+        """SHA-256 of all learned arrays and of the settings that change codes beside them.
+
+        A tokenizer of format version 1 keeps its fingerprint, which covered the arrays alone, so
+        that ids written with it still match.
+        """
+        _ = self.dim
+        if self._fingerprint_version == 1:
+            return fingerprint(self._tensors())
+        return fingerprint(self._tensors(), settings=self._encoding_settings())
+
+    def _encoding_settings(self) -> dict[str, Any]:
+        """Return what decides on codes beside the arrays and the beam width, JSON-able.
+
+        The shape of a network is that of its arrays. A tokenizer with further settings that change
+        what equal arrays encode adds them.
+        """
+        settings = self.settings
+        return {
+            "kind": self.kind,
+            "hierarchical": self.hierarchical,
+            **{name: settings[name] for name in ("normalize", "center") if name in settings},
+        }
+
+    def replace_tensors(self, tensors: Mapping[str, np.ndarray]) -> Self:
+        """Return a fitted tokenizer of the same settings with other arrays in place of some.
+
+        Args:
+            tensors: arrays by their name in `_tensors`.
+        """
+        other = type(self)(**self.get_params(deep=False))
+        other._dim = self.dim
+        other._set_tensors({**self._tensors(), **tensors})
+        other.report = self.report
+        return other
+
+    def renumbered(self, numbers: Sequence[npt.NDArray[np.int64]]) -> Self:
+        """Return the same tokenizer with its codewords numbered anew.
+
+        Args:
+            numbers: ``(codes,)`` per level, the number each codeword gets, a permutation.
+
+        Raises:
+            UsageError: if the tokenizer does not keep its codebooks under ``codebooks.LEVEL``.
+        """
+        tensors = self._tensors()
+        moved: dict[str, np.ndarray] = {}
+        for level, (book, number) in enumerate(zip(self.codebooks, numbers, strict=True)):
+            name = f"codebooks.{level}"
+            if name not in tensors or not np.array_equal(tensors[name], book):
+                raise UsageError(
+                    f"{self.kind} keeps no codebook under '{name}', so its codes cannot be "
+                    "renumbered"
+                )
+            for name in self._code_tensors(level):
+                moved[name] = np.empty_like(tensors[name])
+                moved[name][number] = tensors[name]
+        return self.replace_tensors(moved)
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Write the artefact folder (``config.json``, ``model.safetensors``, ``README.md``).
+
+        Raises:
+            NotFittedError: before `fit`.
+            OutputExistsError: if ``path`` exists and ``overwrite`` is false.
+        """
+        config = {
+            "kind": self.kind,
+            "settings": self.settings,
+            "dim": self.dim,
+            "codebook_sizes": list(self.codebook_sizes),
+            "codebook_fingerprint": self.codebook_fingerprint,
+            "weights_fingerprint": self.weights_fingerprint,
+            "fingerprint_version": self._fingerprint_version,
+            "held_out": {"fraction": self.validation_fraction, "salt": HELD_OUT_SALT},
+            "fit_report": None if self.report is None else self.report.to_dict(),
+        }
+        return write_artefact(
+            path,
+            config=config,
+            tensors=self._tensors(),
+            card=card(self.kind, config),
+            overwrite=overwrite,
+        )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read what `save` wrote; encodes exactly as the saved tokenizer did.
+
+        Raises:
+            ArtefactError: if the folder is incomplete, altered, or of another kind.
+        """
+        config, tensors = read_artefact(path, kind=cls.kind)
+        with described(path, cls.__name__):
+            tokenizer = cls(**stored_settings(cls, config))
+            tokenizer._dim = config["dim"]
+            tokenizer._fingerprint_version = config.get("fingerprint_version", 1)
+            tokenizer._set_tensors(tensors)
+            if config["fit_report"] is not None:
+                tokenizer.report = record(FitReport, config["fit_report"], "fit_report")
+        check_stored(path, config, tokenizer)
+        return tokenizer
+
+    def __repr__(self) -> str:
+        """Show the arguments that differ from their defaults, and whether it is fitted."""
+        state = "not fitted" if self._dim is None else f"dim={self._dim}"
+        return f"{super().__repr__()} [{state}]"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return arguments and learned arrays, as `save` does, for copies and pickles."""
+        fitted = self._dim is not None
+        return {
+            "arguments": self.get_params(deep=False),
+            "tensors": self._tensors() if fitted else {},
+            "attributes": {
+                name: getattr(self, name) for name in ("report", "_dim", "_fingerprint_version")
+            },
+        }
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        """Take what `__getstate__` gave."""
+        vars(self).update(state["arguments"])
+        self.__post_init__()
+        vars(self).update(state["attributes"])
+        if self._dim is not None:
+            self._set_tensors(state["tensors"])
+
+    def __sklearn_clone__(self) -> Self:
+        """Return an unfitted tokenizer with the same arguments, for ``sklearn.base.clone``."""
+        return type(self)(**self.get_params(deep=False))
+
+    def __sklearn_is_fitted__(self) -> bool:
+        """Whether `fit` has been called, for scikit-learn's pipelines."""
+        return self._dim is not None
+
+    def __sklearn_tags__(self) -> Any:
+        """Return scikit-learn's tags of a transformer that needs no target."""
+        from sklearn.utils import Tags, TargetTags, TransformerTags
+
+        return Tags(
+            estimator_type=None,
+            target_tags=TargetTags(required=False),
+            transformer_tags=TransformerTags(),
+            requires_fit=True,
         )

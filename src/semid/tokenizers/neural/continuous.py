@@ -1,10 +1,11 @@
-"""Tokenizers that train a continuous autoencoder first, with contrastive pairs (DRQ 4.1)."""
+"""Tokenizers that train a continuous autoencoder first, with contrastive pairs (DRQ §4.1)."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Unpack
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,27 +18,23 @@ from semid.errors import UsageError
 from semid.options import MAX_WEIGHT, Options, option
 from semid.seeds import numpy_generator, torch_generator
 from semid.tokenizers.behavior import Behavior, PairSource, read_behavior
+from semid.tokenizers.codebooks import ResidualTokenizer
 from semid.tokenizers.context import FitContext
 from semid.tokenizers.neural.autoencoder import Autoencoder, blank_linear
-from semid.tokenizers.neural.tokenizer import (
-    NeuralOptions,
-    NeuralTokenizer,
-    PreparedRows,
-    pick_device,
-)
+from semid.tokenizers.neural.tokenizer import NeuralTokenizer, PreparedRows, pick_device
 from semid.training.batches import epoch_batches, own_share, steps_per_epoch
 from semid.training.distributed import rank, world_size
 from semid.training.loop import Evaluation, Step, train
 from semid.training.options import TrainOptions
 from semid.training.rows import TrainingRows
-from semid.training.stages import Stages
+from semid.training.stages import StateStore
 from semid.training.state import load_module_, module_arrays
 
 __all__ = [
     "Batch",
     "ContinuousAutoencoder",
+    "ContinuousTask",
     "ContinuousTokenizer",
-    "ContinuousTrainee",
     "Objective",
     "info_nce",
     "uniformity",
@@ -59,16 +56,17 @@ def info_nce(
         Scalar: mean over both directions, in nats. One mask serves both when positives count in
         both directions, as those of `semid.tokenizers.behavior.Positives` do.
     """
-    a = functional.normalize(first.float(), dim=1)
-    b = functional.normalize(second.float(), dim=1)
-    with torch.autocast(a.device.type, enabled=False):  # small temperatures magnify rounding
-        logits = a @ b.t() / temperature
+    anchors = functional.normalize(first.float(), dim=1)
+    positives = functional.normalize(second.float(), dim=1)
+    with torch.autocast(anchors.device.type, enabled=False):  # small temperatures magnify rounding
+        logits = anchors @ positives.t() / temperature
     if excluded is not None:
         logits = logits.masked_fill(excluded, float("-inf"))
+    # -log exp(s_ii) / sum_j exp(s_ij): row i is a classification whose right answer is column i.
     target = torch.arange(len(logits), device=logits.device)
-    forth = functional.cross_entropy(logits, target)
-    back = functional.cross_entropy(logits.t(), target)
-    return 0.5 * (forth + back)
+    anchor_loss = functional.cross_entropy(logits, target)
+    positive_loss = functional.cross_entropy(logits.t(), target)
+    return 0.5 * (anchor_loss + positive_loss)
 
 
 def uniformity(z: Tensor, *, sharpness: float = 2.0) -> Tensor:
@@ -83,13 +81,14 @@ def uniformity(z: Tensor, *, sharpness: float = 2.0) -> Tensor:
     """
     unit = functional.normalize(z.float(), dim=1)
     with torch.autocast(unit.device.type, enabled=False):
-        squared = (2.0 - 2.0 * (unit @ unit.t())).clamp_min(0.0)
-    apart = ~torch.eye(len(z), dtype=torch.bool, device=z.device)
-    return (-sharpness * squared[apart]).exp().mean().log()
+        # |a - b|^2 = 2 - 2 cos(a, b) on the unit sphere; rounding may leave a small negative.
+        squared_distances = (2.0 - 2.0 * (unit @ unit.t())).clamp_min(0.0)
+    different = ~torch.eye(len(z), dtype=torch.bool, device=z.device)
+    return (-sharpness * squared_distances[different]).exp().mean().log()
 
 
-EVALUATED = 4096
-"""Rows a block, and selection pairs drawn once, in an evaluation."""
+EVALUATION_ROWS = 4096
+"""Rows per block, and selection pairs drawn once, of an evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,17 +98,21 @@ class Objective(Options):
     Attributes:
         contrastive_weight: lambda of InfoNCE, 0 or more.
         temperature: of InfoNCE, above 0 (ours: 0.07).
-        pairs_per_step: pairs a step, at least 2; each is the others' negative.
+        pairs_per_step: pairs per step; each is the negative of the others.
         uniformity_weight: of the uniformity of the pairs' latents, 0 or more.
         kl_weight: of the divergence from a standard normal, 0 or more; above 0 the latent is
             sampled in training (the paper's loss has none, whatever its name says).
     """
 
-    contrastive_weight: float = option(0.0, ge=0, le=MAX_WEIGHT)
-    temperature: float = option(0.07, gt=0, le=MAX_WEIGHT)
-    pairs_per_step: int = option(512, ge=2, le=65_536)
-    uniformity_weight: float = option(0.0, ge=0, le=MAX_WEIGHT)
-    kl_weight: float = option(0.0, ge=0, le=MAX_WEIGHT)
+    contrastive_weight: float = option(
+        0.0, ge=0, le=MAX_WEIGHT, help="Weight lambda of InfoNCE on pairs."
+    )
+    temperature: float = option(0.07, gt=0, le=MAX_WEIGHT, help="InfoNCE temperature.")
+    pairs_per_step: int = option(512, ge=2, le=65_536, help="Pairs per training step.")
+    uniformity_weight: float = option(
+        0.0, ge=0, le=MAX_WEIGHT, help="Weight of the uniformity loss on the pairs' latents."
+    )
+    kl_weight: float = option(0.0, ge=0, le=MAX_WEIGHT, help="Weight of a KL term.")
 
     @property
     def needs_pairs(self) -> bool:
@@ -161,6 +164,7 @@ class ContinuousAutoencoder(nn.Module):
         """Return the loss of a batch."""
         model, objective = self.autoencoder, self.objective
         count = len(batch.rows)
+        # Rows and pairs go through the encoder together: one product instead of three.
         rows = [r for r in (batch.rows, batch.first, batch.second) if r is not None]
         x = model.standard(torch.cat(rows) if len(rows) > 1 else rows[0])
         features = model.features(x)
@@ -168,12 +172,15 @@ class ContinuousAutoencoder(nn.Module):
         sampled, logs = z[:count], {}
         loss = x.new_zeros(())
         if self.log_variance is not None:
-            spread = self.log_variance(features[:count].float()).float().clamp(-20.0, 10.0)
-            noise = torch.randn(sampled.shape, generator=torch_generator(batch.seed, "latent")).to(
-                z.device
+            # KL(N(mu, sigma^2) || N(0, 1)) and the reparameterized sample mu + sigma * noise
+            # (Kingma and Welling 2014), with v = log sigma^2 held within what exp can take.
+            log_variance = self.log_variance(features[:count].float()).float().clamp(-20.0, 10.0)
+            generator = torch_generator(batch.seed, "latent")
+            noise = torch.randn(sampled.shape, generator=generator).to(z.device)
+            divergence = (
+                0.5 * (sampled.square() + log_variance.exp() - 1.0 - log_variance).sum(1).mean()
             )
-            divergence = 0.5 * (sampled.square() + spread.exp() - 1.0 - spread).sum(1).mean()
-            sampled = sampled + noise * (0.5 * spread).exp()
+            sampled = sampled + noise * (0.5 * log_variance).exp()
             loss = loss + objective.kl_weight * divergence
             logs["kl"] = divergence.detach()
         error = (model.decode(sampled).float() - x[:count]).square().mean()
@@ -183,20 +190,20 @@ class ContinuousAutoencoder(nn.Module):
             pairs = len(batch.first)
             first, second = z[count : count + pairs], z[count + pairs :]
             if objective.contrastive_weight > 0:
-                near = info_nce(
+                contrastive = info_nce(
                     first, second, temperature=objective.temperature, excluded=batch.excluded
                 )
-                loss = loss + objective.contrastive_weight * near
-                logs["contrastive"] = near.detach()
+                loss = loss + objective.contrastive_weight * contrastive
+                logs["contrastive"] = contrastive.detach()
             if objective.uniformity_weight > 0:
-                even = 0.5 * (uniformity(first) + uniformity(second))
-                loss = loss + objective.uniformity_weight * even
-                logs["uniformity"] = even.detach()
+                uniform = 0.5 * (uniformity(first) + uniformity(second))
+                loss = loss + objective.uniformity_weight * uniform
+                logs["uniformity"] = uniform.detach()
         return Step(loss, logs)
 
 
-class ContinuousTrainee:
-    """What the loop trains: shuffled rows and drawn pairs, judged by the same loss on others.
+class ContinuousTask:
+    """The training task: shuffled rows and drawn pairs, evaluated by the same loss on others.
 
     The score is the relative error on held-out items plus lambda times InfoNCE on pairs of the
     users kept for selection, where there are any.
@@ -204,7 +211,7 @@ class ContinuousTrainee:
     Args:
         model: what is trained.
         rows: rows to train on.
-        held_out: rows to judge on; None judges on the training rows.
+        held_out: rows to evaluate on; None evaluates on the training rows.
         behavior: pairs, or None.
         options: batch size.
         seed: of the order of rows and the pairs drawn.
@@ -235,17 +242,17 @@ class ContinuousTrainee:
 
     def batches(self, epoch: int, first: int) -> Iterator[tuple[Batch, float]]:
         """Yield this process's rows and pairs of each step."""
-        dealt = epoch_batches(
+        batches = epoch_batches(
             len(self.rows),
             self.options.batch_size,
             seed=self.seed,
             epoch=epoch,
             weights=self.weights,
         )
-        for number in range(first, len(dealt)):
-            own, weight = own_share(dealt[number], rank=rank(), world=world_size())
+        for number in range(first, len(batches)):
+            share, weight = own_share(batches[number], rank=rank(), world=world_size())
             step = epoch * self.steps_per_epoch + number
-            rows = self.rows.take(own).to(self.device)
+            rows = self.rows.take(share).to(self.device)
             yield self._batch(rows, step), weight
 
     def _batch(self, rows: Tensor, step: int) -> Batch:
@@ -269,30 +276,31 @@ class ContinuousTrainee:
 
     def evaluate(self, epoch: int) -> Evaluation:
         """Return the relative error on held-out rows and the contrastive loss on other users."""
-        judged, model = self.held_out or self.rows, self.model.autoencoder
+        validation, model = self.held_out or self.rows, self.model.autoencoder
         error = spread = 0.0
         moment: Tensor | None = None
         total = torch.zeros((), dtype=torch.float64)
-        for start in range(0, len(judged), EVALUATED):
-            rows = judged.take(np.arange(start, min(start + EVALUATED, len(judged))))
+        for start in range(0, len(validation), EVALUATION_ROWS):
+            span = np.arange(start, min(start + EVALUATION_ROWS, len(validation)))
+            rows = validation.take(span)
             x = model.standard(rows.to(self.device))
             z = model.encode(x)
             error += float((model.decode(z) - x).double().square().sum())
             spread += float(x.double().square().sum())
-            wide = z.double()
-            moment = wide.t() @ wide if moment is None else moment + wide.t() @ wide
-            total = total.to(z.device) + wide.sum(dim=0)
+            exact = z.double()
+            moment = exact.t() @ exact if moment is None else moment + exact.t() @ exact
+            total = total.to(z.device) + exact.sum(dim=0)
         assert moment is not None
         relative = error / spread if spread else 0.0
         logs = {
             "relative_error": relative,
-            "participation_ratio": _participation(moment, total, len(judged)),
+            "participation_ratio": _participation(moment, total, len(validation)),
         }
         score = relative
         if self.behavior is not None and self.behavior.select is not None:
-            near = self._select_loss(self.behavior.select)
-            logs["contrastive_selection_users"] = near
-            score += self.model.objective.contrastive_weight * near
+            contrastive = self._select_loss(self.behavior.select)
+            logs["contrastive_selection_users"] = contrastive
+            score += self.model.objective.contrastive_weight * contrastive
         return Evaluation(score, logs=logs)
 
     def _select_loss(self, source: PairSource) -> float:
@@ -301,111 +309,87 @@ class ContinuousTrainee:
         generator = numpy_generator(self.seed, "selection")
         size = objective.pairs_per_step
         losses = []
-        for _ in range(max(1, min(EVALUATED, source.count) // size)):
+        for _ in range(max(1, min(EVALUATION_ROWS, source.count) // size)):
             first, second, excluded = self._pairs(source, size, generator)
             model = self.model.autoencoder
             z = model.encode(model.standard(torch.cat([first, second])))
-            losses.append(
-                float(
-                    info_nce(
-                        z[:size], z[size:], temperature=objective.temperature, excluded=excluded
-                    )
-                )
+            loss = info_nce(
+                z[:size], z[size:], temperature=objective.temperature, excluded=excluded
             )
+            losses.append(float(loss))
         return float(np.mean(losses))
 
 
 def _participation(moment: Tensor, total: Tensor, rows: int) -> float:
-    """Return ``(sum l)^2 / sum l^2`` over the eigenvalues of the covariance."""
+    """Return ``(sum l)^2 / sum l^2`` over the eigenvalues of the covariance.
+
+    The sum of the eigenvalues is the trace, that of their squares the squared Frobenius norm.
+    """
     mean = total / rows
     covariance = moment / rows - torch.outer(mean, mean)
     squares = float(covariance.square().sum())
     return float(covariance.trace()) ** 2 / squares if squares > 0 else 0.0
 
 
-class ContinuousTokenizer(NeuralTokenizer):
-    """Base of tokenizers that freeze a continuous encoder before they quantize (DRQ §4.1).
+@dataclass(kw_only=True, eq=False, repr=False)
+class ContinuousTokenizer(ResidualTokenizer, NeuralTokenizer):
+    """Base of tokenizers that freeze a continuous encoder before they quantize (DRQ §4.1)."""
 
-    Args:
-        sizes: codewords of each level.
-        beam_width: partial codes kept while encoding; 1 is greedy.
-        objective: losses beside reconstruction.
-        **options: as for every neural tokenizer.
-    """
-
-    def __init__(
-        self,
-        *,
-        sizes: tuple[int, ...],
-        beam_width: int,
-        objective: Objective,
-        **options: Unpack[NeuralOptions],
-    ) -> None:
-        self.objective = objective
-        super().__init__(sizes=sizes, beam_width=beam_width, **options)
+    @abstractmethod
+    def _objective(self) -> Objective:
+        """Return the losses beside reconstruction."""
 
     @property
     def needs_behavior(self) -> bool:
         """Whether a loss is over pairs."""
-        return self.objective.needs_pairs
+        return self._objective().needs_pairs
 
     def _behavior(
         self, interactions: Any, pairs: Any, *, ids: ItemIds, train: npt.NDArray[np.bool_]
     ) -> Behavior | None:
-        given = interactions is not None or pairs is not None
-        if given and not self.needs_behavior:
+        has_pairs = interactions is not None or pairs is not None
+        if has_pairs and not self.needs_behavior:
             raise UsageError(
                 "interactions or pairs were given and contrastive_weight=0, so they would not be "
                 "used; set --contrastive-weight (contrastive_weight), for example 0.1"
             )
-        if self.needs_behavior and not given:
+        if self.needs_behavior and not has_pairs:
             raise UsageError(
-                f"contrastive_weight={self.objective.contrastive_weight:g} needs pairs to learn "
+                f"contrastive_weight={self._objective().contrastive_weight:g} needs pairs to learn "
                 "from; give --interactions or --pairs (interactions=, pairs=)"
             )
         return read_behavior(interactions, pairs, ids=ids, train=train, threads=self.threads)
 
-    def _trained(
-        self, prepared: PreparedRows, context: FitContext, stages: Stages
+    def _train_autoencoder(
+        self, prepared: PreparedRows, context: FitContext
     ) -> tuple[Autoencoder, dict[str, Any]]:
         """Return the trained autoencoder and a record of its training, as stage ``train``."""
         autoencoder = self._new_autoencoder(context.inputs)
         autoencoder.standardize_(prepared.mean, prepared.variance)
-        model = ContinuousAutoencoder(autoencoder, self.objective)
-        kept = stages.finished("train")
-        if kept is not None:
-            load_module_(model, kept[0])
-            return autoencoder, kept[1]
-        details = self._train(model, prepared, context, stages)
-        stages.finish("train", module_arrays(model), details)
-        return autoencoder, details
+        model = ContinuousAutoencoder(autoencoder, self._objective())
 
-    def _train(
-        self,
-        model: ContinuousAutoencoder,
-        prepared: PreparedRows,
-        context: FitContext,
-        stages: Stages,
-    ) -> dict[str, Any]:
-        device = pick_device(self.device)
-        model.to(device)
-        trainee = ContinuousTrainee(
-            model,
-            prepared.train,
-            prepared.held_out,
-            context.behavior,
-            self.training,
-            seed=self.seed,
-            weights=context.weights,
-            device=device,
-        )
-        result = train(
-            trainee,
-            self.training,
-            seed=self.seed,
-            progress=context.progress,
-            store=stages.stage("train"),
-            log=self.logger,
-        )
-        model.cpu()
-        return result.to_dict()
+        def run(store: StateStore | None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+            device = pick_device(self.device)
+            task = ContinuousTask(
+                model.to(device),
+                prepared.train,
+                prepared.held_out,
+                context.behavior,
+                self._train_options,
+                seed=self.seed,
+                weights=context.weights,
+                device=device,
+            )
+            result = train(
+                task,
+                self._train_options,
+                seed=self.seed,
+                progress=context.progress,
+                store=store,
+                log=self.logger,
+            )
+            return module_arrays(model.cpu()), result.to_dict()
+
+        arrays, details = context.stage("train", run)
+        load_module_(model, arrays)
+        return autoencoder, details

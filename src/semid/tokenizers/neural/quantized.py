@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,66 +12,57 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from semid.quantization.blocks import BLOCK_ROWS, Blocks, in_memory
+from semid.quantization.blocks import Blocks, in_memory
 from semid.quantization.kmeans import KMeansOptions, KMeansResult, kmeans
-from semid.quantization.nearest import index_codebook
 from semid.quantization.residual import fit_residual
 from semid.seeds import child_seed
 from semid.tokenizers.context import FitContext
 from semid.tokenizers.neural.autoencoder import Autoencoder
-from semid.tokenizers.neural.quantizers import Codebook, ParallelQuantizer, Quantizer
-from semid.tokenizers.neural.tokenizer import NeuralTokenizer, PreparedRows, pick_device
+from semid.tokenizers.neural.quantizers import (
+    Codebook,
+    ParallelQuantizer,
+    Quantizer,
+    mean_squared_norm,
+)
+from semid.tokenizers.neural.tokenizer import (
+    LatentBlocks,
+    NeuralTokenizer,
+    PreparedRows,
+    pick_device,
+)
 from semid.training.batches import epoch_batches, own_share, steps_per_epoch
 from semid.training.distributed import rank, world_size
 from semid.training.loop import Evaluation, Step, train
 from semid.training.options import TrainOptions
 from semid.training.rows import TrainingRows
-from semid.training.stages import Stages
 
 __all__ = [
-    "UNHEALTHY_SHARE",
-    "LatentBlocks",
+    "MIN_PERPLEXITY_SHARE",
     "QuantizedAutoencoder",
     "QuantizedTokenizer",
-    "ReconstructionTrainee",
+    "ReconstructionTask",
     "initialize_",
     "squared_error",
 ]
 
-
 Array = npt.NDArray[np.float32]
+
 INITIAL = KMeansOptions(max_iter=10)
+"""K-means that starts a codebook: training moves the codewords on, so it need not converge."""
+
+LATENT_BYTES = 1 << 30
+"""Latents of the whole data set are held up to this size while codebooks are started."""
+
+MIN_PERPLEXITY_SHARE = 0.125
+"""A level with a perplexity below this share of what is attainable makes a checkpoint unhealthy."""
+
+EVALUATION_ROWS = 8192
+"""Rows per block of an evaluation."""
 
 
-class LatentBlocks:
-    """A view of rows after an encoder, computed as they are read.
-
-    Args:
-        base: ``(rows, dim)``.
-        encode: maps rows ``(n, dim)`` to latents ``(n, latent)``, each row by itself.
-        latent: width of the latents.
-    """
-
-    def __init__(self, base: Blocks, encode: Callable[[Array], Array], latent: int) -> None:
-        self.base, self.encode, self.latent = base, encode, latent
-
-    @property
-    def dim(self) -> int:
-        """Width of a latent."""
-        return self.latent
-
-    def __len__(self) -> int:
-        """Count the rows."""
-        return len(self.base)
-
-    def blocks(self, size: int = BLOCK_ROWS) -> Iterator[tuple[int, Array]]:
-        """Yield ``(first row, latents)`` in order."""
-        for start, block in self.base.blocks(size):
-            yield start, self.encode(block)
-
-    def rows(self, indices: npt.NDArray[np.int64]) -> Array:
-        """Return the latents of the rows at ``indices``."""
-        return self.encode(self.base.rows(indices))
+def squared_error(x: Tensor, reconstruction: Tensor) -> Tensor:
+    """Sum over dimensions, mean over rows, in float32."""
+    return mean_squared_norm(reconstruction.float() - x)
 
 
 def initialize_(
@@ -81,70 +73,55 @@ def initialize_(
     batch: int,
     weights: npt.NDArray[np.float64] | None = None,
     threads: int | None = None,
-    memory_bytes: int = 1 << 30,
 ) -> None:
-    """Set every codebook by K-means, each with a child seed of its own.
+    """Start every codebook by K-means over the latents of the whole data set, not of one batch.
 
     Args:
         quantizer: its codebooks are set, level by level or each on its own.
         latents: ``(rows, latent)`` of all training rows.
-        seed: any integer.
+        seed: any integer; each codebook has a child seed of its own.
         batch: rows of a training step, for the first moving counts.
         weights: ``(rows,)`` item weights.
-        threads: plain threads; it changes no result.
-        memory_bytes: latents are held up to this size.
+        threads: number of CPU threads.
 
-    Cost: ten Lloyd iterations a codebook.
+    Cost: ten Lloyd iterations per codebook.
     """
-    held = in_memory(latents, limit_bytes=memory_bytes)
-    books = [book for book in quantizer.books if isinstance(book, Codebook)]
+    latents = in_memory(latents, limit_bytes=LATENT_BYTES)
+    codebooks = quantizer.codebooks
 
-    def set_(book: Codebook, result: KMeansResult) -> None:
+    def set_codebook(codebook: Codebook, result: KMeansResult) -> None:
         counts = np.bincount(result.labels, weights, minlength=len(result.centroids))
         shares = torch.from_numpy((counts / counts.sum()).astype(np.float32))
-        book.initialize_(torch.from_numpy(result.centroids), shares, batch=batch)
+        codebook.initialize_(torch.from_numpy(result.centroids), shares, batch=batch)
 
-    if isinstance(quantizer, ParallelQuantizer):
-        for number, book in enumerate(books):
-            rows = held
-            if len(quantizer.maps):
-                rows = _mapped(held, quantizer.maps[number])
-            result = kmeans(
-                rows,
-                len(book.codewords),
-                seed=child_seed(seed, "codebook", number),
-                options=INITIAL,
-                weights=weights,
-                threads=threads,
-            )
-            set_(book, result)
+    if not isinstance(quantizer, ParallelQuantizer):
+        fit_residual(
+            latents,
+            [len(codebook.codewords) for codebook in codebooks],
+            seed=child_seed(seed, "initial"),
+            options=INITIAL,
+            weights=weights,
+            threads=threads,
+            on_level=lambda level, result: set_codebook(codebooks[level], result),
+        )
         return
-    fit_residual(
-        held,
-        [len(book.codewords) for book in books],
-        seed=child_seed(seed, "initial"),
-        options=INITIAL,
-        weights=weights,
-        threads=threads,
-        on_level=lambda level, result: set_(books[level], result),
-    )
+    for number, codebook in enumerate(codebooks):
+        space = _projected(latents, quantizer.maps[number]) if len(quantizer.maps) else latents
+        result = kmeans(
+            space,
+            len(codebook.codewords),
+            seed=child_seed(seed, "codebook", number),
+            options=INITIAL,
+            weights=weights,
+            threads=threads,
+        )
+        set_codebook(codebook, result)
 
 
-def _mapped(latents: Blocks, each: nn.Module) -> Blocks:
-    assert isinstance(each, nn.Linear)
-    weight = each.weight.detach().cpu().numpy().T.copy()
+def _projected(latents: Blocks, projection: nn.Module) -> Blocks:
+    assert isinstance(projection, nn.Linear)
+    weight = projection.weight.detach().cpu().numpy().T.copy()
     return LatentBlocks(latents, lambda z: z @ weight, latents.dim)
-
-
-UNHEALTHY_SHARE = 0.125
-"""A level with a perplexity below this share of what is attainable makes a checkpoint unhealthy."""
-
-EVALUATED = 8192
-
-
-def squared_error(x: Tensor, reconstruction: Tensor) -> Tensor:
-    """Sum over dimensions, mean over rows, in float32."""
-    return (reconstruction.float() - x).square().sum(dim=1).mean()
 
 
 class QuantizedAutoencoder(nn.Module):
@@ -174,13 +151,14 @@ class QuantizedAutoencoder(nn.Module):
         z = self.autoencoder.encode(x)
         if not bool(self.quantizing):
             error = squared_error(x, self.autoencoder.decode(z))
-            # Every parameter takes part in every step, as parallel training wants it.
+            # Distributed data parallel waits for a gradient of every parameter in every step, so
+            # the idle codebooks take part with weight 0.
             idle = sum((p.sum() for p in self.quantizer.parameters()), x.new_zeros(()))
             return Step(error + 0.0 * idle, {"reconstruction": error.detach()})
-        found = self.quantizer(z)
-        error = squared_error(x, self.autoencoder.decode(found.latent))
-        commitment = found.commitment.sum()
-        loss = error + self.commitment_weight * commitment + found.codebook
+        quantized = self.quantizer(z)
+        error = squared_error(x, self.autoencoder.decode(quantized.latent))
+        commitment = quantized.commitment.sum()
+        loss = error + self.commitment_weight * commitment + quantized.codebook
         return Step(loss, {"reconstruction": error.detach(), "commitment": commitment.detach()})
 
     @torch.no_grad()
@@ -193,13 +171,13 @@ class QuantizedAutoencoder(nn.Module):
         return x, self.autoencoder.decode(z)
 
 
-class ReconstructionTrainee:
-    """What the loop trains: reconstruction on shuffled rows, judged on held-out rows.
+class ReconstructionTask:
+    """The training task: reconstruction of shuffled rows, evaluated on held-out rows.
 
     Args:
         model: what is trained.
         rows: rows to train on.
-        held_out: rows to judge on; None judges on the training rows.
+        held_out: rows to evaluate on; None evaluates on the training rows.
         options: batch size.
         seed: of the order of rows.
         weights: ``(rows,)`` item weights: how often a row is drawn.
@@ -228,35 +206,36 @@ class ReconstructionTrainee:
         self.steps_per_epoch = steps_per_epoch(len(rows), options.batch_size)
 
     def start_epoch(self, epoch: int) -> None:
-        """Make the codebooks when it is time."""
+        """Make the codebooks after the epochs of pre-training."""
         if epoch >= self.pretrain and not bool(self.model.quantizing):
             self.initialize()
             self.model.quantizing.fill_(True)
 
     def batches(self, epoch: int, first: int) -> Iterator[tuple[Tensor, float]]:
         """Yield this process's rows of each batch."""
-        dealt = epoch_batches(
+        batches = epoch_batches(
             len(self.rows),
             self.options.batch_size,
             seed=self.seed,
             epoch=epoch,
             weights=self.weights,
         )
-        for batch in dealt[first:]:
-            own, weight = own_share(batch, rank=rank(), world=world_size())
-            yield self.rows.take(own).to(self.device), weight
+        for batch in batches[first:]:
+            share, weight = own_share(batch, rank=rank(), world=world_size())
+            yield self.rows.take(share).to(self.device), weight
 
     def evaluate(self, epoch: int) -> Evaluation:
         """Return the relative error on held-out rows, with each level's usage in this epoch."""
-        judged = self.held_out or self.rows
+        validation = self.held_out or self.rows
         error = spread = 0.0
-        for start in range(0, len(judged), EVALUATED):
-            rows = judged.take(np.arange(start, min(start + EVALUATED, len(judged))))
-            x, reconstruction = self.model.reconstruct(rows.to(self.device))
+        for start in range(0, len(validation), EVALUATION_ROWS):
+            span = np.arange(start, min(start + EVALUATION_ROWS, len(validation)))
+            x, reconstruction = self.model.reconstruct(validation.take(span).to(self.device))
             error += float((x - reconstruction).double().square().sum())
             spread += float(x.double().square().sum())
         score = error / spread if spread else 0.0
         if not bool(self.model.quantizing):
+            # Infinite, so that no state from before the codebooks is kept as the best one.
             return Evaluation(float("inf"), logs={"autoencoder_error": score})
         logs, healthy = self._usage()
         return Evaluation(score, healthy=healthy, logs=logs)
@@ -264,21 +243,21 @@ class ReconstructionTrainee:
     def _usage(self) -> tuple[dict[str, float], bool]:
         logs: dict[str, float] = {}
         healthy = True
-        for level, book in enumerate(self.model.quantizer.books):
-            assert isinstance(book, Codebook)
-            used = book.take_usage_().double()
+        for level, codebook in enumerate(self.model.quantizer.codebooks):
+            used = codebook.take_usage_().double()
             shares = used[used > 0] / used.sum()
             perplexity = float((-(shares * shares.log()).sum()).exp())
             attainable = min(len(used), int(used.sum()))
-            healthy &= perplexity >= UNHEALTHY_SHARE * attainable
+            healthy &= perplexity >= MIN_PERPLEXITY_SHARE * attainable
             logs[f"perplexity_{level + 1}"] = perplexity
             logs[f"dead_{level + 1}"] = float((used == 0).sum())
-            logs[f"revived_{level + 1}"] = float(book.revived)
+            logs[f"revived_{level + 1}"] = float(codebook.revived)
         return logs, healthy
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class QuantizedTokenizer(NeuralTokenizer):
-    """Base of tokenizers with a quantizer inside the autoencoder; a subclass names it."""
+    """Base of tokenizers with a quantizer inside the autoencoder; a subclass makes it."""
 
     @abstractmethod
     def _quantizer(self, latent: int) -> Quantizer:
@@ -286,14 +265,12 @@ class QuantizedTokenizer(NeuralTokenizer):
 
     def _fit(self, context: FitContext) -> dict[str, Any]:
         prepared = PreparedRows.of(context, center=self.center, normalize=self.normalize)
-        device = pick_device(self.device)
+        config, options, device = self._config, self._train_options, pick_device(self.device)
         autoencoder = self._new_autoencoder(context.inputs)
         autoencoder.standardize_(prepared.mean, prepared.variance)
         latent = self._latent_width(autoencoder.dim)
         model = QuantizedAutoencoder(
-            autoencoder,
-            self._quantizer(latent),
-            commitment_weight=self.network.commitment_weight,
+            autoencoder, self._quantizer(latent), commitment_weight=config.commitment_weight
         ).to(device)
 
         def initialize() -> None:
@@ -304,36 +281,36 @@ class QuantizedTokenizer(NeuralTokenizer):
                     prepared.train.blocks, lambda x: encoder(x, threads=self.threads), latent
                 ),
                 seed=self.seed,
-                batch=self.training.batch_size,
+                batch=options.batch_size,
                 weights=context.weights,
                 threads=self.threads,
             )
 
-        trainee = ReconstructionTrainee(
+        task = ReconstructionTask(
             model,
             prepared.train,
             prepared.held_out,
-            self.training,
+            options,
             seed=self.seed,
             weights=context.weights,
-            pretrain=min(self.network.pretrain_epochs, self.training.epochs - 1),
+            pretrain=min(config.pretrain_epochs, options.epochs - 1),
             initialize=initialize,
             device=device,
         )
         result = train(
-            trainee,
-            self.training,
+            task,
+            options,
             seed=self.seed,
             progress=context.progress,
-            store=Stages(context.checkpoint).stage("train"),
+            store=context.stages.stage("train"),
             log=self.logger,
         )
         self._preprocess = prepared.preprocess
-        self._take(model)
+        self._set_model(model)
         return {"training": result.to_dict()}
 
-    def _take(self, model: QuantizedAutoencoder) -> None:
+    def _set_model(self, model: QuantizedAutoencoder) -> None:
         """Keep what encoding and decoding need."""
-        books = [book for book in model.quantizer.books if isinstance(book, Codebook)]
-        self._prepared = tuple(index_codebook(book.codewords.detach().cpu()) for book in books)
+        codebooks = model.quantizer.codebooks
+        self._set_codebooks([each.codewords.detach().cpu().numpy() for each in codebooks])
         self._set_autoencoder(model.autoencoder)

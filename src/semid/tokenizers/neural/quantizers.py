@@ -23,16 +23,17 @@ __all__ = [
     "Quantizer",
     "ResidualQuantizer",
     "UpdateRule",
+    "mean_squared_norm",
     "nearest_labels",
 ]
 
 
 RULES = ("ema", "gradient")
 
-SCORES = 1 << 20
+MAX_SCORES = 1 << 20
 """Scores held at once while searching: they stay in the cache between product and minimum."""
 
-ENGINE_FROM = 1 << 19
+MIN_ENGINE_SIZE = 1 << 19
 """Numbers in a codebook from which the engine, its preparation included, beats a product on a CPU;
 below it that preparation costs more than it saves."""
 
@@ -50,10 +51,10 @@ class UpdateRule(Options):
         smoothing: Laplace smoothing of the counts, above 0.
     """
 
-    kind: str = option("ema", choices=RULES, name="rule")
-    decay: float = option(0.99, gt=0, lt=1, name="ema_decay")
-    revive_below: float = option(0.1, ge=0, lt=1)
-    smoothing: float = option(1e-5, gt=0)
+    kind: str = option("ema", choices=RULES, name="rule", help="How codewords move.")
+    decay: float = option(0.99, gt=0, lt=1, name="ema_decay", help="Decay of moving averages.")
+    revive_below: float = option(0.1, ge=0, lt=1, help="Share of an even filling; 0 never revives.")
+    smoothing: float = option(1e-5, gt=0, help="Laplace smoothing of the counts.")
 
 
 @torch.no_grad()
@@ -71,17 +72,18 @@ def nearest_labels(z: Tensor, codewords: Tensor) -> Tensor:
     Returns:
         int64 ``(n,)``.
     """
-    rows = max(1, SCORES // len(codewords))
+    rows = max(1, MAX_SCORES // len(codewords))
     # Under autocast the product would be taken in bf16, and codewords differ by less.
     with torch.autocast(z.device.type, enabled=False):
-        if z.device.type == "cpu" and codewords.numel() >= ENGINE_FROM:
+        if z.device.type == "cpu" and codewords.numel() >= MIN_ENGINE_SIZE:
             return nearest(z, index_codebook(codewords), threads=torch.get_num_threads()).labels
-        halves, across = 0.5 * codewords.square().sum(dim=1), codewords.t()
-        parts = [
-            torch.addmm(halves, part, across, alpha=-1.0).argmin(dim=1)
-            for part in torch.split(z, rows)
+        # argmin_c |z - c|^2 = argmin_c |c|^2 / 2 - z c: the term |z|^2 is the same for all c.
+        half_squares, transposed = 0.5 * codewords.square().sum(dim=1), codewords.t()
+        labels = [
+            torch.addmm(half_squares, block, transposed, alpha=-1.0).argmin(dim=1)
+            for block in torch.split(z, rows)
         ]
-    return torch.cat(parts)
+    return torch.cat(labels)
 
 
 class Codebook(nn.Module):
@@ -107,11 +109,10 @@ class Codebook(nn.Module):
     ) -> None:
         super().__init__()
         self.rule, self.seed, self.name = rule, seed, name
-        start = torch.zeros(codes, latent)
         if rule.kind == "gradient":
-            self.codewords = nn.Parameter(start)
+            self.codewords = nn.Parameter(torch.zeros(codes, latent))
         else:
-            self.register_buffer("codewords", start)
+            self.register_buffer("codewords", torch.zeros(codes, latent))
             self.register_buffer("sums", torch.zeros(codes, latent))
         self.register_buffer("counts", torch.zeros(codes))
         self.register_buffer("used", torch.zeros(codes, dtype=torch.int64))
@@ -139,15 +140,17 @@ class Codebook(nn.Module):
 
         Sums and counts are those of all processes together, so codebooks stay equal.
         """
-        codes = len(self.codewords)
+        codes, decay = len(self.codewords), self.rule.decay
         counts = torch.bincount(labels, minlength=codes).to(self.counts.dtype)
         all_sum_(counts)
         self.used += counts.to(torch.int64)
-        decay = self.rule.decay
+        # N_c <- decay N_c + (1 - decay) n_c (van den Oord 2017, eq. 6).
         self.counts.mul_(decay).add_(counts, alpha=1 - decay)
         if self.rule.kind == "ema":
+            # m_c <- decay m_c + (1 - decay) sum of the vectors assigned to c (eq. 7).
             sums = torch.zeros_like(self.sums).index_add_(0, labels, z)
             self.sums.mul_(decay).add_(all_sum_(sums), alpha=1 - decay)
+            # c <- m_c / N_c (eq. 8), with counts smoothed after Laplace so that none is 0.
             total, smoothing = self.counts.sum(), self.rule.smoothing
             smoothed = (self.counts + smoothing) * (total / (total + codes * smoothing))
             self.codewords.copy_(self.sums / smoothed[:, None])
@@ -161,12 +164,12 @@ class Codebook(nn.Module):
         dead = torch.nonzero(self.counts < self.rule.revive_below * even).flatten()
         if len(dead) == 0:
             return
-        world, own = world_size(), rank()
-        generator = torch_generator(self.seed, "revive", self.name, int(self.steps), own)
+        world, process = world_size(), rank()
+        generator = torch_generator(self.seed, "revive", self.name, int(self.steps), process)
         drawn = torch.randint(len(z), (len(dead),), generator=generator).to(z.device)
         # Process r proposes for every world-th code; the sum hands all of them the same vectors.
-        mine = (torch.arange(len(dead), device=z.device) % world == own).to(z.dtype)
-        vectors = all_sum_(z[drawn] * mine[:, None])
+        proposes = (torch.arange(len(dead), device=z.device) % world == process).to(z.dtype)
+        vectors = all_sum_(z[drawn] * proposes[:, None])
         self.codewords[dead] = vectors
         self.counts[dead] = even
         if self.rule.kind == "ema":
@@ -181,12 +184,13 @@ class Codebook(nn.Module):
 
 
 class Quantized(NamedTuple):
-    """What a quantizer makes of a batch.
+    """A quantized batch and its losses.
 
     Attributes:
         latent: ``(n, latent)`` for the decoder: codewords forward, the identity backward.
         codes: ``(n, levels)`` int64.
-        commitment: ``(levels,)`` ``|sg[q] - r|^2`` a level, summed over dimensions, mean over rows.
+        commitment: ``(levels,)`` ``|sg[q] - r|^2`` per level, summed over dimensions, mean over
+            rows.
         codebook: scalar ``|q - sg[r]|^2`` over all levels; 0 under the moving-average rule.
     """
 
@@ -196,11 +200,15 @@ class Quantized(NamedTuple):
     codebook: Tensor
 
 
-class ResidualQuantizer(nn.Module):
-    """Levels that each quantize what the levels before left (RQ-VAE).
+class Quantizer(nn.Module):
+    """Base of quantizers in training: their codebooks, from which `forward` makes `Quantized`.
+
+    Gradients, which open implementations get wrong in several ways: residuals are taken from the
+    raw codewords, never from a straight-through output; one straight-through estimator covers the
+    whole sum; the commitment of every level reaches the encoder.
 
     Args:
-        sizes: codewords of each level.
+        sizes: codewords of each codebook.
         latent: width.
         rule: how codewords move.
         seed: of revived codewords.
@@ -213,33 +221,48 @@ class ResidualQuantizer(nn.Module):
             [Codebook(k, latent, rule=rule, seed=seed, name=i) for i, k in enumerate(sizes)]
         )
 
+    @property
+    def codebooks(self) -> list[Codebook]:
+        """The codebooks, in order."""
+        return [book for book in self.books if isinstance(book, Codebook)]
+
+
+class ResidualQuantizer(Quantizer):
+    """Levels that each quantize what the levels before left (RQ-VAE)."""
+
     def forward(self, z: Tensor) -> Quantized:
-        """Quantize ``(n, latent)``; in training mode the codebooks take the batch in."""
-        taken = torch.zeros_like(z)
-        codes, commitment, codebook = [], [], z.new_zeros(())
-        for book in self.books:
-            assert isinstance(book, Codebook)
-            residual = z - taken  # gradient 1 to z: taken holds raw codewords without a graph
-            fixed = residual.detach()
-            labels = nearest_labels(fixed, book.codewords)
-            words = book.codewords[labels]
-            chosen = words.detach()
+        """Quantize ``(n, latent)``; in training mode the codebooks also learn from the batch."""
+        quantized = torch.zeros_like(z)
+        codes, commitment_losses, codebook_loss = [], [], z.new_zeros(())
+        for codebook in self.codebooks:
+            # r_l = z - sum_{k<l} q_k. `quantized` holds raw codewords without a
+            # graph, so the gradient of every residual to z is 1.
+            residual = z - quantized
+            target = residual.detach()
+            assignments = nearest_labels(target, codebook.codewords)
+            codewords = codebook.codewords[assignments]
             if self.training:
                 if self.rule.kind == "gradient":
-                    codebook = codebook + _squared(words - fixed)
-                book.observe_(fixed, labels)
-            codes.append(labels)
-            commitment.append(_squared(residual - chosen))
-            taken = taken + chosen
-        straight = z + (taken - z.detach()).detach() if z.requires_grad else taken
-        return Quantized(straight, torch.stack(codes, 1), torch.stack(commitment), codebook)
+                    # |q_l - sg[r_l]|^2 moves the codewords to the residuals, not the encoder.
+                    codebook_loss = codebook_loss + mean_squared_norm(codewords - target)
+                codebook.observe_(target, assignments)
+            codes.append(assignments)
+            # |sg[q_l] - r_l|^2 moves the encoder to the codewords.
+            commitment_losses.append(mean_squared_norm(residual - codewords.detach()))
+            quantized = quantized + codewords.detach()
+        return Quantized(
+            _straight_through(z, quantized),
+            torch.stack(codes, 1),
+            torch.stack(commitment_losses),
+            codebook_loss,
+        )
 
 
-class ParallelQuantizer(nn.Module):
-    """Codebooks that all quantize the same latent; the decoder sees their average (MoC eq. 7).
+class ParallelQuantizer(Quantizer):
+    """Codebooks that all quantize the same latent; the decoder receives their average (MoC eq. 7).
 
     With the gradient rule the codebooks are fitted jointly through their average, with moving
-    averages each goes to the mean of the vectors it was given.
+    averages each goes to the mean of the vectors assigned to it.
 
     Args:
         sizes: codewords of each codebook.
@@ -259,62 +282,67 @@ class ParallelQuantizer(nn.Module):
         seed: int,
         projection: bool = False,
     ) -> None:
-        super().__init__()
-        self.rule = rule
-        self.books = nn.ModuleList(
-            [Codebook(k, latent, rule=rule, seed=seed, name=i) for i, k in enumerate(sizes)]
-        )
+        super().__init__(sizes, latent, rule=rule, seed=seed)
         self.maps = nn.ModuleList(
             [blank_linear(latent, latent, bias=False) for _ in sizes] if projection else []
         )
-        for number, each in enumerate(self.maps):
-            assert isinstance(each, nn.Linear)
-            nn.init.eye_(each.weight)
-            own_seed = seed + number
-            if not -(2**63) <= own_seed < 2**64:  # torch takes no others
-                own_seed = child_seed(seed, "projection", number)
-            generator = torch.Generator().manual_seed(own_seed)
+        for number, projected in enumerate(self.maps):
+            assert isinstance(projected, nn.Linear)
+            nn.init.eye_(projected.weight)
+            map_seed = seed + number
+            if not -(2**63) <= map_seed < 2**64:  # torch takes no others
+                map_seed = child_seed(seed, "projection", number)
+            generator = torch.Generator().manual_seed(map_seed)
             with torch.no_grad():  # spaces that start alike would stay alike
-                each.weight.add_(torch.randn(latent, latent, generator=generator) / latent)
+                noise = torch.randn(latent, latent, generator=generator)
+                projected.weight.add_(noise / latent)
 
     def spaces(self, z: Tensor) -> list[Tensor]:
-        """Return what each codebook is given: ``(n, latent)`` each."""
+        """Return the input of each codebook, ``(n, latent)`` each."""
         if len(self.maps):
-            return [each(z) for each in self.maps]
+            return [projection(z) for projection in self.maps]
         return [z] * len(self.books)
 
     def forward(self, z: Tensor) -> Quantized:
-        """Quantize ``(n, latent)``; in training mode the codebooks take the batch in."""
+        """Quantize ``(n, latent)``; in training mode the codebooks also learn from the batch."""
         with torch.autocast(z.device.type, enabled=False):
             spaces = self.spaces(z)
-        codes, words, apart = [], [], []
-        for book, space in zip(self.books, spaces, strict=True):
-            assert isinstance(book, Codebook)
-            fixed = space.detach()
-            labels = nearest_labels(fixed, book.codewords)
-            found = book.codewords[labels]
-            codes.append(labels)
-            words.append(found)
-            apart.append(_squared(space - found.detach()))
+        codes, codewords, commitment_losses = [], [], []
+        for codebook, space in zip(self.codebooks, spaces, strict=True):
+            target = space.detach()
+            assignments = nearest_labels(target, codebook.codewords)
+            codes.append(assignments)
+            codewords.append(codebook.codewords[assignments])
+            commitment_losses.append(mean_squared_norm(space - codewords[-1].detach()))
             if self.training:
-                book.observe_(fixed, labels)
-        middle = torch.stack(spaces).mean(dim=0) if len(self.maps) else z
-        mean = torch.stack(words).mean(dim=0)
-        codebook = z.new_zeros(())
+                codebook.observe_(target, assignments)
+        center = torch.stack(spaces).mean(dim=0) if len(self.maps) else z
+        quantized = torch.stack(codewords).mean(dim=0)  # z_q = mean_i q_i (MoC eq. 7)
+        codebook_loss = z.new_zeros(())
         if self.training and self.rule.kind == "gradient":
-            codebook = _squared(mean - middle.detach())
-        # Under a projection each map has to be held to its codebook; without one, z to the average.
+            # |z_q - sg[z]|^2: the codebooks are fitted through their average.
+            codebook_loss = mean_squared_norm(quantized - center.detach())
+        # With projections each map has to be held to its codebook; without, z to the average.
         commitment = (
-            torch.stack(apart) / len(apart) if len(self.maps) else _squared(z - mean.detach())[None]
+            torch.stack(commitment_losses) / len(commitment_losses)
+            if len(self.maps)
+            else mean_squared_norm(z - quantized.detach())[None]
         )
-        fixed_mean = mean.detach()
-        straight = middle + (fixed_mean - middle.detach()).detach()
-        return Quantized(straight, torch.stack(codes, 1), commitment, codebook)
+        return Quantized(
+            center + (quantized.detach() - center.detach()).detach(),
+            torch.stack(codes, 1),
+            commitment,
+            codebook_loss,
+        )
 
 
-Quantizer = ResidualQuantizer | ParallelQuantizer
+def _straight_through(z: Tensor, quantized: Tensor) -> Tensor:
+    """Forward pass uses the quantized vector, gradients flow to z unchanged."""
+    if not z.requires_grad:
+        return quantized
+    return z + (quantized - z.detach()).detach()
 
 
-def _squared(difference: Tensor) -> Tensor:
+def mean_squared_norm(difference: Tensor) -> Tensor:
     """Sum over dimensions, mean over rows."""
     return difference.square().sum(dim=1).mean()

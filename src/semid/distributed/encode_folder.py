@@ -11,33 +11,35 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
-from semid.codes import ids_schema
-from semid.distributed.encode_job import (
-    Done,
-    EncodeJob,
-    Encoder,
-    check_engine_options,
-    open_output,
-    partial_path,
-    refuse_repeats,
-)
-from semid.distributed.ray_workers import Crew, RayOptions, check_slots, connect
+from semid.codes import CodesInfo, ids_schema
+from semid.distributed.ray_workers import RayOptions, WorkerPool, check_slots, connect
 from semid.distributed.units import UNIT_ROWS, Catalogue, Estimate, Unit, estimate_encode
-from semid.errors import EmbeddingError, InputError
+from semid.errors import ArtefactError, EmbeddingError, InputError, UsageError
 from semid.filesystems import FilePath
 from semid.loading import load_tokenizer
 from semid.output import claim_output
 from semid.progress import Progress, QuietProgress
+from semid.quantization.blocks import BLOCK_ROWS
 from semid.quantization.threads import default_threads
-from semid.runs import remove_state_folder
+from semid.tokenizers.encoding import EncodedPart, PartFolder, partial_path, refuse_repeats
+from semid.training.checkpoint import run_key
 
-__all__ = ["EncodeRun", "LocalOptions", "encode_folder"]
+__all__ = [
+    "EncodeJob",
+    "EncodeRun",
+    "EncodeWorker",
+    "LocalOptions",
+    "encode_folder",
+    "encode_key",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -57,14 +59,14 @@ class LocalOptions:
 
 @dataclass(frozen=True)
 class EncodeRun:
-    """What a run did.
+    """The result of a run.
 
     Attributes:
         rows: rows of the output.
         encoded: rows encoded in this call (less than all after a resume).
         by_process: process id -> rows it encoded.
         lost: workers that ended and were replaced.
-        estimate: what was expected of it; None if nothing was left to do.
+        estimate: the expected time; None if nothing was left to do.
     """
 
     rows: int
@@ -72,6 +74,77 @@ class EncodeRun:
     by_process: dict[int, int]
     lost: int
     estimate: Estimate | None
+
+
+@dataclass(frozen=True)
+class EncodeJob:
+    """What every worker needs to know; small, and can be sent.
+
+    Attributes:
+        model: folder or URI of the artefact, which workers load by themselves.
+        catalogue: the embeddings.
+        parts: folder that receives a file per unit.
+        info: metadata of the ids.
+        key: identifies the run; every part is signed with it.
+        on_invalid: ``error`` or ``skip``, as for `semid.open_embeddings`.
+    """
+
+    model: FilePath
+    catalogue: Catalogue
+    parts: FilePath
+    info: CodesInfo
+    key: str
+    on_invalid: str = "error"
+
+
+class EncodeWorker:
+    """A worker: loads the artefact once and encodes units.
+
+    Args:
+        job: what to do.
+        threads: number of CPU threads; None takes what the machine allows.
+
+    Raises:
+        ArtefactError: the artefact is not the one the run began with.
+    """
+
+    def __init__(self, job: EncodeJob, *, threads: int | None = 1) -> None:
+        self.job = job
+        self.tokenizer = load_tokenizer(job.model)
+        self.tokenizer.threads = threads
+        if self.tokenizer.weights_fingerprint != job.info.weights_fingerprint:
+            raise ArtefactError(
+                f"'{job.model}' has changed since this run began; put the model back, or encode "
+                "afresh into another output"
+            )
+        self.parts = PartFolder(job.parts, job.info, job.key)
+
+    def encode(self, unit: Unit) -> EncodedPart:
+        """Encode one unit and write its file, unless it is there and its rows have not changed.
+
+        Raises:
+            EmbeddingError: rows of another width, or with null, NaN or inf.
+            IdsError: item ids repeat within the unit.
+        """
+        source = self.job.catalogue.source([unit])
+        if self.job.on_invalid == "skip":
+            usable = source.valid_rows()
+            source = source if usable.all() else source.subset(usable)
+        return self.parts.encode(
+            unit.name,
+            source.ids,
+            read=lambda: (block for _, block in source.blocks(BLOCK_ROWS, copy=False)),
+            encode=lambda: self.tokenizer.encode_blocks(
+                source, beam_width=self.job.info.beam_width
+            ),
+        )
+
+
+def encode_key(info: CodesInfo, catalogue: Catalogue) -> str:
+    """Return what identifies a run: the model, the beam, the files and their row groups."""
+    files = catalogue.files
+    data = {"paths": [str(p) for p in files.paths], "groups": files.row_groups}
+    return run_key({**asdict(info), "columns": [catalogue.column, catalogue.id_column]}, str(data))
 
 
 def encode_folder(
@@ -95,20 +168,17 @@ def encode_folder(
     Args:
         model: artefact folder or URI that every worker can read.
         source: Parquet file, folder, glob or URI.
-        output: a ``.parquet`` file, or a folder or URI that receives a file a unit.
+        output: a ``.parquet`` file, or a folder or URI that receives a file per unit.
         engine: processes of this machine (default), or actors of Ray.
         embedding_column: as for `semid.open_embeddings`.
         id_column: as for `semid.open_embeddings`.
         on_invalid: ``error`` refuses null, NaN and infinite rows; ``skip`` leaves them out.
-        beam_width: partial codes kept a row; None takes the tokenizer's own.
+        beam_width: partial codes kept per row; None takes the tokenizer's own.
         unit_rows: rows after which a unit is full.
         overwrite: replace what is at ``output``.
         resume: continue an unfinished run; units that are done are not encoded again.
-        progress: told about every unit; silent by default.
-        announce: told the estimate before the run; logged by default.
-
-    Returns:
-        Who encoded what.
+        progress: callback that receives progress events.
+        announce: receives the estimate before the run; logged by default.
 
     Raises:
         UsageError: a wrong option, or workers that would not fit the cluster.
@@ -118,25 +188,28 @@ def encode_folder(
         IdsError: item ids repeat, within a unit or among units.
         InputError: workers end again and again.
 
-    Cost: a worker holds a few blocks and one unit's codes; this process 8 bytes an item, with which
-    repeated ids are found.
+    Cost: a worker holds a few blocks and one unit's codes; this process 8 bytes per item, with
+    which repeated ids are found.
     """
-    steps = progress or QuietProgress()
+    progress = progress or QuietProgress()
     state = partial_path(output)
     with claim_output(output, overwrite=overwrite, inputs=[model, source], state=state):
         catalogue = Catalogue.open(source, embedding_column=embedding_column, id_column=id_column)
-        check_engine_options(on_invalid, catalogue, several=True)
+        if on_invalid not in ("error", "skip"):
+            raise UsageError(f"--on-invalid '{on_invalid}' is neither 'error' nor 'skip'")
+        catalogue.check_local(what="another process", several=True)
         tokenizer = load_tokenizer(model)
         info = tokenizer.codes_info(beam_width)
-        where = open_output(output, resume=resume, info=info, catalogue=catalogue)
+        folder = PartFolder(state, info, encode_key(info, catalogue))
+        folder.begin(resume=resume)
         units = catalogue.units(unit_rows)
-        finished = where.finished()
+        finished = folder.finished()
         missing = [unit for unit in units if unit.name not in finished]
-        job = EncodeJob(_absolute(model), catalogue, where.parts.path, info, where.key, on_invalid)
-        done: list[Done] = []
+        job = EncodeJob(_absolute(model), catalogue, state, info, folder.key, on_invalid)
         run = _RayRun(job, engine) if isinstance(engine, RayOptions) else _LocalRun(job, engine)
+        parts: list[EncodedPart] = []
         estimate = None
-        steps.start("encode", total=len(catalogue))
+        progress.start("encode", total=len(catalogue))
         try:
             if units:
                 workers = run.size(len(units))
@@ -153,30 +226,31 @@ def encode_folder(
                 rows = {unit.name: unit.rows for unit in units}
                 # Workers get the finished units too: they read the rows again, to see whether
                 # they have changed, and encode only those that have.
-                for each in run.results(units, workers):
-                    done.append(each)
-                    steps.step(rows[each.name])
+                for part in run.results(units, workers):
+                    parts.append(part)
+                    progress.step(rows[part.name])
         except EmbeddingError:  # these rows will not become right: leave nothing to resume
-            remove_state_folder(state)
+            folder.clear()
             raise
         if catalogue.id_column is not None:
-            refuse_repeats([each.hashes for each in done])
-        where.publish(done, ids_schema(catalogue.id_type, info), overwrite=overwrite)
-    encoded = [each for each in done if each.encoded]
-    by_process: dict[int, int] = {}
-    for each in encoded:
-        by_process[each.process] = by_process.get(each.process, 0) + each.rows
-    return EncodeRun(
-        sum(each.rows for each in done),
-        sum(each.rows for each in encoded),
-        by_process,
-        run.lost,
-        estimate,
-    )
+            refuse_repeats([part.hashes for part in parts])
+        folder.publish(
+            output,
+            parts,
+            ids_schema(catalogue.id_type, info),
+            overwrite=overwrite,
+            single=str(output).lower().endswith(".parquet"),
+        )
+    by_process: Counter[int] = Counter()
+    for part in parts:
+        if part.encoded:
+            by_process[part.process] += part.rows
+    rows_written = sum(part.rows for part in parts)
+    return EncodeRun(rows_written, by_process.total(), dict(by_process), run.lost, estimate)
 
 
 def _absolute(path: FilePath) -> FilePath:
-    """A worker may stand in another folder."""
+    """Return a path that names the same folder in a worker, which may run in another folder."""
     return path if "://" in str(path) else os.path.abspath(path)  # noqa: PTH100 - keeps its text
 
 
@@ -193,24 +267,24 @@ class _LocalRun:
         """Return the number of processes to start."""
         return max(1, min(self.options.processes or default_threads(), units))
 
-    def results(self, units: Sequence[Unit], workers: int) -> Iterator[Done]:
+    def results(self, units: Sequence[Unit], workers: int) -> Iterator[EncodedPart]:
         """Yield units as they are done; a process that ends costs the units it had begun."""
-        left = {unit.name: unit for unit in units}
+        remaining = {unit.name: unit for unit in units}
         for attempt in range(self.options.retries + 1):
             try:
-                for done in self._once(list(left.values()), workers):
-                    del left[done.name]
-                    yield done
+                for part in self._once(list(remaining.values()), workers):
+                    del remaining[part.name]
+                    yield part
                 return
             except BrokenProcessPool:
                 self.lost += 1
                 logger.warning("a process ended (attempt %d); its units are begun again", attempt)
         raise InputError(
-            f"processes ended {self.lost} times, {len(left)} units are left; this machine is "
+            f"processes ended {self.lost} times, {len(remaining)} units are left; this machine is "
             "probably out of memory: use fewer --processes, then --resume"
         )
 
-    def _once(self, units: list[Unit], workers: int) -> Iterator[Done]:
+    def _once(self, units: list[Unit], workers: int) -> Iterator[EncodedPart]:
         threads = max(1, default_threads() // workers)
         with ProcessPoolExecutor(
             workers,
@@ -218,9 +292,9 @@ class _LocalRun:
             initializer=_begin,
             initargs=(self.job, threads),
         ) as pool:
-            # Two units a process in flight: none waits, and few are begun when one ends.
+            # Two units per process in flight: none waits, and few are begun when one ends.
             waiting = list(reversed(units))
-            running: set[Future[Done]] = set()
+            running: set[Future[EncodedPart]] = set()
             while waiting or running:
                 while waiting and len(running) < 2 * workers:
                     running.add(pool.submit(_encode, waiting.pop()))
@@ -229,20 +303,20 @@ class _LocalRun:
                     yield future.result()
 
 
-_ENCODER: Encoder | None = None
+_WORKER: EncodeWorker | None = None
 
 
 def _begin(job: EncodeJob, threads: int) -> None:
-    """Load the artefact, once a process, and end when the driver does.
+    """Load the artefact, once per process, and end when the driver does.
 
     A pool's process waits for work on a pipe of which it holds both ends itself, so without this
     it would outlive a driver that is killed.
     """
-    global _ENCODER
+    global _WORKER
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_follow, args=(parent.sentinel,), daemon=True).start()
-    _ENCODER = Encoder(job, threads=threads)
+    _WORKER = EncodeWorker(job, threads=threads)
 
 
 def _follow(sentinel: int) -> None:
@@ -251,9 +325,13 @@ def _follow(sentinel: int) -> None:
     os._exit(1)
 
 
-def _encode(unit: Unit) -> Done:
-    assert _ENCODER is not None
-    return _ENCODER.encode(unit)
+def _encode(unit: Unit) -> EncodedPart:
+    assert _WORKER is not None
+    return _WORKER.encode(unit)
+
+
+def _make_worker(job: EncodeJob, threads: int, place: int) -> EncodeWorker:
+    return EncodeWorker(job, threads=threads)
 
 
 class _RayRun:
@@ -270,49 +348,39 @@ class _RayRun:
         """Return the number of actors to start."""
         return min(check_slots(self.ray, self.options), units)
 
-    def results(self, units: Sequence[Unit], workers: int) -> Iterator[Done]:
+    def results(self, units: Sequence[Unit], workers: int) -> Iterator[EncodedPart]:
         """Yield units as they are done; an actor that ends is replaced and its unit done again."""
-        crew = Crew(
+        pool = WorkerPool(
             self.ray,
-            _Maker(self.job, self.options.cpus_per_worker),
+            partial(_make_worker, self.job, self.options.cpus_per_worker),
             size=workers,
             cpus=self.options.cpus_per_worker,
             retries=self.options.retries,
             restore=lambda place: (),
         )
         try:
-            yield from self._handed_out(crew, list(reversed(units)))
+            yield from self._hand_out(pool, list(reversed(units)))
         finally:
-            self.lost = crew.lost
-            crew.close()
+            self.lost = pool.lost
+            pool.close()
 
-    def _handed_out(self, crew: Crew, waiting: list[Unit]) -> Iterator[Done]:
+    def _hand_out(self, pool: WorkerPool, waiting: list[Unit]) -> Iterator[EncodedPart]:
         running: dict[Any, tuple[int, Unit, int]] = {}
 
         def begin(place: int, unit: Unit, attempt: int) -> None:
-            running[crew.start(place, "encode", unit)] = (place, unit, attempt)
+            running[pool.start(place, "encode", unit)] = (place, unit, attempt)
 
-        for place in range(crew.size):
+        for place in range(pool.size):
             begin(place, waiting.pop(), 0)
         while running:
             (ready, *_), _ = self.ray.wait(list(running), num_returns=1)
             place, unit, attempt = running.pop(ready)
             try:
-                done = crew.get(ready)
+                part = pool.get(ready)
             except self.ray.exceptions.RayActorError as error:
-                crew.remake(place, attempt, error)
+                pool.replace_worker(place, attempt, error)
                 begin(place, unit, attempt + 1)
                 continue
             if waiting:
                 begin(place, waiting.pop(), 0)
-            yield done
-
-
-class _Maker:
-    """Makes the encoder of an actor; travels to it."""
-
-    def __init__(self, job: EncodeJob, threads: int) -> None:
-        self.job, self.threads = job, threads
-
-    def __call__(self, place: int) -> Encoder:
-        return Encoder(self.job, threads=self.threads)
+            yield part
