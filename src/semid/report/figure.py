@@ -10,7 +10,10 @@ import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
+
+from semid.diagnostics.flips import Proportion
+from semid.diagnostics.pairs import Estimate
 
 __all__ = [
     "DECLARATIONS",
@@ -84,15 +87,8 @@ def spoken(value: Any) -> str:
     return number(value) if isinstance(value, float) else str(value)
 
 
-class Estimated(Protocol):
-    """A value with its interval, such as `Estimate` and `Proportion` of the diagnostics."""
-
-    @property
-    def value(self) -> float: ...
-    @property
-    def low(self) -> float | None: ...
-    @property
-    def high(self) -> float | None: ...
+Estimated = Estimate | Proportion
+"""A value with its interval."""
 
 
 def interval(estimate: Estimated | None) -> str:
