@@ -1,14 +1,15 @@
-"""What a reproduction runs: recipes in TOML, read into frozen records that know their keys."""
+"""What a reproduction runs: recipes in TOML, read into checked options."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from semid.documents import read_toml, record
 from semid.errors import UsageError, check_choice
+from semid.options import Options, option
 from semid.recommenders.ranking.models import MODELS
 from semid.registry import find_recipe
 from semid.reproduce.ranking_grid import METHODS
@@ -24,213 +25,154 @@ __all__ = [
     "read_experiment",
 ]
 
-
-@dataclass(frozen=True, kw_only=True)
-class DataSet:
-    """Where items and interactions come from.
-
-    Attributes:
-        name: what tables call it.
-        folder: below ``--data``, with ``items.parquet``, ``interactions.parquet`` and
-            ``embeddings.f16.npy`` or ``embeddings.npy``; empty for a synthetic catalogue.
-        codebook_size: codewords a level.
-        seeds: seeds 0 to this number; 0 takes the recipe's.
-        logs: folders below ``--data`` whose interactions join on the item id, where the data set
-            has none of its own; retrieval and AUCs are then on the items of these logs.
-        label: what a click is, as `semid.recommenders.ranking.data.RankingDataConfig` has it.
-        item_columns: columns of the items with one value; None takes ``brand`` if it is there.
-        synthetic: items of a synthetic catalogue that is made instead; 0 reads ``folder``.
-    """
-
-    name: str
-    folder: str = ""
-    codebook_size: int = 256
-    seeds: int = 0
-    logs: tuple[str, ...] = ()
-    label: str = "sampled(uniform,1)"
-    item_columns: tuple[str, ...] | None = None
-    synthetic: int = 0
-
-    def __post_init__(self) -> None:
-        """Check that there is one origin.
-
-        Raises:
-            UsageError: neither or both of ``folder`` and ``synthetic``.
-        """
-        if bool(self.folder) == bool(self.synthetic):
-            raise UsageError(
-                f"data set '{self.name}' needs folder = \"...\" or synthetic = ITEMS, one of them"
-            )
+_REVISION = "Raised when code changes what a run computes; runs of another revision do not count."
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerSpec:
-    """One row of the DRQ paper's tables.
+class DataSet(Options):
+    """Where items and interactions come from: a folder, or a synthetic catalogue."""
 
-    Attributes:
-        name: the paper's name.
-        kind: key of `semid.tokenizers.factory.TOKENIZERS`.
-        options: further arguments of its class.
-        variant: empty for the paper's row; else what was chosen otherwise, shown apart.
-        data: names of data sets; empty takes all.
-        behavior: whether it learns from interactions.
-    """
+    name: str = option(help="Name in tables.")
+    folder: str = option(
+        "",
+        help="Folder below --data with items.parquet, interactions.parquet and embeddings.f16.npy "
+        "or embeddings.npy.",
+    )
+    codebook_size: int = option(256, help="Codewords per level.")
+    seeds: int = option(0, ge=0, help="Number of seeds; 0 takes the recipe's.")
+    logs: tuple[str, ...] = option(
+        (),
+        help="Folders below --data whose interactions join on the item id, where the data set has "
+        "none of its own; retrieval and AUCs are then on the items of these logs.",
+    )
+    label: str = option("sampled(uniform,1)", help="What a click is, see RankingDataConfig.")
+    item_columns: tuple[str, ...] | None = option(
+        None, help="Columns of the items with one value; None takes 'brand' if it is there."
+    )
+    synthetic: int = option(0, ge=0, help="Items of a synthetic catalogue; 0 reads the folder.")
 
-    name: str
-    kind: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    variant: str = ""
-    data: tuple[str, ...] = ()
-    behavior: bool = False
+    def _problems(self) -> list[str]:
+        if bool(self.folder) != bool(self.synthetic):
+            return []
+        return [f"data set '{self.name}' needs folder = \"...\" or synthetic = ITEMS, one of them"]
 
-    def __post_init__(self) -> None:
-        """Check the kind.
 
-        Raises:
-            UsageError: no such tokenizer.
-        """
+@dataclass(frozen=True, kw_only=True)
+class TokenizerSpec(Options):
+    """One row of the DRQ paper's tables."""
+
+    name: str = option(help="Name in the paper.")
+    kind: str = option(help="Name of a tokenizer.")
+    options: Mapping[str, Any] = option(default_factory=dict, help="Further arguments.")
+    variant: str = option("", help="Empty for the paper's row; else what differs, shown apart.")
+    data: tuple[str, ...] = option((), help="Names of data sets; empty takes all.")
+    behavior: bool = option(False, help="Whether it learns from interactions.")
+
+    def _problems(self) -> list[str]:
         check_choice("tokenizers.kind", self.kind, sorted(TOKENIZERS))
+        return []
 
 
 @dataclass(frozen=True, kw_only=True)
-class DrqRecipe:
-    """Tables 1 to 5 of the DRQ paper.
+class DrqRecipe(Options):
+    """Tables 1 to 5 of the DRQ paper."""
 
-    Attributes:
-        paper: ``drq``.
-        revision: raised when code changes what a run computes; runs of another one do not count.
-        quick: whether this is a toy that must never be quoted.
-        seeds: seeds 0 to this number; a tokenizer is fitted anew for each.
-        levels: codes an item.
-        geometry_sample: items whose spectra are taken.
-        flip_sample: items whose flips are counted.
-        replicates: bootstrap draws of users.
-        neural: options of every neural tokenizer (``network``, ``training``), so that none has a
-            wider latent or a longer training than another.
-        tokenizers: the rows.
-        data: the data sets.
-    """
-
-    paper: str
-    revision: int = 1
-    quick: bool = False
-    seeds: int = 3
-    levels: int = 3
-    geometry_sample: int = 20_000
-    flip_sample: int = 5_000
-    replicates: int = 1000
-    neural: Mapping[str, Any] = field(default_factory=dict)
-    tokenizers: tuple[TokenizerSpec, ...] = ()
-    data: tuple[DataSet, ...] = ()
+    paper: str = option(help="drq.")
+    revision: int = option(1, help=_REVISION)
+    quick: bool = option(False, help="Whether this is a toy that must never be quoted.")
+    seeds: int = option(3, ge=1, help="Number of seeds; a tokenizer is fitted for each.")
+    levels: int = option(3, ge=1, help="Codes per item.")
+    geometry_sample: int = option(20_000, ge=1, help="Items whose spectra are taken.")
+    flip_sample: int = option(5_000, ge=1, help="Items whose flips are counted.")
+    replicates: int = option(1000, ge=1, help="Bootstrap draws of users.")
+    neural: Mapping[str, Any] = option(
+        default_factory=dict,
+        help="Options of every neural tokenizer (network, training), so that none has a wider "
+        "latent or a longer training than another.",
+    )
+    tokenizers: tuple[TokenizerSpec, ...] = option((), help="Rows of the tables.")
+    data: tuple[DataSet, ...] = option((), help="Data sets.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Variant:
-    """A protocol beside the main one, where the paper is silent.
+class Variant(Options):
+    """A protocol beside the main one, where the paper is silent."""
 
-    Attributes:
-        name: what tables call it.
-        label: another label; empty keeps the data set's.
-        split: another split.
-    """
-
-    name: str
-    label: str = ""
-    split: str = "random"
+    name: str = option(help="Name in tables.")
+    label: str = option("", help="Another label; empty keeps the data set's.")
+    split: str = option("random", help="Another split.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage:
-    """A part of the grid; stages run in the recipe's order, the most informative first.
+class Stage(Options):
+    """A part of the grid; stages run in the recipe's order, the most informative first."""
 
-    Attributes:
-        name: what it is for.
-        kind: ``rank`` trains ranking models; ``kept`` rebuilds item embeddings from codes (fig. 1).
-        models: ranking models; none for ``kept``.
-        methods: of `METHODS` of the ranking methods; ``vqvae`` is the one method there is at 1x.
-        scales: M of the methods that have one.
-        fusion: with, without, or both.
-        parts: ``alone``: each level of the widest scale by itself (fig. 8a); ``first``: its
-            levels from the lowest up (fig. 8b). Empty uses all levels.
-        seeds: seeds 0 to this number; 0 takes the recipe's.
-        analyze: seeds below this also keep the paper's metrics of code embeddings.
-        data: names of data sets; empty takes all.
-        variant: name of a `Variant`; empty is the main protocol.
-    """
+    name: str = option(help="What it is for.")
+    kind: str = option(
+        "rank",
+        help="'rank' trains ranking models; 'kept' rebuilds item embeddings from codes (fig. 1).",
+    )
+    models: tuple[str, ...] = option((), help="Ranking models; none for 'kept'.")
+    methods: tuple[str, ...] = option(
+        (), help="Ranking methods; 'vqvae' is the one there is at 1x."
+    )
+    scales: tuple[int, ...] = option((7,), ge=1, help="M of the methods that have one.")
+    fusion: tuple[bool, ...] = option((False, True), help="With, without, or both.")
+    parts: tuple[str, ...] = option(
+        (),
+        help="'alone': each level of the widest scale by itself (fig. 8a); 'first': its levels "
+        "from the lowest up (fig. 8b); empty uses all levels.",
+    )
+    seeds: int = option(0, ge=0, help="Number of seeds; 0 takes the recipe's.")
+    analyze: int = option(0, ge=0, help="Number of seeds with metrics of code embeddings.")
+    data: tuple[str, ...] = option((), help="Names of data sets; empty takes all.")
+    variant: str = option("", help="Name of a variant; empty is the main protocol.")
 
-    name: str
-    kind: str = "rank"
-    models: tuple[str, ...] = ()
-    methods: tuple[str, ...] = ()
-    scales: tuple[int, ...] = (7,)
-    fusion: tuple[bool, ...] = (False, True)
-    parts: tuple[str, ...] = ()
-    seeds: int = 0
-    analyze: int = 0
-    data: tuple[str, ...] = ()
-    variant: str = ""
-
-    def __post_init__(self) -> None:
-        """Check choices.
-
-        Raises:
-            UsageError: an unknown kind, model, method or part.
-        """
+    def _problems(self) -> list[str]:
         check_choice("stages.kind", self.kind, ("rank", "kept"))
-        for name in self.models:
-            check_choice("stages.models", name, sorted(MODELS))
-        for name in self.methods:
-            check_choice("stages.methods", name, METHODS)
-        for name in self.parts:
-            check_choice("stages.parts", name, ("alone", "first"))
+        for names, known in (
+            ("models", sorted(MODELS)),
+            ("methods", METHODS),
+            ("parts", ("alone", "first")),
+        ):
+            for name in getattr(self, names):
+                check_choice(f"stages.{names}", name, known)
+        return []
 
 
 @dataclass(frozen=True, kw_only=True)
-class MocRecipe:
-    """Tables 1 and 2 and the figures of the MoC paper.
+class MocRecipe(Options):
+    """Tables 1 and 2 and the figures of the MoC paper."""
 
-    Attributes:
-        paper: ``moc``.
-        revision: raised when code changes what a run computes; runs of another one do not count.
-        quick: whether this is a toy that must never be quoted.
-        seeds: seeds 0 to this number; tokenizer, start and order follow the seed, the split does
-            not.
-        width: of an embedding.
-        fusion_rank: of the fusion's bottleneck.
-        model: options of every ranking model, such as ``hidden``.
-        training: of the ranking models, beside `semid.recommenders.ranking.training.TRAINING`.
-        tokenizer: options of every tokenizer.
-        kept: training options of the embeddings' rebuilding (fig. 1).
-        stages: the grid.
-        variants: protocols beside the main one.
-        data: the data sets.
-    """
+    paper: str = option(help="moc.")
+    revision: int = option(1, help=_REVISION)
+    quick: bool = option(False, help="Whether this is a toy that must never be quoted.")
+    seeds: int = option(
+        5, ge=1, help="Number of seeds of tokenizer, start and order; the split stays the same."
+    )
+    width: int = option(64, ge=1, help="Width of an embedding.")
+    fusion_rank: int = option(16, ge=1, help="Rank of the fusion's bottleneck.")
+    model: Mapping[str, Any] = option(
+        default_factory=dict, help="Options of every ranking model, such as 'hidden'."
+    )
+    training: Mapping[str, Any] = option(
+        default_factory=dict, help="Training of the ranking models, beside their defaults."
+    )
+    tokenizer: Mapping[str, Any] = option(default_factory=dict, help="Options of every tokenizer.")
+    kept: Mapping[str, Any] = option(
+        default_factory=dict, help="Training that rebuilds item embeddings (fig. 1)."
+    )
+    stages: tuple[Stage, ...] = option((), help="The grid.")
+    variants: tuple[Variant, ...] = option((), help="Protocols beside the main one.")
+    data: tuple[DataSet, ...] = option((), help="Data sets.")
 
-    paper: str
-    revision: int = 1
-    quick: bool = False
-    seeds: int = 5
-    width: int = 64
-    fusion_rank: int = 16
-    model: Mapping[str, Any] = field(default_factory=dict)
-    training: Mapping[str, Any] = field(default_factory=dict)
-    tokenizer: Mapping[str, Any] = field(default_factory=dict)
-    kept: Mapping[str, Any] = field(default_factory=dict)
-    stages: tuple[Stage, ...] = ()
-    variants: tuple[Variant, ...] = ()
-    data: tuple[DataSet, ...] = ()
-
-    def __post_init__(self) -> None:
-        """Check that stages name what there is.
-
-        Raises:
-            UsageError: an unknown variant or data set.
-        """
+    def _problems(self) -> list[str]:
         for stage in self.stages:
             if stage.variant:
                 check_choice("stages.variant", stage.variant, [v.name for v in self.variants])
             for name in stage.data:
                 check_choice("stages.data", name, [d.name for d in self.data])
+        return []
 
 
 RECIPES: dict[str, type[DrqRecipe] | type[MocRecipe]] = {"drq": DrqRecipe, "moc": MocRecipe}
