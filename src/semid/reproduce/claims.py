@@ -208,10 +208,10 @@ class Contrast:
         """Return the comparison on one data set."""
         on = {"data": data, "model": self.model} if self.model else {"data": data}
         b = self.a if self.b is None else self.b
-        found = rows.difference(self.metric, {**on, **self.a}, {**on, **b}, metric_b=self.metric_b)
+        gap = rows.difference(self.metric, {**on, **self.a}, {**on, **b}, metric_b=self.metric_b)
         if self.margin is not None:
-            found = within(found, self.margin)
-        return Comparison(f"{', '.join(on.values())}: {self.name}", found, self.digits)
+            gap = within(gap, self.margin)
+        return Comparison(f"{', '.join(on.values())}: {self.name}", gap, self.digits)
 
 
 Family = Sequence[Contrast] | Callable[[Rows, str], Sequence[Comparison]]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +21,7 @@ from semid.output import atomic_folder
 from semid.reproduce.ledger import Ledger
 from semid.reproduce.recipe import DataSet
 
-__all__ = ["EMBEDDINGS", "Opened", "missing_files", "open_data"]
+__all__ = ["EMBEDDINGS", "Opened", "open_all", "open_data"]
 
 EMBEDDINGS = ("embeddings.f16.npy", "embeddings.npy")
 
@@ -97,12 +97,25 @@ class Opened:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the files: a run on other files is another run."""
-        seen = hashlib.sha256()
+        hashed = hashlib.sha256()
         for path in (_embeddings(self.folder), self.items, *self.logs.values()):
-            seen.update(path.name.encode())
+            hashed.update(path.name.encode())
             with path.open("rb") as file:
-                seen.update(hashlib.file_digest(file, "sha256").digest())
-        return seen.hexdigest()[:16]
+                hashed.update(hashlib.file_digest(file, "sha256").digest())
+        return hashed.hexdigest()[:16]
+
+
+def open_all(
+    specs: Sequence[DataSet], data: Path | None, ledger: Ledger
+) -> tuple[dict[str, Opened], dict[str, str]]:
+    """Open the data sets that are there.
+
+    Returns:
+        The data sets by name, and name -> why it cannot be opened.
+    """
+    absent = {spec.name: why for spec in specs if (why := missing_files(spec, data))}
+    ready = [spec for spec in specs if spec.name not in absent]
+    return {spec.name: open_data(spec, data, ledger) for spec in ready}, absent
 
 
 def missing_files(spec: DataSet, data: Path | None) -> str | None:
@@ -112,13 +125,13 @@ def missing_files(spec: DataSet, data: Path | None) -> str | None:
     if data is None:
         return f"data set '{spec.name}' needs --data, the folder that holds '{spec.folder}'"
     folder = data / spec.folder
-    wanted = [folder / "items.parquet"]
-    wanted += [data / name / "interactions.parquet" for name in spec.logs or (spec.folder,)]
-    gone = [str(path) for path in wanted if not path.is_file()]
+    files = [folder / "items.parquet"]
+    files += [data / name / "interactions.parquet" for name in spec.logs or (spec.folder,)]
+    missing = [str(path) for path in files if not path.is_file()]
     if not any((folder / name).is_file() for name in EMBEDDINGS):
-        gone.append(str(folder / EMBEDDINGS[0]))
-    if gone:
-        return f"data set '{spec.name}' lacks {', '.join(gone)}; see 'semid prepare'"
+        missing.append(str(folder / EMBEDDINGS[0]))
+    if missing:
+        return f"data set '{spec.name}' lacks {', '.join(missing)}; see 'semid prepare'"
     return None
 
 
@@ -143,10 +156,8 @@ def open_data(spec: DataSet, data: Path | None, ledger: Ledger) -> Opened:
     problem = missing_files(spec, data)
     if problem is not None or data is None:
         raise UsageError(str(problem))
-    names: Any = spec.logs or (spec.folder,)
-    return Opened(
-        spec, data / spec.folder, {name: data / name / "interactions.parquet" for name in names}
-    )
+    logs = {name: data / name / "interactions.parquet" for name in spec.logs or (spec.folder,)}
+    return Opened(spec, data / spec.folder, logs)
 
 
 def _embeddings(folder: Path) -> Path:

@@ -19,7 +19,7 @@ from semid.diagnostics.spaces import reconstruction
 from semid.report.behavior import Pool, behavior_pairs, choose_cutoffs, measure_pairs
 from semid.report.diagnose import diagnose
 from semid.report.results import Diagnosis, Flips
-from semid.reproduce.datasets import Opened, missing_files, open_data
+from semid.reproduce.datasets import Opened, open_all, open_data
 from semid.reproduce.ledger import Ledger, digest
 from semid.reproduce.pool import Job
 from semid.reproduce.recipe import DataSet, DrqRecipe, TokenizerSpec
@@ -28,7 +28,7 @@ from semid.tokenizers.base import Tokenizer
 from semid.tokenizers.factory import make_tokenizer
 from semid.tokenizers.neural.tokenizer import NeuralTokenizer
 
-__all__ = ["DrqRunner", "drq_jobs"]
+__all__ = ["DrqRunner", "drq_cells", "drq_jobs", "drq_title"]
 
 EVALUATION_SEED = 0
 """Of noise, subsets, negatives, ties and bootstrap: the same for every tokenizer and seed."""
@@ -36,42 +36,62 @@ EVALUATION_SEED = 0
 Array = npt.NDArray[np.float32]
 
 
+def drq_cells(recipe: DrqRecipe) -> list[dict[str, Any]]:
+    """List every run of a recipe, data set by data set, without opening any data."""
+    return [
+        {
+            "paper": recipe.paper,
+            "quick": recipe.quick,
+            "data": data.name,
+            "tokenizer": row.name,
+            "variant": row.variant,
+            "seed": seed,
+        }
+        for data in recipe.data
+        for row in recipe.tokenizers
+        if not row.data or data.name in row.data
+        for seed in range(data.seeds or recipe.seeds)
+    ]
+
+
+def drq_title(spec: Mapping[str, Any]) -> str:
+    """Name a run for people."""
+    variant = f" ({spec['variant']})" if spec["variant"] else ""
+    return f"{spec['data']}, {spec['tokenizer']}{variant}, seed {spec['seed']}"
+
+
 def drq_jobs(
     recipe: DrqRecipe, data: Path | None, folder: Path
 ) -> tuple[list[Job], dict[str, str]]:
     """List the runs, the most informative first.
 
-    The paper's five rows on every data set, seed by seed, smaller codebooks first; then what was
-    chosen otherwise.
+    The paper's five rows on every data set, seed by seed, smaller codebooks first; then variants.
 
     Args:
         recipe: what to run.
         data: folder of data sets.
-        folder: of the ledger.
+        folder: folder of the ledger.
 
     Returns:
         The jobs, and data set -> why it cannot be run.
     """
-    ledger = Ledger(folder)
-    absent = {d.name: why for d in recipe.data if (why := missing_files(d, data))}
-    opened = {d.name: open_data(d, data, ledger) for d in recipe.data if d.name not in absent}
-    jobs = []
-    for main in (True, False):
-        for size in sorted({d.codebook_size for d in recipe.data}):
-            sets = [d for d in recipe.data if d.codebook_size == size and d.name in opened]
-            for seed in range(max((d.seeds or recipe.seeds for d in sets), default=0)):
-                for d in sets:
-                    if seed >= (d.seeds or recipe.seeds):
-                        continue
-                    jobs += [
-                        _job(recipe, d, row, seed, opened[d.name].digest)
-                        for row in recipe.tokenizers
-                        if main != bool(row.variant) and (not row.data or d.name in row.data)
-                    ]
-    return jobs, absent
+    opened, absent = open_all(recipe.data, data, Ledger(folder))
+    cells = [cell for cell in drq_cells(recipe) if cell["data"] in opened]
+    sizes = {d.name: d.codebook_size for d in recipe.data}
+    # The sort keeps the order of data sets and rows among equals.
+    cells.sort(key=lambda cell: (bool(cell["variant"]), sizes[cell["data"]], cell["seed"]))
+    return [_job(recipe, cell, opened[cell["data"]].digest) for cell in cells], absent
 
 
-def _job(recipe: DrqRecipe, data: DataSet, row: TokenizerSpec, seed: int, files: str) -> Job:
+def _parts(recipe: DrqRecipe, spec: Mapping[str, Any]) -> tuple[DataSet, TokenizerSpec]:
+    """Return the data set and the row of a run."""
+    data = next(d for d in recipe.data if d.name == spec["data"])
+    row = (spec["tokenizer"], spec["variant"])
+    return data, next(t for t in recipe.tokenizers if (t.name, t.variant) == row)
+
+
+def _job(recipe: DrqRecipe, spec: dict[str, Any], files: str) -> Job:
+    data, row = _parts(recipe, spec)
     shared = {
         "paper": recipe.paper,
         "revision": recipe.revision,
@@ -85,19 +105,8 @@ def _job(recipe: DrqRecipe, data: DataSet, row: TokenizerSpec, seed: int, files:
         "replicates": recipe.replicates,
         "neural": recipe.neural,
     }
-    spec = {
-        "paper": recipe.paper,
-        "quick": recipe.quick,
-        "data": data.name,
-        "tokenizer": row.name,
-        "variant": row.variant,
-        "seed": seed,
-    }
-    own = {**spec, "kind": row.kind, "options": row.options, "behavior": row.behavior}
-    name = f"{row.name} ({row.variant})" if row.variant else row.name
-    return Job(
-        digest([shared, own]), f"{data.name}, {name}, seed {seed}", spec, settings=digest(shared)
-    )
+    single = {**spec, "kind": row.kind, "options": row.options, "behavior": row.behavior}
+    return Job(digest([shared, single]), drq_title(spec), spec, settings=digest(shared))
 
 
 @dataclass
@@ -117,16 +126,10 @@ class DrqRunner:
 
     def __call__(self, job: Job) -> dict[str, Any]:
         """Fit, diagnose and sum up."""
-        spec = job.spec
-        data = next(d for d in self.recipe.data if d.name == spec["data"])
-        row = next(
-            t
-            for t in self.recipe.tokenizers
-            if (t.name, t.variant) == (spec["tokenizer"], spec["variant"])
-        )
+        data, row = _parts(self.recipe, job.spec)
         if data.name not in self._opened:
-            found = open_data(data, self.data, Ledger(self.folder))
-            self._opened = {data.name: (found, found.log())}  # one at a time: they are large
+            current = open_data(data, self.data, Ledger(self.folder))
+            self._opened = {data.name: (current, current.log())}  # one at a time: they are large
         opened, log = self._opened[data.name]
         began, cpu = time.perf_counter(), time.process_time()
         neural = {} if row.kind == "rqkmeans" else self.recipe.neural
@@ -135,7 +138,7 @@ class DrqRunner:
             {
                 "levels": self.recipe.levels,
                 "codebook_size": data.codebook_size,
-                "seed": int(spec["seed"]),
+                "seed": int(job.spec["seed"]),
                 **neural,
                 **row.options,
             },

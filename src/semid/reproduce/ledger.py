@@ -1,12 +1,20 @@
-"""The ledger: every finished run one JSON line, written once, whoever writes beside it."""
+"""The ledger: one JSON line per finished run, written once, and where it comes from.
+
+Several processes and several commands may work on one ledger at the same time.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +25,19 @@ try:
 except ImportError:  # no such module on Windows: one command at a time there
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["RUNS_FILE", "Ledger", "digest", "median", "read_runs", "rounded"]
+__all__ = ["RUNS_FILE", "Ledger", "cell_key", "digest", "origin", "read_runs", "rounded"]
 
 RUNS_FILE = "runs.jsonl"
 DIGITS = 6
+PACKAGES = ("semid", "numpy", "torch", "numba", "pyarrow")
+
+
+CELL = ("data", "variant", "run", "tokenizer", "model", "method", "scale", "fusion", "part", "seed")
+
+
+def cell_key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what tells a run of a paper from the others, whatever its settings."""
+    return tuple(row.get(name, "") for name in CELL)
 
 
 def digest(document: Any) -> str:
@@ -55,26 +72,26 @@ def read_runs(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     file = Path(path)
     if not file.exists():
         return []
-    lines = file.read_bytes().split(b"\n")
-    found = []
-    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is no line
+    *lines, _ = file.read_bytes().split(b"\n")  # what follows the last newline was cut short
+    rows = []
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            found.append(json.loads(line))
+            rows.append(json.loads(line))
         except ValueError:
             raise InputError(
                 f"line {number} of '{file}' is no JSON; take the file from version control again, "
                 "or delete the line to have its run repeated"
             ) from None
-    return found
+    return rows
 
 
 class Ledger:
     """Runs in a folder, safe with several processes and several commands at once.
 
-    A run is claimed before it begins and added once; what a kill leaves half done holds no claim
-    any more and is repeated. Where the system has no ``fcntl`` there are no claims.
+    A run is claimed before it begins and added once. A killed process loses its claims, so its
+    unfinished run is repeated. Where the system has no ``fcntl`` there are no claims.
 
     Args:
         folder: made if it does not exist; holds ``runs.jsonl`` and locks.
@@ -111,7 +128,8 @@ class Ledger:
                 return False
             with self.path.open("ab+") as file:
                 end = file.seek(0, os.SEEK_END)
-                if end > self._seen:  # a line that a kill cut short
+                if end > self._seen:
+                    # `keys` has read every whole line: what follows was cut short by a kill.
                     file.truncate(self._seen)
                 file.write(line)
                 file.flush()
@@ -132,6 +150,7 @@ class Ledger:
 
     @contextlib.contextmanager
     def _held(self, name: str, *, wait: bool) -> Iterator[bool]:
+        """Yield whether the lock is ours; the system releases it when the file is closed."""
         if fcntl is None:
             yield True
             return
@@ -142,11 +161,73 @@ class Ledger:
             except BlockingIOError:
                 yield False
                 return
-            yield True  # closing the file lets go
+            yield True
 
 
-def median(values: Sequence[float]) -> float:
-    """Return the median of at least one value."""
-    ordered = sorted(values)
-    middle = len(ordered) // 2
-    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+def origin() -> dict[str, Any]:
+    """Return what stands beside every result.
+
+    Returns:
+        JSON-able: ``commit`` of the source tree (None outside one), ``dirty`` (whether its code
+        differs from that commit), ``versions``, ``machine`` (chip, CPUs, and the GPU if torch has
+        one), ``threads`` and ``finished``.
+    """
+    import torch
+
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {**_fixed(), "threads": torch.get_num_threads(), "finished": now}
+
+
+@cache
+def _fixed() -> dict[str, Any]:
+    """Return what does not change while the process runs: its code is what it was at the start."""
+    commit = _git("rev-parse", "HEAD")
+    changed = _git("status", "--porcelain", "--", ".")
+    return {
+        "commit": commit,
+        "dirty": None if commit is None else bool(changed),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "machine": {"chip": _chip(), "cpus": os.cpu_count(), "gpu": _gpu()},
+    }
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def _git(*arguments: str) -> str | None:
+    """Return what git says of the folder of this package; None where it is in no repository."""
+    try:
+        answer = subprocess.run(
+            ["git", *arguments],
+            cwd=Path(__file__).parents[1],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()
+
+
+def _chip() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _gpu() -> str | None:
+    """Return the name of the device that runs train on where there is one."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None

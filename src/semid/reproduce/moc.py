@@ -107,8 +107,8 @@ def between_codes(name: str) -> Metric:
 
 def variance_rebuilt(row: Row) -> float | None:
     """Return the share of the variance of item embeddings that is rebuilt from codes."""
-    kept = row.get("kept")
-    return 1.0 - float(kept["error"]) if kept else None
+    probe = row.get("kept")
+    return 1.0 - float(probe["error"]) if probe else None
 
 
 # Cells and lines -----------------------------------------------------------------------------
@@ -217,11 +217,13 @@ def difference_lines(rows: Rows, **more: Any) -> list[Line]:
     """Return a line per cell and rival: no codes, and RQ-VAE of the same scale."""
     lines = []
     for method, scale, fusion in _cells(rows, **more):
-        own = {**cell(method, scale, fusion), **more}
+        selection = {**cell(method, scale, fusion), **more}
         for name, rival in (("no codes", ("none", 0)), ("RQ-VAE", ("rqvae", scale))):
             other = {**cell(*rival, fusion), **more}
-            if other != own and method != "none":
-                lines.append(Line(f"{_label(method, scale, fusion)} - {name}", own, (), other))
+            if other != selection and method != "none":
+                lines.append(
+                    Line(f"{_label(method, scale, fusion)} - {name}", selection, (), other)
+                )
     return lines
 
 
@@ -263,8 +265,8 @@ def part_lines(kind: str) -> Lines:
 
     def lines(rows: Rows) -> Iterator[Line]:
         for method in ("rqvae", "moc"):
-            own = rows.where(method=method, fusion=False)
-            parts = {tuple(r["part"].split()) for r in own if r.get("part")}
+            runs = rows.where(method=method, fusion=False)
+            parts = {tuple(r["part"].split()) for r in runs if r.get("part")}
             for n in sorted(int(number) for name, number in parts if name == kind):
                 where = {"run": "rank", "method": method, "fusion": False, "part": f"{kind} {n}"}
                 yield Line(f"{NAMES[method]} {kind} {n}", where)
@@ -275,10 +277,10 @@ def part_lines(kind: str) -> Lines:
 def part_chart(rows: Rows, lines: Sequence[Line]) -> Iterator[dict[str, Any]]:
     """Yield a curve of the AUC over levels per method."""
     for color, method in enumerate(("rqvae", "moc")):
-        own = [one for one in lines if one.where["method"] == method]
-        numbers = [int(one.where["part"].split()[1]) for one in own]
-        means = [average(one.values(rows, AUC)) for one in own]
-        if own:
+        points = [one for one in lines if one.where["method"] == method]
+        numbers = [int(one.where["part"].split()[1]) for one in points]
+        means = [average(one.values(rows, AUC)) for one in points]
+        if points:
             yield line(NAMES[method], numbers, means, color + 1, mode="lines+markers")
 
 

@@ -20,14 +20,14 @@ from semid.recommenders.ranking.data import RankingData, RankingDataConfig, prep
 from semid.recommenders.ranking.network import RankerConfig
 from semid.recommenders.ranking.splits import Label
 from semid.recommenders.ranking.training import rank_options
-from semid.reproduce.datasets import Opened, missing_files, open_data
+from semid.reproduce.datasets import Opened, open_all, open_data
 from semid.reproduce.ledger import Ledger, digest
 from semid.reproduce.pool import Job
 from semid.reproduce.ranking_grid import MethodCodes, TokenizerCache, train_cell
 from semid.reproduce.recipe import DataSet, MocRecipe, Stage, Variant
 from semid.reproduce.reconstruction_probe import probe_reconstruction
 
-__all__ = ["MocRunner", "cell_title", "moc_jobs", "recipe_cells"]
+__all__ = ["MocRunner", "moc_cells", "moc_jobs", "moc_title"]
 
 MOST_SINGULAR_VALUES = 96
 PREPARED = 4
@@ -49,12 +49,10 @@ def moc_jobs(
     Returns:
         The jobs, and what cannot be run -> why.
     """
-    ledger = Ledger(folder)
-    absent = {d.name: why for d in recipe.data if (why := missing_files(d, data))}
-    opened = {d.name: open_data(d, data, ledger) for d in recipe.data if d.name not in absent}
+    opened, absent = open_all(recipe.data, data, Ledger(folder))
     variants = {v.name: v for v in recipe.variants}
     jobs = []
-    for cell in recipe_cells(recipe):
+    for cell in moc_cells(recipe):
         name = cell["data"]
         if name not in opened:
             continue
@@ -66,7 +64,7 @@ def moc_jobs(
     return jobs, absent
 
 
-def recipe_cells(recipe: MocRecipe) -> list[dict[str, Any]]:
+def moc_cells(recipe: MocRecipe) -> list[dict[str, Any]]:
     """List every run of a recipe once, in the order of its stages, without opening any data."""
     specs: dict[str, dict[str, Any]] = {}
     for stage in recipe.stages:
@@ -75,8 +73,8 @@ def recipe_cells(recipe: MocRecipe) -> list[dict[str, Any]]:
                 if stage.data and d.name not in stage.data:
                     continue
                 for spec in _cells(recipe, stage, d, seed):
-                    known = specs.setdefault(digest(spec), {**spec, "analyze": False})
-                    known["analyze"] |= seed < stage.analyze and spec["method"] not in _BLANK
+                    cell = specs.setdefault(digest(spec), {**spec, "analyze": False})
+                    cell["analyze"] |= seed < stage.analyze and spec["method"] not in _BLANK
     return list(specs.values())
 
 
@@ -133,11 +131,11 @@ def _job(recipe: MocRecipe, spec: Mapping[str, Any], files: str) -> Job:
         "training": recipe.training,
         "tokenizer": recipe.tokenizer,
     }
-    own = {"kept": recipe.kept} if spec["run"] == "kept" else {}
-    return Job(digest([shared, own, spec]), cell_title(spec), dict(spec), settings=digest(shared))
+    probe = {"kept": recipe.kept} if spec["run"] == "kept" else {}
+    return Job(digest([shared, probe, spec]), moc_title(spec), dict(spec), settings=digest(shared))
 
 
-def cell_title(spec: Mapping[str, Any]) -> str:
+def moc_title(spec: Mapping[str, Any]) -> str:
     """Name a run for people."""
     protocol = f"{spec['variant']}, " if spec["variant"] else ""
     part = f" {spec['part']}" if "part" in spec else ""
@@ -159,10 +157,10 @@ def _unfit(opened: Opened, variant: Variant | None) -> str | None:
     """Say why a protocol cannot be had of a log: it lacks ratings, or an order."""
     data, path = opened.spec, opened.interactions
     label = Label.parse((variant.label if variant else "") or data.label)
-    names = _columns(path)
-    if label.column and label.column not in names:
+    columns = _columns(path)
+    if label.column and label.column not in columns:
         return f"'{path.name}' of {data.name} has no column '{label.column}' for '{label}'"
-    ordered = {"position", "timestamp"} & set(names)
+    ordered = {"position", "timestamp"} & set(columns)
     if variant is not None and variant.split != "random" and not ordered:
         return f"'{path.name}' of {data.name} has no order for split={variant.split}"
     return None
@@ -268,7 +266,7 @@ class MocRunner:
         if ids is None:
             raise InteractionsError("method 'none' has no codes to rebuild embeddings from")
         at = opened.embeddings.ids.index_of(ids.items.strings())
-        found = probe_reconstruction(
+        result = probe_reconstruction(
             opened.embeddings.rows(np.asarray(at, np.int64)),
             ids,
             features=coded.features,
@@ -277,9 +275,9 @@ class MocRunner:
             seed=int(job.spec["seed"]),
         )
         return {
-            "kept": found.to_dict(),
+            "kept": result.to_dict(),
             "protocol": f"width={self.recipe.width} two-layer perceptron of 512, "
-            f"{found.held_out} of {found.items + found.held_out} items held out",
+            f"{result.held_out} of {result.items + result.held_out} items held out",
             "cpu_seconds": round(time.process_time() - cpu, 1),
             "seconds": round(time.perf_counter() - began, 1),
         }

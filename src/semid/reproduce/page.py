@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from semid.report.figure import Figure
 from semid.report.pages import figure_markdown, render, table
 from semid.reproduce.claims import ClaimResult, Row, Rows, evaluate
 from semid.reproduce.drq import DRQ
+from semid.reproduce.ledger import cell_key
 from semid.reproduce.moc import MOC
 
 __all__ = ["Page", "current", "make_page", "write_page"]
@@ -111,14 +112,14 @@ def current(rows: Sequence[Row]) -> tuple[list[Row], int]:
     Returns:
         The rows, and how many were left out.
     """
-    latest = {(r["data"], r.get("variant", ""), r.get("run", "")): r["settings"] for r in rows}
     # The DRQ paper's variants share their settings with the main rows.
-    kept: dict[tuple[Any, ...], Row] = {}
-    names = ("data", "variant", "run", "tokenizer", "model", "method", "scale", "fusion", "part")
-    for row in rows:
-        if latest[row["data"], row.get("variant", ""), row.get("run", "")] == row["settings"]:
-            kept[(*(row.get(n) for n in names), row["seed"])] = row
-    return list(kept.values()), len(rows) - len(kept)
+    latest = {_protocol_key(row): row["settings"] for row in rows}
+    current = {cell_key(r): r for r in rows if latest[_protocol_key(r)] == r["settings"]}
+    return list(current.values()), len(rows) - len(current)
+
+
+def _protocol_key(row: Row) -> tuple[Any, ...]:
+    return row["data"], row.get("variant", ""), row.get("run", "")
 
 
 def make_page(
@@ -156,19 +157,20 @@ def make_page(
             f"{len(quick)} rows of --quick are mixed with {len(rows) - len(quick)} full ones; "
             "give them another --output"
         )
-    kept, dropped = current(rows)
-    found = Rows(kept)
-    sets = ", ".join(map(str, found.names("data"))) or "no data set yet"
+    latest, dropped = current(rows)
+    ledger = Rows(latest)
+    sets = ", ".join(map(str, ledger.names("data"))) or "no data set yet"
+    data = PAPERS[paper]
     return Page(
-        title=PAPERS[paper].file["title"],
-        subtitle=f"{len(kept)} runs on {sets}.",
+        title=data.file["title"],
+        subtitle=f"{len(latest)} runs on {sets}.",
         warning="These are runs of --quick, a toy on a made-up catalogue that shows that the "
         "machinery works. They decide no claim."
         if quick
         else "",
-        results=tuple(evaluate(PAPERS[paper].claims, found)),
-        sections=tuple(PAPERS[paper].sections(found)),
-        protocol=tuple(_protocol(kept, dropped)),
+        results=tuple(evaluate(data.claims, ledger)),
+        sections=tuple(data.sections(ledger)),
+        protocol=tuple(_protocol(latest, dropped)),
         not_run=(
             *(f"{what}: {why}" for what, why in (absent or {}).items()),
             *_folded(missing),
@@ -176,30 +178,33 @@ def make_page(
     )
 
 
-def _machine(row: Row) -> str:
-    """Name what a row ran on."""
-    found = row.get("machine") or {}
-    gpu = f"{found['gpu']}, " if found.get("gpu") else ""
-    return f"{gpu}{found.get('chip')}, {row.get('threads')} threads"
-
-
 def _protocol(rows: Sequence[Row], dropped: int) -> list[str]:
     """Say under which protocol, by which code and on which machine the rows came to be."""
     if not rows:
         return ["Nothing has run yet"]
-    commits = Counter(f"{r.get('commit')}{' with changes' if r.get('dirty') else ''}" for r in rows)
-    versions = Counter(
-        ", ".join(f"{k} {v}" for k, v in (r.get("versions") or {}).items()) for r in rows
-    )
-    chips = Counter(_machine(r) for r in rows)
-    protocols = Counter(f"{r['data']}: {r.get('protocol')}" for r in rows)
-    said = [f"{text} ({count} runs)" for text, count in protocols.most_common(24)]
-    said += [f"Commit {text} ({count} runs)" for text, count in commits.most_common()]
-    said += [f"Versions: {text} ({count} runs)" for text, count in versions.most_common()]
-    said += [f"Machine: {text} ({count} runs)" for text, count in chips.most_common()]
+
+    def versions(row: Row) -> str:
+        return ", ".join(f"{k} {v}" for k, v in (row.get("versions") or {}).items())
+
+    def machine(row: Row) -> str:
+        parts = row.get("machine") or {}
+        gpu = f"{parts['gpu']}, " if parts.get("gpu") else ""
+        return f"{gpu}{parts.get('chip')}, {row.get('threads')} threads"
+
+    facts: list[tuple[int | None, Callable[[Row], str]]] = [
+        (24, lambda r: f"{r['data']}: {r.get('protocol')}"),
+        (None, lambda r: f"Commit {r.get('commit')}{' with changes' if r.get('dirty') else ''}"),
+        (None, lambda r: f"Versions: {versions(r)}"),
+        (None, lambda r: f"Machine: {machine(r)}"),
+    ]
+    lines = [
+        f"{text} ({count} runs)"
+        for most, write in facts
+        for text, count in Counter(map(write, rows)).most_common(most)
+    ]
     if dropped:
-        said.append(f"{dropped} rows of earlier settings or repeated runs are left out")
-    return said
+        lines.append(f"{dropped} rows of earlier settings or repeated runs are left out")
+    return lines
 
 
 def _folded(titles: Sequence[str]) -> list[str]:

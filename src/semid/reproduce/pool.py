@@ -13,8 +13,7 @@ from typing import Any, Protocol
 
 from semid.errors import UsageError
 from semid.progress import Progress
-from semid.reproduce.ledger import Ledger
-from semid.reproduce.origin import origin
+from semid.reproduce.ledger import Ledger, origin
 
 __all__ = ["Job", "Runner", "run_jobs"]
 
@@ -92,7 +91,7 @@ def run_jobs(
     progress.step(len(done))
     failed: dict[str, str] = {}
 
-    def heard(kind: str, key: str, note: str) -> None:
+    def report(kind: str, key: str, note: str) -> None:
         if kind == "failed":
             failed[titles[key]] = note
             logger.warning("%s failed: %s", titles[key], note)
@@ -100,10 +99,10 @@ def run_jobs(
             progress.step(1, run=titles[key])
 
     if processes == 1 or len(open_jobs) < 2:
-        _work(runner, open_jobs, folder, threads, heard)
+        _work(runner, open_jobs, folder, threads, report)
     else:
         share = threads or max(1, (os.cpu_count() or 1) // processes)
-        _spread(runner, open_jobs, folder, min(processes, len(open_jobs)), share, heard)
+        _spread(runner, open_jobs, folder, min(processes, len(open_jobs)), share, report)
     return failed
 
 
@@ -112,7 +111,7 @@ def _work(
     jobs: Sequence[Job],
     folder: Path,
     threads: int | None,
-    say: Callable[[str, str, str], None],
+    report: Callable[[str, str, str], None],
 ) -> None:
     """Claim and run jobs one after the other."""
     import torch
@@ -123,18 +122,18 @@ def _work(
     ledger = Ledger(folder)
     try:
         for job in jobs:
-            with ledger.claim(job.key) as mine:
-                if not mine:  # done meanwhile, or under way in another process
+            with ledger.claim(job.key) as claimed:
+                if not claimed:  # done meanwhile, or under way in another process
                     continue
-                say("begun", job.key, "")
+                report("begun", job.key, "")
                 try:
                     figures = runner(job)
                 except Exception as error:  # noqa: BLE001 - whatever it is, the others go on
-                    say("failed", job.key, f"{type(error).__name__}: {error}")
+                    report("failed", job.key, f"{type(error).__name__}: {error}")
                     continue
                 shared = {"key": job.key, "settings": job.settings, **job.spec}
                 ledger.add({**shared, **figures, **origin()})
-                say("done", job.key, "")
+                report("done", job.key, "")
     finally:
         torch.set_num_threads(before)
 
@@ -143,7 +142,7 @@ def _child(
     runner: Runner, jobs: Sequence[Job], folder: Path, threads: int, pipe: connection.Connection
 ) -> None:
     """Work in a process of its own, saying through the pipe what it is at."""
-    _work(runner, jobs, folder, threads, lambda *said: pipe.send(said))
+    _work(runner, jobs, folder, threads, lambda *event: pipe.send(event))
     pipe.close()
 
 
@@ -153,21 +152,21 @@ def _spread(
     folder: Path,
     processes: int,
     threads: int,
-    heard: Callable[[str, str, str], None],
+    report: Callable[[str, str, str], None],
 ) -> None:
     """Keep so many processes at work until all jobs are done, claimed elsewhere or failed."""
     context = multiprocessing.get_context("spawn")  # threads do not survive a fork
-    bad: set[str] = set()
+    failed_keys: set[str] = set()
 
     def begin() -> _Worker:
-        here, there = context.Pipe(duplex=False)
-        left = [job for job in jobs if job.key not in bad]
+        receiver, sender = context.Pipe(duplex=False)
+        remaining = [job for job in jobs if job.key not in failed_keys]
         process = context.Process(
-            target=_child, args=(runner, left, folder, threads, there), daemon=True
+            target=_child, args=(runner, remaining, folder, threads, sender), daemon=True
         )
         process.start()
-        there.close()
-        return _Worker(process, here)
+        sender.close()
+        return _Worker(process, receiver)
 
     workers = [begin() for _ in range(processes)]
     try:
@@ -178,21 +177,19 @@ def _spread(
                 except (EOFError, OSError):  # it has ended, or it died
                     worker.process.join()
                     workers.remove(worker)
-                    if worker.process.exitcode != 0:
-                        if worker.job is None:  # it died before its first run: so would another
-                            logger.warning(
-                                "a process ended with %s before it ran", worker.process.exitcode
-                            )
-                            continue
-                        bad.add(worker.job)
-                        code = worker.process.exitcode
-                        heard("failed", worker.job, f"the process ended with code {code}")
+                    code = worker.process.exitcode
+                    if code and worker.job is None:
+                        # It died before its first run, and so would another in its place.
+                        logger.warning("a process ended with %s before it ran", code)
+                    elif code:
+                        failed_keys.add(str(worker.job))
+                        report("failed", str(worker.job), f"the process ended with code {code}")
                         workers.append(begin())
                     continue
                 worker.job = key if kind == "begun" else None
                 if kind == "failed":
-                    bad.add(key)
-                heard(kind, key, note)
+                    failed_keys.add(key)
+                report(kind, key, note)
     finally:
         for worker in workers:
             worker.process.terminate()
@@ -200,5 +197,5 @@ def _spread(
 
 
 def _ready(workers: Sequence[_Worker]) -> Iterator[_Worker]:
-    found = connection.wait([worker.pipe for worker in workers])
-    yield from [worker for worker in workers if worker.pipe in found]
+    ready = connection.wait([worker.pipe for worker in workers])
+    yield from [worker for worker in workers if worker.pipe in ready]

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from semid.errors import UsageError, check_choice
 from semid.progress import Progress, QuietProgress
-from semid.reproduce.drq_runs import DrqRunner, drq_jobs
-from semid.reproduce.ledger import RUNS_FILE, median, read_runs
-from semid.reproduce.moc_runs import MocRunner, cell_title, moc_jobs, recipe_cells
+from semid.reproduce.drq_runs import DrqRunner, drq_cells, drq_jobs, drq_title
+from semid.reproduce.ledger import RUNS_FILE, cell_key, read_runs
+from semid.reproduce.moc_runs import MocRunner, moc_cells, moc_jobs, moc_title
 from semid.reproduce.page import Page, make_page, write_page
 from semid.reproduce.pool import Job, Runner, run_jobs
 from semid.reproduce.recipe import DrqRecipe, MocRecipe, read_experiment
@@ -19,6 +20,11 @@ from semid.reproduce.recipe import DrqRecipe, MocRecipe, read_experiment
 __all__ = ["PAPERS", "Estimate", "Study", "page_from"]
 
 PAPERS = ("drq", "moc")
+_RUNS: dict[str, tuple[Any, Any, Any, Any]] = {
+    "drq": (drq_cells, drq_title, drq_jobs, DrqRunner),
+    "moc": (moc_cells, moc_title, moc_jobs, MocRunner),
+}
+"""How each paper lists the runs of a recipe, names one, makes jobs of them and runs a job."""
 
 
 @dataclass(frozen=True)
@@ -62,14 +68,10 @@ class Study:
         self.recipe: DrqRecipe | MocRecipe = read_experiment(recipe)
         self.paper = self.recipe.paper
         self.folder = output / self.paper
+        _, _, jobs, runner = _RUNS[self.paper]
         self.jobs: list[Job]
-        self.runner: Runner
-        if isinstance(self.recipe, DrqRecipe):
-            self.jobs, self.absent = drq_jobs(self.recipe, data, self.folder)
-            self.runner = DrqRunner(self.recipe, data, self.folder)
-        else:
-            self.jobs, self.absent = moc_jobs(self.recipe, data, self.folder)
-            self.runner = MocRunner(self.recipe, data, self.folder)
+        self.jobs, self.absent = jobs(self.recipe, data, self.folder)
+        self.runner: Runner = runner(self.recipe, data, self.folder)
         self.chosen = [job for job in self.jobs if all(word in job.title for word in only)]
         if not self.chosen:
             why = "; ".join(self.absent.values()) or f"no run's title has {' and '.join(only)}"
@@ -83,20 +85,19 @@ class Study:
         """Say what is left, and how long it takes by the runs that are done."""
         rows = self.rows()
         done = {row["key"] for row in rows}
-        left = [job for job in self.chosen if job.key not in done]
-        known: dict[tuple[Any, ...], list[float]] = {}
+        missing = [job for job in self.chosen if job.key not in done]
+        durations: dict[tuple[Any, ...], list[float]] = {}
         for row in rows:
-            for like in _likes(row):
-                known.setdefault(like, []).append(float(row["seconds"]))
+            for group in _groups(row):
+                durations.setdefault(group, []).append(float(row["seconds"]))
         seconds, guessed = 0.0, 0
-        for job in left:
-            likes = [like for like in _likes(job.spec) if like in known]
-            if likes:
-                seconds += median(known[likes[0]])
-            guessed += len(likes) < 2
-        return Estimate(
-            len(self.chosen), len(self.chosen) - len(left), seconds if rows else None, guessed
-        )
+        for job in missing:
+            groups = [group for group in _groups(job.spec) if group in durations]
+            if groups:
+                seconds += median(durations[groups[0]])
+            guessed += len(groups) < 2
+        count = len(self.chosen)
+        return Estimate(count, count - len(missing), seconds if rows else None, guessed)
 
     def run(
         self,
@@ -128,8 +129,8 @@ class Study:
         return write_page(self.page(), self.folder, self.paper)
 
 
-def _likes(spec: Mapping[str, Any]) -> list[tuple[Any, ...]]:
-    """Return what a run resembles, the closest first."""
+def _groups(spec: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    """Return the groups of similar runs that a run belongs to, the most similar first."""
     close = ("data", "run", "tokenizer", "model", "scale")
     far = ("run", "tokenizer", "model")
     return [
@@ -161,32 +162,9 @@ def page_from(paper: str, results: Path, output: Path, *, publish: bool = False)
         )
     rows = read_runs(ledger)
     quick = bool(rows) and all(row.get("quick") for row in rows)
-    missing = _unrun(read_experiment(f"{paper}-quick" if quick else paper), rows)
+    cells, title, _, _ = _RUNS[paper]
+    done = {cell_key(row) for row in rows}
+    recipe = read_experiment(f"{paper}-quick" if quick else paper)
+    missing = [title(cell) for cell in cells(recipe) if cell_key(cell) not in done]
     page = make_page(paper, rows, missing=missing, publish=publish)
     return write_page(page, output, paper)
-
-
-def _unrun(recipe: DrqRecipe | MocRecipe, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """List the cells of a recipe that no row has, without opening any data."""
-    if isinstance(recipe, DrqRecipe):
-        names = ("data", "tokenizer", "variant", "seed")
-        wanted = [
-            (d.name, t.name, t.variant, seed)
-            for d in recipe.data
-            for t in recipe.tokenizers
-            if not t.data or d.name in t.data
-            for seed in range(d.seeds or recipe.seeds)
-        ]
-        done = {tuple(row.get(name) for name in names) for row in rows}
-        return [
-            f"{data}, {name}{f' ({variant})' if variant else ''}, seed {seed}"
-            for data, name, variant, seed in wanted
-            if (data, name, variant, seed) not in done
-        ]
-    parts = ("data", "variant", "run", "model", "method", "scale", "fusion", "part", "seed")
-    there = {tuple(row.get(name, "") for name in parts) for row in rows}
-    return [
-        cell_title(cell)
-        for cell in recipe_cells(recipe)
-        if tuple(cell.get(name, "") for name in parts) not in there
-    ]
