@@ -33,6 +33,7 @@ from semid.errors import (
 )
 from semid.filesystems import Folder
 from semid.tokenizers.encoding import PartFolder
+from semid.tokenizers.factory import make_tokenizer
 
 ONE = LocalOptions(processes=1)
 SOURCE = Path(semid.__file__).parents[1]
@@ -321,3 +322,28 @@ def test_flags_that_do_not_go_together(model, folder, tmp_path, flags, message, 
         main(["encode", str(model), str(folder), "-o", str(tmp_path / "ids"), *flags])
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_tokenizer_of_another_package_encodes_in_processes(
+    clustered, folder, tmp_path, monkeypatch
+):
+    """Workers find it by its entry point, as this process does."""
+    package = tmp_path / "package"
+    info = package / "outside_tokenizer-1.0.dist-info"
+    info.mkdir(parents=True)
+    (package / "outside_tokenizer.py").write_text(
+        "from semid.tokenizers.rqkmeans import RQKMeans\n"
+        "class Outside(RQKMeans):\n    kind = 'outside'\n"
+    )
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside-tokenizer\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[semid.tokenizers]\noutside = outside_tokenizer:Outside\n"
+    )
+    monkeypatch.syspath_prepend(package)
+    monkeypatch.setenv("PYTHONPATH", f"{package}{os.pathsep}{SOURCE}")
+    make_tokenizer("outside", {"levels": 2, "codebook_size": 8}).fit(clustered).save(
+        tmp_path / "outside"
+    )
+    done = encode_folder(tmp_path / "outside", folder, tmp_path / "ids", engine=ONE)
+    assert done.rows == len(clustered)
+    same_as_local(tmp_path / "outside", folder, tmp_path / "ids")

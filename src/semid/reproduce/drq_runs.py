@@ -23,10 +23,8 @@ from semid.reproduce.datasets import Opened, open_all, open_data
 from semid.reproduce.ledger import Ledger, digest
 from semid.reproduce.pool import Job
 from semid.reproduce.recipe import DataSet, DrqRecipe, TokenizerSpec
-from semid.tokenizers.barq import BARQ
 from semid.tokenizers.base import Tokenizer
 from semid.tokenizers.factory import make_tokenizer
-from semid.tokenizers.neural.tokenizer import NeuralTokenizer
 
 __all__ = ["DrqRunner", "drq_cells", "drq_jobs", "drq_title"]
 
@@ -264,7 +262,7 @@ def _intervals(estimates: Mapping[Any, Estimate | None]) -> dict[str, Any]:
 
 def _reconstructed(tok: Tokenizer, rows: Array) -> Array:
     """Return what the decoder makes of the latents themselves; without a decoder, the rows."""
-    return tok.decode_latent(tok.latent(rows)) if isinstance(tok, NeuralTokenizer) else rows
+    return tok.decode_latent(tok.latent(rows)) if tok.has_decoder else rows
 
 
 def _continuous(tok: Tokenizer, source: EmbeddingSource) -> dict[str, Any]:
@@ -293,7 +291,7 @@ def _behavior(
         "decoder(codes)": tok.decode(codes),
         "decoder(z)": _reconstructed(tok, rows),
     }
-    if isinstance(tok, BARQ) and tok.decodes_behavior:
+    if tok.decodes_behavior:
         spaces["decode_behavior(codes)"] = tok.decode_behavior(codes)
     pool = Pool(codes, tok.codebooks, spaces, hierarchical=tok.hierarchical)
     cutoffs, more = choose_cutoffs(None, len(source))
