@@ -1,7 +1,7 @@
 """Encoding inside other people's pipelines: Spark's ``mapInArrow`` and Ray Data's ``map_batches``.
 
 Both hand Arrow batches of rows to a function in a worker process. The artefact is loaded there,
-once a process, and a row's codes depend on that row alone, so batches of any size give the codes
+once per process, and a row's codes depend on that row alone, so batches of any size give the codes
 that `Tokenizer.encode` gives.
 """
 
@@ -29,7 +29,7 @@ __all__ = ["ArrowEncoder", "TableEncoder", "encode_dataset", "ids_of_table"]
 
 @lru_cache(maxsize=2)
 def _loaded(model: str) -> Tokenizer:
-    """Load an artefact once a process."""
+    """Load an artefact once per process."""
     tokenizer: Tokenizer = load_tokenizer(model)
     tokenizer.threads = 1  # engines give a task one CPU slot
     return tokenizer

@@ -53,7 +53,7 @@ class ShardScan:
         train: training rows of each unit.
         sums: ``(dim,)`` float64 sum of all rows.
         smallest_hashes: of different rows, at most as many as there are codewords.
-        digests: one digest a unit of its rows and of who is held out.
+        digests: one digest per unit, of its rows and of which are held out.
     """
 
     train: list[int]
@@ -67,10 +67,10 @@ class FitWorker:
 
     Args:
         catalogue: the embeddings.
-        units: the units it scans at and judges, one after another.
+        units: the units it scans and evaluates, in order.
         held_out: share of the items held out.
         codes: codewords of the largest level.
-        threads: plain threads.
+        threads: number of CPU threads.
         memory_bytes: its training rows are held as float32 up to this size.
     """
 
@@ -261,7 +261,7 @@ def fit_on_ray(
             at every pass above it.
         checkpoint: folder on the driver for the state of the run.
         resume: continue from ``checkpoint``.
-        progress: told about every step; silent by default.
+        progress: callback that receives progress events.
 
     Returns:
         Who held what, and how much travelled.

@@ -302,7 +302,7 @@ def _first_line(error: Exception) -> str:
 
 
 class RayShardPool:
-    """The shards of a fit, one an actor (`semid.quantization.sharding.ShardPool`).
+    """The shards of a fit, one per actor (`semid.quantization.sharding.ShardPool`).
 
     Args:
         ray: Ray, connected.

@@ -76,7 +76,7 @@ def unique_folder(
         IdsError: item ids repeat.
 
     Cost: two reads and one write of the ids, and one write and read of the parts. Memory: a part or
-    a file, and 8 bytes an item with which repeated item ids are found.
+    a file, and 8 bytes per item with which repeated item ids are found.
     """
     if capacity is not None and capacity < 1:
         raise UsageError(f"capacity={capacity}: give at least 1")

@@ -205,7 +205,7 @@ class Estimate:
         ray = self.seconds("ray", self.workers)
         return (
             f"{self.rows:,} rows ({self.bytes / 1e9:.2f} GB): one worker encodes about "
-            f"{self.rows_a_second:,.0f} rows a second; {self.workers} on this machine take about "
+            f"{self.rows_a_second:,.0f} rows per second; {self.workers} on this machine take about "
             f"{spell(local)}, as many on Ray {spell(ray)}. {self._reason()}"
         )
 

@@ -51,7 +51,7 @@ Result = tuple[dict[str, np.ndarray], dict[str, Any]]
 
 @dataclass(frozen=True)
 class InputScan:
-    """What one pass saw.
+    """The result of one pass over the data.
 
     Attributes:
         row_hashes: ``(items,)`` uint64; equal for rows of equal values.
@@ -72,7 +72,7 @@ def scan(source: EmbeddingSource, train: npt.NDArray[np.bool_], progress: Progre
     Args:
         source: ``(items, dim)`` embeddings.
         train: ``(items,)`` which rows are trained on.
-        progress: told about rows read.
+        progress: callback that receives progress events.
 
     Raises:
         EmbeddingError: if rows hold NaN or inf, or there are no rows.
@@ -159,13 +159,13 @@ class FitContext:
     Attributes:
         source: all rows.
         train: the rows that may be trained on.
-        held_out: the rows to judge on, or None if none are held out.
+        held_out: the rows to evaluate on, or None if none are held out.
         inputs: width of each named input whose columns lie side by side in a row.
         scan: what the first pass over all rows saw.
         weights: ``(train rows,)`` item weights, or None.
         behavior: pairs of training rows to learn from, or None.
         checkpoint: where to keep the state of the run, or None.
-        progress: told about every step.
+        progress: callback that receives progress events.
     """
 
     source: EmbeddingSource

@@ -60,7 +60,7 @@ def make_tokenizer(
         kind: key of `TOKENIZERS`.
         values: arguments of its class. A dot leads into a table (``training.epochs``), and a
             dictionary is merged into it; ``levels`` also names the codebooks of parallel ones.
-        threads: plain threads.
+        threads: number of CPU threads.
         logger: told the figures of every epoch, for tokenizers that have epochs.
 
     Raises:

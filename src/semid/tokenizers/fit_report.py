@@ -214,7 +214,7 @@ class FitReport(Result):
         trained_items: rows trained on.
         held_out_items: rows held out and judged.
         seconds: wall time of the fit.
-        details: figures of this tokenizer's own, for example inertia a level.
+        details: figures of this tokenizer's own, for example inertia per level.
         health: the verdict.
         summary: the verdict as text.
     """
@@ -274,7 +274,7 @@ def card(kind: str, config: Mapping[str, Any]) -> str:
     lines = [
         f"# Semantic ID tokenizer: {kind}",
         "",
-        f"{len(sizes)} codes an item from codebooks of {', '.join(map(str, sizes))} codewords, "
+        f"{len(sizes)} codes per item from codebooks of {', '.join(map(str, sizes))} codewords, "
         f"for embeddings of width {config['dim']}.",
         "",
         "```python",

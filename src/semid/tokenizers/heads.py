@@ -1,6 +1,6 @@
 """Decode heads: tables from codes to any target, fitted by least squares.
 
-The codebooks that encode need not be those that decode. A head changes no code: it sums one row a
+The codebooks that encode need not be those that decode. A head changes no code: it sums one row per
 level (or parallel codebook) of tables of its own, in the input space, a behavior space, or the
 space of another model.
 """
@@ -49,7 +49,7 @@ class DecodeHead:
     """Tables whose rows, summed by an item's codes, predict a target.
 
     Attributes:
-        tables: one ``(codes, width)`` float32 a level.
+        tables: one ``(codes, width)`` float32 per level.
         codebook_fingerprint: of the tokenizer whose codes it reads.
         ridge: the ridge that was chosen.
         error: relative squared error on the items held out, ``sum |y - f|^2 / sum |y - mean|^2``;
@@ -81,7 +81,7 @@ class DecodeHead:
                 that say "the mean" a table row.
             validation_fraction: share of items held out, in [0, 1); with 0 the middle ridge is
                 taken.
-            threads: plain threads; they change no result.
+            threads: number of CPU threads.
 
         Returns:
             The head with the ridge of least held-out error.
@@ -90,8 +90,8 @@ class DecodeHead:
             InputError: another number of targets than ids.
             UsageError: a ridge or the fraction is out of range.
 
-        Cost: one pass over the items, and conjugate gradients a ridge over the pairs of codes that
-        meet. Source: ours.
+        Cost: one pass over the items, and conjugate gradients per ridge over the pairs of codes
+        that meet. Source: ours.
         """
         if not ridges or min(ridges) <= 0 or not 0 <= validation_fraction < 1:
             raise UsageError(

@@ -39,7 +39,7 @@ def training_rows(
     Args:
         source: ``(items, dim)`` training rows, the same in every process.
         weights: ``(items,)`` item weights, or None.
-        threads: plain threads of this process; None shares the CPUs with the processes beside it.
+        threads: CPU threads of this process; None shares the CPUs among the processes of a machine.
         memory_bytes: this process holds its rows as float32 up to this size.
     """
     join_processes()
@@ -68,7 +68,7 @@ def fit_levels(
     store: StateStore | None,
     progress: Progress,
 ) -> tuple[list[Array], list[dict[str, Any]]]:
-    """Fit one codebook a level (DRQ §4.2), from where the store left off.
+    """Fit one codebook per level (DRQ §4.2), from where the store left off.
 
     Args:
         rows: ``(items, dim)`` training rows, here or in shards.
@@ -76,9 +76,9 @@ def fit_levels(
         seed: any integer.
         options: how K-means runs at each level.
         weights: ``(items,)`` item weights, or None.
-        threads: plain threads; it changes no result.
+        threads: number of CPU threads.
         store: where the state is kept after every iteration; None keeps nothing.
-        progress: told about every iteration.
+        progress: callback that receives progress events.
 
     Returns:
         The codebooks, and a JSON-able record of how each level's K-means ended.
@@ -104,7 +104,7 @@ class LevelRun:
 
     Args:
         store: where the state is kept, with the state to continue from; None keeps nothing.
-        progress: told about every iteration.
+        progress: callback that receives progress events.
         levels: levels of the fit.
     """
 

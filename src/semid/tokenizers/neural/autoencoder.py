@@ -76,7 +76,7 @@ def perceptron(x: Array, layers: Sequence[Layer], *, threads: int | None = None)
     Args:
         x: ``(n, in)`` float32.
         layers: weights and bias of each layer; there is no ReLU after the last.
-        threads: plain threads over blocks of rows; it changes no bit.
+        threads: number of CPU threads.
 
     Returns:
         ``(n, out)`` float32. Each row depends on that row alone, in any chunking.
