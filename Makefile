@@ -9,7 +9,7 @@ LOWEST := .venv-lowest
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 MARKS ?= not slow and not gpu and not browser
 
-.PHONY: demo test lowest golden slow browser fuzz faults bench mutation quick docs results lint format clean
+.PHONY: demo test lowest golden slow browser fuzz faults flags bench mutation quick docs results lint format clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -42,6 +42,9 @@ faults: $(READY)  ## 200 kills at random moments of every command that writes, a
 
 golden: $(READY)  ## tests/golden.json, the record of all results, anew; prints what changed
 	$(BIN)/python tests/test_golden.py
+
+flags: $(READY)  ## src/semid/cli/flags.json anew, after option fields changed
+	$(BIN)/python -c "from semid.cli.flags import write_flags; write_flags()"
 
 bench: $(READY)  ## speed and quality beside the peers, into benchmarks/results: half an hour
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,bench]'

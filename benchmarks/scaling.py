@@ -46,8 +46,13 @@ from semid.quantization.blocks import BLOCK_ROWS, ArrayBlocks
 from semid.quantization.seeding import MAX_ROUND, kmeans_plus_plus
 from semid.quantization.sharding import LocalShardPool, Shard, ShardedMatrix
 from semid.quantization.sums import cut_blocks
-from semid.training.distributed import is_main, join_processes, world_size
-from semid.training.gathering import ProcessShardPool, own_span
+from semid.training.distributed import (
+    ProcessShardPool,
+    is_main,
+    join_processes,
+    own_span,
+    world_size,
+)
 
 SEED = 0
 ENGINES = ("local", "torchrun", "ray")

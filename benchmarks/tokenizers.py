@@ -31,7 +31,7 @@ from semid.health import collisions, usage
 from semid.reproduce.datasets import Opened
 from semid.reproduce.recipe import DataSet
 from semid.tokenizers.base import HELD_OUT_SALT, Tokenizer
-from semid.training.precision import resolve_precision
+from semid.training.options import resolve_precision
 
 SETS = {
     "beauty": "amazon2014_beauty",

@@ -778,7 +778,7 @@ def rank_grid(world: World, folder: Path, record: Record) -> None:
     """Rank with several methods, one of which fits a tokenizer."""
     record.threaded = True
     world.run(
-        "rank", "@log.parquet", *RANK, "--embeddings", "@items.parquet", "--methods",
+        "rank-grid", "@log.parquet", *RANK, "--embeddings", "@items.parquet", "--methods",
         "none,random,rqkmeans", "--scales", 2, "--models", "deepfm", "--fusion", "on,off",
         "--seeds", 1, "--codebook-size", 8, "-o", folder / "grid",
     )  # fmt: skip

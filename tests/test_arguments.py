@@ -19,6 +19,7 @@ import typer
 
 import semid
 from semid.cli.app import app, main
+from semid.cli.flags import known_flags
 from semid.data.ids import ItemIds
 from semid.errors import EmbeddingError, IdsError, UsageError, brief, printable
 from semid.markdown import code_span, escaped
@@ -115,7 +116,7 @@ def test_constructors_name_class_argument_and_what_is_allowed(kind, arguments, m
 
 
 def test_positional_arguments_are_refused_by_name():
-    with pytest.raises(UsageError, match=r"RQKMeans takes 0 arguments by position.*levels=\.\.\."):
+    with pytest.raises(UsageError, match=r"RQKMeans takes 0 arguments by position.*seed=\.\.\."):
         semid.RQKMeans(3)
 
 
@@ -224,6 +225,7 @@ CALLS = {
     "drift": "nowhere nowhere.parquet nowhere.parquet",
     "refresh": "nowhere nowhere.parquet --catalogue nowhere.parquet -o out",
     "rank": "nowhere.parquet --label click>=1 -o out",
+    "rank-grid": "nowhere.parquet --embeddings nowhere.parquet --label click>=1 -o out",
     "export": "nowhere.parquet --to torcheasyrec --model nowhere --embeddings nowhere.parquet -o e.parquet",
     "prepare": "amazon nowhere.json.gz -o out",
     "reproduce": "drq --recipe nowhere.toml",
@@ -232,19 +234,15 @@ CALLS = {
 BESIDE = {  # what an option needs beside it
     ("encode", "novel_beyond"): "--catalogue nowhere.parquet",
     ("fit", "temperature"): "--tokenizer drqvae --contrastive-weight 0.1",
-    ("rank", "seeds"): "--embeddings nowhere.parquet",
-    ("rank", "codebook_size"): "--embeddings nowhere.parquet",
     ("rank", "scale"): "--ids nowhere.parquet",
     ("rank", "fusion_rank"): "--fusion on",
+    ("rank-grid", "fusion_rank"): "--fusion on",
 }
 for _name in ("workers", "cpus_per_worker", "store_bytes"):
     BESIDE["fit", _name] = BESIDE["encode", _name] = "--engine ray"
-for _name in ("epochs", "batch_size", "learning_rate", "patience", "latent"):
-    BESIDE["fit", _name] = "--tokenizer rqvae"
-for _name in ("contrastive_weight", "uniformity_weight", "kl_weight"):
-    BESIDE["fit", _name] = "--tokenizer drqvae"
-for _name in ("behavior_weight", "content_variance", "balance_strength"):
-    BESIDE["fit", _name] = "--tokenizer barq"
+for _flag in known_flags("fit"):
+    if "rqkmeans" not in _flag.tokenizers:
+        BESIDE.setdefault(("fit", _flag.name), f"--tokenizer {_flag.tokenizers[-1]}")
 
 HUGE = "1" + "0" * 30
 VALUES = ("-1", "0", "nan", "inf", "1e30", HUGE, "text")
@@ -252,7 +250,11 @@ SEEDS = {"seed", "data_seed"}
 ZERO = {
     "behavior_weight", "contrastive_weight", "uniformity_weight", "kl_weight", "balance_strength",
     "validation_fraction", "tolerance", "tol", "latent", "rounds", "annealing_rounds", "max_churn",
-    "cold_items", "history", "dropout", "core", "candidates",
+    "cold_items", "history", "dropout", "core", "candidates", "warmup", "weight_decay",
+    "checkpoint_seconds", "commitment_weight", "pretrain_epochs", "revive_below",
+}  # fmt: skip
+UNLIMITED = {
+    "learning_rate", "weight_decay", "clip_norm", "commitment_weight", "checkpoint_seconds",
 }  # fmt: skip
 
 
@@ -276,15 +278,8 @@ def test_every_command_with_numbers_is_walked():
 def test_numbers_out_of_range_are_refused(run, tmp_path, command, name):
     if command == "demo":
         (tmp_path / "nowhere").mkdir()
-    accepted = (
-        {"1e30", HUGE}
-        if name == "learning_rate"
-        else {"-1", "0"}
-        if name in SEEDS
-        else {"0"}
-        if name in ZERO
-        else set()
-    )
+    accepted = {"-1", "0"} if name in SEEDS else {"0"} if name in ZERO else set()
+    accepted |= {"1e30", HUGE} if name in UNLIMITED else set()
     flag = f"--{name.replace('_', '-')}"
     for value in VALUES:
         call = f"{command} {CALLS[command]} {BESIDE.get((command, name), '')} {flag}={value}"
@@ -431,9 +426,8 @@ FAILURES = [  # command, arguments, a part of the sentence
     ("rank", "log.parquet --hidden=-1 -o o", "--hidden"),
     ("rank", "log.parquet --hidden 8,x -o o", "--hidden"),
     ("rank", "log.parquet --label sampled(uniform,1000000000) -o o", "--label"),
-    ("rank", "log.parquet --scales 1,2 -o o", "--embeddings"),
-    ("rank", "log.parquet --embeddings x.parquet --ids ids.parquet -o o", "--ids"),
-    ("rank", "log.parquet --embeddings x.parquet --scales 1,-2 -o o", "scales"),
+    ("rank-grid", "log.parquet --scales 1,2 -o o", "--embeddings"),
+    ("rank-grid", "log.parquet --embeddings x.parquet --scales 1,-2 -o o", "scales"),
     ("rank", "log.parquet --code-mode prefix -o o", "--ids"),
     ("rank", "log.parquet --fusion-rank 3 -o o", "--fusion"),
     ("rank", "log.parquet --split leave-last-out --fractions .6,.2,.2 -o o", "--fractions"),

@@ -81,7 +81,7 @@ COMMANDS = {
     "drift": "drift model x.npy x.npy -q -o",
     "rank": "rank log.parquet --hidden 4 --epochs 1 -q -o",
     "rank analysis": "rank log.parquet --ids ids.parquet --hidden 4 --epochs 1 -q -o r --analyze",
-    "grid": "rank log.parquet --items items.parquet --embeddings x.npy -q -o",
+    "grid": "rank-grid log.parquet --items items.parquet --embeddings x.npy -q -o",
     "export": "export ids.parquet --to lcrec -o",
     "export folder": "export ids.parquet --to openonerec -o",
     "import": "import lcrec.json --from lcrec -o",

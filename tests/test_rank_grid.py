@@ -199,7 +199,8 @@ def test_semid_rank(tmp_path, capsys):
     np.save(tmp_path / "x.npy", vectors())
     assert (
         run(
-            *base,
+            "rank-grid",
+            *base[1:],
             "--embeddings",
             tmp_path / "x.npy",
             "--methods",

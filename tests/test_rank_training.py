@@ -35,7 +35,7 @@ from semid.recommenders.ranking.training import (
 )
 from semid.report.figures_ranking import ranking_figures
 from semid.reproduce.reconstruction_probe import probe_reconstruction
-from semid.training.state import module_arrays
+from semid.training.checkpoint import module_arrays
 
 ARCHITECTURE = RankerConfig(width=4, options=SMALL)
 

@@ -25,8 +25,7 @@ from semid.quantization.kmeans import KMeansOptions, kmeans
 from semid.quantization.residual import fit_residual
 from semid.quantization.sharding import Shard, ShardedMatrix, as_sharded, payload_bytes
 from semid.quantization.sums import TreeSum, cut_blocks, merge_nodes
-from semid.training.distributed import neighbors
-from semid.training.gathering import shard_spans
+from semid.training.distributed import local_world_size, shard_spans
 
 
 class Term:
@@ -183,10 +182,10 @@ def test_payload_counts_arrays():
 
 
 def test_processes_of_one_machine_share_its_cpus(monkeypatch):
-    assert neighbors() == 1
+    assert local_world_size() == 1
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert neighbors() == 4
+    assert local_world_size() == 4
 
 
 # Counts over codes that do not fit one machine ------------------------------------------------

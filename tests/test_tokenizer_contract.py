@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from semid.errors import (
     UsageError,
 )
 from semid.tokenizers.base import Tokenizer
+from semid.tokenizers.factory import TOKENIZERS as TOKENIZERS_OF_ALL
 
 SMALL: dict[str, Any] = {
     "network": {"hidden": (32,), "latent": 8, "pretrain_epochs": 2},
@@ -92,6 +94,9 @@ TOKENIZERS: dict[str, Callable[..., Tokenizer]] = {
         **{"levels": 3, "codebook_size": 16, "beam_width": 3, **changes}
     ),
 }
+
+sys.path.append(str(Path(__file__).parent / "plugin"))  # a package that is not semid's
+TOKENIZERS["plugin"] = lambda **changes: TOKENIZERS_OF_ALL.load("lloyd")(**changes)
 
 pytestmark = pytest.mark.parametrize("make", TOKENIZERS.values(), ids=TOKENIZERS.keys())
 
@@ -206,7 +211,7 @@ def test_decoding_beats_the_mean_and_improves_with_levels(make, fitted, clustere
     tokenizer = fitted(make)
     if tokenizer.levels == 1:
         pytest.skip("has one level alone")
-    if tokenizer.settings["normalize"]:  # which loses the lengths of other rows
+    if tokenizer.settings.get("normalize"):  # which loses the lengths of other rows
         x = clustered / np.linalg.norm(clustered, axis=1, keepdims=True)
         tokenizer = make().fit(x)
     shallow = make(levels=1).fit(x)

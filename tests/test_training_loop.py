@@ -15,14 +15,10 @@ from torch import nn
 from semid.errors import DivergedError, MissingExtraError, UsageError
 from semid.progress import QuietProgress
 from semid.training.batches import epoch_batches, own_share, steps_per_epoch
-from semid.training.checkpoint import Checkpoint
+from semid.training.checkpoint import Checkpoint, Stages, module_arrays
 from semid.training.loggers import JsonLinesLogger, MultiLogger, make_logger
 from semid.training.loop import Evaluation, Step, train
-from semid.training.options import TrainOptions
-from semid.training.precision import resolve_precision
-from semid.training.schedule import FLOOR, learning_rate
-from semid.training.stages import Stages
-from semid.training.state import module_arrays
+from semid.training.options import FLOOR, TrainOptions, learning_rate, resolve_precision
 
 STEPS = 6
 

@@ -16,7 +16,7 @@ import semid
 from report_cases import FixedResidual, blobs
 from semid.catalogue.refresh import refresh
 from semid.cli import main
-from semid.cli.demo import demo
+from semid.cli.reports import demo
 from semid.data.ids import held_out_mask
 from semid.health import (
     NEAR,

@@ -74,8 +74,9 @@ def base_commands(random: Random, bench: Bench, work: Path) -> tuple[list[Any], 
         "import": ["import", bench / "lcrec.json", "--from", "lcrec"],
         "rank": ["rank", log, "--items", table, "--ids", ids, *ranker],
         "grid": [
-            *("rank", log, "--items", table, "--embeddings", table, *ranker, "--methods", "none"),
-            *("--scales", "1", "--models", "deepfm", "--seeds", 1, "--codebook-size", 4),
+            *("rank-grid", log, "--items", table, "--embeddings", table, *ranker),
+            *("--methods", "none", "--scales", "1", "--models", "deepfm", "--seeds", 1),
+            *("--codebook-size", 4),
         ],
         "drift": ["drift", model, table, bench / "first.parquet"],
         "refine": ["refine", bench / "rqkmeans", table, "--rounds", 1, "--annealing-rounds", 1],
@@ -140,7 +141,7 @@ def flags(random: Random, bench: Bench, work: Path) -> Case:
             ids = semid.load(out).encode(bench.rows)
             in_range(ids)
             expect(np.isfinite(ids.residual_norms).all(), "a residual norm is not finite")
-        elif command[0] == "rank" and "--embeddings" not in command:
+        elif command[0] == "rank":
             semid.load(out)
         elif command[0] == "refresh":
             semid.load(out / "model")
@@ -216,7 +217,7 @@ def overwrite(random: Random, bench: Bench, work: Path) -> Case:
         (work / f".{out.name}.tmp").write_text("years of work", encoding="utf8")
     command[command.index("-o") + 1] = place
     extra = random.choice((["--overwrite"], ["--overwrite"], [], ["--overwrite", "--resume"]))
-    if command[0] not in ("fit", "encode", "rank"):
+    if command[0] not in ("fit", "encode", "rank", "rank-grid"):
         extra = [e for e in extra if e != "--resume"]
     if "--overwrite" not in extra:
         replaceable = []
@@ -229,7 +230,7 @@ def overwrite(random: Random, bench: Bench, work: Path) -> Case:
 def _writes_folder(command: list[Any]) -> bool:
     if command[0] == "export":
         return command[command.index("--to") + 1] in ("openonerec", "huggingface", "fuxictr")
-    return command[0] in ("fit", "refine", "rank", "refresh", "prepare")
+    return command[0] in ("fit", "refine", "rank", "rank-grid", "refresh", "prepare")
 
 
 # Runs that were stopped ----------------------------------------------------------------------
@@ -345,7 +346,7 @@ def _interrupt(random: Random, command: list[Any]) -> None:
     join = random.choice((interrupted, encoding._Parts.join))
     with (
         mock.patch.object(semid.progress, "make_progress", stopping),
-        mock.patch("semid.cli.fitting.make_progress", stopping),
+        mock.patch("semid.cli.fit.make_progress", stopping),
         mock.patch.object(encoding._Parts, "join", join),
         contextlib.suppress(Exception),
     ):

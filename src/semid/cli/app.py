@@ -6,70 +6,67 @@ import io
 import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from semid.cli.compare import compare
-from semid.cli.demo import demo
-from semid.cli.drift import drift
+from semid.cli.catalogue import drift, export, import_, refresh, unique
 from semid.cli.encode import encode
-from semid.cli.export import export
-from semid.cli.fit import fit
-from semid.cli.import_ import import_
-from semid.cli.options import release_outputs
-from semid.cli.prepare import prepare
-from semid.cli.rank import rank
-from semid.cli.refine import refine
-from semid.cli.refresh import refresh
-from semid.cli.report import report
-from semid.cli.reproduce import reproduce
-from semid.cli.unique import unique
+from semid.cli.fit import fit, refine
+from semid.cli.flags import OptionsCommand, expand
+from semid.cli.rank import rank, rank_grid
+from semid.cli.reports import compare, demo, prepare, report, reproduce
+from semid.cli.shared import release_outputs
 from semid.errors import SemidError, brief, printable
 
 __all__ = ["app", "main"]
 
 HELP = """Semantic IDs for recommendation: learn them, know whether they are good, use them.
 
-A first run on data of your own:
+A first run on your own data:
 
-    semid fit     items.parquet -o model/             learn the codebooks
-    semid encode  model/ items.parquet -o ids.parquet     give every item its codes
-    semid report  model/ items.parquet -o report.html     see whether they are good
+\b
+    semid fit items.parquet -o model/
+    semid encode model/ items.parquet -o ids.parquet
+    semid report model/ items.parquet -o report.html
 
-No data at hand? 'semid demo' makes a catalogue and runs all three.
+Without data of your own, 'semid demo' makes a catalogue and runs all three.
 """
 
 app = typer.Typer(
     help=HELP,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     epilog="Errors are one sentence; --debug anywhere shows the traceback.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(fit)
-app.command()(encode)
-app.command()(report)
-app.command()(compare)
-app.command()(refine)
-app.command()(unique)
-app.command()(drift)
-app.command()(refresh)
-app.command()(rank)
-app.command()(export)
-app.command("import")(import_)
-app.command()(prepare)
-app.command()(reproduce)
-app.command()(demo)
+_COMMANDS: tuple[tuple[str, Callable[..., None], str], ...] = (
+    ("fit", fit, "Learn codebooks from embeddings and judge them."),
+    ("encode", encode, "Give every item its codes."),
+    ("report", report, "Write a quality report about one model."),
+    ("compare", compare, "Compare several models side by side."),
+    ("refine", refine, "Lower a model's error by refining all levels together."),
+    ("unique", unique, "Tell items with equal ids apart."),
+    ("drift", drift, "Measure how far a catalogue has moved from its model."),
+    ("refresh", refresh, "Fit again and keep the ids that can be kept."),
+    ("rank", rank, "Train a ranking model with codes."),
+    ("rank-grid", rank_grid, "Compare ranking models, methods and seeds."),
+    ("export", export, "Write ids or a model for another program."),
+    ("import", import_, "Read ids of another program."),
+    ("prepare", prepare, "Convert a public data set to semid's layout."),
+    ("reproduce", reproduce, "Run a paper's experiments and write its page."),
+    ("demo", demo, "Run everything on a synthetic catalogue."),
+)
+for _name, _command, _summary in _COMMANDS:
+    app.command(_name, cls=OptionsCommand, short_help=_summary)(expand(_command))
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(requested: bool) -> None:
+    if requested:
         from importlib.metadata import version
 
         typer.echo(f"semid {version('semid')}")
@@ -87,15 +84,15 @@ def _root(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the program and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in given
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
     for stream in (sys.stdout, sys.stderr):  # a name may hold characters that a terminal lacks
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     console = Console(stderr=True)
     _configure(console, debug)
     try:
-        app([argument for argument in given if argument != "--debug"], standalone_mode=True)
+        app([argument for argument in words if argument != "--debug"], standalone_mode=True)
     except SemidError as error:
         if debug:
             raise

@@ -1,4 +1,4 @@
-"""``semid encode``: give every item its codes."""
+"""``semid encode``: codes of all items, and of new items of a catalogue."""
 
 from __future__ import annotations
 
@@ -7,28 +7,20 @@ from typing import Annotated, Any
 
 import typer
 
-from semid.cli.options import (
-    CpusPerWorker,
-    EmbeddingColumn,
-    Engine,
-    IdColumn,
-    Ids,
-    OnInvalid,
+from semid.cli.shared import (
     Overwrite,
     Quiet,
-    RayAddress,
+    RayFlags,
     Resume,
     Source,
-    StoreBytes,
+    SourceOptions,
     Threads,
-    Workers,
-    check_engine,
     hold_output,
-    open_source,
-    ray_options,
+    make_progress,
     refuse_unused,
     say,
 )
+from semid.errors import UsageError
 
 __all__ = ["encode"]
 
@@ -43,11 +35,13 @@ def encode(
             "--output",
             "-o",
             help="Parquet file to write. With several workers also a folder or a URI, which gets "
-            "a file a unit of row groups.",
+            "one file per unit of row groups.",
         ),
     ],
+    source: SourceOptions,
+    ray: RayFlags,
     beam_width: Annotated[
-        int | None, typer.Option(min=1, help="Beam; default: what the model was fitted with.")
+        int | None, typer.Option(min=1, help="Beam width; default: that of the model.")
     ] = None,
     catalogue: Annotated[
         Path | None,
@@ -59,36 +53,27 @@ def encode(
     ] = None,
     novelty: Annotated[
         Path | None,
-        typer.Option(help="With --catalogue: Parquet of the new items and how novel each is."),
+        typer.Option(help="With --catalogue: Parquet file of the new items and how novel each is."),
     ] = None,
     novel_beyond: Annotated[
         float,
         typer.Option(help="Share of the training distribution beyond which an item is novel."),
     ] = 0.99,
-    engine: Engine = "local",
     processes: Annotated[
         int | None,
         typer.Option(
             min=1,
             max=4096,
             help="With --engine local: processes that share the row groups of Parquet files; "
-            "default: one for a file, one a CPU where the output is a folder or a URI.",
+            "default: one for a file, one per CPU if the output is a folder or a URI.",
         ),
     ] = None,
-    workers: Workers = None,
-    cpus_per_worker: CpusPerWorker = None,
-    ray_address: RayAddress = None,
-    store_bytes: StoreBytes = None,
-    ids: Ids = None,
-    embedding_column: EmbeddingColumn = None,
-    id_column: IdColumn = None,
-    on_invalid: OnInvalid = "error",
     threads: Threads = None,
     overwrite: Overwrite = False,
     resume: Resume = False,
     quiet: Quiet = False,
 ) -> None:
-    """Encode items with a fitted model; items need not have been seen by the fit.
+    """Give every item its codes; items need not have been part of the fit.
 
     Writes Parquet: item_id, codes, residual_norm, and the codebook's fingerprint.
 
@@ -101,19 +86,11 @@ def encode(
     Example: semid encode s3://b/model s3://b/items -o s3://b/ids --engine ray --workers 64
     """
     from semid.catalogue.additions import check_threshold
-    from semid.errors import UsageError
     from semid.loading import load_tokenizer
-    from semid.progress import make_progress
     from semid.tokenizers.context import check_beam_width
     from semid.tokenizers.encoding import encode_to_parquet
 
-    check_engine(
-        engine,
-        workers=workers,
-        cpus_per_worker=cpus_per_worker,
-        ray_address=ray_address,
-        store_bytes=store_bytes,
-    )
+    uses_ray = ray.uses_ray
     if catalogue is None:
         only = "only additions to a --catalogue use it"
         refuse_unused(context, ["novelty", "novel_beyond"], only)
@@ -121,16 +98,16 @@ def encode(
     if beam_width is not None:
         check_beam_width(beam_width)
     folder = Path(embeddings).is_dir() or "://" in embeddings
-    shared = engine == "ray" or processes is not None or "://" in output
-    plain = catalogue is None and ids is None
+    shared = uses_ray or processes is not None or "://" in output
+    plain = catalogue is None and source.ids is None
     shared = shared or (plain and folder and not output.endswith(".parquet"))
     if shared:
-        if catalogue is not None or ids is not None:
+        if catalogue is not None or source.ids is not None:
             raise UsageError(
                 "--catalogue and --ids read all items at once and do not go with several workers "
                 "(--engine ray, --processes, a folder or a URI as output); leave one out"
             )
-        if engine == "ray" and (processes is not None or threads is not None):
+        if uses_ray and (processes is not None or threads is not None):
             raise UsageError(
                 "--processes and --threads go with --engine local; on Ray give --workers and "
                 "--cpus-per-worker"
@@ -140,18 +117,13 @@ def encode(
         )
         from semid.distributed.encode_folder import LocalOptions
 
-        layout = (
-            ray_options(workers, cpus_per_worker, ray_address, store_bytes)
-            if engine == "ray"
-            else LocalOptions(processes=processes)
-        )
+        layout = ray.options if uses_ray else LocalOptions(processes=processes)
         _share(
             model,
             embeddings,
             output,
             layout,
-            columns={"embedding_column": embedding_column, "id_column": id_column},
-            on_invalid=on_invalid,
+            source,
             beam_width=beam_width,
             overwrite=overwrite,
             resume=resume,
@@ -167,34 +139,28 @@ def encode(
     else:
         from semid.tokenizers.encoding import partial_folder
 
-        reads = (model, embeddings, ids)
+        reads = (model, embeddings, source.ids)
         state = partial_folder(output)
         hold_output(output, overwrite=overwrite, inputs=reads, state=state)
     if catalogue is not None:
-        _hold_outputs((model, embeddings, ids), catalogue, Path(output), novelty, overwrite)
+        _hold_outputs((model, embeddings, source.ids), catalogue, Path(output), novelty, overwrite)
     tokenizer = load_tokenizer(model)
     tokenizer.threads = threads
-    source = open_source(
-        embeddings,
-        ids=ids,
-        embedding_column=embedding_column,
-        id_column=id_column,
-        on_invalid=on_invalid,
-    )
+    opened = source.open(embeddings)
     if catalogue is not None:
-        _add(tokenizer, source, catalogue, Path(output), novelty, novel_beyond, overwrite, quiet)
+        _add(tokenizer, opened, catalogue, Path(output), novelty, novel_beyond, overwrite, quiet)
         return
     with make_progress(quiet=quiet) as progress:
         encode_to_parquet(
             tokenizer,
-            source,
+            opened,
             output,
             beam_width=beam_width,
             overwrite=overwrite,
             resume=resume,
             progress=progress,
         )
-    say(f"encoded {len(source):,} items with {tokenizer.levels} codes each: {output}")
+    say(f"encoded {len(opened):,} items with {tokenizer.levels} codes each: {output}")
 
 
 def _share(
@@ -202,9 +168,8 @@ def _share(
     embeddings: str,
     output: str,
     layout: Any,
+    source: SourceOptions,
     *,
-    columns: dict[str, str | None],
-    on_invalid: str,
     beam_width: int | None,
     overwrite: bool,
     resume: bool,
@@ -212,7 +177,6 @@ def _share(
 ) -> None:
     """Encode with several workers."""
     from semid.distributed.encode_folder import encode_folder
-    from semid.progress import make_progress
 
     with make_progress(quiet=quiet) as progress:
         done = encode_folder(
@@ -220,9 +184,9 @@ def _share(
             embeddings,
             output,
             engine=layout,
-            embedding_column=columns["embedding_column"],
-            id_column=columns["id_column"],
-            on_invalid=on_invalid,
+            embedding_column=source.embedding_column,
+            id_column=source.id_column,
+            on_invalid=source.on_invalid,
             beam_width=beam_width,
             overwrite=overwrite,
             resume=resume,
@@ -242,8 +206,6 @@ def _hold_outputs(
     reads: tuple[Any, ...], catalogue: Path, output: Path, novelty: Path | None, overwrite: bool
 ) -> None:
     """Hold what adding to published ids writes."""
-    from semid.errors import UsageError
-
     if not _grows(output, catalogue):
         replace = overwrite and output.suffix == ".parquet"
         hold_output(output, overwrite=replace, inputs=(*reads, catalogue))
@@ -266,7 +228,6 @@ def _add(
     """Add items to published ids."""
     from semid.catalogue.additions import add_items
     from semid.catalogue.bundle import CatalogueBundle, read_catalogue
-    from semid.progress import make_progress
 
     grows = _grows(output, catalogue)
     published = read_catalogue(catalogue)

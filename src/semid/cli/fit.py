@@ -1,40 +1,38 @@
-"""``semid fit``: learn codebooks and judge them."""
+"""``semid fit`` and ``semid refine``: learn codebooks, judge them, save them."""
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from semid.cli.options import (
-    COLUMNS_OF_INTERACTIONS,
-    CpusPerWorker,
-    EmbeddingColumn,
-    Engine,
-    IdColumn,
-    Ids,
-    ItemColumn,
-    OnInvalid,
+from semid.cli.shared import (
+    LOG,
+    InteractionColumns,
     Overwrite,
     Quiet,
-    RayAddress,
+    RayFlags,
     Resume,
     Source,
-    StoreBytes,
+    SourceOptions,
     Threads,
-    TimeColumn,
-    UserColumn,
-    Workers,
-    check_engine,
     hold_output,
     is_given,
-    open_interactions,
-    open_source,
-    ray_options,
+    make_progress,
     refuse_unused,
+    say,
 )
+from semid.errors import UsageError
 
-__all__ = ["fit"]
+__all__ = ["fit", "refine"]
+
+
+def _tokenizer_names() -> list[str]:
+    from semid.tokenizers.factory import TOKENIZERS
+
+    return TOKENIZERS.names()
 
 
 def fit(
@@ -43,116 +41,48 @@ def fit(
     output: Annotated[
         str, typer.Option("--output", "-o", help="Folder or URI for the model; must not exist.")
     ],
+    settings: Annotated[dict[str, Any], "fit"],
+    source: SourceOptions,
+    columns: InteractionColumns,
+    ray: RayFlags,
     tokenizer: Annotated[
         str | None,
         typer.Option(
-            help="rqkmeans (default), vqvae, rqvae, rqpvae, drqvae, mocvae or barq.",
+            help="rqkmeans (default), vqvae, rqvae, rqpvae, drqvae, mocvae or barq; with --help: "
+            "the options of this one.",
+            autocompletion=_tokenizer_names,
         ),
     ] = None,
     recipe: Annotated[
         str | None,
-        typer.Option(help="A recipe's name or TOML file; flags given beside it win."),
+        typer.Option(help="Name of a recipe, or a TOML file; flags take precedence over it."),
     ] = None,
-    levels: Annotated[int | None, typer.Option(help="Codes an item; default 3.")] = None,
-    codebook_size: Annotated[
-        int | None, typer.Option(help="Codewords a level; default 256.")
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Same seed, same data: same codes; default 0.")
-    ] = None,
-    normalize: Annotated[
-        bool | None, typer.Option("--normalize", help="Scale rows to unit length.")
-    ] = None,
-    center: Annotated[
-        bool | None, typer.Option("--center", help="Subtract the training mean.")
-    ] = None,
-    beam_width: Annotated[
-        int | None, typer.Option(help="Beam while encoding; default 1, greedy.")
-    ] = None,
-    validation_fraction: Annotated[
-        float | None, typer.Option(help="Share of items held out and judged; default 0.05.")
-    ] = None,
-    max_iter: Annotated[
-        int | None, typer.Option(help="Maximum number of Lloyd iterations per level.")
-    ] = None,
-    tol: Annotated[
-        float | None,
-        typer.Option(help="Stop when an iteration lowers the error by less than this share."),
-    ] = None,
-    n_init: Annotated[
-        int | None, typer.Option(help="Seedings per level; the best is used.")
-    ] = None,
-    sample_per_code: Annotated[
-        int | None, typer.Option(help="Train on so many rows a codeword; default: all rows.")
-    ] = None,
-    full_pass: Annotated[
-        bool | None,
-        typer.Option(help="After a sample: one more iteration over all rows."),
-    ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Most passes of training.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Rows a training step.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak rate of Adam.")] = None,
-    schedule: Annotated[str | None, typer.Option(help="cosine or constant.")] = None,
-    patience: Annotated[
-        int | None, typer.Option(help="Epochs without gain after which training stops.")
-    ] = None,
-    precision: Annotated[str | None, typer.Option(help="auto, fp32 or bf16.")] = None,
-    latent: Annotated[int | None, typer.Option(help="Width of the latent.")] = None,
-    rule: Annotated[
-        str | None, typer.Option(help="mocvae, vqvae: ema or gradient codebooks.")
-    ] = None,
-    projection: Annotated[
-        bool | None, typer.Option("--projection", help="mocvae: a linear map a codebook.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     log: Annotated[
         str | None,
-        typer.Option(help="jsonl:PATH, tensorboard:FOLDER, mlflow or wandb: figures an epoch."),
+        typer.Option(
+            help="Where the figures of each epoch go: jsonl:PATH, tensorboard:FOLDER, mlflow or "
+            "wandb."
+        ),
     ] = None,
     interactions: Annotated[
-        str | None, typer.Option(help="drqvae, barq: logs whose consecutive items are pairs.")
+        str | None,
+        typer.Option(
+            help="drqvae, barq: log whose consecutive items are pairs.", rich_help_panel=LOG
+        ),
     ] = None,
     pairs: Annotated[
-        str | None, typer.Option(help="drqvae, barq: table of item_id, related_item_id.")
+        str | None,
+        typer.Option(
+            help="drqvae, barq: table of item_id and related_item_id.", rich_help_panel=LOG
+        ),
     ] = None,
     neighbors: Annotated[
         str | None,
         typer.Option(
-            help="drqvae, barq: second embeddings, the nearest neighbors in which are pairs."
+            help="drqvae, barq: second embeddings, whose nearest neighbors are pairs.",
+            rich_help_panel=LOG,
         ),
     ] = None,
-    contrastive_weight: Annotated[
-        float | None, typer.Option(help="drqvae: weight of the pairs; default 0.")
-    ] = None,
-    temperature: Annotated[
-        float | None, typer.Option(help="drqvae: of the contrastive loss; default 0.07.")
-    ] = None,
-    uniformity_weight: Annotated[
-        float | None, typer.Option(help="drqvae: weight of the uniformity loss.")
-    ] = None,
-    behavior_weight: Annotated[
-        float | None, typer.Option(help="barq: weight of behavior beside content; default 2.")
-    ] = None,
-    content_variance: Annotated[
-        float | None,
-        typer.Option(help="barq: share of the variance that is quantized; default 0.95."),
-    ] = None,
-    balance_strength: Annotated[
-        float | None, typer.Option(help="barq: highest price that evens out usage; default 0.")
-    ] = None,
-    kl_weight: Annotated[float | None, typer.Option(help="drqvae: weight of a KL term.")] = None,
-    user_column: UserColumn = "user_id",
-    item_column: ItemColumn = "item_id",
-    time_column: TimeColumn = None,
-    engine: Engine = "local",
-    workers: Workers = None,
-    cpus_per_worker: CpusPerWorker = None,
-    ray_address: RayAddress = None,
-    store_bytes: StoreBytes = None,
-    ids: Ids = None,
-    embedding_column: EmbeddingColumn = None,
-    id_column: IdColumn = None,
-    on_invalid: OnInvalid = "error",
     threads: Threads = None,
     overwrite: Overwrite = False,
     resume: Resume = False,
@@ -160,122 +90,69 @@ def fit(
 ) -> None:
     """Learn codebooks from embeddings, save them, and say whether they are healthy.
 
+    Options of one tokenizer: semid fit --tokenizer barq --help
+
     Example: semid fit items.parquet --levels 3 --codebook-size 4096 -o model/
 
     Example: semid fit s3://b/items --codebook-size 4096 -o s3://b/model --engine ray --workers 64
     """
-    from semid.cli.fitting import behavior, run_fit, state_folder
     from semid.tokenizers.factory import make_tokenizer, read_recipe
     from semid.training.distributed import is_main
     from semid.training.loggers import make_logger
 
     if is_main():  # of several processes the first alone writes, and may have done so by now
-        reads = (embeddings, ids, recipe, interactions, pairs, neighbors)
-        hold_output(output, overwrite=overwrite, inputs=reads, state=state_folder(output))
-    check_engine(
-        engine,
-        workers=workers,
-        cpus_per_worker=cpus_per_worker,
-        ray_address=ray_address,
-        store_bytes=store_bytes,
-    )
-    flags: dict[str, Any] = {
-        "levels": levels,
-        "codebook_size": codebook_size,
-        "seed": seed,
-        "normalize": normalize,
-        "center": center,
-        "beam_width": beam_width,
-        "validation_fraction": validation_fraction,
-        "kmeans.max_iter": max_iter,
-        "kmeans.tol": tol,
-        "kmeans.n_init": n_init,
-        "kmeans.sample_per_code": sample_per_code,
-        "kmeans.full_pass": full_pass,
-        "training.epochs": epochs,
-        "training.batch_size": batch_size,
-        "training.learning_rate": learning_rate,
-        "training.schedule": schedule,
-        "training.patience": patience,
-        "training.precision": precision,
-        "network.latent": latent,
-        "rule": rule,
-        "projection": projection,
-        "device": device,
-        "contrastive_weight": contrastive_weight,
-        "temperature": temperature,
-        "uniformity_weight": uniformity_weight,
-        "kl_weight": kl_weight,
-        "behavior_weight": behavior_weight,
-        "content_variance": content_variance,
-        "balance_strength": balance_strength,
-    }
-    wanted = {} if recipe is None else read_recipe(recipe)
-    kind = tokenizer or wanted.pop("tokenizer", "rqkmeans")
-    wanted.pop("tokenizer", None)
-    given = {name: value for name, value in flags.items() if value is not None}
-    if engine == "ray":
-        from semid.cli.fitting_ray import run_fit_on_ray
-
-        run_fit_on_ray(
-            kind,
-            {**wanted, **given},
-            embeddings,
-            output,
-            layout=ray_options(workers, cpus_per_worker, ray_address, store_bytes),
-            columns={"embedding_column": embedding_column, "id_column": id_column},
-            refused={
-                "--ids": ids,
-                "--log": log,
-                "--threads": threads,
-                "--interactions": interactions,
-                "--pairs": pairs,
-                "--neighbors": neighbors,
-                "--on-invalid": None if on_invalid == "error" else on_invalid,
-                **{
-                    f"--{name.replace('_', '-')}": context.params[name]
-                    for name in COLUMNS_OF_INTERACTIONS
-                    if is_given(context, name)
-                },
-            },
-            overwrite=overwrite,
-            resume=resume,
-            quiet=quiet,
-        )
+        reads = (embeddings, source.ids, recipe, interactions, pairs, neighbors)
+        hold_output(output, overwrite=overwrite, inputs=reads, state=_state_folder(output))
+    uses_ray = ray.uses_ray
+    values = {} if recipe is None else read_recipe(recipe)
+    kind = tokenizer or values.get("tokenizer", "rqkmeans")
+    values = {**values, **settings}
+    values.pop("tokenizer", None)
+    if uses_ray:
+        named = [
+            n
+            for n in ("ids", "log", "threads", "interactions", "pairs", "neighbors")
+            if context.params[n] is not None
+        ]
+        named += ["on_invalid"] if source.on_invalid != "error" else []
+        named += [name for name in columns.NAMES if is_given(context, name)]
+        if named:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in named)
+            raise UsageError(
+                f"{flags} do not go with --engine ray; leave them out, or fit with --engine local "
+                "(under torchrun for several processes)"
+            )
+        model = _fit_on_ray(kind, values, embeddings, output, source, ray, resume, quiet)
+        _finish(model, output, overwrite=overwrite)
         return
     logger = None if log is None or not is_main() else make_logger(log)
-    model = make_tokenizer(kind, {**wanted, **given}, threads=threads, logger=logger)
+    model = make_tokenizer(kind, values, threads=threads, logger=logger)
     _refuse_unused(context, model)
-    source = open_source(
-        embeddings,
-        ids=ids,
-        embedding_column=embedding_column,
-        id_column=id_column,
-        on_invalid=on_invalid,
-    )
-    logs = open_interactions(context, interactions)
-    learnt_from = behavior(logs, pairs, neighbors, ids=source.ids)
+    opened = source.open(embeddings)
+    behavior = _behavior(columns.read(context, interactions), pairs, neighbors, opened.ids)
+    state = _state_folder(output)
     try:
-        run_fit(model, source, output, learnt_from, overwrite=overwrite, resume=resume, quiet=quiet)
+        with make_progress(quiet=quiet or not is_main()) as progress:
+            model.fit(opened, checkpoint=state, resume=resume, progress=progress, **behavior)
+    except KeyboardInterrupt:
+        if is_main() and (state / "state.safetensors").exists():
+            say(f"stopped; '{state}' keeps the run: repeat the command with --resume", err=True)
+        raise
     finally:
         if logger is not None:
             logger.close()
+    if is_main():  # under torchrun the first process alone writes and speaks
+        _finish(model, output, overwrite=overwrite)
 
 
 def _refuse_unused(context: typer.Context, model: Any) -> None:
     """Refuse options that the chosen tokenizer would take and not use."""
-    training = [
-        "epochs",
-        "batch_size",
-        "learning_rate",
-        "schedule",
-        "patience",
-        "precision",
-        "latent",
-        "device",
-        "log",
-    ]
-    behavior = ["interactions", "pairs", "neighbors", *COLUMNS_OF_INTERACTIONS]
+    from semid.cli.flags import known_flags
+
+    parts = ("training.", "network.")
+    training = [flag.name for flag in known_flags("fit") if flag.key.startswith(parts)]
+    training += ["device", "log"]
+    behavior = ["interactions", "pairs", "neighbors", *InteractionColumns.NAMES]
     if not hasattr(model, "logger"):
         refuse_unused(context, ["log"], f"{model.kind} has no epochs to log")
     if model.behavior_argument is None:
@@ -289,3 +166,138 @@ def _refuse_unused(context: typer.Context, model: Any) -> None:
     kmeans = model.settings.get("kmeans")
     if kmeans is not None and kmeans["sample_per_code"] is None:
         refuse_unused(context, ["full_pass"], "it follows a sample; give --sample-per-code")
+
+
+def _behavior(
+    interactions: Any, pairs: str | None, neighbors: str | None, ids: Any
+) -> dict[str, Any]:
+    """Return the arguments of `Tokenizer.fit` that name behavior."""
+    if pairs is not None and neighbors is not None:
+        raise UsageError("--pairs and --neighbors both name pairs; give one of them")
+    if neighbors is None:
+        return {"interactions": interactions, "pairs": pairs}
+    from semid.tokenizers.behavior import Neighbors
+
+    # Rows of an .npy have no ids: they are the catalogue's.
+    named = None if Path(neighbors).suffix != ".npy" else ids.to_arrow()
+    return {"interactions": interactions, "pairs": Neighbors(Path(neighbors), ids=named)}
+
+
+def _fit_on_ray(
+    kind: str,
+    values: dict[str, Any],
+    embeddings: str,
+    output: str,
+    source: SourceOptions,
+    ray: RayFlags,
+    resume: bool,
+    quiet: bool,
+) -> Any:
+    """Fit on Ray: K-means over actors that hold shards, networks in processes of Ray Train."""
+    from semid.tokenizers.factory import make_tokenizer
+
+    names = {"embedding_column": source.embedding_column, "id_column": source.id_column}
+    model = make_tokenizer(kind, values)
+    layout, state = ray.options, _state_folder(output)
+    if not model.fits_shards:
+        from semid.distributed.ray_train import fit_with_ray_train
+
+        return fit_with_ray_train(
+            kind,
+            values,
+            embeddings,
+            columns=names,
+            options=layout,
+            checkpoint=state,
+            resume=resume,
+        )
+    from semid.distributed.ray_fit import fit_on_ray
+    from semid.distributed.units import Catalogue
+
+    catalogue = Catalogue.open(embeddings, **names)
+    with make_progress(quiet=quiet) as progress:
+        done = fit_on_ray(
+            model,
+            catalogue,
+            options=layout,
+            checkpoint=state,
+            resume=resume,
+            progress=progress,
+        )
+    rows = ", ".join(f"{count:,}" for count in done.rows)
+    say(f"{done.workers} workers held the training rows: {rows}", err=True)
+    return model
+
+
+def _state_folder(output: str) -> Path:
+    """Return where the state of a run lies: beside the output; for a URI, in this folder."""
+    from semid.filesystems import is_uri
+    from semid.tokenizers.encoding import partial_folder
+
+    if is_uri(output):
+        return Path(f"{output.rstrip('/').rpartition('/')[2]}.partial")
+    return partial_folder(output)
+
+
+def _finish(model: Any, output: str, *, overwrite: bool) -> None:
+    """Save the model, remove the state of the run, and say how it went."""
+    from semid.filesystems import is_uri, send_folder
+    from semid.runs import remove_state_folder
+
+    if is_uri(output):
+        with tempfile.TemporaryDirectory(prefix="semid-") as work:
+            model.save(Path(work) / "model")
+            # Readers look for config.json, so it is sent last.
+            send_folder(Path(work) / "model", output, last="config.json")
+    else:
+        model.save(output, overwrite=overwrite)
+    remove_state_folder(_state_folder(output))
+    if model.report is not None:
+        say(
+            f"fitted {model.kind} on {model.report.trained_items:,} items in "
+            f"{model.report.seconds:,.1f} s"
+        )
+        say(model.report.summary)
+    say(f"model: {output}")
+
+
+def refine(
+    model: Annotated[Path, typer.Argument(help="Folder written by 'semid fit'.")],
+    embeddings: Source,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the refined model.")],
+    source: SourceOptions,
+    rounds: Annotated[
+        int, typer.Option(help="Maximum number of rounds of encoding and least squares.")
+    ] = 8,
+    annealing_rounds: Annotated[
+        int, typer.Option(help="Rounds with falling noise, which leave the nearest optimum.")
+    ] = 12,
+    beam_width: Annotated[
+        int, typer.Option(help="Beam width while refining, and of the model.")
+    ] = 8,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Lower the error of a residual model by refining its levels together; codes change.
+
+    Example: semid refine model/ items.parquet -o refined/
+    """
+    from semid.loading import load_tokenizer
+    from semid.quantization.refine import RefineOptions
+    from semid.tokenizers.refining import refine as refine_model
+
+    hold_output(output, overwrite=overwrite, inputs=(model, embeddings, source.ids))
+    options = RefineOptions(rounds=rounds, annealing_rounds=annealing_rounds, beam_width=beam_width)
+    opened = source.open(embeddings)
+    with make_progress(quiet=quiet) as progress:
+        refined = refine_model(load_tokenizer(model), opened, options=options, progress=progress)
+    refined.save(output, overwrite=overwrite)
+    assert refined.report is not None
+    history = refined.report.details["refine"]
+    if history:
+        share = 1.0 - history[-1]["error"] / history[0]["before"]
+        say(f"{len(history)} rounds: squared error on held-out items {share:.1%} lower")
+    else:
+        say("no round lowered the error on held-out items; the codebooks are unchanged")
+    say(refined.report.summary)
+    say(f"model: {output}")

@@ -33,7 +33,7 @@ from semid.tokenizers.base import HELD_OUT_SALT, Tokenizer
 from semid.tokenizers.context import check_enough
 from semid.tokenizers.fit_report import FitReport, HealthCounter
 from semid.training.checkpoint import open_checkpoint, run_key
-from semid.training.gathering import shard_spans
+from semid.training.distributed import shard_spans
 
 __all__ = [
     "FitWorker",

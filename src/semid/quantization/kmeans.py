@@ -59,12 +59,20 @@ class KMeansOptions(Options):
             seed worse; 1 is plain k-means++ (``benchmarks/kmeans.py`` measures 2).
     """
 
-    max_iter: int = option(25, ge=1)
-    tol: float = option(1e-4, ge=0, lt=1)
-    n_init: int = option(1, ge=1)
-    sample_per_code: int | None = option(None, ge=1)
-    full_pass: bool = True
-    n_local_trials: int = option(4, ge=1, le=1024)
+    max_iter: int = option(25, ge=1, help="Maximum number of Lloyd iterations per level.")
+    tol: float = option(
+        1e-4, ge=0, lt=1, help="Stop when an iteration lowers the inertia by less than this share."
+    )
+    n_init: int = option(1, ge=1, help="Number of seedings per level; the best one is kept.")
+    sample_per_code: int | None = option(
+        None, ge=1, help="Train on at most this many rows per codeword; by default on all rows."
+    )
+    full_pass: bool = option(
+        True, help="After training on a sample, run one iteration over all rows."
+    )
+    n_local_trials: int = option(
+        4, ge=1, le=1024, help="Candidates per center in the k-means++ seeding."
+    )
 
 
 @dataclass

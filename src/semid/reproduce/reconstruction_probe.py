@@ -182,7 +182,7 @@ def probe_reconstruction(
     options = TrainOptions.of(training, defaults=TRAINING)
     task = _Task(module, x, rows, held, batch_size=options.batch_size, seed=seed)
     result = train(
-        task, options, seed=seed, progress=progress or QuietProgress(), task="information kept"
+        task, options, seed=seed, progress=progress or QuietProgress(), title="information kept"
     )
     module.eval()
     with torch.no_grad():

@@ -26,7 +26,7 @@ from semid.tokenizers.neural.autoencoder import EncoderGraph, Prepare
 from semid.tokenizers.neural.continuous import ContinuousTokenizer, Objective
 from semid.tokenizers.neural.tokenizer import LatentBlocks, PreparedRows
 from semid.tokenizers.stored import check_shapes
-from semid.training.stages import StateStore
+from semid.training.checkpoint import StateStore
 
 __all__ = ["BARQ"]
 

@@ -22,7 +22,7 @@ from semid.seeds import child_seed
 from semid.tokenizers.context import FitContext
 from semid.tokenizers.levels import fit_levels
 from semid.tokenizers.neural.autoencoder import ExactEncoder, perceptron
-from semid.training.stages import StateStore
+from semid.training.checkpoint import StateStore
 
 __all__ = ["Blend", "BlendFit", "BlendGraph", "Columns", "Content", "unit_rows"]
 

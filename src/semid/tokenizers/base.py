@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from semid.quantization.sharding import ShardedMatrix
-    from semid.training.stages import StateStore
+    from semid.training.checkpoint import StateStore
 
 __all__ = ["HELD_OUT_SALT", "Tokenizer"]
 

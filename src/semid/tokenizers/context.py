@@ -20,9 +20,8 @@ from semid.options import MAX_BEAM
 from semid.progress import Progress
 from semid.quantization.blocks import prefetched
 from semid.tokenizers.behavior import Behavior
-from semid.training.checkpoint import Checkpoint
+from semid.training.checkpoint import Checkpoint, Stages, StateStore
 from semid.training.distributed import is_main
-from semid.training.stages import Stages, StateStore
 
 __all__ = [
     "MAX_LEVELS",

@@ -16,9 +16,14 @@ from semid.quantization.kmeans import KMeansOptions, KMeansResult, KMeansState
 from semid.quantization.residual import LevelFit, fit_residual
 from semid.quantization.sharding import Shard, ShardedMatrix, as_sharded
 from semid.quantization.threads import default_threads
-from semid.training.distributed import join_processes, neighbors, world_size
-from semid.training.gathering import ProcessShardPool, own_span
-from semid.training.stages import StateStore
+from semid.training.checkpoint import StateStore
+from semid.training.distributed import (
+    ProcessShardPool,
+    join_processes,
+    local_world_size,
+    own_span,
+    world_size,
+)
 
 __all__ = ["LevelRun", "fit_levels", "training_rows"]
 
@@ -45,7 +50,7 @@ def training_rows(
     join_processes()
     if world_size() == 1:
         return as_sharded(source, weights=weights, threads=threads, memory_bytes=memory_bytes)
-    threads = threads or max(1, default_threads() // neighbors())
+    threads = threads or max(1, default_threads() // local_world_size())
     first, last = own_span(len(source))
     shard = Shard(
         source.subset(np.arange(first, last)),

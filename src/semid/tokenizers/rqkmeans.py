@@ -20,7 +20,7 @@ from semid.tokenizers.codebooks import ResidualTokenizer
 from semid.tokenizers.context import FitContext
 from semid.tokenizers.levels import fit_levels, training_rows
 from semid.tokenizers.neural.autoencoder import Prepare
-from semid.training.stages import StateStore
+from semid.training.checkpoint import StateStore
 
 __all__ = ["RQKMeans"]
 

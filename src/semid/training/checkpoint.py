@@ -1,8 +1,7 @@
-"""One-file checkpoints that are whole or absent, and belong to one run.
+"""Checkpoints that are whole or absent: of one run, of its stages, of modules and optimizers.
 
-A checkpoint lives in ``<output>.partial/`` beside the output. It holds arrays and a JSON-able
-record, and the key of the run (settings and data), so that a resume with other settings or data
-is refused instead of mixed.
+A checkpoint lives in ``<output>.partial/`` beside the output. It holds arrays, a JSON-able record,
+and the key of the run (settings and data), so that a resume with other settings or data is refused.
 """
 
 from __future__ import annotations
@@ -13,18 +12,32 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+from torch import Tensor, nn
 
 from semid.errors import ArtefactError, OutputExistsError, brief
 from semid.output import atomic_file
 from semid.runs import check_state_folder, hold_path, remove_state_folder
 from semid.training.distributed import is_main
 
-__all__ = ["Checkpoint", "open_checkpoint", "run_key"]
+__all__ = [
+    "Checkpoint",
+    "FinishedStages",
+    "Stage",
+    "Stages",
+    "StateStore",
+    "load_module_",
+    "load_optimizer_",
+    "module_arrays",
+    "open_checkpoint",
+    "optimizer_arrays",
+    "run_key",
+]
 
 STATE_FILE = "state.safetensors"
 _UNREADABLE = (SafetensorError, OSError, LookupError, ValueError, TypeError, RecursionError)
@@ -125,7 +138,7 @@ class Checkpoint:
         self.release()
 
     def release(self) -> None:
-        """Let other runs have the folder; this object writes no more."""
+        """Release the folder for other runs; this object writes no more."""
         self._hold.close()
 
 
@@ -142,3 +155,173 @@ def open_checkpoint(
         yield store
     finally:
         store.release()
+
+
+Arrays = dict[str, np.ndarray]
+
+
+class StateStore(Protocol):
+    """Where a computation saves its state."""
+
+    @property
+    def state(self) -> tuple[Arrays, dict[str, Any]] | None:
+        """The arrays and record to continue from, or None for a fresh start."""
+        ...
+
+    def save(self, arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> None:
+        """Replace the state atomically."""
+        ...
+
+
+class FinishedStages(NamedTuple):
+    """Arrays (named ``stage/array``) and records of the finished stages."""
+
+    arrays: Arrays
+    records: dict[str, dict[str, Any]]
+
+
+class Stages:
+    """One store for stages that run one after another: finished ones are kept, one continues.
+
+    Args:
+        store: where the state is saved; None saves nothing.
+    """
+
+    def __init__(self, store: StateStore | None) -> None:
+        self._store = store
+        self._finished = FinishedStages({}, {})
+        self._running: tuple[str, Arrays, dict[str, Any]] | None = None
+        state = None if store is None else store.state
+        if state is None:
+            return
+        arrays, record = state
+        finished, running = record["finished"], record["stage"]
+        self._finished = FinishedStages(
+            {key: array for key, array in arrays.items() if key.split("/", 1)[0] in finished},
+            finished,
+        )
+        running_arrays = {
+            key.removeprefix(f"{running}/"): array
+            for key, array in arrays.items()
+            if key.startswith(f"{running}/")
+        }
+        self._running = (running, running_arrays, record["record"])
+
+    def finished(self, name: str) -> tuple[Arrays, dict[str, Any]] | None:
+        """Return the arrays and record of a finished stage, or None if it has to run."""
+        if name not in self._finished.records:
+            return None
+        prefix = f"{name}/"
+        arrays = {
+            key.removeprefix(prefix): array
+            for key, array in self._finished.arrays.items()
+            if key.startswith(prefix)
+        }
+        return arrays, self._finished.records[name]
+
+    def stage(self, name: str) -> Stage | None:
+        """Return the store of one stage, with its state if it was running; None without a store."""
+        if self._store is None:
+            return None
+        state = None
+        if self._running is not None and self._running[0] == name:
+            state = (self._running[1], self._running[2])
+        return Stage(self._store, name, self._finished, state)
+
+    def finish(
+        self, name: str, arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]
+    ) -> None:
+        """Store the result of a stage; it is written with the first state of the next stage."""
+        self._finished.arrays.update({f"{name}/{key}": array for key, array in arrays.items()})
+        self._finished.records[name] = dict(record)
+
+
+class Stage:
+    """The store of one stage."""
+
+    def __init__(
+        self,
+        store: StateStore,
+        name: str,
+        finished: FinishedStages,
+        state: tuple[Arrays, dict[str, Any]] | None,
+    ) -> None:
+        self._store, self._name, self._finished = store, name, finished
+        self._state = state
+
+    @property
+    def state(self) -> tuple[Arrays, dict[str, Any]] | None:
+        """The arrays and record to continue from, or None for a fresh start."""
+        return self._state
+
+    def save(self, arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> None:
+        """Replace the state atomically, with the results of the finished stages."""
+        self._store.save(
+            {
+                **self._finished.arrays,
+                **{f"{self._name}/{key}": array for key, array in arrays.items()},
+            },
+            {"stage": self._name, "finished": self._finished.records, "record": dict(record)},
+        )
+
+
+def module_arrays(module: nn.Module) -> Arrays:
+    """Return a copy of every parameter and buffer of ``module``."""
+    return {
+        name: tensor.detach().cpu().numpy().copy() for name, tensor in module.state_dict().items()
+    }
+
+
+def load_module_(module: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
+    """Load what `module_arrays` returned.
+
+    A module on the device ``meta`` takes memory here alone, for arrays that fit it.
+
+    Raises:
+        ValueError: an array is missing, unknown, or of another shape or type.
+    """
+    state = module.state_dict()
+    problems = [f"'{name}' is missing" for name in state if name not in arrays]
+    for name, array in arrays.items():
+        if name not in state:
+            problems.append(f"'{name}' is unknown")
+            continue
+        # A scalar was stored as one number up to format version 1 of artefacts.
+        shape = () if array.shape == (1,) and not state[name].shape else array.shape
+        if shape != tuple(state[name].shape):
+            problems.append(
+                f"'{name}' has shape {shape}, the settings ask for {tuple(state[name].shape)}"
+            )
+        elif array.dtype.kind not in ("f" if state[name].is_floating_point() else "biu"):
+            problems.append(f"'{name}' holds {array.dtype}")
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError("; ".join(problems[:3]) + more)
+    on_meta = any(tensor.is_meta for tensor in state.values())
+    tensors = {
+        name: torch.from_numpy(np.array(array) if on_meta else array)
+        .to(state[name].dtype)
+        .reshape(state[name].shape)
+        for name, array in arrays.items()
+    }
+    module.load_state_dict(tensors, assign=on_meta)
+
+
+def optimizer_arrays(optimizer: torch.optim.Optimizer) -> Arrays:
+    """Return the optimizer's state by parameter number and name; rates are the schedule's."""
+    state: dict[int, dict[str, Tensor]] = optimizer.state_dict()["state"]
+    return {
+        f"{number}.{name}": value.detach().cpu().numpy().copy()
+        for number, entries in state.items()
+        for name, value in entries.items()
+    }
+
+
+def load_optimizer_(optimizer: torch.optim.Optimizer, arrays: Mapping[str, np.ndarray]) -> None:
+    """Load what `optimizer_arrays` returned."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, array in arrays.items():
+        number, _, key = name.partition(".")
+        state.setdefault(int(number), {})[key] = torch.from_numpy(array.copy())
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -1,7 +1,7 @@
-"""The few words a model needs to train in several processes; all are no-ops in one.
+"""Training in the processes that ``torchrun`` started; everything is a no-op in a single one.
 
-``torchrun`` sets the environment, `join_processes` reads it, and `in_parallel` wraps the model in
-`torch.nn.parallel.DistributedDataParallel`. Nothing else in semid knows of processes.
+`join_processes` reads the environment that ``torchrun`` sets, `in_parallel` wraps a model in
+`torch.nn.parallel.DistributedDataParallel`, and `ProcessShardPool` spreads K-means over them.
 """
 
 from __future__ import annotations
@@ -9,21 +9,29 @@ from __future__ import annotations
 import atexit
 import inspect
 import os
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from semid.quantization.blocks import BLOCK_ROWS
+from semid.quantization.sharding import Shard, payload_bytes
+from semid.quantization.sums import Node, Statistics, cut_blocks, merge_nodes
+
 __all__ = [
+    "ProcessShardPool",
     "all_sum_",
     "broadcast_from_rank0",
     "in_parallel",
     "is_main",
     "join_processes",
     "local_rank",
-    "neighbors",
+    "local_world_size",
+    "own_span",
     "rank",
+    "shard_spans",
     "world_size",
 ]
 
@@ -35,22 +43,22 @@ def _ready() -> bool:
 
 
 def _started() -> int:
-    """Count the processes that ``torchrun`` started, whether they have met yet or not."""
+    """Return the number of processes that ``torchrun`` started, joined or not."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def join_processes() -> None:
-    """Meet the processes that ``torchrun`` started, unless that has been done.
+    """Join the process group of ``torchrun``, unless that has been done.
 
-    The group stays until the program ends, however many fits it serves. Groups made and destroyed
-    one after another do not meet: ``torchrun``'s store outlives a group, and the next one finds
-    the addresses that the last one left there, at which nobody listens any more.
+    The group stays until the program ends, however many fits it serves: the store of ``torchrun``
+    outlives a group, so a second group would find the addresses of the first, where no process
+    listens any more.
     """
     if _started() == 1 or not dist.is_available() or dist.is_initialized():
         return
     if torch.cuda.is_available() and dist.is_nccl_available():
         dist.init_process_group("cpu:gloo,cuda:nccl")
-        atexit.register(_leave)  # NCCL complains of a program that ends without
+        atexit.register(_leave)  # NCCL warns when a program ends without this
     else:
         dist.init_process_group("gloo")
 
@@ -72,18 +80,18 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0")) if _started() > 1 else 0
 
 
-def neighbors() -> int:
-    """Count the processes of this group on this machine, this one among them."""
+def local_world_size() -> int:
+    """Return the number of processes of this group on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if _started() > 1 else 1
 
 
 def world_size() -> int:
-    """Count the processes that train together."""
+    """Return the number of processes that train together."""
     return dist.get_world_size() if _ready() else 1
 
 
 def is_main() -> bool:
-    """Say whether this process is the one that writes files and speaks."""
+    """Whether this process (rank 0) writes files and prints."""
     return rank() == 0
 
 
@@ -95,20 +103,20 @@ def all_sum_(tensor: Tensor) -> Tensor:
 
 
 def broadcast_from_rank0(value: T, device: torch.device) -> T:
-    """Return the first process's ``value``, in every process.
+    """Return the ``value`` of rank 0 in every process.
 
-    For what decides how long a run goes on: machines of different makes may round an evaluation
-    differently, and a process that stops alone leaves the others waiting.
+    Used for decisions that end a run: different machines may round an evaluation differently, and
+    a process that stops alone leaves the others waiting.
 
     Args:
-        value: what this process has found; anything that can be pickled.
+        value: the value of this process; anything that can be pickled.
         device: where the model lies.
     """
     if world_size() == 1:
         return value
-    told = [value]
-    dist.broadcast_object_list(told, src=0, device=device)
-    return told[0]
+    values = [value]
+    dist.broadcast_object_list(values, src=0, device=device)
+    return values[0]
 
 
 def in_parallel(module: nn.Module) -> nn.Module:
@@ -123,3 +131,51 @@ def in_parallel(module: nn.Module) -> nn.Module:
     name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     options: dict[str, bool] = {name: False}
     return wrap(module, **options)  # type: ignore[arg-type]
+
+
+def shard_spans(rows: int, shards: int) -> list[tuple[int, int]]:
+    """Cut ``rows`` between blocks: ``(first row, past the last)`` of each shard."""
+    blocks = -(-rows // BLOCK_ROWS)
+    return [
+        (min(first * BLOCK_ROWS, rows), min(last * BLOCK_ROWS, rows))
+        for first, last in cut_blocks(blocks, shards)
+    ]
+
+
+def own_span(rows: int) -> tuple[int, int]:
+    """Return the rows of this process's shard."""
+    return shard_spans(rows, world_size())[rank()]
+
+
+class ProcessShardPool:
+    """The shards of all processes; made by each of them with its own.
+
+    Args:
+        shard: this process's rows, those of `own_span`.
+        rows: all rows.
+
+    Attributes:
+        sent: method -> bytes of arrays that this process has given to the others.
+    """
+
+    def __init__(self, shard: Shard, rows: int) -> None:
+        self.shard = shard
+        self.spans: Sequence[tuple[int, int]] = shard_spans(rows, world_size())
+        self.sent: dict[str, int] = {}
+
+    def call(self, method: str, arguments: Mapping[int, tuple[Any, ...]]) -> dict[int, Any]:
+        """Call the method where it is called for; return all answers in every process."""
+        own = arguments.get(rank())
+        answer = None if own is None else getattr(self.shard, method)(*own)
+        answers = self._gather(method, answer)
+        return {place: answers[place] for place in arguments}
+
+    def call_all(self, method: str, *arguments: Any) -> list[Node[Statistics]]:
+        """Call the method in every process; return all nodes, added up in block order."""
+        return merge_nodes(self._gather(method, getattr(self.shard, method)(*arguments)))
+
+    def _gather(self, method: str, answer: Any) -> list[Any]:
+        self.sent[method] = self.sent.get(method, 0) + payload_bytes(answer)
+        answers: list[Any] = [None] * world_size()
+        dist.all_gather_object(answers, answer)
+        return answers

@@ -1,17 +1,20 @@
 """The training loop of every model in semid: steps, evaluation, selection, checkpoints.
 
-It knows a model that gives a loss, batches, and an evaluation, and nothing of what is trained.
-All randomness of a step is a function of the seed and the step's number, so a run that was stopped
-continues to the same bits on the same device.
+The randomness of a step is a function of the seed and of the step's number, so a run that was
+stopped continues to the same bits on the same device.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import signal
+import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -21,6 +24,13 @@ from torch import Tensor, nn
 from semid.errors import DivergedError
 from semid.progress import Progress
 from semid.seeds import child_seed
+from semid.training.checkpoint import (
+    StateStore,
+    load_module_,
+    load_optimizer_,
+    module_arrays,
+    optimizer_arrays,
+)
 from semid.training.distributed import (
     all_sum_,
     broadcast_from_rank0,
@@ -30,28 +40,32 @@ from semid.training.distributed import (
     rank,
     world_size,
 )
-from semid.training.interrupt import Interrupts, deferred_interrupts
 from semid.training.loggers import Logger, MultiLogger
-from semid.training.options import TrainOptions
-from semid.training.precision import resolve_precision
-from semid.training.schedule import learning_rate
-from semid.training.stages import StateStore
-from semid.training.state import load_module_, load_optimizer_, module_arrays, optimizer_arrays
+from semid.training.options import TrainOptions, learning_rate, resolve_precision
 
-__all__ = ["BLOWN_UP", "Evaluation", "Step", "TrainResult", "Trainee", "train"]
+__all__ = [
+    "DIVERGENCE_FACTOR",
+    "Evaluation",
+    "Interrupts",
+    "Step",
+    "TrainResult",
+    "TrainingTask",
+    "deferred_interrupts",
+    "train",
+]
 
 logger = logging.getLogger(__name__)
 
-BLOWN_UP = 1e4
-"""A loss so many times the first step's counts as divergence, although it is still finite."""
+DIVERGENCE_FACTOR = 1e4
+"""A loss this many times that of the first step counts as divergence, although it is finite."""
 
 
 class Step(NamedTuple):
     """What a model's ``forward`` returns.
 
     Attributes:
-        loss: scalar to be minimized, a mean over this process's rows.
-        logs: detached scalars worth seeing, by name.
+        loss: scalar to minimize: mean over the rows of this process.
+        logs: detached scalars to show, by name.
     """
 
     loss: Tensor
@@ -60,14 +74,13 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How good a model is after an epoch.
+    """Quality of a model after an epoch.
 
     Attributes:
-        score: what checkpoints are chosen by; one that is not finite is never chosen while there
-            is another.
-        higher_is_better: the direction of ``score``.
-        healthy: whether the model may be chosen while a healthy one exists.
-        logs: figures worth keeping, by name.
+        score: criterion for the best epoch; one that is not finite loses to any other.
+        higher_is_better: direction of ``score``.
+        healthy: an unhealthy model loses to any healthy one.
+        logs: figures to log, by name.
     """
 
     score: float
@@ -81,13 +94,12 @@ class Evaluation:
         return self.healthy and math.isfinite(score), score if math.isfinite(score) else -math.inf
 
 
-class Trainee(Protocol):
-    """What the loop trains.
+class TrainingTask(Protocol):
+    """A model, its batches and its evaluation: what the loop trains.
 
     Attributes:
-        module: its ``forward(batch)`` returns a `Step`; what it has to remember lies in its
-            parameters and buffers.
-        steps_per_epoch: optimizer steps an epoch, the same in every process.
+        module: its ``forward(batch)`` returns a `Step`; its state is in parameters and buffers.
+        steps_per_epoch: optimizer steps per epoch, the same in every process.
 
     It may also have ``optimizer(options)``, which returns the optimizer to use instead of AdamW
     over all parameters; a parameter group's ``rate`` then multiplies the learning rate of a step.
@@ -108,16 +120,16 @@ class Trainee(Protocol):
         ...
 
     def evaluate(self, epoch: int) -> Evaluation:
-        """Judge the model as it is; called in every process, the first one's word counts."""
+        """Evaluate the model; called in every process, the result of rank 0 is used."""
         ...
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended. The module holds the best epoch's weights.
+    """Outcome of a run; the module has the weights of the best epoch.
 
     Attributes:
-        best_epoch: number of the chosen epoch, from 0.
+        best_epoch: number of the best epoch, from 0.
         best: its evaluation.
         first: the first evaluation with a score.
         epochs: epochs run.
@@ -149,60 +161,60 @@ class TrainResult:
 
 
 def train(
-    trainee: Trainee,
+    task: TrainingTask,
     options: TrainOptions,
     *,
     seed: int,
     progress: Progress,
     store: StateStore | None = None,
     log: Logger | None = None,
-    task: str = "train",
+    title: str = "train",
 ) -> TrainResult:
     """Train until the epochs or the patience run out, and put the best epoch's weights back.
 
     Args:
-        trainee: the model, its batches and its evaluation.
-        options: how the run is conducted.
-        seed: any integer; decides dropout and everything else drawn during a step.
-        progress: told about every step.
-        store: where the state is kept: at the start, at the end of every epoch, within an epoch
-            every ``checkpoint_seconds``, and when the run is stopped; None keeps nothing.
-        log: told the figures of every epoch.
-        task: name shown by ``progress``.
+        task: the model, its batches and its evaluation.
+        options: options of the run.
+        seed: seed of dropout and of all other random numbers of a step.
+        progress: receives every step.
+        store: receives the state at the start, at the end of every epoch, every
+            ``checkpoint_seconds`` within an epoch, and when the run is stopped.
+        log: receives the figures of every epoch.
+        title: name of the task in the progress.
 
     Returns:
-        How it went. `Evaluation.rank` decides which epoch is best.
+        The outcome; `Evaluation.rank` decides which epoch is best.
 
     Raises:
-        DivergedError: the loss or a weight is not finite, or the loss is `BLOWN_UP`. The store
-            keeps the last good state and the module its weights.
-        KeyboardInterrupt: the run was stopped; the step it was in is finished and saved.
+        DivergedError: the loss or a weight is not finite, or the loss exceeds `DIVERGENCE_FACTOR`
+            times the first. The store keeps the last good state and the module its weights.
+        KeyboardInterrupt: the run was stopped; its current step is finished and saved.
 
-    Runs unchanged under ``torchrun``: each process takes its share of every batch, all end with the
-    same weights, and a wish to stop in one of them stops all after the same step.
+    Under ``torchrun`` each process takes its share of every batch. All end with the same weights,
+    and a stop signal to one of them stops all after the same step.
     """
     join_processes()
-    device = next(trainee.module.parameters()).device
+    device = next(task.module.parameters()).device
     with (
         deferred_interrupts() as interrupts,
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
     ):
-        run = _Run(trainee, options, seed=seed, store=store, progress=progress, device=device)
-        return run.to_end(interrupts, log or MultiLogger(), task)
+        run = _Run(task, options, seed=seed, store=store, progress=progress, device=device)
+        return run.to_end(interrupts, log or MultiLogger(), title)
 
 
-def _figures(found: Evaluation) -> dict[str, float]:
+def _figures(evaluation: Evaluation) -> dict[str, float]:
     """Return what is logged of an evaluation; an epoch that cannot be chosen has no score."""
-    score = {"score": found.score} if math.isfinite(found.score) else {}
-    return {**score, **found.logs}
+    score = {"score": evaluation.score} if math.isfinite(evaluation.score) else {}
+    return {**score, **evaluation.logs}
 
 
 class _Run:
-    """The state of one call of `train`."""
+    """State of one call of `train`."""
 
     def __init__(
         self,
-        trainee: Trainee,
+        task: TrainingTask,
         options: TrainOptions,
         *,
         seed: int,
@@ -210,11 +222,10 @@ class _Run:
         progress: Progress,
         device: torch.device,
     ) -> None:
-        self.trainee, self.options, self.seed = trainee, options, seed
+        self.task, self.options, self.seed = task, options, seed
         self.store, self.progress, self.device = store, progress, device
-        self.module = trainee.module
-        # A trainee may bring an optimizer of its own; a group's "rate" is a multiple of the rate.
-        make = getattr(trainee, "optimizer", None)
+        self.module = task.module
+        make_optimizer = getattr(task, "optimizer", None)
         self.optimizer: torch.optim.Optimizer = (
             torch.optim.AdamW(
                 [p for p in self.module.parameters() if p.requires_grad],
@@ -222,8 +233,8 @@ class _Run:
                 weight_decay=options.weight_decay,
                 fused=True,
             )
-            if make is None
-            else make(options)
+            if make_optimizer is None
+            else make_optimizer(options)
         )
         self.precision = resolve_precision(options.precision, device)
         self.step = 0
@@ -231,31 +242,31 @@ class _Run:
         self.evaluations: list[Evaluation] = []
         self.best_epoch = -1
         self.best_arrays: dict[str, np.ndarray] = {}
-        self.begun = -1  # the last epoch that start_epoch was called for
+        self.started_epoch = -1  # last epoch for which start_epoch was called
         self.stopping = False
-        found = None if store is None else store.state
-        if found is not None:
-            self._restore(*found)
+        state = None if store is None else store.state
+        if state is not None:
+            self._restore(*state)
         self.forward = in_parallel(self.module)
         self.saved_at = time.monotonic()
 
-    def to_end(self, interrupts: Interrupts, log: Logger, task: str) -> TrainResult:
-        """Run what is left and return the result."""
-        per_epoch, total = self.trainee.steps_per_epoch, self._total()
-        self.progress.start(task, total=total)
+    def to_end(self, interrupts: Interrupts, log: Logger, title: str) -> TrainResult:
+        """Run the remaining steps and return the result."""
+        per_epoch, total = self.task.steps_per_epoch, self._total()
+        self.progress.start(title, total=total)
         self.progress.step(self.step)
         while self.step < total and not self._exhausted():
             epoch, done = divmod(self.step, per_epoch)
-            if epoch > self.begun:
-                self.trainee.start_epoch(epoch)
-                self.begun = epoch
+            if epoch > self.started_epoch:
+                self.task.start_epoch(epoch)
+                self.started_epoch = epoch
                 self._save()
             self._epoch(epoch, done, interrupts)
-            self._judge(epoch, log)
+            self._evaluate(epoch, log)
             self._save()
-            if self._asked(interrupts):
+            if self._should_stop(interrupts):
                 raise KeyboardInterrupt
-        if interrupts.pending:  # too late for the others to hear of it; all is saved
+        if interrupts.pending:  # too late to tell the other processes; all is saved
             raise KeyboardInterrupt
         best = self.evaluations[self.best_epoch]
         if not math.isfinite(best.score) and not best.higher_is_better:
@@ -274,7 +285,7 @@ class _Run:
         )
 
     def _total(self) -> int:
-        return self.options.epochs * self.trainee.steps_per_epoch
+        return self.options.epochs * self.task.steps_per_epoch
 
     def _exhausted(self) -> bool:
         patience = self.options.patience
@@ -285,23 +296,23 @@ class _Run:
 
     def _epoch(self, epoch: int, done: int, interrupts: Interrupts) -> None:
         self.forward.train()
-        for batch, weight in self.trainee.batches(epoch, done):
+        for batch, weight in self.task.batches(epoch, done):
             loss, logs = self._step(batch, weight, interrupts.pending)
-            last = (self.step % self.trainee.steps_per_epoch) == 0
+            last = (self.step % self.task.steps_per_epoch) == 0
             try:
                 self.progress.step(1, epoch=epoch, loss=loss, **logs)
             except KeyboardInterrupt:
                 interrupts.pending = True
             if last:
                 return  # the state is saved after the evaluation
-            if self._asked(interrupts):
+            if self._should_stop(interrupts):
                 self._save()
                 raise KeyboardInterrupt
             if time.monotonic() - self.saved_at >= self.options.checkpoint_seconds:
                 self._save()
 
-    def _asked(self, interrupts: Interrupts) -> bool:
-        """Say whether to stop here: of several processes, only where all know of it."""
+    def _should_stop(self, interrupts: Interrupts) -> bool:
+        """Whether to stop here; several processes stop after the same step."""
         return self.stopping if world_size() > 1 else interrupts.pending
 
     def _step(self, batch: Any, weight: float, stop: bool) -> tuple[float, dict[str, float]]:
@@ -317,12 +328,13 @@ class _Run:
             )
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             result: Step = self.forward(batch)
-        own = result.loss.detach() * weight
-        total, asked = all_sum_(torch.stack([own, own.new_tensor(float(stop))])).tolist()
-        loss, self.stopping = total / world_size(), asked > 0
+        # One reduction carries both the mean loss and whether any process was asked to stop.
+        share = result.loss.detach() * weight
+        total, stops = all_sum_(torch.stack([share, share.new_tensor(float(stop))])).tolist()
+        loss, self.stopping = total / world_size(), stops > 0
         if self.first_loss is None:
             self.first_loss = loss
-        if not math.isfinite(loss) or loss > BLOWN_UP * max(self.first_loss, 1e-12):
+        if not math.isfinite(loss) or loss > DIVERGENCE_FACTOR * max(self.first_loss, 1e-12):
             self._diverged(f"the loss became {loss:.4g}")
         self.optimizer.zero_grad(set_to_none=True)
         (result.loss * weight).backward()  # type: ignore[no-untyped-call]
@@ -333,38 +345,36 @@ class _Run:
         return loss, {name: float(value) for name, value in result.logs.items()}
 
     def _seed_step(self) -> None:
-        """Make what is drawn in a step a function of the seed and the step's number.
-
-        Not by `torch.manual_seed`: it queues a call for every kind of device that is absent, with
-        a stack trace each, which costs more than a small step and never ends.
-        """
+        """Seed a step by the seed of the run and the step's number."""
+        # torch.manual_seed queues a call with a stack trace for every absent kind of device, which
+        # costs more than a small step and accumulates.
         seed = child_seed(self.seed, "step", self.step, rank())
         torch.default_generator.manual_seed(seed)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
 
-    def _judge(self, epoch: int, log: Logger) -> None:
+    def _evaluate(self, epoch: int, log: Logger) -> None:
         self.module.eval()
         with torch.no_grad():
-            found = broadcast_from_rank0(self.trainee.evaluate(epoch), self.device)
+            evaluation = broadcast_from_rank0(self.task.evaluate(epoch), self.device)
         self.module.train()
-        self.evaluations.append(found)
-        if self.best_epoch < 0 or found.rank() > self.evaluations[self.best_epoch].rank():
+        self.evaluations.append(evaluation)
+        if self.best_epoch < 0 or evaluation.rank() > self.evaluations[self.best_epoch].rank():
             self.best_epoch = epoch
             self.best_arrays = module_arrays(self.module)
         if is_main():
-            log.log({"epoch": epoch, **_figures(found)}, step=self.step)
+            log.log({"epoch": epoch, **_figures(evaluation)}, step=self.step)
 
     def _diverged(self, what: str) -> None:
-        kept = ""
+        advice = ""
         if self.best_arrays:
             load_module_(self.module, self.best_arrays)
         if self.store is not None:
-            kept = "; the last good state is kept in the checkpoint"
+            advice = "; the last good state is kept in the checkpoint"
         raise DivergedError(
             f"training diverged at step {self.step}: {what} (learning_rate="
             f"{self.options.learning_rate:g}, clip_norm={self.options.clip_norm}); lower "
-            f"--learning-rate (learning_rate) tenfold, or set clip_norm{kept}"
+            f"--learning-rate (learning_rate) tenfold, or set clip_norm{advice}"
         )
 
     def _save(self) -> None:
@@ -379,7 +389,7 @@ class _Run:
         arrays |= {f"optimizer.{n}": a for n, a in optimizer_arrays(self.optimizer).items()}
         record = {
             "step": self.step,
-            "begun": self.begun,
+            "begun": self.started_epoch,
             "first_loss": self.first_loss,
             "best_epoch": self.best_epoch,
             "precision": self.precision,
@@ -398,7 +408,41 @@ class _Run:
         load_module_(self.module, part("model."))
         load_optimizer_(self.optimizer, part("optimizer."))
         self.best_arrays = part("best.")
-        self.step, self.begun = record["step"], record["begun"]
+        self.step, self.started_epoch = record["step"], record["begun"]
         self.first_loss, self.best_epoch = record["first_loss"], record["best_epoch"]
         self.precision = record["precision"]
         self.evaluations = [Evaluation(**e) for e in record["evaluations"]]
+
+
+class Interrupts:
+    """Whether a signal asked the run to stop."""
+
+    def __init__(self) -> None:
+        self.pending = False
+
+    def ask(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal; a second one stops at once."""
+        if self.pending:
+            raise KeyboardInterrupt
+        self.pending = True
+
+
+@contextmanager
+def deferred_interrupts() -> Iterator[Interrupts]:
+    """Yield an object whose ``pending`` turns true on SIGINT or SIGTERM.
+
+    Handlers are set in the main thread alone (elsewhere Python allows none) and put back at the
+    end.
+    """
+    interrupts = Interrupts()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupts
+        return
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in handlers:
+        signal.signal(number, interrupts.ask)
+    try:
+        yield interrupts
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

@@ -1,13 +1,59 @@
-"""How a training run is conducted: one frozen record, checked when it is made."""
+"""How a training run is conducted: options, precision and learning-rate schedule."""
 
 from __future__ import annotations
 
+import logging
+import math
 from dataclasses import dataclass
 
-from semid.options import Options, option
-from semid.training.precision import PRECISIONS
+import torch
 
-__all__ = ["SCHEDULES", "TrainOptions"]
+from semid.options import Options, option
+
+__all__ = [
+    "FLOOR",
+    "PRECISIONS",
+    "SCHEDULES",
+    "TrainOptions",
+    "bf16_on_cpu",
+    "learning_rate",
+    "resolve_precision",
+]
+
+logger = logging.getLogger(__name__)
+
+PRECISIONS = ("auto", "fp32", "bf16")
+
+
+def bf16_on_cpu() -> bool:
+    """Say whether this CPU multiplies bf16 matrices faster than float32 ones."""
+    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+
+
+def resolve_precision(requested: str, device: torch.device) -> str:
+    """Return ``fp32`` or ``bf16``.
+
+    ``auto`` takes bf16 where the chip has instructions for it: CUDA devices of compute capability
+    8 or later, CPUs with AMX tiles or AVX-512 BF16. It asks the chip and times nothing, so that a
+    run on one machine always takes the same arithmetic. ``benchmarks/training_step.py`` shows what
+    it brings.
+
+    Args:
+        requested: one of `PRECISIONS`.
+        device: where the model lies.
+    """
+    if requested != "auto":
+        return requested
+    if device.type == "cuda":
+        supported = torch.cuda.get_device_capability(device)[0] >= 8
+        reason = "tensor cores" if supported else "no bf16 tensor cores"
+    else:
+        supported = bf16_on_cpu()
+        reason = "AMX or AVX-512 BF16" if supported else "no AMX, no AVX-512 BF16"
+    precision = "bf16" if supported else "fp32"
+    logger.info("precision: %s (%s on %s)", precision, reason, device.type)
+    return precision
+
 
 SCHEDULES = ("cosine", "constant")
 
@@ -25,17 +71,46 @@ class TrainOptions(Options):
         warmup: share of all steps over which the rate rises from 0, in [0, 1).
         clip_norm: gradients longer than this are shortened to it; None never shortens.
         patience: epochs without a better evaluation after which training stops; None never stops.
-        precision: ``auto``, ``fp32`` or ``bf16``, see `semid.training.precision`.
+        precision: ``auto``, ``fp32`` or ``bf16``, see `semid.training.options`.
         checkpoint_seconds: least time between two saved states within an epoch, 0 or more.
     """
 
-    epochs: int = option(60, ge=1)
-    batch_size: int = option(512, ge=2)
-    learning_rate: float = option(1e-3, gt=0)
-    weight_decay: float = option(0.0, ge=0)
-    schedule: str = option("cosine", choices=SCHEDULES)
-    warmup: float = option(0.02, ge=0, lt=1)
-    clip_norm: float | None = option(1.0, gt=0)
-    patience: int | None = option(20, ge=1)
-    precision: str = option("auto", choices=PRECISIONS)
-    checkpoint_seconds: float = option(30.0, ge=0)
+    epochs: int = option(60, ge=1, help="Maximum number of training epochs.")
+    batch_size: int = option(512, ge=2, help="Rows per training step, over all processes.")
+    learning_rate: float = option(1e-3, gt=0, help="Peak learning rate of Adam.")
+    weight_decay: float = option(0.0, ge=0, help="Decoupled weight decay (AdamW).")
+    schedule: str = option("cosine", choices=SCHEDULES, help="Schedule of the learning rate.")
+    warmup: float = option(
+        0.02, ge=0, lt=1, help="Share of all steps over which the learning rate rises from 0."
+    )
+    clip_norm: float | None = option(1.0, gt=0, help="Maximum norm of the gradient.")
+    patience: int | None = option(
+        20, ge=1, help="Epochs without improvement after which training stops."
+    )
+    precision: str = option("auto", choices=PRECISIONS, help="Arithmetic of matrix products.")
+    checkpoint_seconds: float = option(
+        30.0, ge=0, help="Minimum time between two checkpoints within an epoch."
+    )
+
+
+FLOOR = 0.01
+"""Where the cosine ends, as a share of the peak."""
+
+
+def learning_rate(step: int, *, total: int, peak: float, schedule: str, warmup: float) -> float:
+    """Return the rate of a step; a function of its number, so a resumed run needs no state.
+
+    Args:
+        step: number of the step, from 0.
+        total: steps of the whole run.
+        peak: highest rate.
+        schedule: ``cosine`` or ``constant``.
+        warmup: share of the steps over which the rate rises linearly.
+    """
+    rising = round(warmup * total)
+    if step < rising:
+        return peak * (step + 1) / (rising + 1)
+    if schedule == "constant":
+        return peak
+    done = (step - rising) / max(total - rising, 1)
+    return peak * (FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))

@@ -29,7 +29,7 @@ from semid.recommenders.ranking.network import RankerConfig, RankingNetwork, mak
 from semid.recommenders.ranking.rows import HistoryIndex, RankingRows
 from semid.recommenders.ranking.schema import Schema, as_text, one_array
 from semid.tokenizers.stored import described
-from semid.training.state import load_module_, module_arrays
+from semid.training.checkpoint import load_module_, module_arrays
 
 __all__ = ["HISTORY_COLUMN", "Prediction", "Ranker", "Ranking"]
 

@@ -239,7 +239,7 @@ def train_ranker(
             progress=progress or QuietProgress(),
             store=store,
             log=logger,
-            task=config.model,
+            title=config.model,
         )
     # `train` has put the best weights back; they are measured on every held part.
     report = {

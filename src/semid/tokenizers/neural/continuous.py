@@ -22,13 +22,11 @@ from semid.tokenizers.codebooks import ResidualTokenizer
 from semid.tokenizers.context import FitContext
 from semid.tokenizers.neural.autoencoder import Autoencoder, blank_linear
 from semid.tokenizers.neural.tokenizer import NeuralTokenizer, PreparedRows, pick_device
-from semid.training.batches import epoch_batches, own_share, steps_per_epoch
+from semid.training.batches import TrainingRows, epoch_batches, own_share, steps_per_epoch
+from semid.training.checkpoint import StateStore, load_module_, module_arrays
 from semid.training.distributed import rank, world_size
 from semid.training.loop import Evaluation, Step, train
 from semid.training.options import TrainOptions
-from semid.training.rows import TrainingRows
-from semid.training.stages import StateStore
-from semid.training.state import load_module_, module_arrays
 
 __all__ = [
     "Batch",

@@ -30,11 +30,10 @@ from semid.tokenizers.neural.tokenizer import (
     PreparedRows,
     pick_device,
 )
-from semid.training.batches import epoch_batches, own_share, steps_per_epoch
+from semid.training.batches import TrainingRows, epoch_batches, own_share, steps_per_epoch
 from semid.training.distributed import rank, world_size
 from semid.training.loop import Evaluation, Step, train
 from semid.training.options import TrainOptions
-from semid.training.rows import TrainingRows
 
 __all__ = [
     "MIN_PERPLEXITY_SHARE",

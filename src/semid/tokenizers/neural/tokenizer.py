@@ -18,11 +18,11 @@ from semid.quantization.blocks import BLOCK_ROWS, Blocks, Preprocess, Preprocess
 from semid.tokenizers.codebooks import CodebookTokenizer
 from semid.tokenizers.context import FitContext
 from semid.tokenizers.neural.autoencoder import Autoencoder, EncoderGraph
+from semid.training.batches import TrainingRows
+from semid.training.checkpoint import load_module_
 from semid.training.distributed import local_rank
 from semid.training.loggers import Logger
 from semid.training.options import TrainOptions
-from semid.training.rows import TrainingRows
-from semid.training.state import load_module_
 
 __all__ = [
     "DEVICES",

@@ -1,0 +1,333 @@
+"""Commands on ids: unique, drift, refresh, export, import."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from semid.cli.shared import (
+    IdColumn,
+    InteractionColumns,
+    Overwrite,
+    Quiet,
+    Source,
+    SourceOptions,
+    Threads,
+    hold_output,
+    make_progress,
+    refuse_unused,
+    say,
+)
+from semid.errors import UsageError, check_choice
+
+__all__ = ["drift", "export", "import_", "refresh", "unique"]
+
+
+def unique(
+    context: typer.Context,
+    ids_file: Annotated[
+        str,
+        typer.Argument(metavar="IDS", help="File, folder or URI written by 'semid encode'."),
+    ],
+    output: Annotated[
+        str,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Parquet file to write; a folder or URI if IDS is one and the method is append.",
+        ),
+    ],
+    source: SourceOptions,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="'append' adds a token inside each bucket, the closest to the centroid first; "
+            "'reassign' takes the nearest free codes of the last level; 'none' goes back to the "
+            "model's codes."
+        ),
+    ] = "append",
+    model: Annotated[
+        Path | None, typer.Option(help="Folder written by 'semid fit'; needed for reassign.")
+    ] = None,
+    embeddings: Annotated[
+        str | None, typer.Option(help="The items' embeddings; needed for reassign.")
+    ] = None,
+    capacity: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=2**31 - 1,
+            help="reassign: items per id (default 1). append: number of tokens (default 256).",
+        ),
+    ] = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Tell items with equal ids apart; the step can be repeated, replaced and undone.
+
+    The model's codes are kept in the column model_codes.
+
+    Example: semid unique ids.parquet --method append -o unique.parquet
+    """
+    from semid.catalogue.uniqueness import make_unique
+    from semid.codes import UNIQUE_METHODS, SemanticIds
+    from semid.loading import load_tokenizer
+
+    check_choice("--method", method, UNIQUE_METHODS)
+    if method == "reassign" and (model is None or embeddings is None):
+        raise UsageError(
+            "--method reassign looks for the next-nearest codewords: give --model and --embeddings"
+        )
+    if method != "reassign":
+        searched = ["model", "embeddings", "ids", "embedding_column", "id_column", "on_invalid"]
+        refuse_unused(context, searched, f"--method {method} looks at the codes alone")
+    if method == "none":
+        refuse_unused(context, ["capacity"], "--method none goes back to the model's codes")
+    if method == "append" and not output.endswith(".parquet") and not Path(ids_file).is_file():
+        # Ids of any size, a part at a time.
+        from semid.distributed.unique_parts import unique_folder
+
+        report = unique_folder(ids_file, output, capacity=capacity, overwrite=overwrite)
+        say(report.summary())
+        say(f"ids: {output}")
+        return
+    hold_output(output, overwrite=overwrite, inputs=(ids_file, model, embeddings, source.ids))
+    with make_progress(quiet=quiet) as progress:
+        done = make_unique(
+            SemanticIds.read(ids_file),
+            method=method,
+            tokenizer=None if model is None else load_tokenizer(model),
+            embeddings=None if embeddings is None else source.open(embeddings),
+            capacity=capacity,
+            progress=progress,
+        )
+    done.ids.write(output, overwrite=overwrite)
+    say(done.report.summary())
+    say(f"ids: {output}")
+
+
+def drift(
+    context: typer.Context,
+    model: Annotated[Path, typer.Argument(help="Folder written by 'semid fit'.")],
+    before: Annotated[
+        str, typer.Argument(metavar="BEFORE", help="Embeddings at the time of the fit.")
+    ],
+    after: Annotated[str, typer.Argument(metavar="AFTER", help="Current embeddings.")],
+    source: SourceOptions,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="JSON file for the figures.")
+    ] = None,
+    after_ids: Annotated[
+        str | None, typer.Option(help="Item ids of AFTER, like --ids; default: the same table.")
+    ] = None,
+    threads: Threads = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare two snapshots of a catalogue under one codebook, and say when to refresh.
+
+    Example: semid drift model/ last_month.parquet today.parquet
+    """
+    from semid.catalogue.drift import drift as measure_drift
+    from semid.loading import load_tokenizer
+    from semid.output import atomic_file
+
+    if output is None:
+        refuse_unused(context, ["overwrite"], "there is no --output")
+    else:
+        reads = (model, before, after, source.ids, after_ids)
+        hold_output(output, overwrite=overwrite, inputs=reads)
+    tokenizer = load_tokenizer(model)
+    tokenizer.threads = threads
+    old = source.open(before)
+    new = source.open(after, ids=after_ids)
+    with make_progress(quiet=quiet) as progress:
+        result = measure_drift(tokenizer, old, new, progress=progress)
+    if output is not None:
+        with atomic_file(output, overwrite=overwrite) as work:
+            work.write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf8")
+    say(result.summary())
+
+
+def refresh(
+    context: typer.Context,
+    model: Annotated[Path, typer.Argument(help="Previous model: a folder written by 'semid fit'.")],
+    embeddings: Source,
+    catalogue: Annotated[
+        Path, typer.Option(help="Published ids: a Parquet file, or the folder of a bundle.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder: model/, ids.parquet, refresh.json.")
+    ],
+    source: SourceOptions,
+    columns: InteractionColumns,
+    max_churn: Annotated[
+        float | None,
+        typer.Option(help="Share of published ids that may change; default: no limit."),
+    ] = None,
+    interactions: Annotated[
+        str | None, typer.Option(help="Log whose item counts (popularity) weight the churn.")
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also fit from scratch, and report both.")
+    ] = False,
+    cold: Annotated[
+        bool, typer.Option("--cold", help="Do not start from the previous codebooks.")
+    ] = False,
+    threads: Threads = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fit again on a changed catalogue with codes aligned to the published ones.
+
+    Reports the ids that changed, by level, prefix and popularity, next to the quality gained.
+
+    Example: semid refresh model/ items.parquet --catalogue ids.parquet --max-churn 0.1 -o next/
+    """
+    from semid.catalogue.bundle import read_catalogue
+    from semid.catalogue.matching import item_counts
+    from semid.catalogue.refresh import check_max_churn
+    from semid.catalogue.refresh import refresh as refresh_catalogue
+    from semid.loading import load_tokenizer
+    from semid.output import atomic_folder
+
+    check_max_churn(max_churn)
+    reads = (model, embeddings, catalogue, source.ids, interactions)
+    hold_output(output, overwrite=overwrite, inputs=reads)
+    tokenizer = load_tokenizer(model)
+    tokenizer.threads = threads
+    opened = source.open(embeddings)
+    log = columns.read(context, interactions)
+    with make_progress(quiet=quiet) as progress:
+        result = refresh_catalogue(
+            tokenizer,
+            read_catalogue(catalogue),
+            opened,
+            popularity=None if log is None else item_counts(log, opened.ids),
+            max_churn=max_churn,
+            warm_start=not cold,
+            compare=compare,
+            progress=progress,
+        )
+    with atomic_folder(output, overwrite=overwrite) as folder:
+        result.tokenizer.save(folder / "model")
+        result.ids.write(folder / "ids.parquet")
+        (folder / "refresh.json").write_text(
+            json.dumps(result.report.to_dict(), indent=2) + "\n", encoding="utf8"
+        )
+    say(result.report.summary())
+    say(f"model, ids and report: {output}")
+
+
+def export(
+    context: typer.Context,
+    to: Annotated[
+        str,
+        typer.Option(
+            help="lcrec, grid, openonerec, torcheasyrec, huggingface, faiss, fuxictr, onnx or "
+            "torch-export."
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File or folder to write.")],
+    source: SourceOptions,
+    ids_file: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[IDS]", help="Ids file or bundle; not needed for onnx and torch-export."
+        ),
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder written by 'semid fit'; needed for huggingface, faiss, onnx and "
+            "torch-export."
+        ),
+    ] = None,
+    candidates: Annotated[
+        int,
+        typer.Option(
+            min=0, max=4096, help="torcheasyrec: alternative ids per item; needs --embeddings."
+        ),
+    ] = 0,
+    embeddings: Annotated[
+        str | None, typer.Option(help="torcheasyrec: embeddings for the alternative ids.")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write ids or a model as another program reads them.
+
+    Example: semid export unique.parquet --to lcrec -o Beauty.index.json
+    """
+    from semid.catalogue.bundle import read_catalogue
+    from semid.exports.formats import export as write_export
+    from semid.loading import load_tokenizer
+
+    hold_output(output, overwrite=overwrite, inputs=(ids_file, model, embeddings, source.ids))
+    options: dict[str, Any] = {}
+    if candidates:
+        if to != "torcheasyrec":
+            raise UsageError(f"--candidates goes with --to torcheasyrec, not with {to}")
+        if embeddings is None or model is None:
+            raise UsageError("--candidates are nearest codewords: give --model and --embeddings")
+        options["candidates"] = candidates
+        options["embeddings"] = source.open(embeddings)
+    else:
+        unused = ["embeddings", "ids", "embedding_column", "id_column", "on_invalid"]
+        refuse_unused(context, unused, "embeddings serve --to torcheasyrec with --candidates")
+    write_export(
+        to,
+        output,
+        ids=None if ids_file is None else read_catalogue(ids_file),
+        tokenizer=None if model is None else load_tokenizer(model),
+        overwrite=overwrite,
+        **options,
+    )
+    say(f"{to}: {output}")
+
+
+def import_(
+    context: typer.Context,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The other program's file.")],
+    source: Annotated[str, typer.Option("--from", help="lcrec or grid.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Parquet file to write.")],
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Model that made the codes; the ids then carry its fingerprint."),
+    ] = None,
+    ids: Annotated[
+        str | None,
+        typer.Option("--ids", help="Table with one item id per row, FILE or FILE:COLUMN."),
+    ] = None,
+    id_column: IdColumn = None,
+    orientation: Annotated[
+        str | None,
+        typer.Option(
+            help="Axes of a GRID tensor: levels-first or items-first; guessed and printed by "
+            "default."
+        ),
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Read ids of another program, so that semid's commands work on them.
+
+    Example: semid import Beauty.index.json --from lcrec --ids items.parquet -o ids.parquet
+    """
+    from semid.data.id_sources import load_ids
+    from semid.exports.formats import import_ids
+    from semid.loading import load_tokenizer
+
+    if ids is None:
+        refuse_unused(context, ["id_column"], "it names a column of --ids")
+    hold_output(output, overwrite=overwrite, inputs=(file, model, ids))
+    imported = import_ids(
+        source,
+        file,
+        items=None if ids is None else load_ids(ids, id_column=id_column),
+        tokenizer=None if model is None else load_tokenizer(model),
+        orientation=orientation,
+    )
+    imported.write(output, overwrite=overwrite)
+    say(f"imported {len(imported):,} items with {imported.levels} codes each: {output}")

@@ -1,0 +1,418 @@
+"""Flags of the command line, generated from the option fields of tokenizers and ranking models.
+
+Reading the fields needs the classes, and those need torch. So that ``--help`` and refusals stay
+quick, ``flags.json`` holds what was read; `write_flags` makes it again (``make flags``), and a test
+compares it with the classes.
+
+Help is plain text in titled sections: Rich's boxes leave the sentences 26 columns of 80.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import re
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+import typer
+from typer.core import TyperCommand
+
+from semid.errors import UsageError, nearest_name
+
+__all__ = [
+    "Flag",
+    "OptionsCommand",
+    "check_keys",
+    "expand",
+    "known_flags",
+    "read_flags",
+    "write_flags",
+]
+
+FILE = Path(__file__).with_name("flags.json")
+
+SECTIONS = {"kmeans": "K-means", "training": "Training", "network": "Network"}
+"""Nested options of tokenizers whose fields are flags of their own; others go by --set."""
+
+RANKING = {
+    "data": "semid:RankingDataConfig",
+    "features": "semid:CodeFeatures",
+    "config": "semid:RankerConfig",
+    "training": "semid:TrainOptions",
+}
+"""Options of ``semid rank`` by the first part of their keys."""
+
+RANKING_NAMES = {
+    "data.seed": "data_seed",
+    "features.mode": "code_mode",
+    **dict.fromkeys(
+        ("features.levels", "features.max_rows", "features.n", "features.pooling", "features.rate"),
+        "",
+    ),
+    **dict.fromkeys(("features.seed", "features.weight_decay", "config.fusion"), ""),
+    **dict.fromkeys(("config.init_std", "config.sparse", "config.unknown_rate"), ""),
+}
+"""Keys whose flag has another name than their field, or none."""
+
+FIRST = ("levels", "codebook_size")
+
+_SCALARS = {bool: "bool", int: "int", float: "float", str: "str"}
+_TYPES: Any = {"bool": bool, "int": int, "float": float}
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One option field as a flag.
+
+    Attributes:
+        key: dotted place of the field, such as ``kmeans.max_iter``.
+        name: of the parameter; empty for a field that has no flag and is given by ``--set``.
+        type: ``bool``, ``int``, ``float``, ``str``, or one of these with ``s`` for a list.
+        help: sentence with the default.
+        choices: allowed strings.
+        section: heading in the help.
+        tokenizers: which of them have it.
+    """
+
+    key: str
+    name: str
+    type: str
+    help: str
+    choices: tuple[str, ...] = ()
+    section: str = ""
+    tokenizers: tuple[str, ...] = ()
+
+    @property
+    def parameter(self) -> inspect.Parameter:
+        """The parameter of a Typer command; None stands for a flag that is not given."""
+        # Flags of two words get their name from the parameter's, negations of truth values too.
+        declared = typer.Option(
+            help=self.help,
+            rich_help_panel=self.section,
+            metavar="|".join(self.choices) or ("a,b,..." if self.type.endswith("s") else None),
+        )
+        annotation: Any = Annotated[_TYPES.get(self.type, str) | None, declared]
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        return inspect.Parameter(self.name, keyword, default=None, annotation=annotation)
+
+    def value(self, text: Any) -> Any:
+        """Return the value of what was given.
+
+        Raises:
+            UsageError: a list of something else than numbers.
+        """
+        if not self.type.endswith("s"):
+            return text
+        parts = [part.strip() for part in text.split(",") if part.strip()]
+        try:
+            kind = {"ints": int, "floats": float}.get(self.type, str)
+            return tuple(kind(part) for part in parts)
+        except ValueError:
+            numbers = "whole numbers" if self.type == "ints" else "numbers"
+            flag = f"--{self.name.replace('_', '-')}"
+            raise UsageError(f"{flag} '{text}': give {numbers} with commas between") from None
+
+
+# Reading option fields ----------------------------------------------------------------------
+
+
+def read_flags(kind: type, prefix: str = "", defaults: Mapping[str, Any] | None = None) -> Any:
+    """Yield a flag for every option field of a class, those of nested options among them."""
+    from semid.documents import alternatives
+    from semid.options import argument_types, declared_options, nested_options
+
+    hints, declared = argument_types(kind), declared_options(kind)
+    for field in fields(kind):
+        about = declared.get(field.name)
+        if about is None or not about.setting:
+            continue
+        hint, key = hints[field.name], f"{prefix}{field.name}"
+        nested = nested_options(hint)
+        if nested is not None:
+            yield from read_flags(nested, f"{key}.", {**(defaults or {}), **about.nested})
+            continue
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        default = (defaults or {}).get(field.name, default)
+        types = [_type_name(each) for each in alternatives(hint)]
+        kind_name = next((each for each in types if each), "")
+        outer, _, inner = key.rpartition(".")
+        named = kind_name and (not outer or outer in SECTIONS or outer in RANKING)
+        yield Flag(
+            key=key,
+            name=(inner or key) if named else "",
+            type=kind_name,
+            help=f"{about.help.rstrip('.') or field.name}{_default_text(default)}.",
+            choices=about.choices,
+            section=SECTIONS.get(outer, "Tokenizer"),
+        )
+
+
+def _type_name(hint: Any) -> str:
+    inner = [each for each in get_args(hint) if each is not Ellipsis]
+    if get_origin(hint) is tuple and inner and inner[0] in (int, float, str):
+        return f"{_SCALARS[inner[0]]}s"
+    return _SCALARS.get(hint, "")
+
+
+_DEFAULT = re.compile(r" \(default [^()]*(?:\([^()]*\))?[^()]*\)\.$")
+
+
+def _default_of(help_text: str) -> str:
+    return "".join(_DEFAULT.findall(help_text))
+
+
+def _default_text(default: Any) -> str:
+    if default is None or default is MISSING or isinstance(default, Mapping):
+        return ""
+    if isinstance(default, tuple):
+        text = ",".join(map(str, default))
+    else:
+        text = {True: "on", False: "off"}[default] if isinstance(default, bool) else str(default)
+        text = f"{default:g}" if isinstance(default, float) else text
+    return f" (default {text})" if text else ""
+
+
+def _fit_flags() -> list[Flag]:
+    """Return the flags of all tokenizers of semid, each once."""
+    from semid.tokenizers.factory import TOKENIZERS
+
+    by_key: dict[str, list[tuple[str, Flag]]] = {}
+    kinds = sorted(TOKENIZERS.targets)
+    for kind in kinds:
+        for flag in read_flags(TOKENIZERS.load(kind)):
+            # Tokenizers count parallel codebooks and levels under one flag.
+            key = "levels" if flag.key == "n_codebooks" else flag.key
+            by_key.setdefault(key, []).append((kind, flag))
+    trained = [kind for kind, _ in by_key["training.epochs"]]
+    merged = []
+    for key, versions in by_key.items():
+        owners = [kind for kind, _ in versions]
+        helps = [flag.help for _, flag in versions]
+        help_text = max(helps, key=helps.count)
+        if len({_default_of(text) for text in helps}) > 1:
+            help_text = _DEFAULT.sub(" (default by tokenizer).", help_text)
+        flag = versions[0][1]
+        section = flag.section
+        if section == "Tokenizer" and len(owners) <= len(kinds) // 2:
+            section = f"Only {', '.join(owners)}"
+        elif section == "Tokenizer" and owners == trained:
+            section = SECTIONS["training"]
+        name = key if flag.key == "n_codebooks" else flag.name
+        merged.append(
+            replace(
+                flag,
+                key=key,
+                name=name,
+                help=help_text,
+                section=section,
+                tokenizers=tuple(owners),
+            )
+        )
+    order = ["Tokenizer", *SECTIONS.values()]
+    merged.sort(
+        key=lambda flag: (
+            order.index(flag.section) if flag.section in order else len(order),
+            flag.section,
+            FIRST.index(flag.key) if flag.key in FIRST else len(FIRST),
+        )
+    )
+    return merged
+
+
+def _rank_flags() -> list[Flag]:
+    from semid.recommenders.ranking.training import TRAINING
+    from semid.registry import import_target
+
+    titles = {"data": "Data", "features": "Codes", "config": "Model", "training": "Training"}
+    flags = []
+    for part, target in RANKING.items():
+        defaults = TRAINING if part == "training" else None
+        for flag in read_flags(import_target(target), f"{part}.", defaults):
+            name = RANKING_NAMES.get(flag.key, flag.name)
+            flags.append(replace(flag, name=name, section=titles[part]))
+    return flags
+
+
+def write_flags(path: Path = FILE) -> None:
+    """Write the flags that the classes have now."""
+    flags = {"fit": _fit_flags(), "rank": _rank_flags()}
+    rows = {command: [asdict(flag) for flag in each] for command, each in flags.items()}
+    lines = {c: ",\n".join(json.dumps(row) for row in each) for c, each in rows.items()}
+    blocks = ",\n".join(f'"{command}": [\n{text}\n]' for command, text in lines.items())
+    path.write_text(f"{{\n{blocks}\n}}\n", encoding="utf8")
+
+
+@functools.cache
+def known_flags(command: str) -> tuple[Flag, ...]:
+    """Return the flags of a command, without importing the classes they come from."""
+    if command == "rank-grid":  # a grid has models and codes of its own
+        return tuple(
+            flag
+            for flag in known_flags("rank")
+            if not flag.key.startswith("features.") and flag.key != "config.model"
+        )
+    rows = json.loads(FILE.read_text(encoding="utf8"))[command]
+    return tuple(
+        Flag(**{**row, "choices": tuple(row["choices"]), "tokenizers": tuple(row["tokenizers"])})
+        for row in rows
+    )
+
+
+# Commands -----------------------------------------------------------------------------------
+
+
+def expand(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a command whose grouped parameters are flags of their own.
+
+    A parameter that is annotated with a dataclass becomes one flag per field, and
+    ``Annotated[dict[str, Any], "COMMAND"]`` becomes the generated flags of that command; the
+    function gets a dictionary of those that were given, by key, with what ``--set`` names.
+    """
+    hints = get_type_hints(function, include_extras=True)
+    parameters: list[inspect.Parameter] = []
+    groups: dict[str, Any] = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        hint = hints[name]
+        if is_dataclass(hint):
+            inner = get_type_hints(hint, include_extras=True)
+            groups[name] = hint
+            parameters += [
+                parameter.replace(name=f.name, default=f.default, annotation=inner[f.name])
+                for f in fields(hint)
+            ]
+        elif get_origin(hint) is Annotated and isinstance(get_args(hint)[1], str):
+            groups[name] = get_args(hint)[1]
+            parameters += [flag.parameter for flag in known_flags(groups[name]) if flag.name]
+            parameters.append(_SET)
+        else:
+            parameters.append(parameter.replace(annotation=hint))
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = [each.replace(kind=keyword) for each in parameters]
+
+    @functools.wraps(function)
+    def command(**arguments: Any) -> Any:
+        for name, group in groups.items():
+            if isinstance(group, str):
+                arguments[name] = _given(known_flags(group), arguments)
+            else:
+                arguments[name] = group(**{f.name: arguments.pop(f.name) for f in fields(group)})
+        return function(**arguments)
+
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {each.name: each.annotation for each in parameters}
+    del command.__wrapped__
+    return command
+
+
+_SET = inspect.Parameter(
+    "settings",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=None,
+    annotation=Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Any other option by its key, with a value of TOML: training.warmup=0.1.",
+        ),
+    ],
+)
+
+
+def _given(flags: Sequence[Flag], arguments: dict[str, Any]) -> dict[str, Any]:
+    """Take the generated flags out of a command's arguments and return those that were given."""
+    values = {}
+    for flag in flags:
+        value = arguments.pop(flag.name) if flag.name else None
+        if value is not None:
+            values[flag.key] = flag.value(value)
+    for text in arguments.pop("settings") or ():
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise UsageError(f"--set '{text}': give KEY=VALUE, for example kmeans.max_iter=10")
+        key = key.strip()
+        if key in values:
+            raise UsageError(f"{key} is given by its own flag and by --set; give one of them")
+        try:
+            values[key] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:  # a bare word is a string
+            values[key] = value.strip()
+    return values
+
+
+class OptionsCommand(TyperCommand):
+    """A command whose help has sections, and for ``--tokenizer NAME`` what applies to it."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Remember the arguments, since ``--help`` is handled before the others are read."""
+        ctx.meta["semid.arguments"] = list(args)
+        return super().parse_args(ctx, args)
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the sections; required arguments and the command's own options come first."""
+        flags, kind = {}, None
+        if any(each.name == "tokenizer" for each in self.params) and self.name == "fit":
+            flags = {flag.name: flag for flag in known_flags("fit") if flag.name}
+            kind = _option_value(ctx.meta.get("semid.arguments", []), "--tokenizer")
+        applies = None if kind is None else _applicable(kind)
+        sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
+        for parameter in self.get_params(ctx):
+            if applies is not None and parameter.name in flags:
+                if flags[parameter.name].key not in applies:
+                    continue
+                section = "Tokenizer" if flags[parameter.name].section.startswith("Only") else None
+            else:
+                section = None
+            record = parameter.get_help_record(ctx)
+            if record is None:
+                continue
+            is_argument = parameter.param_type_name == "argument"
+            default = "Arguments" if is_argument else "Options"
+            section = section or getattr(parameter, "rich_help_panel", None) or default
+            sections.setdefault(section, []).append(record)
+        if applies is not None:
+            sections["More, by --set KEY=VALUE"] = [
+                (flag.key, flag.help) for flag in applies.values() if not flag.name
+            ]
+        for section, records in sections.items():
+            if records:
+                with formatter.section(section):
+                    formatter.write_dl(records)
+
+
+def _option_value(arguments: Sequence[str], name: str) -> str | None:
+    for place, argument in enumerate(arguments):
+        if argument == name and place + 1 < len(arguments):
+            return arguments[place + 1]
+        if argument.startswith(f"{name}="):
+            return argument.partition("=")[2]
+    return None
+
+
+def _applicable(kind: str) -> dict[str, Flag]:
+    """Return the flags of one tokenizer by key; those of another package have no flag names."""
+    flags = known_flags("fit")
+    if not any(kind in flag.tokenizers for flag in flags):
+        from semid.tokenizers.factory import TOKENIZERS
+
+        named = {flag.key: flag.name for flag in flags}
+        others = read_flags(TOKENIZERS.load(kind, flag="--tokenizer"))
+        return {f.key: replace(f, name=named.get(f.key, "")) for f in others}
+    return {flag.key: flag for flag in flags if kind in flag.tokenizers}
+
+
+def check_keys(command: str, values: Mapping[str, Any]) -> None:
+    """Refuse keys of ``--set`` that a command does not have.
+
+    Raises:
+        UsageError: naming the nearest key.
+    """
+    keys = [flag.key for flag in known_flags(command)]
+    for key in values:
+        if key not in keys:
+            raise UsageError(f"--set {key}: there is no such option{nearest_name(key, keys)}")

@@ -1,0 +1,372 @@
+"""Reports and studies: report, compare, demo, prepare, reproduce."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from semid.cli.shared import (
+    InteractionColumns,
+    Overwrite,
+    Quiet,
+    Source,
+    SourceOptions,
+    Threads,
+    hold_output,
+    make_progress,
+    refuse_unused,
+    say,
+)
+from semid.errors import UsageError, check_choice
+
+__all__ = ["compare", "demo", "prepare", "report", "reproduce"]
+
+RELEASES = ("amazon", "movielens")
+
+
+def prepare(
+    release: Annotated[str, typer.Argument(metavar="RELEASE", help="amazon or movielens.")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SOURCE", help="Review file (.json.gz, 2014 or 2023), or MovieLens folder."
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="Folder for items.parquet and interactions.parquet."),
+    ],
+    items: Annotated[
+        Path | None, typer.Option(help="Amazon's meta_*.json.gz of the same category.")
+    ] = None,
+    core: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=2**31 - 1,
+            help="Minimum interactions per user and per item; default: amazon 5, movielens 0.",
+        ),
+    ] = None,
+    embed: Annotated[
+        str | None,
+        typer.Option(help="sentence-transformers model: writes embeddings.f16.npy of the texts."),
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Read a release into items, interactions with ratings and, with --embed, embeddings.
+
+    Example: semid prepare amazon reviews_Beauty.json.gz --items meta_Beauty.json.gz -o data/beauty
+    """
+    from semid.data.releases import read_amazon, read_movielens
+
+    check_choice("RELEASE", release, RELEASES)
+    hold_output(output, overwrite=overwrite, inputs=(source, items))
+    if release == "amazon":
+        dataset = read_amazon(source, items=items, core=5 if core is None else core)
+    else:
+        if items is not None:
+            raise UsageError("--items goes with amazon; a MovieLens folder has its own movies file")
+        dataset = read_movielens(source, core=core or 0)
+    dataset.write(output, embed=embed, overwrite=overwrite)
+    for note in dataset.notes:
+        say(note)
+    say(f"written: {output}")
+
+
+def report(
+    context: typer.Context,
+    model: Annotated[Path, typer.Argument(help="Folder written by 'semid fit'.")],
+    embeddings: Source,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="File to write: .html, .json or .md.")
+    ],
+    source: SourceOptions,
+    columns: InteractionColumns,
+    interactions: Annotated[
+        str | None,
+        typer.Option(
+            help="Parquet or CSV of user_id, item_id and position or timestamp; adds retrieval, "
+            "AUCs and popularity."
+        ),
+    ] = None,
+    items: Annotated[
+        str | None,
+        typer.Option(
+            help="Table with item_id and title (or text), for names in the report; default: the "
+            "--ids table, else the embeddings' own."
+        ),
+    ] = None,
+    relations: Annotated[
+        str | None,
+        typer.Option(help="Parquet or CSV of item_id, related_item_id: a second ground truth."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
+    threads: Threads = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Diagnose a fitted model on a catalogue: a verdict, figures, and an explorer of the codes.
+
+    Example: semid report model/ items.parquet -o report.html
+    """
+    from semid.data.items import read_items
+    from semid.errors import IdsError
+    from semid.loading import load_tokenizer
+    from semid.report import diagnose
+
+    reads = (model, embeddings, source.ids, items, interactions, relations)
+    hold_output(output, overwrite=overwrite, inputs=reads)
+    opened = source.open(embeddings)
+    log = columns.read(context, interactions)
+    try:  # titles from the tables already named, where they have some
+        table = read_items(source.ids or embeddings, ids=opened.ids, id_column=source.id_column)
+    except (UsageError, IdsError):
+        table = None
+    with make_progress(quiet=quiet) as progress:
+        result = diagnose(
+            load_tokenizer(model),
+            opened,
+            interactions=log,
+            items=items if items is not None else table,
+            relations=relations,
+            seed=seed,
+            threads=threads,
+            progress=progress,
+        )
+    result.write(output, overwrite=overwrite)
+    say(result.verdict.summary())
+    say(f"report: {output}")
+
+
+def compare(
+    context: typer.Context,
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL MODEL... EMBEDDINGS",
+            help="Folders written by 'semid fit', two or more, then the embeddings.",
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="File to write: .html, .json or .md.")
+    ],
+    source: SourceOptions,
+    columns: InteractionColumns,
+    interactions: Annotated[
+        str | None,
+        typer.Option(help="Parquet or CSV of user_id, item_id and position or timestamp."),
+    ] = None,
+    relations: Annotated[
+        str | None,
+        typer.Option(help="Parquet or CSV of item_id, related_item_id: a second ground truth."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of samples, noise and negatives.")] = 0,
+    threads: Threads = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare models on one catalogue: ranks and trade-offs by view, never one score.
+
+    Example: semid compare model_a/ model_b/ items.parquet --interactions logs.parquet -o c.html
+    """
+    from semid.loading import load_tokenizer
+    from semid.report import compare as compare_models
+
+    if len(paths) < 3:
+        raise UsageError(
+            f"{len(paths)} paths given; name at least two model folders and then the embeddings"
+        )
+    reads = (*paths, source.ids, interactions, relations)
+    hold_output(output, overwrite=overwrite, inputs=reads)
+    models, embeddings = paths[:-1], paths[-1]
+    if len({Path(path).resolve() for path in models}) < len(models):
+        raise UsageError("a model is named twice; name each model folder once")
+    short = [Path(path).resolve().name for path in models]
+    names = short if len(set(short)) == len(short) else models
+    opened = source.open(embeddings)
+    log = columns.read(context, interactions)
+    with make_progress(quiet=quiet) as progress:
+        result = compare_models(
+            {name: load_tokenizer(path) for name, path in zip(names, models, strict=True)},
+            opened,
+            interactions=log,
+            relations=relations,
+            seed=seed,
+            threads=threads,
+            progress=progress,
+        )
+    result.write(output, overwrite=overwrite)
+    for finding in result.findings:
+        say(f"{finding}.")
+    say(f"comparison: {output}")
+
+
+def demo(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for everything the demo writes.")
+    ] = Path("demo"),
+    items: Annotated[
+        int, typer.Option(min=1000, max=10_000_000, help="Items in the catalogue.")
+    ] = 20_000,
+    codebook_size: Annotated[
+        int, typer.Option(min=2, max=65536, help="Codewords per level.")
+    ] = 256,
+    levels: Annotated[int, typer.Option(min=1, max=256, help="Codes per item.")] = 3,
+    seed: Annotated[int, typer.Option(help="Seed of the catalogue and the fit.")] = 0,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make a synthetic catalogue, fit codebooks, encode it and write the quality report.
+
+    The catalogue has hierarchical topics, long-tailed popularity, readable titles and user
+    sequences.
+    """
+    from semid.data.synthetic import SyntheticCatalogue
+    from semid.output import atomic_folder
+    from semid.report import diagnose
+    from semid.tokenizers.encoding import encode_to_parquet
+    from semid.tokenizers.rqkmeans import RQKMeans
+
+    hold_output(output, overwrite=overwrite, inputs=())
+    with atomic_folder(output, overwrite=overwrite) as folder, make_progress(quiet=quiet) as steps:
+        SyntheticCatalogue(items=items, seed=seed).write(folder / "data")
+        embeddings, table = folder / "data/embeddings.npy", folder / "data/items.parquet"
+        model = RQKMeans(levels=levels, codebook_size=codebook_size, seed=seed)
+        model.fit(embeddings, ids=table, progress=steps)
+        model.save(folder / "model")
+        encode_to_parquet(model, embeddings, folder / "ids.parquet", ids=table, progress=steps)
+        diagnosis = diagnose(
+            model,
+            embeddings,
+            ids=table,
+            items=table,
+            interactions=folder / "data/interactions.parquet",
+        )
+        diagnosis.write(folder / "report.html")
+    if model.report is not None:
+        say(model.report.summary)
+    say(
+        f"""
+{output}/data/          {items:,} items with titles, embeddings and user sequences
+{output}/model/         the codebooks
+{output}/ids.parquet    {levels} codes per item
+{output}/report.html    open it in a browser
+
+The same on your own data:
+
+  semid fit     embeddings.npy --ids items.parquet -o model/
+  semid encode  model/ embeddings.npy --ids items.parquet -o ids.parquet
+  semid report  model/ embeddings.npy --ids items.parquet -o report.html"""
+    )
+
+
+def reproduce(
+    context: typer.Context,
+    paper: Annotated[str, typer.Argument(metavar="PAPER", help="drq or moc.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder of data sets, see 'semid prepare'; --quick needs none."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Folder for PAPER/runs.jsonl and the page; default results, or results-quick. "
+            "With --from, the folder of the pages.",
+        ),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A small run on a synthetic catalogue; takes minutes.")
+    ] = False,
+    recipe: Annotated[
+        Path | None, typer.Option(help="Your own recipe (TOML); default: that of the paper.")
+    ] = None,
+    processes: Annotated[int, typer.Option(min=1, max=4096, help="Runs in parallel.")] = 1,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=4096,
+            help="CPU threads per run; by default the CPUs are divided between the runs.",
+        ),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Only runs whose title contains these words; may be repeated."),
+    ] = None,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Print what is left to run and how long it takes.")
+    ] = False,
+    list_runs: Annotated[
+        bool,
+        typer.Option("--list", help="With --estimate: print the titles of what is left."),
+    ] = False,
+    source: Annotated[
+        Path | None,
+        typer.Option("--from", help="Make the pages from the results in this folder; run nothing."),
+    ] = None,
+    publish: Annotated[
+        bool, typer.Option("--publish", help="With --from: refuse results of --quick.")
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run the missing experiments of a paper and write its page; repeat it to continue.
+
+    Each run is one line of runs.jsonl and is not repeated; several commands may share a folder.
+
+    Example: semid reproduce drq --quick
+    """
+    from semid.reproduce.study import PAPERS, Study, page_from
+
+    check_choice("PAPER", paper, PAPERS)
+    if publish and source is None:
+        raise UsageError("--publish says how --from makes pages; give --from results")
+    if source is not None:
+        if estimate or quick or recipe is not None:
+            raise UsageError("--from runs nothing: leave out --estimate, --quick and --recipe")
+        unused = ["data", "processes", "threads", "only", "list_runs"]
+        refuse_unused(context, unused, "--from makes pages of results and runs nothing")
+        for path in page_from(paper, source, output or source / paper, publish=publish):
+            say(f"page: {path}")
+        return
+    if not estimate:
+        refuse_unused(context, ["list_runs"], "--list goes with --estimate")
+    if quick and recipe is not None:
+        raise UsageError("--quick is a recipe of its own: leave out --recipe")
+    name: str | Path = recipe or (f"{paper}-quick" if quick else paper)
+    place = output or Path("results-quick" if quick else "results")
+    study = Study(name, data=data, output=place, only=only or ())
+    if study.paper != paper:
+        raise UsageError(f"--recipe '{recipe}' is for {study.paper}, not {paper}")
+    for why in study.absent.values():
+        say(f"left out: {why}", err=True)
+    if estimate:
+        plan = study.estimate()
+        say(f"{plan.runs} runs, {plan.done} done, {plan.runs - plan.done} to do")
+        if plan.seconds is None:
+            say("how long: nothing has run yet to judge by; run one and ask again")
+        else:
+            share = max(1, processes)
+            say(
+                f"how long: {plan.seconds / 3600:.1f} hours of one process at the speed of the "
+                f"runs done, {plan.seconds / 3600 / share:.1f} with {share}; {plan.guessed} "
+                "runs are guessed from unlike ones"
+            )
+        if list_runs:
+            done = {row["key"] for row in study.rows()}
+            for job in study.chosen:
+                if job.key not in done:
+                    say(f"  {job.title}")
+        return
+    with make_progress(quiet=quiet) as progress:
+        failed = study.run(processes=processes, threads=threads, progress=progress)
+    for path in study.write():
+        say(f"page: {path}")
+    say(f"results: {study.folder / 'runs.jsonl'}")
+    if failed:
+        for title, why in failed.items():
+            say(f"failed: {title}: {why}", err=True)
+        raise typer.Exit(1)
