@@ -93,18 +93,7 @@ class IndexedCodebook:
 
 
 def index_codebook(codebook: Tensor) -> IndexedCodebook:
-    """Prepare a codebook so that repeated blocks do not pay for it again.
-
-    Args:
-        codebook: ``(codes, dim)`` float32, float16 or bfloat16, finite. It is copied.
-
-    Returns:
-        An object to give to `nearest` in place of the codebook.
-
-    Raises:
-        UsageError: wrong dtype or shape, or no codewords.
-        EmbeddingError: NaN or infinite values.
-    """
+    """Index a codebook ``(codes, dim)`` for repeated searches; see `IndexedCodebook`."""
     return IndexedCodebook(codebook)
 
 
@@ -277,19 +266,7 @@ class IndexedDatabase:
 
 
 def index_database(database: Tensor, *, metric: str = "cosine") -> IndexedDatabase:
-    """Prepare a database so that repeated blocks of queries do not pay for it again.
-
-    Args:
-        database: ``(entries, dim)`` float32, float16 or bfloat16, finite. It is copied.
-        metric: ``"cosine"``, ``"ip"`` or ``"l2"``.
-
-    Returns:
-        An object to give to `top_k` in place of the database.
-
-    Raises:
-        UsageError: wrong dtype, shape or metric, or no entries.
-        EmbeddingError: NaN or infinite values.
-    """
+    """Index a database ``(entries, dim)`` for repeated searches; see `IndexedDatabase`."""
     return IndexedDatabase(database, metric=metric)
 
 

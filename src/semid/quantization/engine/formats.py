@@ -40,22 +40,14 @@ def _quantize_tiles(
     y: F32, lengths: F64, rows: int, limit: float, least: float, offsets: F32, entry_step: float,
     out: Any, steps: F64, sums: F64, residual: F64, start: I32,
 ) -> None:  # fmt: skip
-    """Round rows to integers with one step for each 32 rows, and express the offsets in steps.
+    """Round rows to integers with one step per 32 rows, and express the offsets in steps.
 
-    Args:
-        y: ``(n, width)``, ``n`` a multiple of 32.
-        lengths: ``(n,)`` norms of the rows, to scale by the longest; empty scales by the largest
-            element.
-        rows: rows that hold queries.
-        limit: what the longest row or the largest element becomes.
-        least: smallest step allowed, so that the offsets fit.
-        offsets: ``(columns,)`` the table's.
-        entry_step: the table's step.
-        out: ``(n, >= width)`` result, int8 or int16; further columns become zero.
-        steps: ``(n,)`` step of each row.
-        sums: ``(n,)`` sum of each row's integers.
-        residual: ``(n,)`` norm of the rounding error, summed in float32 (see `slack`).
-        start: ``(tiles, columns)`` result: minus the offsets, in steps of the product.
+    ``y`` ``(n, width)``, ``n`` a multiple of 32. ``lengths`` ``(n,)``: norms of the rows, to scale
+    by the longest; empty scales by the largest element. Either becomes ``limit``; ``least`` is the
+    smallest step, so that the ``offsets`` ``(columns,)`` fit. Writes integers to ``out`` ``(n, >=
+    width)``, further columns zero; per row its step, the sum of its integers and the norm of its
+    rounding error, summed in float32 (see `slack`); and minus the offsets, in steps of the product
+    with the table's ``entry_step``, to ``start`` ``(tiles, columns)``.
     """
     width = y.shape[1]
     most = np.float32(limit)
@@ -95,17 +87,10 @@ def _quantize_tiles(
 
 @numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True, fastmath=FAST)
 def _quantize_table(rows: F32, step: float, limit: float, zero: int, out: Any) -> float:
-    """Round all rows to multiples of ``step``, at most ``limit`` of them; return what that took.
+    """Round rows to at most ``limit`` multiples of ``step`` either way, plus ``zero``.
 
-    Args:
-        rows: ``(entries, width)``.
-        step: size of a step.
-        limit: most steps either way.
-        zero: added to every integer.
-        out: ``(entries, >= width)`` result; further columns become ``zero``.
-
-    Returns:
-        The largest norm of a row's rounding error.
+    Writes ``out`` ``(entries, >= width)``, further columns ``zero``; returns the largest norm of a
+    row's rounding error.
     """
     width = rows.shape[1]
     inverse = 1.0 / step

@@ -88,19 +88,11 @@ def _ordered_sum(terms: Tensor) -> Tensor:
 def canonical_keys(
     metric: int, x: Tensor, x_norms: Tensor | None, rows: Tensor, row_norms: Tensor
 ) -> Tensor:
-    """Compute the keys of pairs with the CPU kernel's operations in the CPU kernel's order.
+    """Compute the keys ``(pairs,)`` of pairs with the CPU kernel's operations in its order.
 
-    Products and sums are separate operations, so nothing is contracted and the bits agree.
-
-    Args:
-        metric: a metric of `canonical`.
-        x: ``(pairs, width)`` float32 queries, width a multiple of `LANES`.
-        x_norms: ``(pairs,)`` float64 lengths, needed by the cosine alone.
-        rows: ``(pairs, width)`` float32 entries.
-        row_norms: ``(pairs,)`` float64.
-
-    Returns:
-        ``(pairs,)`` float64.
+    Products and sums are separate operations, so nothing is contracted and the bits agree. ``x``
+    and ``rows`` ``(pairs, width)`` float32, width a multiple of `LANES`; ``x_norms`` (needed by the
+    cosine alone) and ``row_norms`` ``(pairs,)`` float64.
     """
     if metric == L2:
         difference = x.double() - rows.double()
@@ -121,12 +113,9 @@ def _root(values: Tensor) -> Tensor:
 def _bound(table: Table, length: Tensor, residual: Tensor, lost: float, products: float) -> Tensor:
     """Bound each row's score error, as `State.set_bound`.
 
-    Args:
-        table: what is searched.
-        length: ``(n,)`` of the centered queries.
-        residual: ``(n,)`` norms of what rounding took from them.
-        lost: the same of the entries, at most.
-        products: error of a product and a sum of the route, relative to the vectors' lengths.
+    ``length`` ``(n,)`` of the centered queries; ``residual`` ``(n,)`` norms of what rounding took
+    from them, ``lost`` at most from an entry; ``products`` error of a product and a sum of the
+    route, relative to the vectors' lengths.
     """
     lost = lost + table.radius * 2.0**-22 + 2.0**-60
     reach = table.radius + lost
@@ -269,17 +258,9 @@ def search_device(
     queries: Tensor, table: Table, *, k: int = 1, exclude: npt.NDArray[np.int64] | None = None,
     name: str = "x",
 ) -> Found:  # fmt: skip
-    """`search.search` on the device that holds ``queries``; the same labels and keys.
+    """`search.search` on the device that holds ``queries``; labels and keys are the same.
 
-    Args:
-        queries: ``(queries, dim)`` float32, float16 or bfloat16 on any device.
-        table: what to search.
-        k: entries wanted.
-        exclude: ``(queries,)`` entry to leave out for each query, -1 for none.
-        name: the queries' argument name for messages.
-
-    Returns:
-        Labels and keys (on the CPU), and the number of pairs measured.
+    They return on the CPU, with the number of pairs measured.
     """
     check_rows(queries, name=name)
     device, width = queries.device, table.rows.shape[1]

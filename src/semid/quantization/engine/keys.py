@@ -81,23 +81,12 @@ def resolve_best(
     The candidate with the best score is measured first; its true distance then rules out every
     candidate whose score, even with the whole bound added, stays behind it.
 
-    Args:
-        x: ``(>= rows, width)`` queries.
-        table: ``(entries, width)``.
-        rows: queries to resolve.
-        counts: candidates a row; negative means the row was not screened and all entries count.
-        candidates: ``(rows, capacity)`` entry indices.
-        scores: ``(rows, capacity)`` their screening scores.
-        unit: a row's true score estimate is ``score * unit + shift``.
-        shift: see ``unit``.
-        bound: how far an estimate may be from the truth, scaled units.
-        half_square: half the squared norm of the centered query, scaled units.
-        half_scale: half the square of the factor that turns real units into scaled ones.
-        labels: ``(rows,)`` result.
-        distances: ``(rows,)`` result.
-
-    Returns:
-        How many pairs were measured.
+    Shapes: ``x`` ``(>= rows, width)``, ``table`` ``(entries, width)``; ``candidates`` and
+    ``scores`` ``(rows, capacity)``, of which ``counts`` are used (0 or less: all entries are
+    candidates); all others ``(rows,)``. A score stands for ``score * unit + shift`` in scaled
+    units, at most ``bound`` from the truth; ``half_square`` is half the query's squared norm there,
+    and ``half_scale`` half the square of the factor from real to scaled units. Writes ``labels``
+    and ``distances``; returns the number of pairs measured.
     """
     measured = 0
     for i in range(rows):
@@ -176,23 +165,10 @@ def resolve_many(
 ) -> int:
     """Sort each row's ``m`` best candidates by (key, index); see `resolve_best`.
 
-    Args:
-        metric: `L2`, `INNER` or `COSINE`.
-        x: ``(>= rows, width)`` queries.
-        x_norms: ``(rows,)`` their lengths.
-        table: ``(entries, width)``.
-        table_norms: ``(entries,)`` their lengths.
-        rows: queries to resolve.
-        exclude: ``(rows,)`` an entry to leave out, -1 for none.
-        counts: candidates a row, as in `resolve_best`.
-        candidates: ``(rows, capacity)`` entry indices.
-        limited: a row without candidates has none, instead of every entry, and a row with fewer
-            than ``m`` is filled with entry 0 at infinity.
-        labels: ``(rows, m)`` result, best first.
-        keys: ``(rows, m)`` result.
-
-    Returns:
-        How many pairs were measured.
+    ``x_norms`` ``(rows,)`` and ``table_norms`` ``(entries,)`` are lengths; ``exclude`` ``(rows,)``
+    an entry to leave out, -1 for none. With ``limited`` a row without candidates has none, instead
+    of every entry, and a row with fewer than ``m`` is filled with entry 0 at infinity. Writes
+    ``labels`` and ``keys`` ``(rows, m)``, best first; returns the number of pairs measured.
     """
     measured = 0
     best = labels.shape[1]
@@ -251,21 +227,13 @@ def scan_children(
 ) -> None:
     """Note every child whose score lies within ``margin`` of its item's ``k``-th best.
 
-    Args:
-        base: ``(items, columns)`` products of items and codewords, less half the codewords'
-            squares; columns that hold no codeword are minus infinity.
-        halves: ``(items, partials)`` half the squared residual of each partial code.
-        products: ``(codes before, columns)`` products of earlier codewords with this level's.
-        lines: ``(items, partials, levels before)`` rows of ``products``.
-        offsets: ``(columns,)`` of no effect; `scan_many` takes one.
-        margin: see `scan_many`, as all up to ``scratch``.
-        top: of each item.
-        counts: of each item.
-        candidates: ``partial * columns + codeword``.
-        kept: their scores.
-        k: how many are wanted.
-        scratch: ``(capacity,)``.
-        scores: ``(1, columns)`` scratch.
+    ``base`` ``(items, columns)``: products of items and codewords, less half the codewords'
+    squares; columns without a codeword are minus infinity. ``halves`` ``(items, partials)``: half
+    the squared residual of each partial code. ``products`` ``(codes before, columns)``: of earlier
+    codewords with this level's; ``lines`` ``(items, partials, levels before)`` names its rows.
+    ``offsets`` ``(columns,)`` has no effect. ``scores`` ``(1, columns)`` and ``scratch``
+    ``(capacity,)`` are scratch. A candidate is ``partial * columns + codeword``; the rest is as in
+    `scan_many`.
     """
     items, partials, before = lines.shape
     columns = base.shape[1]
@@ -297,7 +265,7 @@ def scan_children(
 
 @numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True)
 def resolve_children(
-    left: F32,
+    residuals: F32,
     words: F32,
     columns: int,
     counts: I64,
@@ -308,18 +276,13 @@ def resolve_children(
 ) -> None:
     """Sort each item's best children by distance; ties go to the better parent, the lower code.
 
-    Args:
-        left: ``(items * partials, width)`` what each partial code leaves.
-        words: ``(codes, width)`` codewords.
-        columns: of a partial code among the candidates.
-        counts: ``(items,)`` candidates; below 0 all children are.
-        candidates: see `scan_children`.
-        parents: ``(items, best)`` result.
-        labels: ``(items, best)`` result.
-        distances: ``(items, best)`` result, infinite where an item has too few.
+    ``residuals`` ``(items * partials, width)``; ``words`` ``(codes, width)``; ``columns`` per
+    partial code among the candidates of `scan_children`, of which ``counts`` ``(items,)`` are used
+    (below 0: all children). Writes ``parents``, ``labels`` and ``distances`` ``(items, best)``,
+    infinite where an item has too few.
     """
     items, best = labels.shape
-    partials = left.shape[0] // max(items, 1)
+    partials = residuals.shape[0] // max(items, 1)
     exact = np.empty(best)
     for i in range(items):
         size = 0
@@ -328,7 +291,7 @@ def resolve_children(
             p, code = child // columns, child % columns
             if code >= words.shape[0]:
                 continue
-            value = key(0, left, i * partials + p, 0.0, words, code, 0.0)
+            value = key(0, residuals, i * partials + p, 0.0, words, code, 0.0)
             if math.isnan(value):
                 value = math.inf
             # Partial codes compare as they are kept, in float32; within one, all digits count.

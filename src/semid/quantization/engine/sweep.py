@@ -54,19 +54,12 @@ def scan_best(
 ) -> None:
     """Note every entry whose score lies within ``margin`` of its row's best so far.
 
-    Args:
-        scores: ``(>= rows, stride)`` larger is better: int32, float32, or uint16 that holds
-            bfloat16 products from which ``offsets`` are still to be subtracted.
-        rows: rows of ``scores`` to scan.
-        columns: columns to scan, a positive multiple of `SCAN`.
-        first: entry index of column 0.
-        offsets: float32 offsets of all entries.
-        margin: ``(all rows,)`` twice the bound, in units of the scores and of their type.
-        top: ``(all rows,)`` best score so far, updated.
-        counts: ``(all rows,)`` candidates so far, updated; -1 once a row holds too many.
-        candidates: ``(all rows, capacity)`` entry indices, updated.
-        kept: ``(all rows, capacity)`` their scores, updated.
-        row0: row of the last five arrays that row 0 of ``scores`` belongs to.
+    ``scores`` ``(>= rows, stride)``, larger is better: int32, float32, or uint16 that holds
+    bfloat16 products from which the float32 ``offsets`` of all entries are still to be subtracted.
+    ``columns``, a positive multiple of `SCAN`, are scanned; column 0 is entry ``first``, row 0 is
+    row ``row0`` of what follows: ``margin``, twice the bound in the scores' own units and type;
+    ``top``, the best score so far; ``counts`` of candidates, -1 once a row holds too many;
+    ``candidates`` and their scores ``kept`` ``(all rows, capacity)``. The last four are updated.
     """
     stride = scores.shape[1]
     capacity = candidates.shape[1]
@@ -220,25 +213,14 @@ def sweep(
 ) -> None:
     """Score and scan all rows and entries; a block of scores never leaves the cache.
 
-    It is compiled for each type of chip at its first use, and separately for the best entry alone
-    and for the ``k`` best: numba drops the branch that a None rules out.
+    It is compiled per type of ``chip`` (see `x86`) at its first use, and separately for the best
+    entry alone, where ``k`` and ``scratch`` are None, and for the ``k`` best: numba drops the
+    branch that a None rules out.
 
-    Args:
-        chip: whose instructions multiply, see `x86`.
-        a: ``(>= rows, width)`` rounded queries, a multiple of `ROW_TILE` rows.
-        panels: packed table, see `x86`.
-        start: ``(tiles or 1, columns)`` what the sums start from: minus the offsets.
-        scores: ``(ROW_TILE, group)`` scratch.
-        saved: ``(64,)`` scratch for AMX, None for other chips.
-        rows: queries to scan.
-        offsets: ``(columns,)``; see `scan_best`, as all up to ``kept``.
-        margin: of each row.
-        top: of each row.
-        counts: of each row.
-        candidates: of each row.
-        kept: of each row.
-        k: how many are wanted; None for the best alone.
-        scratch: as in `scan_many`; None for the best alone.
+    ``a`` ``(>= rows, width)``: rounded queries, a multiple of `ROW_TILE` rows. ``panels``: the
+    packed table. ``start`` ``(tiles or 1, columns)``: what the sums start from, minus the offsets.
+    ``scores`` ``(ROW_TILE, group)`` and ``saved`` ``(64,)``, which is None but for AMX, are
+    scratch. The rest is as in `scan_best` and `scan_many`.
     """
     columns = start.shape[1]
     begin(chip, saved)

@@ -232,16 +232,10 @@ def center_queries(
 ) -> None:
     """Write ``(x - center) * factor`` to ``y`` and half its squared norm to ``half_square``.
 
-    Args:
-        x: ``(>= rows, width)`` queries.
-        rows: how many to take; further rows of ``y`` are set to zero.
-        center: ``(width,)``.
-        factor: power of two that brings the table's radius to at most 1.
-        own_scale: scale each row by its own power of two instead (metrics in which the length
-            of a query changes no ranking); ``center`` must be zero.
-        y: ``(>= rows, width)`` float32 result; zero where a row cannot be screened.
-        half_square: ``(rows,)``; -1 marks a row that cannot be screened (not finite, or beyond
-            `MAX_TABLE_RADII`).
+    Shapes: ``x`` and ``y`` ``(>= rows, width)``, ``center`` ``(width,)``, ``half_square``
+    ``(rows,)``. With ``own_scale`` each row is scaled by its own power of two instead (metrics in
+    which the length of a query changes no ranking) and ``center`` must be zero. A row that is not
+    finite or beyond `MAX_TABLE_RADII` gets -1 and zeros; rows of ``y`` past ``rows`` become zero.
     """
     width = x.shape[1]
     for i in range(rows):
@@ -272,19 +266,12 @@ def center_queries(
 def center_table(
     table: F32, norms: F64, normalize: bool, center: F32, scaled: F32, offsets: F64, lengths: F64
 ) -> int:
-    """Center and scale a table; see `center_queries`.
+    """Center and scale a table ``(entries, width)``; return the exponent.
 
-    Args:
-        table: ``(entries, width)`` rows as given.
-        norms: ``(entries,)`` their lengths.
-        normalize: divide each row by its length first (zero rows stay zero).
-        center: ``(width,)`` result: the mean row.
-        scaled: ``(>= entries, width)`` result: ``(row - center) * 2**-exponent``.
-        offsets: ``(entries,)`` result: half the squared norm of each scaled row.
-        lengths: ``(entries,)`` result: norm of each scaled row, at most 1.
-
-    Returns:
-        The exponent.
+    With ``normalize`` each row is divided by its length in ``norms`` first (zero rows stay zero).
+    Writes the mean row to ``center``, ``(row - center) * 2**-exponent`` to ``scaled`` ``(>=
+    entries, width)``, its norm, at most 1, to ``lengths``, and half the square of that to
+    ``offsets`` ``(entries,)``.
     """
     entries, width = table.shape
     mean = np.zeros(width)
@@ -368,13 +355,10 @@ def round_bfloat16(
 ) -> None:
     """Round rows to bfloat16 (nearest, ties to even) and measure what the rounding lost.
 
-    Args:
-        y: ``(rows, width)`` finite values.
-        bits: the same memory as uint32.
-        wide: ``(width,)`` scratch.
-        wide_bits: the same memory as uint32.
-        out: ``(rows, >= width)`` bfloat16 bit patterns; further columns become zero.
-        residual: ``(rows,)`` norm of the rounding error (float32 sums: see `slack`).
+    ``y`` ``(rows, width)`` finite, ``wide`` ``(width,)`` scratch; ``bits`` and ``wide_bits`` are
+    the same memory as uint32. Writes bit patterns to ``out`` ``(rows, >= width)``, further columns
+    zero, and the norm of the rounding error, summed in float32 (see `slack`), to ``residual``
+    ``(rows,)``.
     """
     rows, width = y.shape
     one, half, sixteen = np.uint32(1), np.uint32(0x7FFF), np.uint32(16)
@@ -394,14 +378,9 @@ def round_bfloat16(
 
 
 def slack(residual: F64, length: F64, width: int) -> F64:
-    """Bound the true rounding error of rows from its float32 measurement.
+    """Bound the true rounding error of rows from its float32 measurement ``residual``.
 
     Covers the sum's own rounding (``width`` float32 terms), squares that underflowed, and the
-    float32 rounding of the centered row before it was rounded further.
-
-    Args:
-        residual: measured norms, as `round_bfloat16` gives them.
-        length: norms of the centered rows.
-        width: columns.
+    float32 rounding of the centered row of norm ``length`` before it was rounded further.
     """
     return residual * (1.0 + (width + 8) * 2.0**-24) + length * 2.0**-22 + 2.0**-60
