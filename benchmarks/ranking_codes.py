@@ -17,7 +17,8 @@ import torch
 
 import semid
 from semid.progress import make_progress
-from semid.recommenders.ranking.data import RankingDataConfig, prepare_ranking_data
+from semid.recommenders.ranking.builder import RankingDataConfig
+from semid.recommenders.ranking.data import prepare_ranking_data
 from semid.recommenders.ranking.network import RankerConfig
 from semid.recommenders.ranking.training import rank_options
 from semid.reproduce.grid_tables import grid_tables

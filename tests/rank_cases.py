@@ -7,7 +7,8 @@ import pyarrow as pa
 
 from semid.codes import CodesInfo, SemanticIds
 from semid.data.ids import ItemIds
-from semid.recommenders.ranking.data import RankingData, RankingDataConfig, prepare_ranking_data
+from semid.recommenders.ranking.builder import RankingData, RankingDataConfig
+from semid.recommenders.ranking.data import prepare_ranking_data
 
 USERS, ITEMS, GROUPS = 80, 48, 4
 SMALL = {"hidden": (8,), "dropout": 0.0}

@@ -70,7 +70,6 @@ def test_all_is_sorted_and_exists(path: Path) -> None:
     module = importlib.import_module(name)
     exported = getattr(module, "__all__", None)
     if exported is None:
-        assert path.name == "__init__.py", f"{name} has no __all__"
         return
     # The linter's order (RUF022): constants, then classes, then the rest.
     order = sorted(exported, key=lambda n: (not n.isupper(), not n[0].isupper(), n))

@@ -25,7 +25,7 @@ from semid.errors import EmbeddingError, IdsError, UsageError, brief, printable
 from semid.markdown import code_span, escaped
 from semid.options import CheckedArguments, Options, argument_types
 from semid.quantization.kmeans import KMeansOptions
-from semid.recommenders.ranking.data import RankingDataConfig
+from semid.recommenders.ranking.builder import RankingDataConfig
 from semid.recommenders.ranking.features import CodeFeatures
 from semid.recommenders.ranking.network import RankerConfig
 from semid.recommenders.ranking.splits import Label

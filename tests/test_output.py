@@ -535,7 +535,7 @@ def test_parts_of_another_run_are_not_joined(place, monkeypatch):
 @pytest.mark.parametrize("change", ["log", "items"])
 def test_a_resumed_ranker_sees_changed_data(place, change, monkeypatch):
     """The key of a run covers the training rows of a stream and the attributes of items."""
-    from semid.recommenders.ranking.data import RankingDataConfig
+    from semid.recommenders.ranking.builder import RankingDataConfig
     from semid.recommenders.ranking.stream import RankingStream
     from semid.recommenders.ranking.training import data_digest
 

@@ -12,7 +12,8 @@ from rank_cases import ITEMS, codes, data, item_table, log_table
 from semid.data.ids import ItemIds
 from semid.data.interactions import read_interactions
 from semid.errors import IdsError, InputError, InteractionsError, UsageError
-from semid.recommenders.ranking.data import RankingDataConfig, prepare_ranking_data
+from semid.recommenders.ranking.builder import RankingDataConfig
+from semid.recommenders.ranking.data import prepare_ranking_data
 from semid.recommenders.ranking.features import CodeFeatures, code_table
 from semid.recommenders.ranking.schema import Vocabulary
 from semid.recommenders.ranking.splits import Label, split_rows

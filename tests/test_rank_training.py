@@ -21,7 +21,8 @@ from semid.recommenders.ranking.analysis import (
     linear_cka,
     singular_values,
 )
-from semid.recommenders.ranking.data import RankingDataConfig, prepare_ranking_data
+from semid.recommenders.ranking.builder import RankingDataConfig
+from semid.recommenders.ranking.data import prepare_ranking_data
 from semid.recommenders.ranking.evaluation import predict_logits, reliance
 from semid.recommenders.ranking.features import CodeFeatures, code_table
 from semid.recommenders.ranking.metrics import auc

@@ -15,7 +15,8 @@ from semid.cli import main
 from semid.data.interactions import read_interactions
 from semid.data.releases import core_mask, read_amazon, read_movielens
 from semid.errors import InputError, InteractionsError, MissingExtraError, UsageError
-from semid.recommenders.ranking.data import RankingDataConfig, prepare_ranking_data
+from semid.recommenders.ranking.builder import RankingDataConfig
+from semid.recommenders.ranking.data import prepare_ranking_data
 
 
 def write_gz(path, lines):

@@ -16,7 +16,7 @@ from semid.exports.formats import import_ids as import_ids
 from semid.loading import load as load
 from semid.quantization.kmeans import KMeansOptions as KMeansOptions
 from semid.quantization.refine import RefineOptions as RefineOptions
-from semid.recommenders.ranking.data import RankingDataConfig as RankingDataConfig
+from semid.recommenders.ranking.builder import RankingDataConfig as RankingDataConfig
 from semid.recommenders.ranking.data import prepare_ranking_data as prepare_ranking_data
 from semid.recommenders.ranking.features import CodeFeatures as CodeFeatures
 from semid.recommenders.ranking.network import RankerConfig as RankerConfig

@@ -38,18 +38,6 @@ from semid.errors import (
 from semid.filesystems import is_uri, open_parquet
 from semid.output import atomic_file
 
-__all__ = [
-    "MAX_CODEWORDS",
-    "MAX_LEVELS",
-    "PARQUET_OPTIONS",
-    "UNIQUE_METHODS",
-    "CodesInfo",
-    "SemanticIds",
-    "code_dtype",
-    "ids_schema",
-    "ids_table",
-]
-
 METADATA_KEY = b"semid"
 CHECKSUM = "checksum"
 UNIQUE_METHODS = ("none", "append", "reassign")
@@ -98,11 +86,7 @@ class CodesInfo:
     norm_quantiles: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        """Check the method and the sizes.
-
-        Raises:
-            UsageError: for an unknown method, or sizes that no codebooks have.
-        """
+        """Check the method and the sizes."""
         check_choice("unique", self.unique, UNIQUE_METHODS)
         sizes = self.codebook_sizes
         if not 1 <= len(sizes) <= MAX_LEVELS or not all(1 <= k <= MAX_CODEWORDS for k in sizes):
@@ -134,11 +118,7 @@ class CodesInfo:
 
     @classmethod
     def from_metadata(cls, metadata: dict[bytes, bytes] | None, *, path: object) -> CodesInfo:
-        """Read what `to_metadata` wrote.
-
-        Raises:
-            ArtefactError: if it is absent, unreadable, altered or of a newer format.
-        """
+        """Read what `to_metadata` wrote."""
         if METADATA_KEY not in (metadata or {}):
             raise ArtefactError(
                 f"'{path}' carries no semid fingerprint in its schema; "

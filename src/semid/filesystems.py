@@ -21,20 +21,6 @@ from pyarrow import fs as arrow_fs
 
 from semid.errors import UsageError, brief
 
-__all__ = [
-    "FilePath",
-    "Folder",
-    "fetched",
-    "is_uri",
-    "list_files",
-    "list_sizes",
-    "local_path",
-    "open_parquet",
-    "resolve",
-    "send_folder",
-    "split_path",
-]
-
 CONNECT_SECONDS = 10
 """How long a connection to S3 may take; an endpoint that does not answer is tried three times."""
 
@@ -85,11 +71,7 @@ def list_sizes(path: FilePath) -> dict[str, int] | None:
 
 
 def resolve(path: FilePath) -> tuple[Any, str]:
-    """Return the Arrow file system of a path or URI, and the path within it.
-
-    Raises:
-        UsageError: the scheme is unknown, or the address cannot be used.
-    """
+    """Return the Arrow file system of a path or URI, and the path within it."""
     if not is_uri(path):
         return arrow_fs.LocalFileSystem(), str(Path(path).expanduser().absolute())
     uri = str(path)
@@ -141,9 +123,6 @@ def list_files(uri: str) -> list[str]:
     """List the files that a URI names: itself, all in its folder, or those that match its glob.
 
     They are sorted character by character, without hidden ones (``.`` or ``_`` first).
-
-    Raises:
-        UsageError: nothing is there.
     """
     system, path = resolve(uri)
     magic = [i for i, part in enumerate(path.split("/")) if any(c in part for c in "*[")]
@@ -304,11 +283,7 @@ class Folder:
 
 
 def split_path(path: FilePath) -> tuple[Folder, str]:
-    """Return the folder that a path or URI lies in, and its name there.
-
-    Raises:
-        UsageError: a URI that names a whole bucket, beside which nothing can lie.
-    """
+    """Return the folder that a path or URI lies in, and its name there."""
     if not is_uri(path):
         return Folder(Path(path).parent), Path(path).name
     # By the scheme first: cutting "memory://ids" at its last slash leaves no URI.

@@ -42,18 +42,6 @@ from semid.filesystems import (
 )
 from semid.runs import NOFOLLOW, check_state_folder, hidden_path, hold_path, remove_path
 
-__all__ = [
-    "MARKDOWN_MARK",
-    "MARKER",
-    "atomic_file",
-    "atomic_folder",
-    "check_output",
-    "claim_output",
-    "mark_folder",
-    "mark_remote_folder",
-    "replace_folder",
-]
-
 MARKER = ".semid"
 MARKDOWN_MARK = "<!-- written by semid -->"
 _MARKS = (MARKDOWN_MARK.encode(), b'<meta name="generator" content="semid ')
@@ -66,20 +54,7 @@ _UNMARKED_ARTEFACT = {"config.json", "model.safetensors", "README.md"}
 def check_output(
     path: FilePath | os.PathLike[str], *, overwrite: bool = False, inputs: Iterable[Any] = ()
 ) -> None:
-    """Refuse an output that may not be written.
-
-    Args:
-        path: a path on this machine or a URI.
-        overwrite: allow replacing a former output of semid.
-        inputs: what the run reads: paths, URIs, quoted globs, ``FILE:COLUMN``. None and values
-            that are no paths are ignored.
-
-    Raises:
-        OutputExistsError: if it exists and ``overwrite`` is false; or if it exists and semid did
-            not write it; or if it is a symbolic link.
-        UsageError: if it is an input, holds one or lies inside one, or if nothing can be written
-            there.
-    """
+    """Refuse an output that may not be written."""
     location = local_path(path)
     if location is None:
         _check_remote(str(path), overwrite=overwrite, inputs=inputs)
@@ -259,9 +234,6 @@ def claim_output(
     A run of the same thread may claim it again, as every writer in this module does. Arguments and
     errors as for `check_output`; ``state`` is the folder of the unfinished run, if it keeps one on
     this machine, and is checked as well.
-
-    Raises:
-        OutputBusyError: another run holds it.
     """
     input_list = list(inputs)
     check_output(path, overwrite=overwrite, inputs=input_list)

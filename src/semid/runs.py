@@ -29,14 +29,6 @@ try:
 except ImportError:  # Windows has no fcntl: there, nothing stops a second run
     fcntl = None  # type: ignore[assignment]
 
-__all__ = [
-    "NOFOLLOW",
-    "check_state_folder",
-    "hidden_path",
-    "hold_path",
-    "remove_path",
-    "remove_state_folder",
-]
 
 NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
 """Flag of `os.open` that refuses a symbolic link."""
@@ -59,10 +51,6 @@ def hold_path(path: FilePath | os.PathLike[str]) -> Iterator[None]:
     """Hold a path or URI against other runs; a run of the same thread may hold it again.
 
     Its parent is made. On a disk, what killed runs left beside it is removed first.
-
-    Raises:
-        OutputBusyError: another run holds it.
-        OutputExistsError: the lock file is a symbolic link.
     """
     location = local_path(path)
     key = str(path) if location is None else os.path.abspath(location)  # noqa: PTH100

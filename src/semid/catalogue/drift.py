@@ -15,7 +15,8 @@ import numpy.typing as npt
 from semid.catalogue.additions import NOVEL, norm_quantiles, novelty
 from semid.codes import SemanticIds
 from semid.data.blocks import Moments
-from semid.data.embeddings import EmbeddingSource, open_embeddings
+from semid.data.embeddings import open_embeddings
+from semid.data.source import EmbeddingSource
 from semid.diagnostics.overlap import REPORT_SCALE, overlap_levels
 from semid.errors import InputError
 from semid.health import LevelUsage, usage

@@ -15,8 +15,8 @@ import numpy.typing as npt
 import pyarrow.compute as pc
 
 from semid.catalogue.assignment import assign_rows
-from semid.data.embeddings import EmbeddingSource
 from semid.data.ids import ItemIds
+from semid.data.source import EmbeddingSource
 from semid.health import bucket_keys
 from semid.progress import Progress
 from semid.tokenizers.base import Tokenizer

@@ -20,8 +20,9 @@ from semid.catalogue.additions import check_model
 from semid.catalogue.matching import Churn, churn, match_codes
 from semid.catalogue.uniqueness import place
 from semid.codes import CodesInfo, SemanticIds
-from semid.data.embeddings import EmbeddingSource, open_embeddings
+from semid.data.embeddings import open_embeddings
 from semid.data.ids import held_out_mask
+from semid.data.source import EmbeddingSource
 from semid.errors import InputError, UsageError
 from semid.health import ErrorSums, collisions
 from semid.progress import Progress, QuietProgress

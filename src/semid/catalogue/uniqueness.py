@@ -20,8 +20,9 @@ from semid.catalogue.placement import (
     token_count,
 )
 from semid.codes import UNIQUE_METHODS, CodesInfo, SemanticIds
-from semid.data.embeddings import EmbeddingSource, open_embeddings
+from semid.data.embeddings import open_embeddings
 from semid.data.ids import ItemIds
+from semid.data.source import EmbeddingSource
 from semid.errors import IdsError, UsageError, check_choice
 from semid.progress import Progress, QuietProgress
 from semid.quantization.blocks import BLOCK_ROWS

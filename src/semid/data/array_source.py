@@ -15,9 +15,6 @@ from semid.data.ids import ItemIds
 from semid.data.source import EmbeddingSource, matching_ids
 from semid.errors import EmbeddingError, UsageError, brief
 
-__all__ = ["ArraySource", "TensorSource", "open_npy"]
-
-
 MAX_HEADER = 1 << 16
 """Bytes of an ``.npy`` header; that of a matrix has 118."""
 
@@ -122,11 +119,7 @@ class TensorSource(EmbeddingSource):
 
 
 def open_npy(path: Path, *, ids: ItemIds | None = None) -> ArraySource:
-    """Open an ``.npy`` file as a read-only memory map, without unpickling anything.
-
-    Raises:
-        EmbeddingError: the file is truncated, holds Python objects, or is no ``.npy`` file.
-    """
+    """Open an ``.npy`` file as a read-only memory map, without unpickling anything."""
     label = f"'{path}'"
     dtype, fortran, shape, offset = _read_header(path)
     if dtype.hasobject:

@@ -9,18 +9,6 @@ import numpy as np
 
 from semid.data.ids import ItemIds
 
-__all__ = [
-    "BLOCK",
-    "MAX_NORM",
-    "Flag",
-    "Moments",
-    "RawBlock",
-    "RowProblems",
-    "reblock",
-    "squared_norms",
-    "within_range",
-]
-
 BLOCK = 65_536
 """Rows of a block: the fixed unit of work whose sums are added in order."""
 

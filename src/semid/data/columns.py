@@ -10,25 +10,6 @@ import pyarrow as pa
 
 from semid.errors import EmbeddingError, UsageError, brief, nearest_name
 
-__all__ = [
-    "ARROW_CONVERSION_ERRORS",
-    "common_type",
-    "concat_tables",
-    "conversion_problem",
-    "float_list_width",
-    "id_type_problem",
-    "is_float_list",
-    "is_list",
-    "is_text",
-    "listed",
-    "normalize_ids",
-    "not_float_list",
-    "pick_embedding_column",
-    "refuse_repeated",
-    "require_column",
-    "storage",
-]
-
 
 def storage(kind: pa.DataType) -> pa.DataType:
     """Return the plain type under an extension type (such as Arrow's fixed-shape tensor)."""
@@ -155,12 +136,7 @@ def refuse_repeated(columns: Sequence[str], names: Sequence[str], *, label: str)
 
 
 def require_column(name: str, columns: list[str], *, label: str, flag: str) -> str:
-    """Return ``name`` if it is a column.
-
-    Raises:
-        UsageError: with the columns there are, the nearest of them, and the flag to correct; or
-            several columns have that name.
-    """
+    """Return ``name`` if it is a column."""
     if name in columns:
         refuse_repeated([name], columns, label=label)
         return name
@@ -171,12 +147,7 @@ def require_column(name: str, columns: list[str], *, label: str, flag: str) -> s
 
 
 def pick_embedding_column(schema: pa.Schema, column: str | None, *, label: str) -> str:
-    """Choose the embedding column: the one named, else ``embedding``, else the only candidate.
-
-    Raises:
-        UsageError: no column of that name, or several candidates and none called ``embedding``.
-        EmbeddingError: the column named holds something else, or no column holds lists of floats.
-    """
+    """Choose the embedding column: the one named, else ``embedding``, else the only candidate."""
     flag = "--embedding-column (embedding_column=)"
     candidates = [field.name for field in schema if is_float_list(field.type)]
     if column is not None:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from semid.data.array_source import ArraySource, TensorSource, open_npy
-from semid.data.blocks import BLOCK
 from semid.data.columns import pick_embedding_column
 from semid.data.frames import is_frame, library_of, open_frame
 from semid.data.id_sources import frame_ids, load_ids, parquet_ids
@@ -19,8 +18,6 @@ from semid.data.parquet_files import ParquetFiles
 from semid.data.source import EmbeddingSource
 from semid.errors import EmbeddingError, UsageError, check_choice
 from semid.filesystems import is_uri
-
-__all__ = ["BLOCK", "EmbeddingSource", "open_embeddings"]
 
 _log = logging.getLogger(__name__)
 

@@ -12,16 +12,6 @@ import pyarrow as pa
 
 from semid.filesystems import FilePath, resolve
 
-__all__ = [
-    "HEAD_BYTES",
-    "PARQUET_SUFFIXES",
-    "UNKNOWN",
-    "FileKind",
-    "read_head",
-    "recognize",
-    "wrong_format",
-]
-
 PARQUET_SUFFIXES = (".parquet", ".pq", ".parq")
 
 HEAD_BYTES = 65_536
@@ -128,12 +118,7 @@ def read_head(path: FilePath) -> bytes:
 
 
 def recognize(head: bytes, path: FilePath = "") -> FileKind:
-    """Tell what a file is.
-
-    Args:
-        head: its first `HEAD_BYTES` bytes, or all of a shorter file.
-        path: its path, whose suffix decides where the bytes allow two kinds.
-    """
+    """Tell what a file is."""
     if not head:
         return EMPTY
     suffix = PurePath(str(path)).suffix.lower()
@@ -199,14 +184,7 @@ def wrong_format(
 ) -> str | None:
     """Say in a sentence what a file is and what to give instead.
 
-    Args:
-        path: the file that cannot be read.
-        expected: what its reader reads: ``embeddings``, ``ids`` or ``table``.
-        kind: what the file is, where that is known already.
-        allowed: name of the kind that its reader does read.
-
-    Returns:
-        The sentence, or None where the file is of that kind or of none that is known here.
+    Returns the sentence, or None where the file is of that kind or of none that is known here.
     """
     if kind is None:
         try:

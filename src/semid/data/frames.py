@@ -21,8 +21,6 @@ from semid.data.columns import (
 from semid.data.list_sources import Chunk, ObjectChunk
 from semid.errors import InputError, UsageError
 
-__all__ = ["Frame", "is_frame", "library_of", "open_frame"]
-
 _LIBRARIES = ("numpy", "pandas", "polars", "pyarrow", "torch")
 
 
@@ -59,11 +57,7 @@ class Frame:
         self._read = read
 
     def column(self, name: str) -> Any:
-        """Return a whole column as an Arrow chunked array.
-
-        Raises:
-            UsageError: the table has several columns of that name.
-        """
+        """Return a whole column as an Arrow chunked array."""
         refuse_repeated([name], self.schema.names, label=self.label)
         return self._read(name)
 
@@ -112,11 +106,7 @@ class PandasFrame(Frame):
 
 
 def open_frame(value: Any) -> Frame:
-    """Wrap a table, or one column, as a `Frame`.
-
-    Raises:
-        UsageError: something else of these libraries, such as a lazy frame.
-    """
+    """Wrap a table, or one column, as a `Frame`."""
     name, library = type(value).__name__, library_of(value)
     if library in ("pandas", "polars") and name in ("DataFrame", "Series"):
         if name == "Series":

@@ -21,16 +21,6 @@ from semid.data.tables import is_csv, open_table
 from semid.errors import ArtefactError, IdsError, SemidError, UsageError, nearest_name
 from semid.filesystems import FilePath, is_uri
 
-__all__ = [
-    "DEFAULT_ID_COLUMN",
-    "code_rows",
-    "frame_ids",
-    "join_tables",
-    "load_ids",
-    "parquet_ids",
-    "split_column",
-]
-
 DEFAULT_ID_COLUMN = "item_id"
 _FLAG = "--id-column (id_column=)"
 _log = logging.getLogger(__name__)
@@ -39,20 +29,9 @@ _log = logging.getLogger(__name__)
 def load_ids(ids: Any, *, id_column: str | None = None) -> ItemIds:
     """Read item ids given apart from the embeddings.
 
-    Args:
-        ids: a path, ``items.parquet`` or with its column ``items.parquet:asin``, to Parquet (file,
-            folder or glob), CSV, or a text file with one id per line, or with an id, a tab and its
-            row number per line (LC-Rec's ``.item2id``); or an array, list, Arrow array, table or
-            frame; or `ItemIds`.
-        id_column: the column, where a table does not name it itself. Without it ``item_id``, else
-            a table's only column.
+    Returns the ids. Those from CSV and text files stay text, so ``007`` does not become 7.
 
-    Returns:
-        The ids. Those from CSV and text files stay text, so ``007`` does not become 7.
-
-    Raises:
-        UsageError: nothing is there, or no such column.
-        IdsError: ids are null, repeated, of a wrong type, or the file cannot be read.
+    Shapes: ``ids`` (file, folder or glob).
     """
     if isinstance(ids, ItemIds):
         return ids
@@ -265,11 +244,6 @@ def join_tables(tables: Sequence[pa.Table], *, where: str) -> pa.Table:
 
     Files of one catalogue may differ in the width of their integers or texts, and in whether
     repeated texts are coded in a dictionary. The last table's metadata are those of all.
-
-    Raises:
-        ArtefactError: if a column is missing in some, or holds values of another type.
-        UsageError: if two columns have one name.
-        IdsError: if item ids cannot be written in the first one's type.
     """
     if any(t.column_names != tables[0].column_names for t in tables):
         raise ArtefactError(f"the files of {where} have different columns; encode them again")

@@ -27,14 +27,6 @@ from semid.data.columns import (
 )
 from semid.errors import IdsError, UsageError
 
-__all__ = [
-    "ItemIds",
-    "cast_ids",
-    "hash_strings",
-    "held_out_mask",
-    "share_mask",
-]
-
 _BASIS = 0xCBF29CE484222325
 _PRIME = 0x100000001B3
 _MASK = 0xFFFFFFFFFFFFFFFF
@@ -303,16 +295,7 @@ class ItemIds:
 
 
 def held_out_mask(ids: ItemIds, fraction: float, *, salt: str = "validation") -> np.ndarray:
-    """Return the mask (items,) of items held out of a fit, chosen by a hash of their id alone.
-
-    Args:
-        ids: the catalogue's ids.
-        fraction: share to hold out, 0 to 1. A larger share contains every smaller one.
-        salt: another salt gives an independent choice.
-
-    Raises:
-        UsageError: the fraction is outside 0 to 1.
-    """
+    """Return the mask (items,) of items held out of a fit, chosen by a hash of their id alone."""
     if not 0.0 <= fraction <= 1.0:
         raise UsageError(f"the held-out fraction is {fraction}; it must lie between 0 and 1")
     if fraction == 0.0:
@@ -321,16 +304,7 @@ def held_out_mask(ids: ItemIds, fraction: float, *, salt: str = "validation") ->
 
 
 def cast_ids(values: Any, kind: pa.DataType, *, source: str) -> pa.Array:
-    """Return ids in another type, if every id stays what it is.
-
-    Args:
-        values: ids as for `ItemIds`.
-        kind: type of strings or integers; of a dictionary its values' type is taken.
-        source: what the ids are called in errors.
-
-    Raises:
-        IdsError: an id cannot be written in that type, or would read differently: ``007`` as 7.
-    """
+    """Return ids in another type, if every id stays what it is."""
     plain = _to_arrow(values, source)
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if plain.type == kind:

@@ -15,17 +15,6 @@ from semid.data.ids import ItemIds, hash_strings, share_mask
 from semid.data.tables import open_table
 from semid.errors import InteractionsError, UsageError
 
-__all__ = [
-    "SELECT",
-    "TEST",
-    "TRAIN",
-    "ConsecutivePairs",
-    "Interactions",
-    "Sequences",
-    "read_interactions",
-    "split_users",
-]
-
 
 class ConsecutivePairs(NamedTuple):
     """Items that a user took one directly after the other.
@@ -92,9 +81,6 @@ class Sequences:
         Pairs in which an item is unknown are left out, and its neighbors are not paired with each
         other: no jump over a gap. An item that follows itself is a pair like any other. A boolean
         mask (users,) restricts whose pairs are taken.
-
-        Raises:
-            InteractionsError: the sequences have no order in time.
         """
         if not self.ordered:
             raise InteractionsError(
@@ -177,16 +163,7 @@ class Interactions:
     def sequences(self, ids: ItemIds, *, require_order: bool = True) -> Sequences:
         """Collect each user's items, oldest first; ties keep the order of the file.
 
-        Args:
-            ids: the catalogue. Items that are not in it stay as -1 and are counted.
-            require_order: refuse interactions without an order; with False they come in the order
-                of the file and ``ordered`` is False.
-
-        Returns:
-            Sequences of all users, in order of first appearance.
-
-        Raises:
-            InteractionsError: there is no order, or not one item is in the catalogue.
+        Returns sequences of all users, in order of first appearance.
         """
         if require_order and self.order is None:
             raise InteractionsError(
@@ -203,11 +180,7 @@ class Interactions:
         return Sequences(self.user_ids, offsets, items, self.has_order)
 
     def catalogue_rows(self, ids: ItemIds) -> np.ndarray:
-        """Return the catalogue row (items,) int32 of each of ``item_ids``, -1 for unknown ones.
-
-        Raises:
-            InteractionsError: not one item is in the catalogue, which means other ids were meant.
-        """
+        """Return the catalogue row (items,) int32 of each of ``item_ids``, -1 for unknown ones."""
         rows = ids.index_of(self.item_ids)
         missing = int((rows < 0).sum())
         if missing == len(rows):

@@ -15,8 +15,6 @@ from semid.data.ids import ItemIds
 from semid.data.tables import open_table
 from semid.errors import IdsError, InputError, UsageError
 
-__all__ = ["ItemTexts", "read_items"]
-
 _TEXT_COLUMNS = ("title", "categories", "brand", "text")
 
 
@@ -49,11 +47,7 @@ class ItemTexts:
         return str(self.titles[int(row)].as_py()) or self.ids[int(row)]
 
     def aligned(self, ids: ItemIds) -> ItemTexts:
-        """Return the texts in the order of other ids; items without a row get empty texts.
-
-        Raises:
-            IdsError: not one of the ids has a row, which means other ids were meant.
-        """
+        """Return the texts in the order of other ids; items without a row get empty texts."""
         rows = self.ids.index_of(ids.strings())
         missing = int((rows < 0).sum())
         if len(ids) and not len(self.ids):
@@ -85,19 +79,7 @@ def read_items(
 ) -> ItemTexts:
     """Read what items are called.
 
-    Args:
-        source: a path to Parquet (file, folder or glob) or CSV, also as ``items.parquet:asin``
-            with the id column; an Arrow table, pandas or polars frame; or `ItemTexts`.
-        ids: the catalogue to line up with; None keeps the table's own rows.
-        id_column: the item ids; None takes ``item_id``.
-        title_column: the titles; None takes ``title``, and ``text`` where that is empty or absent.
-
-    Returns:
-        The texts, in memory. Columns ``categories``, ``brand`` and ``text`` come along if present.
-
-    Raises:
-        UsageError: no such file or column, or neither ``title`` nor ``text``.
-        IdsError: ids are null or repeated, or none of ``ids`` is in the table.
+    Shapes: ``source`` (file, folder or glob).
     """
     if isinstance(source, ItemTexts):
         return source if ids is None else source.aligned(ids)

@@ -26,12 +26,6 @@ from semid.data.source import EmbeddingSource, matching_ids
 from semid.errors import EmbeddingError, brief
 from semid.filesystems import FilePath
 
-__all__ = [
-    "ArrowSource",
-    "ObjectChunk",
-    "ParquetSource",
-]
-
 
 def row_lengths(array: Any) -> np.ndarray:
     """Return the lengths of the lists (n,) of an Arrow array of variable lists, nulls left out."""

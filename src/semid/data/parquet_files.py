@@ -14,8 +14,6 @@ from semid.data.file_kinds import PARQUET_SUFFIXES, wrong_format
 from semid.errors import EmbeddingError, InputError, UsageError, brief
 from semid.filesystems import FilePath, is_uri, list_files, open_parquet
 
-__all__ = ["ParquetFiles", "find_parquet", "is_glob", "read_failure"]
-
 
 def is_glob(path: str | Path) -> bool:
     """Whether a path has glob characters and does not itself exist."""
@@ -27,9 +25,6 @@ def find_parquet(path: str | Path, *, expected: str = "table") -> list[FilePath]
 
     They are sorted by path, character by character: the order of their rows. ``expected`` says in
     advice what they should hold: ``embeddings`` or ``table``.
-
-    Raises:
-        UsageError: nothing is there, the folder is empty, or something else lies in it.
     """
     if is_uri(path):
         return list(list_files(str(path)))
@@ -118,12 +113,7 @@ class ParquetFiles:
 
     @classmethod
     def open(cls, path: str | Path, *, error: type[InputError] = EmbeddingError) -> ParquetFiles:
-        """Read the footers of the files that ``path`` names.
-
-        Raises:
-            UsageError: nothing is there.
-            InputError: a file cannot be read; of the class ``error``.
-        """
+        """Read the footers of the files that ``path`` names."""
         paths = find_parquet(path, expected=_expected(error))
         schemas, groups = [], []
         for file in paths:

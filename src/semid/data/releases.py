@@ -27,19 +27,6 @@ from semid.data.source import write_npy
 from semid.errors import InputError, InteractionsError, MissingExtraError, UsageError
 from semid.output import atomic_folder
 
-__all__ = [
-    "Release",
-    "core_mask",
-    "embed_texts",
-    "interaction",
-    "item_text",
-    "make_release",
-    "open_text",
-    "read_amazon",
-    "read_movielens",
-    "text_lines",
-]
-
 Ints = npt.NDArray[np.int64]
 
 
@@ -62,17 +49,7 @@ class Release:
     def write(
         self, folder: str | os.PathLike[str], *, embed: str | None = None, overwrite: bool = False
     ) -> Path:
-        """Write ``items.parquet``, ``interactions.parquet`` and, with a model, embeddings.
-
-        Args:
-            folder: destination.
-            embed: a sentence-transformers model for ``embeddings.f16.npy`` of the items' text.
-            overwrite: replace an existing folder.
-
-        Raises:
-            OutputExistsError: the folder exists and ``overwrite`` is false.
-            MissingExtraError: ``embed`` without sentence-transformers.
-        """
+        """Write ``items.parquet``, ``interactions.parquet`` and, with a model, embeddings."""
         with atomic_folder(folder, overwrite=overwrite) as work:
             pq.write_table(self.items, work / "items.parquet")
             pq.write_table(self.interactions, work / "interactions.parquet")
@@ -232,10 +209,6 @@ def embed_texts(texts: Sequence[str], model: str) -> npt.NDArray[np.float32]:
     """Embed texts with a sentence-transformers model (name or folder), rows of unit length.
 
     Returns ``(texts, dim)`` float32. Empty texts are embedded as they are.
-
-    Raises:
-        MissingExtraError: sentence-transformers is not installed.
-        InputError: no text at all.
     """
     if not any(texts):
         raise InputError("not one item has a text to embed; give the release's item metadata")
@@ -265,19 +238,7 @@ def read_amazon(
 ) -> Release:
     """Read a category of the Amazon reviews.
 
-    Args:
-        reviews: one line of JSON per review, ``.json.gz`` or ``.jsonl.gz``, or not compressed. The
-            layout is recognized by its keys: ``reviewerID``/``asin``/``overall`` (2014, 2018) or
-            ``user_id``/``parent_asin``/``rating`` with milliseconds (2023; items are the parents,
-            as the metadata has them).
-        items: the category's ``meta_*`` file: JSON or, in 2014, Python literals.
-        core: users and items with fewer interactions are left out, again and again until none
-            is left (the papers' 5-core); 0 keeps all.
-
-    Raises:
-        UsageError: no such file.
-        InputError: a line is of neither layout.
-        InteractionsError: nothing is left.
+    Shapes: ``reviews`` (2014, 2018).
     """
     described = {} if items is None else dict(_items(Path(items)))
     return make_release(_reviews(Path(reviews)), described, core=core, label=f"'{reviews}'")
@@ -355,18 +316,7 @@ def _text(value: Any) -> str:
 def read_movielens(folder: str | os.PathLike[str], *, core: int = 0) -> Release:
     """Read a release of MovieLens.
 
-    Args:
-        folder: as unpacked, with ``ratings.dat`` and ``movies.dat`` (ml-1m, ml-10m) or
-            ``ratings.csv`` and ``movies.csv`` (ml-latest, ml-20m, ml-25m, ml-32m).
-        core: users and movies with fewer ratings are left out; 0 keeps all.
-
-    Returns:
-        Ratings as they are (1 to 5 or 0.5 to 5); genres are the categories.
-
-    Raises:
-        UsageError: neither layout is there.
-        InputError: a line of another layout.
-        InteractionsError: nothing is left.
+    Returns ratings as they are (1 to 5 or 0.5 to 5); genres are the categories.
     """
     place = Path(folder)
     for suffix in (".dat", ".csv"):

@@ -15,8 +15,6 @@ from semid.data.ids import ItemIds
 from semid.errors import EmbeddingError, IdsError, UsageError
 from semid.output import atomic_file
 
-__all__ = ["EmbeddingSource", "matching_ids", "write_npy"]
-
 
 class EmbeddingSource(ABC):
     """Embeddings of a catalogue, wherever they lie; nothing ever copies the whole matrix.
@@ -61,17 +59,7 @@ class EmbeddingSource(ABC):
     def blocks(
         self, size: int = BLOCK, *, first: int = 0, copy: bool = True
     ) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield each block's first row and rows (n, dim) float32, C-contiguous and finite.
-
-        Args:
-            size: rows per block, at least 1; only the last may be shorter.
-            first: row to begin at, a multiple of ``size``.
-            copy: whether blocks may be changed; otherwise they may be views of the source's memory.
-
-        Raises:
-            EmbeddingError: a value is null, NaN or infinite; lists what is wrong in all rows.
-            UsageError: ``size`` below 1, or ``first`` not a multiple of it.
-        """
+        """Yield each block's first row and rows (n, dim) float32, C-contiguous and finite."""
         if size < 1:
             raise UsageError(f"block size {size} is not positive")
         if first < 0 or first % size:
@@ -89,10 +77,6 @@ class EmbeddingSource(ABC):
 
         Arrays and Arrow tables read the rows asked for. Parquet decodes every row group that holds
         one of them, so rows at random cost a pass: make a memory map first (`to_npy`).
-
-        Raises:
-            EmbeddingError: one of these rows is null, NaN or infinite.
-            UsageError: an index is no integer or outside the rows.
         """
         numbers = _check_indices(indices, len(self))
         raw = self._raw_rows(numbers)
@@ -119,15 +103,7 @@ class EmbeddingSource(ABC):
     def subset(self, mask_or_indices: Any) -> EmbeddingSource:
         """Return a lazy view of some rows, which reads from this source.
 
-        Args:
-            mask_or_indices: boolean mask (items,), or unique row numbers (n,) in the order wanted.
-                Rising row numbers (a mask's always rise) read in order; others read at random.
-
-        Returns:
-            A source of those rows and their ids; it may be empty.
-
-        Raises:
-            UsageError: a mask of another length, or row numbers that repeat or do not exist.
+        Shapes: ``mask_or_indices`` (items,).
         """
         from semid.data.source import SubsetSource
 
@@ -144,10 +120,6 @@ class EmbeddingSource(ABC):
 
         The cache for training: rows at random from it cost what they weigh. Written a block at a
         time beside the target and renamed when complete.
-
-        Raises:
-            EmbeddingError: a row cannot be used.
-            OutputExistsError: the file exists and ``overwrite`` is False.
         """
         from semid.data.array_source import open_npy
 

@@ -40,11 +40,6 @@ from semid.data.synthetic_items import (
 from semid.errors import UsageError, check_choice
 from semid.output import atomic_file, check_output
 
-__all__ = [
-    "SyntheticCatalogue",
-    "SyntheticFiles",
-]
-
 _REACH = (0.55, 0.25, 0.12, 0.08)
 """Chances that the next item comes from the same niche, aisle, department, or anywhere."""
 

@@ -12,22 +12,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-__all__ = [
-    "BRANDS",
-    "DEPARTMENTS",
-    "FINISHES",
-    "NICHES_OF_DEPARTMENT",
-    "PATHS",
-    "STYLES",
-    "VARIANTS",
-    "Attributes",
-    "Department",
-    "item_table",
-    "named",
-    "numbered",
-    "plural",
-]
-
 
 @dataclass(frozen=True)
 class Department:

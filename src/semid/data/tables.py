@@ -17,8 +17,6 @@ from semid.data.parquet_files import ParquetFiles
 from semid.errors import InputError, UsageError, brief
 from semid.filesystems import local_path
 
-__all__ = ["Table", "is_csv", "open_table"]
-
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _SEPARATED = {"comma", "tab", "semicolon", "bar"}
 
@@ -72,16 +70,7 @@ def open_table(
 ) -> Table:
     """Open a table; reads names and types of its columns.
 
-    Args:
-        source: path of CSV (``.csv``, ``.tsv``, compressed or not) or Parquet (file, folder, glob
-            or URI); an Arrow table, pandas or polars frame, or anything that offers Arrow's C
-            stream; or a dictionary of columns.
-        what: the table in errors.
-        error: class of the error for a file that cannot be read.
-
-    Raises:
-        UsageError: it is none of these, or there is no such file.
-        InputError: of the class ``error``.
+    Shapes: ``source`` (file, folder, glob or URI).
     """
     if isinstance(source, str | Path):
         path = local_path(source)

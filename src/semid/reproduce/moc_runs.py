@@ -16,7 +16,8 @@ from semid.data.tables import open_table
 from semid.errors import InteractionsError
 from semid.progress import QuietProgress
 from semid.recommenders.ranking.analysis import CodeAnalysis, analyze_codes
-from semid.recommenders.ranking.data import RankingData, RankingDataConfig, prepare_ranking_data
+from semid.recommenders.ranking.builder import RankingData, RankingDataConfig
+from semid.recommenders.ranking.data import prepare_ranking_data
 from semid.recommenders.ranking.network import RankerConfig
 from semid.recommenders.ranking.splits import Label
 from semid.recommenders.ranking.training import rank_options

@@ -20,7 +20,7 @@ from semid.errors import IdsError, UsageError, check_choice
 from semid.options import Options, option
 from semid.output import atomic_folder
 from semid.progress import Progress, QuietProgress
-from semid.recommenders.ranking.data import RankingData
+from semid.recommenders.ranking.builder import RankingData
 from semid.recommenders.ranking.evaluation import reliance
 from semid.recommenders.ranking.features import CodeFeatures
 from semid.recommenders.ranking.models import MODELS

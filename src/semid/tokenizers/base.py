@@ -19,8 +19,9 @@ import numpy.typing as npt
 
 from semid.artefact import FORMAT_VERSION
 from semid.codes import CodesInfo, SemanticIds, code_dtype
-from semid.data.embeddings import EmbeddingSource, open_embeddings
+from semid.data.embeddings import open_embeddings
 from semid.data.ids import ItemIds, held_out_mask
+from semid.data.source import EmbeddingSource
 from semid.errors import EmbeddingError, UsageError
 from semid.progress import Progress, QuietProgress
 from semid.quantization.blocks import BLOCK_ROWS, Blocks, prefetched

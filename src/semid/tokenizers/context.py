@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from semid.codes import MAX_LEVELS
-from semid.data.embeddings import EmbeddingSource
+from semid.data.source import EmbeddingSource
 from semid.errors import EmbeddingError, InputError, UsageError
 from semid.health import ROWS_PER_CODEWORD, row_hashes
 from semid.options import MAX_BEAM

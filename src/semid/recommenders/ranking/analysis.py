@@ -18,21 +18,6 @@ from semid.recommenders.ranking.network import RankingNetwork
 from semid.recommenders.ranking.rows import RankingRows
 from semid.seeds import numpy_generator
 
-__all__ = [
-    "CLUSTERS",
-    "CodeAnalysis",
-    "Discriminability",
-    "adjusted_mutual_information",
-    "analyze_codes",
-    "code_embeddings",
-    "correlation",
-    "discriminability",
-    "expected_mutual_information",
-    "linear_cka",
-    "normalized_mutual_information",
-    "singular_values",
-]
-
 CLUSTERS = (10, 20, 50, 100, 200)
 """Numbers of clusters in MoC fig. 1b; 100 is its default."""
 
@@ -44,11 +29,7 @@ Floats = npt.NDArray[np.float64]
 def code_embeddings(
     network: RankingNetwork, rows: RankingRows, *, fused: bool = False, batch_size: int = 65_536
 ) -> Array:
-    """Return embeddings of the code fields ``(rows, fields, width)``, if ``fused`` after fusion.
-
-    Raises:
-        UsageError: the network has no code fields, or no fusion although ``fused`` is true.
-    """
+    """Return embeddings of the code fields ``(rows, fields, width)``, if ``fused`` after fusion."""
     # Fields of history and item id are left out.
     places = [n for n, name in enumerate(network.field_names) if name.startswith("code:")]
     if not places:

@@ -31,15 +31,6 @@ from semid.recommenders.ranking.schema import (
 )
 from semid.recommenders.ranking.splits import COLD, PARTS, SPLITS, TRAIN, Label, check_fractions
 
-__all__ = [
-    "DataBuilder",
-    "LogBatch",
-    "RankingData",
-    "RankingDataConfig",
-    "ValueCounts",
-    "encode",
-]
-
 MAX_HISTORY = 10_000
 """Largest history: every row of a batch holds as many items; published models see 20 to 1,000."""
 
@@ -305,16 +296,7 @@ class DataBuilder:
         split_note: str = "",
         ordered: bool = True,
     ) -> RankingData:
-        """Build the vocabularies from the training rows and look every held row up.
-
-        Args:
-            catalogue: the items.
-            items: table of items, or None.
-            id_column: id column of the table.
-            users: users in the order of their rows; None takes those counted.
-            split_note: note behind the split in the protocol.
-            ordered: whether histories follow a time instead of the order of the file.
-        """
+        """Build the vocabularies from the training rows and look every held row up."""
         # Users and items with enough training rows get rows of their own.
         self._check_parts()
         config = self.config

@@ -35,8 +35,6 @@ from semid.recommenders.ranking.splits import (
     split_rows,
 )
 
-__all__ = ["RankingData", "RankingDataConfig", "prepare_ranking_data"]
-
 logger = logging.getLogger(__name__)
 
 Ints = npt.NDArray[np.int64]

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from semid.recommenders.ranking.features import CodeTable
 from semid.recommenders.ranking.schema import Inputs, Schema
 
-__all__ = ["FieldIndex", "FieldTables", "Positions"]
-
 
 class Positions(NamedTuple):
     """Where the embeddings of a batch lie in the fused tables.

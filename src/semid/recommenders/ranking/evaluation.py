@@ -9,20 +9,11 @@ import numpy.typing as npt
 import torch
 
 from semid.diagnostics.popularity import SEGMENTS, popularity_segments
-from semid.recommenders.ranking.data import RankingData
+from semid.recommenders.ranking.builder import RankingData
 from semid.recommenders.ranking.metrics import auc, measure
 from semid.recommenders.ranking.network import RankingNetwork
 from semid.recommenders.ranking.rows import RankingRows
 from semid.seeds import numpy_generator
-
-__all__ = [
-    "EVALUATION_BATCH",
-    "MAX_FEW_INTERACTIONS",
-    "evaluate",
-    "predict_logits",
-    "reliance",
-    "slice_masks",
-]
 
 EVALUATION_BATCH = 65_536
 """Rows scored at once."""
@@ -65,12 +56,7 @@ def slice_masks(
 
 
 def evaluate(network: RankingNetwork, data: RankingData) -> dict[str, Any]:
-    """Measure a trained network on every part but training.
-
-    Returns:
-        JSON-able: ``validation``, ``test`` and ``cold`` (`Metrics`), and ``slices`` of the test
-        part that hold rows.
-    """
+    """Measure a trained network on every part but training."""
     report: dict[str, Any] = {}
     for name, rows in data.parts.items():
         if name == "train":

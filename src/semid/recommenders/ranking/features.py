@@ -21,8 +21,6 @@ from semid.errors import IdsError, UsageError
 from semid.options import Options, option
 from semid.seeds import numpy_generator
 
-__all__ = ["CONTROLS", "MODES", "CodeFeatures", "CodeTable", "code_table", "extend_codes"]
-
 logger = logging.getLogger(__name__)
 
 MODES = ("levels", "parallel", "multi", "prefix", "ngram")
@@ -116,11 +114,7 @@ class CodeTable:
 
     @classmethod
     def of(cls, config: Mapping[str, Any], rows: npt.NDArray[Any]) -> CodeTable:
-        """Read the config and the rows that an artefact holds.
-
-        Raises:
-            ValueError: rows outside their tables, or fields that do not exist.
-        """
+        """Read the config and the rows that an artefact holds."""
         hints = {name: kind for name, kind in get_type_hints(cls).items() if name != "rows"}
         table = cls(rows=rows, **checked(hints, config, "codes"))
         slots = len(table.sizes)
@@ -134,13 +128,7 @@ class CodeTable:
 
 
 def code_table(ids: SemanticIds, catalogue: ItemIds, features: CodeFeatures) -> CodeTable:
-    """Join codes to a catalogue; items without codes read row 0 of every slot and are counted.
-
-    Raises:
-        IdsError: no item has codes.
-        UsageError: the codes cannot be used this way (too few levels, ``parallel`` for residual
-            codes).
-    """
+    """Join codes to a catalogue; items without codes read row 0 of every slot and are counted."""
     # Join: the position of every catalogue item among the ids, -1 without codes.
     _check_codes(ids, features)
     if len(ids) == 0:
@@ -263,8 +251,7 @@ def _slots(
 def _numbers(codes: Ints, known: npt.NDArray[np.bool_], budget: int) -> tuple[Ints, int, int]:
     """Number the distinct rows of ``codes``; hash them into ``budget`` numbers if there are more.
 
-    Returns:
-        A number per item, the count of numbers, and how many distinct rows share one.
+    Returns A number per item, the count of numbers, and how many distinct rows share one.
     """
     # Without hashing, the number of a row is its place among the sorted distinct rows.
     unique, inverse = np.unique(codes[known], axis=0, return_inverse=True)
@@ -297,9 +284,6 @@ def extend_codes(
     ``ids`` holds the codes of the new items; None leaves them without. For prefixes and n-grams it
     holds those of the catalogue too: a new item takes the row of an item that shares the prefix,
     and the reserved row if none does.
-
-    Raises:
-        UsageError: the table belongs to a control, whose codes mean nothing.
     """
     rows = np.zeros((len(new), table.rows.shape[1]), np.int64)
     if ids is None:

@@ -14,8 +14,6 @@ from semid.output import atomic_file
 from semid.recommenders.ranking.ranker import Ranker
 from semid.recommenders.ranking.schema import Inputs, Schema
 
-__all__ = ["RankingGraph", "input_names", "write_onnx", "write_torch_export"]
-
 
 def input_names(schema: Schema) -> list[str]:
     """Return the names of the graph's inputs, in order.

@@ -17,13 +17,6 @@ from semid.data.tables import open_table
 from semid.errors import InteractionsError, UsageError
 from semid.recommenders.ranking.schema import ItemAttribute, Schema, Vocabulary, as_text, one_array
 
-__all__ = [
-    "ItemColumns",
-    "extend_schema",
-    "join_catalogue",
-    "read_item_columns",
-]
-
 logger = logging.getLogger(__name__)
 
 Ints = npt.NDArray[np.int64]
@@ -96,16 +89,7 @@ def read_item_columns(
     single: Sequence[str] | None = None,
     multi: Sequence[str] | None = None,
 ) -> ItemColumns:
-    """Read attributes of items and line them up with a catalogue.
-
-    Args:
-        source: table of items as for `open_table`, or None.
-        ids: the catalogue, in order.
-        id_column: column of the item ids; None takes ``item_id``.
-        single: columns with one value per item; None takes ``brand`` if present.
-        multi: columns with several values, as lists or as text split at the first of `SEPARATORS`
-            that occurs in it; None takes ``categories`` if present.
-    """
+    """Read attributes of items and line them up with a catalogue."""
     if source is None:
         if single or multi:
             raise UsageError(
@@ -167,11 +151,7 @@ def _lists(column: Any, *, name: str, label: str, split: bool) -> Any:
 
 
 def join_catalogue(item_ids: pa.Array, items: Any, id_column: str | None, *, label: str) -> ItemIds:
-    """Return the catalogue: the items of the table, then the further items of the log.
-
-    Raises:
-        InteractionsError: the table holds none of the log's items ``item_ids``.
-    """
+    """Return the catalogue: the items of the table, then the further items of the log."""
     if items is None:
         return ItemIds(item_ids)
     table = open_table(items, what="the table of items")
@@ -190,11 +170,7 @@ def join_catalogue(item_ids: pa.Array, items: Any, id_column: str | None, *, lab
 
 
 def extend_schema(schema: Schema, items: Any) -> tuple[Schema, ItemIds]:
-    """Append the items of a table that the schema does not know; return their ids too.
-
-    Raises:
-        UsageError: a column is missing, or there is no new item.
-    """
+    """Append the items of a table that the schema does not know; return their ids too."""
     table = open_table(items, what="the table of items")
     if "item_id" not in table.names:
         raise UsageError(f"{table.label} has no column 'item_id'; name the new items in it")

@@ -10,20 +10,6 @@ from torch import Tensor, nn
 
 from semid.errors import UsageError
 
-__all__ = [
-    "ATTENTION_PRESETS",
-    "BatchNorm",
-    "CrossLayer",
-    "Dropout",
-    "ExpertCrossLayer",
-    "FactorizationMachine",
-    "FieldAttention",
-    "LowRankCrossLayer",
-    "MoCFusion",
-    "Perceptron",
-    "SymmetricPolynomials",
-]
-
 
 class BatchNorm(nn.BatchNorm1d):
     """Batch normalization that also takes a training batch of one row.

@@ -11,19 +11,6 @@ import numpy.typing as npt
 
 from semid.errors import InputError
 
-__all__ = [
-    "Calibration",
-    "Metrics",
-    "auc",
-    "auc_by_user",
-    "auc_error",
-    "average_ranks",
-    "calibration",
-    "log_loss",
-    "measure",
-    "sigmoid",
-]
-
 Floats = npt.NDArray[np.floating[Any]]
 
 

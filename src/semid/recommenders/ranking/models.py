@@ -22,21 +22,6 @@ from semid.recommenders.ranking.layers import (
 )
 from semid.registry import Registry
 
-__all__ = [
-    "MODELS",
-    "STRUCTURES",
-    "AutoInt",
-    "AutoIntOptions",
-    "DCNv2",
-    "DCNv2Options",
-    "DeepFM",
-    "DeepFMOptions",
-    "DeepIM",
-    "DeepIMOptions",
-    "Model",
-    "make_model",
-]
-
 STRUCTURES = ("parallel", "stacked")
 
 MAX_LAYERS = 128
@@ -274,10 +259,6 @@ MODELS = Registry(
 def make_model(
     name: str, *, fields: int, width: int, options: Mapping[str, Any] | None = None
 ) -> Model:
-    """Return a new model; ``options`` by name are those of ``MODELS[name].options``.
-
-    Raises:
-        UsageError: an unknown model or option, or a value out of range.
-    """
+    """Return a new model; ``options`` by name are those of ``MODELS[name].options``."""
     kind: type[Model] = MODELS.load(name, flag="--model (model=)")
     return kind(fields, width, kind.options.of(options))

@@ -18,8 +18,6 @@ from semid.recommenders.ranking.schema import Inputs, Schema
 from semid.seeds import child_seed
 from semid.training.loop import Step
 
-__all__ = ["SPARSE_ROWS", "RankerConfig", "RankingNetwork", "WideId", "make_network"]
-
 SPARSE_ROWS = 1_000_000
 """Larger tables get row-wise updates by default, so that a step costs the rows of its batch."""
 
@@ -185,11 +183,7 @@ def make_network(
     item_id: bool = True,
     seed: int = 0,
 ) -> RankingNetwork:
-    """Return a network whose initial weights are a function of ``seed`` alone.
-
-    Raises:
-        UsageError: an unknown model or option.
-    """
+    """Return a network whose initial weights are a function of ``seed`` alone."""
     # The generator of the caller stays as it was.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(child_seed(seed, "start"))

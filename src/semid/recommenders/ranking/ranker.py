@@ -31,8 +31,6 @@ from semid.recommenders.ranking.schema import Schema, as_text, one_array
 from semid.tokenizers.stored import described
 from semid.training.checkpoint import load_module_, module_arrays
 
-__all__ = ["HISTORY_COLUMN", "Prediction", "Ranker", "Ranking"]
-
 logger = logging.getLogger(__name__)
 
 HISTORY_COLUMN = "history"

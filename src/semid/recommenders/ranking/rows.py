@@ -15,8 +15,6 @@ from semid.recommenders.ranking.schema import Inputs
 from semid.training.batches import epoch_batches, own_share, steps_per_epoch
 from semid.training.distributed import rank, world_size
 
-__all__ = ["BatchSource", "HistoryIndex", "MemoryBatches", "RankingRows"]
-
 
 @dataclass(frozen=True)
 class HistoryIndex:

@@ -20,17 +20,6 @@ from semid.data.ids import ItemIds
 from semid.documents import checked
 from semid.errors import InputError
 
-__all__ = [
-    "Inputs",
-    "ItemAttribute",
-    "Schema",
-    "Vocabulary",
-    "as_categories",
-    "as_text",
-    "dense_values",
-    "one_array",
-]
-
 Ints = npt.NDArray[np.int64]
 
 CONFIG: dict[str, Any] = {
@@ -134,12 +123,7 @@ def as_text(
     label: str,
     advice: str = "cast it, or name it as a dense column (--dense, dense=)",
 ) -> pa.Array:
-    """Return a column of categories ``(n,)`` as strings; nulls stay nulls.
-
-    Raises:
-        InputError: it holds something else than strings, integers or truth values; ``advice`` says
-            what to do.
-    """
+    """Return a column of categories ``(n,)`` as strings; nulls stay nulls."""
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     checks = (is_text, pa.types.is_integer, pa.types.is_boolean, pa.types.is_null)
     if not any(check(kind) for check in checks):
@@ -160,11 +144,7 @@ def as_categories(column: Any, *, name: str, label: str) -> pa.Array:
 
 
 def dense_values(column: Any, *, name: str, label: str) -> npt.NDArray[np.float32]:
-    """Return a column of numbers ``(n,)`` as float32.
-
-    Raises:
-        InputError: it holds no numbers, or some are null, NaN or infinite.
-    """
+    """Return a column of numbers ``(n,)`` as float32."""
     kind, types = column.type, pa.types
     checks = (types.is_integer, types.is_floating, types.is_boolean, types.is_decimal)
     if not any(check(kind) for check in checks):
@@ -237,11 +217,7 @@ class Schema:
     def context_rows(
         self, columns: Mapping[str, Any], *, rows: int, label: str
     ) -> tuple[Tensor, Tensor]:
-        """Look up the context of rows: ``(rows, categorical)`` int32, ``(rows, dense)`` float32.
-
-        Raises:
-            InputError: listing every column of a wrong type or with NaN.
-        """
+        """Look up the context of rows: ``(rows, categorical)`` int32, ``(rows, dense)`` float32."""
         # All columns are tried before the problems are raised together.
         problems: list[str] = []
         categorical, dense = [], []
@@ -293,12 +269,7 @@ class Schema:
 
     @classmethod
     def of(cls, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Schema:
-        """Read what `to_config` and `tensors` returned.
-
-        Raises:
-            ValueError: arrays that contradict the config or each other.
-            ArtefactError: a value of another type.
-        """
+        """Read what `to_config` and `tensors` returned."""
         config = checked(CONFIG, config, "schema", required=CONFIG)
         # Every array is checked against the vocabularies, so that a damaged file cannot index
         # outside a table.
@@ -337,11 +308,7 @@ class Schema:
 
 
 def table_rows(tensors: Mapping[str, np.ndarray], name: str, size: int) -> Ints:
-    """Return an array of row numbers of a table with ``size`` rows.
-
-    Raises:
-        ValueError: it holds something else.
-    """
+    """Return an array of row numbers of a table with ``size`` rows."""
     array = tensors[name]
     if array.dtype.kind != "i" or (array.size and not 0 <= array.min() <= array.max() < size):
         raise ValueError(f"'{name}' holds other values than the rows 0 to {size - 1} of its table")

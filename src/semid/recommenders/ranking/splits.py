@@ -15,22 +15,6 @@ from semid.data.interactions import Interactions
 from semid.errors import InteractionsError, UsageError, check_choice
 from semid.seeds import numpy_generator
 
-__all__ = [
-    "COLD",
-    "COLD_SALT",
-    "DISTRIBUTIONS",
-    "PARTS",
-    "SPLITS",
-    "TEST",
-    "TRAIN",
-    "VALIDATION",
-    "Label",
-    "check_fractions",
-    "draw_negatives",
-    "hash_parts",
-    "split_rows",
-]
-
 SPLITS = ("random", "leave-last-out", "time")
 PARTS = ("train", "validation", "test", "cold")
 TRAIN, VALIDATION, TEST, COLD = range(4)
@@ -73,11 +57,7 @@ class Label:
 
     @classmethod
     def parse(cls, text: str) -> Label:
-        """Read ``rating>=8``, ``rating>3``, ``click>=1`` or ``sampled(uniform,1)``.
-
-        Raises:
-            UsageError: it is none of these.
-        """
+        """Read ``rating>=8``, ``rating>3``, ``click>=1`` or ``sampled(uniform,1)``."""
         match = _THRESHOLD.fullmatch(text)
         if match:
             return cls(column=match[1], threshold=float(match[3]), strict=match[2] == ">")
@@ -112,11 +92,7 @@ class Label:
         return values > self.threshold if self.strict else values >= self.threshold
 
     def apply(self, values: npt.NDArray[np.float64]) -> Mask:
-        """Label all values ``(rows,)`` of the column.
-
-        Raises:
-            InteractionsError: values are missing, or all rows get one label.
-        """
+        """Label all values ``(rows,)`` of the column."""
         missing = ~np.isfinite(values)
         if missing.any():
             raise InteractionsError(
@@ -146,17 +122,9 @@ def draw_negatives(
 ) -> tuple[Ints, Mask]:
     """Draw an item per row that its user has not interacted with.
 
-    Args:
-        users: ``(rows,)`` user of each row.
-        excluded: users and items ``(pairs,)`` that must not be drawn.
-        pool: ``(pool,)`` items to draw from.
-        weights: ``(pool,)`` non-negative weights; None draws uniformly.
-        items: number of items, above every item.
-        seed: any integer.
-        name: stream of random numbers; another name draws independently.
+    Returns items ``(rows,)`` and a mask of the rows that got one. Costs one sort of the pairs.
 
-    Returns:
-        Items ``(rows,)`` and a mask of the rows that got one. Costs one sort of the pairs.
+    Shapes: ``users`` (rows,), ``excluded`` (pairs,), ``pool`` (pool,), ``weights`` (pool,).
     """
     # A pair is one integer, so "was it excluded?" is a binary search among sorted integers.
     keys = np.unique(excluded[0] * items + excluded[1])
@@ -187,11 +155,7 @@ def draw_negatives(
 
 
 def check_fractions(fractions: Sequence[float]) -> tuple[float, float, float]:
-    """Return the shares of train, validation and test.
-
-    Raises:
-        UsageError: they are not three positive numbers that add up to 1.
-    """
+    """Return the shares of train, validation and test."""
     shares = tuple(float(share) for share in fractions)
     if len(shares) != 3 or not (min(shares) > 0 and abs(sum(shares) - 1) <= 1e-6):  # NaN fails too
         raise UsageError(
@@ -211,19 +175,7 @@ def split_rows(
 ) -> Parts:
     """Return the part ``(interactions,)`` of each interaction, an index into `PARTS`.
 
-    Args:
-        log: the interactions.
-        split: ``random`` (a repeated pair of user and item stays together), ``leave-last-out``
-            (a user's last interaction is tested, the one before it validates; a user with one
-            stays in training, one with two has no validation) or ``time`` (the earliest share
-            trains, the latest is tested; equal times stay together).
-        fractions: shares of train, validation and test, for ``random`` and ``time``.
-        cold_items: ``(log items,)`` mask of items whose interactions all go to the part ``cold``.
-        seed: seed of ``random``.
-
-    Raises:
-        UsageError: an unknown split, or one that needs an order that the log does not have.
-        InteractionsError: a part would be empty.
+    Shapes: ``cold_items`` (log items,).
     """
     check_choice("--split (split=)", split, SPLITS)
     shares = check_fractions(fractions)

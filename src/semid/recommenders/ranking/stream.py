@@ -34,8 +34,6 @@ from semid.seeds import numpy_generator
 from semid.training.batches import own_share
 from semid.training.distributed import rank, world_size
 
-__all__ = ["BUFFER_ROWS", "LogFiles", "RankingStream", "StreamBatches"]
-
 BUFFER_ROWS = 1 << 20
 """Rows of the shuffle buffer."""
 

@@ -16,7 +16,7 @@ from semid.artefact import fingerprint
 from semid.codes import SemanticIds
 from semid.errors import UsageError
 from semid.progress import Progress, QuietProgress
-from semid.recommenders.ranking.data import RankingData
+from semid.recommenders.ranking.builder import RankingData
 from semid.recommenders.ranking.evaluation import evaluate, predict_logits
 from semid.recommenders.ranking.features import CodeFeatures, CodeTable, code_table
 from semid.recommenders.ranking.metrics import auc, log_loss
@@ -27,17 +27,6 @@ from semid.training.checkpoint import open_checkpoint, run_key
 from semid.training.loggers import Logger
 from semid.training.loop import Evaluation, train
 from semid.training.options import TrainOptions
-
-__all__ = [
-    "TRAINING",
-    "RankingTask",
-    "RowwiseAdamW",
-    "data_digest",
-    "make_optimizer",
-    "rank_options",
-    "train_ranker",
-    "training_device",
-]
 
 TRAINING: dict[str, Any] = {
     "epochs": 30,
@@ -265,11 +254,7 @@ def train_ranker(
 
 
 def training_device(device: str) -> torch.device:
-    """Return the device that ``auto``, ``cpu`` or ``cuda`` means here.
-
-    Raises:
-        UsageError: another word, or CUDA without a GPU.
-    """
+    """Return the device that ``auto``, ``cpu`` or ``cuda`` means here."""
     if device not in ("auto", "cpu", "cuda"):
         raise UsageError(f"--device (device=) is '{device}'; give auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
