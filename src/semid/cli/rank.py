@@ -108,7 +108,8 @@ def rank(
     from semid.codes import SemanticIds
     from semid.output import atomic_file
     from semid.recommenders.ranking.analysis import analyze_codes
-    from semid.recommenders.ranking.data import RankingDataConfig, prepare_ranking_data
+    from semid.recommenders.ranking.builder import RankingDataConfig
+    from semid.recommenders.ranking.data import prepare_ranking_data
     from semid.recommenders.ranking.features import CodeFeatures
     from semid.recommenders.ranking.stream import RankingStream
     from semid.recommenders.ranking.training import rank_options, train_ranker, training_device
@@ -201,7 +202,8 @@ def rank_grid(
     Example: semid rank-grid logs.parquet --embeddings items.parquet --methods none,moc -o grid/
     """
     from semid.output import atomic_file, atomic_folder
-    from semid.recommenders.ranking.data import RankingDataConfig, prepare_ranking_data
+    from semid.recommenders.ranking.builder import RankingDataConfig
+    from semid.recommenders.ranking.data import prepare_ranking_data
     from semid.recommenders.ranking.models import MODELS
     from semid.recommenders.ranking.training import rank_options, training_device
     from semid.reproduce.grid_tables import grid_tables
