@@ -26,8 +26,8 @@ from semid.diagnostics.spaces import reconstruction
 from semid.health import usage
 from semid.report.behavior import Pool, measure_pairs
 from semid.tokenizers.barq import BARQ
-from semid.tokenizers.base import HELD_OUT_SALT
 from semid.tokenizers.factory import make_tokenizer
+from semid.tokenizers.stored import HELD_OUT_SALT
 
 HERE = Path(__file__).parent
 SETS = {name: f"amazon2014_{name}" for name in ("beauty", "toys", "sports")}

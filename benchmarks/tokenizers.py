@@ -30,7 +30,8 @@ from semid.data.interactions import Interactions
 from semid.health import collisions, usage
 from semid.reproduce.datasets import Opened
 from semid.reproduce.recipe import DataSet
-from semid.tokenizers.base import HELD_OUT_SALT, Tokenizer
+from semid.tokenizers.base import Tokenizer
+from semid.tokenizers.stored import HELD_OUT_SALT
 from semid.training.options import resolve_precision
 
 SETS = {

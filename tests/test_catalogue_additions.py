@@ -121,7 +121,7 @@ def test_many_held_out_items_are_the_reference():
     tokenizer.validation_fraction = 0.5
     ids = tokenizer.encode(rows(1000))
     from semid.data.ids import held_out_mask
-    from semid.tokenizers.base import HELD_OUT_SALT
+    from semid.tokenizers.stored import HELD_OUT_SALT
 
     held = held_out_mask(ids.items, 0.5, salt=HELD_OUT_SALT)
     assert norm_quantiles(ids, tokenizer)[-1] == pytest.approx(ids.residual_norms[held].max())

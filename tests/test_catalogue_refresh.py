@@ -15,7 +15,7 @@ from semid.catalogue.uniqueness import make_unique
 from semid.data.ids import ItemIds, held_out_mask
 from semid.errors import FingerprintError, InputError, UsageError
 from semid.quantization.kmeans import KMeansOptions
-from semid.tokenizers.base import HELD_OUT_SALT
+from semid.tokenizers.stored import HELD_OUT_SALT
 
 
 def names(picked):

@@ -17,7 +17,7 @@ from semid.quantization.blocks import ArrayBlocks
 from semid.quantization.nearest import prepare
 from semid.quantization.refine import Part, RefineOptions, refine_residual
 from semid.quantization.residual import encode_residual, fit_residual
-from semid.tokenizers.base import HELD_OUT_SALT
+from semid.tokenizers.stored import HELD_OUT_SALT
 
 
 def one_hot(codes: np.ndarray, sizes: list[int]) -> np.ndarray:

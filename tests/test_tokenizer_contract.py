@@ -261,7 +261,7 @@ def test_held_out_rows_are_never_trained_on(make, fitted, briefly, clustered):
     assert report.validation_error is not None
     spoilt = clustered.copy()
     from semid.data.ids import held_out_mask
-    from semid.tokenizers.base import HELD_OUT_SALT
+    from semid.tokenizers.stored import HELD_OUT_SALT
 
     held = held_out_mask(semid.open_embeddings(clustered).ids, 0.05, salt=HELD_OUT_SALT)
     spoilt[held] += 100.0

@@ -35,9 +35,9 @@ from semid.health import (
 from semid.health._thresholds import GEOMETRY, THRESHOLDS
 from semid.report import diagnose
 from semid.report.compare import compare
-from semid.tokenizers.base import HELD_OUT_SALT
 from semid.tokenizers.neural.quantized import ReconstructionTask
 from semid.tokenizers.neural.quantizers import Codebook, UpdateRule
+from semid.tokenizers.stored import HELD_OUT_SALT
 
 DOCS = Path(__file__).parents[1] / "docs" / "report.md"
 KMEANS = {"n_init": 1, "max_iter": 10}

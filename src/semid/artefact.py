@@ -24,16 +24,6 @@ from semid.documents import checksum, read_json, typed
 from semid.errors import ArtefactError
 from semid.output import atomic_folder
 
-__all__ = [
-    "FORMAT_VERSION",
-    "check_version",
-    "fingerprint",
-    "read_artefact",
-    "read_config",
-    "read_tensors",
-    "write_artefact",
-]
-
 FORMAT_VERSION = 2
 
 # Old key -> new key, applied to configs and tensors of older format versions on load.
@@ -76,18 +66,7 @@ def write_artefact(
     card: str,
     overwrite: bool = False,
 ) -> Path:
-    """Write an artefact folder atomically.
-
-    Args:
-        path: destination folder.
-        config: JSON-able settings; must hold ``kind`` (what `semid.load` dispatches on).
-        tensors: arrays by name.
-        card: Markdown for the folder's ``README.md``.
-        overwrite: replace an existing folder.
-
-    Raises:
-        OutputExistsError: if ``path`` exists and ``overwrite`` is false.
-    """
+    """Write an artefact folder atomically."""
     arrays = {name: np.asarray(array, order="C") for name, array in tensors.items()}
     document = {
         "format_version": FORMAT_VERSION,
@@ -108,11 +87,7 @@ def write_artefact(
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read and check an artefact's ``config.json``.
-
-    Raises:
-        ArtefactError: if the folder or file is missing, unreadable, altered, or of a newer format.
-    """
+    """Read and check an artefact's ``config.json``."""
     folder = Path(path)
     file = folder / CONFIG_FILE
     if not file.is_file():
@@ -138,11 +113,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def check_version(version: int, newest: int, *, where: str) -> None:
-    """Refuse a file of a format version that this semid does not know.
-
-    Raises:
-        ArtefactError: saying which versions are read.
-    """
+    """Refuse a file of a format version that this semid does not know."""
     if version < 1:
         raise ArtefactError(f"{where} has format version {version}, which never was; copy it again")
     if version > newest:
@@ -153,11 +124,7 @@ def check_version(version: int, newest: int, *, where: str) -> None:
 
 
 def read_tensors(file: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """Read a safetensors file.
-
-    Raises:
-        ArtefactError: if it is missing, damaged, or of a type that is not read.
-    """
+    """Read a safetensors file."""
     path = Path(file)
     try:
         tensors = load_file(path)
@@ -188,16 +155,7 @@ def read_artefact(
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Read an artefact and verify that nothing in it is missing or altered.
 
-    Args:
-        path: its folder.
-        kind: what it must hold; None takes any.
-
-    Returns:
-        The config and the arrays by name.
-
-    Raises:
-        ArtefactError: if anything is missing, truncated or does not match its checksum, or if it
-            is of another kind.
+    Returns the config and the arrays by name.
     """
     config = read_config(path)
     if kind not in (None, config["kind"]):

@@ -12,8 +12,6 @@ from semid.registry import Registry
 from semid.tokenizers.base import Tokenizer
 from semid.tokenizers.factory import TOKENIZERS
 
-__all__ = ["KINDS", "load", "load_tokenizer"]
-
 KINDS = Registry(
     TOKENIZERS.group,
     {
@@ -50,11 +48,7 @@ def load(path: str | os.PathLike[str]) -> Any:
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Any:
-    """Open a saved tokenizer; arguments as for `load`.
-
-    Raises:
-        ArtefactError: as `load`, and if the artefact is of another kind.
-    """
+    """Open a saved tokenizer; arguments as for `load`."""
     model = load(path)
     if not isinstance(model, Tokenizer):
         raise ArtefactError(

@@ -11,8 +11,6 @@ import numpy as np
 from semid.documents import record
 from semid.errors import InputError
 
-__all__ = ["Result"]
-
 
 class Result:
     """Base of frozen dataclasses that hold results.
@@ -43,11 +41,7 @@ class Result:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Read what `to_dict` returned.
-
-        Raises:
-            InputError: keys that are missing or unknown, or values of another type.
-        """
+        """Read what `to_dict` returned."""
         return record(cls, data, cls.__name__, error=InputError)
 
     @classmethod

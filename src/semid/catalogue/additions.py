@@ -22,7 +22,8 @@ from semid.data.ids import ItemIds, cast_ids, held_out_mask
 from semid.errors import FingerprintError, UsageError
 from semid.output import atomic_file
 from semid.progress import Progress
-from semid.tokenizers.base import HELD_OUT_SALT, Tokenizer
+from semid.tokenizers.base import Tokenizer
+from semid.tokenizers.stored import HELD_OUT_SALT
 
 __all__ = [
     "MIN_REFERENCE",

@@ -27,8 +27,9 @@ from semid.errors import InputError, UsageError
 from semid.health import ErrorSums, collisions
 from semid.progress import Progress, QuietProgress
 from semid.quantization.blocks import BLOCK_ROWS
-from semid.tokenizers.base import HELD_OUT_SALT, Tokenizer
+from semid.tokenizers.base import Tokenizer
 from semid.tokenizers.context import item_weights, mean_row
+from semid.tokenizers.stored import HELD_OUT_SALT
 
 __all__ = ["Generation", "Refresh", "RefreshReport", "check_max_churn", "refresh"]
 

@@ -13,16 +13,6 @@ import torch
 from semid.errors import InputError
 from semid.quantization.threads import map_blocks
 
-__all__ = [
-    "BLOCK_ROWS",
-    "Matrix",
-    "as_block",
-    "as_matrix",
-    "pair_cosines",
-    "row_blocks",
-    "unit_rows",
-]
-
 Matrix = npt.NDArray[Any] | torch.Tensor
 
 BLOCK_ROWS = 16_384

@@ -16,8 +16,6 @@ from semid.health import check_codes, usage
 from semid.results import Result
 from semid.seeds import numpy_generator
 
-__all__ = ["MatchRate", "NegativePairs", "PairAucs", "auc", "negative_pairs", "pair_aucs"]
-
 Floats = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.int64]
 

@@ -18,8 +18,6 @@ from semid.quantization.threads import map_blocks
 from semid.results import Result
 from semid.seeds import numpy_generator
 
-__all__ = ["DiscreteRanks", "DiscreteRetrieval", "discrete_ranks", "discrete_retrieval"]
-
 _QUERIES = 4096  # queries per block of the search by equal codes
 
 Ints = npt.NDArray[np.int64]

@@ -18,18 +18,6 @@ from semid.errors import InputError, UsageError
 from semid.results import Result
 from semid.seeds import numpy_generator
 
-__all__ = [
-    "Encode",
-    "FlipPoint",
-    "FlipRates",
-    "Proportion",
-    "Space",
-    "flip_rates",
-    "proportion",
-    "rank_agreement",
-    "spearman",
-]
-
 Space = Literal["input", "latent"]
 Encode = Callable[[npt.NDArray[np.float32]], Any]
 """Rows ``(batch, dim)`` float32 to codes ``(batch, levels)``, array or tensor."""

@@ -18,8 +18,6 @@ from semid.quantization.nearest import IndexedCodebook, index_codebook, nearest_
 from semid.results import Result
 from semid.seeds import numpy_generator
 
-__all__ = ["MarginPoint", "MarginProxy", "input_margin_proxy", "margin_proxy"]
-
 _ROWS = 2048  # rows per block; rows x 9 walls x latent floats are gathered at once
 
 Float = npt.NDArray[np.float32]

@@ -17,16 +17,6 @@ from semid.health import LevelUsage
 from semid.quantization.threads import map_blocks
 from semid.results import Result
 
-__all__ = [
-    "NOISE_SCALES",
-    "REPORT_SCALE",
-    "LevelOverlap",
-    "OverlapPoint",
-    "latent_std",
-    "overlap",
-    "overlap_levels",
-]
-
 NOISE_SCALES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 1.5, 2.0, 3.0)
 """Noise as multiples of the latent standard deviation."""
 

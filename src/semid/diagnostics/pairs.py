@@ -13,16 +13,6 @@ from semid.errors import InputError, UsageError
 from semid.results import Result
 from semid.seeds import numpy_generator
 
-__all__ = [
-    "Estimate",
-    "ItemPairs",
-    "PairCounts",
-    "bootstrap",
-    "cluster_sums",
-    "item_pairs",
-    "pairs_by_id",
-]
-
 Floats = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.int64]
 

@@ -13,8 +13,6 @@ from semid.errors import InputError, UsageError
 from semid.health import bucket_keys, check_codes, usage_from_counts
 from semid.results import Result
 
-__all__ = ["PopularityHealth", "PopularitySegment", "popularity_health", "popularity_segments"]
-
 SEGMENTS = ("head", "mid", "tail", "unseen")
 
 

@@ -17,17 +17,6 @@ from semid.quantization.nearest import MAX_NEIGHBORS, index_database, top_k
 from semid.results import Result
 from semid.seeds import numpy_generator
 
-__all__ = [
-    "CUTOFFS",
-    "HitRates",
-    "ItemRetrieval",
-    "Retention",
-    "check_cutoffs",
-    "hit_rates",
-    "item_retrieval",
-    "neighbor_ranks",
-]
-
 CUTOFFS = (20, 50, 100, 200)
 """The K of HR@K, the paper's."""
 

@@ -15,16 +15,6 @@ from semid.errors import InputError, UsageError
 from semid.results import Result
 from semid.seeds import numpy_generator
 
-__all__ = [
-    "Geometry",
-    "Reconstruction",
-    "ReconstructionCounter",
-    "geometry",
-    "reconstruction",
-    "reconstruction_by_level",
-    "sample_rows",
-]
-
 SAMPLE_ROWS = 20_000
 """Rows of the random subset, as in the DRQ paper."""
 

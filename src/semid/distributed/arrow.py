@@ -24,8 +24,6 @@ from semid.filesystems import FilePath
 from semid.loading import load_tokenizer
 from semid.tokenizers.base import Tokenizer
 
-__all__ = ["ArrowEncoder", "TableEncoder", "encode_dataset", "ids_of_table"]
-
 
 @lru_cache(maxsize=2)
 def _loaded(model: str) -> Tokenizer:

@@ -32,15 +32,6 @@ from semid.quantization.threads import default_threads
 from semid.tokenizers.encoding import EncodedPart, PartFolder, partial_path, refuse_repeats
 from semid.training.checkpoint import run_key
 
-__all__ = [
-    "EncodeJob",
-    "EncodeRun",
-    "EncodeWorker",
-    "LocalOptions",
-    "encode_folder",
-    "encode_key",
-]
-
 logger = logging.getLogger(__name__)
 
 
@@ -120,12 +111,7 @@ class EncodeWorker:
         self.parts = PartFolder(job.parts, job.info, job.key)
 
     def encode(self, unit: Unit) -> EncodedPart:
-        """Encode one unit and write its file, unless it is there and its rows have not changed.
-
-        Raises:
-            EmbeddingError: rows of another width, or with null, NaN or inf.
-            IdsError: item ids repeat within the unit.
-        """
+        """Encode one unit and write its file, unless it is there and its rows have not changed."""
         source = self.job.catalogue.source([unit])
         if self.job.on_invalid == "skip":
             usable = source.valid_rows()
@@ -164,29 +150,6 @@ def encode_folder(
     announce: Callable[[str], None] | None = None,
 ) -> EncodeRun:
     """Encode Parquet files with several workers; the codes are those of `Tokenizer.encode`.
-
-    Args:
-        model: artefact folder or URI that every worker can read.
-        source: Parquet file, folder, glob or URI.
-        output: a ``.parquet`` file, or a folder or URI that receives a file per unit.
-        engine: processes of this machine (default), or actors of Ray.
-        embedding_column: as for `semid.open_embeddings`.
-        id_column: as for `semid.open_embeddings`.
-        on_invalid: ``error`` refuses null, NaN and infinite rows; ``skip`` leaves them out.
-        beam_width: partial codes kept per row; None takes the tokenizer's own.
-        unit_rows: rows after which a unit is full.
-        overwrite: replace what is at ``output``.
-        resume: continue an unfinished run; units that are done are not encoded again.
-        progress: callback that receives progress events.
-        announce: receives the estimate before the run; logged by default.
-
-    Raises:
-        UsageError: a wrong option, or workers that would not fit the cluster.
-        OutputExistsError: ``output`` or an unfinished run towards it exists.
-        ArtefactError: the unfinished run belongs to another model or source.
-        EmbeddingError: rows that cannot be used.
-        IdsError: item ids repeat, within a unit or among units.
-        InputError: workers end again and again.
 
     Cost: a worker holds a few blocks and one unit's codes; this process 8 bytes per item, with
     which repeated ids are found.

@@ -29,20 +29,12 @@ from semid.progress import Progress, QuietProgress
 from semid.quantization.blocks import BLOCK_ROWS
 from semid.quantization.sharding import Shard, ShardedMatrix
 from semid.quantization.sums import Node, merge_nodes
-from semid.tokenizers.base import HELD_OUT_SALT, Tokenizer
+from semid.tokenizers.base import Tokenizer
 from semid.tokenizers.context import check_enough
 from semid.tokenizers.fit_report import FitReport, HealthCounter
+from semid.tokenizers.stored import HELD_OUT_SALT
 from semid.training.checkpoint import open_checkpoint, run_key
 from semid.training.distributed import shard_spans
-
-__all__ = [
-    "FitWorker",
-    "RayFit",
-    "ShardScan",
-    "fit_on_ray",
-    "shard_loads",
-    "share_units",
-]
 
 
 @dataclass(frozen=True)
@@ -92,12 +84,7 @@ class FitWorker:
         self._collisions: CollisionCounter | None = None
 
     def scan(self) -> ShardScan:
-        """Read the units once.
-
-        Raises:
-            EmbeddingError: rows hold null, NaN or inf.
-            IdsError: ids repeat within the units.
-        """
+        """Read the units once."""
         train, digests, hashes = [], [], [np.empty(0, np.uint64)]
         sums: npt.NDArray[np.float64] | float = 0.0
         for unit in self.units:
@@ -150,9 +137,7 @@ class FitWorker:
     def evaluate(self, tokenizer: Tokenizer, mean: npt.NDArray[np.float64]) -> HealthCounter:
         """Encode and decode the units' rows, and count.
 
-        Args:
-            tokenizer: fitted; a copy travels to each worker.
-            mean: ``(dim,)`` mean of all rows.
+        Shapes: ``mean`` (dim,).
         """
         tokenizer.threads = self.threads
         counter = HealthCounter(tokenizer.codebook_sizes, mean)
@@ -222,13 +207,7 @@ def share_units(units: Sequence[Unit], shares: int) -> list[list[Unit]]:
 def shard_loads(
     units: Sequence[Unit], train: Sequence[int], workers: int
 ) -> tuple[list[tuple[Any, ...]], list[tuple[int, int]]]:
-    """Lay out the training rows: arguments of `FitWorker.load`, and the rows of each worker.
-
-    Args:
-        units: all units, in order.
-        train: training rows in each.
-        workers: number of shards.
-    """
+    """Lay out the training rows: arguments of `FitWorker.load`, and the rows of each worker."""
     stops = np.cumsum(train, dtype=np.int64)
     spans = shard_spans(int(stops[-1]), workers)
     loads: list[tuple[Any, ...]] = []
@@ -253,24 +232,7 @@ def fit_on_ray(
 ) -> RayFit:
     """Fit a tokenizer in place; its codebooks are those of `Tokenizer.fit`, bit for bit.
 
-    Args:
-        tokenizer: not fitted yet, one that `fits_shards`; a worker uses its CPUs as threads.
-        catalogue: the embeddings.
-        options: workers, CPUs, cluster.
-        memory_bytes: a worker holds its training rows as float32 up to this size, and reads them
-            at every pass above it.
-        checkpoint: folder on the driver for the state of the run.
-        resume: continue from ``checkpoint``.
-        progress: callback that receives progress events.
-
-    Returns:
-        Who held what, and how much travelled.
-
-    Raises:
-        UsageError: the workers would not fit the cluster, or could not see the files.
-        InputError: the object store is too small, or workers end again and again.
-        EmbeddingError: NaN or inf, or fewer distinct rows than codewords.
-        ArtefactError: the checkpoint belongs to another run.
+    Returns who held what, and how much travelled.
 
     Cost: two reads of the rows; per iteration a pass over each worker's rows and O(workers codes
     dim) bytes; a worker holds its share of the rows, the driver O(blocks + codes dim).

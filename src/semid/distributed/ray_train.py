@@ -18,8 +18,6 @@ from semid.filesystems import FilePath
 from semid.loading import load_tokenizer
 from semid.tokenizers.base import Tokenizer
 
-__all__ = ["fit_with_ray_train"]
-
 
 def fit_with_ray_train(
     kind: str,
@@ -33,22 +31,7 @@ def fit_with_ray_train(
 ) -> Tokenizer:
     """Fit a tokenizer in several processes.
 
-    Args:
-        kind: the tokenizer's name, for example ``rqpvae``.
-        values: its arguments, as `semid.tokenizers.factory.make_tokenizer` takes them.
-        source: embeddings that every process can open: a path on a disk they share, or a URI.
-        columns: ``embedding_column`` and ``id_column``.
-        options: workers, CPUs, cluster.
-        checkpoint: folder, on the same disk, for the state of the run.
-        resume: continue from ``checkpoint``.
-
-    Returns:
-        The fitted tokenizer.
-
-    Raises:
-        MissingExtraError: Ray Train is not installed.
-        UsageError: the workers would not fit the cluster.
-        InputError: a worker failed; with the last line of its error.
+    Returns the fitted tokenizer.
     """
     options = options or RayOptions()
     ray = connect(options)

@@ -15,17 +15,6 @@ from semid.quantization.blocks import BLOCK_ROWS
 from semid.quantization.sharding import payload_bytes
 from semid.quantization.sums import Node, Statistics, TreeSum, merge_nodes
 
-__all__ = [
-    "RayOptions",
-    "RayShardPool",
-    "WorkerPool",
-    "check_slots",
-    "check_store",
-    "connect",
-    "import_ray",
-]
-
-
 logger = logging.getLogger(__name__)
 
 FREED_SECONDS = 10
@@ -65,11 +54,7 @@ class RayOptions(Options):
 
 
 def import_ray() -> Any:
-    """Import Ray, which is an extra, with its usage statistics off unless they were asked for.
-
-    Raises:
-        MissingExtraError: it is not installed; with the command that installs it.
-    """
+    """Import Ray, which is an extra, with its usage statistics off unless they were asked for."""
     # Read when Ray starts: no default sends statistics about a run elsewhere.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
@@ -99,14 +84,6 @@ def check_slots(ray: Any, options: RayOptions, *, readers: int = 0) -> int:
     """Return the number of workers to start, all of which find a free slot.
 
     Actors that find no free CPU slot wait for one for ever, and so does everything behind them.
-
-    Args:
-        ray: what `connect` gave.
-        options: workers and CPUs of each.
-        readers: CPU slots that must stay free for tasks that feed the workers.
-
-    Raises:
-        UsageError: they do not fit, with the numbers that would.
     """
     total = int(ray.cluster_resources().get("CPU", 0))
     capacity = (total - readers) // options.cpus_per_worker
@@ -138,16 +115,7 @@ def check_slots(ray: Any, options: RayOptions, *, readers: int = 0) -> int:
 
 
 def check_store(ray: Any, needed: int, *, what: str) -> None:
-    """Refuse an object store that could not hold what is passed around at one time.
-
-    Args:
-        ray: what `connect` gave.
-        needed: bytes.
-        what: what they are, in words.
-
-    Raises:
-        InputError: it is too small, with the size that is enough.
-    """
+    """Refuse an object store that could not hold what is passed around at one time."""
     store = int(ray.cluster_resources().get("object_store_memory", 0))
     if store < needed:
         enough = 1 << (needed - 1).bit_length()
@@ -236,11 +204,7 @@ class WorkerPool:
             ) from None
 
     def replace_worker(self, place: int, attempt: int, error: Exception) -> None:
-        """Put a new worker in the place of one that ended, and bring it to where that one was.
-
-        Raises:
-            InputError: the place has lost too many.
-        """
+        """Put a new worker in the place of one that ended, and bring it to where that one was."""
         self.lost += 1
         if attempt >= self.retries:
             raise InputError(

@@ -28,8 +28,6 @@ from semid.health import bucket_keys, part_of
 from semid.output import claim_output
 from semid.tokenizers.encoding import new_folder, refuse_repeats
 
-__all__ = ["unique_folder"]
-
 PART_ROWS = 8_000_000
 """Rows of a part, about: half a gigabyte while it is numbered."""
 
@@ -57,23 +55,7 @@ def unique_folder(
 
     The outcome is that of `semid.make_unique` with ``method="append"``, file by file.
 
-    Args:
-        source: folder or URI of ids as ``semid encode`` writes them.
-        output: folder or URI for the unique ids; a file for every file.
-        capacity: tokens of the new level; by default 256, or the next power of two that holds the
-            largest bucket.
-        parts: parts on disk; by default so many that one has about 8 million rows.
-        work: folder for them, on a disk with room for the ids; by default the system's own.
-        overwrite: replace ``output``.
-
-    Returns:
-        The report of `semid.make_unique`; ``unplaced_rows`` are not listed, only counted.
-
-    Raises:
-        UsageError: a value out of range, or there is nothing.
-        OutputExistsError: ``output`` exists.
-        ArtefactError: the files are no ids, or not of one model.
-        IdsError: item ids repeat.
+    Returns the report of `semid.make_unique`; ``unplaced_rows`` are not listed, only counted.
 
     Cost: two reads and one write of the ids, and one write and read of the parts. Memory: a part or
     a file, and 8 bytes per item with which repeated item ids are found.

@@ -20,9 +20,6 @@ from semid.errors import UsageError
 from semid.filesystems import FilePath, is_uri
 from semid.tokenizers.base import Tokenizer
 
-__all__ = ["START_SECONDS", "UNIT_ROWS", "Catalogue", "Estimate", "Unit", "estimate_encode"]
-
-
 UNIT_ROWS = 262_144
 """Rows after which a unit is full: what the end of a worker can cost at most, with the row group
 that goes over it."""
@@ -76,17 +73,7 @@ class Catalogue:
         embedding_column: str | None = None,
         id_column: str | None = None,
     ) -> Catalogue:
-        """Read the footers.
-
-        Args:
-            path: Parquet file, folder, glob or URI.
-            embedding_column: as for `semid.open_embeddings`.
-            id_column: as for `semid.open_embeddings`.
-
-        Raises:
-            UsageError: nothing is there, it is no Parquet, or a column is not there.
-            EmbeddingError: the files do not agree.
-        """
+        """Read the footers."""
         if str(path).lower().endswith((".npy", ".npz")):
             raise UsageError(
                 f"'{path}' is an .npy, whose rows have no row groups that workers could share; "
@@ -142,11 +129,7 @@ class Catalogue:
         return ParquetSource(files, self.column, ids=ids, dim=self.dim)
 
     def check_local(self, *, what: str, several: bool) -> None:
-        """Refuse paths that other machines cannot see.
-
-        Raises:
-            UsageError: ``several`` machines would need it and it is a file system in memory.
-        """
+        """Refuse paths that other machines cannot see."""
         if several and is_uri(self.files.paths[0]) and str(self.files.paths[0])[:9] == "memory://":
             raise UsageError(
                 f"{self.files.label} lies in this process's memory, which {what} cannot see; "
@@ -227,16 +210,7 @@ def estimate_encode(
     workers: int,
     engine: str,
 ) -> Estimate:
-    """Encode a few rows and tell from them how long all will take.
-
-    Args:
-        tokenizer: fitted; its threads are set to one meanwhile.
-        catalogue: the embeddings.
-        left: units left to encode, at least one.
-        beam_width: of the run.
-        workers: workers of the run.
-        engine: ``local`` or ``ray``.
-    """
+    """Encode a few rows and tell from them how long all will take."""
     threads, tokenizer.threads = tokenizer.threads, 1
     try:
         raw = next(iter(catalogue.source(left[:1])._raw_blocks(PROBE_ROWS)))

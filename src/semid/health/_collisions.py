@@ -14,16 +14,6 @@ from semid.errors import InputError, UsageError
 from semid.health._keys import bucket_keys, check_codes, pack_bits, part_of
 from semid.results import Result
 
-__all__ = [
-    "Capacity",
-    "CapacityCounter",
-    "CollisionCounter",
-    "Collisions",
-    "collisions",
-    "merge_capacities",
-    "merge_collisions",
-]
-
 
 @dataclass(frozen=True)
 class Collisions(Result):

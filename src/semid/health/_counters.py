@@ -15,17 +15,6 @@ from semid.health._keys import check_codes, sizes_per_level
 from semid.health._thresholds import ENERGY_TIMES_MEDIAN
 from semid.results import Result
 
-__all__ = [
-    "Concentration",
-    "EnergyCounter",
-    "ErrorSums",
-    "Inputs",
-    "LevelUsage",
-    "UsageCounter",
-    "usage",
-    "usage_from_counts",
-]
-
 Floats = npt.NDArray[np.float64]
 
 _CHUNK_ROWS = 4096  # 4096 x 384 float64 is 12 MB; a block of 65,536 rows would be 200
@@ -75,12 +64,7 @@ class LevelUsage(Result):
 def usage_from_counts(counts: npt.ArrayLike, *, level: int = 0) -> LevelUsage:
     """Summarize how evenly one codebook is used.
 
-    Args:
-        counts: items per code, non-negative integers ``(codes,)``, not all zero.
-        level: the level's number, for the record.
-
-    Raises:
-        InputError: the counts are empty, negative or all zero.
+    Shapes: ``counts`` (codes,).
     """
     array = np.asarray(counts, dtype=np.int64)
     if array.ndim != 1 or array.size == 0 or array.min() < 0 or not array.any():

@@ -10,8 +10,6 @@ import numpy.typing as npt
 
 from semid.errors import InputError, UsageError
 
-__all__ = ["bucket_keys", "check_codes", "pack_bits", "part_of", "row_hashes", "sizes_per_level"]
-
 _HASH_ROWS = 512  # rows hashed at once: 512 x 256 float32 is half a MB and stays in the cache
 _PACK_ROWS = 65_536
 
@@ -34,13 +32,7 @@ def check_codes(
 ) -> npt.NDArray[np.integer[Any]]:
     """Return an array after checking that it holds codes; it is not copied.
 
-    Args:
-        codes: integers ``(items, levels)``, each in ``[0, K)`` of its level.
-        codebook_sizes: K for every level or one per level; None checks only the lower end.
-
-    Raises:
-        InputError: not an integer ``(items, levels)`` array with at least one row and one level,
-            or codes out of range; every bad level is named.
+    Shapes: ``codes`` (items, levels).
     """
     array = np.asarray(codes)
     if array.ndim != 2 or array.shape[0] == 0 or array.shape[1] == 0:
@@ -82,16 +74,9 @@ def bucket_keys(codes: npt.ArrayLike) -> npt.NDArray[np.uint64]:
     Ids of up to 64 bits are packed, wider ids are ranked in steps; nothing is hashed. Keys sort
     as the ids do (first level first). Keys of different calls are not comparable.
 
-    Args:
-        codes: non-negative integers ``(items, levels)``.
-
-    Returns:
-        uint64 ``(items,)``.
-
-    Raises:
-        InputError: the codes are not non-negative integers ``(items, levels)``.
-
     Cost: one pass up to 64 bits, a sort of the items for every further 64 less log2(items) bits.
+
+    Shapes: ``codes`` (items, levels), returns (items,).
     """
     array = check_codes(codes)
     bits = [max(int(array[:, level].max()).bit_length(), 1) for level in range(array.shape[1])]
@@ -129,14 +114,7 @@ def row_hashes(block: npt.ArrayLike) -> npt.NDArray[np.uint64]:
     agree. The hash depends on the row alone, not on its block. Among 15 million different rows,
     two are equal with a probability of about 1e-5.
 
-    Args:
-        block: numbers ``(batch, dim)``.
-
-    Returns:
-        uint64 ``(batch,)``.
-
-    Raises:
-        InputError: the block is not two-dimensional.
+    Shapes: ``block`` (batch, dim), returns (batch,).
     """
     array = np.asarray(block)
     if array.ndim != 2:
@@ -171,11 +149,7 @@ def row_hashes(block: npt.ArrayLike) -> npt.NDArray[np.uint64]:
 
 
 def part_of(words: npt.NDArray[np.uint64], parts: int) -> npt.NDArray[np.int64]:
-    """Return a part for each id by a hash of its packed ``words`` (items, n): ``(items,)``.
-
-    Raises:
-        UsageError: fewer than one part.
-    """
+    """Return a part for each id by a hash of its packed ``words`` (items, n): ``(items,)``."""
     if parts < 1:
         raise UsageError(f"parts={parts}: give at least 1")
     state = np.zeros(len(words), np.uint64)

@@ -5,31 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = [
-    "BUCKET_SHARE",
-    "BUCKET_TIMES_EVEN",
-    "COLLISIONS",
-    "CONSTANT",
-    "DEAD_CODES",
-    "DUPLICATES",
-    "ENERGY_ERROR",
-    "ENERGY_FEW",
-    "ENERGY_SHARE",
-    "ENERGY_TIMES_MEDIAN",
-    "ERROR",
-    "FILLING",
-    "GEOMETRY",
-    "NEAR",
-    "OVERFIT",
-    "PERPLEXITY",
-    "ROWS_PER_CODEWORD",
-    "SHARED",
-    "THRESHOLDS",
-    "Severity",
-    "Threshold",
-    "threshold_table",
-]
-
 Severity = Literal["note", "warning", "unhealthy"]
 
 NEAR = 1.1
@@ -210,11 +185,7 @@ THRESHOLDS = (
 
 
 def threshold_table(*, reasons: bool = False) -> list[str]:
-    """Return the thresholds as lines of a Markdown table.
-
-    Args:
-        reasons: add a column that says why.
-    """
+    """Return the thresholds as lines of a Markdown table."""
     heads = ["finding", "figure", "note", "warning", "unhealthy", *(["why"] if reasons else [])]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for threshold in THRESHOLDS:

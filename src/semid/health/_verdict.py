@@ -14,8 +14,6 @@ from semid.health._counters import Concentration, Inputs, LevelUsage
 from semid.health._thresholds import Severity, Threshold
 from semid.results import Result
 
-__all__ = ["CONCENTRATED", "Finding", "Verdict", "evaluate_threshold", "verdict"]
-
 
 @dataclass(frozen=True)
 class Finding(Result):
@@ -131,17 +129,7 @@ def evaluate_threshold(
     level: int | None = None,
     name: str | None = None,
 ) -> list[Finding]:
-    """Return the finding for a value beyond a threshold, or a note where it is close to one.
-
-    Args:
-        threshold: from the table of thresholds.
-        value: what was measured.
-        what: what is wrong, with the figures.
-        why: the likely cause.
-        advice: what to try.
-        level: the level it is about.
-        name: of the finding; None takes the threshold's.
-    """
+    """Return the finding for a value beyond a threshold, or a note where it is close to one."""
     name = name or threshold.finding
     severity = threshold.severity(value)
     if severity is not None:

@@ -20,15 +20,6 @@ from semid.diagnostics.retrieval import CUTOFFS, item_retrieval
 from semid.errors import InteractionsError
 from semid.report.results import Behavior, PairResults
 
-__all__ = [
-    "Pool",
-    "behavior_pairs",
-    "choose_cutoffs",
-    "item_counts",
-    "measure_pairs",
-    "relations",
-]
-
 Array = npt.NDArray[np.float32]
 
 
@@ -68,11 +59,7 @@ def behavior_pairs(
 ) -> tuple[ItemPairs | None, Behavior, list[str]]:
     """Pair each item of the test users with the next one.
 
-    Returns:
-        The pairs, or None without an order; the counts of the interactions; notes.
-
-    Raises:
-        InteractionsError: no test user has a pair of known items.
+    Returns the pairs, or None without an order; the counts of the interactions; notes.
     """
     sequences = interactions.sequences(ids, require_order=False)
     test = split_users(interactions.user_ids) == TEST
@@ -123,16 +110,7 @@ def measure_pairs(
     replicates: int,
     threads: int | None,
 ) -> PairResults:
-    """Measure retrieval by embedding and by codes, and AUCs, on one set of pairs.
-
-    Args:
-        pairs: the related items.
-        pool: the items.
-        cutoffs: K of the hit rates, each below the pool's size.
-        seed: of ties, negatives and the bootstrap.
-        replicates: bootstrap draws.
-        threads: number of CPU threads.
-    """
+    """Measure retrieval by embedding and by codes, and AUCs, on one set of pairs."""
     original, *reconstructions = pool.embeddings
     options: dict[str, Any] = {"cutoffs": cutoffs, "seed": seed, "replicates": replicates}
     retrieval = item_retrieval(

@@ -27,9 +27,6 @@ from semid.report.results import (
 from semid.report.robustness import agreement_with_proxies
 from semid.tokenizers.base import Tokenizer
 
-__all__ = ["VERDICTS", "VIEWS", "compare"]
-
-
 VERDICTS: dict[str, tuple[str, str]] = {
     level: (texts["word"], texts["sentence"]) for level, texts in DECLARATIONS["verdicts"].items()
 }

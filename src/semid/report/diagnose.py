@@ -42,9 +42,8 @@ from semid.report.results import (
     Spaces,
 )
 from semid.report.robustness import flipped_items, measure_flips, measure_geometry
-from semid.tokenizers.base import HELD_OUT_SALT, Tokenizer
-
-__all__ = ["diagnose"]
+from semid.tokenizers.base import Tokenizer
+from semid.tokenizers.stored import HELD_OUT_SALT
 
 EXPLORER_NOISE = 0.2
 

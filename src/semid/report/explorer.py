@@ -20,15 +20,6 @@ from semid.report.results import Bucket, BucketItem
 from semid.report.tree import Tree, build_tree
 from semid.seeds import numpy_generator
 
-__all__ = [
-    "MAX_ITEMS",
-    "build_explorer",
-    "describing_words",
-    "largest_buckets",
-    "shorten",
-    "tokens",
-]
-
 MAX_ITEMS = 20_000
 """Most items on the page; of a larger catalogue it shows a random sample, with figures of all."""
 
@@ -76,14 +67,7 @@ def largest_buckets(
 ) -> tuple[Bucket, ...]:
     """List the buckets with more than one item, the fullest first.
 
-    Args:
-        codes: ``(items, levels)``.
-        keys: ``(items,)`` equal for equal ids.
-        hashes: ``(items,)`` equal for equal inputs.
-        ids: item ids.
-        texts: their titles, or None.
-        most: maximum number of buckets.
-        examples: maximum number of items named per bucket, in row order.
+    Shapes: ``codes`` (items, levels), ``keys`` (items,), ``hashes`` (items,).
     """
     # Sorted by key, a bucket is a run; the stable sort leaves its items in row order.
     order = np.argsort(keys, kind="stable")
@@ -122,16 +106,7 @@ def build_explorer(
 ) -> dict[str, Any]:
     """Gather everything the explorer draws, as JSON-able columns.
 
-    Args:
-        codes: ``(items, levels)``.
-        ids: item ids.
-        texts: titles and texts, or None.
-        codebooks: one ``(codes, latent)`` array per level.
-        hierarchical: one tree of prefixes, else one tree of depth one per codebook.
-        values: name -> ``(items,)`` values to color by.
-        item_spread: mean squared distance between two random items in the latent space.
-        seed: of the sample of a catalogue larger than ``most_items``.
-        most_items: maximum number of items shown.
+    Shapes: ``codes`` (items, levels), ``codebooks`` (codes, latent), ``values`` (items,).
     """
     count = len(codes)
     shown = np.arange(count)
@@ -255,16 +230,9 @@ def describing_words(
     of words per group over the word's uses in all groups. A word counts once per item, and must
     occur in two items of the group, so that one odd title cannot name a code.
 
-    Args:
-        words: the different words of each item, from `tokens`.
-        groups: ``(items,)`` group of each item; negative ones are left out.
-        top: maximum number of words per group.
-        smallest: groups with fewer items get no words.
-
-    Returns:
-        Group -> its words, the highest score first. Groups without such words are left out.
-
     Source: class-based tf-idf, Grootendorst 2022 (arXiv:2203.05794), eq. 2.
+
+    Shapes: ``groups`` (items,).
     """
     by_group: dict[int, Counter[str]] = {}
     sizes: Counter[int] = Counter()

@@ -15,25 +15,6 @@ from typing import Any, Generic, TypeVar
 from semid.diagnostics.flips import Proportion
 from semid.diagnostics.pairs import Estimate
 
-__all__ = [
-    "DECLARATIONS",
-    "REFERENCE",
-    "Column",
-    "Figure",
-    "Plot",
-    "axis",
-    "bars",
-    "count",
-    "declared",
-    "error_bars",
-    "interval",
-    "line",
-    "number",
-    "palette",
-    "share",
-    "spoken",
-]
-
 REFERENCE: dict[str, Any] = {"dash": "dot", "width": 1}
 """Style of lines that others are compared with."""
 
@@ -277,14 +258,7 @@ class Plot(Generic[Entry]):
         layout: Mapping[str, Any] | None = None,
         **facts: Any,
     ) -> Figure:
-        """Return the figure of some entries.
-
-        Args:
-            entries: name -> what is drawn and written.
-            traces: None draws a series per entry.
-            layout: added to the declared one.
-            facts: values of the names in the texts.
-        """
+        """Return the figure of some entries."""
         if traces is None:
             traces = [
                 self.series(name, entry, palette(place))

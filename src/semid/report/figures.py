@@ -33,8 +33,6 @@ from semid.report.results import (
     SpaceGeometry,
 )
 
-__all__ = ["SENSES", "WRITERS", "comparison_figures", "level_name", "report_figures"]
-
 UNLISTED = {**REFERENCE, "showlegend": False, "hoverinfo": "skip"}
 
 

@@ -24,8 +24,6 @@ from semid.report.figure import (
 )
 from semid.report.results import PairResults
 
-__all__ = ["pair_figures", "popularity_figure"]
-
 HITS: Plot[HitRates] = declared(
     "hits",
     x=lambda way: [f"HR@{k}" for k in way.rates],

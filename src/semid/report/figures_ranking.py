@@ -9,8 +9,6 @@ from typing import Any
 from semid.recommenders.ranking.analysis import CodeAnalysis, Discriminability
 from semid.report.figure import Column, Figure, Plot, bars, declared, line, palette
 
-__all__ = ["ranking_figures"]
-
 SECTION = "ranking"
 
 POINT_COLUMNS: tuple[Column[Discriminability], ...] = (
@@ -51,15 +49,7 @@ CORRELATION: Plot[tuple[float, float]] = declared(
 
 
 def ranking_figures(analyses: Mapping[str, CodeAnalysis]) -> list[Figure]:
-    """Draw the MoC paper's figures for one or several models.
-
-    Args:
-        analyses: by the name of the model, for example ``"MoC 3x"``; of the same rows.
-
-    Returns:
-        Clusters against labels (figs. 1b, 1c, 2), each level alone (fig. 3), singular spectra
-        (figs. 4, 10), and correlation with CKA (fig. 7), each with a table of its numbers.
-    """
+    """Draw the MoC paper's figures for one or several models."""
     figures = [_clusters(analyses), _levels(analyses), SPECTRA.figure(analyses)]
     return [*figures, *(_correlation(name, a) for name, a in analyses.items())]
 

@@ -15,18 +15,10 @@ from semid.errors import EmbeddingError
 from semid.health import LevelUsage, bucket_keys, row_hashes
 from semid.progress import Progress
 from semid.report.results import Curve, LevelErrors, ReconstructionErrors
-from semid.tokenizers.base import HELD_OUT_SALT, Tokenizer
+from semid.tokenizers.base import Tokenizer
 from semid.tokenizers.context import mean_row
 from semid.tokenizers.fit_report import HealthCounter
-
-__all__ = [
-    "CataloguePass",
-    "Moments",
-    "held_out_rows",
-    "measure_catalogue",
-    "rank_frequency",
-    "reconstruction_errors",
-]
+from semid.tokenizers.stored import HELD_OUT_SALT
 
 Floats = npt.NDArray[np.float64]
 Array = npt.NDArray[np.float32]
@@ -119,16 +111,9 @@ def measure_catalogue(
 ) -> CataloguePass:
     """Read every row for the mean, then encode and decode every row once.
 
-    Args:
-        tok: a fitted tokenizer.
-        source: ``(items, dim)`` embeddings.
-        progress: callback for progress events.
-        held_out: ``(items,)`` rows that the fit held out; None where that is unknown.
-
-    Raises:
-        EmbeddingError: no rows, rows of another width, or values that are not finite.
-
     Memory: ``20 + 6 levels`` bytes per item, and a few blocks of 65,536 rows.
+
+    Shapes: ``source`` (items, dim), ``held_out`` (items,).
     """
     items = len(source)
     if items == 0:

@@ -17,8 +17,6 @@ from semid.report.figure import DECLARATIONS, Figure, count, number, share, spok
 from semid.report.figures import SENSES, WRITERS, comparison_figures, level_name, report_figures
 from semid.report.results import Comparison, Diagnosis
 
-__all__ = ["embed_json", "figure_markdown", "render", "table"]
-
 SECTIONS = tuple(
     (key, texts["title"], texts["introduction"]) for key, texts in DECLARATIONS["sections"].items()
 )

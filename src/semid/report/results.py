@@ -23,30 +23,6 @@ from semid.health import LevelUsage, Verdict
 from semid.output import MARKDOWN_MARK, atomic_file, check_output
 from semid.results import Result
 
-__all__ = [
-    "Agreement",
-    "Behavior",
-    "Bucket",
-    "BucketItem",
-    "ComparedAgreement",
-    "Comparison",
-    "Curve",
-    "DataInfo",
-    "Diagnosis",
-    "Document",
-    "Flips",
-    "LevelErrors",
-    "MetricRow",
-    "ModelInfo",
-    "NoiseResponse",
-    "PairResults",
-    "Protocol",
-    "RankedUsage",
-    "ReconstructionErrors",
-    "SpaceGeometry",
-    "Spaces",
-]
-
 
 class Document(Result):
     """A result that can be written as a file.
@@ -73,16 +49,7 @@ class Document(Result):
     def write(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Write the result; the suffix decides how.
 
-        Args:
-            path: ``.html`` for the page, ``.json`` for the figures, ``.md`` for the tables.
-            overwrite: replace an existing file.
-
-        Returns:
-            The path written.
-
-        Raises:
-            UsageError: another suffix.
-            OutputExistsError: the file exists and ``overwrite`` is false.
+        Returns the path written.
         """
         target, suffix = Path(path), Path(path).suffix.lower()
         writers = {".html": self.to_html, ".json": self.to_json, ".md": self.to_markdown}
@@ -422,11 +389,7 @@ class Comparison(Document):
     diagnoses: Mapping[str, Diagnosis] = field(repr=False)
 
     def metric(self, key: str) -> MetricRow:
-        """Return a metric by its key.
-
-        Raises:
-            UsageError: no such metric.
-        """
+        """Return a metric by its key."""
         for row in self.metrics:
             if row.key == key:
                 return row

@@ -28,14 +28,6 @@ from semid.report.results import (
 from semid.seeds import numpy_generator
 from semid.tokenizers.base import Tokenizer
 
-__all__ = [
-    "FLIP_SCALES",
-    "agreement_with_proxies",
-    "flipped_items",
-    "measure_flips",
-    "measure_geometry",
-]
-
 FLIP_SCALES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Noise of the flip sweep, as multiples of the standard deviation of the space it is put on."""
 
@@ -76,19 +68,11 @@ def measure_flips(
 ) -> tuple[Flips, list[str]]:
     """Measure flips under noise on the input and on the latent, with the margin proxies.
 
-    Args:
-        tok: a fitted tokenizer.
-        rows: ``(n, dim)`` a random subset of the items.
-        overlaps: of all items, to be correlated with the flips.
-        input_std: standard deviation of the input, root of the mean variance per dimension.
-        latent_std: the same of the latent.
-        seed: of the noise.
-        threads: number of CPU threads.
-
-    Returns:
-        The flips, and notes.
+    Returns the flips, and notes.
 
     Cost: ``2 (1 + scales)`` encodings of the subset, and two searches for near codewords.
+
+    Shapes: ``rows`` (n, dim).
     """
     common: dict[str, Any] = {"scales": FLIP_SCALES, "threads": threads}
     shape: dict[str, Any] = {"hierarchical": tok.hierarchical, **common}
@@ -141,11 +125,7 @@ def measure_flips(
 def agreement_with_proxies(
     points: Iterable[tuple[FlipPoint, MarginPoint, Sequence[LevelOverlap]]],
 ) -> Agreement:
-    """Return the rank correlation of flips with R, its geometry and the margins, over all levels.
-
-    Args:
-        points: flips and margins at one noise scale, and the overlap of each level.
-    """
+    """Return the rank correlation of flips with R, geometry and margins, over all levels."""
     flips: list[float] = []
     proxies: dict[str, list[float]] = {"overlap": [], "geometry": [], "margins": []}
     for flip, margin, overlaps in points:
@@ -164,13 +144,7 @@ def flipped_items(
 ) -> npt.NDArray[np.bool_]:
     """Return for each row whether its id changes under one draw of input noise.
 
-    Args:
-        tok: a fitted tokenizer.
-        rows: ``(n, dim)``.
-        codes: ``(n, levels)`` the ids without noise.
-        std: standard deviation of the input.
-        scale: noise as a multiple of it.
-        seed: of the draw.
+    Shapes: ``rows`` (n, dim), ``codes`` (n, levels).
     """
     draws = numpy_generator(seed, "report", "flips").standard_normal(rows.shape, np.float32)
     flipped: npt.NDArray[np.bool_] = (
@@ -182,13 +156,9 @@ def flipped_items(
 def measure_geometry(spaces: dict[str, Array], *, items: int, seed: int) -> Spaces | None:
     """Measure the spectra of the spaces on one random subset.
 
-    Args:
-        spaces: name -> ``(n, width)`` rows of the same items.
-        items: items the subset was drawn from.
-        seed: of the subset.
+    Returns geometry with thinned out spectra; None where a space has no spread.
 
-    Returns:
-        Geometry with thinned out spectra; None where a space has no spread.
+    Shapes: ``spaces`` (n, width).
     """
     measured: list[tuple[Array, SpaceGeometry]] = []
     for name, rows in spaces.items():

@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Tree", "build_tree"]
-
 Ints = npt.NDArray[np.int64]
 
 
@@ -63,18 +61,11 @@ def build_tree(
 ) -> Tree:
     """Build the tree of prefixes.
 
-    Args:
-        codes: ``(items, levels)`` integers.
-        level: first level of the prefixes.
-        depths: length of the longest prefix; None goes to the last level.
-        values: name -> ``(items,)`` values, averaged over the items of each prefix.
-        most_nodes: budget of nodes; each depth takes its fullest prefixes while it lasts. A
-            prefix with a single item is never split: its only continuation adds nothing.
-
-    Returns:
-        The `Tree`. ``metrics`` also holds ``unique``: different ids per item.
+    Returns the `Tree`. ``metrics`` also holds ``unique``: different ids per item.
 
     Cost: a sort of the items per depth.
+
+    Shapes: ``codes`` (items, levels), ``values`` (items,).
     """
     prefix_codes = codes[:, level:] if depths is None else codes[:, level : level + depths]
     # Sort by the codes of the prefixes and then by the whole id. The tree of a parallel codebook
@@ -101,9 +92,7 @@ def _cumulative(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
 def _grow(codes: npt.NDArray[Any], most_nodes: int) -> tuple[dict[str, Ints], int]:
     """Split sorted codes depth by depth; return the columns of the nodes and how many are missing.
 
-    Args:
-        codes: ``(items, depths)`` sorted lexicographically.
-        most_nodes: budget of nodes.
+    Shapes: ``codes`` (items, depths).
     """
     count = len(codes)
     # Node of each position at the depth before; -1 where it must not be split further.

@@ -14,24 +14,6 @@ from typing import Any, Literal
 
 from semid.reproduce.paired import Difference, paired_difference
 
-__all__ = [
-    "RULES",
-    "Claim",
-    "ClaimResult",
-    "Comparison",
-    "Contrast",
-    "Metric",
-    "Row",
-    "Rows",
-    "constant",
-    "decide",
-    "evaluate",
-    "inside",
-    "metric",
-    "relative_change",
-    "within",
-]
-
 Row = Mapping[str, Any]
 Metric = Callable[[Row], float | None]
 """Reads one number from a row; None where the row lacks it."""
@@ -100,12 +82,7 @@ def _dig(document: Any, path: Sequence[Any]) -> Any:
 
 
 def metric(path: str) -> Metric:
-    """Return the metric at a path into a row.
-
-    Args:
-        path: keys and positions with dots between. A leading ``-`` turns the sign, for what should
-            be low; ``@x`` at the end takes the value at which ``scale`` beside it is ``x``.
-    """
+    """Return the metric at a path into a row."""
     keys, _, scale = path.removeprefix("-").partition("@")
     *parents, last = keys.split(".")
     sign = -1.0 if path.startswith("-") else 1.0
@@ -298,10 +275,6 @@ def decide(claim: Claim, comparisons: Sequence[Comparison]) -> ClaimResult:
     ``opposite`` needs more than half of the comparisons run against the claim and none in its
     favor. Whatever is neither this nor holds by the claim's rule *does not show*: that is no proof
     of the contrary.
-
-    Args:
-        claim: the claim.
-        comparisons: everything that its words cover; those not run are counted, not guessed.
     """
     run = [c for c in comparisons if c.difference is not None]
     verdict: Verdict = "does not show"
@@ -315,12 +288,7 @@ def decide(claim: Claim, comparisons: Sequence[Comparison]) -> ClaimResult:
 
 
 def evaluate(claims: Callable[[Rows], Sequence[Claim]], rows: Rows) -> list[ClaimResult]:
-    """Decide every claim of a paper from the rows of a ledger.
-
-    Args:
-        claims: the paper's claims, given the rows of the main protocol.
-        rows: rows of the ledger; variants decide nothing.
-    """
+    """Decide every claim of a paper from the rows of a ledger."""
     main = rows.main()
     sets = main.names("data") or ["any data set"]
     results = []

@@ -21,8 +21,6 @@ from semid.output import atomic_folder
 from semid.reproduce.ledger import Ledger
 from semid.reproduce.recipe import DataSet
 
-__all__ = ["EMBEDDINGS", "Opened", "open_all", "open_data"]
-
 EMBEDDINGS = ("embeddings.f16.npy", "embeddings.npy")
 
 
@@ -48,11 +46,7 @@ class Opened:
 
     @property
     def interactions(self) -> Path:
-        """The one log.
-
-        Raises:
-            UsageError: the data set joins the logs of several others.
-        """
+        """The one log."""
         if len(self.logs) != 1:
             raise UsageError(f"data set '{self.spec.name}' has {len(self.logs)} logs, not one")
         return next(iter(self.logs.values()))
@@ -110,8 +104,7 @@ def open_all(
 ) -> tuple[dict[str, Opened], dict[str, str]]:
     """Open the data sets that are there.
 
-    Returns:
-        The data sets by name, and name -> why it cannot be opened.
+    Returns the data sets by name, and name -> why it cannot be opened.
     """
     absent = {spec.name: why for spec in specs if (why := missing_files(spec, data))}
     ready = [spec for spec in specs if spec.name not in absent]
@@ -136,16 +129,7 @@ def missing_files(spec: DataSet, data: Path | None) -> str | None:
 
 
 def open_data(spec: DataSet, data: Path | None, ledger: Ledger) -> Opened:
-    """Open a data set, making a synthetic one first.
-
-    Args:
-        spec: of the recipe.
-        data: folder of data sets; None where all are synthetic.
-        ledger: whose folder keeps synthetic catalogues.
-
-    Raises:
-        UsageError: a file is missing.
-    """
+    """Open a data set, making a synthetic one first."""
     if spec.synthetic:
         folder = ledger.folder / "data" / f"synthetic-{spec.synthetic}"
         with ledger.lock(folder.name):

@@ -12,8 +12,6 @@ from semid.reproduce.paired import paired_difference
 from semid.reproduce.papers import Paper
 from semid.reproduce.tables import Column, Line, average
 
-__all__ = ["DRQ", "TOKENIZERS", "effective_size", "flip_rate"]
-
 TOKENIZERS = ("RQ-VAE", "RQP-VAE", "RQ-KMeans", "DRQ-VAE", "DRQ-VAE+CL")
 NOISE = 0.1
 """The noise at which overlap is judged; the page shows the whole sweep."""
@@ -160,9 +158,6 @@ def recommend(rows: Rows) -> Figure | None:
 
     A tokenizer is level with the leader unless the paired interval over seeds of their difference
     leaves out 0; with one seed all are level.
-
-    Args:
-        rows: rows of the ledger; variants do not take part.
     """
     main, table = rows.main(), []
     for data in main.names("data"):

@@ -26,8 +26,6 @@ from semid.reproduce.recipe import DataSet, DrqRecipe, TokenizerSpec
 from semid.tokenizers.base import Tokenizer
 from semid.tokenizers.factory import make_tokenizer
 
-__all__ = ["DrqRunner", "drq_cells", "drq_jobs", "drq_title"]
-
 EVALUATION_SEED = 0
 """Of noise, subsets, negatives, ties and bootstrap: the same for every tokenizer and seed."""
 
@@ -65,13 +63,7 @@ def drq_jobs(
 
     The paper's five rows on every data set, seed by seed, smaller codebooks first; then variants.
 
-    Args:
-        recipe: what to run.
-        data: folder of data sets.
-        folder: folder of the ledger.
-
-    Returns:
-        The jobs, and data set -> why it cannot be run.
+    Returns the jobs, and data set -> why it cannot be run.
     """
     opened, absent = open_all(recipe.data, data, Ledger(folder))
     cells = [cell for cell in drq_cells(recipe) if cell["data"] in opened]

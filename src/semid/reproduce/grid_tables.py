@@ -10,8 +10,6 @@ import numpy as np
 from semid.markdown import code_span
 from semid.reproduce.paired import Difference, paired_difference
 
-__all__ = ["difference", "grid_tables"]
-
 Row = Mapping[str, Any]
 
 

@@ -25,7 +25,6 @@ try:
 except ImportError:  # no such module on Windows: one command at a time there
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["RUNS_FILE", "Ledger", "cell_key", "digest", "origin", "read_runs", "rounded"]
 
 RUNS_FILE = "runs.jsonl"
 DIGITS = 6
@@ -65,9 +64,6 @@ def read_runs(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
     A last line that a kill cut short is no result and is left out; a broken line before it means
     that the file was edited.
-
-    Raises:
-        InputError: a line before the last is no JSON.
     """
     file = Path(path)
     if not file.exists():
@@ -119,8 +115,7 @@ class Ledger:
     def add(self, row: Mapping[str, Any]) -> bool:
         """Append a run, unless its ``key`` is there already.
 
-        Returns:
-            Whether it was written.
+        Returns whether it was written.
         """
         line = json.dumps(rounded(row), ensure_ascii=False, allow_nan=False).encode() + b"\n"
         with self.lock("ledger"):
@@ -167,10 +162,7 @@ class Ledger:
 def origin() -> dict[str, Any]:
     """Return what stands beside every result.
 
-    Returns:
-        JSON-able: ``commit`` of the source tree (None outside one), ``dirty`` (whether its code
-        differs from that commit), ``versions``, ``machine`` (chip, CPUs, and the GPU if torch has
-        one), ``threads`` and ``finished``.
+    Shapes: returns (chip, CPUs, and the GPU if torch has one).
     """
     import torch
 

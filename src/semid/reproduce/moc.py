@@ -13,8 +13,6 @@ from semid.reproduce.claims import Metric, Row, Rows, inside, metric
 from semid.reproduce.papers import Paper
 from semid.reproduce.tables import Cell, Column, Line, Lines, average, difference, spread
 
-__all__ = ["MOC", "paper_auc", "paper_gain"]
-
 MODELS = ("deepfm", "deepim", "autoint", "dcnv2")
 SETS = ("toys", "beauty", "sports")
 NAMES = {
@@ -50,12 +48,7 @@ def paper_auc(model: str, method: str, scale: int, data: str) -> float | None:
 def paper_gain(other: str, scales: Sequence[int] = (2, 3, 7)) -> tuple[int, int, float]:
     """Count where the paper's own table 1 has MoC above another method.
 
-    Args:
-        other: ``rqvae`` or ``me``.
-        scales: which columns.
-
-    Returns:
-        Cells in which MoC is higher, cells in all, and the mean difference.
+    Returns cells in which MoC is higher, cells in all, and the mean difference.
     """
     gains = [
         ours - theirs

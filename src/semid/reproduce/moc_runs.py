@@ -28,8 +28,6 @@ from semid.reproduce.ranking_grid import MethodCodes, TokenizerCache, train_cell
 from semid.reproduce.recipe import DataSet, MocRecipe, Stage, Variant
 from semid.reproduce.reconstruction_probe import probe_reconstruction
 
-__all__ = ["MocRunner", "moc_cells", "moc_jobs", "moc_title"]
-
 MOST_SINGULAR_VALUES = 96
 PREPARED = 4
 """Data sets that a process keeps: with several processes each meets all of them in turn."""
@@ -42,13 +40,7 @@ def moc_jobs(
 ) -> tuple[list[Job], dict[str, str]]:
     """List the runs in the order of the recipe's stages, each seed by seed, every run once.
 
-    Args:
-        recipe: what to run.
-        data: folder of data sets.
-        folder: of the ledger.
-
-    Returns:
-        The jobs, and what cannot be run -> why.
+    Returns the jobs, and what cannot be run -> why.
     """
     opened, absent = open_all(recipe.data, data, Ledger(folder))
     variants = {v.name: v for v in recipe.variants}

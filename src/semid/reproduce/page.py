@@ -18,8 +18,6 @@ from semid.reproduce.drq import DRQ
 from semid.reproduce.ledger import cell_key
 from semid.reproduce.moc import MOC
 
-__all__ = ["Page", "current", "make_page", "write_page"]
-
 PAPERS = {"drq": DRQ, "moc": MOC}
 READING = (
     "'Holds': the paired intervals over seeds say so in every comparison, or, where the claim is "
@@ -109,8 +107,7 @@ def current(rows: Sequence[Row]) -> tuple[list[Row], int]:
     Rows of other settings cannot be compared with them. Of several rows of one cell and seed the
     last counts.
 
-    Returns:
-        The rows, and how many were left out.
+    Returns the rows, and how many were left out.
     """
     # The DRQ paper's variants share their settings with the main rows.
     latest = {_protocol_key(row): row["settings"] for row in rows}
@@ -130,19 +127,7 @@ def make_page(
     absent: Mapping[str, str] | None = None,
     publish: bool = False,
 ) -> Page:
-    """Judge the claims and lay out the tables.
-
-    Args:
-        paper: ``drq`` or ``moc``.
-        rows: of `semid.reproduce.ledger.read_runs`.
-        missing: titles of the recipe's runs that have no row.
-        absent: what cannot be run here -> why.
-        publish: for documentation; refuses toys.
-
-    Raises:
-        InputError: a row of another paper, or of a quick run where ``publish`` is set or beside
-            rows that are not quick.
-    """
+    """Judge the claims and lay out the tables."""
     quick = [r for r in rows if r.get("quick")]
     foreign = {str(r.get("paper")) for r in rows} - {paper}
     if foreign:
@@ -219,13 +204,7 @@ def _folded(titles: Sequence[str]) -> list[str]:
 
 
 def write_page(page: Page, folder: Path, name: str) -> list[Path]:
-    """Write ``name.md`` and ``name.html``, replacing those that are there.
-
-    Args:
-        page: what to write.
-        folder: made if it does not exist.
-        name: ``drq`` or ``moc``.
-    """
+    """Write ``name.md`` and ``name.html``, replacing those that are there."""
     written = []
     markdown = f"{page.to_markdown()}\n{MARKDOWN_MARK}\n"
     for suffix, text in ((".md", markdown), (".html", page.to_html())):

@@ -11,8 +11,6 @@ import numpy as np
 
 from semid.errors import UsageError
 
-__all__ = ["Difference", "paired_difference", "student_quantile"]
-
 
 @dataclass(frozen=True)
 class Difference:
@@ -53,17 +51,7 @@ class Difference:
 def paired_difference(
     a: Sequence[float], b: Sequence[float], *, confidence: float = 0.95
 ) -> Difference:
-    """Return the mean of ``a - b`` with Student's interval.
-
-    Args:
-        a: values of one method, one per seed.
-        b: values of the other, for the same seeds in the same order.
-        confidence: coverage, between 0 and 1, over seeds (initial weights, order, dropout) on one
-            split. Results of another split differ more, in the same way for all methods.
-
-    Raises:
-        UsageError: different lengths, or none.
-    """
+    """Return the mean of ``a - b`` with Student's interval."""
     if len(a) != len(b) or not len(a):
         raise UsageError(
             f"{len(a)} and {len(b)} values cannot be paired; give one of each per seed"
@@ -78,11 +66,7 @@ def paired_difference(
 
 
 def student_quantile(share: float, freedom: int) -> float:
-    """Return the quantile of Student's t distribution for a share in (0.5, 1), by bisection.
-
-    Raises:
-        UsageError: a value is out of range.
-    """
+    """Return the quantile of Student's t distribution for a share in (0.5, 1), by bisection."""
     if not 0.5 < share < 1 or freedom < 1:
         raise UsageError(f"share={share}, freedom={freedom}: 0.5 < share < 1 and freedom >= 1")
     # Double the upper end until it is beyond the quantile, then halve the bracket.

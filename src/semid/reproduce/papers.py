@@ -13,8 +13,6 @@ from semid.report.figure import Figure
 from semid.reproduce.claims import Claim, Contrast, Family, Metric, Rows, constant, metric
 from semid.reproduce.tables import Cell, Column, Table, count_seeds, mean, mean_and_deviation
 
-__all__ = ["Paper"]
-
 
 @dataclass(frozen=True)
 class Paper:
@@ -48,11 +46,7 @@ class Paper:
         return self.metrics.get(name) or metric(self.file.get("metrics", {}).get(name, name))
 
     def claims(self, rows: Rows) -> list[Claim]:
-        """Return every claim of the paper.
-
-        Args:
-            rows: rows of the main protocol, whose widest scale and models the claims are about.
-        """
+        """Return every claim of the paper."""
         facts = self.facts(rows)
         return [
             Claim(
@@ -125,11 +119,7 @@ class Paper:
         )
 
     def sections(self, rows: Rows) -> list[tuple[str, str, str, list[Figure]]]:
-        """Return id, title, introduction and figures of every section of the page.
-
-        Args:
-            rows: rows of the ledger, with variants.
-        """
+        """Return id, title, introduction and figures of every section of the page."""
         sections = []
         for section in self.file["sections"]:
             figures: list[tuple[int, Figure | None]] = []

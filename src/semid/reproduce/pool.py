@@ -15,8 +15,6 @@ from semid.errors import UsageError
 from semid.progress import Progress
 from semid.reproduce.ledger import Ledger, origin
 
-__all__ = ["Job", "Runner", "run_jobs"]
-
 logger = logging.getLogger(__name__)
 
 
@@ -66,21 +64,7 @@ def run_jobs(
 ) -> dict[str, str]:
     """Run what has no line in the ledger yet.
 
-    Args:
-        jobs: in the order of their worth.
-        runner: runs one.
-        folder: of the ledger. Other commands may work on the same folder at the same time: every
-            run is done once.
-        processes: how many at a time.
-        threads: of torch in each process; None shares the CPUs out.
-        progress: told about every run.
-        task: what the progress is called.
-
-    Returns:
-        Title -> what went wrong, for runs that failed; they are tried again by the next call.
-
-    Raises:
-        UsageError: ``processes`` below 1.
+    Returns title -> what went wrong, for runs that failed; they are tried again by the next call.
     """
     if processes < 1:
         raise UsageError(f"--processes {processes}: give at least 1")

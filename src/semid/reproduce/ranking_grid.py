@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from semid.codes import CodesInfo, SemanticIds, code_dtype
+from semid.codes import MAX_LEVELS, CodesInfo, SemanticIds, code_dtype
 from semid.data.source import EmbeddingSource
 from semid.errors import IdsError, UsageError, check_choice
 from semid.options import Options, option
@@ -32,23 +32,9 @@ from semid.recommenders.ranking.training import (
     train_ranker,
     training_device,
 )
-from semid.tokenizers.context import MAX_LEVELS
 from semid.tokenizers.encoding import RowsDigest
 from semid.tokenizers.factory import TOKENIZERS, make_tokenizer
 from semid.training.options import TrainOptions
-
-__all__ = [
-    "GRID_FILES",
-    "METHODS",
-    "RESULTS_FILE",
-    "Grid",
-    "MethodCodes",
-    "Run",
-    "TokenizerCache",
-    "read_results",
-    "run_grid",
-    "train_cell",
-]
 
 RESULTS_FILE = "results.jsonl"
 GRID_FILES = (RESULTS_FILE, "tables.md", "tokenizers/")
@@ -90,9 +76,6 @@ class TokenizerCache:
         """Return the codes of a method of `METHODS` and their features.
 
         ``scale`` is M, the number of codes per item, or of embeddings of its one code.
-
-        Raises:
-            IdsError: no training item has an embedding.
         """
         check_choice("--methods", name, METHODS)
         if name == "none":
@@ -246,20 +229,7 @@ def run_grid(
     device: str = "auto",
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
-    """Run the missing runs and return the results of all runs of this grid.
-
-    Args:
-        grid: options of the grid.
-        data: ranking data of all runs.
-        folder: folder of ``results.jsonl`` (a line per finished run) and ``tokenizers/``; the same
-            call continues with the first run without a line.
-        embeddings: embeddings of the items, for methods that fit a tokenizer.
-        device: as for `train_ranker`.
-        progress: callback that receives progress events.
-
-    Raises:
-        UsageError: a method needs embeddings and there are none.
-    """
+    """Run the missing runs and return the results of all runs of this grid."""
     folder = Path(folder)
     if not folder.exists():
         with atomic_folder(folder, grows=GRID_FILES):

@@ -15,16 +15,6 @@ from semid.registry import find_recipe
 from semid.reproduce.ranking_grid import METHODS
 from semid.tokenizers.factory import TOKENIZERS
 
-__all__ = [
-    "DataSet",
-    "DrqRecipe",
-    "MocRecipe",
-    "Stage",
-    "TokenizerSpec",
-    "Variant",
-    "read_experiment",
-]
-
 _REVISION = "Raised when code changes what a run computes; runs of another revision do not count."
 
 
@@ -179,15 +169,7 @@ RECIPES: dict[str, type[DrqRecipe] | type[MocRecipe]] = {"drq": DrqRecipe, "moc"
 
 
 def read_experiment(name: str | Path) -> DrqRecipe | MocRecipe:
-    """Read a recipe.
-
-    Args:
-        name: one that comes with semid (``drq``, ``moc``, ``drq-quick``, ``moc-quick``), or a
-            TOML file.
-
-    Raises:
-        UsageError: no such recipe, no TOML, or a key or value that is not allowed.
-    """
+    """Read a recipe."""
     file = find_recipe(name, "reproduce/recipes", flag="recipe")
     where = f"recipe '{name}'"
     values = read_toml(file, where=where, error=UsageError, advice="correct the file")

@@ -23,8 +23,6 @@ from semid.training.batches import epoch_batches, steps_per_epoch
 from semid.training.loop import Evaluation, Step, train
 from semid.training.options import TrainOptions
 
-__all__ = ["ReconstructionProbe", "probe_reconstruction"]
-
 SALT = "information kept"
 
 TRAINING: dict[str, Any] = {

@@ -17,8 +17,6 @@ from semid.reproduce.page import Page, make_page, write_page
 from semid.reproduce.pool import Job, Runner, run_jobs
 from semid.reproduce.recipe import DrqRecipe, MocRecipe, read_experiment
 
-__all__ = ["PAPERS", "Estimate", "Study", "page_from"]
-
 PAPERS = ("drq", "moc")
 _RUNS: dict[str, tuple[Any, Any, Any, Any]] = {
     "drq": (drq_cells, drq_title, drq_jobs, DrqRunner),
@@ -141,18 +139,7 @@ def _groups(spec: Mapping[str, Any]) -> list[tuple[Any, ...]]:
 
 
 def page_from(paper: str, results: Path, output: Path, *, publish: bool = False) -> list[Path]:
-    """Write a page from a committed ledger alone; no data and no training.
-
-    Args:
-        paper: ``drq`` or ``moc``.
-        results: folder with ``<paper>/runs.jsonl``.
-        output: folder for ``<paper>.md`` and ``<paper>.html``.
-        publish: for documentation: refuses rows of ``--quick``.
-
-    Raises:
-        UsageError: no such ledger.
-        InputError: see `semid.reproduce.page.make_page`.
-    """
+    """Write a page from a committed ledger alone; no data and no training."""
     check_choice("paper", paper, PAPERS)
     ledger = results / paper / RUNS_FILE
     if not ledger.is_file():

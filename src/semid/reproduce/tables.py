@@ -10,19 +10,6 @@ from typing import Any
 from semid.report.figure import Figure
 from semid.reproduce.claims import Metric, Rows, inside
 
-__all__ = [
-    "Column",
-    "Line",
-    "Lines",
-    "Table",
-    "average",
-    "count_seeds",
-    "difference",
-    "mean",
-    "mean_and_deviation",
-    "spread",
-]
-
 
 @dataclass(frozen=True)
 class Line:

@@ -28,8 +28,6 @@ from semid.tokenizers.neural.tokenizer import LatentBlocks, PreparedRows
 from semid.tokenizers.stored import check_shapes
 from semid.training.checkpoint import StateStore
 
-__all__ = ["BARQ"]
-
 Array = npt.NDArray[np.float32]
 
 DEFAULT_LATENT = 64

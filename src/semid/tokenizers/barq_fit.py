@@ -24,9 +24,6 @@ from semid.tokenizers.levels import fit_levels
 from semid.tokenizers.neural.autoencoder import ExactEncoder, perceptron
 from semid.training.checkpoint import StateStore
 
-__all__ = ["Blend", "BlendFit", "BlendGraph", "Columns", "Content", "unit_rows"]
-
-
 Array = npt.NDArray[np.float32]
 
 

@@ -52,7 +52,6 @@ if TYPE_CHECKING:
     from semid.quantization.sharding import ShardedMatrix
     from semid.training.checkpoint import StateStore
 
-__all__ = ["HELD_OUT_SALT", "Tokenizer"]
 
 Array = npt.NDArray[np.float32]
 Weights = npt.NDArray[np.float64]

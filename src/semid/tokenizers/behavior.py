@@ -21,17 +21,6 @@ from semid.data.tables import open_table
 from semid.errors import InteractionsError, UsageError
 from semid.quantization.nearest import index_database, top_k
 
-__all__ = [
-    "Behavior",
-    "Neighbors",
-    "PairSource",
-    "Positives",
-    "SequencePairs",
-    "TablePairs",
-    "read_behavior",
-]
-
-
 Rows = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
@@ -70,10 +59,7 @@ class Positives:
     def excluded(self, first: Rows, second: Rows) -> Mask:
         """Return which ``second[j]`` is no negative for ``first[i]``, both ``(n,)``.
 
-        Returns:
-            ``(n, n)``: true where ``second[j]`` is the anchor itself or any positive of it (copies
-            of its own positive among them), except on the diagonal, which holds the pairs.
-            Cost: O(sum of the anchors' positives + n^2 / 8).
+        Shapes: returns (n, n).
         """
         excluded: Mask = np.equal(first[:, None], second[None, :])
         order = np.argsort(second, kind="stable")
@@ -258,22 +244,9 @@ def read_behavior(
 ) -> Behavior | None:
     """Turn interactions or pairs into pairs of training rows.
 
-    Args:
-        interactions: user sequences, anything `semid.read_interactions` reads. Pairs to learn from
-            are consecutive items of the training users, 80 % by a hash of their id; a tenth serves
-            to choose checkpoints; the last tenth, the test users, is not looked at.
-        pairs: a table or path with ``item_id`` and ``related_item_id``; an ``(n, 2)`` array of ids
-            or of row numbers; or `Neighbors`.
-        ids: the catalogue.
-        train: ``(items,)`` which items are trained on; pairs with others are left out.
-        threads: number of CPU threads.
+    Returns pairs in numbers of training rows, or None if nothing was neighbors.
 
-    Returns:
-        Pairs in numbers of training rows, or None if nothing was neighbors.
-
-    Raises:
-        UsageError: both were given, or pairs of an unknown form.
-        InteractionsError: no order, or no usable pair.
+    Shapes: ``pairs`` (n, 2), ``train`` (items,).
     """
     if interactions is None and pairs is None:
         return None

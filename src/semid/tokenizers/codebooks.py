@@ -18,8 +18,6 @@ from semid.tokenizers.base import Tokenizer
 from semid.tokenizers.context import level_sizes
 from semid.tokenizers.stored import check_shapes
 
-__all__ = ["CodebookTokenizer", "ResidualTokenizer"]
-
 Array = npt.NDArray[np.float32]
 
 

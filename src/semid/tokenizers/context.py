@@ -23,25 +23,6 @@ from semid.tokenizers.behavior import Behavior
 from semid.training.checkpoint import Checkpoint, Stages, StateStore
 from semid.training.distributed import is_main
 
-__all__ = [
-    "MAX_LEVELS",
-    "EncodedBlock",
-    "FitContext",
-    "InputScan",
-    "check_beam",
-    "check_beam_width",
-    "check_enough",
-    "codes_within",
-    "data_digest",
-    "item_weights",
-    "level_sizes",
-    "mean_row",
-    "refuse_behavior",
-    "scan",
-    "train_weights",
-]
-
-
 logger = logging.getLogger(__name__)
 
 Result = tuple[dict[str, np.ndarray], dict[str, Any]]
@@ -68,13 +49,7 @@ class InputScan:
 def scan(source: EmbeddingSource, train: npt.NDArray[np.bool_], progress: Progress) -> InputScan:
     """Read every row once, checking that it is finite.
 
-    Args:
-        source: ``(items, dim)`` embeddings.
-        train: ``(items,)`` which rows are trained on.
-        progress: callback that receives progress events.
-
-    Raises:
-        EmbeddingError: if rows hold NaN or inf, or there are no rows.
+    Shapes: ``source`` (items, dim), ``train`` (items,).
     """
     if len(source) == 0:
         raise EmbeddingError("there are no rows to fit; give at least as many as codewords")
@@ -110,17 +85,7 @@ def check_enough(
     trained: int | None = None,
     held_out: float = 0.0,
 ) -> None:
-    """Check that there are rows for every codeword, and warn where there are few.
-
-    Args:
-        distinct: different rows.
-        codebook_sizes: codewords of each level.
-        trained: rows to train on; None where they were not counted yet.
-        held_out: share of the rows that is not trained on.
-
-    Raises:
-        EmbeddingError: if there are fewer rows than codewords.
-    """
+    """Check that there are rows for every codeword, and warn where there are few."""
     largest = max(codebook_sizes)
     if distinct < largest:
         raise EmbeddingError(
@@ -183,13 +148,7 @@ class FitContext:
         return Stages(self.checkpoint)
 
     def stage(self, name: str, run: Callable[[StateStore | None], Result]) -> Result:
-        """Run a stage of the fit, or return what it returned in the run that is continued.
-
-        Args:
-            name: of the stage.
-            run: does the work; it is given the stage's store (`state` to continue from, `save`;
-                None keeps nothing) and returns arrays by name and a JSON-able record.
-        """
+        """Run a stage of the fit, or return what it returned in the run that is continued."""
         result = self.stages.finished(name)
         if result is None:
             result = run(self.stages.stage(name))
@@ -217,11 +176,7 @@ class EncodedBlock:
 def level_sizes(
     levels: int, codebook_size: int | Sequence[int], *, name: str = "levels"
 ) -> tuple[int, ...]:
-    """Return the codebook size of each level; ``name`` is what the user calls their number.
-
-    Raises:
-        UsageError: if a value is out of range or the lengths differ.
-    """
+    """Return the codebook size of each level; ``name`` is what the user calls their number."""
     levels = int(levels)
     if not 1 <= levels <= MAX_LEVELS:
         raise UsageError(f"{name}={levels}: give 1 to {MAX_LEVELS}")
@@ -240,11 +195,7 @@ def level_sizes(
 
 
 def codes_within(codes: Any, sizes: Sequence[int]) -> npt.NDArray[np.int64]:
-    """Return codes ``(items, levels)`` as int64, each within its codebook.
-
-    Raises:
-        InputError: for a wrong shape or type, or codes out of range.
-    """
+    """Return codes ``(items, levels)`` as int64, each within its codebook."""
     array = np.asarray(codes)
     if array.ndim != 2 or array.shape[1] != len(sizes) or array.dtype.kind not in "iu":
         raise InputError(
@@ -265,11 +216,7 @@ def codes_within(codes: Any, sizes: Sequence[int]) -> npt.NDArray[np.int64]:
 def item_weights(
     weights: npt.ArrayLike | None, items: int, *, name: str = "weights"
 ) -> npt.NDArray[np.float64] | None:
-    """Return item weights ``(items,)`` as float64, or None; errors call them ``name``.
-
-    Raises:
-        UsageError: if they are no numbers, of another length, negative, or not finite.
-    """
+    """Return item weights ``(items,)`` as float64, or None; errors call them ``name``."""
     if weights is None:
         return None
     wanted = f"give {items} finite, non-negative numbers, one an item"
@@ -288,11 +235,7 @@ def item_weights(
 def train_weights(
     mass: npt.NDArray[np.float64] | None, train: npt.NDArray[np.bool_]
 ) -> npt.NDArray[np.float64] | None:
-    """Return the weights of training rows, from those of all items.
-
-    Raises:
-        UsageError: if all of them are 0.
-    """
+    """Return the weights of training rows, from those of all items."""
     kept = None if mass is None else mass[train]
     if kept is not None and not kept.any():
         raise UsageError(
@@ -303,11 +246,7 @@ def train_weights(
 
 
 def refuse_behavior(kind: str, **given: Any) -> None:
-    """Refuse interactions and pairs on behalf of a tokenizer that would not use them.
-
-    Raises:
-        UsageError: naming what was given.
-    """
+    """Refuse interactions and pairs on behalf of a tokenizer that would not use them."""
     names = [name for name, value in given.items() if value is not None]
     if names:
         raise UsageError(
@@ -330,21 +269,13 @@ def data_digest(
 
 
 def check_beam_width(width: int) -> None:
-    """Refuse a beam that is no width.
-
-    Raises:
-        UsageError: saying what is allowed.
-    """
+    """Refuse a beam that is no width."""
     if not 1 <= width <= MAX_BEAM:
         raise UsageError(f"beam_width={width}: give 1 to {MAX_BEAM}")
 
 
 def check_beam(width: int, *, kind: str, hierarchical: bool) -> None:
-    """Refuse a beam that is no width, or one over parallel codebooks, where it would do nothing.
-
-    Raises:
-        UsageError: saying which.
-    """
+    """Refuse a beam that is no width, or one over parallel codebooks, where it would do nothing."""
     check_beam_width(width)
     if width > 1 and not hierarchical:
         raise UsageError(

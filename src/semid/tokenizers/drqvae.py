@@ -13,8 +13,6 @@ from semid.tokenizers.levels import fit_levels
 from semid.tokenizers.neural.continuous import ContinuousTokenizer, Objective
 from semid.tokenizers.neural.tokenizer import LatentBlocks, PreparedRows
 
-__all__ = ["DRQVAE"]
-
 MAX_LATENT = 256
 
 

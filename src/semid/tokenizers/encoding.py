@@ -38,17 +38,6 @@ from semid.tokenizers.base import Tokenizer
 from semid.tokenizers.context import EncodedBlock
 from semid.training.checkpoint import run_key
 
-__all__ = [
-    "EncodedPart",
-    "PartFolder",
-    "RowsDigest",
-    "encode_to_parquet",
-    "new_folder",
-    "partial_folder",
-    "partial_path",
-    "refuse_repeats",
-]
-
 logger = logging.getLogger(__name__)
 
 Array = npt.NDArray[np.float32]
@@ -128,12 +117,7 @@ class PartFolder:
         self.folder = Folder(path)
 
     def begin(self, *, resume: bool) -> None:
-        """Mark the folder as this run's, or check that it is.
-
-        Raises:
-            OutputExistsError: it holds an unfinished run and ``resume`` is false.
-            ArtefactError: the unfinished run has another key.
-        """
+        """Mark the folder as this run's, or check that it is."""
         if self.finished() and not resume:
             raise OutputExistsError(
                 f"'{self.path}' holds an unfinished run; continue it with --resume (resume=True) "
@@ -161,14 +145,7 @@ class PartFolder:
         read: Callable[[], Iterator[Array]],
         encode: Callable[[], Iterator[EncodedBlock]],
     ) -> EncodedPart:
-        """Encode one part and write its file, unless it is there and its rows have not changed.
-
-        Args:
-            name: of the file.
-            ids: item ids of the rows.
-            read: yields the rows in blocks.
-            encode: yields them encoded.
-        """
+        """Encode one part and write its file, unless it is there and its rows have not changed."""
         hashes = ids.hash64()
         if self.folder.exists_file(name):
             digest = RowsDigest.of(read(), ids)
@@ -210,18 +187,7 @@ class PartFolder:
         overwrite: bool,
         single: bool,
     ) -> None:
-        """Make the output of the parts, in row order, and end the run.
-
-        Args:
-            output: where the ids go.
-            parts: every part.
-            schema: of a file of all rows.
-            overwrite: replace a former output of semid.
-            single: one file of all rows; otherwise a folder with a file per part.
-
-        Raises:
-            ArtefactError: a part is not what this run wrote or accepted.
-        """
+        """Make the output of the parts, in row order, and end the run."""
         parts = sorted(parts, key=lambda part: part.name)
         for part in parts:
             if not self._is_signed(part.name, part.digest):
@@ -288,11 +254,7 @@ def new_folder(output: FilePath, *, overwrite: bool) -> Iterator[Folder]:
 
 
 def refuse_repeats(hashes: Sequence[npt.NDArray[np.uint64]]) -> None:
-    """Refuse item ids that occur in several parts.
-
-    Raises:
-        IdsError: saying how many.
-    """
+    """Refuse item ids that occur in several parts."""
     ordered = np.sort(np.concatenate(hashes)) if hashes else np.empty(0, np.uint64)
     repeated = int((ordered[1:] == ordered[:-1]).sum())
     if repeated:
@@ -315,24 +277,7 @@ def encode_to_parquet(
 ) -> int:
     """Encode rows block by block and write ``item_id``, ``codes``, ``residual_norm``.
 
-    Args:
-        tokenizer: a fitted tokenizer.
-        source: embeddings, anything `semid.open_embeddings` reads.
-        path: the Parquet file to write.
-        ids: item ids for a source that has none.
-        beam_width: partial codes kept per row; None takes the tokenizer's own.
-        overwrite: replace an existing file.
-        resume: continue a run that was stopped; without one it starts afresh.
-        progress: callback that receives progress events.
-
-    Returns:
-        The number of rows encoded in this call (less than all after a resume).
-
-    Raises:
-        OutputExistsError: if ``path`` exists, or an unfinished run towards it, and neither
-            ``overwrite`` nor ``resume`` is given.
-        ArtefactError: if the unfinished run belongs to another model or source.
-        EmbeddingError: for rows of another width, or with NaN or inf.
+    Returns the number of rows encoded in this call (less than all after a resume).
 
     Memory: a few blocks of 65,536 rows.
     """

@@ -12,9 +12,6 @@ from semid.options import argument_types
 from semid.registry import Registry, find_recipe
 from semid.tokenizers.base import Tokenizer
 
-__all__ = ["RECIPES", "TOKENIZERS", "make_tokenizer", "read_recipe"]
-
-
 TOKENIZERS = Registry(
     "semid.tokenizers",
     {
@@ -35,14 +32,7 @@ RECIPES = "recipes"
 def read_recipe(name: str | Path) -> dict[str, Any]:
     """Read a recipe: ``tokenizer = "..."`` and the arguments of its class.
 
-    Args:
-        name: name of a recipe that comes with semid, or path of a TOML file.
-
-    Returns:
-        The recipe's keys and values; tables such as ``[training]`` are dictionaries.
-
-    Raises:
-        UsageError: no such recipe or file, no TOML, or no ``tokenizer`` in it.
+    Returns the recipe's keys and values; tables such as ``[training]`` are dictionaries.
     """
     file = find_recipe(name, RECIPES, flag="--recipe")
     recipe = read_toml(file, where=f"recipe '{name}'", error=UsageError, advice="correct the file")
@@ -54,19 +44,7 @@ def read_recipe(name: str | Path) -> dict[str, Any]:
 def make_tokenizer(
     kind: str, values: Mapping[str, Any], *, threads: int | None = None, logger: Any = None
 ) -> Tokenizer:
-    """Make a tokenizer by name.
-
-    Args:
-        kind: key of `TOKENIZERS`.
-        values: arguments of its class. A dot leads into a table (``training.epochs``), and a
-            dictionary is merged into it; ``levels`` also names the codebooks of parallel ones.
-        threads: number of CPU threads.
-        logger: told the figures of every epoch, for tokenizers that have epochs.
-
-    Raises:
-        UsageError: an unknown kind, an argument this tokenizer does not have, or a value out of
-            range.
-    """
+    """Make a tokenizer by name."""
     made = TOKENIZERS.load(kind, flag="--tokenizer")
     takes_logger = "logger" in argument_types(made)
     allowed = set(argument_types(made)) - {"threads", "logger"}  # these are not settings

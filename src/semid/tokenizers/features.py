@@ -15,8 +15,6 @@ from semid.data.ids import ItemIds, hash_strings
 from semid.data.source import EmbeddingSource
 from semid.errors import EmbeddingError, UsageError
 
-__all__ = ["CATEGORY_WIDTH", "FusedSource", "category_vectors", "fuse"]
-
 Array = npt.NDArray[np.float32]
 
 CATEGORY_WIDTH = 64
@@ -26,13 +24,9 @@ CATEGORY_WIDTH = 64
 def category_vectors(values: Sequence[str | None], *, name: str, width: int) -> Array:
     """Turn categories into unit vectors that depend on the category and the column alone.
 
-    Args:
-        values: ``(items,)`` categories; None becomes the zero vector.
-        name: the column's name; equal words in two columns get different vectors.
-        width: of the vectors.
+    Returns ``(items, width)`` float32, entries ``+-1 / sqrt(width)``.
 
-    Returns:
-        ``(items, width)`` float32, entries ``+-1 / sqrt(width)``.
+    Shapes: ``values`` (items,).
     """
     known = sorted({value for value in values if value is not None})
     row = {value: number for number, value in enumerate(known)}

@@ -29,9 +29,6 @@ from semid.health import (
 )
 from semid.results import Result
 
-__all__ = ["FitReport", "HealthCounter", "card"]
-
-
 Array = npt.NDArray[np.float32]
 
 
@@ -65,16 +62,10 @@ class HealthCounter:
     ) -> npt.NDArray[np.float64]:
         """Count a block: codes ``(n, levels)``, rows and reconstructions ``(n, dim)``, latents.
 
-        Args:
-            codes: ``(n, levels)``.
-            x: ``(n, dim)`` rows.
-            reconstruction: ``(n, dim)`` their reconstructions.
-            latent: ``(n, latent)`` their latent vectors.
-            train: ``(n,)`` which rows were trained on; None where that is unknown.
-            row_hashes: ``(n,)`` hashes of the rows.
+        Returns ``(n,)`` squared error of each row.
 
-        Returns:
-            ``(n,)`` squared error of each row.
+        Shapes: ``codes`` (n, levels), ``x`` (n, dim), ``reconstruction`` (n, dim), ``latent`` (n,
+        latent), ``train`` (n,), ``row_hashes`` (n,).
         """
         self._usage.update(codes)
         self._collisions.update(codes, duplicate_groups=row_hashes)
@@ -130,10 +121,7 @@ class HealthCounter:
     ) -> Verdict:
         """Judge what was counted.
 
-        Args:
-            codebooks: ``(codes, latent)`` each; they give the effective sizes at noise 0.1.
-            collisions: those of all items, where their ids were taken and counted elsewhere.
-            overlaps: overlap per level at `REPORT_SCALE`, where it was computed before.
+        Shapes: ``codebooks`` (codes, latent).
         """
         used = self.usage()
         errors = self.relative_errors
@@ -264,12 +252,7 @@ class FitReport(Result):
 
 
 def card(kind: str, config: Mapping[str, Any]) -> str:
-    """Return Markdown that says what the model is, how it was made and whether it is healthy.
-
-    Args:
-        kind: kind of the tokenizer.
-        config: what ``config.json`` will hold.
-    """
+    """Return Markdown that says what the model is, how it was made and whether it is healthy."""
     sizes = config["codebook_sizes"]
     lines = [
         f"# Semantic ID tokenizer: {kind}",

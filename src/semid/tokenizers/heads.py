@@ -27,8 +27,6 @@ from semid.quantization.residual import dequantize
 from semid.tokenizers.context import codes_within, level_sizes
 from semid.tokenizers.stored import check_shapes, described
 
-__all__ = ["DecodeHead"]
-
 Array = npt.NDArray[np.float32]
 KIND = "head"
 ROWS = 65_536

@@ -25,8 +25,6 @@ from semid.training.distributed import (
     world_size,
 )
 
-__all__ = ["LevelRun", "fit_levels", "training_rows"]
-
 Array = npt.NDArray[np.float32]
 
 MEMORY_BYTES = 1 << 30
@@ -41,11 +39,7 @@ def training_rows(
 ) -> ShardedMatrix:
     """Return the rows of a fit; under ``torchrun`` each process holds its share of the blocks.
 
-    Args:
-        source: ``(items, dim)`` training rows, the same in every process.
-        weights: ``(items,)`` item weights, or None.
-        threads: CPU threads of this process; None shares the CPUs among the processes of a machine.
-        memory_bytes: this process holds its rows as float32 up to this size.
+    Shapes: ``source`` (items, dim), ``weights`` (items,).
     """
     join_processes()
     if world_size() == 1:
@@ -75,18 +69,9 @@ def fit_levels(
 ) -> tuple[list[Array], list[dict[str, Any]]]:
     """Fit one codebook per level (DRQ §4.2), from where the store left off.
 
-    Args:
-        rows: ``(items, dim)`` training rows, here or in shards.
-        sizes: codewords of each level.
-        seed: any integer.
-        options: how K-means runs at each level.
-        weights: ``(items,)`` item weights, or None.
-        threads: number of CPU threads.
-        store: where the state is kept after every iteration; None keeps nothing.
-        progress: callback that receives progress events.
+    Returns the codebooks, and a JSON-able record of how each level's K-means ended.
 
-    Returns:
-        The codebooks, and a JSON-able record of how each level's K-means ended.
+    Shapes: ``rows`` (items, dim), ``weights`` (items,).
     """
     run = LevelRun(store, progress, len(sizes))
     books, fits = fit_residual(

@@ -19,8 +19,6 @@ from semid.tokenizers.neural.quantized import QuantizedAutoencoder, QuantizedTok
 from semid.tokenizers.neural.quantizers import RULES, ParallelQuantizer, UpdateRule
 from semid.tokenizers.stored import check_shapes
 
-__all__ = ["VQVAE", "MoCVAE", "ParallelTokenizer"]
-
 Array = npt.NDArray[np.float32]
 
 

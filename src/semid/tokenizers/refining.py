@@ -15,11 +15,10 @@ from semid.progress import Progress, QuietProgress
 from semid.quantization.blocks import Blocks, in_memory
 from semid.quantization.refine import RefineOptions, refine_residual
 from semid.seeds import child_seed
-from semid.tokenizers.base import HELD_OUT_SALT, Tokenizer
+from semid.tokenizers.base import Tokenizer
 from semid.tokenizers.context import item_weights, scan, train_weights
 from semid.tokenizers.neural.tokenizer import LatentBlocks
-
-__all__ = ["refine"]
+from semid.tokenizers.stored import HELD_OUT_SALT
 
 Refinable = TypeVar("Refinable", bound=Tokenizer)
 MEMORY_BYTES = 1 << 30

@@ -22,8 +22,6 @@ from semid.tokenizers.levels import fit_levels, training_rows
 from semid.tokenizers.neural.autoencoder import Prepare
 from semid.training.checkpoint import StateStore
 
-__all__ = ["RQKMeans"]
-
 Array = npt.NDArray[np.float32]
 
 

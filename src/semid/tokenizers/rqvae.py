@@ -10,8 +10,6 @@ from semid.tokenizers.codebooks import ResidualTokenizer
 from semid.tokenizers.neural.quantized import QuantizedTokenizer
 from semid.tokenizers.neural.quantizers import ResidualQuantizer, UpdateRule
 
-__all__ = ["RQPVAE", "RQVAE"]
-
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class RQVAE(ResidualTokenizer, QuantizedTokenizer):

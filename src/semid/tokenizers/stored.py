@@ -19,8 +19,6 @@ from semid.errors import ArtefactError, NotFittedError, UsageError
 from semid.options import Parameters, argument_types, option
 from semid.tokenizers.fit_report import FitReport, card
 
-__all__ = ["HELD_OUT_SALT", "StoredTokenizer", "check_shapes", "described"]
-
 Array = npt.NDArray[np.float32]
 
 HELD_OUT_SALT = "semid/items"
@@ -55,15 +53,7 @@ RENAMED_OPTIONS = {
 def check_shapes(
     tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int | None, ...]]
 ) -> None:
-    """Refuse tensors of other shapes than settings ask for, before anything is made of them.
-
-    Args:
-        tensors: arrays by name.
-        shapes: the shape of each that is needed; None stands for any length.
-
-    Raises:
-        ValueError: naming the first that does not fit or is missing.
-    """
+    """Refuse tensors of other shapes than settings ask for, before anything is made of them."""
     for name, shape in shapes.items():
         if name not in tensors:
             raise ValueError(f"there is no tensor '{name}'")
@@ -90,11 +80,7 @@ UNUSABLE = (
 
 @contextlib.contextmanager
 def described(path: str | os.PathLike[str], what: str) -> Iterator[None]:
-    """Turn whatever settings and tensors of an artefact cannot be into one sentence.
-
-    Raises:
-        ArtefactError: naming the artefact and the reason.
-    """
+    """Turn whatever settings and tensors of an artefact cannot be into one sentence."""
     try:
         yield
     except (*UNUSABLE, ArtefactError) as error:
@@ -105,11 +91,7 @@ def described(path: str | os.PathLike[str], what: str) -> Iterator[None]:
 
 
 def stored_settings(kind: type, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the constructor's arguments in a config, of the types that they have there.
-
-    Raises:
-        ArtefactError: for a key that is missing or unknown, or a value of another type.
-    """
+    """Return the constructor's arguments in a config, of the types that they have there."""
     known = {name: value for name, value in config.items() if name in CONFIG}
     checked(CONFIG, known, "config.json", required=CONFIG)
     settings: dict[str, Any] = {
@@ -123,16 +105,7 @@ def stored_settings(kind: type, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_stored(path: str | os.PathLike[str], config: Mapping[str, Any], tokenizer: Any) -> None:
-    """Refuse tensors that are not those of the config, and settings that were changed in it.
-
-    Args:
-        path: of the artefact.
-        config: its config.
-        tokenizer: what was made of it.
-
-    Raises:
-        ArtefactError: naming what differs.
-    """
+    """Refuse tensors that are not those of the config, and settings that were changed in it."""
     actual = {
         "codebook_sizes": [len(book) for book in tokenizer.codebooks],
         "codebook_fingerprint": tokenizer.codebook_fingerprint,
@@ -198,11 +171,7 @@ class StoredTokenizer(Parameters, ABC):
 
     @property
     def dim(self) -> int:
-        """Width of the embeddings it was fitted on.
-
-        Raises:
-            NotFittedError: before `fit`.
-        """
+        """Width of the embeddings it was fitted on."""
         if self._dim is None:
             raise NotFittedError(
                 f"this {type(self).__name__} is not fitted; call fit(x) or semid.load(path)"
@@ -211,11 +180,7 @@ class StoredTokenizer(Parameters, ABC):
 
     @property
     def codebooks(self) -> tuple[Array, ...]:
-        """Codewords of each level: ``(codes, latent)`` float32.
-
-        Raises:
-            NotFittedError: before `fit`.
-        """
+        """Codewords of each level: ``(codes, latent)`` float32."""
         _ = self.dim
         return self._codebooks()
 
@@ -250,11 +215,7 @@ class StoredTokenizer(Parameters, ABC):
         }
 
     def replace_tensors(self, tensors: Mapping[str, np.ndarray]) -> Self:
-        """Return a fitted tokenizer of the same settings with other arrays in place of some.
-
-        Args:
-            tensors: arrays by their name in `_tensors`.
-        """
+        """Return a fitted tokenizer of the same settings with other arrays in place of some."""
         other = type(self)(**self.get_params(deep=False))
         other._dim = self.dim
         other._set_tensors({**self._tensors(), **tensors})
@@ -264,11 +225,7 @@ class StoredTokenizer(Parameters, ABC):
     def renumbered(self, numbers: Sequence[npt.NDArray[np.int64]]) -> Self:
         """Return the same tokenizer with its codewords numbered anew.
 
-        Args:
-            numbers: ``(codes,)`` per level, the number each codeword gets, a permutation.
-
-        Raises:
-            UsageError: if the tokenizer does not keep its codebooks under ``codebooks.LEVEL``.
+        Shapes: ``numbers`` (codes,).
         """
         tensors = self._tensors()
         moved: dict[str, np.ndarray] = {}
@@ -285,12 +242,7 @@ class StoredTokenizer(Parameters, ABC):
         return self.replace_tensors(moved)
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-        """Write the artefact folder (``config.json``, ``model.safetensors``, ``README.md``).
-
-        Raises:
-            NotFittedError: before `fit`.
-            OutputExistsError: if ``path`` exists and ``overwrite`` is false.
-        """
+        """Write the artefact folder (``config.json``, ``model.safetensors``, ``README.md``)."""
         config = {
             "kind": self.kind,
             "settings": self.settings,

@@ -17,19 +17,6 @@ from semid.quantization.blocks import Preprocess
 from semid.quantization.threads import map_blocks
 from semid.seeds import torch_generator
 
-__all__ = [
-    "Autoencoder",
-    "EncoderGraph",
-    "ExactDecoder",
-    "ExactEncoder",
-    "Layer",
-    "Prepare",
-    "blank_linear",
-    "dense",
-    "perceptron",
-]
-
-
 Array = npt.NDArray[np.float32]
 Layer = tuple[Array, Array]
 """Weights ``(in, out)`` and bias ``(out,)``."""
@@ -73,13 +60,9 @@ def dense(x: Array, layer: Layer, *, relu: bool) -> Array:
 def perceptron(x: Array, layers: Sequence[Layer], *, threads: int | None = None) -> Array:
     """Apply dense layers with ReLU between them.
 
-    Args:
-        x: ``(n, in)`` float32.
-        layers: weights and bias of each layer; there is no ReLU after the last.
-        threads: number of CPU threads.
+    Returns ``(n, out)`` float32. Each row depends on that row alone, in any chunking.
 
-    Returns:
-        ``(n, out)`` float32. Each row depends on that row alone, in any chunking.
+    Shapes: ``x`` (n, in).
     """
     out = np.empty((len(x), layers[-1][0].shape[1]), dtype=np.float32)
 
@@ -150,9 +133,7 @@ class Autoencoder(nn.Module):
     def standardize_(self, mean: npt.NDArray[np.float64], variance: float) -> None:
         """Set shift and scale from the training rows.
 
-        Args:
-            mean: ``(dim,)``.
-            variance: mean squared distance of a row to ``mean``.
+        Shapes: ``mean`` (dim,).
         """
         self.mean.copy_(torch.from_numpy(mean.astype(np.float32)))
         self.scale.fill_(math.sqrt(variance / len(mean)) if variance > 0 else 1.0)

@@ -28,31 +28,13 @@ from semid.training.distributed import rank, world_size
 from semid.training.loop import Evaluation, Step, train
 from semid.training.options import TrainOptions
 
-__all__ = [
-    "Batch",
-    "ContinuousAutoencoder",
-    "ContinuousTask",
-    "ContinuousTokenizer",
-    "Objective",
-    "info_nce",
-    "uniformity",
-]
-
 
 def info_nce(
     first: Tensor, second: Tensor, *, temperature: float, excluded: Tensor | None = None
 ) -> Tensor:
     """Symmetric InfoNCE with the other pairs of the batch as negatives.
 
-    Args:
-        first: ``(n, latent)`` anchors; rows are scaled to unit length here.
-        second: ``(n, latent)`` positives, row i of anchor i.
-        temperature: divides the cosines, above 0.
-        excluded: ``(n, n)`` boolean, true where ``second[j]`` is no negative of ``first[i]``.
-
-    Returns:
-        Scalar: mean over both directions, in nats. One mask serves both when positives count in
-        both directions, as those of `semid.tokenizers.behavior.Positives` do.
+    Shapes: ``first`` (n, latent), ``second`` (n, latent), ``excluded`` (n, n).
     """
     anchors = functional.normalize(first.float(), dim=1)
     positives = functional.normalize(second.float(), dim=1)
@@ -70,12 +52,9 @@ def info_nce(
 def uniformity(z: Tensor, *, sharpness: float = 2.0) -> Tensor:
     """Log of the mean Gaussian potential of pairs on the sphere (Wang and Isola 2020, eq. 2).
 
-    Args:
-        z: ``(n, latent)``, n at least 2; rows are scaled to unit length here.
-        sharpness: t of the potential ``exp(-t |a - b|^2)``.
+    Returns scalar; lower is more even.
 
-    Returns:
-        Scalar; lower is more even.
+    Shapes: ``z`` (n, latent).
     """
     unit = functional.normalize(z.float(), dim=1)
     with torch.autocast(unit.device.type, enabled=False):

@@ -35,15 +35,6 @@ from semid.training.distributed import rank, world_size
 from semid.training.loop import Evaluation, Step, train
 from semid.training.options import TrainOptions
 
-__all__ = [
-    "MIN_PERPLEXITY_SHARE",
-    "QuantizedAutoencoder",
-    "QuantizedTokenizer",
-    "ReconstructionTask",
-    "initialize_",
-    "squared_error",
-]
-
 Array = npt.NDArray[np.float32]
 
 INITIAL = KMeansOptions(max_iter=10)
@@ -75,15 +66,9 @@ def initialize_(
 ) -> None:
     """Start every codebook by K-means over the latents of the whole data set, not of one batch.
 
-    Args:
-        quantizer: its codebooks are set, level by level or each on its own.
-        latents: ``(rows, latent)`` of all training rows.
-        seed: any integer; each codebook has a child seed of its own.
-        batch: rows of a training step, for the first moving counts.
-        weights: ``(rows,)`` item weights.
-        threads: number of CPU threads.
-
     Cost: ten Lloyd iterations per codebook.
+
+    Shapes: ``latents`` (rows, latent), ``weights`` (rows,).
     """
     latents = in_memory(latents, limit_bytes=LATENT_BYTES)
     codebooks = quantizer.codebooks

@@ -15,19 +15,6 @@ from semid.seeds import child_seed, torch_generator
 from semid.tokenizers.neural.autoencoder import blank_linear
 from semid.training.distributed import all_sum_, rank, world_size
 
-__all__ = [
-    "RULES",
-    "Codebook",
-    "ParallelQuantizer",
-    "Quantized",
-    "Quantizer",
-    "ResidualQuantizer",
-    "UpdateRule",
-    "mean_squared_norm",
-    "nearest_labels",
-]
-
-
 RULES = ("ema", "gradient")
 
 MAX_SCORES = 1 << 20
@@ -65,12 +52,7 @@ def nearest_labels(z: Tensor, codewords: Tensor) -> Tensor:
     product, whose labels may be off where two codewords are as near as it rounds; ids, which
     encoding makes, are always exact.
 
-    Args:
-        z: ``(n, latent)``.
-        codewords: ``(codes, latent)``.
-
-    Returns:
-        int64 ``(n,)``.
+    Shapes: ``z`` (n, latent), ``codewords`` (codes, latent), returns (n,).
     """
     rows = max(1, MAX_SCORES // len(codewords))
     # Under autocast the product would be taken in bf16, and codewords differ by less.
@@ -134,11 +116,9 @@ class Codebook(nn.Module):
     def observe_(self, z: Tensor, labels: Tensor) -> None:
         """Take a batch: move codewords (EMA), count usage, revive dead codes.
 
-        Args:
-            z: ``(n, latent)`` vectors that were quantized.
-            labels: ``(n,)`` their codes.
-
         Sums and counts are those of all processes together, so codebooks stay equal.
+
+        Shapes: ``z`` (n, latent), ``labels`` (n,).
         """
         codes, decay = len(self.codewords), self.rule.decay
         counts = torch.bincount(labels, minlength=codes).to(self.counts.dtype)

@@ -24,15 +24,6 @@ from semid.training.distributed import local_rank
 from semid.training.loggers import Logger
 from semid.training.options import TrainOptions
 
-__all__ = [
-    "DEVICES",
-    "AutoencoderConfig",
-    "LatentBlocks",
-    "NeuralTokenizer",
-    "PreparedRows",
-    "pick_device",
-]
-
 Array = npt.NDArray[np.float32]
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -69,11 +60,7 @@ class AutoencoderConfig(Options):
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device to train on; processes of ``torchrun`` take one GPU each.
-
-    Raises:
-        UsageError: CUDA was asked for and there is none.
-    """
+    """Return the device to train on; processes of ``torchrun`` take one GPU each."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("device='cuda': no CUDA device was found; give device='cpu' or 'auto'")
     if name == "cpu" or not torch.cuda.is_available():
@@ -204,11 +191,7 @@ class NeuralTokenizer(CodebookTokenizer):
         return self._preprocess.invert(decoded)
 
     def decode_latent(self, z: npt.ArrayLike) -> Array:
-        """Return reconstructions ``(n, dim)`` of latents ``(n, latent)`` without quantization.
-
-        Raises:
-            NotFittedError: before `fit`.
-        """
+        """Return reconstructions ``(n, dim)`` of latents ``(n, latent)`` without quantization."""
         _ = self.dim
         rows = np.ascontiguousarray(z, dtype=np.float32)
         return self._preprocess.invert(self._decoder(rows, threads=self.threads))
@@ -217,9 +200,6 @@ class NeuralTokenizer(CodebookTokenizer):
         """Return the encoder as a module that can be traced and exported.
 
         It adds up in another order than `encode`, so latents agree to float32 rounding.
-
-        Raises:
-            NotFittedError: before `fit`.
         """
         _ = self.dim
         assert self._autoencoder is not None
