@@ -24,8 +24,6 @@ from semid.errors import MissingExtraError, UsageError
 from semid.exports.formats import ExportFormat
 from semid.tokenizers.base import Tokenizer
 
-__all__ = ["FAISS", "ONNX", "TORCH_EXPORT", "CodesGraph", "codes_graph"]
-
 
 class CodesGraph(nn.Module):
     """Rows to codes: an encoder, then the nearest codewords of each level.

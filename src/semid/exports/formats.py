@@ -19,8 +19,6 @@ from semid.output import atomic_file, atomic_folder, check_output
 from semid.registry import Registry
 from semid.tokenizers.base import Tokenizer
 
-__all__ = ["EXPORTS", "IMPORTS", "ExportFormat", "export", "import_ids"]
-
 logger = logging.getLogger(__name__)
 
 EXPORTS = Registry(

@@ -27,8 +27,6 @@ from semid.exports.id_files import level_letter
 from semid.seeds import torch_generator
 from semid.tokenizers.base import Tokenizer
 
-__all__ = ["HUGGINGFACE", "HuggingFaceExport"]
-
 TOKENS, CODEWORDS, IDS = "added_tokens.json", "codewords.safetensors", "ids.parquet"
 
 

@@ -31,18 +31,6 @@ from semid.quantization.blocks import BLOCK_ROWS
 from semid.quantization.nearest import index_codebook, nearest_m
 from semid.tokenizers.base import Tokenizer
 
-__all__ = [
-    "FUXICTR",
-    "GRID",
-    "LCREC",
-    "OPENONEREC",
-    "TORCHEASYREC",
-    "candidate_codes",
-    "level_letter",
-    "parse_text",
-    "sid_text",
-]
-
 logger = logging.getLogger(__name__)
 
 IMPORTED = "imported"

@@ -18,8 +18,6 @@ from semid.quantization.blocks import Blocks, read_ahead
 from semid.quantization.nearest import index_codebook
 from semid.quantization.residual import dequantize, encode_residual
 
-__all__ = ["add_penalties", "balance_penalties", "pad_columns"]
-
 Array = npt.NDArray[np.float32]
 
 STEP = 0.1
@@ -45,22 +43,11 @@ def balance_penalties(
     most even usage (entropy, summed over levels) are returned: sizes that oscillate cannot leave
     usage less even than no penalties do.
 
-    Args:
-        rows: ``(items, dim)``.
-        codebooks: ``(codes, dim)`` float32, one per level.
-        strength: highest penalty in mean squared residuals, 0 or more; 0 gives no penalties.
-        columns: count the residuals of the first so many columns; None counts all.
-        beam_width: partial codes kept while encoding.
-        rounds: passes over the rows, at least 1.
-        threads: number of CPU threads.
-
-    Returns:
-        ``(codes,)`` float64 per level, the lowest of each 0, in squared units of the rows.
-
-    Raises:
-        UsageError: if ``strength`` or ``rounds`` is out of range.
+    Returns ``(codes,)`` float64 per level, the lowest of each 0, in squared units of the rows.
 
     Cost: ``rounds`` + 1 encodings of all rows.
+
+    Shapes: ``rows`` (items, dim), ``codebooks`` (codes, dim).
     """
     if not 0 <= strength < float("inf") or rounds < 1:
         raise UsageError(
@@ -136,14 +123,7 @@ def add_penalties(
     Every level has a coordinate of its own, so that the penalty of a level stays as a constant in
     the residual and a beam adds up the penalties of all levels.
 
-    Args:
-        codebook: ``(codes, dim)``.
-        penalties: ``(codes,)``, each 0 or more.
-        level: level of the codebook.
-        levels: number of levels.
-
-    Returns:
-        ``(codes, dim + levels)`` float32.
+    Shapes: ``codebook`` (codes, dim), ``penalties`` (codes,), returns (codes, dim + levels).
     """
     padded = pad_columns(codebook, levels)
     padded[:, codebook.shape[1] + level] = np.sqrt(penalties)

@@ -19,8 +19,6 @@ from semid.quantization.engine.vector import SCAN
 from semid.quantization.nearest import THREADED_WORK, IndexedCodebook, nearest_m
 from semid.quantization.threads import map_blocks, one_blas_thread
 
-__all__ = ["encode_beam"]
-
 Array = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
 
@@ -39,20 +37,12 @@ def encode_beam(
 ) -> tuple[Labels, Array]:
     """Encode rows level by level, keeping partial codes.
 
-    Args:
-        block: ``(n, dim)`` float32 rows.
-        codebooks: one a level.
-        width: partial codes kept a row, at least 1.
-        threads: plain threads; they change no bit.
-
-    Returns:
-        Codes ``(n, levels)`` of the best and what they leave ``(n, dim)``. Equal distances keep the
-        better partial code, then the lower code.
-
     Cost: with at least as many rows as a codebook has codewords, ``n x codewords x dim`` products a
     level, and ``width`` sums of as many numbers as there are codewords a row; the products of
     codewords between levels are kept with the last codebook, at most 256 MB. Otherwise a search of
     each level for every partial code.
+
+    Shapes: ``block`` (n, dim), returns (n, levels).
     """
     tables = _tables(codebooks, len(block))
     beams = []

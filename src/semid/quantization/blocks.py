@@ -18,19 +18,6 @@ import numpy.typing as npt
 
 from semid.quantization.sums import TreeSum
 
-__all__ = [
-    "BLOCK_ROWS",
-    "ArrayBlocks",
-    "Blocks",
-    "Preprocess",
-    "PreprocessedBlocks",
-    "ResidualBlocks",
-    "WritableBlocks",
-    "in_memory",
-    "prefetched",
-    "read_ahead",
-]
-
 Array = npt.NDArray[np.float32]
 BLOCK_ROWS = 65_536
 
@@ -242,12 +229,7 @@ def in_memory(blocks: Blocks, *, limit_bytes: int) -> Blocks:
 def prefetched(
     blocks: Iterator[tuple[int, Array]], *, depth: int = 1
 ) -> Iterator[tuple[int, Array]]:
-    """Read ahead in a thread, so that disk and decoding overlap with arithmetic.
-
-    Args:
-        blocks: what to read; an error in it is raised here, at its place in the order.
-        depth: blocks held ready beyond the one in use.
-    """
+    """Read ahead in a thread, so that disk and decoding overlap with arithmetic."""
     ready: queue.Queue[tuple[int, Array] | BaseException | None] = queue.Queue(maxsize=depth)
     stopped = threading.Event()
 

@@ -19,21 +19,10 @@ import numpy.typing as npt
 from semid.errors import UsageError
 from semid.options import Options, option
 from semid.quantization.blocks import Blocks, WritableBlocks
-from semid.quantization.nearest import assign
 from semid.quantization.seeding import kmeans_plus_plus
 from semid.quantization.sharding import ShardedMatrix, as_sharded
 from semid.quantization.sums import Statistics
 from semid.seeds import numpy_generator
-
-__all__ = [
-    "KMeansOptions",
-    "KMeansResult",
-    "KMeansState",
-    "assign",
-    "draw_sample",
-    "kmeans",
-    "sampled",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -240,8 +229,7 @@ def draw_sample(
 ) -> npt.NDArray[np.int64] | None:
     """Draw the rows to train on, if a sample was asked for and the data are larger than it.
 
-    Returns:
-        ``(n,)`` rising row numbers, or None to train on all rows.
+    Returns ``(n,)`` rising row numbers, or None to train on all rows.
     """
     if options.sample_per_code is None or options.sample_per_code * codes >= len(blocks):
         return None

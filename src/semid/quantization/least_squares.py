@@ -22,8 +22,6 @@ from semid.quantization.nearest import THREADED_WORK
 from semid.quantization.residual import dequantize
 from semid.quantization.threads import map_blocks, one_blas_thread
 
-__all__ = ["NormalEquations", "Tables", "fit_tables", "leading_components"]
-
 Doubles = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
@@ -62,10 +60,7 @@ class NormalEquations:
     ) -> None:
         """Add a block.
 
-        Args:
-            codes: ``(n, levels)``, each within its codebook.
-            targets: ``(n, width)``.
-            weights: ``(n,)`` non-negative; None counts every item once.
+        Shapes: ``codes`` (n, levels), ``targets`` (n, width), ``weights`` (n,).
         """
         mass = np.ones(len(codes)) if weights is None else weights
         weighted = np.asarray(targets, dtype=np.float64) * mass[:, None]
@@ -97,19 +92,10 @@ class NormalEquations:
         ridge draws codewords towards "says nothing" and never the whole towards zero. A codeword
         without items stays as in ``start``.
 
-        Args:
-            ridge: above 0; so many items that say "zero" are added to every codeword.
-            start: one ``(codes, columns)`` table a level to start from: the solution does not
-                depend on it (to `TOLERANCE`), the time does.
-            columns: which of the targets' columns.
-            levels: tables for the first so many levels alone; None takes all.
-            threads: plain threads; no sum depends on them.
-
-        Returns:
-            ``(codes, columns)`` float64 tables, one a level.
-
         Cost: conjugate gradients with the counts as preconditioner, O(pairs of codes that meet x
         columns) a step.
+
+        Shapes: ``start`` (codes, columns), returns (codes, columns).
         """
         depth = len(self.sizes) if levels is None else levels
         mean = self.total[columns] / max(self.items, 1.0)
@@ -251,18 +237,9 @@ def fit_tables(
 ) -> Tables:
     """Fit tables whose rows, summed by codes, predict targets.
 
-    Args:
-        blocks: codes ``(n, levels)`` and targets ``(n, width)`` to fit to, in order.
-        sizes: codewords of each level.
-        width: width of the targets.
-        judged: gives codes and targets to choose the ridge on, block by block, once a ridge; with
-            None the middle ridge is taken.
-        ridges: to choose from, each above 0.
-        weights: ``(items,)`` weights of all blocks' items; None counts every item once.
-        threads: plain threads; they change no result.
+    Returns the tables of least error on the judged items.
 
-    Returns:
-        The tables of least error on the judged items.
+    Shapes: ``blocks`` (n, levels), ``weights`` (items,).
     """
     equations = NormalEquations(sizes, width)
     at = 0
@@ -311,16 +288,9 @@ CHUNK_ROWS = 8192
 def leading_components(blocks: Blocks, mean: npt.NDArray[np.float64], *, share: float) -> Array:
     """Return the fewest principal components that hold a share of the rows' variance.
 
-    Args:
-        blocks: ``(items, dim)`` rows, at least one.
-        mean: ``(dim,)`` of the rows.
-        share: in (0, 1].
-
-    Returns:
-        ``(dim, components)`` float32 with orthonormal columns, largest variance first, at least
-        one; the largest entry of each is positive.
-
     Cost: a pass with items x dim^2 products in float64, and an eigendecomposition.
+
+    Shapes: ``blocks`` (items, dim), ``mean`` (dim,), returns (dim, components).
     """
     scatter = torch.zeros((blocks.dim, blocks.dim), dtype=torch.float64)
     with one_blas_thread():  # another number of threads may add in another order

@@ -22,22 +22,6 @@ from semid.quantization.engine.search import search
 from semid.quantization.engine.table import Table, check_rows
 from semid.quantization.threads import resolve_threads
 
-__all__ = [
-    "MAX_NEIGHBORS",
-    "THREADED_WORK",
-    "IndexedCodebook",
-    "IndexedDatabase",
-    "Nearest",
-    "TopK",
-    "assign",
-    "compile_kernels",
-    "index_codebook",
-    "index_database",
-    "nearest",
-    "nearest_m",
-    "top_k",
-]
-
 
 class Nearest(NamedTuple):
     """Result of `nearest` and `nearest_m`.
@@ -117,24 +101,11 @@ def nearest(
 ) -> Nearest:
     """Find the codeword nearest to each row in squared Euclidean distance.
 
-    Args:
-        x: ``(items, dim)`` float32, float16 or bfloat16, on the CPU or a CUDA device (searched
-            there in bfloat16 whatever ``route`` says; the result stays there). A row that is not
-            finite gets label 0 and a distance that is not finite; refuse such rows before.
-        codebook: ``(codes, dim)``, or what `index_codebook` made of it.
-        threads: plain threads over blocks of rows; None uses all this process may use.
-        route: how to screen, ``"int8"``, ``"int16"``, ``"bf16"`` or ``"fp32"``; ``"auto"``
-            tries those this chip has on a few rows and takes the fastest. It changes the time,
-            never the result.
-
-    Returns:
-        Labels ``(items,)`` (ties to the lowest index) and distances ``(items,)``.
-
-    Raises:
-        UsageError: widths, dtypes or an argument that do not fit.
-        EmbeddingError: the codebook is not finite.
+    Returns labels ``(items,)`` (ties to the lowest index) and distances ``(items,)``.
 
     Time grows with items x codes x dim; memory with the block of rows, not with ``items``.
+
+    Shapes: ``x`` (items, dim), ``codebook`` (codes, dim).
     """
     ready = _prepared(x, codebook)
     found = _search(x, ready.table, 1, threads, route)
@@ -171,23 +142,9 @@ def nearest_m(
 ) -> Nearest:
     """Find the ``m`` nearest codewords of each row, nearest first.
 
-    Args:
-        x: ``(items, dim)`` float32, float16 or bfloat16.
-        codebook: ``(codes, dim)``, or what `index_codebook` made of it.
-        m: how many, 1 to the number of codewords.
-        within: ``(items,)`` float32 squared distances, on the CPU: codewords that do not lie nearer
-            to a row need not be measured and may be missing, as label 0 at an infinite distance.
-            On a CUDA device it changes nothing.
-        threads: see `nearest`.
-        route: see `nearest`.
+    Returns labels and distances ``(items, m)``; equal distances stand in index order.
 
-    Returns:
-        Labels and distances ``(items, m)``; equal distances stand in index order.
-
-    Raises:
-        UsageError: ``m`` or the length of ``within`` out of range, or widths and dtypes that do
-            not fit.
-        EmbeddingError: the codebook is not finite.
+    Shapes: ``x`` (items, dim), ``codebook`` (codes, dim), ``within`` (items,).
     """
     ready = _prepared(x, codebook)
     if not 1 <= m <= len(ready):
@@ -210,13 +167,9 @@ def assign(
 ) -> tuple[npt.NDArray[np.int64], Array]:
     """Label a block's rows: with `statistics`, the seam that everything larger is built on.
 
-    Args:
-        block: ``(n, dim)`` float32 rows.
-        centroids: ``(codes, dim)`` float32, prepared once if used for several blocks.
-        threads: plain threads; None takes what the machine allows.
+    Returns labels ``(n,)`` int64, ties to the lowest, and squared distances ``(n,)`` float32.
 
-    Returns:
-        Labels ``(n,)`` int64, ties to the lowest, and squared distances ``(n,)`` float32.
+    Shapes: ``block`` (n, dim), ``centroids`` (codes, dim).
     """
     words = torch.from_numpy(centroids) if isinstance(centroids, np.ndarray) else centroids
     if len(block) * len(centroids) * block.shape[1] < THREADED_WORK:
@@ -302,26 +255,11 @@ def top_k(
     Scores are computed in float64 in a fixed order, so lists are the same on every chip, route
     and number of threads; equal scores stand in index order. The cosine with a zero vector is 0.
 
-    Args:
-        queries: ``(queries, dim)`` float32, float16 or bfloat16. A row that is not finite gets
-            some indices and scores that are not finite.
-        database: ``(entries, dim)``, or what `index_database` made of it.
-        k: 1 to 500, and at most the number of entries that may be returned.
-        metric: ``"cosine"``, ``"ip"`` (inner product) or ``"l2"`` (squared distance). A prepared
-            database has its own, which must be the same.
-        exclude: ``(queries,)`` a database index to leave out of each query's list (the query
-            itself), -1 for none.
-        threads: see `semid.quantization.nearest.nearest`.
-        route: see `semid.quantization.nearest.nearest`.
-
-    Returns:
-        Indices and scores ``(queries, k)``, best first.
-
-    Raises:
-        UsageError: an argument out of range, or widths and dtypes that do not fit.
-        EmbeddingError: the database is not finite.
+    Returns indices and scores ``(queries, k)``, best first.
 
     Time grows with queries x entries x dim; memory with the block of queries.
+
+    Shapes: ``queries`` (queries, dim), ``database`` (entries, dim), ``exclude`` (queries,).
     """
     check_choice("metric", metric, tuple(METRICS))
     check_rows(queries, name="queries")

@@ -23,8 +23,6 @@ from semid.quantization.nearest import IndexedCodebook, index_codebook
 from semid.quantization.residual import ResidualCodes, dequantize, encode_residual
 from semid.seeds import numpy_generator
 
-__all__ = ["ColumnGroup", "RefineOptions", "RefineRound", "refine_residual"]
-
 Array = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 
@@ -103,24 +101,12 @@ def refine_residual(
 ) -> tuple[list[Array], list[RefineRound]]:
     """Refine codebooks that were fitted level by level.
 
-    Args:
-        train: ``(items, dim)`` rows to fit to.
-        codebooks: one ``(codes, dim)`` float32 a level.
-        judged: rows to choose the ridge and the end on; None takes ``train``, which favors the
-            smallest ridge.
-        groups: columns that are fitted together; None fits all columns over all levels. Columns in
-            no part stay.
-        options: rounds, beam, ridges.
-        weights: ``(items,)`` weights of the training rows; judged rows count alike.
-        seed: of the noise.
-        threads: plain threads; they change no result.
-        on_round: called after every round.
-
-    Returns:
-        Refined codebooks (those given, if no round lowered the error) and the rounds kept.
+    Returns refined codebooks (those given, if no round lowered the error) and the rounds kept.
 
     Cost: a round encodes the training rows once and the judged rows once a ridge (once, from the
     second with noise on), by a beam (`semid.quantization.beam`).
+
+    Shapes: ``train`` (items, dim), ``codebooks`` (codes, dim), ``weights`` (items,).
     """
     options = options or RefineOptions()
     width = train.dim

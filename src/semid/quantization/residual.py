@@ -25,14 +25,6 @@ from semid.quantization.nearest import IndexedCodebook, assign
 from semid.quantization.sharding import ShardedMatrix, as_sharded
 from semid.seeds import child_seed
 
-__all__ = [
-    "LevelFit",
-    "ResidualCodes",
-    "dequantize",
-    "encode_residual",
-    "fit_residual",
-]
-
 Array = npt.NDArray[np.float32]
 
 
@@ -83,27 +75,7 @@ def fit_residual(
 ) -> tuple[list[Array], list[LevelFit]]:
     """Fit one codebook a level by K-means on what the levels before leave.
 
-    Args:
-        blocks: ``(items, dim)`` training rows; or a `ShardedMatrix`, which has its own weights,
-            threads and memory.
-        codebook_sizes: codewords of each level.
-        seed: any integer; each level has a child seed of its own.
-        options: how K-means runs at every level.
-        weights: ``(items,)`` item weights; None counts rows once.
-        init: starting codebooks, one a level, instead of k-means++.
-        threads: plain threads; None takes what the machine allows.
-        memory_bytes: a level's residuals are held as float32 up to this size, and computed again
-            from the blocks at every pass above it; the result is the same.
-        done: codebook, labels of the rows trained on, and fit of levels already fitted; without
-            labels (an empty array) they are found again, which costs a pass.
-        state: K-means state inside the first level that is not done.
-        on_iteration: called with the level and the K-means state after every iteration.
-        on_level: called with the level and its result.
-
-    Returns:
-        Codebooks ``(codes, dim)`` and the level fits. Cost: `kmeans` once a level. A sample
-        (`KMeansOptions.sample_per_code`) is trained on in this process, wherever the rows lie.
-        Source: DRQ §4.2.
+    Shapes: ``blocks`` (items, dim), ``weights`` (items,), returns (codes, dim).
     """
     options = options or KMeansOptions()
     rows = as_sharded(blocks, weights=weights, threads=threads, memory_bytes=memory_bytes)
@@ -175,15 +147,9 @@ def encode_residual(
 ) -> ResidualCodes:
     """Quantize rows level by level.
 
-    Args:
-        block: ``(n, dim)`` float32 rows.
-        codebooks: prepared codebooks, one a level.
-        beam_width: partial codes kept a row; 1 is greedy. A wider beam lowers the error at
-            ``beam_width`` times the cost; its first code need not be the nearest codeword.
-        threads: plain threads; None takes what the machine allows.
+    Returns `ResidualCodes`. Each row's codes depend on that row alone. Ties go to the lowest code.
 
-    Returns:
-        `ResidualCodes`. Each row's codes depend on that row alone. Ties go to the lowest code.
+    Shapes: ``block`` (n, dim).
     """
     if beam_width > 1 and len(block):
         beam, residual = encode_beam(block, codebooks, beam_width, threads)
@@ -207,13 +173,9 @@ def dequantize(
 ) -> Array:
     """Sum the codewords of each row's codes.
 
-    Args:
-        codes: ``(n, levels)`` integers, each within its codebook.
-        codebooks: ``(codes, dim)`` float32, one a level.
-        levels: use only the first so many; None uses all.
+    Returns ``(n, dim)`` float32, added in level order.
 
-    Returns:
-        ``(n, dim)`` float32, added in level order.
+    Shapes: ``codes`` (n, levels), ``codebooks`` (codes, dim).
     """
     total = np.zeros((len(codes), codebooks[0].shape[1]), dtype=np.float32)
     for level, codebook in list(enumerate(codebooks))[:levels]:

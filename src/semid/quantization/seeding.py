@@ -20,8 +20,6 @@ from semid.quantization.nearest import THREADED_WORK
 from semid.quantization.sharding import ShardedMatrix, as_sharded
 from semid.quantization.threads import map_blocks
 
-__all__ = ["kmeans_plus_plus"]
-
 # Candidates a round: more save passes, but more of them are rejected. A quarter of the centers so
 # far keeps rejection rare; 256 already runs the distance kernel at full speed.
 MAX_ROUND = 256
@@ -46,19 +44,7 @@ def kmeans_plus_plus(
 ) -> npt.NDArray[np.float32]:
     """Choose up to ``codes`` rows as initial centroids.
 
-    Args:
-        blocks: ``(items, dim)`` rows, here or in shards (which know their weights).
-        codes: centroids wanted, at least 1.
-        generator: source of randomness.
-        weights: ``(items,)`` non-negative item weights that multiply the squared distances.
-        threads: plain threads; None takes what the machine allows.
-        n_local_trials: candidates drawn per center; 1 is plain k-means++.
-
-    Returns:
-        ``(found, dim)`` float32 distinct rows; ``found < codes`` only if the data hold no more
-        distinct rows of positive weight. Time about one exact assignment of the data to ``codes``
-        centroids and ``n_local_trials`` bfloat16 products of `GAIN_ROWS_PER_CODE` rows per code
-        with them; memory O(items + codes dim) beside those rows.
+    Shapes: ``blocks`` (items, dim), ``weights`` (items,), returns (found, dim).
     """
     rows = as_sharded(blocks, weights=weights, threads=threads)
     # The first center is drawn by weight alone.

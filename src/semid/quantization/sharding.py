@@ -30,8 +30,6 @@ from semid.quantization.nearest import assign, index_codebook
 from semid.quantization.sums import Node, Statistics, TreeSum, merge_nodes, statistics
 from semid.quantization.threads import default_threads
 
-__all__ = ["LocalShardPool", "Shard", "ShardPool", "ShardedMatrix", "as_sharded", "payload_bytes"]
-
 Array = npt.NDArray[np.float32]
 Numbers = npt.NDArray[np.int64]
 
@@ -416,11 +414,7 @@ def as_sharded(
 ) -> ShardedMatrix:
     """Return rows of this process as a `ShardedMatrix`, which is returned unchanged.
 
-    Args:
-        blocks: ``(items, dim)`` rows.
-        weights: ``(items,)`` weights.
-        threads: plain threads.
-        memory_bytes: rows are held as float32 up to this size.
+    Shapes: ``blocks`` (items, dim), ``weights`` (items,).
     """
     if isinstance(blocks, ShardedMatrix):
         return blocks

@@ -21,8 +21,6 @@ import numpy.typing as npt
 from semid.errors import UsageError
 from semid.quantization.threads import map_blocks
 
-__all__ = ["Node", "Statistics", "TreeSum", "cut_blocks", "merge_nodes", "statistics"]
-
 
 class Addable(Protocol):
     """What can be summed."""
@@ -75,11 +73,7 @@ class TreeSum(Generic[T]):
         self.nodes.append(node)
 
     def total(self) -> T:
-        """Return the sum of all blocks, which were all added from block 0 on.
-
-        Raises:
-            UsageError: nothing was added.
-        """
+        """Return the sum of all blocks, which were all added from block 0 on."""
         if not self.nodes:
             raise UsageError("no blocks were added; add at least one")
         # A parent whose right half lies past the last block is what there is of it: the smallest
@@ -107,13 +101,7 @@ def cut_blocks(blocks: int, shards: int) -> list[tuple[int, int]]:
     exceeds the mean by more than an eighth of it, or by one block where shares are smaller than 16
     blocks.
 
-    Args:
-        blocks: number of blocks, at least 0.
-        shards: ranges wanted, at least 1.
-
-    Returns:
-        ``(first, past the last)`` of each range, in order; ranges are empty where there are fewer
-        blocks than shards.
+    Shapes: returns (first, past the last).
     """
     step = 1
     while step * 2 * shards * 16 <= blocks:
@@ -208,16 +196,9 @@ def statistics(
     Threads share out codewords, not rows, so every sum is taken in row order whatever their
     number.
 
-    Args:
-        block: ``(n, dim)`` float32 rows.
-        labels: ``(n,)`` codes in ``[0, codes)``.
-        distances: ``(n,)`` squared distances to the assigned codeword.
-        codes: number of codewords.
-        weights: ``(n,)`` non-negative weights; None counts every row once.
-        threads: plain threads to use.
+    Returns the block's `Statistics`. Time O(n dim), memory O(codes dim).
 
-    Returns:
-        The block's `Statistics`. Time O(n dim), memory O(codes dim).
+    Shapes: ``block`` (n, dim), ``labels`` (n,), ``distances`` (n,), ``weights`` (n,).
     """
     result = Statistics.zeros(codes, block.shape[1])
     order, starts = _group(labels, codes)

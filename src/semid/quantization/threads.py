@@ -18,8 +18,6 @@ import torch
 
 from semid.errors import UsageError
 
-__all__ = ["cgroup_limit", "default_threads", "map_blocks", "one_blas_thread", "resolve_threads"]
-
 Block = TypeVar("Block")
 Result = TypeVar("Result")
 
@@ -40,16 +38,7 @@ def _quota(numerator: str, denominator: str) -> float | None:
 
 
 def cgroup_limit(root: Path = Path("/sys/fs/cgroup"), proc: Path = Path("/proc")) -> float | None:
-    """Read the CPU quota of the control group this process runs in.
-
-    Args:
-        root: where the control groups are mounted.
-        proc: where process information is mounted.
-
-    Returns:
-        CPUs' worth of time a period (0.5 = half a CPU), the tightest over the group and its
-        parents and over cgroup v1 and v2; None where no quota is set or none can be read.
-    """
+    """Read the CPU quota of the control group this process runs in."""
     limits: list[float] = []
     try:
         lines = (proc / "self" / "cgroup").read_text(encoding="utf-8").splitlines()
@@ -94,14 +83,7 @@ def default_threads() -> int:
 def resolve_threads(threads: int | None) -> int:
     """Turn the user's ``threads`` into a number.
 
-    Args:
-        threads: at least 1, or None for every thread this process may use.
-
-    Returns:
-        At least 1.
-
-    Raises:
-        UsageError: ``threads`` is below 1.
+    Returns at least 1.
     """
     if threads is None:
         return default_threads()
@@ -130,16 +112,7 @@ def map_blocks(
 ) -> list[Result]:
     """Apply ``work`` to every block over plain threads with one BLAS thread each.
 
-    Args:
-        work: called once a block; it must release the GIL in its heavy part to gain from threads.
-        blocks: what to work on.
-        threads: see `resolve_threads`. One thread or one block runs in the calling thread.
-
-    Returns:
-        The results in the order of ``blocks``, whatever order they were made in.
-
-    Raises:
-        UsageError: ``threads`` is below 1.
+    Returns the results in the order of ``blocks``, whatever order they were made in.
     """
     count = min(resolve_threads(threads), len(blocks))
     with one_blas_thread():

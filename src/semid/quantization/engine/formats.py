@@ -20,8 +20,6 @@ from semid.quantization.engine.sweep import scan_best, scan_many, sweep
 from semid.quantization.engine.table import FAST, PAD_OFFSET, Operand, Table, aligned, padded, slack
 from semid.quantization.engine.x86 import AMX, BLOCKS, LINE, ROW_TILE, missing_features, pitch
 
-__all__ = ["Bfloat16Gemm", "Float32Gemm", "FusedBfloat16", "FusedInt8", "FusedShort"]
-
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]

@@ -15,8 +15,6 @@ from semid.quantization.engine.search import Found
 from semid.quantization.engine.table import MAX_TABLE_RADII, Table, check_rows
 from semid.quantization.engine.vector import LANES
 
-__all__ = ["DeviceTable", "canonical_keys", "device_table", "search_device"]
-
 SCORES = 2**27
 """Scores a block: 0.5 GB of float32, enough work for a launch to cost nothing beside it."""
 PAIRS = 2**18

@@ -17,19 +17,6 @@ import numpy.typing as npt
 from semid.quantization.engine.sweep import F32, I32, I64, kth_largest, scan_many, trim_rows
 from semid.quantization.engine.vector import SCAN, dot, square_distance
 
-__all__ = [
-    "COSINE",
-    "INNER",
-    "L2",
-    "METRICS",
-    "key",
-    "norms",
-    "resolve_best",
-    "resolve_children",
-    "resolve_many",
-    "scan_children",
-]
-
 L2, INNER, COSINE = 0, 1, 2
 METRICS = {"l2": L2, "ip": INNER, "cosine": COSINE}
 """Names of the metrics."""

@@ -27,8 +27,6 @@ from semid.quantization.engine.search import Route, search
 from semid.quantization.engine.table import Table
 from semid.quantization.engine.x86 import AMX, AVX2, AVX512
 
-__all__ = ["ROUTES", "choose", "working_routes"]
-
 logger = logging.getLogger(__name__)
 
 ROUTES = ("auto", "int8", "int16", "bf16", "fp32")
@@ -66,11 +64,7 @@ def _candidates() -> list[Route]:
 def self_test(route: Route) -> bool:
     """Compare a route with brute force on a fixed problem that no shortcut solves.
 
-    Args:
-        route: an available route.
-
-    Returns:
-        Whether all labels agree.
+    Returns whether all labels agree.
     """
     generator = np.random.default_rng(20240229)
     entries = generator.normal(size=(333, 75)).astype(np.float32)
@@ -148,15 +142,6 @@ def choose(route: str, queries: torch.Tensor, table: Table, *, k: int = 1) -> Ro
     The choice changes the time and never the result. It is made on `PROBE_ROWS` evenly
     spaced queries and kept for the table and the next `REUSED_TABLES` of its shape. A few queries
     take the first working route untimed.
-
-    Args:
-        route: one of `ROUTES`. A name this machine lacks falls back to float32.
-        queries: what will be searched for.
-        table: what will be searched.
-        k: entries wanted a query.
-
-    Raises:
-        UsageError: an unknown name.
     """
     check_choice("route", route, ROUTES)
     working = working_routes()

@@ -25,8 +25,6 @@ from semid.quantization.engine.vector import SCAN
 from semid.quantization.engine.x86 import ROW_TILE
 from semid.quantization.threads import map_blocks
 
-__all__ = ["BLOCK", "Found", "Route", "State", "search"]
-
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 
@@ -113,15 +111,7 @@ class State:
     ) -> None:  # fmt: skip
         """Bound each row's score error and reset its candidates.
 
-        Args:
-            table: what is searched.
-            residual: ``(limit,)`` norms of what rounding took from the queries.
-            entry_residual: the same for the table's rows, the largest.
-            relative: rounding of the finished product, relative to the norms' product (that of
-                its float32 sums, in any order, is always counted).
-            absolute: further error, scaled units.
-            unit: int32 scores: what turns one into scaled units (score * unit + shift).
-            shift: see ``unit``.
+        Shapes: ``residual`` (limit,).
         """
         length = self.length
         reach = table.radius + entry_residual
@@ -237,20 +227,7 @@ def search(
 ) -> Found:
     """Find the ``k`` entries with the smallest canonical keys, ties to the lowest index.
 
-    Args:
-        queries: ``(queries, dim)`` float32, float16 or bfloat16 on the CPU.
-        table: what to search; at least ``k`` entries (``k + 1`` with ``exclude``).
-        route: how to screen; it never changes the result.
-        k: entries wanted.
-        exclude: ``(queries,)`` entry to leave out for each query, -1 for none.
-        within: ``(queries,)`` squared distances: entries that do not lie nearer may be missing, as
-            entry 0 at infinity. Without ``exclude``.
-        threads: see `semid.quantization.threads.resolve_threads`.
-        name: the queries' argument name for messages.
-
-    Returns:
-        Labels, keys and the number of pairs measured. A query with NaN or infinity gets some
-        label and a key that is not finite.
+    Shapes: ``queries`` (queries, dim), ``exclude`` (queries,), ``within`` (queries,).
     """
     count, width = len(queries), table.rows.shape[1]
     labels = np.empty((count, k), np.int64)

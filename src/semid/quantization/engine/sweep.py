@@ -19,8 +19,6 @@ from semid.quantization.engine.x86 import (
     score_block,
 )
 
-__all__ = ["F32", "I32", "I64", "kth_largest", "scan_best", "scan_many", "sweep", "trim_rows"]
-
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 F32 = npt.NDArray[np.float32]

@@ -17,22 +17,6 @@ from semid.errors import EmbeddingError, UsageError
 from semid.quantization.engine.keys import COSINE, L2, norms
 from semid.quantization.engine.vector import LANES, SCAN
 
-__all__ = [
-    "MAX_TABLE_RADII",
-    "PAD_OFFSET",
-    "Operand",
-    "Table",
-    "aligned",
-    "center_queries",
-    "center_table",
-    "check_rows",
-    "first_copies",
-    "float32_rows",
-    "padded",
-    "round_bfloat16",
-    "slack",
-]
-
 PAD_OFFSET = 1e30
 """Offset of the columns that only fill a block: their score is far below every real one."""
 
@@ -75,15 +59,7 @@ def padded(columns: int, multiple: int) -> int:
 def float32_rows(rows: torch.Tensor, *, name: str) -> F32:
     """Return ``rows`` as C-contiguous float32, zero-padded to a multiple of `LANES` columns.
 
-    Args:
-        rows: ``(n, dim)`` float32, float16 or bfloat16 on the CPU; all three convert exactly.
-        name: the argument's name for messages.
-
-    Returns:
-        ``(n, width)``, sharing memory with ``rows`` where nothing had to change.
-
-    Raises:
-        UsageError: another dtype or not two-dimensional.
+    Shapes: ``rows`` (n, dim), returns (n, width).
     """
     check_rows(rows, name=name)
     wide = rows.detach().to(torch.float32).contiguous()
@@ -95,11 +71,7 @@ def float32_rows(rows: torch.Tensor, *, name: str) -> F32:
 
 
 def check_rows(rows: torch.Tensor, *, name: str) -> None:
-    """Refuse anything but a matrix of float32, float16 or bfloat16.
-
-    Raises:
-        UsageError: naming what was given.
-    """
+    """Refuse anything but a matrix of float32, float16 or bfloat16."""
     if rows.dim() != 2 or rows.shape[1] == 0:
         raise UsageError(
             f"{name} has shape {tuple(rows.shape)}; give (rows, dim) with dim at least 1"
@@ -320,11 +292,9 @@ def _hash_rows(
 def first_copies(rows: F32) -> I64:
     """Find exact duplicates.
 
-    Args:
-        rows: ``(entries, width)`` without negative zeros.
+    Returns ``(different,)`` ascending indices of the rows that equal no earlier row.
 
-    Returns:
-        ``(different,)`` ascending indices of the rows that equal no earlier row.
+    Shapes: ``rows`` (entries, width).
     """
     bits = rows.view(np.uint32)
     weights = np.random.default_rng(0).integers(2**63, size=rows.shape[1], dtype=np.uint64)

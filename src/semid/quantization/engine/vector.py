@@ -15,8 +15,6 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-__all__ = ["LANES", "SCAN", "dot", "hits", "maximum", "score", "square_distance", "trailing_zeros"]
-
 LANES = 16
 """Lanes of the canonical sums; rows are zero-padded to a multiple of it."""
 SCAN = 64

@@ -24,23 +24,6 @@ from numba.extending import intrinsic
 
 from semid.quantization.engine.vector import F32, I32, I64, data_pointer, load
 
-__all__ = [
-    "AMX",
-    "AVX2",
-    "AVX512",
-    "BLOCKS",
-    "LINE",
-    "ROW_TILE",
-    "begin",
-    "block_columns",
-    "block_rows",
-    "end",
-    "group_columns",
-    "missing_features",
-    "pitch",
-    "score_block",
-]
-
 I8 = ir.IntType(8)
 I16 = ir.IntType(16)
 BYTES = I8.as_pointer()
@@ -217,18 +200,8 @@ def score_block(
 ) -> Any:  # fmt: skip
     """Scores of a `Block` of rows and entries: ``start[column + j] + rows[row + i] . entry j``.
 
-    Args:
-        typing: numba's, not part of a call.
-        chip: `AMX`, `AVX512` or `AVX2`.
-        rows: ``(n, >= width)`` int8, int16, or uint16 bit patterns of bfloat16; see `pitch`.
-        row: first row.
-        panels: ``(panels, width * 16)`` packed table, uint8 (codes + 128), int16 or uint16.
-        panel: first of the block's panels.
-        start: what the sums start from, int32 or float32.
-        column: first element of ``start``.
-        scores: ``(ROW_TILE, columns)`` result of ``start``'s type; rows ``row % ROW_TILE`` on are
-            written.
-        to: first column of ``scores`` to write.
+    Shapes: ``rows`` (n, >= width), ``panels`` (panels, width * 16), ``scores`` (ROW_TILE,
+    columns).
     """
     signature = types.void(
         chip, rows, types.int64, panels, types.int64, start, types.int64, scores, types.int64
