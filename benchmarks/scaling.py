@@ -50,7 +50,7 @@ from semid.training.distributed import (
     ProcessShardPool,
     is_main,
     join_processes,
-    own_span,
+    process_span,
     world_size,
 )
 
@@ -128,7 +128,7 @@ def as_rank(path: str, codes: int, iterations: int) -> None:
     """Run as one of torchrun's processes."""
     x = np.load(path, mmap_mode="r")
     join_processes()
-    first, last = own_span(len(x))
+    first, last = process_span(len(x))
     shard = Shard(ArrayBlocks(np.array(x[first:last])), first_row=first, threads=1)
     team = ProcessShardPool(shard, len(x)) if world_size() > 1 else LocalShardPool(shard)
     clock = gathered_clock if world_size() > 1 else own_clock

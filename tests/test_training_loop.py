@@ -14,7 +14,7 @@ from torch import nn
 
 from semid.errors import DivergedError, MissingExtraError, UsageError
 from semid.progress import QuietProgress
-from semid.training.batches import epoch_batches, own_share, steps_per_epoch
+from semid.training.batches import epoch_batches, process_share, steps_per_epoch
 from semid.training.checkpoint import Checkpoint, Stages, module_arrays
 from semid.training.loggers import JsonLinesLogger, MultiLogger, make_logger
 from semid.training.loop import Evaluation, Step, train
@@ -207,7 +207,7 @@ def test_every_row_once_an_epoch_and_shares_that_add_up():
     ]
     values = np.random.default_rng(0).normal(size=103)
     for batch in batches:
-        parts = [own_share(batch, rank=rank, world=3) for rank in range(3)]
+        parts = [process_share(batch, rank=rank, world=3) for rank in range(3)]
         assert np.concatenate([rows for rows, _ in parts]).tolist() == batch.tolist()
         mean = np.mean([values[rows].mean() * weight for rows, weight in parts])
         assert mean == pytest.approx(values[batch].mean())

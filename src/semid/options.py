@@ -27,7 +27,6 @@ inherits fields and declares one again to change its default. State that `fit` s
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import numbers
 import reprlib
 import sys
@@ -215,16 +214,13 @@ class CheckedArguments:
     def __new__(cls, *positional: Any, **arguments: Any) -> Self:
         """Check the arguments before ``__init__`` sees them."""
         # Copying and unpickling make an object without arguments, which passes.
-        parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
-        names = [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
-        open_ended = any(each.kind is each.VAR_POSITIONAL for each in parameters)
-        if len(positional) > len(names) and not open_ended:
+        if positional:
             first = next(iter(argument_types(cls)))
             raise UsageError(
-                f"{cls.__name__} takes {len(names)} arguments by position and was given "
-                f"{len(positional)}; give the others by name, such as {first}=..."
+                f"{cls.__name__} takes 0 arguments by position and was given {len(positional)}; "
+                f"give them by name, such as {first}=..."
             )
-        check_arguments(cls, {**dict(zip(names, positional, strict=False)), **arguments})
+        check_arguments(cls, arguments)
         return super().__new__(cls)
 
     def _problems(self) -> list[str]:
@@ -394,20 +390,9 @@ def _plain(value: Any, hint: Any) -> Any:
 
 
 def argument_types(kind: Any) -> dict[str, Any]:
-    """Return the type hint of each constructor argument, those of its ``**options`` among them."""
-    if dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        return {field.name: hints[field.name] for field in dataclasses.fields(kind) if field.init}
-    init = kind.__init__
-    hints = typing.get_type_hints(init)
-    arguments: dict[str, Any] = {}
-    for parameter in list(inspect.signature(init).parameters.values())[1:]:
-        if parameter.kind is parameter.VAR_KEYWORD:
-            (shared,) = typing.get_args(hints[parameter.name])  # Unpack[a TypedDict]
-            arguments |= typing.get_type_hints(shared)
-        elif parameter.kind is not parameter.VAR_POSITIONAL:
-            arguments[parameter.name] = hints.get(parameter.name, Any)
-    return arguments
+    """Return the type hint of each constructor argument of a dataclass."""
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind) if field.init}
 
 
 def check_arguments(kind: type, arguments: Mapping[str, Any]) -> None:

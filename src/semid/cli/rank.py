@@ -64,9 +64,9 @@ class RankSource:
         """Return the configuration of the ranker."""
         from semid.recommenders.ranking.network import RankerConfig
 
-        own = {"hidden": _numbers("--hidden", self.hidden), "dropout": self.dropout}
+        model_options = {"hidden": _numbers("--hidden", self.hidden), "dropout": self.dropout}
         values = _part(settings, "config")
-        options = {**own, **_part(values, "options")}
+        options = {**model_options, **_part(values, "options")}
         values = {key: value for key, value in values.items() if not key.startswith("options.")}
         return RankerConfig.of({**values, "fusion": fusion, "options": options})
 

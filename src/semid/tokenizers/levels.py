@@ -21,7 +21,7 @@ from semid.training.distributed import (
     ProcessShardPool,
     join_processes,
     local_world_size,
-    own_span,
+    process_span,
     world_size,
 )
 
@@ -45,7 +45,7 @@ def training_rows(
     if world_size() == 1:
         return as_sharded(source, weights=weights, threads=threads, memory_bytes=memory_bytes)
     threads = threads or max(1, default_threads() // local_world_size())
-    first, last = own_span(len(source))
+    first, last = process_span(len(source))
     shard = Shard(
         source.subset(np.arange(first, last)),
         first_row=first,

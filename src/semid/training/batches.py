@@ -15,7 +15,7 @@ from semid.data.source import write_npy
 from semid.quantization.blocks import ArrayBlocks, Blocks, in_memory
 from semid.seeds import numpy_generator
 
-__all__ = ["MEMORY_BYTES", "TrainingRows", "epoch_batches", "own_share", "steps_per_epoch"]
+__all__ = ["MEMORY_BYTES", "TrainingRows", "epoch_batches", "process_share", "steps_per_epoch"]
 
 Rows = npt.NDArray[np.int64]
 
@@ -37,7 +37,7 @@ def epoch_batches(
 
     Args:
         rows: rows to train on.
-        batch_size: rows a batch, about.
+        batch_size: approximate rows per batch.
         seed: any integer.
         epoch: number of the epoch.
         weights: ``(rows,)`` non-negative; rows are then drawn with replacement in proportion, so
@@ -55,20 +55,20 @@ def epoch_batches(
     return list(np.array_split(order, steps_per_epoch(rows, batch_size)))
 
 
-def own_share(batch: Rows, *, rank: int, world: int) -> tuple[Rows, float]:
+def process_share(batch: Rows, *, rank: int, world: int) -> tuple[Rows, float]:
     """Return one process's part of a batch and the weight that makes averages exact.
 
     Args:
-        batch: ``(n,)`` rows of the whole batch, at least one a process.
+        batch: ``(n,)`` rows of the whole batch, at least one per process.
         rank: number of this process.
         world: number of processes.
 
     Returns:
-        Its rows, and ``own / (n / world)``: a mean over its rows times this, averaged over the
+        Its rows, and ``share / (n / world)``: a mean over its rows times this, averaged over the
         processes, is the mean over the batch.
     """
-    own = np.array_split(batch, world)[rank]
-    return own, len(own) * world / len(batch)
+    share = np.array_split(batch, world)[rank]
+    return share, len(share) * world / len(batch)
 
 
 logger = logging.getLogger(__name__)

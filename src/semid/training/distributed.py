@@ -29,7 +29,7 @@ __all__ = [
     "join_processes",
     "local_rank",
     "local_world_size",
-    "own_span",
+    "process_span",
     "rank",
     "shard_spans",
     "world_size",
@@ -142,7 +142,7 @@ def shard_spans(rows: int, shards: int) -> list[tuple[int, int]]:
     ]
 
 
-def own_span(rows: int) -> tuple[int, int]:
+def process_span(rows: int) -> tuple[int, int]:
     """Return the rows of this process's shard."""
     return shard_spans(rows, world_size())[rank()]
 
@@ -151,7 +151,7 @@ class ProcessShardPool:
     """The shards of all processes; made by each of them with its own.
 
     Args:
-        shard: this process's rows, those of `own_span`.
+        shard: this process's rows, those of `process_span`.
         rows: all rows.
 
     Attributes:
@@ -165,8 +165,8 @@ class ProcessShardPool:
 
     def call(self, method: str, arguments: Mapping[int, tuple[Any, ...]]) -> dict[int, Any]:
         """Call the method where it is called for; return all answers in every process."""
-        own = arguments.get(rank())
-        answer = None if own is None else getattr(self.shard, method)(*own)
+        call = arguments.get(rank())
+        answer = None if call is None else getattr(self.shard, method)(*call)
         answers = self._gather(method, answer)
         return {place: answers[place] for place in arguments}
 

@@ -115,7 +115,7 @@ class TrainingTask(Protocol):
     def batches(self, epoch: int, first: int) -> Iterator[tuple[Any, float]]:
         """Yield this process's ``(batch, weight)`` of an epoch from step ``first`` on.
 
-        The weight corrects for unequal shares of a batch, see `semid.training.batches.own_share`.
+        The weight corrects for unequal shares of a batch, see `process_share`.
         """
         ...
 

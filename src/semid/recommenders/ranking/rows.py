@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from semid.recommenders.ranking.schema import Inputs
-from semid.training.batches import epoch_batches, own_share, steps_per_epoch
+from semid.training.batches import epoch_batches, process_share, steps_per_epoch
 from semid.training.distributed import rank, world_size
 
 
@@ -140,5 +140,5 @@ class MemoryBatches:
         batches = epoch_batches(len(self.rows), self.batch_size, seed=self.seed, epoch=epoch)
         device = self.rows.label.device
         for batch in batches[first:]:
-            share, weight = own_share(batch, rank=rank(), world=world_size())
+            share, weight = process_share(batch, rank=rank(), world=world_size())
             yield self.rows.batch(torch.from_numpy(share).to(device)), weight

@@ -31,7 +31,7 @@ from semid.recommenders.ranking.item_table import join_catalogue
 from semid.recommenders.ranking.schema import Inputs, as_text, dense_values
 from semid.recommenders.ranking.splits import TRAIN, Label, hash_parts
 from semid.seeds import numpy_generator
-from semid.training.batches import own_share
+from semid.training.batches import process_share
 from semid.training.distributed import rank, world_size
 
 BUFFER_ROWS = 1 << 20
@@ -249,7 +249,9 @@ class StreamBatches:
 
     def _batch(self, columns: Columns) -> tuple[tuple[Inputs, Tensor], float]:
         # With several processes each takes its share, weighted so that the gradients add up.
-        rows, weight = own_share(np.arange(len(columns["label"])), rank=rank(), world=world_size())
+        rows, weight = process_share(
+            np.arange(len(columns["label"])), rank=rank(), world=world_size()
+        )
 
         def tensor(name: str) -> Tensor:
             return torch.from_numpy(columns[name][rows]).to(self.device)

@@ -22,7 +22,7 @@ from semid.tokenizers.codebooks import ResidualTokenizer
 from semid.tokenizers.context import FitContext
 from semid.tokenizers.neural.autoencoder import Autoencoder, blank_linear
 from semid.tokenizers.neural.tokenizer import NeuralTokenizer, PreparedRows, pick_device
-from semid.training.batches import TrainingRows, epoch_batches, own_share, steps_per_epoch
+from semid.training.batches import TrainingRows, epoch_batches, process_share, steps_per_epoch
 from semid.training.checkpoint import StateStore, load_module_, module_arrays
 from semid.training.distributed import rank, world_size
 from semid.training.loop import Evaluation, Step, train
@@ -227,7 +227,7 @@ class ContinuousTask:
             weights=self.weights,
         )
         for number in range(first, len(batches)):
-            share, weight = own_share(batches[number], rank=rank(), world=world_size())
+            share, weight = process_share(batches[number], rank=rank(), world=world_size())
             step = epoch * self.steps_per_epoch + number
             rows = self.rows.take(share).to(self.device)
             yield self._batch(rows, step), weight

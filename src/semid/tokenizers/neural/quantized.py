@@ -30,7 +30,7 @@ from semid.tokenizers.neural.tokenizer import (
     PreparedRows,
     pick_device,
 )
-from semid.training.batches import TrainingRows, epoch_batches, own_share, steps_per_epoch
+from semid.training.batches import TrainingRows, epoch_batches, process_share, steps_per_epoch
 from semid.training.distributed import rank, world_size
 from semid.training.loop import Evaluation, Step, train
 from semid.training.options import TrainOptions
@@ -205,7 +205,7 @@ class ReconstructionTask:
             weights=self.weights,
         )
         for batch in batches[first:]:
-            share, weight = own_share(batch, rank=rank(), world=world_size())
+            share, weight = process_share(batch, rank=rank(), world=world_size())
             yield self.rows.take(share).to(self.device), weight
 
     def evaluate(self, epoch: int) -> Evaluation:
