@@ -298,7 +298,7 @@ def atomic_folder(
         work = _temporary(target)
         work.mkdir()
         try:
-            with _plain_write_errors(path):
+            with plain_write_errors(path):
                 yield work
                 mark_folder(work, names=grows)
             replace_folder(work, target)
@@ -351,7 +351,7 @@ def atomic_file(
         mode = stat.S_IMODE(work.stat().st_mode)
         marker = target.parent / f".{target.name}{MARKER}"
         try:
-            with _plain_write_errors(path):
+            with plain_write_errors(path):
                 yield work
             work.chmod(mode)  # some libraries replace the file by one that only the owner reads
             if not mark or _is_own_file(work):
@@ -371,7 +371,7 @@ def atomic_file(
 
 
 @contextlib.contextmanager
-def _plain_write_errors(path: Any) -> Iterator[None]:
+def plain_write_errors(path: Any) -> Iterator[None]:
     """Turn a full disk, whichever library met it, into one sentence."""
     try:
         yield
