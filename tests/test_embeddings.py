@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semid.data.embeddings import open_embeddings
-from semid.data.parquet_files import ParquetFiles
+from semid.data.files import ParquetFiles
 from semid.data.source import EmbeddingSource
 from semid.errors import EmbeddingError, IdsError, OutputExistsError, UsageError
 

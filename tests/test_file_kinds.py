@@ -18,10 +18,9 @@ import torch
 
 from semid.cli import main
 from semid.data.embeddings import open_embeddings
-from semid.data.file_kinds import HEAD_BYTES, recognize
-from semid.data.id_sources import load_ids
+from semid.data.files import HEAD_BYTES, recognize
 from semid.data.interactions import read_interactions
-from semid.data.items import read_items
+from semid.data.items import load_ids, read_items
 from semid.errors import EmbeddingError, IdsError, InteractionsError, UsageError
 
 TABLE = pa.table({"user_id": ["u", "v"], "item_id": ["a", "b"]})

@@ -13,10 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semid.data.embeddings import open_embeddings
-from semid.data.id_sources import load_ids, split_column
 from semid.data.ids import ItemIds, hash_strings, held_out_mask, share_mask
 from semid.data.interactions import read_interactions
-from semid.data.items import read_items
+from semid.data.items import load_ids, read_items, split_column
 from semid.errors import IdsError, InputError, InteractionsError, UsageError
 
 X = np.ones((3, 2), np.float32)

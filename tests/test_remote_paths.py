@@ -15,7 +15,7 @@ import pytest
 import semid
 from distributed_cases import rows_array, write_folder
 from semid.cli import main
-from semid.data.id_sources import load_ids
+from semid.data.items import load_ids
 from semid.distributed.arrow import ArrowEncoder, ids_of_table
 from semid.errors import EmbeddingError, UsageError
 from semid.filesystems import Folder, list_files, resolve

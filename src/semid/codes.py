@@ -21,9 +21,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from semid.artefact import FORMAT_VERSION, check_version
-from semid.data.id_sources import code_rows, join_tables
+from semid.data.files import find_parquet
 from semid.data.ids import ItemIds
-from semid.data.parquet_files import find_parquet
+from semid.data.items import code_rows, join_tables
 from semid.documents import checksum, parse_json, record, typed
 from semid.errors import (
     ArtefactError,

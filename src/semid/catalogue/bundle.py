@@ -25,8 +25,8 @@ import pyarrow.parquet as pq
 
 from semid.artefact import check_version
 from semid.codes import CodesInfo, SemanticIds
-from semid.data.id_sources import join_tables
 from semid.data.ids import ItemIds, cast_ids
+from semid.data.items import join_tables
 from semid.documents import read_json, record, typed
 from semid.errors import ArtefactError, InputError, OutputExistsError, UsageError
 from semid.runs import hidden_path, hold_path, remove_path

@@ -315,7 +315,7 @@ def import_(
 
     Example: semid import Beauty.index.json --from lcrec --ids items.parquet -o ids.parquet
     """
-    from semid.data.id_sources import load_ids
+    from semid.data.items import load_ids
     from semid.exports.formats import import_ids
     from semid.loading import load_tokenizer
 

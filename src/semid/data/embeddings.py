@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from semid.data.array_source import ArraySource, TensorSource, open_npy
 from semid.data.columns import pick_embedding_column
-from semid.data.frames import is_frame, library_of, open_frame
-from semid.data.id_sources import frame_ids, load_ids, parquet_ids
+from semid.data.files import ParquetFiles
 from semid.data.ids import ItemIds
+from semid.data.items import frame_ids, load_ids, parquet_ids
 from semid.data.list_sources import ArrowSource, ParquetSource
-from semid.data.parquet_files import ParquetFiles
-from semid.data.source import EmbeddingSource
+from semid.data.source import ArraySource, EmbeddingSource, TensorSource, open_npy
+from semid.data.tables import is_frame, library_of, open_frame
 from semid.errors import EmbeddingError, UsageError, check_choice
 from semid.filesystems import is_uri
 
@@ -37,7 +36,7 @@ def open_embeddings(
             ``s3://bucket/items``); a numpy array or torch tensor (items, dim); an Arrow table,
             pandas or polars frame with a column of float lists; or an `EmbeddingSource`. Values
             are float16, float32 or float64.
-        ids: item ids from elsewhere, see `semid.data.id_sources.load_ids`: a path such as
+        ids: item ids from elsewhere, see `semid.data.items.load_ids`: a path such as
             ``items.parquet`` or ``items.parquet:asin``, an array, a list or a table. None takes
             the id column beside the embeddings, else row numbers.
         embedding_column: a table's embedding column; None takes ``embedding``, else the only

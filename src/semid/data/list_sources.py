@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from semid.data.array_source import check_matrix
 from semid.data.blocks import BLOCK, Flag, RawBlock, reblock
 from semid.data.columns import (
     float_list_width,
@@ -20,9 +19,9 @@ from semid.data.columns import (
     refuse_repeated,
     storage,
 )
+from semid.data.files import ParquetFiles
 from semid.data.ids import ItemIds
-from semid.data.parquet_files import ParquetFiles
-from semid.data.source import EmbeddingSource, matching_ids
+from semid.data.source import EmbeddingSource, check_matrix, matching_ids
 from semid.errors import EmbeddingError, brief
 from semid.filesystems import FilePath
 

@@ -16,8 +16,8 @@ import pyarrow as pa
 
 from semid.codes import CodesInfo, SemanticIds, ids_table
 from semid.data.embeddings import open_embeddings
-from semid.data.id_sources import code_rows
 from semid.data.ids import ItemIds
+from semid.data.items import code_rows
 from semid.distributed.ray_workers import RayOptions, check_slots, connect
 from semid.errors import UsageError
 from semid.filesystems import FilePath

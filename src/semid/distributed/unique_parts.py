@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 from semid.catalogue.placement import append_tokens, token_count
 from semid.catalogue.uniqueness import UniqueReport
 from semid.codes import CodesInfo, ids_table
+from semid.data.files import find_parquet
 from semid.data.ids import ItemIds
-from semid.data.parquet_files import find_parquet
 from semid.errors import ArtefactError, UsageError
 from semid.filesystems import FilePath, open_parquet
 from semid.health import bucket_keys, part_of

@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow as pa
 
 from semid.data.columns import common_type, pick_embedding_column, require_column
-from semid.data.id_sources import DEFAULT_ID_COLUMN
+from semid.data.files import ParquetFiles
 from semid.data.ids import ItemIds
+from semid.data.items import DEFAULT_ID_COLUMN
 from semid.data.list_sources import ParquetSource
-from semid.data.parquet_files import ParquetFiles
 from semid.data.source import EmbeddingSource
 from semid.errors import UsageError
 from semid.filesystems import FilePath, is_uri

@@ -13,11 +13,10 @@ import pyarrow as pa
 import torch
 
 from semid.data.embeddings import open_embeddings
-from semid.data.frames import is_frame
 from semid.data.ids import ItemIds
 from semid.data.interactions import SELECT, TRAIN, read_interactions, split_users
 from semid.data.source import EmbeddingSource
-from semid.data.tables import open_table
+from semid.data.tables import is_frame, open_table
 from semid.errors import InteractionsError, UsageError
 from semid.quantization.nearest import index_database, top_k
 

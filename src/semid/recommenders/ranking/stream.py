@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from semid.data.columns import require_column
+from semid.data.files import ParquetFiles
 from semid.data.ids import hash_strings
-from semid.data.parquet_files import ParquetFiles
 from semid.errors import InteractionsError, UsageError
 from semid.filesystems import open_parquet
 from semid.recommenders.ranking.builder import (
