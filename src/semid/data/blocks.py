@@ -38,6 +38,26 @@ class RawBlock(NamedTuple):
     flags: np.ndarray | None = None
     shared: bool = False
 
+    @property
+    def flag_bits(self) -> np.ndarray:
+        """The flags (n,), zeros where no row has one."""
+        return np.zeros(len(self.values), np.uint8) if self.flags is None else self.flags
+
+    def take(self, rows: np.ndarray) -> RawBlock:
+        """Return a copy of the rows at ``rows`` (k,)."""
+        return RawBlock(self.values[rows], None if self.flags is None else self.flags[rows])
+
+
+def gather(count: int, dim: int, parts: Iterable[tuple[np.ndarray, RawBlock]]) -> RawBlock:
+    """Collect ``count`` rows from parts ``(places, rows)``, each place occurring once."""
+    values = np.empty((count, dim), dtype=np.float32)
+    flags = np.zeros(count, dtype=np.uint8)
+    for places, raw in parts:
+        values[places] = raw.values
+        if raw.flags is not None:
+            flags[places] = raw.flags
+    return RawBlock(values, flags if flags.any() else None)
+
 
 def reblock(pieces: Iterable[RawBlock], size: int) -> Iterator[RawBlock]:
     """Cut pieces of any length into blocks of exactly ``size`` rows (the last may be shorter).
@@ -65,12 +85,7 @@ def _joined(parts: list[RawBlock]) -> RawBlock:
         values, flags, shared = parts[0]
     else:
         values, shared = np.concatenate([part.values for part in parts]), False
-        flags = np.concatenate(
-            [
-                np.zeros(len(part.values), np.uint8) if part.flags is None else part.flags
-                for part in parts
-            ]
-        )
+        flags = np.concatenate([part.flag_bits for part in parts])
     # Flags say that a row cannot be used: none, where all rows of the block can.
     return RawBlock(values, flags if flags is not None and flags.any() else None, shared)
 
@@ -88,8 +103,7 @@ def within_range(values: np.ndarray) -> bool:
 
 def squared_norms(values: np.ndarray) -> np.ndarray:
     """Return the squared length of each row: (n,) float64, NaN and infinity where the row has."""
-    norms: np.ndarray = np.einsum("nd,nd->n", values, values, dtype=np.float64)
-    return norms
+    return np.asarray(np.einsum("nd,nd->n", values, values, dtype=np.float64))
 
 
 _NAN, _INFINITE, _LONG = 8, 16, 32
@@ -140,8 +154,7 @@ class Moments:
     @property
     def mean(self) -> np.ndarray:
         """Mean of the rows (dim,)."""
-        mean: np.ndarray = self.total / max(self.count, 1)
-        return mean
+        return np.asarray(self.total / max(self.count, 1))
 
     @property
     def variance(self) -> float:
@@ -167,13 +180,12 @@ class RowProblems:
     def add(self, raw: RawBlock, rows: np.ndarray) -> np.ndarray:
         """Count one block whose rows are numbered ``rows``; return the mask of its usable rows."""
         clean: np.ndarray = np.ones(len(raw.values), dtype=bool)
-        flags = np.zeros(len(raw.values), np.uint8) if raw.flags is None else raw.flags
         if not within_range(raw.values):
             clean = squared_norms(raw.values) <= MAX_NORM**2
         if raw.flags is None and clean.all():
             return clean
-        unflagged = flags == 0
-        kinds = {bit: (flags & bit) != 0 for bit in (1, 2, 4)}
+        unflagged = raw.flag_bits == 0
+        kinds = {bit: (raw.flag_bits & bit) != 0 for bit in (1, 2, 4)}
         kinds[_NAN] = unflagged & np.isnan(raw.values).any(axis=1)
         kinds[_INFINITE] = unflagged & np.isinf(raw.values).any(axis=1)
         kinds[_LONG] = unflagged & np.isfinite(raw.values).all(axis=1) & ~clean
@@ -181,20 +193,14 @@ class RowProblems:
             if mask.any():
                 self.counts[kind] += int(mask.sum())
                 self.first.setdefault(kind, int(rows[np.flatnonzero(mask)[0]]))
-        usable: np.ndarray = clean & unflagged
-        return usable
+        return np.asarray(clean & unflagged)
 
     def sentences(self) -> list[str]:
         """Say every problem in one sentence each, with what to do about it."""
-        out = []
-        for kind, words in _WORDS.items():
-            count = self.counts[kind]
-            if not count:
-                continue
-            row = self.first[kind]
-            out.append(
-                f"{self.label} holds {count} row{'s' if count > 1 else ''} with "
-                f"{words.format(dim=self.dim)} (first: item '{self.ids[row]}', row {row}); "
-                "drop them or pass --on-invalid skip (on_invalid='skip')"
-            )
-        return out
+        return [
+            f"{self.label} holds {count} row{'s' if count > 1 else ''} with "
+            f"{words.format(dim=self.dim)} (first: item '{self.ids[self.first[kind]]}', "
+            f"row {self.first[kind]}); drop them or pass --on-invalid skip (on_invalid='skip')"
+            for kind, words in _WORDS.items()
+            if (count := self.counts[kind])
+        ]

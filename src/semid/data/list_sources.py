@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from semid.data.blocks import BLOCK, Flag, RawBlock, reblock
+from semid.data.blocks import BLOCK, Flag, RawBlock, gather
 from semid.data.columns import (
     float_list_width,
     is_float_list,
@@ -21,7 +21,7 @@ from semid.data.columns import (
 )
 from semid.data.files import ParquetFiles
 from semid.data.ids import ItemIds
-from semid.data.source import EmbeddingSource, check_matrix, matching_ids
+from semid.data.source import EmbeddingSource
 from semid.errors import EmbeddingError, brief
 from semid.filesystems import FilePath
 
@@ -58,82 +58,42 @@ def list_rows(array: Any, dim: int) -> RawBlock:
     without any of these is viewed, not copied.
     """
     array = _plain(array)
-    if float_list_width(array.type) is not None:
-        return _fixed(array, dim)
-    return _variable(array, dim)
-
-
-def _fixed(array: Any, dim: int) -> RawBlock:
-    n, width = len(array), array.type.list_size
-    if width != dim:
-        flags = np.full(n, Flag.RAGGED, dtype=np.uint8)
-        flags[_nulls(array)] = Flag.NULL_ROW
-        return RawBlock(np.full((n, dim), np.nan, dtype=np.float32), flags)
-    # `.values` forgets the slice the array is, `.flatten()` drops null rows: cut by hand.
-    children = array.values.slice(array.offset * width, n * width)
-    values, shared, broken = _floats(children, n, width)
-    if not array.null_count and broken is None:
-        return RawBlock(values, None, shared)
-    flags = np.zeros(n, dtype=np.uint8)
-    if broken is not None:
-        flags[broken] = Flag.NULL_VALUE
-    flags[_nulls(array)] = Flag.NULL_ROW
-    return _flagged(values, flags, shared)
-
-
-def _variable(array: Any, dim: int) -> RawBlock:
-    n = len(array)
-    offsets = array.offsets.to_numpy().astype(np.int64, copy=False)
-    lengths = np.diff(offsets)
-    nulls = _nulls(array) if array.null_count else None
-    if nulls is None and (lengths == dim).all():
-        children = array.values.slice(int(offsets[0]), n * dim)
-        values, shared, broken = _floats(children, n, dim)
-        if broken is None:
-            return RawBlock(values, None, shared)
-        flags = np.zeros(n, dtype=np.uint8)
-        flags[broken] = Flag.NULL_VALUE
-        return _flagged(values, flags, shared)
-    flags = np.zeros(n, dtype=np.uint8)
-    flags[lengths != dim] = Flag.RAGGED
-    if nulls is not None:
-        flags[nulls] = Flag.NULL_ROW
-    values = np.full((n, dim), np.nan, dtype=np.float32)
+    n, width = len(array), float_list_width(array.type)
+    if width is None:
+        offsets = array.offsets.to_numpy().astype(np.int64, copy=False)
+    else:  # `.values` forgets the slice the array is, `.flatten()` drops null rows: cut by hand
+        offsets = (array.offset + np.arange(n + 1)) * width
+    flags = np.where(np.diff(offsets) == dim, 0, Flag.RAGGED).astype(np.uint8)
+    if array.null_count:
+        flags[array.is_null().to_numpy(zero_copy_only=False)] = Flag.NULL_ROW
     whole = np.flatnonzero(flags == 0)
+    # Rows that lie one after another are viewed; null rows of a fixed width have a place too.
+    if len(whole) == n or width == dim:
+        values, shared, broken = _floats(array.values.slice(int(offsets[0]), n * dim), n, dim)
+        flags[broken & (flags == 0)] = Flag.NULL_VALUE
+        if flags.any():
+            values, shared = values.copy() if shared else values, False
+            values[flags != 0] = np.nan
+        return RawBlock(values, flags if flags.any() else None, shared)
+    values = np.full((n, dim), np.nan, dtype=np.float32)
     if len(whole):
         where = (offsets[whole][:, None] + np.arange(dim)).reshape(-1)
-        children = array.values.take(pa.array(where))
-        part, _, broken = _floats(children, len(whole), dim)
-        values[whole] = part
-        if broken is not None:
-            flags[whole[broken]] = Flag.NULL_VALUE
-    return _flagged(values, flags, shared=False)
-
-
-def _floats(children: Any, n: int, width: int) -> tuple[np.ndarray, bool, np.ndarray | None]:
-    """Return child values as (n, width) float32, whether shared, and the rows holding a null."""
-    broken = None
-    if children.null_count:
-        rows = children.is_null().to_numpy(zero_copy_only=False).reshape(n, width).any(axis=1)
-        broken = rows if rows.any() else None
-    flat = children.to_numpy(zero_copy_only=not children.null_count)
-    with np.errstate(over="ignore"):
-        values = flat.reshape(n, width).astype(np.float32, copy=False)
-    shared = not children.null_count and values.dtype == flat.dtype
-    return values, shared, broken
-
-
-def _flagged(values: np.ndarray, flags: np.ndarray, shared: bool) -> RawBlock:
-    if not flags.any():
-        return RawBlock(values, None, shared)
-    values = values.copy() if shared else values
-    values[flags != 0] = np.nan
+        values[whole], _, broken = _floats(array.values.take(pa.array(where)), len(whole), dim)
+        flags[whole[broken]] = Flag.NULL_VALUE
+        values[flags != 0] = np.nan
     return RawBlock(values, flags)
 
 
-def _nulls(array: Any) -> np.ndarray:
-    mask: np.ndarray = array.is_null().to_numpy(zero_copy_only=False)
-    return mask
+def _floats(children: Any, n: int, width: int) -> tuple[np.ndarray, bool, np.ndarray]:
+    """Return child values as (n, width) float32, whether shared, and the rows holding a null."""
+    broken = np.zeros(n, dtype=bool)
+    if children.null_count:
+        nulls = children.is_null().to_numpy(zero_copy_only=False)
+        broken = nulls.reshape(n, width).any(axis=1)
+    flat = children.to_numpy(zero_copy_only=not children.null_count)
+    with np.errstate(over="ignore"):
+        values = flat.reshape(n, width).astype(np.float32, copy=False)
+    return values, not children.null_count and values.dtype == flat.dtype, broken
 
 
 def _plain(array: Any) -> Any:
@@ -209,22 +169,13 @@ class ArrowSource(EmbeddingSource):
         self._chunks = [chunk for chunk in chunks if len(chunk)]
         self._starts = np.cumsum([0, *map(len, self._chunks)])
         count = int(self._starts[-1])
-        width = _width(self._chunks, count)
-        if count and width is None:
-            raise EmbeddingError(f"{label} holds nothing but nulls in its {count} rows")
-        check_matrix(label, (count, width or 0))
-        self.dim = width or 0
-        self.label = label
-        self.ids = matching_ids(ids, count, label)
+        self._set_shape(label, (count, _width(self._chunks, count)), ids)
         self._dtype = dtype
         self._kind = kind
 
     def describe(self) -> dict[str, Any]:
         """Return kind, dtype, items and dim."""
         return {"kind": self._kind, "dtype": self._dtype, "items": len(self), "dim": self.dim}
-
-    def _raw_blocks(self, size: int, first: int = 0) -> Iterator[RawBlock]:
-        yield from reblock(self._pieces(size, first), size)
 
     def _pieces(self, size: int, begin: int) -> Iterator[RawBlock]:
         """Cut chunks at the block boundaries, so that a block inside one chunk is a view."""
@@ -236,21 +187,17 @@ class ArrowSource(EmbeddingSource):
                 at += n
 
     def _raw_rows(self, indices: np.ndarray) -> RawBlock:
-        values = np.empty((len(indices), self.dim), dtype=np.float32)
-        flags = np.zeros(len(indices), dtype=np.uint8)
-        owner = np.searchsorted(self._starts, indices, side="right") - 1
-        for number in np.unique(owner):
-            places = np.flatnonzero(owner == number)
-            local = indices[places] - self._starts[number]
+        return gather(len(indices), self.dim, self._parts(indices))
+
+    def _parts(self, indices: np.ndarray) -> Iterator[tuple[np.ndarray, RawBlock]]:
+        chunk_of = np.searchsorted(self._starts, indices, side="right") - 1
+        for number in np.unique(chunk_of):
+            places = np.flatnonzero(chunk_of == number)
             # Lists count values in 32 bits: draw a block at a time.
             for start in range(0, len(places), BLOCK):
                 part = places[start : start + BLOCK]
-                lists = self._chunks[number].take(pa.array(local[start : start + BLOCK]))
-                raw = list_rows(lists, self.dim)
-                values[part] = raw.values
-                if raw.flags is not None:
-                    flags[part] = raw.flags
-        return RawBlock(values, flags if flags.any() else None)
+                local = pa.array(indices[part] - self._starts[number])
+                yield part, list_rows(self._chunks[number].take(local), self.dim)
 
 
 def _width(chunks: Sequence[Any], count: int) -> int | None:
@@ -293,12 +240,7 @@ class ParquetSource(EmbeddingSource):
         self._column = column
         self.label = f"embedding column '{column}' of {files.label}"
         self._refuse_disagreement()
-        width = self._width() if dim is None else dim
-        if files.count and width is None:
-            raise EmbeddingError(f"{self.label} holds nothing but nulls in its {files.count} rows")
-        check_matrix(self.label, (files.count, width or 0))
-        self.dim = width or 0
-        self.ids = matching_ids(ids, files.count, self.label)
+        self._set_shape(self.label, (files.count, self._width() if dim is None else dim), ids)
 
     def describe(self) -> dict[str, Any]:
         """Return kind, path, column, dtype, items, dim and the number of files."""
@@ -367,9 +309,6 @@ class ParquetSource(EmbeddingSource):
             for batch in self._files.batches(file, self._column, size=size):
                 yield row_lengths(batch)
 
-    def _raw_blocks(self, size: int, first: int = 0) -> Iterator[RawBlock]:
-        yield from reblock(self._pieces(size, first), size)
-
     def _pieces(self, size: int, first: int) -> Iterator[RawBlock]:
         """Read from the row group on that row ``first`` lies in."""
         stop = 0
@@ -389,36 +328,27 @@ class ParquetSource(EmbeddingSource):
                     yield list_rows(rest, self.dim)
 
     def _raw_rows(self, indices: np.ndarray) -> RawBlock:
-        values = np.empty((len(indices), self.dim), dtype=np.float32)
-        flags = np.zeros(len(indices), dtype=np.uint8)
-        # One pass in the order of the files: `rising[:done]` has been read and lies in `values` at
-        # the places `order[:done]`. Row groups without a row asked for are skipped.
+        return gather(len(indices), self.dim, self._parts(indices))
+
+    def _parts(self, indices: np.ndarray) -> Iterator[tuple[np.ndarray, RawBlock]]:
+        # One pass in the order of the files: `rising[:done]` has been read and belongs to the
+        # places `order[:done]`. Row groups without a row asked for are skipped.
         order = np.argsort(indices, kind="stable")
         rising = indices[order]
         done, file_start = 0, 0
         for file, groups in enumerate(self._files.row_groups):
-            group_starts = file_start + np.cumsum([0, *groups])
-            file_start = int(group_starts[-1])
-            needed = [
-                g
-                for g in range(len(groups))
-                if np.diff(np.searchsorted(rising, group_starts[g : g + 2]))[0]
-            ]
-            for group in needed:
-                start = int(group_starts[group])
+            starts = file_start + np.cumsum([0, *groups])
+            file_start = int(starts[-1])
+            for group in np.flatnonzero(np.diff(np.searchsorted(rising, starts))).tolist():
+                start = int(starts[group])
                 for batch in self._files.batches(
                     file, self._column, size=BLOCK, row_groups=[group]
                 ):
-                    stop = start + len(batch)
-                    high = int(np.searchsorted(rising, stop))
+                    high = int(np.searchsorted(rising, start + len(batch)))
                     if high > done:
-                        places = order[done:high]
-                        raw = list_rows(batch, self.dim)
-                        values[places] = raw.values[rising[done:high] - start]
-                        if raw.flags is not None:
-                            flags[places] = raw.flags[rising[done:high] - start]
+                        local = rising[done:high] - start
+                        yield order[done:high], list_rows(batch, self.dim).take(local)
                         done = high
-                    start = stop
-                    if done == len(rising) or rising[done] >= group_starts[group + 1]:
+                    start += len(batch)
+                    if done == len(rising) or rising[done] >= starts[group + 1]:
                         break
-        return RawBlock(values, flags if flags.any() else None)

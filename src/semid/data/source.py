@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import copy as copy_module
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +51,29 @@ class EmbeddingSource(ABC):
         """Return what a log line needs: kind, path where there is one, dtype, items, dim."""
 
     @abstractmethod
-    def _raw_blocks(self, size: int, first: int = 0) -> Iterator[RawBlock]:
-        """Yield the rows from ``first`` on in order, ``size`` at a time (the last may be shorter).
+    def _pieces(self, size: int, first: int) -> Iterator[RawBlock]:
+        """Yield the rows from ``first`` on in order, in pieces of any length.
 
         ``first`` is a multiple of ``size``; rows before it are not read where that can be helped.
+        Pieces that do not cross multiples of ``size`` are not copied.
         """
 
     @abstractmethod
     def _raw_rows(self, indices: np.ndarray) -> RawBlock:
         """Read rows (n,) that are known to exist, in the order asked for."""
+
+    def _raw_blocks(self, size: int, first: int = 0) -> Iterator[RawBlock]:
+        """Yield the rows from ``first`` on, ``size`` at a time (the last may be shorter)."""
+        return reblock(self._pieces(size, first), size)
+
+    def _set_shape(self, label: str, shape: Sequence[int | None], ids: ItemIds | None) -> None:
+        """Set ``label``, ``dim`` and ``ids`` of a matrix; a width of None is that of null rows."""
+        if shape[0] and None in shape:
+            raise EmbeddingError(f"{label} holds nothing but nulls in its {shape[0]} rows")
+        rows, *widths = (size or 0 for size in shape)
+        check_matrix(label, (rows, *widths))
+        self.label, self.dim = label, widths[0]
+        self.ids = matching_ids(ids, rows, label)
 
     def blocks(
         self, size: int = BLOCK, *, first: int = 0, copy: bool = True
@@ -209,26 +223,21 @@ class SubsetSource(EmbeddingSource):
         """Return the base's facts with this subset's number of items."""
         return {**self.base.describe(), "items": len(self), "subset_of": len(self.base)}
 
-    def _raw_blocks(self, size: int, first: int = 0) -> Iterator[RawBlock]:
+    def _pieces(self, size: int, first: int) -> Iterator[RawBlock]:
         if not self._rising or self.base.cheap_rows:
             for start in range(first, len(self), size):
                 yield self.base._raw_rows(self.indices[start : start + size])
             return
-        yield from reblock(self._in_order(first), size)
-
-    def _in_order(self, first: int) -> Iterator[RawBlock]:
-        """Pass over the base once and keep the rows of this subset."""
         if first >= len(self):
             return
+        # One pass over the base, which reads its rows in order only.
         start = int(self.indices[first]) // BLOCK * BLOCK
         for raw in self.base._raw_blocks(BLOCK, start):
             stop = start + len(raw.values)
             low, high = np.searchsorted(self.indices, (start, stop))
             low = max(int(low), first)
             if high > low:
-                local = self.indices[low:high] - start
-                flags = None if raw.flags is None else raw.flags[local]
-                yield RawBlock(raw.values[local], flags)
+                yield raw.take(self.indices[low:high] - start)
             if high == len(self.indices):
                 return
             start = stop
@@ -263,10 +272,7 @@ class ArraySource(EmbeddingSource):
             )
         if array.dtype.kind != "f" or array.dtype.itemsize > 8:
             raise EmbeddingError(_refused_type(label, str(array.dtype)))
-        check_matrix(label, array.shape)
-        self.label = label
-        self.dim = array.shape[1]
-        self.ids = matching_ids(ids, len(array), label)
+        self._set_shape(label, array.shape, ids)
         self._array = array
         self._path = path
 
@@ -277,7 +283,7 @@ class ArraySource(EmbeddingSource):
             facts["path"] = str(self._path)
         return {**facts, "dtype": str(self._array.dtype), "items": len(self), "dim": self.dim}
 
-    def _raw_blocks(self, size: int, first: int = 0) -> Iterator[RawBlock]:
+    def _pieces(self, size: int, first: int) -> Iterator[RawBlock]:
         for start in range(first, len(self), size):
             yield self._float32(self._array[start : start + size], shared=True)
 
@@ -306,10 +312,7 @@ class TensorSource(EmbeddingSource):
             raise EmbeddingError(f"{label} is nested; give a dense one of shape (items, dim)")
         if str(tensor.layout) != "torch.strided":
             raise EmbeddingError(f"{label} is {tensor.layout}; give a dense one: x.to_dense()")
-        check_matrix(label, tuple(tensor.shape))
-        self.label = label
-        self.dim = int(tensor.shape[1])
-        self.ids = matching_ids(ids, len(tensor), label)
+        self._set_shape(label, tuple(tensor.shape), ids)
         self._tensor = tensor.detach()
 
     def describe(self) -> dict[str, Any]:
@@ -322,7 +325,7 @@ class TensorSource(EmbeddingSource):
             "dim": self.dim,
         }
 
-    def _raw_blocks(self, size: int, first: int = 0) -> Iterator[RawBlock]:
+    def _pieces(self, size: int, first: int) -> Iterator[RawBlock]:
         for start in range(first, len(self), size):
             part = self._tensor[start : start + size]
             values = np.ascontiguousarray(part.cpu().float().numpy())

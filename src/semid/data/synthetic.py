@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from semid.data.blocks import RawBlock, reblock
+from semid.data.blocks import RawBlock, gather
 from semid.data.ids import ItemIds
 from semid.data.interactions import Interactions, read_interactions
 from semid.data.source import EmbeddingSource, write_npy
@@ -387,16 +387,17 @@ class _SyntheticSource(EmbeddingSource):
             "dim": self.dim,
         }
 
-    def _raw_blocks(self, size: int, first: int = 0) -> Iterator[RawBlock]:
-        yield from reblock(self._catalogue._units(first), size)
+    def _pieces(self, size: int, first: int) -> Iterator[RawBlock]:
+        return self._catalogue._units(first)
 
     def _raw_rows(self, indices: np.ndarray) -> RawBlock:
-        values = np.empty((len(indices), self.dim), dtype=np.float32)
         unit = indices // _UNIT
-        for number in np.unique(unit):
-            mine = unit == number
-            values[mine] = self._catalogue._unit(int(number))[indices[mine] - number * _UNIT]
-        return RawBlock(values)
+        masks = ((number, unit == number) for number in np.unique(unit).tolist())
+        parts = (
+            (mask, RawBlock(self._catalogue._unit(number)[indices[mask] - number * _UNIT]))
+            for number, mask in masks
+        )
+        return gather(len(indices), self.dim, parts)
 
 
 def _write_parquet(path: Path, tables: Iterator[pa.Table], *, overwrite: bool) -> None:

@@ -69,7 +69,7 @@ class FusedSource(EmbeddingSource):
             "parts": dict(zip(self.parts, self.inputs, strict=True)),
         }
 
-    def _raw_blocks(self, size: int, first: int = 0) -> Iterator[RawBlock]:
+    def _pieces(self, size: int, first: int) -> Iterator[RawBlock]:
         for blocks in zip(*(p.blocks(size, first=first) for p in self.parts.values()), strict=True):
             yield RawBlock(np.concatenate([block for _, block in blocks], axis=1))
 
