@@ -153,6 +153,8 @@ def test_bundles_grow_and_keep_their_past(tokenizer, x, tmp_path):
         assert read.items == ids.items
     assert read.info.norm_quantiles == third.info.norm_quantiles
     assert [part.rows for part in bundle.parts()] == [80, 20, 20]
+    assert bundle.append(third) == 3  # nothing new: no version
+    assert bundle.versions() == [1, 2, 3]
     with pytest.raises(InputError, match="only grows"):
         bundle.append(second)
     with pytest.raises(OutputExistsError, match="only grows"):

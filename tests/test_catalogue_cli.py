@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from catalogue_cases import drawn_tokenizer, rows
+from semid.catalogue.additions import add_items
 from semid.catalogue.bundle import CatalogueBundle
 from semid.cli import main
 from semid.codes import SemanticIds
 from semid.data.ids import ItemIds
+from semid.errors import OutputBusyError
 
 
 @pytest.fixture
@@ -112,6 +115,35 @@ def test_encode_into_a_catalogue_file_and_a_bundle(run, folder):
     assert code == 1
     assert "another codebook" in err
     assert not (folder / "four.parquet").exists()
+
+
+def test_a_growing_bundle_is_held_from_reading_to_appending(run, folder, monkeypatch):
+    bundle = folder / "bundle"
+    CatalogueBundle.create(bundle, SemanticIds.read(folder / "ids.parquet"))
+    attempts = []
+
+    def append_elsewhere(ids):
+        try:
+            attempts.append(CatalogueBundle(bundle).append(ids))
+        except OutputBusyError as error:
+            attempts.append(error)
+
+    def overtaken(*arguments, **options):
+        done = add_items(*arguments, **options)
+        other = threading.Thread(target=append_elsewhere, args=(done.ids,))
+        other.start()
+        other.join()
+        return done
+
+    monkeypatch.setattr("semid.catalogue.additions.add_items", overtaken)
+    arguments = ("encode", folder / "model", folder / "new.parquet", "--catalogue", bundle)
+    code, said, err = run(*arguments, "-q", "-o", bundle)
+    assert code == 0, err
+    assert len(attempts) == 1
+    assert isinstance(attempts[0], OutputBusyError)
+    assert "50 new items" in said
+    assert "version 2" in said
+    assert [part.rows for part in CatalogueBundle(bundle).parts()] == [100, 50]
 
 
 def test_refresh_and_drift(run, folder):

@@ -205,7 +205,7 @@ class CatalogueBundle:
                 unchanged and in their order, then the new ones.
 
         Returns:
-            The number of the new version.
+            The number of the new version; that of the last one where no row is new.
 
         Raises:
             InputError: if a published row has changed.
@@ -238,6 +238,8 @@ class CatalogueBundle:
                 f"these ids change rows of version {last} of '{self.path}'; a bundle only grows: "
                 "start a new one for another generation"
             )
+        if len(ids) == old:
+            return last
         added = ids.take(np.arange(old, len(ids)))
         # All parts have the type of item ids of the first.
         items = cast_ids(added.items, before.items.to_arrow().type, source="the new item ids")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -228,18 +229,21 @@ def _add(
     """Add items to published ids."""
     from semid.catalogue.additions import add_items
     from semid.catalogue.bundle import CatalogueBundle, read_catalogue
+    from semid.runs import hold_path
 
     grows = _grows(output, catalogue)
-    published = read_catalogue(catalogue)
-    with make_progress(quiet=quiet) as progress:
-        done = add_items(published, tokenizer, source, threshold=threshold, progress=progress)
-    if output.suffix == ".parquet" and not grows:
-        done.ids.write(output, overwrite=overwrite)
-        where = str(output)
-    else:
-        bundle = CatalogueBundle(output) if grows else CatalogueBundle.create(output, published)
-        version = bundle.append(done.ids) if done.report.new else bundle.versions()[-1]
-        where = f"{output}, version {version}"
+    # A bundle that grows in place is read, extended and written under one hold. Otherwise another
+    # run could append in between, and what counted as new here would be published already.
+    with hold_path(output) if grows else nullcontext():
+        published = read_catalogue(catalogue)
+        with make_progress(quiet=quiet) as progress:
+            done = add_items(published, tokenizer, source, threshold=threshold, progress=progress)
+        if output.suffix == ".parquet" and not grows:
+            done.ids.write(output, overwrite=overwrite)
+            where = str(output)
+        else:
+            bundle = CatalogueBundle(output) if grows else CatalogueBundle.create(output, published)
+            where = f"{output}, version {bundle.append(done.ids)}"
     if novelty is not None:
         done.report.write(novelty, overwrite=overwrite)
     say(done.report.summary())
