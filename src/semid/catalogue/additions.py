@@ -22,21 +22,9 @@ from semid.data.ids import ItemIds, cast_ids, held_out_mask
 from semid.errors import FingerprintError, UsageError
 from semid.output import atomic_file
 from semid.progress import Progress
+from semid.results import Result
 from semid.tokenizers.base import Tokenizer
 from semid.tokenizers.stored import HELD_OUT_SALT
-
-__all__ = [
-    "MIN_REFERENCE",
-    "NOVEL",
-    "AdditionReport",
-    "Additions",
-    "add_items",
-    "check_model",
-    "check_threshold",
-    "joined_items",
-    "norm_quantiles",
-    "novelty",
-]
 
 NOVEL = 0.99
 """Share of the reference beyond which an item is novel: one in a hundred of a like catalogue."""
@@ -48,7 +36,7 @@ QUANTILES = 201
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdditionReport:
+class AdditionReport(Result):
     """Figures of `add_items`.
 
     Attributes:
@@ -76,10 +64,6 @@ class AdditionReport:
     norms: npt.NDArray[np.float32] = field(repr=False, compare=False)
     novelty: npt.NDArray[np.float64] = field(repr=False, compare=False)
     shared: npt.NDArray[np.bool_] = field(repr=False, compare=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return JSON-able figures."""
-        return {k: v for k, v in self.__dict__.items() if isinstance(v, int | float)}
 
     def summary(self) -> str:
         """Return a few lines for a terminal."""
@@ -194,7 +178,7 @@ def add_items(
             codes=np.concatenate([catalogue.codes, placeholder]),
             capacity=target.codebook_sizes[-1] if target.unique == "append" else target.capacity,
             tokenizer=tokenizer,
-            embeddings=opened,
+            source=opened,
             progress=progress,
         )
         joined = unique.ids
@@ -234,11 +218,7 @@ def check_model(catalogue: SemanticIds, tokenizer: Tokenizer) -> None:
 
 
 def joined_items(first: ItemIds, second: ItemIds) -> ItemIds:
-    """Return the ids of both in the type of the first.
-
-    Raises:
-        IdsError: if an id of the second cannot be written in that type, or is in both.
-    """
+    """Return the ids of both in the type of the first; `IdsError` where that is impossible."""
     before = first.to_arrow()
     kind = before.type.value_type if pa.types.is_dictionary(before.type) else before.type
     after = cast_ids(second, kind, source="the new item ids")
@@ -246,15 +226,10 @@ def joined_items(first: ItemIds, second: ItemIds) -> ItemIds:
 
 
 def norm_quantiles(ids: SemanticIds, tokenizer: Tokenizer) -> tuple[float, ...]:
-    """Return 201 evenly spaced quantiles of the reference residual norms.
+    """Return 201 evenly spaced quantiles of the residual norms that novelty refers to.
 
-    Args:
-        ids: the catalogue that the tokenizer was fitted on. A reference that it carries from an
-            earlier addition is returned unchanged, so that it does not move as items come in.
-        tokenizer: the model; its settings tell which items it held out.
-
-    Raises:
-        UsageError: if no residual norm is known.
+    A reference that the catalogue carries from an earlier addition is returned unchanged, so that
+    it does not move as items come in.
     """
     if ids.info.norm_quantiles is not None:
         return ids.info.norm_quantiles
@@ -274,12 +249,7 @@ def norm_quantiles(ids: SemanticIds, tokenizer: Tokenizer) -> tuple[float, ...]:
 def novelty(
     norms: npt.NDArray[np.float32], quantiles: tuple[float, ...]
 ) -> npt.NDArray[np.float64]:
-    """Return the share of the reference below each residual norm: ``(items,)`` in [0, 1].
-
-    Args:
-        norms: ``(items,)``.
-        quantiles: from `norm_quantiles`; shares are interpolated between them.
-    """
+    """Return the share of the reference below each residual norm: ``(items,)`` in [0, 1]."""
     grid = np.linspace(0, 1, len(quantiles))
     points = np.asarray(quantiles)
     # Where quantiles repeat, the highest share counts: as many lie at or below.

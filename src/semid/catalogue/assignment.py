@@ -16,8 +16,6 @@ import numpy.typing as npt
 
 from semid.errors import UsageError
 
-__all__ = ["assign_rows"]
-
 
 def assign_rows(
     cost: npt.ArrayLike, capacity: npt.ArrayLike | None = None

@@ -15,8 +15,6 @@ from torch import Tensor
 from semid.catalogue.prefixes import PrefixIndex
 from semid.errors import UsageError
 
-__all__ = ["AllowedTokens", "TorchTrie"]
-
 
 class TorchTrie(torch.nn.Module):
     """The trie of a `PrefixIndex` as buffers: moves with ``.to(device)``, saves with the model.

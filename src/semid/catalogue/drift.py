@@ -22,9 +22,8 @@ from semid.errors import InputError
 from semid.health import LevelUsage, usage
 from semid.progress import Progress, QuietProgress
 from semid.quantization.blocks import BLOCK_ROWS
+from semid.results import Result
 from semid.tokenizers.base import Tokenizer
-
-__all__ = ["Drift", "LevelDrift", "drift"]
 
 # Growth of the quantization error. A tenth is what a coarser codebook would cost; a quarter is most
 # of what one more level of codewords gains.
@@ -36,7 +35,7 @@ NOVEL_WATCH, NOVEL_REFRESH = 0.03, 0.1
 
 
 @dataclass(frozen=True)
-class LevelDrift:
+class LevelDrift(Result):
     """Usage of one level in two snapshots.
 
     Attributes:
@@ -65,7 +64,7 @@ class LevelDrift:
 
 
 @dataclass(frozen=True)
-class Drift:
+class Drift(Result):
     """Two snapshots of a catalogue under one codebook.
 
     Attributes:
@@ -96,23 +95,19 @@ class Drift:
     novel_new: float | None
     levels: tuple[LevelDrift, ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return JSON-able data."""
-        return {**self.__dict__, "levels": [level.__dict__.copy() for level in self.levels]}
-
     def summary(self) -> str:
         """Return a few lines for a terminal."""
         lines = [
             f"drift: {self.verdict} ({self.items_before:,} -> {self.items_after:,} items, "
             f"{self.shared:,} in both)"
         ]
-        for level in self.levels:
-            lines.append(
-                f"  level {level.level + 1}: usage shift {level.total_variation:.3f} (chance "
-                f"{level.expected:.3f}), Jensen-Shannon {level.jensen_shannon:.3f} bits, "
-                f"perplexity {level.perplexity_before:.1f} -> {level.perplexity_after:.1f}, "
-                f"effective size {level.effective_before:.1f} -> {level.effective_after:.1f}"
-            )
+        lines += [
+            f"  level {level.level + 1}: usage shift {level.total_variation:.3f} (chance "
+            f"{level.expected:.3f}), Jensen-Shannon {level.jensen_shannon:.3f} bits, "
+            f"perplexity {level.perplexity_before:.1f} -> {level.perplexity_after:.1f}, "
+            f"effective size {level.effective_before:.1f} -> {level.effective_after:.1f}"
+            for level in self.levels
+        ]
         lines.append(
             f"  quantization error over the first snapshot's variance: {self.error_before:.4f} -> "
             f"{self.error_after:.4f}"
@@ -165,15 +160,11 @@ def drift(
     first, second = tokenizer.encode(old, progress=steps), tokenizer.encode(new, progress=steps)
     variance, std = _latent_spread(tokenizer, old)
     usages = [usage(ids.codes, tokenizer.codebook_sizes) for ids in (first, second)]
-    sizes = [
-        [
-            level.at(REPORT_SCALE).effective_size
-            for level in overlap_levels(
-                tokenizer.codebooks, levels, latent_std=std, scales=(REPORT_SCALE,)
-            )
-        ]
+    overlaps = [
+        overlap_levels(tokenizer.codebooks, levels, latent_std=std, scales=(REPORT_SCALE,))
         for levels in usages
     ]
+    sizes = [[level.at(REPORT_SCALE).effective_size for level in levels] for levels in overlaps]
     position = first.items.index_of(second.items.strings())
     shared = position >= 0
     same = first.codes[position[shared]] == second.codes[shared]

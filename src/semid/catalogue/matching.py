@@ -1,4 +1,4 @@
-"""Two generations of a tokenizer: fit again, match codewords by number, count changed ids.
+"""Two generations of a tokenizer: match codewords by number, count changed ids.
 
 Codewords of a level may be numbered in any way without changing what they encode. Choosing the
 numbers by assignment keeps as many published codes as numbering alone can.
@@ -16,15 +16,14 @@ from semid.catalogue.assignment import assign_rows
 from semid.data.ids import ItemIds
 from semid.data.interactions import Interactions
 from semid.errors import InputError, UsageError
-
-__all__ = ["Churn", "churn", "item_counts", "match_codes"]
+from semid.results import Result
 
 Array = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True)
-class Churn:
+class Churn(Result):
     """Shares of the items in both generations whose codes changed.
 
     Attributes:
@@ -42,27 +41,18 @@ class Churn:
     prefix: tuple[float, ...]
     weighted_level: tuple[float, ...] | None = None
     weighted_prefix: tuple[float, ...] | None = None
+    derived = ("share",)
 
     @property
     def share(self) -> float:
         """Share of the items whose id changed."""
         return self.prefix[-1]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return JSON-able data."""
-        return {**self.__dict__, "share": self.share}
-
 
 def churn(old: Codes, new: Codes, *, weights: npt.NDArray[np.float64] | None = None) -> Churn:
     """Compare the codes ``(items, levels)`` of the same items in two generations.
 
-    Args:
-        old: codes before.
-        new: codes after.
-        weights: ``(items,)`` nonnegative popularity; if all are zero, so are the weighted shares.
-
-    Raises:
-        InputError: if the shapes differ.
+    ``weights`` is nonnegative popularity ``(items,)``; if all are zero, so are the weighted shares.
     """
     if old.shape != new.shape or old.ndim != 2:
         raise InputError(f"codes have shapes {old.shape} and {new.shape}; give (items, levels)")
@@ -87,11 +77,7 @@ def churn(old: Codes, new: Codes, *, weights: npt.NDArray[np.float64] | None = N
 
 
 def item_counts(log: Interactions, items: ItemIds) -> npt.NDArray[np.float64]:
-    """Return the number of interactions of each item: ``(items,)`` float64.
-
-    Raises:
-        InteractionsError: if no item of the log is in the catalogue.
-    """
+    """Return the number of interactions of each item: ``(items,)`` float64."""
     rows = log.catalogue_rows(items)
     counts = np.bincount(log.items, minlength=len(rows))
     result = np.zeros(len(items))
@@ -107,24 +93,12 @@ def match_codes(
     *,
     weights: npt.NDArray[np.float64] | None = None,
 ) -> npt.NDArray[np.int64]:
-    """Match the codewords of one level by the items that two generations share.
+    """Match the codewords ``(codes, latent)`` of one level by the items of two generations.
 
-    Args:
-        old: ``(shared,)`` codes of the items in the old generation.
-        new: ``(shared,)`` codes of the same items in the new one.
-        old_codebook: ``(codes, latent)``.
-        new_codebook: ``(codes, latent)``.
-        weights: ``(shared,)`` positive item weights, for example popularity; None means 1 each.
-
-    Returns:
-        ``(codes,)`` int64, the number for each new codeword, a permutation. The largest possible
-        weight of items keeps its code at this level; among equal solutions (above all for dead
-        codes) the sum of squared distances between old and new codewords is smallest.
-
-    Raises:
-        UsageError: if the codebooks differ in shape.
-
-    Cost: ``O(codes^2)`` memory, ``O(codes^3)`` time at worst.
+    ``old``, ``new`` and the positive ``weights`` are ``(shared,)``. Returns the number of each new
+    codeword, a permutation ``(codes,)``: the largest possible weight of items keeps its code at
+    this level. Among equal solutions (above all for dead codes) the sum of squared distances
+    between old and new codewords is smallest. Cost: ``O(codes^3)`` at worst.
     """
     if old_codebook.shape != new_codebook.shape:
         raise UsageError(
@@ -132,6 +106,7 @@ def match_codes(
             "the codebook sizes and the width"
         )
     codes = len(new_codebook)
+    # weight[new, old]: weight of the items that have these two codes.
     pair = new.astype(np.int64) * codes + old.astype(np.int64)
     weight = np.bincount(pair, weights=weights, minlength=codes * codes).reshape(codes, codes)
     a, b = new_codebook.astype(np.float64), old_codebook.astype(np.float64)

@@ -15,23 +15,13 @@ import numpy.typing as npt
 import pyarrow.compute as pc
 
 from semid.catalogue.assignment import assign_rows
+from semid.codes import SemanticIds
+from semid.data.blocks import squared_norms
 from semid.data.ids import ItemIds
 from semid.data.source import EmbeddingSource
 from semid.health import bucket_keys
 from semid.progress import Progress
 from semid.tokenizers.base import Tokenizer
-
-__all__ = [
-    "Placement",
-    "append_tokens",
-    "bucket_sizes",
-    "canonical_order",
-    "group_numbers",
-    "group_starts",
-    "last_level_inputs",
-    "reassign_codes",
-    "token_count",
-]
 
 # Lets buckets grow without a new vocabulary; the usual size of a codebook.
 MIN_TOKENS = 256
@@ -94,18 +84,11 @@ def append_tokens(
     published: npt.NDArray[np.bool_] | None = None,
     tokens: Codes | None = None,
 ) -> Rows:
-    """Number the items of each bucket in canonical order (TIGER, section 3.1).
+    """Number the items of each bucket in canonical order: ``(items,)`` int64 (TIGER, section 3.1).
 
-    Args:
-        codes: ``(items, levels)`` of the model.
-        norms: ``(items,)`` residual norms.
-        items: item ids.
-        published: ``(items,)`` rows whose tokens are fixed; None means none.
-        tokens: ``(items,)`` tokens of the published rows; other rows are ignored.
-
-    Returns:
-        ``(items,)`` int64 tokens. New rows continue after the highest published token of their
-        bucket, so the token of a removed item is not used again while a later one exists.
+    ``published`` are the rows ``(items,)`` whose ``tokens`` are fixed. New rows continue after the
+    highest published token of their bucket, so the token of a removed item is not used again while
+    a later one exists.
     """
     groups = group_numbers(codes)
     result = np.zeros(len(codes), np.int64)
@@ -147,11 +130,8 @@ class Placement:
 def last_level_inputs(
     tokenizer: Tokenizer, latent: npt.NDArray[np.float32], codes: Codes
 ) -> npt.NDArray[np.float32]:
-    """Return the vectors that the last level quantizes: ``(n, latent)``.
-
-    Residual tokenizers quantize the residual of the levels before. In parallel ones each codebook
-    quantizes the latent vector itself.
-    """
+    """Return the vectors ``(n, latent)`` that the last level quantizes."""
+    # In parallel tokenizers each codebook quantizes the latent vector itself.
     if not tokenizer.hierarchical:
         return latent
     residual = latent
@@ -164,13 +144,11 @@ def reassign_codes(
     tokenizer: Tokenizer,
     source: EmbeddingSource,
     rows: Rows,
-    encoded: Codes,
-    norms: npt.NDArray[np.float32],
-    items: ItemIds,
+    plain: SemanticIds,
     *,
-    capacity: int = 1,
-    published: npt.NDArray[np.bool_] | None = None,
-    codes: Codes | None = None,
+    capacity: int,
+    published: npt.NDArray[np.bool_],
+    codes: Codes | None,
     progress: Progress,
 ) -> Placement:
     """Give items that share an id the nearest free codes of the last level.
@@ -179,26 +157,16 @@ def reassign_codes(
     group is an assignment problem of its own, so the sum of extra squared distances is the least
     possible, given the prefixes and the published codes.
 
-    Args:
-        tokenizer: the model that encoded the items.
-        source: embeddings.
-        rows: ``(items,)`` row of each item in ``source``.
-        encoded: ``(items, levels)`` codes of the model.
-        norms: ``(items,)`` residual norms of those codes.
-        items: item ids.
-        capacity: items per id.
-        published: ``(items,)`` rows that keep ``codes``; None means none.
-        codes: ``(items, levels)`` published codes; other rows are ignored.
-        progress: callback that receives progress events.
+    ``plain`` holds the model's codes ``(items, levels)``, ``rows`` the row of each item in the
+    source. ``published`` rows keep ``codes``; ``capacity`` is the number of items per id.
 
     Cost: only groups with an id above capacity: one read of their embeddings,
     ``O(n codes latent)`` for the distances of n items, then `assign_rows`. Memory: 8 n codes bytes
     for the largest group.
     """
-    result = np.array(encoded, dtype=np.int64)
-    fixed = np.zeros(len(result), bool) if published is None else published
+    result = np.array(plain.codes, dtype=np.int64)
     if codes is not None:
-        result[fixed] = codes[fixed]
+        result[published] = codes[published]
     extra = np.zeros(len(result))
     unplaced = np.zeros(len(result), bool)
 
@@ -206,16 +174,17 @@ def reassign_codes(
     #    other groups stay as the model encoded them.
     groups = group_numbers(result[:, :-1])
     crowded = np.zeros(int(groups.max()) + 1 if len(groups) else 0, bool)
-    crowded[groups[(bucket_sizes(group_numbers(result)) > capacity) & ~fixed]] = True
-    published_codes = _published_last_codes(result, groups, fixed & crowded[groups])
+    crowded[groups[(bucket_sizes(group_numbers(result)) > capacity) & ~published]] = True
+    published_codes = _published_last_codes(result, groups, published & crowded[groups])
 
     # 2. Order their new items canonically: among placements of equal cost the assignment depends
     #    on the order, and so the result does not depend on the order of the rows.
-    competing = np.flatnonzero(crowded[groups] & ~fixed)
-    order = competing[canonical_order(groups[competing], norms[competing], items.take(competing))]
+    competing = np.flatnonzero(crowded[groups] & ~published)
+    norms, items = plain.residual_norms[competing], plain.items.take(competing)
+    order = competing[canonical_order(groups[competing], norms, items)]
 
     codebook = tokenizer.codebooks[-1]
-    squared_norms = np.einsum("kd,kd->k", codebook, codebook, dtype=np.float64)
+    codeword_norms = squared_norms(codebook)
     transposed = codebook.astype(np.float64).T
     progress.start("place", total=len(order))
     for chunk, bounds in _group_chunks(order, groups):
@@ -225,7 +194,7 @@ def reassign_codes(
             members = chunk[start:stop]
             # 3. Costs are squared distances beyond that of the item's own code. |r|^2 is left out
             #    of |r - c|^2 because it is the same for all candidates of a row.
-            distance = squared_norms - 2.0 * (inputs[start:stop] @ transposed)
+            distance = codeword_norms - 2.0 * (inputs[start:stop] @ transposed)
             nearest = distance[np.arange(len(members)), result[members, -1]]
             cost = np.maximum(distance - nearest[:, None], 0.0)
             # 4. Codes of published items are occupied before the new ones are assigned.

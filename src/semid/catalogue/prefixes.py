@@ -18,8 +18,6 @@ from semid.codes import SemanticIds
 from semid.errors import InputError, UsageError
 from semid.health import check_codes
 
-__all__ = ["PrefixIndex"]
-
 Ints = npt.NDArray[np.int64]
 
 

@@ -19,7 +19,8 @@ import numpy.typing as npt
 from semid.catalogue.additions import check_model
 from semid.catalogue.matching import Churn, churn, match_codes
 from semid.catalogue.uniqueness import place
-from semid.codes import CodesInfo, SemanticIds
+from semid.codes import SemanticIds
+from semid.data.blocks import squared_norms
 from semid.data.embeddings import open_embeddings
 from semid.data.ids import held_out_mask
 from semid.data.source import EmbeddingSource
@@ -27,17 +28,16 @@ from semid.errors import InputError, UsageError
 from semid.health import ErrorSums, collisions
 from semid.progress import Progress, QuietProgress
 from semid.quantization.blocks import BLOCK_ROWS
+from semid.results import Result
 from semid.tokenizers.base import Tokenizer
 from semid.tokenizers.context import item_weights, mean_row
 from semid.tokenizers.stored import HELD_OUT_SALT
-
-__all__ = ["Generation", "Refresh", "RefreshReport", "check_max_churn", "refresh"]
 
 Codes = npt.NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True)
-class Generation:
+class Generation(Result):
     """Quality of one set of codes for the changed catalogue.
 
     Attributes:
@@ -58,13 +58,9 @@ class Generation:
     colliding_item_rate: float
     churn: Churn | None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return JSON-able data."""
-        return {**self.__dict__, "churn": None if self.churn is None else self.churn.to_dict()}
-
 
 @dataclass(frozen=True)
-class RefreshReport:
+class RefreshReport(Result):
     """Effect of `refresh` on a catalogue.
 
     Attributes:
@@ -91,14 +87,6 @@ class RefreshReport:
         """Return one generation by name."""
         return next(entry for entry in self.generations if entry.name == name)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return JSON-able data."""
-        return {
-            **self.__dict__,
-            "churn": self.churn.to_dict(),
-            "generations": [entry.to_dict() for entry in self.generations],
-        }
-
     def summary(self) -> str:
         """Return a few lines for a terminal."""
         c = self.churn
@@ -106,20 +94,20 @@ class RefreshReport:
             f"{self.items:,} items: {self.new:,} new, {self.removed:,} gone; of {c.items:,} "
             f"published before, {c.moved:,} ids changed ({c.share:.2%})"
         ]
-        shown = ", ".join(f"{share:.2%}" for share in c.prefix)
-        lines.append(f"  changed by prefix of 1, 2, ... codes: {shown}")
-        if c.weighted_prefix is not None:
-            shown = ", ".join(f"{share:.2%}" for share in c.weighted_prefix)
-            lines.append(f"  the same by popularity: {shown}")
+        for name, shares in (
+            ("changed by prefix of 1, 2, ... codes", c.prefix),
+            ("the same by popularity", c.weighted_prefix),
+        ):
+            if shares is not None:
+                lines.append(f"  {name}: {', '.join(f'{share:.2%}' for share in shares)}")
         if self.budget is not None:
             lines.append(
                 f"  budget: {self.budget:,} changes; {self.held_back:,} items kept an id that is "
                 "no longer their nearest"
             )
         for entry in self.generations:
-            held_out = (
-                "" if entry.held_out_error is None else f", held out {entry.held_out_error:.4f}"
-            )
+            error = entry.held_out_error
+            held_out = "" if error is None else f", held out {error:.4f}"
             moved = "" if entry.churn is None else f"; {entry.churn.share:.2%} of ids changed"
             lines.append(
                 f"  {entry.name}: relative error {entry.error:.4f}{held_out}; 1 - unique/N "
@@ -253,19 +241,12 @@ def refresh(
 
 @dataclass(frozen=True)
 class _SharedItems:
-    """Items in both generations.
+    """Items in both generations."""
 
-    Attributes:
-        old: ``(shared, levels)`` codes before.
-        rows: ``(shared,)`` rows in the source.
-        published: ``(shared,)`` rows in the published ids.
-        weights: ``(shared,)`` popularity, or None.
-    """
-
-    old: npt.NDArray[np.int64]
-    rows: npt.NDArray[np.int64]
-    published: npt.NDArray[np.int64]
-    weights: npt.NDArray[np.float64] | None
+    old: npt.NDArray[np.int64]  # (shared, levels) codes before
+    rows: npt.NDArray[np.int64]  # (shared,) rows in the source
+    published: npt.NDArray[np.int64]  # (shared,) rows in the published ids
+    weights: npt.NDArray[np.float64] | None  # (shared,) popularity
 
 
 def _matched(
@@ -317,8 +298,7 @@ def _unmoved_rows(
         span = slice(start, start + BLOCK_ROWS)
         codes = published.codes[shared.published[moving][span], : model.levels]
         residual = model.latent(source.rows(movers[span])) - model.quantize(codes)
-        error = np.einsum("nd,nd->n", residual, residual, dtype=np.float64)
-        gain[span] = error - plain.residual_norms[movers[span]].astype(float) ** 2
+        gain[span] = squared_norms(residual) - plain.residual_norms[movers[span]].astype(float) ** 2
     order = np.lexsort((source.ids.take(movers).hash64(), -gain))
     stays = np.concatenate([unmoved, movers[order[budget:]]]).astype(np.int64)
     return np.sort(stays), budget, len(movers) - budget
@@ -335,7 +315,7 @@ def _publish(
 ) -> tuple[SemanticIds, int]:
     """Place the items that move or are new around those that stay."""
     info = published.info
-    target: CodesInfo = replace(plain.info, unique=info.unique, capacity=info.capacity)
+    target = replace(plain.info, unique=info.unique, capacity=info.capacity)
     fixed = np.zeros(len(plain), bool)
     fixed[stays] = True
     codes = np.zeros((len(plain), published.levels), published.codes.dtype)
@@ -352,7 +332,7 @@ def _publish(
         codes=codes,
         capacity=info.codebook_sizes[-1] if info.unique == "append" else info.capacity,
         tokenizer=model,
-        embeddings=source,
+        source=source,
         progress=progress,
     )
     return unique.ids, unique.report.unplaced
@@ -368,29 +348,24 @@ def _measure_generations(
     sums = [(ErrorSums(), ErrorSums()) for _ in candidates]
     for start, x in source.blocks(BLOCK_ROWS):
         span = slice(start, start + len(x))
-        variance = _squared_norms(x - mean)
+        variance = squared_norms(x - mean)
         for errors, (_, tokenizer, codes) in zip(sums, candidates, strict=True):
-            squared = _squared_norms(x - tokenizer.decode(codes[span].astype(np.int64)))
+            squared = squared_norms(x - tokenizer.decode(codes[span].astype(np.int64)))
             subset = squared[held_out[span]], variance[held_out[span]]
             for total, (a, b) in zip(errors, ((squared, variance), subset), strict=True):
                 total.add_(ErrorSums(len(a), float(a.sum()), float(b.sum())))
-    result = []
+    generations = []
     for (error, held_out_error), (name, _, codes) in zip(sums, candidates, strict=True):
-        shared_buckets = collisions(codes)
+        buckets = collisions(codes)
         changed = churn(shared.old, codes[shared.rows].astype(np.int64), weights=shared.weights)
-        result.append(
+        generations.append(
             Generation(
                 name=name,
                 error=error.relative or 0.0,
                 held_out_error=held_out_error.relative,
-                collision_rate=shared_buckets.collision_rate,
-                colliding_item_rate=shared_buckets.colliding_item_rate,
+                collision_rate=buckets.collision_rate,
+                colliding_item_rate=buckets.colliding_item_rate,
                 churn=None if name == "previous" else changed,
             )
         )
-    return tuple(result)
-
-
-def _squared_norms(rows: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    norms: npt.NDArray[np.float64] = np.einsum("nd,nd->n", rows, rows, dtype=np.float64)
-    return norms
+    return tuple(generations)

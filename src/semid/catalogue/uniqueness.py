@@ -26,13 +26,12 @@ from semid.data.source import EmbeddingSource
 from semid.errors import IdsError, UsageError, check_choice
 from semid.progress import Progress, QuietProgress
 from semid.quantization.blocks import BLOCK_ROWS
+from semid.results import Result
 from semid.tokenizers.base import Tokenizer
-
-__all__ = ["UniqueIds", "UniqueReport", "make_unique", "place", "rows_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class UniqueReport:
+class UniqueReport(Result):
     """Effect of `make_unique` on a catalogue; ``before`` refers to the model's own codes.
 
     Attributes:
@@ -65,6 +64,7 @@ class UniqueReport:
     distortion_after: float
     largest_extra: float
     unplaced_rows: npt.NDArray[np.int64] = field(repr=False, compare=False)
+    derived = ("distortion_increase",)
 
     @property
     def distortion_increase(self) -> float:
@@ -73,12 +73,10 @@ class UniqueReport:
             return 0.0 if self.distortion_after <= 0 else float("inf")
         return self.distortion_after / self.distortion_before - 1.0
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self, *, arrays: bool = False) -> dict[str, Any]:
         """Return JSON-able figures; None for unknown ones."""
-        figures = {key: value for key, value in self.__dict__.items() if key != "unplaced_rows"}
-        figures["distortion_increase"] = self.distortion_increase
-        unknown = [key for key, value in figures.items() if value != value]  # NaN
-        return {**figures, **dict.fromkeys(unknown)}
+        figures = super().to_dict(arrays=arrays)
+        return {key: None if value != value else value for key, value in figures.items()}  # NaN
 
     def summary(self) -> str:
         """Return a few lines for a terminal."""
@@ -174,14 +172,11 @@ def make_unique(
     if method == "none":
         return UniqueIds(plain, _report(plain, plain, method, 1, np.zeros(len(ids), bool), 0.0))
     target = replace(info, unique=method, norm_quantiles=ids.info.norm_quantiles)
+    source = None
+    if method == "reassign" and embeddings is not None:
+        source = open_embeddings(embeddings, ids=embedding_ids)
     return place(
-        plain,
-        target,
-        capacity=capacity,
-        tokenizer=tokenizer,
-        embeddings=embeddings,
-        embedding_ids=embedding_ids,
-        progress=progress,
+        plain, target, capacity=capacity, tokenizer=tokenizer, source=source, progress=progress
     )
 
 
@@ -193,47 +188,32 @@ def place(
     codes: npt.NDArray[np.integer[Any]] | None = None,
     capacity: int | None = None,
     tokenizer: Tokenizer | None = None,
-    embeddings: Any = None,
-    embedding_ids: Any = None,
+    source: EmbeddingSource | None = None,
     progress: Progress | None = None,
 ) -> UniqueIds:
-    """Make ids unique while published ids stay as they are.
+    """Make ids unique by the method ``target.unique``, while published ids stay as they are.
 
-    Args:
-        plain: all items with the model's own codes.
-        target: metadata of the published ids; its ``unique`` names the method.
-        published: ``(items,)`` rows that stay; None means none.
-        codes: ``(items, levels)`` their published codes; other rows are ignored.
-        capacity: as for `make_unique`.
-        tokenizer: as for `make_unique`.
-        embeddings: as for `make_unique`; only those of items that are not published are needed.
-        embedding_ids: as for `make_unique`.
-        progress: as for `make_unique`.
-
-    Returns:
-        All items in the row order of the input. Errors as for `make_unique`.
+    ``plain`` holds the model's own codes of all items. ``published`` marks the rows ``(items,)``
+    that keep ``codes`` ``(items, levels)``. The source needs only the other items.
     """
     if target.unique == "append":
         return _append(plain, target, published, codes, capacity)
-    if tokenizer is None or embeddings is None:
+    if tokenizer is None or source is None:
         raise UsageError(
             "reassign looks for the next-nearest codewords: give the model and the embeddings "
             "(--model and --embeddings; tokenizer=, embeddings=)"
         )
     plain.check_codebook(tokenizer.codebook_fingerprint)
-    source = open_embeddings(embeddings, ids=embedding_ids)
-    fixed = np.zeros(len(plain), bool) if published is None else published
+    published = np.zeros(len(plain), bool) if published is None else published
     rows = np.full(len(plain), -1, np.int64)
-    new = np.flatnonzero(~fixed)
+    new = np.flatnonzero(~published)
     rows[new] = rows_of(plain.items.take(new), source)
     limit = capacity or 1
     placed = reassign_codes(
         tokenizer,
         source,
         rows,
-        plain.codes,
-        plain.residual_norms,
-        plain.items,
+        plain,
         capacity=limit,
         published=published,
         codes=codes,
@@ -246,18 +226,14 @@ def place(
         replace(target, capacity=limit),
         plain.codes,
     )
-    moved = np.flatnonzero((ids.codes != plain.codes).any(axis=1) & ~fixed)
+    moved = np.flatnonzero((ids.codes != plain.codes).any(axis=1) & ~published)
     extra = _extra_error(tokenizer, source, rows, plain, ids, moved)
     largest = float(placed.extra.max(initial=0.0))
     return UniqueIds(ids, _report(plain, ids, "reassign", limit, placed.unplaced, extra, largest))
 
 
 def rows_of(items: ItemIds, source: EmbeddingSource) -> npt.NDArray[np.int64]:
-    """Return the row of each item in a source: ``(items,)`` int64.
-
-    Raises:
-        IdsError: naming the first item without an embedding.
-    """
+    """Return the row of each item in a source: ``(items,)`` int64; all need an embedding."""
     rows: npt.NDArray[np.int64] = source.ids.index_of(items.strings())
     missing = np.flatnonzero(rows < 0)
     if len(missing):

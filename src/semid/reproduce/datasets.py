@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -97,18 +96,6 @@ class Opened:
             with path.open("rb") as file:
                 hashed.update(hashlib.file_digest(file, "sha256").digest())
         return hashed.hexdigest()[:16]
-
-
-def open_all(
-    specs: Sequence[DataSet], data: Path | None, ledger: Ledger
-) -> tuple[dict[str, Opened], dict[str, str]]:
-    """Open the data sets that are there.
-
-    Returns the data sets by name, and name -> why it cannot be opened.
-    """
-    absent = {spec.name: why for spec in specs if (why := missing_files(spec, data))}
-    ready = [spec for spec in specs if spec.name not in absent]
-    return {spec.name: open_data(spec, data, ledger) for spec in ready}, absent
 
 
 def missing_files(spec: DataSet, data: Path | None) -> str | None:

@@ -1,10 +1,9 @@
-"""The runs behind the DRQ paper's tables: fit a tokenizer, measure all its views, keep figures."""
+"""The runs behind the DRQ paper's tables."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ from semid.diagnostics.spaces import reconstruction
 from semid.report.behavior import Pool, behavior_pairs, choose_cutoffs, measure_pairs
 from semid.report.diagnose import diagnose
 from semid.report.results import Diagnosis, Flips
-from semid.reproduce.datasets import Opened, open_all, open_data
-from semid.reproduce.ledger import Ledger, digest
+from semid.reproduce.datasets import Opened
+from semid.reproduce.experiment import Experiment
 from semid.reproduce.pool import Job
 from semid.reproduce.recipe import DataSet, DrqRecipe, TokenizerSpec
 from semid.tokenizers.base import Tokenizer
@@ -32,104 +31,78 @@ EVALUATION_SEED = 0
 Array = npt.NDArray[np.float32]
 
 
-def drq_cells(recipe: DrqRecipe) -> list[dict[str, Any]]:
-    """List every run of a recipe, data set by data set, without opening any data."""
-    return [
-        {
-            "paper": recipe.paper,
-            "quick": recipe.quick,
-            "data": data.name,
-            "tokenizer": row.name,
-            "variant": row.variant,
-            "seed": seed,
-        }
-        for data in recipe.data
-        for row in recipe.tokenizers
-        if not row.data or data.name in row.data
-        for seed in range(data.seeds or recipe.seeds)
-    ]
-
-
-def drq_title(spec: Mapping[str, Any]) -> str:
-    """Name a run for people."""
-    variant = f" ({spec['variant']})" if spec["variant"] else ""
-    return f"{spec['data']}, {spec['tokenizer']}{variant}, seed {spec['seed']}"
-
-
-def drq_jobs(
-    recipe: DrqRecipe, data: Path | None, folder: Path
-) -> tuple[list[Job], dict[str, str]]:
-    """List the runs, the most informative first.
-
-    The paper's five rows on every data set, seed by seed, smaller codebooks first; then variants.
-
-    Returns the jobs, and data set -> why it cannot be run.
-    """
-    opened, absent = open_all(recipe.data, data, Ledger(folder))
-    cells = [cell for cell in drq_cells(recipe) if cell["data"] in opened]
-    sizes = {d.name: d.codebook_size for d in recipe.data}
-    # The sort keeps the order of data sets and rows among equals.
-    cells.sort(key=lambda cell: (bool(cell["variant"]), sizes[cell["data"]], cell["seed"]))
-    return [_job(recipe, cell, opened[cell["data"]].digest) for cell in cells], absent
-
-
-def _parts(recipe: DrqRecipe, spec: Mapping[str, Any]) -> tuple[DataSet, TokenizerSpec]:
-    """Return the data set and the row of a run."""
-    data = next(d for d in recipe.data if d.name == spec["data"])
-    row = (spec["tokenizer"], spec["variant"])
-    return data, next(t for t in recipe.tokenizers if (t.name, t.variant) == row)
-
-
-def _job(recipe: DrqRecipe, spec: dict[str, Any], files: str) -> Job:
-    data, row = _parts(recipe, spec)
-    shared = {
-        "paper": recipe.paper,
-        "revision": recipe.revision,
-        "quick": recipe.quick,
-        "files": files,
-        "codebook_size": data.codebook_size,
-        "logs": data.logs,
-        "levels": recipe.levels,
-        "geometry_sample": recipe.geometry_sample,
-        "flip_sample": recipe.flip_sample,
-        "replicates": recipe.replicates,
-        "neural": recipe.neural,
-    }
-    single = {**spec, "kind": row.kind, "options": row.options, "behavior": row.behavior}
-    return Job(digest([shared, single]), drq_title(spec), spec, settings=digest(shared))
-
-
-@dataclass
-class DrqRunner:
-    """Runs jobs of `drq_jobs`.
-
-    Args:
-        recipe: what to run.
-        data: folder of data sets.
-        folder: of the ledger.
-    """
+class DrqExperiment(Experiment):
+    """Fits each tokenizer for each seed on each data set, and measures all its views."""
 
     recipe: DrqRecipe
-    data: Path | None
-    folder: Path
-    _opened: dict[str, tuple[Opened, Interactions | None]] = field(default_factory=dict)
+
+    def __init__(self, recipe: DrqRecipe, data: Path | None, folder: Path) -> None:
+        super().__init__(recipe, data, folder)
+        # One at a time: they are large.
+        self._opened: dict[str, tuple[Opened, Interactions | None]] = {}
+
+    def cells(self) -> list[dict[str, Any]]:
+        """List every run, data set by data set."""
+        recipe = self.recipe
+        return [
+            {
+                "paper": recipe.paper,
+                "quick": recipe.quick,
+                "data": data.name,
+                "tokenizer": row.name,
+                "variant": row.variant,
+                "seed": seed,
+            }
+            for data in recipe.data
+            for row in recipe.tokenizers
+            if not row.data or data.name in row.data
+            for seed in range(data.seeds or recipe.seeds)
+        ]
+
+    def title(self, cell: Mapping[str, Any]) -> str:
+        """Name a run for people."""
+        variant = f" ({cell['variant']})" if cell["variant"] else ""
+        return f"{cell['data']}, {cell['tokenizer']}{variant}, seed {cell['seed']}"
+
+    def in_order(self, cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Put the paper's rows first, smaller codebooks before larger ones, seed by seed."""
+        sizes = {name: data.codebook_size for name, data in self.data_sets.items()}
+        # The sort keeps the order of data sets and rows among equals.
+        return sorted(cells, key=lambda c: (bool(c["variant"]), sizes[c["data"]], c["seed"]))
+
+    def _row(self, cell: Mapping[str, Any]) -> TokenizerSpec:
+        key = (cell["tokenizer"], cell["variant"])
+        return next(row for row in self.recipe.tokenizers if (row.name, row.variant) == key)
+
+    def identity(self, cell: Mapping[str, Any], files: str) -> list[Any]:
+        """Return the settings that a run shares with others, and its own."""
+        data, row = self.data_sets[cell["data"]], self._row(cell)
+        names = ("paper", "revision", "quick", "levels", "geometry_sample", "flip_sample")
+        shared = {
+            **{name: getattr(self.recipe, name) for name in (*names, "replicates", "neural")},
+            "files": files,
+            "codebook_size": data.codebook_size,
+            "logs": data.logs,
+        }
+        single = {**cell, "kind": row.kind, "options": row.options, "behavior": row.behavior}
+        return [shared, single]
 
     def __call__(self, job: Job) -> dict[str, Any]:
         """Fit, diagnose and sum up."""
-        data, row = _parts(self.recipe, job.spec)
+        recipe, row = self.recipe, self._row(job.spec)
+        data = self.data_sets[job.spec["data"]]
         if data.name not in self._opened:
-            current = open_data(data, self.data, Ledger(self.folder))
-            self._opened = {data.name: (current, current.log())}  # one at a time: they are large
+            current = self.open(data.name)
+            self._opened = {data.name: (current, current.log())}
         opened, log = self._opened[data.name]
         began, cpu = time.perf_counter(), time.process_time()
-        neural = {} if row.kind == "rqkmeans" else self.recipe.neural
         tok = make_tokenizer(
             row.kind,
             {
-                "levels": self.recipe.levels,
+                "levels": recipe.levels,
                 "codebook_size": data.codebook_size,
                 "seed": int(job.spec["seed"]),
-                **neural,
+                **({} if row.kind == "rqkmeans" else recipe.neural),
                 **row.options,
             },
         )
@@ -139,16 +112,15 @@ class DrqRunner:
             tok,
             opened.embeddings,
             seed=EVALUATION_SEED,
-            geometry_sample=self.recipe.geometry_sample,
-            flip_sample=self.recipe.flip_sample,
+            geometry_sample=recipe.geometry_sample,
+            flip_sample=recipe.flip_sample,
             explorer=False,
         )
         figures = _figures(diagnosis)
         figures["decoder(z)"] = _continuous(tok, opened.embeddings)
         if log is not None:
-            figures["behavior"] = _behavior(
-                tok, opened.pool(log), log, replicates=self.recipe.replicates
-            )
+            pool = opened.pool(log)
+            figures["behavior"] = _behavior(tok, pool, log, replicates=recipe.replicates)
         return {
             "kind": row.kind,
             "items": len(opened.embeddings),
@@ -260,12 +232,12 @@ def _reconstructed(tok: Tokenizer, rows: Array) -> Array:
 def _continuous(tok: Tokenizer, source: EmbeddingSource) -> dict[str, Any]:
     """Measure decoder(z): what is lost before anything is quantized."""
     rows = source.rows(np.arange(len(source)))
-    found = reconstruction(rows, _reconstructed(tok, rows), name="decoder(z)")
+    errors = reconstruction(rows, _reconstructed(tok, rows), name="decoder(z)")
     return {
-        "mse": found.mse,
-        "normalized_squared_error": found.normalized_error,
-        "cosine": found.cosine,
-        "relative_error": found.relative_error,
+        "mse": errors.mse,
+        "normalized_squared_error": errors.normalized_error,
+        "cosine": errors.cosine,
+        "relative_error": errors.relative_error,
     }
 
 

@@ -1,12 +1,13 @@
-"""The runs behind the MoC paper's tables and figures: codes, ranking models, their embeddings."""
+"""The runs behind the MoC paper's tables and figures."""
 
 from __future__ import annotations
 
 import re
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ from semid.recommenders.ranking.data import prepare_ranking_data
 from semid.recommenders.ranking.network import RankerConfig
 from semid.recommenders.ranking.splits import Label
 from semid.recommenders.ranking.training import rank_options
-from semid.reproduce.datasets import Opened, open_all, open_data
+from semid.reproduce.datasets import Opened
+from semid.reproduce.experiment import Experiment
 from semid.reproduce.ledger import Ledger, digest
 from semid.reproduce.pool import Job
 from semid.reproduce.ranking_grid import MethodCodes, TokenizerCache, train_cell
-from semid.reproduce.recipe import DataSet, MocRecipe, Stage, Variant
+from semid.reproduce.recipe import MocRecipe, Stage, Variant
 from semid.reproduce.reconstruction_probe import probe_reconstruction
 
 MOST_SINGULAR_VALUES = 96
@@ -33,111 +35,8 @@ PREPARED = 4
 """Data sets that a process keeps: with several processes each meets all of them in turn."""
 ONCE = {"none": 0, "vqvae": 1}
 """Methods without a scale of their own, and the M that their rows say."""
-
-
-def moc_jobs(
-    recipe: MocRecipe, data: Path | None, folder: Path
-) -> tuple[list[Job], dict[str, str]]:
-    """List the runs in the order of the recipe's stages, each seed by seed, every run once.
-
-    Returns the jobs, and what cannot be run -> why.
-    """
-    opened, absent = open_all(recipe.data, data, Ledger(folder))
-    variants = {v.name: v for v in recipe.variants}
-    jobs = []
-    for cell in moc_cells(recipe):
-        name = cell["data"]
-        if name not in opened:
-            continue
-        why = _unfit(opened[name], variants.get(cell["variant"]))
-        if why is not None:
-            absent[f"{name}, {cell['variant'] or 'main protocol'}"] = why
-            continue
-        jobs.append(_job(recipe, cell, opened[name].digest))
-    return jobs, absent
-
-
-def moc_cells(recipe: MocRecipe) -> list[dict[str, Any]]:
-    """List every run of a recipe once, in the order of its stages, without opening any data."""
-    specs: dict[str, dict[str, Any]] = {}
-    for stage in recipe.stages:
-        for seed in range(stage.seeds or recipe.seeds):
-            for d in recipe.data:
-                if stage.data and d.name not in stage.data:
-                    continue
-                for spec in _cells(recipe, stage, d, seed):
-                    cell = specs.setdefault(digest(spec), {**spec, "analyze": False})
-                    cell["analyze"] |= seed < stage.analyze and spec["method"] not in _BLANK
-    return list(specs.values())
-
-
 _BLANK = ("none", "random", "widened")
-
-
-def _cells(recipe: MocRecipe, stage: Stage, data: DataSet, seed: int) -> Iterator[dict[str, Any]]:
-    """Yield what a stage runs of one data set and seed."""
-    shared = {
-        "paper": recipe.paper,
-        "quick": recipe.quick,
-        "data": data.name,
-        "variant": stage.variant,
-        "run": stage.kind,
-        "seed": seed,
-    }
-    for method in stage.methods:
-        scales = (ONCE[method],) if method in ONCE else stage.scales
-        if stage.kind == "kept":
-            for scale in scales:
-                yield {**shared, "model": "", "method": method, "scale": scale, "fusion": False}
-            continue
-        for model in stage.models:
-            for scale in scales:
-                for fusion in stage.fusion:
-                    cell = {
-                        **shared,
-                        "model": model,
-                        "method": method,
-                        "scale": scale,
-                        "fusion": fusion,
-                    }
-                    if not stage.parts:
-                        yield cell
-                    if "alone" in stage.parts:
-                        yield from ({**cell, "part": f"alone {n + 1}"} for n in range(scale))
-                    if "first" in stage.parts:
-                        yield from ({**cell, "part": f"first {n}"} for n in range(1, scale))
-
-
-def _job(recipe: MocRecipe, spec: Mapping[str, Any], files: str) -> Job:
-    data = next(d for d in recipe.data if d.name == spec["data"])
-    variant = next((v for v in recipe.variants if v.name == spec["variant"]), None)
-    shared = {
-        "paper": recipe.paper,
-        "revision": recipe.revision,
-        "quick": recipe.quick,
-        "files": files,
-        "data": asdict(data),
-        "variant": None if variant is None else asdict(variant),
-        "width": recipe.width,
-        "fusion_rank": recipe.fusion_rank,
-        "model": recipe.model,
-        "training": recipe.training,
-        "tokenizer": recipe.tokenizer,
-    }
-    probe = {"kept": recipe.kept} if spec["run"] == "kept" else {}
-    return Job(digest([shared, probe, spec]), moc_title(spec), dict(spec), settings=digest(shared))
-
-
-def moc_title(spec: Mapping[str, Any]) -> str:
-    """Name a run for people."""
-    protocol = f"{spec['variant']}, " if spec["variant"] else ""
-    part = f" {spec['part']}" if "part" in spec else ""
-    fusion = " + fusion" if spec["fusion"] else ""
-    what = spec["model"] or "information kept"
-    return (
-        f"{spec['data']}, {protocol}{what} {spec['method']} {spec['scale']}x{part}{fusion}, "
-        f"seed {spec['seed']}"
-    )
+"""Methods whose codes say nothing of the items: their embeddings are not analyzed."""
 
 
 @cache
@@ -146,33 +45,87 @@ def _columns(path: Path) -> tuple[str, ...]:
     return tuple(open_table(path, error=InteractionsError).names)
 
 
-def _unfit(opened: Opened, variant: Variant | None) -> str | None:
-    """Say why a protocol cannot be had of a log: it lacks ratings, or an order."""
-    data, path = opened.spec, opened.interactions
-    label = Label.parse((variant.label if variant else "") or data.label)
-    columns = _columns(path)
-    if label.column and label.column not in columns:
-        return f"'{path.name}' of {data.name} has no column '{label.column}' for '{label}'"
-    ordered = {"position", "timestamp"} & set(columns)
-    if variant is not None and variant.split != "random" and not ordered:
-        return f"'{path.name}' of {data.name} has no order for split={variant.split}"
-    return None
-
-
-@dataclass
-class MocRunner:
-    """Runs jobs of `moc_jobs`.
-
-    Args:
-        recipe: what to run.
-        data: folder of data sets.
-        folder: of the ledger; tokenizers are kept below it.
-    """
+class MocExperiment(Experiment):
+    """Trains ranking models on the codes of every method, seed by seed, stage by stage."""
 
     recipe: MocRecipe
-    data: Path | None
-    folder: Path
-    _prepared: dict[tuple[str, str], tuple[Opened, RankingData]] = field(default_factory=dict)
+
+    def __init__(self, recipe: MocRecipe, data: Path | None, folder: Path) -> None:
+        super().__init__(recipe, data, folder)
+        self.variants = {"": Variant(name=""), **{v.name: v for v in recipe.variants}}
+        self._prepared: dict[tuple[str, str], tuple[Opened, RankingData]] = {}
+
+    def cells(self) -> list[dict[str, Any]]:
+        """List every run once, in the order of the recipe's stages."""
+        cells: dict[str, dict[str, Any]] = {}
+        for stage in self.recipe.stages:
+            for seed in range(stage.seeds or self.recipe.seeds):
+                for name in self.data_sets:
+                    if stage.data and name not in stage.data:
+                        continue
+                    for spec in self._stage_cells(stage, name, seed):
+                        cell = cells.setdefault(digest(spec), {**spec, "analyze": False})
+                        cell["analyze"] |= seed < stage.analyze and spec["method"] not in _BLANK
+        return list(cells.values())
+
+    def _stage_cells(self, stage: Stage, data: str, seed: int) -> Iterator[dict[str, Any]]:
+        """Yield what a stage runs of one data set and seed."""
+        shared = {
+            "paper": self.recipe.paper,
+            "quick": self.recipe.quick,
+            "data": data,
+            "variant": stage.variant,
+            "run": stage.kind,
+            "seed": seed,
+        }
+        # Item embeddings are rebuilt from codes alone, without a ranking model.
+        rebuilds = stage.kind == "kept"
+        models, fusions = (("",), (False,)) if rebuilds else (stage.models, stage.fusion)
+        for method in stage.methods:
+            scales = (ONCE[method],) if method in ONCE else stage.scales
+            for model, scale, fusion in product(models, scales, fusions):
+                cell = {**shared, "model": model, "method": method}
+                cell |= {"scale": scale, "fusion": fusion}
+                if rebuilds or not stage.parts:
+                    yield cell
+                    continue
+                if "alone" in stage.parts:
+                    yield from ({**cell, "part": f"alone {n + 1}"} for n in range(scale))
+                if "first" in stage.parts:
+                    yield from ({**cell, "part": f"first {n}"} for n in range(1, scale))
+
+    def title(self, cell: Mapping[str, Any]) -> str:
+        """Name a run for people."""
+        protocol = f"{cell['variant']}, " if cell["variant"] else ""
+        part = f" {cell['part']}" if "part" in cell else ""
+        fusion = " + fusion" if cell["fusion"] else ""
+        what = cell["model"] or "information kept"
+        return (
+            f"{cell['data']}, {protocol}{what} {cell['method']} {cell['scale']}x{part}{fusion}, "
+            f"seed {cell['seed']}"
+        )
+
+    def identity(self, cell: Mapping[str, Any], files: str) -> list[Any]:
+        """Return the settings that a run shares with others, and its own."""
+        names = ("paper", "revision", "quick", "width", "fusion_rank", "model", "training")
+        shared = {
+            **{name: getattr(self.recipe, name) for name in (*names, "tokenizer")},
+            "files": files,
+            "data": asdict(self.data_sets[cell["data"]]),
+            "variant": asdict(self.variants[cell["variant"]]) if cell["variant"] else None,
+        }
+        return [shared, {"kept": self.recipe.kept} if cell["run"] == "kept" else {}, cell]
+
+    def obstacle(self, opened: Opened, cell: Mapping[str, Any]) -> tuple[str, str] | None:
+        """Say why a protocol cannot be had of a log: it lacks ratings, or an order."""
+        name, path, variant = cell["data"], opened.interactions, self.variants[cell["variant"]]
+        label = Label.parse(variant.label or opened.spec.label)
+        columns, why = _columns(path), ""
+        if label.column and label.column not in columns:
+            why = f"'{path.name}' of {name} has no column '{label.column}' for '{label}'"
+        elif variant.split != "random" and not {"position", "timestamp"} & set(columns):
+            why = f"'{path.name}' of {name} has no order for split={variant.split}"
+        return (f"{name}, {variant.name or 'main protocol'}", why) if why else None
 
     def __call__(self, job: Job) -> dict[str, Any]:
         """Fit the codes unless they are there, train, measure."""
@@ -180,7 +133,8 @@ class MocRunner:
         opened, rows = self._rows(str(spec["data"]), str(spec["variant"]))
         coded = self._coded(job, opened, rows)
         if spec["run"] == "kept":
-            return self._kept(job, opened, rows, coded)
+            return self._rebuild(job, opened, coded)
+        options = {k: tuple(v) if isinstance(v, list) else v for k, v in self.recipe.model.items()}
         ranker, figures = train_cell(
             rows,
             coded,
@@ -189,7 +143,7 @@ class MocRunner:
                 width=self.recipe.width,
                 fusion=bool(spec["fusion"]),
                 fusion_rank=self.recipe.fusion_rank,
-                options=_tuples(self.recipe.model),
+                options=options,
             ),
             training=rank_options(self.recipe.training),
             seed=int(spec["seed"]),
@@ -205,18 +159,16 @@ class MocRunner:
         return figures
 
     def _rows(self, name: str, variant: str) -> tuple[Opened, RankingData]:
-        """Prepare a data set under a protocol; the last `PREPARED` are kept."""
+        """Prepare a data set under a protocol; the last `PREPARED` stay in memory."""
         if (name, variant) not in self._prepared:
-            data = next(d for d in self.recipe.data if d.name == name)
-            other = next((v for v in self.recipe.variants if v.name == variant), None)
-            opened = open_data(data, self.data, Ledger(self.folder))
+            opened, protocol = self.open(name), self.variants[variant]
             rows = prepare_ranking_data(
                 opened.interactions,
                 items=opened.items,
                 config=RankingDataConfig(
-                    label=(other.label if other else "") or data.label,
-                    split=other.split if other else "random",
-                    item_columns=data.item_columns,
+                    label=protocol.label or opened.spec.label,
+                    split=protocol.split,
+                    item_columns=opened.spec.item_columns,
                 ),
             )
             while len(self._prepared) >= PREPARED:
@@ -246,13 +198,11 @@ class MocRunner:
         part = re.fullmatch(r"(alone|first) (\d+)", str(spec.get("part", "")))
         if part and coded.features is not None:
             number = int(part[2])
-            chosen = {"levels": (number - 1,)} if part[1] == "alone" else {"scale": number}
-            coded = MethodCodes(coded.ids, replace(coded.features, **chosen))
+            levels = {"levels": (number - 1,)} if part[1] == "alone" else {"scale": number}
+            coded = MethodCodes(coded.ids, replace(coded.features, **levels))
         return coded
 
-    def _kept(
-        self, job: Job, opened: Opened, rows: RankingData, coded: MethodCodes
-    ) -> dict[str, Any]:
+    def _rebuild(self, job: Job, opened: Opened, coded: MethodCodes) -> dict[str, Any]:
         """Rebuild item embeddings from embeddings of their codes."""
         began, cpu = time.perf_counter(), time.process_time()
         ids = coded.ids
@@ -276,29 +226,22 @@ class MocRunner:
         }
 
 
-def _tuples(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-
-
 def _thinned(analysis: CodeAnalysis) -> dict[str, Any]:
     """Keep an analysis small: spectra at chosen ranks, three figures a point."""
-
-    def points(found: Any) -> list[dict[str, Any]]:
-        return [
+    points = {
+        name: [
             {"clusters": p.clusters, "nmi": p.nmi, "ami": p.ami, "by_chance": p.shuffled_nmi}
-            for p in found
+            for p in getattr(analysis, name)
         ]
-
+        for name in ("sweep", "first", "levels", "codes")
+    }
     values = analysis.singular_values
     ranks = np.arange(1, len(values) + 1)
     if len(ranks) > MOST_SINGULAR_VALUES:
         ranks = np.unique(np.linspace(1, len(values), MOST_SINGULAR_VALUES).round().astype(int))
     return {
         "rows": analysis.rows,
-        "sweep": points(analysis.sweep),
-        "first": points(analysis.first),
-        "levels": points(analysis.levels),
-        "codes": points(analysis.codes),
+        **points,
         "spectrum": {
             "rank": ranks.tolist(),
             "value": values[ranks - 1].tolist(),

@@ -10,19 +10,16 @@ from typing import Any
 
 from semid.errors import UsageError, check_choice
 from semid.progress import Progress, QuietProgress
-from semid.reproduce.drq_runs import DrqRunner, drq_cells, drq_jobs, drq_title
+from semid.reproduce.drq_runs import DrqExperiment
+from semid.reproduce.experiment import Experiment
 from semid.reproduce.ledger import RUNS_FILE, cell_key, read_runs
-from semid.reproduce.moc_runs import MocRunner, moc_cells, moc_jobs, moc_title
+from semid.reproduce.moc_runs import MocExperiment
 from semid.reproduce.page import Page, make_page, write_page
-from semid.reproduce.pool import Job, Runner, run_jobs
-from semid.reproduce.recipe import DrqRecipe, MocRecipe, read_experiment
+from semid.reproduce.pool import run_jobs
+from semid.reproduce.recipe import read_experiment
 
-PAPERS = ("drq", "moc")
-_RUNS: dict[str, tuple[Any, Any, Any, Any]] = {
-    "drq": (drq_cells, drq_title, drq_jobs, DrqRunner),
-    "moc": (moc_cells, moc_title, moc_jobs, MocRunner),
-}
-"""How each paper lists the runs of a recipe, names one, makes jobs of them and runs a job."""
+EXPERIMENTS: dict[str, type[Experiment]] = {"drq": DrqExperiment, "moc": MocExperiment}
+PAPERS = tuple(EXPERIMENTS)
 
 
 @dataclass(frozen=True)
@@ -63,13 +60,11 @@ class Study:
         output: Path,
         only: Sequence[str] = (),
     ) -> None:
-        self.recipe: DrqRecipe | MocRecipe = read_experiment(recipe)
+        self.recipe = read_experiment(recipe)
         self.paper = self.recipe.paper
         self.folder = output / self.paper
-        _, _, jobs, runner = _RUNS[self.paper]
-        self.jobs: list[Job]
-        self.jobs, self.absent = jobs(self.recipe, data, self.folder)
-        self.runner: Runner = runner(self.recipe, data, self.folder)
+        self.experiment = EXPERIMENTS[self.paper](self.recipe, data, self.folder)
+        self.jobs, self.absent = self.experiment.jobs()
         self.chosen = [job for job in self.jobs if all(word in job.title for word in only)]
         if not self.chosen:
             why = "; ".join(self.absent.values()) or f"no run's title has {' and '.join(only)}"
@@ -107,7 +102,7 @@ class Study:
         """Run what is missing; see `semid.reproduce.pool.run_jobs`."""
         return run_jobs(
             self.chosen,
-            self.runner,
+            self.experiment,
             self.folder,
             processes=processes,
             threads=threads,
@@ -149,9 +144,9 @@ def page_from(paper: str, results: Path, output: Path, *, publish: bool = False)
         )
     rows = read_runs(ledger)
     quick = bool(rows) and all(row.get("quick") for row in rows)
-    cells, title, _, _ = _RUNS[paper]
     done = {cell_key(row) for row in rows}
     recipe = read_experiment(f"{paper}-quick" if quick else paper)
-    missing = [title(cell) for cell in cells(recipe) if cell_key(cell) not in done]
+    runs = EXPERIMENTS[paper](recipe, None, results / paper)
+    missing = [runs.title(cell) for cell in runs.cells() if cell_key(cell) not in done]
     page = make_page(paper, rows, missing=missing, publish=publish)
     return write_page(page, output, paper)
