@@ -16,7 +16,7 @@ from semid.errors import DivergedError, MissingExtraError, UsageError
 from semid.progress import QuietProgress
 from semid.training.batches import epoch_batches, process_share, steps_per_epoch
 from semid.training.checkpoint import Checkpoint, Stages, module_arrays
-from semid.training.loggers import JsonLinesLogger, MultiLogger, make_logger
+from semid.training.loggers import make_logger
 from semid.training.loop import Evaluation, Step, train
 from semid.training.options import FLOOR, TrainOptions, learning_rate, resolve_precision
 
@@ -246,7 +246,7 @@ def test_bfloat16_is_asked_for_or_found():
 
 
 def test_loggers(tmp_path, monkeypatch):
-    log = MultiLogger([JsonLinesLogger(tmp_path / "a" / "log.jsonl")])
+    log = make_logger(f"jsonl:{tmp_path / 'a' / 'log.jsonl'}")
     run(Task(), log=log)
     log.close()
     lines = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]

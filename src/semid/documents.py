@@ -26,19 +26,6 @@ import numpy as np
 
 from semid.errors import ArtefactError, SemidError, nearest_name
 
-__all__ = [
-    "alternatives",
-    "checked",
-    "checksum",
-    "described",
-    "fits",
-    "parse_json",
-    "read_json",
-    "read_toml",
-    "record",
-    "typed",
-]
-
 Record = TypeVar("Record")
 
 _NOUNS: dict[Any, str] = {
@@ -65,16 +52,7 @@ def read_json(
     error: type[SemidError] = ArtefactError,
     advice: str = COPY_AGAIN,
 ) -> Any:
-    """Return the document of a JSON file.
-
-    Args:
-        path: the file.
-        error: class of the error for a file that cannot be read.
-        advice: end of its message, how to put it right.
-
-    Raises:
-        SemidError: of the class ``error``.
-    """
+    """Return the document of a JSON file."""
     return parse_json(_read(path, error, advice), where=f"'{path}'", error=error, advice=advice)
 
 
@@ -112,17 +90,7 @@ def checksum(document: Any) -> str:
 def record(
     kind: type[Record], values: Any, where: str, *, error: type[SemidError] = ArtefactError
 ) -> Record:
-    """Make a dataclass of a document's table, refusing keys and values it does not have.
-
-    Args:
-        kind: a dataclass; tables inside the table become the dataclasses of its fields.
-        values: the table.
-        where: its name in messages.
-        error: class of the error for a value that does not fit.
-
-    Raises:
-        SemidError: of the class ``error``, or what the dataclass itself raises for its ranges.
-    """
+    """Make a dataclass of a document's table, refusing keys and values it does not have."""
     fields = dataclasses.fields(kind)  # type: ignore[arg-type]
     required = [
         f.name
@@ -145,18 +113,7 @@ def checked(
     required: Collection[str] = (),
     error: type[SemidError] = ArtefactError,
 ) -> dict[str, Any]:
-    """Return a table whose keys are known and whose values have their types.
-
-    Args:
-        known: the type of each key, see `typed`.
-        values: the table.
-        where: its name in messages.
-        required: keys that must be there.
-        error: class of the error.
-
-    Raises:
-        SemidError: of the class ``error``.
-    """
+    """Return a table whose keys are known and whose values have their types."""
     if not isinstance(values, Mapping):
         raise error(f"{where} is {_shown(values)}; give a table of names and values")
     for key in values:
@@ -176,18 +133,7 @@ def checked(
 
 
 def typed(kind: Any, value: Any, where: str, *, error: type[SemidError] = ArtefactError) -> Any:
-    """Return a document's value as an annotation has it.
-
-    Args:
-        kind: ``Any``, ``bool``, ``int`` (of 64 bits), ``float`` (finite; an integer is one too),
-            ``str``, a list, sequence, tuple or mapping of such, a dataclass, or a union of these.
-        value: what the document holds.
-        where: its place in messages.
-        error: class of the error.
-
-    Raises:
-        SemidError: of the class ``error``, if it is of another type.
-    """
+    """Return a document's value as an annotation has it."""
     branches = [b for b in alternatives(kind) if _fits(b, value)]
     if not branches:
         raise error(f"{where} is {_shown(value)}; give {described(_document_type(kind))}")

@@ -12,26 +12,6 @@ import difflib
 import unicodedata
 from collections.abc import Iterable, Sequence
 
-__all__ = [
-    "ArtefactError",
-    "DivergedError",
-    "EmbeddingError",
-    "FingerprintError",
-    "IdsError",
-    "InputError",
-    "InteractionsError",
-    "MissingExtraError",
-    "NotFittedError",
-    "OutputBusyError",
-    "OutputExistsError",
-    "SemidError",
-    "UsageError",
-    "brief",
-    "check_choice",
-    "nearest_name",
-    "printable",
-]
-
 
 class SemidError(Exception):
     """Root of the tree: catch this to catch everything semid raises on purpose."""
@@ -140,11 +120,7 @@ def nearest_name(given: str, allowed: Iterable[str]) -> str:
 
 
 def check_choice(name: str, given: str, allowed: Sequence[str]) -> str:
-    """Return ``given`` if it is one of ``allowed``.
-
-    Raises:
-        UsageError: naming the argument, what was given, what is allowed and the nearest name.
-    """
+    """Return ``given`` if it is one of ``allowed``."""
     if isinstance(given, str) and given in allowed:
         return given
     listed = ", ".join(f"'{a}'" for a in allowed)

@@ -40,21 +40,6 @@ import numpy as np
 from semid.documents import alternatives, described, fits
 from semid.errors import UsageError, nearest_name
 
-__all__ = [
-    "MAX_BEAM",
-    "MAX_WEIGHT",
-    "MAX_WIDTH",
-    "CheckedArguments",
-    "Option",
-    "Options",
-    "Parameters",
-    "argument_types",
-    "check_arguments",
-    "declared_options",
-    "nested_options",
-    "option",
-]
-
 # Tokenizers with residual levels and tokenizers with parallel codebooks count their codes under
 # these two names.
 _SYNONYMS = {"levels": "n_codebooks", "n_codebooks": "levels"}
@@ -244,11 +229,7 @@ class Options(CheckedArguments):
     """Base of frozen dataclasses that hold settings; a value out of range is a `UsageError`."""
 
     def __post_init__(self) -> None:
-        """Convert numpy's numbers and lists, then check ranges and choices.
-
-        Raises:
-            UsageError: listing every value out of range.
-        """
+        """Convert numpy's numbers and lists, then check ranges and choices."""
         hints = argument_types(type(self))
         for field in dataclasses.fields(self):
             value = _plain(getattr(self, field.name), hints[field.name])
@@ -259,15 +240,7 @@ class Options(CheckedArguments):
     def of(
         cls, value: Self | Mapping[str, Any] | None, *, defaults: Mapping[str, Any] | None = None
     ) -> Self:
-        """Return options from an object, from a mapping of their names, or the defaults.
-
-        Args:
-            value: the options.
-            defaults: defaults of options that a mapping does not name.
-
-        Raises:
-            UsageError: an unknown name, or a value of a wrong type or out of range.
-        """
+        """Return options from an object, from a mapping of their names, or the defaults."""
         if isinstance(value, cls):
             return value
         if value is not None and not isinstance(value, Mapping):
@@ -326,11 +299,7 @@ class Parameters(CheckedArguments):
         return params
 
     def set_params(self, **params: Any) -> Self:
-        """Change arguments, for example ``kmeans__max_iter=10``; what was fitted stays.
-
-        Raises:
-            UsageError: for an unknown argument or an unsuitable value; nothing is changed then.
-        """
+        """Change arguments, for example ``kmeans__max_iter=10``; what was fitted stays."""
         changed: dict[str, Any] = {}
         for key, value in params.items():
             name, _, inner = key.partition("__")
@@ -396,15 +365,7 @@ def argument_types(kind: Any) -> dict[str, Any]:
 
 
 def check_arguments(kind: type, arguments: Mapping[str, Any]) -> None:
-    """Check arguments by name and type.
-
-    Args:
-        kind: the class they are for.
-        arguments: name -> value.
-
-    Raises:
-        UsageError: listing every argument that does not exist or has a value of a wrong type.
-    """
+    """Check arguments by name and type."""
     allowed = argument_types(kind)
     problems = []
     for name, value in arguments.items():

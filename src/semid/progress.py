@@ -24,8 +24,6 @@ from rich.progress import (
     Progress as Bars,
 )
 
-__all__ = ["JsonProgress", "Progress", "QuietProgress", "RichProgress", "make_progress"]
-
 
 class Progress(Protocol):
     """What a long piece of work reports to."""

@@ -17,8 +17,6 @@ from typing import Any
 
 from semid.errors import MissingExtraError, UsageError, brief, check_choice, nearest_name
 
-__all__ = ["Registry", "find_recipe", "import_target", "recipe_names"]
-
 
 class Registry:
     """Objects by name, those of semid and those of entry points.
@@ -91,11 +89,7 @@ def recipe_names(folder: str) -> list[str]:
 
 
 def find_recipe(name: str | Path, folder: str, *, flag: str) -> Any:
-    """Return the file of a recipe: a name in a folder of the semid package, or a path.
-
-    Raises:
-        UsageError: it is neither.
-    """
+    """Return the file of a recipe: a name in a folder of the semid package, or a path."""
     names = recipe_names(folder)
     if str(name) in names:
         return resources.files("semid").joinpath(folder, f"{name}.toml")

@@ -11,18 +11,12 @@ import hashlib
 import numpy as np
 import torch
 
-__all__ = ["child_seed", "numpy_generator", "torch_generator"]
-
 
 def child_seed(seed: int, *names: object) -> int:
     """Derive a 63-bit seed from ``seed`` and a path of names.
 
-    Args:
-        seed: the user's seed, any integer.
-        names: what draws, outermost first, for example ``("kmeans", level, restart)``.
-
-    Returns:
-        An integer in ``[0, 2**63)``; the same for the same arguments on every platform.
+    The path names what draws, outermost first: ``("kmeans", level, restart)``. The result is the
+    same on every platform.
     """
     path = "/".join([str(int(seed)), *map(str, names)])
     return int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "little") >> 1

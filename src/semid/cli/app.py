@@ -22,8 +22,6 @@ from semid.cli.reports import compare, demo, prepare, report, reproduce
 from semid.cli.shared import release_outputs
 from semid.errors import SemidError, brief, printable
 
-__all__ = ["app", "main"]
-
 HELP = """Semantic IDs for recommendation: learn them, know whether they are good, use them.
 
 A first run on your own data:

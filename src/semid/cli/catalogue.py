@@ -23,8 +23,6 @@ from semid.cli.shared import (
 )
 from semid.errors import UsageError, check_choice
 
-__all__ = ["drift", "export", "import_", "refresh", "unique"]
-
 
 def unique(
     context: typer.Context,

@@ -23,8 +23,6 @@ from semid.cli.shared import (
 )
 from semid.errors import UsageError
 
-__all__ = ["encode"]
-
 
 def encode(
     context: typer.Context,

@@ -26,8 +26,6 @@ from semid.cli.shared import (
 )
 from semid.errors import UsageError
 
-__all__ = ["fit", "refine"]
-
 
 def _tokenizer_names() -> list[str]:
     from semid.tokenizers.factory import TOKENIZERS

@@ -24,16 +24,6 @@ from typer.core import TyperCommand
 
 from semid.errors import UsageError, nearest_name
 
-__all__ = [
-    "Flag",
-    "OptionsCommand",
-    "check_keys",
-    "expand",
-    "known_flags",
-    "read_flags",
-    "write_flags",
-]
-
 FILE = Path(__file__).with_name("flags.json")
 
 SECTIONS = {"kmeans": "K-means", "training": "Training", "network": "Network"}
@@ -101,11 +91,7 @@ class Flag:
         return inspect.Parameter(self.name, keyword, default=None, annotation=annotation)
 
     def value(self, text: Any) -> Any:
-        """Return the value of what was given.
-
-        Raises:
-            UsageError: a list of something else than numbers.
-        """
+        """Return the value of what was given."""
         if not self.type.endswith("s"):
             return text
         parts = [part.strip() for part in text.split(",") if part.strip()]
@@ -407,11 +393,7 @@ def _applicable(kind: str) -> dict[str, Flag]:
 
 
 def check_keys(command: str, values: Mapping[str, Any]) -> None:
-    """Refuse keys of ``--set`` that a command does not have.
-
-    Raises:
-        UsageError: naming the nearest key.
-    """
+    """Refuse keys of ``--set`` that a command does not have."""
     keys = [flag.key for flag in known_flags(command)]
     for key in values:
         if key not in keys:

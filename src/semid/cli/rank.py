@@ -26,8 +26,6 @@ from semid.cli.shared import (
 )
 from semid.errors import UsageError, check_choice
 
-__all__ = ["rank", "rank_grid"]
-
 Logs = Annotated[
     str,
     typer.Argument(metavar="LOGS", help="Interactions: Parquet file, folder, quoted glob, or CSV."),

@@ -21,8 +21,6 @@ from semid.cli.shared import (
 )
 from semid.errors import UsageError, check_choice
 
-__all__ = ["compare", "demo", "prepare", "report", "reproduce"]
-
 RELEASES = ("amazon", "movielens")
 
 

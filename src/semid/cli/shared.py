@@ -12,23 +12,6 @@ import typer
 
 from semid.errors import UsageError, check_choice, printable
 
-__all__ = [
-    "InteractionColumns",
-    "Overwrite",
-    "Quiet",
-    "RayFlags",
-    "Resume",
-    "Source",
-    "SourceOptions",
-    "Threads",
-    "hold_output",
-    "is_given",
-    "make_progress",
-    "refuse_unused",
-    "release_outputs",
-    "say",
-]
-
 INPUT, RUN, LOG, RAY = "Input", "Run", "Interactions", "Ray"
 
 Source = Annotated[
@@ -131,11 +114,7 @@ class InteractionColumns:
     NAMES = ("user_column", "item_column", "time_column")
 
     def read(self, context: typer.Context, path: str | None) -> Any:
-        """Read the interactions, or return None without any.
-
-        Raises:
-            UsageError: columns are named without interactions, or do not exist.
-        """
+        """Read the interactions, or return None without any."""
         if path is None:
             refuse_unused(context, self.NAMES, "no --interactions are given")
             return None
@@ -193,11 +172,7 @@ class RayFlags:
 
     @property
     def uses_ray(self) -> bool:
-        """Whether Ray is asked for.
-
-        Raises:
-            UsageError: an unknown engine, or options of Ray without it.
-        """
+        """Whether Ray is asked for."""
         check_choice("--engine", self.engine, ("local", "ray"))
         names = [n for n, value in vars(self).items() if n != "engine" and value is not None]
         if self.engine != "ray" and names:
@@ -219,18 +194,7 @@ _HELD = contextlib.ExitStack()
 
 
 def hold_output(output: Any, *, overwrite: bool, inputs: Sequence[Any], state: Any = None) -> None:
-    """Check an output before the work, and hold it until the command has ended.
-
-    Args:
-        output: path or URI.
-        overwrite: whether an existing output is replaced.
-        inputs: paths that the command reads.
-        state: folder for an unfinished run, for commands that keep one.
-
-    Raises:
-        OutputExistsError, UsageError: as for `semid.output.check_output`.
-        OutputBusyError: another run holds it.
-    """
+    """Check an output before the work, and hold it until the command has ended."""
     from semid.output import claim_output
 
     _HELD.enter_context(claim_output(output, overwrite=overwrite, inputs=inputs, state=state))
@@ -254,16 +218,7 @@ def make_progress(*, quiet: bool) -> Any:
 
 
 def refuse_unused(context: typer.Context, names: Sequence[str], reason: str) -> None:
-    """Refuse options that were given on the command line and would change nothing.
-
-    Args:
-        context: of the running command.
-        names: parameters of the command that have no effect here.
-        reason: why, and what to do, as the rest of a sentence.
-
-    Raises:
-        UsageError: naming the flags.
-    """
+    """Refuse options that were given on the command line and would change nothing."""
     flags = [
         parameter.opts[0]
         for parameter in context.command.params

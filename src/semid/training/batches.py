@@ -15,8 +15,6 @@ from semid.data.source import write_npy
 from semid.quantization.blocks import ArrayBlocks, Blocks, in_memory
 from semid.seeds import numpy_generator
 
-__all__ = ["MEMORY_BYTES", "TrainingRows", "epoch_batches", "process_share", "steps_per_epoch"]
-
 Rows = npt.NDArray[np.int64]
 
 
@@ -33,18 +31,10 @@ def epoch_batches(
     epoch: int,
     weights: npt.NDArray[np.float64] | None = None,
 ) -> list[Rows]:
-    """Deal the rows of an epoch into batches.
+    """Deal the rows of an epoch into batches of about ``batch_size``.
 
-    Args:
-        rows: rows to train on.
-        batch_size: approximate rows per batch.
-        seed: any integer.
-        epoch: number of the epoch.
-        weights: ``(rows,)`` non-negative; rows are then drawn with replacement in proportion, so
-            that a row of weight 2 is seen twice as often as one of weight 1.
-
-    Returns:
-        Row numbers of each batch. Memory: 8 bytes a row.
+    With ``weights`` ``(rows,)``, non-negative, rows are drawn with replacement in proportion: a row
+    of weight 2 is drawn twice as often as one of weight 1. Memory: 8 bytes per row.
     """
     generator = numpy_generator(seed, "order", epoch)
     order = (
@@ -56,17 +46,8 @@ def epoch_batches(
 
 
 def process_share(batch: Rows, *, rank: int, world: int) -> tuple[Rows, float]:
-    """Return one process's part of a batch and the weight that makes averages exact.
-
-    Args:
-        batch: ``(n,)`` rows of the whole batch, at least one per process.
-        rank: number of this process.
-        world: number of processes.
-
-    Returns:
-        Its rows, and ``share / (n / world)``: a mean over its rows times this, averaged over the
-        processes, is the mean over the batch.
-    """
+    """Return one process's part of a batch ``(n,)`` and the weight that makes averages exact."""
+    # A mean over the part times this weight, averaged over processes, is the mean over the batch.
     share = np.array_split(batch, world)[rank]
     return share, len(share) * world / len(batch)
 
@@ -80,13 +61,9 @@ MEMORY_BYTES = 2 << 30
 class TrainingRows:
     """Rows ``(rows, dim)`` to draw batches from.
 
-    Args:
-        blocks: where they come from.
-        memory_bytes: held in memory as float32 up to this size. Above it, sources from which a row
-            at random costs no more than the row (`.npy`, Arrow) are read as they are; others are
-            written once to a temporary ``.npy`` file.
-
-    The values, and so the training, are the same either way.
+    Up to ``memory_bytes`` they are held in memory as float32. Above it, sources from which a row at
+    random costs no more than the row (`.npy`, Arrow) are read as they are; others are written once
+    to a temporary ``.npy`` file. The values, and so the training, are the same either way.
     """
 
     def __init__(self, blocks: Blocks, *, memory_bytes: int = MEMORY_BYTES) -> None:

@@ -11,8 +11,9 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -25,22 +26,23 @@ from semid.output import atomic_file
 from semid.runs import check_state_folder, hold_path, remove_state_folder
 from semid.training.distributed import is_main
 
-__all__ = [
-    "Checkpoint",
-    "FinishedStages",
-    "Stage",
-    "Stages",
-    "StateStore",
-    "load_module_",
-    "load_optimizer_",
-    "module_arrays",
-    "open_checkpoint",
-    "optimizer_arrays",
-    "run_key",
-]
-
 STATE_FILE = "state.safetensors"
 _UNREADABLE = (SafetensorError, OSError, LookupError, ValueError, TypeError, RecursionError)
+
+Arrays = dict[str, np.ndarray]
+
+
+class StateStore(Protocol):
+    """Where a computation saves its state."""
+
+    @property
+    def state(self) -> tuple[Arrays, dict[str, Any]] | None:
+        """The arrays and record to continue from, or None for a fresh start."""
+        ...
+
+    def save(self, arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> None:
+        """Replace the state atomically."""
+        ...
 
 
 def run_key(settings: Mapping[str, Any], data_digest: str) -> str:
@@ -60,41 +62,30 @@ def _checksum(arrays: Mapping[str, np.ndarray], record: str) -> str:
 class Checkpoint:
     """The latest state of a run; of several processes, the first one alone writes it.
 
-    Args:
-        folder: where it lives; made when the first state is saved.
-        key: the run's `run_key`.
-        resume: continue from the state in ``folder``; without one the run starts afresh.
-
-    Raises:
-        OutputExistsError: if ``folder`` holds a state and ``resume`` is false.
-        ArtefactError: if the state belongs to other settings or data, or cannot be read.
+    ``state`` holds the arrays and the record to continue from, or None for a fresh run. A state
+    that exists is refused unless ``resume`` is set, and with it if its key differs.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, key: str, resume: bool = False) -> None:
         self.folder = Path(folder)
         self.key = key
-        self._state: tuple[dict[str, np.ndarray], dict[str, Any]] | None = None
+        self.state: tuple[Arrays, dict[str, Any]] | None = None
         self._hold = contextlib.ExitStack()
-        if is_main():
-            check_state_folder(self.folder)
-            self._hold.enter_context(hold_path(self.folder))
-        try:
-            self._open(resume)
-        except BaseException:
-            self.release()
-            raise
-
-    def _open(self, resume: bool) -> None:
         file = self.folder / STATE_FILE
-        if file.exists() and resume:
-            self._state = self._read(file)
-        elif file.exists() and is_main():  # else the first process may have begun it already
-            raise OutputExistsError(
-                f"'{self.folder}' holds an unfinished run; continue it with --resume "
-                "(resume=True) or delete that folder"
-            )
+        with contextlib.ExitStack() as hold:
+            if is_main():
+                check_state_folder(self.folder)
+                hold.enter_context(hold_path(self.folder))
+            if file.exists() and resume:
+                self.state = self._read(file)
+            elif file.exists() and is_main():  # else the first process may have begun it already
+                raise OutputExistsError(
+                    f"'{self.folder}' holds an unfinished run; continue it with --resume "
+                    "(resume=True) or delete that folder"
+                )
+            self._hold = hold.pop_all()
 
-    def _read(self, file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    def _read(self, file: Path) -> tuple[Arrays, dict[str, Any]]:
         try:
             with safe_open(file, framework="numpy") as stored:
                 metadata = stored.metadata() or {}
@@ -115,11 +106,6 @@ class Checkpoint:
             )
         return arrays, record
 
-    @property
-    def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
-        """The arrays and record to continue from, or None for a fresh run."""
-        return self._state
-
     def save(self, arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> None:
         """Replace the state atomically."""
         if not is_main():
@@ -132,10 +118,9 @@ class Checkpoint:
 
     def clear(self) -> None:
         """Remove the folder: the run is complete and its result is saved."""
-        if not is_main():
-            return
-        remove_state_folder(self.folder)
-        self.release()
+        if is_main():
+            remove_state_folder(self.folder)
+            self.release()
 
     def release(self) -> None:
         """Release the folder for other runs; this object writes no more."""
@@ -157,112 +142,70 @@ def open_checkpoint(
         store.release()
 
 
-Arrays = dict[str, np.ndarray]
-
-
-class StateStore(Protocol):
-    """Where a computation saves its state."""
-
-    @property
-    def state(self) -> tuple[Arrays, dict[str, Any]] | None:
-        """The arrays and record to continue from, or None for a fresh start."""
-        ...
-
-    def save(self, arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> None:
-        """Replace the state atomically."""
-        ...
-
-
-class FinishedStages(NamedTuple):
-    """Arrays (named ``stage/array``) and records of the finished stages."""
-
-    arrays: Arrays
-    records: dict[str, dict[str, Any]]
-
-
 class Stages:
     """One store for stages that run one after another: finished ones are kept, one continues.
 
-    Args:
-        store: where the state is saved; None saves nothing.
+    A stage's arrays are stored as ``stage/array``. Without a store nothing is saved.
     """
 
     def __init__(self, store: StateStore | None) -> None:
-        self._store = store
-        self._finished = FinishedStages({}, {})
-        self._running: tuple[str, Arrays, dict[str, Any]] | None = None
-        state = None if store is None else store.state
-        if state is None:
-            return
-        arrays, record = state
-        finished, running = record["finished"], record["stage"]
-        self._finished = FinishedStages(
-            {key: array for key, array in arrays.items() if key.split("/", 1)[0] in finished},
-            finished,
-        )
-        running_arrays = {
-            key.removeprefix(f"{running}/"): array
-            for key, array in arrays.items()
-            if key.startswith(f"{running}/")
-        }
-        self._running = (running, running_arrays, record["record"])
+        self.store = store
+        self.arrays: Arrays = {}
+        self.records: dict[str, dict[str, Any]] = {}
+        self._running: tuple[str, tuple[Arrays, dict[str, Any]]] | None = None
+        if store is not None and store.state is not None:
+            arrays, record = store.state
+            self.records, running = record["finished"], record["stage"]
+            for name in self.records:
+                self.arrays |= with_prefix(f"{name}/", without_prefix(f"{name}/", arrays))
+            self._running = running, (without_prefix(f"{running}/", arrays), record["record"])
 
     def finished(self, name: str) -> tuple[Arrays, dict[str, Any]] | None:
         """Return the arrays and record of a finished stage, or None if it has to run."""
-        if name not in self._finished.records:
+        if name not in self.records:
             return None
-        prefix = f"{name}/"
-        arrays = {
-            key.removeprefix(prefix): array
-            for key, array in self._finished.arrays.items()
-            if key.startswith(prefix)
-        }
-        return arrays, self._finished.records[name]
+        return without_prefix(f"{name}/", self.arrays), self.records[name]
 
-    def stage(self, name: str) -> Stage | None:
+    def stage(self, name: str) -> StateStore | None:
         """Return the store of one stage, with its state if it was running; None without a store."""
-        if self._store is None:
+        if self.store is None:
             return None
-        state = None
-        if self._running is not None and self._running[0] == name:
-            state = (self._running[1], self._running[2])
-        return Stage(self._store, name, self._finished, state)
+        is_running = self._running is not None and self._running[0] == name
+        return _Stage(self, name, self._running[1] if self._running and is_running else None)
 
     def finish(
         self, name: str, arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]
     ) -> None:
         """Store the result of a stage; it is written with the first state of the next stage."""
-        self._finished.arrays.update({f"{name}/{key}": array for key, array in arrays.items()})
-        self._finished.records[name] = dict(record)
+        self.arrays |= with_prefix(f"{name}/", arrays)
+        self.records[name] = dict(record)
 
 
-class Stage:
-    """The store of one stage."""
+@dataclass
+class _Stage:
+    """The store of one stage, which saves the results of finished stages too."""
 
-    def __init__(
-        self,
-        store: StateStore,
-        name: str,
-        finished: FinishedStages,
-        state: tuple[Arrays, dict[str, Any]] | None,
-    ) -> None:
-        self._store, self._name, self._finished = store, name, finished
-        self._state = state
-
-    @property
-    def state(self) -> tuple[Arrays, dict[str, Any]] | None:
-        """The arrays and record to continue from, or None for a fresh start."""
-        return self._state
+    stages: Stages
+    name: str
+    state: tuple[Arrays, dict[str, Any]] | None
 
     def save(self, arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> None:
         """Replace the state atomically, with the results of the finished stages."""
-        self._store.save(
-            {
-                **self._finished.arrays,
-                **{f"{self._name}/{key}": array for key, array in arrays.items()},
-            },
-            {"stage": self._name, "finished": self._finished.records, "record": dict(record)},
+        assert self.stages.store is not None
+        self.stages.store.save(
+            {**self.stages.arrays, **with_prefix(f"{self.name}/", arrays)},
+            {"stage": self.name, "finished": self.stages.records, "record": dict(record)},
         )
+
+
+def with_prefix(prefix: str, arrays: Mapping[str, np.ndarray]) -> Arrays:
+    """Return the arrays under names that begin with ``prefix``."""
+    return {f"{prefix}{name}": array for name, array in arrays.items()}
+
+
+def without_prefix(prefix: str, arrays: Mapping[str, np.ndarray]) -> Arrays:
+    """Return the arrays whose names begin with ``prefix``, without it."""
+    return {n.removeprefix(prefix): array for n, array in arrays.items() if n.startswith(prefix)}
 
 
 def module_arrays(module: nn.Module) -> Arrays:
@@ -276,9 +219,6 @@ def load_module_(module: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
     """Load what `module_arrays` returned.
 
     A module on the device ``meta`` takes memory here alone, for arrays that fit it.
-
-    Raises:
-        ValueError: an array is missing, unknown, or of another shape or type.
     """
     state = module.state_dict()
     problems = [f"'{name}' is missing" for name in state if name not in arrays]

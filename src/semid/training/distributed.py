@@ -20,21 +20,6 @@ from semid.quantization.blocks import BLOCK_ROWS
 from semid.quantization.sharding import Shard, payload_bytes
 from semid.quantization.sums import Node, Statistics, cut_blocks, merge_nodes
 
-__all__ = [
-    "ProcessShardPool",
-    "all_sum_",
-    "broadcast_from_rank0",
-    "in_parallel",
-    "is_main",
-    "join_processes",
-    "local_rank",
-    "local_world_size",
-    "process_span",
-    "rank",
-    "shard_spans",
-    "world_size",
-]
-
 T = TypeVar("T")
 
 
@@ -42,9 +27,10 @@ def _ready() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def _started() -> int:
-    """Return the number of processes that ``torchrun`` started, joined or not."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+def _from_torchrun(name: str, default: int) -> int:
+    """Return a number that ``torchrun`` set, or the default if it started no other process."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ.get(name, default)) if started > 1 else default
 
 
 def join_processes() -> None:
@@ -54,35 +40,29 @@ def join_processes() -> None:
     outlives a group, so a second group would find the addresses of the first, where no process
     listens any more.
     """
-    if _started() == 1 or not dist.is_available() or dist.is_initialized():
+    if _from_torchrun("WORLD_SIZE", 1) == 1 or not dist.is_available() or dist.is_initialized():
         return
     if torch.cuda.is_available() and dist.is_nccl_available():
         dist.init_process_group("cpu:gloo,cuda:nccl")
-        atexit.register(_leave)  # NCCL warns when a program ends without this
+        # NCCL warns when a program ends with its process group.
+        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     else:
         dist.init_process_group("gloo")
 
 
-def _leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def rank() -> int:
     """Return the number of this process, 0 in a single one."""
-    if _ready():
-        return dist.get_rank()
-    return int(os.environ.get("RANK", "0")) if _started() > 1 else 0
+    return dist.get_rank() if _ready() else _from_torchrun("RANK", 0)
 
 
 def local_rank() -> int:
     """Return the number of this process on its machine, 0 in a single one."""
-    return int(os.environ.get("LOCAL_RANK", "0")) if _started() > 1 else 0
+    return _from_torchrun("LOCAL_RANK", 0)
 
 
 def local_world_size() -> int:
     """Return the number of processes of this group on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if _started() > 1 else 1
+    return _from_torchrun("LOCAL_WORLD_SIZE", 1)
 
 
 def world_size() -> int:
@@ -107,10 +87,6 @@ def broadcast_from_rank0(value: T, device: torch.device) -> T:
 
     Used for decisions that end a run: different machines may round an evaluation differently, and
     a process that stops alone leaves the others waiting.
-
-    Args:
-        value: the value of this process; anything that can be pickled.
-        device: where the model lies.
     """
     if world_size() == 1:
         return value
@@ -148,14 +124,9 @@ def process_span(rows: int) -> tuple[int, int]:
 
 
 class ProcessShardPool:
-    """The shards of all processes; made by each of them with its own.
+    """The shards of all processes, each with the rows of its `process_span`.
 
-    Args:
-        shard: this process's rows, those of `process_span`.
-        rows: all rows.
-
-    Attributes:
-        sent: method -> bytes of arrays that this process has given to the others.
+    ``sent`` counts the bytes of arrays that this process has sent to the others, by method.
     """
 
     def __init__(self, shard: Shard, rows: int) -> None:

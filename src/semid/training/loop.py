@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -30,6 +29,8 @@ from semid.training.checkpoint import (
     load_optimizer_,
     module_arrays,
     optimizer_arrays,
+    with_prefix,
+    without_prefix,
 )
 from semid.training.distributed import (
     all_sum_,
@@ -40,19 +41,8 @@ from semid.training.distributed import (
     rank,
     world_size,
 )
-from semid.training.loggers import Logger, MultiLogger
+from semid.training.loggers import Logger
 from semid.training.options import TrainOptions, learning_rate, resolve_precision
-
-__all__ = [
-    "DIVERGENCE_FACTOR",
-    "Evaluation",
-    "Interrupts",
-    "Step",
-    "TrainResult",
-    "TrainingTask",
-    "deferred_interrupts",
-    "train",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -172,23 +162,11 @@ def train(
 ) -> TrainResult:
     """Train until the epochs or the patience run out, and put the best epoch's weights back.
 
-    Args:
-        task: the model, its batches and its evaluation.
-        options: options of the run.
-        seed: seed of dropout and of all other random numbers of a step.
-        progress: receives every step.
-        store: receives the state at the start, at the end of every epoch, every
-            ``checkpoint_seconds`` within an epoch, and when the run is stopped.
-        log: receives the figures of every epoch.
-        title: name of the task in the progress.
-
-    Returns:
-        The outcome; `Evaluation.rank` decides which epoch is best.
-
-    Raises:
-        DivergedError: the loss or a weight is not finite, or the loss exceeds `DIVERGENCE_FACTOR`
-            times the first. The store keeps the last good state and the module its weights.
-        KeyboardInterrupt: the run was stopped; its current step is finished and saved.
+    `Evaluation.rank` decides which epoch is best. ``store`` receives the state at the start, at the
+    end of every epoch, every ``checkpoint_seconds`` within an epoch, and when the run is stopped
+    (its step is finished first). A loss or weight that is not finite, or a loss of more than
+    `DIVERGENCE_FACTOR` times the first, is a `DivergedError`: the store keeps the last good state
+    and the module its weights.
 
     Under ``torchrun`` each process takes its share of every batch. All end with the same weights,
     and a stop signal to one of them stops all after the same step.
@@ -200,7 +178,7 @@ def train(
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
     ):
         run = _Run(task, options, seed=seed, store=store, progress=progress, device=device)
-        return run.to_end(interrupts, log or MultiLogger(), title)
+        return run.to_end(interrupts, log, title)
 
 
 def _figures(evaluation: Evaluation) -> dict[str, float]:
@@ -250,7 +228,7 @@ class _Run:
         self.forward = in_parallel(self.module)
         self.saved_at = time.monotonic()
 
-    def to_end(self, interrupts: Interrupts, log: Logger, title: str) -> TrainResult:
+    def to_end(self, interrupts: Interrupts, log: Logger | None, title: str) -> TrainResult:
         """Run the remaining steps and return the result."""
         per_epoch, total = self.task.steps_per_epoch, self._total()
         self.progress.start(title, total=total)
@@ -353,7 +331,7 @@ class _Run:
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
 
-    def _evaluate(self, epoch: int, log: Logger) -> None:
+    def _evaluate(self, epoch: int, log: Logger | None) -> None:
         self.module.eval()
         with torch.no_grad():
             evaluation = broadcast_from_rank0(self.task.evaluate(epoch), self.device)
@@ -362,7 +340,7 @@ class _Run:
         if self.best_epoch < 0 or evaluation.rank() > self.evaluations[self.best_epoch].rank():
             self.best_epoch = epoch
             self.best_arrays = module_arrays(self.module)
-        if is_main():
+        if log is not None and is_main():
             log.log({"epoch": epoch, **_figures(evaluation)}, step=self.step)
 
     def _diverged(self, what: str) -> None:
@@ -384,9 +362,11 @@ class _Run:
         self.saved_at = time.monotonic()
         if self.store is None or not is_main():
             return
-        arrays = {f"model.{name}": array for name, array in model.items()}
-        arrays |= {f"best.{name}": array for name, array in self.best_arrays.items()}
-        arrays |= {f"optimizer.{n}": a for n, a in optimizer_arrays(self.optimizer).items()}
+        arrays = {
+            **with_prefix("model.", model),
+            **with_prefix("best.", self.best_arrays),
+            **with_prefix("optimizer.", optimizer_arrays(self.optimizer)),
+        }
         record = {
             "step": self.step,
             "begun": self.started_epoch,
@@ -398,29 +378,22 @@ class _Run:
         self.store.save(arrays, record)
 
     def _restore(self, arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> None:
-        def part(prefix: str) -> dict[str, np.ndarray]:
-            return {
-                name.removeprefix(prefix): array
-                for name, array in arrays.items()
-                if name.startswith(prefix)
-            }
-
-        load_module_(self.module, part("model."))
-        load_optimizer_(self.optimizer, part("optimizer."))
-        self.best_arrays = part("best.")
+        load_module_(self.module, without_prefix("model.", arrays))
+        load_optimizer_(self.optimizer, without_prefix("optimizer.", arrays))
+        self.best_arrays = without_prefix("best.", arrays)
         self.step, self.started_epoch = record["step"], record["begun"]
         self.first_loss, self.best_epoch = record["first_loss"], record["best_epoch"]
         self.precision = record["precision"]
         self.evaluations = [Evaluation(**e) for e in record["evaluations"]]
 
 
+@dataclass
 class Interrupts:
     """Whether a signal asked the run to stop."""
 
-    def __init__(self) -> None:
-        self.pending = False
+    pending: bool = False
 
-    def ask(self, number: int, frame: FrameType | None) -> None:
+    def ask(self, *signal_and_frame: Any) -> None:
         """Handle a signal; a second one stops at once."""
         if self.pending:
             raise KeyboardInterrupt

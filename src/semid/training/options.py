@@ -10,16 +10,6 @@ import torch
 
 from semid.options import Options, option
 
-__all__ = [
-    "FLOOR",
-    "PRECISIONS",
-    "SCHEDULES",
-    "TrainOptions",
-    "bf16_on_cpu",
-    "learning_rate",
-    "resolve_precision",
-]
-
 logger = logging.getLogger(__name__)
 
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -37,10 +27,6 @@ def resolve_precision(requested: str, device: torch.device) -> str:
     8 or later, CPUs with AMX tiles or AVX-512 BF16. It asks the chip and times nothing, so that a
     run on one machine always takes the same arithmetic. ``benchmarks/training_step.py`` shows what
     it brings.
-
-    Args:
-        requested: one of `PRECISIONS`.
-        device: where the model lies.
     """
     if requested != "auto":
         return requested
@@ -63,16 +49,16 @@ class TrainOptions(Options):
     """How a training run is conducted.
 
     Attributes:
-        epochs: passes over the training rows, at least 1.
-        batch_size: rows a step over all processes together, at least 2.
+        epochs: maximum number of passes over the training rows, at least 1.
+        batch_size: rows per step over all processes together, at least 2.
         learning_rate: peak rate of Adam, above 0.
         weight_decay: decoupled decay (AdamW), 0 or more.
         schedule: ``cosine`` falls to a hundredth of the peak; ``constant`` stays.
         warmup: share of all steps over which the rate rises from 0, in [0, 1).
         clip_norm: gradients longer than this are shortened to it; None never shortens.
         patience: epochs without a better evaluation after which training stops; None never stops.
-        precision: ``auto``, ``fp32`` or ``bf16``, see `semid.training.options`.
-        checkpoint_seconds: least time between two saved states within an epoch, 0 or more.
+        precision: ``auto``, ``fp32`` or ``bf16``; ``auto`` asks the chip.
+        checkpoint_seconds: minimum time between two saved states within an epoch, 0 or more.
     """
 
     epochs: int = option(60, ge=1, help="Maximum number of training epochs.")
@@ -98,15 +84,7 @@ FLOOR = 0.01
 
 
 def learning_rate(step: int, *, total: int, peak: float, schedule: str, warmup: float) -> float:
-    """Return the rate of a step; a function of its number, so a resumed run needs no state.
-
-    Args:
-        step: number of the step, from 0.
-        total: steps of the whole run.
-        peak: highest rate.
-        schedule: ``cosine`` or ``constant``.
-        warmup: share of the steps over which the rate rises linearly.
-    """
+    """Return the rate of a step, from 0; a function of its number, so a resume needs no state."""
     rising = round(warmup * total)
     if step < rising:
         return peak * (step + 1) / (rising + 1)
