@@ -19,8 +19,10 @@ from semid.cli import main
 from semid.cli.reports import demo
 from semid.data.ids import held_out_mask
 from semid.health import (
+    GEOMETRY,
     NEAR,
     ROWS_PER_CODEWORD,
+    THRESHOLDS,
     Collisions,
     Concentration,
     EnergyCounter,
@@ -32,7 +34,6 @@ from semid.health import (
     usage_from_counts,
     verdict,
 )
-from semid.health._thresholds import GEOMETRY, THRESHOLDS
 from semid.report import diagnose
 from semid.report.compare import compare
 from semid.tokenizers.neural.quantized import ReconstructionTask
@@ -172,7 +173,7 @@ def test_each_threshold_from_both_sides(judge, name, value, severity):
 
 def test_every_threshold_has_a_case():
     names = {name for _, name, _ in CASES}
-    assert {name for each in THRESHOLDS for name in each.finding.split(", ")} <= names
+    assert {name for each in THRESHOLDS.values() for name in each.finding.split(", ")} <= names
 
 
 def test_few_rows_are_few_and_the_error_of_the_rest_counts():

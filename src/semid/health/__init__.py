@@ -12,6 +12,7 @@ from semid.health._collisions import (
     collisions,
     merge_capacities,
     merge_collisions,
+    part_of,
 )
 from semid.health._counters import (
     Concentration,
@@ -20,19 +21,25 @@ from semid.health._counters import (
     Inputs,
     LevelUsage,
     UsageCounter,
+    bucket_keys,
+    check_codes,
+    row_hashes,
     usage,
     usage_from_counts,
 )
-from semid.health._keys import bucket_keys, check_codes, part_of, row_hashes
-from semid.health._thresholds import (
+from semid.health._verdict import (
+    CONCENTRATED,
     GEOMETRY,
     NEAR,
     ROWS_PER_CODEWORD,
     THRESHOLDS,
+    Finding,
     Threshold,
+    Verdict,
+    evaluate_threshold,
     threshold_table,
+    verdict,
 )
-from semid.health._verdict import CONCENTRATED, Finding, Verdict, evaluate_threshold, verdict
 
 __all__ = [
     "CONCENTRATED",

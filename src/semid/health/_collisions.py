@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -11,7 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from semid.errors import InputError, UsageError
-from semid.health._keys import bucket_keys, check_codes, pack_bits, part_of
+from semid.health._counters import (
+    bucket_keys,
+    check_codes,
+    pack_bits,
+    require_same_sizes,
+)
 from semid.results import Result
 
 
@@ -130,6 +135,21 @@ def collisions(
     return Collisions(*rates, histogram, distinct[0], copies, *distinct[2:])
 
 
+def part_of(words: npt.NDArray[np.uint64], parts: int) -> npt.NDArray[np.int64]:
+    """Return a part for each id by a hash of its packed ``words`` (items, n): ``(items,)``."""
+    if parts < 1:
+        raise UsageError(f"parts={parts}: give at least 1")
+    state = np.zeros(len(words), np.uint64)
+    for column in words.T:  # SplitMix64's finaliser, word after word
+        state += column + np.uint64(0x9E3779B97F4A7C15)
+        state ^= state >> np.uint64(30)
+        state *= np.uint64(0xBF58476D1CE4E5B9)
+        state ^= state >> np.uint64(27)
+        state *= np.uint64(0x94D049BB133111EB)
+        state ^= state >> np.uint64(31)
+    return (state % np.uint64(parts)).astype(np.int64)
+
+
 class CollisionCounter:
     """Collects codes and, optionally, hashes of the inputs, block by block or shard by shard.
 
@@ -153,8 +173,8 @@ class CollisionCounter:
                 self._spans.append(slice(start, level))
                 start = level
         self._spans.append(slice(start, len(self._bits)))
-        self._words: list[npt.NDArray[np.uint64]] = []
-        self._groups: list[npt.NDArray[np.uint64] | None] = []
+        # Words of the ids ``(batch, words)`` and groups ``(batch,)`` of each block.
+        self._blocks: list[tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64] | None]] = []
 
     def update(
         self, codes: npt.ArrayLike, *, duplicate_groups: npt.ArrayLike | None = None
@@ -166,39 +186,31 @@ class CollisionCounter:
             raise InputError(
                 f"duplicate_groups have shape {groups.shape}; ({len(block)},) is needed"
             )
-        self._words.append(
-            np.stack([pack_bits(block[:, s], self._bits[s]) for s in self._spans], axis=1)
-        )
-        self._groups.append(groups)
+        words = np.stack([pack_bits(block[:, s], self._bits[s]) for s in self._spans], axis=1)
+        self._blocks.append((words, groups))
 
     def merge(self, other: CollisionCounter) -> None:
         """Add what another counter over the same codebooks has collected."""
-        if other.codebook_sizes != self.codebook_sizes:
-            raise UsageError(
-                f"counters over codebooks of sizes {list(self.codebook_sizes)} and "
-                f"{list(other.codebook_sizes)} cannot be merged"
-            )
-        self._words += other._words
-        self._groups += other._groups
+        require_same_sizes(self.codebook_sizes, other.codebook_sizes)
+        self._blocks += other._blocks
 
     def __len__(self) -> int:
         """Count the items collected."""
-        return sum(len(words) for words in self._words)
+        return sum(len(words) for words, _ in self._blocks)
 
     def split(self, parts: int) -> list[CollisionCounter]:
-        """Distribute the items over ``parts`` counters by their id.
+        """Distribute copies of the items over ``parts`` counters by their id.
 
-        Equal ids are in the same part, whichever counter they come from. This counter does not
-        change. Memory: a copy of what it holds.
+        Equal ids are in the same part, whichever counter they come from.
         """
         counters = [CollisionCounter(self.codebook_sizes) for _ in range(parts)]
-        for words, groups in zip(self._words, self._groups, strict=True):
+        for words, groups in self._blocks:
             owner = part_of(words, parts)
             for part, counter in enumerate(counters):
                 rows = owner == part
                 if rows.any():
-                    counter._words.append(words[rows])
-                    counter._groups.append(None if groups is None else groups[rows])
+                    block = words[rows], None if groups is None else groups[rows]
+                    counter._blocks.append(block)
         return counters
 
     def result(self) -> Collisions:
@@ -207,26 +219,20 @@ class CollisionCounter:
         Raises:
             InputError: nothing was collected, or only some blocks have hashes.
         """
-        if not self._words:
+        if not self._blocks:
             raise InputError("no codes were counted yet; call update first")
         words, groups = self._joined()
         return collisions(words, duplicate_groups=groups)
 
-    def collected(self) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
-        """Return columns that are equal exactly for equal ids, and the groups."""
-        if not self._words:
-            return np.empty((0, 1), np.uint64), np.empty(0, np.uint64)
-        words, groups = self._joined()
-        return words, np.zeros(len(words), np.uint64) if groups is None else groups
-
     def _joined(self) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64] | None]:
-        groups = [g for g in self._groups if g is not None]
-        if groups and len(groups) != len(self._groups):
+        """Return columns that are equal exactly for equal ids, and the groups."""
+        groups = [g for _, g in self._blocks if g is not None]
+        if groups and len(groups) != len(self._blocks):
             raise InputError(
-                f"{len(groups)} of {len(self._groups)} blocks have duplicate_groups; give them "
+                f"{len(groups)} of {len(self._blocks)} blocks have duplicate_groups; give them "
                 "with every block or with none"
             )
-        words = np.concatenate(self._words)
+        words = np.concatenate([w for w, _ in self._blocks])
         if words.shape[1] > 1:
             # One column per word; its ranks are equal exactly where the words are.
             ranks = [np.unique(column, return_inverse=True)[1] for column in words.T]
@@ -255,7 +261,7 @@ def merge_collisions(parts: Sequence[Collisions]) -> Collisions:
             f"{len(known)} of {len(parts)} parts know which inputs are copies; give hashes to all "
             "of them or to none"
         )
-    histogram = _add_histograms([part.histogram for part in parts])
+    histogram = _add_histograms(part.histogram for part in parts)
     rates = _bucket_rates(histogram)
     if not known:
         return Collisions(*rates, histogram)
@@ -276,11 +282,8 @@ def merge_collisions(parts: Sequence[Collisions]) -> Collisions:
     )
 
 
-def _add_histograms(histograms: Sequence[Mapping[int, int]]) -> dict[int, int]:
-    total: Counter[int] = Counter()
-    for histogram in histograms:
-        total.update(histogram)
-    return dict(sorted(total.items()))
+def _add_histograms(histograms: Iterable[Mapping[int, int]]) -> dict[int, int]:
+    return dict(sorted(sum(map(Counter, histograms), Counter()).items()))
 
 
 @dataclass(frozen=True)
@@ -329,6 +332,7 @@ class CapacityCounter:
         if segments < 1:
             raise UsageError(f"segments={segments}: give at least 1")
         self.segments = segments
+        # The segment of an item takes the place of the hash of its input.
         self._ids = CollisionCounter(codebook_sizes)
 
     def __len__(self) -> int:
@@ -367,9 +371,9 @@ class CapacityCounter:
 
     def result(self) -> Capacity:
         """Return the `Capacity` of everything collected so far; empty if that is nothing."""
-        words, segments = self._ids.collected()
-        if not len(words):
+        if not len(self):
             return Capacity(0, tuple({} for _ in range(self.segments)))
+        words, segments = self._ids._joined()
         # Size of each item's bucket over all segments, then a histogram of them per segment.
         _, groups, counts = np.unique(bucket_keys(words), return_inverse=True, return_counts=True)
         sizes = counts[groups]

@@ -1,4 +1,4 @@
-"""Usage of each codebook, and squared errors of rows, counted in blocks that can be merged."""
+"""Codes and rows in blocks: checks, one number per id, hashes, usage, and squared errors."""
 
 from __future__ import annotations
 
@@ -11,13 +11,152 @@ import numpy as np
 import numpy.typing as npt
 
 from semid.errors import InputError, UsageError
-from semid.health._keys import check_codes, sizes_per_level
-from semid.health._thresholds import ENERGY_TIMES_MEDIAN
 from semid.results import Result
 
 Floats = npt.NDArray[np.float64]
 
+ENERGY_TIMES_MEDIAN = 100.0
+"""Rows (in half octaves) and columns stand out above this multiple of the median variance."""
+
+_HASH_ROWS = 512  # rows hashed at once: 512 x 256 float32 is half a MB and stays in the cache
+_PACK_ROWS = 65_536
 _CHUNK_ROWS = 4096  # 4096 x 384 float64 is 12 MB; a block of 65,536 rows would be 200
+
+
+# Codes and rows as numbers -------------------------------------------------------------------
+
+
+def sizes_per_level(codebook_sizes: int | Sequence[int], levels: int) -> tuple[int, ...]:
+    """Return one codebook size per level from one size or a sequence of them."""
+    if isinstance(codebook_sizes, (int, np.integer)):
+        sizes = (int(codebook_sizes),) * levels
+    else:
+        sizes = tuple(int(size) for size in codebook_sizes)
+    if len(sizes) != levels:
+        raise UsageError(f"codebook_sizes has {len(sizes)} entries, but the codes {levels} levels")
+    if any(size < 1 for size in sizes):
+        raise UsageError(f"codebook_sizes={list(sizes)}: every codebook size must be at least 1")
+    return sizes
+
+
+def require_same_sizes(first: Sequence[int], second: Sequence[int]) -> None:
+    """Raise `UsageError` where counters that are merged count codes of different codebooks."""
+    if first != second:
+        raise UsageError(
+            f"counters over codebooks of sizes {list(first)} and {list(second)} cannot be merged"
+        )
+
+
+def check_codes(
+    codes: npt.ArrayLike, codebook_sizes: int | Sequence[int] | None = None
+) -> npt.NDArray[np.integer[Any]]:
+    """Return ``codes`` (items, levels) as an array that holds codes; it is not copied."""
+    array = np.asarray(codes)
+    if array.ndim != 2 or array.shape[0] == 0 or array.shape[1] == 0:
+        raise InputError(
+            f"codes have shape {array.shape}; (items, levels) with at least one item and one "
+            "level is needed; give a single level as codes[:, None]"
+        )
+    if not np.issubdtype(array.dtype, np.integer):
+        raise InputError(f"codes have dtype {array.dtype}; an integer dtype is needed")
+    levels = array.shape[1]
+    sizes = (None,) * levels if codebook_sizes is None else sizes_per_level(codebook_sizes, levels)
+    problems = []
+    for level, size in enumerate(sizes):
+        low, high = int(array[:, level].min()), int(array[:, level].max())
+        if low < 0 or (size is not None and high >= size):
+            allowed = "at least 0" if size is None else f"0 to {size - 1}"
+            problems.append(f"level {level} holds codes {low} to {high}; allowed: {allowed}")
+    if problems:
+        raise InputError(problems)
+    return array
+
+
+def pack_bits(columns: npt.NDArray[Any], bits: Sequence[int]) -> npt.NDArray[np.uint64]:
+    """Pack columns of ``bits`` bits each into one uint64, first column highest."""
+    packed = np.empty(len(columns), np.uint64)
+    for start in range(0, len(columns), _PACK_ROWS):
+        block = columns[start : start + _PACK_ROWS]
+        key = np.zeros(len(block), np.uint64)
+        for level, width in enumerate(bits):
+            key <<= np.uint64(width)
+            key |= block[:, level].astype(np.uint64)
+        packed[start : start + len(block)] = key
+    return packed
+
+
+def bucket_keys(codes: npt.ArrayLike) -> npt.NDArray[np.uint64]:
+    """Return a number for every item ``(items,)``; two are equal exactly when the ids are equal.
+
+    Ids of up to 64 bits are packed, wider ids ``(items, levels)`` are ranked in steps; nothing is
+    hashed. Keys sort as the ids do (first level first); those of two calls are not comparable.
+    """
+    array = check_codes(codes)
+    bits = [max(int(array[:, level].max()).bit_length(), 1) for level in range(array.shape[1])]
+    key = np.zeros(len(array), np.uint64)
+    used = start = 0
+    while start < len(bits):
+        # Take as many further levels as fit into the 64 bits beside the key so far.
+        stop = start
+        while stop < len(bits) and used + sum(bits[start : stop + 1]) <= 64:
+            stop += 1
+        # If not one level fits, the rank of the key replaces it: equal keys stay equal, the order
+        # stays, and only log2(items) bits are used.
+        if stop == start:
+            key = np.unique(key, return_inverse=True)[1].astype(np.uint64)
+            used = int(key.max()).bit_length()
+            if used + bits[start] > 64:
+                raise InputError(
+                    f"level {start} holds codes of {bits[start]} bits; at most {64 - used} fit"
+                )
+            continue
+        width = sum(bits[start:stop])
+        packed = pack_bits(array[:, start:stop], bits[start:stop])
+        key = key << np.uint64(width) | packed if start else packed
+        used, start = used + width, stop
+    return key
+
+
+def row_hashes(block: npt.ArrayLike) -> npt.NDArray[np.uint64]:
+    """Return a 64-bit hash of the content of each row ``(batch, dim)``, to find exact copies.
+
+    Rows are compared as float32 with -0 equal to 0, so a float16 and a float32 copy of a vector
+    agree, whatever their blocks. Among 15 million different rows, two are equal with a
+    probability of about 1e-5.
+    """
+    array = np.asarray(block)
+    if array.ndim != 2:
+        raise InputError(f"rows to hash have shape {array.shape}; (batch, dim) is needed")
+    result = np.empty(len(array), np.uint64)
+    dim, words = array.shape[1], (array.shape[1] + 1) // 2
+    weights = np.random.Generator(np.random.PCG64(0x5EED)).integers(
+        0, 2**64, size=words, dtype=np.uint64
+    ) | np.uint64(1)
+    # One odd random weight per 64-bit word of a row; the hash is the weighted sum of the words,
+    # mixed once more. Buffers are small enough to stay in the cache.
+    padded = np.zeros((_HASH_ROWS, 2 * words), np.float32)
+    mixed = np.empty((_HASH_ROWS, words), np.uint64)
+    for start in range(0, len(array), _HASH_ROWS):
+        rows = array[start : start + _HASH_ROWS]
+        floats = padded[: len(rows)]
+        floats[:, :dim] = rows
+        floats[:, dim:] = 0.0  # the mixing of the last block reached the padding
+        floats += 0.0  # turns -0 into 0
+        # A sum of odd multiples sees only what lies above the lowest set bit of a difference, and
+        # short floats end in zeros: fold each word's high bits into its low ones first.
+        w = floats.view(np.uint64)
+        for shift in (32, 23):
+            np.right_shift(w, np.uint64(shift), out=mixed[: len(rows)])
+            np.bitwise_xor(w, mixed[: len(rows)], out=w)
+        total = np.einsum("ij,j->i", w, weights)
+        # A multiplication spreads low bits upward and the shifts spread high bits downward.
+        total ^= total >> np.uint64(31)
+        total *= np.uint64(0xD6E8FEB86659FD93)
+        result[start : start + len(rows)] = total ^ (total >> np.uint64(32))
+    return result
+
+
+# Usage ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -62,10 +201,7 @@ class LevelUsage(Result):
 
 
 def usage_from_counts(counts: npt.ArrayLike, *, level: int = 0) -> LevelUsage:
-    """Summarize how evenly one codebook is used.
-
-    Shapes: ``counts`` (codes,).
-    """
+    """Summarize how evenly one codebook is used, from its items per code ``(codes,)``."""
     array = np.asarray(counts, dtype=np.int64)
     if array.ndim != 1 or array.size == 0 or array.min() < 0 or not array.any():
         raise InputError(
@@ -96,11 +232,7 @@ def usage_from_counts(counts: npt.ArrayLike, *, level: int = 0) -> LevelUsage:
 
 
 class UsageCounter:
-    """Counts codes block by block, on one machine or many, and summarizes them at the end.
-
-    Args:
-        codebook_sizes: K of each level, ``(levels,)``.
-    """
+    """Counts codes of codebooks of the given sizes block by block, on one machine or many."""
 
     def __init__(self, codebook_sizes: Sequence[int]) -> None:
         self.codebook_sizes = sizes_per_level(codebook_sizes, len(codebook_sizes))
@@ -114,11 +246,7 @@ class UsageCounter:
 
     def merge(self, other: UsageCounter) -> None:
         """Add what another counter over the same codebooks has counted."""
-        if other.codebook_sizes != self.codebook_sizes:
-            raise UsageError(
-                f"counters over codebooks of sizes {list(self.codebook_sizes)} and "
-                f"{list(other.codebook_sizes)} cannot be merged"
-            )
+        require_same_sizes(self.codebook_sizes, other.codebook_sizes)
         # New arrays: those from another process may be in read-only memory.
         self._counts = [a + b for a, b in zip(self._counts, other._counts, strict=True)]
 
@@ -155,13 +283,7 @@ def usage(codes: npt.ArrayLike, codebook_sizes: int | Sequence[int]) -> tuple[Le
 
 @dataclass
 class ErrorSums:
-    """Squared error and squared distance to the mean, added up over the same rows.
-
-    Attributes:
-        rows: rows counted.
-        squared: sum of ``|x - x_hat|^2``.
-        spread: sum of ``|x - mean|^2``.
-    """
+    """Sums of ``|x - x_hat|^2`` (squared) and of ``|x - mean|^2`` (spread) over the same rows."""
 
     rows: int = 0
     squared: float = 0.0
@@ -201,14 +323,10 @@ class Concentration:
 
 @dataclass(frozen=True)
 class Inputs:
-    """How the variance of the embeddings is distributed over rows and columns.
+    """How the variance of the embeddings lies in rows and columns (None where all are equal).
 
-    Attributes:
-        rows: concentration of the variance in rows; None where all rows are equal.
-        columns: the same in columns.
-        constant: columns that hold one value for all items.
-        constant_weight: share of these columns in the mean squared length.
-        width: number of columns.
+    ``constant`` columns hold one value for all items and have the share ``constant_weight`` in the
+    mean squared length; ``width`` is the number of all columns.
     """
 
     rows: Concentration | None
@@ -218,21 +336,10 @@ class Inputs:
     width: int
 
 
-@dataclass
-class _Bin:
-    """Rows of about equal squared distance to the mean; ``total`` is the sum of ``x - mean``."""
-
-    sums: ErrorSums
-    total: Floats
-
-
 class EnergyCounter:
-    """Adds up blocks of rows and their reconstructions, on one machine or many.
+    """Adds up blocks of rows about their ``mean`` (dim,) and their reconstructions.
 
-    Memory: two vectors per half octave between the nearest and the farthest row.
-
-    Args:
-        mean: ``(dim,)`` the vector that distances are measured from: the mean of all rows.
+    Memory: a vector per half octave between the nearest and the farthest row.
     """
 
     def __init__(self, mean: Floats) -> None:
@@ -241,7 +348,8 @@ class EnergyCounter:
         self.column_error = np.zeros(len(self.mean))
         self.low = np.full(len(self.mean), np.inf)
         self.high = np.full(len(self.mean), -np.inf)
-        self._bins: dict[int, _Bin] = {}
+        # Half octave -> rows, squared error, squared distance, and the sum of ``x - mean``.
+        self._bins: dict[int, Floats] = {}
 
     def update(
         self, x: npt.NDArray[Any], reconstruction: npt.NDArray[Any]
@@ -256,37 +364,32 @@ class EnergyCounter:
             errors[span] = np.einsum("nd,nd->n", gaps, gaps)
             self.column_spread += np.einsum("nd,nd->d", centered, centered)
             self.column_error += np.einsum("nd,nd->d", gaps, gaps)
-            self._add_bins(centered, spreads[span], errors[span])
+            # Half octaves of the squared distance; rows at the mean itself join the lowest bin.
+            sizes = np.floor(2.0 * np.log2(np.maximum(spreads[span], np.finfo(np.float64).tiny)))
+            for size in np.unique(sizes):
+                rows = sizes == size
+                sums = [rows.sum(), errors[span][rows].sum(), spreads[span][rows].sum()]
+                self._add_bin(int(size), np.append(sums, centered[rows].sum(axis=0)))
         if len(x):
             self.low = np.minimum(self.low, x.min(axis=0))
             self.high = np.maximum(self.high, x.max(axis=0))
         return spreads, errors
 
-    def _add_bins(self, centered: Floats, spreads: Floats, errors: Floats) -> None:
-        # Half octaves of the squared distance; rows at the mean itself join the lowest bin.
-        sizes = np.floor(2.0 * np.log2(np.maximum(spreads, np.finfo(np.float64).tiny)))
-        for size in np.unique(sizes):
-            rows = sizes == size
-            sums = ErrorSums(int(rows.sum()), float(errors[rows].sum()), float(spreads[rows].sum()))
-            self._add_bin(int(size), _Bin(sums, centered[rows].sum(axis=0)))
-
-    def _add_bin(self, size: int, other: _Bin) -> None:
-        total = self._bins.setdefault(size, _Bin(ErrorSums(), np.zeros(len(self.mean))))
-        total.sums.add_(other.sums)
-        total.total = total.total + other.total
+    def _add_bin(self, size: int, sums: Floats) -> None:
+        self._bins[size] = self._bins.get(size, 0.0) + sums
 
     def merge(self, other: EnergyCounter) -> None:
         """Add what another counter about the same mean has counted."""
         self.column_spread = self.column_spread + other.column_spread
         self.column_error = self.column_error + other.column_error
         self.low, self.high = np.minimum(self.low, other.low), np.maximum(self.high, other.high)
-        for size, each in other._bins.items():
-            self._add_bin(size, each)
+        for size, sums in other._bins.items():
+            self._add_bin(size, sums)
 
     @property
     def count(self) -> int:
         """Number of rows counted."""
-        return sum(each.sums.rows for each in self._bins.values())
+        return int(sum(sums[0] for sums in self._bins.values()))
 
     @property
     def variances(self) -> Floats:
@@ -308,30 +411,24 @@ class EnergyCounter:
         )
 
     def _row_concentration(self) -> Concentration | None:
-        bins = sorted(self._bins.items())
-        rows = np.array([each.sums.rows for _, each in bins])
-        if not bins or not any(each.sums.spread for _, each in bins):
+        sizes = np.sort(np.array(list(self._bins), dtype=np.int64))
+        bins = np.array([self._bins[int(size)] for size in sizes])
+        if not len(bins) or not bins[:, 2].any():
             return None
-        median = bins[int(np.searchsorted(np.cumsum(rows), rows.sum() / 2))][0]
+        median = sizes[np.searchsorted(np.cumsum(bins[:, 0]), bins[:, 0].sum() / 2)]
         # Rows stand out whose half octave begins at `ENERGY_TIMES_MEDIAN` times that of the median.
-        edge = median + math.ceil(2.0 * math.log2(ENERGY_TIMES_MEDIAN))
         # Only sums by half octave are stored, so the split is exact at the edge of a bin.
-        few, rest = ErrorSums(), ErrorSums()
-        shift = np.zeros(len(self.mean))  # sum of x - mean over the rest
-        for size, each in bins:
-            if size >= edge:
-                few.add_(each.sums)
-            else:
-                rest.add_(each.sums)
-                shift += each.total
+        few = sizes >= median + math.ceil(2.0 * math.log2(ENERGY_TIMES_MEDIAN))
+        far, near = bins[few].sum(axis=0), bins[~few].sum(axis=0)
+        rows, squared, spread, shift = near[0], float(near[1]), float(near[2]), near[3:]
         # About the mean of the rest: the sum of squares less the square of the shifted mean.
-        rest_spread = rest.spread - float(shift @ shift) / max(rest.rows, 1)
+        rest_spread = spread - float(shift @ shift) / max(rows, 1)
         return Concentration(
-            count=few.rows,
+            count=int(far[0]),
             total=self.count,
-            share=few.spread / (few.spread + rest.spread),
+            share=float(far[2]) / (float(far[2]) + spread),
             # A difference this small is the rounding error of a spread of 0.
-            rest_error=rest.squared / rest_spread if rest_spread > 1e-12 * rest.spread else None,
+            rest_error=squared / rest_spread if rest_spread > 1e-12 * spread else None,
         )
 
     def _column_concentration(self) -> Concentration | None:

@@ -3,16 +3,91 @@
 from __future__ import annotations
 
 import math
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib import resources
 from typing import Literal
 
 from semid.errors import InputError
-from semid.health import _thresholds as limits
 from semid.health._collisions import Collisions
-from semid.health._counters import Concentration, Inputs, LevelUsage
-from semid.health._thresholds import Severity, Threshold
+from semid.health._counters import ENERGY_TIMES_MEDIAN, Concentration, Inputs, LevelUsage
 from semid.results import Result
+
+Severity = Literal["note", "warning", "unhealthy"]
+
+NEAR = 1.1
+"""A value within this factor of a warning is noted: shares of 0.24 and 0.26 are much alike."""
+
+ENERGY_FEW = 0.05
+"""Rows or columns that stand out are few up to this share of all."""
+
+ROWS_PER_CODEWORD = 39
+"""Training rows per codeword below which a fit warns, as in faiss' K-means."""
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Values of one measure at which a finding begins; fields as in `thresholds.toml`."""
+
+    finding: str
+    figure: str
+    warning: float | None = None
+    unhealthy: float | None = None
+    note: float | None = None
+    low: bool = False
+    reason: str = ""
+    why: str = ""
+    advice: str = ""
+
+    @property
+    def side(self) -> Literal["below", "above"]:
+        """On which side of a limit a value is bad."""
+        return "below" if self.low else "above"
+
+    def severity(self, value: float) -> Severity | None:
+        """Return the severity of a value; None if it is beyond no threshold."""
+        steps: tuple[tuple[Severity, float | None], ...] = (
+            ("unhealthy", self.unhealthy),
+            ("warning", self.warning),
+            ("note", self.note),
+        )
+        for severity, limit in steps:
+            if limit is not None and (value < limit if self.low else value > limit):
+                return severity
+        return None
+
+    def near(self, value: float) -> bool:
+        """Whether a value that is beyond no threshold comes within `NEAR` of a warning."""
+        if self.warning is None or self.severity(value) is not None:
+            return False
+        return value < self.warning * NEAR if self.low else value > self.warning / NEAR
+
+
+THRESHOLDS = {
+    key: Threshold(
+        figure=entry.pop("figure").format(times=ENERGY_TIMES_MEDIAN, few=ENERGY_FEW), **entry
+    )
+    for key, entry in tomllib.loads(
+        resources.files("semid.health").joinpath("thresholds.toml").read_text("utf8")
+    ).items()
+}
+"""Every threshold, as `thresholds.toml` declares it."""
+
+GEOMETRY = THRESHOLDS["geometry"]
+
+
+def threshold_table(*, reasons: bool = False) -> list[str]:
+    """Return the thresholds as lines of a Markdown table."""
+    heads = ["finding", "figure", "note", "warning", "unhealthy", *(["why"] if reasons else [])]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for threshold in THRESHOLDS.values():
+        limits = (threshold.note, threshold.warning, threshold.unhealthy)
+        cells = ["" if limit is None else f"{threshold.side} {limit:g}" for limit in limits]
+        names = ", ".join(f"`{name}`" for name in threshold.finding.split(", "))
+        why = [threshold.reason] if reasons else []
+        lines.append(f"| {' | '.join([names, threshold.figure, *cells, *why])} |")
+    return lines
 
 
 @dataclass(frozen=True)
@@ -105,39 +180,39 @@ class Verdict(Result):
 CONCENTRATED = ("few-rows", "few-columns")
 """Findings after which figures in units of the whole variance say little about most items."""
 
-# Why a level is used unevenly and what to try, with codes that nobody uses and without.
-_STARVED = (
-    "Codewords compete for few regions: weak seeding, no revival of dead codes, or a latent space "
-    "that shrank",
-    "k-means seeding, revival of dead codes, a smaller codebook at this level, or a tokenizer "
-    "fitted by k-means",
-)
-_UNEVEN = (
-    "Nearly every code is used, but most items share a few: rows far from the rest, or thinly "
-    "spread, take codewords of their own, since squared error counts them most",
-    "a smaller codebook at this level, more levels, or fewer outliers (normalize=True)",
-)
+# Why a level with codes that nobody uses is used unevenly, and what to try.
+_STARVED = {
+    "why": "Codewords compete for few regions: weak seeding, no revival of dead codes, or a latent "
+    "space that shrank",
+    "advice": "k-means seeding, revival of dead codes, a smaller codebook at this level, or a "
+    "tokenizer fitted by k-means",
+}
 
 
 def evaluate_threshold(
     threshold: Threshold,
     value: float,
     what: str,
-    why: str,
-    advice: str,
+    why: str | None = None,
+    advice: str | None = None,
     *,
     level: int | None = None,
     name: str | None = None,
 ) -> list[Finding]:
-    """Return the finding for a value beyond a threshold, or a note where it is close to one."""
+    """Return the finding for a value beyond a threshold, or a note where it is close to one.
+
+    ``why``, ``advice`` and ``name`` are by default those of the threshold.
+    """
     name = name or threshold.finding
+    why = threshold.why if why is None else why
+    advice = threshold.advice if advice is None else advice
     severity = threshold.severity(value)
     if severity is not None:
         return [Finding(name, severity, level, what, why, advice)]
     if not threshold.near(value):
         return []
     close = (
-        f"Close to a warning (`{name}`), which begins {'below' if threshold.low else 'above'} "
+        f"Close to a warning (`{name}`), which begins {threshold.side} "
         f"{threshold.warning:g}; this is {value:.3g}"
     )
     return [Finding("near-threshold", "note", level, what, close, advice)]
@@ -151,34 +226,24 @@ def _usage_findings(level: LevelUsage) -> list[Finding]:
     # With fewer items than codes, not all codes can be used: measure against what is attainable.
     share = (level.perplexity - 1.0) / (attainable - 1.0)
     dead = (level.dead - (level.codebook_size - attainable)) / level.codebook_size
-    starved = limits.DEAD_CODES.severity(dead) is not None
     bits = math.log2(attainable / level.perplexity)
-    findings = evaluate_threshold(
-        limits.PERPLEXITY,
+    dead_findings = evaluate_threshold(
+        THRESHOLDS["dead_codes"],
+        dead,
+        f"level {level.level + 1} has {level.dead} dead codes of {level.codebook_size}",
+        level=level.level,
+    )
+    uneven = evaluate_threshold(
+        THRESHOLDS["perplexity"],
         share,
         f"level {level.level + 1} uses its {level.codebook_size} codes like "
         f"{level.perplexity:.1f} even ones ({share:.1%} of the way from one code to the "
         f"attainable {attainable}, {bits:.1f} bits lost; the largest code holds "
         f"{level.largest_share:.1%})",
-        *(_STARVED if starved else _UNEVEN),
+        **(_STARVED if THRESHOLDS["dead_codes"].severity(dead) else {}),
         level=level.level,
     )
-    findings += evaluate_threshold(
-        limits.DEAD_CODES,
-        dead,
-        f"level {level.level + 1} has {level.dead} dead codes of {level.codebook_size}",
-        "No item is nearest to them, so they carry nothing",
-        "revival of dead codes, k-means seeding, or a smaller codebook",
-        level=level.level,
-    )
-    return findings
-
-
-def _even_collision_rate(items: int, capacity: float) -> float:
-    """Return the expected ``1 - unique/N`` of ids drawn evenly at random."""
-    # Poisson: of `capacity` ids, 1 - exp(-filling) are hit; per item that many over `filling`.
-    filling = items / capacity
-    return 1.0 + math.expm1(-filling) / filling
+    return uneven + dead_findings
 
 
 def _collision_findings(c: Collisions, capacity: float) -> list[Finding]:
@@ -190,52 +255,43 @@ def _collision_findings(c: Collisions, capacity: float) -> list[Finding]:
         colliding = c.colliding_item_rate
     largest = c.largest_bucket_distinct or c.largest_bucket
     possible = f"{capacity:,.0f}" if capacity < 1e12 else f"{capacity:.1e}"
-    filling = items / capacity if items > 1 else 0.0
+    filling = items / capacity
     findings = evaluate_threshold(
-        limits.FILLING,
-        filling,
+        THRESHOLDS["filling"],
+        filling if items > 1 else 0.0,
         f"{possible} ids are possible for {items:,} different items, {filling:,.3g} items per id; "
         f"{c.unique_ids:,} ids are in use, and {colliding:.1%} of the items share theirs",
-        "Even perfectly even codes could not tell these items apart",
-        "more levels or a larger codebook, so that at least ten ids are possible per item",
     )
+    # Ids drawn evenly at random, by Poisson: of `capacity` ids, 1 - exp(-filling) are hit; per
+    # item that many over `filling`.
+    random_rate = 1.0 + math.expm1(-filling) / filling
     findings += evaluate_threshold(
-        limits.COLLISIONS,
-        rate - _even_collision_rate(items, capacity),
+        THRESHOLDS["collisions"],
+        rate - random_rate,
         f"1 - unique/N is {rate:.3f} and {colliding:.1%} of the items share their id, "
         f"though {possible} ids are possible for {items:,} items",
-        "The levels are used unevenly or repeat each other",
-        "more levels, better seeding, or a step that makes ids unique after encoding",
     )
     # Colliding items are reported on their own only where no cause of theirs is.
     if all(finding.severity == "note" for finding in findings):
         findings += evaluate_threshold(
-            limits.SHARED,
+            THRESHOLDS["shared"],
             colliding,
             f"{colliding:.1%} of the items share their id with a different item",
-            "Similar items get equal codes; retrieval needs one id per item, features do not",
-            "unique ids after encoding (semid unique), or one more level",
         )
-    share = largest / items
     # A bucket is a fault if it is large as such and beside the even filling of short ids.
     even = items / min(float(items), capacity)
-    if limits.BUCKET_TIMES_EVEN.severity(largest / even) is not None:
+    if THRESHOLDS["bucket_times_even"].severity(largest / even) is not None:
+        share = largest / items
         findings += evaluate_threshold(
-            limits.BUCKET_SHARE,
-            share,
-            f"one id holds {largest:,} items ({share:.2%})",
-            "Items that look alike to the embedding (templates, missing text), or a collapse",
-            "looking at that bucket's items; repairing their embeddings or adding a level",
+            THRESHOLDS["bucket_share"], share, f"one id holds {largest:,} items ({share:.2%})"
         )
     if c.duplicate_items is not None:
         duplicates = c.duplicate_items / c.items
         findings += evaluate_threshold(
-            limits.DUPLICATES,
+            THRESHOLDS["duplicates"],
             duplicates,
             f"{c.duplicate_items:,} items ({duplicates:.2%}) are exact copies of another "
             "item's embedding",
-            "Equal inputs get equal ids, whatever the tokenizer",
-            "merging them in the catalogue, or unique ids by an appended token",
         )
     return findings
 
@@ -259,23 +315,18 @@ def _error_findings(
         )
     elif value is not None:
         findings += evaluate_threshold(
-            limits.ERROR,
+            THRESHOLDS["error"],
             value,
             f"relative error {value:.3f}: the codes keep {1.0 - value:.0%} of the variance",
-            "Too few codes for embeddings this varied, or a fit that did not converge",
-            "more levels or a larger codebook, a longer fit, or a tokenizer fitted by k-means, "
-            "whose error on the same items says what is attainable",
         )
     # Where a few rows make up the error, the gap says on which side of the split they lie.
     if training is not None and validation is not None and training > 0 and not skewed:
         ratio = validation / training
         findings += evaluate_threshold(
-            limits.OVERFIT,
+            THRESHOLDS["overfit"],
             ratio,
             f"held-out error {validation:.4f} is {ratio:.2f} times the training error "
             f"{training:.4f}",
-            "Too few items per code: codewords sit on single training rows",
-            "more items, a smaller codebook, or fewer levels",
         )
     return findings
 
@@ -302,7 +353,15 @@ def _input_findings(inputs: Inputs) -> list[Finding]:
             "scaling the columns alike where the embeddings are made",
         )
     if inputs.constant:
-        findings += _constant_findings(inputs)
+        listed = ", ".join(map(str, inputs.constant[:8])) + (", ..." if inputs.constant[8:] else "")
+        # A few dimensions at zero are harmless; a constant that carries weight is in every cosine.
+        findings += evaluate_threshold(
+            THRESHOLDS["constant"],
+            max(len(inputs.constant) / inputs.width, inputs.constant_weight),
+            f"{len(inputs.constant)} of {inputs.width} input dimensions hold one value for all "
+            f"items (dimension {listed}, counted from 0), {inputs.constant_weight:.1%} of the mean "
+            "squared length",
+        )
     return findings
 
 
@@ -310,36 +369,19 @@ def _concentration_findings(
     c: Concentration, name: str, unit: str, why: str, advice: str
 ) -> list[Finding]:
     """Evaluate variance that lies in a few rows or columns."""
-    if c.count > max(limits.ENERGY_FEW * c.total, 1.0):
+    if c.count > max(ENERGY_FEW * c.total, 1.0):
         return []
     rest = (
         "" if c.rest_error is None else f"; the relative error of all others is {c.rest_error:.3f}"
     )
     what = f"{c.count:,} of {c.total:,} {unit} hold {c.share:.1%} of the variance{rest}"
-    findings = evaluate_threshold(limits.ENERGY_SHARE, c.share, what, why, advice, name=name)
+    findings = evaluate_threshold(THRESHOLDS["energy_share"], c.share, what, why, advice, name=name)
     # A finding on scale alone is a warning: where the codes still describe the rest, they are fit
     # for use. The error of the rest says whether they do.
     if findings and findings[0].name == name and c.rest_error is not None:
-        worse = limits.ENERGY_ERROR.severity(c.rest_error)
+        worse = THRESHOLDS["energy_error"].severity(c.rest_error)
         return [replace(findings[0], severity=worse or findings[0].severity)]
     return findings
-
-
-def _constant_findings(inputs: Inputs) -> list[Finding]:
-    """Evaluate dimensions in which all items are equal."""
-    listed = ", ".join(map(str, inputs.constant[:8])) + (", ..." if inputs.constant[8:] else "")
-    # A few dimensions at zero are harmless; a constant that carries weight is in every cosine.
-    worst = max(len(inputs.constant) / inputs.width, inputs.constant_weight)
-    return evaluate_threshold(
-        limits.CONSTANT,
-        worst,
-        f"{len(inputs.constant)} of {inputs.width} input dimensions hold one value for all items "
-        f"(dimension {listed}, counted from 0), {inputs.constant_weight:.1%} of the mean squared "
-        "length",
-        "A failed or padded feature: it carries nothing, and a large constant hides the rest "
-        "from cosine similarity",
-        "repairing or dropping these dimensions where the embeddings are made",
-    )
 
 
 def verdict(
