@@ -18,6 +18,9 @@ class FixedResidual(Tokenizer):
     hierarchical: ClassVar[bool] = True
     combine: ClassVar[Literal["sum", "mean", "concat"]] = "sum"
 
+    def __new__(cls, *books: np.ndarray) -> FixedResidual:
+        return object.__new__(cls)  # codebooks are positional, so arguments are not checked by name
+
     def __init__(self, *books: np.ndarray) -> None:
         self.books = tuple(np.asarray(book, dtype=np.float32) for book in books)
         super().__init__(validation_fraction=0.0)

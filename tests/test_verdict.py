@@ -303,7 +303,7 @@ def test_a_collapsed_level_makes_a_checkpoint_unhealthy(used, healthy):
     book = Codebook(64, 2, rule=UpdateRule(), seed=0, name=0)
     book.used[:used] = 1000
     trainee = object.__new__(ReconstructionTask)
-    trainee.model = SimpleNamespace(quantizer=SimpleNamespace(books=[book]))
+    trainee.model = SimpleNamespace(quantizer=SimpleNamespace(codebooks=[book]))
     assert trainee._usage()[1] is healthy
     assert not torch.count_nonzero(book.used)
 
