@@ -14,23 +14,31 @@ from semid.diagnostics.discrete import (
 from semid.diagnostics.flips import (
     FlipPoint,
     FlipRates,
-    Proportion,
+    MarginPoint,
+    MarginProxy,
     flip_rates,
-    proportion,
-    rank_agreement,
-    spearman,
+    input_margin_proxy,
+    margin_proxy,
 )
-from semid.diagnostics.margins import MarginPoint, MarginProxy, input_margin_proxy, margin_proxy
 from semid.diagnostics.overlap import (
     NOISE_SCALES,
     REPORT_SCALE,
     LevelOverlap,
     OverlapPoint,
-    latent_std,
     overlap,
     overlap_levels,
 )
-from semid.diagnostics.pairs import Estimate, ItemPairs, PairCounts, item_pairs, pairs_by_id
+from semid.diagnostics.pairs import (
+    Estimate,
+    ItemPairs,
+    PairCounts,
+    Proportion,
+    item_pairs,
+    pairs_by_id,
+    proportion,
+    rank_agreement,
+    spearman,
+)
 from semid.diagnostics.popularity import (
     PopularityHealth,
     PopularitySegment,
@@ -50,6 +58,7 @@ from semid.diagnostics.spaces import (
     Reconstruction,
     ReconstructionCounter,
     geometry,
+    latent_std,
     reconstruction,
     reconstruction_by_level,
     sample_rows,

@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numba
 import numpy as np
 import numpy.typing as npt
 
-from semid.diagnostics.arrays import Matrix, as_matrix, pair_cosines
-from semid.diagnostics.pairs import Estimate, ItemPairs, PairCounts, bootstrap
+from semid.diagnostics.pairs import Estimate, ItemPairs, PairCounts, bootstrap, require_pool
+from semid.diagnostics.spaces import Matrix, as_matrix, row_blocks
 from semid.errors import InputError, UsageError
 from semid.health import check_codes, usage
+from semid.quantization.threads import map_blocks
 from semid.results import Result
 from semid.seeds import numpy_generator
 
@@ -23,17 +25,8 @@ Rows = npt.NDArray[np.int64]
 def auc(positives: npt.ArrayLike, negatives: npt.ArrayLike) -> float:
     """Return the probability that a positive scores above a negative; a tie counts one half.
 
-    Args:
-        positives: scores ``(n,)``.
-        negatives: scores ``(m,)``.
-
-    Returns:
-        Exact Mann-Whitney statistic over all ``n * m`` pairs, divided by their number.
-
-    Raises:
-        InputError: one class is empty, or scores are NaN.
-
-    Cost: a sort.
+    The exact Mann-Whitney statistic of scores ``(n,)`` and ``(m,)``, over ``n * m``. Raises
+    `InputError` where one class is empty or scores are NaN. Cost: a sort.
     """
     return float(_placements(positives, negatives)[0].mean())
 
@@ -56,11 +49,8 @@ def _placements(positives: npt.ArrayLike, negatives: npt.ArrayLike) -> tuple[Flo
 def _below(values: Floats, order: npt.NDArray[np.int64], others: Floats) -> Floats:
     """Return the share of ``others`` (ascending) below each value, equal ones counting one half.
 
-    Args:
-        values: ``(n,)``.
-        order: sorts them. Looked up in ascending order, neighbors hit the same cache lines; in
-            random order each look-up would miss the cache.
-        others: ``(m,)`` ascending.
+    ``order`` sorts the values. Looked up in ascending order, neighbors hit the same cache lines;
+    in random order each look-up would miss the cache.
     """
     ascending = values[order]
     below = np.empty(len(values))
@@ -87,18 +77,10 @@ class NegativePairs:
 
 
 def negative_pairs(pairs: ItemPairs, *, per_pair: int = 10, seed: int = 0) -> NegativePairs:
-    """Draw the fixed negatives, uniform over the pool without the query.
+    """Draw ``per_pair`` fixed negatives for each pair, uniform over the pool without the query.
 
     An item that the query's user also interacted with may be drawn: no item is known to be
     unrelated.
-
-    Args:
-        pairs: the positive pairs.
-        per_pair: negatives for each, at least 1.
-        seed: of the draw.
-
-    Raises:
-        UsageError: ``per_pair`` below 1.
     """
     if per_pair < 1:
         raise UsageError(f"per_pair={per_pair} must be at least 1")
@@ -168,6 +150,57 @@ class PairAucs(Result):
         return self.aucs["exact_prefix" if self.hierarchical else "exact_count"]
 
 
+@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
+def _dots(
+    table: npt.NDArray[np.float32],
+    first: npt.NDArray[np.int64],
+    second: npt.NDArray[np.int64],
+    out: npt.NDArray[np.float64],
+) -> None:
+    """Write the inner products of pairs of rows, products and sums in float64."""
+    for i in range(len(first)):
+        a, b = first[i], second[i]
+        total = 0.0
+        for j in range(table.shape[1]):
+            total += np.float64(table[a, j]) * np.float64(table[b, j])
+        out[i] = total
+
+
+def pair_cosines(
+    table: npt.NDArray[Any],
+    first: npt.NDArray[np.int64],
+    second: npt.NDArray[np.int64],
+    *,
+    threads: int | None = None,
+) -> npt.NDArray[np.float64]:
+    """Return the cosines ``(pairs,)`` of rows of a table (rows, dim), in float64.
+
+    They are exactly 1 for equal rows and 0 for rows of zeros. A table that is not float32 is
+    copied.
+    """
+    rows = np.asarray(np.ascontiguousarray(table, dtype=np.float32))
+    every = np.arange(len(rows))
+    squares, result = np.empty(len(rows)), np.empty(len(first))
+
+    # Squared norms are taken by the same function as the products of pairs, so the cosine of equal
+    # rows is exactly 1.
+    def norm(part: slice) -> None:
+        _dots(rows, every[part], every[part], squares[part])
+
+    def cosine(part: slice) -> None:
+        a, b, out = first[part], second[part], result[part]
+        _dots(rows, a, b, out)
+        scale = np.sqrt(squares[a] * squares[b])  # of equal rows exactly the product
+        np.divide(out, scale, out=out, where=scale > 0)
+
+    map_blocks(norm, list(row_blocks(len(rows))), threads=threads)
+    if not np.isfinite(squares).all():
+        bad = int(np.flatnonzero(~np.isfinite(squares))[0])
+        raise InputError(f"row {bad} holds NaN or infinite values; drop such rows first")
+    map_blocks(cosine, list(row_blocks(len(first))), threads=threads)
+    return result
+
+
 class _Cases:
     """Positive and negative pairs in one list, positives first."""
 
@@ -211,16 +244,6 @@ class _Cases:
             return np.clip(value, 0.0, 1.0)[:, None]
 
         return bootstrap(np.stack(sums, axis=1).astype(np.float64), statistic, **options)[0]
-
-
-def _embedding_scores(
-    embedding: Matrix, cases: _Cases, name: str, pool: int, threads: int | None
-) -> Floats:
-    """Return the cosine of every pair."""
-    array = as_matrix(embedding, name)
-    if len(array) != pool:
-        raise InputError(f"{name} holds {len(array)} items, the pool {pool}; give the same")
-    return pair_cosines(array, cases.a, cases.b, threads=threads)
 
 
 def _level_cosines(
@@ -309,8 +332,7 @@ def pair_aucs(
     """
     tables = [as_matrix(codebook, f"codebook {i}") for i, codebook in enumerate(codebooks)]
     array = check_codes(codes, [len(table) for table in tables])
-    if len(array) != pairs.pool:
-        raise InputError(f"codes hold {len(array)} items, the pool {pairs.pool}; give the same")
+    require_pool("the array of codes", array, pairs)
     cases = _Cases(pairs, negatives)
     # Per pair and level: whether the codes are equal, and whether all up to this level are.
     equal = array[cases.a] == array[cases.b]
@@ -326,8 +348,9 @@ def pair_aucs(
         "weighted_equality": equal @ np.array(weights),
     }
     for name, embedding in (embeddings or {}).items():
-        cosine = _embedding_scores(embedding, cases, name, pairs.pool, threads)
-        scores[f"embedding: {name}"] = cosine
+        rows = as_matrix(embedding, name)
+        require_pool(name, rows, pairs)
+        scores[f"embedding: {name}"] = pair_cosines(rows, cases.a, cases.b, threads=threads)
     options = {"replicates": replicates, "confidence": confidence, "seed": negatives.seed}
     # Positives come first in the list of pairs.
     n = cases.positives

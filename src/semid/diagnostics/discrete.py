@@ -10,17 +10,21 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from semid.diagnostics.pairs import ItemPairs, PairCounts
-from semid.diagnostics.retrieval import CUTOFFS, HitRates, check_cutoffs, hit_rates
-from semid.errors import InputError
+from semid.diagnostics.pairs import ItemPairs, PairCounts, require_pool
+from semid.diagnostics.retrieval import (
+    CUTOFFS,
+    HitRates,
+    Ints,
+    check_cutoffs,
+    group_by_query,
+    hit_rates,
+)
 from semid.health import bucket_keys, check_codes
 from semid.quantization.threads import map_blocks
 from semid.results import Result
 from semid.seeds import numpy_generator
 
 _QUERIES = 4096  # queries per block of the search by equal codes
-
-Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -57,9 +61,8 @@ def _prefix_ranks(codes: npt.NDArray[Any], pairs: ItemPairs, order: Ints) -> Dis
     better, tied = np.zeros(len(q), np.int64), np.zeros(len(q), np.int64)
     rank = np.zeros(len(q), np.int64)
     for depth in range(levels + 1):
-        if depth == 0:
-            group = np.zeros(items, np.int64)
-        else:
+        group = np.zeros(items, np.int64)  # at depth 0, one group of all items
+        if depth:
             group = np.unique(bucket_keys(codes[:, :depth]), return_inverse=True)[1]
         # (group, priority) in one sorted number: a group is a range of it, by priority, so the
         # number of its members with a lower priority is a position inside the range.
@@ -102,11 +105,11 @@ def _count_ranks(
 
     Args:
         codes: ``(items, levels)``, each level's codes offset so that no two levels share one.
-        posting: items of each code, codes one after the other.
-        starts: where each code's items start in ``posting``, ``(all codes + 1,)``.
+        posting: items of each code, which start in it at ``starts`` (all codes + 1,).
+        starts: see ``posting``.
         order: priority of each item among ties, a permutation.
-        queries: ``(q,)`` items.
-        case_starts: where each query's targets start, ``(q + 1,)``.
+        queries: items ``(q,)``, whose targets start at ``case_starts`` (q + 1,).
+        case_starts: see ``queries``.
         targets: items.
         out: ``(targets, 3)``: rank, better, tied.
     """
@@ -164,11 +167,8 @@ def _equal_ranks(
     flat = dense.T.ravel()
     posting = np.argsort(flat, kind="stable") % items
     starts = np.concatenate([[0], np.cumsum(np.bincount(flat, minlength=offset))])
-    # Pairs of one query share its search.
-    by_query = np.argsort(pairs.queries, kind="stable")
+    by_query, queries, bounds = group_by_query(pairs)  # pairs of one query share its search
     targets = pairs.targets[by_query]
-    queries, first = np.unique(pairs.queries[by_query], return_index=True)
-    bounds = np.append(first, len(targets))
     by_target = np.empty((len(targets), 3), np.int64)
 
     def work(start: int) -> None:
@@ -205,9 +205,6 @@ def discrete_ranks(
         seed: of the order of ties.
         threads: number of CPU threads; the result does not depend on it.
 
-    Returns:
-        A `DiscreteRanks`.
-
     Raises:
         InputError: codes of another length than the pool.
 
@@ -215,8 +212,7 @@ def discrete_ranks(
     code with it.
     """
     array = check_codes(codes)
-    if len(array) != pairs.pool:
-        raise InputError(f"codes hold {len(array)} items, the pool {pairs.pool}; give the same")
+    require_pool("the array of codes", array, pairs)
     order = numpy_generator(seed, "ties").permutation(len(array))
     if hierarchical:
         return _prefix_ranks(array, pairs, order)
@@ -258,15 +254,12 @@ def discrete_retrieval(
     Args:
         codes: integers ``(pool, levels)``.
         pairs: the cases, from held-out users.
-        hierarchical: see `discrete_ranks`.
+        hierarchical: as in `discrete_ranks`.
         cutoffs: the K of HR@K, each below the pool's size.
         seed: of the order of ties and of the bootstrap.
         replicates: bootstrap draws of users; 0 gives no intervals.
         confidence: coverage of the intervals.
-        threads: see `discrete_ranks`.
-
-    Returns:
-        A `DiscreteRetrieval`.
+        threads: number of CPU threads.
 
     Raises:
         InputError: cutoffs beyond the pool, or codes of another length than the pool.

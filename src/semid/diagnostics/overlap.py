@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from semid.diagnostics.arrays import Matrix, as_block, as_matrix, row_blocks
+from semid.diagnostics.spaces import Matrix, as_block, as_matrix, row_blocks
 from semid.errors import InputError, UsageError
 from semid.health import LevelUsage
 from semid.quantization.threads import map_blocks
@@ -110,36 +110,6 @@ class LevelOverlap(Result):
                 return point
         listed = ", ".join(f"{point.scale:g}" for point in self.points)
         raise UsageError(f"scale={scale:g} is not in the sweep; it holds {listed}")
-
-
-def latent_std(latents: Matrix) -> float:
-    """Return the root of the mean variance per dimension, the unit of the noise scales.
-
-    One number serves all levels, since the noise is put on the latent and not on the residuals.
-
-    Args:
-        latents: ``(items, latent)``.
-
-    Returns:
-        A positive number.
-
-    Raises:
-        InputError: bad shape, values that are not finite, or no two different rows.
-    """
-    array = as_matrix(latents, "latents")
-    # Sums are of rows less the first one, so that a large mean cancels no digits.
-    shift = as_block(array, slice(0, 1)).astype(np.float64)
-    total = np.zeros(array.shape[1])
-    squares = 0.0
-    for rows in row_blocks(len(array)):
-        block = as_block(array, rows) - shift
-        total += block.sum(0)
-        squares += float(np.einsum("nd,nd->", block, block))
-    mean = total / len(array)
-    variance = (squares / len(array) - float(mean @ mean)) / array.shape[1]
-    if variance <= 0:
-        raise InputError(f"all {len(array)} latent rows are equal; there is no scale for the noise")
-    return float(np.sqrt(variance))
 
 
 @numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
@@ -242,9 +212,6 @@ def overlap(
         level: number of the level, for the record.
         threads: number of CPU threads; the result does not depend on it.
 
-    Returns:
-        A `LevelOverlap`.
-
     Raises:
         InputError: counts of another length than the codebook, or values that are not finite.
         UsageError: scales or latent_std that are not positive.
@@ -282,17 +249,8 @@ def overlap(
     points = []
     for scale, noise, extra in zip(scales, noises, geometry, strict=True):
         rate = min(collision_probability + float(extra), 1.0)
-        geometry_penalty = rate - collision_probability
-        points.append(
-            OverlapPoint(
-                float(scale),
-                float(noise),
-                rate,
-                collision_probability,
-                geometry_penalty,
-                1.0 / rate,
-            )
-        )
+        parts_of_rate = rate, collision_probability, rate - collision_probability
+        points.append(OverlapPoint(float(scale), float(noise), *parts_of_rate, 1.0 / rate))
     return LevelOverlap(level, len(array), len(codewords), float(latent_std), tuple(points))
 
 
@@ -304,18 +262,7 @@ def overlap_levels(
     scales: Sequence[float] = NOISE_SCALES,
     threads: int | None = None,
 ) -> tuple[LevelOverlap, ...]:
-    """Measure the overlap of every level; see `overlap`.
-
-    Args:
-        codebooks: one ``(codes, latent)`` array per level.
-        usage: usage per level, of the same items as ``latent_std``.
-        latent_std: the same at every level.
-        scales: see `overlap`.
-        threads: see `overlap`.
-
-    Raises:
-        InputError: as many codebooks as usages are needed; see `overlap` for the rest.
-    """
+    """Measure the `overlap` of every level, with the same ``latent_std`` and scales at each."""
     if len(codebooks) != len(usage):
         raise InputError(f"{len(codebooks)} codebooks and {len(usage)} levels of usage were given")
     return tuple(

@@ -1,9 +1,11 @@
-"""Pairs of related items, the ground truth of all retrieval, and intervals over their users."""
+"""Pairs of related items, the ground truth of retrieval; intervals and rank correlations."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -46,13 +48,9 @@ class ItemPairs:
 
     Attributes:
         queries: row of a in the pool, int64 ``(pairs,)``.
-        targets: row of b in the pool, int64 ``(pairs,)``; never equal to a's.
-        users: user of each pair, int64 ``(pairs,)``; where there are no users, the row of a.
-            Intervals are taken over these.
-        pool: items in the pool.
-        unknown: pairs left out because an item is not in the pool.
-        same: pairs left out because a = b: the query is no candidate of its own.
-        by_user: whether ``users`` are users.
+        targets: row of b, never equal to a's: the query is no candidate of its own.
+        users: user of each pair, whom intervals are taken over; without users, the row of a.
+        pool: this and the others are those of `PairCounts`.
     """
 
     queries: Rows = field(repr=False, compare=False)
@@ -79,6 +77,12 @@ class ItemPairs:
         )
 
 
+def require_pool(name: str, rows: npt.NDArray[Any], pairs: ItemPairs) -> None:
+    """Raise `InputError` where there is not one row per item of the pool."""
+    if len(rows) != pairs.pool:
+        raise InputError(f"{name} holds {len(rows)} items, the pool {pairs.pool}; give the same")
+
+
 def item_pairs(
     first: npt.ArrayLike,
     second: npt.ArrayLike,
@@ -86,16 +90,13 @@ def item_pairs(
     pool: int,
     users: npt.ArrayLike | None = None,
 ) -> ItemPairs:
-    """Return pairs of rows of the pool, such as consecutive items of held-out users.
+    """Return pairs of rows of the pool, and counts of what was left out.
 
     Args:
         first: row of each query item, ``(pairs,)``; -1 where it is not in the pool.
         second: row of each target item, the same.
         pool: items in the pool; rows are 0 to ``pool - 1``.
         users: integer user of each pair; None takes intervals over query items instead.
-
-    Returns:
-        An `ItemPairs` that counts what was left out.
 
     Raises:
         InputError: lengths differ, rows out of range, or no pair is left.
@@ -139,19 +140,16 @@ def pairs_by_id(
     *,
     users: npt.ArrayLike | None = None,
 ) -> ItemPairs:
-    """Return pairs of item ids, such as those of a table of related items.
+    """Return `item_pairs` of ids, such as those of a table of related items.
 
     Args:
         pool_ids: id of every pool row, ``(pool,)``, unique.
-        first: id of each query item, ``(pairs,)``.
+        first: id of each query item, ``(pairs,)``; ids outside the pool are counted.
         second: id of each target item, ``(pairs,)``.
-        users: see `item_pairs`.
-
-    Returns:
-        An `ItemPairs` in the given direction; ids outside the pool are counted.
+        users: as in `item_pairs`.
 
     Raises:
-        InputError: pool ids that repeat; see `item_pairs` for the rest.
+        InputError: pool ids that repeat, or as `item_pairs`.
     """
     rows = {item: row for row, item in enumerate(np.asarray(pool_ids).tolist())}
     if len(rows) != len(pool_ids):
@@ -163,12 +161,9 @@ def pairs_by_id(
 
 @dataclass(frozen=True)
 class Estimate(Result):
-    """A number with a percentile bootstrap interval.
+    """A number with the ends of its percentile bootstrap interval.
 
-    Attributes:
-        value: the estimate on the data as they are.
-        low: lower end; None where there is no interval (one cluster, or none asked for).
-        high: upper end, the same.
+    These are None where there is no interval: one cluster, or none asked for.
     """
 
     value: float
@@ -192,20 +187,9 @@ def bootstrap(
 ) -> tuple[Estimate, ...]:
     """Estimate functions of totals with percentile intervals over clusters.
 
-    Whole users are drawn, since the pairs of one user depend on each other.
-
-    Args:
-        sums: each cluster's share in the totals, ``(clusters, sums)``.
-        statistic: totals ``(batch, sums)`` to values ``(batch, values)``; NaN where undefined.
-        replicates: draws of as many clusters as there are; 0 gives no intervals.
-        confidence: coverage, between 0 and 1.
-        seed: of the draws.
-
-    Returns:
-        One `Estimate` per value; replicates whose value is NaN are left out of its interval.
-
-    Raises:
-        UsageError: replicates or confidence out of range.
+    Whole users are drawn, since the pairs of one user depend on each other. ``statistic`` maps
+    totals ``(batch, sums)`` to values ``(batch, values)``; draws whose value is NaN are left out
+    of its interval. ``sums`` (clusters, sums) are each cluster's share in the totals.
     """
     if replicates < 0 or not 0 < confidence < 1:
         raise UsageError(
@@ -233,3 +217,94 @@ def bootstrap(
         low, high = np.quantile(usable, [(1 - confidence) / 2, (1 + confidence) / 2])
         result.append(Estimate(float(value), float(low), float(high)))
     return tuple(result)
+
+
+@dataclass(frozen=True)
+class Proportion(Result):
+    """A share in [0, 1] of ``trials``, with the ends of its confidence interval (Wilson)."""
+
+    value: float
+    low: float
+    high: float
+    trials: int
+
+
+def proportion(successes: int, trials: int, *, confidence: float = 0.95) -> Proportion:
+    """Return a share with its Wilson interval of coverage ``confidence``, inside [0, 1]."""
+    if not 0 <= successes <= trials or trials < 1 or not 0 < confidence < 1:
+        raise UsageError(
+            f"successes={successes}, trials={trials}, confidence={confidence}: 0 <= successes <= "
+            "trials, trials >= 1 and 0 < confidence < 1 are needed"
+        )
+    # Wilson: the shares p from which the observed one is within z standard errors of p itself.
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    share = successes / trials
+    center = (share + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z / (1 + z * z / trials)
+    half *= math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    low = 0.0 if successes == 0 else max(center - half, 0.0)
+    high = 1.0 if successes == trials else min(center + half, 1.0)
+    return Proportion(share, low, high, trials)
+
+
+def _ranks(values: Floats) -> Floats:
+    """Return ranks with ties sharing their mean."""
+    inverse, counts = np.unique(values, return_inverse=True, return_counts=True)[1:]
+    # Equal values have the ranks last - count + 1 to last, whose mean they share.
+    mean: Floats = (np.cumsum(counts) - (counts - 1) / 2.0)[inverse]
+    return mean
+
+
+def spearman(first: npt.ArrayLike, second: npt.ArrayLike) -> float | None:
+    """Return Spearman's rank correlation of two ``(n,)``, ties sharing their mean rank.
+
+    None with fewer than two pairs or where one side is constant.
+    """
+    a, b = np.asarray(first, np.float64), np.asarray(second, np.float64)
+    if a.ndim != 1 or a.shape != b.shape:
+        raise InputError(f"values to correlate have shapes {a.shape} and {b.shape}; (n,) twice")
+    if len(a) < 2:
+        return None
+    # Pearson's correlation of the ranks, centered at their mean (n + 1) / 2.
+    a, b = _ranks(a) - (len(a) + 1) / 2, _ranks(b) - (len(b) + 1) / 2
+    scale = float(np.sqrt((a @ a) * (b @ b)))
+    return float(np.clip(a @ b / scale, -1.0, 1.0)) if scale > 0 else None
+
+
+def rank_agreement(
+    flips: npt.ArrayLike,
+    proxies: Mapping[str, npt.ArrayLike],
+    *,
+    levels: npt.ArrayLike | None = None,
+) -> dict[str, dict[str, float | None]]:
+    """Return how well each proxy ranks measured flip rates over tokenizers and levels.
+
+    Args:
+        flips: measured flip rates at one scale, ``(rows,)``, one row per tokenizer and level.
+        proxies: name -> values on the same rows, such as the overlap rate, its geometry penalty,
+            and the margin proxy.
+        levels: the level of each row; if given, correlations inside each level are added.
+
+    Returns:
+        Proxy -> ``{"all": rho, "level 0": rho, ...}``; None where it is not defined.
+
+    Raises:
+        InputError: lengths differ.
+    """
+    measured = np.asarray(flips, np.float64)
+    groups = {"all": np.ones(len(measured), bool)}
+    if levels is not None:
+        level = np.asarray(levels)
+        groups |= {f"level {v}": level == v for v in np.unique(level).tolist()}
+    result: dict[str, dict[str, float | None]] = {}
+    for name, values in proxies.items():
+        column = np.asarray(values, np.float64)
+        if column.shape != measured.shape or any(
+            g.shape != measured.shape for g in groups.values()
+        ):
+            raise InputError(
+                f"proxy '{name}' has shape {column.shape}, flips {measured.shape}; one value per "
+                "row is needed on both sides, and one level per row"
+            )
+        result[name] = {g: spearman(measured[rows], column[rows]) for g, rows in groups.items()}
+    return result

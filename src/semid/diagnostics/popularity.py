@@ -125,11 +125,8 @@ def popularity_health(
     Args:
         codes: integers ``(items, levels)``.
         counts: interactions of each item, ``(items,)``.
-        head: see `popularity_segments`.
-        mid: see `popularity_segments`.
-
-    Returns:
-        A `PopularityHealth`.
+        head: as in `popularity_segments`.
+        mid: the same.
 
     Raises:
         InputError: codes and counts of different lengths, or no interactions at all.

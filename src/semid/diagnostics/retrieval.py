@@ -10,8 +10,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from semid.diagnostics.arrays import Matrix, as_block, as_matrix, row_blocks
-from semid.diagnostics.pairs import Estimate, ItemPairs, PairCounts, bootstrap, cluster_sums
+from semid.diagnostics.pairs import (
+    Estimate,
+    ItemPairs,
+    PairCounts,
+    bootstrap,
+    cluster_sums,
+    require_pool,
+)
+from semid.diagnostics.spaces import Matrix, as_block, as_matrix, row_blocks
 from semid.errors import InputError, UsageError
 from semid.quantization.nearest import MAX_NEIGHBORS, index_database, top_k
 from semid.results import Result
@@ -23,6 +30,7 @@ CUTOFFS = (20, 50, 100, 200)
 _QUERIES = 16_384  # queries per search; their lists of 200 take 26 MB
 
 Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -85,25 +93,19 @@ def check_cutoffs(cutoffs: Sequence[int], pool: int) -> tuple[int, ...]:
 
 
 def hit_rates(
-    name: str,
-    hits: Floats,
-    ks: Sequence[int],
-    pairs: ItemPairs,
-    *,
-    replicates: int,
-    confidence: float,
-    seed: int,
+    name: str, hits: Floats, ks: Sequence[int], pairs: ItemPairs, **options: Any
 ) -> HitRates:
     """Average hits ``(pairs, cutoffs)``, or probabilities of hits, with intervals over users."""
     sums = cluster_sums(pairs.users, np.column_stack([np.ones(len(hits)), hits]))
-    estimates = bootstrap(
-        sums,
-        lambda totals: totals[:, 1:] / totals[:, :1],
-        replicates=replicates,
-        confidence=confidence,
-        seed=seed,
-    )
+    estimates = bootstrap(sums, lambda totals: totals[:, 1:] / totals[:, :1], **options)
     return HitRates(name, dict(zip(ks, estimates, strict=True)))
+
+
+def group_by_query(pairs: ItemPairs) -> tuple[Ints, Ints, Ints]:
+    """Return the pairs sorted by query, each query once, and the bounds of its pairs."""
+    order = np.argsort(pairs.queries, kind="stable")
+    queries, first = np.unique(pairs.queries[order], return_index=True)
+    return order, queries, np.append(first, len(order))
 
 
 def neighbor_ranks(
@@ -113,7 +115,7 @@ def neighbor_ranks(
     depth: int = 200,
     seed: int = 0,
     threads: int | None = None,
-) -> npt.NDArray[np.int64]:
+) -> Ints:
     """Return each target's position among its query's nearest neighbors by cosine.
 
     Items of one id have one reconstruction and tie; so do copies in the input. The search breaks
@@ -136,8 +138,7 @@ def neighbor_ranks(
     Cost: one exact search of all different queries in the pool; a float32 copy of the pool.
     """
     array = as_matrix(embedding, "embedding")
-    if len(array) != pairs.pool:
-        raise InputError(f"embedding holds {len(array)} items, the pool {pairs.pool}")
+    require_pool("the embedding", array, pairs)
     check_cutoffs([depth], pairs.pool)
     if depth > MAX_NEIGHBORS:
         raise UsageError(
@@ -151,10 +152,7 @@ def neighbor_ranks(
     for rows in row_blocks(len(array)):
         database[place[rows]] = as_block(array, rows)
     ready = index_database(torch.from_numpy(database), metric="cosine")
-    # Group the pairs by query, so that each query is searched once.
-    by_query = np.argsort(pairs.queries, kind="stable")
-    queries, first = np.unique(pairs.queries[by_query], return_index=True)
-    bounds = np.append(first, len(by_query))
+    by_query, queries, bounds = group_by_query(pairs)  # so that each query is searched once
     result = np.full(len(pairs), depth, np.int64)
     for start in range(0, len(queries), _QUERIES):
         stop = min(start + _QUERIES, len(queries))
@@ -221,10 +219,7 @@ def item_retrieval(
         seed: of the order of ties and of the bootstrap.
         replicates: bootstrap draws of users; 0 gives no intervals.
         confidence: coverage of the intervals.
-        threads: number of CPU threads; the result does not depend on it.
-
-    Returns:
-        An `ItemRetrieval`.
+        threads: number of CPU threads.
 
     Raises:
         InputError: embeddings of another length than the pool, or cutoffs beyond it.
@@ -248,12 +243,8 @@ def item_retrieval(
         reconstructed = hits(embedding)
         rates.append(hit_rates(name, reconstructed, ks, pairs, **options))
         corrected, plain = _retention(base, reconstructed, chance, pairs, **options)
-        retained.append(
-            Retention(
-                name, dict(zip(ks, corrected, strict=True)), dict(zip(ks, plain, strict=True))
-            )
-        )
-    rates.append(
-        HitRates("random", {k: Estimate(float(c)) for k, c in zip(ks, chance, strict=True)})
-    )
+        ratios = (dict(zip(ks, values, strict=True)) for values in (corrected, plain))
+        retained.append(Retention(name, *ratios))
+    by_chance = {k: Estimate(float(c)) for k, c in zip(ks, chance, strict=True)}
+    rates.append(HitRates("random", by_chance))
     return ItemRetrieval(pairs.counts(), seed, tuple(rates), tuple(retained))

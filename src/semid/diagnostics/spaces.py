@@ -1,8 +1,8 @@
-"""How embedding spaces are filled and reconstructed: spectra, column cosines, errors."""
+"""Rows in blocks, how embedding spaces are filled (spectra, column cosines), reconstruction."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,10 +10,74 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from semid.diagnostics.arrays import Matrix, as_block, as_matrix, row_blocks, unit_rows
 from semid.errors import InputError, UsageError
 from semid.results import Result
 from semid.seeds import numpy_generator
+
+Matrix = npt.NDArray[Any] | torch.Tensor
+
+BLOCK_ROWS = 16_384
+"""Rows per block; fixed, so that sums do not depend on memory or threads."""
+
+
+def as_matrix(x: Matrix, name: str) -> npt.NDArray[Any]:
+    """Return ``x`` (items, dim) as an array without copying it; ``name`` is for the error."""
+    array = x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else np.asanyarray(x)
+    if array.ndim != 2 or array.shape[0] == 0 or array.shape[1] == 0:
+        raise InputError(
+            f"{name} has shape {array.shape}; (items, dim) with at least one row is needed"
+        )
+    if not np.issubdtype(array.dtype, np.floating) and not np.issubdtype(array.dtype, np.integer):
+        raise InputError(f"{name} has dtype {array.dtype}; numbers are needed")
+    return array
+
+
+def row_blocks(items: int, size: int = BLOCK_ROWS) -> Iterator[slice]:
+    """Yield slices over the rows, in order."""
+    for start in range(0, items, size):
+        yield slice(start, min(start + size, items))
+
+
+def as_block(array: npt.NDArray[Any], rows: slice | npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """Return rows as contiguous float32 ``(batch, dim)``; InputError if one is not finite."""
+    block = np.ascontiguousarray(array[rows], dtype=np.float32)
+    if not np.isfinite(block).all():
+        bad = int(np.flatnonzero(~np.isfinite(block).all(1))[0])
+        start = rows.start or 0 if isinstance(rows, slice) else None
+        row = int(rows[bad]) if start is None else start + bad  # type: ignore[index]
+        raise InputError(f"row {row} holds NaN or infinite values; drop such rows first")
+    return block
+
+
+def unit_rows(block: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Return the rows scaled to length one; rows of zeros stay zeros."""
+    norms = np.sqrt(np.einsum("nd,nd->n", block, block, dtype=np.float64))
+    scale = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0)
+    result: npt.NDArray[np.float32] = (block * scale[:, None]).astype(np.float32)
+    return result
+
+
+def latent_std(latents: Matrix) -> float:
+    """Return the root of the mean variance per dimension, the unit of the noise scales.
+
+    One positive number serves all levels of latents ``(items, latent)``, since the noise is put on
+    these and not on the residuals. Raises `InputError` where all rows are equal.
+    """
+    array = as_matrix(latents, "latents")
+    # Sums are of rows less the first one, so that a large mean cancels no digits.
+    shift = as_block(array, slice(0, 1)).astype(np.float64)
+    total = np.zeros(array.shape[1])
+    squares = 0.0
+    for rows in row_blocks(len(array)):
+        block = as_block(array, rows) - shift
+        total += block.sum(0)
+        squares += float(np.einsum("nd,nd->", block, block))
+    mean = total / len(array)
+    variance = (squares / len(array) - float(mean @ mean)) / array.shape[1]
+    if variance <= 0:
+        raise InputError(f"all {len(array)} latent rows are equal; there is no scale for the noise")
+    return float(np.sqrt(variance))
+
 
 SAMPLE_ROWS = 20_000
 """Rows of the random subset, as in the DRQ paper."""
@@ -61,20 +125,14 @@ class Geometry(Result):
 def sample_rows(items: int, rows: int | None = SAMPLE_ROWS, *, seed: int = 0) -> npt.NDArray[Any]:
     """Return sorted rows of the random subset for geometry and flips, the same for every space.
 
-    Args:
-        items: number of rows to choose from.
-        rows: number of rows to choose; None or more than there are chooses all.
-        seed: of the choice.
-
-    Raises:
-        UsageError: ``rows`` below 1.
+    None, or more rows than there are items, chooses all.
     """
     if rows is not None and rows < 1:
         raise UsageError(f"rows={rows} must be at least 1, or None for all")
     if rows is None or rows >= items:
         return np.arange(items)
-    chosen = numpy_generator(seed, "sample").choice(items, rows, replace=False, shuffle=False)
-    return np.sort(chosen)
+    subset = numpy_generator(seed, "sample").choice(items, rows, replace=False, shuffle=False)
+    return np.sort(subset)
 
 
 def _mean_abs_cosine(gram: npt.NDArray[np.float64], used: npt.NDArray[np.bool_]) -> float | None:
@@ -103,9 +161,6 @@ def geometry(
         name: which space this is, for the record.
         sample: rows of the random subset; None takes all. `Geometry.rows` says how many it was.
         seed: of the subset; the same seed and length choose the same rows in every space.
-
-    Returns:
-        A `Geometry`.
 
     Raises:
         InputError: bad shape, values that are not finite, or all rows equal.
@@ -259,19 +314,10 @@ class ReconstructionCounter:
 
 
 def reconstruction(x: Matrix, x_hat: Matrix, *, name: str) -> Reconstruction:
-    """Compare vectors with their reconstructions.
+    """Compare vectors ``(items, dim)`` with their reconstructions.
 
-    Args:
-        x: ``(items, dim)``.
-        x_hat: ``(items, dim)``.
-        name: ``decoder(codes)`` or ``decoder(z)``; the two differ by an order of magnitude, so
-            every table must say which it shows.
-
-    Returns:
-        A `Reconstruction`.
-
-    Raises:
-        InputError: shapes differ, or values that are not finite.
+    ``name`` is ``decoder(codes)`` or ``decoder(z)``: the two differ by an order of magnitude, so
+    every table must say which it shows. Raises `InputError` where shapes differ.
 
     Source: DRQ section 5.5 (0.000432 is ``2 (1 - 0.999784)``).
     """
@@ -313,7 +359,6 @@ def reconstruction_by_level(
         block, part = as_block(array, rows), ids[rows].astype(np.int64)
         for depth, counter in enumerate(counters, start=1):
             decoded = decode(part, depth)
-            if isinstance(decoded, torch.Tensor):
-                decoded = decoded.detach().cpu().numpy()
-            counter.update(block, np.asarray(decoded))
+            is_tensor = isinstance(decoded, torch.Tensor)
+            counter.update(block, decoded if is_tensor else np.asarray(decoded))
     return tuple(counter.result() for counter in counters)

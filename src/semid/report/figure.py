@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any, Generic, TypeVar
 
-from semid.diagnostics.flips import Proportion
-from semid.diagnostics.pairs import Estimate
+from semid.diagnostics.pairs import Estimate, Proportion
 
 REFERENCE: dict[str, Any] = {"dash": "dot", "width": 1}
 """Style of lines that others are compared with."""

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from semid.diagnostics.flips import Proportion
 from semid.diagnostics.overlap import REPORT_SCALE, LevelOverlap
+from semid.diagnostics.pairs import Proportion
 from semid.report.figure import (
     REFERENCE,
     Column,

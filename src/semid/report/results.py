@@ -11,8 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from semid.diagnostics.auc import PairAucs
 from semid.diagnostics.discrete import DiscreteRetrieval
-from semid.diagnostics.flips import FlipRates
-from semid.diagnostics.margins import MarginProxy
+from semid.diagnostics.flips import FlipRates, MarginProxy
 from semid.diagnostics.overlap import LevelOverlap
 from semid.diagnostics.pairs import PairCounts
 from semid.diagnostics.popularity import PopularityHealth

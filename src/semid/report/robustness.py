@@ -11,9 +11,15 @@ import numpy.typing as npt
 import torch
 
 from semid.data.embeddings import open_embeddings
-from semid.diagnostics.flips import FlipPoint, flip_rates, rank_agreement
-from semid.diagnostics.margins import MarginPoint, input_margin_proxy, margin_proxy
+from semid.diagnostics.flips import (
+    FlipPoint,
+    MarginPoint,
+    flip_rates,
+    input_margin_proxy,
+    margin_proxy,
+)
 from semid.diagnostics.overlap import LevelOverlap
+from semid.diagnostics.pairs import rank_agreement
 from semid.diagnostics.spaces import Geometry, geometry
 from semid.quantization.nearest import index_codebook, nearest
 from semid.quantization.residual import encode_residual

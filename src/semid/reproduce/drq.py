@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from semid.diagnostics.flips import rank_agreement
+from semid.diagnostics.pairs import rank_agreement
 from semid.report.figure import Figure, line
 from semid.reproduce.claims import Comparison, Contrast, Metric, Row, Rows, metric, relative_change
 from semid.reproduce.paired import paired_difference
