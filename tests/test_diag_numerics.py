@@ -283,7 +283,7 @@ def test_input_noise_is_measured_over_all_blocks(monkeypatch):
     inputs = np.column_stack([latents, np.repeat([-9, 9], 600)]).astype(np.float32)
     whole = input_margin_proxy(inputs, encode_latent, codebooks, scales=(0.1,), unit=1.0)
     blocks = [slice(start, start + 200) for start in range(0, 1200, 200)]
-    monkeypatch.setattr("semid.diagnostics.margins.row_blocks", lambda *_: iter(blocks))
+    monkeypatch.setattr("semid.diagnostics.flips.row_blocks", lambda *_: iter(blocks))
     parts = input_margin_proxy(inputs, encode_latent, codebooks, scales=(0.1,), unit=1.0)
     assert parts.points[0].code == pytest.approx(whole.points[0].code, rel=0.1)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -34,7 +33,6 @@ from semid.recommenders.ranking.training import (
     rank_options,
     train_ranker,
 )
-from semid.report.figures_ranking import ranking_figures
 from semid.reproduce.reconstruction_probe import probe_reconstruction
 from semid.training.checkpoint import module_arrays
 
@@ -329,12 +327,6 @@ def test_analysis_of_code_embeddings(rows, coded):
     assert abs(correlation(pair)[0, 1]) < 0.99
     assert code_embeddings(coded.network, rows.parts["test"], fused=True).shape == e.shape
     assert set(found.to_dict()) >= {"sweep", "levels", "codes", "cka", "singular_values"}
-    figures = ranking_figures({"a model": found})
-    assert [figure.id for figure in figures][-1] == "ranking-correlation-a-model"
-    for figure in figures:
-        assert figure.traces
-        assert all(len(row) == len(figure.columns) for row in figure.rows)
-        json.dumps(figure.to_plot(), allow_nan=False)
 
 
 def test_reconstruction_improves_with_codes_that_tell_more():

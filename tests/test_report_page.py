@@ -10,11 +10,10 @@ import pytest
 
 from report_cases import FixedParallel, blobs, healthy, logs, titles
 from semid.report import diagnose
-from semid.report.explorer import describing_words, shorten, tokens
+from semid.report.explorer import build_tree, describing_words, shorten, tokens
 from semid.report.figure import number, share
 from semid.report.figures import report_figures
 from semid.report.pages import embed_json
-from semid.report.tree import build_tree
 
 FAST = {"replicates": 0, "threads": 1}
 IDS = [f"item-{i}" for i in range(600)]

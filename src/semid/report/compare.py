@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import numpy as np
 
@@ -13,9 +13,9 @@ from semid.data.interactions import read_interactions
 from semid.diagnostics.overlap import REPORT_SCALE
 from semid.diagnostics.pairs import Estimate
 from semid.errors import UsageError
-from semid.progress import Progress
-from semid.report.diagnose import diagnose
+from semid.report.diagnose import DiagnoseOptions, diagnose
 from semid.report.figure import DECLARATIONS
+from semid.report.measure import agreement_with_proxies
 from semid.report.results import (
     ComparedAgreement,
     Comparison,
@@ -24,7 +24,6 @@ from semid.report.results import (
     NoiseResponse,
     PairResults,
 )
-from semid.report.robustness import agreement_with_proxies
 from semid.tokenizers.base import Tokenizer
 
 VERDICTS: dict[str, tuple[str, str]] = {
@@ -40,16 +39,10 @@ Read = Callable[[Diagnosis], float | None]
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric that models are compared by.
+    """One metric that models are compared by; the fields are those of `MetricRow`.
 
-    Attributes:
-        key: fixed name, for programs.
-        read: returns its value of a diagnosis; None where it was not measured.
-        view: key of `VIEWS`.
-        name: what it is called.
-        better: ``neither`` where a good value is no merit by itself, such as few collisions.
-        kind: how it is written.
-        lead: whether it stands for its view in the trade-offs.
+    ``read`` returns its value of a diagnosis, None where it was not measured. A metric is better
+    in ``neither`` way where a good value is no merit by itself, such as few collisions.
     """
 
     key: str
@@ -73,19 +66,14 @@ def _at_50(rates: Mapping[int, Estimate | None]) -> float | None:
     return None if estimate is None else estimate.value
 
 
-def _weighted_auc(measured: PairResults) -> float | None:
-    return measured.aucs.aucs["weighted"].value
+_PAIR_READERS: dict[str, Callable[[PairResults], float | None]] = {
+    "weighted_auc": lambda measured: measured.aucs.aucs["weighted"].value,
+    "retention": lambda measured: _at_50(measured.retrieval.retention[0].above_chance),
+    "discrete_hits": lambda measured: _at_50(measured.discrete.depths[-1].rates),
+}
 
 
-def _retention(measured: PairResults) -> float | None:
-    return _at_50(measured.retrieval.retention[0].above_chance)
-
-
-def _discrete_hits(measured: PairResults) -> float | None:
-    return _at_50(measured.discrete.depths[-1].rates)
-
-
-def _of_pairs(read: Callable[[PairResults], float | None], relation: str | None = None) -> Read:
+def _of_pairs(key: str, relation: str | None = None) -> Read:
     """Return a metric of the test users' pairs, or of a kind of known relation."""
 
     def value(d: Diagnosis) -> float | None:
@@ -93,7 +81,7 @@ def _of_pairs(read: Callable[[PairResults], float | None], relation: str | None 
             measured = (d.relations or {}).get(relation)
         else:
             measured = None if d.behavior is None else d.behavior.measured
-        return None if measured is None else read(measured)
+        return None if measured is None else _PAIR_READERS[key](measured)
 
     return value
 
@@ -114,9 +102,7 @@ _READ: dict[str, Read] = {
     "latent_flips": lambda d: None if d.flips is None else _flips(d.flips.innermost)[0],
     "relative_error": lambda d: d.reconstruction.relative_error["all"],
     "cosine": lambda d: d.reconstruction.mean_cosine,
-    "weighted_auc": _of_pairs(_weighted_auc),
-    "retention": _of_pairs(_retention),
-    "discrete_hits": _of_pairs(_discrete_hits),
+    **{key: _of_pairs(key) for key in _PAIR_READERS},
     "effective_rank": _effective_rank,
     "least_effective": _least_effective,
     "geometry_share": lambda d: max((o.at(1.0).geometry_share for o in d.overlap), default=None),
@@ -131,15 +117,12 @@ METRICS = {key: Metric(key, _READ[key], **texts) for key, texts in DECLARATIONS[
 def relation_metrics(diagnoses: Sequence[Diagnosis]) -> Iterator[Metric]:
     """Yield what models are compared by on each kind of known relation that was measured."""
     for kind in dict.fromkeys(kind for d in diagnoses for kind in d.relations or {}):
-        for metric, read in (
-            (METRICS["weighted_auc"], _weighted_auc),
-            (METRICS["discrete_hits"], _discrete_hits),
-        ):
+        for metric in (METRICS["weighted_auc"], METRICS["discrete_hits"]):
             yield replace(
                 metric,
                 key=f"{metric.key}_{kind}",
                 name=f"{metric.name}, {kind.replace('_', ' ')}",
-                read=_of_pairs(read, kind),
+                read=_of_pairs(metric.key, kind),
                 lead=False,
             )
 
@@ -150,14 +133,7 @@ def compare(
     *,
     interactions: Any = None,
     ids: Any = None,
-    relations: Any = None,
-    seed: int = 0,
-    flip_sample: int = 5_000,
-    geometry_sample: int = 20_000,
-    cutoffs: Sequence[int] | None = None,
-    replicates: int = 1000,
-    threads: int | None = None,
-    progress: Progress | None = None,
+    **options: Unpack[DiagnoseOptions],
 ) -> Comparison:
     """Diagnose several tokenizers under one protocol and set them side by side.
 
@@ -166,17 +142,11 @@ def compare(
 
     Args:
         models: name -> fitted tokenizer, at least two, all of one input width.
-        x: embeddings; this and the following arguments are those of `diagnose`.
+        x: embeddings, as in `diagnose`.
         interactions: without them the view of soft matching is empty.
         ids: item ids.
-        relations: item pairs of a second ground truth.
-        seed: of samples, noise, negatives, ties and the bootstrap.
-        flip_sample: items whose flips are counted.
-        geometry_sample: items whose spectra are measured.
-        cutoffs: K of the hit rates.
-        replicates: bootstrap draws.
-        threads: number of CPU threads.
-        progress: callback for progress events.
+        options: ``relations``, ``seed``, ``flip_sample``, ``geometry_sample``, ``cutoffs``,
+            ``replicates``, ``threads`` and ``progress`` of `diagnose`.
 
     Returns:
         A `Comparison`; ``.write("compare.html")`` makes the page.
@@ -193,20 +163,7 @@ def compare(
     log = None if interactions is None else read_interactions(interactions)
     return side_by_side(
         {
-            name: diagnose(
-                tok,
-                source,
-                interactions=log,
-                relations=relations,
-                seed=seed,
-                flip_sample=flip_sample,
-                geometry_sample=geometry_sample,
-                cutoffs=cutoffs,
-                replicates=replicates,
-                explorer=False,
-                threads=threads,
-                progress=progress,
-            )
+            name: diagnose(tok, source, interactions=log, explorer=False, **options)
             for name, tok in models.items()
         }
     )
@@ -222,18 +179,8 @@ def side_by_side(diagnoses: Mapping[str, Diagnosis]) -> Comparison:
         if metric.key == "relative_error" and all_held_out:
             values = tuple(d.reconstruction.relative_error["held_out"] for d in each)
         if any(value is not None for value in values):
-            rows.append(
-                MetricRow(
-                    metric.key,
-                    metric.view,
-                    metric.name,
-                    metric.better,
-                    metric.kind,
-                    metric.lead,
-                    values,
-                    _ranks(values, metric.better),
-                )
-            )
+            texts = {name: value for name, value in vars(metric).items() if name != "read"}
+            rows.append(MetricRow(**texts, values=values, ranks=_ranks(values, metric.better)))
     leads = [row for row in rows if row.lead]
     dominated = _dominated(tuple(diagnoses), leads)
     return Comparison(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -25,8 +25,11 @@ from semid.report import behavior as behavior_parts
 from semid.report.explorer import MAX_ITEMS, build_explorer, largest_buckets
 from semid.report.measure import (
     CataloguePass,
+    flipped_items,
     held_out_rows,
     measure_catalogue,
+    measure_flips,
+    measure_geometry,
     rank_frequency,
     reconstruction_errors,
 )
@@ -41,11 +44,23 @@ from semid.report.results import (
     RankedUsage,
     Spaces,
 )
-from semid.report.robustness import flipped_items, measure_flips, measure_geometry
 from semid.tokenizers.base import Tokenizer
 from semid.tokenizers.stored import HELD_OUT_SALT
 
 EXPLORER_NOISE = 0.2
+
+
+class DiagnoseOptions(TypedDict, total=False):
+    """Arguments of `diagnose` that `semid.compare` passes on."""
+
+    relations: Any
+    seed: int
+    geometry_sample: int
+    flip_sample: int
+    cutoffs: Sequence[int] | None
+    replicates: int
+    threads: int | None
+    progress: Progress | None
 
 
 def diagnose(
@@ -108,23 +123,31 @@ def diagnose(
     progress = progress or QuietProgress()
     source = open_embeddings(x, ids=ids)
     texts = _texts(items, (ids, x), source.ids)
-    run = _Run(tok, source, seed, threads, replicates, progress)
+    notes = []
     if texts is not None and texts.missing:
-        run.notes.append(f"{texts.missing:,} of {len(source):,} items have no row among the texts")
+        notes.append(f"{texts.missing:,} of {len(source):,} items have no row among the texts")
+    # Inputs are read before the catalogue, so that faults in them show at once.
     log = None if interactions is None else read_interactions(interactions)
-    pairs_by_kind = {} if relations is None else run.relations(relations)
+    pairs_by_kind: dict[str, ItemPairs] = {}
+    if relations is not None:
+        pairs_by_kind, relation_notes = behavior_parts.relations(relations, source.ids)
+        notes += relation_notes
     counts = None if log is None else behavior_parts.item_counts(log, source.ids)
     held_out, note = held_out_rows(tok, source)
     measured = measure_catalogue(tok, source, progress, held_out=held_out)
-    run.notes.append(note)
+    run = _Run(tok, source, measured, seed, threads, replicates, progress, [*notes, note])
     progress.start("overlap", total=None)
-    overlaps = run.overlaps(measured)
+    overlaps: tuple[LevelOverlap, ...] = ()
+    if run.latent_std > 0:  # else all latents are equal
+        overlaps = overlap_levels(
+            tok.codebooks, measured.usage, latent_std=run.latent_std, threads=threads
+        )
     # The subsets for geometry and flips are drawn once, the second from the first.
     sample = sample_rows(measured.items, geometry_sample, seed=seed)
-    flips, geometry = run.robustness(measured, overlaps, sample, flip_sample)
-    behavior, related = run.behavior(measured, log, counts, pairs_by_kind, cutoffs)
+    flips, geometry = run.robustness(overlaps, sample, flip_sample)
+    behavior, related = run.behavior(log, counts, pairs_by_kind, cutoffs)
     progress.start("explorer", total=None)
-    tree = run.explorer(measured, texts, counts) if explorer else None
+    tree = run.explorer(texts, counts) if explorer else None
     return Diagnosis(
         model=_model_info(tok),
         data=DataInfo(len(source), source.dim, source.label),
@@ -157,56 +180,49 @@ def diagnose(
 
 @dataclass
 class _Run:
-    """The parts of one diagnosis, and the notes for its reader."""
+    """The parts of a diagnosis after the pass over the catalogue, and the notes for its reader."""
 
     tok: Tokenizer
     source: EmbeddingSource
+    measured: CataloguePass
     seed: int
     threads: int | None
     replicates: int
     progress: Progress
-    notes: list[str] = field(default_factory=list)
+    notes: list[str]
 
-    def relations(self, table: Any) -> dict[str, ItemPairs]:
-        """Read the pairs of a second ground truth."""
-        pairs, notes = behavior_parts.relations(table, self.source.ids)
-        self.notes += notes
-        return pairs
+    @property
+    def input_std(self) -> float:
+        """Root of the mean variance of the input per dimension."""
+        return float(np.sqrt(self.measured.health.inputs.variances.mean()))
 
-    def overlaps(self, measured: CataloguePass) -> tuple[LevelOverlap, ...]:
-        """Sweep the overlap of every level; nothing where all latents are equal."""
-        std = float(np.sqrt(measured.latent.variances.mean()))
-        if std <= 0:
-            return ()
-        return overlap_levels(
-            self.tok.codebooks, measured.usage, latent_std=std, threads=self.threads
-        )
+    @property
+    def latent_std(self) -> float:
+        """The same of the latent."""
+        return float(np.sqrt(self.measured.latent.variances.mean()))
 
     def robustness(
         self,
-        measured: CataloguePass,
         overlaps: tuple[LevelOverlap, ...],
         sample: npt.NDArray[np.int64],
         flip_sample: int,
     ) -> tuple[Flips | None, Spaces | None]:
         """Measure geometry on a sample of the items, and flips on a sample of these."""
-        input_std = float(np.sqrt(measured.health.inputs.variances.mean()))
-        latent_std = float(np.sqrt(measured.latent.variances.mean()))
-        if input_std <= 0 or latent_std <= 0:
+        if self.input_std <= 0 or self.latent_std <= 0:
             self.notes.append("All items are equal, so there is no noise scale and no geometry")
             return None, None
         self.progress.start("geometry", total=None)
         rows = self.source.rows(sample)
-        decoded = self.tok.decode(measured.codes[sample])
+        decoded = self.tok.decode(self.measured.codes[sample])
         spaces = {"input": rows, "latent": self.tok.latent(rows), "decoder(codes)": decoded}
-        geometry = measure_geometry(spaces, items=measured.items, seed=self.seed)
+        geometry = measure_geometry(spaces, items=self.measured.items, seed=self.seed)
         self.progress.start("flips", total=None)
         flips, notes = measure_flips(
             self.tok,
             rows[sample_rows(len(sample), flip_sample, seed=self.seed)],
             overlaps,
-            input_std=input_std,
-            latent_std=latent_std,
+            input_std=self.input_std,
+            latent_std=self.latent_std,
             seed=self.seed,
             threads=self.threads,
         )
@@ -215,7 +231,6 @@ class _Run:
 
     def behavior(
         self,
-        measured: CataloguePass,
         log: Interactions | None,
         counts: npt.NDArray[np.int64] | None,
         relations: Mapping[str, ItemPairs],
@@ -227,13 +242,13 @@ class _Run:
             pairs, behavior, notes = behavior_parts.behavior_pairs(log, self.source.ids)
             self.notes += notes
             if counts.any():
-                popularity = popularity_health(measured.codes, counts)
+                popularity = popularity_health(self.measured.codes, counts)
                 behavior = replace(behavior, popularity=popularity)
         if pairs is None and not relations:
             return behavior, None
-        ks, notes = behavior_parts.choose_cutoffs(cutoffs, measured.items)
+        ks, notes = behavior_parts.choose_cutoffs(cutoffs, self.measured.items)
         self.notes += notes
-        pool = self._pool(measured)
+        pool = self._pool()
         options: dict[str, Any] = {
             "cutoffs": ks,
             "seed": self.seed,
@@ -250,16 +265,16 @@ class _Run:
             related[kind] = behavior_parts.measure_pairs(kind_pairs, pool, **options)
         return behavior, related or None
 
-    def _pool(self, measured: CataloguePass) -> behavior_parts.Pool:
-        original = np.empty((measured.items, self.source.dim), dtype=np.float32)
+    def _pool(self) -> behavior_parts.Pool:
+        original = np.empty((self.measured.items, self.source.dim), dtype=np.float32)
         decoded = np.empty_like(original)
         # Searching needs all items at once, as they are and as they are reconstructed.
         for start, block in self.source.blocks(copy=False):
             span = slice(start, start + len(block))
             original[span] = block
-            decoded[span] = self.tok.decode(measured.codes[span])
+            decoded[span] = self.tok.decode(self.measured.codes[span])
         return behavior_parts.Pool(
-            measured.codes,
+            self.measured.codes,
             self.tok.codebooks,
             {"original": original, "decoder(codes)": decoded},
             hierarchical=self.tok.hierarchical,
@@ -267,35 +282,34 @@ class _Run:
 
     def explorer(
         self,
-        measured: CataloguePass,
         texts: ItemTexts | None,
         counts: npt.NDArray[np.int64] | None,
     ) -> dict[str, Any]:
         """Gather the code tree and the values it is colored by."""
         # Values to color the tree by, each averaged over the items of a prefix.
-        spread = float(measured.health.inputs.variances.sum())
+        spread = float(self.measured.health.inputs.variances.sum())
         values: dict[str, Any] = {}
         if spread > 0:
-            values["error"] = measured.errors / spread
-            if measured.items <= MAX_ITEMS:
+            values["error"] = self.measured.errors / spread
+            if self.measured.items <= MAX_ITEMS:
                 values["flips"] = flipped_items(
                     self.tok,
-                    self.source.rows(np.arange(measured.items)),
-                    measured.codes,
-                    std=float(np.sqrt(measured.health.inputs.variances.mean())),
+                    self.source.rows(np.arange(self.measured.items)),
+                    self.measured.codes,
+                    std=self.input_std,
                     scale=EXPLORER_NOISE,
                     seed=self.seed,
                 )
         if counts is not None:
             values["interactions"] = counts
         return build_explorer(
-            measured.codes,
+            self.measured.codes,
             self.source.ids,
             texts,
             self.tok.codebooks,
             hierarchical=self.tok.hierarchical,
             values=values,
-            item_spread=2.0 * measured.latent.variance,
+            item_spread=2.0 * self.measured.latent.variance,
             seed=self.seed,
         )
 

@@ -1,4 +1,8 @@
-"""What the page's explorer shows: code trees, titles, describing words, neighbors of codes."""
+"""What the page's explorer shows: code trees, titles, describing words, neighbors of codes.
+
+Items are sorted by their codes, so the items of a prefix are contiguous and a node of a tree
+stores only the position of the first one and their number.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,13 +22,16 @@ from semid.data.ids import ItemIds
 from semid.data.items import ItemTexts
 from semid.quantization.nearest import nearest_m
 from semid.report.results import Bucket, BucketItem
-from semid.report.tree import Tree, build_tree
 from semid.seeds import numpy_generator
+
+Ints = npt.NDArray[np.int64]
 
 MAX_ITEMS = 20_000
 """Most items on the page; of a larger catalogue it shows a random sample, with figures of all."""
 
 MAX_NODES = 40_000
+MAX_BUCKETS = 100
+MAX_EXAMPLES = 12
 TITLE_BYTES = 120
 NEIGHBORS = 5
 NEIGHBOR_CODES = 4096
@@ -61,34 +69,21 @@ def largest_buckets(
     hashes: npt.NDArray[np.uint64],
     ids: ItemIds,
     texts: ItemTexts | None,
-    *,
-    most: int = 100,
-    examples: int = 12,
 ) -> tuple[Bucket, ...]:
-    """List the buckets with more than one item, the fullest first.
-
-    Shapes: ``codes`` (items, levels), ``keys`` (items,), ``hashes`` (items,).
-    """
+    """List the buckets with more than one item, the fullest first."""
     # Sorted by key, a bucket is a run; the stable sort leaves its items in row order.
     order = np.argsort(keys, kind="stable")
     ordered = keys[order]
     first = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
     sizes = np.diff(np.append(first, len(ordered)))
     collisions = np.flatnonzero(sizes > 1)
-    fullest = collisions[np.argsort(-sizes[collisions], kind="stable")[:most]]
+    fullest = collisions[np.argsort(-sizes[collisions], kind="stable")[:MAX_BUCKETS]]
     buckets = []
     for start, size in zip(first[fullest].tolist(), sizes[fullest].tolist(), strict=True):
-        rows = order[start : start + size]
-        buckets.append(
-            Bucket(
-                codes=tuple(int(code) for code in codes[rows[0]]),
-                items=size,
-                distinct_inputs=len(np.unique(hashes[rows])),
-                examples=tuple(
-                    BucketItem(ids[int(row)], _title(texts, int(row))) for row in rows[:examples]
-                ),
-            )
-        )
+        rows = order[start : start + size].tolist()
+        examples = tuple(BucketItem(ids[row], _title(texts, row)) for row in rows[:MAX_EXAMPLES])
+        bucket_codes = tuple(codes[rows[0]].tolist())
+        buckets.append(Bucket(bucket_codes, size, len(np.unique(hashes[rows])), examples))
     return tuple(buckets)
 
 
@@ -102,17 +97,13 @@ def build_explorer(
     values: Mapping[str, npt.ArrayLike],
     item_spread: float,
     seed: int,
-    most_items: int = MAX_ITEMS,
 ) -> dict[str, Any]:
-    """Gather everything the explorer draws, as JSON-able columns.
-
-    Shapes: ``codes`` (items, levels), ``codebooks`` (codes, latent), ``values`` (items,).
-    """
+    """Gather everything the explorer draws, as JSON-able columns; ``values`` are per item."""
     count = len(codes)
     shown = np.arange(count)
-    if count > most_items:
+    if count > MAX_ITEMS:
         generator = numpy_generator(seed, "report", "explorer")
-        shown = np.sort(generator.choice(count, most_items, replace=False))
+        shown = np.sort(generator.choice(count, MAX_ITEMS, replace=False))
     levels = codes.shape[1]
     if hierarchical:
         trees = [build_tree(codes, values=values, most_nodes=MAX_NODES)]
@@ -141,9 +132,7 @@ def build_explorer(
     }
 
 
-def _columns(
-    tree: Tree, place: npt.NDArray[np.int64], words: dict[int, list[str]]
-) -> dict[str, Any]:
+def _columns(tree: Tree, place: Ints, words: dict[int, list[str]]) -> dict[str, Any]:
     """Turn a tree into JSON columns: positions count shown items only, sizes count all items."""
     order = place[tree.order]
     # Shown items before each position of the tree's order; differences count those of a node.
@@ -163,7 +152,7 @@ def _columns(
             for name, column in tree.metrics.items()
         },
         "vocabulary": vocabulary,
-        "words": {str(node): [number[word] for word in own] for node, own in words.items()},
+        "words": {str(node): [number[word] for word in listed] for node, listed in words.items()},
         "left_out": tree.left_out,
     }
 
@@ -173,9 +162,7 @@ def _title(texts: ItemTexts | None, row: int) -> str | None:
     return None if texts is None else shorten(texts.titles[row].as_py())
 
 
-def _words(
-    tree: Tree, texts: ItemTexts | None, shown: npt.NDArray[np.int64]
-) -> dict[int, list[str]]:
+def _words(tree: Tree, texts: ItemTexts | None, shown: Ints) -> dict[int, list[str]]:
     """Return the describing words of prefixes of one and two codes, from the shown texts."""
     if texts is None:
         return {}
@@ -218,11 +205,7 @@ def tokens(text: str) -> list[str]:
 
 
 def describing_words(
-    words: Sequence[Collection[str]],
-    groups: npt.NDArray[np.int64],
-    *,
-    top: int = 6,
-    smallest: int = 2,
+    words: Sequence[Collection[str]], groups: Ints, *, top: int = 6
 ) -> dict[int, list[str]]:
     """Return the words that distinguish each group of items from the others.
 
@@ -231,24 +214,17 @@ def describing_words(
     occur in two items of the group, so that one odd title cannot name a code.
 
     Source: class-based tf-idf, Grootendorst 2022 (arXiv:2203.05794), eq. 2.
-
-    Shapes: ``groups`` (items,).
     """
     by_group: dict[int, Counter[str]] = {}
-    sizes: Counter[int] = Counter()
     for item_words, group in zip(words, groups.tolist(), strict=True):
-        if group < 0 or not item_words:
-            continue
-        by_group.setdefault(group, Counter()).update(item_words)
-        sizes[group] += 1
+        if group >= 0 and item_words:
+            by_group.setdefault(group, Counter()).update(item_words)
     overall: Counter[str] = Counter()
     for counter in by_group.values():
         overall.update(counter)
     mean_words = sum(overall.values()) / max(len(by_group), 1)
     described = {}
     for group, counter in by_group.items():
-        if sizes[group] < smallest:
-            continue
         # Negative scores, so that the smallest tuple is the best and ties are in word order.
         scores = [
             (-uses * math.log1p(mean_words / overall[word]), word)
@@ -258,3 +234,118 @@ def describing_words(
         if scores:
             described[group] = [word for _, word in heapq.nsmallest(top, scores)]
     return described
+
+
+# The code tree as flat columns -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Prefixes in order of depth, then of their parent, then the fullest first.
+
+    Attributes:
+        level: level of the first codes: 0, or the codebook of a parallel tokenizer.
+        order: ``(items,)`` row numbers sorted by codes.
+        parent: ``(nodes,)`` node of the shorter prefix, -1 for the first level.
+        depth: ``(nodes,)`` from 1.
+        code: ``(nodes,)`` last code of the prefix.
+        first: ``(nodes,)`` position of its first item in ``order``.
+        items: ``(nodes,)`` number of its items.
+        metrics: name -> ``(nodes,)`` value.
+        left_out: number of prefixes beyond the budget, which are not in the tree.
+    """
+
+    level: int
+    order: Ints
+    parent: Ints
+    depth: Ints
+    code: Ints
+    first: Ints
+    items: Ints
+    metrics: dict[str, npt.NDArray[np.float64]]
+    left_out: int
+
+    def groups(self, depth: int) -> Ints:
+        """Return ``(items,)`` the node of each row at a depth; -1 where there is none."""
+        nodes = np.full(len(self.order), -1, dtype=np.int64)
+        for node in np.flatnonzero(self.depth == depth):
+            start = self.first[node]
+            nodes[self.order[start : start + self.items[node]]] = node
+        return nodes
+
+
+def build_tree(
+    codes: npt.NDArray[Any],
+    *,
+    level: int = 0,
+    depths: int | None = None,
+    values: Mapping[str, npt.ArrayLike] | None = None,
+    most_nodes: int = 40_000,
+) -> Tree:
+    """Build the tree of prefixes of codes (items, levels) with the means of values (items,).
+
+    ``metrics`` also holds ``unique``: different ids per item. Cost: a sort of the items per depth.
+    """
+    prefix_codes = codes[:, level:] if depths is None else codes[:, level : level + depths]
+    # Sort by the codes of the prefixes and then by the whole id. The tree of a parallel codebook
+    # sees one code, but items of one whole id must be contiguous to be counted once.
+    sort_keys = np.concatenate([prefix_codes, codes], axis=1)
+    order = np.lexsort(sort_keys.T[::-1]).astype(np.int64)
+    is_new_id = np.ones(len(order), dtype=bool)
+    is_new_id[1:] = (sort_keys[order][1:] != sort_keys[order][:-1]).any(axis=1)
+    # The items of a node are a range of this order, so its sum of anything is the difference of
+    # two cumulative sums.
+    sums = {"unique": _cumulative(is_new_id)}
+    for name, value in (values or {}).items():
+        sums[name] = _cumulative(np.asarray(value, dtype=np.float64)[order])
+    columns, left_out = _grow(prefix_codes[order], most_nodes)
+    first, items = columns["first"], columns["items"]
+    metrics = {name: (total[first + items] - total[first]) / items for name, total in sums.items()}
+    return Tree(level=level, order=order, metrics=metrics, left_out=left_out, **columns)
+
+
+def _cumulative(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    return np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
+
+
+def _grow(codes: npt.NDArray[Any], most_nodes: int) -> tuple[dict[str, Ints], int]:
+    """Split sorted codes (items, depths); return the nodes' columns and how many are missing."""
+    count = len(codes)
+    # Node of each position at the depth before; -1 where it must not be split further.
+    node_of = np.zeros(count, dtype=np.int64)
+    levels: list[tuple[Ints, ...]] = []
+    nodes, left_out = 0, 0
+    for depth in range(codes.shape[1]):
+        # Codes are sorted, so a prefix is a run: it begins where its last code or its parent
+        # changes, and it ends where the next one begins.
+        column = codes[:, depth].astype(np.int64)
+        begins = np.ones(count, dtype=bool)
+        begins[1:] = (column[1:] != column[:-1]) | (node_of[1:] != node_of[:-1])
+        first = np.flatnonzero(begins)
+        items = np.diff(np.append(first, count))
+        # Runs below a node that is missing or has a single item are no nodes.
+        has_parent = node_of[first] >= 0
+        first, items = first[has_parent], items[has_parent]
+        within_budget = _fullest(items, most_nodes - nodes)
+        left_out += len(items) - len(within_budget)
+        first, items = first[within_budget], items[within_budget]
+        parent = node_of[first] if depth else np.full(len(first), -1, dtype=np.int64)
+        # Children of one parent are contiguous, the fullest first: the order the page draws.
+        order = np.lexsort((first, -items, parent))
+        first, items, parent = first[order], items[order], parent[order]
+        levels.append((parent, np.full(len(first), depth + 1), column[first], first, items))
+        # Only nodes with several items are split at the next depth.
+        node_of = np.full(count, -1, dtype=np.int64)
+        for node in np.flatnonzero(items > 1):
+            node_of[first[node] : first[node] + items[node]] = nodes + node
+        nodes += len(first)
+    names = ("parent", "depth", "code", "first", "items")
+    columns = map(np.concatenate, zip(*levels, strict=True))
+    return dict(zip(names, columns, strict=True)), left_out
+
+
+def _fullest(items: Ints, budget: int) -> Ints:
+    """Return the positions of the ``budget`` largest, the earlier first among equals."""
+    if len(items) <= budget:
+        return np.arange(len(items))
+    return np.sort(np.argsort(-items, kind="stable")[: max(budget, 0)])

@@ -1,28 +1,60 @@
-"""One pass over the catalogue: codes, errors per item and per level, and figures made of them."""
+"""Measuring a catalogue: one pass for codes and errors, flips under noise, spectra of spaces."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from semid.codes import code_dtype
+from semid.data.embeddings import open_embeddings
 from semid.data.ids import held_out_mask
 from semid.data.source import EmbeddingSource
+from semid.diagnostics.flips import (
+    FlipPoint,
+    MarginPoint,
+    flip_rates,
+    input_margin_proxy,
+    margin_proxy,
+)
+from semid.diagnostics.overlap import LevelOverlap
+from semid.diagnostics.pairs import rank_agreement
+from semid.diagnostics.spaces import geometry
 from semid.errors import EmbeddingError
 from semid.health import LevelUsage, bucket_keys, row_hashes
 from semid.progress import Progress
-from semid.report.results import Curve, LevelErrors, ReconstructionErrors
+from semid.quantization.nearest import index_codebook, nearest
+from semid.quantization.residual import encode_residual
+from semid.report.results import (
+    Agreement,
+    Curve,
+    Flips,
+    LevelErrors,
+    NoiseResponse,
+    ReconstructionErrors,
+    SpaceGeometry,
+    Spaces,
+)
+from semid.seeds import numpy_generator
 from semid.tokenizers.base import Tokenizer
 from semid.tokenizers.context import mean_row
 from semid.tokenizers.fit_report import HealthCounter
 from semid.tokenizers.stored import HELD_OUT_SALT
 
+FLIP_SCALES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+"""Noise of the flip sweep, as multiples of the standard deviation of the space it is put on."""
+
+MAX_RANKS = 256
+"""Points of a curve of shares by rank."""
+
 Floats = npt.NDArray[np.float64]
 Array = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
+Codes = npt.NDArray[np.int64]
 
 
 class Moments:
@@ -107,13 +139,11 @@ def measure_catalogue(
     source: EmbeddingSource,
     progress: Progress,
     *,
-    held_out: npt.NDArray[np.bool_] | None = None,
+    held_out: Mask | None = None,
 ) -> CataloguePass:
     """Read every row for the mean, then encode and decode every row once.
 
     Memory: ``20 + 6 levels`` bytes per item, and a few blocks of 65,536 rows.
-
-    Shapes: ``source`` (items, dim), ``held_out`` (items,).
     """
     items = len(source)
     if items == 0:
@@ -195,19 +225,23 @@ def _remaining_errors(
     return errors
 
 
-def rank_frequency(usage: LevelUsage, *, points: int = 256) -> Curve:
-    """Return the shares of the codes, the most used first, thinned out to about ``points`` ranks.
+def rank_frequency(usage: LevelUsage) -> Curve:
+    """Return the shares of the codes, the most used first, at about `MAX_RANKS` ranks.
 
-    Ranks start at 1. Both ends are in the curve, and every rank of a curve with fewer.
+    Both ends are in the curve, and every rank of a curve with fewer.
     """
     # Half of the points are even in rank and half in its logarithm: head and tail both show.
     shares = np.sort(usage.probabilities)[::-1]
-    ranks = np.arange(1, len(shares) + 1)
-    if len(ranks) > points:
-        even = np.linspace(1, len(shares), points)
-        head = np.geomspace(1, len(shares), points // 2)
-        ranks = np.unique(np.concatenate([even, head]).round().astype(np.int64))
-    return Curve(tuple(ranks.tolist()), tuple(shares[ranks - 1].tolist()))
+    even = np.linspace(1, len(shares), MAX_RANKS)
+    return _thinned(shares, np.append(even, np.geomspace(1, len(shares), MAX_RANKS // 2)))
+
+
+def _thinned(shares: Floats, ranks: Floats) -> Curve:
+    """Return shares, largest first, at some ranks counted from 1, or at all if these are few."""
+    positions = np.arange(1, len(shares) + 1)
+    if len(positions) > MAX_RANKS:
+        positions = np.unique(ranks.round().astype(np.int64))
+    return Curve(tuple(positions.tolist()), tuple(shares[positions - 1].tolist()))
 
 
 def held_out_rows(tok: Tokenizer, source: EmbeddingSource) -> tuple[Mask | None, str]:
@@ -262,3 +296,134 @@ def reconstruction_errors(
         variance=float(measured.health.inputs.variances.sum()),
         latent_variance=measured.latent.variance,
     )
+
+
+# Noise and spectra ----------------------------------------------------------------------------
+
+
+def _encode(tok: Tokenizer, rows: Array) -> Codes:
+    return np.concatenate([block.codes for block in tok.encode_blocks(open_embeddings(rows))])
+
+
+def _latent_encoder(tok: Tokenizer, threads: int | None) -> Callable[[Array], Codes]:
+    """Return a function that quantizes latent vectors with this tokenizer's codebooks."""
+    codebooks = [index_codebook(torch.from_numpy(codebook)) for codebook in tok.codebooks]
+
+    def encode(latents: Array) -> Codes:
+        if tok.hierarchical:
+            beam_width = tok.beam_width
+            return encode_residual(latents, codebooks, beam_width=beam_width, threads=threads).codes
+        rows = torch.from_numpy(latents)
+        labels = [nearest(rows, each, threads=threads).labels.numpy() for each in codebooks]
+        return np.stack(labels, axis=1)
+
+    return encode
+
+
+def measure_flips(
+    tok: Tokenizer,
+    rows: Array,
+    overlaps: tuple[LevelOverlap, ...],
+    *,
+    input_std: float,
+    latent_std: float,
+    seed: int,
+    threads: int | None,
+) -> tuple[Flips, list[str]]:
+    """Measure flips of rows (n, dim) under noise on input and latent, with margins; and notes.
+
+    Cost: ``2 (1 + scales)`` encodings of the rows, and two searches for near codewords.
+    """
+    options: dict[str, Any] = {
+        "hierarchical": tok.hierarchical,
+        "scales": FLIP_SCALES,
+        "threads": threads,
+    }
+    notes = []
+    latents = tok.latent(rows)
+    latent_is_input = latents.shape == rows.shape and np.array_equal(latents, rows)
+    on_input = NoiseResponse(
+        flip_rates(
+            rows,
+            lambda block: _encode(tok, block),
+            space="input",
+            scales=FLIP_SCALES,
+            unit=input_std,
+            seed=seed,
+        ),
+        # Where the latent is the input, noise on it is noise on the latent: isotropic.
+        replace(margin_proxy(rows, tok.codebooks, unit=input_std, **options), space="input")
+        if latent_is_input
+        else input_margin_proxy(
+            rows, tok.latent, tok.codebooks, unit=input_std, seed=seed, **options
+        ),
+    )
+    on_latent = None
+    # Noise on the latent means something only if the codebooks alone quantize it: try without.
+    encode = _latent_encoder(tok, threads)
+    if latent_is_input:
+        notes.append("The latent of this tokenizer is its input, so noise on either is the same")
+    elif np.array_equal(encode(latents), _encode(tok, rows)):
+        on_latent = NoiseResponse(
+            flip_rates(
+                latents, encode, space="latent", scales=FLIP_SCALES, unit=latent_std, seed=seed
+            ),
+            margin_proxy(latents, tok.codebooks, unit=latent_std, **options),
+        )
+    else:
+        notes.append(
+            "Flips under noise on the latent are left out: this tokenizer does not quantize its "
+            "latent with its codebooks alone"
+        )
+    agreement = agreement_with_proxies(
+        [
+            (flip, margin, overlaps)
+            for response in [on_latent or on_input]
+            for flip, margin in zip(response.flips.points, response.margins.points, strict=True)
+        ]
+    )
+    return Flips(len(rows), latent_is_input, on_input, on_latent, agreement), notes
+
+
+def agreement_with_proxies(
+    points: Iterable[tuple[FlipPoint, MarginPoint, Sequence[LevelOverlap]]],
+) -> Agreement:
+    """Return the rank correlation of flips with R, geometry and margins, over all levels."""
+    flips: list[float] = []
+    proxies: dict[str, list[float]] = {"overlap": [], "geometry": [], "margins": []}
+    for flip, margin, overlaps in points:
+        for level in overlaps:
+            point = level.at(flip.scale)
+            flips.append(flip.code[level.level].value)
+            proxies["overlap"].append(point.rate)
+            proxies["geometry"].append(point.geometry)
+            proxies["margins"].append(margin.code[level.level])
+    agreement = {name: value["all"] for name, value in rank_agreement(flips, proxies).items()}
+    return Agreement(**agreement)
+
+
+def flipped_items(
+    tok: Tokenizer, rows: Array, codes: npt.NDArray[Any], *, std: float, scale: float, seed: int
+) -> Mask:
+    """Return for each row (n, dim) whether its id changes under one draw of input noise."""
+    draws = numpy_generator(seed, "report", "flips").standard_normal(rows.shape, np.float32)
+    noisy = rows + np.float32(scale * std) * draws
+    flipped: Mask = (_encode(tok, noisy) != codes).any(axis=1)
+    return flipped
+
+
+def measure_geometry(spaces: dict[str, Array], *, items: int, seed: int) -> Spaces | None:
+    """Measure the spectra of spaces (n, width); None where one has no spread."""
+    measured: list[tuple[Array, SpaceGeometry]] = []
+    for name, rows in spaces.items():
+        if len(rows) < 2 or not (rows != rows[0]).any():
+            return None
+        # A latent that is the input is measured once.
+        equal = next((space for other, space in measured if np.array_equal(other, rows)), None)
+        if equal is None:
+            space = geometry(rows, name=name, sample=None, seed=seed)
+            shares = space.eigenvalues / space.eigenvalues.sum()
+            spectrum = _thinned(shares, np.geomspace(1, len(shares), MAX_RANKS))
+            equal = SpaceGeometry(**vars(space), spectrum=spectrum)
+        measured.append((rows, replace(equal, name=name)))
+    return Spaces(measured[0][1].rows, items, tuple(space for _, space in measured))
