@@ -10,6 +10,7 @@ import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
+from operator import attrgetter
 from typing import Any, Generic, TypeVar
 
 from semid.diagnostics.pairs import Estimate, Proportion
@@ -54,6 +55,10 @@ def number(value: float | None) -> str:
         return f"{value:.1e}"
     digits = max(0, 2 - math.floor(math.log10(size)))
     return f"{value:.{min(digits, 4)}f}"
+
+
+WRITERS = {"share": share, "number": number, "count": count}
+"""Kind of a value -> how it is written."""
 
 
 def spoken(value: Any) -> str:
@@ -285,6 +290,13 @@ def declared(
     y: Callable[[Entry], Iterable[Any]] | None = None,
     estimates: Callable[[Entry], Sequence[Estimated | None]] | None = None,
 ) -> Plot[Entry]:
-    """Return the figure that `declarations.toml` describes under a key, with its data."""
-    texts = DECLARATIONS["figures"][key]
+    """Return the figure that `declarations.toml` describes under a key, with its data.
+
+    Columns that show an attribute of the entry as it is are declared there too.
+    """
+    texts = dict(DECLARATIONS["figures"][key])
+    columns += tuple(
+        Column(c["head"], attrgetter(c["read"]), WRITERS[c["write"]])
+        for c in texts.pop("columns", ())
+    )
     return Plot(**texts, columns=columns, x=x, y=y, estimates=estimates)

@@ -10,6 +10,7 @@ from semid.diagnostics.overlap import REPORT_SCALE, LevelOverlap
 from semid.diagnostics.pairs import Proportion
 from semid.report.figure import (
     REFERENCE,
+    WRITERS,
     Column,
     Figure,
     Plot,
@@ -65,13 +66,6 @@ def report_figures(d: Diagnosis) -> list[Figure]:
 
 USAGE: Plot[RankedUsage] = declared(
     "usage",
-    columns=(
-        Column("Codes", lambda u: u.codebook_size, count),
-        Column("Perplexity", lambda u: u.perplexity, number),
-        Column("Dead", lambda u: u.dead, count),
-        Column("Gini", lambda u: u.gini, number),
-        Column("Largest code", lambda u: u.largest_share, share),
-    ),
     x=lambda u: u.rank_frequency.rank,
     y=lambda u: [value or None for value in u.rank_frequency.share],
 )
@@ -212,11 +206,7 @@ FLIPS: Plot[NoiseResponse] = declared(
     x=lambda response: [point.scale for point in response.flips.points],
     y=lambda response: [point.prefix[-1].value for point in response.flips.points],
 )
-COMPARED_FLIPS: Plot[NoiseResponse] = declared(
-    "compared-flips",
-    x=FLIPS.x,
-    y=FLIPS.y,
-)
+COMPARED_FLIPS: Plot[NoiseResponse] = declared("compared-flips", x=FLIPS.x, y=FLIPS.y)
 
 
 def _noise_axis(response: NoiseResponse) -> dict[str, Any]:
@@ -266,26 +256,12 @@ def _flips(d: Diagnosis) -> Figure:
     )
 
 
-SPACE_COLUMNS: tuple[Column[SpaceGeometry], ...] = (
-    Column("Width", lambda s: s.dim, count),
-    Column("Participation ratio", lambda s: s.participation_ratio, number),
-    Column("Effective rank", lambda s: s.effective_rank, number),
-    Column("Top share", lambda s: s.top_share, share),
-    Column("Mean absolute cosine", lambda s: s.mean_abs_cosine, number),
-    Column("Centered", lambda s: s.mean_abs_cosine_centered, number),
-)
 SPECTRA: Plot[SpaceGeometry] = declared(
     "spectra",
-    columns=SPACE_COLUMNS,
     x=lambda s: s.spectrum.rank,
     y=lambda s: [value if value > 1e-9 else None for value in s.spectrum.share],
 )
-COMPARED_SPECTRA: Plot[SpaceGeometry] = declared(
-    "compared-spectra",
-    columns=SPACE_COLUMNS[1:4],
-    x=SPECTRA.x,
-    y=SPECTRA.y,
-)
+COMPARED_SPECTRA: Plot[SpaceGeometry] = declared("compared-spectra", x=SPECTRA.x, y=SPECTRA.y)
 
 
 def _spectra(d: Diagnosis) -> Figure:
@@ -302,9 +278,6 @@ def _spectra(d: Diagnosis) -> Figure:
 
 
 # Comparisons ---------------------------------------------------------------------------------
-
-WRITERS = {"share": share, "number": number, "count": count}
-"""Kind of a metric -> how its values are written."""
 
 SENSES = {"lower": "lower is better", "higher": "higher is better", "neither": "not ranked"}
 

@@ -48,17 +48,7 @@ READINGS = {
     "weighted_equality": "equal codes, weighted by level",
 }
 MATCHES: Plot[MatchRate] = declared("matches")
-POPULARITY: Plot[PopularitySegment] = declared(
-    "popularity",
-    columns=(
-        Column("Items", lambda s: s.items, count),
-        Column("Interactions", lambda s: s.interaction_share, share),
-        Column("Collision rate", lambda s: s.collision_rate, share),
-        Column("Colliding items", lambda s: s.colliding_item_rate, share),
-        Column("Share an id with the head", lambda s: s.shared_with_head, share),
-        Column("Capacity", lambda s: s.capacity_share, share),
-    ),
-)
+POPULARITY: Plot[PopularitySegment] = declared("popularity")
 
 
 def _hit_rate(k: int) -> Column[HitRates]:
@@ -80,10 +70,7 @@ def pair_figures(measured: PairResults, prefix: str, section: str, suffix: str) 
     ways = {way.name: way for way in embeddings} | {"whole id": depths[-1], chance.name: chance}
     colors: dict[str, int | str] = dict(zip(ways, (1, 2, 4, 5, 6), strict=False))
     colors[chance.name] = "muted"
-    hits = replace(
-        HITS,
-        columns=tuple(_hit_rate(k) for k in ks),
-    ).figure(
+    hits = replace(HITS, columns=tuple(_hit_rate(k) for k in ks)).figure(
         {way.name: way for way in (*measured.retrieval.hit_rates, *depths)},
         traces=[HITS.series(name, way, colors[name]) for name, way in ways.items()],
         candidates=count(pairs.pool - 1),

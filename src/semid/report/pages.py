@@ -13,8 +13,8 @@ from markupsafe import Markup
 from semid.health import Finding, Verdict
 from semid.markdown import escaped
 from semid.report.compare import VERDICTS, VIEWS
-from semid.report.figure import DECLARATIONS, Figure, count, number, share, spoken
-from semid.report.figures import SENSES, WRITERS, comparison_figures, level_name, report_figures
+from semid.report.figure import DECLARATIONS, WRITERS, Figure, count, number, share, spoken
+from semid.report.figures import SENSES, comparison_figures, level_name, report_figures
 from semid.report.results import Comparison, Diagnosis
 
 SECTIONS = tuple(
@@ -49,7 +49,7 @@ def render(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"count": count, "number": number, "share": share, "spoken": spoken}
+    environment.filters |= {**WRITERS, "spoken": spoken}
 
     def inline(name: str) -> Markup:
         source, _, _ = environment.loader.get_source(environment, name)  # type: ignore[union-attr]
