@@ -226,7 +226,7 @@ class DiscreteRetrieval(Result):
     Attributes:
         hierarchical: whether by prefix (True) or by number of equal codes.
         seed: of the order of ties.
-        pairs: counts of the pairs and of those left out.
+        pairs: counts of the pairs.
         depths: hit rates with the first 1, 2, ... levels; the last is the whole id.
         expected: the same averaged over all orders of ties: no seed enters.
     """

@@ -25,13 +25,10 @@ Array = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Pool:
-    """The items among which to search, in every form that is compared.
+    """The items among which to search: codes (items, levels) and embeddings by name.
 
-    Attributes:
-        codes: ``(items, levels)``.
-        codebooks: one ``(codes, latent)`` array per level.
-        embeddings: name -> ``(items, width)``; ``original`` first, then reconstructions.
-        hierarchical: whether prefixes mean relatedness.
+    The first of ``embeddings`` (items, width) is the original, the others are reconstructions.
+    ``hierarchical`` says whether prefixes mean relatedness.
     """
 
     codes: npt.NDArray[Any]
@@ -57,9 +54,9 @@ def choose_cutoffs(cutoffs: Sequence[int] | None, items: int) -> tuple[tuple[int
 def behavior_pairs(
     interactions: Interactions, ids: ItemIds
 ) -> tuple[ItemPairs | None, Behavior, list[str]]:
-    """Pair each item of the test users with the next one.
+    """Pair each item of the test users with the next one (None without an order).
 
-    Returns the pairs, or None without an order; the counts of the interactions; notes.
+    Also returns the counts of the interactions, and notes.
     """
     sequences = interactions.sequences(ids, require_order=False)
     test = split_users(interactions.user_ids) == TEST
@@ -136,21 +133,19 @@ def measure_pairs(
 
 
 def relations(source: Any, ids: ItemIds) -> tuple[dict[str, ItemPairs], list[str]]:
-    """Read item pairs of a second ground truth.
+    """Read item pairs of a second ground truth by kind, and notes.
 
-    Args:
-        source: Parquet or CSV path, or an Arrow, pandas or polars table, with ``item_id``,
-            ``related_item_id`` and, where pairs are of several kinds, ``relation``.
-        ids: the catalogue.
-
-    Returns:
-        Kind -> its pairs, and notes.
-
-    Raises:
-        UsageError: no such file or column.
-        InputError: a kind without one pair inside the catalogue.
+    The columns of ``source``, a file or table, are ``item_id``, ``related_item_id`` and, where
+    pairs are of several kinds, ``relation``. Raises `InputError` for a kind without one pair
+    inside the catalogue.
     """
-    table, label = _read_relations(source)
+    opened = open_table(source, what="relations", error=InteractionsError)
+    columns = ["item_id", "related_item_id"]
+    for column in columns:
+        opened.require(column, flag="the column's name in the file")
+    if "relation" in opened.names:
+        columns.append("relation")
+    table = opened.read(columns, text=columns)
     first = ids.index_of(table["item_id"].combine_chunks())
     second = ids.index_of(table["related_item_id"].combine_chunks())
     kinds: npt.NDArray[Any] = np.full(len(table), "related", dtype=object)
@@ -161,21 +156,11 @@ def relations(source: Any, ids: ItemIds) -> tuple[dict[str, ItemPairs], list[str
     notes = []
     if unknown:
         notes.append(
-            f"{unknown:,} of {len(table):,} pairs of {label} name an item outside the catalogue "
-            "and are left out"
+            f"{unknown:,} of {len(table):,} pairs of {opened.label} name an item outside the "
+            "catalogue and are left out"
         )
     pairs = {}
     for kind in sorted({str(kind) for kind in kinds}):
         rows = kinds == kind
         pairs[kind] = item_pairs(first[rows], second[rows], pool=len(ids))
     return pairs, notes
-
-
-def _read_relations(source: Any) -> tuple[pa.Table, str]:
-    table = open_table(source, what="relations", error=InteractionsError)
-    columns = ["item_id", "related_item_id"]
-    for column in columns:
-        table.require(column, flag="the column's name in the file")
-    if "relation" in table.names:
-        columns.append("relation")
-    return table.read(columns, text=columns), table.label

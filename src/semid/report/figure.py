@@ -88,17 +88,16 @@ def interval(estimate: Estimated | None) -> str:
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure.
+    """One figure with the table of its numbers.
 
     Attributes:
         id: anchor on the page.
         section: id of the section it belongs to.
-        title: what it shows.
         caption: one sentence on what is good and what is bad.
         definition: how the quantity is defined.
         traces: plotly traces.
         layout: plotly layout beyond the page's own.
-        columns: head of the table of the same numbers.
+        columns: heads of the table.
         rows: its cells, written out.
     """
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
@@ -239,8 +238,7 @@ def _protocol_rows(diagnosis: Diagnosis) -> list[tuple[str, str]]:
     ]
 
 
-@dataclass(frozen=True)
-class ViewRow:
+class ViewRow(NamedTuple):
     """A metric in the table of its view: per model its value, written out, and its rank."""
 
     name: str
@@ -249,24 +247,12 @@ class ViewRow:
 
 
 def view_rows(c: Comparison) -> list[tuple[str, list[ViewRow]]]:
-    """Return title and rows of each view's table."""
-    views = []
-    for key, title in VIEWS.items():
-        rows = [
-            ViewRow(
-                row.name,
-                SENSES[row.better],
-                [
-                    (WRITERS[row.kind](value), rank)
-                    for value, rank in zip(row.values, row.ranks, strict=True)
-                ],
-            )
-            for row in c.metrics
-            if row.view == key
-        ]
-        if rows:
-            views.append((title, rows))
-    return views
+    """Return title and rows of the table of each view that has rows."""
+    rows: dict[str, list[ViewRow]] = {key: [] for key in VIEWS}
+    for metric in c.metrics:
+        cells = zip(map(WRITERS[metric.kind], metric.values), metric.ranks, strict=True)
+        rows[metric.view].append(ViewRow(metric.name, SENSES[metric.better], list(cells)))
+    return [(VIEWS[key], in_view) for key, in_view in rows.items() if in_view]
 
 
 Diagnosis.writers |= {".html": report_page, ".md": report_markdown}

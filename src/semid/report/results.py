@@ -24,13 +24,10 @@ from semid.results import Result
 
 
 class Document(Result):
-    """A result that can be written as a file.
+    """A result that can be written as a file."""
 
-    Attributes:
-        writers: suffix -> function from the result to text. `semid.report.pages` registers pages
-            here, so that the data know nothing of them.
-    """
-
+    # Suffix -> function from the result to text. `semid.report.pages` registers pages here, so
+    # that the data know nothing of them.
     writers: ClassVar[dict[str, Callable[[Any], str]]]
 
     def to_json(self) -> str:
@@ -46,10 +43,7 @@ class Document(Result):
         return self.writers[".html"](self)
 
     def write(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-        """Write the result; the suffix decides how.
-
-        Returns the path written.
-        """
+        """Write the result in the format that the suffix names; return the path."""
         target, suffix = Path(path), Path(path).suffix.lower()
         writers = {".html": self.to_html, ".json": self.to_json, ".md": self.to_markdown}
         if suffix not in writers:
@@ -158,20 +152,15 @@ class LevelErrors(Result):
 
 @dataclass(frozen=True)
 class ReconstructionErrors(Result):
-    """Errors of the whole code in the input space, and by level in the latent space.
+    """Errors of ``decoder(codes)`` in the input space, and by level in the latent space.
 
     Attributes:
-        space: what was compared with the input: ``decoder(codes)``.
-        mse_per_element: squared error per element.
         normalized_squared_error: mean squared error between rows and reconstructions of length 1.
-        mean_cosine: mean cosine of rows and reconstructions.
         relative_error: group -> summed squared error over the summed squared distance to the mean
             of all rows; None where all rows of the group lie at the mean. Groups are ``all`` and,
             where the rows are those of the fit, ``training`` and ``held_out``.
         per_level_kind: whether ``per_level`` is about ``prefix``es or each codebook ``alone``.
-        per_level: errors of each level.
-        variance: of the input, summed over dimensions.
-        latent_variance: of the latent vectors.
+        variance: of the input, summed over dimensions, as ``latent_variance`` of the latent.
     """
 
     space: str
@@ -244,12 +233,9 @@ class PairResults(Result):
 
 @dataclass(frozen=True)
 class Behavior(Result):
-    """What the interactions show.
+    """What the interactions show: counts, popularity, and results on pairs of the test users.
 
     Attributes:
-        interactions: number of interactions.
-        users: number of users.
-        test_users: users whose pairs are measured.
         unknown_interactions: interactions with items outside the catalogue.
         order: column that orders them, or None.
         popularity: collisions and capacity by popularity; None without a known interaction.
@@ -303,7 +289,7 @@ class Diagnosis(Document):
         relations: kind -> the same measures on item pairs of a second ground truth, or None.
         buckets: the fullest buckets with example items.
         notes: what the reader must know about the data, in sentences.
-        explorer: the code tree with its items for the page; not part of `to_dict`.
+        explorer: code trees with their items for the page; not part of `to_dict`.
     """
 
     writers: ClassVar[dict[str, Callable[[Any], str]]] = {}
@@ -389,10 +375,10 @@ class Comparison(Document):
 
     def metric(self, key: str) -> MetricRow:
         """Return a metric by its key."""
-        for row in self.metrics:
-            if row.key == key:
-                return row
-        raise UsageError(f"no metric '{key}'; there are {', '.join(m.key for m in self.metrics)}")
+        rows = {row.key: row for row in self.metrics}
+        if key not in rows:
+            raise UsageError(f"no metric '{key}'; there are {', '.join(rows)}")
+        return rows[key]
 
     def front(self, x: MetricRow, y: MetricRow) -> list[int]:
         """Return the models that no other beats in both metrics, by rank of the first."""
