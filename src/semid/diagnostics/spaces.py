@@ -241,8 +241,9 @@ class ReconstructionCounter:
         self.name = name
         self._items = 0
         self._mean: npt.NDArray[np.float64] | None = None
-        self._spread = self._squared = self._normalized = self._cosine = 0.0
-        self._zero_rows = 0
+        self._spread = 0.0
+        # Squared error, normalized error, cosines, and rows of zeros.
+        self._sums = np.zeros(4)
 
     def update(self, x: Matrix, x_hat: Matrix) -> None:
         """Add rows ``(batch, dim)`` and their reconstructions.
@@ -258,15 +259,13 @@ class ReconstructionCounter:
 
     def _add(self, x: npt.NDArray[np.float32], x_hat: npt.NDArray[np.float32]) -> None:
         difference = x.astype(np.float64) - x_hat
-        self._squared += float(np.einsum("nd,nd->", difference, difference))
         a, b = unit_rows(x), unit_rows(x_hat)
         used = a.any(1) & b.any(1)
-        self._zero_rows += int((~used).sum())
         # Of near-equal unit vectors the difference keeps digits that 1 - cosine loses.
         gap = a[used].astype(np.float64) - b[used]
         gaps = np.einsum("nd,nd->n", gap, gap)
-        self._normalized += float(gaps.sum())
-        self._cosine += float((1.0 - gaps / 2.0).sum())
+        squared = np.einsum("nd,nd->", difference, difference)
+        self._sums += [squared, gaps.sum(), (1.0 - gaps / 2.0).sum(), (~used).sum()]
         mean = x.mean(0, dtype=np.float64)
         centered = x - mean
         self._pool(len(x), mean, float(np.einsum("nd,nd->", centered, centered)))
@@ -288,28 +287,25 @@ class ReconstructionCounter:
 
     def merge(self, other: ReconstructionCounter) -> None:
         """Add what another counter has added up."""
-        if other._mean is None:
-            return
-        self._pool(other._items, other._mean, other._spread)
-        self._squared += other._squared
-        self._normalized += other._normalized
-        self._cosine += other._cosine
-        self._zero_rows += other._zero_rows
+        if other._mean is not None:
+            self._pool(other._items, other._mean, other._spread)
+            self._sums = self._sums + other._sums
 
     def result(self) -> Reconstruction:
         """Return the errors of all rows; InputError before any were added."""
         if self._mean is None:
             raise InputError("no rows were added yet; call update first")
-        used = self._items - self._zero_rows
+        squared, normalized, cosine, zero_rows = self._sums.tolist()
+        used = self._items - int(zero_rows)
         return Reconstruction(
             name=self.name,
             items=self._items,
             dim=len(self._mean),
-            mse=self._squared / (self._items * len(self._mean)),
-            normalized_error=self._normalized / used if used else None,
-            relative_error=self._squared / self._spread if self._spread > 0 else None,
-            cosine=self._cosine / used if used else None,
-            zero_rows=self._zero_rows,
+            mse=squared / (self._items * len(self._mean)),
+            normalized_error=normalized / used if used else None,
+            relative_error=squared / self._spread if self._spread > 0 else None,
+            cosine=cosine / used if used else None,
+            zero_rows=int(zero_rows),
         )
 
 

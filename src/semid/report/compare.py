@@ -250,6 +250,7 @@ def _findings(
         best = [name for name, rank in zip(diagnoses, row.ranks, strict=True) if rank == 1]
         verb = "lead" if len(best) > 1 else "leads"
         findings.append(f"{_listed(best)} {verb} in {VIEWS[row.view].lower()} ({row.name})")
+    # Dominance counts the lead metric of each view alone, so no view outweighs another.
     beaten = {name: by for name, by in dominated.items() if by}
     findings += [
         f"{name} is dominated: {_listed(by)} {'are' if len(by) > 1 else 'is'} at least as "
@@ -285,6 +286,7 @@ def _notes(diagnoses: Mapping[str, Diagnosis], all_held_out: bool) -> tuple[str,
         else "Reconstruction is compared on all items, since not every model held items out of "
         "this catalogue"
     )
+    # Models of different capacity are compared, but not silently.
     bits = {sum(float(np.log2(k)) for k in d.model.codebook_sizes) for d in diagnoses.values()}
     if len(bits) > 1:
         notes.append(

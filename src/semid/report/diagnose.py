@@ -116,6 +116,7 @@ def diagnose(
     Memory: about ``30 + 6 levels`` bytes per item and a few blocks of 65,536 rows. With
     interactions or relations, which search the whole pool, also 12 bytes per item and dimension.
     """
+    # A path instead of a model is the usual mistake.
     if not isinstance(tok, Tokenizer):
         raise UsageError(
             f"tok is a {type(tok).__name__}; give a fitted tokenizer, such as semid.load('model/')"
@@ -244,6 +245,7 @@ class _Run:
             if counts.any():
                 popularity = popularity_health(self.measured.codes, counts)
                 behavior = replace(behavior, popularity=popularity)
+        # Without pairs there is nothing to retrieve; the pool, which is large, is not built.
         if pairs is None and not relations:
             return behavior, None
         ks, notes = behavior_parts.choose_cutoffs(cutoffs, self.measured.items)

@@ -28,10 +28,12 @@ from semid.report.figures_pairs import pair_figures, popularity_figure
 from semid.report.results import (
     Comparison,
     Diagnosis,
+    Flips,
     MetricRow,
     NoiseResponse,
     RankedUsage,
     SpaceGeometry,
+    Spaces,
 )
 
 UNLISTED = {**REFERENCE, "showlegend": False, "hoverinfo": "skip"}
@@ -48,9 +50,9 @@ def report_figures(d: Diagnosis) -> list[Figure]:
     if d.overlap:
         figures.append(_effective_size(d))
     if d.flips is not None:
-        figures.append(_flips(d))
+        figures.append(_flips(d, d.flips))
     if d.geometry is not None:
-        figures.append(_spectra(d))
+        figures.append(_spectra(d.geometry))
     if d.behavior is not None:
         if d.behavior.measured is not None:
             figures += pair_figures(d.behavior.measured, "behavior", "behavior", "")
@@ -100,12 +102,9 @@ def _bucket_sizes(d: Diagnosis) -> dict[str, tuple[int, int, float]]:
         edges = (size, size) if size <= 4 else (low + 1, 2 * low)
         before = bins.get(edges, (0, 0))
         bins[edges] = (before[0] + buckets, before[1] + buckets * size)
+    total = d.verdict.collisions.items
     return {
-        f"{a}" if a == b else f"{a:,} to {b:,}": (
-            buckets,
-            items,
-            items / d.verdict.collisions.items,
-        )
+        f"{a}" if a == b else f"{a:,} to {b:,}": (buckets, items, items / total)
         for (a, b), (buckets, items) in sorted(bins.items())
     }
 
@@ -192,6 +191,7 @@ OVERLAP: Plot[LevelOverlap] = declared(
 
 def _effective_size(d: Diagnosis) -> Figure:
     traces = []
+    # The dotted limit is what usage alone would give: without near codewords, the line is on it.
     for level in d.overlap:
         name, color = level_name(d, level.level), palette(level.level)
         ends = [level.points[0].scale, level.points[-1].scale]
@@ -215,42 +215,41 @@ def _noise_axis(response: NoiseResponse) -> dict[str, Any]:
     return {"xaxis": axis("noise, in input standard deviations", ticks=scales)}
 
 
-def _flips(d: Diagnosis) -> Figure:
-    if d.flips is None:
-        raise ValueError("the diagnosis holds no flips")
+def _flips(d: Diagnosis, response: Flips) -> Figure:
     hierarchical = d.model.hierarchical
     names = [
         f"up to level {level + 1}" if hierarchical else level_name(d, level)
         for level in range(d.model.levels)
     ]
-    scales = [point.scale for point in d.flips.input.flips.points]
+    scales = [point.scale for point in response.input.flips.points]
 
-    def measured(response: NoiseResponse, level: int) -> list[Proportion]:
-        return [point.shares(hierarchical)[level] for point in response.flips.points]
+    def measured(noise: NoiseResponse, level: int) -> list[Proportion]:
+        return [point.shares(hierarchical)[level] for point in noise.flips.points]
 
-    def proxy(response: NoiseResponse, level: int) -> list[float]:
-        return [point.shares(hierarchical)[level] for point in response.margins.points]
+    def proxy(noise: NoiseResponse, level: int) -> list[float]:
+        return [point.shares(hierarchical)[level] for point in noise.margins.points]
 
     traces = []
     for level, name in enumerate(names):
-        color, flips = palette(level), measured(d.flips.input, level)
+        # The measured line has its intervals; the closed form is a dotted line beside it.
+        color, flips = palette(level), measured(response.input, level)
         values = [flip.value for flip in flips]
         style: dict[str, Any] = {"mode": FLIPS.mark, "hovertemplate": FLIPS.hover}
         intervals = error_bars(flips, color=color)
         traces.append(line(name, scales, values, color, **style, **intervals))
-        margins = proxy(d.flips.input, level)
+        margins = proxy(response.input, level)
         traces.append(line(f"margin proxy, {name}", scales, margins, color, **UNLISTED))
     # Of the whole id every figure, of the levels before it the measured ones.
     columns: dict[str, list[float]] = {}
-    for space, response in (("input", d.flips.input), ("latent", d.flips.latent)):
-        if response is not None:
-            columns[f"{names[-1]}, {space}"] = [flip.value for flip in measured(response, -1)]
-            columns[f"{names[-1]}, {space} (proxy)"] = proxy(response, -1)
+    for space, noise in (("input", response.input), ("latent", response.latent)):
+        if noise is not None:
+            columns[f"{names[-1]}, {space}"] = [flip.value for flip in measured(noise, -1)]
+            columns[f"{names[-1]}, {space} (proxy)"] = proxy(noise, -1)
     for level, name in enumerate(names[:-1]):
-        columns[f"{name}, input"] = [flip.value for flip in measured(d.flips.input, level)]
+        columns[f"{name}, input"] = [flip.value for flip in measured(response.input, level)]
     rows = zip(scales, *columns.values(), strict=True)
     return replace(
-        FLIPS.figure({}, traces=traces, layout=_noise_axis(d.flips.input)),
+        FLIPS.figure({}, traces=traces, layout=_noise_axis(response.input)),
         columns=["Noise", *columns],
         rows=[[f"{scale:g}", *map(share, values)] for scale, *values in rows],
     )
@@ -264,17 +263,15 @@ SPECTRA: Plot[SpaceGeometry] = declared(
 COMPARED_SPECTRA: Plot[SpaceGeometry] = declared("compared-spectra", x=SPECTRA.x, y=SPECTRA.y)
 
 
-def _spectra(d: Diagnosis) -> Figure:
-    if d.geometry is None:
-        raise ValueError("the diagnosis holds no geometry")
-    spaces = {space.name: space for space in d.geometry.spaces}
+def _spectra(geometry: Spaces) -> Figure:
+    spaces = {space.name: space for space in geometry.spaces}
+    # Dashes tell the spaces apart where their curves lie on each other.
     traces = [
         SPECTRA.series(name, space, place + 1, dash=("solid", "dash", "solid")[place % 3])
         for place, (name, space) in enumerate(spaces.items())
     ]
-    return SPECTRA.figure(
-        spaces, traces=traces, rows=count(d.geometry.rows), items=count(d.geometry.items)
-    )
+    rows, items = count(geometry.rows), count(geometry.items)
+    return SPECTRA.figure(spaces, traces=traces, rows=rows, items=items)
 
 
 # Comparisons ---------------------------------------------------------------------------------
@@ -298,6 +295,7 @@ def comparison_figures(c: Comparison) -> list[Figure]:
     ]
     figures = [_pareto(c, c.metric(a), c.metric(b)) for a, b in trades if {a, b} <= keys]
     responses = {name: d.flips.input for name, d in c.diagnoses.items() if d.flips is not None}
+    # A figure of all models is drawn where it was measured for each of them.
     if len(responses) == len(c.names):
         first = responses[c.names[0]]
         columns: tuple[Column[NoiseResponse], ...] = tuple(
@@ -308,6 +306,7 @@ def comparison_figures(c: Comparison) -> list[Figure]:
     spaces = {name: d.geometry.spaces for name, d in c.diagnoses.items() if d.geometry is not None}
     if len(spaces) == len(c.names):
         source = spaces[c.names[0]][0]
+        # All models read the same input, so its spectrum is shown once, as the reference.
         traces = [COMPARED_SPECTRA.series("input", source, "muted", dash="dot")]
         rows = [COMPARED_SPECTRA.row("input", source)]
         for place, (name, (*_, decoded)) in enumerate(spaces.items()):
@@ -339,6 +338,7 @@ def _pareto(c: Comparison, x: MetricRow, y: MetricRow) -> Figure:
     traces = [line("nobody better in both", xs, ys, "muted", **REFERENCE, hoverinfo="skip")]
     for place, name in enumerate(c.names):
         color = f"@{palette(place)}"
+        # A filled marker is on the front: no other model is better in both metrics.
         marker = {
             "color": color,
             "size": 13,

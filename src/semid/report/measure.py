@@ -161,6 +161,7 @@ def measure_catalogue(
     # One pass: everything that needs a row, its codes or its reconstruction is added up here.
     for block in tok.encode_blocks(source):
         span = slice(block.start, block.start + len(block.x))
+        # The codes are decoded at once, while the block is in memory.
         decoded = tok.decode(block.codes)
         latent = tok.latent(block.x)
         codes[span] = block.codes
@@ -180,6 +181,7 @@ def measure_catalogue(
         moments[0].add_(latent)
         if held_out is not None:
             moments[1].add_(latent[held_out[span]])
+        # The squared distance of two unit vectors is 2 - 2 cos.
         cosines = _cosines(block.x, decoded)
         cosine += float(cosines.sum())
         normalized += float((2.0 - 2.0 * cosines).sum())
@@ -310,6 +312,7 @@ def _latent_encoder(tok: Tokenizer, threads: int | None) -> Callable[[Array], Co
     codebooks = [index_codebook(torch.from_numpy(codebook)) for codebook in tok.codebooks]
 
     def encode(latents: Array) -> Codes:
+        # Residual levels are searched together, parallel codebooks one by one.
         if tok.hierarchical:
             beam_width = tok.beam_width
             return encode_residual(latents, codebooks, beam_width=beam_width, threads=threads).codes
@@ -375,6 +378,7 @@ def measure_flips(
             "Flips under noise on the latent are left out: this tokenizer does not quantize its "
             "latent with its codebooks alone"
         )
+    # One rank correlation over all scales and levels, of the noise nearest to the codebooks.
     agreement = agreement_with_proxies(
         [
             (flip, margin, overlaps)
