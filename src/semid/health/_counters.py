@@ -420,7 +420,8 @@ class EnergyCounter:
         # Only sums by half octave are stored, so the split is exact at the edge of a bin.
         few = sizes >= median + math.ceil(2.0 * math.log2(ENERGY_TIMES_MEDIAN))
         far, near = bins[few].sum(axis=0), bins[~few].sum(axis=0)
-        rows, squared, spread, shift = near[0], float(near[1]), float(near[2]), near[3:]
+        rows, squared, spread = near[:3].tolist()
+        shift = near[3:]
         # About the mean of the rest: the sum of squares less the square of the shifted mean.
         rest_spread = spread - float(shift @ shift) / max(rows, 1)
         return Concentration(
