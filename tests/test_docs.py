@@ -7,8 +7,10 @@ import shlex
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 
 from semid.cli import main
+from semid.cli.app import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -28,7 +30,7 @@ def commands(text: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_snippets_run(page: Path, tmp_path, monkeypatch):
-    """Blocks marked `no-run` are shown only (installation, other people's files)."""
+    """Blocks marked `{ .no-run }` are only shown (installation, other people's files)."""
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     ran = 0
@@ -45,6 +47,36 @@ def test_snippets_run(page: Path, tmp_path, monkeypatch):
                 assert caught.value.code in (0, None), f"{page.name}: semid {arguments}"
                 ran += 1
     assert ran, f"{page.name} shows nothing that runs"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_have_the_options_that_pages_show(page: Path):
+    """Blocks that do not run name no option that has gone; the site can render their fences."""
+    known = get_command(app)
+    for language, marks, body in FENCE.findall(page.read_text(encoding="utf8")):
+        assert re.fullmatch(r"( \{.*\})?", marks), f"{page.name}: {language}{marks}"
+        for name, *arguments in commands(body) if language in ("bash", "console") else ():
+            if name in known.commands:
+                options = {
+                    o for p in known.commands[name].params for o in p.opts + p.secondary_opts
+                }
+                flags = {a.partition("=")[0] for a in arguments if a.startswith("-")}
+                missing = flags - options - {"--help", "--debug"}
+                assert not missing, f"{page.name}: semid {name} has no {missing}"
+            else:
+                assert name.startswith("-"), f"{page.name}: no command {name}"
+
+
+def test_api_pages_have_every_public_name_once():
+    pages = sorted((ROOT / "docs" / "api").glob("*.md"))
+    entries = [
+        entry
+        for page in pages
+        for entry in re.findall(r"^::: (\S+)", page.read_text(encoding="utf8"), re.MULTILINE)
+    ]
+    public = re.findall(r" as (\w+)$", (ROOT / "src/semid/__init__.pyi").read_text(), re.MULTILINE)
+    assert {f"semid.{name}" for name in public} <= set(entries)
+    assert len(entries) == len(set(entries))
 
 
 def test_links_lead_somewhere():
