@@ -180,7 +180,7 @@ def test_debug_shows_the_traceback(tmp_path):
 
 STOPPED = """
 import sys
-import semid.tokenizers.levels as module
+import semid.tokenizers.codebooks as module
 
 save = module.LevelRun._save
 count = 0

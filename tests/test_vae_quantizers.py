@@ -8,9 +8,9 @@ import torch
 
 from semid.errors import UsageError
 from semid.seeds import torch_generator
-from semid.tokenizers.neural.autoencoder import Autoencoder
+from semid.tokenizers.neural.autoencoder import Autoencoder, ExactDecoder, ExactEncoder
 from semid.tokenizers.neural.quantizers import (
-    ENGINE_FROM,
+    MIN_ENGINE_SIZE,
     RULES,
     Codebook,
     ParallelQuantizer,
@@ -206,7 +206,7 @@ def test_exact_layers_equal_torch_and_ignore_the_rows_beside():
     with torch.no_grad():
         z = model.encode(model.standard(torch.from_numpy(x)))
         back = model.decode(z) * model.scale + model.mean
-    encode, decode = model.exact_encoder(), model.exact_decoder()
+    encode, decode = ExactEncoder(model), ExactDecoder(model)
     together = encode(x, threads=2)
     np.testing.assert_allclose(together, z.numpy(), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(decode(z.numpy()), back.numpy(), rtol=1e-4, atol=1e-5)
@@ -223,7 +223,7 @@ def test_a_codebook_on_another_device_starts_from_centroids_on_the_cpu(kind: str
     assert {t.device.type for t in book.state_dict().values()} == {"meta"}
 
 
-@pytest.mark.parametrize("codes", [64, ENGINE_FROM // 128])
+@pytest.mark.parametrize("codes", [64, MIN_ENGINE_SIZE // 128])
 def test_labels_are_the_nearest_codewords_also_under_autocast(codes):
     z, words = drawn(200, 128, seed=1), drawn(codes, 128, seed=2)
     apart = torch.cdist(z.double(), words.double(), compute_mode="donot_use_mm_for_euclid_dist")

@@ -27,6 +27,7 @@ inherits fields and declares one again to change its default. State that `fit` s
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import numbers
 import reprlib
 import sys
@@ -196,6 +197,25 @@ class CheckedArguments:
         UsageError: naming the class, the argument and what is allowed.
     """
 
+    def __init_subclass__(cls) -> None:
+        """Add the arguments and their help texts to the docstring, unless it lists them itself."""
+        super().__init_subclass__()
+        text = inspect.cleandoc(vars(cls).get("__doc__") or "")
+        if text and "Args:\n" not in text and "Attributes:\n" not in text:
+            # `dataclass` runs after this method: fields of the class are still among its values.
+            fields: dict[str, Any] = {}
+            for kind in (*reversed(cls.__mro__[1:]), cls):
+                fields |= getattr(kind, "__dataclass_fields__", {})
+                fields |= {n: f for n, f in vars(kind).items() if isinstance(f, dataclasses.Field)}
+            lines = [
+                f"    {name}: {field.metadata['option'].help}{_default_text(field)}"
+                for name, field in fields.items()
+                if field.init and "option" in field.metadata
+            ]
+            # Sections that follow the arguments stay behind them.
+            head, raises, tail = text.partition("\n\nRaises:\n")
+            cls.__doc__ = "\n".join([head, "", "Args:", *lines]) + raises + tail
+
     def __new__(cls, *positional: Any, **arguments: Any) -> Self:
         """Check the arguments before ``__init__`` sees them."""
         # Copying and unpickling make an object without arguments, which passes.
@@ -222,6 +242,11 @@ class CheckedArguments:
         problems += self._problems()
         if problems:
             raise UsageError("; ".join(problems))
+
+
+def _default_text(field: dataclasses.Field[Any]) -> str:
+    """Return the default in brackets, as a docstring shows it."""
+    return "" if field.default is dataclasses.MISSING else f" (default: {field.default!r})"
 
 
 @dataclass(frozen=True, kw_only=True)

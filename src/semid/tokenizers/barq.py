@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import nn
 
 from semid.data.blocks import Moments
-from semid.data.ids import ItemIds
 from semid.errors import UsageError
 from semid.options import MAX_BEAM, MAX_WEIGHT, option
-from semid.quantization.blocks import Blocks, PreprocessedBlocks, in_memory
+from semid.quantization.balance import add_penalties, balance_penalties, pad_columns
+from semid.quantization.blocks import Blocks, PreprocessedBlocks, ResidualBlocks, in_memory
 from semid.quantization.kmeans import KMeansOptions
-from semid.quantization.least_squares import Tables, fit_tables
-from semid.quantization.refine import ColumnGroup, RefineOptions
+from semid.quantization.least_squares import fit_tables
+from semid.quantization.nearest import IndexedCodebook, index_codebook
+from semid.quantization.refine import ColumnGroup, RefineOptions, refine_residual
 from semid.quantization.residual import dequantize, encode_residual
-from semid.tokenizers.barq_fit import Blend, BlendFit, BlendGraph, Content
-from semid.tokenizers.behavior import Behavior
+from semid.seeds import child_seed
+from semid.tokenizers.barq_space import Blend, BlendGraph, Content
+from semid.tokenizers.base import Weights
+from semid.tokenizers.codebooks import fit_levels
 from semid.tokenizers.context import FitContext
 from semid.tokenizers.neural.autoencoder import EncoderGraph, Prepare
 from semid.tokenizers.neural.continuous import ContinuousTokenizer, Objective
-from semid.tokenizers.neural.tokenizer import LatentBlocks, PreparedRows
+from semid.tokenizers.neural.tokenizer import MappedBlocks, PreparedRows
 from semid.tokenizers.stored import check_shapes
 from semid.training.checkpoint import StateStore
 
@@ -98,12 +103,13 @@ class BARQ(ContinuousTokenizer):
         None, help="How K-means runs at each level."
     )
 
+    _suggested_weight = 2.0
+
     def __post_init__(self) -> None:
         """Start without components and tables."""
         super().__post_init__()
-        self._content = Content(threads=self.threads)
         self._tables: dict[str, tuple[Array, ...]] = {}
-        self._blend = self._new_blend(1.0)
+        self._blend = self._new_blend(Content(threads=self.threads), 1.0)
 
     def _problems(self) -> list[str]:
         if self.behavior_levels > self.levels:
@@ -122,169 +128,191 @@ class BARQ(ContinuousTokenizer):
         """Whether behavior has a weight."""
         return self.behavior_weight > 0
 
-    def _behavior(
-        self, interactions: Any, pairs: Any, *, ids: ItemIds, train: npt.NDArray[np.bool_]
-    ) -> Behavior | None:
-        has_pairs = interactions is not None or pairs is not None
-        if has_pairs and not self.needs_behavior:
-            raise UsageError(
-                "interactions or pairs were given and behavior_weight=0, so they would not be "
-                "used; give --behavior-weight 2 (behavior_weight=), or leave them out"
-            )
-        if self.needs_behavior and not has_pairs:
-            raise UsageError(
-                "barq learns from behavior; give --interactions or --pairs (interactions=, "
-                "pairs=), or --behavior-weight 0 (behavior_weight=) to learn without them"
-            )
-        return super()._behavior(interactions, pairs, ids=ids, train=train) if has_pairs else None
-
     def _fit(self, context: FitContext) -> dict[str, Any]:
-        prepared = PreparedRows.of(context, center=self.center, normalize=self.normalize)
         details: dict[str, Any] = {"protocol": "no pairs"}
-        self._preprocess = prepared.preprocess
         # 1. The behavior encoder u, trained on pairs; frozen from here on.
-        if context.behavior is not None:
-            autoencoder, details["training"] = self._train_autoencoder(prepared, context)
+        if context.behavior is None:
+            prepared = PreparedRows.of(context, center=self.center, normalize=self.normalize)
+            self._preprocess = prepared.preprocess
+        else:
+            prepared, details["training"] = self._train_autoencoder(context)
             details["protocol"] = context.behavior.train.protocol
-            self._set_autoencoder(autoencoder)
         train = prepared.train.blocks
         held_out = None if prepared.held_out is None else prepared.held_out.blocks
         # 2. The space [P'x, s u(x)] in which codebooks are fitted.
-        self._content = self._find_content(prepared, context)
-        self._set_scale(train)
+        self._find_space(prepared, context)
+        space, groups = self._space(train), self._refined_parts(train.dim)
+        # 3. K-means level by level, then all levels together: content over all of them, behavior
+        # over the first.
+        books, details["levels"] = self._fit_levels(space, groups, context)
         refine: RefineOptions = self._resolved("refine")
-        fit = BlendFit(
-            rows=self._space(train),
-            held_out=None if held_out is None else self._space(held_out),
-            parts=self._refined_parts(train.dim),
-            penalty_columns=self._blend.penalty_columns,
-            context=context,
-            sizes=self.codebook_sizes,
-            seed=self.seed,
+        progress = context.progress
+        progress.start("refine", total=refine.most_rounds)
+        books, rounds = refine_residual(
+            space,
+            books,
+            judged=None if held_out is None else self._space(held_out),
+            groups=groups,
+            options=refine,
+            weights=context.weights,
+            seed=child_seed(self.seed, "refine"),
             threads=self.threads,
+            on_round=lambda done: progress.step(1, error=done.error, ridge=done.ridge),
         )
-        # 3. K-means level by level, then all levels together.
-        books, details["levels"] = fit.levels(KMeansOptions.of(self.kmeans))
-        books, rounds = fit.refined(books, refine)
         # 4. Penalties come last, since refinement makes usage uneven again.
         if self.balance_strength:
-            books = fit.balanced(books, strength=self.balance_strength, beam_width=self.beam_width)
+            books = self._balanced(space, books, content=groups[0].columns.stop)
         details["refine"] = [asdict(each) for each in rounds]
         self._set_codebooks(books)
         # 5. Tables that decode the codes as they are now.
         return details | self._fit_tables(train, held_out, weights=context.weights)
 
-    def _find_content(self, prepared: PreparedRows, context: FitContext) -> Content:
-        """Find the principal components, once for a run that is resumed."""
+    def _find_space(self, prepared: PreparedRows, context: FitContext) -> None:
+        """Find the principal components and the scale of behavior beside them."""
+        train = prepared.train.blocks
 
         def run(store: StateStore | None) -> tuple[dict[str, Array], dict[str, Any]]:
-            content = Content.of(
-                prepared.train.blocks,
-                prepared.mean,
-                share=self.content_variance,
-                threads=self.threads,
-            )
+            share, threads = self.content_variance, self.threads
+            content = Content.of(train, prepared.mean, share=share, threads=threads)
             return content.tensors(), {}
 
         arrays, _ = context.stage("components", run)
-        return Content.read(arrays, threads=self.threads)
+        content = Content(**arrays, threads=self.threads)
+        self._blend = self._new_blend(content, 1.0)
+        if self._autoencoder is not None:
+            # The directions' variance becomes `behavior_weight` times that of the content.
+            variances = [
+                Moments.of((start, part(x)) for start, x in train.blocks()).variance
+                for part in (content, self._blend.directions)
+            ]
+            ratio = variances[0] / max(variances[1], 1e-12)
+            self._blend = self._new_blend(content, float(np.sqrt(self.behavior_weight * ratio)))
+
+    def _new_blend(self, content: Content, scale: float) -> Blend:
+        encoder = None if self._autoencoder is None else self._encoder
+        return Blend(content, encoder, scale, self.levels if self.balance_strength else 0)
 
     def _refined_parts(self, dim: int) -> list[ColumnGroup]:
-        content = self._content.width(dim)
+        content = self._blend.content.width(dim)
         parts = [ColumnGroup(slice(0, content), self.levels)]
         if self._autoencoder is not None:
             end = content + self._latent_width(dim)
             parts.append(ColumnGroup(slice(content, end), self.behavior_levels))
         return parts
 
-    def _set_scale(self, train: Blocks) -> None:
-        """Let the directions' variance be ``behavior_weight`` times that of the content."""
-        self._blend = self._new_blend(1.0)
-        if self._autoencoder is None:
-            return
-        parts = (
-            (self._content, self._content.width(train.dim)),
-            (self._blend.directions, self._latent_width(train.dim)),
-        )
-        content, directions = (
-            Moments.of(LatentBlocks(train, *part).blocks()).variance for part in parts
-        )
-        ratio = content / max(directions, 1e-12)
-        self._blend = self._new_blend(float(np.sqrt(self.behavior_weight * ratio)))
-
-    def _new_blend(self, scale: float) -> Blend:
-        return Blend(
-            None if self._autoencoder is None else self._encoder,
-            content=self._content,
-            scale=scale,
-            penalty_columns=self.levels if self.balance_strength else 0,
-            threads=self.threads,
-        )
+    def _blended(self, blocks: Blocks) -> Blocks:
+        """Return the blend of preprocessed rows, computed as it is read."""
+        width = self._refined_parts(blocks.dim)[-1].columns.stop + self._blend.penalty_columns
+        return MappedBlocks(blocks, self._blend, width)
 
     def _space(self, blocks: Blocks) -> Blocks:
-        """Return the blend of rows, held in memory where it fits a gigabyte."""
-        width = self._refined_parts(blocks.dim)[-1].columns.stop + self._blend.penalty_columns
-        return in_memory(LatentBlocks(blocks, self._blend, width), limit_bytes=MEMORY_BYTES)
+        """Return the blend of preprocessed rows, held in memory where it fits a gigabyte."""
+        return in_memory(self._blended(blocks), limit_bytes=MEMORY_BYTES)
+
+    def _fit_levels(
+        self, space: Blocks, groups: Sequence[ColumnGroup], context: FitContext
+    ) -> tuple[list[Array], list[dict[str, Any]]]:
+        """K-means of the levels with behavior, then of the others on the rest of the content."""
+        first, content = groups[-1].levels, groups[0].columns.stop
+        books, records = self._fit_stage("blend", space, slice(first), self.seed, context)
+        if first < self.levels:
+            # Deeper levels quantize the content that greedy codes of the first ones leave.
+            index = [index_codebook(torch.from_numpy(book)) for book in books]
+            labels = list(np.ascontiguousarray(self._encode_rows(space, index).T))
+            residuals = _first_columns(ResidualBlocks(space, labels, books), content)
+            seed = child_seed(self.seed, "content")
+            more, fits = self._fit_stage("content", residuals, slice(first, None), seed, context)
+            books, records = books + more, records + fits
+        # Codewords of deeper levels are 0 in the columns that they lack.
+        return [pad_columns(book, space.dim - book.shape[1]) for book in books], records
+
+    def _fit_stage(
+        self, name: str, rows: Blocks, levels: slice, seed: int, context: FitContext
+    ) -> tuple[list[Array], list[dict[str, Any]]]:
+        """Fit some levels as one stage of the run."""
+
+        def run(store: StateStore | None) -> tuple[dict[str, Array], dict[str, Any]]:
+            books, fits = fit_levels(
+                rows,
+                self.codebook_sizes[levels],
+                seed=seed,
+                options=KMeansOptions.of(self.kmeans),
+                weights=context.weights,
+                threads=self.threads,
+                store=store,
+                progress=context.progress,
+            )
+            return {str(level): book for level, book in enumerate(books)}, {"fits": fits}
+
+        arrays, record = context.stage(name, run)
+        return [arrays[str(level)] for level in range(len(arrays))], record["fits"]
+
+    def _balanced(self, space: Blocks, books: Sequence[Array], *, content: int) -> list[Array]:
+        """Give codewords the penalties that even out usage, for all levels together."""
+        width = space.dim - self._blend.penalty_columns
+        books = [np.ascontiguousarray(book[:, :width]) for book in books]
+        penalties = balance_penalties(
+            _first_columns(space, width),
+            books,
+            strength=self.balance_strength,
+            columns=content,
+            beam_width=self.beam_width,
+            threads=self.threads,
+        )
+        return [
+            add_penalties(book, penalty, level=level, levels=self.levels)
+            for level, (book, penalty) in enumerate(zip(books, penalties, strict=True))
+        ]
+
+    def _encode_rows(
+        self, rows: Blocks, index: Sequence[IndexedCodebook], *, beam_width: int = 1
+    ) -> npt.NDArray[np.int64]:
+        """Return the codes of blended rows."""
+        parts = [
+            encode_residual(x, index, beam_width=beam_width, threads=self.threads).codes
+            for _, x in rows.blocks()
+        ]
+        return np.concatenate(parts or [np.empty((0, len(index)), np.int64)])
 
     def _refit_decoder(
-        self,
-        train: Blocks,
-        held_out: Blocks | None,
-        *,
-        weights: npt.NDArray[np.float64] | None,
+        self, train: Blocks, held_out: Blocks | None, *, weights: Weights | None
     ) -> dict[str, Any]:
-        return self._fit_tables(
-            PreprocessedBlocks(train, self._preprocess),
-            None if held_out is None else PreprocessedBlocks(held_out, self._preprocess),
-            weights=weights,
-        )
+        preprocessed = PreprocessedBlocks(train, self._preprocess)
+        if held_out is not None:
+            held_out = PreprocessedBlocks(held_out, self._preprocess)
+        return self._fit_tables(preprocessed, held_out, weights=weights)
 
     def _fit_tables(
-        self,
-        train: Blocks,
-        held_out: Blocks | None,
-        *,
-        weights: npt.NDArray[np.float64] | None,
+        self, train: Blocks, held_out: Blocks | None, *, weights: Weights | None
     ) -> dict[str, Any]:
         """Fit what codes of preprocessed rows stand for: whole rows, and behavior directions."""
-        train_codes = self._codes(train)
-        held_codes = None if held_out is None else self._codes(held_out)
 
-        def fit(target: Callable[[Array], Array], width: int) -> Tables:
-            def pairs(blocks: Blocks, codes: npt.NDArray[np.int64]) -> Any:
-                return ((codes[at : at + len(x)], target(x)) for at, x in blocks.blocks())
+        def with_codes(blocks: Blocks) -> tuple[Blocks, npt.NDArray[np.int64]]:
+            rows = self._blended(blocks)
+            return blocks, self._encode_rows(rows, self._codebook_index, beam_width=self.beam_width)
 
-            def held_pairs() -> Any:
-                return pairs(held_out, held_codes)  # type: ignore[arg-type] # called with rows only
-
-            return fit_tables(
-                pairs(train, train_codes),
+        fitted = with_codes(train)
+        validation = None if held_out is None else with_codes(held_out)
+        targets: dict[str, tuple[Callable[[Array], Array], int]] = {
+            "content": (lambda x: x, train.dim)
+        }
+        if self._autoencoder is not None:
+            targets["behavior"] = (self._blend.directions, self._latent_width(train.dim))
+        details: dict[str, Any] = {}
+        self._tables = {}
+        for name, (target, width) in targets.items():
+            fit = fit_tables(
+                _code_targets(*fitted, target),
                 self.codebook_sizes,
                 width,
-                judged=None if held_out is None else held_pairs,
+                judged=None if validation is None else partial(_code_targets, *validation, target),
                 ridges=self._resolved("refine").ridges,
                 weights=weights,
                 threads=self.threads,
             )
-
-        fits = {"content": fit(lambda x: x, train.dim)}
-        if self._autoencoder is not None:
-            fits["behavior"] = fit(self._blend.directions, self._latent_width(train.dim))
-        self._tables = {name: each.tables for name, each in fits.items()}
-        return {
-            f"{name}_tables": {"ridge": each.ridge, "relative_error": each.error}
-            for name, each in fits.items()
-        }
-
-    def _codes(self, blocks: Blocks) -> npt.NDArray[np.int64]:
-        """Return the codes of preprocessed rows, as `encode` gives them."""
-        parts = [
-            encode_residual(
-                self._blend(x), self._prepared, beam_width=self.beam_width, threads=self.threads
-            ).codes
-            for _, x in blocks.blocks()
-        ]
-        return np.concatenate(parts or [np.empty((0, self.levels), np.int64)])
+            self._tables[name] = fit.tables
+            details[f"{name}_tables"] = {"ridge": fit.ridge, "relative_error": fit.error}
+        return details
 
     def _latent_block(self, x: Array) -> Array:
         return self._blend(self._preprocess.apply(x))
@@ -301,8 +329,9 @@ class BARQ(ContinuousTokenizer):
         Raises:
             NotFittedError: before `fit`.
         """
-        content = np.asarray(z, dtype=np.float32)[:, : self._content.width(self.dim)]
-        return self._preprocess.invert(self._content.rows(np.ascontiguousarray(content)))
+        content = self._blend.content
+        z = np.asarray(z, dtype=np.float32)[:, : content.width(self.dim)]
+        return self._preprocess.invert(content.rows(np.ascontiguousarray(z)))
 
     @property
     def decodes_behavior(self) -> bool:
@@ -331,21 +360,16 @@ class BARQ(ContinuousTokenizer):
             NotFittedError: before `fit`.
         """
         _ = self.dim
-        encoder = (
-            None if self._autoencoder is None else EncoderGraph(self._preprocess, self._autoencoder)
-        )
-        return BlendGraph(
-            Prepare(self._preprocess),
-            encoder,
-            components=self._content.components,
-            scale=float(self._blend.scale),
-            penalty_columns=self._blend.penalty_columns,
-        )
+        encoder = None
+        if self._autoencoder is not None:
+            encoder = EncoderGraph(self._preprocess, self._autoencoder)
+        return BlendGraph(self._blend, Prepare(self._preprocess), encoder)
 
     def _tensors(self) -> dict[str, np.ndarray]:
         tensors = super()._tensors()
         tensors["blend.scale"] = np.array([self._blend.scale], dtype=np.float32)
-        tensors |= {f"content.{name}": each for name, each in self._content.tensors().items()}
+        content = self._blend.content.tensors()
+        tensors |= {f"content.{name}": array for name, array in content.items()}
         for name, tables in self._tables.items():
             tensors |= {f"{STORED[name]}.{level}": table for level, table in enumerate(tables)}
         return tensors
@@ -370,12 +394,24 @@ class BARQ(ContinuousTokenizer):
                 shapes[f"{STORED['behavior']}.{level}"] = (size, None)
         check_shapes(tensors, shapes)
         super()._set_tensors(tensors)
-        prefix = "content."
-        content = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-        self._content = Content.read(content, threads=self.threads)
-        self._blend = self._new_blend(float(tensors["blend.scale"][0]))
+        components, rest = tensors.get("content.components"), tensors.get("content.rest")
+        content = Content(components, rest, self.threads)
+        self._blend = self._new_blend(content, float(tensors["blend.scale"][0]))
         self._tables = {
             name: tuple(tensors[f"{stored}.{level}"] for level in range(self.levels))
             for name, stored in STORED.items()
             if name == "content" or f"{stored}.0" in tensors
         }
+
+
+def _first_columns(rows: Blocks, count: int) -> Blocks:
+    """Return a view of the first columns of rows."""
+    return MappedBlocks(rows, lambda x: np.ascontiguousarray(x[:, :count]), count)
+
+
+def _code_targets(
+    rows: Blocks, codes: npt.NDArray[np.int64], target: Callable[[Array], Array]
+) -> Iterator[tuple[npt.NDArray[np.int64], Array]]:
+    """Yield blocks of codes with the targets of their rows."""
+    for start, x in rows.blocks():
+        yield codes[start : start + len(x)], target(x)

@@ -1,24 +1,44 @@
-"""Tokenizers that preprocess rows and quantize latents with codebooks: what they share."""
+"""What tokenizers share that preprocess rows and quantize latents with codebooks; their K-means."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from semid.data.source import EmbeddingSource
 from semid.options import MAX_BEAM, option
-from semid.quantization.blocks import Preprocess
+from semid.progress import Progress
+from semid.quantization.blocks import Blocks, Preprocess
+from semid.quantization.kmeans import KMeansResult, KMeansState
 from semid.quantization.nearest import IndexedCodebook, index_codebook
-from semid.quantization.residual import ResidualCodes, encode_residual
-from semid.tokenizers.base import Tokenizer
+from semid.quantization.residual import LevelFit, ResidualCodes, encode_residual, fit_residual
+from semid.quantization.sharding import Shard, ShardedMatrix, as_sharded
+from semid.quantization.threads import default_threads
+from semid.tokenizers.base import Tokenizer, Weights
 from semid.tokenizers.context import level_sizes
 from semid.tokenizers.stored import check_shapes
+from semid.training.checkpoint import StateStore
+from semid.training.distributed import (
+    ProcessShardPool,
+    join_processes,
+    local_world_size,
+    process_span,
+    world_size,
+)
 
 Array = npt.NDArray[np.float32]
+
+MEMORY_BYTES = 1 << 30
+"""Training rows are held in memory up to this size."""
+
+STATE_RECORD = ("restart", "iteration", "inertia", "best_inertia")
+STATE_ARRAYS = ("centroids", "best_centroids")
+"""Fields of `KMeansState` in a checkpoint: its JSON-able record and its arrays."""
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -35,13 +55,13 @@ class CodebookTokenizer(Tokenizer):
         """Start without codebooks."""
         super().__post_init__()
         self._preprocess = Preprocess(normalize=self.normalize)
-        self._prepared: tuple[IndexedCodebook, ...] = ()
+        self._codebook_index: tuple[IndexedCodebook, ...] = ()
 
     def _set_codebooks(self, books: Sequence[Array]) -> None:
-        self._prepared = tuple(index_codebook(torch.from_numpy(book)) for book in books)
+        self._codebook_index = tuple(index_codebook(torch.from_numpy(book)) for book in books)
 
     def _codebooks(self) -> tuple[Array, ...]:
-        return tuple(book.codewords.numpy() for book in self._prepared)
+        return tuple(book.codewords.numpy() for book in self._codebook_index)
 
     def _tensors(self) -> dict[str, np.ndarray]:
         tensors = {f"codebooks.{i}": book for i, book in enumerate(self._codebooks())}
@@ -88,5 +108,105 @@ class ResidualTokenizer(CodebookTokenizer):
 
     def _encode_block(self, x: Array, beam_width: int) -> ResidualCodes:
         return encode_residual(
-            self._latent_block(x), self._prepared, beam_width=beam_width, threads=self.threads
+            self._latent_block(x), self._codebook_index, beam_width=beam_width, threads=self.threads
         )
+
+
+# Residual K-means as a stage of a fit -------------------------------------------------------
+
+
+def training_rows(
+    source: EmbeddingSource, *, weights: Weights | None = None, threads: int | None = None
+) -> ShardedMatrix:
+    """Return the rows of a fit; under ``torchrun`` each process holds its share of the blocks.
+
+    Shapes: ``source`` (items, dim), ``weights`` (items,).
+    """
+    join_processes()
+    if world_size() == 1:
+        return as_sharded(source, weights=weights, threads=threads, memory_bytes=MEMORY_BYTES)
+    first, last = process_span(len(source))
+    shard = Shard(
+        source.subset(np.arange(first, last)),
+        first_row=first,
+        weights=None if weights is None else weights[first:last],
+        threads=threads or max(1, default_threads() // local_world_size()),
+        memory_bytes=MEMORY_BYTES,
+    )
+    return ShardedMatrix(ProcessShardPool(shard, len(source)), dim=source.dim, weights=weights)
+
+
+def fit_levels(
+    rows: Blocks | ShardedMatrix,
+    sizes: Sequence[int],
+    *,
+    store: StateStore | None,
+    progress: Progress,
+    **options: Any,
+) -> tuple[list[Array], list[dict[str, Any]]]:
+    """Fit one codebook per level (DRQ §4.2), from where the store left off.
+
+    Further options are those of `fit_residual`. Returns the codebooks, and a JSON-able record of
+    how each level's K-means ended.
+    """
+    run = LevelRun(store, progress, len(sizes))
+    books, fits = fit_residual(
+        rows,
+        sizes,
+        done=run.done,
+        state=run.state,
+        on_iteration=run.on_iteration,
+        on_level=run.on_level,
+        **options,
+    )
+    return list(books), [asdict(fit) for fit in fits]
+
+
+class LevelRun:
+    """Checkpoints and progress of residual K-means, saved after every level and iteration."""
+
+    def __init__(self, store: StateStore | None, progress: Progress, levels: int) -> None:
+        self._store, self._progress, self._levels = store, progress, levels
+        self.done: list[tuple[Array, npt.NDArray[np.int64], LevelFit]] = []
+        self.state: KMeansState | None = None
+        if store is not None and store.state is not None:
+            arrays, record = store.state
+            for level, fit in enumerate(record["fits"]):
+                # Rows in other processes keep their labels there and find them again.
+                labels = arrays.get(f"labels.{level}", np.empty(0, np.int64))
+                self.done.append((arrays[f"codebook.{level}"], labels, LevelFit(**fit)))
+            if record["state"] is not None:
+                state = record["state"] | {name: arrays[name] for name in STATE_ARRAYS}
+                self.state = KMeansState(**state)
+        self._announce()
+
+    def _announce(self) -> None:
+        """Name the level that begins; its seeding comes before its first iteration."""
+        if len(self.done) < self._levels:
+            self._progress.start(f"level {len(self.done) + 1} of {self._levels}", total=None)
+
+    def on_iteration(self, level: int, state: KMeansState) -> None:
+        """Save where an iteration stands, then report it."""
+        self._save(state)
+        self._progress.step(1, restart=state.restart, inertia=state.inertia[-1])
+
+    def on_level(self, level: int, result: KMeansResult) -> None:
+        """Save a finished level."""
+        fit = LevelFit(result.inertia, len(result.history), result.converged, result.distinct)
+        self.done.append((result.centroids, result.labels, fit))
+        self._save(None)
+        self._announce()
+
+    def _save(self, state: KMeansState | None) -> None:
+        if self._store is None:
+            return
+        arrays: dict[str, np.ndarray] = {}
+        for level, (codebook, labels, _) in enumerate(self.done):
+            arrays[f"codebook.{level}"] = codebook
+            if len(labels):
+                arrays[f"labels.{level}"] = labels
+        record: dict[str, Any] = {"fits": [asdict(fit) for *_, fit in self.done], "state": None}
+        if state is not None:
+            record["state"] = {name: getattr(state, name) for name in STATE_RECORD}
+            arrays |= {name: getattr(state, name) for name in STATE_ARRAYS}
+        self._store.save(arrays, record)

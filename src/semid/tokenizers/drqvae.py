@@ -8,10 +8,9 @@ from typing import Any, ClassVar
 
 from semid.options import MAX_WEIGHT, option
 from semid.quantization.kmeans import KMeansOptions
+from semid.tokenizers.codebooks import fit_levels
 from semid.tokenizers.context import FitContext
-from semid.tokenizers.levels import fit_levels
 from semid.tokenizers.neural.continuous import ContinuousTokenizer, Objective
-from semid.tokenizers.neural.tokenizer import LatentBlocks, PreparedRows
 
 MAX_LATENT = 256
 
@@ -62,16 +61,9 @@ class DRQVAE(ContinuousTokenizer):
         return self._config.latent or min(MAX_LATENT, dim)
 
     def _fit(self, context: FitContext) -> dict[str, Any]:
-        prepared = PreparedRows.of(context, center=self.center, normalize=self.normalize)
-        autoencoder, training = self._train_autoencoder(prepared, context)
-        encoder = autoencoder.exact_encoder()
-        latents = LatentBlocks(
-            prepared.train.blocks,
-            lambda x: encoder(x, threads=self.threads),
-            self._latent_width(prepared.train.dim),
-        )
+        prepared, training = self._train_autoencoder(context)
         books, levels = fit_levels(
-            latents,
+            self._latents(prepared.train.blocks, self._encoder),
             self.codebook_sizes,
             seed=self.seed,
             options=KMeansOptions.of(self.kmeans),
@@ -81,7 +73,5 @@ class DRQVAE(ContinuousTokenizer):
             progress=context.progress,
         )
         self._set_codebooks(books)
-        self._preprocess = prepared.preprocess
-        self._set_autoencoder(autoencoder)
         protocol = "no pairs" if context.behavior is None else context.behavior.train.protocol
         return {"training": training, "levels": levels, "protocol": protocol}

@@ -71,7 +71,7 @@ class ParallelTokenizer(QuantizedTokenizer):
     def _encode_block(self, x: Array, beam_width: int) -> ResidualCodes:
         spaces = self._spaces(super()._latent_block(x))
         codes = np.empty((len(x), self.levels), dtype=np.int64)
-        for level, (space, book) in enumerate(zip(spaces, self._prepared, strict=True)):
+        for level, (space, book) in enumerate(zip(spaces, self._codebook_index, strict=True)):
             codes[:, level], _ = assign(space, book, threads=self.threads)
         residual = _mean(spaces) - self._quantize_codes(codes)
         norms = np.sqrt(np.einsum("nd,nd->n", residual, residual, dtype=np.float64))

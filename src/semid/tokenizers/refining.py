@@ -17,7 +17,7 @@ from semid.quantization.refine import RefineOptions, refine_residual
 from semid.seeds import child_seed
 from semid.tokenizers.base import Tokenizer
 from semid.tokenizers.context import item_weights, scan, train_weights
-from semid.tokenizers.neural.tokenizer import LatentBlocks
+from semid.tokenizers.neural.tokenizer import MappedBlocks
 from semid.tokenizers.stored import HELD_OUT_SALT
 
 Refinable = TypeVar("Refinable", bound=Tokenizer)
@@ -78,7 +78,7 @@ def refine(
     width = tokenizer.codebooks[0].shape[1]
 
     def latents(rows: Blocks) -> Blocks:
-        view = LatentBlocks(rows, tokenizer._latent_block, width)
+        view = MappedBlocks(rows, tokenizer._latent_block, width)
         return in_memory(view, limit_bytes=MEMORY_BYTES)
 
     scanned = scan(opened, ~held_out, progress)

@@ -16,9 +16,8 @@ from semid.quantization.blocks import Preprocess, PreprocessedBlocks
 from semid.quantization.kmeans import KMeansOptions, KMeansState
 from semid.quantization.residual import fit_residual
 from semid.quantization.sharding import ShardedMatrix
-from semid.tokenizers.codebooks import ResidualTokenizer
+from semid.tokenizers.codebooks import ResidualTokenizer, fit_levels, training_rows
 from semid.tokenizers.context import FitContext
-from semid.tokenizers.levels import fit_levels, training_rows
 from semid.tokenizers.neural.autoencoder import Prepare
 from semid.training.checkpoint import StateStore
 

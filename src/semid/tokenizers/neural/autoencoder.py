@@ -170,14 +170,6 @@ class Autoencoder(nn.Module):
         x: Tensor = self.decoder[-1](z)
         return x
 
-    def exact_encoder(self) -> ExactEncoder:
-        """Return the encoder as it stands, as a function of each row alone."""
-        return ExactEncoder(self)
-
-    def exact_decoder(self) -> ExactDecoder:
-        """Return the decoder as it stands, as a function of each row alone."""
-        return ExactDecoder(self)
-
 
 class ExactEncoder:
     """Encoder on the CPU in which a row's latent is the same whatever stands beside it.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,12 +20,17 @@ from semid.tokenizers.behavior import Behavior, PairSource, read_behavior
 from semid.tokenizers.codebooks import ResidualTokenizer
 from semid.tokenizers.context import FitContext
 from semid.tokenizers.neural.autoencoder import Autoencoder, blank_linear
-from semid.tokenizers.neural.tokenizer import NeuralTokenizer, PreparedRows, pick_device
-from semid.training.batches import TrainingRows, epoch_batches, process_share, steps_per_epoch
+from semid.tokenizers.neural.tokenizer import (
+    NeuralTokenizer,
+    PreparedRows,
+    RowsTask,
+    pick_device,
+    relative_error,
+    squared_sums,
+)
 from semid.training.checkpoint import StateStore, load_module_, module_arrays
 from semid.training.distributed import rank, world_size
 from semid.training.loop import Evaluation, Step, train
-from semid.training.options import TrainOptions
 
 
 def info_nce(
@@ -70,16 +74,7 @@ EVALUATION_ROWS = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class Objective(Options):
-    """Weights of the losses beside reconstruction.
-
-    Attributes:
-        contrastive_weight: lambda of InfoNCE, 0 or more.
-        temperature: of InfoNCE, above 0 (ours: 0.07).
-        pairs_per_step: pairs per step; each is the negative of the others.
-        uniformity_weight: of the uniformity of the pairs' latents, 0 or more.
-        kl_weight: of the divergence from a standard normal, 0 or more; above 0 the latent is
-            sampled in training (the paper's loss has none, whatever its name says).
-    """
+    """Weights of the losses beside reconstruction."""
 
     contrastive_weight: float = option(
         0.0, ge=0, le=MAX_WEIGHT, help="Weight lambda of InfoNCE on pairs."
@@ -89,7 +84,12 @@ class Objective(Options):
     uniformity_weight: float = option(
         0.0, ge=0, le=MAX_WEIGHT, help="Weight of the uniformity loss on the pairs' latents."
     )
-    kl_weight: float = option(0.0, ge=0, le=MAX_WEIGHT, help="Weight of a KL term.")
+    kl_weight: float = option(
+        0.0,
+        ge=0,
+        le=MAX_WEIGHT,
+        help="Weight of a KL term; above 0 the latent is sampled in training.",
+    )
 
     @property
     def needs_pairs(self) -> bool:
@@ -98,21 +98,17 @@ class Objective(Options):
 
 
 class Batch(NamedTuple):
-    """Rows of a step.
+    """Rows ``(n, dim)`` to reconstruct, and pairs with the mask of what is no negative.
 
-    Attributes:
-        rows: ``(n, dim)`` to be reconstructed.
-        first: ``(pairs, dim)`` anchors, or None.
-        second: ``(pairs, dim)`` positives, or None.
-        excluded: ``(pairs, pairs)`` which are no negatives, or None.
-        seed: of the sampled latent.
+    Shapes: ``first``, ``second`` (pairs, dim), ``excluded`` (pairs, pairs). The seed is that of the
+    sampled latent.
     """
 
     rows: Tensor
-    first: Tensor | None
-    second: Tensor | None
-    excluded: Tensor | None
     seed: int
+    first: Tensor | None = None
+    second: Tensor | None = None
+    excluded: Tensor | None = None
 
 
 class ContinuousAutoencoder(nn.Module):
@@ -120,10 +116,6 @@ class ContinuousAutoencoder(nn.Module):
 
     ``L_rec`` is the squared error over the variance of the input, so that lambda means the same at
     any width and scale (ours; for unit vectors it is close to the paper's summed error).
-
-    Args:
-        autoencoder: encoder and decoder.
-        objective: the other losses.
     """
 
     def __init__(self, autoencoder: Autoencoder, objective: Objective) -> None:
@@ -179,120 +171,66 @@ class ContinuousAutoencoder(nn.Module):
         return Step(loss, logs)
 
 
-class ContinuousTask:
-    """The training task: shuffled rows and drawn pairs, evaluated by the same loss on others.
+class ContinuousTask(RowsTask):
+    """Reconstruction of rows and contrast of drawn pairs.
 
     The score is the relative error on held-out items plus lambda times InfoNCE on pairs of the
     users kept for selection, where there are any.
-
-    Args:
-        model: what is trained.
-        rows: rows to train on.
-        held_out: rows to evaluate on; None evaluates on the training rows.
-        behavior: pairs, or None.
-        options: batch size.
-        seed: of the order of rows and the pairs drawn.
-        weights: ``(rows,)`` item weights: how often a row is drawn.
-        device: where the model lies.
     """
 
-    def __init__(
-        self,
-        model: ContinuousAutoencoder,
-        rows: TrainingRows,
-        held_out: TrainingRows | None,
-        behavior: Behavior | None,
-        options: TrainOptions,
-        *,
-        seed: int,
-        weights: npt.NDArray[np.float64] | None,
-        device: torch.device,
-    ) -> None:
-        self.module: nn.Module = model
-        self.model, self.rows, self.held_out = model, rows, held_out
-        self.behavior, self.options, self.seed = behavior, options, seed
-        self.weights, self.device = weights, device
-        self.steps_per_epoch = steps_per_epoch(len(rows), options.batch_size)
-
-    def start_epoch(self, epoch: int) -> None:
-        """Do nothing."""
-
-    def batches(self, epoch: int, first: int) -> Iterator[tuple[Batch, float]]:
-        """Yield this process's rows and pairs of each step."""
-        batches = epoch_batches(
-            len(self.rows),
-            self.options.batch_size,
-            seed=self.seed,
-            epoch=epoch,
-            weights=self.weights,
-        )
-        for number in range(first, len(batches)):
-            share, weight = process_share(batches[number], rank=rank(), world=world_size())
-            step = epoch * self.steps_per_epoch + number
-            rows = self.rows.take(share).to(self.device)
-            yield self._batch(rows, step), weight
+    def __init__(self, model: ContinuousAutoencoder, *arguments: Any, **options: Any) -> None:
+        super().__init__(model, *arguments, **options)
+        self.model, self.objective = model.autoencoder, model.objective
 
     def _batch(self, rows: Tensor, step: int) -> Batch:
-        if self.behavior is None:
-            return Batch(rows, None, None, None, self.seed + step)
+        if self.context.behavior is None:
+            return Batch(rows, self.seed + step)
         generator = numpy_generator(self.seed, "pairs", step, rank())
-        size = max(2, self.model.objective.pairs_per_step // world_size())
-        first, second, excluded = self._pairs(self.behavior.train, size, generator)
-        return Batch(rows, first, second, excluded, self.seed + step)
+        size = max(2, self.objective.pairs_per_step // world_size())
+        return Batch(
+            rows, self.seed + step, *self._pairs(self.context.behavior.train, size, generator)
+        )
 
     def _pairs(
         self, source: PairSource, size: int, generator: np.random.Generator
     ) -> tuple[Tensor, Tensor, Tensor]:
         first, second = source.draw(size, generator)
-        excluded = source.positives.excluded(first, second)
-        return (
-            self.rows.take(first).to(self.device),
-            self.rows.take(second).to(self.device),
-            torch.from_numpy(excluded).to(self.device),
-        )
+        excluded = torch.from_numpy(source.positives.excluded(first, second))
+        first_rows, second_rows = self.rows.take(first), self.rows.take(second)
+        device = self.device
+        return first_rows.to(device), second_rows.to(device), excluded.to(device)
 
     def evaluate(self, epoch: int) -> Evaluation:
         """Return the relative error on held-out rows and the contrastive loss on other users."""
-        validation, model = self.held_out or self.rows, self.model.autoencoder
-        error = spread = 0.0
-        moment: Tensor | None = None
-        total = torch.zeros((), dtype=torch.float64)
-        for start in range(0, len(validation), EVALUATION_ROWS):
-            span = np.arange(start, min(start + EVALUATION_ROWS, len(validation)))
-            rows = validation.take(span)
-            x = model.standard(rows.to(self.device))
-            z = model.encode(x)
-            error += float((model.decode(z) - x).double().square().sum())
-            spread += float(x.double().square().sum())
+        sums = np.zeros(2)
+        moment = total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for rows in self._validation_blocks(EVALUATION_ROWS):
+            x = self.model.standard(rows)
+            z = self.model.encode(x)
+            sums += squared_sums(x, self.model.decode(z))
             exact = z.double()
-            moment = exact.t() @ exact if moment is None else moment + exact.t() @ exact
-            total = total.to(z.device) + exact.sum(dim=0)
-        assert moment is not None
-        relative = error / spread if spread else 0.0
+            moment, total = moment + exact.t() @ exact, total + exact.sum(dim=0)
+        score = relative_error(sums)
         logs = {
-            "relative_error": relative,
-            "participation_ratio": _participation(moment, total, len(validation)),
+            "relative_error": score,
+            "participation_ratio": _participation(moment, total, len(self.validation)),
         }
-        score = relative
-        if self.behavior is not None and self.behavior.select is not None:
-            contrastive = self._select_loss(self.behavior.select)
+        behavior = self.context.behavior
+        if behavior is not None and behavior.select is not None:
+            contrastive = self._select_loss(behavior.select)
             logs["contrastive_selection_users"] = contrastive
-            score += self.model.objective.contrastive_weight * contrastive
+            score += self.objective.contrastive_weight * contrastive
         return Evaluation(score, logs=logs)
 
     def _select_loss(self, source: PairSource) -> float:
         """InfoNCE on pairs of the users kept for selection, the same in every epoch."""
-        objective = self.model.objective
         generator = numpy_generator(self.seed, "selection")
-        size = objective.pairs_per_step
+        size, temperature = self.objective.pairs_per_step, self.objective.temperature
         losses = []
         for _ in range(max(1, min(EVALUATION_ROWS, source.count) // size)):
             first, second, excluded = self._pairs(source, size, generator)
-            model = self.model.autoencoder
-            z = model.encode(model.standard(torch.cat([first, second])))
-            loss = info_nce(
-                z[:size], z[size:], temperature=objective.temperature, excluded=excluded
-            )
+            z = self.model.encode(self.model.standard(torch.cat([first, second])))
+            loss = info_nce(z[:size], z[size:], temperature=temperature, excluded=excluded)
             losses.append(float(loss))
         return float(np.mean(losses))
 
@@ -312,6 +250,8 @@ def _participation(moment: Tensor, total: Tensor, rows: int) -> float:
 class ContinuousTokenizer(ResidualTokenizer, NeuralTokenizer):
     """Base of tokenizers that freeze a continuous encoder before they quantize (DRQ §4.1)."""
 
+    _suggested_weight = 0.1
+
     @abstractmethod
     def _objective(self) -> Objective:
         """Return the losses beside reconstruction."""
@@ -325,41 +265,34 @@ class ContinuousTokenizer(ResidualTokenizer, NeuralTokenizer):
         self, interactions: Any, pairs: Any, *, ids: ItemIds, train: npt.NDArray[np.bool_]
     ) -> Behavior | None:
         has_pairs = interactions is not None or pairs is not None
+        argument = self.behavior_argument
+        flag = f"--{str(argument).replace('_', '-')}"
         if has_pairs and not self.needs_behavior:
             raise UsageError(
-                "interactions or pairs were given and contrastive_weight=0, so they would not be "
-                "used; set --contrastive-weight (contrastive_weight), for example 0.1"
+                f"interactions or pairs were given and {argument}=0, so they would not be used; "
+                f"give {flag} ({argument}=) above 0, for example {self._suggested_weight:g}, or "
+                "leave them out"
             )
         if self.needs_behavior and not has_pairs:
             raise UsageError(
-                f"contrastive_weight={self._objective().contrastive_weight:g} needs pairs to learn "
-                "from; give --interactions or --pairs (interactions=, pairs=)"
+                f"{self.kind} learns from behavior and needs pairs; give --interactions or --pairs "
+                f"(interactions=, pairs=), or {flag} 0 ({argument}=) to learn without them"
             )
         return read_behavior(interactions, pairs, ids=ids, train=train, threads=self.threads)
 
-    def _train_autoencoder(
-        self, prepared: PreparedRows, context: FitContext
-    ) -> tuple[Autoencoder, dict[str, Any]]:
-        """Return the trained autoencoder and a record of its training, as stage ``train``."""
-        autoencoder = self._new_autoencoder(context.inputs)
-        autoencoder.standardize_(prepared.mean, prepared.variance)
+    def _train_autoencoder(self, context: FitContext) -> tuple[PreparedRows, dict[str, Any]]:
+        """Train the autoencoder and freeze it; return its rows and a record of the training."""
+        prepared, autoencoder = self._start_model(context)
         model = ContinuousAutoencoder(autoencoder, self._objective())
 
         def run(store: StateStore | None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-            device = pick_device(self.device)
+            device, options = pick_device(self.device), self._train_options
             task = ContinuousTask(
-                model.to(device),
-                prepared.train,
-                prepared.held_out,
-                context.behavior,
-                self._train_options,
-                seed=self.seed,
-                weights=context.weights,
-                device=device,
+                model.to(device), prepared, context, options, seed=self.seed, device=device
             )
             result = train(
                 task,
-                self._train_options,
+                options,
                 seed=self.seed,
                 progress=context.progress,
                 store=store,
@@ -369,4 +302,6 @@ class ContinuousTokenizer(ResidualTokenizer, NeuralTokenizer):
 
         arrays, details = context.stage("train", run)
         load_module_(model, arrays)
-        return autoencoder, details
+        self._preprocess = prepared.preprocess
+        self._set_autoencoder(autoencoder)
+        return prepared, details

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from semid.quantization.kmeans import KMeansOptions, KMeansResult, kmeans
 from semid.quantization.residual import fit_residual
 from semid.seeds import child_seed
 from semid.tokenizers.context import FitContext
-from semid.tokenizers.neural.autoencoder import Autoencoder
+from semid.tokenizers.neural.autoencoder import Autoencoder, ExactEncoder
 from semid.tokenizers.neural.quantizers import (
     Codebook,
     ParallelQuantizer,
@@ -25,15 +25,14 @@ from semid.tokenizers.neural.quantizers import (
     mean_squared_norm,
 )
 from semid.tokenizers.neural.tokenizer import (
-    LatentBlocks,
+    MappedBlocks,
     NeuralTokenizer,
-    PreparedRows,
+    RowsTask,
     pick_device,
+    relative_error,
+    squared_sums,
 )
-from semid.training.batches import TrainingRows, epoch_batches, process_share, steps_per_epoch
-from semid.training.distributed import rank, world_size
 from semid.training.loop import Evaluation, Step, train
-from semid.training.options import TrainOptions
 
 Array = npt.NDArray[np.float32]
 
@@ -90,7 +89,10 @@ def initialize_(
         )
         return
     for number, codebook in enumerate(codebooks):
-        space = _projected(latents, quantizer.maps[number]) if len(quantizer.maps) else latents
+        space = latents
+        if len(quantizer.maps):
+            # The codebook quantizes its own linear map of the latent.
+            space = _projected(latents, quantizer.maps[number])
         result = kmeans(
             space,
             len(codebook.codewords),
@@ -105,7 +107,7 @@ def initialize_(
 def _projected(latents: Blocks, projection: nn.Module) -> Blocks:
     assert isinstance(projection, nn.Linear)
     weight = projection.weight.detach().cpu().numpy().T.copy()
-    return LatentBlocks(latents, lambda z: z @ weight, latents.dim)
+    return MappedBlocks(latents, lambda z: z @ weight, latents.dim)
 
 
 class QuantizedAutoencoder(nn.Module):
@@ -155,69 +157,32 @@ class QuantizedAutoencoder(nn.Module):
         return x, self.autoencoder.decode(z)
 
 
-class ReconstructionTask:
-    """The training task: reconstruction of shuffled rows, evaluated on held-out rows.
-
-    Args:
-        model: what is trained.
-        rows: rows to train on.
-        held_out: rows to evaluate on; None evaluates on the training rows.
-        options: batch size.
-        seed: of the order of rows.
-        weights: ``(rows,)`` item weights: how often a row is drawn.
-        pretrain: epochs without quantization before the codebooks are made.
-        initialize: makes the codebooks, called once, after those epochs.
-        device: where the model lies.
-    """
+class ReconstructionTask(RowsTask):
+    """Reconstruction of rows; after some epochs ``initialize`` starts the codebooks, once."""
 
     def __init__(
         self,
         model: QuantizedAutoencoder,
-        rows: TrainingRows,
-        held_out: TrainingRows | None,
-        options: TrainOptions,
-        *,
-        seed: int,
-        weights: npt.NDArray[np.float64] | None,
+        *arguments: Any,
         pretrain: int,
         initialize: Callable[[], None],
-        device: torch.device,
+        **options: Any,
     ) -> None:
-        self.module: nn.Module = model
-        self.model, self.rows, self.held_out = model, rows, held_out
-        self.options, self.seed, self.weights = options, seed, weights
-        self.pretrain, self.initialize, self.device = pretrain, initialize, device
-        self.steps_per_epoch = steps_per_epoch(len(rows), options.batch_size)
+        super().__init__(model, *arguments, **options)
+        self.model, self.pretrain, self.initialize = model, pretrain, initialize
 
     def start_epoch(self, epoch: int) -> None:
-        """Make the codebooks after the epochs of pre-training."""
+        """Start the codebooks after the epochs of pre-training."""
         if epoch >= self.pretrain and not bool(self.model.quantizing):
             self.initialize()
             self.model.quantizing.fill_(True)
 
-    def batches(self, epoch: int, first: int) -> Iterator[tuple[Tensor, float]]:
-        """Yield this process's rows of each batch."""
-        batches = epoch_batches(
-            len(self.rows),
-            self.options.batch_size,
-            seed=self.seed,
-            epoch=epoch,
-            weights=self.weights,
-        )
-        for batch in batches[first:]:
-            share, weight = process_share(batch, rank=rank(), world=world_size())
-            yield self.rows.take(share).to(self.device), weight
-
     def evaluate(self, epoch: int) -> Evaluation:
         """Return the relative error on held-out rows, with each level's usage in this epoch."""
-        validation = self.held_out or self.rows
-        error = spread = 0.0
-        for start in range(0, len(validation), EVALUATION_ROWS):
-            span = np.arange(start, min(start + EVALUATION_ROWS, len(validation)))
-            x, reconstruction = self.model.reconstruct(validation.take(span).to(self.device))
-            error += float((x - reconstruction).double().square().sum())
-            spread += float(x.double().square().sum())
-        score = error / spread if spread else 0.0
+        sums = np.zeros(2)
+        for rows in self._validation_blocks(EVALUATION_ROWS):
+            sums += squared_sums(*self.model.reconstruct(rows))
+        score = relative_error(sums)
         if not bool(self.model.quantizing):
             # Infinite, so that no state from before the codebooks is kept as the best one.
             return Evaluation(float("inf"), logs={"autoencoder_error": score})
@@ -248,22 +213,17 @@ class QuantizedTokenizer(NeuralTokenizer):
         """Make the quantizer, its codebooks still empty."""
 
     def _fit(self, context: FitContext) -> dict[str, Any]:
-        prepared = PreparedRows.of(context, center=self.center, normalize=self.normalize)
+        prepared, autoencoder = self._start_model(context)
         config, options, device = self._config, self._train_options, pick_device(self.device)
-        autoencoder = self._new_autoencoder(context.inputs)
-        autoencoder.standardize_(prepared.mean, prepared.variance)
-        latent = self._latent_width(autoencoder.dim)
+        quantizer = self._quantizer(self._latent_width(autoencoder.dim))
         model = QuantizedAutoencoder(
-            autoencoder, self._quantizer(latent), commitment_weight=config.commitment_weight
+            autoencoder, quantizer, commitment_weight=config.commitment_weight
         ).to(device)
 
         def initialize() -> None:
-            encoder = autoencoder.exact_encoder()
             initialize_(
-                model.quantizer,
-                LatentBlocks(
-                    prepared.train.blocks, lambda x: encoder(x, threads=self.threads), latent
-                ),
+                quantizer,
+                self._latents(prepared.train.blocks, ExactEncoder(autoencoder)),
                 seed=self.seed,
                 batch=options.batch_size,
                 weights=context.weights,
@@ -272,14 +232,13 @@ class QuantizedTokenizer(NeuralTokenizer):
 
         task = ReconstructionTask(
             model,
-            prepared.train,
-            prepared.held_out,
+            prepared,
+            context,
             options,
             seed=self.seed,
-            weights=context.weights,
+            device=device,
             pretrain=min(config.pretrain_epochs, options.epochs - 1),
             initialize=initialize,
-            device=device,
         )
         result = train(
             task,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from semid.data.blocks import Moments
 from semid.errors import UsageError
@@ -17,11 +19,17 @@ from semid.options import MAX_WIDTH, Options, option
 from semid.quantization.blocks import BLOCK_ROWS, Blocks, Preprocess, PreprocessedBlocks
 from semid.tokenizers.codebooks import CodebookTokenizer
 from semid.tokenizers.context import FitContext
-from semid.tokenizers.neural.autoencoder import Autoencoder, EncoderGraph
-from semid.training.batches import TrainingRows
+from semid.tokenizers.neural.autoencoder import (
+    Autoencoder,
+    EncoderGraph,
+    ExactDecoder,
+    ExactEncoder,
+)
+from semid.training.batches import TrainingRows, epoch_batches, process_share, steps_per_epoch
 from semid.training.checkpoint import load_module_
-from semid.training.distributed import local_rank
+from semid.training.distributed import local_rank, rank, world_size
 from semid.training.loggers import Logger
+from semid.training.loop import Evaluation
 from semid.training.options import TrainOptions
 
 Array = npt.NDArray[np.float32]
@@ -34,18 +42,13 @@ WEIGHTS = "autoencoder."
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderConfig(Options):
-    """Shape and losses of the autoencoder.
-
-    Attributes:
-        latent: width of the latent; 0 takes the tokenizer's own choice (32, DRQ-VAE 256).
-        hidden: widths of the encoder's hidden layers, mirrored by the decoder (MoC §4.1).
-        commitment_weight: beta (the papers' equations have 1; 0.25 is ours).
-        pretrain_epochs: epochs of the autoencoder alone, before K-means over its latents starts
-            the codebooks (ours); 0 starts them from the untrained encoder.
-    """
+    """Shape and losses of the autoencoder (MoC §4.1; latent 0, pre-training and beta are ours)."""
 
     latent: int = option(
-        0, ge=0, le=MAX_WIDTH, help="Width of the latent; 0 takes the tokenizer's own choice."
+        0,
+        ge=0,
+        le=MAX_WIDTH,
+        help="Width of the latent; 0 takes the tokenizer's own choice (32, DRQ-VAE up to 256).",
     )
     hidden: tuple[int, ...] = option(
         (512, 256, 128),
@@ -68,43 +71,29 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda", local_rank() % torch.cuda.device_count())
 
 
-class LatentBlocks:
-    """A view of rows after an encoder, computed as they are read.
+class MappedBlocks:
+    """A view of ``(rows, dim)`` after a function of each row by itself, computed as it is read."""
 
-    Args:
-        base: ``(rows, dim)``.
-        encode: maps rows ``(n, dim)`` to latents ``(n, latent)``, each row by itself.
-        latent: width of the latents.
-    """
-
-    def __init__(self, base: Blocks, encode: Callable[[Array], Array], latent: int) -> None:
-        self.base, self.encode, self.dim = base, encode, latent
+    def __init__(self, base: Blocks, function: Callable[[Array], Array], dim: int) -> None:
+        self.base, self.function, self.dim = base, function, dim
 
     def __len__(self) -> int:
         """Count the rows."""
         return len(self.base)
 
     def blocks(self, size: int = BLOCK_ROWS) -> Iterator[tuple[int, Array]]:
-        """Yield ``(first row, latents)`` in order."""
+        """Yield ``(first row, (n, dim) values)`` in order."""
         for start, block in self.base.blocks(size):
-            yield start, self.encode(block)
+            yield start, self.function(block)
 
     def rows(self, indices: npt.NDArray[np.int64]) -> Array:
-        """Return the latents of the rows at ``indices``."""
-        return self.encode(self.base.rows(indices))
+        """Return the values of the rows at ``indices``."""
+        return self.function(self.base.rows(indices))
 
 
 @dataclass(frozen=True)
 class PreparedRows:
-    """Rows of a fit after preprocessing, and their moments.
-
-    Attributes:
-        preprocess: fitted on the training rows.
-        train: rows to train on.
-        held_out: rows to evaluate on, or None.
-        mean: ``(dim,)`` float64 of the training rows.
-        variance: mean squared distance to it.
-    """
+    """Rows of a fit after preprocessing; mean ``(dim,)`` and variance of the training rows."""
 
     preprocess: Preprocess
     train: TrainingRows
@@ -126,6 +115,70 @@ class PreparedRows:
         held_out = None if context.held_out is None else preprocessed(context.held_out)
         moments = Moments.of(train.blocks.blocks())
         return cls(preprocess, train, held_out, moments.mean, moments.variance)
+
+
+class RowsTask(ABC):
+    """Base of training tasks: batches of shuffled training rows, evaluated on held-out rows.
+
+    Without held-out rows the training rows are evaluated. Item weights of the context say how often
+    a row is drawn. ``seed`` decides the order of the rows.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        prepared: PreparedRows,
+        context: FitContext,
+        options: TrainOptions,
+        *,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self.module, self.rows = model, prepared.train
+        self.validation = prepared.held_out or prepared.train
+        self.context, self.options, self.seed, self.device = context, options, seed, device
+        self.steps_per_epoch = steps_per_epoch(len(self.rows), options.batch_size)
+
+    def start_epoch(self, epoch: int) -> None:  # noqa: B027 - most tasks have nothing to do
+        """Prepare an epoch; a subclass may override it."""
+
+    def batches(self, epoch: int, first: int) -> Iterator[tuple[Any, float]]:
+        """Yield this process's batch of each step from ``first``, and its weight."""
+        batches = epoch_batches(
+            len(self.rows),
+            self.options.batch_size,
+            seed=self.seed,
+            epoch=epoch,
+            weights=self.context.weights,
+        )
+        for number in range(first, len(batches)):
+            share, weight = process_share(batches[number], rank=rank(), world=world_size())
+            rows = self.rows.take(share).to(self.device)
+            yield self._batch(rows, epoch * self.steps_per_epoch + number), weight
+
+    def _batch(self, rows: Tensor, step: int) -> Any:
+        """Return what the model's ``forward`` takes in a step."""
+        return rows
+
+    def _validation_blocks(self, size: int) -> Iterator[Tensor]:
+        for start in range(0, len(self.validation), size):
+            span = np.arange(start, min(start + size, len(self.validation)))
+            yield self.validation.take(span).to(self.device)
+
+    @abstractmethod
+    def evaluate(self, epoch: int) -> Evaluation:
+        """Return the score of the model as it is."""
+
+
+def squared_sums(x: Tensor, reconstruction: Tensor) -> npt.NDArray[np.float64]:
+    """Return ``[sum |x - x_hat|^2, sum |x|^2]``; their ratio is the relative error."""
+    differences = (x - reconstruction, x)
+    return np.array([float(each.double().square().sum()) for each in differences])
+
+
+def relative_error(sums: npt.NDArray[np.float64]) -> float:
+    """Return the relative error of added `squared_sums`; 0 where all rows are 0."""
+    return float(sums[0] / sums[1]) if sums[1] else 0.0
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -179,9 +232,21 @@ class NeuralTokenizer(CodebookTokenizer):
         """Return the width of the latent for rows of width ``dim``."""
         return self._config.latent or DEFAULT_LATENT
 
+    def _start_model(self, context: FitContext) -> tuple[PreparedRows, Autoencoder]:
+        """Return the preprocessed rows of a fit and an untrained autoencoder of their scale."""
+        prepared = PreparedRows.of(context, center=self.center, normalize=self.normalize)
+        autoencoder = self._new_autoencoder(context.inputs)
+        autoencoder.standardize_(prepared.mean, prepared.variance)
+        return prepared, autoencoder
+
+    def _latents(self, rows: Blocks, encoder: ExactEncoder) -> MappedBlocks:
+        """Return a view of the latents ``(rows, latent)`` of preprocessed rows."""
+        width = self._latent_width(rows.dim)
+        return MappedBlocks(rows, partial(encoder, threads=self.threads), width)
+
     def _set_autoencoder(self, autoencoder: Autoencoder) -> None:
         self._autoencoder = autoencoder.cpu()
-        self._encoder, self._decoder = autoencoder.exact_encoder(), autoencoder.exact_decoder()
+        self._encoder, self._decoder = ExactEncoder(autoencoder), ExactDecoder(autoencoder)
 
     def _latent_block(self, x: Array) -> Array:
         return self._encoder(self._preprocess.apply(x), threads=self.threads)
@@ -216,12 +281,13 @@ class NeuralTokenizer(CodebookTokenizer):
             for name, array in tensors.items()
             if name.startswith(WEIGHTS)
         }
-        autoencoder = self._load_autoencoder(weights) if weights else None
-        if autoencoder is not None and autoencoder.dim != self._dim:
-            raise ValueError(
-                f"the encoder reads rows of width {autoencoder.dim}, config.json says {self._dim}"
-            )
-        if autoencoder is not None:
+        if weights:
+            autoencoder = self._load_autoencoder(weights)
+            if autoencoder.dim != self._dim:
+                raise ValueError(
+                    f"the encoder reads rows of width {autoencoder.dim}, config.json says "
+                    f"{self._dim}"
+                )
             self._set_autoencoder(autoencoder)
         super()._set_tensors(tensors)
 

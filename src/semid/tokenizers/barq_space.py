@@ -1,0 +1,118 @@
+"""The space in which BARQ fits codebooks: the content of rows and their direction of behavior."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from semid.quantization.blocks import Blocks, Preprocess
+from semid.quantization.least_squares import leading_components
+from semid.tokenizers.neural.autoencoder import ExactEncoder, perceptron
+
+Array = npt.NDArray[np.float32]
+
+UNIT_LENGTH = Preprocess(normalize=True)
+
+
+@dataclass(frozen=True)
+class Content:
+    """The part of rows that is quantized: all of them, or their leading principal components.
+
+    Shapes: ``components`` (dim, width) orthonormal columns, None for whole rows; ``rest`` (dim,)
+    the mean's part outside the components.
+    """
+
+    components: Array | None = None
+    rest: Array | None = None
+    threads: int | None = None
+
+    @classmethod
+    def of(
+        cls, blocks: Blocks, mean: npt.NDArray[np.float64], *, share: float, threads: int | None
+    ) -> Content:
+        """Keep the components of rows with mean ``mean`` that hold ``share`` of the variance."""
+        if share == 1:
+            return cls(threads=threads)
+        components = leading_components(blocks, mean, share=share)
+        exact = components.astype(np.float64)
+        # P P'mean is the part of the mean inside the components; the rest of it lies outside.
+        rest = (mean - exact @ (mean @ exact)).astype(np.float32)
+        return cls(components, rest, threads)
+
+    def tensors(self) -> dict[str, Array]:
+        """Return its arrays by name."""
+        arrays = {"components": self.components, "rest": self.rest}
+        return {name: array for name, array in arrays.items() if array is not None}
+
+    def width(self, dim: int) -> int:
+        """Return the width of the content of rows of width ``dim``."""
+        return dim if self.components is None else self.components.shape[1]
+
+    def __call__(self, x: Array) -> Array:
+        """Return the content ``(n, width)`` of rows; each depends on that row alone."""
+        if self.components is None:
+            return x
+        bias = np.zeros(self.components.shape[1], dtype=np.float32)
+        return perceptron(x, [(self.components, bias)], threads=self.threads)
+
+    def rows(self, content: Array) -> Array:
+        """Return the rows ``(n, dim)`` of least distance to the mean that have this content."""
+        if self.components is None or self.rest is None:
+            return content
+        lift = np.ascontiguousarray(self.components.T)
+        return perceptron(content, [(lift, self.rest)], threads=self.threads)
+
+
+@dataclass(frozen=True)
+class Blend:
+    """Rows ``x`` to ``[P'x, scale u(x), 0...]``, with ``u`` the direction of the encoder's latent.
+
+    Without an encoder behavior is left out. The zeros at the end are the columns of the codewords'
+    penalties.
+    """
+
+    content: Content
+    encoder: ExactEncoder | None
+    scale: float
+    penalty_columns: int
+
+    def directions(self, x: Array) -> Array:
+        """Return ``u(x)`` ``(n, latent)``, of width 0 without an encoder."""
+        if self.encoder is None:
+            return np.empty((len(x), 0), dtype=np.float32)
+        return UNIT_LENGTH.apply(self.encoder(x, threads=self.content.threads))
+
+    def __call__(self, x: Array) -> Array:
+        """Return ``(n, content + latent + penalties)``; each row depends on that row alone."""
+        zeros = np.zeros((len(x), self.penalty_columns), dtype=np.float32)
+        scaled = np.float32(self.scale) * self.directions(x)
+        return np.concatenate([self.content(x), scaled, zeros], axis=1)
+
+
+class BlendGraph(nn.Module):
+    """`Blend` as a module that can be traced, with the preprocessing of rows before it."""
+
+    def __init__(self, blend: Blend, prepare: nn.Module, encoder: nn.Module | None) -> None:
+        super().__init__()
+        self.prepare, self.encoder = prepare, encoder
+        self.scale, self.penalty_columns = float(np.float32(blend.scale)), blend.penalty_columns
+        components = blend.content.components
+        matrix = None if components is None else torch.from_numpy(components.copy())
+        self.register_buffer("components", matrix)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``(batch, content + latent + penalties)``."""
+        content = self.prepare(x)
+        parts = [content if self.components is None else content @ self.components]
+        if self.encoder is not None:
+            z = self.encoder(x).double()
+            norms = z.square().sum(dim=1, keepdim=True).sqrt()
+            norms = torch.where(norms == 0, torch.ones_like(norms), norms)
+            parts.append((self.scale * (z / norms)).float())
+        if self.penalty_columns:
+            parts.append(parts[0].new_zeros((x.shape[0], self.penalty_columns)))
+        return torch.cat(parts, dim=1)
