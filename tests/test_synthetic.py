@@ -8,8 +8,7 @@ from semid.data import synthetic
 from semid.data.embeddings import open_embeddings
 from semid.data.interactions import read_interactions
 from semid.data.items import read_items
-from semid.data.synthetic import SyntheticCatalogue
-from semid.data.synthetic_items import DEPARTMENTS, PATHS, plural
+from semid.data.synthetic import DEPARTMENTS, PATHS, SyntheticCatalogue, plural
 from semid.errors import OutputExistsError, UsageError
 
 SMALL = SyntheticCatalogue(items=6_000, dim=24, users=5_000, seed=3)

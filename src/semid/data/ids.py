@@ -38,16 +38,16 @@ def hash_strings(strings: Any, *, salt: str = "") -> np.ndarray:
 
     Time grows with the characters; extra memory is a few arrays of 65,536 numbers.
     """
-    state = np.uint64(_salted_basis(salt))
+    state = _BASIS
+    for byte in salt.encode() + b"\xff":
+        state = ((state ^ byte) * _PRIME) & _MASK
     chunks = strings.chunks if isinstance(strings, pa.ChunkedArray) else [strings]
-    out = np.empty(sum(len(c) for c in chunks), dtype=np.uint64)
-    done = 0
-    for chunk in chunks:
-        for start in range(0, len(chunk), _BLOCK):
-            block = chunk.slice(start, _BLOCK)
-            out[done : done + len(block)] = _hash_block(block, state)
-            done += len(block)
-    return out
+    blocks = [
+        _hash_block(chunk.slice(start, _BLOCK), np.uint64(state))
+        for chunk in chunks
+        for start in range(0, len(chunk), _BLOCK)
+    ]
+    return np.concatenate([np.empty(0, np.uint64), *blocks])
 
 
 def share_mask(hashes: np.ndarray, start: float, stop: float) -> np.ndarray:
@@ -58,18 +58,9 @@ def share_mask(hashes: np.ndarray, start: float, stop: float) -> np.ndarray:
     if not 0.0 <= start <= stop <= 1.0:
         raise UsageError(f"a share from {start} to {stop} is not within 0 and 1")
     low, high = round(start * 2**64), round(stop * 2**64)
-    mask = np.ones(len(hashes), dtype=bool)
     # 2**64 itself does not fit in 64 bits, and is above every hash.
-    mask &= hashes >= np.uint64(low) if low <= _MASK else False
-    mask &= hashes < np.uint64(high) if high <= _MASK else True
-    return mask
-
-
-def _salted_basis(salt: str) -> int:
-    state = _BASIS
-    for byte in salt.encode() + b"\xff":
-        state = ((state ^ byte) * _PRIME) & _MASK
-    return state
+    above = hashes >= np.uint64(low) if low <= _MASK else np.zeros(len(hashes), dtype=bool)
+    return above & (hashes < np.uint64(high)) if high <= _MASK else above
 
 
 def _hash_block(strings: Any, state: np.uint64) -> np.ndarray:
@@ -93,11 +84,7 @@ def _hash_block(strings: Any, state: np.uint64) -> np.ndarray:
         hashes[longer] = (hashes[longer] ^ data[starts[longer] + position]) * prime
         position += 1
         longer = longer[lengths[longer] > position]
-    return _finalize(hashes)
-
-
-def _finalize(hashes: np.ndarray) -> np.ndarray:
-    """MurmurHash3's 64-bit finalizer."""
+    # MurmurHash3's 64-bit finalizer spreads the last characters over all bits.
     shift = np.uint64(33)
     hashes ^= hashes >> shift
     hashes *= np.uint64(0xFF51AFD7ED558CCD)
@@ -156,13 +143,14 @@ class ItemIds:
 
     def __eq__(self, other: object) -> bool:
         """Compare as strings, so ``7`` equals ``"7"``."""
-        if not isinstance(other, ItemIds) or len(self) != len(other):
-            return NotImplemented if not isinstance(other, ItemIds) else False
-        if self.is_range and other.is_range:
-            return True
-        return all(
-            self.strings(a, a + _BLOCK).equals(other.strings(a, a + _BLOCK))
-            for a in range(0, len(self), _BLOCK)
+        if not isinstance(other, ItemIds):
+            return NotImplemented
+        return len(self) == len(other) and (
+            (self.is_range and other.is_range)
+            or all(
+                self.strings(a, a + _BLOCK).equals(other.strings(a, a + _BLOCK))
+                for a in range(0, len(self), _BLOCK)
+            )
         )
 
     __hash__ = None  # type: ignore[assignment]
@@ -198,9 +186,9 @@ class ItemIds:
 
     def take(self, rows: np.ndarray) -> ItemIds:
         """Return the ids of ``rows`` (n,), which must not repeat."""
-        if self._values is None:
-            return self._trusted(pa.array(np.asarray(rows, dtype=np.int64)), len(rows))
-        return self._trusted(self._values.take(pa.array(rows, type=pa.int64())), len(rows))
+        numbers = pa.array(rows, type=pa.int64())
+        values = numbers if self._values is None else self._values.take(numbers)
+        return self._trusted(values, len(rows))
 
     def index_of(self, ids: Any) -> np.ndarray:
         """Return the row of each of the ids (n,), -1 for unknown ones: (n,) int64.
@@ -223,7 +211,8 @@ class ItemIds:
         pending = pending[hashes[place[pending]] == query_hashes[pending]]
         while len(pending):
             rows = order[place[pending]]
-            same = pc.equal(_to_strings(self._take_values(rows)), queries.take(pa.array(pending)))
+            values = pa.array(rows) if self._values is None else self._values.take(pa.array(rows))
+            same = pc.equal(_to_strings(values), queries.take(pa.array(pending)))
             hit = same.fill_null(False).to_numpy(zero_copy_only=False)
             result[pending[hit]] = rows[hit]
             pending = pending[~hit]
@@ -250,15 +239,9 @@ class ItemIds:
 
         See `semid.data.ids` for the algorithm. Works in blocks of 65,536 ids.
         """
-        out = np.empty(self._count, dtype=np.uint64)
-        for start in range(0, self._count, _BLOCK):
-            out[start : start + _BLOCK] = hash_strings(
-                self.strings(start, start + _BLOCK), salt=salt
-            )
-        return out
-
-    def _take_values(self, rows: np.ndarray) -> Any:
-        return pa.array(rows) if self._values is None else self._values.take(pa.array(rows))
+        starts = range(0, self._count, _BLOCK)
+        blocks = [hash_strings(self.strings(a, a + _BLOCK), salt=salt) for a in starts]
+        return np.concatenate([np.empty(0, np.uint64), *blocks])
 
     def _sorted_hashes(self) -> tuple[np.ndarray, np.ndarray]:
         if self._lookup is None:
@@ -268,15 +251,14 @@ class ItemIds:
         return self._lookup
 
     def _refuse_duplicates(self, source: str) -> None:
-        if _increases(self._values):
-            return
+        if pa.types.is_integer(self._values.type):
+            numbers = self._values.to_numpy(zero_copy_only=False)
+            if (numbers[1:] > numbers[:-1]).all():
+                return  # they rise strictly
         # Equal ids have equal hashes: only rows whose hash has a neighbor of the same are compared.
         hashes, order = self._sorted_hashes()
-        shared = np.zeros(len(hashes), dtype=bool)
-        equal = hashes[1:] == hashes[:-1]
-        shared[1:] |= equal
-        shared[:-1] |= equal
-        rows = np.sort(order[shared])
+        equal = np.r_[False, hashes[1:] == hashes[:-1], False]
+        rows = np.sort(order[(equal[1:] | equal[:-1])[: len(order)]])
         counts = pc.value_counts(_to_strings(self._values.take(pa.array(rows))))
         repeated = counts.filter(pc.greater(counts.field("counts"), 1))
         if len(repeated) == 0:
@@ -287,11 +269,14 @@ class ItemIds:
         )
         more = ", ..." if len(repeated) > 5 else ""
         raise IdsError(
-            f"{source}: {len(repeated)} {'id' if len(repeated) == 1 else 'ids'} more than once "
-            f"({extra} rows too many): "
+            f"{source}: {_count(len(repeated), 'id')} more than once ({extra} rows too many): "
             f"{listed}{more}; every item needs an id of its own: drop the repeats or choose "
             "another id column"
         )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def held_out_mask(ids: ItemIds, fraction: float, *, salt: str = "validation") -> np.ndarray:
@@ -322,14 +307,6 @@ def cast_ids(values: Any, kind: pa.DataType, *, source: str) -> pa.Array:
             f"({problem}); give both the same type"
         )
     return cast
-
-
-def _increases(values: Any) -> bool:
-    """Whether integer ids rise strictly, which proves them unique without a sort."""
-    if not pa.types.is_integer(values.type):
-        return False
-    numbers = values.to_numpy(zero_copy_only=False)
-    return bool((numbers[1:] > numbers[:-1]).all())
 
 
 def _to_strings(values: Any) -> Any:
@@ -374,8 +351,8 @@ def _to_arrow(values: Any, source: str, *, allow_null: bool = False) -> Any:
     if array.null_count and not allow_null:
         first = int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0])
         raise IdsError(
-            f"{source}: {array.null_count} {'null' if array.null_count == 1 else 'nulls'} "
-            f"(first: row {first}); give every item an id or drop the rows"
+            f"{source}: {_count(array.null_count, 'null')} (first: row {first}); give every item "
+            "an id or drop the rows"
         )
     if is_text(array.type):
         try:
@@ -390,14 +367,13 @@ def _to_arrow(values: Any, source: str, *, allow_null: bool = False) -> Any:
 def _refuse_empty(array: Any, source: str) -> None:
     if not is_text(array.type):
         return
-    lengths = pc.binary_length(array.dictionary if pa.types.is_dictionary(array.type) else array)
-    empty = pc.equal(lengths, 0)
+    coded = pa.types.is_dictionary(array.type)
+    empty = pc.equal(pc.binary_length(array.dictionary if coded else array), 0)
     if pc.any(empty).as_py():
-        if pa.types.is_dictionary(array.type):
-            empty = empty.take(array.indices)
+        empty = empty.take(array.indices) if coded else empty
         rows = np.flatnonzero(empty.to_numpy(zero_copy_only=False))
         if len(rows):
             raise IdsError(
-                f"{source}: {len(rows)} empty {'string' if len(rows) == 1 else 'strings'} (first: "
-                f"row {rows[0]}); give every item an id or drop the rows"
+                f"{source}: {_count(len(rows), 'empty string')} (first: row {rows[0]}); give every "
+                "item an id or drop the rows"
             )

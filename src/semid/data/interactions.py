@@ -70,7 +70,7 @@ class Sequences:
         mask = self._mask(users)
         return Sequences(
             self.user_ids.filter(mask),
-            np.concatenate([[0], np.cumsum(self.lengths[mask])]).astype(np.int64),
+            _offsets(self.lengths[mask]),
             self.items[np.repeat(mask, self.lengths)],
             self.ordered,
         )
@@ -103,6 +103,10 @@ class Sequences:
                 f"shape {mask.shape}"
             )
         return mask
+
+
+def _offsets(counts: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
 
 TRAIN, SELECT, TEST = 0, 1, 2
@@ -170,14 +174,11 @@ class Interactions:
                 f"{self.label} has no order: there is no column 'position' or 'timestamp'; name "
                 "the one that has the time with --time-column (time_column=)"
             )
-        rows = self.catalogue_rows(ids)
+        items = self.catalogue_rows(ids)[self.items]
         counts = np.bincount(self.users, minlength=len(self.user_ids))
-        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        items = rows[self.items]
-        ranks = self._ranks()
-        if ranks is not None:
+        if (ranks := self._ranks()) is not None:
             items = items[ranks]
-        return Sequences(self.user_ids, offsets, items, self.has_order)
+        return Sequences(self.user_ids, _offsets(counts), items, self.has_order)
 
     def catalogue_rows(self, ids: ItemIds) -> np.ndarray:
         """Return the catalogue row (items,) int32 of each of ``item_ids``, -1 for unknown ones."""
@@ -255,12 +256,12 @@ def read_interactions(
     order_column = time_column or next((c for c in _ORDER_COLUMNS if c in names), None)
     if rating_column is None and "rating" in names:
         rating_column = "rating"
-    named: dict[str, str | None] = {
+    named = {
         "--user-column (user_column=)": user_column,
         "--item-column (item_column=)": item_column,
         "--time-column (time_column=)": order_column,
+        "rating_column=": rating_column or None,
     }
-    named["rating_column="] = rating_column or None
     columns = [(flag, name) for flag, name in named.items() if name is not None]
     columns += [("extra_columns=", column) for column in extra_columns]
     for flag, column in columns:
@@ -307,34 +308,25 @@ def split_users(users: Any, *, salt: str = "users") -> np.ndarray:
 def _codes(table: pa.Table, name: str, label: str, problems: list[str]) -> tuple[np.ndarray, Any]:
     """Code a column of ids as int32 into the distinct ids, in order of first appearance."""
     column = normalize_ids(table.column(name))
-    if problem := id_type_problem(column.type):
+    problem = id_type_problem(column.type)
+    if problem is None and column.null_count:
+        problem = f"{column.null_count} nulls; drop those rows"
+    if problem is not None:
         problems.append(f"column '{name}' of {label} holds {problem}")
-        return np.empty(0, np.int32), None
-    if column.null_count:
-        problems.append(
-            f"column '{name}' of {label} holds {column.null_count} nulls; drop those rows"
-        )
         return np.empty(0, np.int32), None
     if pa.types.is_dictionary(column.type):
         # A dictionary from outside may hold values unused, out of order or twice: code afresh,
         # from the codes where that is enough.
-        return _recode(column.unify_dictionaries())
-    coded = column.dictionary_encode().unify_dictionaries().combine_chunks()
-    coded = coded if isinstance(coded, pa.Array) else coded.chunk(0)
-    values = coded.dictionary.cast(pa.large_string())
-    return coded.indices.to_numpy().astype(np.int32, copy=False), values
-
-
-def _recode(column: Any) -> tuple[np.ndarray, Any]:
-    chunks = [c for c in column.chunks if len(c)]
-    old = np.concatenate([c.indices.to_numpy() for c in chunks]) if chunks else np.empty(0, int)
-    dictionary = chunks[0].dictionary.cast(pa.large_string()).dictionary_encode()
-    old = dictionary.indices.to_numpy()[old]
-    coded = pa.array(old).dictionary_encode()
-    return (
-        coded.indices.to_numpy().astype(np.int32, copy=False),
-        dictionary.dictionary.take(coded.dictionary),
-    )
+        chunks = [chunk for chunk in column.unify_dictionaries().chunks if len(chunk)]
+        distinct = chunks[0].dictionary.cast(pa.large_string()).dictionary_encode()
+        codes = np.concatenate([chunk.indices.to_numpy() for chunk in chunks])
+        coded = pa.array(distinct.indices.to_numpy()[codes]).dictionary_encode()
+        names = distinct.dictionary.take(coded.dictionary)
+    else:
+        coded = column.dictionary_encode().unify_dictionaries().combine_chunks()
+        coded = coded if isinstance(coded, pa.Array) else coded.chunk(0)
+        names = coded.dictionary.cast(pa.large_string())
+    return coded.indices.to_numpy().astype(np.int32, copy=False), names
 
 
 def _numbers(

@@ -41,11 +41,9 @@ _log = logging.getLogger(__name__)
 
 
 def load_ids(ids: Any, *, id_column: str | None = None) -> ItemIds:
-    """Read item ids given apart from the embeddings.
+    """Read item ids from a path (``file:column``), array, list or table.
 
-    Returns the ids. Those from CSV and text files stay text, so ``007`` does not become 7.
-
-    Shapes: ``ids`` (file, folder or glob).
+    Those from CSV and text files stay text, so ``007`` does not become 7.
     """
     if isinstance(ids, ItemIds):
         return ids
@@ -58,11 +56,9 @@ def load_ids(ids: Any, *, id_column: str | None = None) -> ItemIds:
             )
         return _from_path(path, column or id_column)
     library = library_of(ids)
-    if library == "torch":
-        return _ids(ids.cpu().numpy())
-    if isinstance(ids, pa.Array | pa.ChunkedArray):
-        return _ids(ids)
-    if library in ("pandas", "polars", "pyarrow"):
+    if library in ("pandas", "polars", "pyarrow") and not isinstance(
+        ids, pa.Array | pa.ChunkedArray
+    ):
         if library == "pandas" and ids.ndim == 1:
             return _ids(pa.array(ids, from_pandas=True))
         if type(ids).__name__ == "Series":
@@ -70,7 +66,9 @@ def load_ids(ids: Any, *, id_column: str | None = None) -> ItemIds:
         frame = open_frame(ids)
         column = _choose(frame.schema.names, id_column, label=frame.label, explicit=True)
         return _ids(frame.column(str(column)), source=f"column '{column}' of {frame.label}")
-    if isinstance(ids, Sequence | np.ndarray):
+    if library == "torch":
+        ids = ids.cpu().numpy()
+    if library == "pyarrow" or isinstance(ids, Sequence | np.ndarray):
         return _ids(ids)
     raise UsageError(
         f"ids are a {type(ids).__name__}; give a path, an array, a list, a table or None"
@@ -79,8 +77,7 @@ def load_ids(ids: Any, *, id_column: str | None = None) -> ItemIds:
 
 def parquet_ids(files: ParquetFiles, id_column: str | None) -> ItemIds | None:
     """Read the ids that stand beside the embeddings in Parquet; None for row numbers."""
-    names = files.schemas[0].names
-    column = _choose(names, id_column, label=files.label, explicit=False)
+    column = _choose(files.schemas[0].names, id_column, label=files.label, explicit=False)
     return None if column is None else _parquet_column(files, column)
 
 
@@ -186,11 +183,11 @@ def _read_text(path: Path) -> pa.Array:
         return ids
     hint = ""
     if kind.phrase.endswith("columns"):
+        table = path.with_suffix(".tsv" if kind.name == "tab" else ".csv")
         hint = (
-            f", and --ids '{path.with_suffix('.csv')}:COLUMN' names the ids' column (ids that "
-            "contain the separator are given as Parquet)"
+            f", and --ids '{table}:COLUMN' names the ids' column (ids that contain the separator "
+            "are given as Parquet)"
         )
-        hint = hint.replace(".csv", ".tsv") if kind.name == "tab" else hint
     raise IdsError(f"{wrong_format(path, 'ids', kind)}{hint}")
 
 
@@ -214,11 +211,7 @@ def _lines(path: Path, data: bytes) -> list[str]:
 def _by_row_number(lines: list[str]) -> pa.Array | None:
     """Return the ids of lines ``id<TAB>row number`` by row; None unless each row occurs once."""
     pairs = [line.split("\t") for line in lines]
-    ids = {
-        int(pair[1]): pair[0]
-        for pair in pairs
-        if len(pair) == 2 and pair[1].isascii() and pair[1].isdigit()
-    }
+    ids = {int(p[1]): p[0] for p in pairs if len(p) == 2 and p[1].isascii() and p[1].isdigit()}
     if len(ids) != len(lines) or max(ids) != len(lines) - 1:
         return None
     return pa.array([ids[row] for row in range(len(lines))], type=pa.large_string())
@@ -332,13 +325,10 @@ class ItemTexts:
         take = pa.array(rows, mask=rows < 0)
         columns = {
             name: None if column is None else column.take(take).fill_null("")
-            for name, column in self._columns().items()
+            for name in ("titles", "categories", "brand", "text")
+            for column in [getattr(self, name)]
         }
         return ItemTexts(ids, missing=missing, **columns)
-
-    def _columns(self) -> dict[str, Any]:
-        names = ("titles", "categories", "brand", "text")
-        return {name: getattr(self, name) for name in names}
 
 
 def read_items(
@@ -348,19 +338,18 @@ def read_items(
     id_column: str | None = None,
     title_column: str | None = None,
 ) -> ItemTexts:
-    """Read what items are called.
+    """Read what items are called from a table or the path of one (file, folder or glob).
 
-    Shapes: ``source`` (file, folder or glob).
+    Without ``title_column`` the titles are those of ``title``, else of ``text``.
     """
     if isinstance(source, ItemTexts):
         return source if ids is None else source.aligned(ids)
-    key = id_column
+    column = None
     if isinstance(source, str | Path):
         source, column = split_column(source)
-        key = key or column
     opened = open_table(source, what="items", error=IdsError)
     names = opened.names
-    key = opened.require(key or DEFAULT_ID_COLUMN, flag="--id-column (id_column=)")
+    key = opened.require(id_column or column or DEFAULT_ID_COLUMN, flag=_FLAG)
     if title_column is not None:
         opened.require(title_column, flag="title_column=")
     elif "title" not in names and "text" not in names:
@@ -372,11 +361,9 @@ def read_items(
     read = list(dict.fromkeys([key, *text_columns, *([title_column] if title_column else [])]))
     table = opened.read(read, text=read)  # a title such as 1984 is no number
     columns = {c: _texts(table, c) for c in text_columns}
-    titles = _texts(table, title_column) if title_column else columns.get("title")
     text = columns.get("text")
-    if titles is None:
-        titles = text
-    elif text is not None:
+    titles = _texts(table, title_column) if title_column else columns.get("title", text)
+    if text is not None:
         titles = pc.if_else(pc.equal(titles, ""), text, titles)
     table_ids = ItemIds(table.column(key), source=f"id column '{key}' of {opened.label}")
     items = ItemTexts(table_ids, titles, columns.get("categories"), columns.get("brand"), text)

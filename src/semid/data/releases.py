@@ -7,7 +7,6 @@ import csv
 import gzip
 import html
 import importlib
-import io
 import json
 import math
 import os
@@ -55,28 +54,16 @@ class Release:
             pq.write_table(self.interactions, work / "interactions.parquet")
             if embed is not None:
                 rows = embed_texts(self.items.column("text").to_pylist(), embed)
-                write_npy(
-                    work / "embeddings.f16.npy",
-                    iter([rows]),
-                    shape=(len(rows), rows.shape[1]),
-                    dtype="<f2",
-                )
+                write_npy(work / "embeddings.f16.npy", [rows], shape=rows.shape, dtype="<f2")
         return Path(folder)
-
-
-def open_text(path: Path, *, encoding: str = "utf8") -> io.TextIOBase:
-    """Open a text file, compressed (``.gz``) or not; UsageError if it does not exist."""
-    if not path.is_file():
-        raise UsageError(f"'{path}' does not exist; check the path")
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding=encoding)
-    return path.open(encoding=encoding)
 
 
 def text_lines(path: Path, *, encoding: str = "utf8") -> Iterator[str]:
     """Yield the lines of a text file; InputError if it is cut short, damaged or misencoded."""
+    if not path.is_file():
+        raise UsageError(f"'{path}' does not exist; check the path")
     number = 0
-    with open_text(path, encoding=encoding) as file:
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding=encoding) as file:
         try:
             for line in file:
                 number += 1
@@ -96,13 +83,11 @@ def interaction(
     Ids are text or integers, ``unit`` of the time's units make a second, the rating is finite;
     anything else is an InputError that names it and the line, ``where``.
     """
-    names = []
     for value in (user, item):
         if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
             raise InputError(
                 f"{where} holds the id {reprlib.repr(value)}; ids are texts or integers"
             )
-        names.append(str(value))
     try:
         seconds, stars = int(time) // unit, float(rating)
     except (TypeError, ValueError, OverflowError):
@@ -112,7 +97,7 @@ def interaction(
             f"{where} holds the rating {reprlib.repr(rating)} at time {reprlib.repr(time)}, which "
             "are no numbers"
         )
-    return names[0], names[1], seconds, stars
+    return str(user), str(item), seconds, stars
 
 
 def core_mask(users: Ints, items: Ints, least: int) -> npt.NDArray[np.bool_]:
@@ -148,53 +133,54 @@ def make_release(
         raise UsageError(f"--core {core} (core=): give 0 or more")
     user_ids: dict[str, int] = {}
     item_ids: dict[str, int] = {}
-    users, items, times, ratings = [], [], [], []
-    for user, item, time, rating in rows:
-        users.append(user_ids.setdefault(user, len(user_ids)))
-        items.append(item_ids.setdefault(item, len(item_ids)))
-        times.append(time)
-        ratings.append(rating)
-    by_user, of_item = np.array(users, np.int64), np.array(items, np.int64)
-    at, rated = np.array(times, np.int64), np.array(ratings, np.float32)
-    mask = core_mask(by_user, of_item, core)
+    log = np.fromiter(
+        (
+            (
+                user_ids.setdefault(user, len(user_ids)),
+                item_ids.setdefault(item, len(item_ids)),
+                time,
+                rating,
+            )
+            for user, item, time, rating in rows
+        ),
+        dtype=[("user", "i8"), ("item", "i8"), ("time", "i8"), ("rating", "f4")],
+    )
+    users, items = log["user"], log["item"]
+    mask = core_mask(users, items, core)
     if not mask.any():
         raise InteractionsError(
             f"none of the {len(users)} interactions of {label} is left in the {core}-core; give a "
             "smaller --core"
         )
     order = np.flatnonzero(mask)
-    order = order[np.lexsort((at[order], by_user[order]))]  # stable: ties keep the file's order
-    starts = np.flatnonzero(np.r_[True, by_user[order][1:] != by_user[order][:-1]])
-    sizes = np.diff(np.r_[starts, len(order)])
-    position = np.arange(len(order)) - np.repeat(starts, sizes)
+    order = order[np.lexsort((log["time"][order], users[order]))]  # stable: ties keep their order
+    starts = np.searchsorted(users[order], users[order])
     user_names = pa.array(list(user_ids), pa.large_string())
     item_names = pa.array(list(item_ids), pa.large_string())
     interactions = pa.table(
         {
-            "user_id": user_names.take(pa.array(by_user[order])),
-            "item_id": item_names.take(pa.array(of_item[order])),
-            "timestamp": at[order],
-            "position": position.astype(np.int32),
-            "rating": rated[order],
+            "user_id": user_names.take(pa.array(users[order])),
+            "item_id": item_names.take(pa.array(items[order])),
+            "timestamp": log["time"][order],
+            "position": (np.arange(len(order)) - starts).astype(np.int32),
+            "rating": log["rating"][order],
         }
     )
-    used = np.unique(of_item[order])
-    names = item_names.take(pa.array(used)).to_pylist()
+    names = item_names.take(pa.array(np.unique(items[order]))).to_pylist()
     facts = [described.get(name, ("", "", "")) for name in names]
+    texts = [item_text(*fact) for fact in facts]
     table = pa.table(
-        {
-            "item_id": pa.array(names, pa.large_string()),
-            "title": pa.array([f[0] for f in facts], pa.large_string()),
-            "brand": pa.array([f[1] for f in facts], pa.large_string()),
-            "categories": pa.array([f[2] for f in facts], pa.large_string()),
-            "text": pa.array([item_text(*f) for f in facts], pa.large_string()),
-        }
+        [
+            pa.array(column, pa.large_string())
+            for column in (names, *zip(*facts, strict=True), texts)
+        ],
+        names=["item_id", "title", "brand", "categories", "text"],
     )
-    notes = [f"{len(order):,} interactions of {len(sizes):,} users with {len(used):,} items"]
+    user_count = len(np.unique(starts))
+    notes = [f"{len(order):,} interactions of {user_count:,} users with {len(names):,} items"]
     if len(order) < len(users):
         notes.append(f"{len(users) - len(order):,} interactions outside the {core}-core left out")
-    bare = sum(name not in described for name in names)
-    if bare:
+    if bare := sum(name not in described for name in names):
         notes.append(f"{bare:,} items have no description")
     return Release(interactions, table, tuple(notes))
 
@@ -224,10 +210,10 @@ def embed_texts(texts: Sequence[str], model: str) -> npt.NDArray[np.float32]:
 
 
 # user, item, rating, time, and how many of the time's units make a second
-_LAYOUTS = {
-    "2014": ("reviewerID", "asin", "overall", "unixReviewTime", 1),
-    "2023": ("user_id", "parent_asin", "rating", "timestamp", 1000),
-}
+_LAYOUTS = (  # of 2014 and of 2023
+    ("reviewerID", "asin", "overall", "unixReviewTime", 1),
+    ("user_id", "parent_asin", "rating", "timestamp", 1000),
+)
 
 
 def read_amazon(
@@ -263,22 +249,16 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def _reviews(path: Path) -> Iterator[tuple[str, str, int, float]]:
     for number, review in _lines(path):
         where = f"line {number} of '{path}'"
-        for user, item, rating, time, unit in _LAYOUTS.values():
-            if user in review and item in review:
-                if rating not in review or time not in review:
-                    raise InputError(f"{where} has no number in '{rating}' or '{time}'")
-                yield interaction(
-                    review[user],
-                    review[item],
-                    review[time],
-                    review[rating],
-                    where=where,
-                    unit=unit,
-                )
-                break
-        else:
-            listed = " or ".join(f"{names[0]}, {names[1]}" for names in _LAYOUTS.values())
-            raise InputError(f"{where} has neither {listed}")
+        layout = next((x for x in _LAYOUTS if x[0] in review and x[1] in review), None)
+        if layout is None:
+            raise InputError(
+                f"{where} has neither {' or '.join(f'{x[0]}, {x[1]}' for x in _LAYOUTS)}"
+            )
+        user, item, rating, time, unit = layout
+        if rating not in review or time not in review:
+            raise InputError(f"{where} has no number in '{rating}' or '{time}'")
+        ids = review[user], review[item]
+        yield interaction(*ids, review[time], review[rating], where=where, unit=unit)
 
 
 def _items(path: Path) -> Iterator[tuple[str, tuple[str, str, str]]]:
@@ -323,40 +303,38 @@ def read_movielens(folder: str | os.PathLike[str], *, core: int = 0) -> Release:
         ratings, movies = place / f"ratings{suffix}", place / f"movies{suffix}"
         if ratings.is_file() and movies.is_file():
             described = {key: (title, "", genres) for key, title, genres in _rows(movies, 3)}
-            return make_release(_ratings(ratings), described, core=core, label=f"'{folder}'")
+            rows = (
+                interaction(user, movie, time, rating, where=f"'{ratings}'")
+                for user, movie, rating, time in _rows(ratings, 4)
+            )
+            return make_release(rows, described, core=core, label=f"'{folder}'")
     raise UsageError(
         f"'{folder}' holds neither ratings.dat and movies.dat nor ratings.csv and movies.csv; give "
         "the folder of an unpacked MovieLens release"
     )
 
 
-def _ratings(path: Path) -> Iterator[tuple[str, str, int, float]]:
-    for user, movie, rating, time in _rows(path, 4):
-        yield interaction(user, movie, time, rating, where=f"'{path}'")
-
-
 def _rows(path: Path, width: int) -> Iterator[list[str]]:
-    """Yield the fields of each line; CSV has a head, ``::`` has none and is Latin-1."""
-    if path.suffix == ".csv":
-        reader = csv.reader(text_lines(path))
-        try:
-            next(reader, None)
-            for fields in reader:
-                if fields:
-                    yield _checked(fields, width, path)
-        except csv.Error as error:
+    """Yield the fields of each line, ``width`` of them."""
+    for fields in _split_lines(path):
+        if len(fields) != width:
             raise InputError(
-                f"'{path}' is not CSV after line {reader.line_num} ({error}); download it again"
-            ) from None
+                f"'{path}' holds a line of {len(fields)} fields ({fields[0][:40]}...), not {width}"
+            )
+        yield fields
+
+
+def _split_lines(path: Path) -> Iterator[list[str]]:
+    """Split lines that are not empty; CSV has a header, ``::`` has none and is Latin-1."""
+    if path.suffix == ".dat":
+        lines = text_lines(path, encoding="latin-1")
+        yield from (line.rstrip("\n").split("::") for line in lines if line.strip())
         return
-    for line in text_lines(path, encoding="latin-1"):
-        if line.strip():
-            yield _checked(line.rstrip("\n").split("::"), width, path)
-
-
-def _checked(fields: list[str], width: int, path: Path) -> list[str]:
-    if len(fields) != width:
+    reader = csv.reader(text_lines(path))
+    try:
+        next(reader, None)
+        yield from filter(None, reader)
+    except csv.Error as error:
         raise InputError(
-            f"'{path}' holds a line of {len(fields)} fields ({fields[0][:40]}...), not {width}"
-        )
-    return fields
+            f"'{path}' is not CSV after line {reader.line_num} ({error}); download it again"
+        ) from None

@@ -10,6 +10,7 @@ nothing depends on how much is made at once, and a larger catalogue begins with 
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,45 +19,118 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from semid.data.blocks import RawBlock, gather
 from semid.data.ids import ItemIds
 from semid.data.interactions import Interactions, read_interactions
 from semid.data.source import EmbeddingSource, write_npy
-from semid.data.synthetic_items import (
-    BRANDS,
-    DEPARTMENTS,
-    FINISHES,
-    NICHES_OF_DEPARTMENT,
-    PATHS,
-    STYLES,
-    VARIANTS,
-    Attributes,
-    item_table,
-    named,
-    numbered,
-)
 from semid.errors import UsageError, check_choice
 from semid.output import atomic_file, check_output
 
+# Chances that the next item comes from the same niche, aisle, department, or anywhere.
 _REACH = (0.55, 0.25, 0.12, 0.08)
-"""Chances that the next item comes from the same niche, aisle, department, or anywhere."""
-
-_LONGEST = 60
+_LONGEST = 60  # interactions of a user
 _DAY = 86_400
 _FIRST_DAY = 1_420_070_400  # 2015-01-01
+_UNIT = 4_096
+_GROUP = 16  # units of a Parquet row group
+_TABLES, _ATTRIBUTES, _NOISE, _USERS = range(4)  # streams of randomness
+_NICHES_OF_AISLE = 4
+
+
+class Department(NamedTuple):
+    """A part of the shop with its own vocabulary: aisles with their niches, parts of titles."""
+
+    name: str
+    aisles: dict[str, list[str]]
+    styles: list[str]
+    finishes: list[str]
+    brands: list[str]
+
+
+def plural(noun: str) -> str:
+    """Return the plural of a noun of these lists."""
+    if noun.endswith("y") and noun[-2] not in "aeiou":
+        return noun[:-1] + "ies"
+    return noun + ("es" if noun.endswith(("s", "x", "ch", "sh")) else "s")
+
+
+_FILE = tomllib.loads(Path(__file__).with_name("synthetic_words.toml").read_text("utf8"))
+DEPARTMENTS = tuple(Department(**words) for words in _FILE["departments"])
+# Every niche with its department and aisle, neighbors side by side.
+PATHS = [(d, a, n) for d in DEPARTMENTS for a, niches in d.aisles.items() for n in niches]
+# Word lists in the order in which attributes count them; most variants are empty.
+_WORDS = {
+    "style": pa.array([s for d in DEPARTMENTS for s in d.styles]),
+    "finish": pa.array([f for d in DEPARTMENTS for f in d.finishes]),
+    "brand": pa.array([b for d in DEPARTMENTS for b in d.brands]),
+    "noun": pa.array([noun for _, _, noun in PATHS]),
+    "categories": pa.array([f"{d.name} > {a} > {plural(n).capitalize()}" for d, a, n in PATHS]),
+    "variant": pa.array([v and f", {v}" for v in _FILE["variants"]]),
+}
+_NICHES, _STYLES, _FINISHES, _BRANDS = (
+    len(_WORDS[name]) // len(DEPARTMENTS) for name in ("noun", "style", "finish", "brand")
+)
+
+
+class Attributes(NamedTuple):
+    """What items are like: one number per item, (n,) each; words as places in their lists."""
+
+    niche: np.ndarray
+    style: np.ndarray
+    finish: np.ndarray
+    variant: np.ndarray
+    brand: np.ndarray
+    popularity: np.ndarray
+    quality: np.ndarray
+
+
+def _item_table(attributes: Attributes, *, start: int, count: int) -> pa.Table:
+    """Describe the first ``count`` of some items, which are numbered from ``start``."""
+    a = Attributes(*(values[:count] for values in attributes))
+    department = a.niche // _NICHES
+
+    def words(name: str, places: np.ndarray) -> pa.Array:
+        return _WORDS[name].take(pa.array(places))
+
+    def join(*parts: pa.Array | str) -> pa.Array:
+        return pc.binary_join_element_wise(*parts, "")
+
+    title = join(
+        words("style", department * _STYLES + a.style),
+        " ",
+        words("noun", a.niche),
+        ", ",
+        words("finish", department * _FINISHES + a.finish),
+        words("variant", a.variant),
+    )
+    brand = words("brand", department * _BRANDS + a.brand)
+    categories = words("categories", a.niche)
+    return pa.table(
+        {
+            "item_id": _names("P", np.arange(start, start + count)),
+            "title": title,
+            "brand": brand,
+            "categories": categories,
+            "text": join("Title: ", title, "; Brand: ", brand, "; Categories: ", categories),
+            "popularity": pa.array(a.popularity.astype(np.float32)),
+        }
+    )
+
+
+def _names(letter: str, numbers: np.ndarray) -> pa.Array:
+    """Return the ids of things by their numbers (n,), such as ``P0000012``."""
+    digits = pc.utf8_lpad(pa.array(numbers).cast(pa.string()), 7, "0")
+    return pc.binary_join_element_wise(letter, digits, "")
 
 
 class Steps(NamedTuple):
-    """Interactions of a block of users, grouped by user, oldest first.
+    """Interactions of a block of users, grouped by user, oldest first: (n,) each.
 
-    Attributes:
-        user: (n,) user within the block.
-        item: (n,) row of the item; no user takes an item twice.
-        position: (n,) 0 for a user's oldest.
-        timestamp: (n,) Unix seconds, rising within a user.
-        rating: (n,) 1 to 5; higher for good items, and closer to home.
+    ``user`` counts within the block, ``position`` from a user's oldest; no user takes an item
+    twice. ``timestamp`` is in Unix seconds, ``rating`` is 1 to 5.
     """
 
     user: np.ndarray
@@ -67,79 +141,60 @@ class Steps(NamedTuple):
 
 
 def walk(
-    niche: np.ndarray,
-    weight: np.ndarray,
-    quality: np.ndarray,
-    widths: tuple[int, ...],
-    *,
-    unit: int,
+    niche: np.ndarray, weight: np.ndarray, quality: np.ndarray
 ) -> Callable[[np.random.Generator], Steps]:
-    """Return a function that draws a block of ``unit`` users from a generator.
+    """Return a function that draws a block of 4,096 users from a generator.
 
-    ``niche``, ``weight`` (popularity) and ``quality`` (added to ratings) are (items,); niches are
-    numbered so that neighbors lie side by side, and ``widths`` are the niches that each reach
-    spans: niche, aisle, department, all.
+    ``niche``, ``weight`` (popularity) and ``quality`` (added to ratings) are (items,).
     """
+    # Niches that each reach spans; those of an aisle and of a department lie side by side.
+    span = np.array((1, _NICHES_OF_AISLE, _NICHES, len(PATHS)))
     # Items sorted by niche make each reach one range of their cumulative popularity: a step of the
     # walk is a binary search in it.
     order = np.argsort(niche, kind="stable")
     cumulative = np.concatenate([[0.0], np.cumsum(weight[order], dtype=np.float64)])
     sorted_niche = niche[order].astype(np.int64)
-    bounds = np.searchsorted(sorted_niche, np.arange(widths[-1] + 1))
+    bounds = np.searchsorted(sorted_niche, np.arange(span[-1] + 1))
     chances = np.cumsum(_REACH)[:-1]
 
     def draw(rng: np.random.Generator, low: np.ndarray, high: np.ndarray) -> np.ndarray:
         start, stop = cumulative[bounds[low]], cumulative[bounds[high]]
         at = np.searchsorted(cumulative, start + rng.random(len(low)) * (stop - start), "right")
         # Rounding may touch the end of the range, which belongs to the next one.
-        places: np.ndarray = np.clip(at - 1, bounds[low], bounds[high] - 1)
-        return places
+        return np.asarray(np.clip(at - 1, bounds[low], bounds[high] - 1))
 
     def block(rng: np.random.Generator) -> Steps:
-        lengths = np.minimum(6 + rng.exponential(6.0, unit).astype(np.int64), _LONGEST)
-        taste = rng.normal(3.6, 0.4, unit)
+        lengths = np.minimum(6 + rng.exponential(6.0, _UNIT).astype(np.int64), _LONGEST)
+        taste = rng.normal(3.6, 0.4, _UNIT)
         longest = int(lengths.max())
-        places = np.zeros((unit, longest), dtype=np.int64)
-        reach = np.zeros((unit, longest), dtype=np.int64)
-        span = np.array(widths)
-        everywhere = np.zeros(unit, dtype=np.int64)
+        places, reach = np.zeros((2, _UNIT, longest), dtype=np.int64)
+        everywhere = np.zeros(_UNIT, dtype=np.int64)
         places[:, 0] = draw(rng, everywhere, everywhere + span[-1])
+        # One step of all users at a time, of those whose walk has not ended.
         for step in range(1, longest):
             still = np.flatnonzero(lengths > step)
             kind = np.searchsorted(chances, rng.random(len(still)), side="right")
-            width = span[kind]
-            low = sorted_niche[places[still, step - 1]] // width * width
-            places[still, step] = draw(rng, low, np.minimum(low + width, span[-1]))
+            low = sorted_niche[places[still, step - 1]] // span[kind] * span[kind]
+            places[still, step] = draw(rng, low, np.minimum(low + span[kind], span[-1]))
             reach[still, step] = kind
-        gaps = rng.exponential(8.0 * _DAY, (unit, longest)).astype(np.int64) + 1
-        gaps[:, 0] = rng.integers(0, 3 * 365 * _DAY, unit)
-        times = _FIRST_DAY + np.cumsum(gaps, axis=1)
+        gaps = rng.exponential(8.0 * _DAY, (_UNIT, longest)).astype(np.int64) + 1
+        gaps[:, 0] = rng.integers(0, 3 * 365 * _DAY, _UNIT)
         inside = np.arange(longest) < lengths[:, None]
-        user = np.repeat(np.arange(unit), lengths)
+        times = (_FIRST_DAY + np.cumsum(gaps, axis=1))[inside]
+        user = np.repeat(np.arange(_UNIT), lengths)
         item = order[places[inside]]
+        # Good items rate higher, and so do those close to home.
         mood = rng.normal(0.0, 0.7, len(item))
         ratings = taste[user] + 0.5 - 0.3 * reach[inside] + quality[item] + mood
-        return _first_of_each(user, item, times[inside], np.clip(np.rint(ratings), 1, 5))
+        ratings = np.clip(np.rint(ratings), 1, 5)
+        # Keep a user's first interaction with every item, and number what remains.
+        key = user * (int(item.max()) + 1) + item
+        rows = np.sort(np.unique(key, return_index=True)[1])
+        user = user[rows]
+        position = np.arange(len(user)) - np.searchsorted(user, user)
+        return Steps(user, item[rows], position, times[rows], ratings[rows])
 
     return block
-
-
-def _first_of_each(
-    user: np.ndarray, item: np.ndarray, times: np.ndarray, ratings: np.ndarray
-) -> Steps:
-    """Keep a user's first interaction with every item, and number what remains."""
-    key = user * (int(item.max()) + 1) + item
-    rows = np.sort(np.unique(key, return_index=True)[1])
-    user = user[rows]
-    starts = np.searchsorted(user, user)
-    return Steps(user, item[rows], np.arange(len(user)) - starts, times[rows], ratings[rows])
-
-
-_UNIT = 4_096
-_GROUP = 16  # units of a Parquet row group
-_USER_UNIT = 4_096
-_TABLES, _ATTRIBUTES, _NOISE, _USERS = range(4)  # streams of randomness
-_NICHES_OF_AISLE = 4
 
 
 class SyntheticFiles(NamedTuple):
@@ -170,8 +225,7 @@ class SyntheticCatalogue:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        lowest = {"items": 1, "dim": 2, "users": 1, "seed": 0}
-        for name, least in lowest.items():
+        for name, least in {"items": 1, "dim": 2, "users": 1, "seed": 0}.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UsageError(f"{name}={value} is too small; a catalogue needs {least} or more")
@@ -184,7 +238,7 @@ class SyntheticCatalogue:
     @cached_property
     def ids(self) -> ItemIds:
         """The item ids, ``P0000000`` onwards."""
-        return ItemIds._trusted(numbered("P", 0, self.items), self.items)
+        return ItemIds._trusted(_names("P", np.arange(self.items)), self.items)
 
     def embeddings(self) -> EmbeddingSource:
         """Return the embeddings as a source that makes its rows when they are read."""
@@ -196,8 +250,8 @@ class SyntheticCatalogue:
 
     def niches(self) -> np.ndarray:
         """Return each item's niche (items,) int64; 4 niches make an aisle, 16 a department."""
-        units = [self._attributes(u).niche for u in range(self._unit_count)]
-        return np.concatenate(units)[: self.items]
+        units = range(self._unit_count)
+        return np.concatenate([self._attributes(u).niche for u in units])[: self.items]
 
     def items_table(self) -> pa.Table:
         """Return all items in memory: id, title, brand, categories, text, popularity."""
@@ -221,15 +275,14 @@ class SyntheticCatalogue:
     ) -> SyntheticFiles:
         """Write ``items.parquet``, the embeddings and ``interactions.parquet``, block by block.
 
+        Memory: about 40 bytes per item for the users' walk, and a few blocks.
+
         Args:
-            folder: made if it does not exist.
+            folder: target folder.
             embeddings: ``npy`` for ``embeddings.npy`` beside the items, ``parquet`` for a column
                 ``embedding`` of ``items.parquet``.
             dtype: ``float32`` or ``float16``.
             overwrite: replace files that exist.
-
-        Returns:
-            The paths. Memory: about 40 bytes per item for the users' walk, and a few blocks.
 
         Raises:
             OutputExistsError: a file exists and ``overwrite`` is False.
@@ -265,22 +318,21 @@ class SyntheticCatalogue:
     def _tables(self) -> dict[str, np.ndarray]:
         """Vectors that items share, each about as long as its level weighs."""
         rng = self._generator(_TABLES)
-        dim = self.dim
-        spectrum = (1.0 + np.arange(dim)) ** -0.5
+        spectrum = (1.0 + np.arange(self.dim)) ** -0.5
         spectrum /= np.sqrt((spectrum**2).sum())
         # A random rotation, lest the large directions be the first coordinates.
-        rotation = np.linalg.qr(rng.standard_normal((dim, dim)))[0]
+        rotation = np.linalg.qr(rng.standard_normal((self.dim, self.dim)))[0]
         basis = (spectrum[:, None] * rotation).astype(np.float32)
 
         def vectors(count: int, weight: float) -> np.ndarray:
-            drawn = rng.standard_normal((count, dim)).astype(np.float32)
-            out: np.ndarray = weight * (drawn @ basis)
-            return out
+            return np.asarray(
+                weight * (rng.standard_normal((count, self.dim)).astype(np.float32) @ basis)
+            )
 
         departments = len(DEPARTMENTS)
         niche = vectors(len(PATHS), 0.55)
         niche += np.repeat(vectors(len(PATHS) // _NICHES_OF_AISLE, 0.7), _NICHES_OF_AISLE, axis=0)
-        niche += np.repeat(vectors(departments, 0.9), NICHES_OF_DEPARTMENT, axis=0)
+        niche += np.repeat(vectors(departments, 0.9), _NICHES, axis=0)
         niche += vectors(1, 1.0)
         # Few niches hold most items: Zipf over a random ranking.
         ranks = rng.permutation(len(PATHS)) + 1.0
@@ -288,8 +340,8 @@ class SyntheticCatalogue:
         return {
             "basis": 0.45 * basis,
             "niche": niche,
-            "style": vectors(departments * STYLES, 0.35),
-            "finish": vectors(departments * FINISHES, 0.2),
+            "style": vectors(departments * _STYLES, 0.35),
+            "finish": vectors(departments * _FINISHES, 0.2),
             "cumulative": np.cumsum(share / share.sum()),
         }
 
@@ -298,11 +350,11 @@ class SyntheticCatalogue:
         niche = np.searchsorted(self._tables["cumulative"][:-1], rng.random(_UNIT), side="right")
         return Attributes(
             niche,
-            rng.integers(0, STYLES, _UNIT),
-            rng.integers(0, FINISHES, _UNIT),
-            np.maximum(rng.integers(-9, len(VARIANTS), _UNIT), 0),
+            rng.integers(0, _STYLES, _UNIT),
+            rng.integers(0, _FINISHES, _UNIT),
+            np.maximum(rng.integers(-9, len(_WORDS["variant"]), _UNIT), 0),
             # The first makers sell most.
-            np.minimum(rng.geometric(0.35, _UNIT) - 1, BRANDS - 1),
+            np.minimum(rng.geometric(0.35, _UNIT) - 1, _BRANDS - 1),
             # A Pareto tail: the top 1 % of items draw about a quarter of the interest.
             (1.0 - rng.random(_UNIT)) ** (-1 / 1.3),
             rng.normal(0.0, 0.5, _UNIT),
@@ -311,24 +363,22 @@ class SyntheticCatalogue:
     def _unit(self, unit: int) -> np.ndarray:
         """Make the embeddings of one unit: (4096 or what is left, dim) float32."""
         a, tables = self._attributes(unit), self._tables
-        department = a.niche // NICHES_OF_DEPARTMENT
+        department = a.niche // _NICHES
         drawn = self._generator(_NOISE, unit).standard_normal((_UNIT, self.dim), dtype=np.float32)
         x = drawn @ tables["basis"]
         x += tables["niche"][a.niche]
-        x += tables["style"][department * STYLES + a.style]
-        x += tables["finish"][department * FINISHES + a.finish]
+        x += tables["style"][department * _STYLES + a.style]
+        x += tables["finish"][department * _FINISHES + a.finish]
         x /= np.linalg.norm(x, axis=1, keepdims=True)
-        rows: np.ndarray = x[: self.items - unit * _UNIT]
-        return rows
+        return np.asarray(x[: self.items - unit * _UNIT])
 
     def _units(self, first: int = 0) -> Iterator[RawBlock]:
         for unit in range(first // _UNIT, self._unit_count):
             yield RawBlock(self._unit(unit)[max(0, first - unit * _UNIT) :])
 
     def _items_unit(self, unit: int) -> pa.Table:
-        start = unit * _UNIT
-        count = min(_UNIT, self.items - start)
-        return item_table(self._attributes(unit), start=start, count=count)
+        count = min(_UNIT, self.items - unit * _UNIT)
+        return _item_table(self._attributes(unit), start=unit * _UNIT, count=count)
 
     def _item_groups(self, dtype: str | None) -> Iterator[pa.Table]:
         """Yield the items a row group at a time, with their embeddings where asked for."""
@@ -346,20 +396,18 @@ class SyntheticCatalogue:
         weight, quality = np.empty((2, self.items), dtype=np.float32)
         for unit in range(self._unit_count):
             a, rows = self._attributes(unit), slice(unit * _UNIT, (unit + 1) * _UNIT)
-            count = len(niche[rows])
-            niche[rows], weight[rows] = a.niche[:count], a.popularity[:count]
-            quality[rows] = a.quality[:count]
-        widths = (1, _NICHES_OF_AISLE, NICHES_OF_DEPARTMENT, len(PATHS))
-        steps = walk(niche, weight, quality, widths, unit=_USER_UNIT)
-        for unit in range(-(-self.user_count // _USER_UNIT)):
-            first = unit * _USER_UNIT
-            count = min(_USER_UNIT, self.user_count - first)
+            for column, values in (niche, a.niche), (weight, a.popularity), (quality, a.quality):
+                column[rows] = values[: len(column[rows])]
+        steps = walk(niche, weight, quality)
+        for unit in range(-(-self.user_count // _UNIT)):
+            first = unit * _UNIT
+            count = min(_UNIT, self.user_count - first)
             block = steps(self._generator(_USERS, unit))
             rows = slice(0, int(np.searchsorted(block.user, count)))
             yield pa.table(
                 {
-                    "user_id": numbered("U", first, count).take(pa.array(block.user[rows])),
-                    "item_id": named("P", block.item[rows]),
+                    "user_id": _names("U", first + block.user[rows]),
+                    "item_id": _names("P", block.item[rows]),
                     "timestamp": pa.array(block.timestamp[rows]),
                     "position": pa.array(block.position[rows].astype(np.int16)),
                     "rating": pa.array(block.rating[rows].astype(np.float32)),
@@ -380,22 +428,18 @@ class _SyntheticSource(EmbeddingSource):
 
     def describe(self) -> dict[str, Any]:
         """Return kind, seed, items and dim."""
-        return {
-            "kind": "synthetic",
-            "seed": self._catalogue.seed,
-            "items": len(self),
-            "dim": self.dim,
-        }
+        facts = {"kind": "synthetic", "seed": self._catalogue.seed}
+        return {**facts, "items": len(self), "dim": self.dim}
 
     def _pieces(self, size: int, first: int) -> Iterator[RawBlock]:
         return self._catalogue._units(first)
 
     def _raw_rows(self, indices: np.ndarray) -> RawBlock:
         unit = indices // _UNIT
-        masks = ((number, unit == number) for number in np.unique(unit).tolist())
         parts = (
             (mask, RawBlock(self._catalogue._unit(number)[indices[mask] - number * _UNIT]))
-            for number, mask in masks
+            for number in np.unique(unit).tolist()
+            for mask in [unit == number]
         )
         return gather(len(indices), self.dim, parts)
 
