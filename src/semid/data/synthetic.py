@@ -87,9 +87,9 @@ class Attributes(NamedTuple):
     quality: np.ndarray
 
 
-def _item_table(attributes: Attributes, *, start: int, count: int) -> pa.Table:
-    """Describe the first ``count`` of some items, which are numbered from ``start``."""
-    a = Attributes(*(values[:count] for values in attributes))
+def _item_table(units: list[Attributes], start: int, stop: int) -> pa.Table:
+    """Describe the items of some units, which are numbered from ``start``, up to ``stop``."""
+    a = Attributes(*(np.concatenate(column)[: stop - start] for column in zip(*units, strict=True)))
     department = a.niche // _NICHES
 
     def words(name: str, places: np.ndarray) -> pa.Array:
@@ -110,7 +110,7 @@ def _item_table(attributes: Attributes, *, start: int, count: int) -> pa.Table:
     categories = words("categories", a.niche)
     return pa.table(
         {
-            "item_id": _names("P", np.arange(start, start + count)),
+            "item_id": _names("P", np.arange(start, start + len(department))),
             "title": title,
             "brand": brand,
             "categories": categories,
@@ -127,11 +127,7 @@ def _names(letter: str, numbers: np.ndarray) -> pa.Array:
 
 
 class Steps(NamedTuple):
-    """Interactions of a block of users, grouped by user, oldest first: (n,) each.
-
-    ``user`` counts within the block, ``position`` from a user's oldest; no user takes an item
-    twice. ``timestamp`` is in Unix seconds, ``rating`` is 1 to 5.
-    """
+    """Interactions of a block of users, by user, oldest first: (n,) each; no item twice."""
 
     user: np.ndarray
     item: np.ndarray
@@ -255,7 +251,7 @@ class SyntheticCatalogue:
 
     def items_table(self) -> pa.Table:
         """Return all items in memory: id, title, brand, categories, text, popularity."""
-        return pa.concat_tables(self._items_unit(u) for u in range(self._unit_count))
+        return pa.concat_tables(self._item_groups(None))
 
     def interactions_table(self) -> pa.Table:
         """Return all interactions in memory, users in order, each user's oldest first."""
@@ -376,15 +372,13 @@ class SyntheticCatalogue:
         for unit in range(first // _UNIT, self._unit_count):
             yield RawBlock(self._unit(unit)[max(0, first - unit * _UNIT) :])
 
-    def _items_unit(self, unit: int) -> pa.Table:
-        count = min(_UNIT, self.items - unit * _UNIT)
-        return _item_table(self._attributes(unit), start=unit * _UNIT, count=count)
-
     def _item_groups(self, dtype: str | None) -> Iterator[pa.Table]:
         """Yield the items a row group at a time, with their embeddings where asked for."""
         for first in range(0, self._unit_count, _GROUP):
             units = range(first, min(first + _GROUP, self._unit_count))
-            group = pa.concat_tables(self._items_unit(unit) for unit in units)
+            group = _item_table(
+                [self._attributes(unit) for unit in units], first * _UNIT, self.items
+            )
             if dtype is not None:
                 flat = np.concatenate([self._unit(unit) for unit in units]).astype(dtype)
                 column = pa.FixedSizeListArray.from_arrays(pa.array(flat.reshape(-1)), self.dim)
@@ -428,8 +422,8 @@ class _SyntheticSource(EmbeddingSource):
 
     def describe(self) -> dict[str, Any]:
         """Return kind, seed, items and dim."""
-        facts = {"kind": "synthetic", "seed": self._catalogue.seed}
-        return {**facts, "items": len(self), "dim": self.dim}
+        seed = self._catalogue.seed
+        return {"kind": "synthetic", "seed": seed, "items": len(self), "dim": self.dim}
 
     def _pieces(self, size: int, first: int) -> Iterator[RawBlock]:
         return self._catalogue._units(first)
