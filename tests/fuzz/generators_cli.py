@@ -343,11 +343,10 @@ def _interrupt(random: Random, command: list[Any]) -> None:
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    join = random.choice((interrupted, encoding._Parts.join))
+    join = random.choice((interrupted, encoding.PartFolder._join))
     with (
         mock.patch.object(semid.progress, "make_progress", stopping),
-        mock.patch("semid.cli.fit.make_progress", stopping),
-        mock.patch.object(encoding._Parts, "join", join),
+        mock.patch.object(encoding.PartFolder, "_join", join),
         contextlib.suppress(Exception),
     ):
         cli(*command)()

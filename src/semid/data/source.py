@@ -68,11 +68,12 @@ class EmbeddingSource(ABC):
 
     def _set_shape(self, label: str, shape: Sequence[int | None], ids: ItemIds | None) -> None:
         """Set ``label``, ``dim`` and ``ids`` of a matrix; a width of None is that of null rows."""
-        if shape[0] and None in shape:
+        if None in shape and shape[0]:
             raise EmbeddingError(f"{label} holds nothing but nulls in its {shape[0]} rows")
-        rows, *widths = (size or 0 for size in shape)
-        check_matrix(label, (rows, *widths))
-        self.label, self.dim = label, widths[0]
+        sizes = tuple(size or 0 for size in shape)
+        check_matrix(label, sizes)
+        rows, self.dim = sizes
+        self.label = label
         self.ids = matching_ids(ids, rows, label)
 
     def blocks(
