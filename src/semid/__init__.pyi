@@ -32,11 +32,11 @@ from semid.tokenizers.behavior import Neighbors as Neighbors
 from semid.tokenizers.drqvae import DRQVAE as DRQVAE
 from semid.tokenizers.features import fuse as fuse
 from semid.tokenizers.heads import DecodeHead as DecodeHead
-from semid.tokenizers.mocvae import VQVAE as VQVAE
-from semid.tokenizers.mocvae import MoCVAE as MoCVAE
 from semid.tokenizers.neural.tokenizer import AutoencoderConfig as AutoencoderConfig
 from semid.tokenizers.refining import refine as refine
 from semid.tokenizers.rqkmeans import RQKMeans as RQKMeans
-from semid.tokenizers.rqvae import RQPVAE as RQPVAE
-from semid.tokenizers.rqvae import RQVAE as RQVAE
+from semid.tokenizers.vqvae import RQPVAE as RQPVAE
+from semid.tokenizers.vqvae import RQVAE as RQVAE
+from semid.tokenizers.vqvae import VQVAE as VQVAE
+from semid.tokenizers.vqvae import MoCVAE as MoCVAE
 from semid.training.options import TrainOptions as TrainOptions

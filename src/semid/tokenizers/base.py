@@ -137,17 +137,10 @@ class Tokenizer(StoredTokenizer):
         store: StateStore | None = None,
         progress: Progress | None = None,
     ) -> list[dict[str, Any]]:
-        """Fit training rows that lie in several processes or machines (`fits_shards`).
+        """Fit training rows ``(items, dim)`` that lie in several processes (`fits_shards`).
 
-        The part of `fit` that needs no items: nothing is held out and nothing evaluated.
-
-        Args:
-            rows: ``(items, dim)`` training rows.
-            store: keeps the state after every iteration.
-            progress: callback that receives progress events.
-
-        Returns:
-            A JSON-able record of how each level ended.
+        Nothing is held out and nothing evaluated; ``store`` keeps the state after every iteration.
+        Returns a JSON-able record of how each level ended.
         """
         raise UsageError(f"{self.kind} cannot fit rows that lie in several processes")
 
@@ -168,10 +161,9 @@ class Tokenizer(StoredTokenizer):
         raise UsageError(f"{self.kind} decodes no behavior; fit barq with interactions or pairs")
 
     def encoder_module(self) -> nn.Module:
-        """Return the module from rows ``(batch, dim)`` to latents, for export.
+        """Return the module from rows ``(batch, dim)`` to latents ``(batch, latent)``, for export.
 
-        Latents are ``(batch, latent)`` float32, or a list of them where each parallel codebook has
-        its own.
+        Parallel codebooks with a latent each give a list of them.
 
         Raises:
             NotFittedError: before `fit`.
@@ -304,7 +296,7 @@ class Tokenizer(StoredTokenizer):
     ) -> FitReport:
         """Encode and decode every row once, and report the health of codes and errors."""
         counter = HealthCounter(self.codebook_sizes, scanned.mean)
-        progress.start("judge", total=len(source))
+        progress.start("evaluate", total=len(source))
         for block in self.encode_blocks(source):
             span = slice(block.start, block.start + len(block.x))
             self._count_block(counter, block, train[span], scanned.row_hashes[span])
@@ -336,12 +328,9 @@ class Tokenizer(StoredTokenizer):
     def encode_blocks(
         self, source: EmbeddingSource, *, beam_width: int | None = None, first: int = 0
     ) -> Iterator[EncodedBlock]:
-        """Encode in blocks, so that memory does not grow with the catalogue.
+        """Encode in blocks from row ``first`` (a multiple of the block size), one at a time.
 
-        Args:
-            source: opened embeddings.
-            beam_width: replaces the tokenizer's own.
-            first: row to begin at (a multiple of the block size); rows before it are not read.
+        Memory does not grow with the catalogue; rows before ``first`` are not read.
 
         Raises:
             EmbeddingError: for rows of another width, or with NaN or inf.
@@ -392,7 +381,7 @@ class Tokenizer(StoredTokenizer):
         return SemanticIds(opened.ids, codes, norms, info)
 
     def codes_info(self, beam_width: int | None = None) -> CodesInfo:
-        """Return what ids of this tokenizer carry in their metadata.
+        """Return the metadata of this tokenizer's ids.
 
         Raises:
             UsageError: if ``beam_width`` is below 1, or above 1 for parallel codebooks.
@@ -442,6 +431,6 @@ class Tokenizer(StoredTokenizer):
         _ = self.dim
         if isinstance(codes, SemanticIds):
             codes.check_codebook(self.codebook_fingerprint)
-            # An appended token stands after the model's levels and belongs to no codebook.
+            # An appended token comes after the model's levels and belongs to no codebook.
             codes = codes.codes[:, : len(codes.info.model_sizes)]
         return codes_within(codes, self.codebook_sizes)

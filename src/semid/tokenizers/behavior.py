@@ -27,12 +27,9 @@ Mask = npt.NDArray[np.bool_]
 class Positives:
     """Which items are positives of which, in both directions, as sorted neighbor lists.
 
-    Args:
-        first: ``(pairs,)`` rows.
-        second: ``(pairs,)`` rows.
-        items: rows are 0 to ``items - 1``.
-
     Memory: 4 bytes per distinct pair and direction, 8 per item; a sort of the pairs to make it.
+
+    Shapes: ``first``, ``second`` (pairs,) rows, each 0 to ``items - 1``.
     """
 
     def __init__(
@@ -81,17 +78,11 @@ class Positives:
 
 
 class PairSource(Protocol):
-    """Where pairs come from.
+    """Where pairs come from."""
 
-    Attributes:
-        positives: all pairs, for telling false negatives.
-        count: pairs to draw from; repeats count.
-        protocol: one sentence that says which data the pairs come from.
-    """
-
-    positives: Positives
-    count: int
-    protocol: str
+    positives: Positives  # all pairs, to exclude false negatives
+    count: int  # pairs to draw from; repeats count
+    protocol: str  # one sentence that says which data the pairs come from
 
     def draw(self, size: int, generator: np.random.Generator) -> tuple[Rows, Rows]:
         """Draw pairs with replacement, each as likely as any other: two ``(size,)`` arrays."""
@@ -137,17 +128,15 @@ class TablePairs:
 class SequencePairs:
     """Consecutive items of sequences, drawn by position, so that pairs are never listed.
 
-    Args:
-        items: ``(interactions,)`` rows of all sequences one after another, -1 for gaps.
-        offsets: ``(users + 1,)`` where each sequence begins.
-        users: ``(users,)`` whose pairs are used.
-        count_items: rows are 0 to ``count_items - 1``.
-        protocol: one sentence for the report.
+    ``items`` holds all sequences one after another, -1 for gaps; ``offsets`` where each begins;
+    ``users`` whose pairs are used.
 
     Raises:
         InteractionsError: these users have no two different consecutive items.
 
     Memory: 5 bytes per interaction of these users, and `Positives`.
+
+    Shapes: ``items`` (interactions,), ``offsets`` (users + 1,), ``users`` (users,).
     """
 
     def __init__(
@@ -188,16 +177,14 @@ class SequencePairs:
         missing = size
         while missing > 0:
             # Rejection sampling: positions are uniform, so accepted ones are uniform over pairs.
-            # As many are drawn as should give the missing ones, and a few more.
+            # Draw as many as should give the missing ones, and a few more.
             draws = int(missing / (self.count / len(self._begins))) + 16
             drawn = generator.integers(0, len(self._begins), draws)
             accepted.append(drawn[self._begins[drawn]][:missing])
             missing -= len(accepted[-1])
         positions = np.concatenate(accepted)
-        return (
-            self._items[positions].astype(np.int64),
-            self._items[positions + 1].astype(np.int64),
-        )
+        first, second = self._items[positions], self._items[positions + 1]
+        return first.astype(np.int64), second.astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -223,7 +210,7 @@ class Neighbors:
     """Pairs of each item with its nearest neighbors in a second embedding, by cosine.
 
     Attributes:
-        source: embeddings of the same items, anything `semid.open_embeddings` reads.
+        source: embeddings of the same items: anything `semid.open_embeddings` reads.
         k: neighbors per item, at least 1.
         ids: item ids for a source that has none.
     """
@@ -241,9 +228,7 @@ def read_behavior(
     train: npt.NDArray[np.bool_],
     threads: int | None = None,
 ) -> Behavior | None:
-    """Turn interactions or pairs into pairs of training rows.
-
-    Returns pairs in numbers of training rows, or None if nothing was neighbors.
+    """Return pairs in numbers of training rows, from interactions or pairs; None without both.
 
     Shapes: ``pairs`` (n, 2), ``train`` (items,).
     """
@@ -308,9 +293,13 @@ def _read_pairs(pairs: Any, ids: ItemIds, threads: int | None) -> tuple[Rows, Ro
     if isinstance(pairs, Neighbors):
         return _neighbors(pairs, ids, threads)
     if isinstance(pairs, str | Path) or is_frame(pairs):
-        table, label = _read_table(pairs)
+        columns = ["item_id", "related_item_id"]
+        source = open_table(pairs, what="pairs", error=InteractionsError)
+        for column in columns:
+            source.require(column, flag="the column's name in the file")
+        table = source.read(columns, text=columns)
         first, second = (ids.index_of(column.combine_chunks()) for column in table.columns)
-        return first, second, f"{len(table)} pairs of {label}"
+        return first, second, f"{len(table)} pairs of {source.label}"
     array = np.asarray(pairs)
     if array.ndim != 2 or array.shape[1] != 2:
         raise UsageError(
@@ -330,14 +319,6 @@ def _read_pairs(pairs: Any, ids: ItemIds, threads: int | None) -> tuple[Rows, Ro
     return ids.index_of(strings[0]), ids.index_of(strings[1]), label
 
 
-def _read_table(source: Any) -> tuple[pa.Table, str]:
-    columns = ["item_id", "related_item_id"]
-    table = open_table(source, what="pairs", error=InteractionsError)
-    for column in columns:
-        table.require(column, flag="the column's name in the file")
-    return table.read(columns, text=columns), table.label
-
-
 def _neighbors(neighbors: Neighbors, ids: ItemIds, threads: int | None) -> tuple[Rows, Rows, str]:
     """Pair every item with its ``k`` nearest others; reads the second embedding into memory."""
     second: EmbeddingSource = open_embeddings(neighbors.source, ids=neighbors.ids)
@@ -355,13 +336,8 @@ def _neighbors(neighbors: Neighbors, ids: ItemIds, threads: int | None) -> tuple
     nearest = np.empty((len(known), neighbors.k), dtype=np.int64)
     for start in range(0, len(known), QUERY_ROWS):
         stop = min(start + QUERY_ROWS, len(known))
-        best = top_k(
-            matrix[start:stop],
-            base,
-            neighbors.k,
-            exclude=torch.arange(start, stop),
-            threads=threads,
-        )
+        rows = torch.arange(start, stop)
+        best = top_k(matrix[start:stop], base, neighbors.k, exclude=rows, threads=threads)
         nearest[start:stop] = best.indices.numpy()
     first = np.repeat(known, neighbors.k)
     return first, known[nearest.reshape(-1)], f"{neighbors.k} nearest neighbors in {second.label}"

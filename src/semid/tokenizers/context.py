@@ -31,26 +31,16 @@ Result = tuple[dict[str, np.ndarray], dict[str, Any]]
 
 @dataclass(frozen=True)
 class InputScan:
-    """The result of one pass over the data.
+    """The result of one pass over the data."""
 
-    Attributes:
-        row_hashes: ``(items,)`` uint64; equal for rows of equal values.
-        distinct: rows that differ from all others before them.
-        mean: ``(dim,)`` float64 of all rows, which relative errors are measured against.
-        digest: identifies the data for a resume.
-    """
-
-    row_hashes: npt.NDArray[np.uint64]
-    distinct: int
-    mean: npt.NDArray[np.float64]
-    digest: str
+    row_hashes: npt.NDArray[np.uint64]  # (items,), equal for rows of equal values
+    distinct: int  # rows that differ from all rows before them
+    mean: npt.NDArray[np.float64]  # (dim,), which relative errors are measured against
+    digest: str  # identifies the data for a resume
 
 
 def scan(source: EmbeddingSource, train: npt.NDArray[np.bool_], progress: Progress) -> InputScan:
-    """Read every row once, checking that it is finite.
-
-    Shapes: ``source`` (items, dim), ``train`` (items,).
-    """
+    """Read every row once, checking that it is finite; ``train`` (items,) is part of the digest."""
     if len(source) == 0:
         raise EmbeddingError("there are no rows to fit; give at least as many as codewords")
     hashes = np.empty(len(source), dtype=np.uint64)
@@ -62,12 +52,7 @@ def scan(source: EmbeddingSource, train: npt.NDArray[np.bool_], progress: Progre
         total += block.sum(axis=0, dtype=np.float64)
         progress.step(len(block))
     digest = hashlib.sha256(hashes.tobytes() + np.packbits(train).tobytes()).hexdigest()
-    return InputScan(
-        row_hashes=hashes,
-        distinct=len(np.unique(hashes)),
-        mean=total / len(source),
-        digest=digest,
-    )
+    return InputScan(hashes, len(np.unique(hashes)), total / len(source), digest)
 
 
 def mean_row(source: EmbeddingSource) -> npt.NDArray[np.float64]:
@@ -118,28 +103,16 @@ Array = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class FitContext:
-    """What a tokenizer's `_fit` works with.
+    """What a tokenizer's `_fit` works with."""
 
-    Attributes:
-        source: all rows.
-        train: the rows that may be trained on.
-        held_out: the rows to evaluate on, or None if none are held out.
-        inputs: width of each named input whose columns lie side by side in a row.
-        scan: what the first pass over all rows saw.
-        weights: ``(train rows,)`` item weights, or None.
-        behavior: pairs of training rows to learn from, or None.
-        checkpoint: where to keep the state of the run, or None.
-        progress: callback that receives progress events.
-    """
-
-    source: EmbeddingSource
-    train: EmbeddingSource
-    held_out: EmbeddingSource | None
-    inputs: tuple[int, ...]
+    source: EmbeddingSource  # all rows
+    train: EmbeddingSource  # the rows that may be trained on
+    held_out: EmbeddingSource | None  # the rows to evaluate on
+    inputs: tuple[int, ...]  # width of each input whose columns lie side by side in a row
     scan: InputScan
-    weights: npt.NDArray[np.float64] | None
-    behavior: Behavior | None
-    checkpoint: Checkpoint | None
+    weights: npt.NDArray[np.float64] | None  # (train rows,) item weights
+    behavior: Behavior | None  # pairs of training rows to learn from
+    checkpoint: Checkpoint | None  # where the state of the run is stored
     progress: Progress
 
     @cached_property
@@ -158,19 +131,12 @@ class FitContext:
 
 @dataclass(frozen=True)
 class EncodedBlock:
-    """A block of encoded rows.
+    """A block of encoded rows."""
 
-    Attributes:
-        start: row number of its first row.
-        x: ``(n, dim)`` float32 rows as read.
-        codes: ``(n, levels)`` int64.
-        residual_norms: ``(n,)`` float32.
-    """
-
-    start: int
-    x: Array
-    codes: npt.NDArray[np.int64]
-    residual_norms: Array
+    start: int  # number of its first row
+    x: Array  # (n, dim) rows as read
+    codes: npt.NDArray[np.int64]  # (n, levels)
+    residual_norms: Array  # (n,)
 
 
 def level_sizes(
@@ -219,16 +185,16 @@ def item_weights(
     """Return item weights ``(items,)`` as float64, or None; errors call them ``name``."""
     if weights is None:
         return None
-    wanted = f"give {items} finite, non-negative numbers, one an item"
+    advice = f"give {items} finite, non-negative numbers, one per item"
     try:
         array = np.asarray(weights, dtype=np.float64)
     except (TypeError, ValueError):
-        raise UsageError(f"{name} holds no numbers; {wanted}") from None
+        raise UsageError(f"{name} holds no numbers; {advice}") from None
     if array.shape != (items,):
-        raise UsageError(f"{name} has shape {array.shape}; {wanted}")
+        raise UsageError(f"{name} has shape {array.shape}; {advice}")
     bad = np.flatnonzero(~np.isfinite(array) | (array < 0))
     if len(bad):
-        raise UsageError(f"{name}[{bad[0]}] is {array[bad[0]]:g} ({len(bad)} such); {wanted}")
+        raise UsageError(f"{name}[{bad[0]}] is {array[bad[0]]:g} ({len(bad)} such); {advice}")
     return array
 
 
@@ -236,18 +202,18 @@ def train_weights(
     mass: npt.NDArray[np.float64] | None, train: npt.NDArray[np.bool_]
 ) -> npt.NDArray[np.float64] | None:
     """Return the weights of training rows, from those of all items."""
-    kept = None if mass is None else mass[train]
-    if kept is not None and not kept.any():
+    weights = None if mass is None else mass[train]
+    if weights is not None and not weights.any():
         raise UsageError(
-            f"the weights of all {len(kept)} training items are 0, so there is nothing to learn "
+            f"the weights of all {len(weights)} training items are 0, so there is nothing to learn "
             "from; give some of them more, or leave weights out"
         )
-    return kept
+    return weights
 
 
-def refuse_behavior(kind: str, **given: Any) -> None:
+def refuse_behavior(kind: str, **behavior: Any) -> None:
     """Refuse interactions and pairs on behalf of a tokenizer that would not use them."""
-    names = [name for name, value in given.items() if value is not None]
+    names = [name for name, value in behavior.items() if value is not None]
     if names:
         raise UsageError(
             f"{kind} learns from embeddings alone, so {' and '.join(names)} (--{names[0]}) would "

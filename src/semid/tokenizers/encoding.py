@@ -90,32 +90,20 @@ class RowsDigest:
 
 @dataclass(frozen=True)
 class EncodedPart:
-    """A part that was encoded.
+    """A part that was encoded."""
 
-    Attributes:
-        name: its file; names sort in row order.
-        rows: rows in it.
-        encoded: whether it was encoded now; False if an earlier run had done it.
-        process: id of the process that did it.
-        digest: SHA-256 of the rows and ids it was made from.
-        hashes: ``(rows,)`` uint64 of the item ids, to find repeats among parts.
-    """
-
-    name: str
+    name: str  # its file; names sort in row order
     rows: int
-    encoded: bool
-    process: int
-    digest: str
-    hashes: npt.NDArray[np.uint64]
+    encoded: bool  # False if an earlier run had encoded it
+    process: int  # id of the process that did it
+    digest: str  # SHA-256 of the rows and ids it was made from
+    hashes: npt.NDArray[np.uint64]  # (rows,) of the item ids, to find repeats among parts
 
 
 class PartFolder:
-    """The parts of one run; small, and made in every process that writes some.
+    """The parts of one run in the folder or URI `partial_path`; every writing process has one.
 
-    Args:
-        path: folder or URI, `partial_path` of the output.
-        info: metadata of the ids.
-        key: the run's `semid.training.checkpoint.run_key`; every part is signed with it.
+    Every part is signed with the run's ``key``.
     """
 
     def __init__(self, path: FilePath, info: CodesInfo, key: str) -> None:
@@ -193,7 +181,7 @@ class PartFolder:
         overwrite: bool,
         single: bool,
     ) -> None:
-        """Make the output of the parts, in row order, and end the run."""
+        """Write the output from the parts, in row order, and end the run."""
         parts = sorted(parts, key=lambda part: part.name)
         for part in parts:
             if not self._is_signed(part.name, part.digest):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,11 @@ TOKENIZERS = Registry(
     {
         "barq": "semid.tokenizers.barq:BARQ",
         "drqvae": "semid.tokenizers.drqvae:DRQVAE",
-        "mocvae": "semid.tokenizers.mocvae:MoCVAE",
+        "mocvae": "semid.tokenizers.vqvae:MoCVAE",
         "rqkmeans": "semid.tokenizers.rqkmeans:RQKMeans",
-        "rqpvae": "semid.tokenizers.rqvae:RQPVAE",
-        "rqvae": "semid.tokenizers.rqvae:RQVAE",
-        "vqvae": "semid.tokenizers.mocvae:VQVAE",
+        "rqpvae": "semid.tokenizers.vqvae:RQPVAE",
+        "rqvae": "semid.tokenizers.vqvae:RQVAE",
+        "vqvae": "semid.tokenizers.vqvae:VQVAE",
     },
 )
 
@@ -45,12 +45,14 @@ def make_tokenizer(
     kind: str, values: Mapping[str, Any], *, threads: int | None = None, logger: Any = None
 ) -> Tokenizer:
     """Make a tokenizer by name."""
-    made = TOKENIZERS.load(kind, flag="--tokenizer")
-    takes_logger = "logger" in argument_types(made)
-    allowed = set(argument_types(made)) - {"threads", "logger"}  # these are not settings
+    tokenizer_class = TOKENIZERS.load(kind, flag="--tokenizer")
+    names = set(argument_types(tokenizer_class))
+    allowed = names - {"threads", "logger"}  # these are not settings
     arguments: dict[str, Any] = {}
     for key, value in values.items():
-        outer, _, inner = _renamed(key, allowed).partition(".")
+        if key == "levels" and "n_codebooks" in allowed:
+            key = "n_codebooks"
+        outer, _, inner = key.partition(".")
         if outer not in allowed:
             flag = "--" + (inner or outer).replace("_", "-")
             raise UsageError(
@@ -69,11 +71,7 @@ def make_tokenizer(
             raise UsageError(f"{outer}.{next(iter(arguments[outer]))} is given, and {outer} too")
         else:
             arguments[outer] = value
-    if takes_logger:
+    if "logger" in names:
         arguments["logger"] = logger
-    tokenizer: Tokenizer = made(**arguments, threads=threads)
+    tokenizer: Tokenizer = tokenizer_class(**arguments, threads=threads)
     return tokenizer
-
-
-def _renamed(key: str, allowed: Container[str]) -> str:
-    return "n_codebooks" if key == "levels" and "n_codebooks" in allowed else key

@@ -24,32 +24,26 @@ CATEGORY_WIDTH = 64
 def category_vectors(values: Sequence[str | None], *, name: str, width: int) -> Array:
     """Turn categories into unit vectors that depend on the category and the column alone.
 
-    Returns ``(items, width)`` float32, entries ``+-1 / sqrt(width)``.
-
-    Shapes: ``values`` (items,).
+    Returns ``(items, width)`` float32, entries ``+-1 / sqrt(width)``; zeros for None.
     """
     known = sorted({value for value in values if value is not None})
     row = {value: number for number, value in enumerate(known)}
-    words = pa.array(known, pa.large_string())
+    strings = pa.array(known, pa.large_string())
+    # A hash gives 64 signs, one per bit; wider vectors take another salt for every 64 columns.
     signs = np.zeros((len(known) + 1, width), dtype=np.float32)
     for start in range(0, width, 64):
-        bits = hash_strings(words, salt=f"semid/category/{name}/{start}")
+        bits = hash_strings(strings, salt=f"semid/category/{name}/{start}")
         span = np.arange(min(64, width - start), dtype=np.uint64)
         signs[:-1, start : start + len(span)] = 2.0 * ((bits[:, None] >> span) & np.uint64(1)) - 1.0
-    at = [len(known) if value is None else row[value] for value in values]
-    vectors: Array = signs[at] / np.float32(np.sqrt(width))
+    rows = [len(known) if value is None else row[value] for value in values]
+    vectors: Array = signs[rows] / np.float32(np.sqrt(width))
     return vectors
 
 
 class FusedSource(EmbeddingSource):
-    """Sources of the same items side by side.
+    """Sources of the same items side by side; ``inputs`` holds the width of each part.
 
-    Args:
-        parts: name -> source, all with the same number of rows.
-        ids: the items.
-
-    Attributes:
-        inputs: width of each part; neural tokenizers project each by itself.
+    Neural tokenizers project each part by itself.
     """
 
     def __init__(self, parts: Mapping[str, EmbeddingSource], ids: ItemIds) -> None:
@@ -89,7 +83,7 @@ def fuse(
 
     Args:
         embeddings: name -> anything `semid.open_embeddings` reads, ``(items, width)`` each. Scales
-            are kept: what is to count more is to be longer.
+            stay: longer vectors count more.
         categories: name -> ``(items,)`` values; see `category_vectors`.
         ids: item ids; None takes those of the first embedding.
         category_width: width of a category's vector, at least 1.
@@ -116,8 +110,8 @@ def fuse(
         )
     lengths = {name: len(part) for name, part in parts.items()}
     if len(set(lengths.values())) > 1:
-        told = ", ".join(f"'{name}' has {length}" for name, length in lengths.items())
-        raise EmbeddingError(f"the inputs have different numbers of rows: {told}; give the same")
+        counts = ", ".join(f"'{name}' has {length}" for name, length in lengths.items())
+        raise EmbeddingError(f"the inputs have different numbers of rows: {counts}; give the same")
     first = next(iter(parts.values()))
     named = first if ids is None else open_embeddings(first, ids=ids)
     return FusedSource(parts, named.ids)

@@ -33,11 +33,9 @@ Array = npt.NDArray[np.float32]
 
 
 class HealthCounter:
-    """Adds up codes and errors in blocks and judges them at the end.
+    """Adds up codes and errors in blocks, and gives the verdict at the end.
 
-    Args:
-        codebook_sizes: codewords of each level.
-        mean: ``(dim,)`` mean of all rows, which relative errors are measured against.
+    Relative errors are measured against ``mean`` ``(dim,)``, that of all rows.
     """
 
     def __init__(self, codebook_sizes: tuple[int, ...], mean: npt.NDArray[np.float64]) -> None:
@@ -60,32 +58,27 @@ class HealthCounter:
         train: npt.NDArray[np.bool_] | None,
         row_hashes: npt.NDArray[np.uint64],
     ) -> npt.NDArray[np.float64]:
-        """Count a block: codes ``(n, levels)``, rows and reconstructions ``(n, dim)``, latents.
-
-        Returns ``(n,)`` squared error of each row.
+        """Count a block; return the squared error of each row.
 
         Shapes: ``codes`` (n, levels), ``x`` (n, dim), ``reconstruction`` (n, dim), ``latent`` (n,
-        latent), ``train`` (n,), ``row_hashes`` (n,).
+        latent), ``train`` (n,), ``row_hashes`` (n,), returns (n,).
         """
         self._usage.update(codes)
         self._collisions.update(codes, duplicate_groups=row_hashes)
         self._latents.add_(latent)
         spreads, errors = self.inputs.update(x, reconstruction)
-        groups = (
-            [(self.unknown, np.ones(len(x), bool))]
-            if train is None
-            else [(self.training, train), (self.validation, ~train)]
-        )
+        groups = [(self.unknown, np.ones(len(x), bool))]
+        if train is not None:
+            groups = [(self.training, train), (self.validation, ~train)]
         for sums, rows in groups:
-            sums.add_(
-                ErrorSums(int(rows.sum()), float(errors[rows].sum()), float(spreads[rows].sum()))
-            )
+            error, spread = float(errors[rows].sum()), float(spreads[rows].sum())
+            sums.add_(ErrorSums(int(rows.sum()), error, spread))
         return errors
 
     def take_collisions(self) -> CollisionCounter:
         """Hand over the ids counted, which grow with the items, and keep what does not grow."""
-        taken, self._collisions = self._collisions, CollisionCounter(self._sizes)
-        return taken
+        collisions, self._collisions = self._collisions, CollisionCounter(self._sizes)
+        return collisions
 
     def merge(self, other: HealthCounter) -> None:
         """Add what another counter over other rows has counted."""
@@ -119,10 +112,7 @@ class HealthCounter:
         collisions: Collisions | None = None,
         overlaps: Sequence[LevelOverlap] | None = None,
     ) -> Verdict:
-        """Judge what was counted.
-
-        Shapes: ``codebooks`` (codes, latent).
-        """
+        """Return the verdict on what was counted; ``codebooks`` (codes, latent) per level."""
         used = self.usage()
         errors = self.relative_errors
         known = bool(self.training.rows or self.validation.rows)
@@ -173,7 +163,7 @@ _CONSTANT_LATENT = Finding(
 
 
 def _overlap_findings(overlaps: Sequence[LevelOverlap]) -> list[Finding]:
-    """Judge the geometry of the codewords."""
+    """Return what is wrong with the geometry of the codewords."""
     findings = []
     for level in overlaps:
         point = level.at(REPORT_SCALE)
@@ -198,11 +188,10 @@ class FitReport(Result):
     """The report of one fit, stored in the artefact.
 
     Attributes:
-        items: rows given.
-        trained_items: rows trained on.
-        held_out_items: rows held out and judged.
+        items: number of rows, of which ``trained_items`` were trained on and ``held_out_items``
+            evaluated alone.
         seconds: wall time of the fit.
-        details: figures of this tokenizer's own, for example inertia per level.
+        details: figures of this kind of tokenizer, for example inertia per level.
         health: the verdict.
         summary: the verdict as text.
     """

@@ -49,9 +49,8 @@ class DecodeHead:
     Attributes:
         tables: one ``(codes, width)`` float32 per level.
         codebook_fingerprint: of the tokenizer whose codes it reads.
-        ridge: the ridge that was chosen.
-        error: relative squared error on the items held out, ``sum |y - f|^2 / sum |y - mean|^2``;
-            None where none were.
+        ridge: the ridge of least held-out error.
+        error: relative error ``sum |y - f|^2 / sum |y - mean|^2`` on held-out items; None without.
     """
 
     tables: tuple[Array, ...]
@@ -75,10 +74,10 @@ class DecodeHead:
             ids: codes of the items.
             targets: ``(items, width)``, in the order of ``ids``: anything `semid.open_embeddings`
                 reads.
-            ridges: to choose from on items held out by a hash of their id; each above 0, in items
-                that say "the mean" a table row.
-            validation_fraction: share of items held out, in [0, 1); with 0 the middle ridge is
-                taken.
+            ridges: ridges (> 0) to choose from on held-out items, in items of mean target per row
+                of a table.
+            validation_fraction: share of items held out by a hash of their id, in [0, 1); 0 takes
+                the middle ridge.
             threads: number of CPU threads.
 
         Returns:
@@ -99,25 +98,25 @@ class DecodeHead:
         source = open_embeddings(targets)
         if len(source) != len(ids):
             raise InputError(
-                f"{len(source)} targets for {len(ids)} items; give one row an item, in the order "
+                f"{len(source)} targets for {len(ids)} items; give one row per item, in the order "
                 "of the ids"
             )
         codes = ids.codes[:, : len(ids.info.model_sizes)]
-        held = held_out_mask(ids.items, validation_fraction, salt=SALT)
+        held_out = held_out_mask(ids.items, validation_fraction, salt=SALT)
 
         def spans(rows: npt.NDArray[np.int64]) -> Iterator[tuple[npt.NDArray[np.integer], Array]]:
             for span in np.array_split(rows, len(rows) // ROWS + 1):
                 yield codes[span], source.rows(span)
 
-        found = fit_tables(
-            spans(np.flatnonzero(~held)),
+        fit = fit_tables(
+            spans(np.flatnonzero(~held_out)),
             ids.info.model_sizes,
             source.dim,
-            judged=(lambda: spans(np.flatnonzero(held))) if held.any() else None,
+            judged=(lambda: spans(np.flatnonzero(held_out))) if held_out.any() else None,
             ridges=ridges,
             threads=threads,
         )
-        return cls(found.tables, ids.info.codebook_fingerprint, found.ridge, found.error)
+        return cls(fit.tables, ids.info.codebook_fingerprint, fit.ridge, fit.error)
 
     def predict(self, codes: SemanticIds | npt.NDArray[np.integer]) -> Array:
         """Return ``(n, width)`` float32 for codes ``(n, levels)``.

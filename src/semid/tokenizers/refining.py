@@ -40,12 +40,11 @@ def refine(
     with the beam it was refined with.
 
     Args:
-        tokenizer: fitted, with residual levels; it is left as it is.
+        tokenizer: fitted tokenizer with residual levels; it does not change.
         source: the embeddings it was fitted on: anything `semid.open_embeddings` reads. The items
             that the fit held out choose the ridge and the end.
         ids: item ids for a source that has none.
-        weights: ``(items,)`` non-negative item weights, those of the fit if it had some. The items
-            held out count alike.
+        weights: ``(items,)`` non-negative item weights of the fit; held-out items count alike.
         options: rounds, beam, ridges.
         progress: callback that receives progress events.
 

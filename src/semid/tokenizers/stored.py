@@ -191,22 +191,15 @@ class StoredTokenizer(Parameters, ABC):
 
     @property
     def weights_fingerprint(self) -> str:
-        """SHA-256 of all learned arrays and of the settings that change codes beside them.
-
-        A tokenizer of format version 1 keeps its fingerprint, which covered the arrays alone, so
-        that ids written with it still match.
-        """
+        """SHA-256 of all learned arrays and of the settings that change codes beside them."""
         _ = self.dim
+        # The fingerprint of format version 1 covered the arrays alone; ids written then must match.
         if self._fingerprint_version == 1:
             return fingerprint(self._tensors())
         return fingerprint(self._tensors(), settings=self._encoding_settings())
 
     def _encoding_settings(self) -> dict[str, Any]:
-        """Return what decides on codes beside the arrays and the beam width, JSON-able.
-
-        The shape of a network is that of its arrays. A tokenizer with further settings that change
-        what equal arrays encode adds them.
-        """
+        """Return the settings that change what equal arrays encode, JSON-able."""
         settings = self.settings
         return {
             "kind": self.kind,
@@ -223,10 +216,7 @@ class StoredTokenizer(Parameters, ABC):
         return other
 
     def renumbered(self, numbers: Sequence[npt.NDArray[np.int64]]) -> Self:
-        """Return the same tokenizer with its codewords numbered anew.
-
-        Shapes: ``numbers`` (codes,).
-        """
+        """Return the same tokenizer with new numbers ``(codes,)`` of each level's codewords."""
         tensors = self._tensors()
         moved: dict[str, np.ndarray] = {}
         for level, (book, number) in enumerate(zip(self.codebooks, numbers, strict=True)):

@@ -22,7 +22,7 @@ Layer = tuple[Array, Array]
 """Weights ``(in, out)`` and bias ``(out,)``."""
 
 BLOCK = 256
-"""Rows a block: a block's widest activations stay in the second-level cache."""
+"""Rows per block: a block's widest activations stay in the second-level cache."""
 
 
 @numba.njit(nogil=True, cache=True, fastmath={"contract"})
@@ -32,6 +32,8 @@ def _dense(x: Array, weight: Array, bias: Array, relu: bool, out: Array) -> None
     for i in range(len(x)):
         row = out[i]
         row[:] = bias
+        # Four inputs at a time: the compiler turns the inner loop into vector instructions, and
+        # each output adds its terms in the order of the inputs, whatever the block size.
         for k in range(0, whole, 4):
             a, b, c, d = x[i, k], x[i, k + 1], x[i, k + 2], x[i, k + 3]
             w0, w1, w2, w3 = weight[k], weight[k + 1], weight[k + 2], weight[k + 3]
@@ -87,13 +89,7 @@ class Autoencoder(nn.Module):
     Rows are first shifted and divided by one number, so that the elements that training sees have
     mean 0 and variance 1 on average, and training does not depend on the scale of the embeddings
     (ours). With several inputs each goes through a linear projection of its own before they are
-    concatenated (DRQ §4: fused heterogeneous features).
-
-    Args:
-        inputs: width of each input; their columns lie side by side in a row.
-        latent: width of the latent.
-        hidden: widths of the encoder's hidden layers; the decoder mirrors them.
-        seed: of the initial weights.
+    concatenated (DRQ §4: fused heterogeneous features). ``inputs`` are their widths.
     """
 
     mean: Tensor
@@ -112,9 +108,9 @@ class Autoencoder(nn.Module):
             [blank_linear(a, b) for a, b in zip(inputs, widths, strict=False)]
         )
         sizes = [sum(widths) or dim, *hidden, latent]
-        self.encoder = nn.ModuleList([blank_linear(a, b) for a, b in _steps(sizes)])
+        self.encoder = nn.ModuleList([blank_linear(a, b) for a, b in pairwise(sizes)])
         self.decoder = nn.ModuleList(
-            [blank_linear(a, b) for a, b in _steps([latent, *reversed(hidden), dim])]
+            [blank_linear(a, b) for a, b in pairwise([latent, *reversed(hidden), dim])]
         )
         self._initialize_(seed)
 
@@ -131,10 +127,7 @@ class Autoencoder(nn.Module):
                     layer.bias.zero_()
 
     def standardize_(self, mean: npt.NDArray[np.float64], variance: float) -> None:
-        """Set shift and scale from the training rows.
-
-        Shapes: ``mean`` (dim,).
-        """
+        """Set shift and scale from the mean ``(dim,)`` and the variance of the training rows."""
         self.mean.copy_(torch.from_numpy(mean.astype(np.float32)))
         self.scale.fill_(math.sqrt(variance / len(mean)) if variance > 0 else 1.0)
 
@@ -148,13 +141,7 @@ class Autoencoder(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """Return the last hidden layer ``(n, hidden)`` of standardized rows ``(n, dim)``."""
-        if len(self.projections):
-            parts = torch.split(x, list(self.inputs), dim=1)
-            pairs = zip(self.projections, parts, strict=True)
-            x = torch.cat([project(part) for project, part in pairs], dim=1)
-        for layer in self.encoder[:-1]:
-            x = torch.relu(layer(x))
-        return x
+        return _hidden(x, self.inputs, self.projections, self.encoder)
 
     def head(self, features: Tensor) -> Tensor:
         """Return latents ``(n, latent)`` from the last hidden layer."""
@@ -171,12 +158,21 @@ class Autoencoder(nn.Module):
         return x
 
 
-class ExactEncoder:
-    """Encoder on the CPU in which a row's latent is the same whatever stands beside it.
+def _hidden(
+    x: Tensor, inputs: Sequence[int], projections: nn.ModuleList, layers: nn.ModuleList
+) -> Tensor:
+    """Return the last hidden layer: inputs are projected if there are several, then encoded."""
+    if len(projections):
+        parts = torch.split(x, list(inputs), dim=1)
+        pairs = zip(projections, parts, strict=True)
+        x = torch.cat([project(part) for project, part in pairs], dim=1)
+    for layer in layers[:-1]:
+        x = torch.relu(layer(x))
+    return x
 
-    Args:
-        model: its weights are copied.
-    """
+
+class ExactEncoder:
+    """Encoder on the CPU in which a row's latent does not depend on other rows."""
 
     def __init__(self, model: Autoencoder) -> None:
         self.inputs = model.inputs
@@ -198,11 +194,7 @@ class ExactEncoder:
 
 
 class ExactDecoder:
-    """Decoder on the CPU in which a row's reconstruction is the same whatever stands beside it.
-
-    Args:
-        model: its weights are copied.
-    """
+    """Decoder on the CPU in which a row's reconstruction does not depend on other rows."""
 
     def __init__(self, model: Autoencoder) -> None:
         self.mean, self.scale = _numpy(model.mean), np.float32(model.scale.item())
@@ -215,14 +207,10 @@ class ExactDecoder:
 
 def blank_linear(inputs: int, outputs: int, *, bias: bool = True) -> nn.Linear:
     """Return a linear layer with weights yet to be set, without a draw from torch's generator."""
-    made: nn.Linear = nn.utils.skip_init(  # type: ignore[no-untyped-call]
+    layer: nn.Linear = nn.utils.skip_init(  # type: ignore[no-untyped-call]
         nn.Linear, inputs, outputs, bias=bias, device=torch.get_default_device()
     )
-    return made
-
-
-def _steps(sizes: Sequence[int]) -> list[tuple[int, int]]:
-    return list(pairwise(sizes))
+    return layer
 
 
 def _numpy(tensor: Tensor) -> Array:
@@ -260,10 +248,8 @@ class Prepare(nn.Module):
 class EncoderGraph(nn.Module):
     """Rows to latents, without the autocast of training.
 
-    Args:
-        preprocess: of the rows.
-        autoencoder: its encoder is copied.
-        maps: ``(latent, latent)`` of each parallel codebook; none where all see the same latent.
+    ``maps`` are those of parallel codebooks, ``(latent, latent)`` each; none where all see the same
+    latent.
     """
 
     def __init__(
@@ -287,13 +273,7 @@ class EncoderGraph(nn.Module):
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """Return latents ``(batch, latent)``, or one a codebook, of rows ``(batch, dim)``."""
         z = (self.prepare(x) - self.get_buffer("mean")) / self.get_buffer("scale")
-        if len(self.projections):
-            parts = torch.split(z, self.inputs, dim=1)
-            pairs = zip(self.projections, parts, strict=True)
-            z = torch.cat([project(part) for project, part in pairs], dim=1)
-        for layer in self.layers[:-1]:
-            z = torch.relu(layer(z))
-        latent: Tensor = self.layers[-1](z)
+        latent: Tensor = self.layers[-1](_hidden(z, self.inputs, self.projections, self.layers))
         if self.maps:
             return [latent @ self.get_buffer(f"map_{number}") for number in range(self.maps)]
         return latent

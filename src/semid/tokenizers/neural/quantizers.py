@@ -27,20 +27,21 @@ below it that preparation costs more than it saves."""
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateRule(Options):
-    """How codewords move.
+    """How codewords move: by moving averages (van den Oord 2017, app. A.1) or by gradient."""
 
-    Attributes:
-        kind: ``ema``: to the moving average of the vectors assigned to them (van den Oord 2017,
-            app. A.1); ``gradient``: by the loss ``|sg[z] - c|^2``.
-        decay: of the moving averages, in (0, 1); the gradient rule counts usage with it.
-        revive_below: a code whose moving count falls below this share of an even filling is
-            replaced by a vector of the batch, in [0, 1); 0 never revives (ours: 0.1).
-        smoothing: Laplace smoothing of the counts, above 0.
-    """
-
-    kind: str = option("ema", choices=RULES, name="rule", help="How codewords move.")
+    kind: str = option(
+        "ema",
+        choices=RULES,
+        name="rule",
+        help="ema: to the mean of the vectors assigned; gradient: by the loss |sg[z] - c|^2.",
+    )
     decay: float = option(0.99, gt=0, lt=1, name="ema_decay", help="Decay of moving averages.")
-    revive_below: float = option(0.1, ge=0, lt=1, help="Share of an even filling; 0 never revives.")
+    revive_below: float = option(
+        0.1,
+        ge=0,
+        lt=1,
+        help="Share of an even filling below which a code moves to a vector of the batch; 0 never.",
+    )
     smoothing: float = option(1e-5, gt=0, help="Laplace smoothing of the counts.")
 
 
@@ -69,14 +70,9 @@ def nearest_labels(z: Tensor, codewords: Tensor) -> Tensor:
 
 
 class Codebook(nn.Module):
-    """Codewords of one level with the statistics that move them.
+    """Codewords ``(codes, latent)`` of one level with the statistics that move them.
 
-    Args:
-        codes: number of codewords.
-        latent: their width.
-        rule: how they move.
-        seed: of the vectors drawn for revived codes.
-        name: tells this codebook's draws from those of others.
+    ``seed`` and ``name`` decide which vectors revived codes move to.
     """
 
     codewords: Tensor
@@ -164,20 +160,12 @@ class Codebook(nn.Module):
 
 
 class Quantized(NamedTuple):
-    """A quantized batch and its losses.
+    """A quantized batch and its losses, summed over dimensions, mean over rows."""
 
-    Attributes:
-        latent: ``(n, latent)`` for the decoder: codewords forward, the identity backward.
-        codes: ``(n, levels)`` int64.
-        commitment: ``(levels,)`` ``|sg[q] - r|^2`` per level, summed over dimensions, mean over
-            rows.
-        codebook: scalar ``|q - sg[r]|^2`` over all levels; 0 under the moving-average rule.
-    """
-
-    latent: Tensor
-    codes: Tensor
-    commitment: Tensor
-    codebook: Tensor
+    latent: Tensor  # (n, latent) for the decoder: codewords forward, the identity backward
+    codes: Tensor  # (n, levels) int64
+    commitment: Tensor  # (levels,) |sg[q] - r|^2 per level
+    codebook: Tensor  # scalar |q - sg[r]|^2 over all levels; 0 under the moving-average rule
 
 
 class Quantizer(nn.Module):
@@ -186,12 +174,6 @@ class Quantizer(nn.Module):
     Gradients, which open implementations get wrong in several ways: residuals are taken from the
     raw codewords, never from a straight-through output; one straight-through estimator covers the
     whole sum; the commitment of every level reaches the encoder.
-
-    Args:
-        sizes: codewords of each codebook.
-        latent: width.
-        rule: how codewords move.
-        seed: of revived codewords.
     """
 
     def __init__(self, sizes: Sequence[int], latent: int, *, rule: UpdateRule, seed: int) -> None:
@@ -242,15 +224,8 @@ class ParallelQuantizer(Quantizer):
     """Codebooks that all quantize the same latent; the decoder receives their average (MoC eq. 7).
 
     With the gradient rule the codebooks are fitted jointly through their average, with moving
-    averages each goes to the mean of the vectors assigned to it.
-
-    Args:
-        sizes: codewords of each codebook.
-        latent: width.
-        rule: how codewords move.
-        seed: of revived codewords.
-        projection: give each codebook a learned linear map of the latent before its lookup
-            (MoC §4.1 speaks of "various spaces"; the map is ours).
+    averages each goes to the mean of the vectors assigned to it. ``projection`` gives each codebook
+    a learned linear map of the latent (MoC §4.1 speaks of "various spaces"; the map is ours).
     """
 
     def __init__(
@@ -277,16 +252,11 @@ class ParallelQuantizer(Quantizer):
                 noise = torch.randn(latent, latent, generator=generator)
                 projected.weight.add_(noise / latent)
 
-    def spaces(self, z: Tensor) -> list[Tensor]:
-        """Return the input of each codebook, ``(n, latent)`` each."""
-        if len(self.maps):
-            return [projection(z) for projection in self.maps]
-        return [z] * len(self.books)
-
     def forward(self, z: Tensor) -> Quantized:
         """Quantize ``(n, latent)``; in training mode the codebooks also learn from the batch."""
         with torch.autocast(z.device.type, enabled=False):
-            spaces = self.spaces(z)
+            # What each codebook quantizes: its own map of the latent, or the latent itself.
+            spaces = [each(z) for each in self.maps] or [z] * len(self.books)
         codes, codewords, commitment_losses = [], [], []
         for codebook, space in zip(self.codebooks, spaces, strict=True):
             target = space.detach()

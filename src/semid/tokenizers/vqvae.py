@@ -1,4 +1,4 @@
-"""MoC-VAE and VQ-VAE: parallel codebooks that all quantize the same latent (MoC §4.1)."""
+"""Codebooks trained inside an autoencoder: VQ-VAE, RQ-VAE, RQP-VAE and MoC-VAE."""
 
 from __future__ import annotations
 
@@ -13,17 +13,37 @@ from torch import nn
 from semid.options import option
 from semid.quantization.nearest import assign
 from semid.quantization.residual import ResidualCodes
+from semid.tokenizers.codebooks import ResidualTokenizer
 from semid.tokenizers.context import level_sizes
 from semid.tokenizers.neural.autoencoder import EncoderGraph, perceptron
 from semid.tokenizers.neural.quantized import QuantizedAutoencoder, QuantizedTokenizer
-from semid.tokenizers.neural.quantizers import RULES, ParallelQuantizer, UpdateRule
+from semid.tokenizers.neural.quantizers import (
+    RULES,
+    ParallelQuantizer,
+    ResidualQuantizer,
+    UpdateRule,
+)
 from semid.tokenizers.stored import check_shapes
 
 Array = npt.NDArray[np.float32]
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class ParallelTokenizer(QuantizedTokenizer):
+class MovingAverageTokenizer(QuantizedTokenizer):
+    """Base of tokenizers with moving averages and revival of dead codes (van den Oord 2017)."""
+
+    ema_decay: float = option(0.99, gt=0, lt=1, help="Decay of the codewords' moving averages.")
+    revive_below: float = option(
+        0.1,
+        ge=0,
+        lt=1,
+        help="Share of an even filling below which a code is moved to a vector of the current "
+        "batch; 0 never revives.",
+    )
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class ParallelTokenizer(MovingAverageTokenizer):
     """Base of tokenizers with parallel codebooks; the decoder receives the mean codeword."""
 
     hierarchical: ClassVar[bool] = False
@@ -36,14 +56,6 @@ class ParallelTokenizer(QuantizedTokenizer):
         choices=RULES,
         help="ema: each codebook follows the mean of the latents assigned to it; gradient: all "
         "codebooks are fitted jointly through their average.",
-    )
-    ema_decay: float = option(0.99, gt=0, lt=1, help="Decay of the codewords' moving averages.")
-    revive_below: float = option(
-        0.1,
-        ge=0,
-        lt=1,
-        help="Share of an even filling below which a code is moved to a latent of the current "
-        "batch; 0 never revives.",
     )
 
     def __post_init__(self) -> None:
@@ -164,3 +176,44 @@ class VQVAE(ParallelTokenizer):
     def codebook_sizes(self) -> tuple[int, ...]:
         """Codewords of the one codebook."""
         return level_sizes(1, self.codebook_size)
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class RQVAE(ResidualTokenizer, QuantizedTokenizer):
+    """Encoder, residual levels with a straight-through estimator, decoder; codebooks by gradient.
+
+    The baseline of both papers, without anything that keeps codes alive: it may collapse, and the
+    verdict says so. Use `RQPVAE` where it does.
+
+    Raises:
+        UsageError: if a value is out of range.
+
+    Source: MoC §2, DRQ §3; loss ``|x - x_hat|^2 + beta sum_l |sg[q_l] - r_l|^2 +
+    sum_l |q_l - sg[r_l]|^2``. A step costs the autoencoder's products and O(batch codes latent)
+    per level.
+    """
+
+    kind: ClassVar[str] = "rqvae"
+
+    def _update_rule(self) -> UpdateRule:
+        return UpdateRule(kind="gradient", revive_below=0.0)
+
+    def _quantizer(self, latent: int) -> ResidualQuantizer:
+        rule = self._update_rule()
+        return ResidualQuantizer(self.codebook_sizes, latent, rule=rule, seed=self.seed)
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class RQPVAE(MovingAverageTokenizer, RQVAE):
+    """RQ-VAE with EMA codebook updates and dead-code revival: codes do not die.
+
+    Raises:
+        UsageError: if a value is out of range.
+
+    Source: DRQ §5.1; moving averages with Laplace smoothing from van den Oord 2017, app. A.1.
+    """
+
+    kind: ClassVar[str] = "rqpvae"
+
+    def _update_rule(self) -> UpdateRule:
+        return UpdateRule(decay=self.ema_decay, revive_below=self.revive_below)
