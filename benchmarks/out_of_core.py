@@ -149,7 +149,7 @@ def one(path: Path, rows: int, given: argparse.Namespace) -> dict[str, Any]:
         "rows": rows,
         "read s": clock.stages["read"],
         "train s": training,
-        "judge s": clock.stages["judge"],
+        "judge s": clock.stages["evaluate"],
         "encode s": done - fitted,
         "train + encode min": (training + clock.stages["read"] + done - fitted) / 60,
         "all min": (done - began) / 60,

@@ -58,7 +58,7 @@ def test_fit_encode_report(run, catalogue, tmp_path):
     assert code == 0, err
     assert "verdict:" in out
     steps = [json.loads(line) for line in err.splitlines() if line.startswith("{")]
-    assert {"read", "level 1 of 2", "level 2 of 2", "judge"} <= {step["task"] for step in steps}
+    assert {"read", "level 1 of 2", "level 2 of 2", "evaluate"} <= {step["task"] for step in steps}
     code, out, _ = run("encode", tmp_path / "model", items, "-o", tmp_path / "ids.parquet", "-q")
     assert code == 0
     assert "1,200 items" in out

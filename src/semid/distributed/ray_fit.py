@@ -286,7 +286,7 @@ def fit_on_ray(
             shards.load(loads, spans)
             levels = tokenizer.fit_rows(ShardedMatrix(shards, dim=dim), store=store, progress=steps)
         mean = sum((each.sums for each in scans), np.zeros(dim)) / len(catalogue)
-        steps.start("judge", total=len(catalogue))
+        steps.start("evaluate", total=len(catalogue))
         tokenizer.report = _evaluate(shards, tokenizer, mean, levels, trained, started)
         steps.step(len(catalogue))
         rows = tuple(last - first for first, last in spans)
