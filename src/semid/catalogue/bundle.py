@@ -89,7 +89,7 @@ class CatalogueBundle:
     @classmethod
     def is_bundle(cls, path: str | os.PathLike[str]) -> bool:
         """Return whether a path is a folder with at least one version."""
-        return Path(path).is_dir() and any(MANIFEST.fullmatch(p.name) for p in Path(path).iterdir())
+        return bool(_versions(Path(path)))
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], ids: SemanticIds) -> CatalogueBundle:
@@ -116,10 +116,7 @@ class CatalogueBundle:
 
     def versions(self) -> list[int]:
         """Return the numbers of the versions, ascending."""
-        if not self.path.is_dir():
-            return []
-        matches = (MANIFEST.fullmatch(entry.name) for entry in self.path.iterdir())
-        return sorted(int(match[1]) for match in matches if match)
+        return _versions(self.path)
 
     def parts(self, version: int | None = None) -> list[Part]:
         """Return the files of a version (the last by default), in row order.
@@ -139,10 +136,11 @@ class CatalogueBundle:
                 f"'{self.path}' has versions {versions[0]} to {versions[-1]}, not {version}"
             )
         file = self.path / _manifest_name(version)
-        document = typed(dict[str, Any], read_json(file), f"'{file}'")
-        format_version = typed(int, document.get("format_version"), f"'{file}', format_version")
-        check_version(format_version, FORMAT_VERSION, where=f"'{file}'")
-        manifest = record(Manifest, document, f"'{file}'")
+        where = f"'{file}'"
+        document = typed(dict[str, Any], read_json(file), where)
+        format_version = typed(int, document.get("format_version"), f"{where}, format_version")
+        check_version(format_version, FORMAT_VERSION, where=where)
+        manifest = record(Manifest, document, where)
         outside = [part.file for part in manifest.parts if not PART.fullmatch(part.file)]
         if outside:
             raise ArtefactError(
@@ -220,11 +218,8 @@ class CatalogueBundle:
     def _remove_leftovers(self) -> None:
         """Remove files of a killed writer: unfinished ones, and parts that no version names."""
         listed = {part.file for version in self.versions() for part in self.parts(version)}
-        for file in self.path.glob(".manifest-*"):
-            if _UNFINISHED.fullmatch(file.name):
-                file.unlink(missing_ok=True)
-        for file in (self.path / "parts").iterdir():
-            name = f"parts/{file.name}"
+        for file in [*self.path.glob(".manifest-*"), *(self.path / "parts").iterdir()]:
+            name = file.relative_to(self.path).as_posix()
             unlisted = PART.fullmatch(name) and name not in listed
             if unlisted or _UNFINISHED.fullmatch(file.name):
                 file.unlink(missing_ok=True)
@@ -246,6 +241,13 @@ class CatalogueBundle:
         part = _write_part(self.path, last + 1, replace(added, items=ItemIds(items)))
         _write_manifest(self.path, last + 1, [*self.parts(last), part], ids.info)
         return last + 1
+
+
+def _versions(folder: Path) -> list[int]:
+    if not folder.is_dir():
+        return []
+    matches = (MANIFEST.fullmatch(entry.name) for entry in folder.iterdir())
+    return sorted(int(match[1]) for match in matches if match)
 
 
 def read_catalogue(path: str | os.PathLike[str]) -> SemanticIds:

@@ -13,10 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from semid.catalogue.additions import NOVEL, norm_quantiles, novelty
-from semid.codes import SemanticIds
 from semid.data.blocks import Moments
 from semid.data.embeddings import open_embeddings
-from semid.data.source import EmbeddingSource
 from semid.diagnostics.overlap import REPORT_SCALE, overlap_levels
 from semid.errors import InputError
 from semid.health import LevelUsage, usage
@@ -32,6 +30,7 @@ ERROR_WATCH, ERROR_REFRESH = 1.1, 1.25
 SHIFT_WATCH, SHIFT_REFRESH = 0.1, 0.25
 # Share of novel items among the new ones; 1 % is expected without drift.
 NOVEL_WATCH, NOVEL_REFRESH = 0.03, 0.1
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
 
 @dataclass(frozen=True)
@@ -158,7 +157,10 @@ def drift(
     if not len(old) or not len(new):
         raise InputError(f"the snapshots have {len(old)} and {len(new)} items; give some in both")
     first, second = tokenizer.encode(old, progress=steps), tokenizer.encode(new, progress=steps)
-    variance, std = _latent_spread(tokenizer, old)
+    # Mean squared distance of latents to their mean, and standard deviation per element.
+    latents = Moments.of((start, tokenizer.latent(x)) for start, x in old.blocks(BLOCK_ROWS))
+    variance = max(latents.variance, 1e-300)
+    std = float(np.sqrt(variance / latents.total.size))
     usages = [usage(ids.codes, tokenizer.codebook_sizes) for ids in (first, second)]
     overlaps = [
         overlap_levels(tokenizer.codebooks, levels, latent_std=std, scales=(REPORT_SCALE,))
@@ -174,7 +176,9 @@ def drift(
     )
     novel = novelty(second.residual_norms, norm_quantiles(first, tokenizer)) > NOVEL
     novel_new = float(novel[~shared].mean()) if (~shared).any() else None
-    errors = [_mean_square(ids) / variance for ids in (first, second)]
+    norms = [ids.residual_norms.astype(np.float64) for ids in (first, second)]
+    errors = [float((each**2).mean()) / variance for each in norms]
+    quantiles = [tuple(np.quantile(each, QUANTILES).tolist()) for each in norms]
     verdict, reasons = _verdict(levels, errors, novel_new, float(novel.mean()))
     return Drift(
         verdict=verdict,
@@ -185,8 +189,8 @@ def drift(
         changed=float((~same).any(axis=1).mean()) if shared.any() else None,
         error_before=errors[0],
         error_after=errors[1],
-        norm_quantiles_before=_quantiles(first),
-        norm_quantiles_after=_quantiles(second),
+        norm_quantiles_before=quantiles[0],
+        norm_quantiles_after=quantiles[1],
         novel_after=float(novel.mean()),
         novel_new=novel_new,
         levels=levels,
@@ -223,23 +227,6 @@ def _level(
 def _entropy(p: npt.NDArray[np.float64]) -> float:
     positive = p[p > 0]
     return float(-(positive * np.log2(positive)).sum())
-
-
-def _latent_spread(tokenizer: Tokenizer, source: EmbeddingSource) -> tuple[float, float]:
-    """Mean squared distance of latents to their mean, and standard deviation per element."""
-    latents = ((start, tokenizer.latent(x)) for start, x in source.blocks(BLOCK_ROWS))
-    moments = Moments.of(latents)
-    variance = max(moments.variance, 1e-300)
-    return variance, float(np.sqrt(variance / moments.total.size))
-
-
-def _mean_square(ids: SemanticIds) -> float:
-    return float((ids.residual_norms.astype(np.float64) ** 2).mean())
-
-
-def _quantiles(ids: SemanticIds) -> tuple[float, ...]:
-    shares = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
-    return tuple(map(float, np.quantile(ids.residual_norms.astype(np.float64), shares)))
 
 
 def _verdict(

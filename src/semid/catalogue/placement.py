@@ -6,7 +6,6 @@ Both methods work bucket by bucket in an order that does not depend on the order
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -111,22 +110,6 @@ def token_count(tokens: Rows) -> int:
     return max(MIN_TOKENS, 1 << (needed - 1).bit_length())
 
 
-@dataclass(frozen=True)
-class Placement:
-    """The result of `reassign_codes`.
-
-    Attributes:
-        codes: ``(items, levels)`` int64 published codes.
-        unplaced: ``(items,)`` bool, new items without a free code; they keep the model's code.
-        extra: ``(items,)`` float64, squared distance to the last codeword beyond the nearest one,
-            in the quantized space.
-    """
-
-    codes: npt.NDArray[np.int64]
-    unplaced: npt.NDArray[np.bool_]
-    extra: npt.NDArray[np.float64]
-
-
 def last_level_inputs(
     tokenizer: Tokenizer, latent: npt.NDArray[np.float32], codes: Codes
 ) -> npt.NDArray[np.float32]:
@@ -150,12 +133,16 @@ def reassign_codes(
     published: npt.NDArray[np.bool_],
     codes: Codes | None,
     progress: Progress,
-) -> Placement:
+) -> tuple[Rows, npt.NDArray[np.bool_], npt.NDArray[np.float64]]:
     """Give items that share an id the nearest free codes of the last level.
 
     Items that share all codes but the last compete for the codewords of the last level. Each such
     group is an assignment problem of its own, so the sum of extra squared distances is the least
     possible, given the prefixes and the published codes.
+
+    Returns codes ``(items, levels)``; a mask ``(items,)`` of new items without a free code, which
+    keep the model's; and ``(items,)`` float64 squared distances to the last codeword beyond the
+    nearest one, in the quantized space.
 
     ``plain`` holds the model's codes ``(items, levels)``, ``rows`` the row of each item in the
     source. ``published`` rows keep ``codes``; ``capacity`` is the number of items per id.
@@ -208,7 +195,7 @@ def reassign_codes(
             extra[members[placed]] = cost[placed, labels[placed]]
             unplaced[members[~placed]] = True
         progress.step(len(chunk))
-    return Placement(result, unplaced, extra)
+    return result, unplaced, extra
 
 
 def _published_last_codes(

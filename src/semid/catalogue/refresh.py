@@ -185,187 +185,179 @@ def refresh(
     """
     check_max_churn(max_churn)
     check_model(published, previous)
-    steps = progress or QuietProgress()
     opened = open_embeddings(source, ids=ids)
     weights = item_weights(popularity, len(opened), name="popularity")
-    position = published.items.index_of(opened.ids.strings())
-    rows = np.flatnonzero(position >= 0)
-    if len(rows) == 0:
-        raise InputError(
-            f"none of the {len(opened)} items was published before (they are called like "
-            f"{opened.ids.example}, the published like {published.items.example}); "
-            "give the same ids, or fit a new model"
-        )
-    # New codes are compared with the published ones; for reassigned ids with the model's, because
-    # a reassigned last code differs from them on purpose.
-    base = published.encoded if published.info.unique == "reassign" else published.codes
-    shared = _SharedItems(
-        old=base[position[rows], : previous.levels].astype(np.int64),
-        rows=rows,
-        published=position[rows],
-        weights=None if weights is None else weights[rows],
-    )
+    run = _Run(previous, published, opened, weights, progress or QuietProgress())
     # Steps 1 and 2: fit again and renumber.
-    model = _matched(
-        previous.fit_again(opened, warm_start=warm_start, progress=steps),
-        previous, opened, shared, steps,
-    )  # fmt: skip
-    plain = model.encode(opened, beam_width=published.info.beam_width, progress=steps)
+    model = run.renumbered(run.fit_again(warm_start=warm_start))
+    plain = model.encode(opened, beam_width=published.info.beam_width, progress=run.progress)
     # Step 3: decide which rows keep their id. Step 4: place the others around them.
-    stays, budget, held_back = _unmoved_rows(model, opened, plain, published, shared, max_churn)
-    result, unplaced = _publish(model, opened, plain, published, position, stays, steps)
+    stays, budget, held_back = run.unmoved_rows(model, plain, max_churn)
+    result, unplaced = run.publish(model, plain, stays)
 
     candidates: list[tuple[str, Tokenizer, Codes]] = [
-        ("previous", previous, previous.encode(opened, progress=steps).codes),
+        ("previous", previous, run.encode(previous)),
         ("refreshed", model, plain.codes),
         ("published", model, result.codes[:, : model.levels]),
     ]
     if compare:
-        fresh = previous.fit_again(opened, warm_start=False, progress=steps)
-        matched = _matched(fresh, previous, opened, shared, steps)
-        candidates.append(("fresh", fresh, fresh.encode(opened, progress=steps).codes))
-        candidates.append(("fresh, matched", matched, matched.encode(opened, progress=steps).codes))
-    before = published.codes[shared.published].astype(np.int64)
+        fresh = run.fit_again(warm_start=False)
+        matched = run.renumbered(fresh)
+        candidates.append(("fresh", fresh, run.encode(fresh)))
+        candidates.append(("fresh, matched", matched, run.encode(matched)))
+    before = published.codes[run.published_rows].astype(np.int64)
+    after = result.codes[run.rows].astype(np.int64)
     report = RefreshReport(
         items=len(opened),
-        new=len(opened) - len(rows),
-        removed=len(published) - len(rows),
-        churn=churn(before, result.codes[rows].astype(np.int64), weights=shared.weights),
+        new=len(opened) - len(run.rows),
+        removed=len(published) - len(run.rows),
+        churn=churn(before, after, weights=run.weights),
         budget=budget,
         held_back=held_back,
         unplaced=unplaced,
-        generations=_measure_generations(opened, candidates, shared),
+        generations=run.measure(candidates),
     )
     return Refresh(model, result, report)
 
 
-@dataclass(frozen=True)
-class _SharedItems:
-    """Items in both generations."""
+class _Run:
+    """What the steps of a refresh share: both generations and the items that are in both.
 
-    old: npt.NDArray[np.int64]  # (shared, levels) codes before
-    rows: npt.NDArray[np.int64]  # (shared,) rows in the source
-    published: npt.NDArray[np.int64]  # (shared,) rows in the published ids
-    weights: npt.NDArray[np.float64] | None  # (shared,) popularity
+    Attributes:
+        rows: ``(shared,)`` rows of these items in the source.
+        published_rows: ``(shared,)`` their rows in the published ids.
+        old: ``(shared, levels)`` their codes before.
+        weights: ``(shared,)`` their popularity, or None.
+    """
 
-
-def _matched(
-    model: Tokenizer,
-    previous: Tokenizer,
-    source: EmbeddingSource,
-    shared: _SharedItems,
-    progress: Progress,
-) -> Tokenizer:
-    """Renumber a model's codewords after the previous generation's."""
-    new = model.encode(source, progress=progress).codes[shared.rows]
-    weights = shared.weights
-    if weights is not None:  # items without popularity count a little, so that they are matched too
-        weights = weights + 1e-3 * max(float(weights.mean()), 1e-12)
-    numbers = [
-        match_codes(shared.old[:, level], new[:, level], old_book, new_book, weights=weights)
-        for level, (old_book, new_book) in enumerate(
-            zip(previous.codebooks, model.codebooks, strict=True)
-        )
-    ]
-    return model.renumbered(numbers)
-
-
-def _unmoved_rows(
-    model: Tokenizer,
-    source: EmbeddingSource,
-    plain: SemanticIds,
-    published: SemanticIds,
-    shared: _SharedItems,
-    max_churn: float | None,
-) -> tuple[npt.NDArray[np.int64], int | None, int]:
-    """Return the rows that keep their id, the budget in items, and how many it holds back."""
-    new = plain.codes[shared.rows]
-    moving = (new != shared.old).any(axis=1)
-    if published.info.unique == "reassign":
-        # An earlier budget may have kept an id whose prefix is not the model's.
-        moving |= (new[:, :-1] != published.codes[shared.published, :-1]).any(axis=1)
-    unmoved = shared.rows[~moving]
-    if max_churn is None:
-        return unmoved, None, 0
-    budget = int(max_churn * len(shared.rows))
-    movers = shared.rows[moving]
-    if len(movers) <= budget:
-        return unmoved, budget, 0
-    # The budget goes to the items whose squared error falls most: error at the published codes in
-    # the new codebooks, minus error at the new codes. Ties are broken by a hash of the item id.
-    gain = np.empty(len(movers))
-    for start in range(0, len(movers), BLOCK_ROWS):
-        span = slice(start, start + BLOCK_ROWS)
-        codes = published.codes[shared.published[moving][span], : model.levels]
-        residual = model.latent(source.rows(movers[span])) - model.quantize(codes)
-        gain[span] = squared_norms(residual) - plain.residual_norms[movers[span]].astype(float) ** 2
-    order = np.lexsort((source.ids.take(movers).hash64(), -gain))
-    stays = np.concatenate([unmoved, movers[order[budget:]]]).astype(np.int64)
-    return np.sort(stays), budget, len(movers) - budget
-
-
-def _publish(
-    model: Tokenizer,
-    source: EmbeddingSource,
-    plain: SemanticIds,
-    published: SemanticIds,
-    position: npt.NDArray[np.int64],
-    stays: npt.NDArray[np.int64],
-    progress: Progress,
-) -> tuple[SemanticIds, int]:
-    """Place the items that move or are new around those that stay."""
-    info = published.info
-    target = replace(plain.info, unique=info.unique, capacity=info.capacity)
-    fixed = np.zeros(len(plain), bool)
-    fixed[stays] = True
-    codes = np.zeros((len(plain), published.levels), published.codes.dtype)
-    codes[stays] = published.codes[position[stays]]
-    if target.unique == "none":
-        codes = np.where(fixed[:, None], codes, plain.codes)
-        if np.array_equal(codes, plain.codes):
-            return plain, 0
-        return replace(plain, codes=codes, model_codes=plain.codes), 0
-    unique = place(
-        plain,
-        target,
-        published=fixed,
-        codes=codes,
-        capacity=info.codebook_sizes[-1] if info.unique == "append" else info.capacity,
-        tokenizer=model,
-        source=source,
-        progress=progress,
-    )
-    return unique.ids, unique.report.unplaced
-
-
-def _measure_generations(
-    source: EmbeddingSource, candidates: list[tuple[str, Tokenizer, Codes]], shared: _SharedItems
-) -> tuple[Generation, ...]:
-    """Measure errors, collisions and churn of all candidates in two passes over the embeddings."""
-    validation_fraction = candidates[0][1].validation_fraction
-    held_out = held_out_mask(source.ids, validation_fraction, salt=HELD_OUT_SALT)
-    mean = mean_row(source)
-    sums = [(ErrorSums(), ErrorSums()) for _ in candidates]
-    for start, x in source.blocks(BLOCK_ROWS):
-        span = slice(start, start + len(x))
-        variance = squared_norms(x - mean)
-        for errors, (_, tokenizer, codes) in zip(sums, candidates, strict=True):
-            squared = squared_norms(x - tokenizer.decode(codes[span].astype(np.int64)))
-            subset = squared[held_out[span]], variance[held_out[span]]
-            for total, (a, b) in zip(errors, ((squared, variance), subset), strict=True):
-                total.add_(ErrorSums(len(a), float(a.sum()), float(b.sum())))
-    generations = []
-    for (error, held_out_error), (name, _, codes) in zip(sums, candidates, strict=True):
-        buckets = collisions(codes)
-        changed = churn(shared.old, codes[shared.rows].astype(np.int64), weights=shared.weights)
-        generations.append(
-            Generation(
-                name=name,
-                error=error.relative or 0.0,
-                held_out_error=held_out_error.relative,
-                collision_rate=buckets.collision_rate,
-                colliding_item_rate=buckets.colliding_item_rate,
-                churn=None if name == "previous" else changed,
+    def __init__(
+        self,
+        previous: Tokenizer,
+        published: SemanticIds,
+        source: EmbeddingSource,
+        weights: npt.NDArray[np.float64] | None,
+        progress: Progress,
+    ) -> None:
+        self.previous, self.published = previous, published
+        self.source, self.progress = source, progress
+        self.position = published.items.index_of(source.ids.strings())
+        self.rows = np.flatnonzero(self.position >= 0)
+        if len(self.rows) == 0:
+            raise InputError(
+                f"none of the {len(source)} items was published before (they are called like "
+                f"{source.ids.example}, the published like {published.items.example}); "
+                "give the same ids, or fit a new model"
             )
+        self.published_rows = self.position[self.rows]
+        # New codes are compared with the published ones; for reassigned ids with the model's,
+        # because a reassigned last code differs from them on purpose.
+        base = published.encoded if published.info.unique == "reassign" else published.codes
+        self.old = base[self.published_rows, : previous.levels].astype(np.int64)
+        self.weights = None if weights is None else weights[self.rows]
+
+    def encode(self, model: Tokenizer) -> Codes:
+        """Return a model's codes ``(items, levels)``."""
+        return model.encode(self.source, progress=self.progress).codes
+
+    def fit_again(self, *, warm_start: bool) -> Tokenizer:
+        """Fit the model of the next generation."""
+        return self.previous.fit_again(self.source, warm_start=warm_start, progress=self.progress)
+
+    def renumbered(self, model: Tokenizer) -> Tokenizer:
+        """Renumber a model's codewords after the previous generation's."""
+        new, weights = self.encode(model)[self.rows], self.weights
+        if weights is not None:  # items without popularity count a little, to be matched too
+            weights = weights + 1e-3 * max(float(weights.mean()), 1e-12)
+        books = zip(self.previous.codebooks, model.codebooks, strict=True)
+        return model.renumbered(
+            [
+                match_codes(self.old[:, level], new[:, level], *pair, weights=weights)
+                for level, pair in enumerate(books)
+            ]
         )
-    return tuple(generations)
+
+    def unmoved_rows(
+        self, model: Tokenizer, plain: SemanticIds, max_churn: float | None
+    ) -> tuple[npt.NDArray[np.int64], int | None, int]:
+        """Return the rows that keep their id, the budget in items, and how many it holds back."""
+        new = plain.codes[self.rows]
+        moving = (new != self.old).any(axis=1)
+        if self.published.info.unique == "reassign":
+            # An earlier budget may have kept an id whose prefix is not the model's.
+            prefix = self.published.codes[self.published_rows, :-1]
+            moving |= (new[:, :-1] != prefix).any(axis=1)
+        unmoved, movers = self.rows[~moving], self.rows[moving]
+        if max_churn is None:
+            return unmoved, None, 0
+        budget = int(max_churn * len(self.rows))
+        if len(movers) <= budget:
+            return unmoved, budget, 0
+        # The budget goes to the items whose squared error falls most: error at the published codes
+        # in the new codebooks, minus error at the new codes. Ties: a hash of the item id decides.
+        gain = np.empty(len(movers))
+        for start in range(0, len(movers), BLOCK_ROWS):
+            span = slice(start, start + BLOCK_ROWS)
+            rows = movers[span]
+            codes = self.published.codes[self.position[rows], : model.levels]
+            residual = model.latent(self.source.rows(rows)) - model.quantize(codes)
+            gain[span] = squared_norms(residual) - plain.residual_norms[rows].astype(float) ** 2
+        order = np.lexsort((self.source.ids.take(movers).hash64(), -gain))
+        stays = np.concatenate([unmoved, movers[order[budget:]]]).astype(np.int64)
+        return np.sort(stays), budget, len(movers) - budget
+
+    def publish(
+        self, model: Tokenizer, plain: SemanticIds, stays: npt.NDArray[np.int64]
+    ) -> tuple[SemanticIds, int]:
+        """Place the items that move or are new around those that stay."""
+        info = self.published.info
+        target = replace(plain.info, unique=info.unique, capacity=info.capacity)
+        fixed = np.zeros(len(plain), bool)
+        fixed[stays] = True
+        codes = np.zeros((len(plain), self.published.levels), self.published.codes.dtype)
+        codes[stays] = self.published.codes[self.position[stays]]
+        if target.unique == "none":
+            codes = np.where(fixed[:, None], codes, plain.codes)
+            if np.array_equal(codes, plain.codes):
+                return plain, 0
+            return replace(plain, codes=codes, model_codes=plain.codes), 0
+        unique = place(
+            plain,
+            target,
+            published=fixed,
+            codes=codes,
+            capacity=info.codebook_sizes[-1] if info.unique == "append" else info.capacity,
+            tokenizer=model,
+            source=self.source,
+            progress=self.progress,
+        )
+        return unique.ids, unique.report.unplaced
+
+    def measure(self, candidates: list[tuple[str, Tokenizer, Codes]]) -> tuple[Generation, ...]:
+        """Measure errors, collisions and churn of candidates in two passes over the embeddings."""
+        fraction = self.previous.validation_fraction
+        held_out = held_out_mask(self.source.ids, fraction, salt=HELD_OUT_SALT)
+        mean = mean_row(self.source)
+        sums = [(ErrorSums(), ErrorSums()) for _ in candidates]
+        for start, x in self.source.blocks(BLOCK_ROWS):
+            span = slice(start, start + len(x))
+            variance = squared_norms(x - mean)
+            for totals, (_, tokenizer, codes) in zip(sums, candidates, strict=True):
+                squared = squared_norms(x - tokenizer.decode(codes[span].astype(np.int64)))
+                subset = squared[held_out[span]], variance[held_out[span]]
+                for total, (a, b) in zip(totals, ((squared, variance), subset), strict=True):
+                    total.add_(ErrorSums(len(a), float(a.sum()), float(b.sum())))
+        generations = []
+        for (error, held_out_error), (name, _, codes) in zip(sums, candidates, strict=True):
+            buckets = collisions(codes)
+            changed = churn(self.old, codes[self.rows].astype(np.int64), weights=self.weights)
+            generations.append(
+                Generation(
+                    name=name,
+                    error=error.relative or 0.0,
+                    held_out_error=held_out_error.relative,
+                    collision_rate=buckets.collision_rate,
+                    colliding_item_rate=buckets.colliding_item_rate,
+                    churn=None if name == "previous" else changed,
+                )
+            )
+        return tuple(generations)

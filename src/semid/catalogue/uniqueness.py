@@ -209,7 +209,7 @@ def place(
     new = np.flatnonzero(~published)
     rows[new] = rows_of(plain.items.take(new), source)
     limit = capacity or 1
-    placed = reassign_codes(
+    placed, unplaced, extra = reassign_codes(
         tokenizer,
         source,
         rows,
@@ -221,15 +221,22 @@ def place(
     )
     ids = SemanticIds(
         plain.items,
-        placed.codes.astype(plain.codes.dtype),
+        placed.astype(plain.codes.dtype),
         plain.residual_norms,
         replace(target, capacity=limit),
         plain.codes,
     )
     moved = np.flatnonzero((ids.codes != plain.codes).any(axis=1) & ~published)
-    extra = _extra_error(tokenizer, source, rows, plain, ids, moved)
-    largest = float(placed.extra.max(initial=0.0))
-    return UniqueIds(ids, _report(plain, ids, "reassign", limit, placed.unplaced, extra, largest))
+    # The squared quantization error that the moved items add.
+    added = 0.0
+    for start in range(0, len(moved), BLOCK_ROWS):
+        part = moved[start : start + BLOCK_ROWS]
+        latent = tokenizer.latent(source.rows(rows[part]))
+        for sign, part_codes in ((1.0, ids.codes[part]), (-1.0, plain.codes[part])):
+            residual = latent - tokenizer.quantize(part_codes)
+            added += sign * float(np.einsum("nd,nd->", residual, residual, dtype=np.float64))
+    report = _report(plain, ids, "reassign", limit, unplaced, added, float(extra.max(initial=0.0)))
+    return UniqueIds(ids, report)
 
 
 def rows_of(items: ItemIds, source: EmbeddingSource) -> npt.NDArray[np.int64]:
@@ -269,25 +276,6 @@ def _append(
     info = replace(target, codebook_sizes=(*plain.info.codebook_sizes, size))
     ids = SemanticIds(plain.items, extended, plain.residual_norms, info, plain.codes)
     return UniqueIds(ids, _report(plain, ids, "append", size, unplaced, 0.0))
-
-
-def _extra_error(
-    tokenizer: Tokenizer,
-    source: EmbeddingSource,
-    rows: npt.NDArray[np.int64],
-    plain: SemanticIds,
-    ids: SemanticIds,
-    moved: npt.NDArray[np.int64],
-) -> float:
-    """Return the squared quantization error that the moved items add."""
-    total = 0.0
-    for start in range(0, len(moved), BLOCK_ROWS):
-        part = moved[start : start + BLOCK_ROWS]
-        latent = tokenizer.latent(source.rows(rows[part]))
-        for sign, codes in ((1.0, ids.codes[part]), (-1.0, plain.codes[part])):
-            residual = latent - tokenizer.quantize(codes)
-            total += sign * float(np.einsum("nd,nd->", residual, residual, dtype=np.float64))
-    return total
 
 
 def _report(

@@ -21,11 +21,7 @@ Verdict = Literal["holds", "does not show", "opposite", "not run"]
 
 
 class Rows:
-    """Rows of a ledger, looked up by what they are.
-
-    Args:
-        rows: rows of one paper.
-    """
+    """Rows of one paper's ledger, looked up by what they are."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = list(rows)
@@ -70,19 +66,19 @@ class Rows:
 def _dig(document: Any, path: Sequence[Any]) -> Any:
     """Follow keys and positions into a document; None where a step leads nowhere."""
     for step in path:
-        if document is None:
-            return None
-        if isinstance(document, Mapping):
-            document = document.get(step)
-        else:
+        try:
             # Position -1 is the last; a position beyond either end is a missing value.
-            at = int(step)
-            document = document[at] if -len(document) <= at < len(document) else None
+            document = document[step if isinstance(document, Mapping) else int(step)]
+        except (TypeError, ValueError, LookupError):  # None, or no such key or position
+            return None
     return document
 
 
 def metric(path: str) -> Metric:
-    """Return the metric at a path into a row."""
+    """Return the metric at a path into a row: ``-keys.joined.by.dots@noise scale``.
+
+    A minus turns the sign, so that higher is better; ``@`` picks the value of one noise scale.
+    """
     keys, _, scale = path.removeprefix("-").partition("@")
     *parents, last = keys.split(".")
     sign = -1.0 if path.startswith("-") else 1.0
@@ -108,11 +104,6 @@ def inside(path: Sequence[Any], metric: Metric) -> Metric:
     return read
 
 
-def constant(value: float) -> Metric:
-    """Return a metric that is the same for every row."""
-    return lambda row: value
-
-
 def relative_change(metric: Metric, base: Metric) -> Metric:
     """Return ``metric / base - 1``."""
 
@@ -125,17 +116,11 @@ def relative_change(metric: Metric, base: Metric) -> Metric:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One comparison on one data set; a positive difference is in the claim's favor.
-
-    Attributes:
-        name: what is compared, on which data.
-        difference: mean and interval; None where it was not run.
-        digits: number of decimals to show.
-    """
+    """One comparison on one data set; a positive difference is in the claim's favor."""
 
     name: str
-    difference: Difference | None
-    digits: int = 4
+    difference: Difference | None  # None where it was not run
+    digits: int = 4  # decimals to show
 
     @property
     def favor(self) -> bool:
@@ -159,36 +144,26 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Contrast:
-    """A difference that a claim predicts to be positive, on whatever data set.
-
-    Attributes:
-        name: what is compared.
-        metric: the number compared.
-        a: selection of the rows that should be higher.
-        b: selection of the others; None takes the rows of ``a``.
-        metric_b: the number of the others; None takes ``metric``.
-        margin: where set, the claim is that the difference is smaller than this, either way.
-        model: ranking model, part of the comparison's name.
-        digits: number of decimals to show.
-    """
+    """A difference that a claim predicts to be positive, on whatever data set."""
 
     name: str
     metric: Metric
+    # Selections of the rows that should be higher, and of the others.
     a: Mapping[str, Any]
-    b: Mapping[str, Any] | None = None
-    metric_b: Metric | None = None
-    margin: float | None = None
-    model: str = ""
-    digits: int = 4
+    b: Mapping[str, Any]
+    metric_b: Metric | None = None  # of the others; None takes ``metric``
+    margin: float | None = None  # the claim is that the difference is smaller, either way
+    model: str = ""  # ranking model, part of the comparison's name
+    digits: int = 4  # decimals to show
 
     def compare(self, rows: Rows, data: str) -> Comparison:
         """Return the comparison on one data set."""
         on = {"data": data, "model": self.model} if self.model else {"data": data}
-        b = self.a if self.b is None else self.b
-        gap = rows.difference(self.metric, {**on, **self.a}, {**on, **b}, metric_b=self.metric_b)
+        a, b = {**on, **self.a}, {**on, **self.b}
+        difference = rows.difference(self.metric, a, b, metric_b=self.metric_b)
         if self.margin is not None:
-            gap = within(gap, self.margin)
-        return Comparison(f"{', '.join(on.values())}: {self.name}", gap, self.digits)
+            difference = within(difference, self.margin)
+        return Comparison(f"{', '.join(on.values())}: {self.name}", difference, self.digits)
 
 
 Family = Sequence[Contrast] | Callable[[Rows, str], Sequence[Comparison]]
@@ -197,53 +172,32 @@ Family = Sequence[Contrast] | Callable[[Rows, str], Sequence[Comparison]]
 
 @dataclass(frozen=True)
 class Claim:
-    """What a paper says, and what decides it.
+    """What a paper says, and what decides it."""
 
-    Attributes:
-        id: anchor on the page.
-        where: section, table or figure of the paper.
-        sentence: the claim in short.
-        test: what decides it here, in words.
-        families: the comparisons that its words cover.
-        rule: name of one of `RULES`.
-        equal_terms: False for a comparison that gives one side more than the other.
-        note: what a reader must know besides.
-        data: data sets that its words name; empty for all.
-    """
-
-    id: str
-    where: str
-    sentence: str
-    test: str
-    families: Sequence[Family] = field(default=(), repr=False)
-    rule: str = "all"
-    equal_terms: bool = True
-    note: str = ""
-    data: Sequence[str] = ()
+    id: str  # anchor on the page
+    where: str  # section, table or figure of the paper
+    sentence: str  # the claim in short
+    test: str  # what decides it here, in words
+    families: Sequence[Family] = field(default=(), repr=False)  # what its words cover
+    rule: str = "all"  # one of `RULES`
+    equal_terms: bool = True  # False where one side gets more than the other
+    note: str = ""  # what a reader must know besides
+    data: Sequence[str] = ()  # data sets that its words name; empty for all
 
 
-def _every_one(run: Sequence[Comparison]) -> bool:
-    return all(c.favor for c in run)
-
-
-def _most(run: Sequence[Comparison]) -> bool:
-    return sum(c.favor for c in run) > len(run) / 2 and not any(c.against for c in run)
-
-
-RULES: Mapping[str, Callable[[Sequence[Comparison]], bool]] = {"all": _every_one, "most": _most}
+RULES: Mapping[str, Callable[[Sequence[Comparison]], bool]] = {
+    "all": lambda run: all(c.favor for c in run),
+    "most": lambda run: (
+        sum(c.favor for c in run) > len(run) / 2 and not any(c.against for c in run)
+    ),
+}
 """Whether a claim holds, given its comparisons that ran. ``all``: every one in its favor, for
 claims that say so. ``most``: more than half in its favor and none against."""
 
 
 @dataclass(frozen=True)
 class ClaimResult:
-    """A claim and what the runs say about it.
-
-    Attributes:
-        claim: the claim.
-        verdict: the answer in a word.
-        comparisons: what decided it.
-    """
+    """A claim, the verdict on it, and the comparisons that decided it."""
 
     claim: Claim
     verdict: Verdict
@@ -252,21 +206,20 @@ class ClaimResult:
     @property
     def counts(self) -> dict[str, int]:
         """Number of comparisons in favor, against, open and not run."""
-        missing = sum(c.difference is None for c in self.comparisons)
-        favor = sum(c.favor for c in self.comparisons)
-        against = sum(c.against for c in self.comparisons)
-        rest = len(self.comparisons) - missing - favor - against
-        return {"favor": favor, "against": against, "open": rest, "not run": missing}
+        counts = {"favor": 0, "against": 0, "open": 0, "not run": 0}
+        for c in self.comparisons:
+            answer = "favor" if c.favor else "against" if c.against else "open"
+            counts["not run" if c.difference is None else answer] += 1
+        return counts
 
     @property
     def lines(self) -> list[str]:
         """One line per comparison, several that were not run in one."""
         lines = [str(c) for c in self.comparisons if c.difference is not None]
         missing = [c for c in self.comparisons if c.difference is None]
-        if len(missing) > 1:
-            count = len(missing)
-            return [*lines, f"not run: {count} comparisons, the first of {missing[0].name}"]
-        return [*lines, *map(str, missing)]
+        if len(missing) < 2:
+            return [*lines, *map(str, missing)]
+        return [*lines, f"not run: {len(missing)} comparisons, the first of {missing[0].name}"]
 
 
 def decide(claim: Claim, comparisons: Sequence[Comparison]) -> ClaimResult:
@@ -313,10 +266,9 @@ def within(difference: Difference | None, margin: float) -> Difference | None:
         return None
     low, high = difference.low, difference.high
     distance = margin - abs(difference.mean)
-    if math.isnan(low):
-        return Difference(distance, math.nan, math.nan, difference.pairs)
     # The interval of |difference| runs from its end nearest to 0 (0 itself where the interval
     # holds 0) to the farthest; taken from the margin, the farthest becomes the lower end.
+    # With one seed both ends are NaN, and stay so.
     nearest = 0.0 if low <= 0 <= high else min(abs(low), abs(high))
     farthest = max(abs(low), abs(high))
     return Difference(distance, margin - farthest, margin - nearest, difference.pairs)

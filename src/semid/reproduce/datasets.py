@@ -25,17 +25,12 @@ EMBEDDINGS = ("embeddings.f16.npy", "embeddings.npy")
 
 @dataclass(frozen=True)
 class Opened:
-    """A data set on disk.
-
-    Attributes:
-        spec: of the recipe.
-        folder: where its files lie.
-        logs: interaction files by the name their users are told apart by; one, unless the data
-            set joins those of others.
-    """
+    """A data set on disk."""
 
     spec: DataSet
     folder: Path
+    # Interaction files by the name that tells their users apart; one, unless the data set joins
+    # those of others.
     logs: dict[str, Path]
 
     @property
@@ -68,16 +63,13 @@ class Opened:
         parts = []
         for name, path in self.logs.items():
             table = pq.read_table(path, columns=["user_id", "item_id", "position"])
-            users = [f"{name}:{user}" for user in table.column("user_id").to_pylist()]
-            parts.append(
-                pa.table(
-                    {
-                        "user_id": pa.array(users, pa.large_string()),
-                        "item_id": table.column("item_id").cast(pa.large_string()),
-                        "position": table.column("position").cast(pa.int64()),
-                    }
-                )
-            )
+            users = [f"{name}:{user}" for user in table["user_id"].to_pylist()]
+            columns = {
+                "user_id": pa.array(users, pa.large_string()),
+                "item_id": table["item_id"].cast(pa.large_string()),
+                "position": table["position"].cast(pa.int64()),
+            }
+            parts.append(pa.table(columns))
         return read_interactions(pa.concat_tables(parts))
 
     def pool(self, log: Interactions) -> EmbeddingSource:
@@ -105,8 +97,7 @@ def missing_files(spec: DataSet, data: Path | None) -> str | None:
     if data is None:
         return f"data set '{spec.name}' needs --data, the folder that holds '{spec.folder}'"
     folder = data / spec.folder
-    files = [folder / "items.parquet"]
-    files += [data / name / "interactions.parquet" for name in spec.logs or (spec.folder,)]
+    files = [folder / "items.parquet", *_logs(spec, data).values()]
     missing = [str(path) for path in files if not path.is_file()]
     if not any((folder / name).is_file() for name in EMBEDDINGS):
         missing.append(str(folder / EMBEDDINGS[0]))
@@ -127,8 +118,11 @@ def open_data(spec: DataSet, data: Path | None, ledger: Ledger) -> Opened:
     problem = missing_files(spec, data)
     if problem is not None or data is None:
         raise UsageError(str(problem))
-    logs = {name: data / name / "interactions.parquet" for name in spec.logs or (spec.folder,)}
-    return Opened(spec, data / spec.folder, logs)
+    return Opened(spec, data / spec.folder, _logs(spec, data))
+
+
+def _logs(spec: DataSet, data: Path) -> dict[str, Path]:
+    return {name: data / name / "interactions.parquet" for name in spec.logs or (spec.folder,)}
 
 
 def _embeddings(folder: Path) -> Path:

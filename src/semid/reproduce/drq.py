@@ -23,11 +23,6 @@ VIEWS = {
 """In one of these every tokenizer should be beaten by some other."""
 
 
-def effective_size(level: int) -> Metric:
-    """Return the metric K_eff of a level."""
-    return metric(f"overlap.{level}.effective_size@{NOISE}")
-
-
 def flip_rate(noise: float, space: str = "input") -> Metric:
     """Return the metric: share of ids that noise on a space changes."""
 
@@ -65,25 +60,24 @@ def overlap_agreement(rows: Rows, data: str) -> list[Comparison]:
 def beaten_somewhere(rows: Rows, data: str) -> Iterator[Comparison]:
     """Compare each tokenizer with the rival that beats it most clearly in some view."""
     for tokenizer in TOKENIZERS:
-        own = cell(tokenizer)
         contrasts = [
-            Contrast(f"{view}, {other} - {tokenizer}", metric(path), cell(other), own)
+            Contrast(f"{view}, {other} - {tokenizer}", metric(path), cell(other), cell(tokenizer))
             for other in TOKENIZERS
             if other != tokenizer
             for view, path in VIEWS.items()
         ]
         comparisons = [contrast.compare(rows, data) for contrast in contrasts]
         rivals = [c for c in comparisons if c.difference is not None]
-        if not rivals:
+        if rivals:
+            best = max(rivals, key=lambda c: c.favor)
+            yield Comparison(f"{tokenizer} is beaten; {best.name}", best.difference)
+        else:
             yield Comparison(f"{data}: {tokenizer} is beaten in some view", None)
-            continue
-        best = max(rivals, key=lambda c: c.favor)
-        yield Comparison(f"{tokenizer} is beaten; {best.name}", best.difference)
 
 
-def cell(tokenizer: str) -> dict[str, Any]:
-    """Select the runs of a tokenizer with the paper's choices."""
-    return {"tokenizer": tokenizer, "variant": ""}
+def cell(tokenizer: str, variant: str = "") -> dict[str, Any]:
+    """Select the runs of a tokenizer, by default with the paper's choices."""
+    return {"tokenizer": tokenizer, "variant": variant}
 
 
 def noise_scales(rows: Rows) -> list[float]:
@@ -106,14 +100,9 @@ def facts(rows: Rows) -> Mapping[str, Any]:
 
 def tokenizer_lines(rows: Rows, at: tuple[Any, ...] = ()) -> list[Line]:
     """Return a line per tokenizer of the paper, then one per variant that there is."""
-    variants = {(r["tokenizer"], r["variant"]) for r in rows.rows if r["variant"]}
-    return [
-        *(Line(name, cell(name), at) for name in TOKENIZERS),
-        *(
-            Line(f"{name} ({variant})", {"tokenizer": name, "variant": variant}, at)
-            for name, variant in sorted(variants)
-        ),
-    ]
+    variants = sorted({(r["tokenizer"], r["variant"]) for r in rows.rows if r["variant"]})
+    lines = [Line(name, cell(name), at) for name in TOKENIZERS]
+    return lines + [Line(f"{name} ({v})", cell(name, v), at) for name, v in variants]
 
 
 def geometry_lines(rows: Rows) -> list[Line]:
@@ -145,9 +134,8 @@ def sweep_chart(rows: Rows, lines: Sequence[Line]) -> Iterator[dict[str, Any]]:
     """Yield a curve per tokenizer and level."""
     scales = noise_scales(rows)
     for one in lines:
-        sizes = [
-            average(one.values(rows, metric(f"effective_size.{n}"))) for n in range(len(scales))
-        ]
+        reads = [metric(f"effective_size.{n}") for n in range(len(scales))]
+        sizes = [average(one.values(rows, read)) for read in reads]
         color = TOKENIZERS.index(one.where["tokenizer"]) + 1
         dash = ("solid", "dash", "dot")[min(one.at[1], 2)]
         yield line(one.label, scales, sizes, color, dash=dash)
@@ -171,14 +159,9 @@ def recommend(rows: Rows) -> Figure | None:
             rivals = [Contrast(t, read, cell(best), cell(t)) for t in means if t != best]
             level = [c.name for c in rivals if not c.compare(main, data).favor]
             absent = [t for t in TOKENIZERS if t not in means]
-            table.append(
-                [
-                    f"{data}: {question}",
-                    f"{best} ({abs(means[best]):.{digits}f})",
-                    ", ".join(level) or "nobody",
-                    ", ".join(absent) or "none",
-                ]
-            )
+            leader = f"{best} ({abs(means[best]):.{digits}f})"
+            names = (", ".join(level) or "nobody", ", ".join(absent) or "none")
+            table.append([f"{data}: {question}", leader, *names])
     if not table:
         return None
     return Figure(

@@ -136,7 +136,6 @@ class DrqExperiment(Experiment):
 
 
 def _protocol(tok: Tokenizer, data: DataSet, log: Interactions | None) -> str:
-    report = tok.report
     parts = [
         f"levels={tok.levels} codebook_size={data.codebook_size}",
         f"latent={tok.codebooks[0].shape[1]}",
@@ -146,8 +145,8 @@ def _protocol(tok: Tokenizer, data: DataSet, log: Interactions | None) -> str:
     if log is not None:
         where = f" of {', '.join(data.logs)}" if data.logs else ""
         parts.append(f"behavior: consecutive items of a tenth of the users{where}")
-    if report is not None and "protocol" in report.details:
-        parts.append(str(report.details["protocol"]))
+    if tok.report is not None and "protocol" in tok.report.details:
+        parts.append(str(tok.report.details["protocol"]))
     return "; ".join(parts)
 
 
@@ -169,15 +168,12 @@ def _fields(result: Any, names: Iterable[str]) -> dict[str, Any]:
 
 def _figures(d: Diagnosis) -> dict[str, Any]:
     """Return what tables and claims need of a diagnosis."""
-    geometry = None
-    if d.geometry is not None:
-        geometry = {space.name: _fields(space, GEOMETRY) for space in d.geometry.spaces}
-    errors = d.reconstruction
+    errors, geometry = d.reconstruction, d.geometry
     return {
         "verdict": d.verdict.level,
-        "geometry": geometry,
+        "geometry": geometry and {each.name: _fields(each, GEOMETRY) for each in geometry.spaces},
         "overlap": [_overlap(level) for level in d.overlap],
-        "flips": None if d.flips is None else _flips(d.flips),
+        "flips": d.flips and _flips(d.flips),
         "usage": [_fields(level, USAGE) for level in d.usage],
         "collisions": _fields(d.verdict.collisions, COLLISIONS),
         "decoder(codes)": {

@@ -29,8 +29,6 @@ except ImportError:  # no such module on Windows: one command at a time there
 RUNS_FILE = "runs.jsonl"
 DIGITS = 6
 PACKAGES = ("semid", "numpy", "torch", "numba", "pyarrow")
-
-
 CELL = ("data", "variant", "run", "tokenizer", "model", "method", "scale", "fusion", "part", "seed")
 
 
@@ -134,17 +132,17 @@ class Ledger:
     @contextlib.contextmanager
     def claim(self, key: str) -> Iterator[bool]:
         """Yield whether this process may run ``key``: nobody else runs it and it is not done."""
-        with self._held(f"run-{key}", wait=False) as mine:
+        with self._locked(f"run-{key}", wait=False) as mine:
             yield mine and key not in self.keys()
 
     @contextlib.contextmanager
     def lock(self, name: str) -> Iterator[None]:
         """Wait for, and hold, a lock of this ledger; a process that dies lets go of it."""
-        with self._held(name, wait=True):
+        with self._locked(name, wait=True):
             yield
 
     @contextlib.contextmanager
-    def _held(self, name: str, *, wait: bool) -> Iterator[bool]:
+    def _locked(self, name: str, *, wait: bool) -> Iterator[bool]:
         """Yield whether the lock is ours; the system releases it when the file is closed."""
         if fcntl is None:
             yield True
@@ -160,10 +158,7 @@ class Ledger:
 
 
 def origin() -> dict[str, Any]:
-    """Return what stands beside every result.
-
-    Shapes: returns (chip, CPUs, and the GPU if torch has one).
-    """
+    """Return what stands beside every result: code, versions, machine, threads and time."""
     import torch
 
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -173,13 +168,19 @@ def origin() -> dict[str, Any]:
 @cache
 def _fixed() -> dict[str, Any]:
     """Return what does not change while the process runs: its code is what it was at the start."""
+    import torch
+
     commit = _git("rev-parse", "HEAD")
     changed = _git("status", "--porcelain", "--", ".")
     return {
         "commit": commit,
         "dirty": None if commit is None else bool(changed),
         "versions": {"python": platform.python_version(), **_versions()},
-        "machine": {"chip": _chip(), "cpus": os.cpu_count(), "gpu": _gpu()},
+        "machine": {
+            "chip": _chip(),
+            "cpus": os.cpu_count(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
     }
 
 
@@ -195,31 +196,17 @@ def _versions() -> dict[str, str]:
 
 def _git(*arguments: str) -> str | None:
     """Return what git says of the folder of this package; None where it is in no repository."""
+    command, folder = ["git", *arguments], Path(__file__).parents[1]
     try:
-        answer = subprocess.run(
-            ["git", *arguments],
-            cwd=Path(__file__).parents[1],
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=True,
-        )
+        return subprocess.check_output(
+            command, cwd=folder, stderr=subprocess.DEVNULL, text=True, timeout=30
+        ).strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return answer.stdout.strip()
 
 
 def _chip() -> str:
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(encoding="utf8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _gpu() -> str | None:
-    """Return the name of the device that runs train on where there is one."""
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    lines = info.read_text(encoding="utf8").splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

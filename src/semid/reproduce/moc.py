@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,32 +12,17 @@ import numpy as np
 from semid.report.figure import line
 from semid.reproduce.claims import Metric, Row, Rows, inside, metric
 from semid.reproduce.papers import Paper
-from semid.reproduce.tables import Cell, Column, Line, Lines, average, difference, spread
+from semid.reproduce.tables import Column, Line, Lines, average, difference, spread
 
 MODELS = ("deepfm", "deepim", "autoint", "dcnv2")
 SETS = ("toys", "beauty", "sports")
-NAMES = {
-    "none": "no codes",
-    "vqvae": "one code",
-    "me": "ME",
-    "rqvae": "RQ-VAE",
-    "moc": "MoC",
-    "random": "random",
-    "shuffled": "shuffled",
-    "widened": "widened",
-}
-LABELS = {
-    **NAMES,
-    "vqvae": "one code (1x of all)",
-    "random": "random codes",
-    "shuffled": "shuffled codes",
-    "widened": "wider item id",
-}
+# Method -> its name in claims, and in the tables of all runs where that says more.
+NAMES = {"none": "no codes", "vqvae": "one code", "me": "ME", "rqvae": "RQ-VAE", "moc": "MoC"}
+NAMES |= {name: name for name in ("random", "shuffled", "widened")}
+LABELS = {**NAMES, "vqvae": "one code (1x of all)", "widened": "wider item id"}
+LABELS |= {name: f"{name} codes" for name in ("random", "shuffled")}
 AUC = metric("auc")
 CLUSTERS = 100
-
-
-# The paper's own numbers ---------------------------------------------------------------------
 
 
 def paper_auc(model: str, method: str, scale: int, data: str) -> float | None:
@@ -59,9 +45,6 @@ def paper_gain(other: str, scales: Sequence[int] = (2, 3, 7)) -> tuple[int, int,
     return sum(gain > 1e-9 for gain in gains), len(gains), average(gains)
 
 
-# Metrics of an analysis of the codes' embeddings ----------------------------------------------
-
-
 def nmi(points: str = "sweep") -> Metric:
     """Return the metric: NMI of clustered embeddings with the label.
 
@@ -82,7 +65,8 @@ def top_value(analysis: Row) -> float:
 
 def used_share(analysis: Row) -> float:
     """Return the share of singular values above a thousandth of the largest."""
-    return float(analysis["spectrum"]["above"] / analysis["spectrum"]["dimensions"])
+    spectrum = analysis["spectrum"]
+    return float(spectrum["above"] / spectrum["dimensions"])
 
 
 def between_codes(name: str) -> Metric:
@@ -103,8 +87,6 @@ def variance_rebuilt(row: Row) -> float | None:
     probe = row.get("kept")
     return 1.0 - float(probe["error"]) if probe else None
 
-
-# Cells and lines -----------------------------------------------------------------------------
 
 CELL = re.compile(
     r"(?P<rebuilt>rebuilt )?(?P<method>.+?)(?: (?P<scale>\d+)x)?"
@@ -177,33 +159,25 @@ def auc_lines(rows: Rows) -> list[Line]:
 def auc_columns(rows: Rows) -> list[Column]:
     """Return two columns per ranking model: our AUC and the paper's."""
     return [
-        column
+        Column(name, partial(write, model))
         for model in _models(rows)
-        for column in (Column(model, _auc_cell(model)), Column("paper", _paper_cell(model)))
+        for name, write in ((model, _auc_cell), ("paper", _paper_cell))
     ]
 
 
-def _auc_cell(model: str) -> Cell:
-    """Return cells with a model's AUC and the number of seeds."""
-
-    def write(rows: Rows, line: Line) -> str:
-        values = line.values(rows, AUC, model=model)
-        return f"{spread(values)} ({len(values)})" if values else "not run"
-
-    return write
+def _auc_cell(model: str, rows: Rows, line: Line) -> str:
+    """Write a model's AUC and the number of seeds."""
+    values = line.values(rows, AUC, model=model)
+    return f"{spread(values)} ({len(values)})" if values else "not run"
 
 
-def _paper_cell(model: str) -> Cell:
-    """Return cells with the paper's value, where it prints one with this fusion."""
-
-    def write(rows: Rows, line: Line) -> str:
-        method, fusion = line.where["method"], line.where["fusion"]
-        if fusion != (method == "moc"):
-            return ""
-        value = paper_auc(model, method, line.where["scale"], rows.rows[0]["data"])
-        return "" if value is None else f"{value:.4f}"
-
-    return write
+def _paper_cell(model: str, rows: Rows, line: Line) -> str:
+    """Write the paper's value, where it prints one with this fusion."""
+    method, fusion = line.where["method"], line.where["fusion"]
+    if fusion != (method == "moc"):
+        return ""
+    value = paper_auc(model, method, line.where["scale"], rows.rows[0]["data"])
+    return "" if value is None else f"{value:.4f}"
 
 
 def difference_lines(rows: Rows, **more: Any) -> list[Line]:

@@ -30,42 +30,23 @@ READING = (
 
 @dataclass(frozen=True)
 class Page:
-    """A page, as data.
-
-    Attributes:
-        title: the paper.
-        subtitle: how many runs, over which data.
-        warning: why it must not be quoted, or empty.
-        results: the claims with their verdicts.
-        sections: tables and figures.
-        protocol: sentences.
-        not_run: what of the recipe has no result, a line a cell.
-    """
+    """A page, as data."""
 
     title: str
-    subtitle: str
-    warning: str
+    subtitle: str  # how many runs, over which data
+    warning: str  # why it must not be quoted, or empty
     results: tuple[ClaimResult, ...]
     sections: tuple[tuple[str, str, str, list[Figure]], ...]
     protocol: tuple[str, ...]
-    not_run: tuple[str, ...]
+    not_run: tuple[str, ...]  # what of the recipe has no result, one line per cell
     reading: str = READING
-
-    @property
-    def claim_columns(self) -> list[str]:
-        """Head of the table of claims."""
-        return ["claim", "where", "verdict", "in favor", "against", "open", "not run"]
+    claim_columns = ("claim", "where", "verdict", "in favor", "against", "open", "not run")
 
     @property
     def claim_rows(self) -> list[list[str]]:
-        """One row a claim."""
+        """One row per claim."""
         return [
-            [
-                j.claim.sentence,
-                j.claim.where,
-                j.verdict,
-                *(str(j.counts[k]) for k in ("favor", "against", "open", "not run")),
-            ]
+            [j.claim.sentence, j.claim.where, j.verdict, *map(str, j.counts.values())]
             for j in self.results
         ]
 
@@ -76,29 +57,27 @@ class Page:
             parts.append(f"**Not to be quoted.** {self.warning}\n")
         parts += ["## Claims\n", f"{self.reading}\n", table(self.claim_columns, self.claim_rows)]
         for j in self.results:
-            terms = "" if j.claim.equal_terms else " Not on equal terms."
-            parts.append(f"### {escaped(j.claim.sentence)}\n")
-            parts.append(
-                f"**{j.verdict}** ({j.claim.where}). Test: {escaped(j.claim.test)}.{terms}\n"
-            )
-            if j.claim.note:
-                parts.append(f"{escaped(j.claim.note)}\n")
-            parts.append("".join(f"- {escaped(line)}\n" for line in j.lines))
+            claim = j.claim
+            terms = "" if claim.equal_terms else " Not on equal terms."
+            parts.append(f"### {escaped(claim.sentence)}\n")
+            parts.append(f"**{j.verdict}** ({claim.where}). Test: {escaped(claim.test)}.{terms}\n")
+            parts += [f"{escaped(claim.note)}\n"] if claim.note else []
+            parts.append(_bullets(j.lines))
         for _, title, intro, figures in self.sections:
             parts += [f"## {title}\n", f"{intro}\n"]
             parts += [figure_markdown(figure) for figure in figures] or ["Not run.\n"]
-        parts += ["## Protocol\n", "".join(f"- {escaped(line)}\n" for line in self.protocol)]
-        parts.append("## Not run\n")
-        parts.append(
-            "".join(f"- {escaped(line)}\n" for line in self.not_run)
-            or "Everything in the recipe has run.\n"
-        )
+        parts += ["## Protocol\n", _bullets(self.protocol)]
+        parts += ["## Not run\n", _bullets(self.not_run) or "Everything in the recipe has run.\n"]
         return "\n".join(parts)
 
     def to_html(self) -> str:
         """Return the page as HTML that needs no network."""
         plots = [f.to_plot() for _, _, _, figures in self.sections for f in figures if f.traces]
         return render("reproduce.html.j2", p=self, plots=plots)
+
+
+def _bullets(lines: Sequence[str]) -> str:
+    return "".join(f"- {escaped(line)}\n" for line in lines)
 
 
 def current(rows: Sequence[Row]) -> tuple[list[Row], int]:
@@ -128,18 +107,18 @@ def make_page(
     publish: bool = False,
 ) -> Page:
     """Judge the claims and lay out the tables."""
-    quick = [r for r in rows if r.get("quick")]
+    quick = sum(bool(r.get("quick")) for r in rows)
     foreign = {str(r.get("paper")) for r in rows} - {paper}
     if foreign:
         raise InputError(f"rows of {', '.join(sorted(foreign))} among those of {paper}")
     if quick and publish:
         raise InputError(
-            f"{len(quick)} of {len(rows)} rows come from --quick, whose numbers decide nothing; "
+            f"{quick} of {len(rows)} rows come from --quick, whose numbers decide nothing; "
             "only full runs go into the documentation"
         )
-    if quick and len(quick) < len(rows):
+    if 0 < quick < len(rows):
         raise InputError(
-            f"{len(quick)} rows of --quick are mixed with {len(rows) - len(quick)} full ones; "
+            f"{quick} rows of --quick are mixed with {len(rows) - quick} full ones; "
             "give them another --output"
         )
     latest, dropped = current(rows)
@@ -156,10 +135,7 @@ def make_page(
         results=tuple(evaluate(data.claims, ledger)),
         sections=tuple(data.sections(ledger)),
         protocol=tuple(_protocol(latest, dropped)),
-        not_run=(
-            *(f"{what}: {why}" for what, why in (absent or {}).items()),
-            *_folded(missing),
-        ),
+        not_run=(*(f"{what}: {why}" for what, why in (absent or {}).items()), *_folded(missing)),
     )
 
 

@@ -10,27 +10,22 @@ from importlib import resources
 from typing import Any
 
 from semid.report.figure import Figure
-from semid.reproduce.claims import Claim, Contrast, Family, Metric, Rows, constant, metric
-from semid.reproduce.tables import Cell, Column, Table, count_seeds, mean, mean_and_deviation
+from semid.reproduce.claims import Claim, Contrast, Family, Metric, Rows, metric
+from semid.reproduce.tables import Cell, Column, count_seeds, mean, mean_and_deviation
 
 
 @dataclass(frozen=True)
 class Paper:
-    """The claims and tables of one paper.
-
-    Attributes:
-        name: name of the file, ``papers/<name>.toml``.
-        cell: gives the selection of rows that the name of a cell stands for.
-        facts: gives what the file's words and lists refer to, from the rows at hand.
-        metrics: metrics that are more than a path into a row.
-        code: functions that the file refers to: comparisons of a claim, lines, columns and charts
-            of a table, whole figures.
-    """
+    """The claims and tables of one paper, from ``papers/<name>.toml``."""
 
     name: str
+    # The selection of rows that the name of a cell stands for.
     cell: Callable[[str], Mapping[str, Any]]
+    # What the file's words and lists refer to, from the rows at hand.
     facts: Callable[[Rows], Mapping[str, Any]]
+    # Metrics that are more than a path into a row.
     metrics: Mapping[str, Metric] = field(default_factory=dict)
+    # Comparisons of a claim, lines, columns and charts of a table, whole figures.
     code: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
     @cached_property
@@ -42,26 +37,23 @@ class Paper:
     def metric(self, name: str | float) -> Metric:
         """Return a metric by its name or path; a number stands for itself."""
         if not isinstance(name, str):
-            return constant(float(name))
+            value = float(name)
+            return lambda row: value
         return self.metrics.get(name) or metric(self.file.get("metrics", {}).get(name, name))
 
     def claims(self, rows: Rows) -> list[Claim]:
         """Return every claim of the paper."""
         facts = self.facts(rows)
-        return [
-            Claim(
-                id=one["id"],
-                where=one["where"],
-                sentence=one["sentence"].format_map(facts),
-                test=one["test"].format_map(facts),
-                families=[f for entry in one["compare"] for f in self._families(entry, facts)],
-                rule=one.get("rule", "all"),
-                equal_terms=one.get("equal_terms", True),
-                note=one.get("note", "").format_map(facts),
-                data=one.get("data", ()),
-            )
-            for one in self.file["claims"]
-        ]
+        claims = []
+        for one in self.file["claims"]:
+            families = [f for entry in one["compare"] for f in self._families(entry, facts)]
+            # These sentences refer to the rows at hand; other keys of the file are fields as is.
+            texts = {
+                key: one.get(key, "").format_map(facts) for key in ("sentence", "test", "note")
+            }
+            others = {key: value for key, value in one.items() if key != "compare"}
+            claims.append(Claim(**{**others, **texts, "families": families}))
+        return claims
 
     def _families(self, entry: Any, facts: Mapping[str, Any]) -> Iterator[Family]:
         """Yield the comparisons of an entry of ``compare``: one family for each value of ``each``.
@@ -105,6 +97,7 @@ class Paper:
         name: str,
         model: str,
     ) -> Contrast:
+        # Embeddings are analyzed of one ranking model; its claims select that one.
         shared = words.get("analyzed", {}) if "metric" in entry else {}
         default = "{metric}, {a} - {b}" if "metric" in entry else "{a} - {b}"
         return Contrast(
@@ -127,34 +120,55 @@ class Paper:
                 if "function" in one:
                     figures.append((0, self.code[one["function"]](rows)))
                     continue
-                table = self._table(one)
-                names = [name for name in rows.names(table.per, **table.where) if name]
+                per = one.get("per", "data")  # or one table per variant
+                names = filter(None, rows.names(per, **one.get("where", {})))
                 # All tables of a data set side by side, or one table of all data sets.
                 by_data = section.get("by_data", False)
                 figures += [
-                    (rows.names("data").index(name) if by_data else 0, figure)
+                    (
+                        rows.names("data").index(name) if by_data else 0,
+                        self._figure(one, section["id"], rows, per, name),
+                    )
                     for name in names
-                    for figure in [table.render(rows, section["id"], name)]
                 ]
             figures.sort(key=lambda pair: pair[0])
             shown = [figure for _, figure in figures if figure is not None]
             sections.append((section["id"], section["title"], section["intro"], shown))
         return sections
 
-    def _table(self, one: Mapping[str, Any]) -> Table:
-        """Return a table from its entry in the file."""
-        return Table(
-            id=one["id"],
-            title=one["title"],
-            caption=one.get("caption", self.file.get("caption", "")),
-            definition=one["definition"],
-            lines=self.code[one["lines"]],
-            columns=lambda rows: list(self._columns(one, rows)),
-            where=one.get("where", {}),
-            per=one.get("per", "data"),
-            printed=self.file.get("printed", {}).get(one["id"], {}),
-            chart=self.code[one["chart"]] if "chart" in one else None,
-            layout=one.get("layout", {}),
+    def _figure(
+        self, one: Mapping[str, Any], section: str, rows: Rows, per: str, name: str
+    ) -> Figure | None:
+        """Return a table, and its curves, of one data set; None where no line has a number."""
+        part = Rows(rows.where(**one.get("where", {}), **{per: name}))
+        lines = list(self.code[one["lines"]](part))
+        columns = list(self._columns(one, part))
+        # The paper's own values by line follow ours where the columns agree.
+        printed = self.file.get("printed", {}).get(one["id"], {})
+        table: list[list[str]] = []
+        for line in lines:
+            cells = [column.cell(part, line) for column in columns]
+            if all(cell in ("-", "") for cell in cells):
+                continue
+            table.append([line.label, *cells])
+            values = printed.get(line.label, ())
+            if len(values) == len(columns) - 1:  # all but the number of seeds
+                numbers = [f"{value:g}" if value != "" else "" for value in values]
+                table.append([f"paper: {line.label}", "", *numbers])
+        if not table:
+            return None
+        caption = one.get("caption", self.file.get("caption", ""))
+        return Figure(
+            f"{one['id']}-{''.join(c if c.isalnum() else '-' for c in name)}",
+            section,
+            f"{one['title']}, {name}",
+            # ``{key}`` stands for a value of the first row.
+            caption.format_map(part.rows[0]),
+            one["definition"].format_map(part.rows[0]),
+            list(self.code[one["chart"]](part, lines)) if "chart" in one else (),
+            one.get("layout", {}),
+            ["", *(column.name for column in columns)],
+            table,
         )
 
     def _columns(self, one: Mapping[str, Any], rows: Rows) -> Iterator[Column]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import connection
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from semid.errors import UsageError
 from semid.progress import Progress
@@ -20,32 +20,21 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Job:
-    """One run.
+    """One run."""
 
-    Attributes:
-        key: hash of everything that decides it.
-        title: for people.
-        spec: what tells it from others, JSON-able; goes into its row.
-        settings: hash of what it shares with others of its data set and protocol.
-    """
-
-    key: str
-    title: str
-    spec: Mapping[str, Any]
-    settings: str = ""
+    key: str  # hash of everything that decides it
+    title: str  # for people
+    spec: Mapping[str, Any]  # what tells it from others, JSON-able; goes into its row
+    settings: str = ""  # hash of what it shares with others of its data set and protocol
 
 
-class Runner(Protocol):
-    """What runs a job; pickled into every process, so it opens its data when it first runs."""
-
-    def __call__(self, job: Job) -> dict[str, Any]:
-        """Return the figures of a job, JSON-able."""
-        ...
+Runner = Callable[[Job], dict[str, Any]]
+"""Returns the figures of a job, JSON-able; pickled into every process, so it opens data late."""
 
 
 @dataclass
 class _Worker:
-    """A process and the job that it says it is at."""
+    """A process and the job that it last began."""
 
     process: Any
     pipe: Any
@@ -125,7 +114,7 @@ def _work(
 def _child(
     runner: Runner, jobs: Sequence[Job], folder: Path, threads: int, pipe: connection.Connection
 ) -> None:
-    """Work in a process of its own, saying through the pipe what it is at."""
+    """Work in another process, which reports through the pipe."""
     _work(runner, jobs, folder, threads, lambda *event: pipe.send(event))
     pipe.close()
 
@@ -155,7 +144,8 @@ def _spread(
     workers = [begin() for _ in range(processes)]
     try:
         while workers:
-            for worker in _ready(workers):
+            ready = connection.wait([worker.pipe for worker in workers])
+            for worker in [worker for worker in workers if worker.pipe in ready]:
                 try:
                     kind, key, note = worker.pipe.recv()
                 except (EOFError, OSError):  # it has ended, or it died
@@ -178,8 +168,3 @@ def _spread(
         for worker in workers:
             worker.process.terminate()
             worker.process.join()
-
-
-def _ready(workers: Sequence[_Worker]) -> Iterator[_Worker]:
-    ready = connection.wait([worker.pipe for worker in workers])
-    yield from [worker for worker in workers if worker.pipe in ready]

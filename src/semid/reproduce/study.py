@@ -24,19 +24,12 @@ PAPERS = tuple(EXPERIMENTS)
 
 @dataclass(frozen=True)
 class Estimate:
-    """What is left to do.
+    """What is left to do."""
 
-    Attributes:
-        runs: all runs asked for.
-        done: those with a row.
-        seconds: of one process for the others, from the rows there are; None without any.
-        guessed: runs left whose like has not run, taken at the median of all.
-    """
-
-    runs: int
-    done: int
-    seconds: float | None
-    guessed: int
+    runs: int  # all runs asked for
+    done: int  # those with a row
+    seconds: float | None  # of one process for the others, by the rows there are
+    guessed: int  # runs left whose like has not run, taken at the median of all
 
 
 class Study:
@@ -124,13 +117,8 @@ class Study:
 
 def _groups(spec: Mapping[str, Any]) -> list[tuple[Any, ...]]:
     """Return the groups of similar runs that a run belongs to, the most similar first."""
-    close = ("data", "run", "tokenizer", "model", "scale")
-    far = ("run", "tokenizer", "model")
-    return [
-        ("close", *(spec.get(name) for name in close)),
-        ("far", *(spec.get(name) for name in far)),
-        ("any",),
-    ]
+    close, far = ("data", "run", "tokenizer", "model", "scale"), ("run", "tokenizer", "model")
+    return [(len(names), *map(spec.get, names)) for names in (close, far, ())]
 
 
 def page_from(paper: str, results: Path, output: Path, *, publish: bool = False) -> list[Path]:
