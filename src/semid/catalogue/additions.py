@@ -151,11 +151,13 @@ def add_items(
     opened = open_embeddings(source, ids=ids)
     quantiles = norm_quantiles(catalogue, tokenizer)
     encoded = tokenizer.encode(opened, beam_width=catalogue.info.beam_width, progress=progress)
+    # Items that were published keep their id; those whose codes would differ today are counted.
     position = catalogue.items.index_of(opened.ids.strings())
     known, new = np.flatnonzero(position >= 0), np.flatnonzero(position < 0)
     stale = (encoded.codes[known] != catalogue.encoded[position[known]]).any(axis=1)
     added = encoded.take(new)
     old = len(catalogue)
+    # All items with the model's own codes: the published ones in their order, then the new ones.
     plain = SemanticIds(
         joined_items(catalogue.items, added.items),
         np.concatenate([catalogue.encoded, added.codes]),
@@ -182,6 +184,7 @@ def add_items(
             progress=progress,
         )
         joined = unique.ids
+        # Published items may share an id from before; only the new ones are reported.
         rows = unique.report.unplaced_rows
         shared[rows[rows >= old] - old] = True
     scores = novelty(added.residual_norms, quantiles)
@@ -233,6 +236,7 @@ def norm_quantiles(ids: SemanticIds, tokenizer: Tokenizer) -> tuple[float, ...]:
     """
     if ids.info.norm_quantiles is not None:
         return ids.info.norm_quantiles
+    # The codewords lie closer to the rows they were fitted on, so held-out rows are the reference.
     held_out = held_out_mask(ids.items, tokenizer.validation_fraction, salt=HELD_OUT_SALT)
     norms = ids.residual_norms
     if held_out.sum() >= MIN_REFERENCE:

@@ -104,6 +104,7 @@ class CatalogueBundle:
                 f"output '{folder}' exists; a bundle only grows: choose another path, or add to it "
                 "with --catalogue"
             )
+        # The first version appears as a whole: it is made beside the folder and then renamed.
         with hold_path(folder):
             work = hidden_path(folder, f"{secrets.token_hex(8)}.tmp")
             try:
@@ -187,6 +188,7 @@ class CatalogueBundle:
                     f"part '{part.file}' of '{self.path}' cannot be read ({error}); copy it again"
                 ) from None
         ids = SemanticIds.from_arrow(join_tables(tables, where=f"'{self.path}'"), path=self.path)
+        # The manifest repeats what identifies the model, so that parts of another bundle show.
         same_model = all(getattr(manifest, key) == getattr(ids.info, key) for key in STATED)
         if [len(t) for t in tables] != [part.rows for part in manifest.parts] or not same_model:
             raise ArtefactError(
@@ -228,6 +230,7 @@ class CatalogueBundle:
         last = self.versions()[-1]
         before = self.read(last)
         old = len(before)
+        # Published ids never change: every old row must be there, in its place, with its codes.
         if not _continues(before, ids):
             raise InputError(
                 f"these ids change rows of version {last} of '{self.path}'; a bundle only grows: "
@@ -322,10 +325,11 @@ def _durable(target: Path, *, exclusive: bool = False) -> Iterator[Path]:
             os.link(work, target)  # fails where the name is taken, unlike a rename
         else:
             work.replace(target)
+        # The new name is on disk only once its folder is.
         folder = os.open(target.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
     finally:
-        work.unlink(missing_ok=True)
+        work.unlink(missing_ok=True)  # after a failure; a link has left it as well

@@ -53,6 +53,7 @@ class TorchTrie(torch.nn.Module):
         Returns:
             ``(batch,)`` nodes; -1 where no item continues like that.
         """
+        # Keys ascend, so the edge (node, code) is found by binary search or is not there.
         key = nodes * self.width + codes
         edge = torch.searchsorted(self.keys, key).clamp(max=len(self.keys) - 1)
         exists = (nodes >= 0) & (codes >= 0) & (codes < self.width) & (self.keys[edge] == key)
@@ -70,6 +71,8 @@ class TorchTrie(torch.nn.Module):
 
         Cost: ``O(batch codes)`` time and memory, independent of the size of the catalogue.
         """
+        # Each row's children are consecutive edges. All rows' edges are listed one after another:
+        # `rows` says whose each is, `offset` its position within the row.
         valid = nodes.clamp(min=0)
         starts = self.child_starts[valid]
         counts = torch.where(nodes >= 0, self.child_starts[valid + 1] - starts, 0)
@@ -134,6 +137,7 @@ class AllowedTokens:
             input_ids: ``(batch, length)`` tokens so far, including the prompt.
             scores: ``(batch, vocabulary)``.
         """
+        # Walk down the trie along the codes written so far; a row that leaves it has node -1.
         written = input_ids[:, self.prompt_length :]
         nodes = self.trie.root(len(input_ids)).to(input_ids.device)
         for level in range(min(written.shape[1], self.trie.levels)):

@@ -91,6 +91,7 @@ def append_tokens(
     """
     groups = group_numbers(codes)
     result = np.zeros(len(codes), np.int64)
+    # base: first free token of each bucket.
     base = np.zeros(int(groups.max()) + 1 if len(groups) else 0, np.int64)
     new = np.arange(len(codes))
     if published is not None and tokens is not None:
@@ -98,6 +99,7 @@ def append_tokens(
         np.maximum.at(base, groups[published], result[published] + 1)
         new = np.flatnonzero(~published)
     order = new[canonical_order(groups[new], norms[new], items.take(new))]
+    # The position of a row in its bucket is its place in the order minus that of the first row.
     starts = group_starts(groups[order])
     position = np.arange(len(order)) - np.repeat(starts[:-1], np.diff(starts))
     result[order] = base[groups[order]] + position
@@ -215,6 +217,7 @@ def _group_chunks(order: Rows, groups: Rows) -> Iterator[tuple[Rows, Rows]]:
     starts = group_starts(groups[order])
     first = 0
     while first < len(starts) - 1:
+        # As many whole groups as fit, and one where even the next group alone does not.
         last = int(np.searchsorted(starts, starts[first] + CHUNK_ROWS, side="right")) - 1
         last = max(last, first + 1)
         yield order[starts[first] : starts[last]], starts[first : last + 1] - starts[first]

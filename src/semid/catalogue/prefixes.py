@@ -163,6 +163,7 @@ class PrefixIndex:
         if batch.shape[1] >= self.levels:
             raise UsageError(f"prefixes of {batch.shape[1]} codes are whole ids; nothing follows")
         nodes = self.find(batch)
+        # The children of all nodes, listed one node after another: `row` says whose each is.
         mask = np.zeros((len(batch), self.sizes[batch.shape[1]]), dtype=bool)
         starts = self.child_starts[nodes]
         counts = np.where(nodes >= 0, self.child_starts[nodes + 1] - starts, 0)

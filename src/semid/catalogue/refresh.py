@@ -340,6 +340,7 @@ class _Run:
         sums = [(ErrorSums(), ErrorSums()) for _ in candidates]
         for start, x in self.source.blocks(BLOCK_ROWS):
             span = slice(start, start + len(x))
+            # Errors are relative to the distance from the mean: 1 is what a constant would give.
             variance = squared_norms(x - mean)
             for totals, (_, tokenizer, codes) in zip(sums, candidates, strict=True):
                 squared = squared_norms(x - tokenizer.decode(codes[span].astype(np.int64)))

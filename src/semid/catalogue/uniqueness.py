@@ -38,10 +38,8 @@ class UniqueReport(Result):
         method: ``append``, ``reassign`` or ``none``.
         capacity: items per id (``reassign``), or tokens of the added level (``append``).
         items: number of items.
-        unique_before: distinct ids.
-        unique_after: distinct ids.
-        shared_before: items that share their id.
-        shared_after: items that share their id.
+        unique_before, unique_after: distinct ids.
+        shared_before, shared_after: items that share their id.
         moved: items whose codes differ from the model's; 0 with ``append``.
         unplaced: items without a free code or token; they share an id.
         unplaced_rows: their rows, ascending.
@@ -166,6 +164,7 @@ def make_unique(
     if capacity is not None and method == "none":
         raise UsageError("capacity goes with the methods append and reassign, not with none")
     encoded, info = ids.encoded, ids.info.model
+    # Repeated without a capacity, the step gives the same ids again.
     if capacity is None and ids.info.unique == method == "reassign":
         capacity = ids.info.capacity
     plain = SemanticIds(ids.items, encoded, ids.residual_norms, info)
@@ -205,6 +204,7 @@ def place(
         )
     plain.check_codebook(tokenizer.codebook_fingerprint)
     published = np.zeros(len(plain), bool) if published is None else published
+    # Published rows need no embedding: their codes are fixed and are never compared.
     rows = np.full(len(plain), -1, np.int64)
     new = np.flatnonzero(~published)
     rows[new] = rows_of(plain.items.take(new), source)
@@ -259,6 +259,7 @@ def _append(
     codes: npt.NDArray[np.integer[Any]] | None,
     capacity: int | None,
 ) -> UniqueIds:
+    # A published row keeps its codes and its token; its bucket is the one it was published in.
     prefix = plain.codes
     if published is not None and codes is not None:
         prefix = prefix.copy()
@@ -271,6 +272,7 @@ def _append(
         tokens=None if codes is None else codes[:, -1],
     )
     size = capacity or token_count(tokens)
+    # With a capacity that is too small the last items of a bucket share the last token.
     unplaced = tokens >= size
     extended = np.concatenate([prefix, np.minimum(tokens, size - 1)[:, None]], axis=1)
     info = replace(target, codebook_sizes=(*plain.info.codebook_sizes, size))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
 import os
+import threading
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +35,6 @@ Runner = Callable[[Job], dict[str, Any]]
 """Returns the figures of a job, JSON-able; pickled into every process, so it opens data late."""
 
 
-@dataclass
-class _Worker:
-    """A process and the job that it last began."""
-
-    process: Any
-    pipe: Any
-    job: str | None = None
-
-
 def run_jobs(
     jobs: Sequence[Job],
     runner: Runner,
@@ -57,66 +51,59 @@ def run_jobs(
     """
     if processes < 1:
         raise UsageError(f"--processes {processes}: give at least 1")
-    titles = {job.key: job.title for job in jobs}
-    done = Ledger(folder).keys() & set(titles)
+    done = Ledger(folder).keys()
     open_jobs = [job for job in jobs if job.key not in done]
     progress.start(task, total=len(jobs))
-    progress.step(len(done))
+    progress.step(len(jobs) - len(open_jobs))
     failed: dict[str, str] = {}
 
-    def report(kind: str, key: str, note: str) -> None:
-        if kind == "failed":
-            failed[titles[key]] = note
-            logger.warning("%s failed: %s", titles[key], note)
-        if kind != "begun":
-            progress.step(1, run=titles[key])
+    def report(job: Job, outcome: str, note: str) -> None:
+        if outcome == "failed":
+            failed[job.title] = note
+            logger.warning("%s failed: %s", job.title, note)
+        if outcome != "elsewhere":
+            progress.step(1, run=job.title)
 
     if processes == 1 or len(open_jobs) < 2:
-        _work(runner, open_jobs, folder, threads, report)
+        import torch
+
+        before, ledger = torch.get_num_threads(), Ledger(folder)
+        torch.set_num_threads(threads or before)
+        try:
+            for job in open_jobs:
+                report(job, *_run(runner, job, ledger))
+        finally:
+            torch.set_num_threads(before)
     else:
         share = threads or max(1, (os.cpu_count() or 1) // processes)
         _spread(runner, open_jobs, folder, min(processes, len(open_jobs)), share, report)
     return failed
 
 
-def _work(
-    runner: Runner,
-    jobs: Sequence[Job],
-    folder: Path,
-    threads: int | None,
-    report: Callable[[str, str, str], None],
-) -> None:
-    """Claim and run jobs one after the other."""
+def _run(runner: Runner, job: Job, ledger: Ledger) -> tuple[str, str]:
+    """Claim and run a job; return "done", "failed" or "elsewhere", and what went wrong."""
+    with ledger.claim(job.key) as claimed:
+        if not claimed:  # done meanwhile, or under way in another process
+            return "elsewhere", ""
+        try:
+            figures = runner(job)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the others go on
+            return "failed", f"{type(error).__name__}: {error}"
+        shared = {"key": job.key, "settings": job.settings, **job.spec}
+        ledger.add({**shared, **figures, **origin()})
+        return "done", ""
+
+
+def _serve(runner: Runner, folder: Path, threads: int, pipe: Any) -> None:
+    """Run the jobs that arrive through a pipe, in another process, until it is closed."""
     import torch
 
-    before = torch.get_num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads)
     ledger = Ledger(folder)
-    try:
-        for job in jobs:
-            with ledger.claim(job.key) as claimed:
-                if not claimed:  # done meanwhile, or under way in another process
-                    continue
-                report("begun", job.key, "")
-                try:
-                    figures = runner(job)
-                except Exception as error:  # noqa: BLE001 - whatever it is, the others go on
-                    report("failed", job.key, f"{type(error).__name__}: {error}")
-                    continue
-                shared = {"key": job.key, "settings": job.settings, **job.spec}
-                ledger.add({**shared, **figures, **origin()})
-                report("done", job.key, "")
-    finally:
-        torch.set_num_threads(before)
-
-
-def _child(
-    runner: Runner, jobs: Sequence[Job], folder: Path, threads: int, pipe: connection.Connection
-) -> None:
-    """Work in another process, which reports through the pipe."""
-    _work(runner, jobs, folder, threads, lambda *event: pipe.send(event))
-    pipe.close()
+    pipe.send("ready")
+    with contextlib.suppress(EOFError):
+        while True:
+            pipe.send(_run(runner, pipe.recv(), ledger))
 
 
 def _spread(
@@ -125,46 +112,55 @@ def _spread(
     folder: Path,
     processes: int,
     threads: int,
-    report: Callable[[str, str, str], None],
+    report: Callable[[Job, str, str], None],
 ) -> None:
-    """Keep so many processes at work until all jobs are done, claimed elsewhere or failed."""
+    """Run jobs in several processes; one that dies fails its job and is replaced."""
     context = multiprocessing.get_context("spawn")  # threads do not survive a fork
-    failed_keys: set[str] = set()
+    queue, lock, stopped = deque(jobs), threading.Lock(), threading.Event()
+    started: list[Any] = []
 
-    def begin() -> _Worker:
-        receiver, sender = context.Pipe(duplex=False)
-        remaining = [job for job in jobs if job.key not in failed_keys]
-        process = context.Process(
-            target=_child, args=(runner, remaining, folder, threads, sender), daemon=True
-        )
-        process.start()
-        sender.close()
-        return _Worker(process, receiver)
+    def next_job() -> Job | None:
+        with lock:
+            return queue.popleft() if queue else None
 
-    workers = [begin() for _ in range(processes)]
-    try:
-        while workers:
-            ready = connection.wait([worker.pipe for worker in workers])
-            for worker in [worker for worker in workers if worker.pipe in ready]:
+    def drive() -> None:
+        """Feed one process after the other with jobs, from a thread of this process."""
+        while queue:
+            pipe, other = context.Pipe()
+            arguments = (runner, folder, threads, other)
+            process = context.Process(target=_serve, args=arguments, daemon=True)
+            process.start()
+            started.append(process)
+            other.close()  # so that the end of the process is the end of the pipe
+            try:
+                pipe.recv()
+            except (EOFError, OSError):
+                # It died before its first run, and so would another in its place.
+                process.join()
+                if not stopped.is_set():
+                    logger.warning("a process ended with %s before it ran", process.exitcode)
+                return
+            while process.is_alive() and (job := next_job()) is not None:
                 try:
-                    kind, key, note = worker.pipe.recv()
-                except (EOFError, OSError):  # it has ended, or it died
-                    worker.process.join()
-                    workers.remove(worker)
-                    code = worker.process.exitcode
-                    if code and worker.job is None:
-                        # It died before its first run, and so would another in its place.
-                        logger.warning("a process ended with %s before it ran", code)
-                    elif code:
-                        failed_keys.add(str(worker.job))
-                        report("failed", str(worker.job), f"the process ended with code {code}")
-                        workers.append(begin())
-                    continue
-                worker.job = key if kind == "begun" else None
-                if kind == "failed":
-                    failed_keys.add(key)
-                report(kind, key, note)
-    finally:
-        for worker in workers:
-            worker.process.terminate()
-            worker.process.join()
+                    pipe.send(job)
+                    outcome, note = pipe.recv()
+                except (EOFError, OSError):
+                    process.join()
+                    outcome, note = "failed", f"the process ended with code {process.exitcode}"
+                if stopped.is_set():
+                    return
+                with lock:
+                    report(job, outcome, note)
+            pipe.close()
+            process.join()
+
+    with ThreadPoolExecutor(processes) as drivers:
+        try:
+            for driver in [drivers.submit(drive) for _ in range(processes)]:
+                driver.result()
+        finally:
+            # After an interrupt the drivers find no more jobs, and their processes ended.
+            stopped.set()
+            queue.clear()
+            for process in started:
+                process.terminate()
