@@ -20,7 +20,7 @@ import numpy as np
 
 from semid.progress import make_progress
 from semid.reproduce.claims import metric
-from semid.reproduce.drq import effective_size, flip_rate
+from semid.reproduce.drq import NOISE, flip_rate
 from semid.reproduce.ledger import RUNS_FILE, read_runs
 from semid.reproduce.paired import paired_difference
 from semid.reproduce.study import Study
@@ -68,7 +68,11 @@ VIEWS = (
     View("error held out", metric("decoder(codes).relative_error_held_out"), False),
     View("ids that flip at .2", flip_rate(0.2), False),
     View("perplexity, mean", _mean(*(metric(f"usage.{i}.perplexity") for i in LEVELS)), True),
-    View("K_eff at .1, mean", _mean(*(effective_size(i) for i in LEVELS)), True),
+    View(
+        "K_eff at .1, mean",
+        _mean(*(metric(f"overlap.{i}.effective_size@{NOISE}") for i in LEVELS)),
+        True,
+    ),
     View("unique ids / items", _share, True),
     View("retention at 50", metric(f"{RETENTION}.decoder(codes).50"), True),
     View(
