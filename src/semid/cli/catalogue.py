@@ -9,8 +9,11 @@ from typing import Annotated, Any
 import typer
 
 from semid.cli.shared import (
-    IdColumn,
+    INPUT,
+    OUTPUT,
     InteractionColumns,
+    Output,
+    OutputPath,
     Overwrite,
     Quiet,
     Source,
@@ -26,41 +29,13 @@ from semid.errors import UsageError, check_choice
 
 def unique(
     context: typer.Context,
-    ids_file: Annotated[
-        str,
-        typer.Argument(metavar="IDS", help="File, folder or URI written by 'semid encode'."),
-    ],
-    output: Annotated[
-        str,
-        typer.Option(
-            "--output",
-            "-o",
-            help="Parquet file to write; a folder or URI if IDS is one and the method is append.",
-        ),
-    ],
+    ids_file: Annotated[str, typer.Argument(metavar="IDS")],
+    output: Output,
     source: SourceOptions,
-    method: Annotated[
-        str,
-        typer.Option(
-            help="'append' adds a token inside each bucket, the closest to the centroid first; "
-            "'reassign' takes the nearest free codes of the last level; 'none' goes back to the "
-            "model's codes."
-        ),
-    ] = "append",
-    model: Annotated[
-        Path | None, typer.Option(help="Folder written by 'semid fit'; needed for reassign.")
-    ] = None,
-    embeddings: Annotated[
-        str | None, typer.Option(help="The items' embeddings; needed for reassign.")
-    ] = None,
-    capacity: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            max=2**31 - 1,
-            help="reassign: items per id (default 1). append: number of tokens (default 256).",
-        ),
-    ] = None,
+    method: str = "append",
+    model: Path | None = None,
+    embeddings: str | None = None,
+    capacity: Annotated[int | None, typer.Option(min=1, max=2**31 - 1)] = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
@@ -69,6 +44,16 @@ def unique(
     The model's codes are kept in the column model_codes.
 
     Example: semid unique ids.parquet --method append -o unique.parquet
+
+    Args:
+        ids_file: File, folder or URI written by 'semid encode'.
+        output: Parquet file to write; a folder or URI if IDS is one and the method is append.
+        method: 'append' adds a token inside each bucket, the closest to the centroid first;
+            'reassign' takes the nearest free codes of the last level; 'none' goes back to the
+            model's codes.
+        model: Folder written by 'semid fit'; needed for reassign.
+        embeddings: The items' embeddings; needed for reassign.
+        capacity: reassign: items per id (default 1). append: number of tokens (default 256).
     """
     from semid.catalogue.uniqueness import make_unique
     from semid.codes import UNIQUE_METHODS, SemanticIds
@@ -109,18 +94,12 @@ def unique(
 
 def drift(
     context: typer.Context,
-    model: Annotated[Path, typer.Argument(help="Folder written by 'semid fit'.")],
-    before: Annotated[
-        str, typer.Argument(metavar="BEFORE", help="Embeddings at the time of the fit.")
-    ],
-    after: Annotated[str, typer.Argument(metavar="AFTER", help="Current embeddings.")],
+    model: Path,
+    before: str,
+    after: str,
     source: SourceOptions,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="JSON file for the figures.")
-    ] = None,
-    after_ids: Annotated[
-        str | None, typer.Option(help="Item ids of AFTER, like --ids; default: the same table.")
-    ] = None,
+    output: Annotated[Path | None, OUTPUT] = None,
+    after_ids: str | None = None,
     threads: Threads = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
@@ -128,6 +107,13 @@ def drift(
     """Compare two snapshots of a catalogue under one codebook, and say when to refresh.
 
     Example: semid drift model/ last_month.parquet today.parquet
+
+    Args:
+        model: Folder written by 'semid fit'.
+        before: Embeddings at the time of the fit.
+        after: Current embeddings.
+        output: JSON file for the figures.
+        after_ids: Item ids of AFTER, like --ids; default: the same table.
     """
     from semid.catalogue.drift import drift as measure_drift
     from semid.loading import load_tokenizer
@@ -152,29 +138,16 @@ def drift(
 
 def refresh(
     context: typer.Context,
-    model: Annotated[Path, typer.Argument(help="Previous model: a folder written by 'semid fit'.")],
+    model: Path,
     embeddings: Source,
-    catalogue: Annotated[
-        Path, typer.Option(help="Published ids: a Parquet file, or the folder of a bundle.")
-    ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder: model/, ids.parquet, refresh.json.")
-    ],
+    catalogue: Annotated[Path, typer.Option()],
+    output: OutputPath,
     source: SourceOptions,
     columns: InteractionColumns,
-    max_churn: Annotated[
-        float | None,
-        typer.Option(help="Share of published ids that may change; default: no limit."),
-    ] = None,
-    interactions: Annotated[
-        str | None, typer.Option(help="Log whose item counts (popularity) weight the churn.")
-    ] = None,
-    compare: Annotated[
-        bool, typer.Option("--compare", help="Also fit from scratch, and report both.")
-    ] = False,
-    cold: Annotated[
-        bool, typer.Option("--cold", help="Do not start from the previous codebooks.")
-    ] = False,
+    max_churn: float | None = None,
+    interactions: str | None = None,
+    compare: bool = False,
+    cold: bool = False,
     threads: Threads = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
@@ -184,6 +157,15 @@ def refresh(
     Reports the ids that changed, by level, prefix and popularity, next to the quality gained.
 
     Example: semid refresh model/ items.parquet --catalogue ids.parquet --max-churn 0.1 -o next/
+
+    Args:
+        model: Previous model: a folder written by 'semid fit'.
+        catalogue: Published ids: a Parquet file, or the folder of a bundle.
+        output: Folder: model/, ids.parquet, refresh.json.
+        max_churn: Share of published ids that may change; default: no limit.
+        interactions: Log whose item counts (popularity) weight the churn.
+        compare: Also fit from scratch, and report both.
+        cold: Do not start from the previous codebooks.
     """
     from semid.catalogue.bundle import read_catalogue
     from semid.catalogue.matching import item_counts
@@ -222,42 +204,27 @@ def refresh(
 
 def export(
     context: typer.Context,
-    to: Annotated[
-        str,
-        typer.Option(
-            help="lcrec, grid, openonerec, torcheasyrec, huggingface, faiss, fuxictr, onnx or "
-            "torch-export."
-        ),
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="File or folder to write.")],
+    to: Annotated[str, typer.Option()],
+    output: OutputPath,
     source: SourceOptions,
-    ids_file: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="[IDS]", help="Ids file or bundle; not needed for onnx and torch-export."
-        ),
-    ] = None,
-    model: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder written by 'semid fit'; needed for huggingface, faiss, onnx and "
-            "torch-export."
-        ),
-    ] = None,
-    candidates: Annotated[
-        int,
-        typer.Option(
-            min=0, max=4096, help="torcheasyrec: alternative ids per item; needs --embeddings."
-        ),
-    ] = 0,
-    embeddings: Annotated[
-        str | None, typer.Option(help="torcheasyrec: embeddings for the alternative ids.")
-    ] = None,
+    ids_file: Annotated[Path | None, typer.Argument(metavar="[IDS]")] = None,
+    model: Path | None = None,
+    candidates: Annotated[int, typer.Option(min=0, max=4096)] = 0,
+    embeddings: str | None = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Write ids or a model as another program reads them.
 
     Example: semid export unique.parquet --to lcrec -o Beauty.index.json
+
+    Args:
+        to: lcrec, grid, openonerec, torcheasyrec, huggingface, faiss, fuxictr, onnx or
+            torch-export.
+        output: File or folder to write.
+        ids_file: Ids file or bundle; not needed for onnx and torch-export.
+        model: Folder written by 'semid fit'; needed for huggingface, faiss, onnx and torch-export.
+        candidates: torcheasyrec: alternative ids per item; needs --embeddings.
+        embeddings: torcheasyrec: embeddings for the alternative ids.
     """
     from semid.catalogue.bundle import read_catalogue
     from semid.exports.formats import export as write_export
@@ -288,30 +255,28 @@ def export(
 
 def import_(
     context: typer.Context,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="The other program's file.")],
-    source: Annotated[str, typer.Option("--from", help="lcrec or grid.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Parquet file to write.")],
-    model: Annotated[
-        Path | None,
-        typer.Option(help="Model that made the codes; the ids then carry its fingerprint."),
-    ] = None,
-    ids: Annotated[
-        str | None,
-        typer.Option("--ids", help="Table with one item id per row, FILE or FILE:COLUMN."),
-    ] = None,
-    id_column: IdColumn = None,
-    orientation: Annotated[
-        str | None,
-        typer.Option(
-            help="Axes of a GRID tensor: levels-first or items-first; guessed and printed by "
-            "default."
-        ),
-    ] = None,
+    file: Path,
+    source: Annotated[str, typer.Option("--from")],
+    output: OutputPath,
+    model: Path | None = None,
+    ids: str | None = None,
+    id_column: Annotated[str | None, typer.Option(rich_help_panel=INPUT)] = None,
+    orientation: str | None = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Read ids of another program, so that semid's commands work on them.
 
     Example: semid import Beauty.index.json --from lcrec --ids items.parquet -o ids.parquet
+
+    Args:
+        file: The other program's file.
+        source: lcrec or grid.
+        output: Parquet file to write.
+        model: Model that made the codes; the ids then carry its fingerprint.
+        ids: Table with one item id per row, FILE or FILE:COLUMN.
+        id_column: Column of the item ids; default 'item_id'.
+        orientation: Axes of a GRID tensor: levels-first or items-first; guessed and printed by
+            default.
     """
     from semid.data.items import load_ids
     from semid.exports.formats import import_ids

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from semid.cli.shared import (
+    Count,
+    Output,
     Overwrite,
     Quiet,
     RayFlags,
@@ -26,47 +28,16 @@ from semid.errors import UsageError
 
 def encode(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="Folder or URI written by 'semid fit'.")],
+    model: str,
     embeddings: Source,
-    output: Annotated[
-        str,
-        typer.Option(
-            "--output",
-            "-o",
-            help="Parquet file to write. With several workers also a folder or a URI, which gets "
-            "one file per unit of row groups.",
-        ),
-    ],
+    output: Output,
     source: SourceOptions,
     ray: RayFlags,
-    beam_width: Annotated[
-        int | None, typer.Option(min=1, help="Beam width; default: that of the model.")
-    ] = None,
-    catalogue: Annotated[
-        Path | None,
-        typer.Option(
-            help="Published ids to add to, a Parquet file or a bundle's folder; no published id "
-            "moves. An --output that is no .parquet is a bundle: the same folder gets one more "
-            "version."
-        ),
-    ] = None,
-    novelty: Annotated[
-        Path | None,
-        typer.Option(help="With --catalogue: Parquet file of the new items and how novel each is."),
-    ] = None,
-    novel_beyond: Annotated[
-        float,
-        typer.Option(help="Share of the training distribution beyond which an item is novel."),
-    ] = 0.99,
-    processes: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            max=4096,
-            help="With --engine local: processes that share the row groups of Parquet files; "
-            "default: one for a file, one per CPU if the output is a folder or a URI.",
-        ),
-    ] = None,
+    beam_width: Annotated[int | None, typer.Option(min=1)] = None,
+    catalogue: Path | None = None,
+    novelty: Path | None = None,
+    novel_beyond: float = 0.99,
+    processes: Count = None,
     threads: Threads = None,
     overwrite: Overwrite = False,
     resume: Resume = False,
@@ -83,6 +54,19 @@ def encode(
     Example: semid encode model/ items/ -o ids/ --processes 8
 
     Example: semid encode s3://b/model s3://b/items -o s3://b/ids --engine ray --workers 64
+
+    Args:
+        model: Folder or URI written by 'semid fit'.
+        output: Parquet file to write. With several workers also a folder or a URI, which gets one
+            file per unit of row groups.
+        beam_width: Beam width; default: that of the model.
+        catalogue: Published ids to add to, a Parquet file or a bundle's folder; no published id
+            moves. An --output that is no .parquet is a bundle: the same folder gets one more
+            version.
+        novelty: With --catalogue: Parquet file of the new items and how novel each is.
+        novel_beyond: Share of the training distribution beyond which an item is novel.
+        processes: With --engine local: processes that share the row groups of Parquet files;
+            default: one for a file, one per CPU if the output is a folder or a URI.
     """
     from semid.catalogue.additions import check_threshold
     from semid.loading import load_tokenizer

@@ -11,6 +11,8 @@ import typer
 from semid.cli.shared import (
     LOG,
     InteractionColumns,
+    Output,
+    OutputPath,
     Overwrite,
     Quiet,
     RayFlags,
@@ -36,51 +38,17 @@ def _tokenizer_names() -> list[str]:
 def fit(
     context: typer.Context,
     embeddings: Source,
-    output: Annotated[
-        str, typer.Option("--output", "-o", help="Folder or URI for the model; must not exist.")
-    ],
+    output: Output,
     settings: Annotated[dict[str, Any], "fit"],
     source: SourceOptions,
     columns: InteractionColumns,
     ray: RayFlags,
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(
-            help="rqkmeans (default), vqvae, rqvae, rqpvae, drqvae, mocvae or barq; with --help: "
-            "the options of this one.",
-            autocompletion=_tokenizer_names,
-        ),
-    ] = None,
-    recipe: Annotated[
-        str | None,
-        typer.Option(help="Name of a recipe, or a TOML file; flags take precedence over it."),
-    ] = None,
-    log: Annotated[
-        str | None,
-        typer.Option(
-            help="Where the figures of each epoch go: jsonl:PATH, tensorboard:FOLDER, mlflow or "
-            "wandb."
-        ),
-    ] = None,
-    interactions: Annotated[
-        str | None,
-        typer.Option(
-            help="drqvae, barq: log whose consecutive items are pairs.", rich_help_panel=LOG
-        ),
-    ] = None,
-    pairs: Annotated[
-        str | None,
-        typer.Option(
-            help="drqvae, barq: table of item_id and related_item_id.", rich_help_panel=LOG
-        ),
-    ] = None,
-    neighbors: Annotated[
-        str | None,
-        typer.Option(
-            help="drqvae, barq: second embeddings, whose nearest neighbors are pairs.",
-            rich_help_panel=LOG,
-        ),
-    ] = None,
+    tokenizer: Annotated[str | None, typer.Option(autocompletion=_tokenizer_names)] = None,
+    recipe: str | None = None,
+    log: str | None = None,
+    interactions: Annotated[str | None, typer.Option(rich_help_panel=LOG)] = None,
+    pairs: Annotated[str | None, typer.Option(rich_help_panel=LOG)] = None,
+    neighbors: Annotated[str | None, typer.Option(rich_help_panel=LOG)] = None,
     threads: Threads = None,
     overwrite: Overwrite = False,
     resume: Resume = False,
@@ -93,6 +61,16 @@ def fit(
     Example: semid fit items.parquet --levels 3 --codebook-size 4096 -o model/
 
     Example: semid fit s3://b/items --codebook-size 4096 -o s3://b/model --engine ray --workers 64
+
+    Args:
+        output: Folder or URI for the model; must not exist.
+        tokenizer: rqkmeans (default), vqvae, rqvae, rqpvae, drqvae, mocvae or barq; with --help:
+            the options of this one.
+        recipe: Name of a recipe, or a TOML file; flags take precedence over it.
+        log: Where the figures of each epoch go: jsonl:PATH, tensorboard:FOLDER, mlflow or wandb.
+        interactions: drqvae, barq: log whose consecutive items are pairs.
+        pairs: drqvae, barq: table of item_id and related_item_id.
+        neighbors: drqvae, barq: second embeddings, whose nearest neighbors are pairs.
     """
     from semid.tokenizers.factory import make_tokenizer, read_recipe
     from semid.training.distributed import is_main
@@ -260,25 +238,26 @@ def _finish(model: Any, output: str, *, overwrite: bool) -> None:
 
 
 def refine(
-    model: Annotated[Path, typer.Argument(help="Folder written by 'semid fit'.")],
+    model: Path,
     embeddings: Source,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the refined model.")],
+    output: OutputPath,
     source: SourceOptions,
-    rounds: Annotated[
-        int, typer.Option(help="Maximum number of rounds of encoding and least squares.")
-    ] = 8,
-    annealing_rounds: Annotated[
-        int, typer.Option(help="Rounds with falling noise, which leave the nearest optimum.")
-    ] = 12,
-    beam_width: Annotated[
-        int, typer.Option(help="Beam width while refining, and of the model.")
-    ] = 8,
+    rounds: int = 8,
+    annealing_rounds: int = 12,
+    beam_width: int = 8,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
     """Lower the error of a residual model by refining its levels together; codes change.
 
     Example: semid refine model/ items.parquet -o refined/
+
+    Args:
+        model: Folder written by 'semid fit'.
+        output: Folder for the refined model.
+        rounds: Maximum number of rounds of encoding and least squares.
+        annealing_rounds: Rounds with falling noise, which leave the nearest optimum.
+        beam_width: Beam width while refining, and of the model.
     """
     from semid.loading import load_tokenizer
     from semid.quantization.refine import RefineOptions

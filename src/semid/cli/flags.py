@@ -9,6 +9,7 @@ Help is plain text in titled sections: Rich's boxes leave the sentences 26 colum
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import json
@@ -253,13 +254,14 @@ def known_flags(command: str) -> tuple[Flag, ...]:
 
 
 def expand(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a command whose grouped parameters are flags of their own.
+    """Return a Typer command: a function whose docstring has the help of its parameters.
 
     A parameter that is annotated with a dataclass becomes one flag per field, and
     ``Annotated[dict[str, Any], "COMMAND"]`` becomes the generated flags of that command; the
     function gets a dictionary of those that were given, by key, with what ``--set`` names.
     """
     hints = get_type_hints(function, include_extras=True)
+    text, helps = _read_docstring(function)
     parameters: list[inspect.Parameter] = []
     groups: dict[str, Any] = {}
     for name, parameter in inspect.signature(function).parameters.items():
@@ -267,16 +269,24 @@ def expand(function: Callable[..., Any]) -> Callable[..., Any]:
         if is_dataclass(hint):
             inner = get_type_hints(hint, include_extras=True)
             groups[name] = hint
+            inner_helps = _read_docstring(hint)[1]
             parameters += [
-                parameter.replace(name=f.name, default=f.default, annotation=inner[f.name])
+                _declare(
+                    parameter.replace(name=f.name, default=f.default),
+                    inner[f.name],
+                    inner_helps.get(f.name),
+                    getattr(hint, "PANEL", None),
+                )
                 for f in fields(hint)
             ]
         elif get_origin(hint) is Annotated and isinstance(get_args(hint)[1], str):
             groups[name] = get_args(hint)[1]
             parameters += [flag.parameter for flag in known_flags(groups[name]) if flag.name]
             parameters.append(_SET)
-        else:
+        elif hint is typer.Context:
             parameters.append(parameter.replace(annotation=hint))
+        else:
+            parameters.append(_declare(parameter, hint, helps.get(name)))
     keyword = inspect.Parameter.KEYWORD_ONLY
     parameters = [each.replace(kind=keyword) for each in parameters]
 
@@ -291,8 +301,35 @@ def expand(function: Callable[..., Any]) -> Callable[..., Any]:
 
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {each.name: each.annotation for each in parameters}
+    command.__doc__ = text
     del command.__wrapped__
     return command
+
+
+def _read_docstring(subject: Any) -> tuple[str, dict[str, str]]:
+    """Return the text of a docstring, and the sentences on its arguments or attributes by name."""
+    text, *rest = re.split(r"\n\n(?:Args|Attributes):\n", inspect.cleandoc(subject.__doc__ or ""))
+    parts = re.split(r"^    (\w+): ", "".join(rest), flags=re.MULTILINE)
+    sentences = (" ".join(part.split()) for part in parts[2::2])
+    return text, dict(zip(parts[1::2], sentences, strict=True))
+
+
+def _declare(
+    parameter: inspect.Parameter, hint: Any, help_text: str | None, panel: str | None = None
+) -> inspect.Parameter:
+    """Return a parameter with what Typer needs: required plain ones are positional arguments."""
+    kind, *declared = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+    if declared:
+        info = copy.copy(declared[0])
+    elif parameter.default is parameter.empty:
+        info = typer.Argument(metavar=parameter.name.upper())
+    elif kind is bool:  # named, so that it gets no negation
+        info = typer.Option(f"--{parameter.name.replace('_', '-')}")
+    else:
+        info = typer.Option()
+    info.help = info.help or help_text
+    info.rich_help_panel = info.rich_help_panel or panel
+    return parameter.replace(annotation=Annotated[kind, info])
 
 
 _SET = inspect.Parameter(

@@ -12,9 +12,8 @@ import typer
 from semid.cli.flags import check_keys, known_flags
 from semid.cli.shared import (
     INPUT,
-    EmbeddingColumn,
     InteractionColumns,
-    OnInvalid,
+    OutputPath,
     Overwrite,
     Quiet,
     Resume,
@@ -32,31 +31,31 @@ Logs = Annotated[
 ]
 
 
+MODEL, TRAINING = typer.Option(rich_help_panel="Model"), typer.Option(rich_help_panel="Training")
+
+
 @dataclass(frozen=True)
 class RankSource:
-    """Options of both commands: the items, the network, and the device."""
+    """Options of both commands: the items, the network, and the device.
 
-    items: Annotated[
-        str | None,
-        typer.Option(
-            help="Table of items with brand, categories and the like; it also names the rows of "
-            "an .npy.",
-            rich_help_panel=INPUT,
-        ),
-    ] = None
-    id_column: Annotated[
-        str | None,
-        typer.Option(help="Item ids in --items; default item_id.", rich_help_panel=INPUT),
-    ] = None
-    hidden: Annotated[
-        str, typer.Option(help="Widths of the perceptron's layers.", rich_help_panel="Model")
-    ] = "400,400"
-    dropout: Annotated[
-        float, typer.Option(help="Dropout in the perceptron.", rich_help_panel="Model")
-    ] = 0.2
-    device: Annotated[
-        str, typer.Option(metavar="auto|cpu|cuda", help="Device.", rich_help_panel="Training")
-    ] = "auto"
+    Attributes:
+        items: Table of items with brand, categories and the like; it also names the rows of an
+            .npy.
+        id_column: Item ids in --items; default item_id.
+        hidden: Widths of the perceptron's layers.
+        dropout: Dropout in the perceptron.
+        device: Device.
+    """
+
+    PANEL = INPUT
+
+    items: str | None = None
+    id_column: str | None = None
+    hidden: Annotated[str, MODEL] = "400,400"
+    dropout: Annotated[float, MODEL] = 0.2
+    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda", rich_help_panel="Training")] = (
+        "auto"
+    )
 
     def config(self, settings: dict[str, Any], fusion: bool) -> Any:
         """Return the configuration of the ranker."""
@@ -72,29 +71,15 @@ class RankSource:
 def rank(
     context: typer.Context,
     logs: Logs,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the model.")],
+    output: OutputPath,
     settings: Annotated[dict[str, Any], "rank"],
     source: RankSource,
     columns: InteractionColumns,
-    ids: Annotated[
-        Path | None, typer.Option(help="Semantic IDs of the items, from 'semid encode'.")
-    ] = None,
-    fusion: Annotated[
-        str,
-        typer.Option(metavar="on|off", help="Mixture-of-Codes fusion.", rich_help_panel="Model"),
-    ] = "off",
-    seed: Annotated[
-        int,
-        typer.Option(
-            help="Seed of the initial weights and of the order of rows.", rich_help_panel="Training"
-        ),
-    ] = 0,
-    stream: Annotated[
-        bool, typer.Option("--stream", help="Read the log from disk in each epoch; needs a label.")
-    ] = False,
-    analyze: Annotated[
-        Path | None, typer.Option(help="JSON file for the metrics of the code embeddings (MoC).")
-    ] = None,
+    ids: Path | None = None,
+    fusion: Annotated[str, typer.Option(metavar="on|off", rich_help_panel="Model")] = "off",
+    seed: Annotated[int, typer.Option(rich_help_panel="Training")] = 0,
+    stream: bool = False,
+    analyze: Path | None = None,
     overwrite: Overwrite = False,
     resume: Resume = False,
     quiet: Quiet = False,
@@ -102,6 +87,14 @@ def rank(
     """Train a ranking model and measure it; 'semid rank-grid' compares many.
 
     Example: semid rank logs.parquet --items items.parquet --ids ids.parquet -o ranker/
+
+    Args:
+        output: Folder for the model.
+        ids: Semantic IDs of the items, from 'semid encode'.
+        fusion: Mixture-of-Codes fusion.
+        seed: Seed of the initial weights and of the order of rows.
+        stream: Read the log from disk in each epoch; needs a label.
+        analyze: JSON file for the metrics of the code embeddings (MoC).
     """
     from semid.codes import SemanticIds
     from semid.output import atomic_file
@@ -174,23 +167,19 @@ def rank(
 def rank_grid(
     context: typer.Context,
     logs: Logs,
-    embeddings: Annotated[
-        str, typer.Option(help="Item embeddings, for the tokenizers that the grid needs.")
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")],
+    embeddings: Annotated[str, typer.Option()],
+    output: OutputPath,
     settings: Annotated[dict[str, Any], "rank-grid"],
     source: RankSource,
     columns: InteractionColumns,
-    methods: Annotated[
-        str, typer.Option(help="none, random, shuffled, widened, me, moc, or tokenizers.")
-    ] = "none,me,rqvae,moc",
-    scales: Annotated[str, typer.Option(help="Codes per item.")] = "1,2,3,7",
-    models: Annotated[str, typer.Option(help="Ranking models, or all.")] = "all",
-    fusion: Annotated[str, typer.Option(help="Mixture-of-Codes fusion: on, off or both.")] = "off",
-    seeds: Annotated[int, typer.Option(help="Number of seeds, from 0.")] = 5,
-    codebook_size: Annotated[int, typer.Option(help="Codewords per level.")] = 256,
-    embedding_column: EmbeddingColumn = None,
-    on_invalid: OnInvalid = "error",
+    methods: str = "none,me,rqvae,moc",
+    scales: str = "1,2,3,7",
+    models: str = "all",
+    fusion: str = "off",
+    seeds: int = 5,
+    codebook_size: int = 256,
+    embedding_column: Annotated[str | None, typer.Option(rich_help_panel=INPUT)] = None,
+    on_invalid: Annotated[str, typer.Option(metavar="error|skip", rich_help_panel=INPUT)] = "error",
     overwrite: Overwrite = False,
     resume: Resume = False,
     quiet: Quiet = False,
@@ -198,6 +187,19 @@ def rank_grid(
     """Compare ranking models by method, number of codes and seed, fitting the tokenizers needed.
 
     Example: semid rank-grid logs.parquet --embeddings items.parquet --methods none,moc -o grid/
+
+    Args:
+        embeddings: Item embeddings, for the tokenizers that the grid needs.
+        output: Folder for the results.
+        methods: none, random, shuffled, widened, me, moc, or tokenizers.
+        scales: Codes per item.
+        models: Ranking models, or all.
+        fusion: Mixture-of-Codes fusion: on, off or both.
+        seeds: Number of seeds, from 0.
+        codebook_size: Codewords per level.
+        embedding_column: Column of the vectors; default 'embedding', else the only column of float
+            lists.
+        on_invalid: Rows with null, NaN or inf: 'error' refuses them, 'skip' leaves them out.
     """
     from semid.output import atomic_file, atomic_folder
     from semid.recommenders.ranking.builder import RankingDataConfig

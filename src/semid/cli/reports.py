@@ -8,7 +8,10 @@ from typing import Annotated
 import typer
 
 from semid.cli.shared import (
+    OUTPUT,
+    Count,
     InteractionColumns,
+    OutputPath,
     Overwrite,
     Quiet,
     Source,
@@ -25,37 +28,25 @@ RELEASES = ("amazon", "movielens")
 
 
 def prepare(
-    release: Annotated[str, typer.Argument(metavar="RELEASE", help="amazon or movielens.")],
-    source: Annotated[
-        Path,
-        typer.Argument(
-            metavar="SOURCE", help="Review file (.json.gz, 2014 or 2023), or MovieLens folder."
-        ),
-    ],
-    output: Annotated[
-        Path,
-        typer.Option("--output", "-o", help="Folder for items.parquet and interactions.parquet."),
-    ],
-    items: Annotated[
-        Path | None, typer.Option(help="Amazon's meta_*.json.gz of the same category.")
-    ] = None,
-    core: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            max=2**31 - 1,
-            help="Minimum interactions per user and per item; default: amazon 5, movielens 0.",
-        ),
-    ] = None,
-    embed: Annotated[
-        str | None,
-        typer.Option(help="sentence-transformers model: writes embeddings.f16.npy of the texts."),
-    ] = None,
+    release: str,
+    source: Path,
+    output: OutputPath,
+    items: Path | None = None,
+    core: Annotated[int | None, typer.Option(min=0, max=2**31 - 1)] = None,
+    embed: str | None = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Read a release into items, interactions with ratings and, with --embed, embeddings.
 
     Example: semid prepare amazon reviews_Beauty.json.gz --items meta_Beauty.json.gz -o data/beauty
+
+    Args:
+        release: amazon or movielens.
+        source: Review file (.json.gz, 2014 or 2023), or MovieLens folder.
+        output: Folder for items.parquet and interactions.parquet.
+        items: Amazon's meta_*.json.gz of the same category.
+        core: Minimum interactions per user and per item; default: amazon 5, movielens 0.
+        embed: sentence-transformers model: writes embeddings.f16.npy of the texts.
     """
     from semid.data.releases import read_amazon, read_movielens
 
@@ -75,32 +66,15 @@ def prepare(
 
 def report(
     context: typer.Context,
-    model: Annotated[Path, typer.Argument(help="Folder written by 'semid fit'.")],
+    model: Path,
     embeddings: Source,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="File to write: .html, .json or .md.")
-    ],
+    output: OutputPath,
     source: SourceOptions,
     columns: InteractionColumns,
-    interactions: Annotated[
-        str | None,
-        typer.Option(
-            help="Parquet or CSV of user_id, item_id and position or timestamp; adds retrieval, "
-            "AUCs and popularity."
-        ),
-    ] = None,
-    items: Annotated[
-        str | None,
-        typer.Option(
-            help="Table with item_id and title (or text), for names in the report; default: the "
-            "--ids table, else the embeddings' own."
-        ),
-    ] = None,
-    relations: Annotated[
-        str | None,
-        typer.Option(help="Parquet or CSV of item_id, related_item_id: a second ground truth."),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
+    interactions: str | None = None,
+    items: str | None = None,
+    relations: str | None = None,
+    seed: int = 0,
     threads: Threads = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
@@ -108,6 +82,16 @@ def report(
     """Diagnose a fitted model on a catalogue: a verdict, figures, and an explorer of the codes.
 
     Example: semid report model/ items.parquet -o report.html
+
+    Args:
+        model: Folder written by 'semid fit'.
+        output: File to write: .html, .json or .md.
+        interactions: Parquet or CSV of user_id, item_id and position or timestamp; adds retrieval,
+            AUCs and popularity.
+        items: Table with item_id and title (or text), for names in the report; default: the --ids
+            table, else the embeddings' own.
+        relations: Parquet or CSV of item_id, related_item_id: a second ground truth.
+        seed: Seed of the samples.
     """
     from semid.data.items import read_items
     from semid.errors import IdsError
@@ -140,27 +124,13 @@ def report(
 
 def compare(
     context: typer.Context,
-    paths: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="MODEL MODEL... EMBEDDINGS",
-            help="Folders written by 'semid fit', two or more, then the embeddings.",
-        ),
-    ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="File to write: .html, .json or .md.")
-    ],
+    paths: Annotated[list[str], typer.Argument(metavar="MODEL MODEL... EMBEDDINGS")],
+    output: OutputPath,
     source: SourceOptions,
     columns: InteractionColumns,
-    interactions: Annotated[
-        str | None,
-        typer.Option(help="Parquet or CSV of user_id, item_id and position or timestamp."),
-    ] = None,
-    relations: Annotated[
-        str | None,
-        typer.Option(help="Parquet or CSV of item_id, related_item_id: a second ground truth."),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of samples, noise and negatives.")] = 0,
+    interactions: str | None = None,
+    relations: str | None = None,
+    seed: int = 0,
     threads: Threads = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
@@ -168,6 +138,13 @@ def compare(
     """Compare models on one catalogue: ranks and trade-offs by view, never one score.
 
     Example: semid compare model_a/ model_b/ items.parquet --interactions logs.parquet -o c.html
+
+    Args:
+        paths: Folders written by 'semid fit', two or more, then the embeddings.
+        output: File to write: .html, .json or .md.
+        interactions: Parquet or CSV of user_id, item_id and position or timestamp.
+        relations: Parquet or CSV of item_id, related_item_id: a second ground truth.
+        seed: Seed of samples, noise and negatives.
     """
     from semid.loading import load_tokenizer
     from semid.report import compare as compare_models
@@ -202,17 +179,11 @@ def compare(
 
 
 def demo(
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for everything the demo writes.")
-    ] = Path("demo"),
-    items: Annotated[
-        int, typer.Option(min=1000, max=10_000_000, help="Items in the catalogue.")
-    ] = 20_000,
-    codebook_size: Annotated[
-        int, typer.Option(min=2, max=65536, help="Codewords per level.")
-    ] = 256,
-    levels: Annotated[int, typer.Option(min=1, max=256, help="Codes per item.")] = 3,
-    seed: Annotated[int, typer.Option(help="Seed of the catalogue and the fit.")] = 0,
+    output: OutputPath = Path("demo"),
+    items: Annotated[int, typer.Option(min=1000, max=10000000)] = 20_000,
+    codebook_size: Annotated[int, typer.Option(min=2, max=65536)] = 256,
+    levels: Annotated[int, typer.Option(min=1, max=256)] = 3,
+    seed: int = 0,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
@@ -220,6 +191,13 @@ def demo(
 
     The catalogue has hierarchical topics, long-tailed popularity, readable titles and user
     sequences.
+
+    Args:
+        output: Folder for everything the demo writes.
+        items: Items in the catalogue.
+        codebook_size: Codewords per level.
+        levels: Codes per item.
+        seed: Seed of the catalogue and the fit.
     """
     from semid.data.synthetic import SyntheticCatalogue
     from semid.output import atomic_folder
@@ -262,53 +240,18 @@ The same on your own data:
 
 def reproduce(
     context: typer.Context,
-    paper: Annotated[str, typer.Argument(metavar="PAPER", help="drq or moc.")],
-    data: Annotated[
-        Path | None,
-        typer.Option(help="Folder of data sets, see 'semid prepare'; --quick needs none."),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            help="Folder for PAPER/runs.jsonl and the page; default results, or results-quick. "
-            "With --from, the folder of the pages.",
-        ),
-    ] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="A small run on a synthetic catalogue; takes minutes.")
-    ] = False,
-    recipe: Annotated[
-        Path | None, typer.Option(help="Your own recipe (TOML); default: that of the paper.")
-    ] = None,
-    processes: Annotated[int, typer.Option(min=1, max=4096, help="Runs in parallel.")] = 1,
-    threads: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            max=4096,
-            help="CPU threads per run; by default the CPUs are divided between the runs.",
-        ),
-    ] = None,
-    only: Annotated[
-        list[str] | None,
-        typer.Option(help="Only runs whose title contains these words; may be repeated."),
-    ] = None,
-    estimate: Annotated[
-        bool, typer.Option("--estimate", help="Print what is left to run and how long it takes.")
-    ] = False,
-    list_runs: Annotated[
-        bool,
-        typer.Option("--list", help="With --estimate: print the titles of what is left."),
-    ] = False,
-    source: Annotated[
-        Path | None,
-        typer.Option("--from", help="Make the pages from the results in this folder; run nothing."),
-    ] = None,
-    publish: Annotated[
-        bool, typer.Option("--publish", help="With --from: refuse results of --quick.")
-    ] = False,
+    paper: str,
+    data: Path | None = None,
+    output: Annotated[Path | None, OUTPUT] = None,
+    quick: bool = False,
+    recipe: Path | None = None,
+    processes: Annotated[int, typer.Option(min=1, max=4096)] = 1,
+    threads: Count = None,
+    only: list[str] | None = None,
+    estimate: bool = False,
+    list_runs: Annotated[bool, typer.Option("--list")] = False,
+    source: Annotated[Path | None, typer.Option("--from")] = None,
+    publish: bool = False,
     quiet: Quiet = False,
 ) -> None:
     """Run the missing experiments of a paper and write its page; repeat it to continue.
@@ -316,6 +259,21 @@ def reproduce(
     Each run is one line of runs.jsonl and is not repeated; several commands may share a folder.
 
     Example: semid reproduce drq --quick
+
+    Args:
+        paper: drq or moc.
+        data: Folder of data sets, see 'semid prepare'; --quick needs none.
+        output: Folder for PAPER/runs.jsonl and the page; default results, or results-quick. With
+            --from, the folder of the pages.
+        quick: A small run on a synthetic catalogue; takes minutes.
+        recipe: Your own recipe (TOML); default: that of the paper.
+        processes: Runs in parallel.
+        threads: CPU threads per run; by default the CPUs are divided between the runs.
+        only: Only runs whose title contains these words; may be repeated.
+        estimate: Print what is left to run and how long it takes.
+        list_runs: With --estimate: print the titles of what is left.
+        source: Make the pages from the results in this folder; run nothing.
+        publish: With --from: refuse results of --quick.
     """
     from semid.reproduce.study import PAPERS, Study, page_from
 

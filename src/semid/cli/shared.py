@@ -12,8 +12,14 @@ import typer
 
 from semid.errors import UsageError, check_choice, printable
 
-INPUT, RUN, LOG, RAY = "Input", "Run", "Interactions", "Ray"
+INPUT, RUN, LOG = "Input", "Run", "Interactions"
 
+# Types of parameters. Their help is here if it is the same in every command; otherwise, and for
+# plain types, it is in the docstring of the command, see `semid.cli.flags.expand`.
+OUTPUT = typer.Option("--output", "-o")
+Output = Annotated[str, OUTPUT]
+OutputPath = Annotated[Path, OUTPUT]
+Count = Annotated[int | None, typer.Option(min=1, max=4096)]
 Source = Annotated[
     str,
     typer.Argument(
@@ -40,78 +46,54 @@ Threads = Annotated[
         rich_help_panel=RUN,
     ),
 ]
-Ids = Annotated[
-    str | None,
-    typer.Option(
-        "--ids",
-        help="Table or text file with one item id per row, for an .npy; FILE:COLUMN names the "
-        "column.",
-        rich_help_panel=INPUT,
-    ),
-]
-EmbeddingColumn = Annotated[
-    str | None,
-    typer.Option(
-        help="Column of the vectors; default 'embedding', else the only column of float lists.",
-        rich_help_panel=INPUT,
-    ),
-]
-IdColumn = Annotated[
-    str | None,
-    typer.Option(help="Column of the item ids; default 'item_id'.", rich_help_panel=INPUT),
-]
-OnInvalid = Annotated[
-    str,
-    typer.Option(
-        metavar="error|skip",
-        help="Rows with null, NaN or inf: 'error' refuses them, 'skip' leaves them out.",
-        rich_help_panel=INPUT,
-    ),
-]
 
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """How embeddings are read; the same options in every command that reads some."""
+    """How embeddings are read; the same options in every command that reads some.
 
-    ids: Ids = None
-    embedding_column: EmbeddingColumn = None
-    id_column: IdColumn = None
-    on_invalid: OnInvalid = "error"
+    Attributes:
+        ids: Table or text file with one item id per row, for an .npy; FILE:COLUMN names the column.
+        embedding_column: Column of the vectors; default 'embedding', else the only column of float
+            lists.
+        id_column: Column of the item ids; default 'item_id'.
+        on_invalid: Rows with null, NaN or inf: 'error' refuses them, 'skip' leaves them out.
+    """
+
+    PANEL = INPUT
+
+    ids: str | None = None
+    embedding_column: str | None = None
+    id_column: str | None = None
+    on_invalid: Annotated[str, typer.Option(metavar="error|skip")] = "error"
 
     def open(self, path: str, *, ids: str | None = None) -> Any:
         """Open embeddings; ``ids`` replaces the table of item ids."""
         from semid.data.embeddings import open_embeddings
 
+        options = {**vars(self), "ids": ids or self.ids}
         return open_embeddings(
-            path if "://" in path or not Path(path).exists() else Path(path),
-            ids=ids or self.ids,
-            embedding_column=self.embedding_column,
-            id_column=self.id_column,
-            on_invalid=self.on_invalid,
+            path if "://" in path or not Path(path).exists() else Path(path), **options
         )
 
 
 @dataclass(frozen=True)
 class InteractionColumns:
-    """Names of the columns of interactions."""
+    """Names of the columns of interactions.
 
-    user_column: Annotated[
-        str, typer.Option(help="Column of the users in the interactions.", rich_help_panel=LOG)
-    ] = "user_id"
-    item_column: Annotated[
-        str, typer.Option(help="Column of the items in the interactions.", rich_help_panel=LOG)
-    ] = "item_id"
-    time_column: Annotated[
-        str | None,
-        typer.Option(
-            help="Column of the order or time in the interactions; default position, else "
-            "timestamp.",
-            rich_help_panel=LOG,
-        ),
-    ] = None
+    Attributes:
+        user_column: Column of the users in the interactions.
+        item_column: Column of the items in the interactions.
+        time_column: Column of the order or time in the interactions; default position, else
+            timestamp.
+    """
 
+    PANEL = LOG
     NAMES = ("user_column", "item_column", "time_column")
+
+    user_column: str = "user_id"
+    item_column: str = "item_id"
+    time_column: str | None = None
 
     def read(self, context: typer.Context, path: str | None) -> Any:
         """Read the interactions, or return None without any."""
@@ -125,50 +107,25 @@ class InteractionColumns:
 
 @dataclass(frozen=True)
 class RayFlags:
-    """Where work runs: on this machine, or on a cluster of Ray."""
+    """Where work runs: on this machine, or on a cluster of Ray.
 
-    engine: Annotated[
-        str,
-        typer.Option(
-            metavar="local|ray",
-            help="This machine, or a cluster (pip install 'semid[ray]').",
-            rich_help_panel=RAY,
-        ),
-    ] = "local"
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            max=100_000,
-            help="With --engine ray: number of actors; default: one per free CPU.",
-            rich_help_panel=RAY,
-        ),
-    ] = None
-    cpus_per_worker: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            max=4096,
-            help="With --engine ray: CPU slots and threads per actor; default 1.",
-            rich_help_panel=RAY,
-        ),
-    ] = None
-    ray_address: Annotated[
-        str | None,
-        typer.Option(
-            help="With --engine ray: address of the cluster, such as auto; default: RAY_ADDRESS, "
-            "else a cluster of its own.",
-            rich_help_panel=RAY,
-        ),
-    ] = None
-    store_bytes: Annotated[
-        int | None,
-        typer.Option(
-            help="With --engine ray: bytes of the object store of a cluster that is started here; "
-            "default 512 MiB.",
-            rich_help_panel=RAY,
-        ),
-    ] = None
+    Attributes:
+        engine: This machine, or a cluster (pip install 'semid[ray]').
+        workers: With --engine ray: number of actors; default: one per free CPU.
+        cpus_per_worker: With --engine ray: CPU slots and threads per actor; default 1.
+        ray_address: With --engine ray: address of the cluster, such as auto; default: RAY_ADDRESS,
+            else a cluster of its own.
+        store_bytes: With --engine ray: bytes of the object store of a cluster that is started here;
+            default 512 MiB.
+    """
+
+    PANEL = "Ray"
+
+    engine: Annotated[str, typer.Option(metavar="local|ray")] = "local"
+    workers: Annotated[int | None, typer.Option(min=1, max=100_000)] = None
+    cpus_per_worker: Count = None
+    ray_address: str | None = None
+    store_bytes: int | None = None
 
     @property
     def uses_ray(self) -> bool:
@@ -186,8 +143,8 @@ class RayFlags:
         from semid.distributed.ray_workers import RayOptions
 
         optional = {"cpus_per_worker": self.cpus_per_worker, "store_bytes": self.store_bytes}
-        given: dict[str, Any] = {k: value for k, value in optional.items() if value is not None}
-        return RayOptions(workers=self.workers, address=self.ray_address, **given)
+        layout: dict[str, Any] = {k: value for k, value in optional.items() if value is not None}
+        return RayOptions(workers=self.workers, address=self.ray_address, **layout)
 
 
 _HELD = contextlib.ExitStack()
