@@ -14,9 +14,8 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from semid.cli.catalogue import drift, export, import_, refresh, unique
-from semid.cli.encode import encode
-from semid.cli.fit import fit, refine
 from semid.cli.flags import OptionsCommand, expand
+from semid.cli.models import encode, fit, refine
 from semid.cli.rank import rank, rank_grid
 from semid.cli.reports import compare, demo, prepare, report, reproduce
 from semid.cli.shared import release_outputs
@@ -91,28 +90,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _configure(console, debug)
     try:
         app([argument for argument in words if argument != "--debug"], standalone_mode=True)
-    except SemidError as error:
-        if debug:
-            raise
-        _complain(console, str(error))
-        sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        _complain(console, "interrupted")
+        _print_errors(console, "error: interrupted")
         sys.exit(130)
-    except (OSError, MemoryError) as error:
-        if debug:
-            raise
-        _complain(console, f"{type(error).__name__}: {brief(error)}")
-        sys.exit(1)
     except Exception as error:
         if debug:
             raise
-        _print_error(
-            console,
-            f"internal error: {type(error).__name__}: {brief(error)}; please report it; --debug "
-            "shows the traceback",
-        )
-        sys.exit(1)
+        name = f"{type(error).__name__}: {brief(error)}"
+        if isinstance(error, SemidError):
+            _print_errors(console, *(f"error: {line}" for line in str(error).split("\n")))
+        elif isinstance(error, OSError | MemoryError):
+            _print_errors(console, f"error: {name}")
+        else:
+            advice = "please report it; --debug shows the traceback"
+            _print_errors(console, f"internal error: {name}; {advice}")
+        sys.exit(getattr(error, "exit_code", 1))
     finally:
         release_outputs()
 
@@ -140,10 +132,8 @@ def _escape(record: logging.LogRecord) -> bool:
     return True
 
 
-def _complain(console: Console, message: str) -> None:
-    for line in message.split("\n"):
-        _print_error(console, f"error: {line}")
-
-
-def _print_error(console: Console, line: str) -> None:
-    console.print(printable(line), style="bold red", markup=False, highlight=False, soft_wrap=True)
+def _print_errors(console: Console, *lines: str) -> None:
+    for line in lines:
+        console.print(
+            printable(line), style="bold red", markup=False, highlight=False, soft_wrap=True
+        )

@@ -1,8 +1,9 @@
-"""``semid fit`` and ``semid refine``: learn codebooks, judge them, save them."""
+"""Commands on models: fit, refine and encode."""
 
 from __future__ import annotations
 
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 
 from semid.cli.shared import (
     LOG,
+    Count,
     InteractionColumns,
     Output,
     OutputPath,
@@ -79,17 +81,14 @@ def fit(
     if is_main():  # of several processes the first alone writes, and may have done so by now
         reads = (embeddings, source.ids, recipe, interactions, pairs, neighbors)
         hold_output(output, overwrite=overwrite, inputs=reads, state=_state_folder(output))
-    uses_ray = ray.uses_ray
+    uses_ray = ray.uses_ray  # checked before files are read
     values = {} if recipe is None else read_recipe(recipe)
     kind = tokenizer or values.get("tokenizer", "rqkmeans")
     values = {**values, **settings}
     values.pop("tokenizer", None)
     if uses_ray:
-        named = [
-            n
-            for n in ("ids", "log", "threads", "interactions", "pairs", "neighbors")
-            if context.params[n] is not None
-        ]
+        optional = ("ids", "log", "threads", "interactions", "pairs", "neighbors")
+        named = [name for name in optional if context.params[name] is not None]
         named += ["on_invalid"] if source.on_invalid != "error" else []
         named += [name for name in columns.NAMES if is_given(context, name)]
         if named:
@@ -98,7 +97,9 @@ def fit(
                 f"{flags} do not go with --engine ray; leave them out, or fit with --engine local "
                 "(under torchrun for several processes)"
             )
-        model = _fit_on_ray(kind, values, embeddings, output, source, ray, resume, quiet)
+        with make_progress(quiet=quiet) as progress:
+            run_state = {"checkpoint": _state_folder(output), "resume": resume}
+            model = _fit_on_ray(kind, values, embeddings, source, ray, run_state, progress)
         _finish(model, output, overwrite=overwrite)
         return
     logger = None if log is None or not is_main() else make_logger(log)
@@ -163,43 +164,25 @@ def _fit_on_ray(
     kind: str,
     values: dict[str, Any],
     embeddings: str,
-    output: str,
     source: SourceOptions,
     ray: RayFlags,
-    resume: bool,
-    quiet: bool,
+    state: dict[str, Any],
+    progress: Any,
 ) -> Any:
     """Fit on Ray: K-means over actors that hold shards, networks in processes of Ray Train."""
     from semid.tokenizers.factory import make_tokenizer
 
     names = {"embedding_column": source.embedding_column, "id_column": source.id_column}
-    model = make_tokenizer(kind, values)
-    layout, state = ray.options, _state_folder(output)
+    model, layout = make_tokenizer(kind, values), ray.options
     if not model.fits_shards:
         from semid.distributed.ray_train import fit_with_ray_train
 
-        return fit_with_ray_train(
-            kind,
-            values,
-            embeddings,
-            columns=names,
-            options=layout,
-            checkpoint=state,
-            resume=resume,
-        )
+        return fit_with_ray_train(kind, values, embeddings, columns=names, options=layout, **state)
     from semid.distributed.ray_fit import fit_on_ray
     from semid.distributed.units import Catalogue
 
     catalogue = Catalogue.open(embeddings, **names)
-    with make_progress(quiet=quiet) as progress:
-        done = fit_on_ray(
-            model,
-            catalogue,
-            options=layout,
-            checkpoint=state,
-            resume=resume,
-            progress=progress,
-        )
+    done = fit_on_ray(model, catalogue, options=layout, progress=progress, **state)
     rows = ", ".join(f"{count:,}" for count in done.rows)
     say(f"{done.workers} workers held the training rows: {rows}", err=True)
     return model
@@ -229,10 +212,8 @@ def _finish(model: Any, output: str, *, overwrite: bool) -> None:
         model.save(output, overwrite=overwrite)
     remove_state_folder(_state_folder(output))
     if model.report is not None:
-        say(
-            f"fitted {model.kind} on {model.report.trained_items:,} items in "
-            f"{model.report.seconds:,.1f} s"
-        )
+        items, seconds = model.report.trained_items, model.report.seconds
+        say(f"fitted {model.kind} on {items:,} items in {seconds:,.1f} s")
         say(model.report.summary)
     say(f"model: {output}")
 
@@ -278,3 +259,168 @@ def refine(
         say("no round lowered the error on held-out items; the codebooks are unchanged")
     say(refined.report.summary)
     say(f"model: {output}")
+
+
+def encode(
+    context: typer.Context,
+    model: str,
+    embeddings: Source,
+    output: Output,
+    source: SourceOptions,
+    ray: RayFlags,
+    beam_width: Annotated[int | None, typer.Option(min=1)] = None,
+    catalogue: Path | None = None,
+    novelty: Path | None = None,
+    novel_beyond: float = 0.99,
+    processes: Count = None,
+    threads: Threads = None,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    quiet: Quiet = False,
+) -> None:
+    """Give every item its codes; items need not have been part of the fit.
+
+    Writes Parquet: item_id, codes, residual_norm, and the codebook's fingerprint.
+
+    Example: semid encode model/ items.parquet -o ids.parquet
+
+    Example: semid encode model/ new.parquet --catalogue ids.parquet -o ids-2.parquet
+
+    Example: semid encode model/ items/ -o ids/ --processes 8
+
+    Example: semid encode s3://b/model s3://b/items -o s3://b/ids --engine ray --workers 64
+
+    Args:
+        model: Folder or URI written by 'semid fit'.
+        output: Parquet file to write. With several workers also a folder or a URI, which gets one
+            file per unit of row groups.
+        beam_width: Beam width; default: that of the model.
+        catalogue: Published ids to add to, a Parquet file or a bundle's folder; no published id
+            moves. An --output that is no .parquet is a bundle: the same folder gets one more
+            version.
+        novelty: With --catalogue: Parquet file of the new items and how novel each is.
+        novel_beyond: Share of the training distribution beyond which an item is novel.
+        processes: With --engine local: processes that share the row groups of Parquet files;
+            default: one for a file, one per CPU if the output is a folder or a URI.
+    """
+    from semid.catalogue.additions import check_threshold
+    from semid.loading import load_tokenizer
+    from semid.tokenizers.context import check_beam_width
+    from semid.tokenizers.encoding import encode_to_parquet, partial_folder
+
+    uses_ray = ray.uses_ray
+    if catalogue is None:
+        only = "only additions to a --catalogue use it"
+        refuse_unused(context, ["novelty", "novel_beyond"], only)
+    check_threshold(novel_beyond)
+    if beam_width is not None:
+        check_beam_width(beam_width)
+    folder = Path(embeddings).is_dir() or "://" in embeddings
+    shared = uses_ray or processes is not None or "://" in output
+    plain = catalogue is None and source.ids is None
+    shared = shared or (plain and folder and not output.endswith(".parquet"))
+    if shared:
+        if catalogue is not None or source.ids is not None:
+            raise UsageError(
+                "--catalogue and --ids read all items at once and do not go with several workers "
+                "(--engine ray, --processes, a folder or a URI as output); leave one out"
+            )
+        if uses_ray and (processes is not None or threads is not None):
+            raise UsageError(
+                "--processes and --threads go with --engine local; on Ray give --workers and "
+                "--cpus-per-worker"
+            )
+        refuse_unused(
+            context, ["threads"], "several processes share the CPUs; give --processes alone"
+        )
+        from semid.distributed.encode_folder import LocalOptions, encode_folder
+
+        columns = {k: value for k, value in vars(source).items() if k != "ids"}
+        with make_progress(quiet=quiet) as progress:
+            done = encode_folder(
+                model,
+                embeddings,
+                output,
+                engine=ray.options if uses_ray else LocalOptions(processes=processes),
+                beam_width=beam_width,
+                overwrite=overwrite,
+                resume=resume,
+                progress=progress,
+                announce=lambda sentence: say(sentence, err=True),
+                **columns,
+            )
+        shares = ", ".join(f"{rows:,}" for rows in done.by_process.values()) or "none"
+        say(f"encoded {done.encoded:,} of {done.rows:,} items (by worker: {shares}): {output}")
+        return
+    reads = (model, embeddings, source.ids)
+    if catalogue is None:
+        hold_output(output, overwrite=overwrite, inputs=reads, state=partial_folder(output))
+    elif resume or beam_width is not None:
+        raise UsageError(
+            "--resume and --beam-width do not go with --catalogue: new items are encoded in one "
+            "go, with the catalogue's own beam"
+        )
+    else:
+        _hold_outputs(reads, catalogue, Path(output), novelty, overwrite)
+    tokenizer = load_tokenizer(model)
+    tokenizer.threads = threads
+    opened = source.open(embeddings)
+    if catalogue is not None:
+        with make_progress(quiet=quiet) as progress:
+            options = {"threshold": novel_beyond, "progress": progress}
+            done, where = _add(tokenizer, opened, catalogue, Path(output), overwrite, **options)
+        if novelty is not None:
+            done.report.write(novelty, overwrite=overwrite)
+        say(done.report.summary())
+        say(f"ids of {len(done.ids):,} items: {where}")
+        return
+    with make_progress(quiet=quiet) as progress:
+        encode_to_parquet(
+            tokenizer,
+            opened,
+            output,
+            beam_width=beam_width,
+            overwrite=overwrite,
+            resume=resume,
+            progress=progress,
+        )
+    say(f"encoded {len(opened):,} items with {tokenizer.levels} codes each: {output}")
+
+
+def _grows(output: Path, catalogue: Path) -> bool:
+    """Whether a bundle gets one more version in its own folder."""
+    return output.is_dir() and output.resolve() == catalogue.resolve()
+
+
+def _hold_outputs(
+    reads: tuple[Any, ...], catalogue: Path, output: Path, novelty: Path | None, overwrite: bool
+) -> None:
+    """Hold what adding to published ids writes."""
+    if not _grows(output, catalogue):
+        replace = overwrite and output.suffix == ".parquet"
+        hold_output(output, overwrite=replace, inputs=(*reads, catalogue))
+    if novelty is not None:
+        hold_output(novelty, overwrite=overwrite, inputs=(*reads, catalogue))
+        if novelty.resolve() == output.resolve() or output.resolve() in novelty.resolve().parents:
+            raise UsageError(f"--novelty '{novelty}' is in --output; give another file")
+
+
+def _add(
+    tokenizer: Any, source: Any, catalogue: Path, output: Path, overwrite: bool, **options: Any
+) -> tuple[Any, str]:
+    """Add items to published ids; return the additions and where the ids are."""
+    from semid.catalogue.additions import add_items
+    from semid.catalogue.bundle import CatalogueBundle, read_catalogue
+    from semid.runs import hold_path
+
+    grows = _grows(output, catalogue)
+    # A bundle that grows in place is read, extended and written under one hold. Otherwise another
+    # run could append in between, and what counted as new here would be published already.
+    with hold_path(output) if grows else nullcontext():
+        published = read_catalogue(catalogue)
+        done = add_items(published, tokenizer, source, **options)
+        if output.suffix == ".parquet" and not grows:
+            done.ids.write(output, overwrite=overwrite)
+            return done, str(output)
+        bundle = CatalogueBundle(output) if grows else CatalogueBundle.create(output, published)
+        return done, f"{output}, version {bundle.append(done.ids)}"
