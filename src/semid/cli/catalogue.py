@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+import semid
 from semid.cli.shared import (
     INPUT,
     OUTPUT,
@@ -21,6 +22,7 @@ from semid.cli.shared import (
     Threads,
     hold_output,
     make_progress,
+    open_tokenizer,
     refuse_unused,
     say,
 )
@@ -55,9 +57,7 @@ def unique(
         embeddings: The items' embeddings; needed for reassign.
         capacity: reassign: items per id (default 1). append: number of tokens (default 256).
     """
-    from semid.catalogue.uniqueness import make_unique
-    from semid.codes import UNIQUE_METHODS, SemanticIds
-    from semid.loading import load_tokenizer
+    from semid.codes import UNIQUE_METHODS
 
     check_choice("--method", method, UNIQUE_METHODS)
     if method == "reassign" and (model is None or embeddings is None):
@@ -79,10 +79,10 @@ def unique(
         return
     hold_output(output, overwrite=overwrite, inputs=(ids_file, model, embeddings, source.ids))
     with make_progress(quiet=quiet) as progress:
-        done = make_unique(
-            SemanticIds.read(ids_file),
+        done = semid.make_unique(
+            semid.SemanticIds.read(ids_file),
             method=method,
-            tokenizer=None if model is None else load_tokenizer(model),
+            tokenizer=None if model is None else open_tokenizer(model),
             embeddings=None if embeddings is None else source.open(embeddings),
             capacity=capacity,
             progress=progress,
@@ -115,8 +115,6 @@ def drift(
         output: JSON file for the figures.
         after_ids: Item ids of AFTER, like --ids; default: the same table.
     """
-    from semid.catalogue.drift import drift as measure_drift
-    from semid.loading import load_tokenizer
     from semid.output import atomic_file
 
     if output is None:
@@ -124,12 +122,11 @@ def drift(
     else:
         reads = (model, before, after, source.ids, after_ids)
         hold_output(output, overwrite=overwrite, inputs=reads)
-    tokenizer = load_tokenizer(model)
-    tokenizer.threads = threads
+    tokenizer = open_tokenizer(model, threads=threads)
     old = source.open(before)
     new = source.open(after, ids=after_ids)
     with make_progress(quiet=quiet) as progress:
-        result = measure_drift(tokenizer, old, new, progress=progress)
+        result = semid.drift(tokenizer, old, new, progress=progress)
     if output is not None:
         with atomic_file(output, overwrite=overwrite) as work:
             work.write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf8")
@@ -170,19 +167,16 @@ def refresh(
     from semid.catalogue.bundle import read_catalogue
     from semid.catalogue.matching import item_counts
     from semid.catalogue.refresh import check_max_churn
-    from semid.catalogue.refresh import refresh as refresh_catalogue
-    from semid.loading import load_tokenizer
     from semid.output import atomic_folder
 
     check_max_churn(max_churn)
     reads = (model, embeddings, catalogue, source.ids, interactions)
     hold_output(output, overwrite=overwrite, inputs=reads)
-    tokenizer = load_tokenizer(model)
-    tokenizer.threads = threads
+    tokenizer = open_tokenizer(model, threads=threads)
     opened = source.open(embeddings)
     log = columns.read(context, interactions)
     with make_progress(quiet=quiet) as progress:
-        result = refresh_catalogue(
+        result = semid.refresh(
             tokenizer,
             read_catalogue(catalogue),
             opened,
@@ -195,9 +189,8 @@ def refresh(
     with atomic_folder(output, overwrite=overwrite) as folder:
         result.tokenizer.save(folder / "model")
         result.ids.write(folder / "ids.parquet")
-        (folder / "refresh.json").write_text(
-            json.dumps(result.report.to_dict(), indent=2) + "\n", encoding="utf8"
-        )
+        text = json.dumps(result.report.to_dict(), indent=2) + "\n"
+        (folder / "refresh.json").write_text(text, encoding="utf8")
     say(result.report.summary())
     say(f"model, ids and report: {output}")
 
@@ -227,8 +220,6 @@ def export(
         embeddings: torcheasyrec: embeddings for the alternative ids.
     """
     from semid.catalogue.bundle import read_catalogue
-    from semid.exports.formats import export as write_export
-    from semid.loading import load_tokenizer
 
     hold_output(output, overwrite=overwrite, inputs=(ids_file, model, embeddings, source.ids))
     options: dict[str, Any] = {}
@@ -242,11 +233,11 @@ def export(
     else:
         unused = ["embeddings", "ids", "embedding_column", "id_column", "on_invalid"]
         refuse_unused(context, unused, "embeddings serve --to torcheasyrec with --candidates")
-    write_export(
+    semid.export(
         to,
         output,
         ids=None if ids_file is None else read_catalogue(ids_file),
-        tokenizer=None if model is None else load_tokenizer(model),
+        tokenizer=None if model is None else open_tokenizer(model),
         overwrite=overwrite,
         **options,
     )
@@ -279,17 +270,15 @@ def import_(
             default.
     """
     from semid.data.items import load_ids
-    from semid.exports.formats import import_ids
-    from semid.loading import load_tokenizer
 
     if ids is None:
         refuse_unused(context, ["id_column"], "it names a column of --ids")
     hold_output(output, overwrite=overwrite, inputs=(file, model, ids))
-    imported = import_ids(
+    imported = semid.import_ids(
         source,
         file,
         items=None if ids is None else load_ids(ids, id_column=id_column),
-        tokenizer=None if model is None else load_tokenizer(model),
+        tokenizer=None if model is None else open_tokenizer(model),
         orientation=orientation,
     )
     imported.write(output, overwrite=overwrite)

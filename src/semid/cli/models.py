@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+import semid
 from semid.cli.shared import (
     LOG,
     Count,
@@ -25,6 +26,7 @@ from semid.cli.shared import (
     hold_output,
     is_given,
     make_progress,
+    open_tokenizer,
     refuse_unused,
     say,
 )
@@ -153,11 +155,10 @@ def _behavior(
         raise UsageError("--pairs and --neighbors both name pairs; give one of them")
     if neighbors is None:
         return {"interactions": interactions, "pairs": pairs}
-    from semid.tokenizers.behavior import Neighbors
 
     # Rows of an .npy have no ids: they are the catalogue's.
     named = None if Path(neighbors).suffix != ".npy" else ids.to_arrow()
-    return {"interactions": interactions, "pairs": Neighbors(Path(neighbors), ids=named)}
+    return {"interactions": interactions, "pairs": semid.Neighbors(Path(neighbors), ids=named)}
 
 
 def _fit_on_ray(
@@ -240,15 +241,13 @@ def refine(
         annealing_rounds: Rounds with falling noise, which leave the nearest optimum.
         beam_width: Beam width while refining, and of the model.
     """
-    from semid.loading import load_tokenizer
-    from semid.quantization.refine import RefineOptions
-    from semid.tokenizers.refining import refine as refine_model
-
     hold_output(output, overwrite=overwrite, inputs=(model, embeddings, source.ids))
-    options = RefineOptions(rounds=rounds, annealing_rounds=annealing_rounds, beam_width=beam_width)
+    options = semid.RefineOptions(
+        rounds=rounds, annealing_rounds=annealing_rounds, beam_width=beam_width
+    )
     opened = source.open(embeddings)
     with make_progress(quiet=quiet) as progress:
-        refined = refine_model(load_tokenizer(model), opened, options=options, progress=progress)
+        refined = semid.refine(open_tokenizer(model), opened, options=options, progress=progress)
     refined.save(output, overwrite=overwrite)
     assert refined.report is not None
     history = refined.report.details["refine"]
@@ -304,7 +303,6 @@ def encode(
             default: one for a file, one per CPU if the output is a folder or a URI.
     """
     from semid.catalogue.additions import check_threshold
-    from semid.loading import load_tokenizer
     from semid.tokenizers.context import check_beam_width
     from semid.tokenizers.encoding import encode_to_parquet, partial_folder
 
@@ -362,8 +360,7 @@ def encode(
         )
     else:
         _hold_outputs(reads, catalogue, Path(output), novelty, overwrite)
-    tokenizer = load_tokenizer(model)
-    tokenizer.threads = threads
+    tokenizer = open_tokenizer(model, threads=threads)
     opened = source.open(embeddings)
     if catalogue is not None:
         with make_progress(quiet=quiet) as progress:

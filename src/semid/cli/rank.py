@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+import semid
 from semid.cli.flags import check_keys, known_flags
 from semid.cli.shared import (
     INPUT,
@@ -59,13 +60,11 @@ class RankSource:
 
     def config(self, settings: dict[str, Any], fusion: bool) -> Any:
         """Return the configuration of the ranker."""
-        from semid.recommenders.ranking.network import RankerConfig
-
         model_options = {"hidden": _numbers("--hidden", self.hidden), "dropout": self.dropout}
         values = _part(settings, "config")
         options = {**model_options, **_part(values, "options")}
         values = {key: value for key, value in values.items() if not key.startswith("options.")}
-        return RankerConfig.of({**values, "fusion": fusion, "options": options})
+        return semid.RankerConfig.of({**values, "fusion": fusion, "options": options})
 
 
 def rank(
@@ -96,25 +95,20 @@ def rank(
         stream: Read the log from disk in each epoch; needs a label.
         analyze: JSON file for the metrics of the code embeddings (MoC).
     """
-    from semid.codes import SemanticIds
     from semid.output import atomic_file
     from semid.recommenders.ranking.analysis import analyze_codes
-    from semid.recommenders.ranking.builder import RankingDataConfig
-    from semid.recommenders.ranking.data import prepare_ranking_data
-    from semid.recommenders.ranking.features import CodeFeatures
-    from semid.recommenders.ranking.stream import RankingStream
-    from semid.recommenders.ranking.training import rank_options, train_ranker, training_device
+    from semid.recommenders.ranking.training import rank_options, training_device
     from semid.runs import remove_state_folder
     from semid.tokenizers.encoding import partial_folder
 
     _refuse_unused(context, settings, source, ids=ids, stream=stream, fusion=fusion)
     training_device(source.device)
-    data_config = RankingDataConfig.of(_part(settings, "data"))
+    data_config = semid.RankingDataConfig.of(_part(settings, "data"))
     check_choice("--fusion", fusion, ("on", "off"))
     config = source.config(settings, fusion == "on")
     training = rank_options(_part(settings, "training"))
     code_settings = {**_part(settings, "features"), "seed": seed}
-    CodeFeatures.of(code_settings)  # checked before the log is read
+    semid.CodeFeatures.of(code_settings)  # checked before the log is read
     reads, state = (logs, source.items, ids), partial_folder(output)
     hold_output(output, overwrite=overwrite, inputs=reads, state=state)
     if analyze is not None:
@@ -123,17 +117,17 @@ def rank(
     data: Any
     if stream:
         del names["time_column"]
-        data = RankingStream.open(logs, items=source.items, config=data_config, **names)
+        data = semid.RankingStream.open(logs, items=source.items, config=data_config, **names)
     else:
-        data = prepare_ranking_data(logs, items=source.items, config=data_config, **names)
+        data = semid.prepare_ranking_data(logs, items=source.items, config=data_config, **names)
     semantic_ids = features = None
     if ids is not None:
-        semantic_ids = SemanticIds.read(ids)
+        semantic_ids = semid.SemanticIds.read(ids)
         mode = "levels" if semantic_ids.info.hierarchical else "parallel"
-        features = CodeFeatures.of({"mode": mode, **code_settings})
+        features = semid.CodeFeatures.of({"mode": mode, **code_settings})
     try:
         with make_progress(quiet=quiet) as progress:
-            ranker = train_ranker(
+            ranker = semid.train_ranker(
                 data,
                 ids=semantic_ids,
                 features=features,
@@ -202,8 +196,6 @@ def rank_grid(
         on_invalid: Rows with null, NaN or inf: 'error' refuses them, 'skip' leaves them out.
     """
     from semid.output import atomic_file, atomic_folder
-    from semid.recommenders.ranking.builder import RankingDataConfig
-    from semid.recommenders.ranking.data import prepare_ranking_data
     from semid.recommenders.ranking.models import MODELS
     from semid.recommenders.ranking.training import rank_options, training_device
     from semid.reproduce.grid_tables import grid_tables
@@ -212,7 +204,7 @@ def rank_grid(
     switches = _switches(fusion)
     _refuse_unused(context, settings, source, fusion="on" if True in switches else "off")
     training_device(source.device)
-    data_config = RankingDataConfig.of(_part(settings, "data"))
+    data_config = semid.RankingDataConfig.of(_part(settings, "data"))
     grid = Grid(
         methods=_names(methods),
         scales=_numbers("--scales", scales),
@@ -237,7 +229,7 @@ def rank_grid(
         on_invalid=on_invalid,
     ).open(embeddings)
     names = {**vars(columns), "id_column": source.id_column}
-    data = prepare_ranking_data(logs, items=source.items, config=data_config, **names)
+    data = semid.prepare_ranking_data(logs, items=source.items, config=data_config, **names)
     with make_progress(quiet=quiet) as progress:
         rows = run_grid(
             grid, data, output, embeddings=opened, device=source.device, progress=progress

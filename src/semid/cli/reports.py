@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+import semid
 from semid.cli.shared import (
     OUTPUT,
     Count,
@@ -19,6 +20,7 @@ from semid.cli.shared import (
     Threads,
     hold_output,
     make_progress,
+    open_tokenizer,
     refuse_unused,
     say,
 )
@@ -95,8 +97,6 @@ def report(
     """
     from semid.data.items import read_items
     from semid.errors import IdsError
-    from semid.loading import load_tokenizer
-    from semid.report import diagnose
 
     reads = (model, embeddings, source.ids, items, interactions, relations)
     hold_output(output, overwrite=overwrite, inputs=reads)
@@ -107,8 +107,8 @@ def report(
     except (UsageError, IdsError):
         table = None
     with make_progress(quiet=quiet) as progress:
-        result = diagnose(
-            load_tokenizer(model),
+        result = semid.diagnose(
+            open_tokenizer(model),
             opened,
             interactions=log,
             items=items if items is not None else table,
@@ -146,9 +146,6 @@ def compare(
         relations: Parquet or CSV of item_id, related_item_id: a second ground truth.
         seed: Seed of samples, noise and negatives.
     """
-    from semid.loading import load_tokenizer
-    from semid.report import compare as compare_models
-
     if len(paths) < 3:
         raise UsageError(
             f"{len(paths)} paths given; name at least two model folders and then the embeddings"
@@ -163,8 +160,8 @@ def compare(
     opened = source.open(embeddings)
     log = columns.read(context, interactions)
     with make_progress(quiet=quiet) as progress:
-        result = compare_models(
-            {name: load_tokenizer(path) for name, path in zip(names, models, strict=True)},
+        result = semid.compare(
+            {name: open_tokenizer(path) for name, path in zip(names, models, strict=True)},
             opened,
             interactions=log,
             relations=relations,
@@ -199,21 +196,18 @@ def demo(
         levels: Codes per item.
         seed: Seed of the catalogue and the fit.
     """
-    from semid.data.synthetic import SyntheticCatalogue
     from semid.output import atomic_folder
-    from semid.report import diagnose
     from semid.tokenizers.encoding import encode_to_parquet
-    from semid.tokenizers.rqkmeans import RQKMeans
 
     hold_output(output, overwrite=overwrite, inputs=())
     with atomic_folder(output, overwrite=overwrite) as folder, make_progress(quiet=quiet) as steps:
-        SyntheticCatalogue(items=items, seed=seed).write(folder / "data")
+        semid.SyntheticCatalogue(items=items, seed=seed).write(folder / "data")
         embeddings, table = folder / "data/embeddings.npy", folder / "data/items.parquet"
-        model = RQKMeans(levels=levels, codebook_size=codebook_size, seed=seed)
+        model = semid.RQKMeans(levels=levels, codebook_size=codebook_size, seed=seed)
         model.fit(embeddings, ids=table, progress=steps)
         model.save(folder / "model")
         encode_to_parquet(model, embeddings, folder / "ids.parquet", ids=table, progress=steps)
-        diagnosis = diagnose(
+        diagnosis = semid.diagnose(
             model,
             embeddings,
             ids=table,

@@ -147,6 +147,16 @@ class RayFlags:
         return RayOptions(workers=self.workers, address=self.ray_address, **layout)
 
 
+def open_tokenizer(path: str | Path, *, threads: int | None = None) -> Any:
+    """Open a tokenizer; with a number of threads, for use by all that it does."""
+    from semid.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(path)
+    if threads is not None:
+        tokenizer.threads = threads
+    return tokenizer
+
+
 _HELD = contextlib.ExitStack()
 
 
