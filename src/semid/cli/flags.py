@@ -93,16 +93,18 @@ class Flag:
 
     def value(self, text: Any) -> Any:
         """Return the value of what was given."""
-        if not self.type.endswith("s"):
-            return text
-        parts = [part.strip() for part in text.split(",") if part.strip()]
-        try:
-            kind = {"ints": int, "floats": float}.get(self.type, str)
-            return tuple(kind(part) for part in parts)
-        except ValueError:
-            numbers = "whole numbers" if self.type == "ints" else "numbers"
-            flag = f"--{self.name.replace('_', '-')}"
-            raise UsageError(f"{flag} '{text}': give {numbers} with commas between") from None
+        return split_list(self.name, text, self.type) if self.type.endswith("s") else text
+
+
+def split_list(name: str, text: str, kind: str = "strs") -> tuple[Any, ...]:
+    """Return the values of a list with commas: ``ints``, ``floats`` or ``strs``."""
+    convert: Any = {"ints": int, "floats": float}.get(kind, str)
+    try:
+        return tuple(convert(part.strip()) for part in text.split(",") if part.strip())
+    except ValueError:
+        numbers = "whole numbers" if kind == "ints" else "numbers"
+        flag = f"--{name.replace('_', '-')}"
+        raise UsageError(f"{flag} '{text}': give {numbers} with commas between") from None
 
 
 # Reading option fields ----------------------------------------------------------------------

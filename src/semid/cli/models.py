@@ -26,6 +26,7 @@ from semid.cli.shared import (
     hold_output,
     is_given,
     make_progress,
+    name_checkpoint,
     open_tokenizer,
     refuse_unused,
     say,
@@ -111,12 +112,8 @@ def fit(
     behavior = _behavior(columns.read(context, interactions), pairs, neighbors, opened.ids)
     state = _state_folder(output)
     try:
-        with make_progress(quiet=quiet or not is_main()) as progress:
+        with name_checkpoint(state), make_progress(quiet=quiet or not is_main()) as progress:
             model.fit(opened, checkpoint=state, resume=resume, progress=progress, **behavior)
-    except KeyboardInterrupt:
-        if is_main() and (state / "state.safetensors").exists():
-            say(f"stopped; '{state}' keeps the run: repeat the command with --resume", err=True)
-        raise
     finally:
         if logger is not None:
             logger.close()

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 import semid
-from semid.cli.flags import check_keys, known_flags
+from semid.cli.flags import check_keys, known_flags, split_list
 from semid.cli.shared import (
     INPUT,
     InteractionColumns,
@@ -21,10 +21,11 @@ from semid.cli.shared import (
     SourceOptions,
     hold_output,
     make_progress,
+    name_checkpoint,
     refuse_unused,
     say,
 )
-from semid.errors import UsageError, check_choice
+from semid.errors import check_choice
 
 Logs = Annotated[
     str,
@@ -60,7 +61,10 @@ class RankSource:
 
     def config(self, settings: dict[str, Any], fusion: bool) -> Any:
         """Return the configuration of the ranker."""
-        model_options = {"hidden": _numbers("--hidden", self.hidden), "dropout": self.dropout}
+        model_options = {
+            "hidden": split_list("hidden", self.hidden, "ints"),
+            "dropout": self.dropout,
+        }
         values = _part(settings, "config")
         options = {**model_options, **_part(values, "options")}
         values = {key: value for key, value in values.items() if not key.startswith("options.")}
@@ -125,24 +129,19 @@ def rank(
         semantic_ids = semid.SemanticIds.read(ids)
         mode = "levels" if semantic_ids.info.hierarchical else "parallel"
         features = semid.CodeFeatures.of({"mode": mode, **code_settings})
-    try:
-        with make_progress(quiet=quiet) as progress:
-            ranker = semid.train_ranker(
-                data,
-                ids=semantic_ids,
-                features=features,
-                config=config,
-                training=training,
-                seed=seed,
-                device=source.device,
-                checkpoint=state,
-                resume=resume,
-                progress=progress,
-            )
-    except KeyboardInterrupt:
-        if (state / "state.safetensors").exists():
-            say(f"stopped; '{state}' keeps the run: repeat the command with --resume", err=True)
-        raise
+    with name_checkpoint(state), make_progress(quiet=quiet) as progress:
+        ranker = semid.train_ranker(
+            data,
+            ids=semantic_ids,
+            features=features,
+            config=config,
+            training=training,
+            seed=seed,
+            device=source.device,
+            checkpoint=state,
+            resume=resume,
+            progress=progress,
+        )
     ranker.save(output, overwrite=overwrite)
     remove_state_folder(state)
     if analyze is not None:
@@ -206,9 +205,9 @@ def rank_grid(
     training_device(source.device)
     data_config = semid.RankingDataConfig.of(_part(settings, "data"))
     grid = Grid(
-        methods=_names(methods),
-        scales=_numbers("--scales", scales),
-        models=tuple(MODELS) if models == "all" else _names(models),
+        methods=split_list("methods", methods),
+        scales=split_list("scales", scales, "ints"),
+        models=tuple(MODELS) if models == "all" else split_list("models", models),
         fusion=switches,
         seeds=seeds,
         codebook_size=codebook_size,
@@ -290,19 +289,8 @@ def _figures(name: str, figures: dict[str, Any]) -> str:
     return f"{name} ({figures['rows']:,} rows): {cells}"
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def _numbers(flag: str, text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in _names(text))
-    except ValueError:
-        raise UsageError(f"{flag} '{text}': give whole numbers with commas between") from None
-
-
 def _switches(text: str) -> tuple[bool, ...]:
-    names = _names(text) or ("off",)
+    names = split_list("fusion", text) or ("off",)
     for name in names:
         check_choice("--fusion", name, ("on", "off"))
     return tuple(name == "on" for name in dict.fromkeys(names))

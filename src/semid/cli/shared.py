@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -182,6 +182,19 @@ def make_progress(*, quiet: bool) -> Any:
     from semid.progress import make_progress as make
 
     return make(quiet=quiet)
+
+
+@contextlib.contextmanager
+def name_checkpoint(folder: Path) -> Iterator[None]:
+    """Say where a run that is interrupted can be continued from."""
+    from semid.training.distributed import is_main
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        if is_main() and (folder / "state.safetensors").exists():
+            say(f"stopped; '{folder}' keeps the run: repeat the command with --resume", err=True)
+        raise
 
 
 def refuse_unused(context: typer.Context, names: Sequence[str], reason: str) -> None:

@@ -51,12 +51,7 @@ DIVERGENCE_FACTOR = 1e4
 
 
 class Step(NamedTuple):
-    """What a model's ``forward`` returns.
-
-    Attributes:
-        loss: scalar to minimize: mean over the rows of this process.
-        logs: detached scalars to show, by name.
-    """
+    """What ``forward`` returns: the mean loss over its rows, and detached scalars to show."""
 
     loss: Tensor
     logs: dict[str, Tensor]
@@ -118,14 +113,7 @@ class TrainingTask(Protocol):
 class TrainResult:
     """Outcome of a run; the module has the weights of the best epoch.
 
-    Attributes:
-        best_epoch: number of the best epoch, from 0.
-        best: its evaluation.
-        first: the first evaluation with a score.
-        epochs: epochs run.
-        stopped_early: whether patience ran out.
-        precision: ``fp32`` or ``bf16``.
-        history: figures of every epoch.
+    ``first`` is the first evaluation with a score; ``stopped_early`` tells that patience ran out.
     """
 
     best_epoch: int
@@ -215,6 +203,7 @@ class _Run:
             else make_optimizer(options)
         )
         self.precision = resolve_precision(options.precision, device)
+        self.total = options.epochs * task.steps_per_epoch
         self.step = 0
         self.first_loss: float | None = None
         self.evaluations: list[Evaluation] = []
@@ -230,7 +219,7 @@ class _Run:
 
     def to_end(self, interrupts: Interrupts, log: Logger | None, title: str) -> TrainResult:
         """Run the remaining steps and return the result."""
-        per_epoch, total = self.task.steps_per_epoch, self._total()
+        per_epoch, total = self.task.steps_per_epoch, self.total
         self.progress.start(title, total=total)
         self.progress.step(self.step)
         while self.step < total and not self._exhausted():
@@ -261,9 +250,6 @@ class _Run:
             precision=self.precision,
             history=tuple(_figures(e) for e in self.evaluations),
         )
-
-    def _total(self) -> int:
-        return self.options.epochs * self.task.steps_per_epoch
 
     def _exhausted(self) -> bool:
         patience = self.options.patience
@@ -299,7 +285,7 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = group.get("rate", 1.0) * learning_rate(
                 self.step,
-                total=self._total(),
+                total=self.total,
                 peak=options.learning_rate,
                 schedule=options.schedule,
                 warmup=options.warmup,
