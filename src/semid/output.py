@@ -242,7 +242,8 @@ def claim_output(
             check_state_folder(state)
         # Another run may have ended between the first check and the lock.
         check_output(path, overwrite=overwrite, inputs=input_list)
-        yield
+        with _plain_write_errors(path):  # also for parts that are written beside the output
+            yield
 
 
 def _local_target(path: FilePath | os.PathLike[str]) -> Path:
@@ -298,7 +299,7 @@ def atomic_folder(
         work = _temporary(target)
         work.mkdir()
         try:
-            with plain_write_errors(path):
+            with _plain_write_errors(path):
                 yield work
                 mark_folder(work, names=grows)
             replace_folder(work, target)
@@ -351,7 +352,7 @@ def atomic_file(
         mode = stat.S_IMODE(work.stat().st_mode)
         marker = target.parent / f".{target.name}{MARKER}"
         try:
-            with plain_write_errors(path):
+            with _plain_write_errors(path):
                 yield work
             work.chmod(mode)  # some libraries replace the file by one that only the owner reads
             if not mark or _is_own_file(work):
@@ -371,7 +372,7 @@ def atomic_file(
 
 
 @contextlib.contextmanager
-def plain_write_errors(path: Any) -> Iterator[None]:
+def _plain_write_errors(path: Any) -> Iterator[None]:
     """Turn a full disk, whichever library met it, into one sentence."""
     try:
         yield

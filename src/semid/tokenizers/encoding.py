@@ -30,13 +30,7 @@ from semid.data.embeddings import open_embeddings
 from semid.data.ids import ItemIds
 from semid.errors import ArtefactError, EmbeddingError, IdsError, OutputExistsError
 from semid.filesystems import FilePath, Folder, local_path, open_parquet, split_path
-from semid.output import (
-    atomic_file,
-    atomic_folder,
-    claim_output,
-    mark_remote_folder,
-    plain_write_errors,
-)
+from semid.output import atomic_file, atomic_folder, claim_output, mark_remote_folder
 from semid.progress import Progress, QuietProgress
 from semid.quantization.blocks import BLOCK_ROWS
 from semid.runs import remove_state_folder
@@ -279,10 +273,7 @@ def encode_to_parquet(
     info = tokenizer.codes_info(beam_width)
     progress = progress or QuietProgress()
     state = partial_folder(path)
-    with (
-        claim_output(path, overwrite=overwrite, inputs=[source], state=state),
-        plain_write_errors(path),
-    ):
+    with claim_output(path, overwrite=overwrite, inputs=[source], state=state):
         key = run_key(asdict(info), json.dumps(opened.describe(), default=str))
         folder = PartFolder(state, info, key)
         folder.begin(resume=resume)
