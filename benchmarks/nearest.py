@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from common import in_turn, save, union_rows
-from semid.quantization.engine.routes import working_routes
-from semid.quantization.engine.search import search
+from semid.quantization.engine.search import search, working_routes
 from semid.quantization.nearest import index_codebook, nearest
 from semid.quantization.threads import one_blas_thread
 

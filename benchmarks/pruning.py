@@ -16,10 +16,9 @@ import numpy as np
 import torch
 
 from common import save, union_rows
-from semid.quantization.blocks import ArrayBlocks
+from semid.quantization.blocks import ArrayBlocks, statistics
+from semid.quantization.kmeans import kmeans_plus_plus
 from semid.quantization.nearest import index_codebook, nearest_m
-from semid.quantization.seeding import kmeans_plus_plus
-from semid.quantization.sums import statistics
 
 
 def main() -> None:

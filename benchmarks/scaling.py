@@ -42,10 +42,9 @@ from common import RESULTS, machine, markdown
 from semid.distributed.ray_fit import FitWorker, shard_loads, share_units
 from semid.distributed.ray_workers import RayOptions, RayShardPool, connect
 from semid.distributed.units import Catalogue
-from semid.quantization.blocks import BLOCK_ROWS, ArrayBlocks
-from semid.quantization.seeding import MAX_ROUND, kmeans_plus_plus
+from semid.quantization.blocks import BLOCK_ROWS, ArrayBlocks, cut_blocks
+from semid.quantization.kmeans import MAX_ROUND, kmeans_plus_plus
 from semid.quantization.sharding import LocalShardPool, Shard, ShardedMatrix
-from semid.quantization.sums import cut_blocks
 from semid.training.distributed import (
     ProcessShardPool,
     is_main,

@@ -17,12 +17,12 @@ from semid.quantization.blocks import (
     Preprocess,
     PreprocessedBlocks,
     ResidualBlocks,
+    Statistics,
     in_memory,
     prefetched,
+    statistics,
 )
-from semid.quantization.kmeans import KMeansOptions, KMeansState, kmeans
-from semid.quantization.seeding import kmeans_plus_plus
-from semid.quantization.sums import Statistics, statistics
+from semid.quantization.kmeans import KMeansOptions, KMeansState, kmeans, kmeans_plus_plus
 
 
 def brute_inertia(x: np.ndarray, centroids: np.ndarray) -> float:
@@ -81,7 +81,7 @@ def test_weights_equal_repeated_rows(clustered):
 
 def test_threads_and_memory_change_nothing(clustered, monkeypatch):
     monkeypatch.setattr("semid.quantization.nearest.THREADED_WORK", 0)
-    monkeypatch.setattr("semid.quantization.seeding.THREADED_WORK", 0)
+    monkeypatch.setattr("semid.quantization.kmeans.THREADED_WORK", 0)
     runs = [kmeans(ArrayBlocks(clustered), 30, seed=5, threads=threads) for threads in (1, 2, 3)]
     view = PreprocessedBlocks(ArrayBlocks(clustered), Preprocess())  # read block by block
     runs.append(kmeans(view, 30, seed=5))
@@ -184,8 +184,8 @@ def test_sample_then_full_pass_uses_all_rows(clustered):
 @pytest.mark.parametrize("sampled", [False, True])
 def test_greedy_seeding_beats_plain_on_average(clustered, monkeypatch, sampled):
     if sampled:  # gains from a part of the rows, as for large data
-        monkeypatch.setattr("semid.quantization.seeding.GAIN_ROWS_LEAST", len(clustered) // 4)
-        monkeypatch.setattr("semid.quantization.seeding.GAIN_ROWS_PER_CODE", 1)
+        monkeypatch.setattr("semid.quantization.kmeans.GAIN_ROWS_LEAST", len(clustered) // 4)
+        monkeypatch.setattr("semid.quantization.kmeans.GAIN_ROWS_PER_CODE", 1)
 
     def start(trials: int) -> float:
         return float(
@@ -261,7 +261,7 @@ def test_statistics_do_not_depend_on_threads():
 
 
 def test_adding_statistics():
-    total = Statistics.zeros(2, 3)
+    total = Statistics(np.zeros((2, 3)), np.zeros(2), 0.0)
     total.add_(Statistics(np.ones((2, 3)), np.array([1.0, 2.0]), 5.0))
     total.add_(Statistics(np.ones((2, 3)), np.array([1.0, 0.0]), 1.0))
     assert total.sums.tolist() == [[2.0] * 3] * 2

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from semid.quantization.engine import routes
-from semid.quantization.engine.formats import Bfloat16Gemm
+import semid.quantization.engine.search as engine
+from semid.quantization.engine.formats import Bfloat16Gemm, QueryBlock
 from semid.quantization.engine.gpu import search_device
 from semid.quantization.engine.keys import COSINE, INNER, L2
-from semid.quantization.engine.search import State, search
-from semid.quantization.engine.table import Table, float32_rows
+from semid.quantization.engine.search import search
+from semid.quantization.engine.table import VectorTable, float32_rows
 from semid.quantization.nearest import index_codebook, nearest, top_k
 from semid.quantization.threads import cgroup_limit, default_threads, map_blocks
 
@@ -23,7 +23,7 @@ DATA = Path(os.environ.get("SEMID_DATA", Path(__file__).parents[2] / "shared" / 
 # torch's bfloat16 products are slow without the chip's, and right all the same.
 AVAILABLE = [
     route
-    for route in routes._candidates()
+    for route in engine._candidates()
     if route.unavailable() is None or isinstance(route, Bfloat16Gemm)
 ]
 each_route = pytest.mark.parametrize(
@@ -41,9 +41,9 @@ def problem(n: int = 500, codes: int = 900, dim: int = 100) -> tuple[torch.Tenso
 
 @each_route
 @pytest.mark.parametrize("dim", [1, 31, 100, 256, 300])
-def test_every_implementation_gives_the_same_bits(route: routes.Route, dim: int) -> None:
+def test_every_implementation_gives_the_same_bits(route: engine.Route, dim: int) -> None:
     x, codebook = problem(150, 700, dim)
-    table = Table(codebook, metric=L2, unique=True)
+    table = VectorTable(codebook, metric=L2, unique=True)
     truth = (x.double()[:, None] - codebook.double()[None]).square().sum(2).argmin(1)
     found = search(x, table, route, threads=1)
     assert found.labels[:, 0].tolist() == truth.tolist()
@@ -55,9 +55,9 @@ def test_every_implementation_gives_the_same_bits(route: routes.Route, dim: int)
 
 
 @each_route
-def test_a_limit_drops_nothing_that_lies_nearer(route: routes.Route) -> None:
+def test_a_limit_drops_nothing_that_lies_nearer(route: engine.Route) -> None:
     x, codebook = problem(200, 700, 100)
-    table = Table(codebook, metric=L2, unique=False)
+    table = VectorTable(codebook, metric=L2, unique=False)
     whole = search(x, table, route, k=6, threads=1)
     # From nothing within reach to everything, at a rank that differs by row, and on the edge.
     within = np.ascontiguousarray(whole.keys[np.arange(200), np.arange(200) % 6])
@@ -76,12 +76,12 @@ def test_a_limit_drops_nothing_that_lies_nearer(route: routes.Route) -> None:
 
 @each_route
 @pytest.mark.parametrize("metric", [L2, INNER])
-def test_every_score_lies_within_the_bound(route: routes.Route, metric: int) -> None:
+def test_every_score_lies_within_the_bound(route: engine.Route, metric: int) -> None:
     x, codebook = problem(64, 200, 100)
-    table = Table(codebook, metric=metric, unique=False)
+    table = VectorTable(codebook, metric=metric, unique=False)
     operand = table.operand("test" + route.name + route.library, route.prepare)
     assert operand is not None
-    state = State(64, table.rows.shape[1], k=200, best_only=False)  # keeps every score
+    state = QueryBlock(64, table.rows.shape[1], k=200, best_only=False)  # keeps every score
     state.load(float32_rows(x, name="x"), table)
     route.screen(table, operand, state)
     y, entries = state.y.astype(np.float64), table.scaled[:200].astype(np.float64)
@@ -92,7 +92,7 @@ def test_every_score_lies_within_the_bound(route: routes.Route, metric: int) -> 
         assert state.counts[row] >= 200
         kept = state.candidates[row, : state.counts[row]]
         real = kept < 200
-        scores = state.kept[row, : len(kept)][real] * state.unit[row] + state.shift[row]
+        scores = state.scores[row, : len(kept)][real] * state.unit[row] + state.shift[row]
         assert sorted(kept[real]) == list(range(200))
         error = np.abs(scores - truth[row, kept[real]])
         assert (error <= state.bound[row]).all()
@@ -101,10 +101,10 @@ def test_every_score_lies_within_the_bound(route: routes.Route, metric: int) -> 
 
 
 @each_route
-def test_screening_leaves_few_pairs_to_measure(route: routes.Route) -> None:
+def test_screening_leaves_few_pairs_to_measure(route: engine.Route) -> None:
     generator = torch.Generator().manual_seed(8)
     x, codebook = (torch.randn(n, 64, generator=generator) for n in (500, 4000))
-    found = search(x, Table(codebook, metric=L2, unique=True), route, threads=1)
+    found = search(x, VectorTable(codebook, metric=L2, unique=True), route, threads=1)
     assert found.measured < (40 if route.name == "int8" else 4) * 500
 
 
@@ -135,24 +135,24 @@ def device_cases(device: str) -> None:
     x, codebook = problem(300, 400, 75)
     exclude = np.arange(300)
     for metric in (L2, INNER, COSINE):
-        table = Table(codebook, metric=metric, unique=metric == L2)
+        table = VectorTable(codebook, metric=metric, unique=metric == L2)
         for k, left_out in ((1, None), (20, None), (20, exclude)):
             expected = search(x, table, AVAILABLE[-1], k=k, exclude=left_out, threads=1)
             found = search_device(x.to(device), table, k=k, exclude=left_out)
             np.testing.assert_array_equal(found.labels, expected.labels)
             np.testing.assert_array_equal(found.keys, expected.keys)
     for factor in (1e-30, 1e18):
-        table = Table(codebook * factor, metric=L2, unique=True)
+        table = VectorTable(codebook * factor, metric=L2, unique=True)
         found = search_device((x * factor).to(device), table)
         expected = search(x * factor, table, AVAILABLE[-1], threads=1)
         np.testing.assert_array_equal(found.keys, expected.keys)
         np.testing.assert_array_equal(found.labels, expected.labels)
     lattice = torch.round(x[:, :3])
-    table = Table(torch.unique(lattice, dim=0), metric=L2, unique=True)
+    table = VectorTable(torch.unique(lattice, dim=0), metric=L2, unique=True)
     assert (search_device(lattice.to(device), table).keys == 0).all()
     bad = x[:4].clone()
     bad[1, 2], bad[2, 0] = float("nan"), float("inf")
-    found = search_device(bad.to(device), Table(codebook, metric=L2, unique=True))
+    found = search_device(bad.to(device), VectorTable(codebook, metric=L2, unique=True))
     assert np.isfinite(found.keys[:, 0]).tolist() == [True, False, False, True]
 
 
@@ -174,18 +174,18 @@ def test_cuda_search_equals_the_compiled_one() -> None:
 def test_a_route_that_answers_wrongly_is_left_out(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class Wrong(routes.Float32Gemm):
+    class Wrong(engine.Float32Gemm):
         name, library = "int8", "broken"
 
-        def screen(self, table: Table, operand: object, state: State) -> None:
+        def screen(self, table: VectorTable, operand: object, state: QueryBlock) -> None:
             super().screen(table, operand, state)  # type: ignore[arg-type]
             state.candidates[:] = 5
 
-    monkeypatch.setattr(routes, "_candidates", lambda: [Wrong(), routes.Float32Gemm()])
-    routes._probe_machine.cache_clear()
+    monkeypatch.setattr(engine, "_candidates", lambda: [Wrong(), engine.Float32Gemm()])
+    engine._probe_machine.cache_clear()
     try:
-        with caplog.at_level(logging.INFO, logger=routes.__name__):
-            working = routes.working_routes()
+        with caplog.at_level(logging.INFO, logger=engine.__name__):
+            working = engine.working_routes()
         assert [route.library for route in working] == ["torch float32"]
         assert "int8 (broken): left out, its self-test gave a wrong answer" in caplog.text
         x, codebook = problem(20, 30, 8)
@@ -193,24 +193,24 @@ def test_a_route_that_answers_wrongly_is_left_out(
             nearest(x, codebook, route="int8").labels, nearest(x, codebook, route="fp32").labels
         )
     finally:
-        routes._probe_machine.cache_clear()
+        engine._probe_machine.cache_clear()
 
 
 def test_many_queries_probe_once_and_the_choice_is_logged(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    x, codebook = problem(routes.MIN_PROBED_QUERIES, 64, 16)
+    x, codebook = problem(engine.MIN_PROBED_QUERIES, 64, 16)
     ready = index_codebook(codebook)
-    routes._recent.clear()
+    engine._recent.clear()
 
     def probes() -> int:
         return sum("for 64 x 16" in line for line in caplog.messages)
 
-    with caplog.at_level(logging.INFO, logger=routes.__name__):
+    with caplog.at_level(logging.INFO, logger=engine.__name__):
         first = nearest(x, ready, threads=2)
         again = nearest(x, ready, threads=1)
         assert probes() == 1
-        for _ in range(routes.REUSED_TABLES):  # tables of the same shape take over the choice
+        for _ in range(engine.REUSED_TABLES):  # tables of the same shape take over the choice
             nearest(x, codebook)
         assert probes() == 1
         nearest(x, codebook)
@@ -257,11 +257,11 @@ def test_blocks_keep_their_order_and_errors_come_through() -> None:
     reason="needs the union catalogue's embeddings; set SEMID_DATA to the data folder",
 )
 @each_route
-def test_real_embeddings(route: routes.Route) -> None:
+def test_real_embeddings(route: engine.Route) -> None:
     rows = np.load(DATA / "union_catalogue" / "embeddings.f16.npy", mmap_mode="r")
     x = torch.from_numpy(np.array(rows[::400], dtype=np.float32))
     codebook = torch.from_numpy(np.array(rows[7::64], dtype=np.float32))
-    table = Table(codebook, metric=L2, unique=True)
+    table = VectorTable(codebook, metric=L2, unique=True)
     found = search(x, table, route, threads=1)
     entries = codebook.double()
     truth = (x.double() @ entries.T - entries.square().sum(1) / 2).argmax(1)

@@ -5,17 +5,21 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from semid.quantization.additive import NormalEquations
-from semid.quantization.assign import assign
-from semid.quantization.tables import fit_tables
 
 import semid
 from semid.data.ids import held_out_mask
 from semid.errors import FingerprintError, InputError, UsageError
-from semid.quantization.balance import add_penalties, balance_penalties, pad_columns
 from semid.quantization.blocks import ArrayBlocks
-from semid.quantization.nearest import prepare
-from semid.quantization.refine import Part, RefineOptions, refine_residual
+from semid.quantization.least_squares import NormalEquations, fit_tables
+from semid.quantization.nearest import assign, index_codebook
+from semid.quantization.refine import (
+    ColumnGroup,
+    RefineOptions,
+    add_penalties,
+    balance_penalties,
+    pad_columns,
+    refine_residual,
+)
 from semid.quantization.residual import encode_residual, fit_residual
 from semid.tokenizers.stored import HELD_OUT_SALT
 
@@ -72,7 +76,7 @@ def fitted(x: np.ndarray) -> list[np.ndarray]:
 
 
 def error(x: np.ndarray, books: list[np.ndarray], beam: int) -> float:
-    ready = [prepare(torch.from_numpy(book)) for book in books]
+    ready = [index_codebook(torch.from_numpy(book)) for book in books]
     norms = encode_residual(x, ready, beam_width=beam, threads=1).residual_norms
     return float(np.square(norms, dtype=np.float64).mean())
 
@@ -82,7 +86,7 @@ def test_refinement_lowers_the_error_of_items_it_does_not_see(clustered):
     books = fitted(train)
     options = RefineOptions(beam_width=4, annealing_rounds=0)
     refined, rounds = refine_residual(
-        ArrayBlocks(train), books, judged=ArrayBlocks(judged), options=options, threads=1
+        ArrayBlocks(train), books, held_out=ArrayBlocks(judged), options=options, threads=1
     )
     assert rounds
     assert [one.error for one in rounds] == sorted((one.error for one in rounds), reverse=True)
@@ -90,7 +94,7 @@ def test_refinement_lowers_the_error_of_items_it_does_not_see(clustered):
     assert rounds[0].before == pytest.approx(error(judged, books, 4))
     assert error(unseen, refined, 4) < error(unseen, books, 4)
     more, _ = refine_residual(
-        ArrayBlocks(train), books, judged=ArrayBlocks(judged), options=options, threads=3
+        ArrayBlocks(train), books, held_out=ArrayBlocks(judged), options=options, threads=3
     )
     assert all(np.array_equal(a, b) for a, b in zip(refined, more, strict=True))
 
@@ -104,7 +108,7 @@ def test_annealing_leaves_the_nearest_optimum():
 
     def refined(**options):
         return refine_residual(
-            ArrayBlocks(train), books, judged=ArrayBlocks(judged),
+            ArrayBlocks(train), books, held_out=ArrayBlocks(judged),
             options=RefineOptions(beam_width=4, **options), threads=1,
         )  # fmt: skip
 
@@ -124,9 +128,9 @@ def test_annealing_leaves_the_nearest_optimum():
 
 def test_columns_outside_the_parts_stay(clustered):
     books = fitted(clustered)
-    parts = [Part(slice(0, 10), 3), Part(slice(10, 20), 1)]
+    parts = [ColumnGroup(slice(0, 10), 3), ColumnGroup(slice(10, 20), 1)]
     refined, rounds = refine_residual(
-        ArrayBlocks(clustered), books, parts=parts, options=RefineOptions(rounds=1), threads=1
+        ArrayBlocks(clustered), books, groups=parts, options=RefineOptions(rounds=1), threads=1
     )
     assert rounds
     assert all(np.array_equal(a[:, 20:], b[:, 20:]) for a, b in zip(refined, books, strict=True))
@@ -181,7 +185,7 @@ def test_a_weight_counts_a_row_so_often_and_in_the_noise_too(clustered):
     options = RefineOptions(rounds=2, annealing_rounds=3, beam_width=2)
     by_weight, by_count = (
         refine_residual(
-            ArrayBlocks(rows), books, judged=ArrayBlocks(judged), options=options, **how
+            ArrayBlocks(rows), books, held_out=ArrayBlocks(judged), options=options, **how
         )
         for rows, how in (
             (train, {"weights": times.astype(np.float64)}),
@@ -308,7 +312,7 @@ def test_judged_items_that_are_all_alike_have_no_relative_error(kept):
     codes, targets = generator.integers(0, 5, (60, 2)), generator.normal(size=(60, 3)) + 7
     alike = (codes[:kept], np.repeat(targets[:1], kept, axis=0).astype(np.float32))
     found = fit_tables(
-        [(codes, targets)], [5, 5], 3, judged=lambda: [alike], ridges=(0.1, 1.0), threads=1
+        [(codes, targets)], [5, 5], 3, held_out=lambda: [alike], ridges=(0.1, 1.0), threads=1
     )
     assert found.error is None
 
@@ -321,7 +325,7 @@ def test_a_weight_of_a_table_counts_an_item_so_often():
 
     def tables(blocks, mass=None):
         return fit_tables(
-            blocks, [5, 5], 3, judged=lambda: judged, ridges=(0.5, 2.0), weights=mass, threads=1
+            blocks, [5, 5], 3, held_out=lambda: judged, ridges=(0.5, 2.0), weights=mass, threads=1
         )
 
     halves = [(codes[:130], targets[:130]), (codes[130:], targets[130:])]

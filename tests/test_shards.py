@@ -20,11 +20,17 @@ from semid.health import (
     merge_collisions,
     usage,
 )
-from semid.quantization.blocks import BLOCK_ROWS, ArrayBlocks, Preprocess
+from semid.quantization.blocks import (
+    BLOCK_ROWS,
+    ArrayBlocks,
+    Preprocess,
+    TreeSum,
+    cut_blocks,
+    merge_nodes,
+)
 from semid.quantization.kmeans import KMeansOptions, kmeans
 from semid.quantization.residual import fit_residual
 from semid.quantization.sharding import Shard, ShardedMatrix, as_sharded, payload_bytes
-from semid.quantization.sums import TreeSum, cut_blocks, merge_nodes
 from semid.training.distributed import local_world_size, shard_spans
 
 

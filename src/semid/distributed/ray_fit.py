@@ -26,9 +26,8 @@ from semid.distributed.units import Catalogue, Unit
 from semid.errors import EmbeddingError
 from semid.health import CollisionCounter, Collisions, merge_collisions, row_hashes
 from semid.progress import Progress, QuietProgress
-from semid.quantization.blocks import BLOCK_ROWS
+from semid.quantization.blocks import BLOCK_ROWS, Node, merge_nodes
 from semid.quantization.sharding import Shard, ShardedMatrix
-from semid.quantization.sums import Node, merge_nodes
 from semid.tokenizers.base import Tokenizer
 from semid.tokenizers.context import check_enough
 from semid.tokenizers.fit_report import FitReport, HealthCounter

@@ -11,9 +11,8 @@ from typing import Any
 
 from semid.errors import InputError, MissingExtraError, UsageError
 from semid.options import Options, option
-from semid.quantization.blocks import BLOCK_ROWS
+from semid.quantization.blocks import BLOCK_ROWS, Node, Statistics, TreeSum, merge_nodes
 from semid.quantization.sharding import payload_bytes
-from semid.quantization.sums import Node, Statistics, TreeSum, merge_nodes
 
 logger = logging.getLogger(__name__)
 

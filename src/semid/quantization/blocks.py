@@ -1,25 +1,35 @@
-"""Rows in fixed global blocks: the only view of data that the numerics need.
+"""Rows in fixed global blocks, and sums over them: the only view of data that the numerics need.
 
 Work is cut into blocks of `BLOCK_ROWS` rows counted from row 0. Sums are taken a block at a time
-in float64 and added in the order of one fixed tree over the block numbers, so that threads,
-processes and memory limits cannot change a result.
+in float64. Floating-point addition is not associative, so a sum depends on where its brackets are.
+Here a binary tree over the block numbers places them: node ``(height, index)`` is the sum of the
+blocks from ``index * 2**height`` up to the next node of that height. Whoever holds consecutive
+blocks can add up whole nodes alone and pass on the few that remain, so that threads, processes and
+memory limits cannot change a result. Up to three blocks this is plain addition in block order.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import queue
 import threading
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, Self, TypeVar
 
+import numba
 import numpy as np
 import numpy.typing as npt
 
-from semid.quantization.sums import TreeSum
+from semid.errors import UsageError
+from semid.quantization.threads import map_blocks
 
 Array = npt.NDArray[np.float32]
 BLOCK_ROWS = 65_536
+
+# Views on rows --------------------------------------------------------------------------------
 
 
 class Blocks(Protocol):
@@ -59,7 +69,6 @@ class ArrayBlocks:
         return int(self.matrix.shape[1])
 
     def __len__(self) -> int:
-        """Count the rows."""
         return len(self.matrix)
 
     def blocks(self, size: int = BLOCK_ROWS) -> Iterator[tuple[int, Array]]:
@@ -73,28 +82,45 @@ class ArrayBlocks:
 
 
 class WritableBlocks(ArrayBlocks):
-    """A float32 matrix that nobody else reads, so that what a level leaves can replace it.
+    """A float32 matrix ``(items, dim)`` that nobody else reads: residuals can replace its rows.
 
-    A view of what is left would be held beside it: at a million rows a gigabyte more.
-
-    Args:
-        matrix: ``(items, dim)`` float32.
+    A view of the residuals would be held beside it: at a million rows a gigabyte more.
     """
 
-    matrix: Array
 
-    def subtract_(self, codebook: Array, labels: npt.NDArray[np.int64]) -> None:
-        """Take from every row its codeword; the same numbers as `ResidualBlocks` gives."""
-        for start in range(0, len(self.matrix), BLOCK_ROWS):
-            span = slice(start, start + BLOCK_ROWS)
-            self.matrix[span] -= codebook[labels[span]]
+class RowView(ABC):
+    """A view of blocks whose rows are computed as they are read, each from its base row alone."""
+
+    def __init__(self, base: Blocks) -> None:
+        self.base = base
+
+    @property
+    def dim(self) -> int:
+        """Width of a row."""
+        return self.base.dim
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    @abstractmethod
+    def transform(self, rows: Array, at: slice | npt.NDArray[np.int64]) -> Array:
+        """Return what the base rows ``(n, dim)`` at the numbers ``at`` become."""
+
+    def blocks(self, size: int = BLOCK_ROWS) -> Iterator[tuple[int, Array]]:
+        """Yield ``(first row, rows)`` in order."""
+        for start, block in self.base.blocks(size):
+            yield start, self.transform(block, slice(start, start + len(block)))
+
+    def rows(self, indices: npt.NDArray[np.int64]) -> Array:
+        """Return the rows at ``indices``."""
+        return self.transform(self.base.rows(indices), indices)
 
 
 class Preprocess:
     """Row-wise preparation of vectors, saved with a model and undone where it can be.
 
     Args:
-        center: subtract ``mean`` (dim,), fitted on the training rows; None leaves rows as they are.
+        mean: ``(dim,)`` mean of the training rows to subtract; None leaves rows as they are.
         normalize: scale each (centered) row to unit length; zero rows stay zero.
     """
 
@@ -107,11 +133,7 @@ class Preprocess:
         """Fit on training rows: one pass when ``center`` is set, none otherwise."""
         if not center:
             return cls(normalize=normalize)
-        tree: TreeSum[_Sum] = TreeSum()
-        for number, (_, block) in enumerate(blocks.blocks()):
-            tree.add(number, _Sum(block.sum(axis=0, dtype=np.float64)))
-        mean = tree.total().values / len(blocks)
-        return cls(mean=mean.astype(np.float32), normalize=normalize)
+        return cls(mean=mean_row(moments(blocks)).astype(np.float32), normalize=normalize)
 
     @property
     def identity(self) -> bool:
@@ -119,7 +141,7 @@ class Preprocess:
         return self.mean is None and not self.normalize
 
     def apply(self, block: Array) -> Array:
-        """Prepare rows ``(n, dim)``; each row's result depends on that row alone."""
+        """Preprocess rows ``(n, dim)``; each row's result depends on that row alone."""
         if self.mean is not None:
             block = block - self.mean
         if self.normalize:
@@ -129,53 +151,28 @@ class Preprocess:
         return block
 
     def invert(self, block: Array) -> Array:
-        """Undo the centring; lengths lost to ``normalize`` are not restored."""
+        """Undo the centering; lengths lost to ``normalize`` are not restored."""
         return block if self.mean is None else block + self.mean
 
 
-class _Sum:
-    """A sum of rows, as `TreeSum` adds it."""
-
-    def __init__(self, values: npt.NDArray[np.float64]) -> None:
-        self.values = values
-
-    def add_(self, other: _Sum) -> None:
-        """Add another sum in place."""
-        self.values += other.values
-
-
-class PreprocessedBlocks:
+class PreprocessedBlocks(RowView):
     """A view of blocks after `Preprocess`."""
 
     def __init__(self, base: Blocks, preprocess: Preprocess) -> None:
-        self.base = base
+        super().__init__(base)
         self.preprocess = preprocess
 
-    @property
-    def dim(self) -> int:
-        """Width of a row."""
-        return self.base.dim
-
-    def __len__(self) -> int:
-        """Count the rows."""
-        return len(self.base)
-
-    def blocks(self, size: int = BLOCK_ROWS) -> Iterator[tuple[int, Array]]:
-        """Yield ``(first row, prepared rows)`` in order."""
-        for start, block in self.base.blocks(size):
-            yield start, self.preprocess.apply(block)
-
-    def rows(self, indices: npt.NDArray[np.int64]) -> Array:
-        """Return the prepared rows at ``indices``."""
-        return self.preprocess.apply(self.base.rows(indices))
+    def transform(self, rows: Array, at: slice | npt.NDArray[np.int64]) -> Array:
+        """Preprocess rows."""
+        return self.preprocess.apply(rows)
 
 
-class ResidualBlocks:
-    """A view of what earlier levels leave of each row, computed as it is read.
+class ResidualBlocks(RowView):
+    """A view of each row's residual after earlier levels.
 
     Args:
         base: the rows that level 1 quantized.
-        labels: for each earlier level the ``(items,)`` chosen codes.
+        labels: for each earlier level the ``(items,)`` codes.
         codebooks: for each earlier level the ``(codes, dim)`` float32 codewords.
     """
 
@@ -185,32 +182,14 @@ class ResidualBlocks:
         labels: Sequence[npt.NDArray[np.integer]],
         codebooks: Sequence[Array],
     ) -> None:
-        self.base = base
-        self.labels = tuple(labels)
-        self.codebooks = tuple(codebooks)
+        super().__init__(base)
+        self.levels = list(zip(labels, codebooks, strict=True))
 
-    @property
-    def dim(self) -> int:
-        """Width of a row."""
-        return self.base.dim
-
-    def __len__(self) -> int:
-        """Count the rows."""
-        return len(self.base)
-
-    def _subtract(self, rows: Array, at: slice | npt.NDArray[np.int64]) -> Array:
-        for labels, codebook in zip(self.labels, self.codebooks, strict=True):
+    def transform(self, rows: Array, at: slice | npt.NDArray[np.int64]) -> Array:
+        """Subtract the codewords of all levels, in level order."""
+        for labels, codebook in self.levels:
             rows = rows - codebook[labels[at]]
         return rows
-
-    def blocks(self, size: int = BLOCK_ROWS) -> Iterator[tuple[int, Array]]:
-        """Yield ``(first row, residual rows)`` in order."""
-        for start, block in self.base.blocks(size):
-            yield start, self._subtract(block, slice(start, start + len(block)))
-
-    def rows(self, indices: npt.NDArray[np.int64]) -> Array:
-        """Return the residuals of the rows at ``indices``."""
-        return self._subtract(self.base.rows(indices), indices)
 
 
 def in_memory(blocks: Blocks, *, limit_bytes: int) -> Blocks:
@@ -234,6 +213,7 @@ def prefetched(
     stopped = threading.Event()
 
     def put(item: tuple[int, Array] | BaseException | None) -> None:
+        # A short timeout: the consumer may have stopped without emptying the queue.
         while not stopped.is_set():
             with contextlib.suppress(queue.Full):
                 ready.put(item, timeout=0.1)
@@ -264,3 +244,202 @@ def prefetched(
 def read_ahead(blocks: Blocks) -> Iterator[tuple[int, Array]]:
     """Read blocks in order, ahead of their use unless they already lie in memory."""
     return blocks.blocks() if isinstance(blocks, ArrayBlocks) else prefetched(blocks.blocks())
+
+
+# Sums over blocks -----------------------------------------------------------------------------
+
+
+class Addable(Protocol):
+    """What can be summed."""
+
+    def add_(self, other: Self) -> None:
+        """Add ``other``, which stands to the right, in place."""
+        ...
+
+
+T = TypeVar("T", bound=Addable)
+
+
+@dataclass
+class Node(Generic[T]):
+    """The sum ``value`` of the ``2**height`` blocks from ``index * 2**height`` on."""
+
+    height: int
+    index: int
+    value: T
+
+
+class TreeSum(Generic[T]):
+    """Adds blocks that come in order, in place; holds O(log blocks) partial sums."""
+
+    def __init__(self) -> None:
+        self.nodes: list[Node[T]] = []
+
+    def add(self, block: int, value: T) -> None:
+        """Add block number ``block``, the one after the last."""
+        self.push(Node(0, block, value))
+
+    def push(self, node: Node[T]) -> None:
+        """Add a node that starts where the last one ended, then every parent that is whole."""
+        while self.nodes:
+            before = self.nodes[-1]
+            # Only an even node and the odd one after it have the same parent.
+            if before.height != node.height or before.index % 2 or node.index != before.index + 1:
+                break
+            self.nodes.pop()
+            before.value.add_(node.value)
+            node = Node(before.height + 1, before.index // 2, before.value)
+        self.nodes.append(node)
+
+    def total(self) -> T:
+        """Return the sum of all blocks, which were all added from block 0 on."""
+        if not self.nodes:
+            raise UsageError("no blocks were added; add at least one")
+        # A parent whose right half lies past the last block is what there is of it: the smallest
+        # nodes, which stand last, are added up first.
+        value = self.nodes[-1].value
+        for node in reversed(self.nodes[:-1]):
+            node.value.add_(value)
+            value = node.value
+        return value
+
+
+def merge_nodes(parts: Iterable[Sequence[Node[T]]]) -> list[Node[T]]:
+    """Join the nodes of neighbors, left to right, and add up what became whole (in place)."""
+    tree: TreeSum[T] = TreeSum()
+    for node in itertools.chain.from_iterable(parts):
+        tree.push(node)
+    return tree.nodes
+
+
+def total_of_nodes(nodes: list[Node[T]]) -> T:
+    """Return the sum of merged nodes that cover all blocks."""
+    tree: TreeSum[T] = TreeSum()
+    tree.nodes = nodes
+    return tree.total()
+
+
+def cut_blocks(blocks: int, shards: int) -> list[tuple[int, int]]:
+    """Cut ``blocks`` into ``shards`` ranges of nearly equal length that hold few whole nodes.
+
+    Cuts stand at multiples of a power of two of at most a sixteenth of a share, so no share
+    exceeds the mean by more than an eighth of it, or by one block where shares are smaller than 16
+    blocks. Returns (first, past the last) of each.
+    """
+    # The largest power of two that is at most a sixteenth of a share.
+    step = 1
+    while step * 2 * shards * 16 <= blocks:
+        step *= 2
+    edges = [min(blocks, round(blocks * shard / shards / step) * step) for shard in range(shards)]
+    return list(itertools.pairwise([*edges, blocks]))
+
+
+@dataclass
+class Statistics:
+    """What a block (or several, added in block order) contributes to an update.
+
+    Attributes:
+        sums: ``(codes, dim)`` float64, weighted sum of the rows assigned to each codeword.
+        counts: ``(codes,)`` float64, their total weight.
+        inertia: weighted sum of squared distances.
+    """
+
+    sums: npt.NDArray[np.float64]
+    counts: npt.NDArray[np.float64]
+    inertia: float
+
+    def add_(self, other: Statistics) -> None:
+        """Add another block's statistics in place; call in block order."""
+        self.sums += other.sums
+        self.counts += other.counts
+        self.inertia += other.inertia
+
+
+def moments(blocks: Blocks, *, first_block: int = 0) -> list[Node[Statistics]]:
+    """Sum all rows, under one code that holds every row once."""
+    tree: TreeSum[Statistics] = TreeSum()
+    for number, (_, block) in enumerate(read_ahead(blocks), first_block):
+        sums = block.sum(axis=0, dtype=np.float64)[None]
+        tree.add(number, Statistics(sums, np.array([float(len(block))]), 0.0))
+    return tree.nodes
+
+
+def mean_row(nodes: list[Node[Statistics]]) -> npt.NDArray[np.float64]:
+    """Return the mean row ``(dim,)`` of `moments`."""
+    total = total_of_nodes(nodes)
+    mean: npt.NDArray[np.float64] = total.sums[0] / total.counts[0]
+    return mean
+
+
+@numba.njit(nogil=True, cache=True)
+def _group(labels: npt.NDArray[np.int64], codes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Counting sort: row numbers by code, rows in order inside a code."""
+    starts = np.zeros(codes + 1, dtype=np.int64)
+    for label in labels:
+        starts[label + 1] += 1
+    for code in range(codes):
+        starts[code + 1] += starts[code]
+    # Place every row at its code's next free place; rows come in order, so order is stable.
+    cursor = starts[:-1].copy()
+    order = np.empty(len(labels), dtype=np.int64)
+    for row in range(len(labels)):
+        order[cursor[labels[row]]] = row
+        cursor[labels[row]] += 1
+    return order, starts
+
+
+@numba.njit(nogil=True, cache=True)
+def _sum_codes(
+    x: np.ndarray, weights: np.ndarray, order: np.ndarray, starts: np.ndarray, sums: np.ndarray,
+    counts: np.ndarray, first: int, last: int,
+) -> None:  # fmt: skip
+    """Add rows into codewords ``first..last``; one code's rows stay in cache while it is summed."""
+    weighted = len(weights) > 0
+    for code in range(first, last):
+        total = sums[code]
+        for place in range(starts[code], starts[code + 1]):
+            row = order[place]
+            if weighted:
+                weight = weights[row]
+                counts[code] += weight
+                for d in range(x.shape[1]):
+                    total[d] += weight * np.float64(x[row, d])
+            else:
+                for d in range(x.shape[1]):
+                    total[d] += np.float64(x[row, d])
+        if not weighted:
+            counts[code] += starts[code + 1] - starts[code]
+
+
+def statistics(
+    block: Array,
+    labels: npt.NDArray[np.int64],
+    distances: Array,
+    *,
+    codes: int,
+    weights: npt.NDArray[np.float64] | None = None,
+    threads: int = 1,
+) -> Statistics:
+    """Sum a block's rows by label.
+
+    Threads share out codewords, not rows, so every sum is taken in row order whatever their
+    number. Time O(n dim), memory O(codes dim).
+
+    Shapes: ``block`` (n, dim), ``labels``, ``distances`` and ``weights`` (n,).
+    """
+    sums, counts = np.zeros((codes, block.shape[1])), np.zeros(codes)
+    order, starts = _group(labels, codes)
+    row_weights = np.empty(0) if weights is None else weights
+    bounds = [0, codes]
+    if threads > 1 and len(block) >= 4096:
+        # Cut between codewords so that every thread gets nearly the same number of rows.
+        cuts = np.searchsorted(starts, np.linspace(0, len(block), threads + 1)[1:-1])
+        bounds[1:1] = np.clip(cuts, 0, codes).tolist()
+    map_blocks(
+        lambda span: _sum_codes(block, row_weights, order, starts, sums, counts, *span),
+        list(itertools.pairwise(bounds)),
+        threads=threads,
+    )
+    squared = distances.astype(np.float64)
+    inertia = float((squared if weights is None else squared * weights).sum())
+    return Statistics(sums, counts, inertia)

@@ -2,9 +2,8 @@
 
 Everything that grows with the data happens in two functions: `assign` (labels and distances of a
 block) and `statistics` (its sums). A memory map, several processes or a cluster are the same two
-functions over other blocks (`semid.quantization.sharding`), their results added in the order of one
-fixed tree (`semid.quantization.sums`). What is here sees all rows through
-`semid.quantization.sharding.ShardedMatrix` and does not know where they lie.
+functions over other blocks, their results added in the order of one fixed tree. What is here sees
+all rows through `semid.quantization.sharding.ShardedMatrix` and does not know where they lie.
 """
 
 from __future__ import annotations
@@ -15,37 +14,44 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from semid.errors import UsageError
 from semid.options import Options, option
-from semid.quantization.blocks import Blocks, WritableBlocks
-from semid.quantization.seeding import kmeans_plus_plus
+from semid.quantization.blocks import Blocks, Statistics, WritableBlocks
+from semid.quantization.engine.search import working_routes
+from semid.quantization.nearest import THREADED_WORK
 from semid.quantization.sharding import ShardedMatrix, as_sharded
-from semid.quantization.sums import Statistics
+from semid.quantization.threads import map_blocks
 from semid.seeds import numpy_generator
 
 logger = logging.getLogger(__name__)
 
-# A re-seeded centroid takes at least its own row, so one round nearly always fills all of them.
-RESEED_ROUNDS = 3
-
 Array = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
+
+# A re-seeded centroid gets at least its own row, so one round nearly always fills all of them.
+RESEED_ROUNDS = 3
+# Candidates per seeding round: more save passes, but more of them are rejected. A quarter of the
+# centers so far keeps rejection rare; 256 already runs the distance kernel at full speed.
+MAX_ROUND = 256
+# Rows of a gain block: with a few hundred candidates it stays in a core's cache.
+GAIN_ROWS = 1024
+# Rows the gains are added over, per center and at least: they only order candidates, which are
+# drawn from all rows.
+GAIN_ROWS_PER_CODE = 16
+GAIN_ROWS_LEAST = 65_536
+# Rows this close, relative to their lengths, count as copies within a round.
+COPY = 1e-13
 
 
 @dataclass(frozen=True, kw_only=True)
 class KMeansOptions(Options):
     """How K-means is run.
 
-    Attributes:
-        max_iter: maximum number of Lloyd iterations per seeding.
-        tol: stop when an iteration lowers the inertia by less than this share of it.
-        n_init: number of independent seedings; the run whose last iteration has the lowest
-            inertia is the result.
-        sample_per_code: train on at most this many rows per codeword, drawn without replacement;
-            None trains on all rows.
-        full_pass: after training on a sample, run one Lloyd iteration over all rows.
-        n_local_trials: candidates drawn per center in the k-means++ seeding. Fewer are faster and
-            seed worse; 1 is plain k-means++ (``benchmarks/kmeans.py`` measures 2).
+    Of ``n_init`` seedings the run whose last iteration has the lowest inertia is the result. A
+    sample is drawn without replacement. Fewer ``n_local_trials`` are faster and seed worse; 1 is
+    plain k-means++ (``benchmarks/kmeans.py`` measures 2).
     """
 
     max_iter: int = option(25, ge=1, help="Maximum number of Lloyd iterations per level.")
@@ -66,7 +72,7 @@ class KMeansOptions(Options):
 
 @dataclass
 class KMeansState:
-    """Where a run stands; enough to continue it to the same result.
+    """Progress of a run; enough to continue it to the same result.
 
     Attributes:
         restart: number of the current restart.
@@ -94,7 +100,7 @@ class KMeansResult:
         labels: ``(items,)`` int64, the nearest centroid of each row; empty for rows that lie in
             other processes, whose labels stay there.
         inertia: weighted sum of squared distances to it.
-        history: inertia of each Lloyd iteration of the kept restart.
+        history: inertia of each Lloyd iteration of the best restart.
         distinct: codewords that could be told apart; fewer than ``codes`` only if the data hold
             fewer distinct rows.
         converged: whether the tolerance was met before ``max_iter`` was reached.
@@ -114,7 +120,7 @@ def kmeans(
     *,
     seed: int,
     options: KMeansOptions | None = None,
-    weights: npt.NDArray[np.float64] | None = None,
+    weights: Doubles | None = None,
     init: Array | None = None,
     threads: int | None = None,
     state: KMeansState | None = None,
@@ -123,7 +129,7 @@ def kmeans(
     """Cluster rows by Lloyd's algorithm.
 
     The result depends on the data, ``seed`` and ``options`` alone, not on threads, memory or the
-    processes that the rows are shared out among.
+    processes that hold the rows. It is the restart with the lowest inertia.
 
     Args:
         blocks: ``(items, dim)`` finite rows; or a `ShardedMatrix`, which has its own weights and
@@ -133,12 +139,9 @@ def kmeans(
         options: iterations, tolerance, seedings, sampling.
         weights: ``(items,)`` non-negative weights, for example popularity; None counts rows once.
         init: ``(codes, dim)`` centroids to start from instead of k-means++ (one restart).
-        threads: plain threads; None takes what the machine allows.
+        threads: number of CPU threads; None uses all available.
         state: continue from here; the outcome is that of the uninterrupted run.
         on_iteration: called after every Lloyd iteration; may save the state or raise to stop.
-
-    Returns:
-        The restart with the lowest inertia, and every row's label under it.
 
     Raises:
         UsageError: if ``codes`` or the shape of ``init`` or ``weights`` does not fit.
@@ -155,18 +158,15 @@ def kmeans(
     while run.restart < options.n_init:
         # A resumed run has its centroids. A seeding draws from a generator of its own number, so
         # that it is the same whether or not the runs before it were interrupted.
-        if len(run.centroids) == 0:
-            generator = numpy_generator(seed, "seeding", run.restart)
-            run.centroids = (
-                init
-                if init is not None
-                else kmeans_plus_plus(
-                    train,
-                    codes,
-                    generator=generator,
-                    threads=threads,
-                    n_local_trials=options.n_local_trials,
-                )
+        if len(run.centroids) == 0 and init is not None:
+            run.centroids = init
+        elif len(run.centroids) == 0:
+            run.centroids = kmeans_plus_plus(
+                train,
+                codes,
+                generator=numpy_generator(seed, "seeding", run.restart),
+                threads=threads,
+                n_local_trials=options.n_local_trials,
             )
         _lloyd(train, run, options, on_iteration)
         if not run.best_inertia or run.inertia[-1] < run.best_inertia[-1]:
@@ -203,10 +203,7 @@ def kmeans(
 
 
 def _check(
-    blocks: Blocks | ShardedMatrix,
-    codes: int,
-    weights: npt.NDArray[np.float64] | None,
-    init: Array | None,
+    blocks: Blocks | ShardedMatrix, codes: int, weights: Doubles | None, init: Array | None
 ) -> None:
     problems = []
     if codes < 1:
@@ -231,9 +228,9 @@ def draw_sample(
 
     Returns ``(n,)`` rising row numbers, or None to train on all rows.
     """
-    if options.sample_per_code is None or options.sample_per_code * codes >= len(blocks):
+    size = (options.sample_per_code or len(blocks)) * codes
+    if size >= len(blocks):
         return None
-    size = options.sample_per_code * codes
     generator = numpy_generator(seed, "sample")
     numbers = generator.choice(len(blocks), size, replace=False, shuffle=False)
     return np.sort(numbers).astype(np.int64)  # rising, so that they are read in order
@@ -262,9 +259,7 @@ def _lloyd(
     on_iteration: Callable[[KMeansState], None] | None,
 ) -> None:
     """Iterate ``run`` in place until it converges or its iterations run out."""
-    while run.iteration < options.max_iter:
-        if _has_converged(run.inertia, options.tol):
-            return
+    while run.iteration < options.max_iter and not _has_converged(run.inertia, options.tol):
         total = train.assign(run.centroids)
         run.centroids = _update(train, total, run.centroids)
         run.inertia.append(total.inertia)
@@ -316,3 +311,124 @@ def _label(rows: ShardedMatrix, centroids: Array) -> tuple[Array, float]:
         centroids = reseeded
         total = rows.assign(centroids)
     return centroids, total.inertia
+
+
+# Seeding --------------------------------------------------------------------------------------
+
+
+def kmeans_plus_plus(
+    blocks: Blocks | ShardedMatrix,
+    codes: int,
+    *,
+    generator: np.random.Generator,
+    weights: Doubles | None = None,
+    threads: int | None = None,
+    n_local_trials: int = 4,
+) -> Array:
+    """Choose up to ``codes`` rows as initial centroids, by greedy k-means++ in batches.
+
+    k-means++ (Arthur & Vassilvitskii 2007) draws each center with probability proportional to a
+    row's squared distance to the centers so far, one pass over the data per center. Here a round
+    draws many candidates from the distances known at its start and accepts candidate ``x`` with
+    probability ``d_now(x) / d_start(x)``, where ``d_now`` also counts the centers accepted in this
+    round: that is rejection sampling from the sequential distribution, in far fewer passes.
+    Greedy: several candidates are drawn per center, and those that lower the total distance most
+    are tried first.
+
+    Shapes: ``blocks`` (items, dim), ``weights`` (items,), returns (centers, dim).
+    """
+    rows = as_sharded(blocks, weights=weights, threads=threads)
+    # The first center is drawn by weight alone.
+    centers = accepted = rows.rows(rows.draw(rows.start_seeding(), 1, generator))
+    gains = _Gains(rows, codes, generator, threads) if n_local_trials > 1 else None
+    while True:
+        # One pass: distances to the nearest center, and their weighted sum per block.
+        masses = rows.update_nearest_center(accepted)
+        if len(centers) >= codes or not masses.any():
+            return centers
+        size = min(codes - len(centers), max(1, len(centers) // 4), MAX_ROUND)
+        drawn = rows.draw(masses, size * n_local_trials, generator)
+        candidates = rows.rows(drawn)
+        reduction = None if gains is None else gains(candidates)
+        accepted = candidates[
+            _accept(candidates, rows.center_distances(drawn), reduction, size, generator)
+        ]
+        centers = np.concatenate([centers, accepted])
+
+
+class _Gains:
+    """Ranks candidates by how much each alone would lower the total distance of a sample of rows.
+
+    Products are those of rows and candidates rounded to bfloat16, whether or not the chip
+    multiplies such numbers itself, so that chips differ in the order of float32 sums alone.
+    """
+
+    def __init__(
+        self, source: ShardedMatrix, codes: int, generator: np.random.Generator, threads: int | None
+    ) -> None:
+        items, size = len(source), max(GAIN_ROWS_LEAST, GAIN_ROWS_PER_CODE * codes)
+        self.sample = np.arange(items)
+        if size < items:
+            self.sample = np.sort(generator.choice(items, size, replace=False, shuffle=False))
+        self.source, self.threads = source, threads
+        rows = torch.from_numpy(source.rows(self.sample))
+        self.mean = rows.mean(0)
+        rows -= self.mean
+        self.norms = (rows**2).sum(1)
+        native = any(route.name == "bf16" for route in working_routes())
+        self.dtype = torch.bfloat16 if native else torch.float32
+        self.rows = rows.to(torch.bfloat16).to(self.dtype)
+        weights = source.weights
+        self.weights = None if weights is None else torch.from_numpy(weights[self.sample]).float()
+
+    def __call__(self, candidates: Array) -> Doubles:
+        """Return the gains ``(n,)`` over the distances to the centers so far."""
+        centered = torch.from_numpy(candidates) - self.mean
+        norms = (centered**2).sum(1)
+        transposed = centered.to(torch.bfloat16).to(self.dtype).T.contiguous()
+        limits = torch.from_numpy(self.source.center_distances(self.sample)) - self.norms
+
+        def block_gain(start: int) -> Doubles:
+            span = slice(start, start + GAIN_ROWS)
+            gain = (self.rows[span] @ transposed).to(torch.bfloat16).float()
+            # limit - |x - c|^2 = (limit - |x|^2) + 2 x.c - |c|^2, where it is positive.
+            gain.mul_(2).sub_(norms).add_(limits[span, None]).clamp_(min=0)
+            if self.weights is not None:
+                gain *= self.weights[span, None]
+            total: Doubles = gain.sum(0).double().numpy()
+            return total
+
+        threads = self.threads if self.rows.numel() * len(centered) >= THREADED_WORK else 1
+        gains = map_blocks(block_gain, range(0, len(self.rows), GAIN_ROWS), threads=threads)
+        # Added in row order, so that threads cannot change the sum.
+        return sum(gains, start=np.zeros(len(candidates)))
+
+
+def _accept(
+    candidates: Array,
+    start: Array,
+    gains: Doubles | None,
+    size: int,
+    generator: np.random.Generator,
+) -> list[int]:
+    """Accept up to ``size`` candidates one after another, each with probability now / start."""
+    # Centered in float64, so that |a|^2 + |b|^2 - 2 a.b loses few digits.
+    wide = candidates - candidates.mean(axis=0, dtype=np.float64)
+    norms = np.einsum("nd,nd->n", wide, wide)
+    distances = norms[:, None] + norms - 2 * (wide @ wide.T)
+    # Set to 0 what rounding leaves between copies.
+    distances[distances <= COPY * (norms[:, None] + norms)] = 0
+    before = start.astype(np.float64)
+    now = before.copy()
+    coins = generator.random(len(candidates))
+    order = np.arange(len(candidates)) if gains is None else np.argsort(-gains, kind="stable")
+    accepted: list[int] = []
+    for i in order:
+        # Candidates were drawn in proportion to `before`; accepting with probability now / before
+        # makes them draws in proportion to `now`. A copy of an accepted one has now = 0.
+        if coins[i] * before[i] < now[i]:
+            accepted.append(int(i))
+            if len(accepted) == size:
+                break
+            np.minimum(now, distances[i], out=now)
+    return accepted

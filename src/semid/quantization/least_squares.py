@@ -22,23 +22,25 @@ from semid.quantization.nearest import THREADED_WORK
 from semid.quantization.residual import dequantize
 from semid.quantization.threads import map_blocks, one_blas_thread
 
+Array = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
+Pairs = Iterable[tuple[npt.NDArray[np.integer], Array]]
 
 # Relative residual at which conjugate gradients stop (tables are kept as float32), and the steps
 # after which they do anyway.
 TOLERANCE = 1e-7
 MAX_CG_STEPS = 500
+# Rows turned into float64 at a time.
+CHUNK_ROWS = 8192
 
 
 class NormalEquations:
     """Sums over items that decide the least-squares tables; blocks are added in order.
 
-    Args:
-        sizes: codewords of each level (or parallel codebook).
-        width: width of the targets.
+    ``sizes`` are the codewords of each level (or parallel codebook), ``width`` that of the targets.
 
-    Memory: ``O(sum(sizes) width)`` and at most one entry an item for each pair of levels.
+    Memory: ``O(sum(sizes) width)`` and at most one entry per item for each pair of levels.
     """
 
     def __init__(self, sizes: Sequence[int], width: int) -> None:
@@ -58,10 +60,7 @@ class NormalEquations:
         targets: npt.NDArray[np.floating],
         weights: Doubles | None = None,
     ) -> None:
-        """Add a block.
-
-        Shapes: ``codes`` (n, levels), ``targets`` (n, width), ``weights`` (n,).
-        """
+        """Add a block: ``codes`` (n, levels), ``targets`` (n, width), ``weights`` (n,)."""
         mass = np.ones(len(codes)) if weights is None else weights
         weighted = np.asarray(targets, dtype=np.float64) * mass[:, None]
         self.items += float(mass.sum())
@@ -86,22 +85,20 @@ class NormalEquations:
         levels: int | None = None,
         threads: int | None = None,
     ) -> list[Doubles]:
-        """Return the tables that fit best.
+        """Return the tables ``(codes, columns)`` that fit best.
 
-        The mean of the targets is taken out first and given back to the first table, so that the
-        ridge draws codewords towards "says nothing" and never the whole towards zero. A codeword
-        without items stays as in ``start``.
+        A codeword without items stays as in ``start`` ``(codes, columns)``.
 
         Cost: conjugate gradients with the counts as preconditioner, O(pairs of codes that meet x
-        columns) a step.
-
-        Shapes: ``start`` (codes, columns), returns (codes, columns).
+        columns) per step.
         """
         depth = len(self.sizes) if levels is None else levels
         mean = self.total[columns] / max(self.items, 1.0)
         offsets = np.cumsum([0, *self.sizes[:depth]])
         diagonal = np.concatenate(self.counts[:depth])
         sums = np.concatenate([table[:, columns] for table in self.sums[:depth]])
+        # The mean of the targets is subtracted first and added to the first table at the end, so
+        # that the ridge draws codewords towards "no effect" and never the whole towards zero.
         right = sums - diagonal[:, None] * mean
         system = _System(self._rows(depth, offsets), diagonal + ridge, threads)
         begin = np.concatenate([np.asarray(table, dtype=np.float64) for table in start[:depth]])
@@ -115,16 +112,15 @@ class NormalEquations:
 
     def _rows(self, depth: int, offsets: Ints) -> tuple[Ints, Ints, Doubles]:
         """Return the blocks off the diagonal as one matrix in compressed rows."""
-        rows: list[Ints] = [np.empty(0, np.int64)]
-        columns: list[Ints] = [np.empty(0, np.int64)]
-        values: list[Doubles] = [np.empty(0)]
+        blocks = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))]
         for (i, j), (keys, masses) in self._pairs.items():
             if j < depth:
                 first, second = np.divmod(keys, self.sizes[j])
-                rows += [first + offsets[i], second + offsets[j]]
-                columns += [second + offsets[j], first + offsets[i]]
-                values += [masses, masses]
-        row, column, value = np.concatenate(rows), np.concatenate(columns), np.concatenate(values)
+                first, second = first + offsets[i], second + offsets[j]
+                # The matrix is symmetric: both halves.
+                blocks += [(first, second, masses), (second, first, masses)]
+        row, column, value = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
+        # Compressed rows: entries sorted by row, and where each row starts.
         order = np.lexsort((column, row))
         counts = np.bincount(row, minlength=int(offsets[-1]))
         starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
@@ -148,10 +144,11 @@ class _System:
             return out
         cuts = np.linspace(0, len(x), 17).astype(np.int64)
 
-        def work(span: tuple[int, int]) -> None:
-            _multiply(self.starts, self.columns, self.values, x, out, *span)
-
-        map_blocks(work, list(pairwise(cuts.tolist())), threads=self.threads)
+        map_blocks(
+            lambda span: _multiply(self.starts, self.columns, self.values, x, out, *span),
+            list(pairwise(cuts.tolist())),
+            threads=self.threads,
+        )
         return out
 
     def solve(self, right: Doubles, x: Doubles) -> Doubles:
@@ -189,14 +186,9 @@ def _add_rows(table: np.ndarray, codes: np.ndarray, rows: np.ndarray) -> None:
 
 @numba.njit(nogil=True, cache=True)
 def _multiply(
-    starts: np.ndarray,
-    columns: np.ndarray,
-    values: np.ndarray,
-    x: np.ndarray,
-    out: np.ndarray,
-    first: int,
-    last: int,
-) -> None:
+    starts: np.ndarray, columns: np.ndarray, values: np.ndarray, x: np.ndarray, out: np.ndarray,
+    first: int, last: int,
+) -> None:  # fmt: skip
     for row in range(first, last):
         total = out[row]
         for place in range(starts[row], starts[row + 1]):
@@ -205,19 +197,14 @@ def _multiply(
                 total[d] += value * other[d]
 
 
-Array = npt.NDArray[np.float32]
-Codes = npt.NDArray[np.integer]
-Pairs = Iterable[tuple[Codes, Array]]
-
-
 @dataclass(frozen=True)
 class Tables:
     """Least-squares tables.
 
     Attributes:
-        tables: one ``(codes, width)`` float32 a level.
+        tables: one ``(codes, width)`` float32 per level.
         ridge: the ridge that was chosen.
-        error: ``sum |y - f|^2 / sum |y - mean|^2`` on the judged items; None without any.
+        error: ``sum |y - f|^2 / sum |y - mean|^2`` on the held-out items; None without any.
     """
 
     tables: tuple[Array, ...]
@@ -230,16 +217,16 @@ def fit_tables(
     sizes: Sequence[int],
     width: int,
     *,
-    judged: Callable[[], Pairs] | None,
+    held_out: Callable[[], Pairs] | None,
     ridges: Sequence[float],
-    weights: npt.NDArray[np.float64] | None = None,
+    weights: Doubles | None = None,
     threads: int | None = None,
 ) -> Tables:
-    """Fit tables whose rows, summed by codes, predict targets.
+    """Fit tables whose rows, summed by codes, predict targets, with the best ridge.
 
-    Returns the tables of least error on the judged items.
+    That is the ridge of least error on the held-out items, or the middle one without any.
 
-    Shapes: ``blocks`` (n, levels), ``weights`` (items,).
+    Shapes: ``blocks`` pairs of (n, levels) and (n, width), ``weights`` (items,).
     """
     equations = NormalEquations(sizes, width)
     at = 0
@@ -249,60 +236,56 @@ def fit_tables(
     start = [np.zeros((size, width)) for size in sizes]
     start[0] += equations.total / max(equations.items, 1.0)
     candidates = sorted(ridges)
-    if judged is None:
+    if held_out is None:
         candidates = [candidates[len(candidates) // 2]]
     best: Tables | None = None
     least = np.inf
+    # The equations are summed once; every ridge solves them anew.
     for ridge in candidates:
         solved = equations.solve(ridge=ridge, start=start, threads=threads)
         tables = tuple(table.astype(np.float32) for table in solved)
-        if judged is None:
+        if held_out is None:
             return Tables(tables, float(ridge), None)
-        left, spread = _errors(judged(), tables, width)
-        if left < least:
-            error = left / spread if spread > 0 else None
-            best, least = Tables(tables, float(ridge), error), left
+        loss, spread = _errors(held_out(), tables, width)
+        if loss < least:
+            best, least = Tables(tables, float(ridge), loss / spread if spread > 0 else None), loss
     assert best is not None
     return best
 
 
 def _errors(blocks: Pairs, tables: Sequence[Array], width: int) -> tuple[float, float]:
-    """Return what tables leave of the targets, squared, and the targets' squares about their mean.
+    """Return the squared error of tables, and the targets' squares about their mean.
 
     The second is 0 where it is no more than rounding, as for a single item.
     """
-    count, left, squares, total = 0, 0.0, 0.0, np.zeros(width)
+    count, loss, squares, total = 0, 0.0, 0.0, np.zeros(width)
     for codes, targets in blocks:
         count += len(targets)
-        left += float(np.square(targets - dequantize(codes, tables), dtype=np.float64).sum())
+        loss += float(np.square(targets - dequantize(codes, tables), dtype=np.float64).sum())
         squares += float(np.square(targets, dtype=np.float64).sum())
         total += targets.sum(axis=0, dtype=np.float64)
     spread = squares - float(total @ total) / max(count, 1)
-    return left, spread if spread > 1e-12 * squares else 0.0
+    return loss, spread if spread > 1e-12 * squares else 0.0
 
 
-CHUNK_ROWS = 8192
-"""Rows turned into float64 at a time."""
-
-
-def leading_components(blocks: Blocks, mean: npt.NDArray[np.float64], *, share: float) -> Array:
-    """Return the fewest principal components that hold a share of the rows' variance.
+def leading_components(blocks: Blocks, mean: Doubles, *, share: float) -> Array:
+    """Return the fewest principal components ``(dim, components)`` with a share of the variance.
 
     Cost: a pass with items x dim^2 products in float64, and an eigendecomposition.
 
-    Shapes: ``blocks`` (items, dim), ``mean`` (dim,), returns (dim, components).
+    Shapes: ``blocks`` (items, dim), ``mean`` (dim,).
     """
     scatter = torch.zeros((blocks.dim, blocks.dim), dtype=torch.float64)
     with one_blas_thread():  # another number of threads may add in another order
         for _, block in blocks.blocks(CHUNK_ROWS):
-            left = torch.from_numpy(block - mean)
-            scatter += left.T @ left
-        found = torch.linalg.eigh(scatter)
-    variances, vectors = (each.numpy() for each in found)
-    variances, vectors = np.maximum(variances[::-1], 0.0), vectors[:, ::-1]
-    held = np.cumsum(variances)
-    kept = 1 + int(np.searchsorted(held[:-1], share * held[-1]))
-    chosen = vectors[:, :kept]
-    largest = np.abs(chosen).argmax(axis=0)
-    signs = np.where(chosen[largest, np.arange(kept)] < 0, -1.0, 1.0)
-    return np.ascontiguousarray(chosen * signs, dtype=np.float32)
+            centered = torch.from_numpy(block - mean)
+            scatter += centered.T @ centered
+        variances, vectors = (each.numpy() for each in torch.linalg.eigh(scatter))
+    variances, vectors = np.maximum(variances[::-1], 0.0), vectors[:, ::-1]  # largest first
+    cumulative = np.cumsum(variances)
+    count = 1 + int(np.searchsorted(cumulative[:-1], share * cumulative[-1]))
+    components = vectors[:, :count]
+    # An eigenvector's sign is arbitrary: make its largest element positive.
+    largest = np.abs(components).argmax(axis=0)
+    signs = np.where(components[largest, np.arange(count)] < 0, -1.0, 1.0)
+    return np.ascontiguousarray(components * signs, dtype=np.float32)

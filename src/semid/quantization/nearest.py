@@ -17,10 +17,16 @@ from torch import Tensor
 from semid.errors import UsageError, check_choice
 from semid.quantization.engine.gpu import search_device
 from semid.quantization.engine.keys import L2, METRICS
-from semid.quantization.engine.routes import ROUTES, choose, working_routes
-from semid.quantization.engine.search import search
-from semid.quantization.engine.table import Table, check_rows
+from semid.quantization.engine.search import ROUTES, choose, search, working_routes
+from semid.quantization.engine.table import VectorTable, check_rows
 from semid.quantization.threads import resolve_threads
+
+Array = npt.NDArray[np.float32]
+
+THREADED_WORK = 20_000_000
+"""Multiply-adds below which starting threads costs more than they bring."""
+MAX_NEIGHBORS = 500
+"""Largest ``k`` of `top_k`."""
 
 
 class Nearest(NamedTuple):
@@ -61,18 +67,18 @@ class IndexedCodebook:
     def __init__(self, codebook: Tensor) -> None:
         check_rows(codebook, name="codebook")
         self.codewords = codebook.detach().to(torch.float32, copy=True).contiguous()
-        self.table = Table(self.codewords.cpu(), metric=L2, unique=True)
-        self._full: Table | None = None
+        self.table = VectorTable(self.codewords.cpu(), metric=L2, unique=True)
+        self._full: VectorTable | None = None
 
     def __len__(self) -> int:
         return len(self.codewords)
 
-    def full_table(self) -> Table:
+    def full_table(self) -> VectorTable:
         """Return the table with exact duplicates in it, which `nearest_m` must list."""
         if len(self.table) == len(self.codewords):
             return self.table
         if self._full is None:
-            self._full = Table(self.codewords.cpu(), metric=L2, unique=False)
+            self._full = VectorTable(self.codewords.cpu(), metric=L2, unique=False)
         return self._full
 
 
@@ -81,15 +87,40 @@ def index_codebook(codebook: Tensor) -> IndexedCodebook:
     return IndexedCodebook(codebook)
 
 
-def _prepared(x: Tensor, codebook: Tensor | IndexedCodebook) -> IndexedCodebook:
+def _indexed(x: Tensor, codebook: Tensor | IndexedCodebook) -> IndexedCodebook:
     check_rows(x, name="x")
-    ready = codebook if isinstance(codebook, IndexedCodebook) else index_codebook(codebook)
-    if x.shape[1] != ready.codewords.shape[1]:
+    indexed = codebook if isinstance(codebook, IndexedCodebook) else index_codebook(codebook)
+    if x.shape[1] != indexed.codewords.shape[1]:
         raise UsageError(
-            f"x has {x.shape[1]} columns and the codebook {ready.codewords.shape[1]}; "
+            f"x has {x.shape[1]} columns and the codebook {indexed.codewords.shape[1]}; "
             "give both the same width"
         )
-    return ready
+    return indexed
+
+
+def _search(
+    x: Tensor,
+    table: VectorTable,
+    k: int,
+    threads: int | None,
+    route: str,
+    *,
+    exclude: npt.NDArray[np.int64] | None = None,
+    within: Tensor | None = None,
+    name: str = "x",
+) -> tuple[Tensor, Tensor]:
+    """Return labels and float64 keys ``(items, k)`` on the CPU, by the device that holds ``x``."""
+    check_choice("route", route, ROUTES)
+    resolve_threads(threads)
+    if x.is_cuda:
+        result = search_device(x, table, k=k, exclude=exclude, name=name)
+    else:
+        limit = None if within is None else within.double().numpy()
+        chip = choose(route, x, table, k=k)
+        result = search(
+            x, table, chip, k=k, exclude=exclude, within=limit, threads=threads, name=name
+        )
+    return torch.from_numpy(result.labels), torch.from_numpy(result.keys)
 
 
 def nearest(
@@ -107,28 +138,8 @@ def nearest(
 
     Shapes: ``x`` (items, dim), ``codebook`` (codes, dim).
     """
-    ready = _prepared(x, codebook)
-    found = _search(x, ready.table, 1, threads, route)
-    return Nearest(found.labels[:, 0], found.distances[:, 0])
-
-
-def _search(
-    x: Tensor,
-    table: Table,
-    k: int,
-    threads: int | None,
-    route: str,
-    within: Tensor | None = None,
-) -> Nearest:
-    check_choice("route", route, ROUTES)
-    resolve_threads(threads)
-    if x.is_cuda:
-        found = search_device(x, table, k=k)
-    else:
-        far = None if within is None else within.double().numpy()
-        found = search(x, table, choose(route, x, table, k=k), k=k, within=far, threads=threads)
-    labels, keys = torch.from_numpy(found.labels), torch.from_numpy(found.keys)
-    return Nearest(labels.to(x.device), keys.to(torch.float32).to(x.device))
+    labels, keys = _search(x, _indexed(x, codebook).table, 1, threads, route)
+    return Nearest(labels[:, 0].to(x.device), keys[:, 0].to(torch.float32).to(x.device))
 
 
 def nearest_m(
@@ -142,24 +153,23 @@ def nearest_m(
 ) -> Nearest:
     """Find the ``m`` nearest codewords of each row, nearest first.
 
-    Returns labels and distances ``(items, m)``; equal distances stand in index order.
+    Returns labels and distances ``(items, m)``; equal distances stand in index order. With
+    ``within`` ``(items,)``, codewords farther than that squared distance may be missing: the last
+    columns are then infinite.
 
-    Shapes: ``x`` (items, dim), ``codebook`` (codes, dim), ``within`` (items,).
+    Shapes: ``x`` (items, dim), ``codebook`` (codes, dim).
     """
-    ready = _prepared(x, codebook)
-    if not 1 <= m <= len(ready):
-        raise UsageError(f"m={m} is out of range; give 1 to {len(ready)}, the number of codewords")
+    indexed = _indexed(x, codebook)
+    if not 1 <= m <= len(indexed):
+        raise UsageError(
+            f"m={m} is out of range; give 1 to {len(indexed)}, the number of codewords"
+        )
     if within is not None and within.shape != (len(x),):
         raise UsageError(
             f"within has shape {tuple(within.shape)}; give one distance for each of {len(x)} rows"
         )
-    return _search(x, ready.full_table(), m, threads, route, within)
-
-
-Array = npt.NDArray[np.float32]
-
-# Multiply-adds below which starting threads costs more than they bring.
-THREADED_WORK = 20_000_000
+    labels, keys = _search(x, indexed.full_table(), m, threads, route, within=within)
+    return Nearest(labels.to(x.device), keys.to(torch.float32).to(x.device))
 
 
 def assign(
@@ -171,15 +181,11 @@ def assign(
 
     Shapes: ``block`` (n, dim), ``centroids`` (codes, dim).
     """
-    words = torch.from_numpy(centroids) if isinstance(centroids, np.ndarray) else centroids
+    codebook = torch.from_numpy(centroids) if isinstance(centroids, np.ndarray) else centroids
     if len(block) * len(centroids) * block.shape[1] < THREADED_WORK:
         threads = 1
-    found = nearest(torch.from_numpy(block), words, threads=threads)
-    return found.labels.numpy(), found.distances.numpy()
-
-
-MAX_NEIGHBORS = 500
-"""Largest ``k`` of `top_k`."""
+    labels, distances = nearest(torch.from_numpy(block), codebook, threads=threads)
+    return labels.numpy(), distances.numpy()
 
 
 class TopK(NamedTuple):
@@ -210,7 +216,7 @@ class IndexedDatabase:
     def __init__(self, database: Tensor, *, metric: str = "cosine") -> None:
         self.metric = check_choice("metric", metric, tuple(METRICS))
         check_rows(database, name="database")
-        self.table = Table(
+        self.table = VectorTable(
             database.detach().cpu(), metric=METRICS[metric], unique=False, name="database"
         )
 
@@ -223,9 +229,7 @@ def index_database(database: Tensor, *, metric: str = "cosine") -> IndexedDataba
     return IndexedDatabase(database, metric=metric)
 
 
-def _excluded(exclude: Tensor | None, queries: int, entries: int) -> np.ndarray | None:
-    if exclude is None:
-        return None
+def _excluded(exclude: Tensor, queries: int, entries: int) -> npt.NDArray[np.int64]:
     if exclude.shape != (queries,) or exclude.is_floating_point():
         raise UsageError(
             f"exclude has shape {tuple(exclude.shape)} and dtype {exclude.dtype}; "
@@ -259,39 +263,32 @@ def top_k(
 
     Time grows with queries x entries x dim; memory with the block of queries.
 
-    Shapes: ``queries`` (queries, dim), ``database`` (entries, dim), ``exclude`` (queries,).
+    Shapes: ``queries`` (queries, dim), ``database`` (entries, dim), ``exclude`` (queries,), the
+    entry that each query leaves out, -1 for none.
     """
     check_choice("metric", metric, tuple(METRICS))
     check_rows(queries, name="queries")
-    ready = (
-        database
-        if isinstance(database, IndexedDatabase)
-        else index_database(database, metric=metric)
-    )
-    if ready.metric != metric:
+    if not isinstance(database, IndexedDatabase):
+        database = index_database(database, metric=metric)
+    if database.metric != metric:
         raise UsageError(
-            f"metric='{metric}' but the database was prepared for '{ready.metric}'; "
+            f"metric='{metric}' but the database was prepared for '{database.metric}'; "
             "prepare it for the metric you ask for"
         )
-    if queries.shape[1] != ready.table.dim:
+    if queries.shape[1] != database.table.dim:
         raise UsageError(
-            f"queries have {queries.shape[1]} columns and the database {ready.table.dim}; "
+            f"queries have {queries.shape[1]} columns and the database {database.table.dim}; "
             "give both the same width"
         )
-    left_out = _excluded(exclude, len(queries), len(ready))
-    most = min(MAX_NEIGHBORS, len(ready) - (left_out is not None))
+    excluded = None if exclude is None else _excluded(exclude, len(queries), len(database))
+    most = min(MAX_NEIGHBORS, len(database) - (excluded is not None))
     if not 1 <= k <= most:
         raise UsageError(
             f"k={k} is out of range; give 1 to {most} (at most {MAX_NEIGHBORS}, and no more than "
-            f"the {len(ready)} rows of the database, less one where exclude is given)"
+            f"the {len(database)} rows of the database, less one where exclude is given)"
         )
-    if queries.is_cuda:
-        found = search_device(queries, ready.table, k=k, exclude=left_out)
-    else:
-        chosen = choose(route, queries, ready.table, k=k)
-        found = search(
-            queries, ready.table, chosen, k=k, exclude=left_out, threads=threads, name="queries"
-        )
-    keys = torch.from_numpy(found.keys)
+    indices, keys = _search(
+        queries, database.table, k, threads, route, exclude=excluded, name="queries"
+    )
     scores = (keys if metric == "l2" else -keys).to(torch.float32)
-    return TopK(torch.from_numpy(found.labels).to(queries.device), scores.to(queries.device) + 0.0)
+    return TopK(indices.to(queries.device), scores.to(queries.device) + 0.0)

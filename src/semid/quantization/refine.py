@@ -1,10 +1,16 @@
-"""Joint refinement of residual codebooks: beam encoding and ridge least squares in turn.
+"""Joint refinement of residual codebooks, and penalties that even out their usage.
 
-K-means level by level never returns to a level it has left. Here all levels are fitted again
-together to the codes that a beam finds, the ridge is chosen on items held out, and what does not
-lower their error is not kept. The two steps alone end in the nearest local optimum; further rounds
-shake the codebooks with noise that falls to nothing (stochastic relaxation of the codebooks, LSQ++,
-Martinez et al. 2018; the scale of the noise and the schedule are ours).
+K-means level by level never returns to a level it has left. In refinement beam encoding and ridge
+least squares take turns: all levels are fitted again together to the codes that a beam finds, the
+ridge is chosen on items held out, and what does not lower their error is dropped. The two steps
+alone end in the nearest local optimum; further rounds add noise to the codebooks that falls to
+nothing (stochastic relaxation of the codebooks, LSQ++, Martinez et al. 2018; the scale of the noise
+and the schedule are ours).
+
+With penalties per codeword (a power diagram) a row takes the codeword of least
+``|x - c|^2 + penalty``. Penalties are one more coordinate: with ``x' = [x, 0]`` and
+``c' = [c, sqrt(penalty)]`` the plain nearest codeword is the penalized one, so the engine, its
+bounds and beams need know nothing of penalties.
 """
 
 from __future__ import annotations
@@ -16,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from semid.errors import UsageError
 from semid.options import MAX_BEAM, Options, option
 from semid.quantization.blocks import Blocks, read_ahead
 from semid.quantization.least_squares import NormalEquations
@@ -31,23 +38,29 @@ Doubles = npt.NDArray[np.float64]
 class RefineOptions(Options):
     """How codebooks are refined.
 
-    Attributes:
-        rounds: most rounds of encoding and least squares, 0 or more; 0 leaves the codebooks.
-        annealing_rounds: rounds with noise that follow, 0 or more; as many ``rounds`` as before
-            end them, and all of that is kept only if it lowers the error.
-        temperature: noise of the first of those, in standard deviations of the residual over the
-            square root of the levels; it falls linearly. 0 or more.
-        beam_width: partial codes kept while encoding, at least 1.
-        ridges: ridges to choose from, each above 0, in items that say "zero" a codeword.
-        tolerance: relative fall of the error that a round has to bring for another one, 0 or more.
+    After the rounds with noise come as many ``rounds`` as before, and all of that is kept only if
+    it lowers the error. The noise falls linearly with the round.
     """
 
-    rounds: int = option(8, ge=0)
-    annealing_rounds: int = option(12, ge=0)
-    temperature: float = option(1.0, ge=0)
-    beam_width: int = option(8, ge=1, le=MAX_BEAM)
-    ridges: tuple[float, ...] = option((0.3, 1.0, 3.0, 10.0), gt=0)
-    tolerance: float = option(1e-3, ge=0)
+    rounds: int = option(
+        8, ge=0, help="Maximum rounds of encoding and least squares; 0 leaves the codebooks."
+    )
+    annealing_rounds: int = option(12, ge=0, help="Rounds with noise that follow.")
+    temperature: float = option(
+        1.0,
+        ge=0,
+        help="First noise, in standard deviations of the residual over the square root of the "
+        "levels.",
+    )
+    beam_width: int = option(8, ge=1, le=MAX_BEAM, help="Partial codes kept while encoding.")
+    ridges: tuple[float, ...] = option(
+        (0.3, 1.0, 3.0, 10.0),
+        gt=0,
+        help="Ridges to choose from, in items per codeword whose target is zero.",
+    )
+    tol: float = option(
+        1e-3, ge=0, help="Stop when a round lowers the error by less than this share."
+    )
 
     def _problems(self) -> list[str]:
         return [] if self.ridges else ["ridges=(): give at least one number above 0"]
@@ -61,11 +74,9 @@ class RefineOptions(Options):
 
 @dataclass(frozen=True)
 class ColumnGroup:
-    """Columns that are fitted together, over the first ``levels`` levels alone.
+    """Columns of the rows that are fitted together, over the first ``levels`` levels alone.
 
-    Attributes:
-        columns: which columns of the rows.
-        levels: levels whose codewords have these columns; those of later levels keep theirs.
+    Codewords of later levels keep theirs.
     """
 
     columns: slice
@@ -74,13 +85,7 @@ class ColumnGroup:
 
 @dataclass(frozen=True)
 class RefineRound:
-    """What a round did.
-
-    Attributes:
-        ridge: the ridge it chose.
-        error: mean squared residual of the items judged on, after it.
-        before: the same before it.
-    """
+    """The ridge that a round chose, and the mean squared residual of held-out items around it."""
 
     ridge: float
     error: float
@@ -91,40 +96,40 @@ def refine_residual(
     train: Blocks,
     codebooks: Sequence[Array],
     *,
-    judged: Blocks | None = None,
+    held_out: Blocks | None = None,
     groups: Sequence[ColumnGroup] | None = None,
     options: RefineOptions | None = None,
-    weights: npt.NDArray[np.float64] | None = None,
+    weights: Doubles | None = None,
     seed: int = 0,
     threads: int | None = None,
     on_round: Callable[[RefineRound], None] | None = None,
 ) -> tuple[list[Array], list[RefineRound]]:
     """Refine codebooks that were fitted level by level.
 
-    Returns refined codebooks (those given, if no round lowered the error) and the rounds kept.
+    Returns refined codebooks (copies of the old ones, if no round lowered the error) and the
+    rounds that led to them.
 
-    Cost: a round encodes the training rows once and the judged rows once a ridge (once, from the
-    second with noise on), by a beam (`semid.quantization.beam`).
+    Cost: a round encodes the training rows once and the held-out rows once per ridge (once, from
+    the second with noise on), by a beam (see `semid.quantization.residual`).
 
     Shapes: ``train`` (items, dim), ``codebooks`` (codes, dim), ``weights`` (items,).
     """
     options = options or RefineOptions()
-    width = train.dim
-    groups = groups or [ColumnGroup(slice(0, width), len(codebooks))]
-    judged = train if judged is None or not len(judged) else judged
+    groups = groups or [ColumnGroup(slice(0, train.dim), len(codebooks))]
+    held_out = train if held_out is None or not len(held_out) else held_out
     start = [book.copy() for book in codebooks]
     if not options.rounds:
         return start, []
-    refiner = _Refiner(train, judged, groups, options, weights, threads, on_round)
+    refiner = _Refiner(train, held_out, groups, options, weights, threads, on_round)
     # First the nearest local optimum, then out of it with falling noise and down again; the second
     # result counts only where held-out rows prefer it.
-    best, history = refiner.settled(start, refiner.error(start))
+    best, history = refiner.descend(start, refiner.error(start))
     if options.annealing_rounds:
         error = history[-1].error if history else refiner.error(best)
-        shaken, rounds = refiner.annealed(best, error, numpy_generator(seed, "anneal"))
-        shaken, more = refiner.settled(shaken, rounds[-1].error)
+        annealed, rounds = refiner.anneal(best, error, numpy_generator(seed, "anneal"))
+        annealed, more = refiner.descend(annealed, rounds[-1].error)
         if [*rounds, *more][-1].error < error:
-            best, history = shaken, [*history, *rounds, *more]
+            best, history = annealed, [*history, *rounds, *more]
     return best, history
 
 
@@ -133,59 +138,59 @@ class _Refiner:
     """What all rounds of one refinement share; see `refine_residual`."""
 
     train: Blocks
-    judged: Blocks
+    held_out: Blocks
     groups: Sequence[ColumnGroup]
     options: RefineOptions
-    weights: npt.NDArray[np.float64] | None
+    weights: Doubles | None
     threads: int | None
     on_round: Callable[[RefineRound], None] | None
 
-    def settled(self, books: list[Array], error: float) -> tuple[list[Array], list[RefineRound]]:
+    def descend(self, books: list[Array], error: float) -> tuple[list[Array], list[RefineRound]]:
         """Run rounds without noise for as long as they lower the error."""
         rounds: list[RefineRound] = []
         for _ in range(self.options.rounds):
-            solved, record = self._solved(
-                self._equations(books)[0], books, self.options.ridges, error
-            )
+            equations, _ = self._equations(books)
+            solved, record = self._solve(equations, books, self.options.ridges, error)
             # Held-out rows decide, so a round may raise the error: its codebooks are dropped.
             if not record.error < error:
                 break
             rounds.append(record)
-            too_small = record.error > (1.0 - self.options.tolerance) * error
+            converged = record.error > (1.0 - self.options.tol) * error
             books, error = solved, record.error
-            if too_small:
+            if converged:
                 break
         return books, rounds
 
-    def annealed(
+    def anneal(
         self, books: list[Array], error: float, generator: np.random.Generator
     ) -> tuple[list[Array], list[RefineRound]]:
-        """Run all rounds with noise; the last leaves none."""
+        """Run all rounds with noise; the last adds none."""
         rounds: list[RefineRound] = []
         count, ridges = self.options.annealing_rounds, self.options.ridges
         spread = np.zeros(0)
+        mass = len(self.train) if self.weights is None else float(self.weights.sum())
         for number in range(count):
             equations, squared = self._equations(books)
             if not rounds:
                 # The residual's standard deviation per column sets the scale of all noise.
-                spread = np.sqrt(squared / max(self._mass(), 1e-12))
-            books, record = self._solved(equations, books, ridges, error)
+                spread = np.sqrt(squared / max(mass, 1e-12))
+            books, record = self._solve(equations, books, ridges, error)
             rounds.append(record)
-            # The first round chooses the ridge; the others take it, which saves encodings.
+            # The first round chooses the ridge; the others reuse it, which saves encodings.
             ridges, error = (record.ridge,), record.error
             if number + 1 < count:  # the noise falls linearly and the last round adds none
-                books = self._shaken(books, (1.0 - number / count) * spread, generator)
+                books = self._add_noise(books, (1.0 - number / count) * spread, generator)
         return books, rounds
 
     def error(self, books: Sequence[Array]) -> float:
-        """Return the mean squared residual of the judged rows."""
+        """Return the mean squared residual of the held-out rows."""
         indexed, total = _indexed(books), 0.0
-        for _, block in read_ahead(self.judged):
-            norms = self._encoded(block, indexed).residual_norms
+        for _, block in read_ahead(self.held_out):
+            norms = self._encode(block, indexed).residual_norms
             total += float(np.square(norms, dtype=np.float64).sum())
-        return total / max(len(self.judged), 1)
+        return total / max(len(self.held_out), 1)
 
-    def _encoded(self, block: Array, indexed: list[IndexedCodebook]) -> ResidualCodes:
+    def _encode(self, block: Array, indexed: list[IndexedCodebook]) -> ResidualCodes:
         return encode_residual(
             block, indexed, beam_width=self.options.beam_width, threads=self.threads
         )
@@ -193,12 +198,12 @@ class _Refiner:
     def _equations(self, books: Sequence[Array]) -> tuple[NormalEquations, Doubles]:
         """Encode the training rows; return their equations and squared residuals by column.
 
-        A weight counts a row so often in both.
+        Both count a row as often as its weight says.
         """
         equations = NormalEquations([len(book) for book in books], self.train.dim)
         indexed, squared = _indexed(books), np.zeros(self.train.dim)
         for start, block in read_ahead(self.train):
-            codes = self._encoded(block, indexed).codes
+            codes = self._encode(block, indexed).codes
             mass = None if self.weights is None else self.weights[start : start + len(block)]
             equations.add_(codes, block, mass)
             residual = block - dequantize(codes, books)
@@ -206,49 +211,157 @@ class _Refiner:
             squared += np.einsum("nd,nd->d", weighted, residual, dtype=np.float64)
         return equations, squared
 
-    def _mass(self) -> float:
-        return len(self.train) if self.weights is None else float(self.weights.sum())
-
-    def _solved(
+    def _solve(
         self,
         equations: NormalEquations,
         books: Sequence[Array],
         ridges: Sequence[float],
         before: float,
     ) -> tuple[list[Array], RefineRound]:
-        """Solve with every ridge and keep the one that judged rows like best."""
-        tried = []
+        """Solve with every ridge; return the codebooks with the least error on held-out rows."""
+        solutions = []
         for ridge in ridges:
             refined = [book.copy() for book in books]
             for group in self.groups:
-                solved = equations.solve(
+                tables = equations.solve(
                     ridge=ridge,
                     start=[book[:, group.columns] for book in books],
                     columns=group.columns,
                     levels=group.levels,
                     threads=self.threads,
                 )
-                for book, table in zip(refined, solved, strict=False):
+                for book, table in zip(refined, tables, strict=False):
                     book[:, group.columns] = table
-            tried.append((self.error(refined), ridge, refined))
-        error, ridge, refined = min(tried, key=lambda one: one[:2])  # ties: the smaller ridge
+            solutions.append((self.error(refined), ridge, refined))
+        error, ridge, refined = min(solutions, key=lambda one: one[:2])  # ties: the smaller ridge
         record = RefineRound(ridge, error, before)
         if self.on_round is not None:
             self.on_round(record)
         return refined, record
 
-    def _shaken(
+    def _add_noise(
         self, books: Sequence[Array], spread: Doubles, generator: np.random.Generator
     ) -> list[Array]:
         """Add noise to the columns that are fitted; ``spread`` ``(dim,)`` is that of all levels."""
-        shaken = [book.copy() for book in books]
+        noisy = [book.copy() for book in books]
         for group in self.groups:
+            # Independent noise of every level adds up: each gets 1 / sqrt(levels) of the spread.
             scale = self.options.temperature / np.sqrt(group.levels) * spread[group.columns]
-            for book in shaken[: group.levels]:
+            for book in noisy[: group.levels]:
                 noise = generator.normal(size=(len(book), len(scale))) * scale
                 book[:, group.columns] += noise.astype(np.float32)
-        return shaken
+        return noisy
 
 
 def _indexed(books: Sequence[Array]) -> list[IndexedCodebook]:
     return [index_codebook(torch.from_numpy(book)) for book in books]
+
+
+# Balancing ------------------------------------------------------------------------------------
+
+STEP = 0.1
+"""Fraction of the highest penalty that a codeword e times too large gets in the first round."""
+
+
+def balance_penalties(
+    rows: Blocks,
+    codebooks: Sequence[Array],
+    *,
+    strength: float,
+    columns: int | None = None,
+    beam_width: int = 1,
+    rounds: int = 20,
+    threads: int | None = None,
+) -> list[Doubles]:
+    """Find penalties that even out how many rows take each codeword, for all levels together.
+
+    A codeword's penalty rises with the logarithm of its size and never above ``strength`` times
+    the mean squared residual after all levels. At one level a row's squared error rises by at most
+    that much: with ``k`` the nearest codeword and ``j`` the one that it takes,
+    ``|x - j|^2 + p_j <= |x - k|^2 + p_k``. Steps shrink, and of all rounds the penalties with the
+    most even usage (entropy, summed over levels) are returned: sizes that oscillate cannot leave
+    usage less even than no penalties do.
+
+    Returns ``(codes,)`` float64 per level, the lowest of each 0, in squared units of the rows.
+
+    Cost: ``rounds`` + 1 encodings of all rows.
+
+    Shapes: ``rows`` (items, dim), ``codebooks`` (codes, dim).
+    """
+    if not 0 <= strength < float("inf") or rounds < 1:
+        raise UsageError(
+            f"strength={strength}, rounds={rounds}: give a strength of 0 or more and at least 1 "
+            "round"
+        )
+    penalties = [np.zeros(len(book)) for book in codebooks]
+    if strength == 0:
+        return penalties
+    sizes, residual = _sizes(rows, codebooks, penalties, columns or rows.dim, beam_width, threads)
+    highest = strength * residual
+    best, best_entropy = penalties, _entropy(sizes)
+    for number in range(1, rounds + 1):
+        # Raise the penalty of codewords larger than the mean size and lower that of smaller ones.
+        # Steps fall with 1 / sqrt(round), so that sizes settle.
+        step = STEP * highest / np.sqrt(number)
+        penalties = [
+            np.clip(p + step * (np.log1p(n) - np.log1p(n.mean())), 0.0, highest)
+            for p, n in zip(penalties, sizes, strict=True)
+        ]
+        sizes, _ = _sizes(rows, codebooks, penalties, columns or rows.dim, beam_width, threads)
+        entropy = _entropy(sizes)
+        if entropy > best_entropy:
+            best, best_entropy = penalties, entropy
+    # A constant that all codewords of a level pay changes no code.
+    return [each - each.min() for each in best]
+
+
+def _entropy(sizes: Sequence[Doubles]) -> float:
+    total = 0.0
+    for counts in sizes:
+        # Codewords without rows add nothing: p log p goes to 0.
+        share = counts[counts > 0] / counts.sum()
+        total -= float((share * np.log(share)).sum())
+    return total
+
+
+def _sizes(
+    rows: Blocks,
+    codebooks: Sequence[Array],
+    penalties: Sequence[Doubles],
+    columns: int,
+    beam_width: int,
+    threads: int | None,
+) -> tuple[list[Doubles], float]:
+    """Return rows per codeword of each level, and the mean squared residual without penalties."""
+    levels = len(codebooks)
+    books = _indexed(
+        [
+            add_penalties(book, penalty, level=level, levels=levels)
+            for level, (book, penalty) in enumerate(zip(codebooks, penalties, strict=True))
+        ]
+    )
+    sizes, total = [np.zeros(len(book)) for book in codebooks], 0.0
+    for _, block in read_ahead(rows):
+        padded = pad_columns(block, levels)
+        codes = encode_residual(padded, books, beam_width=beam_width, threads=threads).codes
+        for level, counts in enumerate(sizes):
+            counts += np.bincount(codes[:, level], minlength=len(counts))
+        residual = block[:, :columns] - dequantize(codes, [book[:, :columns] for book in codebooks])
+        total += float(np.einsum("nd,nd->", residual, residual, dtype=np.float64))
+    return sizes, total / max(len(rows), 1)
+
+
+def pad_columns(rows: Array, count: int) -> Array:
+    """Return rows ``(n, dim)`` with ``count`` more columns of zeros."""
+    return np.pad(rows, ((0, 0), (0, count)))
+
+
+def add_penalties(codebook: Array, penalties: Doubles, *, level: int = 0, levels: int = 1) -> Array:
+    """Return codewords ``(codes, dim + levels)`` with their penalties ``(codes,)`` as coordinates.
+
+    Every level has a coordinate of its own, so that the penalty of a level stays as a constant in
+    the residual and a beam adds up the penalties of all levels.
+    """
+    padded = pad_columns(codebook, levels)
+    padded[:, codebook.shape[1] + level] = np.sqrt(penalties)
+    return padded

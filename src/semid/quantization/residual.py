@@ -1,18 +1,25 @@
-"""Residual quantization: what a level leaves is what the next one quantizes.
+"""Residual quantization: each level quantizes the residual of the levels before it.
 
-Tensors in, tensors out: fitting level by level (DRQ §4.2), greedy and beam encoding, decoding.
+Fitting level by level (DRQ §4.2), greedy and beam encoding, decoding.
 """
 
 from __future__ import annotations
 
+import math
+import threading
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from semid.quantization.beam import encode_beam
 from semid.quantization.blocks import Blocks
+from semid.quantization.engine.keys import resolve_children, scan_children
+from semid.quantization.engine.table import aligned, float32_rows, padded
+from semid.quantization.engine.vector import SCAN
 from semid.quantization.kmeans import (
     KMeansOptions,
     KMeansResult,
@@ -21,11 +28,13 @@ from semid.quantization.kmeans import (
     kmeans,
     sampled,
 )
-from semid.quantization.nearest import IndexedCodebook, assign
+from semid.quantization.nearest import THREADED_WORK, IndexedCodebook, assign, nearest_m
 from semid.quantization.sharding import ShardedMatrix, as_sharded
+from semid.quantization.threads import map_blocks, one_blas_thread
 from semid.seeds import child_seed
 
 Array = npt.NDArray[np.float32]
+Labels = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -34,7 +43,7 @@ class LevelFit:
 
     Attributes:
         inertia: sum of squared residual norms after this level, over the training rows.
-        iterations: Lloyd iterations of the kept restart.
+        iterations: Lloyd iterations of the best restart.
         converged: whether the tolerance was met before the iterations ran out.
         distinct: codewords that could be told apart.
     """
@@ -51,10 +60,10 @@ class ResidualCodes:
 
     Attributes:
         codes: ``(n, levels)`` int64.
-        residual_norms: ``(n,)`` float32, length of what the last level leaves.
+        residual_norms: ``(n,)`` float32, length of the residual after the last level.
     """
 
-    codes: npt.NDArray[np.int64]
+    codes: Labels
     residual_norms: Array
 
 
@@ -68,21 +77,22 @@ def fit_residual(
     init: Sequence[Array] | None = None,
     threads: int | None = None,
     memory_bytes: int = 1 << 30,
-    done: Sequence[tuple[Array, npt.NDArray[np.int64], LevelFit]] = (),
+    done: Sequence[tuple[Array, Labels, LevelFit]] = (),
     state: KMeansState | None = None,
     on_iteration: Callable[[int, KMeansState], None] | None = None,
     on_level: Callable[[int, KMeansResult], None] | None = None,
 ) -> tuple[list[Array], list[LevelFit]]:
-    """Fit one codebook a level by K-means on what the levels before leave.
+    """Fit one codebook per level by K-means on the residual of the levels before.
 
-    Shapes: ``blocks`` (items, dim), ``weights`` (items,), returns (codes, dim).
+    Shapes: ``blocks`` (items, dim), ``weights`` (items,), returns (codes, dim) per level.
     """
     options = options or KMeansOptions()
     rows = as_sharded(blocks, weights=weights, threads=threads, memory_bytes=memory_bytes)
-    chosen = draw_sample(rows, max(codebook_sizes), seed=seed, options=options)
+    # All levels train on one sample, large enough for the largest codebook.
+    sample = draw_sample(rows, max(codebook_sizes), seed=seed, options=options)
     train = rows
-    if chosen is not None:
-        train = sampled(rows, chosen, threads=threads, memory_bytes=memory_bytes)
+    if sample is not None:
+        train = sampled(rows, sample, threads=threads, memory_bytes=memory_bytes)
     codebooks: list[Array] = []
     fits: list[LevelFit] = []
     for codebook, labels, fit in done:
@@ -99,7 +109,7 @@ def fit_residual(
             init=None if init is None else init[level],
             threads=threads,
             state=state if level == resumed else None,
-            on_iteration=None if on_iteration is None else _at_level(on_iteration, level),
+            on_iteration=None if on_iteration is None else partial(on_iteration, level),
         )
         codebooks.append(result.centroids)
         fits.append(
@@ -109,15 +119,10 @@ def fit_residual(
             on_level(level, result)
         if level + 1 < len(codebook_sizes):
             train.subtract_codewords(result.centroids, result.labels)
-    if chosen is not None and options.full_pass:
-        codebooks = _refine(rows, codebooks, threads)
-    return codebooks, fits
-
-
-def _refine(rows: ShardedMatrix, codebooks: list[Array], threads: int | None) -> list[Array]:
-    """One Lloyd iteration of every level over all rows, each on what the refined ones leave."""
-    refined: list[Array] = []
-    for codebook in codebooks:
+    if sample is None or not options.full_pass:
+        return codebooks, fits
+    # One Lloyd iteration of every level over all rows, each on the residual of the refined ones.
+    for level, codebook in enumerate(codebooks):
         result = kmeans(
             rows,
             len(codebook),
@@ -126,16 +131,10 @@ def _refine(rows: ShardedMatrix, codebooks: list[Array], threads: int | None) ->
             init=codebook,
             threads=threads,
         )
-        refined.append(result.centroids)
-        if len(refined) < len(codebooks):
+        codebooks[level] = result.centroids
+        if level + 1 < len(codebooks):
             rows.subtract_codewords(result.centroids, result.labels)
-    return refined
-
-
-def _at_level(
-    callback: Callable[[int, KMeansState], None], level: int
-) -> Callable[[KMeansState], None]:
-    return lambda state: callback(level, state)
+    return codebooks, fits
 
 
 def encode_residual(
@@ -145,39 +144,261 @@ def encode_residual(
     beam_width: int = 1,
     threads: int | None = None,
 ) -> ResidualCodes:
-    """Quantize rows level by level.
+    """Quantize rows ``(n, dim)`` level by level.
 
-    Returns `ResidualCodes`. Each row's codes depend on that row alone. Ties go to the lowest code.
-
-    Shapes: ``block`` (n, dim).
+    Each row's codes depend on that row alone. Ties go to the lowest code.
     """
     if beam_width > 1 and len(block):
-        beam, residual = encode_beam(block, codebooks, beam_width, threads)
-        return ResidualCodes(beam, _norms(residual))
-    codes = np.empty((len(block), len(codebooks)), dtype=np.int64)
-    residual = block
-    for level, codebook in enumerate(codebooks):
-        codes[:, level], _ = assign(residual, codebook, threads=threads)
-        residual = residual - codebook.codewords.numpy()[codes[:, level]]
-    return ResidualCodes(codes, _norms(residual))
-
-
-def _norms(rows: Array) -> Array:
-    squared = np.einsum("nd,nd->n", rows, rows, dtype=np.float64)
-    norms: Array = np.sqrt(squared).astype(np.float32)
-    return norms
+        codes, residual = _encode_beam(block, codebooks, beam_width, threads)
+    else:
+        codes, residual = np.empty((len(block), len(codebooks)), dtype=np.int64), block
+        for level, codebook in enumerate(codebooks):
+            codes[:, level], _ = assign(residual, codebook, threads=threads)
+            residual = residual - codebook.codewords.numpy()[codes[:, level]]
+    squared = np.einsum("nd,nd->n", residual, residual, dtype=np.float64)
+    return ResidualCodes(codes, np.sqrt(squared).astype(np.float32))
 
 
 def dequantize(
     codes: npt.NDArray[np.integer], codebooks: Sequence[Array], *, levels: int | None = None
 ) -> Array:
-    """Sum the codewords of each row's codes.
+    """Sum the codewords of each row's codes, in level order.
 
-    Returns ``(n, dim)`` float32, added in level order.
-
-    Shapes: ``codes`` (n, levels), ``codebooks`` (codes, dim).
+    Shapes: ``codes`` (n, levels), ``codebooks`` (codes, dim), returns (n, dim).
     """
     total = np.zeros((len(codes), codebooks[0].shape[1]), dtype=np.float32)
     for level, codebook in list(enumerate(codebooks))[:levels]:
         total += codebook[codes[:, level]]
     return total
+
+
+# Beam encoding: the partial codes with the smallest residuals are kept after every level --------
+
+# A beam holds `width` residuals per row: fewer rows at once keep that within tens of megabytes.
+BEAM_ROWS = 4096
+# Rows that a thread scans at once: their products with 4096 codewords are 4 MB.
+SCAN_ROWS = 256
+# Most memory for products between codebooks. Three levels of 4096 take 200 MB.
+PRODUCT_BYTES = 1 << 28
+# Outside these lengths of rows and codewords, squares or their rounding leave float32's range.
+LENGTHS = (1e-12, 1e12)
+
+
+@dataclass(frozen=True)
+class _Partials:
+    """Partial codes of some rows, best first.
+
+    Shapes: ``codes`` (n, partials, levels so far), ``residuals`` (n, partials, dim),
+    ``distances`` (n, partials), the residuals' squared lengths.
+    """
+
+    codes: Labels
+    residuals: Array
+    distances: Array
+
+    def extend(self, parents: Labels, labels: Labels, distances: Array, words: Array) -> _Partials:
+        """Return the children ``labels`` ``(n, children)`` of the partial codes ``parents``."""
+        at = np.arange(len(labels))[:, None]
+        codes = np.concatenate([self.codes[at, parents], labels[:, :, None]], axis=2)
+        return _Partials(codes, self.residuals[at, parents] - words[labels], distances)
+
+
+def _encode_beam(
+    block: Array, codebooks: Sequence[IndexedCodebook], width: int, threads: int | None
+) -> tuple[Labels, Array]:
+    """Return codes ``(n, levels)`` and residuals ``(n, dim)`` of a beam search.
+
+    Cost: with at least as many rows as a codebook has codewords, ``n x codewords x dim`` products
+    per level, and ``width`` sums of as many numbers as there are codewords per row; the products of
+    codewords between levels are held with the last codebook, at most 256 MB. Otherwise a search of
+    each level for every partial code.
+    """
+    products = _level_products(codebooks, len(block))
+    codes, residuals = [], []
+    for start in range(0, len(block), BEAM_ROWS):
+        rows = block[start : start + BEAM_ROWS]
+        # Products are scanned only where float32 holds them.
+        longest = float(np.abs(rows).max(initial=0.0)) * math.sqrt(rows.shape[1])
+        scanned = bool(products) and longest < LENGTHS[1]
+        none = np.empty((len(rows), 1, 0), np.int64)
+        beam = _Partials(none, rows[:, None], np.empty((len(rows), 1), np.float32))
+        for level, codebook in enumerate(codebooks):
+            keep = width if level + 1 < len(codebooks) else 1  # the last level's best alone
+            if scanned and level:
+                beam = _scan_level(rows, beam, products[level - 1], keep, threads)
+            else:
+                beam = _search_level(beam, codebook, keep, threads)
+        codes.append(np.ascontiguousarray(beam.codes[:, 0]))
+        residuals.append(beam.residuals[:, 0])
+    return np.concatenate(codes), np.concatenate(residuals)
+
+
+def _search_level(
+    beam: _Partials, codebook: IndexedCodebook, width: int, threads: int | None
+) -> _Partials:
+    """Search the level for the nearest codewords of every partial code's residual."""
+    items, partials, dim = beam.residuals.shape
+    children = min(width, len(codebook))
+    small = beam.residuals.size * len(codebook) < THREADED_WORK
+    search = partial(nearest_m, codebook=codebook, m=children, threads=1 if small else threads)
+    residuals = torch.from_numpy(beam.residuals)
+    best = search(residuals[:, 0])
+    labels, distances = best.labels.numpy(), best.distances.numpy()
+    if partials > 1:
+        # The best partial code has `children` of its own, so others matter only below the last.
+        last = best.distances[:, -1] if children == width else torch.full((items,), torch.inf)
+        others = residuals[:, 1:].reshape(-1, dim)
+        rest = search(others, within=last.repeat_interleave(partials - 1))
+        labels = np.hstack([labels, rest.labels.numpy().reshape(items, -1)])
+        distances = np.hstack([distances, rest.distances.numpy().reshape(items, -1)])
+    # Stable: equal distances keep the better parent, then the lower code.
+    order = np.argsort(distances, axis=1, kind="stable")[:, :width]
+    return beam.extend(
+        order // children,
+        np.take_along_axis(labels, order, axis=1),
+        np.take_along_axis(distances, order, axis=1),
+        codebook.codewords.numpy(),
+    )
+
+
+@dataclass(frozen=True)
+class _LevelProducts:
+    """A level's codewords and their products with those of the levels before.
+
+    Attributes:
+        words: ``(codes, dim)`` codewords.
+        padded: the same with the columns that canonical keys need.
+        transposed: ``(dim, columns)`` the same transposed, with zero columns at the end.
+        bias: ``(columns,)`` minus half their squares, minus infinity at the end.
+        products: ``(codes before, columns)``.
+        first: row of ``products`` at which each level before starts.
+        center: ``(dim,)`` subtracted from rows and from the first codebook.
+        reach: longest codeword of this level.
+        before: sum over the levels before of their longest codeword.
+    """
+
+    words: Array
+    padded: Array
+    transposed: torch.Tensor
+    bias: torch.Tensor
+    products: Array
+    first: Labels
+    center: Array
+    reach: float
+    before: float
+
+    def margins(self, lengths: npt.NDArray[np.float64]) -> Array:
+        """Return how far apart two scores of a row of this length may be by rounding alone."""
+        dim = self.words.shape[1]
+        whole = lengths + self.before + self.reach
+        # Sums of `dim` products and half a square, in any order; then the few sums of scores, the
+        # rounding of residuals and of the float32 distances in which ties are told.
+        bound = (dim + 32) * 2.0**-23 * whole * self.reach
+        bound += (8 + 2 * len(self.first)) * 2.0**-23 * whole * whole
+        return np.asarray(2.0 * bound, dtype=np.float32)
+
+
+_product_cache: weakref.WeakKeyDictionary[
+    IndexedCodebook, tuple[list[weakref.ref[IndexedCodebook]], list[_LevelProducts]]
+] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def _level_products(codebooks: Sequence[IndexedCodebook], rows: int) -> list[_LevelProducts]:
+    """Return the products of the levels after the first; none where they would not pay."""
+    sizes = [len(book) for book in codebooks]
+    columns = [padded(size, SCAN) for size in sizes]
+    needed = sum(4 * sum(sizes[:level]) * columns[level] for level in range(1, len(sizes)))
+    # torch may be told to round float32 operands to bfloat16 or TF32 inside its products.
+    loose = torch.get_float32_matmul_precision() != "highest"
+    if len(sizes) < 2 or needed > PRODUCT_BYTES or loose:
+        return []
+    with _lock:
+        others, products = _product_cache.get(codebooks[-1], ([], []))
+    # The products belong to these very codebooks, in this order.
+    if [ref() for ref in others] == list(codebooks[:-1]):
+        return products
+    if rows < max(sizes):
+        return []
+    products = _multiply_levels(codebooks)
+    with _lock:
+        _product_cache[codebooks[-1]] = [weakref.ref(book) for book in codebooks[:-1]], products
+    return products
+
+
+def _multiply_levels(codebooks: Sequence[IndexedCodebook]) -> list[_LevelProducts]:
+    """Multiply every level after the first; none where float32 does not hold the products."""
+    words = [book.codewords.numpy() for book in codebooks]
+    center = words[0].mean(axis=0, dtype=np.float64).astype(np.float32)
+    earlier = [words[0] - center, *words[1:]]
+    # Lengths bound what rounding changes in products and squares.
+    longest = [
+        float(np.sqrt(np.square(each, dtype=np.float64).sum(axis=1).max())) for each in earlier
+    ]
+    if not LENGTHS[0] < min(longest) <= max(longest) < LENGTHS[1]:
+        return []
+    levels = []
+    for level in range(1, len(words)):
+        codewords = words[level]
+        transposed = np.zeros((codewords.shape[1], padded(len(codewords), SCAN)), dtype=np.float32)
+        transposed[:, : len(codewords)] = codewords.T
+        bias = np.full(transposed.shape[1], -np.inf, dtype=np.float32)
+        bias[: len(codewords)] = -0.5 * np.square(codewords, dtype=np.float64).sum(axis=1)
+        rows = torch.from_numpy(np.concatenate(earlier[:level]))
+        products = torch.empty((len(rows), transposed.shape[1]), dtype=torch.float32)
+        with one_blas_thread():  # products with `out` are float32 under autocast too
+            torch.mm(rows, torch.from_numpy(transposed), out=products)
+        levels.append(
+            _LevelProducts(
+                words=codewords,
+                padded=float32_rows(codebooks[level].codewords, name="codebook"),
+                transposed=torch.from_numpy(transposed),
+                bias=torch.from_numpy(bias),
+                products=products.numpy(),
+                first=np.cumsum([0, *(len(each) for each in words[: level - 1])]),
+                center=center,
+                reach=longest[level],
+                before=sum(longest[:level]),
+            )
+        )
+    return levels
+
+
+def _scan_level(
+    rows: Array, beam: _Partials, level: _LevelProducts, width: int, threads: int | None
+) -> _Partials:
+    """Find the level's best children from products that all partial codes of a row share."""
+    items, partials, dim = beam.residuals.shape
+    columns = len(level.bias)
+    best = min(width, partials * len(level.words))
+    parents, labels = np.empty((2, items, best), dtype=np.int64)
+    distances = np.empty((items, best), dtype=np.float32)
+
+    def work(start: int) -> None:
+        part = slice(start, start + SCAN_ROWS)
+        x = rows[part] - level.center
+        count, capacity = len(x), max(8 * SCAN, 4 * best + 2 * SCAN)
+        # One product per row and codeword, whatever the number of partial codes.
+        base = np.empty((count, columns), dtype=np.float32)
+        torch.addmm(level.bias, torch.from_numpy(x), level.transposed, out=torch.from_numpy(base))
+        lengths = np.sqrt(np.einsum("nd,nd->n", x, x, dtype=np.float64))
+        counts = np.zeros(count, dtype=np.int64)
+        candidates = np.empty((count, capacity), dtype=np.int32)
+        # Children that may be among the best by their float32 scores.
+        scan_children(
+            base, 0.5 * beam.distances[part], level.products, beam.codes[part] + level.first,
+            level.bias.numpy(), level.margins(lengths), np.full(count, np.finfo(np.float32).min),
+            counts, candidates, np.empty((count, capacity), dtype=np.float32), best,
+            np.empty(capacity, dtype=np.float32), aligned((1, columns), np.float32),
+        )  # fmt: skip
+        # Exact distances decide among them.
+        residuals = np.zeros((count * partials, level.padded.shape[1]), dtype=np.float32)
+        residuals[:, :dim] = beam.residuals[part].reshape(-1, dim)
+        resolve_children(
+            residuals, level.padded, columns, counts, candidates, parents[part], labels[part],
+            distances[part],
+        )  # fmt: skip
+
+    small = beam.residuals.size * len(level.words) < THREADED_WORK
+    map_blocks(work, range(0, items, SCAN_ROWS), threads=1 if small else threads)
+    return beam.extend(parents, labels, distances, level.words)

@@ -7,10 +7,10 @@ costs more than it brings.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,57 +22,43 @@ Block = TypeVar("Block")
 Result = TypeVar("Result")
 
 
-def _read_numbers(path: Path) -> list[str]:
+def _read(*files: Path) -> str:
+    """Return the text of files, empty where one cannot be read."""
     try:
-        return path.read_text(encoding="ascii").split()
+        return " ".join(file.read_text(encoding="utf-8") for file in files)
     except (OSError, UnicodeDecodeError):
-        return []
-
-
-def _quota(numerator: str, denominator: str) -> float | None:
-    try:
-        quota, period = int(numerator), int(denominator)
-    except ValueError:  # cgroup v2 writes "max" for no limit
-        return None
-    return quota / period if quota > 0 and period > 0 else None
+        return ""
 
 
 def cgroup_limit(root: Path = Path("/sys/fs/cgroup"), proc: Path = Path("/proc")) -> float | None:
     """Read the CPU quota of the control group this process runs in."""
     limits: list[float] = []
-    try:
-        lines = (proc / "self" / "cgroup").read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
-        lines = []
+    lines = _read(proc / "self" / "cgroup").splitlines()
     for line in [*lines, "0::/", "1:cpu:/"]:  # a container may see only its own root
-        parts = line.split(":", 2)
-        if len(parts) != 3:
+        _, controllers, path = (*line.split(":", 2), "", "")[:3]
+        if controllers and "cpu" not in controllers.split(","):
             continue
-        unified = parts[1] == ""
-        if not unified and "cpu" not in parts[1].split(","):
-            continue
-        base = root if unified else root / "cpu"
-        group = base / parts[2].strip("/")
-        while True:
-            if unified:
-                words = _read_numbers(group / "cpu.max")
+        base = root / "cpu" if controllers else root
+        group = base / path.strip("/")
+        # A quota of any group above limits this one too.
+        for folder in [group, *group.parents]:
+            if controllers:
+                words = _read(folder / "cpu.cfs_quota_us", folder / "cpu.cfs_period_us").split()
             else:
-                words = _read_numbers(group / "cpu.cfs_quota_us")
-                words += _read_numbers(group / "cpu.cfs_period_us")
-            limit = _quota(words[0], words[1]) if len(words) == 2 else None
-            if limit is not None:
-                limits.append(limit)
-            if group in (base, group.parent):
+                words = _read(folder / "cpu.max").split()
+            with contextlib.suppress(ValueError):  # "max", or no file: no limit
+                quota, period = map(int, words)
+                if quota > 0 and period > 0:
+                    limits.append(quota / period)
+            if folder == base:
                 break
-            group = group.parent
-    return min(limits) if limits else None
+    return min(limits, default=None)
 
 
 def default_threads() -> int:
     """Count the threads that can really run at once: CPU affinity, then the cgroup's quota.
 
-    Returns:
-        At least 1. A quota of 2.5 CPUs gives 2: a third thread would be throttled half the time.
+    At least 1. A quota of 2.5 CPUs gives 2: a third thread would be throttled half the time.
     """
     affinity = getattr(os, "sched_getaffinity", None)  # Linux only
     cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
@@ -81,10 +67,7 @@ def default_threads() -> int:
 
 
 def resolve_threads(threads: int | None) -> int:
-    """Turn the user's ``threads`` into a number.
-
-    Returns at least 1.
-    """
+    """Turn the user's ``threads`` into a number of at least 1."""
     if threads is None:
         return default_threads()
     if threads < 1:
@@ -92,7 +75,7 @@ def resolve_threads(threads: int | None) -> int:
     return threads
 
 
-@contextmanager
+@contextlib.contextmanager
 def one_blas_thread() -> Iterator[None]:
     """Run the body with one BLAS thread in the calling thread, then restore the caller's count.
 

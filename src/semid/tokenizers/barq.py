@@ -15,12 +15,18 @@ from torch import nn
 from semid.data.blocks import Moments
 from semid.errors import UsageError
 from semid.options import MAX_BEAM, MAX_WEIGHT, option
-from semid.quantization.balance import add_penalties, balance_penalties, pad_columns
 from semid.quantization.blocks import Blocks, PreprocessedBlocks, ResidualBlocks, in_memory
 from semid.quantization.kmeans import KMeansOptions
 from semid.quantization.least_squares import fit_tables
 from semid.quantization.nearest import IndexedCodebook, index_codebook
-from semid.quantization.refine import ColumnGroup, RefineOptions, refine_residual
+from semid.quantization.refine import (
+    ColumnGroup,
+    RefineOptions,
+    add_penalties,
+    balance_penalties,
+    pad_columns,
+    refine_residual,
+)
 from semid.quantization.residual import dequantize, encode_residual
 from semid.seeds import child_seed
 from semid.tokenizers.barq_space import Blend, BlendGraph, Content
@@ -57,7 +63,7 @@ class BARQ(ContinuousTokenizer):
     A ``behavior_weight`` of 2 was chosen on users kept for selection (``benchmarks/choice.py``);
     with 0, `fit` takes no pairs. A ``content_variance`` below 1 evens out usage and is faster: 0.95
     at no more error, less for some. ``balance_strength`` evens out usage at some error, see
-    `semid.quantization.balance`. A ``latent`` of 0 in ``network`` takes 64.
+    `semid.quantization.refine`. A ``latent`` of 0 in ``network`` takes 64.
 
     Raises:
         UsageError: if a value is out of range.
@@ -151,7 +157,7 @@ class BARQ(ContinuousTokenizer):
         books, rounds = refine_residual(
             space,
             books,
-            judged=None if held_out is None else self._space(held_out),
+            held_out=None if held_out is None else self._space(held_out),
             groups=groups,
             options=refine,
             weights=context.weights,
@@ -305,7 +311,9 @@ class BARQ(ContinuousTokenizer):
                 _code_targets(*fitted, target),
                 self.codebook_sizes,
                 width,
-                judged=None if validation is None else partial(_code_targets, *validation, target),
+                held_out=None
+                if validation is None
+                else partial(_code_targets, *validation, target),
                 ridges=self._resolved("refine").ridges,
                 weights=weights,
                 threads=self.threads,

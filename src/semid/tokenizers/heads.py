@@ -112,7 +112,7 @@ class DecodeHead:
             spans(np.flatnonzero(~held_out)),
             ids.info.model_sizes,
             source.dim,
-            judged=(lambda: spans(np.flatnonzero(held_out))) if held_out.any() else None,
+            held_out=(lambda: spans(np.flatnonzero(held_out))) if held_out.any() else None,
             ridges=ridges,
             threads=threads,
         )

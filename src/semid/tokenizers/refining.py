@@ -85,7 +85,7 @@ def refine(
     books, rounds = refine_residual(
         latents(train),
         tokenizer.codebooks,
-        judged=latents(validation) if len(validation) else None,
+        held_out=latents(validation) if len(validation) else None,
         groups=tokenizer._refined_parts(opened.dim),
         options=options,
         weights=train_mass,

@@ -45,7 +45,8 @@ RENAMED_OPTIONS = {
         "tolerance": "tol",
         "restarts": "n_init",
         "trials": "n_local_trials",
-    }
+    },
+    "refine": {"tolerance": "tol"},
 }
 """The same inside nested options."""
 

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from semid.quantization.blocks import BLOCK_ROWS
+from semid.quantization.blocks import BLOCK_ROWS, Node, Statistics, cut_blocks, merge_nodes
 from semid.quantization.sharding import Shard, payload_bytes
-from semid.quantization.sums import Node, Statistics, cut_blocks, merge_nodes
 
 T = TypeVar("T")
 

@@ -10,14 +10,26 @@ import math
 from typing import Any
 
 import llvmlite.binding
-import numba
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from semid.quantization.engine.search import State
-from semid.quantization.engine.sweep import scan_best, scan_many, sweep
-from semid.quantization.engine.table import FAST, PAD_OFFSET, Operand, Table, aligned, padded, slack
+from semid.quantization.engine.keys import L2
+from semid.quantization.engine.sweep import scan_best, scan_many, sweep, trim_rows
+from semid.quantization.engine.table import (
+    START_LIMIT,
+    Operand,
+    VectorTable,
+    aligned,
+    center_queries,
+    pack,
+    padded,
+    quantize_table,
+    quantize_tiles,
+    round_bfloat16,
+    slack,
+)
+from semid.quantization.engine.vector import SCAN
 from semid.quantization.engine.x86 import AMX, BLOCKS, LINE, ROW_TILE, missing_features, pitch
 
 F32 = npt.NDArray[np.float32]
@@ -25,96 +37,150 @@ F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
 I32 = npt.NDArray[np.int32]
 
-START_LIMIT = 2.0**28
-"""Largest offset in integer steps; with `WIDEST` products it stays within int32."""
+LOWEST = -(2**30)
+"""Below every int32 score, and far enough from the end to subtract a margin."""
 WIDEST = 16384
 """Widest int8 rows: 255 * 127 * 16384 is below 2**29."""
 NORM = 2.0**14
 """Longest int16 row: the product of two, and every part of it, stays within 2**28."""
 
 
-@numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True, fastmath=FAST)
-def _quantize_tiles(
-    y: F32, lengths: F64, rows: int, limit: float, least: float, offsets: F32, entry_step: float,
-    out: Any, steps: F64, sums: F64, residual: F64, start: I32,
-) -> None:  # fmt: skip
-    """Round rows to integers with one step per 32 rows, and express the offsets in steps.
+class QueryBlock:
+    """Buffers for up to ``limit`` queries against tables of one width.
 
-    ``y`` ``(n, width)``, ``n`` a multiple of 32. ``lengths`` ``(n,)``: norms of the rows, to scale
-    by the longest; empty scales by the largest element. Either becomes ``limit``; ``least`` is the
-    smallest step, so that the ``offsets`` ``(columns,)`` fit. Writes integers to ``out`` ``(n, >=
-    width)``, further columns zero; per row its step, the sum of its integers and the norm of its
-    rounding error, summed in float32 (see `slack`); and minus the offsets, in steps of the product
-    with the table's ``entry_step``, to ``start`` ``(tiles, columns)``.
+    Args:
+        limit: most queries in a block, a multiple of `ROW_TILE`.
+        width: columns of the padded rows.
+        k: entries wanted for each query (one more where entries are excluded).
+        best_only: one entry by squared distance, the case with its own shorter path.
+
+    Attributes:
+        rows: queries in the current block.
+        y: ``(limit, width)`` float32 centered and scaled queries.
+        length, residual, bound: ``(limit,)`` float64: norm of each query, norm of its rounding
+            error, and how far a score may lie from the truth (scaled units).
+        unit, shift: ``(limit,)`` float64: true score estimate = stored score * unit + shift.
+        margin, top, scores: per row and candidate, in the stored scores' own type.
+        counts, candidates: per row; a count of -1 means that every entry is a candidate.
     """
-    width = y.shape[1]
-    most = np.float32(limit)
-    for tile in range((rows + 31) // 32):
-        largest = np.float32(0.0)
-        for i in range(32 * tile, 32 * tile + 32):
-            if lengths.size > 0:
-                largest = max(largest, np.float32(lengths[i]))
-                continue
-            for j in range(width):
-                largest = max(largest, abs(y[i, j]))
-        step = np.float32(max(float(largest) / limit, least))
-        inverse = np.float32(1.0) / step
-        for i in range(32 * tile, 32 * tile + 32):
-            steps[i] = step
-            lost, count = np.float32(0.0), np.int32(0)
-            for j in range(width):
-                nearest = np.rint(y[i, j] * inverse)
-                nearest = min(max(nearest, -most), most)
-                error = y[i, j] - nearest * step
-                lost += error * error
-                code = np.int32(nearest)
-                out[i, j] = code
-                count += code
-            for j in range(width, out.shape[1]):
-                out[i, j] = 0
-            residual[i] = math.sqrt(lost)
-            sums[i] = count
-        scale = np.float32(1.0 / (np.float64(step) * entry_step))
-        for j in range(start.shape[1]):
-            if offsets[j] == np.float32(PAD_OFFSET):
-                start[tile, j] = -np.int32(2 * START_LIMIT)
+
+    def __init__(self, limit: int, width: int, *, k: int, best_only: bool) -> None:
+        self.limit, self.width, self.k, self.best_only = limit, width, k, best_only
+        self.capacity = 4 * SCAN if best_only else max(8 * SCAN, 4 * k + 2 * SCAN)
+        self.rows = 0
+        self.y: F32 = aligned((limit, width), np.float32)
+        self.y[:] = 0.0
+        self.half_square: F64 = np.empty(limit)
+        self.length: F64 = np.zeros(limit)
+        self.residual: F64 = np.zeros(limit)
+        self.bound: F64 = np.zeros(limit)
+        self.unit: F64 = np.zeros(limit)
+        self.shift: F64 = np.zeros(limit)
+        self.counts: I64 = np.empty(limit, np.int64)
+        self.candidates: I32 = np.empty((limit, self.capacity), np.int32)
+        self.margin: Any = None
+        self.top: Any = None
+        self.scores: Any = None
+        self.scratch: Any = None
+        self._attained: F64 | None = None
+        self._buffers: dict[str, npt.NDArray[Any]] = {}
+
+    def buffer(self, name: str, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
+        """Return scratch memory that is reused for the next block; its contents are undefined."""
+        size = math.prod(shape)
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.size < size or buffer.dtype != dtype:
+            buffer = self._buffers[name] = aligned((size,), dtype)
+        return buffer[:size].reshape(shape)
+
+    def load(self, x: F32, table: VectorTable, within: F64 | None = None) -> None:
+        """Center, scale and measure a block ``x`` ``(rows, width)``.
+
+        ``within`` ``(rows,)``: squared distances that ``k`` entries are known not to exceed.
+        """
+        self.rows = rows = len(x)
+        l2 = table.metric == L2
+        center = table.center if l2 else np.zeros_like(table.center)
+        # Centering shortens vectors and so the bound; distances alone do not depend on it.
+        factor = 2.0**-table.exponent
+        center_queries(x, rows, center, factor, not l2, self.y, self.half_square)
+        self.length[:rows] = np.sqrt(2.0 * np.maximum(self.half_square[:rows], 0.0))
+        self.length[rows:] = 0.0
+        self._attained = (
+            None if within is None else self.half_square[:rows] - 0.5 * within * factor * factor
+        )
+
+    def round_bfloat16(self, bits: npt.NDArray[np.uint16]) -> None:
+        """Write the queries as bfloat16 to ``bits`` and measure their rounding errors."""
+        line = self.buffer("line", (self.width,), np.float32)
+        y = self.y[: len(bits)]
+        round_bfloat16(y, y.view(np.uint32), line, line.view(np.uint32), bits, self.residual)
+
+    def set_bound(
+        self, table: VectorTable, *, residual: F64, entry_residual: float, relative: float = 0.0,
+        absolute: F64 | float = 0.0, unit: F64 | None = None, shift: F64 | None = None,
+    ) -> None:  # fmt: skip
+        """Bound each row's score error (README.md, "The bound") and reset its candidates.
+
+        Shapes: ``residual`` (limit,).
+        """
+        length = self.length
+        bound = table.score_error(length, residual, entry_residual, relative=relative)
+        self.bound[:] = bound + absolute + 2.0**-60
+        if unit is None or shift is None:
+            self.unit[:] = 1.0
+            self.shift[:] = 0.0
+            self._reset(np.dtype(np.float32))
+            # Widened for the rounding of the threshold, which is a float32 subtraction.
+            self.margin[:] = 2.0 * self.bound * (1.0 + 2.0**-20)
+            self.margin[:] += 2.0**-21 * (length * (table.radius + entry_residual) + 1.0)
+            return
+        self.unit[:] = unit
+        self.shift[:] = shift
+        self._reset(np.dtype(np.int32))
+        # In whole steps, rounded up; a margin that leaves int32 makes every entry a candidate.
+        wide = np.ceil(2.0 * self.bound / np.maximum(unit, 2.0**-120)) + 2.0
+        self.counts[wide > -LOWEST] = -1
+        self.margin[:] = np.minimum(wide, -LOWEST)
+
+    def _reset(self, dtype: np.dtype[Any]) -> None:
+        if self.margin is None or self.margin.dtype != dtype:
+            self.margin = np.empty(self.limit, dtype)
+            self.top = np.empty(self.limit, dtype)
+            self.scores = np.empty((self.limit, self.capacity), dtype)
+            self.scratch = np.empty(self.capacity, dtype)
+        integers = dtype == np.int32
+        self.top[:] = LOWEST if integers else -np.inf
+        rows = self.rows
+        if self._attained is not None:
+            # Start from scores that the k-th best entry of each row is known to reach.
+            stored = (self._attained - self.shift[:rows]) / np.maximum(self.unit[:rows], 2.0**-120)
+            stored[~np.isfinite(stored)] = -np.inf
+            if integers:
+                self.top[:rows] = np.clip(np.floor(stored), LOWEST, -LOWEST)
             else:
-                steps_down = min(offsets[j] * scale, np.float32(START_LIMIT))
-                start[tile, j] = -np.int32(np.rint(steps_down))
+                self.top[:rows] = np.nextafter(stored.astype(np.float32), np.float32(-np.inf))
+        self.counts[:] = 0
+        self.counts[:rows][self.half_square[:rows] < 0] = -1
 
+    def scan(self, table: VectorTable, scores: npt.NDArray[Any], start: int, at: int) -> None:
+        """Note the candidates among the scores of rows from ``start`` and entries from ``at``."""
+        rows, columns = scores.shape
+        shared = (
+            scores, rows, columns, at, table.offsets, self.margin, self.top, self.counts,
+            self.candidates, self.scores, start,
+        )  # fmt: skip
+        if self.best_only:
+            scan_best(*shared)
+        else:
+            scan_many(*shared, self.k, self.scratch)
 
-@numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True, fastmath=FAST)
-def _quantize_table(rows: F32, step: float, limit: float, zero: int, out: Any) -> float:
-    """Round rows to at most ``limit`` multiples of ``step`` either way, plus ``zero``.
-
-    Writes ``out`` ``(entries, >= width)``, further columns ``zero``; returns the largest norm of a
-    row's rounding error.
-    """
-    width = rows.shape[1]
-    inverse = 1.0 / step
-    largest = 0.0
-    for i in range(rows.shape[0]):
-        lost = 0.0
-        for j in range(width):
-            value = np.float64(rows[i, j])
-            nearest = min(max(np.rint(value * inverse), -limit), limit)
-            error = value - nearest * step
-            lost += error * error
-            out[i, j] = np.int32(nearest) + zero
-        for j in range(width, out.shape[1]):
-            out[i, j] = zero
-        largest = max(largest, lost)
-    return math.sqrt(largest)
-
-
-def _pack(codes: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Lay out ``(columns, width)`` codes in panels of 16 entries (see `x86`)."""
-    columns, width = codes.shape
-    per = 4 // codes.itemsize
-    panels = codes.reshape(columns // 16, 16, width // per, per).transpose(0, 2, 1, 3)
-    packed = aligned(panels.shape, codes.dtype)
-    packed[:] = panels
-    return packed.reshape(columns // 16, width * 16)
+    def trim_all(self) -> None:
+        """Drop the candidates that the final ``k``-th best score of each row rules out."""
+        trim_rows(
+            self.rows, self.k, self.margin, self.top, self.counts, self.candidates, self.scores,
+            self.scratch,
+        )  # fmt: skip
 
 
 class _Fused:
@@ -134,15 +200,21 @@ class _Fused:
         return missing_features(*self.features)
 
     def _sweep(
-        self, table: Table, state: State, rows: npt.NDArray[Any], panels: Any, start: Any
+        self,
+        table: VectorTable,
+        queries: QueryBlock,
+        rows: npt.NDArray[Any],
+        panels: Any,
+        start: Any,
     ) -> None:
         group = BLOCKS[type(self.chip)].group
-        saved = state.buffer("tiles", (LINE,), np.uint8) if isinstance(self.chip, AMX) else None
+        saved = queries.buffer("tiles", (LINE,), np.uint8) if isinstance(self.chip, AMX) else None
         sweep(
             self.chip, rows, panels, start,
-            state.buffer("scores" + start.dtype.str, (ROW_TILE, group), start.dtype), saved,
-            state.rows, table.offsets, state.margin, state.top, state.counts, state.candidates,
-            state.kept, *((None, None) if state.best_only else (state.k, state.scratch)),
+            queries.buffer("scores" + start.dtype.str, (ROW_TILE, group), start.dtype), saved,
+            queries.rows, table.offsets, queries.margin, queries.top, queries.counts,
+            queries.candidates, queries.scores,
+            *((None, None) if queries.best_only else (queries.k, queries.scratch)),
         )  # fmt: skip
 
 
@@ -150,85 +222,68 @@ class _FusedInteger(_Fused):
     """Integer products: queries with a step for each 32 rows, the table with one.
 
     Attributes:
+        integer: type of the queries' integers.
         zero: added to the table's integers, since VNNI and AMX take one side unsigned.
+        limit: largest integer, or length of the longest row where rows are scaled ``by_length``.
     """
 
     name: str
     integer: Any
     zero: int
+    limit: float
+    by_length: bool
 
-    def _limit(self, table: Table) -> tuple[float, float]:
-        """Return the most steps of a table's element, and what they stand for."""
-        raise NotImplementedError
-
-    def _by_length(self, state: State) -> tuple[F64, float]:
-        """Return the rows' norms if they are scaled by those (else none), and to how many steps."""
-        raise NotImplementedError
-
-    def prepare(self, table: Table) -> Operand | None:
+    def prepare(self, table: VectorTable) -> Operand | None:
         """Round the scaled rows to integers; None where rows are too wide."""
         width = padded(table.scaled.shape[1], 64)
         if width > WIDEST:
             return None
-        limit, largest = self._limit(table)
-        step = max(largest / limit, 2.0**-60)
-        stored = np.uint8 if self.zero else self.integer
-        codes = np.empty((len(table.scaled), width), stored)
-        lost = float(_quantize_table(table.scaled, step, limit, self.zero, codes))
+        largest = table.radius if self.by_length else float(np.abs(table.scaled).max())
+        step = max(largest / self.limit, 2.0**-60)
+        codes = np.empty((len(table.scaled), width), np.uint8 if self.zero else self.integer)
+        lost = float(quantize_table(table.scaled, step, self.limit, self.zero, codes))
         residual = lost * (1 + 2.0**-20) + table.radius * 2.0**-23 + 2.0**-60
-        return Operand(_pack(codes), residual, step)
+        return Operand(pack(codes), residual, step)
 
-    def screen(self, table: Table, operand: Operand, state: State) -> None:
-        """Fill ``state``'s candidates; see `engine.search`."""
-        tiled = padded(state.rows, ROW_TILE)
+    def screen(self, table: VectorTable, operand: Operand, queries: QueryBlock) -> None:
+        """Fill the candidates of ``queries``; see `engine.search`."""
+        tiled = padded(queries.rows, ROW_TILE)
         width = operand.data.shape[1] // 16
-        apart = pitch(width, np.dtype(self.integer).itemsize)
-        codes = state.buffer(self.name, (tiled, apart), self.integer)
-        start = state.buffer("start", (tiled // ROW_TILE, len(table.offsets)), np.int32)
-        steps = state.buffer("steps", (state.limit,), np.float64)
-        sums = state.buffer("sums", (state.limit,), np.float64)
+        stride = pitch(width, np.dtype(self.integer).itemsize)
+        codes = queries.buffer(self.name, (tiled, stride), self.integer)
+        start = queries.buffer("start", (tiled // ROW_TILE, len(table.offsets)), np.int32)
+        steps = queries.buffer("steps", (queries.limit,), np.float64)
+        sums = queries.buffer("sums", (queries.limit,), np.float64)
         steps[tiled:], sums[tiled:] = 1.0, 0.0
+        # The largest offset must fit into int32 in steps of the products.
         offset = float(table.offsets[: len(table)].max())
         least = max(offset / (operand.step * START_LIMIT), 2.0**-60)
-        lengths, limit = self._by_length(state)
-        _quantize_tiles(
-            state.y, lengths, state.rows, limit, least, table.offsets, operand.step, codes, steps,
-            sums, state.residual, start,
+        quantize_tiles(
+            queries.y, queries.length if self.by_length else np.empty(0), queries.rows, self.limit,
+            least, table.offsets, operand.step, codes, steps, sums, queries.residual, start,
         )  # fmt: skip
         unit = steps * operand.step
-        state.set_bound(
+        queries.set_bound(
             table,
-            residual=slack(state.residual, state.length, width),
+            residual=slack(queries.residual, queries.length, width),
             entry_residual=operand.residual,
-            absolute=unit,
+            absolute=unit,  # the offset is rounded to a whole number of steps
             unit=unit,
-            shift=-self.zero * unit * sums,
+            shift=-self.zero * unit * sums,  # what the table's zero adds to the products
         )
-        self._sweep(table, state, codes, operand.data, start)
+        self._sweep(table, queries, codes, operand.data, start)
 
 
 class FusedInt8(_FusedInteger):
     """8 bits, scaled by the largest element: AMX tiles or AVX-512 VNNI."""
 
-    name, integer, zero = "int8", np.int8, 128
-
-    def _limit(self, table: Table) -> tuple[float, float]:
-        return 127.0, float(np.abs(table.scaled).max())
-
-    def _by_length(self, state: State) -> tuple[F64, float]:
-        return np.empty(0), 127.0
+    name, integer, zero, limit, by_length = "int8", np.int8, 128, 127.0, False
 
 
 class FusedShort(_FusedInteger):
     """16 bits, scaled by the longest row so that 32-bit sums are exact: AVX2."""
 
-    name, integer, zero = "int16", np.int16, 0
-
-    def _limit(self, table: Table) -> tuple[float, float]:
-        return NORM, table.radius
-
-    def _by_length(self, state: State) -> tuple[F64, float]:
-        return state.length, NORM
+    name, integer, zero, limit, by_length = "int16", np.int16, 0, NORM, True
 
 
 class FusedBfloat16(_Fused):
@@ -236,25 +291,25 @@ class FusedBfloat16(_Fused):
 
     name = "bf16"
 
-    def prepare(self, table: Table) -> Operand | None:
+    def prepare(self, table: VectorTable) -> Operand | None:
         """Round the scaled rows to bfloat16."""
         bits, residual = table.bfloat16(32)
         start = aligned((1, len(table.offsets)), np.float32)
         start[0] = -table.offsets
-        return Operand((_pack(bits), start), residual)
+        return Operand((pack(bits), start), residual)
 
-    def screen(self, table: Table, operand: Operand, state: State) -> None:
-        """Fill ``state``'s candidates; see `engine.search`."""
+    def screen(self, table: VectorTable, operand: Operand, queries: QueryBlock) -> None:
+        """Fill ``queries``'s candidates; see `engine.search`."""
         panels, start = operand.data
         width = panels.shape[1] // 16
-        bits = state.buffer("bf16", (padded(state.rows, ROW_TILE), pitch(width, 2)), np.uint16)
-        state.round_bfloat16(bits)
-        state.set_bound(
+        bits = queries.buffer("bf16", (padded(queries.rows, ROW_TILE), pitch(width, 2)), np.uint16)
+        queries.round_bfloat16(bits)
+        queries.set_bound(
             table,
-            residual=slack(state.residual, state.length, width),
+            residual=slack(queries.residual, queries.length, width),
             entry_residual=operand.residual,
         )
-        self._sweep(table, state, bits, panels, start)
+        self._sweep(table, queries, bits, panels, start)
 
 
 CHUNK = 2048  # columns a product: 256 rows of float32 scores take 2 MB
@@ -268,18 +323,6 @@ def _bfloat16(bits: npt.NDArray[np.uint16]) -> torch.Tensor:
     return torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)
 
 
-def _scan(state: State, table: Table, scores: npt.NDArray[np.generic], start: int, at: int) -> None:
-    rows, columns = scores.shape
-    shared = (
-        scores, rows, columns, at, table.offsets, state.margin, state.top, state.counts,
-        state.candidates, state.kept, start,
-    )  # fmt: skip
-    if state.best_only:
-        scan_best(*shared)
-    else:
-        scan_many(*shared, state.k, state.scratch)
-
-
 class Float32Gemm:
     """Scores by float32 products; the route that is always there."""
 
@@ -290,17 +333,17 @@ class Float32Gemm:
         """Return why this route cannot run here, or None."""
         return None
 
-    def prepare(self, table: Table) -> Operand | None:
+    def prepare(self, table: VectorTable) -> Operand | None:
         """Use the table's scaled rows, which carry only float32 rounding."""
         return Operand(None, table.radius * 2.0**-23 + 2.0**-60)
 
-    def screen(self, table: Table, operand: Operand, state: State) -> None:
-        """Fill ``state``'s candidates; see `engine.search`."""
-        y, length, rows = state.y, state.length, state.rows
+    def screen(self, table: VectorTable, operand: Operand, queries: QueryBlock) -> None:
+        """Fill ``queries``'s candidates; see `engine.search`."""
+        y, length, rows = queries.y, queries.length, queries.rows
         # torch may be told to round float32 operands to bfloat16 or TF32 inside its products.
         loose = torch.get_float32_matmul_precision() != "highest"
         unit = 2.0**-8 if loose else 0.0
-        state.set_bound(
+        queries.set_bound(
             table,
             residual=length * (2.0**-23 + unit) + 2.0**-60,
             entry_residual=operand.residual + unit * table.radius,
@@ -311,11 +354,11 @@ class Float32Gemm:
             part = slice(at, min(at + CHUNK, len(table.offsets)))
             for start in range(0, rows, ROWS):
                 block = torch.from_numpy(y[start : min(start + ROWS, rows)])
-                scores = state.buffer("fp32", (len(block), part.stop - at), np.float32)
+                scores = queries.buffer("fp32", (len(block), part.stop - at), np.float32)
                 torch.addmm(
                     bias[part], block, weights[part].T, beta=-1.0, out=torch.from_numpy(scores)
                 )
-                _scan(state, table, scores, start, at)
+                queries.scan(table, scores, start, at)
 
 
 class Bfloat16Gemm:
@@ -331,20 +374,20 @@ class Bfloat16Gemm:
             return None
         return "the chip has no bfloat16 products"
 
-    def prepare(self, table: Table) -> Operand | None:
+    def prepare(self, table: VectorTable) -> Operand | None:
         """Round the scaled rows to bfloat16."""
         bits, residual = table.bfloat16(32)
         return Operand(bits, residual)
 
-    def screen(self, table: Table, operand: Operand, state: State) -> None:
-        """Fill ``state``'s candidates; see `engine.search`."""
-        rows = state.rows
-        bits = state.buffer("bf16", (rows, operand.data.shape[1]), np.uint16)
-        state.round_bfloat16(bits)
+    def screen(self, table: VectorTable, operand: Operand, queries: QueryBlock) -> None:
+        """Fill ``queries``'s candidates; see `engine.search`."""
+        rows = queries.rows
+        bits = queries.buffer("bf16", (rows, operand.data.shape[1]), np.uint16)
+        queries.round_bfloat16(bits)
         width = operand.data.shape[1]
-        state.set_bound(
+        queries.set_bound(
             table,
-            residual=slack(state.residual, state.length, width),
+            residual=slack(queries.residual, queries.length, width),
             entry_residual=operand.residual,
             relative=2.0**-8,
         )
@@ -353,6 +396,6 @@ class Bfloat16Gemm:
             part = weights[at : at + CHUNK].T
             for start in range(0, rows, ROWS):
                 block = y[start : start + ROWS]
-                scores = state.buffer("products", (len(block), part.shape[1]), np.uint16)
+                scores = queries.buffer("products", (len(block), part.shape[1]), np.uint16)
                 torch.mm(block, part, out=_bfloat16(scores))
-                _scan(state, table, scores, start, at)
+                queries.scan(table, scores, start, at)

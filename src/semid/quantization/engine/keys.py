@@ -49,20 +49,10 @@ def norms(rows: F32, out: F64) -> None:
 
 @numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True)
 def resolve_best(
-    x: F32,
-    table: F32,
-    rows: int,
-    counts: I64,
-    candidates: npt.NDArray[np.int32],
-    scores: Any,
-    unit: F64,
-    shift: F64,
-    bound: F64,
-    half_square: F64,
-    half_scale: float,
-    labels: I64,
+    x: F32, table: F32, rows: int, counts: I64, candidates: npt.NDArray[np.int32], scores: Any,
+    unit: F64, shift: F64, bound: F64, half_square: F64, half_scale: float, labels: I64,
     distances: F64,
-) -> int:
+) -> int:  # fmt: skip
     """Choose the entry with the smallest squared distance among each row's candidates.
 
     The candidate with the best score is measured first; its true distance then rules out every
@@ -87,6 +77,7 @@ def resolve_best(
                     smallest, best = value, k
             measured += table.shape[0]
         else:
+            # The best score's entry gives a first true distance.
             top = 0
             for j in range(1, count):
                 if scores[i, j] > scores[i, top]:
@@ -94,6 +85,8 @@ def resolve_best(
             best = candidates[i, top]
             smallest = key(0, x, i, 0.0, table, best, 0.0)
             measured += 1
+            # A score of S = |y|^2 / 2 - |y - e|^2 / 2 means the distance: what even with the bound
+            # added stays below the best distance's score cannot win.
             floor = half_square[i] - smallest * half_scale - bound[i]
             for j in range(count):
                 if j == top or scores[i, j] * unit[i] + shift[i] < floor:
@@ -137,19 +130,9 @@ def _sift(row: int, keys: F64, entries: I64, size: int, value: float, entry: int
 
 @numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True)
 def resolve_many(
-    metric: int,
-    x: F32,
-    x_norms: F64,
-    table: F32,
-    table_norms: F64,
-    rows: int,
-    exclude: I64,
-    counts: I64,
-    candidates: npt.NDArray[np.int32],
-    limited: bool,
-    labels: I64,
-    keys: F64,
-) -> int:
+    metric: int, x: F32, x_norms: F64, table: F32, table_norms: F64, rows: int, exclude: I64,
+    counts: I64, candidates: npt.NDArray[np.int32], limited: bool, labels: I64, keys: F64,
+) -> int:  # fmt: skip
     """Sort each row's ``m`` best candidates by (key, index); see `resolve_best`.
 
     ``x_norms`` ``(rows,)`` and ``table_norms`` ``(entries,)`` are lengths; ``exclude`` ``(rows,)``
@@ -171,6 +154,7 @@ def resolve_many(
             if math.isnan(value):
                 value = math.inf
             measured += 1
+            # A max-heap of the best so far: grow it, then replace its root, the worst of them.
             if size < best:
                 at = size
                 size += 1
@@ -185,6 +169,7 @@ def resolve_many(
                 labels[i, at] = k
             elif value < keys[i, 0] or (value == keys[i, 0] and k < labels[i, 0]):
                 _sift(i, keys, labels, size, value, k)
+        # Heapsort: move the worst behind the others, one after another.
         for end in range(size - 1, 0, -1):
             value, k = keys[i, end], labels[i, end]
             keys[i, end] = keys[i, 0]
@@ -198,20 +183,9 @@ def resolve_many(
 
 @numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True)
 def scan_children(
-    base: F32,
-    halves: F32,
-    products: F32,
-    lines: I64,
-    offsets: F32,
-    margin: F32,
-    top: F32,
-    counts: I64,
-    candidates: I32,
-    kept: F32,
-    k: int,
-    scratch: F32,
-    scores: F32,
-) -> None:
+    base: F32, halves: F32, products: F32, lines: I64, offsets: F32, margin: F32, top: F32,
+    counts: I64, candidates: I32, values: F32, k: int, scratch: F32, scores: F32,
+) -> None:  # fmt: skip
     """Note every child whose score lies within ``margin`` of its item's ``k``-th best.
 
     ``base`` ``(items, columns)``: products of items and codewords, less half the codewords'
@@ -244,23 +218,17 @@ def scan_children(
                         lanes[j] = max(lanes[j], scores[0, at + j])
                 top[i] = max(top[i], kth_largest(lanes, SCAN, k))
             scan_many(
-                scores, 1, columns, p * columns, offsets, margin, top, counts, candidates, kept, i,
-                k, scratch,
+                scores, 1, columns, p * columns, offsets, margin, top, counts, candidates, values,
+                i, k, scratch,
             )  # fmt: skip
-    trim_rows(items, k, margin, top, counts, candidates, kept, scratch)
+    trim_rows(items, k, margin, top, counts, candidates, values, scratch)
 
 
 @numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True)
 def resolve_children(
-    residuals: F32,
-    words: F32,
-    columns: int,
-    counts: I64,
-    candidates: I32,
-    parents: I64,
-    labels: I64,
-    distances: F32,
-) -> None:
+    residuals: F32, words: F32, columns: int, counts: I64, candidates: I32, parents: I64,
+    labels: I64, distances: F32,
+) -> None:  # fmt: skip
     """Sort each item's best children by distance; ties go to the better parent, the lower code.
 
     ``residuals`` ``(items * partials, width)``; ``words`` ``(codes, width)``; ``columns`` per

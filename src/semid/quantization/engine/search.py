@@ -1,179 +1,58 @@
-"""The search itself: blocks of queries through a route, candidates through the canonical key."""
+"""The search: routes of this machine, blocks of queries through one, candidates through the key.
+
+A route is tried once before it is trusted: its answers on a small fixed problem must equal those
+of the float64 keys. What fails, or what the chip lacks, is logged and left out.
+"""
 
 from __future__ import annotations
 
+import functools
+import logging
 import threading
-from typing import Any, NamedTuple, Protocol
+import time
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from semid.errors import UsageError
-from semid.quantization.engine.keys import L2, norms, resolve_best, resolve_many
-from semid.quantization.engine.sweep import trim_rows
-from semid.quantization.engine.table import (
-    Operand,
-    Table,
-    aligned,
-    center_queries,
-    float32_rows,
-    padded,
-    round_bfloat16,
+from semid.errors import SemidError, UsageError, check_choice
+from semid.quantization.engine.formats import (
+    Bfloat16Gemm,
+    Float32Gemm,
+    FusedBfloat16,
+    FusedInt8,
+    FusedShort,
+    QueryBlock,
 )
-from semid.quantization.engine.vector import SCAN
-from semid.quantization.engine.x86 import ROW_TILE
+from semid.quantization.engine.keys import L2, norms, resolve_best, resolve_many
+from semid.quantization.engine.table import Operand, VectorTable, float32_rows, padded
+from semid.quantization.engine.x86 import AMX, AVX2, AVX512, ROW_TILE
 from semid.quantization.threads import map_blocks
 
-F32 = npt.NDArray[np.float32]
-F64 = npt.NDArray[np.float64]
-
-LOWEST = -(2**30)  # below every int32 score, and far enough from the end to subtract a margin
-
-
-class State:
-    """Buffers for up to ``limit`` queries against tables of one width.
-
-    Args:
-        limit: most queries in a block, a multiple of `ROW_TILE`.
-        width: columns of the padded rows.
-        k: entries wanted for each query (one more where entries are excluded).
-        best_only: one entry by squared distance, the case with its own shorter path.
-
-    Attributes:
-        rows: queries in the current block.
-        y: ``(limit, width)`` float32 centered and scaled queries.
-        length, residual, bound: ``(limit,)`` float64: norm of each query, what rounding took
-            from it, and how far a score may lie from the truth (scaled units).
-        unit, shift: ``(limit,)`` float64: true score estimate = stored score * unit + shift.
-        margin, top, kept: per row and candidate, in the stored scores' own type.
-        counts, candidates: per row; a count of -1 means that every entry is a candidate.
-    """
-
-    def __init__(self, limit: int, width: int, *, k: int, best_only: bool) -> None:
-        self.limit, self.width, self.k, self.best_only = limit, width, k, best_only
-        self.capacity = 4 * SCAN if best_only else max(8 * SCAN, 4 * k + 2 * SCAN)
-        self.rows = 0
-        self.y: F32 = aligned((limit, width), np.float32)
-        self.y[:] = 0.0
-        self.half_square: F64 = np.empty(limit)
-        self.length: F64 = np.zeros(limit)
-        self.residual: F64 = np.zeros(limit)
-        self.bound: F64 = np.zeros(limit)
-        self.unit: F64 = np.zeros(limit)
-        self.shift: F64 = np.zeros(limit)
-        self.counts: npt.NDArray[np.int64] = np.empty(limit, np.int64)
-        self.candidates: npt.NDArray[np.int32] = np.empty((limit, self.capacity), np.int32)
-        self.margin: Any = None
-        self.top: Any = None
-        self.kept: Any = None
-        self.scratch: Any = None
-        self._attained: F64 | None = None
-        self._buffers: dict[str, npt.NDArray[Any]] = {}
-
-    def fits(self, limit: int, width: int, k: int, best_only: bool) -> bool:
-        """Return whether these buffers are the ones such a search would make."""
-        return (self.limit, self.width, self.k, self.best_only) == (limit, width, k, best_only)
-
-    def buffer(self, name: str, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
-        """Return scratch memory that is kept for the next block; its contents are left over."""
-        size = int(np.prod(shape))
-        found = self._buffers.get(name)
-        if found is None or found.size < size or found.dtype != dtype:
-            found = self._buffers[name] = aligned((size,), dtype)
-        return found[:size].reshape(shape)
-
-    def load(self, x: F32, table: Table, within: F64 | None = None) -> None:
-        """Take a block: center, scale and measure ``x`` ``(rows, width)``.
-
-        ``within`` ``(rows,)``: squared distances that ``k`` entries are known not to exceed.
-        """
-        self.rows = rows = len(x)
-        l2 = table.metric == L2
-        center = table.center if l2 else np.zeros_like(table.center)
-        factor = 2.0**-table.exponent
-        center_queries(x, rows, center, factor, not l2, self.y, self.half_square)
-        self.length[:rows] = np.sqrt(2.0 * np.maximum(self.half_square[:rows], 0.0))
-        self.length[rows:] = 0.0
-        self._attained = (
-            None if within is None else self.half_square[:rows] - 0.5 * within * factor * factor
-        )
-
-    def round_bfloat16(self, bits: npt.NDArray[np.uint16]) -> None:
-        """Write the queries as bfloat16 to ``bits`` and note what that took from them."""
-        line = self.buffer("line", (self.width,), np.float32)
-        y = self.y[: len(bits)]
-        round_bfloat16(y, y.view(np.uint32), line, line.view(np.uint32), bits, self.residual)
-
-    def set_bound(
-        self, table: Table, *, residual: F64, entry_residual: float, relative: float = 0.0,
-        absolute: F64 | float = 0.0, unit: F64 | None = None, shift: F64 | None = None,
-    ) -> None:  # fmt: skip
-        """Bound each row's score error and reset its candidates.
-
-        Shapes: ``residual`` (limit,).
-        """
-        length = self.length
-        reach = table.radius + entry_residual
-        product = (length + residual) * reach
-        bound = residual * table.radius + (length + residual) * entry_residual
-        bound += relative * product + (self.width + 32) * 2.0**-23 * (product + reach * reach)
-        # The canonical float64 sums round too, and decide: cover what they may turn over.
-        canonical = (self.width + 64) * 2.0**-52
-        whole = length + table.radius if table.metric == L2 else table.reach
-        bound += canonical * (whole * whole if table.metric == L2 else length * whole)
-        self.bound[:] = bound + absolute + 2.0**-60
-        if unit is None or shift is None:
-            self.unit[:] = 1.0
-            self.shift[:] = 0.0
-            self._reset(np.dtype(np.float32))
-            # Widened for the rounding of the threshold, which is a float32 subtraction.
-            self.margin[:] = 2.0 * self.bound * (1.0 + 2.0**-20)
-            self.margin[:] += 2.0**-21 * (length * reach + 1.0)
-            return
-        self.unit[:] = unit
-        self.shift[:] = shift
-        self._reset(np.dtype(np.int32))
-        wide = np.ceil(2.0 * self.bound / np.maximum(unit, 2.0**-120)) + 2.0
-        self.counts[wide > -LOWEST] = -1
-        self.margin[:] = np.minimum(wide, -LOWEST)
-
-    def _reset(self, dtype: np.dtype[Any]) -> None:
-        if self.margin is None or self.margin.dtype != dtype:
-            self.margin = np.empty(self.limit, dtype)
-            self.top = np.empty(self.limit, dtype)
-            self.kept = np.empty((self.limit, self.capacity), dtype)
-            self.scratch = np.empty(self.capacity, dtype)
-        self.top[:] = LOWEST if dtype == np.int32 else -np.inf
-        if self._attained is not None:
-            self._raise(self._attained)
-        self.counts[:] = 0
-        self.counts[: self.rows][self.half_square[: self.rows] < 0] = -1
-
-    def _raise(self, attained: F64) -> None:
-        """Start from scores that the ``k``-th best entry of each row is known to reach."""
-        rows = self.rows
-        stored = (attained - self.shift[:rows]) / np.maximum(self.unit[:rows], 2.0**-120)
-        stored[~np.isfinite(stored)] = -np.inf
-        if self.top.dtype == np.int32:
-            self.top[:rows] = np.clip(np.floor(stored), LOWEST, -LOWEST)
-        else:
-            self.top[:rows] = np.nextafter(stored.astype(np.float32), np.float32(-np.inf))
-
-    def trim_all(self) -> None:
-        """Drop the candidates that the final ``k``-th best score of each row rules out."""
-        trim_rows(
-            self.rows, self.k, self.margin, self.top, self.counts, self.candidates, self.kept,
-            self.scratch,
-        )  # fmt: skip
-
+logger = logging.getLogger(__name__)
 
 BLOCK = 1024
-"""Queries a block: enough to reuse the table from cache, few enough to share among threads."""
+"""Queries per block: enough to reuse the table from cache, few enough to share among threads."""
+ROUTES = ("auto", "int8", "int16", "bf16", "fp32")
+"""Names a caller may give."""
+PROBE_ROWS = 128
+"""Queries a route is timed on."""
+PROBE_FIRST = 8
+"""Queries of a first look, after which a route far behind is dropped: one that measures nearly all
+entries of a large table would take seconds for the rest."""
+DROP_RATIO = 4.0
+"""How many times slower than the best counts as far behind."""
+PROBE_ROUNDS = 3
+"""Times it is timed; the shortest counts."""
+REUSED_TABLES = 7
+"""Tables of one shape that reuse the last choice before the routes are timed again."""
+MIN_PROBED_QUERIES = 4096
+"""Queries from which on timing the routes costs less than a wrong choice could."""
 
 
-class Found(NamedTuple):
-    """What `search` found.
+class SearchResult(NamedTuple):
+    """Result of `search`.
 
     Attributes:
         labels: ``(queries, k)`` int64, best first.
@@ -195,28 +74,37 @@ class Route(Protocol):
     def unavailable(self) -> str | None:
         """Return why this route cannot run here, or None."""
 
-    def prepare(self, table: Table) -> Operand | None:
+    def prepare(self, table: VectorTable) -> Operand | None:
         """Make the table's copy for this route; None where it cannot hold this table."""
 
-    def screen(self, table: Table, operand: Operand, state: State) -> None:
-        """Fill ``state``'s candidates so that every possible winner is among them."""
+    def screen(self, table: VectorTable, operand: Operand, queries: QueryBlock) -> None:
+        """Fill the candidates of ``queries`` so that every possible winner is among them."""
 
 
 # Fresh buffers cost page faults, which for a small block take longer than the search.
-_kept = threading.local()
+_buffers = threading.local()
 
 
-def _state(limit: int, width: int, k: int, best_only: bool) -> State:
+def _query_block(limit: int, width: int, k: int, best_only: bool) -> QueryBlock:
     """Return this thread's buffers, those of its last search where they fit."""
-    found: State | None = getattr(_kept, "state", None)
-    if found is None or not found.fits(limit, width, k, best_only):
-        found = _kept.state = State(limit, width, k=k, best_only=best_only)
-    return found
+    block: QueryBlock | None = getattr(_buffers, "block", None)
+    if block is None or (block.limit, block.width, block.k, block.best_only) != (
+        limit,
+        width,
+        k,
+        best_only,
+    ):
+        block = _buffers.block = QueryBlock(limit, width, k=k, best_only=best_only)
+    return block
+
+
+def _operand(route: Route, table: VectorTable) -> Operand | None:
+    return table.operand(route.name + route.library, route.prepare)
 
 
 def search(
     queries: torch.Tensor,
-    table: Table,
+    table: VectorTable,
     route: Route,
     *,
     k: int = 1,
@@ -224,46 +112,171 @@ def search(
     within: npt.NDArray[np.float64] | None = None,
     threads: int | None = None,
     name: str = "x",
-) -> Found:
+) -> SearchResult:
     """Find the ``k`` entries with the smallest canonical keys, ties to the lowest index.
 
-    Shapes: ``queries`` (queries, dim), ``exclude`` (queries,), ``within`` (queries,).
+    Shapes: ``queries`` (queries, dim), ``exclude`` and ``within`` (queries,).
     """
     count, width = len(queries), table.rows.shape[1]
     labels = np.empty((count, k), np.int64)
     keys = np.empty((count, k))
     best_only = k == 1 and exclude is None and within is None and table.metric == L2
-    wanted = k if exclude is None else k + 1
-    operand = table.operand(route.name + route.library, route.prepare)
+    screened = k if exclude is None else k + 1  # the excluded entry may be the best
+    operand = _operand(route, table)
     if operand is None:
         raise UsageError(f"route '{route.name}' cannot hold a table {table.dim} columns wide")
     limit = min(BLOCK, padded(max(count, 1), ROW_TILE))
 
     def work(start: int) -> int:
-        stop = min(start + limit, count)
-        x = float32_rows(queries[start:stop], name=name)
-        state = _state(limit, width, wanted, best_only)
-        state.load(x, table, None if within is None else within[start:stop])
-        route.screen(table, operand, state)
-        found, ranked = labels[start:stop], keys[start:stop]
+        span = slice(start, min(start + limit, count))
+        # Screening: cheap scores leave the candidates that the bound cannot rule out.
+        x = float32_rows(queries[span], name=name)
+        block = _query_block(limit, width, screened, best_only)
+        block.load(x, table, None if within is None else within[span])
+        route.screen(table, operand, block)
+        # Canonical keys decide among them.
         if best_only:
-            return int(
-                resolve_best(
-                    x, table.rows, state.rows, state.counts, state.candidates, state.kept,
-                    state.unit, state.shift, state.bound, state.half_square,
-                    0.5 * 4.0**-table.exponent, found[:, 0], ranked[:, 0],
-                )
+            measured = resolve_best(
+                x, table.rows, block.rows, block.counts, block.candidates, block.scores, block.unit,
+                block.shift, block.bound, block.half_square, 0.5 * 4.0**-table.exponent,
+                labels[span, 0], keys[span, 0],
             )  # fmt: skip
-        state.trim_all()
+            return int(measured)
+        block.trim_all()
         lengths = np.empty(len(x))
         norms(x, lengths)
-        left_out = np.full(len(x), -1) if exclude is None else exclude[start:stop]
-        return int(
-            resolve_many(
-                table.metric, x, lengths, table.rows, table.norms, state.rows, left_out,
-                state.counts, state.candidates, within is not None, found, ranked,
-            )
+        excluded = np.full(len(x), -1) if exclude is None else exclude[span]
+        measured = resolve_many(
+            table.metric, x, lengths, table.rows, table.norms, block.rows, excluded, block.counts,
+            block.candidates, within is not None, labels[span], keys[span],
         )  # fmt: skip
+        return int(measured)
 
     measured = sum(map_blocks(work, range(0, count, limit), threads=threads))
-    return Found(table.original[labels], keys, measured)
+    return SearchResult(table.original[labels], keys, measured)
+
+
+# Routes ---------------------------------------------------------------------------------------
+
+_lock = threading.Lock()
+
+
+def _candidates() -> list[Route]:
+    """All routes; of each name the best first, and first of all what few queries should take."""
+    return [
+        FusedBfloat16(AMX(), features=("amx-bf16",), library="AMX tiles"),
+        FusedInt8(AMX(), features=("amx-int8",), library="AMX tiles"),
+        FusedInt8(AVX512(), features=("avx512vnni", "avx512bw"), library="AVX-512 VNNI"),
+        FusedBfloat16(AVX512(), features=("avx512bf16", "avx512bw"), library="AVX-512 BF16"),
+        FusedShort(AVX2(), features=("avx2",), library="AVX2"),
+        Float32Gemm(),
+        Bfloat16Gemm(),
+    ]
+
+
+def self_test(route: Route) -> bool:
+    """Compare a route with brute force on a fixed problem that no shortcut solves."""
+    # Queries near entries and far from all, at a width that is padded.
+    generator = np.random.default_rng(20240229)
+    entries = generator.normal(size=(333, 75)).astype(np.float32)
+    queries = np.concatenate([entries[:40], generator.normal(size=(60, 75)).astype(np.float32)])
+    queries[:40] += generator.normal(size=(40, 75)).astype(np.float32) * np.float32(0.5)
+    wide = queries.astype(np.float64)[:, None] - entries.astype(np.float64)[None]
+    truth = (wide**2).sum(axis=2).argmin(axis=1)
+    table = VectorTable(torch.from_numpy(entries), metric=L2, unique=True)
+    result = search(torch.from_numpy(queries), table, route, threads=1)
+    return bool((result.labels[:, 0] == truth).all()) and result.measured < 0.5 * wide[..., 0].size
+
+
+@functools.cache
+def _probe_machine() -> tuple[tuple[Route, ...], tuple[str, ...]]:
+    working: list[Route] = []
+    notes: list[str] = []
+    for route in _candidates():
+        if any(other.name == route.name for other in working):
+            continue
+        reason = route.unavailable()
+        if reason is None:
+            try:
+                reason = None if self_test(route) else "its self-test gave a wrong answer"
+            except Exception as error:  # noqa: BLE001 (any failure means: do not use this route)
+                reason = f"its self-test failed: {type(error).__name__}: {error}"
+        if reason is None:
+            working.append(route)
+        outcome = "works" if reason is None else f"left out, {reason}"
+        notes.append(f"{route.name} ({route.library}): {outcome}")
+    return tuple(working), tuple(notes)
+
+
+def working_routes() -> tuple[Route, ...]:
+    """Return the routes that passed their self-test here, one per name.
+
+    The first call runs the tests and logs their outcome.
+    """
+    with _lock:
+        first = _probe_machine.cache_info().currsize == 0
+        if first:
+            logger.info("testing the nearest-codeword routes (the very first time compiles them)")
+        routes, notes = _probe_machine()
+        if first:
+            logger.info("nearest-codeword routes: %s", "; ".join(notes))
+    if all(route.name != "fp32" for route in routes):
+        raise SemidError("float32 screening failed its self-test: " + "; ".join(notes))
+    return routes
+
+
+def _suits(route: Route, table: VectorTable) -> bool:
+    return _operand(route, table) is not None
+
+
+# K-means makes a new table each iteration, much like the one before: the last choice for a shape,
+# and how many more tables reuse it.
+_recent: dict[tuple[int, int, int, int], tuple[Route, int]] = {}
+
+
+def choose(route: str, queries: torch.Tensor, table: VectorTable, *, k: int = 1) -> Route:
+    """Pick the route for a table: the one asked for, or the fastest on a few of the queries.
+
+    The choice changes the time and never the result. It is made on `PROBE_ROWS` evenly
+    spaced queries and reused for the table and the next `REUSED_TABLES` of its shape. A few queries
+    take the first working route untimed.
+    """
+    check_choice("route", route, ROUTES)
+    working = working_routes()
+    if route != "auto":
+        named = {each.name: each for each in working}
+        asked = named.get(route)
+        return asked if asked is not None and _suits(asked, table) else named["fp32"]
+    if k in table.routes:
+        known: Route = table.routes[k]
+        return known
+    if len(queries) < MIN_PROBED_QUERIES:
+        return next(each for each in working if _suits(each, table))
+    shape = (table.metric, len(table), table.dim, k)
+    recent, uses = _recent.get(shape, (None, 0))
+    if recent is not None and uses and _suits(recent, table):
+        _recent[shape] = (recent, uses - 1)
+        table.routes[k] = recent
+        return recent
+    usable = [each for each in working if _suits(each, table)]
+    # Time the routes on a sample: a short look at all, then more rows for those not far behind.
+    sample = queries[:: max(1, len(queries) // PROBE_ROWS)][:PROBE_ROWS].contiguous()
+    times = np.full(len(usable), np.inf)
+    for rows, rounds in ((PROBE_FIRST, 1), (len(sample), PROBE_ROUNDS)):
+        hopeful = np.flatnonzero(times <= DROP_RATIO * times.min())
+        times[hopeful] = np.inf
+        for _ in range(rounds):  # in turn, so that a busy moment does not fall on one alone
+            for at in hopeful:
+                start = time.thread_time()
+                search(sample[:rows], table, usable[at], k=k, threads=1)
+                times[at] = min(times[at], (time.thread_time() - start) / min(rows, len(sample)))
+    best = usable[int(times.argmin())]
+    measured = ", ".join(
+        f"{each.name} {seconds * 1e6:.2f} us a row"
+        for each, seconds in zip(usable, times, strict=True)
+    )
+    size = (len(table), table.dim)
+    logger.info("route %s (%s) for %d x %d: %s", best.name, best.library, *size, measured)
+    table.routes[k] = best
+    _recent[shape] = (best, REUSED_TABLES)
+    return best

@@ -25,31 +25,22 @@ F32 = npt.NDArray[np.float32]
 
 
 @numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True)
-def _keep(row: int, candidates: I32, kept: Any, count: int, threshold: Any) -> int:
+def _keep(row: int, candidates: I32, values: Any, count: int, threshold: Any) -> int:
     """Drop a row's candidates whose score is below ``threshold``, in place and in order."""
     size = 0
     for j in range(count):
-        if kept[row, j] >= threshold:
+        if values[row, j] >= threshold:
             candidates[row, size] = candidates[row, j]
-            kept[row, size] = kept[row, j]
+            values[row, size] = values[row, j]
             size += 1
     return size
 
 
 @numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True)
 def scan_best(
-    scores: Any,
-    rows: int,
-    columns: int,
-    first: int,
-    offsets: F32,
-    margin: Any,
-    top: Any,
-    counts: I64,
-    candidates: I32,
-    kept: Any,
-    row0: int,
-) -> None:
+    scores: Any, rows: int, columns: int, first: int, offsets: F32, margin: Any, top: Any,
+    counts: I64, candidates: I32, values: Any, row0: int,
+) -> None:  # fmt: skip
     """Note every entry whose score lies within ``margin`` of its row's best so far.
 
     ``scores`` ``(>= rows, stride)``, larger is better: int32, float32, or uint16 that holds
@@ -57,7 +48,7 @@ def scan_best(
     ``columns``, a positive multiple of `SCAN`, are scanned; column 0 is entry ``first``, row 0 is
     row ``row0`` of what follows: ``margin``, twice the bound in the scores' own units and type;
     ``top``, the best score so far; ``counts`` of candidates, -1 once a row holds too many;
-    ``candidates`` and their scores ``kept`` ``(all rows, capacity)``. The last four are updated.
+    ``candidates`` and their scores ``values`` ``(all rows, capacity)``. The last four are updated.
     """
     stride = scores.shape[1]
     capacity = candidates.shape[1]
@@ -67,6 +58,7 @@ def scan_best(
         if count < 0:
             continue
         base = local * stride
+        # One pass for the best score of the block, which raises the threshold before the scan.
         best = maximum(scores, base, offsets, first, columns)
         if best > top[i]:
             top[i] = best
@@ -78,7 +70,8 @@ def scan_best(
             if mask == 0:
                 continue
             if count > capacity - SCAN:
-                count = _keep(i, candidates, kept, count, threshold)
+                # Full: the threshold has risen since older candidates were noted.
+                count = _keep(i, candidates, values, count, threshold)
                 if count > capacity - SCAN:
                     count = -1
                     break
@@ -86,7 +79,7 @@ def scan_best(
                 at = trailing_zeros(mask)
                 mask &= mask - np.uint64(1)
                 candidates[i, count] = first + column + at
-                kept[i, count] = score(scores, base + column + at, offsets, first + column + at)
+                values[i, count] = score(scores, base + column + at, offsets, first + column + at)
                 count += 1
         counts[i] = count
 
@@ -94,6 +87,7 @@ def scan_best(
 @numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True)
 def kth_largest(values: Any, count: int, k: int) -> Any:
     """Return the ``k``-th largest (1-based) of ``values[:count]``; reorders ``values``."""
+    # Hoare's selection: partition about a pivot, continue in the part that holds place k - 1.
     low, high, goal = 0, count - 1, k - 1
     while low < high:
         pivot = values[(low + high) // 2]
@@ -120,45 +114,41 @@ def kth_largest(values: Any, count: int, k: int) -> Any:
 
 @numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True)
 def trim(
-    row: int, k: int, margin: Any, top: Any, counts: I64, candidates: I32, kept: Any, scratch: Any
+    row: int, k: int, margin: Any, top: Any, counts: I64, candidates: I32, values: Any, scratch: Any
 ) -> None:
     """Raise a row's ``top`` to the ``k``-th best score seen and drop what falls behind it."""
     count = counts[row]
     if count < k:
         return
     for j in range(count):
-        scratch[j] = kept[row, j]
+        scratch[j] = values[row, j]
     best = kth_largest(scratch, count, k)
     if best > top[row]:
         top[row] = best
-    counts[row] = _keep(row, candidates, kept, count, top[row] - margin[row])
+    counts[row] = _keep(row, candidates, values, count, top[row] - margin[row])
 
 
 @numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True)
 def trim_rows(
-    rows: int, k: int, margin: Any, top: Any, counts: I64, candidates: I32, kept: Any, scratch: Any
-) -> None:
-    """`trim` rows 0 to ``rows``."""
-    for row in range(rows):
-        trim(row, k, margin, top, counts, candidates, kept, scratch)
-
-
-@numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True)
-def scan_many(
-    scores: Any,
     rows: int,
-    columns: int,
-    first: int,
-    offsets: F32,
+    k: int,
     margin: Any,
     top: Any,
     counts: I64,
     candidates: I32,
-    kept: Any,
-    row0: int,
-    k: int,
+    values: Any,
     scratch: Any,
 ) -> None:
+    """`trim` rows 0 to ``rows``."""
+    for row in range(rows):
+        trim(row, k, margin, top, counts, candidates, values, scratch)
+
+
+@numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True)
+def scan_many(
+    scores: Any, rows: int, columns: int, first: int, offsets: F32, margin: Any, top: Any,
+    counts: I64, candidates: I32, values: Any, row0: int, k: int, scratch: Any,
+) -> None:  # fmt: skip
     """`scan_best` for the ``k`` best: ``top`` is a lower bound on the ``k``-th best score.
 
     Takes what `scan_best` takes, then ``k``, how many are wanted, and ``scratch``,
@@ -177,7 +167,8 @@ def scan_many(
             if mask == 0:
                 continue
             if counts[i] > capacity - SCAN:
-                trim(i, k, margin, top, counts, candidates, kept, scratch)
+                # Full: raise the bound on the k-th best score and drop what falls behind it.
+                trim(i, k, margin, top, counts, candidates, values, scratch)
                 if counts[i] > capacity - SCAN:
                     counts[i] = -1
                     break
@@ -186,29 +177,16 @@ def scan_many(
                 at = trailing_zeros(mask)
                 mask &= mask - np.uint64(1)
                 candidates[i, count] = first + column + at
-                kept[i, count] = score(scores, base + column + at, offsets, first + column + at)
+                values[i, count] = score(scores, base + column + at, offsets, first + column + at)
                 count += 1
             counts[i] = count
 
 
 @numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True)
 def sweep(
-    chip: Any,
-    a: Any,
-    panels: Any,
-    start: Any,
-    scores: Any,
-    saved: Any,
-    rows: int,
-    offsets: F32,
-    margin: Any,
-    top: Any,
-    counts: I64,
-    candidates: I32,
-    kept: Any,
-    k: Any,
-    scratch: Any,
-) -> None:
+    chip: Any, a: Any, panels: Any, start: Any, scores: Any, saved: Any, rows: int, offsets: F32,
+    margin: Any, top: Any, counts: I64, candidates: I32, values: Any, k: Any, scratch: Any,
+) -> None:  # fmt: skip
     """Score and scan all rows and entries; a block of scores never leaves the cache.
 
     It is compiled per type of ``chip`` (see `x86`) at its first use, and separately for the best
@@ -235,11 +213,11 @@ def sweep(
             if k is None:
                 scan_best(
                     scores, min(ROW_TILE, rows - row), size, group, offsets, margin, top, counts,
-                    candidates, kept, row,
+                    candidates, values, row,
                 )  # fmt: skip
             else:
                 scan_many(
                     scores, min(ROW_TILE, rows - row), size, group, offsets, margin, top, counts,
-                    candidates, kept, row, k, scratch,
+                    candidates, values, row, k, scratch,
                 )  # fmt: skip
     end(chip, saved)

@@ -19,10 +19,13 @@ from semid.quantization.engine.vector import LANES, SCAN
 
 PAD_OFFSET = 1e30
 """Offset of the columns that only fill a block: their score is far below every real one."""
+START_LIMIT = 2.0**28
+"""Largest offset in integer steps; with products of the widest rows it stays within int32."""
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
+I32 = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -45,10 +48,9 @@ def aligned(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
 
     A tile or register of 64 bytes that straddles two lines costs two loads.
     """
-    kind = np.dtype(dtype)
-    size = math.prod(shape) * kind.itemsize
+    size = math.prod(shape) * np.dtype(dtype).itemsize
     memory: npt.NDArray[Any] = torch.empty(size, dtype=torch.uint8).numpy()  # 64-byte aligned
-    return memory.view(kind).reshape(shape)
+    return memory.view(dtype).reshape(shape)
 
 
 def padded(columns: int, multiple: int) -> int:
@@ -57,17 +59,13 @@ def padded(columns: int, multiple: int) -> int:
 
 
 def float32_rows(rows: torch.Tensor, *, name: str) -> F32:
-    """Return ``rows`` as C-contiguous float32, zero-padded to a multiple of `LANES` columns.
-
-    Shapes: ``rows`` (n, dim), returns (n, width).
-    """
+    """Return ``rows`` as C-contiguous float32 ``(n, width)``, a multiple of `LANES` columns."""
     check_rows(rows, name=name)
     wide = rows.detach().to(torch.float32).contiguous()
-    extra = padded(rows.shape[1], LANES) - rows.shape[1]
-    if extra:
+    if extra := -rows.shape[1] % LANES:
         wide = torch.nn.functional.pad(wide, (0, extra))
-    found: F32 = wide.numpy()
-    return found
+    array: F32 = wide.numpy()
+    return array
 
 
 def check_rows(rows: torch.Tensor, *, name: str) -> None:
@@ -83,7 +81,7 @@ def check_rows(rows: torch.Tensor, *, name: str) -> None:
         )
 
 
-class Table:
+class VectorTable:
     """Vectors to search, with everything screening needs.
 
     Scaled units: rows are centered on ``center`` and multiplied by ``2**-exponent``, which brings
@@ -97,7 +95,7 @@ class Table:
 
     Attributes:
         rows: ``(entries, width)`` float32, as given, padded with zero columns.
-        original: ``(entries,)`` int64, index of each kept row in what was given, ascending.
+        original: ``(entries,)`` int64, index of each row in the rows given, ascending.
         norms: ``(entries,)`` float64 lengths of the rows.
         scaled: ``(columns, width)`` float32 scaled rows, then zero rows up to a multiple of 64.
         offsets: ``(columns,)`` float32, subtracted from products; `PAD_OFFSET` on padding.
@@ -113,24 +111,23 @@ class Table:
     def __init__(
         self, rows: torch.Tensor, *, metric: int, unique: bool, name: str = "codebook"
     ) -> None:
-        given = float32_rows(rows, name=name)
-        if len(given) == 0:
+        vectors = float32_rows(rows, name=name)
+        if len(vectors) == 0:
             raise UsageError(f"{name} is empty; give at least one row")
-        if not np.isfinite(given).all():
-            bad = int((~np.isfinite(given).all(axis=1)).sum())
+        if not np.isfinite(vectors).all():
+            bad = int((~np.isfinite(vectors).all(axis=1)).sum())
             raise EmbeddingError(
-                f"{name} holds NaN or infinite values in {bad} of {len(given)} rows; "
+                f"{name} holds NaN or infinite values in {bad} of {len(vectors)} rows; "
                 "remove or replace them first"
             )
         self.metric = metric
         self.dim = int(rows.shape[1])
-        given = given + np.float32(0.0)  # a copy of our own, -0 becomes 0
-        self.original: I64 = np.arange(len(given), dtype=np.int64)
+        self.rows: F32 = vectors + np.float32(0.0)  # a private copy in which -0 became 0
+        self.original: I64 = np.arange(len(vectors), dtype=np.int64)
         if unique:
-            self.original = first_copies(given)
-            if len(self.original) < len(given):
-                given = given[self.original]
-        self.rows: F32 = given
+            self.original = first_copies(self.rows)
+            if len(self.original) < len(vectors):
+                self.rows = self.rows[self.original]
         self._scale()
         self._lock = threading.Lock()
         self._operands: dict[str, Operand | None] = {}
@@ -147,14 +144,9 @@ class Table:
         self.lengths: F64 = np.empty(entries)
         half = np.empty(entries)
         self.exponent: int = center_table(
-            self.rows,
-            self.norms,
-            self.metric == COSINE,
-            self.center,
-            self.scaled,
-            half,
+            self.rows, self.norms, self.metric == COSINE, self.center, self.scaled, half,
             self.lengths,
-        )
+        )  # fmt: skip
         self.offsets: F32 = np.full(columns, PAD_OFFSET, np.float32)
         self.offsets[:entries] = half if self.metric == L2 else 0.0
         self.radius = float(self.lengths.max())
@@ -164,7 +156,7 @@ class Table:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def operand(self, name: str, make: Callable[[Table], Operand | None]) -> Operand | None:
+    def operand(self, name: str, make: Callable[[VectorTable], Operand | None]) -> Operand | None:
         """Return the copy called ``name``, made at its first use; None if impossible."""
         if name not in self._operands:
             with self._lock:
@@ -172,14 +164,31 @@ class Table:
                     self._operands[name] = make(self)
         return self._operands[name]
 
+    def score_error(
+        self, length: Any, residual: Any, entry_residual: float, *,
+        relative: float = 0.0, products: float = 2.0**-23,
+    ) -> Any:  # fmt: skip
+        """Bound the score errors of queries (README.md, "The bound"), as arrays or tensors.
+
+        ``length`` and ``residual`` ``(n,)`` are norms of the centered queries and of their rounding
+        errors, ``entry_residual`` the largest of an entry; ``products`` is the error of a product
+        and a sum, ``relative`` that of a stored result, relative to the vectors' lengths.
+        """
+        width = self.rows.shape[1]
+        reach = self.radius + entry_residual
+        product = (length + residual) * reach
+        # Cauchy-Schwarz on what rounding changed on either side, then the products' own error.
+        bound = residual * self.radius + (length + residual) * entry_residual
+        bound += relative * product + (width + 32) * products * (product + reach * reach)
+        # The canonical float64 sums round too, and decide: cover what they may turn over.
+        whole = (length + self.radius) ** 2 if self.metric == L2 else length * self.reach
+        bound += (width + 64) * 2.0**-52 * whole
+        return bound
+
     def bfloat16(self, multiple: int) -> tuple[npt.NDArray[np.uint16], float]:
-        """Round the scaled rows to bfloat16.
+        """Return bfloat16 bits ``(columns, width)`` of the scaled rows, and the largest error norm.
 
-        Args:
-            multiple: pad the width to a multiple of this.
-
-        Returns:
-            Bit patterns ``(columns, width)``, and the largest norm of what rounding took.
+        The width is padded to a ``multiple``.
         """
         columns, width = self.scaled.shape
         bits = aligned((columns, padded(width, multiple)), np.uint16)
@@ -223,15 +232,13 @@ def center_queries(
             value = (np.float64(x[i, j]) - np.float64(center[j])) * scale
             total += value * value
             y[i, j] = value
+        # Rows too far away get no scores: every entry is their candidate.
         if total <= MAX_TABLE_RADII * MAX_TABLE_RADII:
             half_square[i] = total / 2.0
         else:  # also when total is NaN
             half_square[i] = -1.0
-            for j in range(width):
-                y[i, j] = np.float32(0.0)
-    for i in range(rows, y.shape[0]):
-        for j in range(width):
-            y[i, j] = np.float32(0.0)
+            y[i] = np.float32(0.0)
+    y[rows:] = np.float32(0.0)
 
 
 @numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True)
@@ -253,6 +260,7 @@ def center_table(
             mean[j] += table[i, j] / divisor
     for j in range(width):
         center[j] = mean[j] / entries
+    # Lengths in float64; the power of two that brings the longest to at most 1 is exact.
     largest = 0.0
     for i in range(entries):
         divisor = norms[i] if normalize and norms[i] > 0.0 else 1.0
@@ -270,59 +278,28 @@ def center_table(
             scaled[i, j] = (table[i, j] / divisor - np.float64(center[j])) * scale
         lengths[i] *= scale
         offsets[i] = lengths[i] * lengths[i] / 2.0
-    for i in range(entries, scaled.shape[0]):
-        for j in range(width):
-            scaled[i, j] = np.float32(0.0)
+    scaled[entries:] = np.float32(0.0)
     return exponent
 
 
-@numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True)
-def _hash_rows(
-    bits: npt.NDArray[np.uint32],
-    weights: npt.NDArray[np.uint64],
-    hashes: npt.NDArray[np.uint64],
-) -> None:
-    for i in range(bits.shape[0]):
-        total = np.uint64(0)
-        for j in range(bits.shape[1]):
-            total += np.uint64(bits[i, j]) * weights[j]
-        hashes[i] = total
-
-
 def first_copies(rows: F32) -> I64:
-    """Find exact duplicates.
-
-    Returns ``(different,)`` ascending indices of the rows that equal no earlier row.
-
-    Shapes: ``rows`` (entries, width).
-    """
+    """Return ascending indices ``(different,)`` of the rows that equal no earlier row."""
     bits = rows.view(np.uint32)
     weights = np.random.default_rng(0).integers(2**63, size=rows.shape[1], dtype=np.uint64)
-    hashes = np.empty(len(rows), np.uint64)
-    _hash_rows(bits, weights * np.uint64(2) + np.uint64(1), hashes)
-    order = np.argsort(hashes, kind="stable")
-    ranked = hashes[order]
-    twin = np.zeros(len(rows), bool)
-    twin[order[1:]] |= ranked[1:] == ranked[:-1]
-    twin[order[:-1]] |= ranked[1:] == ranked[:-1]
-    keep = np.ones(len(rows), bool)
-    seen: set[bytes] = set()
-    for i in np.flatnonzero(twin):
-        row = bits[i].tobytes()
-        keep[i] = row not in seen
-        seen.add(row)
-    return np.flatnonzero(keep)
+    weights = weights * np.uint64(2) + np.uint64(1)
+    hashes = np.einsum("nd,d->n", bits, weights, dtype=np.uint64, casting="unsafe")
+    _, first, group = np.unique(hashes, return_index=True, return_inverse=True)
+    repeated = np.flatnonzero(first[group] != np.arange(len(rows)))
+    # Equal hashes are not yet equal rows; one copy too many would change no result.
+    same = (bits[repeated] == bits[first[group[repeated]]]).all(axis=1)
+    return np.delete(np.arange(len(rows)), repeated[same])
 
 
 @numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True, fastmath=FAST)
 def round_bfloat16(
-    y: F32,
-    bits: npt.NDArray[np.uint32],
-    wide: F32,
-    wide_bits: npt.NDArray[np.uint32],
-    out: npt.NDArray[np.uint16],
-    residual: F64,
-) -> None:
+    y: F32, bits: npt.NDArray[np.uint32], wide: F32, wide_bits: npt.NDArray[np.uint32],
+    out: npt.NDArray[np.uint16], residual: F64,
+) -> None:  # fmt: skip
     """Round rows to bfloat16 (nearest, ties to even) and measure what the rounding lost.
 
     ``y`` ``(rows, width)`` finite, ``wide`` ``(width,)`` scratch; ``bits`` and ``wide_bits`` are
@@ -334,12 +311,12 @@ def round_bfloat16(
     one, half, sixteen = np.uint32(1), np.uint32(0x7FFF), np.uint32(16)
     for i in range(rows):
         for j in range(width):
+            # Adding 0x7FFF and the lowest bit that stays rounds to nearest, ties to even.
             raw = bits[i, j]
             rounded = (raw + half + ((raw >> sixteen) & one)) >> sixteen
             out[i, j] = rounded
             wide_bits[j] = rounded << sixteen
-        for j in range(width, out.shape[1]):
-            out[i, j] = np.uint16(0)
+        out[i, width:] = np.uint16(0)
         total = np.float32(0.0)
         for j in range(width):
             lost = y[i, j] - wide[j]
@@ -354,3 +331,87 @@ def slack(residual: F64, length: F64, width: int) -> F64:
     float32 rounding of the centered row of norm ``length`` before it was rounded further.
     """
     return residual * (1.0 + (width + 8) * 2.0**-24) + length * 2.0**-22 + 2.0**-60
+
+
+@numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True, fastmath=FAST)
+def quantize_tiles(
+    y: F32, lengths: F64, rows: int, limit: float, least: float, offsets: F32, entry_step: float,
+    out: Any, steps: F64, sums: F64, residual: F64, start: I32,
+) -> None:  # fmt: skip
+    """Round rows to integers with one step per 32 rows, and express the offsets in steps.
+
+    ``y`` ``(n, width)``, ``n`` a multiple of 32. ``lengths`` ``(n,)``: norms of the rows, to scale
+    by the longest; empty scales by the largest element. Either becomes ``limit``; ``least`` is the
+    smallest step, so that the ``offsets`` ``(columns,)`` fit. Writes integers to ``out`` ``(n, >=
+    width)``, further columns zero; per row its step, the sum of its integers and the norm of its
+    rounding error, summed in float32 (see `slack`); and minus the offsets, in steps of the product
+    with the table's ``entry_step``, to ``start`` ``(tiles, columns)``.
+    """
+    width = y.shape[1]
+    most = np.float32(limit)
+    for tile in range((rows + 31) // 32):
+        largest = np.float32(0.0)
+        for i in range(32 * tile, 32 * tile + 32):
+            if lengths.size > 0:
+                largest = max(largest, np.float32(lengths[i]))
+                continue
+            for j in range(width):
+                largest = max(largest, abs(y[i, j]))
+        # One step for the tile, so that 32 rows share the start values of their sums.
+        step = np.float32(max(float(largest) / limit, least))
+        inverse = np.float32(1.0) / step
+        for i in range(32 * tile, 32 * tile + 32):
+            steps[i] = step
+            lost, count = np.float32(0.0), np.int32(0)
+            for j in range(width):
+                nearest = np.rint(y[i, j] * inverse)
+                nearest = min(max(nearest, -most), most)
+                error = y[i, j] - nearest * step
+                lost += error * error
+                code = np.int32(nearest)
+                out[i, j] = code
+                count += code
+            out[i, width:] = 0
+            residual[i] = math.sqrt(lost)
+            sums[i] = count
+        # Offsets in whole steps of the products, within int32; padding far below all of them.
+        scale = np.float32(1.0 / (np.float64(step) * entry_step))
+        for j in range(start.shape[1]):
+            if offsets[j] == np.float32(PAD_OFFSET):
+                start[tile, j] = -np.int32(2 * START_LIMIT)
+            else:
+                steps_down = min(offsets[j] * scale, np.float32(START_LIMIT))
+                start[tile, j] = -np.int32(np.rint(steps_down))
+
+
+@numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True, fastmath=FAST)
+def quantize_table(rows: F32, step: float, limit: float, zero: int, out: Any) -> float:
+    """Round rows to at most ``limit`` multiples of ``step`` either way, plus ``zero``.
+
+    Writes ``out`` ``(entries, >= width)``, further columns ``zero``; returns the largest norm of a
+    row's rounding error.
+    """
+    width = rows.shape[1]
+    inverse = 1.0 / step
+    largest = 0.0
+    for i in range(rows.shape[0]):
+        lost = 0.0
+        for j in range(width):
+            value = np.float64(rows[i, j])
+            nearest = min(max(np.rint(value * inverse), -limit), limit)
+            error = value - nearest * step
+            lost += error * error
+            out[i, j] = np.int32(nearest) + zero
+        out[i, width:] = zero
+        largest = max(largest, lost)
+    return math.sqrt(largest)
+
+
+def pack(codes: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Lay out ``(columns, width)`` codes in panels of 16 entries (see `x86`)."""
+    columns, width = codes.shape
+    per = 4 // codes.itemsize
+    panels = codes.reshape(columns // 16, 16, width // per, per).transpose(0, 2, 1, 3)
+    packed = aligned(panels.shape, codes.dtype)
+    packed[:] = panels
+    return packed.reshape(columns // 16, width * 16)

@@ -39,6 +39,21 @@ def load(builder: Any, pointer: Any, kind: Any, byte_offset: Any = None, *, alig
     return builder.load(builder.bitcast(pointer, kind.as_pointer()), align=align)
 
 
+def _fold(builder: Any, vector: Any, lanes: int, combine: Callable[[Any, Any], Any]) -> Any:
+    """Combine lanes that lie half the width apart until one is left."""
+    while lanes > 1:
+        lanes //= 2
+        low, high = (
+            ir.Constant(ir.VectorType(I32, lanes), list(range(first, first + lanes)))
+            for first in (0, lanes)
+        )
+        vector = combine(
+            builder.shuffle_vector(vector, vector, low),
+            builder.shuffle_vector(vector, vector, high),
+        )
+    return builder.extract_element(vector, I32(0))
+
+
 def _sum_of(term: Callable[[Any, Any, Any], Any]) -> Any:
     """Build ``(a, a_offset, b, b_offset, blocks) -> float64``, a sum in the canonical order.
 
@@ -52,24 +67,15 @@ def _sum_of(term: Callable[[Any, Any, Any], Any]) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             wide = ir.VectorType(F64, LANES)
             narrow = ir.VectorType(F32, LANES)
-            left = data_pointer(context, builder, signature.args[0], args[0], args[1])
-            right = data_pointer(context, builder, signature.args[2], args[2], args[3])
+            a_start = data_pointer(context, builder, signature.args[0], args[0], args[1])
+            b_start = data_pointer(context, builder, signature.args[2], args[2], args[3])
             total = cgutils.alloca_once_value(builder, ir.Constant(wide, None))
             with cgutils.for_range(builder, args[4]) as loop:
                 step = builder.mul(loop.index, I64(4 * LANES))
-                x = builder.fpext(load(builder, left, narrow, step), wide)
-                y = builder.fpext(load(builder, right, narrow, step), wide)
+                x = builder.fpext(load(builder, a_start, narrow, step), wide)
+                y = builder.fpext(load(builder, b_start, narrow, step), wide)
                 builder.store(builder.fadd(builder.load(total), term(builder, x, y)), total)
-            vector, lanes = builder.load(total), LANES
-            while lanes > 1:
-                lanes //= 2
-                low = ir.Constant(ir.VectorType(I32, lanes), list(range(lanes)))
-                high = ir.Constant(ir.VectorType(I32, lanes), list(range(lanes, 2 * lanes)))
-                vector = builder.fadd(
-                    builder.shuffle_vector(vector, vector, low),
-                    builder.shuffle_vector(vector, vector, high),
-                )
-            return builder.extract_element(vector, I32(0))
+            return _fold(builder, builder.load(total), LANES, builder.fadd)
 
         return signature, generate
 
@@ -137,16 +143,7 @@ def maximum(typing: Any, scores: Any, offset: Any, offsets: Any, first: Any, cou
         with cgutils.for_range(builder, builder.udiv(args[4], I64(SCAN))) as loop:
             value = read(builder.mul(loop.index, I64(SCAN)))
             builder.store(larger(value, builder.load(best)), best)
-        vector, lanes = builder.load(best), SCAN
-        while lanes > 1:
-            lanes //= 2
-            low = ir.Constant(ir.VectorType(I32, lanes), list(range(lanes)))
-            high = ir.Constant(ir.VectorType(I32, lanes), list(range(lanes, 2 * lanes)))
-            vector = larger(
-                builder.shuffle_vector(vector, vector, low),
-                builder.shuffle_vector(vector, vector, high),
-            )
-        return builder.extract_element(vector, I32(0))
+        return _fold(builder, builder.load(best), SCAN, larger)
 
     return signature, generate
 

@@ -107,8 +107,8 @@ def host_features() -> frozenset[str]:
     """Return the CPU features LLVM sees on this machine."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return frozenset()
-    found = llvmlite.binding.get_host_cpu_features()
-    return frozenset(name for name, there in found.items() if there)
+    features = llvmlite.binding.get_host_cpu_features()
+    return frozenset(name for name, present in features.items() if present)
 
 
 @functools.cache
@@ -223,10 +223,10 @@ def score_block(
         row_bytes = builder.mul(width, I64(size))
         columns = width_of(7)
         out_bytes = builder.mul(columns, I64(4))
-        left = pointer(1, builder.mul(args[2], width))
+        row_start = pointer(1, builder.mul(args[2], width))
         panel_size = width_of(3)
         entry_bytes = builder.udiv(builder.mul(panel_size, I64(size)), I64(16))
-        right = pointer(3, builder.mul(args[4], panel_size))
+        entry_start = pointer(3, builder.mul(args[4], panel_size))
         first = pointer(5, args[6])
         at = args[8]
         if block.rows < ROW_TILE:
@@ -235,8 +235,8 @@ def score_block(
         out = pointer(7, at)
         panel_bytes = builder.mul(panel_size, I64(size))
         emit(
-            builder, block, dtype, left, row_bytes, right, panel_bytes, entry_bytes, first, out,
-            out_bytes,
+            builder, block, dtype, row_start, row_bytes, entry_start, panel_bytes, entry_bytes,
+            first, out, out_bytes,
         )  # fmt: skip
         return context.get_dummy_value()
 
@@ -244,7 +244,7 @@ def score_block(
 
 
 def _tile_products(
-    builder: Any, block: Block, dtype: Any, left: Any, row_bytes: Any, right: Any,
+    builder: Any, block: Block, dtype: Any, row_start: Any, row_bytes: Any, entry_start: Any,
     panel_bytes: Any, entry_bytes: Any, first: Any, out: Any, out_bytes: Any,
 ) -> None:  # fmt: skip
     """Emit a block by tiles: 4 of sums (0 to 3), 2 of rows (4, 5) and 2 of entries (6, 7)."""
@@ -256,20 +256,20 @@ def _tile_products(
     # A stride of 0 repeats the entries' start values in all 16 rows of a tile.
     for tile in range(4):
         tile_load(tile, _offset(builder, first, I64(LINE * (tile % 2))), I64(0))
-    lower = _offset(builder, left, builder.mul(row_bytes, I64(16)))
-    second = _offset(builder, right, panel_bytes)
+    lower = _offset(builder, row_start, builder.mul(row_bytes, I64(16)))
+    second = _offset(builder, entry_start, panel_bytes)
     two_panels = I64(LINE * 32)
     with cgutils.for_range(builder, builder.udiv(entry_bytes, I64(LINE))) as loop:
         along = builder.mul(loop.index, I64(LINE))
         deep = builder.mul(loop.index, I64(LINE * 16))
         # The hardware prefetcher does not see through tile loads: ask for the table's lines that
         # the next block reads (the panels lie one after the other).
-        for base in (right, second):
+        for base in (entry_start, second):
             ahead = _offset(builder, _offset(builder, base, deep), two_panels)
             for part in range(16):
                 _prefetch(builder, _offset(builder, ahead, I64(LINE * part)))
-        tile_load(4, _offset(builder, left, along), row_bytes)
-        tile_load(6, _offset(builder, right, deep), I64(LINE))
+        tile_load(4, _offset(builder, row_start, along), row_bytes)
+        tile_load(6, _offset(builder, entry_start, deep), I64(LINE))
         _call(builder, dot, VOID, [I8(0), I8(4), I8(6)])
         tile_load(7, _offset(builder, second, deep), I64(LINE))
         _call(builder, dot, VOID, [I8(1), I8(4), I8(7)])
@@ -284,7 +284,7 @@ def _tile_products(
 
 
 def _register_products(
-    builder: Any, block: Block, dtype: Any, left: Any, row_bytes: Any, right: Any,
+    builder: Any, block: Block, dtype: Any, row_start: Any, row_bytes: Any, entry_start: Any,
     panel_bytes: Any, entry_bytes: Any, first: Any, out: Any, out_bytes: Any,
 ) -> None:  # fmt: skip
     """Emit a block by vector registers, 4 of entries per row: one register per sum."""
@@ -308,9 +308,9 @@ def _register_products(
         lines = []
         for p in range(registers):
             apart = builder.mul(panel_bytes, I64(p)) if register == LINE else I64(register * p)
-            lines.append(load(builder, right, words, builder.add(deep, apart)))
+            lines.append(load(builder, entry_start, words, builder.add(deep, apart)))
         for r in range(block.rows):
-            word = load(builder, left, I32, builder.add(along, builder.mul(row_bytes, I64(r))))
+            word = load(builder, row_start, I32, builder.add(along, builder.mul(row_bytes, I64(r))))
             single = builder.insert_element(ir.Constant(words, ir.Undefined), word, I32(0))
             spread = builder.shuffle_vector(single, single, zeros)
             for p in range(registers):
