@@ -85,6 +85,12 @@ def test_nothing_usable_left_to_keep():
         open_embeddings(np.full((3, 2), np.nan, np.float32), on_invalid="skip")
 
 
+@pytest.mark.parametrize("single", [np.ones((), np.float32), torch.tensor(1.0)])
+def test_a_single_number_is_no_matrix(single):
+    with pytest.raises(EmbeddingError, match=r"shape \(\); embeddings are a matrix"):
+        open_embeddings(single)
+
+
 @pytest.mark.parametrize(
     ("array", "message"),
     [
