@@ -252,11 +252,14 @@ class ParallelQuantizer(Quantizer):
                 noise = torch.randn(latent, latent, generator=generator)
                 projected.weight.add_(noise / latent)
 
+    def spaces(self, z: Tensor) -> list[Tensor]:
+        """Return what each codebook quantizes ``(n, latent)``: its map of the latent, or that."""
+        return [projection(z) for projection in self.maps] or [z] * len(self.books)
+
     def forward(self, z: Tensor) -> Quantized:
         """Quantize ``(n, latent)``; in training mode the codebooks also learn from the batch."""
         with torch.autocast(z.device.type, enabled=False):
-            # What each codebook quantizes: its own map of the latent, or the latent itself.
-            spaces = [each(z) for each in self.maps] or [z] * len(self.books)
+            spaces = self.spaces(z)
         codes, codewords, commitment_losses = [], [], []
         for codebook, space in zip(self.codebooks, spaces, strict=True):
             target = space.detach()
