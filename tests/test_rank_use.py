@@ -12,8 +12,8 @@ import torch
 import semid
 from rank_cases import SMALL, codes, data, item_table, log_table
 from semid.errors import ArtefactError, FingerprintError, InputError, OutputExistsError, UsageError
+from semid.exports.ranking_graph import input_names, write_onnx, write_torch_export
 from semid.recommenders.ranking.features import CodeFeatures
-from semid.recommenders.ranking.graph import input_names, write_onnx, write_torch_export
 from semid.recommenders.ranking.network import RankerConfig
 from semid.recommenders.ranking.training import train_ranker
 
@@ -158,7 +158,7 @@ def sample(schema, rows):
 
 
 def expected_scores(ranker, given):
-    from semid.recommenders.ranking.graph import RankingGraph
+    from semid.exports.ranking_graph import RankingGraph
 
     with torch.no_grad():
         return RankingGraph(ranker)(*given)

@@ -69,23 +69,14 @@ class EncodeRun:
 
 @dataclass(frozen=True)
 class EncodeJob:
-    """What every worker needs to know; small, and can be sent.
+    """What every worker needs to know; small, and can be sent."""
 
-    Attributes:
-        model: folder or URI of the artefact, which workers load by themselves.
-        catalogue: the embeddings.
-        parts: folder that receives a file per unit.
-        info: metadata of the ids.
-        key: identifies the run; every part is signed with it.
-        on_invalid: ``error`` or ``skip``, as for `semid.open_embeddings`.
-    """
-
-    model: FilePath
-    catalogue: Catalogue
-    parts: FilePath
-    info: CodesInfo
-    key: str
-    on_invalid: str = "error"
+    model: FilePath  # folder or URI of the artefact, which workers load by themselves
+    catalogue: Catalogue  # the embeddings
+    parts: FilePath  # folder that receives a file per unit
+    info: CodesInfo  # metadata of the ids
+    key: str  # identifies the run; every part is signed with it
+    on_invalid: str = "error"  # ``error`` or ``skip``, as for `semid.open_embeddings`
 
 
 class EncodeWorker:

@@ -38,19 +38,13 @@ from semid.training.distributed import shard_spans
 
 @dataclass(frozen=True)
 class ShardScan:
-    """One pass over the row groups of a worker.
+    """One pass over the row groups of a worker."""
 
-    Attributes:
-        train: training rows of each unit.
-        sums: ``(dim,)`` float64 sum of all rows.
-        smallest_hashes: of different rows, at most as many as there are codewords.
-        digests: one digest per unit, of its rows and of which are held out.
-    """
-
-    train: list[int]
-    sums: npt.NDArray[np.float64]
+    train: list[int]  # training rows of each unit
+    sums: npt.NDArray[np.float64]  # ``(dim,)`` float64 sum of all rows
+    # of different rows, at most as many as there are codewords
     smallest_hashes: npt.NDArray[np.uint64]
-    digests: list[str]
+    digests: list[str]  # one digest per unit, of its rows and of which are held out
 
 
 class FitWorker:

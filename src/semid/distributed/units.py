@@ -27,19 +27,12 @@ that goes over it."""
 
 @dataclass(frozen=True)
 class Unit:
-    """Row groups of one file that follow one another.
+    """Row groups of one file that follow one another."""
 
-    Attributes:
-        file: number of the file.
-        groups: numbers of its row groups.
-        first_row: number of the first row among all rows.
-        rows: rows in it.
-    """
-
-    file: int
-    groups: tuple[int, ...]
-    first_row: int
-    rows: int
+    file: int  # number of the file
+    groups: tuple[int, ...]  # numbers of its row groups
+    first_row: int  # number of the first row among all rows
+    rows: int  # rows in it
 
     @property
     def name(self) -> str:
@@ -49,21 +42,13 @@ class Unit:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Embeddings in Parquet, known by their footers alone; small, and can be sent to a worker.
+    """Embeddings in Parquet, known by their footers alone; small, and can be sent to a worker."""
 
-    Attributes:
-        files: the files.
-        column: the embedding column.
-        id_column: the id column, or None for row numbers.
-        dim: width of the embeddings, the same for every unit whatever rows lie in it.
-        id_type: Arrow type of the item ids.
-    """
-
-    files: ParquetFiles
-    column: str
-    id_column: str | None
-    dim: int
-    id_type: pa.DataType
+    files: ParquetFiles  # the files
+    column: str  # the embedding column
+    id_column: str | None  # the id column, or None for row numbers
+    dim: int  # width of the embeddings, the same for every unit whatever rows lie in it
+    id_type: pa.DataType  # Arrow type of the item ids
 
     @classmethod
     def open(
@@ -161,21 +146,13 @@ PROBE_ROWS = 16_384
 
 @dataclass(frozen=True)
 class Estimate:
-    """How long an encode will take.
+    """How long an encode will take."""
 
-    Attributes:
-        rows: rows left to encode.
-        bytes: bytes of their files, by the footers.
-        rows_a_second: of one worker with one thread, measured on the first rows.
-        workers: workers of the run.
-        engine: the engine that was chosen.
-    """
-
-    rows: int
-    bytes: int
-    rows_a_second: float
-    workers: int
-    engine: str
+    rows: int  # rows left to encode
+    bytes: int  # bytes of their files, by the footers
+    rows_a_second: float  # of one worker with one thread, measured on the first rows
+    workers: int  # workers of the run
+    engine: str  # the engine that was chosen
 
     def seconds(self, engine: str, workers: int) -> float:
         """Return the time on an engine."""

@@ -123,13 +123,16 @@ def codes_graph(tokenizer: Tokenizer) -> CodesGraph:
     return graph.eval()
 
 
-def _write_onnx(path: Path, *, tokenizer: Tokenizer) -> None:
-    """Write one ``.onnx`` file with a dynamic batch: ``embeddings`` to ``codes``.
-
-    Codes equal those of ``tokenizer.encode`` except where two codewords are equally near up to
-    float32 rounding. Networks before the codebooks add in another order than `encode` does, which
-    can change such near-ties too.
-    """
+def write_onnx_graph(
+    path: Path,
+    graph: nn.Module,
+    example: tuple[Tensor, ...],
+    *,
+    inputs: list[str],
+    output: str,
+    dynamic: Any,
+) -> None:
+    """Write a module as one ``.onnx`` file, traced with the example inputs."""
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
@@ -137,7 +140,6 @@ def _write_onnx(path: Path, *, tokenizer: Tokenizer) -> None:
         raise MissingExtraError(
             error.name or "onnx", extra="onnx", purpose="the ONNX export"
         ) from None
-    graph = codes_graph(tokenizer)
     exporter_logger = logging.getLogger("torch.onnx")
     level = exporter_logger.level
     with warnings.catch_warnings():
@@ -146,11 +148,11 @@ def _write_onnx(path: Path, *, tokenizer: Tokenizer) -> None:
         try:
             torch.onnx.export(
                 graph,
-                (torch.zeros((2, tokenizer.dim)),),
+                example,
                 str(path),
-                input_names=["embeddings"],
-                output_names=["codes"],
-                dynamic_shapes={"x": {0: torch.export.Dim("batch")}},
+                input_names=inputs,
+                output_names=[output],
+                dynamic_shapes=dynamic,
                 dynamo=True,
                 external_data=False,
                 verbose=False,
@@ -159,16 +161,36 @@ def _write_onnx(path: Path, *, tokenizer: Tokenizer) -> None:
             exporter_logger.setLevel(level)
 
 
-def _write_torch_export(path: Path, *, tokenizer: Tokenizer) -> None:
-    """Write a ``.pt2``; ``torch.export.load(path).module()(x)`` gives codes of ``(n, dim)``."""
-    program = torch.export.export(
-        codes_graph(tokenizer),
-        (torch.zeros((2, tokenizer.dim)),),
-        dynamic_shapes={"x": {0: torch.export.Dim("batch")}},
-    )
+def write_program(
+    path: Path, graph: nn.Module, example: tuple[Tensor, ...], *, dynamic: Any
+) -> None:
+    """Write a module as ``torch.export`` does, traced with the example inputs."""
+    program = torch.export.export(graph, example, dynamic_shapes=dynamic)
     # Through an open file: for a name that does not end in .pt2, torch would warn.
     with path.open("wb") as file:
         torch.export.save(program, file)
+
+
+def _write_onnx(path: Path, *, tokenizer: Tokenizer) -> None:
+    """Write one ``.onnx`` file with a dynamic batch: ``embeddings`` to ``codes``.
+
+    Codes equal those of ``tokenizer.encode`` except where two codewords are equally near up to
+    float32 rounding. Networks before the codebooks add in another order than `encode` does, which
+    can change such near-ties too.
+    """
+    graph, example, dynamic = _traced(tokenizer)
+    write_onnx_graph(path, graph, example, inputs=["embeddings"], output="codes", dynamic=dynamic)
+
+
+def _write_torch_export(path: Path, *, tokenizer: Tokenizer) -> None:
+    """Write a ``.pt2``; ``torch.export.load(path).module()(x)`` gives codes of ``(n, dim)``."""
+    graph, example, dynamic = _traced(tokenizer)
+    write_program(path, graph, example, dynamic=dynamic)
+
+
+def _traced(tokenizer: Tokenizer) -> tuple[CodesGraph, tuple[Tensor], dict[str, Any]]:
+    dynamic = {"x": {0: torch.export.Dim("batch")}}
+    return codes_graph(tokenizer), (torch.zeros((2, tokenizer.dim)),), dynamic
 
 
 def _write_faiss(path: Path, *, ids: SemanticIds, tokenizer: Tokenizer) -> None:

@@ -106,30 +106,21 @@ class RankingDataConfig(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class RankingData:
-    """Training tensors and everything needed to read more rows the same way.
+    """Training tensors and everything needed to read more rows the same way."""
 
-    Attributes:
-        schema: vocabularies and item attributes.
-        parts: rows per part: ``train`` (if training rows are in memory), ``validation``, ``test``,
-            and ``cold`` if items were held out.
-        interactions: ``(items + 1,)`` logged training interactions of each catalogue row.
-        positives: ``(items + 1,)`` positive ones among them, the measure of popularity.
-        protocol: label, split, seed and features in one line, to stand beside every result.
-        train_rows: training rows per epoch.
-        dropped_negatives: negatives without an item, because their user took nearly all of them.
-        training_log: positive training interactions, for tokenizers that learn from behavior.
-        log_digest: SHA-256 of a log on disk, so that a resume on another log is refused.
-    """
-
-    schema: Schema
+    schema: Schema  # vocabularies and item attributes
+    # rows per part: ``train`` (if training rows are in memory), ``validation``, ``test``, and
+    # ``cold`` if items were held out
     parts: dict[str, RankingRows]
-    interactions: Ints
-    positives: Ints
-    protocol: str
-    train_rows: int
+    interactions: Ints  # ``(items + 1,)`` logged training interactions of each catalogue row
+    positives: Ints  # ``(items + 1,)`` positive ones among them, the measure of popularity
+    protocol: str  # label, split, seed and features in one line, to stand beside every result
+    train_rows: int  # training rows per epoch
+    # negatives without an item, because their user took nearly all of them
     dropped_negatives: int = 0
+    # positive training interactions, for tokenizers that learn from behavior
     training_log: Interactions | None = None
-    log_digest: str = ""
+    log_digest: str = ""  # SHA-256 of a log on disk, so that a resume on another log is refused
 
     @property
     def train_items(self) -> Mask:
@@ -143,23 +134,14 @@ class RankingData:
 
 @dataclass(frozen=True)
 class LogBatch:
-    """Rows of a log with their parts and labels.
+    """Rows of a log with their parts and labels."""
 
-    Attributes:
-        users: ``(rows,)`` Arrow strings, dictionary-coded if the log is in memory.
-        items: ``(rows,)`` likewise.
-        columns: context and dense columns by name, each ``(rows,)``.
-        parts: ``(rows,)`` int8 indices into `PARTS`.
-        labels: ``(rows,)`` bool.
-        history: histories of the rows, or None.
-    """
-
-    users: pa.Array
-    items: pa.Array
-    columns: dict[str, Any]
-    parts: npt.NDArray[np.int8]
-    labels: Mask
-    history: HistoryIndex | None = None
+    users: pa.Array  # ``(rows,)`` Arrow strings, dictionary-coded if the log is in memory
+    items: pa.Array  # ``(rows,)`` likewise
+    columns: dict[str, Any]  # context and dense columns by name, each ``(rows,)``
+    parts: npt.NDArray[np.int8]  # ``(rows,)`` int8 indices into `PARTS`
+    labels: Mask  # ``(rows,)`` bool
+    history: HistoryIndex | None = None  # histories of the rows, or None
 
     def of_part(self, number: int) -> LogBatch:
         """Return the rows of one part."""

@@ -13,26 +13,17 @@ from semid.recommenders.ranking.schema import Inputs, Schema
 
 
 class Positions(NamedTuple):
-    """Where the embeddings of a batch lie in the fused tables.
+    """Where the embeddings of a batch lie in the fused tables."""
 
-    Attributes:
-        single: ``(batch, fields)`` rows of the base table, one per field.
-        multi: per field with several values ``(batch, values)`` rows of the base table; the
-            field's first row is padding.
-        dense: ``(batch, columns)`` normalized numbers.
-        codes: ``(batch, slots)`` rows of the code table.
-        past_items: ``(batch, length)`` rows of the base table for the history.
-        past_codes: ``(batch, length, slots)`` rows of the code table for the history.
-        past: ``(batch, length)`` 1 for an item of the history, 0 for padding.
-    """
-
-    single: Tensor
+    single: Tensor  # ``(batch, fields)`` rows of the base table, one per field
+    # per field with several values ``(batch, values)`` rows of the base table; the field's first
+    # row is padding
     multi: tuple[Tensor, ...]
-    dense: Tensor
-    codes: Tensor
-    past_items: Tensor
-    past_codes: Tensor
-    past: Tensor
+    dense: Tensor  # ``(batch, columns)`` normalized numbers
+    codes: Tensor  # ``(batch, slots)`` rows of the code table
+    past_items: Tensor  # ``(batch, length)`` rows of the base table for the history
+    past_codes: Tensor  # ``(batch, length, slots)`` rows of the code table for the history
+    past: Tensor  # ``(batch, length)`` 1 for an item of the history, 0 for padding
 
 
 class FieldIndex(nn.Module):

@@ -85,27 +85,16 @@ class CodeFeatures(Options):
 
 @dataclass(frozen=True)
 class CodeTable:
-    """Rows of the code tables that each item reads.
+    """Rows of the code tables that each item reads."""
 
-    Attributes:
-        rows: ``(items + 1, slots)`` row in each slot's table, 0 without codes.
-        sizes: rows of each table, the reserved one included.
-        fields: name of each field.
-        field_of: field of each slot; slots of one field are added up.
-        without: number of items of the catalogue without codes.
-        collisions: distinct prefixes or n-grams that share a row with another one.
-        codebook_fingerprint: fingerprint of the codes' codebooks.
-        widened: whether the slots stand for a wider item id instead of codes.
-    """
-
-    rows: Ints
-    sizes: tuple[int, ...]
-    fields: tuple[str, ...]
-    field_of: tuple[int, ...]
-    without: int
-    collisions: int
-    codebook_fingerprint: str
-    widened: bool = False
+    rows: Ints  # ``(items + 1, slots)`` row in each slot's table, 0 without codes
+    sizes: tuple[int, ...]  # rows of each table, the reserved one included
+    fields: tuple[str, ...]  # name of each field
+    field_of: tuple[int, ...]  # field of each slot; slots of one field are added up
+    without: int  # number of items of the catalogue without codes
+    collisions: int  # distinct prefixes or n-grams that share a row with another one
+    codebook_fingerprint: str  # fingerprint of the codes' codebooks
+    widened: bool = False  # whether the slots stand for a wider item id instead of codes
 
     @property
     def parameters(self) -> int:

@@ -34,16 +34,11 @@ ADVICE = (
 
 @dataclass(frozen=True)
 class ItemColumns:
-    """Raw attributes of a catalogue, before it is known which items train.
+    """Raw attributes of a catalogue, before it is known which items train."""
 
-    Attributes:
-        values: the values of each item by attribute, Arrow ``large_list<large_string>``
-            ``(items,)``.
-        multi: names of the attributes with several values.
-    """
-
+    # the values of each item by attribute, Arrow ``large_list<large_string>`` ``(items,)``
     values: dict[str, Any]
-    multi: frozenset[str]
+    multi: frozenset[str]  # names of the attributes with several values
 
     def attributes(self, train: npt.NDArray[np.bool_]) -> dict[str, ItemAttribute]:
         """Return the attributes, their vocabularies from the items in the mask ``train`` alone."""

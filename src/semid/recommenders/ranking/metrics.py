@@ -117,19 +117,12 @@ def log_loss(labels: npt.NDArray[Any], logits: Floats) -> float:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Predicted probabilities against observed labels.
+    """Predicted probabilities against observed labels."""
 
-    Attributes:
-        ratio: mean prediction over mean label; 1 is calibrated overall.
-        error: mean over bins of equally many rows of ``|mean prediction - mean label|`` (ECE).
-        predicted: mean prediction of each bin.
-        observed: mean label of each bin.
-    """
-
-    ratio: float
-    error: float
-    predicted: tuple[float, ...]
-    observed: tuple[float, ...]
+    ratio: float  # mean prediction over mean label; 1 is calibrated overall
+    error: float  # mean over bins of equally many rows of ``|mean prediction - mean label|`` (ECE)
+    predicted: tuple[float, ...]  # mean prediction of each bin
+    observed: tuple[float, ...]  # mean label of each bin
 
 
 def calibration(labels: npt.NDArray[Any], probabilities: Floats, *, bins: int = 20) -> Calibration:
@@ -158,33 +151,19 @@ def sigmoid(logits: Floats) -> npt.NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class Metrics:
-    """Metrics of one set of rows.
+    """Metrics of one set of rows."""
 
-    Attributes:
-        rows: number of rows.
-        positives: rows with label 1.
-        auc: AUC over all rows.
-        auc_error: its standard error over test rows.
-        log_loss: log loss in nats.
-        user_auc: mean AUC per user.
-        user_auc_weighted: the same weighted by rows.
-        users: users with rows of both labels.
-        calibration_ratio: mean prediction over mean label.
-        calibration_error: calibration error over 20 bins of equally many rows.
-        popularity_auc: AUC of the number of training positives of the row's item.
-    """
-
-    rows: int
-    positives: int
-    auc: float
-    auc_error: float
-    log_loss: float
-    user_auc: float
-    user_auc_weighted: float
-    users: int
-    calibration_ratio: float
-    calibration_error: float
-    popularity_auc: float
+    rows: int  # number of rows
+    positives: int  # rows with label 1
+    auc: float  # AUC over all rows
+    auc_error: float  # its standard error over test rows
+    log_loss: float  # log loss in nats
+    user_auc: float  # mean AUC per user
+    user_auc_weighted: float  # the same weighted by rows
+    users: int  # users with rows of both labels
+    calibration_ratio: float  # mean prediction over mean label
+    calibration_error: float  # calibration error over 20 bins of equally many rows
+    popularity_auc: float  # AUC of the number of training positives of the row's item
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-able values; what is not defined (NaN) becomes None."""

@@ -18,17 +18,11 @@ from semid.training.distributed import rank, world_size
 
 @dataclass(frozen=True)
 class HistoryIndex:
-    """The items that each row's user interacted with before it, as spans of one array.
+    """The items that each row's user interacted with before it, as spans of one array."""
 
-    Attributes:
-        items: ``(events,)`` int32 catalogue rows, oldest first within a history.
-        spans: ``(rows, 2)`` int64 begin and end (exclusive) of each row's history.
-        length: largest number of items of a history.
-    """
-
-    items: Tensor
-    spans: Tensor
-    length: int
+    items: Tensor  # ``(events,)`` int32 catalogue rows, oldest first within a history
+    spans: Tensor  # ``(rows, 2)`` int64 begin and end (exclusive) of each row's history
+    length: int  # largest number of items of a history
 
     def of(self, rows: Tensor) -> Tensor:
         """Return ``(n, length)`` catalogue rows, newest first, padded with 0."""
@@ -47,25 +41,16 @@ class HistoryIndex:
 
 @dataclass(frozen=True)
 class RankingRows:
-    """Rows of one part.
+    """Rows of one part."""
 
-    Attributes:
-        user: ``(rows,)`` int32 rows of the user vocabulary.
-        item: ``(rows,)`` int32 rows of the catalogue.
-        label: ``(rows,)`` float32, 0 or 1.
-        context: ``(rows, columns)`` int32.
-        dense: ``(rows, columns)`` float32.
-        history: histories, or None.
-        person: ``(rows,)`` int32 numbers that distinguish users, also those that training did not
-            see; for metrics per user.
-    """
-
-    user: Tensor
-    item: Tensor
-    label: Tensor
-    context: Tensor
-    dense: Tensor
-    history: HistoryIndex | None
+    user: Tensor  # ``(rows,)`` int32 rows of the user vocabulary
+    item: Tensor  # ``(rows,)`` int32 rows of the catalogue
+    label: Tensor  # ``(rows,)`` float32, 0 or 1
+    context: Tensor  # ``(rows, columns)`` int32
+    dense: Tensor  # ``(rows, columns)`` float32
+    history: HistoryIndex | None  # histories, or None
+    # ``(rows,)`` int32 numbers that distinguish users, also those that training did not see; for
+    # metrics per user
     person: Tensor
 
     @classmethod
@@ -114,13 +99,9 @@ class RankingRows:
 
 
 class BatchSource(Protocol):
-    """Where training batches come from.
+    """Where training batches come from."""
 
-    Attributes:
-        steps_per_epoch: batches per epoch.
-    """
-
-    steps_per_epoch: int
+    steps_per_epoch: int  # batches per epoch
 
     def batches(self, epoch: int, first: int) -> Iterator[tuple[tuple[Inputs, Tensor], float]]:
         """Yield ``((inputs, labels), weight)`` of an epoch from step ``first`` on."""

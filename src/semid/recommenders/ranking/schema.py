@@ -35,21 +35,13 @@ CONFIG: dict[str, Any] = {
 
 
 class Inputs(NamedTuple):
-    """One batch as the network reads it.
+    """One batch as the network reads it."""
 
-    Attributes:
-        user: ``(batch,)`` int64 rows of the user vocabulary.
-        item: ``(batch,)`` int64 rows of the catalogue; 0 for an item that is not in it.
-        context: ``(batch, columns)`` int64 rows of the context vocabularies.
-        dense: ``(batch, columns)`` float32, not yet normalized.
-        history: ``(batch, length)`` int64 rows of the catalogue, newest first, padded with 0.
-    """
-
-    user: Tensor
-    item: Tensor
-    context: Tensor
-    dense: Tensor
-    history: Tensor
+    user: Tensor  # ``(batch,)`` int64 rows of the user vocabulary
+    item: Tensor  # ``(batch,)`` int64 rows of the catalogue; 0 for an item that is not in it
+    context: Tensor  # ``(batch, columns)`` int64 rows of the context vocabularies
+    dense: Tensor  # ``(batch, columns)`` float32, not yet normalized
+    history: Tensor  # ``(batch, length)`` int64 rows of the catalogue, newest first, padded with 0
 
     def to(self, device: torch.device) -> Inputs:
         """Move every tensor."""
@@ -165,15 +157,11 @@ def dense_values(column: Any, *, name: str, label: str) -> npt.NDArray[np.float3
 
 @dataclass(frozen=True)
 class ItemAttribute:
-    """One attribute of the items.
+    """One attribute of the items."""
 
-    Attributes:
-        vocabulary: its values.
-        rows: of each item; ``(items + 1,)`` for one value, ``(items + 1, most values)`` padded
-            with 0 for several. Row 0 is the unknown item.
-    """
-
-    vocabulary: Vocabulary
+    vocabulary: Vocabulary  # its values
+    # of each item; ``(items + 1,)`` for one value, ``(items + 1, most values)`` padded with 0 for
+    # several. Row 0 is the unknown item
     rows: Ints
 
     @property
@@ -184,35 +172,26 @@ class ItemAttribute:
 
 @dataclass(frozen=True)
 class Schema:
-    """Vocabularies and item attributes.
+    """Vocabularies and item attributes."""
 
-    Attributes:
-        users: users of the training rows.
-        items: the catalogue: every item with known features.
-        id_rows: ``(items + 1,)`` row of each item in the table of item ids, 0 for items with too
-            few training rows.
-        id_size: rows of that table.
-        attributes: attributes of the items, by name.
-        context: vocabularies of the categorical columns of a row, by name.
-        dense: mean and standard deviation of the dense columns over the training rows, by name.
-        history: length of the history that the network sees; 0 for none.
-        user_history: ``(users + 1, history)`` last items of each user, newest first, padded with
-            0: the histories of rows that come without one.
-        user_column: name of the user column.
-        item_column: name of the item column.
-    """
-
-    users: Vocabulary
-    items: Vocabulary
+    users: Vocabulary  # users of the training rows
+    items: Vocabulary  # the catalogue: every item with known features
+    # ``(items + 1,)`` row of each item in the table of item ids, 0 for items with too few training
+    # rows
     id_rows: Ints
-    id_size: int
+    id_size: int  # rows of that table
+    # attributes of the items, by name
     attributes: dict[str, ItemAttribute] = field(default_factory=dict)
+    # vocabularies of the categorical columns of a row, by name
     context: dict[str, Vocabulary] = field(default_factory=dict)
+    # mean and standard deviation of the dense columns over the training rows, by name
     dense: dict[str, tuple[float, float]] = field(default_factory=dict)
-    history: int = 0
+    history: int = 0  # length of the history that the network sees; 0 for none
+    # ``(users + 1, history)`` last items of each user, newest first, padded with 0: the histories
+    # of rows that come without one
     user_history: Ints = field(default_factory=lambda: np.zeros((0, 0), np.int64))
-    user_column: str = "user_id"
-    item_column: str = "item_id"
+    user_column: str = "user_id"  # name of the user column
+    item_column: str = "item_id"  # name of the item column
 
     def context_rows(
         self, columns: Mapping[str, Any], *, rows: int, label: str

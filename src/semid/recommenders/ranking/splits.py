@@ -38,22 +38,15 @@ Parts = npt.NDArray[np.int8]
 
 @dataclass(frozen=True)
 class Label:
-    """How rows get their label.
+    """How rows get their label."""
 
-    Attributes:
-        column: column that is compared with ``threshold``; empty for sampled negatives.
-        threshold: value the column is compared with.
-        strict: True for ``>``, False for ``>=``.
-        distribution: distribution of sampled negatives, ``uniform`` or ``popularity`` (in
-            proportion to training interactions); empty for a threshold.
-        negatives: negatives per positive.
-    """
-
-    column: str = ""
-    threshold: float = 0.0
-    strict: bool = False
+    column: str = ""  # column that is compared with ``threshold``; empty for sampled negatives
+    threshold: float = 0.0  # value the column is compared with
+    strict: bool = False  # True for ``>``, False for ``>=``
+    # distribution of sampled negatives, ``uniform`` or ``popularity`` (in proportion to training
+    # interactions); empty for a threshold
     distribution: str = ""
-    negatives: int = 0
+    negatives: int = 0  # negatives per positive
 
     @classmethod
     def parse(cls, text: str) -> Label:

@@ -42,21 +42,13 @@ Columns = dict[str, npt.NDArray[Any]]
 
 @dataclass(frozen=True)
 class LogFiles:
-    """A log on disk and how its rows are read.
+    """A log on disk and how its rows are read."""
 
-    Attributes:
-        files: the Parquet files.
-        user: name of the user column.
-        item: name of the item column.
-        label: how rows are labelled.
-        config: how the log becomes ranking data.
-    """
-
-    files: ParquetFiles
-    user: str
-    item: str
-    label: Label
-    config: RankingDataConfig
+    files: ParquetFiles  # the Parquet files
+    user: str  # name of the user column
+    item: str  # name of the item column
+    label: Label  # how rows are labelled
+    config: RankingDataConfig  # how the log becomes ranking data
 
     @property
     def columns(self) -> list[str]:
