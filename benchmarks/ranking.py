@@ -35,8 +35,7 @@ from torch import nn
 from common import in_turn, save
 from semid.data.ids import ItemIds
 from semid.progress import QuietProgress
-from semid.recommenders.ranking.evaluation import predict_logits
-from semid.recommenders.ranking.metrics import auc
+from semid.recommenders.ranking.metrics import auc, predict_logits
 from semid.recommenders.ranking.network import RankerConfig, make_network
 from semid.recommenders.ranking.rows import MemoryBatches, RankingRows
 from semid.recommenders.ranking.schema import Schema, Vocabulary

@@ -177,7 +177,7 @@ def by_ray(folder: Path, workers: int, codes: int, iterations: int) -> dict[str,
             calls.append(time.perf_counter() - began)
         for volume in (team.sent, team.received, team.passed):
             volume.clear()
-        pids = team.crew.process_ids()
+        pids = team.pool.process_ids()
         run = measure(rows, codes, iterations, lambda: clock_of(pids))
         return {**run, "call": float(np.median(calls))}
     finally:

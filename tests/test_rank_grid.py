@@ -16,7 +16,8 @@ from semid.errors import IdsError, UsageError
 from semid.progress import QuietProgress
 from semid.recommenders.ranking.network import RankerConfig
 from semid.recommenders.ranking.training import rank_options
-from semid.reproduce.grid_tables import difference, grid_tables
+from semid.reproduce.claims import Rows, metric
+from semid.reproduce.grid_tables import grid_tables
 from semid.reproduce.ranking_grid import RESULTS_FILE, Grid, TokenizerCache, read_results, run_grid
 
 TRAINING = rank_options({"epochs": 1, "batch_size": 512, "precision": "fp32"})
@@ -72,8 +73,8 @@ def test_a_grid_runs_every_cell_once_and_resumes(rows, tmp_path):
         assert part in tables
     ours = [{**row, "method": row["method"].replace("rqkmeans", "barq")} for row in again]
     assert "deepfm, barq - random, 2x, fusion on |" in grid_tables(ours)
-    found = difference(
-        again, {"method": "random", "fusion": False}, {"method": "none", "fusion": False}
+    found = Rows(again).difference(
+        metric("auc"), {"method": "random", "fusion": False}, {"method": "none", "fusion": False}
     )
     expected = np.mean(
         [

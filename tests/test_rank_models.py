@@ -15,7 +15,6 @@ from semid.recommenders.ranking.layers import (
     ExpertCrossLayer,
     FactorizationMachine,
     FieldAttention,
-    LowRankCrossLayer,
     MoCFusion,
     SymmetricPolynomials,
 )
@@ -114,7 +113,7 @@ def test_cross_layer_by_hand():
 def test_low_rank_and_expert_crosses_by_definition(e):
     x0 = e.flatten(1)
     width = x0.shape[1]
-    low = LowRankCrossLayer(width, rank=2)
+    low = CrossLayer(width, rank=2)
     full = low.outer.weight @ low.inner.weight
     assert torch.allclose(low(x0, x0), x0 * (x0 @ full.T + low.outer.bias) + x0, atol=1e-5)
     mixed = ExpertCrossLayer(width, rank=2, experts=3)

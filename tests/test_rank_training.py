@@ -22,9 +22,8 @@ from semid.recommenders.ranking.analysis import (
 )
 from semid.recommenders.ranking.builder import RankingDataConfig
 from semid.recommenders.ranking.data import prepare_ranking_data
-from semid.recommenders.ranking.evaluation import predict_logits, reliance
 from semid.recommenders.ranking.features import CodeFeatures, code_table
-from semid.recommenders.ranking.metrics import auc
+from semid.recommenders.ranking.metrics import auc, predict_logits, reliance
 from semid.recommenders.ranking.network import RankerConfig, make_network
 from semid.recommenders.ranking.stream import RankingStream
 from semid.recommenders.ranking.training import (

@@ -83,19 +83,15 @@ class ArrowEncoder:
                 continue
             table = pa.Table.from_batches([batch])
             ids = _encode(self.model, table, self.embedding_column, self.id_column)
-            yield spark_batch(ids)
-
-
-def spark_batch(ids: SemanticIds) -> pa.RecordBatch:
-    """Write ids in the types that Spark knows."""
-    flat = pa.array(np.ascontiguousarray(ids.codes, dtype=np.int64).reshape(-1))
-    edges = pa.array(np.arange(0, len(ids) + 1, dtype=np.int32) * np.int32(ids.levels))
-    columns = {
-        "item_id": ids.items.strings().cast(pa.string()),
-        "codes": pa.ListArray.from_arrays(edges, flat),
-        "residual_norm": pa.array(ids.residual_norms),
-    }
-    return pa.RecordBatch.from_pydict(columns)
+            # In the types that Spark knows.
+            flat = pa.array(np.ascontiguousarray(ids.codes, dtype=np.int64).reshape(-1))
+            edges = pa.array(np.arange(0, len(ids) + 1, dtype=np.int32) * np.int32(ids.levels))
+            columns = {
+                "item_id": ids.items.strings().cast(pa.string()),
+                "codes": pa.ListArray.from_arrays(edges, flat),
+                "residual_norm": pa.array(ids.residual_norms),
+            }
+            yield pa.RecordBatch.from_pydict(columns)
 
 
 def ids_of_table(table: pa.Table, info: CodesInfo) -> SemanticIds:
@@ -119,19 +115,10 @@ def ids_of_table(table: pa.Table, info: CodesInfo) -> SemanticIds:
 
 
 class TableEncoder:
-    """A class for Ray Data: ``ds.map_batches(TableEncoder, fn_constructor_args=[model], ...)``.
-
-    Args:
-        model: artefact folder or URI that every worker can read.
-        embedding_column: as for `ArrowEncoder`.
-        id_column: as for `ArrowEncoder`.
-    """
+    """A class for Ray Data: ``ds.map_batches(TableEncoder, fn_constructor_args=[model], ...)``."""
 
     def __init__(
-        self,
-        model: str,
-        embedding_column: str | None = None,
-        id_column: str | None = None,
+        self, model: str, embedding_column: str | None = None, id_column: str | None = None
     ) -> None:
         self.model, self.columns = model, (embedding_column, id_column)
         _loaded(model)

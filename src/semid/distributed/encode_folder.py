@@ -23,7 +23,7 @@ from semid.codes import CodesInfo, ids_schema
 from semid.distributed.ray_workers import RayOptions, WorkerPool, check_slots, connect
 from semid.distributed.units import UNIT_ROWS, Catalogue, Estimate, Unit, estimate_encode
 from semid.errors import ArtefactError, EmbeddingError, InputError, UsageError
-from semid.filesystems import FilePath
+from semid.filesystems import FilePath, is_uri
 from semid.loading import load_tokenizer
 from semid.output import claim_output
 from semid.progress import Progress, QuietProgress
@@ -80,15 +80,7 @@ class EncodeJob:
 
 
 class EncodeWorker:
-    """A worker: loads the artefact once and encodes units.
-
-    Args:
-        job: what to do.
-        threads: number of CPU threads; None takes what the machine allows.
-
-    Raises:
-        ArtefactError: the artefact is not the one the run began with.
-    """
+    """A worker: loads the artefact once, refuses one that has changed, and encodes units."""
 
     def __init__(self, job: EncodeJob, *, threads: int | None = 1) -> None:
         self.job = job
@@ -151,7 +143,7 @@ def encode_folder(
         catalogue = Catalogue.open(source, embedding_column=embedding_column, id_column=id_column)
         if on_invalid not in ("error", "skip"):
             raise UsageError(f"--on-invalid '{on_invalid}' is neither 'error' nor 'skip'")
-        catalogue.check_local(what="another process", several=True)
+        catalogue.check_local(what="another process")
         tokenizer = load_tokenizer(model)
         info = tokenizer.codes_info(beam_width)
         folder = PartFolder(state, info, encode_key(info, catalogue))
@@ -159,7 +151,9 @@ def encode_folder(
         units = catalogue.units(unit_rows)
         finished = folder.finished()
         missing = [unit for unit in units if unit.name not in finished]
-        job = EncodeJob(_absolute(model), catalogue, state, info, folder.key, on_invalid)
+        # Workers may run in another folder.
+        model = model if is_uri(model) else os.path.abspath(model)  # noqa: PTH100 - keeps its text
+        job = EncodeJob(model, catalogue, state, info, folder.key, on_invalid)
         run = _RayRun(job, engine) if isinstance(engine, RayOptions) else _LocalRun(job, engine)
         parts: list[EncodedPart] = []
         estimate = None
@@ -169,12 +163,7 @@ def encode_folder(
                 workers = run.size(len(units))
                 if missing:
                     estimate = estimate_encode(
-                        tokenizer,
-                        catalogue,
-                        missing,
-                        beam_width=info.beam_width,
-                        workers=workers,
-                        engine=run.name,
+                        tokenizer, catalogue, missing, info.beam_width, workers, run.name
                     )
                     (announce or logger.info)(estimate.sentence)
                 rows = {unit.name: unit.rows for unit in units}
@@ -201,11 +190,6 @@ def encode_folder(
             by_process[part.process] += part.rows
     rows_written = sum(part.rows for part in parts)
     return EncodeRun(rows_written, by_process.total(), dict(by_process), run.lost, estimate)
-
-
-def _absolute(path: FilePath) -> FilePath:
-    """Return a path that names the same folder in a worker, which may run in another folder."""
-    return path if "://" in str(path) else os.path.abspath(path)  # noqa: PTH100 - keeps its text
 
 
 class _LocalRun:
@@ -269,14 +253,13 @@ def _begin(job: EncodeJob, threads: int) -> None:
     global _WORKER
     parent = multiprocessing.parent_process()
     if parent is not None:
-        threading.Thread(target=_follow, args=(parent.sentinel,), daemon=True).start()
+
+        def follow() -> None:
+            multiprocessing.connection.wait([parent.sentinel])
+            os._exit(1)
+
+        threading.Thread(target=follow, daemon=True).start()
     _WORKER = EncodeWorker(job, threads=threads)
-
-
-def _follow(sentinel: int) -> None:
-    """End this process at once when the one behind ``sentinel`` has ended."""
-    multiprocessing.connection.wait([sentinel])
-    os._exit(1)
 
 
 def _encode(unit: Unit) -> EncodedPart:
@@ -312,29 +295,27 @@ class _RayRun:
             retries=self.options.retries,
             restore=lambda place: (),
         )
-        try:
-            yield from self._hand_out(pool, list(reversed(units)))
-        finally:
-            self.lost = pool.lost
-            pool.close()
-
-    def _hand_out(self, pool: WorkerPool, waiting: list[Unit]) -> Iterator[EncodedPart]:
+        waiting = list(reversed(units))
         running: dict[Any, tuple[int, Unit, int]] = {}
 
         def begin(place: int, unit: Unit, attempt: int) -> None:
             running[pool.start(place, "encode", unit)] = (place, unit, attempt)
 
-        for place in range(pool.size):
-            begin(place, waiting.pop(), 0)
-        while running:
-            (ready, *_), _ = self.ray.wait(list(running), num_returns=1)
-            place, unit, attempt = running.pop(ready)
-            try:
-                part = pool.get(ready)
-            except self.ray.exceptions.RayActorError as error:
-                pool.replace_worker(place, attempt, error)
-                begin(place, unit, attempt + 1)
-                continue
-            if waiting:
+        try:
+            for place in range(pool.size):
                 begin(place, waiting.pop(), 0)
-            yield part
+            while running:
+                (ready, *_), _ = self.ray.wait(list(running), num_returns=1)
+                place, unit, attempt = running.pop(ready)
+                try:
+                    part = pool.get(ready)
+                except self.ray.exceptions.RayActorError as error:
+                    pool.replace_worker(place, attempt, error)
+                    begin(place, unit, attempt + 1)
+                    continue
+                if waiting:
+                    begin(place, waiting.pop(), 0)
+                yield part
+        finally:
+            self.lost = pool.lost
+            pool.close()

@@ -1,20 +1,24 @@
-"""``semid fit --engine ray``: residual K-means over rows held by many workers."""
+"""``semid fit --engine ray``: residual K-means over rows held by many workers, and Ray Train."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import os
+import shutil
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from semid.data.ids import held_out_mask
+from semid.data.source import EmbeddingSource
 from semid.distributed.ray_workers import (
     RayOptions,
     RayShardPool,
@@ -23,8 +27,10 @@ from semid.distributed.ray_workers import (
     connect,
 )
 from semid.distributed.units import Catalogue, Unit
-from semid.errors import EmbeddingError
+from semid.errors import EmbeddingError, InputError, MissingExtraError
+from semid.filesystems import FilePath, is_uri
 from semid.health import CollisionCounter, Collisions, merge_collisions, row_hashes
+from semid.loading import load_tokenizer
 from semid.progress import Progress, QuietProgress
 from semid.quantization.blocks import BLOCK_ROWS, Node, merge_nodes
 from semid.quantization.sharding import Shard, ShardedMatrix
@@ -48,15 +54,10 @@ class ShardScan:
 
 
 class FitWorker:
-    """One worker's state.
+    """One worker's state: it scans and evaluates its units, and holds a shard of training rows.
 
-    Args:
-        catalogue: the embeddings.
-        units: the units it scans and evaluates, in order.
-        held_out: share of the items held out.
-        codes: codewords of the largest level.
-        threads: number of CPU threads.
-        memory_bytes: its training rows are held as float32 up to this size.
+    ``codes`` are the codewords of the largest level; training rows are held as float32 up to
+    ``memory_bytes``.
     """
 
     def __init__(
@@ -76,13 +77,17 @@ class FitWorker:
         self._hashes: npt.NDArray[np.uint64] | None = None
         self._collisions: CollisionCounter | None = None
 
+    def _open(self, units: Sequence[Unit]) -> tuple[EmbeddingSource, npt.NDArray[np.bool_]]:
+        """Open the rows of units; return them and the mask of the training rows among them."""
+        source = self.catalogue.source(units)
+        return source, ~held_out_mask(source.ids, self.held_out, salt=HELD_OUT_SALT)
+
     def scan(self) -> ShardScan:
         """Read the units once."""
         train, digests, hashes = [], [], [np.empty(0, np.uint64)]
         sums: npt.NDArray[np.float64] | float = 0.0
         for unit in self.units:
-            source = self.catalogue.source([unit])
-            is_train = ~held_out_mask(source.ids, self.held_out, salt=HELD_OUT_SALT)
+            source, is_train = self._open([unit])
             digest = hashlib.sha256(np.packbits(is_train).tobytes())
             for _, block in source.blocks():
                 sums = sums + block.sum(axis=0, dtype=np.float64)
@@ -96,21 +101,15 @@ class FitWorker:
         return ShardScan(train, np.asarray(sums), smallest, digests)
 
     def load(self, units: Sequence[Unit], skip: int, first_row: int, rows: int) -> int:
-        """Take a shard of the training rows.
+        """Take a shard of the training rows of some units; return its number of rows.
 
-        Args:
-            units: where they lie.
-            skip: training rows of these units that belong to the shard before.
-            first_row: number of its first row among all training rows.
-            rows: rows of the shard.
-
-        Returns:
-            The number of rows.
+        The first ``skip`` training rows of the units belong to the shard before; ``first_row`` is
+        the number of the shard's first row among all training rows.
         """
         if rows == 0:
             units = self.units[:1] or self.catalogue.units()[:1]
-        source = self.catalogue.source(units)
-        train = np.flatnonzero(~held_out_mask(source.ids, self.held_out, salt=HELD_OUT_SALT))
+        source, is_train = self._open(units)
+        train = np.flatnonzero(is_train)
         self.shard = Shard(
             source.subset(train[skip : skip + rows]),
             first_row=-(-first_row // BLOCK_ROWS) * BLOCK_ROWS if rows == 0 else first_row,
@@ -128,16 +127,12 @@ class FitWorker:
         return merge_nodes([copy.deepcopy(left), right])
 
     def evaluate(self, tokenizer: Tokenizer, mean: npt.NDArray[np.float64]) -> HealthCounter:
-        """Encode and decode the units' rows, and count.
-
-        Shapes: ``mean`` (dim,).
-        """
+        """Encode and decode the units' rows, and count; ``mean`` is that of all rows (dim,)."""
         tokenizer.threads = self.threads
         counter = HealthCounter(tokenizer.codebook_sizes, mean)
         done = 0
         for unit in self.units:
-            source = self.catalogue.source([unit])
-            is_train = ~held_out_mask(source.ids, self.held_out, salt=HELD_OUT_SALT)
+            source, is_train = self._open([unit])
             for block in tokenizer.encode_blocks(source):
                 span = slice(block.start, block.start + len(block.x))
                 if self._hashes is None:  # a worker that replaced another has not scanned
@@ -166,31 +161,21 @@ class FitWorker:
 
 @dataclass(frozen=True)
 class RayFit:
-    """What a fit on Ray was, beside the tokenizer.
+    """What a fit on Ray was, beside the tokenizer."""
 
-    Attributes:
-        workers: actors that held shards.
-        rows: training rows of each.
-        lost: workers that ended and were made again.
-        sent: method -> bytes from the driver to workers.
-        received: method -> bytes from workers to the driver.
-        passed: method -> bytes between workers.
-    """
-
-    workers: int
-    rows: tuple[int, ...]
-    lost: int
-    sent: dict[str, int]
-    received: dict[str, int]
-    passed: dict[str, int]
+    workers: int  # actors that held shards
+    rows: tuple[int, ...]  # training rows of each
+    lost: int  # workers that ended and were made again
+    sent: dict[str, int]  # method -> bytes from the driver to workers
+    received: dict[str, int]  # method -> bytes from workers to the driver
+    passed: dict[str, int]  # method -> bytes between workers
 
 
 def share_units(units: Sequence[Unit], shares: int) -> list[list[Unit]]:
     """Cut units that follow one another into ``shares`` runs of nearly equal numbers of rows."""
-    edges = np.cumsum([unit.rows for unit in units])
-    total = int(edges[-1]) if len(edges) else 0
-    middles = edges - np.array([unit.rows for unit in units]) / 2
-    owner = np.minimum((middles * shares / max(total, 1)).astype(int), shares - 1)
+    rows = np.array([unit.rows for unit in units])
+    middles = np.cumsum(rows) - rows / 2  # a unit belongs to the share in which its middle lies
+    owner = np.minimum((middles * shares / max(int(rows.sum()), 1)).astype(int), shares - 1)
     runs: list[list[Unit]] = [[] for _ in range(shares)]
     for unit, share in zip(units, owner, strict=True):
         runs[share].append(unit)
@@ -233,7 +218,7 @@ def fit_on_ray(
     options = options or RayOptions()
     steps = progress or QuietProgress()
     started = time.monotonic()
-    catalogue.check_local(what="a worker", several=True)
+    catalogue.check_local(what="a worker")
     units = catalogue.units()
     check_enough(len(catalogue), tokenizer.codebook_sizes)
     ray = connect(options)
@@ -245,20 +230,11 @@ def fit_on_ray(
     check_store(
         ray, 3 * 4 * largest * (dim + 1) * 8, what=f"the sums of {largest} x {dim} codewords"
     )
-    make = partial(
-        _make_worker,
-        catalogue,
-        shares,
-        {
-            "held_out": tokenizer.validation_fraction,
-            "codes": largest,
-            "threads": options.cpus_per_worker,
-            "memory_bytes": memory_bytes,
-        },
-    )
-    shards = RayShardPool(
-        ray, make, size=len(shares), cpus=options.cpus_per_worker, retries=options.retries
-    )
+    cpus = options.cpus_per_worker
+    sizes = {"codes": largest, "threads": cpus, "memory_bytes": memory_bytes}
+    held_out = tokenizer.validation_fraction
+    make = partial(_make_worker, catalogue, shares, {"held_out": held_out, **sizes})
+    shards = RayShardPool(ray, make, size=len(shares), cpus=cpus, retries=options.retries)
     try:
         steps.start("read", total=len(catalogue))
         scans: list[ShardScan] = list(_everyone(shards, "scan").values())
@@ -266,12 +242,7 @@ def fit_on_ray(
         train = [count for each in scans for count in each.train]
         trained = sum(train)
         distinct = len(np.unique(np.concatenate([each.smallest_hashes for each in scans])))
-        check_enough(
-            distinct,
-            tokenizer.codebook_sizes,
-            trained=trained,
-            held_out=tokenizer.validation_fraction,
-        )
+        check_enough(distinct, tokenizer.codebook_sizes, trained=trained, held_out=held_out)
         digest = hashlib.sha256("".join(d for k in scans for d in k.digests).encode())
         key = run_key({"kind": tokenizer.kind, **tokenizer.settings}, digest.hexdigest())
         loads, spans = shard_loads(units, train, len(shares))
@@ -329,21 +300,96 @@ def _counted(
     shards: RayShardPool, size: int, model: Any, mean: npt.NDArray[np.float64]
 ) -> list[Any]:
     """Bring equal ids together, each part in one worker, and count them there."""
-    for attempt in range(shards.pool.retries + 1):
+    pool = shards.pool
+    for attempt in range(pool.retries + 1):
         try:
-            pieces = [
-                shards.pool.actors[place].pieces.options(num_returns=size).remote("split", size)
-                for place in range(size)
-            ]
-            parts = [piece if size > 1 else [piece] for piece in pieces]
-            counted = [
-                shards.pool.start(part, "count", *(row[part] for row in parts))
-                for part in range(size)
-            ]
-            results = [shards.pool.get(ref) for ref in counted]
+            split = [a.pieces.options(num_returns=size).remote("split", size) for a in pool.actors]
+            # Column i of these lists is part i of the ids of all workers.
+            parts = zip(*(each if size > 1 else [each] for each in split), strict=True)
+            counted = [pool.start(part, "count", *column) for part, column in enumerate(parts)]
+            results = [pool.get(ref) for ref in counted]
             return [result for result in results if result is not None]
         except (shards.ray.exceptions.RayActorError, shards.ray.exceptions.ObjectLostError) as lost:
-            for place in shards.pool.ended():
-                shards.pool.replace_worker(place, attempt, lost)
-                shards.pool.ask({place: ("evaluate", (model, mean))})
+            for place in pool.ended():
+                pool.replace_worker(place, attempt, lost)
+                pool.ask({place: ("evaluate", (model, mean))})
     raise EmbeddingError("workers ended again and again while the codes were counted")
+
+
+def fit_with_ray_train(
+    kind: str,
+    values: dict[str, Any],
+    source: FilePath,
+    *,
+    columns: dict[str, str | None] | None = None,
+    options: RayOptions | None = None,
+    checkpoint: FilePath | None = None,
+    resume: bool = False,
+) -> Tokenizer:
+    """Fit a neural tokenizer on Ray Train and return it.
+
+    Ray Train starts the processes and joins them (gloo, or NCCL where there are GPUs), as
+    ``torchrun`` does; from there on `fit` runs unchanged, and all processes end with the same
+    weights.
+    """
+    options = options or RayOptions()
+    ray = connect(options)
+    try:
+        from ray.train import RunConfig, ScalingConfig
+        from ray.train.torch import TorchTrainer
+    except ImportError:
+        raise MissingExtraError("ray[train]", extra="ray", purpose="Ray Train") from None
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    workers = check_slots(ray, options)
+    # The result lies beside the checkpoint, on the disk that the workers share.
+    shared = None if checkpoint is None else Path(checkpoint).absolute().parent
+    if shared is not None:
+        shared.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix="semid-train-", dir=shared))
+    config = {
+        "kind": kind,
+        "values": values,
+        "source": str(source) if is_uri(source) else os.path.abspath(source),  # noqa: PTH100
+        "columns": columns or {},
+        "threads": options.cpus_per_worker,
+        "output": str(work / "model"),
+        "checkpoint": None if checkpoint is None else str(Path(checkpoint).absolute()),
+        "resume": resume,
+    }
+    try:
+        TorchTrainer(
+            _train,
+            train_loop_config=config,
+            scaling_config=ScalingConfig(
+                num_workers=workers,
+                use_gpu=gpus >= workers,
+                resources_per_worker={"CPU": options.cpus_per_worker},
+            ),
+            run_config=RunConfig(storage_path=str(work / "ray"), name="semid"),
+        ).fit()
+        fitted: Tokenizer = load_tokenizer(work / "model")
+    except ray.train.TrainingFailedError as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(
+            f"a worker of Ray Train failed: {lines[-1].strip()}; with a checkpoint, --resume "
+            "continues the run"
+        ) from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return fitted
+
+
+def _train(config: dict[str, Any]) -> None:
+    """Run in every process: the fit that a single process would do."""
+    from semid.data.embeddings import open_embeddings
+    from semid.tokenizers.factory import make_tokenizer
+    from semid.training.distributed import is_main
+
+    tokenizer = make_tokenizer(config["kind"], config["values"], threads=config["threads"])
+    tokenizer.fit(
+        open_embeddings(config["source"], **config["columns"]),
+        checkpoint=config["checkpoint"],
+        resume=config["resume"],
+    )
+    if is_main():
+        tokenizer.save(config["output"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -142,15 +143,10 @@ new worker has to be brought to where the old one was."""
 
 
 class WorkerPool:
-    """Actors of one kind; one that ends is replaced.
+    """Actors of one kind; one that ends is replaced, ``retries`` times per call.
 
-    Args:
-        ray: Ray, connected.
-        make: makes the worker object of a place, inside its actor.
-        size: number of actors.
-        cpus: CPU slots of each.
-        retries: how often one call may lose its worker.
-        restore: returns the calls that bring a new worker of a place to where the old one was.
+    ``make`` makes the worker object of a place, inside its actor; ``restore`` returns the calls
+    that bring a new worker of a place to where the old one was.
     """
 
     def __init__(
@@ -255,8 +251,6 @@ class _Host:
 
     def process_id(self) -> int:
         """Return the process's id."""
-        import os
-
         return os.getpid()
 
 
@@ -267,18 +261,8 @@ def _first_line(error: Exception) -> str:
 class RayShardPool:
     """The shards of a fit, one per actor (`semid.quantization.sharding.ShardPool`).
 
-    Args:
-        ray: Ray, connected.
-        make: makes the worker of a place.
-        size: number of workers.
-        cpus: CPU slots of each.
-        retries: how often one call may lose its worker.
-
-    Attributes:
-        pool: the actors.
-        sent: method -> bytes of arrays that left this process.
-        received: method -> bytes of arrays that came back to it.
-        passed: method -> bytes of sums that went from one worker to another.
+    ``sent``, ``received`` and ``passed`` count bytes by method: of arrays that left this process,
+    that came back to it, and of sums that went from one worker to another.
     """
 
     def __init__(
@@ -286,9 +270,7 @@ class RayShardPool:
     ) -> None:
         self.ray = ray
         self.spans: Sequence[tuple[int, int]] = []
-        self.sent: dict[str, int] = {}
-        self.received: dict[str, int] = {}
-        self.passed: dict[str, int] = {}
+        self.sent, self.received, self.passed = (Counter[str]() for _ in range(3))
         self._loads: list[tuple[Any, ...]] = []
         self._journal: list[tuple[str, dict[int, tuple[Any, ...]]]] = []
         self.pool = WorkerPool(
@@ -304,11 +286,8 @@ class RayShardPool:
     def _restore(self, place: int) -> list[tuple[str, tuple[Any, ...]]]:
         if not self._loads:
             return []
-        calls: list[tuple[str, tuple[Any, ...]]] = [("load", self._loads[place])]
-        for method, arguments in self._journal:
-            if place in arguments:
-                calls.append(("call", (method, *arguments[place])))
-        return calls
+        changes = [(method, *args[place]) for method, args in self._journal if place in args]
+        return [("load", self._loads[place]), *(("call", change) for change in changes)]
 
     def _note(self, method: str, arguments: Mapping[int, tuple[Any, ...]]) -> None:
         """Remember a call that changes what shards know, and forget those it makes void."""
@@ -319,10 +298,10 @@ class RayShardPool:
 
     def call(self, method: str, arguments: Mapping[int, tuple[Any, ...]]) -> dict[int, Any]:
         """Call a `Shard` method on the shards named; return their answers."""
-        _count(self.sent, method, arguments)
+        self.sent[method] += payload_bytes(arguments)
         answers = self.pool.ask({p: ("call", (method, *args)) for p, args in arguments.items()})
         self._note(method, arguments)
-        _count(self.received, method, answers)
+        self.received[method] += payload_bytes(answers)
         return answers
 
     def call_all(self, method: str, *arguments: Any) -> list[Node[Statistics]]:
@@ -332,7 +311,7 @@ class RayShardPool:
         one list of nodes whatever the number of workers.
         """
         everyone = dict.fromkeys(range(self.pool.size), arguments)
-        _count(self.sent, method, everyone)
+        self.sent[method] += payload_bytes(everyone)
         for attempt in range(self.pool.retries + 1):
             try:
                 nodes = self.pool.get(self._added(method, arguments))
@@ -347,27 +326,21 @@ class RayShardPool:
                         "more --workers on more machines, then --resume"
                     ) from None
         self._note(method, everyone)
-        _count(self.received, method, nodes)
+        self.received[method] += payload_bytes(nodes)
         if nodes:
-            passed = self._nodes_passed() * payload_bytes(nodes[0])
-            self.passed[method] = self.passed.get(method, 0) + passed
+            self.passed[method] += self._nodes_passed() * payload_bytes(nodes[0])
         merged: list[Node[Statistics]] = merge_nodes([_copied(nodes)])
         return merged
 
     def _added(self, method: str, arguments: tuple[Any, ...]) -> Any:
         big = [self.ray.put(value) if payload_bytes(value) else value for value in arguments]
         # (place, reference to its nodes): neighbors are merged in pairs until one is left.
-        nodes = [
-            (place, actor.call.remote("call", method, *big))
-            for place, actor in enumerate(self.pool.actors)
-        ]
+        pool = self.pool
+        nodes = [(p, pool.start(p, "call", method, *big)) for p in range(pool.size)]
         while len(nodes) > 1:
-            merged = []
-            for (place, left), (_, right) in zip(nodes[::2], nodes[1::2], strict=False):
-                merged.append((place, self.pool.actors[place].call.remote("merge", left, right)))
-            if len(nodes) % 2:
-                merged.append(nodes[-1])
-            nodes = merged
+            pairs = zip(nodes[::2], nodes[1::2], strict=False)
+            merged = [(p, pool.start(p, "merge", a, b)) for (p, a), (_, b) in pairs]
+            nodes = merged + nodes[2 * len(merged) :]
         return nodes[0][1]
 
     def _nodes_passed(self) -> int:
@@ -398,15 +371,7 @@ class _Nothing:
 
 def _copied(nodes: Sequence[Node[Statistics]]) -> list[Node[Statistics]]:
     """Copy what lies in the object store, which is not to be written to."""
-    return [
-        Node(
-            node.height,
-            node.index,
-            Statistics(node.value.sums.copy(), node.value.counts.copy(), node.value.inertia),
-        )
-        for node in nodes
+    values = [
+        (n, Statistics(n.value.sums.copy(), n.value.counts.copy(), n.value.inertia)) for n in nodes
     ]
-
-
-def _count(volume: dict[str, int], method: str, what: Any) -> None:
-    volume[method] = volume.get(method, 0) + payload_bytes(what)
+    return [Node(node.height, node.index, value) for node, value in values]

@@ -8,7 +8,6 @@ itself; each file is written again with its tokens. Memory: one part, or one fil
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -63,46 +62,31 @@ def unique_folder(
     if capacity is not None and capacity < 1:
         raise UsageError(f"capacity={capacity}: give at least 1")
     with claim_output(output, overwrite=overwrite, inputs=[source]):
-        return _unique_folder(source, output, capacity, parts, work, overwrite)
-
-
-def _unique_folder(
-    source: FilePath,
-    output: FilePath,
-    capacity: int | None,
-    parts: int | None,
-    work: FilePath | None,
-    overwrite: bool,
-) -> UniqueReport:
-    files = find_parquet(source)
-    info = _one_info(files)
-    rows = 0
-    for file in files:
-        with open_parquet(file) as parquet:
-            rows += parquet.metadata.num_rows
-    count = parts or max(1, -(-rows // PART_ROWS))
-    with tempfile.TemporaryDirectory(dir=work, prefix="semid-unique-") as name:
-        folder = Path(name)
-        _share_out(files, info, folder, count)
-        largest = max(_number(folder, part) for part in range(count))
-        size = capacity or token_count(np.array([largest]))
-        counts = _count(folder, count, size)
-        extended = replace(info, unique="append", codebook_sizes=(*info.codebook_sizes, size))
-        with new_folder(output, overwrite=overwrite) as target:
-            for number, file in enumerate(files):
-                tokens = np.minimum(_tokens(folder, number, count), size - 1)
-                table = _plain(file, info)
-                codes = _codes(table, info)
-                target.write_table(
-                    f"part-{number:06d}.parquet",
-                    ids_table(
-                        table["item_id"].combine_chunks(),
-                        np.concatenate([codes, tokens[:, None].astype(codes.dtype)], axis=1),
-                        table["residual_norm"].to_numpy(),
-                        extended,
-                        model_codes=codes,
-                    ),
-                )
+        files = find_parquet(source)
+        info, rows = _metadata(files)
+        count = parts or max(1, -(-rows // PART_ROWS))
+        with tempfile.TemporaryDirectory(dir=work, prefix="semid-unique-") as name:
+            folder = Path(name)
+            _share_out(files, info, folder, count)
+            largest = max(_number(folder, part) for part in range(count))
+            size = capacity or token_count(np.array([largest]))
+            counts = _count(folder, count, size)
+            extended = replace(info, unique="append", codebook_sizes=(*info.codebook_sizes, size))
+            with new_folder(output, overwrite=overwrite) as target:
+                for number, file in enumerate(files):
+                    tokens = np.minimum(_tokens(folder, number, count), size - 1)
+                    table = _plain(file, info)
+                    codes = _codes(table, len(info.codebook_sizes))
+                    target.write_table(
+                        f"part-{number:06d}.parquet",
+                        ids_table(
+                            table["item_id"].combine_chunks(),
+                            np.concatenate([codes, tokens[:, None].astype(codes.dtype)], axis=1),
+                            table["residual_norm"].to_numpy(),
+                            extended,
+                            model_codes=codes,
+                        ),
+                    )
     items = max(counts.items, 1)
     return UniqueReport(
         method="append",
@@ -121,11 +105,13 @@ def _unique_folder(
     )
 
 
-def _one_info(files: list[FilePath]) -> CodesInfo:
-    """Read what the files carry; all must carry the same."""
+def _metadata(files: list[FilePath]) -> tuple[CodesInfo, int]:
+    """Read the metadata that all files have to share, and the number of their rows."""
     first: CodesInfo | None = None
+    rows = 0
     for file in files:
         with open_parquet(file) as parquet:
+            rows += parquet.metadata.num_rows
             info = CodesInfo.from_metadata(parquet.schema_arrow.metadata, path=file).model
         if first is not None and info != first:
             raise ArtefactError(
@@ -135,7 +121,7 @@ def _one_info(files: list[FilePath]) -> CodesInfo:
         first = info
     if first is None:
         raise UsageError("there are no files of ids")
-    return first
+    return first, rows
 
 
 def _plain(file: FilePath, info: CodesInfo) -> pa.Table:
@@ -149,9 +135,10 @@ def _plain(file: FilePath, info: CodesInfo) -> pa.Table:
     return table
 
 
-def _codes(table: pa.Table, info: CodesInfo) -> npt.NDArray[np.unsignedinteger[npt.NBitBase]]:
+def _codes(table: pa.Table, levels: int = -1) -> npt.NDArray[np.unsignedinteger[npt.NBitBase]]:
+    """Return the codes ``(rows, levels)`` of a table; without rows it has to be told the levels."""
     flat = table["codes"].combine_chunks().flatten().to_numpy()
-    return flat.reshape(-1, len(info.codebook_sizes))  # type: ignore[no-any-return]
+    return flat.reshape(len(table), levels)  # type: ignore[no-any-return]
 
 
 def _share_out(files: list[FilePath], info: CodesInfo, folder: Path, parts: int) -> None:
@@ -160,14 +147,13 @@ def _share_out(files: list[FilePath], info: CodesInfo, folder: Path, parts: int)
     for number, file in enumerate(files):
         table = _plain(file, info)
         hashes.append(ItemIds(table["item_id"]).hash64())
-        codes = _codes(table, info)
-        owner = part_of(codes.astype(np.uint64), parts)
+        owner = part_of(_codes(table, len(info.codebook_sizes)).astype(np.uint64), parts)
         for part in range(parts):
-            rows = np.flatnonzero(owner == part)
-            kept = table.take(pa.array(rows)).append_column("row", pa.array(rows))
+            rows = pa.array(np.flatnonzero(owner == part))
             place = folder / f"part-{part:05d}"
             place.mkdir(exist_ok=True)
-            pq.write_table(kept, place / f"file-{number:06d}.parquet")
+            numbered = table.take(rows).append_column("row", rows)
+            pq.write_table(numbered, place / f"file-{number:06d}.parquet")
     refuse_repeats(hashes)
 
 
@@ -177,41 +163,29 @@ def _number(folder: Path, part: int) -> int:
     names = sorted(path.name for path in place.glob("file-*"))
     tables = [pq.read_table(place / name) for name in names]
     whole = pa.concat_tables(tables)
-    if not len(whole):
-        tokens = np.empty(0, np.int64)
-    else:
-        flat = whole["codes"].combine_chunks().flatten().to_numpy()
-        tokens = append_tokens(
-            flat.reshape(len(whole), -1),
-            whole["residual_norm"].to_numpy(),
-            ItemIds(whole["item_id"]),
-        )
-    done = 0
-    for name, table in zip(names, tables, strict=True):
-        own = tokens[done : done + len(table)]
-        done += len(table)
-        pq.write_table(
-            table.select(["row", "codes", "residual_norm"]).append_column("token", pa.array(own)),
-            place / name.replace("file-", "tokens-"),
-        )
+    tokens = np.empty(0, np.int64)
+    if len(whole):
+        norms = whole["residual_norm"].to_numpy()
+        tokens = append_tokens(_codes(whole), norms, ItemIds(whole["item_id"]))
+    # The tokens of each file follow one another.
+    pieces = np.split(tokens, np.cumsum([len(table) for table in tables])[:-1])
+    for name, table, piece in zip(names, tables, pieces, strict=True):
+        columns = table.select(["row", "codes", "residual_norm"])
+        columns = columns.append_column("token", pa.array(piece))
+        pq.write_table(columns, place / name.replace("file-", "tokens-"))
     return int(tokens.max(initial=0))
-
-
-def _pieces(folder: Path, parts: int) -> Iterator[pa.Table]:
-    for part in range(parts):
-        names = sorted((folder / f"part-{part:05d}").glob("tokens-*"))
-        yield pa.concat_tables([pq.read_table(name) for name in names])
 
 
 def _count(folder: Path, parts: int, size: int) -> _Counts:
     """Add up what the report says, part by part."""
     counts = _Counts()
-    for table in _pieces(folder, parts):
+    for part in range(parts):
+        names = sorted((folder / f"part-{part:05d}").glob("tokens-*"))
+        table = pa.concat_tables([pq.read_table(name) for name in names])
         if not len(table):
             continue
-        flat = table["codes"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
         tokens = table["token"].to_numpy()
-        _, sizes = np.unique(bucket_keys(flat), return_counts=True)
+        _, sizes = np.unique(bucket_keys(_codes(table)), return_counts=True)
         norms = table["residual_norm"].to_numpy().astype(np.float64)
         over = sizes[sizes > size]
         counts.items += len(table)
@@ -226,13 +200,8 @@ def _count(folder: Path, parts: int, size: int) -> _Counts:
 
 def _tokens(folder: Path, number: int, parts: int) -> npt.NDArray[np.int64]:
     """Bring a file's tokens back into the order of its rows."""
-    pieces = [
-        pq.read_table(
-            folder / f"part-{part:05d}" / f"tokens-{number:06d}.parquet", columns=["row", "token"]
-        )
-        for part in range(parts)
-    ]
-    whole = pa.concat_tables(pieces)
+    files = [folder / f"part-{n:05d}" / f"tokens-{number:06d}.parquet" for n in range(parts)]
+    whole = pa.concat_tables([pq.read_table(file, columns=["row", "token"]) for file in files])
     tokens = np.empty(len(whole), np.int64)
     tokens[whole["row"].to_numpy()] = whole["token"].to_numpy()
     return tokens

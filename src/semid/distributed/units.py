@@ -67,13 +67,12 @@ class Catalogue:
             )
         files = ParquetFiles.open(path)
         column = pick_embedding_column(files.schemas[0], embedding_column, label=files.label)
-        chosen = id_column
-        if chosen is None and DEFAULT_ID_COLUMN in files.schemas[0].names:
-            chosen = DEFAULT_ID_COLUMN
-        id_type = pa.int64() if chosen is None else _id_type(files, chosen)
+        if id_column is None and DEFAULT_ID_COLUMN in files.schemas[0].names:
+            id_column = DEFAULT_ID_COLUMN
+        id_type = pa.int64() if id_column is None else _id_type(files, id_column)
         # Refuses files that do not agree on the embeddings.
         dim = ParquetSource(files, column, ids=ItemIds.range(files.count)).dim
-        return cls(files, column, chosen, dim, id_type)
+        return cls(files, column, id_column, dim, id_type)
 
     def __len__(self) -> int:
         """Count the rows."""
@@ -84,19 +83,14 @@ class Catalogue:
         units: list[Unit] = []
         start = 0
         for file, sizes in enumerate(self.files.row_groups):
-            held: list[int] = []
-            count = 0
-            for group, size in enumerate(sizes):
-                if not size:
-                    continue
-                held.append(group)
-                count += size
-                if count >= rows:
-                    units.append(Unit(file, tuple(held), start, count))
-                    start, held, count = start + count, [], 0
-            if held:
-                units.append(Unit(file, tuple(held), start, count))
-                start += count
+            groups, count = list[int](), 0
+            full = [group for group, size in enumerate(sizes) if size]
+            for group in full:
+                groups.append(group)
+                count += sizes[group]
+                if count >= rows or group == full[-1]:
+                    units.append(Unit(file, tuple(groups), start, count))
+                    start, groups, count = start + count, [], 0
         return units
 
     def source(self, units: Sequence[Unit]) -> EmbeddingSource:
@@ -113,9 +107,9 @@ class Catalogue:
             ids = ItemIds(values, source=source, allow_empty=False)
         return ParquetSource(files, self.column, ids=ids, dim=self.dim)
 
-    def check_local(self, *, what: str, several: bool) -> None:
-        """Refuse paths that other machines cannot see."""
-        if several and is_uri(self.files.paths[0]) and str(self.files.paths[0])[:9] == "memory://":
+    def check_local(self, *, what: str) -> None:
+        """Refuse paths that other processes cannot see."""
+        if str(self.files.paths[0]).startswith("memory://"):
             raise UsageError(
                 f"{self.files.label} lies in this process's memory, which {what} cannot see; "
                 "write it to a disk or an object store that all of them reach"
@@ -140,6 +134,12 @@ def _id_type(files: ParquetFiles, column: str) -> pa.DataType:
 START_SECONDS = {"local": 6.0, "ray": 15.0}
 """Until the first worker works: imports and kernels, with Ray its own start besides. Measured on a
 small machine (docs/scaling.md); they only weigh where a run is short."""
+
+_REASONS = {
+    "local": "--engine local starts faster and passes nothing around; --engine ray pays when more "
+    "machines share the work.",
+    "ray": "--engine ray pays when more machines share the work; on one, leave it out.",
+}
 
 PROBE_ROWS = 16_384
 
@@ -166,23 +166,14 @@ class Estimate:
         return (
             f"{self.rows:,} rows ({self.bytes / 1e9:.2f} GB): one worker encodes about "
             f"{self.rows_a_second:,.0f} rows per second; {self.workers} on this machine take about "
-            f"{spell(local)}, as many on Ray {spell(ray)}. {self._reason()}"
+            f"{spell(local)}, as many on Ray {spell(ray)}. {_REASONS[self.engine]}"
         )
-
-    def _reason(self) -> str:
-        if self.engine == "local":
-            return (
-                "--engine local starts faster and passes nothing around; --engine ray pays when "
-                "more machines share the work."
-            )
-        return "--engine ray pays when more machines share the work; on one, leave it out."
 
 
 def estimate_encode(
     tokenizer: Tokenizer,
     catalogue: Catalogue,
-    left: list[Unit],
-    *,
+    units: list[Unit],
     beam_width: int,
     workers: int,
     engine: str,
@@ -190,7 +181,7 @@ def estimate_encode(
     """Encode a few rows and tell from them how long all will take."""
     threads, tokenizer.threads = tokenizer.threads, 1
     try:
-        raw = next(iter(catalogue.source(left[:1])._raw_blocks(PROBE_ROWS)))
+        raw = next(iter(catalogue.source(units[:1])._raw_blocks(PROBE_ROWS)))
         x = np.nan_to_num(raw.values)  # rows that cannot be used are the run's business
         tokenizer._encode_block(x[:256], beam_width)  # the first call prepares kernels
         began = time.process_time()
@@ -198,19 +189,13 @@ def estimate_encode(
         took = max(time.process_time() - began, 1e-6)
     finally:
         tokenizer.threads = threads
-    rows = sum(unit.rows for unit in left)
-    files = {unit.file for unit in left}
-    width = sum(_size(catalogue, file) for file in files)
-    return Estimate(rows, width, len(x) / took, workers, engine)
-
-
-def _size(catalogue: Catalogue, file: int) -> int:
-    """Return a file's size; for one that is elsewhere, what its values weigh as float32."""
-    path = str(catalogue.files.paths[file])
-    if "://" not in path:
-        return Path(path).stat().st_size
-    rows = int(np.sum(catalogue.files.row_groups[file]))
-    return rows * catalogue.source(catalogue.units()[:1]).dim * 4
+    size = 0
+    for file in {unit.file for unit in units}:
+        path = catalogue.files.paths[file]
+        # Of a file that is elsewhere, what its values weigh as float32.
+        rows = sum(catalogue.files.row_groups[file])
+        size += int(rows) * catalogue.dim * 4 if is_uri(path) else Path(path).stat().st_size
+    return Estimate(sum(unit.rows for unit in units), size, len(x) / took, workers, engine)
 
 
 def spell(seconds: float) -> str:

@@ -14,17 +14,10 @@ from semid.errors import UsageError
 
 @dataclass(frozen=True)
 class Difference:
-    """The mean of paired differences.
-
-    Attributes:
-        mean: mean of the differences.
-        low: lower end of the interval; NaN with one pair.
-        high: upper end of the interval.
-        pairs: number of pairs.
-    """
+    """The mean of paired differences and its interval."""
 
     mean: float
-    low: float
+    low: float  # NaN with one pair
     high: float
     pairs: int
 

@@ -21,8 +21,8 @@ from semid.options import Options, option
 from semid.output import atomic_folder
 from semid.progress import Progress, QuietProgress
 from semid.recommenders.ranking.builder import RankingData
-from semid.recommenders.ranking.evaluation import reliance
 from semid.recommenders.ranking.features import CodeFeatures
+from semid.recommenders.ranking.metrics import reliance
 from semid.recommenders.ranking.models import MODELS
 from semid.recommenders.ranking.network import RankerConfig
 from semid.recommenders.ranking.ranker import Ranker
@@ -39,8 +39,7 @@ from semid.training.options import TrainOptions
 RESULTS_FILE = "results.jsonl"
 GRID_FILES = (RESULTS_FILE, "tables.md", "tokenizers/")
 
-
-_PARALLEL = ("mocvae", "vqvae")
+# The tokenizer behind a method that is not called like one.
 _FITTED = {"me": "vqvae", "moc": "mocvae", "shuffled": "mocvae"}
 
 METHODS = ("none", "random", "shuffled", "widened", "me", "moc", *sorted(set(TOKENIZERS)))
@@ -70,7 +69,6 @@ class TokenizerCache:
     codebook_size: int = 256
     seed: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
-    _known: dict[tuple[str, int], SemanticIds] = field(default_factory=dict)
 
     def method(self, name: str, scale: int, *, progress: Progress) -> MethodCodes:
         """Return the codes of a method of `METHODS` and their features.
@@ -88,7 +86,7 @@ class TokenizerCache:
             ids = self._fitted(kind, 1, progress)
             return MethodCodes(ids, CodeFeatures(mode="multi", scale=scale))
         ids = self._fitted(kind, scale, progress)
-        mode = "parallel" if kind in _PARALLEL else "levels"
+        mode = "parallel" if kind in ("mocvae", "vqvae") else "levels"
         control = "shuffled" if name == "shuffled" else "none"
         return MethodCodes(ids, CodeFeatures(mode=mode, control=control, seed=self.seed))
 
@@ -107,22 +105,16 @@ class TokenizerCache:
         return SemanticIds(items, codes, np.zeros(len(items), np.float32), info)
 
     def _fitted(self, kind: str, scale: int, progress: Progress) -> SemanticIds:
-        if (kind, scale) not in self._known:
-            self._known[kind, scale] = self._fit(kind, scale, progress)
-        return self._known[kind, scale]
-
-    def _fit(self, kind: str, scale: int, progress: Progress) -> SemanticIds:
         # The ids are written last: a fit that was stopped has none and is repeated.
         folder = self.folder / f"{kind}-{scale}x"
         file = self.folder / f"{kind}-{scale}x.parquet"
         if file.exists():
             return SemanticIds.read(file)
-        single = {"vqvae": 1}.get(kind)
-        if single is not None and scale != single:
-            raise UsageError("vqvae has one code per item: take it at --scales 1, or me or moc")
         values: dict[str, Any] = {"codebook_size": self.codebook_size, "seed": self.seed}
-        if single is None:
+        if kind != "vqvae":
             values["levels"] = scale
+        elif scale != 1:
+            raise UsageError("vqvae has one code per item: take it at --scales 1, or me or moc")
         tokenizer = make_tokenizer(kind, {**values, **self.options})
         tokenizer.fit(
             self.source.subset(self._train_rows()),
@@ -210,11 +202,8 @@ class Run:
 
 def read_results(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Read the lines of a results file, except a last line that was cut short."""
-    file = Path(path)
-    if not file.exists():
-        return []
-    rows = []
-    for line in file.read_text(encoding="utf8").splitlines():
+    file, rows = Path(path), []
+    for line in file.read_text(encoding="utf8").splitlines() if file.exists() else ():
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
     return rows

@@ -36,23 +36,14 @@ TRAINING: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class ReconstructionProbe:
-    """How well codes rebuild embeddings.
+    """How well codes rebuild embeddings."""
 
-    Attributes:
-        error: squared error over variance on items that were held out.
-        train_error: the same on the items trained on, at the chosen epoch.
-        items: items trained on.
-        held_out: items held out.
-        slots: embeddings an item has.
-        epochs: epochs run.
-    """
-
-    error: float
-    train_error: float
-    items: int
-    held_out: int
-    slots: int
-    epochs: int
+    error: float  # squared error over variance on items that were held out
+    train_error: float  # the same on the items trained on, at the chosen epoch
+    items: int  # items trained on
+    held_out: int  # items held out
+    slots: int  # embeddings an item has
+    epochs: int  # epochs run
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-able dict."""

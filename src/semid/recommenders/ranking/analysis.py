@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
+from torch import Tensor
 
 from semid.errors import InputError, UsageError
 from semid.quantization.blocks import ArrayBlocks
 from semid.quantization.kmeans import KMeansOptions, kmeans
+from semid.recommenders.ranking.metrics import apply_in_batches
 from semid.recommenders.ranking.network import RankingNetwork
 from semid.recommenders.ranking.rows import RankingRows
+from semid.recommenders.ranking.schema import Inputs
 from semid.seeds import numpy_generator
 
 CLUSTERS = (10, 20, 50, 100, 200)
@@ -36,18 +38,12 @@ def code_embeddings(
         raise UsageError("this model has no code fields; train it with ids=")
     if fused and network.fusion is None:
         raise UsageError("this model has no fusion; train it with fusion=True")
-    blocks = []
-    was_training = network.training
-    network.eval()
-    device = next(network.parameters()).device
-    with torch.no_grad():
-        for inputs in rows.blocks(batch_size):
-            e = network.embed(inputs.to(device))
-            if fused and network.fusion is not None:
-                e = network.fusion(e)
-            blocks.append(e[:, places].cpu().numpy())
-    network.train(was_training)
-    return np.concatenate(blocks)
+
+    def embed(inputs: Inputs) -> Tensor:
+        e = network.embed(inputs)
+        return (network.fusion(e) if fused and network.fusion is not None else e)[:, places]
+
+    return np.concatenate(apply_in_batches(network, rows, embed, batch_size=batch_size))
 
 
 @dataclass(frozen=True)
@@ -147,8 +143,7 @@ def correlation(e: Array) -> Floats:
     Source: MoC eq. 9.
     """
     centered = e.astype(np.float64) - e.mean(axis=0, dtype=np.float64)
-    inner = np.einsum("nid,njd->ij", centered, centered)
-    return _cosines(inner)
+    return _cosines(np.einsum("nid,njd->ij", centered, centered))
 
 
 def linear_cka(e: Array) -> Floats:
@@ -299,11 +294,6 @@ def normalized_mutual_information(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> f
     return 1.0 if mean == 0 else mutual_information(table) / mean
 
 
-def _log_factorials(top: int) -> Floats:
-    logs: Floats = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, top + 1)))])
-    return logs
-
-
 def expected_mutual_information(rows: Ints, columns: Ints) -> float:
     """Return the expected mutual information of random groupings with sizes ``(r,)`` and ``(c,)``.
 
@@ -312,7 +302,7 @@ def expected_mutual_information(rows: Ints, columns: Ints) -> float:
     Source: Vinh, Epps and Bailey, JMLR 2010, eq. 24a (hypergeometric model).
     """
     total = int(rows.sum())
-    logs = _log_factorials(total)
+    logs = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, total + 1)))])  # of factorials
     # Equal sizes give equal terms, and clusters of a K-means have few different sizes.
     row_sizes, row_counts = np.unique(rows, return_counts=True)
     column_sizes, column_counts = np.unique(columns, return_counts=True)
@@ -324,17 +314,8 @@ def expected_mutual_information(rows: Ints, columns: Ints) -> float:
             n = np.arange(max(1, a + b - total), min(a, b) + 1)
             if not len(n):
                 continue
-            weight = (
-                logs[a]
-                + logs[b]
-                + logs[total - a]
-                + logs[total - b]
-                - logs[total]
-                - logs[n]
-                - logs[a - n]
-                - logs[b - n]
-                - logs[total - a - b + n]
-            )
+            weight = logs[a] + logs[b] + logs[total - a] + logs[total - b] - logs[total] - logs[n]
+            weight = weight - logs[a - n] - logs[b - n] - logs[total - a - b + n]
             terms = n / total * np.log(total * n / (a * b)) * np.exp(weight)
             expected += times_a * times_b * float(terms.sum())
     return expected

@@ -131,10 +131,8 @@ def read_item_columns(
 def _lists(column: Any, *, name: str, label: str, split: bool) -> Any:
     """Return a column as lists of strings."""
     column, types = one_array(column), pa.types
-    if any(
-        check(column.type)
-        for check in (types.is_list, types.is_large_list, types.is_fixed_size_list)
-    ):
+    list_checks = (types.is_list, types.is_large_list, types.is_fixed_size_list)
+    if any(check(column.type) for check in list_checks):
         as_text(column.flatten().slice(0, 0), name=name, label=label, advice=ADVICE)
         return column.cast(pa.large_list(pa.large_string()))
     text = as_text(column, name=name, label=label, advice=ADVICE).fill_null("")

@@ -45,6 +45,15 @@ class Dropout(nn.Dropout):
         return x * (bits >= limit - 2**15).to(x.dtype).mul_(2**16 / (2**16 - limit))
 
 
+def _linear(width: int, out: int, *, bias: bool = True) -> nn.Linear:
+    """Return a linear map with Xavier weights and no offset at first."""
+    linear = nn.Linear(width, out, bias=bias)
+    nn.init.xavier_normal_(linear.weight)
+    if bias:
+        nn.init.zeros_(linear.bias)
+    return linear
+
+
 class Perceptron(nn.Module):
     """Linear layers with batch norm, ReLU and dropout, ``(batch, width)`` to ``(batch, out)``.
 
@@ -64,22 +73,13 @@ class Perceptron(nn.Module):
         layers: list[nn.Module] = []
         for size in hidden:
             # Batch normalization subtracts the mean, and any bias with it.
-            linear = nn.Linear(width, size, bias=not batch_norm)
-            nn.init.xavier_normal_(linear.weight)
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
-            layers.append(linear)
-            if batch_norm:
-                layers.append(BatchNorm(size))
+            layers.append(_linear(width, size, bias=not batch_norm))
+            layers += [BatchNorm(size)] if batch_norm else []
             layers.append(nn.ReLU())
-            if dropout:
-                layers.append(Dropout(dropout))
+            layers += [Dropout(dropout)] if dropout else []
             width = size
         if out is not None:
-            last = nn.Linear(width, out)
-            nn.init.xavier_normal_(last.weight)
-            nn.init.zeros_(last.bias)
-            layers.append(last)
+            layers.append(_linear(width, out))
         self.layers = nn.Sequential(*layers)
         self.width = width if out is None else out
 
@@ -180,57 +180,49 @@ class FieldAttention(nn.Module):
             if linear is not None:
                 nn.init.xavier_normal_(linear.weight)
 
-    def _project(self, linear: nn.Linear, x: Tensor) -> Tensor:
-        projected: Tensor = linear(x)
-        return projected.relu() if self.relu else projected
-
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(batch, fields, width)`` to ``(batch, fields, heads * head_width)``."""
 
+        def project(linear: nn.Linear) -> Tensor:
+            projected: Tensor = linear(x)
+            return projected.relu() if self.relu else projected
+
         def split(linear: nn.Linear) -> Tensor:
-            projected = self._project(linear, x)
-            return projected.reshape(-1, x.shape[1], self.heads, self.head_width).transpose(1, 2)
+            shape = (-1, x.shape[1], self.heads, self.head_width)
+            return project(linear).reshape(shape).transpose(1, 2)
 
         # Every field attends to all fields, in each head of its own; the heads are concatenated.
         scores = split(self.query) @ split(self.key).transpose(-1, -2) * self.scale
         mixed = (scores.softmax(-1) @ split(self.value)).transpose(1, 2).flatten(-2)
         if self.residual is not None:
-            mixed = mixed + self._project(self.residual, x)
+            mixed = mixed + project(self.residual)
         mixed = mixed.relu()
         return mixed if self.norm is None else self.norm(mixed)
 
 
 class CrossLayer(nn.Module):
-    """``x_{l+1} = x_0 * (W x_l + b) + x_l`` with a full matrix.
+    """``x_{l+1} = x_0 * (W x_l + b) + x_l`` with a full matrix or, given a rank, ``W = U V^T``.
 
-    Source: DCNv2, Wang et al., WWW 2021, eq. 1.
+    Source: DCNv2, Wang et al., WWW 2021, eq. 1 and 2.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, *, rank: int | None = None) -> None:
         super().__init__()
-        self.linear = nn.Linear(width, width)
-        nn.init.xavier_normal_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
+        self.rank = rank
+        if rank is None:
+            self.linear = _linear(width, width)
+        else:
+            # Both maps before their weights: the random numbers come in this order.
+            self.inner = nn.Linear(width, rank, bias=False)
+            self.outer = nn.Linear(rank, width)
+            nn.init.xavier_normal_(self.inner.weight)
+            nn.init.xavier_normal_(self.outer.weight)
+            nn.init.zeros_(self.outer.bias)
 
     def forward(self, x0: Tensor, x: Tensor) -> Tensor:
         """Cross ``(batch, width)`` with the input ``x0`` of the same shape."""
-        return torch.addcmul(x, x0, self.linear(x))
-
-
-class LowRankCrossLayer(nn.Module):
-    """The cross layer with ``W = U V^T`` of a low rank (DCNv2, eq. 2)."""
-
-    def __init__(self, width: int, *, rank: int) -> None:
-        super().__init__()
-        self.inner = nn.Linear(width, rank, bias=False)
-        self.outer = nn.Linear(rank, width)
-        nn.init.xavier_normal_(self.inner.weight)
-        nn.init.xavier_normal_(self.outer.weight)
-        nn.init.zeros_(self.outer.bias)
-
-    def forward(self, x0: Tensor, x: Tensor) -> Tensor:
-        """Cross ``(batch, width)`` with the input ``x0`` of the same shape."""
-        return torch.addcmul(x, x0, self.outer(self.inner(x)))
+        mapped = self.linear(x) if self.rank is None else self.outer(self.inner(x))
+        return torch.addcmul(x, x0, mapped)
 
 
 class ExpertCrossLayer(nn.Module):

@@ -1,17 +1,32 @@
-"""How good scores are: exact AUC with its error, log loss, calibration, AUC by user."""
+"""Metrics of scores (exact AUC with its error, log loss, calibration), and of trained networks."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
+from semid.diagnostics.popularity import SEGMENTS, popularity_segments
 from semid.errors import InputError
+from semid.recommenders.ranking.builder import RankingData
+from semid.recommenders.ranking.network import RankingNetwork
+from semid.recommenders.ranking.rows import RankingRows
+from semid.recommenders.ranking.schema import Inputs
+from semid.seeds import numpy_generator
 
 Floats = npt.NDArray[np.floating[Any]]
+
+EVALUATION_BATCH = 65_536
+"""Rows scored at once."""
+
+MAX_FEW_INTERACTIONS = 10
+"""Largest number of training interactions of an item in the slice ``few``."""
 
 
 def average_ranks(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
@@ -115,32 +130,23 @@ def log_loss(labels: npt.NDArray[Any], logits: Floats) -> float:
     return float(np.logaddexp(0.0, -signed).mean())
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """Predicted probabilities against observed labels."""
+def calibration(
+    labels: npt.NDArray[Any], probabilities: Floats, *, bins: int = 20
+) -> tuple[float, float]:
+    """Return the mean probability over the mean label, and the calibration error (ECE).
 
-    ratio: float  # mean prediction over mean label; 1 is calibrated overall
-    error: float  # mean over bins of equally many rows of ``|mean prediction - mean label|`` (ECE)
-    predicted: tuple[float, ...]  # mean prediction of each bin
-    observed: tuple[float, ...]  # mean label of each bin
-
-
-def calibration(labels: npt.NDArray[Any], probabilities: Floats, *, bins: int = 20) -> Calibration:
-    """Compare probabilities ``(rows,)`` with labels, overall and in bins of equally many rows."""
+    The error is the mean of ``|mean probability - mean label|`` over bins of equally many rows.
+    """
     positive = _positive(labels, probabilities).astype(np.float64)
-    # Bins of equally many rows, by predicted probability; the error weighs them by their rows.
+    # Bins by predicted probability; the error weighs them by their rows.
     order = np.argsort(probabilities, kind="stable")
     parts = np.array_split(order, max(1, min(bins, len(order))))
     predicted = np.array([probabilities[part].mean(dtype=np.float64) for part in parts])
     observed = np.array([positive[part].mean() for part in parts])
     weight = np.array([len(part) for part in parts]) / len(order)
     base = positive.mean()
-    return Calibration(
-        ratio=float(probabilities.mean(dtype=np.float64) / base) if base else math.nan,
-        error=float((weight * np.abs(predicted - observed)).sum()),
-        predicted=tuple(predicted.tolist()),
-        observed=tuple(observed.tolist()),
-    )
+    ratio = float(probabilities.mean(dtype=np.float64) / base) if base else math.nan
+    return ratio, float((weight * np.abs(predicted - observed)).sum())
 
 
 def sigmoid(logits: Floats) -> npt.NDArray[np.float64]:
@@ -181,18 +187,110 @@ def measure(
     popularity: npt.NDArray[Any],
 ) -> Metrics:
     """Measure rows; ``popularity`` ``(rows,)`` counts training positives of the row's item."""
-    user_auc, user_auc_weighted, user_count = auc_by_user(labels, logits, users)
-    fit = calibration(labels, sigmoid(logits))
     return Metrics(
-        rows=len(labels),
-        positives=int((labels > 0.5).sum()),
-        auc=auc(labels, logits),
-        auc_error=auc_error(labels, logits),
-        log_loss=log_loss(labels, logits),
-        user_auc=user_auc,
-        user_auc_weighted=user_auc_weighted,
-        users=user_count,
-        calibration_ratio=fit.ratio,
-        calibration_error=fit.error,
-        popularity_auc=auc(labels, popularity.astype(np.float64)),
+        len(labels),
+        int((labels > 0.5).sum()),
+        auc(labels, logits),
+        auc_error(labels, logits),
+        log_loss(labels, logits),
+        *auc_by_user(labels, logits, users),
+        *calibration(labels, sigmoid(logits)),
+        auc(labels, popularity.astype(np.float64)),
     )
+
+
+def apply_in_batches(
+    network: RankingNetwork,
+    rows: RankingRows,
+    function: Callable[[Inputs], Tensor],
+    *,
+    batch_size: int = EVALUATION_BATCH,
+) -> list[npt.NDArray[np.float32]]:
+    """Apply a function to all inputs in evaluation mode; the network's mode is put back."""
+    was_training = network.training
+    network.eval()
+    # The rows may lie on another device than the network; only the batch moves.
+    device = next(network.parameters()).device
+    with torch.no_grad():
+        results = [function(inputs.to(device)).cpu().numpy() for inputs in rows.blocks(batch_size)]
+    network.train(was_training)
+    return results
+
+
+def predict_logits(network: RankingNetwork, rows: RankingRows) -> npt.NDArray[np.float32]:
+    """Score rows ``(rows,)`` in evaluation mode."""
+    logits = apply_in_batches(network, rows, network.logits)
+    return np.concatenate(logits) if logits else np.empty(0, np.float32)
+
+
+def slice_masks(
+    items: npt.NDArray[np.int64],
+    interactions: npt.NDArray[np.int64],
+    *,
+    few: int = MAX_FEW_INTERACTIONS,
+) -> dict[str, npt.NDArray[np.bool_]]:
+    """Return a mask ``(rows,)`` per slice of the rows, by the catalogue row of their item.
+
+    ``unseen`` items have none of the training interactions ``(items + 1,)``, ``few`` at most that
+    many; ``head``, ``mid`` and ``tail`` are 10, 40 and 50 % of the seen items, by interactions.
+    """
+    counts = interactions[items]
+    segment = popularity_segments(interactions)[items]
+    masks = {"unseen": counts == 0, "few": (counts >= 1) & (counts <= few)}
+    return masks | {name: segment == number for number, name in enumerate(SEGMENTS[:3])}
+
+
+def evaluate(network: RankingNetwork, data: RankingData) -> dict[str, Any]:
+    """Measure a trained network on every part but training."""
+    report: dict[str, Any] = {}
+    for name, rows in data.parts.items():
+        if name == "train":
+            continue
+        labels, users = rows.label.cpu().numpy(), rows.person.cpu().numpy()
+        items = rows.item.cpu().numpy().astype(np.int64)
+        logits, popularity = predict_logits(network, rows), data.positives[items]
+        report[name] = measure(labels, logits, users=users, popularity=popularity).to_dict()
+        if name == "test":
+            report["slices"] = {
+                key: measure(
+                    labels[mask], logits[mask], users=users[mask], popularity=popularity[mask]
+                ).to_dict()
+                for key, mask in slice_masks(items, data.interactions).items()
+                if mask.any()
+            }
+    return report
+
+
+def reliance(
+    network: RankingNetwork, data: RankingData, *, part: str = "test", seed: int = 0
+) -> dict[str, float]:
+    """Return how much a trained network relies on its fusion and its codes, on one part.
+
+    Returns:
+        ``auc``; with fusion ``fusion_norm`` (of ``W_down W_up``) and ``auc_without_fusion``, the
+        AUC of the same weights without it; with codes ``auc_codes_shuffled``, the AUC of the same
+        weights after items swap their codes.
+    """
+    rows = data.parts[part]
+    labels = rows.label.cpu().numpy()
+
+    def score() -> float:
+        return auc(labels, predict_logits(network, rows))
+
+    # The network is changed in place for each score, and put back whatever happens.
+    figures = {"auc": score()}
+    fusion, table = network.fusion, network.index.code_rows
+    try:
+        if fusion is not None:
+            network.fusion = None
+            figures |= {"fusion_norm": fusion.norm(), "auc_without_fusion": score()}
+            network.fusion = fusion
+        if network.index.slots:
+            # Row 0 belongs to items without codes and stays.
+            order = 1 + numpy_generator(seed, "shuffled at test").permutation(len(table) - 1)
+            shuffled = table[torch.from_numpy(order).to(table.device)]
+            network.index.code_rows = torch.cat([table[:1], shuffled])
+            figures["auc_codes_shuffled"] = score()
+    finally:
+        network.fusion, network.index.code_rows = fusion, table
+    return figures

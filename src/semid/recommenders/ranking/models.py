@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -16,7 +17,6 @@ from semid.recommenders.ranking.layers import (
     ExpertCrossLayer,
     FactorizationMachine,
     FieldAttention,
-    LowRankCrossLayer,
     Perceptron,
     SymmetricPolynomials,
 )
@@ -186,22 +186,13 @@ class AutoInt(Model):
     def __init__(self, fields: int, width: int, options: AutoIntOptions) -> None:
         super().__init__(fields, width, options)
         # Each layer reads what the one before returns: heads * head_width per field.
-        layers: list[FieldAttention] = []
-        for _ in range(options.layers):
-            layers.append(
-                FieldAttention(
-                    layers[-1].out if layers else width,
-                    head_width=options.head_width,
-                    heads=options.heads,
-                    preset=options.preset,
-                    relu_projections=options.relu_projections,
-                    layer_norm=options.layer_norm,
-                    scale=options.scale,
-                    residual=options.residual,
-                )
-            )
-        self.attention = nn.Sequential(*layers)
-        self.linear = nn.Linear(fields * layers[-1].out, 1)
+        ours = {f.name for f in dataclasses.fields(DeepFMOptions)} | {"layers", "plus"}
+        attention = {name: value for name, value in vars(options).items() if name not in ours}
+        out = options.heads * options.head_width
+        self.attention = nn.Sequential(
+            *(FieldAttention(out if n else width, **attention) for n in range(options.layers))
+        )
+        self.linear = nn.Linear(fields * out, 1)
         self.deep = _perceptron(fields * width, options) if options.plus else None
 
     def forward(self, e: Tensor, first: Tensor | None = None) -> Tensor:
@@ -225,7 +216,13 @@ class DCNv2(Model):
         super().__init__(fields, width, options)
         self.parallel = options.structure == "parallel"
         size = fields * width
-        self.cross = nn.ModuleList(_cross(size, options) for _ in range(options.layers))
+        rank, experts = options.rank, options.experts
+        self.cross = nn.ModuleList(
+            CrossLayer(size, rank=rank)
+            if rank is None or experts == 1
+            else ExpertCrossLayer(size, rank=rank, experts=experts)
+            for _ in range(options.layers)
+        )
         self.deep = _perceptron(size, options, out=None)
         self.linear = nn.Linear(self.deep.width + (size if self.parallel else 0), 1)
 
@@ -239,14 +236,6 @@ class DCNv2(Model):
         x = torch.cat([x, self.deep(x0)], 1) if self.parallel else self.deep(x)
         logits: Tensor = self.linear(x)
         return logits[:, 0]
-
-
-def _cross(width: int, options: DCNv2Options) -> nn.Module:
-    if options.rank is None:
-        return CrossLayer(width)
-    if options.experts == 1:
-        return LowRankCrossLayer(width, rank=options.rank)
-    return ExpertCrossLayer(width, rank=options.rank, experts=options.experts)
 
 
 MODELS = Registry(

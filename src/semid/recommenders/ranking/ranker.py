@@ -21,13 +21,12 @@ from semid.data.tables import Table, open_table
 from semid.documents import checked
 from semid.errors import InputError, UsageError
 from semid.markdown import code_span, escaped
-from semid.recommenders.ranking.evaluation import predict_logits
 from semid.recommenders.ranking.features import CodeFeatures, CodeTable, extend_codes
 from semid.recommenders.ranking.item_table import extend_schema
-from semid.recommenders.ranking.metrics import sigmoid
+from semid.recommenders.ranking.metrics import predict_logits, sigmoid
 from semid.recommenders.ranking.network import RankerConfig, RankingNetwork, make_network
 from semid.recommenders.ranking.rows import HistoryIndex, RankingRows
-from semid.recommenders.ranking.schema import Schema, as_text, one_array
+from semid.recommenders.ranking.schema import Schema, as_text, every_column, one_array
 from semid.tokenizers.stored import described
 from semid.training.checkpoint import load_module_, module_arrays
 
@@ -138,30 +137,24 @@ class Ranker:
             table.require(name, flag="a column of the model")
         with_history = schema.history > 0 and HISTORY_COLUMN in table.names
         read = table.read([*columns, *([HISTORY_COLUMN] if with_history else [])])
-        # Both id columns are tried before the problems are raised together.
-        problems: list[str] = []
-        ids = {}
-        for name in (schema.user_column, schema.item_column):
-            try:
-                ids[name] = as_text(read.column(name), name=name, label=table.label)
-            except InputError as error:
-                problems += error.problems
-        if problems:
-            raise InputError(problems)
+        ids = every_column(
+            (schema.user_column, schema.item_column),
+            lambda name: as_text(read.column(name), name=name, label=table.label),
+        )
         # Look everything up; what is unknown reads row 0.
         user = schema.users.rows(ids[schema.user_column])
         item = schema.items.rows(ids[schema.item_column])
         features = {n: read.column(n) for n in (*schema.context, *schema.dense)}
         context, dense = schema.context_rows(features, rows=len(user), label=table.label)
-        arrays = {
-            "user": user.astype(np.int32),
-            "item": item.astype(np.int32),
-            "label": np.zeros(len(user), np.float32),
-            "context": context.numpy(),
-            "dense": dense.numpy(),
-        }
-        history = self._history(user, read, table) if schema.history else None
-        rows = RankingRows.of(arrays, person=user, history=history)
+        rows = RankingRows(
+            user=torch.from_numpy(user.astype(np.int32)),
+            item=torch.from_numpy(item.astype(np.int32)),
+            label=torch.zeros(len(user)),
+            context=context,
+            dense=dense,
+            history=self._history(user, read, table) if schema.history else None,
+            person=torch.from_numpy(user.astype(np.int32)),
+        )
         return rows, self._unknown(user, item, context)
 
     def _history(self, user: npt.NDArray[np.int64], read: pa.Table, table: Table) -> HistoryIndex:
@@ -249,14 +242,9 @@ class Ranker:
         else:
             items = ItemIds(list(candidates), source="candidates").strings()
         # One row per candidate, all of this user and context.
-        count = len(items)
-        columns: dict[str, Any] = {
-            self.schema.user_column: pa.array([str(user)] * count, type=pa.large_string()),
-            self.schema.item_column: items,
-        }
-        for name, value in (context or {}).items():
-            columns[name] = pa.array([value] * count)
-        scored = self.predict(columns)
+        constants = {self.schema.user_column: str(user), **(context or {})}
+        columns = {name: pa.array([value] * len(items)) for name, value in constants.items()}
+        scored = self.predict({**columns, self.schema.item_column: items})
         # By logit: probabilities of large logits are equal in float32.
         order = np.argsort(-scored.logit, kind="stable")[:k]
         names = items.take(pa.array(order)).to_pylist()
@@ -326,8 +314,7 @@ class Ranker:
         """
         config, tensors = read_artefact(path, kind=cls.kind)
         with described(path, "ranking model"):
-            named = {name: config[name] for name in CONFIG}
-            values = checked(CONFIG, named, "config.json")
+            values = checked(CONFIG, {name: config[name] for name in CONFIG}, "config.json")
             schema = Schema.of(values["schema"], tensors)
             codes = None
             if values["codes"] is not None:
@@ -341,18 +328,11 @@ class Ranker:
                 network = make_network(
                     schema, codes, values["architecture"], item_id=values["item_id"]
                 )
-            load_module_(
-                network,
-                {n.removeprefix("network."): a for n, a in tensors.items() if n[:8] == "network."},
-            )
+            arrays = {n[8:]: a for n, a in tensors.items() if n.startswith("network.")}
+            load_module_(network, arrays)
+        rest = {name: values[name] for name in ("features", "codes_info", "report")}
         return cls(
-            schema=schema,
-            network=network,
-            config=values["architecture"],
-            features=values["features"],
-            codes=codes,
-            codes_info=values["codes_info"],
-            report=values["report"],
+            schema=schema, network=network, config=values["architecture"], codes=codes, **rest
         )
 
     def __repr__(self) -> str:
@@ -384,12 +364,9 @@ def _card(config: Mapping[str, Any]) -> str:
             "| rows | AUC | popularity alone | log loss | AUC by user | calibration error |",
             "|---|---|---|---|---|---|",
         ]
-        for part in ("validation", "test", "cold"):
-            if part in report:
-                lines.append(_line(part, report[part]))
-        for name, figures in report.get("slices", {}).items():
-            lines.append(_line(f"test, {name} items", figures))
-        lines.append("")
+        parts = {part: report[part] for part in ("validation", "test", "cold") if part in report}
+        parts |= {f"test, {name} items": s for name, s in report.get("slices", {}).items()}
+        lines += [*(_line(name, figures) for name, figures in parts.items()), ""]
     lines += [
         "```python",
         "import semid",

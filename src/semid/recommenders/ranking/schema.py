@@ -5,9 +5,10 @@ Row 0 of every table stands for what training did not see.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,7 @@ from semid.documents import checked
 from semid.errors import InputError
 
 Ints = npt.NDArray[np.int64]
+_T = TypeVar("_T")
 
 CONFIG: dict[str, Any] = {
     "attributes": list[str],
@@ -49,12 +51,7 @@ class Inputs(NamedTuple):
 
 
 class Vocabulary:
-    """Values that have a row of their own, from row 1 on.
-
-    Args:
-        values: distinct strings or integers, in the order of their rows.
-        source: what they are called in errors.
-    """
+    """Distinct values that have a row of their own, from row 1 on; ``source`` names them."""
 
     def __init__(self, values: Any, *, source: str = "values") -> None:
         self.ids = values if isinstance(values, ItemIds) else ItemIds(values, source=source)
@@ -75,8 +72,7 @@ class Vocabulary:
 
     def strings(self) -> list[str]:
         """Return the values as strings, in the order of their rows from 1 on."""
-        texts: list[str] = self.ids.strings().to_pylist()
-        return texts
+        return list(self.ids.strings().to_pylist())
 
     def tensors(self, name: str) -> dict[str, np.ndarray]:
         """Return arrays that `of` reads: the bytes of all values, and where each ends."""
@@ -95,9 +91,7 @@ class Vocabulary:
         is_valid = ends.ndim == 1 and len(ends) > 0 and ends.dtype.kind == "i"
         if not is_valid or ends[0] != 0 or ends[-1] != len(text) or (np.diff(ends) < 0).any():
             raise ValueError(f"'{name}.ends' does not divide '{name}.bytes' into texts")
-        values = [
-            text[a:b].decode() for a, b in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)
-        ]
+        values = [text[a:b].decode() for a, b in itertools.pairwise(ends.tolist())]
         return cls(pa.array(values, type=pa.large_string()))
 
 
@@ -133,6 +127,20 @@ def as_categories(column: Any, *, name: str, label: str) -> pa.Array:
     if isinstance(column, pa.DictionaryArray) and column.type.value_type == pa.large_string():
         return column
     return as_text(column, name=name, label=label)
+
+
+def every_column(names: Iterable[str], read: Callable[[str], _T]) -> dict[str, _T]:
+    """Read columns one by one; what is wrong with any of them is raised together."""
+    values: dict[str, _T] = {}
+    problems: list[str] = []
+    for name in names:
+        try:
+            values[name] = read(name)
+        except InputError as error:
+            problems += error.problems
+    if problems:
+        raise InputError(problems)
+    return values
 
 
 def dense_values(column: Any, *, name: str, label: str) -> npt.NDArray[np.float32]:
@@ -197,39 +205,27 @@ class Schema:
         self, columns: Mapping[str, Any], *, rows: int, label: str
     ) -> tuple[Tensor, Tensor]:
         """Look up the context of rows: ``(rows, categorical)`` int32, ``(rows, dense)`` float32."""
-        # All columns are tried before the problems are raised together.
-        problems: list[str] = []
-        categorical, dense = [], []
-        for name, vocabulary in self.context.items():
-            try:
-                values = as_categories(columns[name], name=name, label=label)
-                categorical.append(vocabulary.rows(values).astype(np.int32))
-            except InputError as error:
-                problems += error.problems
-        for name in self.dense:
-            try:
-                dense.append(dense_values(columns[name], name=name, label=label))
-            except InputError as error:
-                problems += error.problems
-        if problems:
-            raise InputError(problems)
-        empty = np.empty((rows, 0))
-        return (
-            torch.from_numpy(np.stack(categorical, 1) if categorical else empty.astype(np.int32)),
-            torch.from_numpy(np.stack(dense, 1) if dense else empty.astype(np.float32)),
-        )
+
+        def read(name: str) -> npt.NDArray[Any]:
+            if name in self.dense:
+                return dense_values(columns[name], name=name, label=label)
+            values = as_categories(columns[name], name=name, label=label)
+            return self.context[name].rows(values).astype(np.int32)
+
+        arrays = every_column([*self.context, *self.dense], read)
+        tensors = []
+        for names, dtype in ((self.context, np.int32), (self.dense, np.float32)):
+            array = np.empty((rows, len(names)), dtype)
+            for place, name in enumerate(names):
+                array[:, place] = arrays[name]
+            tensors.append(torch.from_numpy(array))
+        return tensors[0], tensors[1]
 
     def to_config(self) -> dict[str, Any]:
         """Return the JSON-able part, for an artefact."""
-        return {
-            "attributes": list(self.attributes),
-            "context": list(self.context),
-            "dense": {name: list(moments) for name, moments in self.dense.items()},
-            "history": self.history,
-            "id_size": self.id_size,
-            "user_column": self.user_column,
-            "item_column": self.item_column,
-        }
+        config = {name: getattr(self, name) for name in CONFIG}
+        config |= {"attributes": list(self.attributes), "context": list(self.context)}
+        return {**config, "dense": {name: list(pair) for name, pair in self.dense.items()}}
 
     def tensors(self) -> dict[str, np.ndarray]:
         """Return the arrays, for an artefact."""
@@ -260,6 +256,7 @@ class Schema:
             if rows.ndim not in (1, 2) or len(rows) != len(items):
                 raise ValueError(f"attribute '{name}' has shape {rows.shape}")
             attributes[name] = ItemAttribute(vocabulary, rows)
+        context = {n: Vocabulary.of(tensors, f"schema.context.{n}") for n in config["context"]}
         id_rows = table_rows(tensors, "schema.id_rows", config["id_size"])
         history = np.zeros((len(users), 0), np.int64)
         if "schema.user_history" in tensors:  # without columns it is not stored
@@ -273,16 +270,8 @@ class Schema:
             users=users,
             items=items,
             id_rows=id_rows,
-            id_size=config["id_size"],
-            attributes=attributes,
-            context={
-                name: Vocabulary.of(tensors, f"schema.context.{name}") for name in config["context"]
-            },
-            dense=config["dense"],
-            history=config["history"],
             user_history=history,
-            user_column=config["user_column"],
-            item_column=config["item_column"],
+            **{**config, "attributes": attributes, "context": context},
         )
 
 

@@ -235,11 +235,8 @@ def _split_by_time(order: npt.NDArray[np.generic], shares: Sequence[float]) -> P
     # Cuts are times, not rows: equal times fall on the same side.
     ranked = np.sort(order)
     last = len(ranked) - 1
-    cuts = [
-        ranked[min(round(shares[0] * len(ranked)), last)],
-        ranked[min(round((shares[0] + shares[1]) * len(ranked)), last)],
-    ]
-    return np.searchsorted(np.array(cuts), order, side="right").astype(np.int8)
+    places = [min(round(share * len(ranked)), last) for share in (shares[0], shares[0] + shares[1])]
+    return np.searchsorted(ranked[places], order, side="right").astype(np.int8)
 
 
 def _leave_last_out(users: npt.NDArray[np.int32], order: npt.NDArray[np.generic]) -> Parts:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,9 +17,8 @@ from semid.codes import SemanticIds
 from semid.errors import UsageError
 from semid.progress import Progress, QuietProgress
 from semid.recommenders.ranking.builder import RankingData
-from semid.recommenders.ranking.evaluation import evaluate, predict_logits
 from semid.recommenders.ranking.features import CodeFeatures, CodeTable, code_table
-from semid.recommenders.ranking.metrics import auc, log_loss
+from semid.recommenders.ranking.metrics import auc, evaluate, log_loss, predict_logits
 from semid.recommenders.ranking.network import RankerConfig, RankingNetwork, make_network
 from semid.recommenders.ranking.ranker import Ranker
 from semid.recommenders.ranking.rows import BatchSource, RankingRows
@@ -70,9 +69,10 @@ class RowwiseAdamW(torch.optim.AdamW):
         rows, values = gradient.indices()[0], gradient.values()
         state = self.state[parameter]
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
+            zeros = torch.zeros_like
+            state.update(
+                step=torch.zeros(()), exp_avg=zeros(parameter), exp_avg_sq=zeros(parameter)
+            )
         state["step"] += 1
         step = float(state["step"])
         beta1, beta2 = group["betas"]
@@ -119,9 +119,8 @@ class RankingTask:
         features: CodeFeatures | None = None,
     ) -> None:
         self.module: nn.Module = network
-        self.steps_per_epoch = source.steps_per_epoch
-        self.network, self.source, self.validation = network, source, validation
-        self.features = features
+        self.steps_per_epoch, self.batches = source.steps_per_epoch, source.batches
+        self.network, self.validation, self.features = network, validation, features
         self.labels = validation.label.cpu().numpy()
 
     def optimizer(self, options: TrainOptions) -> torch.optim.Optimizer:
@@ -130,10 +129,6 @@ class RankingTask:
 
     def start_epoch(self, epoch: int) -> None:
         """Do nothing: batches are a function of the epoch."""
-
-    def batches(self, epoch: int, first: int) -> Iterator[tuple[Any, float]]:
-        """Yield this process's batches of an epoch from step ``first`` on."""
-        yield from self.source.batches(epoch, first)
 
     def evaluate(self, epoch: int) -> Evaluation:
         """Return the validation AUC."""
@@ -183,15 +178,14 @@ def train_ranker(
         DivergedError: the loss is not finite.
     """
     # Options are checked before anything is built.
-    if features is not None:
+    if ids is not None or features is not None:
         features = CodeFeatures.of(features)
     config = RankerConfig.of(config)
     options = rank_options(training)
     if ids is None and features is not None:
         raise UsageError("features= says how codes are used, but there are none: give ids=")
     table = None
-    if ids is not None:
-        features = features or CodeFeatures(mode="levels")
+    if ids is not None and features is not None:
         table = code_table(ids, data.schema.items.ids, features)
     item_id = features is None or features.item_id
     network = make_network(data.schema, table, config, item_id=item_id, seed=seed)
