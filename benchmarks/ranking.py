@@ -37,8 +37,7 @@ from semid.data.ids import ItemIds
 from semid.progress import QuietProgress
 from semid.recommenders.ranking.metrics import auc, predict_logits
 from semid.recommenders.ranking.network import RankerConfig, make_network
-from semid.recommenders.ranking.rows import MemoryBatches, RankingRows
-from semid.recommenders.ranking.schema import Schema, Vocabulary
+from semid.recommenders.ranking.schema import MemoryBatches, RankingRows, Schema, Vocabulary
 from semid.recommenders.ranking.training import RankingTask, rank_options
 from semid.training.loop import Evaluation, train
 

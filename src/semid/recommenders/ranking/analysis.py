@@ -16,8 +16,7 @@ from semid.quantization.blocks import ArrayBlocks
 from semid.quantization.kmeans import KMeansOptions, kmeans
 from semid.recommenders.ranking.metrics import apply_in_batches
 from semid.recommenders.ranking.network import RankingNetwork
-from semid.recommenders.ranking.rows import RankingRows
-from semid.recommenders.ranking.schema import Inputs
+from semid.recommenders.ranking.schema import Inputs, RankingRows
 from semid.seeds import numpy_generator
 
 CLUSTERS = (10, 20, 50, 100, 200)
@@ -48,22 +47,15 @@ def code_embeddings(
 
 @dataclass(frozen=True)
 class Discriminability:
-    """Mutual information of a grouping of rows with the labels.
+    """Mutual information of a grouping of rows with the labels."""
 
-    Attributes:
-        name: what is grouped: ``flattened``, ``level i`` (one embedding), ``code i`` (the code
-            itself, no clustering).
-        clusters: number of groups that occur.
-        nmi: normalized mutual information (arithmetic mean of the entropies).
-        ami: mutual information adjusted for chance.
-        shuffled_nmi: mean NMI with shuffled labels, the chance level for these group sizes.
-    """
-
+    # what is grouped: ``flattened``, ``level i`` (one embedding), ``code i`` (the code itself, no
+    # clustering)
     name: str
-    clusters: int
-    nmi: float
-    ami: float
-    shuffled_nmi: float
+    clusters: int  # number of groups that occur
+    nmi: float  # normalized mutual information (arithmetic mean of the entropies)
+    ami: float  # mutual information adjusted for chance
+    shuffled_nmi: float  # mean NMI with shuffled labels, the chance level for these group sizes
 
 
 def discriminability(
@@ -173,31 +165,19 @@ def _cosines(products: Floats) -> Floats:
 
 @dataclass(frozen=True)
 class CodeAnalysis:
-    """MoC's metrics of a trained model's semantic embeddings, on one part.
+    """MoC's metrics of a trained model's semantic embeddings, on one part."""
 
-    Attributes:
-        rows: number of rows.
-        fields: names of the code fields.
-        sweep: the flattened embedding at every number of clusters.
-        first: the first field's embedding at every number of clusters (fig. 1c).
-        levels: each field's embedding alone (fig. 3).
-        codes: the codes themselves (fig. 3).
-        singular_values: singular values of the embeddings side by side, largest first.
-        correlation: correlation of every two fields, eq. 9.
-        cka: linear CKA of every two fields.
-        fused: whether the embeddings are those after fusion.
-    """
-
-    rows: int
-    fields: tuple[str, ...]
-    sweep: tuple[Discriminability, ...]
+    rows: int  # number of rows
+    fields: tuple[str, ...]  # names of the code fields
+    sweep: tuple[Discriminability, ...]  # the flattened embedding at every number of clusters
+    # the first field's embedding at every number of clusters (fig. 1c)
     first: tuple[Discriminability, ...]
-    levels: tuple[Discriminability, ...]
-    codes: tuple[Discriminability, ...]
-    singular_values: Floats
-    correlation: Floats
-    cka: Floats
-    fused: bool
+    levels: tuple[Discriminability, ...]  # each field's embedding alone (fig. 3)
+    codes: tuple[Discriminability, ...]  # the codes themselves (fig. 3)
+    singular_values: Floats  # singular values of the embeddings side by side, largest first
+    correlation: Floats  # correlation of every two fields, eq. 9
+    cka: Floats  # linear CKA of every two fields
+    fused: bool  # whether the embeddings are those after fusion
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-able dict."""

@@ -21,8 +21,11 @@ from semid.data.interactions import Interactions
 from semid.errors import InteractionsError
 from semid.options import Options, option
 from semid.recommenders.ranking.item_table import read_item_columns
-from semid.recommenders.ranking.rows import BatchSource, HistoryIndex, MemoryBatches, RankingRows
 from semid.recommenders.ranking.schema import (
+    BatchSource,
+    HistoryIndex,
+    MemoryBatches,
+    RankingRows,
     Schema,
     Vocabulary,
     as_categories,

@@ -24,8 +24,7 @@ from semid.recommenders.ranking.builder import (
     RankingDataConfig,
 )
 from semid.recommenders.ranking.item_table import join_catalogue
-from semid.recommenders.ranking.rows import HistoryIndex
-from semid.recommenders.ranking.schema import Schema, as_text, dense_values
+from semid.recommenders.ranking.schema import HistoryIndex, Schema, as_text, dense_values
 from semid.recommenders.ranking.splits import (
     COLD,
     COLD_SALT,

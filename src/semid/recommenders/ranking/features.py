@@ -24,6 +24,7 @@ from semid.seeds import numpy_generator
 logger = logging.getLogger(__name__)
 
 MODES = ("levels", "parallel", "multi", "prefix", "ngram")
+_SPAN_MODES = ("prefix", "ngram")  # slots that read several codes
 CONTROLS = ("none", "random", "shuffled", "widened")
 
 Ints = npt.NDArray[np.int64]
@@ -142,16 +143,28 @@ def code_table(ids: SemanticIds, catalogue: ItemIds, features: CodeFeatures) -> 
     codes[known] = ids.codes[positions[known]]
     # Codes to one number per slot; row 0 is reserved, so numbers of known items move up by 1.
     codes, sizes = _apply_control(codes, known, ids.info.codebook_sizes, features)
-    columns, counts, names, collisions = _slots(codes, known, sizes, features)
-    table = np.zeros((len(catalogue) + 1, len(columns)), dtype=np.int64)
-    for slot, column in enumerate(columns):
-        table[1:, slot][known] = column[known] + 1
+    slots = _slots(codes.shape[1], features)
+    table = np.zeros((len(catalogue) + 1, len(slots)), dtype=np.int64)
+    counts, collisions = [], 0
+    for slot, (_, start, end) in enumerate(slots):
+        numbers, count, clashes = codes[known, start], sizes[start], 0
+        if features.mode in _SPAN_MODES:
+            numbers, count, clashes = _numbers(codes[known, start:end], features.max_rows - 1)
+        table[1:, slot][known] = numbers + 1
+        counts.append(count)
+        collisions += clashes
+    if collisions:
+        logger.warning(
+            "%d distinct prefixes or n-grams share a row: max_rows=%d is too few",
+            collisions,
+            features.max_rows,
+        )
     summed = features.pooled == "sum"
     return CodeTable(
         rows=table,
         sizes=tuple(count + 1 for count in counts),
-        fields=("code:sum",) if summed else tuple(names),
-        field_of=tuple(0 if summed else slot for slot in range(len(columns))),
+        fields=("code:sum",) if summed else tuple(name for name, _, _ in slots),
+        field_of=tuple(0 if summed else slot for slot in range(len(slots))),
         without=without,
         collisions=collisions,
         codebook_fingerprint=ids.info.codebook_fingerprint,
@@ -187,11 +200,17 @@ def _used_levels(levels: int, features: CodeFeatures) -> list[int]:
     return list(features.levels or range(features.scale or levels))
 
 
-def _spans(width: int, features: CodeFeatures) -> list[tuple[int, int]]:
-    """Return the spans of used codes that prefixes or n-grams cover."""
+def _slots(width: int, features: CodeFeatures) -> list[tuple[str, int, int]]:
+    """Return the name of each slot and the span of used codes that it reads."""
+    if features.mode == "multi":
+        return [(f"code:1#{copy + 1}", 0, 1) for copy in range(features.scale or 1)]
     if features.mode == "prefix":
-        return [(0, end) for end in range(1, width + 1)]
-    return [(start, start + features.n) for start in range(width - features.n + 1)]
+        return [(f"code:1-{end}", 0, end) for end in range(1, width + 1)]
+    if features.mode == "ngram":
+        starts = range(width - features.n + 1)
+        return [(f"code:{s + 1}-{s + features.n}", s, s + features.n) for s in starts]
+    levels = features.levels or range(width)
+    return [(f"code:{level + 1}", n, n + 1) for n, level in enumerate(levels)]
 
 
 def _apply_control(
@@ -210,44 +229,16 @@ def _apply_control(
     return codes, used
 
 
-def _slots(
-    codes: Ints, known: npt.NDArray[np.bool_], sizes: tuple[int, ...], features: CodeFeatures
-) -> tuple[list[Ints], list[int], list[str], int]:
-    """Return per slot a number per item, the table's size and a name; and the collisions."""
-    if features.mode == "multi":
-        copies = features.scale or 1
-        names = [f"code:1#{copy + 1}" for copy in range(copies)]
-        return [codes[:, 0]] * copies, [sizes[0]] * copies, names, 0
-    if features.mode in ("levels", "parallel"):
-        levels = features.levels or range(codes.shape[1])
-        return list(codes.T), list(sizes), [f"code:{level + 1}" for level in levels], 0
-    columns, counts, names, collisions = [], [], [], 0
-    for start, end in _spans(codes.shape[1], features):
-        column, count, clashes = _numbers(codes[:, start:end], known, features.max_rows - 1)
-        columns.append(column)
-        counts.append(count)
-        names.append(f"code:{start + 1}-{end}")
-        collisions += clashes
-    if collisions:
-        logger.warning(
-            "%d distinct prefixes or n-grams share a row: max_rows=%d is too few",
-            collisions,
-            features.max_rows,
-        )
-    return columns, counts, names, collisions
+def _numbers(codes: Ints, budget: int) -> tuple[Ints, int, int]:
+    """Number distinct rows of ``codes`` (n, codes); hash them if there are more than ``budget``.
 
-
-def _numbers(codes: Ints, known: npt.NDArray[np.bool_], budget: int) -> tuple[Ints, int, int]:
-    """Number the distinct rows of ``codes``; hash them into ``budget`` numbers if there are more.
-
-    Returns A number per item, the count of numbers, and how many distinct rows share one.
+    Returns the numbers ``(n,)``, their count, and how many distinct rows share one.
     """
     # Without hashing, the number of a row is its place among the sorted distinct rows.
-    unique, inverse = np.unique(codes[known], axis=0, return_inverse=True)
-    numbers = np.zeros(len(codes), dtype=np.int64)
+    unique, inverse = np.unique(codes, axis=0, return_inverse=True)
+    inverse = inverse.reshape(-1)
     if len(unique) <= budget:
-        numbers[known] = inverse.reshape(-1)
-        return numbers, max(len(unique), 1), 0
+        return inverse, max(len(unique), 1), 0
     # splitmix64 over the codes: uniform, and the same on every platform.
     # The distinct rows are hashed, not the items, so that the number of collisions is known.
     mixed = np.zeros(len(unique), dtype=np.uint64)
@@ -257,8 +248,7 @@ def _numbers(codes: Ints, known: npt.NDArray[np.bool_], budget: int) -> tuple[In
             mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
         mixed ^= mixed >> np.uint64(31)
     row_of = (mixed % np.uint64(budget)).astype(np.int64)
-    numbers[known] = row_of[inverse.reshape(-1)]
-    return numbers, budget, len(unique) - len(np.unique(row_of))
+    return row_of[inverse], budget, len(unique) - len(np.unique(row_of))
 
 
 def extend_codes(
@@ -281,20 +271,18 @@ def extend_codes(
         raise UsageError(
             f"this model is a control ({features.control}): real codes mean nothing to it"
         )
-    positions = ids.items.index_of(new.strings())
-    known = positions >= 0
+    positions, trained = (ids.items.index_of(items.strings()) for items in (new, catalogue))
+    known, has_codes = positions >= 0, trained >= 0
     codes = ids.codes.astype(np.int64)[:, _used_levels(ids.levels, features)]
-    # A single code is its own number; a prefix or n-gram has the number it got in training.
-    if features.mode in ("multi", "levels", "parallel"):
-        rows[known] = codes[positions[known]] + 1
-    else:
-        trained = ids.items.index_of(catalogue.strings())
-        has_codes = trained >= 0
-        for slot, (start, end) in enumerate(_spans(codes.shape[1], features)):
-            spans = codes[:, start:end]
+    for slot, (_, start, end) in enumerate(_slots(codes.shape[1], features)):
+        # A single code is its own number; a prefix or n-gram has the number it got in training.
+        span = codes[:, start:end]
+        if features.mode in _SPAN_MODES:
             rows[known, slot] = _shared_row(
-                spans[trained[has_codes]], table.rows[1:][has_codes, slot], spans[positions[known]]
+                span[trained[has_codes]], table.rows[1:][has_codes, slot], span[positions[known]]
             )
+        else:
+            rows[known, slot] = span[positions[known], 0] + 1
     return replace(
         table,
         rows=np.concatenate([table.rows, rows]),

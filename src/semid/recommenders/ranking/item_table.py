@@ -60,20 +60,17 @@ class ItemColumns:
         rows = vocabulary.rows(column.flatten())
         offsets = column.offsets.to_numpy()
         counts = np.diff(offsets)
+        multi = name in self.multi
+        if width is None or not multi:
+            width = int(counts.max(initial=1)) if multi else 1
         # Each value's place within its item, and its item's row.
         place = np.arange(len(rows)) - np.repeat(offsets[:-1] - offsets[0], counts)
         item = np.repeat(np.arange(len(counts)), counts) + 1
         # Unknown values of a list are left out, so that they do not take part in the mean.
-        used = (rows > 0) & (place < (len(rows) + 1 if width is None else width))
-        if name not in self.multi:
-            single = np.zeros(len(counts) + 1, dtype=np.int64)
-            used &= place == 0
-            single[item[used]] = rows[used]
-            return single
-        longest = max(1, int(counts.max(initial=1))) if width is None else width
-        table = np.zeros((len(counts) + 1, longest), dtype=np.int64)
+        used = (rows > 0) & (place < width)
+        table = np.zeros((len(counts) + 1, width), dtype=np.int64)
         table[item[used], place[used]] = rows[used]
-        return table
+        return table if multi else table[:, 0]
 
 
 def read_item_columns(

@@ -16,8 +16,7 @@ from semid.diagnostics.popularity import SEGMENTS, popularity_segments
 from semid.errors import InputError
 from semid.recommenders.ranking.builder import RankingData
 from semid.recommenders.ranking.network import RankingNetwork
-from semid.recommenders.ranking.rows import RankingRows
-from semid.recommenders.ranking.schema import Inputs
+from semid.recommenders.ranking.schema import Inputs, RankingRows
 from semid.seeds import numpy_generator
 
 Floats = npt.NDArray[np.floating[Any]]
@@ -54,14 +53,7 @@ def _positive(labels: npt.NDArray[Any], scores: Floats) -> npt.NDArray[np.bool_]
 
 
 def auc(labels: npt.NDArray[Any], scores: Floats) -> float:
-    """Return the area under the ROC curve, NaN with one class; ties count one half.
-
-    The share of pairs of a positive and a negative row in the right order, from labels 0 or 1 and
-    finite scores, each ``(rows,)``. Costs one sort.
-
-    Raises:
-        InputError: shapes differ, or a score is not finite.
-    """
+    """Return the area under the ROC curve, NaN with one class; ties count one half."""
     positive = _positive(labels, scores)
     count = int(positive.sum())
     other = len(positive) - count
@@ -97,8 +89,6 @@ def auc_by_user(
     """Return the mean AUC per user, the mean weighted by rows, and the number of users.
 
     Users without rows of both labels are left out. All arguments are ``(rows,)``.
-
-    Cost: two sorts, no loop over users.
     """
     positive = _positive(labels, scores)
     # Rows user by user, by score within each; ties are runs of equal user and score.

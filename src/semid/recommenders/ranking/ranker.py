@@ -25,8 +25,14 @@ from semid.recommenders.ranking.features import CodeFeatures, CodeTable, extend_
 from semid.recommenders.ranking.item_table import extend_schema
 from semid.recommenders.ranking.metrics import predict_logits, sigmoid
 from semid.recommenders.ranking.network import RankerConfig, RankingNetwork, make_network
-from semid.recommenders.ranking.rows import HistoryIndex, RankingRows
-from semid.recommenders.ranking.schema import Schema, as_text, every_column, one_array
+from semid.recommenders.ranking.schema import (
+    HistoryIndex,
+    RankingRows,
+    Schema,
+    as_text,
+    every_column,
+    one_array,
+)
 from semid.tokenizers.stored import described
 from semid.training.checkpoint import load_module_, module_arrays
 

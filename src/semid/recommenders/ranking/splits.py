@@ -113,11 +113,9 @@ def draw_negatives(
     seed: int,
     name: str,
 ) -> tuple[Ints, Mask]:
-    """Draw an item per row that its user has not interacted with.
+    """Draw an item per row of ``users`` (rows,) that its user has not interacted with.
 
-    Returns items ``(rows,)`` and a mask of the rows that got one. Costs one sort of the pairs.
-
-    Shapes: ``users`` (rows,), ``excluded`` (pairs,), ``pool`` (pool,), ``weights`` (pool,).
+    Returns items ``(rows,)`` and a mask of the rows that got one.
     """
     # A pair is one integer, so "was it excluded?" is a binary search among sorted integers.
     keys = np.unique(excluded[0] * items + excluded[1])
@@ -166,10 +164,7 @@ def split_rows(
     cold_items: Mask | None = None,
     seed: int = 0,
 ) -> Parts:
-    """Return the part ``(interactions,)`` of each interaction, an index into `PARTS`.
-
-    Shapes: ``cold_items`` (log items,).
-    """
+    """Return the part ``(interactions,)`` of each interaction, an index into `PARTS`."""
     check_choice("--split (split=)", split, SPLITS)
     shares = check_fractions(fractions)
     # Cold items leave first, so that the shares are those of the other interactions.

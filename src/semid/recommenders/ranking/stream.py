@@ -28,7 +28,7 @@ from semid.recommenders.ranking.builder import (
     encode,
 )
 from semid.recommenders.ranking.item_table import join_catalogue
-from semid.recommenders.ranking.schema import Inputs, as_text, dense_values
+from semid.recommenders.ranking.schema import Inputs, RankingRows, as_text, dense_values
 from semid.recommenders.ranking.splits import TRAIN, Label, hash_parts
 from semid.seeds import numpy_generator
 from semid.training.batches import process_share
@@ -56,16 +56,13 @@ class LogFiles:
         config = self.config
         return [self.user, self.item, self.label.column, *config.categorical, *config.dense]
 
-    def tables(self, places: list[tuple[int, int]] | None = None) -> Iterator[pa.Table]:
-        """Yield the log in pieces: in order, or the row groups ``places`` (file, group) alone."""
-        order: list[tuple[int, int | None]] = [*(places or [])]
-        for file, group in order or [(file, None) for file in range(len(self.files.paths))]:
-            groups = None if group is None else [group]
-            with open_parquet(self.files.paths[file], memory_map=True) as parquet:
-                for batch in parquet.iter_batches(
-                    columns=self.columns, row_groups=groups, use_threads=False
-                ):
-                    yield pa.Table.from_batches([batch])
+    def tables(self, file: int, groups: list[int] | None = None) -> Iterator[pa.Table]:
+        """Yield a file in pieces, all of it or some row groups alone."""
+        with open_parquet(self.files.paths[file], memory_map=True) as parquet:
+            for batch in parquet.iter_batches(
+                columns=self.columns, row_groups=groups, use_threads=False
+            ):
+                yield pa.Table.from_batches([batch])
 
     def batch(self, table: pa.Table) -> LogBatch:
         """Return rows with their parts and labels."""
@@ -169,7 +166,7 @@ class RankingStream(RankingData):
             require_column(name, list(files.schemas[0].names), label=files.label, flag=flags[name])
         builder = DataBuilder(config, user_column, item_column, label=files.label, in_memory=False)
         all_items, digest = ValueCounts(), hashlib.sha256()
-        for table in log.tables():
+        for table in (table for file in range(len(files.paths)) for table in log.tables(file)):
             log.add_to_digest(digest, table)
             batch = log.batch(table)
             all_items.add(batch.items)
@@ -234,29 +231,18 @@ class StreamBatches:
             for group in range(len(groups))
         ]
         for place in generator.permutation(len(places)):
-            for table in log.tables([places[place]]):
+            file, group = places[place]
+            for table in log.tables(file, [group]):
                 rows = log.batch(table).of_part(TRAIN)
                 if len(rows.parts):
                     yield encode(rows, schema, label=log.files.label)
 
     def _batch(self, columns: Columns) -> tuple[tuple[Inputs, Tensor], float]:
         # With several processes each takes its share, weighted so that the gradients add up.
-        rows, weight = process_share(
-            np.arange(len(columns["label"])), rank=rank(), world=world_size()
-        )
-
-        def tensor(name: str) -> Tensor:
-            return torch.from_numpy(columns[name][rows]).to(self.device)
-
-        item = tensor("item").long()
-        inputs = Inputs(
-            tensor("user").long(),
-            item,
-            tensor("context").long(),
-            tensor("dense"),
-            item.new_zeros((len(item), 0)),
-        )
-        return (inputs, tensor("label")), weight
+        share, weight = process_share(np.arange(len(columns["label"])), rank=rank(), world=world_size())
+        columns = {name: values[share] for name, values in columns.items()}
+        rows = RankingRows.of(columns, person=columns["user"]).to(self.device)
+        return rows.batch(torch.arange(len(share), device=self.device)), weight
 
 
 def _draw(
@@ -279,17 +265,21 @@ def _draw(
 
 
 def _check_streamable(config: RankingDataConfig, label: Label) -> None:
-    problems = []
-    if label.sampled:
-        problems.append(
+    problems = [
+        (
+            label.sampled,
             f"--label '{label}' (label=) draws negatives, which needs the whole log at once: "
-            "stream logs that have a label, or use prepare_ranking_data()"
-        )
-    if config.split != "random":
-        problems.append(f"--split {config.split} (split=) needs the whole log at once: random")
-    if config.history:
-        problems.append(
-            "history= needs the whole log at once: give 0, or use prepare_ranking_data()"
-        )
-    if problems:
-        raise UsageError("; ".join(problems))
+            "stream logs that have a label, or use prepare_ranking_data()",
+        ),
+        (
+            config.split != "random",
+            f"--split {config.split} (split=) needs the whole log at once: random",
+        ),
+        (
+            config.history,
+            "history= needs the whole log at once: give 0, or use prepare_ranking_data()",
+        ),
+    ]
+    texts = [text for is_problem, text in problems if is_problem]
+    if texts:
+        raise UsageError("; ".join(texts))

@@ -21,7 +21,7 @@ from semid.recommenders.ranking.features import CodeFeatures, CodeTable, code_ta
 from semid.recommenders.ranking.metrics import auc, evaluate, log_loss, predict_logits
 from semid.recommenders.ranking.network import RankerConfig, RankingNetwork, make_network
 from semid.recommenders.ranking.ranker import Ranker
-from semid.recommenders.ranking.rows import BatchSource, RankingRows
+from semid.recommenders.ranking.schema import BatchSource, RankingRows
 from semid.training.checkpoint import open_checkpoint, run_key
 from semid.training.loggers import Logger
 from semid.training.loop import Evaluation, train
@@ -92,8 +92,7 @@ def make_optimizer(
     network: RankingNetwork, options: TrainOptions, features: CodeFeatures | None = None
 ) -> torch.optim.Optimizer:
     """Return the optimizer; ``features`` holds learning rate and decay of the code tables."""
-    tables = [network.tables, *([] if network.first is None else [network.first])]
-    codes = [table.codes for table in tables if table.codes is not None]
+    codes = [table.codes for table in network.all_tables if table.codes is not None]
     code_ids = {id(parameter) for parameter in codes}
     others = [p for p in network.parameters() if p.requires_grad and id(p) not in code_ids]
     groups: list[dict[str, Any]] = [{"params": others}]
@@ -249,13 +248,12 @@ def train_ranker(
 
 def training_device(device: str) -> torch.device:
     """Return the device that ``auto``, ``cpu`` or ``cuda`` means here."""
+    available = torch.cuda.is_available()
     if device not in ("auto", "cpu", "cuda"):
         raise UsageError(f"--device (device=) is '{device}'; give auto, cpu or cuda")
-    if device == "cuda" and not torch.cuda.is_available():
+    if device == "cuda" and not available:
         raise UsageError("--device cuda (device=) needs a GPU that torch can use; take auto or cpu")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(device)
+    return torch.device("cuda" if available and device != "cpu" else "cpu")
 
 
 def data_digest(data: RankingData, table: CodeTable | None = None) -> str:
