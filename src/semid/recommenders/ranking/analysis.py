@@ -194,15 +194,9 @@ def analyze_codes(
     fused: bool = False,
     seed: int = 0,
 ) -> CodeAnalysis:
-    """Compute MoC's metrics of the semantic embeddings.
+    """Compute MoC's metrics of the semantic embeddings of rows, before or after fusion.
 
-    Args:
-        network: network trained with codes.
-        rows: rows of a part; the test part in the paper's figures.
-        clusters: numbers of clusters of the sweep.
-        default: number of clusters for each level alone.
-        fused: use the embeddings after fusion.
-        seed: seed of K-means and the shuffles.
+    ``clusters`` are the numbers of clusters of the sweep, ``default`` that for each level alone.
 
     Raises:
         UsageError: the network has no code fields.
@@ -219,21 +213,19 @@ def analyze_codes(
     table = network.index.code_rows.cpu().numpy()[rows.item.cpu().numpy().astype(np.int64)]
     fields = tuple(name for name in network.field_names if name.startswith("code:"))
 
-    def clustered(x: Array, count: int, name: str) -> Discriminability:
-        return discriminability(_clustered(x, count, seed), labels, name=name, seed=seed)
+    def measured(groups: Ints, name: str) -> Discriminability:
+        return discriminability(groups, labels, name=name, seed=seed)
 
     return CodeAnalysis(
         rows=len(rows),
         fields=fields,
-        sweep=tuple(clustered(flat, count, "flattened") for count in clusters),
-        first=tuple(clustered(e[:, 0], count, "level 1") for count in clusters),
+        sweep=tuple(measured(_clustered(flat, n, seed), "flattened") for n in clusters),
+        first=tuple(measured(_clustered(e[:, 0], n, seed), "level 1") for n in clusters),
         levels=tuple(
-            clustered(e[:, place], default, f"level {place + 1}") for place in range(e.shape[1])
+            measured(_clustered(e[:, place], default, seed), f"level {place + 1}")
+            for place in range(e.shape[1])
         ),
-        codes=tuple(
-            discriminability(table[:, slot], labels, name=f"code {slot + 1}", seed=seed)
-            for slot in range(table.shape[1])
-        ),
+        codes=tuple(measured(codes, f"code {n + 1}") for n, codes in enumerate(table.T)),
         singular_values=singular_values(e),
         correlation=correlation(e),
         cka=linear_cka(e),

@@ -106,6 +106,15 @@ class RankingDataConfig(Options):
         """The label, parsed."""
         return Label.parse(self.label)
 
+    @property
+    def column_flags(self) -> dict[str, str]:
+        """The flag that names each column beside user and item, for errors."""
+        return {
+            **dict.fromkeys(self.categorical, "--categorical (categorical=)"),
+            **dict.fromkeys(self.dense, "--dense (dense=)"),
+            self.parsed_label.column: "--label (label=)",
+        }
+
 
 @dataclass(frozen=True, kw_only=True)
 class RankingData:

@@ -89,11 +89,7 @@ def prepare_ranking_data(
         time_column=time_column,
         rating_column="" if label.sampled else label.column,
         extra_columns=[*config.categorical, *config.dense],
-        flags={
-            **dict.fromkeys(config.categorical, "--categorical (categorical=)"),
-            **dict.fromkeys(config.dense, "--dense (dense=)"),
-            label.column: "--label (label=)",
-        },
+        flags=config.column_flags,
     )
     if not label.sampled and log.rating is None:
         raise InteractionsError(f"{log.label} has no column '{label.column}' for --label '{label}'")
@@ -101,13 +97,8 @@ def prepare_ranking_data(
     catalogue = join_catalogue(log.item_ids, items, id_column, label=log.label)
     item_rows = catalogue.index_of(log.item_ids)
     cold = held_out_mask(catalogue, config.cold_items, salt=COLD_SALT)
-    part = split_rows(
-        log,
-        config.split,
-        fractions=config.fractions,
-        cold_items=cold[item_rows],
-        seed=config.seed,
-    )
+    shares, seed = config.fractions, config.seed
+    part = split_rows(log, config.split, fractions=shares, cold_items=cold[item_rows], seed=seed)
     positive = np.ones(len(log), bool) if label.sampled else label.apply(np.asarray(log.rating))
     source = _MemoryLog(
         log, catalogue, item_rows[log.items].astype(np.int64), part, positive, cold, config

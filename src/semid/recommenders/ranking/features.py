@@ -97,11 +97,6 @@ class CodeTable:
     codebook_fingerprint: str  # fingerprint of the codes' codebooks
     widened: bool = False  # whether the slots stand for a wider item id instead of codes
 
-    @property
-    def parameters(self) -> int:
-        """Rows of all tables; times the width, their number of parameters."""
-        return sum(self.sizes)
-
     @classmethod
     def of(cls, config: Mapping[str, Any], rows: npt.NDArray[Any]) -> CodeTable:
         """Read the config and the rows that an artefact holds."""

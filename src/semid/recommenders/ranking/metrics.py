@@ -239,15 +239,19 @@ def evaluate(network: RankingNetwork, data: RankingData) -> dict[str, Any]:
         labels, users = rows.label.cpu().numpy(), rows.person.cpu().numpy()
         items = rows.item.cpu().numpy().astype(np.int64)
         logits, popularity = predict_logits(network, rows), data.positives[items]
-        report[name] = measure(labels, logits, users=users, popularity=popularity).to_dict()
+        masks = {name: np.ones(len(rows), bool)}
         if name == "test":
-            report["slices"] = {
-                key: measure(
-                    labels[mask], logits[mask], users=users[mask], popularity=popularity[mask]
-                ).to_dict()
-                for key, mask in slice_masks(items, data.interactions).items()
-                if mask.any()
-            }
+            masks |= slice_masks(items, data.interactions)
+        measured = {
+            key: measure(
+                labels[mask], logits[mask], users=users[mask], popularity=popularity[mask]
+            ).to_dict()
+            for key, mask in masks.items()
+            if mask.any()
+        }
+        report[name] = measured.pop(name)
+        if name == "test":
+            report["slices"] = measured
     return report
 
 

@@ -277,7 +277,7 @@ class WideId(nn.Module):
         super().__init__()
         self.fields, self.width = len(codes.fields), width
         # ids * extra + extra * fields * width parameters shall equal those of the codes.
-        extra = max(1, round(codes.parameters * width / (schema.id_size + self.fields * width)))
+        extra = max(1, round(sum(codes.sizes) * width / (schema.id_size + self.fields * width)))
         self.table = nn.Parameter(torch.empty(schema.id_size, extra).normal_() * std)
         with torch.no_grad():
             self.table[0] = 0.0

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -360,11 +360,8 @@ class RankingRows:
         """Move every tensor."""
         if self.label.device == device:
             return self
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(
-            self,
-            **{name: value.to(device) for name, value in values.items() if value is not None},
-        )
+        columns = {name: column for name, column in vars(self).items() if column is not None}
+        return replace(self, **{name: column.to(device) for name, column in columns.items()})
 
 
 class BatchSource(Protocol):

@@ -156,11 +156,9 @@ class RankingStream(RankingData):
         files = ParquetFiles.open(path, error=InteractionsError)
         log = LogFiles(files, user_column, item_column, label, config)
         flags = {
-            **dict.fromkeys(config.categorical, "--categorical (categorical=)"),
-            **dict.fromkeys(config.dense, "--dense (dense=)"),
+            **config.column_flags,
             user_column: "--user-column (user_column=)",
             item_column: "--item-column (item_column=)",
-            label.column: "--label (label=)",
         }
         for name in log.columns:
             require_column(name, list(files.schemas[0].names), label=files.label, flag=flags[name])
