@@ -138,9 +138,7 @@ def encode_dataset(
     id_column: str | None = None,
     batch_rows: int = 65_536,
 ) -> Any:
-    """Encode a Ray Dataset: for rows that a Ray Data pipeline makes, not for files that lie there.
-
-    For files use `semid.distributed.encode_folder.encode_folder`, which goes on after a stop.
+    """Encode the rows of a Ray Dataset; for files use `encode_folder`, which goes on after a stop.
 
     Args:
         dataset: a `ray.data.Dataset` with embeddings and item ids.

@@ -98,14 +98,14 @@ def check_slots(ray: Any, options: RayOptions, *, readers: int = 0) -> int:
         time.sleep(0.1)
     if options.workers is None and available >= 1:
         return available
-    reserved = f" and leave {readers} for the tasks that read" if readers else ""
     if available < 1:
+        reading = f", and {readers} must stay for reading" if readers else ""
         raise UsageError(
             f"a worker with {options.cpus_per_worker} CPUs does not fit: the cluster has {free} of "
-            f"{total} CPU slots free"
-            f"{reserved and ', and ' + str(readers) + ' must stay for reading'}, so it would wait "
-            "for ever; free some, add a machine, or lower --cpus-per-worker (cpus_per_worker)"
+            f"{total} CPU slots free{reading}, so it would wait for ever; free some, add a "
+            "machine, or lower --cpus-per-worker (cpus_per_worker)"
         )
+    reserved = f" and leave {readers} for the tasks that read" if readers else ""
     raise UsageError(
         f"{requested} workers with {options.cpus_per_worker} CPUs each would take "
         f"{requested * options.cpus_per_worker} CPU slots{reserved}, but the cluster has {free} of "

@@ -150,13 +150,13 @@ class Estimate:
 
     rows: int  # rows left to encode
     bytes: int  # bytes of their files, by the footers
-    rows_a_second: float  # of one worker with one thread, measured on the first rows
+    rows_per_second: float  # of one worker with one thread, measured on the first rows
     workers: int  # workers of the run
     engine: str  # the engine that was chosen
 
     def seconds(self, engine: str, workers: int) -> float:
         """Return the time on an engine."""
-        return START_SECONDS[engine] + self.rows / self.rows_a_second / workers
+        return START_SECONDS[engine] + self.rows / self.rows_per_second / workers
 
     @property
     def sentence(self) -> str:
@@ -165,8 +165,8 @@ class Estimate:
         ray = self.seconds("ray", self.workers)
         return (
             f"{self.rows:,} rows ({self.bytes / 1e9:.2f} GB): one worker encodes about "
-            f"{self.rows_a_second:,.0f} rows per second; {self.workers} on this machine take about "
-            f"{spell(local)}, as many on Ray {spell(ray)}. {_REASONS[self.engine]}"
+            f"{self.rows_per_second:,.0f} rows per second; {self.workers} on this machine take "
+            f"about {spell(local)}, as many on Ray {spell(ray)}. {_REASONS[self.engine]}"
         )
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -25,13 +24,6 @@ class Difference:
     def shown(self) -> bool:
         """Whether the interval excludes 0."""
         return self.low > 0 or self.high < 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return JSON-able values; an undefined interval becomes None."""
-        return {
-            name: None if isinstance(value, float) and math.isnan(value) else value
-            for name, value in asdict(self).items()
-        }
 
     def __str__(self) -> str:
         """Return the mean, the interval and, if it holds 0, that no difference is seen."""

@@ -232,14 +232,11 @@ def run_grid(
     missing = [key for key in runs if key not in done]
     tokenizers = None
     if embeddings is not None:
+        place = folder / "tokenizers" / settings[:12]
+        place.mkdir(parents=True, exist_ok=True)
         tokenizers = TokenizerCache(
-            folder / "tokenizers" / settings[:12],
-            embeddings,
-            data,
-            codebook_size=grid.codebook_size,
-            options=grid.tokenizer,
+            place, embeddings, data, codebook_size=grid.codebook_size, options=grid.tokenizer
         )
-        tokenizers.folder.mkdir(parents=True, exist_ok=True)
     elif any(method != "none" for method in grid.methods):
         raise UsageError(
             f"methods {', '.join(m for m in grid.methods if m != 'none')} need --embeddings "
@@ -274,16 +271,17 @@ def run_grid(
 
 def _settings(grid: Grid, data: RankingData, embeddings: EmbeddingSource | None) -> str:
     """Hash what all runs share: options, all rows of the data, all embeddings."""
+    digest = None
+    if embeddings is not None:
+        blocks = (block for _, block in embeddings.blocks(copy=False))
+        digest = RowsDigest.of(blocks, embeddings.ids)
     # Model and fusion differ between the runs of a grid, so `_key` adds them.
+    shared = {k: v for k, v in grid.config.to_dict().items() if k not in ("model", "fusion")}
     document = {
         "protocol": data.protocol,
         "data": data_digest(data),
-        "embeddings": None
-        if embeddings is None
-        else RowsDigest.of((block for _, block in embeddings.blocks(copy=False)), embeddings.ids),
-        "architecture": {
-            k: v for k, v in grid.config.to_dict().items() if k not in ("model", "fusion")
-        },
+        "embeddings": digest,
+        "architecture": shared,
         "training": vars(grid.training),
         "codebook_size": grid.codebook_size,
         "tokenizer": dict(grid.tokenizer),

@@ -23,6 +23,8 @@ from semid.training.batches import epoch_batches, steps_per_epoch
 from semid.training.loop import Evaluation, Step, train
 from semid.training.options import TrainOptions
 
+Ints = npt.NDArray[np.int64]
+
 SALT = "information kept"
 
 TRAINING: dict[str, Any] = {
@@ -62,9 +64,8 @@ class _Rebuild(nn.Module):
         self.table = nn.Embedding(sum(table.sizes), width)
         nn.init.normal_(self.table.weight, std=0.1)  # at 1, items rebuild noise for many epochs
         # A two-layer perceptron with 512 hidden units (MoC §3.1).
-        self.net = Perceptron(
-            len(table.sizes) * width, (512,), out=dim, batch_norm=False, dropout=0.0
-        )
+        slots = len(table.sizes)
+        self.net = Perceptron(slots * width, (512,), out=dim, batch_norm=False, dropout=0.0)
 
     def rebuild(self, items: Tensor) -> Tensor:
         """Return ``(n, dim)`` for catalogue rows ``(n,)``."""
@@ -79,14 +80,7 @@ class _Rebuild(nn.Module):
 
 class _Task:
     def __init__(
-        self,
-        module: _Rebuild,
-        x: Tensor,
-        rows: npt.NDArray[np.int64],
-        held: npt.NDArray[np.int64],
-        *,
-        batch_size: int,
-        seed: int,
+        self, module: _Rebuild, x: Tensor, rows: Ints, held: Ints, batch_size: int, seed: int
     ) -> None:
         self.module: nn.Module = module
         self.rebuild, self.x, self.rows, self.held = module.rebuild, x, rows, held
@@ -103,7 +97,7 @@ class _Task:
             items = torch.from_numpy(self.rows[batch])
             yield (items + 1, self.x[items]), 1.0
 
-    def error(self, rows: npt.NDArray[np.int64]) -> float:
+    def error(self, rows: Ints) -> float:
         """Return squared error over variance of catalogue rows (from 0)."""
         # Squared error over the variance around the mean of the training items, block by block.
         total = spread = 0.0
@@ -169,7 +163,7 @@ def probe_reconstruction(
         torch.default_generator.manual_seed(child_seed(seed, "kept"))
         module = _Rebuild(table, width, x.shape[1])
     options = TrainOptions.of(training, defaults=TRAINING)
-    task = _Task(module, x, rows, held, batch_size=options.batch_size, seed=seed)
+    task = _Task(module, x, rows, held, options.batch_size, seed)
     result = train(
         task, options, seed=seed, progress=progress or QuietProgress(), title="information kept"
     )

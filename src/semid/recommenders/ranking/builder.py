@@ -372,19 +372,17 @@ class DataBuilder:
         shares = "/".join(f"{share:g}" for share in config.fractions)
         split = config.split if config.split == "leave-last-out" else f"{config.split}({shares})"
         fields = ["user", "item", *schema.attributes, *schema.context, *schema.dense]
+        order = "" if ordered else ", file order"
         words = [
             f"label={config.parsed_label}",
             f"split={split}{split_note}",
             f"data_seed={config.seed}",
             f"fields={'+'.join(fields)}",
+            f"cold_items={config.cold_items:g}" if config.cold_items else "",
+            f"min_count={config.min_count}" if config.min_count > 1 else "",
+            f"history={config.history}{order}" if config.history else "",
         ]
-        if config.cold_items:
-            words.append(f"cold_items={config.cold_items:g}")
-        if config.min_count > 1:
-            words.append(f"min_count={config.min_count}")
-        if config.history:
-            words.append(f"history={config.history}{'' if ordered else ', file order'}")
-        return " ".join(words)
+        return " ".join(filter(None, words))
 
 
 def encode(batch: LogBatch, schema: Schema, *, label: str) -> dict[str, npt.NDArray[Any]]:
