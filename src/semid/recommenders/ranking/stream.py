@@ -237,7 +237,9 @@ class StreamBatches:
 
     def _batch(self, columns: Columns) -> tuple[tuple[Inputs, Tensor], float]:
         # With several processes each takes its share, weighted so that the gradients add up.
-        share, weight = process_share(np.arange(len(columns["label"])), rank=rank(), world=world_size())
+        share, weight = process_share(
+            np.arange(len(columns["label"])), rank=rank(), world=world_size()
+        )
         columns = {name: values[share] for name, values in columns.items()}
         rows = RankingRows.of(columns, person=columns["user"]).to(self.device)
         return rows.batch(torch.arange(len(share), device=self.device)), weight
