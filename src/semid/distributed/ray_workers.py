@@ -329,7 +329,12 @@ class RayShardPool:
         self.received[method] += payload_bytes(nodes)
         if nodes:
             self.passed[method] += self._nodes_passed() * payload_bytes(nodes[0])
-        merged: list[Node[Statistics]] = merge_nodes([_copied(nodes)])
+        # Copies: what lies in the object store is not to be written to.
+        values = [
+            Statistics(s.sums.copy(), s.counts.copy(), s.inertia) for s in (n.value for n in nodes)
+        ]
+        copies = [Node(n.height, n.index, value) for n, value in zip(nodes, values, strict=True)]
+        merged: list[Node[Statistics]] = merge_nodes([copies])
         return merged
 
     def _added(self, method: str, arguments: tuple[Any, ...]) -> Any:
@@ -367,11 +372,3 @@ class _Nothing:
 
     def add_(self, other: _Nothing) -> None:
         """Add nothing."""
-
-
-def _copied(nodes: Sequence[Node[Statistics]]) -> list[Node[Statistics]]:
-    """Copy what lies in the object store, which is not to be written to."""
-    values = [
-        (n, Statistics(n.value.sums.copy(), n.value.counts.copy(), n.value.inertia)) for n in nodes
-    ]
-    return [Node(node.height, node.index, value) for node, value in values]

@@ -127,7 +127,7 @@ class TokenizerCache:
         return ids
 
     def _train_rows(self) -> np.ndarray:
-        trained = self.data.schema.items.ids.take(np.flatnonzero(self.data.train_items))
+        trained = self.data.schema.items.ids.take(np.flatnonzero(self.data.interactions[1:]))
         # Items that training never sees must not shape the codebooks either.
         rows = self.source.ids.index_of(trained.strings())
         known = np.sort(rows[rows >= 0])

@@ -134,11 +134,6 @@ class RankingData:
     training_log: Interactions | None = None
     log_digest: str = ""  # SHA-256 of a log on disk, so that a resume on another log is refused
 
-    @property
-    def train_items(self) -> Mask:
-        """Mask ``(items,)`` of the catalogue's items with a training interaction."""
-        return self.interactions[1:] > 0
-
     def batches(self, batch_size: int, *, seed: int, device: torch.device) -> BatchSource:
         """Return training batches for the loop."""
         return MemoryBatches(self.parts["train"].to(device), batch_size=batch_size, seed=seed)
@@ -301,13 +296,15 @@ class DataBuilder:
         # Items below the threshold share row 0; the others are numbered from 1 on.
         known = np.concatenate([[False], counts >= config.min_count])
         # Attributes' vocabularies come from training items, the rows of all items are looked up.
-        columns = read_item_columns(
-            items,
-            catalogue,
-            id_column=id_column,
-            single=config.item_columns,
-            multi=config.multi_columns,
-        )
+        named = {"single": config.item_columns, "multi": config.multi_columns}
+        columns = read_item_columns(items, catalogue, id_column=id_column, **named)
+        in_order = not self.in_memory
+        context = {
+            name: Vocabulary(
+                values.values(in_order=not self.in_memory), source=f"values of '{name}'"
+            )
+            for name, values in self.context.items()
+        }
         vocabulary = Vocabulary(users.filter(pa.array(frequent)))
         schema = Schema(
             users=vocabulary,
@@ -315,12 +312,7 @@ class DataBuilder:
             id_rows=np.where(known, np.cumsum(known), 0),
             id_size=int(known.sum()) + 1,
             attributes=columns.attributes(counts > 0),
-            context={
-                name: Vocabulary(
-                    values.values(in_order=not self.in_memory), source=f"values of '{name}'"
-                )
-                for name, values in self.context.items()
-            },
+            context=context,
             dense={name: moments.mean_and_spread for name, moments in self.moments.items()},
             history=config.history,
             user_history=np.zeros((len(vocabulary), config.history), np.int64),

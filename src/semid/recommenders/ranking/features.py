@@ -272,24 +272,18 @@ def extend_codes(
     for slot, (_, start, end) in enumerate(_slots(codes.shape[1], features)):
         # A single code is its own number; a prefix or n-gram has the number it got in training.
         span = codes[:, start:end]
-        if features.mode in _SPAN_MODES:
-            rows[known, slot] = _shared_row(
-                span[trained[has_codes]], table.rows[1:][has_codes, slot], span[positions[known]]
-            )
-        else:
+        if features.mode not in _SPAN_MODES:
             rows[known, slot] = span[positions[known], 0] + 1
+            continue
+        # Equal spans get equal numbers; each number remembers the row of a trained item, else 0.
+        both = np.concatenate([span[trained[has_codes]], span[positions[known]]])
+        unique, inverse = np.unique(both, axis=0, return_inverse=True)
+        of_trained, of_new = np.split(inverse.reshape(-1), [int(has_codes.sum())])
+        row_of = np.zeros(len(unique), np.int64)
+        row_of[of_trained] = table.rows[1:][has_codes, slot]
+        rows[known, slot] = row_of[of_new]
     return replace(
         table,
         rows=np.concatenate([table.rows, rows]),
         without=table.without + int((~known).sum()),
     )
-
-
-def _shared_row(codes: Ints, rows: Ints, queries: Ints) -> Ints:
-    """Return for each of ``queries`` (n, codes) the row of an equal one of ``codes``, else 0."""
-    # Equal rows get equal numbers; each number remembers the row of the trained item.
-    unique, inverse = np.unique(np.concatenate([codes, queries]), axis=0, return_inverse=True)
-    inverse = inverse.reshape(-1)
-    row_of = np.zeros(len(unique), np.int64)
-    row_of[inverse[: len(codes)]] = rows
-    return row_of[inverse[len(codes) :]]

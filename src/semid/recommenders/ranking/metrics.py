@@ -55,8 +55,7 @@ def _positive(labels: npt.NDArray[Any], scores: Floats) -> npt.NDArray[np.bool_]
 def auc(labels: npt.NDArray[Any], scores: Floats) -> float:
     """Return the area under the ROC curve, NaN with one class; ties count one half."""
     positive = _positive(labels, scores)
-    count = int(positive.sum())
-    other = len(positive) - count
+    count, other = int(positive.sum()), int((~positive).sum())
     if not count or not other:
         return math.nan
     # Mann-Whitney: the rank sum of the positives, less its smallest value, counts the pairs.
@@ -71,8 +70,7 @@ def auc_error(labels: npt.NDArray[Any], scores: Floats) -> float:
     on the same rows vary much less. NaN with fewer than two rows of a class.
     """
     positive = _positive(labels, scores)
-    count = int(positive.sum())
-    other = len(positive) - count
+    count, other = int(positive.sum()), int((~positive).sum())
     if count < 2 or other < 2:
         return math.nan
     # A rank among all rows less the rank within the own class counts the rows of the other class

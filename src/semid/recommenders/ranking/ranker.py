@@ -356,13 +356,9 @@ def _card(config: Mapping[str, Any]) -> str:
     fusion = " with Mixture-of-Codes fusion" if architecture["fusion"] else ""
     columns = [*schema["attributes"], *schema["context"], *schema["dense"]]
     fields = ["user", "item", *map(escaped, columns)]
-    lines = [
-        f"# {architecture['model']}{fusion}",
-        "",
-        f"A ranking model by semid over {', '.join(fields)}"
-        + (f" and the codes of {config['codes_info']['tokenizer']}." if config["codes"] else "."),
-        "",
-    ]
+    codes = f" and the codes of {config['codes_info']['tokenizer']}" if config["codes"] else ""
+    lines = [f"# {architecture['model']}{fusion}", ""]
+    lines += [f"A ranking model by semid over {', '.join(fields)}{codes}.", ""]
     if "protocol" in report:
         lines += [
             f"Protocol: {code_span(report['protocol'])}",
