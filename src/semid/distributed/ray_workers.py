@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import time
@@ -329,12 +330,8 @@ class RayShardPool:
         self.received[method] += payload_bytes(nodes)
         if nodes:
             self.passed[method] += self._nodes_passed() * payload_bytes(nodes[0])
-        # Copies: what lies in the object store is not to be written to.
-        values = [
-            Statistics(s.sums.copy(), s.counts.copy(), s.inertia) for s in (n.value for n in nodes)
-        ]
-        copies = [Node(n.height, n.index, value) for n, value in zip(nodes, values, strict=True)]
-        merged: list[Node[Statistics]] = merge_nodes([copies])
+        # What lies in the object store is not to be written to.
+        merged: list[Node[Statistics]] = merge_nodes([copy.deepcopy(nodes)])
         return merged
 
     def _added(self, method: str, arguments: tuple[Any, ...]) -> Any:

@@ -300,10 +300,8 @@ class DataBuilder:
         columns = read_item_columns(items, catalogue, id_column=id_column, **named)
         in_order = not self.in_memory
         context = {
-            name: Vocabulary(
-                values.values(in_order=not self.in_memory), source=f"values of '{name}'"
-            )
-            for name, values in self.context.items()
+            name: Vocabulary(counted.values(in_order=in_order), source=f"values of '{name}'")
+            for name, counted in self.context.items()
         }
         vocabulary = Vocabulary(users.filter(pa.array(frequent)))
         schema = Schema(
