@@ -163,7 +163,7 @@ def by_ray(folder: Path, workers: int, codes: int, iterations: int) -> dict[str,
             catalogue, shares[place], held_out=0.0, codes=codes, threads=1, memory_bytes=8 << 30
         )
 
-    team = RayShardPool(ray, make, size=workers, cpus=1, retries=1)
+    team = RayShardPool(ray, make, RayOptions(retries=1), size=workers)
     try:
         loads, spans = shard_loads(units, [unit.rows for unit in units], workers)
         team.load(loads, spans)

@@ -207,6 +207,7 @@ class _LocalRun:
 
     def results(self, units: Sequence[Unit], workers: int) -> Iterator[EncodedPart]:
         """Yield units as they are done; a process that ends costs the units it had begun."""
+        # A broken pool loses all its processes: what is not done is given to a new one.
         remaining = {unit.name: unit for unit in units}
         for attempt in range(self.options.retries + 1):
             try:
@@ -290,9 +291,8 @@ class _RayRun:
         pool = WorkerPool(
             self.ray,
             partial(_make_worker, self.job, self.options.cpus_per_worker),
+            self.options,
             size=workers,
-            cpus=self.options.cpus_per_worker,
-            retries=self.options.retries,
             restore=lambda place: (),
         )
         waiting = list(reversed(units))

@@ -88,6 +88,7 @@ class FitWorker:
         sums: npt.NDArray[np.float64] | float = 0.0
         for unit in self.units:
             source, is_train = self._open([unit])
+            # The digest names the rows and which of them train: a resume on others is refused.
             digest = hashlib.sha256(np.packbits(is_train).tobytes())
             for _, block in source.blocks():
                 sums = sums + block.sum(axis=0, dtype=np.float64)
@@ -97,6 +98,7 @@ class FitWorker:
             train.append(int(is_train.sum()))
             digests.append(digest.hexdigest())
         self._hashes = np.concatenate(hashes)
+        # Enough to count the distinct rows of all workers up to the number of codewords.
         smallest = np.unique(self._hashes)[: self.codes]
         return ShardScan(train, np.asarray(sums), smallest, digests)
 
@@ -190,6 +192,7 @@ def shard_loads(
     spans = shard_spans(int(stops[-1]), workers)
     loads: list[tuple[Any, ...]] = []
     for first, last in spans:
+        # The units in which the shard's first and last training row lie.
         low = int(np.searchsorted(stops, first, side="right"))
         high = int(np.searchsorted(stops, last, side="left")) + 1
         shard_units = list(units[low:high]) if last > first else []
@@ -230,11 +233,11 @@ def fit_on_ray(
     check_store(
         ray, 3 * 4 * largest * (dim + 1) * 8, what=f"the sums of {largest} x {dim} codewords"
     )
-    cpus = options.cpus_per_worker
-    sizes = {"codes": largest, "threads": cpus, "memory_bytes": memory_bytes}
     held_out = tokenizer.validation_fraction
-    make = partial(_make_worker, catalogue, shares, {"held_out": held_out, **sizes})
-    shards = RayShardPool(ray, make, size=len(shares), cpus=cpus, retries=options.retries)
+    arguments = {"held_out": held_out, "codes": largest, "threads": options.cpus_per_worker}
+    arguments["memory_bytes"] = memory_bytes
+    make = partial(_make_worker, catalogue, shares, arguments)
+    shards = RayShardPool(ray, make, options, size=len(shares))
     try:
         steps.start("read", total=len(catalogue))
         scans: list[ShardScan] = list(_everyone(shards, "scan").values())

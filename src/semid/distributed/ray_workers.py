@@ -89,6 +89,7 @@ def check_slots(ray: Any, options: RayOptions, *, readers: int = 0) -> int:
     total = int(ray.cluster_resources().get("CPU", 0))
     capacity = (total - readers) // options.cpus_per_worker
     requested = max(capacity, 1) if options.workers is None else options.workers
+    # Slots of work that has just ended become free a moment later: ask again until they do.
     for _ in range(FREED_SECONDS * 10):
         free = int(ray.available_resources().get("CPU", 0))
         available = (free - readers) // options.cpus_per_worker
@@ -144,7 +145,7 @@ new worker has to be brought to where the old one was."""
 
 
 class WorkerPool:
-    """Actors of one kind; one that ends is replaced, ``retries`` times per call.
+    """Actors of one kind; one that ends is replaced, ``options.retries`` times per call.
 
     ``make`` makes the worker object of a place, inside its actor; ``restore`` returns the calls
     that bring a new worker of a place to where the old one was.
@@ -154,17 +155,16 @@ class WorkerPool:
         self,
         ray: Any,
         make: Callable[[int], Any],
+        options: RayOptions,
         *,
         size: int,
-        cpus: int,
-        retries: int,
         restore: Callable[[int], Sequence[tuple[str, tuple[Any, ...]]]],
     ) -> None:
-        self.ray, self.make, self.size, self.retries = ray, make, size, retries
-        self.restore = restore
-        self.lost = 0
+        self.ray, self.make, self.size, self.retries = ray, make, size, options.retries
+        self.restore, self.lost = restore, 0
         # Ray restarts nothing by itself: a new actor has to be told what the old one knew.
-        self._kind = ray.remote(num_cpus=cpus, max_restarts=0, max_task_retries=0)(_Host)
+        slots = {"num_cpus": options.cpus_per_worker, "max_restarts": 0, "max_task_retries": 0}
+        self._kind = ray.remote(**slots)(_Host)
         self.actors = [self._kind.remote(make, place) for place in range(size)]
 
     def start(self, place: int, method: str, *arguments: Any) -> Any:
@@ -173,6 +173,7 @@ class WorkerPool:
 
     def ask(self, calls: Mapping[int, tuple[str, tuple[Any, ...]]]) -> dict[int, Any]:
         """Call methods, wait, and return the answers; a worker that ends is replaced."""
+        # All calls are started before the first answer is waited for, so that workers run at once.
         refs = {place: self.start(place, name, *args) for place, (name, args) in calls.items()}
         answers: dict[int, Any] = {}
         for place, ref in refs.items():
@@ -209,6 +210,7 @@ class WorkerPool:
             ) from None
         logger.warning("worker %d ended (%s); it is made again", place, _first_line(error))
         self.actors[place] = self._kind.remote(self.make, place)
+        # The new worker repeats the calls that the old one's state came from.
         for method, arguments in self.restore(place):
             self.get(self.start(place, method, *arguments))
 
@@ -267,16 +269,14 @@ class RayShardPool:
     """
 
     def __init__(
-        self, ray: Any, make: Callable[[int], Any], *, size: int, cpus: int, retries: int
+        self, ray: Any, make: Callable[[int], Any], options: RayOptions, *, size: int
     ) -> None:
         self.ray = ray
         self.spans: Sequence[tuple[int, int]] = []
         self.sent, self.received, self.passed = (Counter[str]() for _ in range(3))
         self._loads: list[tuple[Any, ...]] = []
         self._journal: list[tuple[str, dict[int, tuple[Any, ...]]]] = []
-        self.pool = WorkerPool(
-            ray, make, size=size, cpus=cpus, retries=retries, restore=self._restore
-        )
+        self.pool = WorkerPool(ray, make, options, size=size, restore=self._restore)
 
     def load(self, loads: Sequence[tuple[Any, ...]], spans: Sequence[tuple[int, int]]) -> None:
         """Give every worker its shard: arguments of `FitWorker.load`, and the rows it holds."""
@@ -293,6 +293,7 @@ class RayShardPool:
     def _note(self, method: str, arguments: Mapping[int, tuple[Any, ...]]) -> None:
         """Remember a call that changes what shards know, and forget those it makes void."""
         if method in VOIDS:
+            # A later call of the same effect replaces earlier ones, so a restore repeats few.
             void = VOIDS[method]
             self._journal = [entry for entry in self._journal if entry[0] not in void]
             self._journal.append((method, dict(arguments)))
@@ -335,6 +336,7 @@ class RayShardPool:
         return merged
 
     def _added(self, method: str, arguments: tuple[Any, ...]) -> Any:
+        # Large arguments go into the object store once, not to every worker.
         big = [self.ray.put(value) if payload_bytes(value) else value for value in arguments]
         # (place, reference to its nodes): neighbors are merged in pairs until one is left.
         pool = self.pool
@@ -347,6 +349,8 @@ class RayShardPool:
 
     def _nodes_passed(self) -> int:
         """Count the nodes that go from worker to worker in one sum; the spans alone decide it."""
+        # The tree of each worker without its sums; pairs are merged as in `_added`, and of each
+        # pair the right one's nodes travel.
         trees: list[list[Node[_Nothing]]] = []
         for first, last in self.spans:
             tree: TreeSum[_Nothing] = TreeSum()

@@ -83,6 +83,7 @@ class Catalogue:
         units: list[Unit] = []
         start = 0
         for file, sizes in enumerate(self.files.row_groups):
+            # Empty row groups are skipped; the last unit of a file may be small.
             groups, count = list[int](), 0
             full = [group for group, size in enumerate(sizes) if size]
             for group in full:
