@@ -129,9 +129,9 @@ def as_rank(path: str, codes: int, iterations: int) -> None:
     join_processes()
     first, last = process_span(len(x))
     shard = Shard(ArrayBlocks(np.array(x[first:last])), first_row=first, threads=1)
-    team = ProcessShardPool(shard, len(x)) if world_size() > 1 else LocalShardPool(shard)
+    shard_pool = ProcessShardPool(shard, len(x)) if world_size() > 1 else LocalShardPool(shard)
     clock = gathered_clock if world_size() > 1 else own_clock
-    found = measure(ShardedMatrix(team, dim=x.shape[1]), codes, iterations, clock)
+    found = measure(ShardedMatrix(shard_pool, dim=x.shape[1]), codes, iterations, clock)
     if is_main():
         print("RESULT " + json.dumps(found), flush=True)
 
@@ -163,25 +163,25 @@ def by_ray(folder: Path, workers: int, codes: int, iterations: int) -> dict[str,
             catalogue, shares[place], held_out=0.0, codes=codes, threads=1, memory_bytes=8 << 30
         )
 
-    team = RayShardPool(ray, make, RayOptions(retries=1), size=workers)
+    shard_pool = RayShardPool(ray, make, RayOptions(retries=1), size=workers)
     try:
         loads, spans = shard_loads(units, [unit.rows for unit in units], workers)
-        team.load(loads, spans)
-        rows = ShardedMatrix(team, dim=catalogue.source(units[:1]).dim)
+        shard_pool.load(loads, spans)
+        rows = ShardedMatrix(shard_pool, dim=catalogue.source(units[:1]).dim)
         empty = np.zeros((1, rows.dim), np.float32)
         rows.assign(empty)  # reads the rows and loads the kernels
         calls = []
         for _ in range(20):
             began = time.perf_counter()
-            team.crew.ask({0: ("call", ("__len__",))})
+            shard_pool.pool.ask({0: ("call", ("__len__",))})
             calls.append(time.perf_counter() - began)
-        for volume in (team.sent, team.received, team.passed):
+        for volume in (shard_pool.sent, shard_pool.received, shard_pool.passed):
             volume.clear()
-        pids = team.pool.process_ids()
+        pids = shard_pool.pool.process_ids()
         run = measure(rows, codes, iterations, lambda: clock_of(pids))
         return {**run, "call": float(np.median(calls))}
     finally:
-        team.close()
+        shard_pool.close()
 
 
 def rounds(codes: int) -> int:
@@ -257,13 +257,13 @@ def runs(folder: Path, given: argparse.Namespace) -> dict[str, dict[str, Any]]:
         part = pa.array(x[start : start + 4 * BLOCK_ROWS].reshape(-1))
         table = pa.table({"embedding": pa.FixedSizeListArray.from_arrays(part, x.shape[1])})
         pq.write_table(table, items / f"{file:03d}.parquet", row_group_size=BLOCK_ROWS)
-    team = LocalShardPool(Shard(ArrayBlocks(x), threads=1))
+    shard_pool = LocalShardPool(Shard(ArrayBlocks(x), threads=1))
     found = {
         "local, 1": measure(
-            ShardedMatrix(team, dim=x.shape[1]), given.codes, given.iterations, own_clock
+            ShardedMatrix(shard_pool, dim=x.shape[1]), given.codes, given.iterations, own_clock
         )
     }
-    del team, x
+    del shard_pool, x
     for ranks in (1, 2):
         name = f"torchrun, {ranks}"
         print(name, flush=True)
