@@ -165,19 +165,31 @@ def _cosines(products: Floats) -> Floats:
 
 @dataclass(frozen=True)
 class CodeAnalysis:
-    """MoC's metrics of a trained model's semantic embeddings, on one part."""
+    """MoC's metrics of a trained model's semantic embeddings, on one part.
 
-    rows: int  # number of rows
-    fields: tuple[str, ...]  # names of the code fields
-    sweep: tuple[Discriminability, ...]  # the flattened embedding at every number of clusters
-    # the first field's embedding at every number of clusters (fig. 1c)
+    Attributes:
+        rows: number of rows.
+        fields: names of the code fields.
+        sweep: the flattened embedding at every number of clusters.
+        first: the first field's embedding at every number of clusters (fig. 1c).
+        levels: each field's embedding alone (fig. 3).
+        codes: the codes themselves (fig. 3).
+        singular_values: singular values of the embeddings side by side, largest first.
+        correlation: correlation of every two fields, eq. 9.
+        cka: linear CKA of every two fields.
+        fused: whether the embeddings are those after fusion.
+    """
+
+    rows: int
+    fields: tuple[str, ...]
+    sweep: tuple[Discriminability, ...]
     first: tuple[Discriminability, ...]
-    levels: tuple[Discriminability, ...]  # each field's embedding alone (fig. 3)
-    codes: tuple[Discriminability, ...]  # the codes themselves (fig. 3)
-    singular_values: Floats  # singular values of the embeddings side by side, largest first
-    correlation: Floats  # correlation of every two fields, eq. 9
-    cka: Floats  # linear CKA of every two fields
-    fused: bool  # whether the embeddings are those after fusion
+    levels: tuple[Discriminability, ...]
+    codes: tuple[Discriminability, ...]
+    singular_values: Floats
+    correlation: Floats
+    cka: Floats
+    fused: bool
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-able dict."""
@@ -194,9 +206,15 @@ def analyze_codes(
     fused: bool = False,
     seed: int = 0,
 ) -> CodeAnalysis:
-    """Compute MoC's metrics of the semantic embeddings of rows, before or after fusion.
+    """Compute MoC's metrics of the semantic embeddings.
 
-    ``clusters`` are the numbers of clusters of the sweep, ``default`` that for each level alone.
+    Args:
+        network: network trained with codes.
+        rows: rows of a part; the test part in the paper's figures.
+        clusters: numbers of clusters of the sweep.
+        default: number of clusters for each level alone.
+        fused: use the embeddings after fusion.
+        seed: seed of K-means and the shuffles.
 
     Raises:
         UsageError: the network has no code fields.

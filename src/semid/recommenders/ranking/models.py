@@ -110,10 +110,13 @@ class Model(nn.Module):
 
     ``e`` are field embeddings ``(batch, fields, width)``; ``first`` are first-order weights
     ``(batch, fields)`` for models that read them, else None.
+
+    Attributes:
+        options: class of the model's options.
+        first_order: whether the model reads a weight per field from tables of width 1.
     """
 
-    options: ClassVar[type[Options]]  # class of the model's options
-    # whether the model reads a weight per field from tables of width 1
+    options: ClassVar[type[Options]]
     first_order: ClassVar[bool] = False
 
     def __init__(self, fields: int, width: int, options: Any) -> None:
