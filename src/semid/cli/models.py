@@ -173,7 +173,7 @@ def _fit_on_ray(
     names = {"embedding_column": source.embedding_column, "id_column": source.id_column}
     model, layout = make_tokenizer(kind, values), ray.options
     if not model.fits_shards:
-        from semid.distributed.ray_train import fit_with_ray_train
+        from semid.distributed.ray_fit import fit_with_ray_train
 
         return fit_with_ray_train(kind, values, embeddings, columns=names, options=layout, **state)
     from semid.distributed.ray_fit import fit_on_ray
