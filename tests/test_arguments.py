@@ -21,8 +21,8 @@ import semid
 from semid.cli.app import app, main
 from semid.cli.flags import known_flags
 from semid.data.ids import ItemIds
+from semid.documents import code_span, escaped
 from semid.errors import EmbeddingError, IdsError, UsageError, brief, printable
-from semid.markdown import code_span, escaped
 from semid.options import CheckedArguments, Options, argument_types
 from semid.quantization.kmeans import KMeansOptions
 from semid.recommenders.ranking.builder import RankingDataConfig

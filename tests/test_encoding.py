@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -15,9 +16,10 @@ import pytest
 import semid
 from semid.codes import SemanticIds
 from semid.errors import ArtefactError, EmbeddingError, OutputExistsError
+from semid.filesystems import Folder
 from semid.progress import QuietProgress
 from semid.tokenizers import base, encoding
-from semid.tokenizers.encoding import encode_to_parquet, partial_folder
+from semid.tokenizers.encoding import encode_to_parquet, partial_path
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +66,19 @@ def test_stopped_and_resumed(tokenizer, clustered, tmp_path, small_blocks, rows)
     again = encode_to_parquet(tokenizer, clustered, path, resume=True)
     assert again < len(clustered)
     assert np.array_equal(SemanticIds.read(path).codes, tokenizer.encode(clustered).codes)
-    assert not partial_folder(path).exists()
+    assert not Path(partial_path(path)).exists()
+
+
+def test_to_a_uri(tokenizer, clustered, tmp_path, small_blocks, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    uri = "memory://semid-encoding/ids.parquet"
+    with pytest.raises(KeyboardInterrupt):
+        encode_to_parquet(tokenizer, clustered, uri, progress=StopAfter(300))
+    assert encode_to_parquet(tokenizer, clustered, uri, resume=True) < len(clustered)
+    assert np.array_equal(SemanticIds.read(uri).codes, tokenizer.encode(clustered).codes)
+    assert Folder("memory://semid-encoding").names(hidden=True) == ["ids.parquet"]
+    assert not list(tmp_path.iterdir())
+    Folder("memory://semid-encoding").remove()
 
 
 def test_resume_refuses_another_run(tokenizer, clustered, tmp_path, small_blocks):
@@ -91,6 +105,7 @@ def test_bad_rows_write_nothing(tokenizer, clustered, tmp_path):
 KILLED = """
 import sys, time
 import numpy as np, semid
+from semid.filesystems import Folder
 from semid.progress import QuietProgress
 from semid.tokenizers import base, encoding
 
@@ -114,7 +129,7 @@ def test_killed_and_resumed(tokenizer, clustered, tmp_path, small_blocks):
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED, str(tmp_path / "model"), str(tmp_path / "x.npy"), str(path)]
     )
-    folder = partial_folder(path)
+    folder = partial_path(path)
     deadline = time.monotonic() + 120
     while len(list(folder.glob("part-*"))) < 2 and time.monotonic() < deadline:
         assert process.poll() is None, "ended before it could be killed"

@@ -33,19 +33,15 @@ CONFIG_FILE = "config.json"
 TENSOR_FILE = "model.safetensors"
 CARD_FILE = "README.md"
 CHECKSUM = "config_fingerprint"
+_NUMBERS = "numbers are float16, float32, float64 or integers"
 
 
 def fingerprint(
     tensors: Mapping[str, np.ndarray], *, settings: Mapping[str, Any] | None = None
 ) -> str:
-    """SHA-256 over names, shapes and little-endian values, in name order.
+    """SHA-256 over names, shapes and little-endian values, in name order; 64 hexadecimal digits.
 
-    Args:
-        tensors: arrays by name; floating ones are hashed as float32.
-        settings: JSON-able settings that change what the tensors compute.
-
-    Returns:
-        64 hexadecimal digits; the same on every platform for equal values.
+    Floating arrays are hashed as float32. ``settings`` are those that change what they compute.
     """
     digest = hashlib.sha256()
     for name in sorted(tensors):
@@ -138,15 +134,11 @@ def read_tensors(file: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         ) from None
     except (TypeError, AttributeError, KeyError) as error:  # types that numpy does not have
         raise ArtefactError(
-            f"'{path}' holds tensors of a type that semid does not read ({error}); numbers are "
-            "float16, float32, float64 or integers"
+            f"'{path}' holds tensors of a type that semid does not read ({error}); {_NUMBERS}"
         ) from None
-    strange = sorted(name for name, array in tensors.items() if array.dtype.kind not in "fiub")
-    if strange:
-        raise ArtefactError(
-            f"'{path}' holds {tensors[strange[0]].dtype} in '{strange[0]}'; numbers are float16, "
-            "float32, float64 or integers"
-        )
+    for name, array in sorted(tensors.items()):
+        if array.dtype.kind not in "fiub":
+            raise ArtefactError(f"'{path}' holds {array.dtype} in '{name}'; {_NUMBERS}")
     return tensors
 
 
@@ -167,15 +159,14 @@ def read_artefact(
     expected = typed(dict[str, list[int]], config.get("tensors", {}), f"{where}, tensors")
     digest = "weights_fingerprint" if config["format_version"] == 1 else "tensors_fingerprint"
     tensors = read_tensors(file)
-    missing = sorted(set(expected) - set(tensors))
-    extra = sorted(set(tensors) - set(expected))
-    reshaped = sorted(
-        name for name in set(expected) & set(tensors) if list(tensors[name].shape) != expected[name]
-    )
+    both = expected.keys() & tensors.keys()
+    differences = {
+        "missing": expected.keys() - both,
+        "unknown": tensors.keys() - both,
+        "other shape": {name for name in both if list(tensors[name].shape) != expected[name]},
+    }
     problems = [
-        f"{what}: {', '.join(names)}"
-        for what, names in (("missing", missing), ("unknown", extra), ("other shape", reshaped))
-        if names
+        f"{what}: {', '.join(sorted(names))}" for what, names in differences.items() if names
     ]
     if not problems and fingerprint(tensors) != config.get(digest):
         problems = ["the values do not match the checksum in config.json"]

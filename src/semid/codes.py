@@ -42,14 +42,14 @@ METADATA_KEY = b"semid"
 CHECKSUM = "checksum"
 UNIQUE_METHODS = ("none", "append", "reassign")
 
+# A codebook of more codewords has codes beyond uint32.
 MAX_CODEWORDS = 2**32
-"""A codebook of more codewords has codes beyond uint32."""
 
+# Codes per item; published tokenizers have 3 to 64.
 MAX_LEVELS = 256
-"""Codes per item; published tokenizers have 3 to 64."""
 
+# How Semantic IDs are written: readers verify the checksums (`semid.filesystems`).
 PARQUET_OPTIONS: dict[str, Any] = {"write_page_checksum": True}
-"""How Semantic IDs are written: readers verify the checksums (`semid.filesystems`)."""
 
 
 def code_dtype(codebook_sizes: Sequence[int]) -> np.dtype[Any]:

@@ -1,4 +1,4 @@
-"""The type checker, and JSON and TOML from outside: read strictly and checked against types.
+"""The type checker, JSON and TOML from outside, and names of the user's data in Markdown.
 
 Whatever is wrong with such a file becomes one sentence that names the place: bytes that are not
 UTF-8, nesting without end, numbers that are not finite, keys that occur twice, are missing or
@@ -18,6 +18,7 @@ import reprlib
 import tomllib
 import types
 import typing
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -241,6 +242,23 @@ def described(hint: Any) -> str:
     return " or ".join(dict.fromkeys(words))
 
 
+def escaped(text: str) -> str:
+    """Keep a text from ending its cell or becoming markup of its own."""
+    flat = " ".join(text.split())
+    for character in "\\|<>`*_[]":
+        flat = flat.replace(character, "\\" + character)
+    return flat
+
+
+def code_span(text: str) -> str:
+    """Return a text as inline code, fenced by more backticks than it holds in a row."""
+    flat = " ".join(text.split())
+    longest = max((len(run) for run in re.findall("`+", flat)), default=0)
+    fence = "`" * (longest + 1)
+    inner = f" {flat} " if flat.startswith("`") or flat.endswith("`") else flat
+    return f"{fence}{inner}{fence}"
+
+
 def _shown(value: Any) -> str:
     return _shorten(reprlib.repr(value))
 
@@ -281,8 +299,8 @@ def _finite(text: str) -> float:
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) < len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        counts = Counter(name for name, _ in pairs)
+        twice = next(name for name, count in counts.items() if count > 1)
         raise ValueError(f"the key '{_shorten(twice)}' occurs twice")
     return table
 

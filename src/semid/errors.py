@@ -85,9 +85,9 @@ class DivergedError(SemidError, ArithmeticError):
     """Training produced a loss that is not finite; the last good checkpoint was kept."""
 
 
+# Unicode categories that steer a terminal or cannot be encoded: control and format characters,
+# surrogates, line and paragraph separators.
 _UNPRINTABLE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
-"""Unicode categories that steer a terminal or cannot be encoded: control and format characters,
-surrogates, line and paragraph separators."""
 
 
 def printable(text: str) -> str:

@@ -21,16 +21,13 @@ from pyarrow import fs as arrow_fs
 
 from semid.errors import UsageError, brief
 
+# How long a connection to S3 may take; an endpoint that does not answer is tried three times.
 CONNECT_SECONDS = 10
-"""How long a connection to S3 may take; an endpoint that does not answer is tried three times."""
-
+# How long Google's client repeats a request before it gives up; its own limit is 15 minutes.
 GCS_SECONDS = 30
-"""How long Google's client repeats a request before it gives up; its own limit is 15 minutes."""
-
 _BUCKET_SCHEMES = ("s3", "s3a", "gs", "gcs")
 
-FilePath = Path | str
-"""A path on this machine, or the text of a URI."""
+FilePath = Path | str  # a path on this machine, or the text of a URI
 
 
 def is_uri(path: Any) -> bool:
@@ -55,10 +52,9 @@ def list_sizes(path: FilePath) -> dict[str, int] | None:
     if location is not None:
         if not location.is_dir():
             return None
-        entries = location.rglob("*")
         return {
             entry.relative_to(location).as_posix(): entry.lstat().st_size
-            for entry in entries
+            for entry in location.rglob("*")
             if entry.is_symlink() or not entry.is_dir()
         }
     system, root = resolve(path)
@@ -101,14 +97,12 @@ def _s3(rest: str) -> tuple[Any, str]:
         system, inner = arrow_fs.FileSystem.from_uri(f"s3://{rest}")
         return system, str(inner)
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    options: dict[str, Any] = {} if endpoint is None else {"endpoint_override": endpoint}
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    if region is not None:
-        options["region"] = region
     return arrow_fs.S3FileSystem(
         connect_timeout=CONNECT_SECONDS,
         retry_strategy=arrow_fs.AwsStandardS3RetryStrategy(max_attempts=3),
-        **options,
+        endpoint_override=endpoint,
+        region=region,
     ), rest
 
 
@@ -141,15 +135,13 @@ def list_files(uri: str) -> list[str]:
             f"'{uri}' cannot be listed ({brief(error)}); check the address, the keys and "
             "the network"
         ) from error
-    files = [file.path for file in entries if file.type == arrow_fs.FileType.File]
-    if magic:
-        files = [file for file in files if fnmatch.fnmatchcase(file.lstrip("/"), path.lstrip("/"))]
-    else:
-        files = [
-            file
-            for file in files
-            if not any(part[0] in "._" for part in file[len(root) :].split("/") if part)
-        ]
+
+    def is_named(file: str) -> bool:
+        if magic:
+            return fnmatch.fnmatchcase(file.lstrip("/"), path.lstrip("/"))
+        return not any(part[0] in "._" for part in file[len(root) :].split("/") if part)
+
+    files = [f.path for f in entries if f.type == arrow_fs.FileType.File and is_named(f.path)]
     if not files:
         raise UsageError(f"'{uri}' holds no files; name a folder of Parquet files")
     return sorted(_uri(uri, file) for file in files)

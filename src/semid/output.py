@@ -26,7 +26,7 @@ import json
 import os
 import secrets
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,28 +67,22 @@ def check_output(
     _check_inputs(path, target, inputs)
     if not os.path.lexists(target):
         _check_parent(path, target)
-    elif not overwrite:
-        raise _exists(path)
     else:
-        foreign = _foreign_content(target)
-        if foreign is not None:
-            raise _not_ours(path, foreign)
+        _check_existing(path, target, overwrite=overwrite)
 
 
-def _exists(path: Any) -> OutputExistsError:
-    return OutputExistsError(
-        f"output '{path}' exists; choose another path or pass --overwrite (overwrite=True)"
-    )
-
-
-def _not_ours(path: Any, foreign: str) -> OutputExistsError:
-    what = (
-        f"holds '{foreign}', which semid did not write" if foreign else "was not written by semid"
-    )
-    return OutputExistsError(
-        f"output '{path}' {what}; --overwrite replaces only what semid wrote: "
-        "choose another path, or move it away yourself"
-    )
+def _check_existing(path: Any, target: FilePath, *, overwrite: bool) -> None:
+    if not overwrite:
+        raise OutputExistsError(
+            f"output '{path}' exists; choose another path or pass --overwrite (overwrite=True)"
+        )
+    foreign = _foreign_content(target)
+    if foreign is not None:
+        holds = f"holds '{foreign}', which semid did not write"
+        raise OutputExistsError(
+            f"output '{path}' {holds if foreign else 'was not written by semid'}; --overwrite "
+            "replaces only what semid wrote: choose another path, or move it away yourself"
+        )
 
 
 def _check_parent(path: Any, target: Path) -> None:
@@ -134,21 +128,15 @@ def _input_paths(name: Any) -> list[Path]:
 def _check_remote(uri: str, *, overwrite: bool, inputs: Iterable[Any]) -> None:
     split_path(uri)  # refuses a whole bucket
     plain = uri.rstrip("/")
-    for name in inputs:
-        source = str(name).rstrip("/") if is_uri(name) else None
-        if source is None:
-            continue
-        if plain == source or source.startswith(f"{plain}/") or plain.startswith(f"{source}/"):
+    for name in filter(is_uri, inputs):
+        source = str(name).rstrip("/")
+        if f"{source}/".startswith(f"{plain}/") or plain.startswith(f"{source}/"):
             raise UsageError(
                 f"output '{uri}' is, holds or lies inside the input '{name}'; choose another path"
             )
     if not Folder(plain).exists():
         return
-    if not overwrite:
-        raise _exists(uri)
-    foreign = _foreign_content(plain)
-    if foreign is not None:
-        raise _not_ours(uri, foreign)
+    _check_existing(uri, plain, overwrite=overwrite)
 
 
 def _foreign_content(target: FilePath) -> str | None:
@@ -160,7 +148,12 @@ def _foreign_content(target: FilePath) -> str | None:
         return None if _is_own_file(target) else ""
     folder = Folder(target)
     listed = _read_marker(folder)
-    unmarked = _UNMARKED_ARTEFACT if _is_unmarked_artefact(folder) else frozenset()
+    is_artefact = _read_mapping(folder, "config.json").keys() >= {
+        "format_version",
+        "kind",
+        "tensors",
+    }
+    unmarked = _UNMARKED_ARTEFACT if is_artefact else frozenset()
     for name, size in sorted(sizes.items()):
         if name == MARKER or name in unmarked:
             continue
@@ -175,20 +168,21 @@ def _foreign_content(target: FilePath) -> str | None:
 
 
 def _read_marker(folder: Folder) -> dict[str, int | None]:
-    data = folder.read(MARKER)
+    """Return the files that a folder's marker lists, and their sizes."""
     try:
-        files = json.loads(data or b"{}").get("files", {})
+        files = _read_mapping(folder, MARKER).get("files", {})
         return {str(name): None if size is None else int(size) for name, size in files.items()}
-    except (ValueError, AttributeError, TypeError, RecursionError):
+    except (ValueError, AttributeError, TypeError):
         return {}
 
 
-def _is_unmarked_artefact(folder: Folder) -> bool:
+def _read_mapping(folder: Folder, name: str) -> dict[str, Any]:
+    """Return the object in a JSON file; an empty one where there is none."""
     try:
-        config = json.loads(folder.read("config.json") or b"{}")
-        return isinstance(config, dict) and {"format_version", "kind", "tensors"} <= config.keys()
+        document = json.loads(folder.read(name) or b"{}")
     except (ValueError, RecursionError):
-        return False
+        return {}
+    return document if isinstance(document, dict) else {}
 
 
 def _is_own_file(path: FilePath) -> bool:
@@ -206,10 +200,7 @@ def _is_own_file(path: FilePath) -> bool:
             return True
     elif any(mark in first or mark in last for mark in _MARKS):
         return True
-    try:
-        digests = json.loads(folder.read(f".{name}{MARKER}") or b"{}").get("digests", [])
-    except (ValueError, AttributeError, RecursionError):
-        return False
+    digests = _read_mapping(folder, f".{name}{MARKER}").get("digests", [])
     return bool(digests) and _digest(folder, name) in digests
 
 
@@ -313,13 +304,13 @@ def mark_folder(folder: Path, *, names: Iterable[str] = ()) -> None:
     ``names`` are files, and folders with a slash at the end, that belong to the output and grow;
     by default all present files are listed, with their sizes.
     """
-    files: dict[str, int | None] = dict.fromkeys(names) or {
-        name: size for name, size in (list_sizes(folder) or {}).items() if name != MARKER
-    }
+    sizes = list_sizes(folder) or {}
+    sizes.pop(MARKER, None)
+    files: dict[str, int | None] = dict.fromkeys(names) or {**sizes}
     marker = folder / MARKER
     marker.unlink(missing_ok=True)
     marker.touch()  # made by open(), so it has the mode that the umask gives
-    marker.write_text(json.dumps({"format_version": 1, "files": files}, indent=1), encoding="utf8")
+    marker.write_bytes(_marker(files))
     mode = stat.S_IMODE(marker.stat().st_mode)
     for name in files:
         with contextlib.suppress(FileNotFoundError):
@@ -327,10 +318,13 @@ def mark_folder(folder: Path, *, names: Iterable[str] = ()) -> None:
                 (folder / name).chmod(mode)  # some libraries write files that only the owner reads
 
 
+def _marker(files: Mapping[str, int | None]) -> bytes:
+    return json.dumps({"format_version": 1, "files": files}, indent=1).encode()
+
+
 def mark_remote_folder(folder: Folder) -> None:
     """Write the marker of a finished folder on an object store."""
-    files = list_sizes(folder.path) or {}
-    folder.write(MARKER, json.dumps({"format_version": 1, "files": files}, indent=1).encode())
+    folder.write(MARKER, _marker(list_sizes(folder.path) or {}))
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Progress: bars on a terminal, one JSON line a step otherwise, nothing when quiet.
+"""Progress: bars on a terminal, one JSON line per step otherwise, nothing when quiet.
 
 Library code takes a `Progress` and never prints. The command line chooses which one.
 """
@@ -12,17 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, TextIO
 
+from rich import progress as rich_progress
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-)
-from rich.progress import (
-    Progress as Bars,
-)
 
 
 class Progress(Protocol):
@@ -30,15 +21,12 @@ class Progress(Protocol):
 
     def start(self, task: str, *, total: int | None = None) -> None:
         """Begin a task of ``total`` steps (None: unknown), ending the one before."""
-        ...
 
     def step(self, done: int = 1, **fields: Any) -> None:
         """Say that ``done`` more steps of the task are finished, with figures worth seeing."""
-        ...
 
     def close(self) -> None:
         """End the last task."""
-        ...
 
 
 class QuietProgress:
@@ -55,7 +43,7 @@ class QuietProgress:
 
 
 class JsonProgress:
-    """Writes one JSON line a step, at most ten a second, and one when a task ends.
+    """Writes one JSON line per step, at most ten per second, and one when a task ends.
 
     Args:
         stream: where to; standard error by default, so that output can be piped.
@@ -103,18 +91,18 @@ class JsonProgress:
 
 
 class RichProgress:
-    """Draws one bar a task on a terminal."""
+    """Draws one bar per task on a terminal."""
 
     def __init__(self, console: Console) -> None:
-        self._bars = Bars(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}", style="dim"),
+        self._bars = rich_progress.Progress(
+            rich_progress.TextColumn("{task.description}"),
+            rich_progress.BarColumn(bar_width=30),
+            rich_progress.MofNCompleteColumn(),
+            rich_progress.TimeElapsedColumn(),
+            rich_progress.TextColumn("{task.fields[note]}", style="dim"),
             console=console,
         )
-        self._task: TaskID | None = None
+        self._task: rich_progress.TaskID | None = None
 
     def start(self, task: str, *, total: int | None = None) -> None:
         """Begin a task with a bar of its own."""
@@ -148,13 +136,11 @@ def _short(value: Any) -> str:
 def make_progress(*, quiet: bool = False, console: Console | None = None) -> Iterator[Progress]:
     """Yield bars on a terminal, JSON lines elsewhere, silence when ``quiet``; closed at the end."""
     screen = console or Console(stderr=True)
-    progress: Progress
+    progress: Progress = JsonProgress()
     if quiet:
         progress = QuietProgress()
     elif screen.is_terminal:
         progress = RichProgress(screen)
-    else:
-        progress = JsonProgress()
     try:
         yield progress
     finally:

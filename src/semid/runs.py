@@ -30,8 +30,7 @@ except ImportError:  # Windows has no fcntl: there, nothing stops a second run
     fcntl = None  # type: ignore[assignment]
 
 
-NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
-"""Flag of `os.open` that refuses a symbolic link."""
+NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)  # flag of `os.open` that refuses a symbolic link
 
 # A claim on a remote output is renewed every 15 s and lapses after two minutes of silence.
 _CLAIM_RENEWAL = 15.0
@@ -76,8 +75,9 @@ def hold_path(path: FilePath | os.PathLike[str]) -> Iterator[None]:
                 _held[key] = (owner, depth - 1)
 
 
-def _describe_run() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+def _claim() -> bytes:
+    run = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+    return json.dumps(run).encode()
 
 
 def _busy(path: Any, owner: dict[str, Any], advice: str = "") -> OutputBusyError:
@@ -99,7 +99,7 @@ def _file_lock(target: Path) -> Iterator[None]:
     descriptor = _open_locked(target, file)
     try:
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(_describe_run()).encode(), 0)
+        os.pwrite(descriptor, _claim(), 0)
         _restore_and_clean(target)
         yield
     finally:
@@ -138,8 +138,7 @@ def _open_locked(target: Path, file: Path) -> int:
 
 def _parse(data: bytes) -> dict[str, Any]:
     with contextlib.suppress(ValueError):
-        document = json.loads(data)
-        if isinstance(document, dict):
+        if isinstance(document := json.loads(data), dict):
             return document
     return {}
 
@@ -156,14 +155,13 @@ def _remote_claim(uri: str) -> Iterator[None]:
     folder, last = split_path(uri)
     prefix = f".{last}.claim-"
     name = prefix + secrets.token_hex(8)
-    document = _describe_run()
-    folder.write(name, json.dumps(document).encode())
+    folder.write(name, _claim())
     stop = threading.Event()
 
     def renew() -> None:
         while not stop.wait(_CLAIM_RENEWAL):
             with contextlib.suppress(OSError):
-                folder.write(name, json.dumps({**document, "time": time.time()}).encode())
+                folder.write(name, _claim())
 
     keeper = threading.Thread(target=renew, daemon=True)
     try:

@@ -189,11 +189,11 @@ def _fit_on_ray(
 def _state_folder(output: str) -> Path:
     """Return where the state of a run lies: beside the output; for a URI, in this folder."""
     from semid.filesystems import is_uri
-    from semid.tokenizers.encoding import partial_folder
+    from semid.tokenizers.encoding import partial_path
 
     if is_uri(output):
         return Path(f"{output.rstrip('/').rpartition('/')[2]}.partial")
-    return partial_folder(output)
+    return Path(partial_path(output))
 
 
 def _finish(model: Any, output: str, *, overwrite: bool) -> None:
@@ -301,7 +301,7 @@ def encode(
     """
     from semid.catalogue.additions import check_threshold
     from semid.tokenizers.context import check_beam_width
-    from semid.tokenizers.encoding import encode_to_parquet, partial_folder
+    from semid.tokenizers.encoding import encode_to_parquet, partial_path
 
     uses_ray = ray.uses_ray
     if catalogue is None:
@@ -349,7 +349,7 @@ def encode(
         return
     reads = (model, embeddings, source.ids)
     if catalogue is None:
-        hold_output(output, overwrite=overwrite, inputs=reads, state=partial_folder(output))
+        hold_output(output, overwrite=overwrite, inputs=reads, state=partial_path(output))
     elif resume or beam_width is not None:
         raise UsageError(
             "--resume and --beam-width do not go with --catalogue: new items are encoded in one "

@@ -103,7 +103,7 @@ def rank(
     from semid.recommenders.ranking.analysis import analyze_codes
     from semid.recommenders.ranking.training import rank_options, training_device
     from semid.runs import remove_state_folder
-    from semid.tokenizers.encoding import partial_folder
+    from semid.tokenizers.encoding import partial_path
 
     _refuse_unused(context, settings, source, ids=ids, stream=stream, fusion=fusion)
     training_device(source.device)
@@ -113,7 +113,7 @@ def rank(
     training = rank_options(_part(settings, "training"))
     code_settings = {**_part(settings, "features"), "seed": seed}
     semid.CodeFeatures.of(code_settings)  # checked before the log is read
-    reads, state = (logs, source.items, ids), partial_folder(output)
+    reads, state = (logs, source.items, ids), Path(partial_path(output))
     hold_output(output, overwrite=overwrite, inputs=reads, state=state)
     if analyze is not None:
         hold_output(analyze, overwrite=overwrite, inputs=reads)

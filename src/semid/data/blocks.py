@@ -9,12 +9,12 @@ import numpy as np
 
 from semid.data.ids import ItemIds
 
+# Rows of a block: the fixed unit of work whose sums are added in order.
 BLOCK = 65_536
-"""Rows of a block: the fixed unit of work whose sums are added in order."""
 
+# Longest row. Squared distances of longer ones, and sums of a few million of those, come near the
+# end of float32 at 3.4e38.
 MAX_NORM = 1e15
-"""Longest row. Squared distances of longer ones, and sums of a few million of those, come near the
-end of float32 at 3.4e38."""
 
 
 class Flag:

@@ -18,10 +18,8 @@ def storage(kind: pa.DataType) -> pa.DataType:
 
 def is_list(kind: pa.DataType) -> bool:
     """Whether a column of this type holds lists."""
-    kind = storage(kind)
-    return bool(
-        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    )
+    tests = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    return any(test(storage(kind)) for test in tests)
 
 
 def is_float_list(kind: pa.DataType) -> bool:
@@ -44,8 +42,8 @@ def float_list_width(kind: pa.DataType) -> int | None:
     return kind.list_size if pa.types.is_fixed_size_list(kind) else None
 
 
+# What `pyarrow.array` raises for Python values that do not make one column.
 ARROW_CONVERSION_ERRORS = (pa.ArrowException, TypeError, UnicodeError, OverflowError)
-"""What `pyarrow.array` raises for Python values that do not make one column."""
 
 
 def conversion_problem(error: Exception, cast: str) -> str:
@@ -60,11 +58,8 @@ def conversion_problem(error: Exception, cast: str) -> str:
 
 def is_text(kind: pa.DataType) -> bool:
     """Whether a column of this type holds text, dictionary-coded or not."""
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return bool(
-        pa.types.is_string(kind) or pa.types.is_large_string(kind) or kind == pa.string_view()
-    )
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return kind in (pa.string(), pa.large_string(), pa.string_view())
 
 
 def id_type_problem(kind: pa.DataType) -> str | None:
@@ -99,18 +94,18 @@ def common_type(kinds: Sequence[pa.DataType]) -> pa.DataType:
 def concat_tables(tables: Sequence[pa.Table]) -> pa.Table:
     """Join tables of the same columns row by row, each column in its `common_type`."""
     for name in tables[0].column_names if tables else ():
-        kinds = [table.schema.field(name).type for table in tables if name in table.column_names]
-        if len(set(kinds)) > 1 and all(map(is_text, kinds)):
-            tables = [_cast_column(table, name, pa.large_string()) for table in tables]
+        kinds = {table.schema.field(name).type for table in tables if name in table.column_names}
+        if len(kinds) > 1 and all(map(is_text, kinds)):
+            tables = [_to_large_text(table, name) for table in tables]
     return pa.concat_tables(tables, promote_options="permissive")
 
 
-def _cast_column(table: pa.Table, name: str, kind: pa.DataType) -> pa.Table:
+def _to_large_text(table: pa.Table, name: str) -> pa.Table:
     number = table.schema.get_field_index(name)
     if number < 0:
         return table
-    field = table.schema.field(number).with_type(kind)
-    return table.set_column(number, field, table.column(number).cast(kind))
+    field = table.schema.field(number).with_type(pa.large_string())
+    return table.set_column(number, field, table.column(number).cast(pa.large_string()))
 
 
 def normalize_ids(column: Any) -> Any:
@@ -170,10 +165,8 @@ def pick_embedding_column(schema: pa.Schema, column: str | None, *, label: str) 
         )
     kind = schema.field(column).type
     if not is_float_list(kind):
-        raise EmbeddingError(
-            f"column '{column}' of {label} {not_float_list(kind)}"
-            f"{_other_candidates(candidates, flag)}"
-        )
+        hint = f": {listed(candidates)} would do, choose with {flag}" if candidates else ""
+        raise EmbeddingError(f"column '{column}' of {label} {not_float_list(kind)}{hint}")
     return column
 
 
@@ -191,7 +184,3 @@ def listed(names: list[str], most: int = 20) -> str:
     """Return the names quoted and joined, cut after ``most``."""
     shown = ", ".join(f"'{n}'" for n in names[:most])
     return f"{shown}, ... ({len(names)} in all)" if len(names) > most else shown or "no columns"
-
-
-def _other_candidates(candidates: list[str], flag: str) -> str:
-    return f": {listed(candidates)} would do, choose with {flag}" if candidates else ""

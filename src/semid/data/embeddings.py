@@ -98,36 +98,38 @@ def _open_path(
 ) -> EmbeddingSource:
     remote = is_uri(path)
     file = Path(path).expanduser()
-    suffix = file.suffix.lower()
-    if remote and suffix == ".npy":
+    is_npy = file.suffix.lower() == ".npy"
+    if remote and is_npy:
         raise UsageError(
             f"'{path}' is an .npy, which is mapped into memory and so must lie on this machine; "
             "copy it here, or keep embeddings there as Parquet"
         )
-    if suffix == ".npy" and file.is_file():
+    if is_npy and file.is_file():
         _refuse_columns("an .npy file", embedding_column, id_column, ids)
         return open_npy(file, ids=ids)
     files = ParquetFiles.open(path if remote else file)
     column = pick_embedding_column(files.schemas[0], embedding_column, label=files.label)
-    return ParquetSource(
-        files, column, ids=ids if ids is not None else parquet_ids(files, id_column)
-    )
+    ids = parquet_ids(files, id_column) if ids is None else ids
+    return ParquetSource(files, column, ids=ids)
 
 
 def _refuse_columns(
     what: str, embedding_column: str | None, id_column: str | None, ids: ItemIds | None
 ) -> None:
     """Refuse column names for a matrix, which has none, rather than ignore them."""
+    problem = ""
     if embedding_column is not None:
-        raise UsageError(
-            f"{what} has no columns, so --embedding-column (embedding_column='{embedding_column}') "
-            "does not apply; leave it out"
+        problem = (
+            f"--embedding-column (embedding_column='{embedding_column}') does not apply; leave it "
+            "out"
         )
-    if id_column is not None and ids is None:
-        raise UsageError(
-            f"{what} has no columns, so --id-column (id_column='{id_column}') does not apply; name "
-            f"the table with the ids too: --ids items.parquet:{id_column}"
+    elif id_column is not None and ids is None:
+        problem = (
+            f"--id-column (id_column='{id_column}') does not apply; name the table with the ids "
+            f"too: --ids items.parquet:{id_column}"
         )
+    if problem:
+        raise UsageError(f"{what} has no columns, so {problem}")
 
 
 def _drop_invalid(source: EmbeddingSource) -> EmbeddingSource:
@@ -144,11 +146,6 @@ def _drop_invalid(source: EmbeddingSource) -> EmbeddingSource:
     _log.warning(
         "%s: dropped %d of %d rows with null, NaN or infinite values or of another width than %d "
         "(first: item '%s', row %d)",
-        source.label,
-        dropped,
-        len(source),
-        source.dim,
-        source.ids[first],
-        first,
+        *(source.label, dropped, len(source), source.dim, source.ids[first], first),
     )
     return source.subset(usable)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
@@ -18,25 +19,27 @@ from semid.filesystems import FilePath, is_uri, list_files, open_parquet, resolv
 
 PARQUET_SUFFIXES = (".parquet", ".pq", ".parq")
 
+# How much of a file is looked at; a few hundred rows of a table of text.
 HEAD_BYTES = 65_536
-"""How much of a file is looked at; a few hundred rows of a table of text."""
 
 _JSON = re.compile(r"\s*(\{\s*[\"}]|\[\s*[\[{\"\d\-\]])")
-_SEPARATORS = {"\t": "tab", ",": "comma", ";": "semicolon", "|": "bar"}
+_COMMAS = "separate the columns by commas, in a file that ends in .csv"
+_RENAME = "rename it to end in {}; its first line must name the columns"
+_SEPARATORS = {
+    "\t": ("tab", _RENAME.format(".tsv")),
+    ",": ("comma", _RENAME.format(".csv")),
+    ";": ("semicolon", _COMMAS),
+    "|": ("bar", _COMMAS),
+}
 
 _AGAIN = "it is not the data but most likely what a failed download left: download the file again"
-_UNPACK = "decompress it first, for example with: {tool} '{path}'"
 
 
-@dataclass(frozen=True)
-class FileKind:
-    """A kind of file.
+class FileKind(NamedTuple):
+    """A kind of file, which readers compare by ``name``.
 
-    Attributes:
-        name: short name, which readers compare.
-        phrase: what the file is, in a sentence after "is".
-        advice: what to do with it where it cannot be read, with ``{path}``; empty where that
-            depends on the reader.
+    ``phrase`` is what it is, after "is"; ``advice`` what to do with it where it cannot be read,
+    with ``{path}``, empty where that depends on the reader.
     """
 
     name: str
@@ -44,8 +47,15 @@ class FileKind:
     advice: str = ""
 
 
-def _to_parquet(read: str) -> str:
-    return "convert it: pyarrow.parquet.write_table(" + read + ", '{path}.parquet')"
+def _convert(name: str, phrase: str, read: str) -> FileKind:
+    return FileKind(
+        name, phrase, "convert it: pyarrow.parquet.write_table(" + read + ", '{path}.parquet')"
+    )
+
+
+def _compressed(name: str, phrase: str, tool: str) -> FileKind:
+    advice = "decompress it first, for example with: " + tool + " '{path}'"
+    return FileKind(name, f"compressed with {phrase}", advice)
 
 
 EMPTY = FileKind("empty", "empty (0 bytes)", "write or download it again")
@@ -53,48 +63,39 @@ TEXT = FileKind("text", "text")
 JSON = FileKind(
     "json", "JSON", "convert it: pandas.read_json('{path}').to_parquet('{path}.parquet')"
 )
-JSON_LINES = FileKind(
-    "jsonl", "JSON lines (one object per line)", _to_parquet("pyarrow.json.read_json('{path}')")
+JSON_LINES = _convert(
+    "jsonl", "JSON lines (one object per line)", "pyarrow.json.read_json('{path}')"
 )
 PICKLE = FileKind("pickle", "a Python pickle, which is never loaded")
 UTF16 = FileKind("utf16", "text in UTF-16", "save it as UTF-8")
 UNKNOWN = FileKind("unknown", "of a format that semid does not know")
 
+# Binary formats by their first bytes; of text, which may begin with ``ORC`` too, never asked.
 _MAGIC = {
     b"PAR1": FileKind("parquet", "Parquet", "rename it to end in .parquet"),
     b"PARE": FileKind("encrypted", "encrypted Parquet", "decrypt it first"),
     b"\x93NUMPY": FileKind("npy", "a NumPy array (.npy)"),
-    b"ARROW1": FileKind(
-        "arrow",
-        "an Arrow file (.arrow, .feather)",
-        _to_parquet("pyarrow.feather.read_table('{path}')"),
+    b"ARROW1": _convert(
+        "arrow", "an Arrow file (.arrow, .feather)", "pyarrow.feather.read_table('{path}')"
     ),
-    b"FEA1": FileKind(
-        "arrow", "a Feather file", _to_parquet("pyarrow.feather.read_table('{path}')")
+    b"FEA1": _convert("arrow", "a Feather file", "pyarrow.feather.read_table('{path}')"),
+    b"\xff\xff\xff\xff": _convert(
+        "arrow", "an Arrow stream", "pyarrow.ipc.open_stream('{path}').read_all()"
     ),
-    b"\xff\xff\xff\xff": FileKind(
-        "arrow", "an Arrow stream", _to_parquet("pyarrow.ipc.open_stream('{path}').read_all()")
-    ),
-    b"ORC": FileKind("orc", "an ORC file", _to_parquet("pyarrow.orc.read_table('{path}')")),
-    b"\x1f\x8b": FileKind("gzip", "compressed with gzip", _UNPACK.replace("{tool}", "gunzip")),
-    b"BZh": FileKind("bzip2", "compressed with bzip2", _UNPACK.replace("{tool}", "bunzip2")),
-    b"\x28\xb5\x2f\xfd": FileKind(
-        "zstd", "compressed with Zstandard", _UNPACK.replace("{tool}", "unzstd")
-    ),
-    b"\xfd7zXZ\x00": FileKind("xz", "compressed with xz", _UNPACK.replace("{tool}", "unxz")),
+    b"ORC": _convert("orc", "an ORC file", "pyarrow.orc.read_table('{path}')"),
+    b"\x1f\x8b": _compressed("gzip", "gzip", "gunzip"),
+    b"BZh": _compressed("bzip2", "bzip2", "bunzip2"),
+    b"\x28\xb5\x2f\xfd": _compressed("zstd", "Zstandard", "unzstd"),
+    b"\xfd7zXZ\x00": _compressed("xz", "xz", "unxz"),
     b"PK\x03\x04": FileKind("zip", "a zip archive (.zip, .npz, .pt or .xlsx)"),
     b"\x89HDF": FileKind("hdf5", "an HDF5 file"),
     b"Obj\x01": FileKind("avro", "an Avro file"),
     b"SQLite format 3": FileKind("sqlite", "an SQLite database"),
     b"%PDF": FileKind("pdf", "a PDF document"),
-    b"\x80\x02": PICKLE,
-    b"\x80\x03": PICKLE,
-    b"\x80\x04": PICKLE,
-    b"\x80\x05": PICKLE,
+    **{bytes([0x80, protocol]): PICKLE for protocol in (2, 3, 4, 5)},
     b"\xff\xfe": UTF16,
     b"\xfe\xff": UTF16,
 }
-"""Binary formats by their first bytes; of text, which may begin with ``ORC`` too, never asked."""
 
 _POINTERS = {
     "version https://git-lfs.github.com/spec/": FileKind(
@@ -158,29 +159,20 @@ def _recognize_text(text: str, suffix: str, complete: bool) -> FileKind:
         return FileKind("page", "a page of HTML or XML", _AGAIN)
     if _JSON.match(text):
         first, _, rest = text.lstrip().partition("\n")
-        if suffix in (".jsonl", ".ndjson") or (rest.strip() and _is_json(first)):
+        if suffix in (".jsonl", ".ndjson"):
             return JSON_LINES
+        with contextlib.suppress(ValueError):
+            json.loads(first)
+            return JSON_LINES if rest.strip() else JSON
         return JSON
     lines = text.splitlines()
     if not complete:
         lines = lines[:-1] or lines
-    for separator, word in _SEPARATORS.items():
+    for separator, (word, advice) in _SEPARATORS.items():
         widths = {len(row) for row in csv.reader(lines, delimiter=separator) if row}
         if len(widths) == 1 and (columns := widths.pop()) > 1:
-            advice = {
-                "\t": "rename it to end in .tsv; its first line must name the columns",
-                ",": "rename it to end in .csv; its first line must name the columns",
-            }.get(separator, "separate the columns by commas, in a file that ends in .csv")
             return FileKind(word, f"{word}-separated text with {columns} columns", advice)
     return TEXT
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except ValueError:
-        return False
-    return True
 
 
 def wrong_format(
@@ -224,7 +216,14 @@ def find_parquet(path: str | Path, *, expected: str = "table") -> list[FilePath]
         return list(list_files(str(path)))
     place = Path(path).expanduser()
     if is_glob(place):
-        return list(_from_glob(place))
+        parts = place.parts
+        magic = next(i for i, part in enumerate(parts) if any(c in part for c in "*?["))
+        matches = Path(*parts[:magic]).glob(str(Path(*parts[magic:])))
+        if not (files := sorted(file for file in matches if file.is_file())):
+            raise UsageError(
+                f"glob '{place}' matches no file; check the pattern, and quote it on a command line"
+            )
+        return list(files)
     if not place.exists():
         raise UsageError(f"'{path}' does not exist; check the path")
     if place.is_file():
@@ -248,18 +247,6 @@ def find_parquet(path: str | Path, *, expected: str = "table") -> list[FilePath]
             f"by a glob: '{path}/*.parquet'"
         )
     return list(visible)
-
-
-def _from_glob(pattern: Path) -> list[Path]:
-    parts = pattern.parts
-    magic = next(i for i, part in enumerate(parts) if any(c in part for c in "*?["))
-    root = Path(*parts[:magic]) if magic else Path()
-    matches = sorted(file for file in root.glob(str(Path(*parts[magic:]))) if file.is_file())
-    if not matches:
-        raise UsageError(
-            f"glob '{pattern}' matches no file; check the pattern, and quote it on a command line"
-        )
-    return matches
 
 
 def _expected(error: type[InputError]) -> str:
@@ -325,7 +312,7 @@ class ParquetFiles:
     @property
     def count(self) -> int:
         """Rows of all files together."""
-        return sum(sum(groups) for groups in self.row_groups)
+        return sum(map(sum, self.row_groups))
 
     def select(self, parts: Sequence[tuple[int, Sequence[int]]]) -> ParquetFiles:
         """Return row groups, by file number and numbers in it, as files of their own."""

@@ -109,8 +109,8 @@ def _offsets(counts: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
 
+# The parts of `split_users`: 80, 10 and 10 % of the users.
 TRAIN, SELECT, TEST = 0, 1, 2
-"""The parts of `split_users`: 80, 10 and 10 % of the users."""
 
 _ORDER_COLUMNS = ("position", "timestamp")
 _log = logging.getLogger(__name__)
@@ -341,24 +341,21 @@ def _numbers(
         column = column.cast(pa.int32())
     elif pa.types.is_decimal(kind):
         column = column.cast(pa.float64())
-    elif not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
-        problems.append(
-            f"column '{name}' of {label} holds {kind}; give numbers, dates or timestamps "
-            "(ISO 8601 in CSV)"
+    problem = ""
+    if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
+        problem = f"{kind}; give numbers, dates or timestamps (ISO 8601 in CSV)"
+    elif nulls:
+        return np.asarray(column.cast(pa.float64(), safe=False))  # beyond 2^53 rounded
+    elif column.null_count:
+        problem = (
+            f"{column.null_count} nulls, so the order of those rows is unknown; drop them or fill "
+            "in the time"
         )
-        return None
-    if column.null_count and not nulls:
-        problems.append(
-            f"column '{name}' of {label} holds {column.null_count} nulls, so the order of those "
-            "rows is unknown; drop them or fill in the time"
-        )
-        return None
-    if nulls:
-        column = column.cast(pa.float64(), safe=False)  # integers beyond 2^53 are rounded
-    values: np.ndarray = column.to_numpy()
-    if not nulls and values.dtype.kind == "f" and not np.isfinite(values).all():
-        problems.append(
-            f"column '{name}' of {label} holds {int((~np.isfinite(values)).sum())} NaN or infinite "
-            "times; drop those rows"
-        )
-    return values
+    else:
+        values = np.asarray(column)
+        if values.dtype.kind != "f" or np.isfinite(values).all():
+            return values
+        unusable = int((~np.isfinite(values)).sum())
+        problem = f"{unusable} NaN or infinite times; drop those rows"
+    problems.append(f"column '{name}' of {label} holds {problem}")
+    return None

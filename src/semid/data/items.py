@@ -24,7 +24,7 @@ from semid.data.files import (
     wrong_format,
 )
 from semid.data.ids import ItemIds, cast_ids
-from semid.data.tables import Frame, is_csv, library_of, open_frame, open_table
+from semid.data.tables import Frame, csv_delimiter, library_of, open_frame, open_table
 from semid.errors import (
     ArtefactError,
     IdsError,
@@ -132,7 +132,7 @@ def _choose(names: list[str], column: str | None, *, label: str, explicit: bool)
 
 
 def _from_path(path: FilePath, column: str | None) -> ItemIds:
-    if isinstance(path, Path) and is_csv(path):
+    if isinstance(path, Path) and csv_delimiter(path):
         table = open_table(path, error=IdsError)
         name = str(_choose(table.names, column, label=table.label, explicit=True))
         values = table.read([name], text=[name]).column(0)

@@ -17,8 +17,8 @@ from semid.data.ids import ItemIds
 from semid.errors import EmbeddingError, IdsError, UsageError, brief
 from semid.output import atomic_file
 
+# Bytes of an ``.npy`` header; that of a matrix has 118.
 MAX_HEADER = 1 << 16
-"""Bytes of an ``.npy`` header; that of a matrix has 118."""
 
 
 class EmbeddingSource(ABC):

@@ -6,10 +6,11 @@ here: who passes a frame has imported its library already.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from pathlib import Path, PurePath
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -51,9 +52,6 @@ class Frame:
         kind: ``arrow``, ``pandas`` or ``polars``.
         schema: names and Arrow types of the columns (a pandas object column by its first values).
         read: returns a whole column as an Arrow chunked array.
-
-    Attributes:
-        label: the table in the user's words.
     """
 
     def __init__(self, kind: str, schema: pa.Schema, read: Callable[[str], Any]) -> None:
@@ -69,8 +67,7 @@ class Frame:
 
     def chunks(self, name: str) -> Sequence[Chunk]:
         """Return a column in pieces that become Arrow a block at a time."""
-        chunks: Sequence[Chunk] = self.column(name).chunks
-        return chunks
+        return list(self.column(name).chunks)
 
     def value_type(self, name: str) -> str:
         """Return the type of the values in a list column, for logs."""
@@ -83,12 +80,11 @@ class PandasFrame(Frame):
     def __init__(self, frame: Any) -> None:
         # By position: two columns may have one name.
         columns = [(str(name), frame.iloc[:, i]) for i, name in enumerate(frame.columns)]
-        self._series = dict(columns)
         # An index with a name is a column to its owner: often the item id.
         index = frame.index.name
-        if index is not None and str(index) not in self._series:
+        if index is not None and str(index) not in dict(columns):
             columns.append((str(index), frame.index.to_series()))
-            self._series[str(index)] = columns[-1][1]
+        self._series = dict(columns)
         schema = pa.schema([(name, _pandas_type(series)) for name, series in columns])
         super().__init__("pandas", schema, self._to_arrow)
 
@@ -155,12 +151,6 @@ _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _SEPARATED = {"comma", "tab", "semicolon", "bar"}
 
 
-class _Reader(Protocol):
-    def __call__(
-        self, columns: list[str], *, text: Sequence[str], numbers: Sequence[str], coded: bool
-    ) -> pa.Table: ...
-
-
 @dataclass(frozen=True)
 class Table:
     """A table whose columns are read when they are asked for.
@@ -172,7 +162,7 @@ class Table:
 
     names: list[str]
     label: str
-    _read: _Reader
+    _read: Callable[..., pa.Table]
 
     def read(
         self,
@@ -202,13 +192,10 @@ class Table:
 def open_table(
     source: Any, *, what: str = "the table", error: type[InputError] = InputError
 ) -> Table:
-    """Open a table; reads names and types of its columns.
-
-    Shapes: ``source`` (file, folder, glob or URI).
-    """
+    """Open a table in memory, or in a file, folder, glob or URI; reads the names of its columns."""
     if isinstance(source, str | Path):
         path = local_path(source)
-        if path is not None and is_csv(path):
+        if path is not None and csv_delimiter(path):
             return _open_csv(path, f"'{source}'", error)
         files = ParquetFiles.open(source if path is None else path, error=error)
         return Table(
@@ -238,17 +225,10 @@ def open_table(
     )
 
 
-def is_csv(path: Path) -> bool:
-    """Whether a path is named like CSV or TSV, compressed (``.gz``, ``.bz2``) or not."""
-    return bool(_delimiter(path))
-
-
-def _delimiter(path: Path) -> str:
-    """Return the separator that a file's name promises, empty for one that is no CSV."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in (".gz", ".bz2"):
-        suffixes.pop()
-    return _DELIMITERS.get(suffixes[-1], "") if suffixes else ""
+def csv_delimiter(path: Path) -> str:
+    """Return the separator that the name of a CSV or TSV file promises, empty for other files."""
+    name = re.sub(r"\.(gz|bz2)$", "", path.name.lower())
+    return _DELIMITERS.get(PurePath(name).suffix, "")
 
 
 def _open_csv(path: Path, label: str, error: type[InputError]) -> Table:
@@ -282,7 +262,7 @@ def _read_csv(
     """Open a CSV file, apply ``read``, and say what is wrong with a file that is none."""
     if not path.is_file():
         raise UsageError(f"'{path}' does not exist; check the path")
-    delimiter = _delimiter(path)
+    delimiter = csv_delimiter(path)
     try:
         with pa.input_stream(str(path), compression="detect") as stream:
             head = stream.read(HEAD_BYTES)

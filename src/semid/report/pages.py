@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
+from semid.documents import escaped
 from semid.health import Finding, Verdict
-from semid.markdown import escaped
 from semid.report.compare import VERDICTS, VIEWS
 from semid.report.figure import DECLARATIONS, WRITERS, Figure, count, number, share, spoken
 from semid.report.figures import SENSES, comparison_figures, level_name, report_figures

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from semid.markdown import code_span
+from semid.documents import code_span
 from semid.reproduce.claims import Rows
 from semid.reproduce.tables import average, spread
 

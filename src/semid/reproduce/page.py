@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from semid.documents import escaped
 from semid.errors import InputError
-from semid.markdown import escaped
 from semid.output import MARKDOWN_MARK, atomic_file
 from semid.report.figure import Figure
 from semid.report.pages import figure_markdown, render, table

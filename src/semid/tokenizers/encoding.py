@@ -17,7 +17,6 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,14 +47,9 @@ PART_BLOCKS = 4
 KEY_FILE = "run.json"
 
 
-def partial_path(path: FilePath) -> str:
-    """Return where an unfinished run towards ``path`` keeps its parts, on the same file system."""
-    return f"{str(path).rstrip('/')}.partial"
-
-
-def partial_folder(path: str | os.PathLike[str]) -> Path:
-    """Return `partial_path` of an output on this machine."""
-    return Path(partial_path(os.fspath(path)))
+def partial_path(path: FilePath | os.PathLike[str]) -> str:
+    """Return where an unfinished run towards ``path``, a URI too, keeps its parts: beside it."""
+    return f"{os.fspath(path).rstrip('/')}.partial"
 
 
 class RowsDigest:
@@ -272,7 +266,7 @@ def encode_to_parquet(
     opened = open_embeddings(source, ids=ids)
     info = tokenizer.codes_info(beam_width)
     progress = progress or QuietProgress()
-    state = partial_folder(path)
+    state = partial_path(path)
     with claim_output(path, overwrite=overwrite, inputs=[source], state=state):
         key = run_key(asdict(info), json.dumps(opened.describe(), default=str))
         folder = PartFolder(state, info, key)
@@ -298,7 +292,7 @@ def encode_to_parquet(
             folder.clear()
             raise
         schema = ids_schema(opened.ids.to_arrow().type, info)
-        folder.publish(Path(path), parts, schema, overwrite=overwrite, single=True)
+        folder.publish(os.fspath(path), parts, schema, overwrite=overwrite, single=True)
     return sum(part.rows for part in parts if part.encoded)
 
 

@@ -18,9 +18,8 @@ from semid.artefact import read_artefact, write_artefact
 from semid.codes import CodesInfo, SemanticIds
 from semid.data.ids import ItemIds
 from semid.data.tables import Table, open_table
-from semid.documents import checked
+from semid.documents import checked, code_span, escaped
 from semid.errors import InputError, UsageError
-from semid.markdown import code_span, escaped
 from semid.recommenders.ranking.features import CodeFeatures, CodeTable, extend_codes
 from semid.recommenders.ranking.item_table import extend_schema
 from semid.recommenders.ranking.metrics import predict_logits, sigmoid
