@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import importlib
 from pathlib import Path
 
@@ -63,10 +64,46 @@ def test_imports_point_down(path: Path) -> None:
         assert RANK[group] < RANK[own], f"{relative} imports {module}, which lies above it"
 
 
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_modules(path: Path, names: set[str]) -> set[str]:
+    """Modules of semid that a file imports, inside functions too, but not for types alone."""
+    tree = ast.parse(path.read_text(encoding="utf8"))
+    for_types = {
+        id(node)
+        for guard in ast.walk(tree)
+        if isinstance(guard, ast.If) and "TYPE_CHECKING" in ast.unparse(guard.test)
+        for statement in guard.body
+        for node in ast.walk(statement)
+    }
+    modules: set[str] = set()
+    for node in ast.walk(tree):
+        if id(node) in for_types:
+            continue
+        if isinstance(node, ast.Import):
+            modules.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            whole = [f"{node.module}.{alias.name}" for alias in node.names]
+            modules.update(name if name in names else str(node.module) for name in whole)
+    return modules & names - {module_name(path)}
+
+
+def test_no_import_cycles() -> None:
+    names = {module_name(path) for path in MODULES}
+    graph = {module_name(path): imported_modules(path, names) for path in MODULES}
+    assert graph["semid.data.embeddings"] >= {"semid.data.source", "semid.errors"}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(f"these files import each other: {' <- '.join(error.args[1])}")
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_all_is_sorted_and_exists(path: Path) -> None:
-    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
-    name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+    name = module_name(path)
     module = importlib.import_module(name)
     exported = getattr(module, "__all__", None)
     if exported is None:

@@ -44,6 +44,7 @@ def fingerprint(
     Floating arrays are hashed as float32. ``settings`` are those that change what they compute.
     """
     digest = hashlib.sha256()
+    # Names and shapes are hashed too: the same bytes under another name are another model.
     for name in sorted(tensors):
         array = np.asarray(tensors[name])
         kind = "<f4" if array.dtype.kind == "f" else "<i8"

@@ -168,23 +168,20 @@ def ids_table(
     schema = ids_schema(items.type, info, model_codes=model_codes is not None)
     columns = [
         items,
-        _codes_column(codes, info.codebook_sizes, schema.field("codes").type),
+        _codes_column(codes, info.codebook_sizes),
         pa.array(residual_norms, type=pa.float32()),
     ]
     if model_codes is not None:
-        kind = schema.field("model_codes").type
-        columns.append(_codes_column(model_codes, info.model_sizes, kind))
+        columns.append(_codes_column(model_codes, info.model_sizes))
     return pa.Table.from_arrays(columns, schema=schema)
 
 
-def _codes_column(
-    codes: npt.NDArray[np.integer[Any]], sizes: Sequence[int], kind: pa.DataType
-) -> pa.Array:
-    problems = _misfits(codes, sizes, "codes")
-    if problems:
+def _codes_column(codes: npt.NDArray[np.integer[Any]], sizes: Sequence[int]) -> pa.Array:
+    if problems := _misfits(codes, sizes, "codes"):
         raise InputError(problems)
+    # Arrow views the flat array as lists of one width; nothing is copied again.
     flat = np.ascontiguousarray(codes, dtype=code_dtype(sizes)).reshape(-1)
-    return pa.FixedSizeListArray.from_arrays(pa.array(flat), type=kind)
+    return pa.FixedSizeListArray.from_arrays(pa.array(flat), type=_codes_type(sizes))
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,11 +205,7 @@ class SemanticIds:
     model_codes: npt.NDArray[np.unsignedinteger[Any]] | None = None
 
     def __post_init__(self) -> None:
-        """Check shapes and ranges.
-
-        Raises:
-            InputError: listing everything that does not fit.
-        """
+        """Check shapes and ranges; an InputError lists everything that does not fit."""
         object.__setattr__(self, "codes", np.asarray(self.codes))
         problems = _misfits(self.codes, self.info.codebook_sizes, "codes")
         if self.model_codes is not None:
@@ -228,12 +221,11 @@ class SemanticIds:
             )
         if problems:
             raise InputError(problems)
-        object.__setattr__(
-            self, "codes", self.codes.astype(code_dtype(self.info.codebook_sizes), copy=False)
-        )
-        if self.model_codes is not None:
-            model_codes = self.model_codes.astype(code_dtype(self.info.model_sizes), copy=False)
-            object.__setattr__(self, "model_codes", model_codes)
+        sizes = {"codes": self.info.codebook_sizes, "model_codes": self.info.model_sizes}
+        for name, codebook_sizes in sizes.items():
+            if (codes := getattr(self, name)) is not None:
+                codes = codes.astype(code_dtype(codebook_sizes), copy=False)
+                object.__setattr__(self, name, codes)
 
     def __len__(self) -> int:
         """Count the items."""
@@ -262,9 +254,7 @@ class SemanticIds:
     def lookup(self, items: Any) -> npt.NDArray[np.unsignedinteger[Any]]:
         """Return the codes of one item ``(levels,)`` or of several ``(n, levels)``.
 
-        Args:
-            items: an item id, or a sequence or array of them: strings or integers. ``7`` and
-                ``"7"`` are one id.
+        ``items`` is an id, or a sequence or array of them; ``7`` and ``"7"`` are one id.
 
         Raises:
             UsageError: something else than strings and integers.
@@ -306,11 +296,7 @@ class SemanticIds:
         return np.flatnonzero(match)
 
     def check_codebook(self, codebook_fingerprint: str) -> None:
-        """Refuse to go on with codes of another codebook.
-
-        Raises:
-            FingerprintError: if the fingerprints differ.
-        """
+        """Raise a FingerprintError if the codes are those of another codebook."""
         if self.info.codebook_fingerprint != codebook_fingerprint:
             raise FingerprintError(
                 "these ids were made with another codebook "
@@ -320,11 +306,7 @@ class SemanticIds:
             )
 
     def write(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Write one Parquet file atomically.
-
-        Raises:
-            OutputExistsError: if ``path`` exists and ``overwrite`` is false.
-        """
+        """Write one Parquet file atomically; OutputExistsError if it exists, unless replaced."""
         with atomic_file(path, overwrite=overwrite) as work:
             pq.write_table(self.to_arrow(), work, **PARQUET_OPTIONS)
 
@@ -343,8 +325,7 @@ class SemanticIds:
         """Read what `write` or ``semid encode`` wrote: a file, a folder of files, or a URI.
 
         Raises:
-            ArtefactError: if the file is missing, truncated, or no semid ids file, or if files of
-                a folder belong to different models.
+            ArtefactError: if a file is missing or unreadable, or files belong to different models.
             IdsError: if item ids repeat.
         """
         source = str(path) if is_uri(path) else Path(path)
@@ -355,6 +336,7 @@ class SemanticIds:
             for file in find_parquet(source):
                 with open_parquet(file) as parquet:
                     tables.append(parquet.read())
+            # One model for all files, or the codes mean different things.
             infos = {CodesInfo.from_metadata(t.schema.metadata, path=path) for t in tables}
             if len(infos) > 1:
                 raise ArtefactError(
@@ -376,8 +358,7 @@ class SemanticIds:
         """Read what `to_arrow` gave; arguments and errors as for `read`."""
         info = CodesInfo.from_metadata(table.schema.metadata, path=path)
         columns = ("item_id", "codes", "residual_norm")
-        missing = [c for c in columns if table.column_names.count(c) != 1]
-        if missing:
+        if missing := [c for c in columns if table.column_names.count(c) != 1]:
             raise ArtefactError(f"'{path}' lacks the columns {', '.join(missing)}; encode it again")
         norms = table["residual_norm"]
         if not pa.types.is_floating(norms.type):

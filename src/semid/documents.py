@@ -193,11 +193,8 @@ def alternatives(hint: Any) -> tuple[Any, ...]:
 def fits(value: Any, hint: Any, *, inside: bool = True) -> bool:
     """Whether a value is of the hinted type; hints that cannot be checked fit everything.
 
-    Args:
-        value: the value; numpy's numbers and arrays count as Python's.
-        hint: a type, a union, or a sequence or mapping of types. Whole numbers have 64 bits, as
-            in files.
-        inside: also check what a sequence holds.
+    numpy's numbers and arrays count as Python's, whole numbers have 64 bits, as in files;
+    ``inside`` checks what a sequence holds too.
     """
     options = alternatives(hint)
     if len(options) > 1:

@@ -26,11 +26,7 @@ class UsageError(SemidError, ValueError):
 
 
 class InputError(SemidError, ValueError):
-    """Data that cannot be used. Carries every problem found, not only the first.
-
-    Args:
-        problems: one sentence a problem, or a single sentence.
-    """
+    """Data that cannot be used, with every problem found: one sentence per problem."""
 
     def __init__(self, problems: str | Sequence[str]) -> None:
         self.problems = (problems,) if isinstance(problems, str) else tuple(problems)

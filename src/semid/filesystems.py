@@ -171,6 +171,7 @@ class Folder:
         self.path = path
         self._fs, self._inner = resolve(path)
         self._inner = self._inner.rstrip("/")
+        self._is_local = isinstance(self._fs, arrow_fs.LocalFileSystem)
 
     def __str__(self) -> str:
         return str(self.path)
@@ -196,19 +197,19 @@ class Folder:
 
     def write(self, name: str, data: Any) -> None:
         """Write bytes or an Arrow buffer as one file, whole or not at all."""
-        if isinstance(self._fs, arrow_fs.LocalFileSystem):
-            with self.stream(name) as stream:
-                stream.write(data)
-            return
-        self._fs.create_dir(self._inner, recursive=True)
-        with self._fs.open_output_stream(self._at(name)) as stream:  # shown when it is complete
+        if self._is_local:
+            opened = self.stream(name)
+        else:  # shown when it is complete
+            self._fs.create_dir(self._inner, recursive=True)
+            opened = self._fs.open_output_stream(self._at(name))
+        with opened as stream:
             stream.write(data)
 
     @contextlib.contextmanager
     def stream(self, name: str) -> Iterator[Any]:
         """Open a file to be written in pieces; it appears when the block ends without an error."""
         self._fs.create_dir(self._inner, recursive=True)
-        if not isinstance(self._fs, arrow_fs.LocalFileSystem):
+        if not self._is_local:
             # Object stores show a file when its upload is complete. An upload that fails is
             # completed by closing the stream, so it goes to another name first.
             work = self._at(f".{name}.{secrets.token_hex(8)}.tmp")

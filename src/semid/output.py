@@ -97,6 +97,7 @@ def _check_parent(path: Any, target: Path) -> None:
 
 
 def _check_inputs(path: Any, target: Path, inputs: Iterable[Any]) -> None:
+    # Real paths, so that no link hides that output and input are one.
     real = Path(os.path.realpath(target))
     for name in inputs:
         for source in _input_paths(name):

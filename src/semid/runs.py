@@ -221,7 +221,7 @@ def check_state_folder(path: FilePath | os.PathLike[str]) -> None:
         raise OutputExistsError(
             f"'{path}' is where the unfinished run is kept, and it is not a folder; move it away"
         )
-    for name in sorted(list_sizes(str(path) if local is None else local) or {}):
+    for name in sorted(list_sizes(local or str(path)) or {}):
         if _STATE_NAME.fullmatch(name) is None:
             raise OutputExistsError(
                 f"'{path}' is where the unfinished run is kept, and it holds '{name}', which "
@@ -234,7 +234,7 @@ def remove_state_folder(path: FilePath | os.PathLike[str]) -> None:
     local = local_path(path)
     if local is not None and local.is_symlink():
         return
-    folder = Folder(str(path) if local is None else local)
+    folder = Folder(local or str(path))
     for name in list_sizes(folder.path) or {}:
         if _STATE_NAME.fullmatch(name):
             folder.remove_file(name)

@@ -68,6 +68,7 @@ def reblock(pieces: Iterable[RawBlock], size: int) -> Iterator[RawBlock]:
     count = 0
     for piece in pieces:
         start = 0
+        # Each slice fills the current block up, or is what the piece still has.
         while start < len(piece.values):
             stop = min(start + size - count, len(piece.values))
             flags = None if piece.flags is None else piece.flags[start:stop]
@@ -179,12 +180,14 @@ class RowProblems:
 
     def add(self, raw: RawBlock, rows: np.ndarray) -> np.ndarray:
         """Count one block whose rows are numbered ``rows``; return the mask of its usable rows."""
+        # The cheap test passes for nearly every block; rows are told apart only where it fails.
         clean: np.ndarray = np.ones(len(raw.values), dtype=bool)
         if not within_range(raw.values):
             clean = squared_norms(raw.values) <= MAX_NORM**2
         if raw.flags is None and clean.all():
             return clean
         unflagged = raw.flag_bits == 0
+        # Flagged rows are filled with NaN, so the values of the others alone are classified.
         kinds = {bit: (raw.flag_bits & bit) != 0 for bit in (1, 2, 4)}
         kinds[_NAN] = unflagged & np.isnan(raw.values).any(axis=1)
         kinds[_INFINITE] = unflagged & np.isinf(raw.values).any(axis=1)

@@ -87,6 +87,7 @@ def common_type(kinds: Sequence[pa.DataType]) -> pa.DataType:
     """
     if len(set(kinds)) > 1 and all(map(is_text, kinds)):
         return pa.large_string()
+    # Arrow widens numbers by itself; text of 32 and 64-bit offsets it does not join.
     schemas = [pa.schema([("column", kind)]) for kind in kinds]
     return pa.unify_schemas(schemas, promote_options="permissive").field(0).type
 
@@ -117,6 +118,7 @@ def normalize_ids(column: Any) -> Any:
         return column.cast(pa.large_string())
     if not pa.types.is_dictionary(column.type):
         return column
+    # Nulls among the values of a dictionary are not in `null_count`.
     chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
     if any(chunk.dictionary.null_count for chunk in chunks):
         return column.cast(column.type.value_type)

@@ -64,6 +64,7 @@ def open_embeddings(
 def _open(
     source: Any, ids: Any, embedding_column: str | None, id_column: str | None
 ) -> EmbeddingSource:
+    # Ids from elsewhere go before a column beside the embeddings.
     separate = None if ids is None else load_ids(ids, id_column=id_column)
     if isinstance(source, str | Path):
         return _open_path(source, separate, embedding_column, id_column)

@@ -127,6 +127,7 @@ def recognize(head: bytes, path: FilePath = "") -> FileKind:
     if not head:
         return EMPTY
     suffix = PurePath(str(path)).suffix.lower()
+    # Text is looked at first: an id may begin with ORC or PAR1 too.
     text = _decode(head)
     if text is not None and not (head.startswith(b"PAR1") and suffix in PARQUET_SUFFIXES):
         return _recognize_text(text, suffix, len(head) < HEAD_BYTES)
@@ -165,10 +166,12 @@ def _recognize_text(text: str, suffix: str, complete: bool) -> FileKind:
             json.loads(first)
             return JSON_LINES if rest.strip() else JSON
         return JSON
+    # The last line of an incomplete head may be cut and is not counted.
     lines = text.splitlines()
     if not complete:
         lines = lines[:-1] or lines
     for separator, (word, advice) in _SEPARATORS.items():
+        # A table has the same number of columns, more than one, in every line.
         widths = {len(row) for row in csv.reader(lines, delimiter=separator) if row}
         if len(widths) == 1 and (columns := widths.pop()) > 1:
             return FileKind(word, f"{word}-separated text with {columns} columns", advice)
@@ -237,6 +240,7 @@ def find_parquet(path: str | Path, *, expected: str = "table") -> list[FilePath]
     ]
     if not visible:
         raise UsageError(f"folder '{path}' holds no files; name a folder of Parquet files")
+    # Files of other kinds are refused, since leaving them out would lose rows unnoticed.
     strangers = [file for file in visible if file.suffix.lower() not in PARQUET_SUFFIXES]
     if len(strangers) == len(visible) and (sentence := wrong_format(visible[0], expected)):
         raise UsageError(f"folder '{path}' holds no Parquet files: {sentence}")

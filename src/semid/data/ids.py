@@ -57,6 +57,7 @@ def share_mask(hashes: np.ndarray, start: float, stop: float) -> np.ndarray:
     """
     if not 0.0 <= start <= stop <= 1.0:
         raise UsageError(f"a share from {start} to {stop} is not within 0 and 1")
+    # The share as integers: a comparison in floating point would blur its ends.
     low, high = round(start * 2**64), round(stop * 2**64)
     # 2**64 itself does not fit in 64 bits, and is above every hash.
     above = hashes >= np.uint64(low) if low <= _MASK else np.zeros(len(hashes), dtype=bool)
@@ -224,6 +225,7 @@ class ItemIds:
     def whitespace_hint(self, ids: Any) -> str:
         """Say how many unknown ids (n,) are known without the spaces around them, or nothing."""
         unknown = _to_strings(_to_arrow(ids, "ids looked up", allow_null=True))
+        # Spaces on one side are the most frequent reason for ids that do not match.
         trimmed = pc.utf8_trim_whitespace(unknown)
         rows = int((self.index_of(trimmed) >= 0).sum())
         if not rows and len(self):
@@ -239,6 +241,7 @@ class ItemIds:
 
         See `semid.data.ids` for the algorithm. Works in blocks of 65,536 ids.
         """
+        # Row numbers are written as text for one block at a time.
         starts = range(0, self._count, _BLOCK)
         blocks = [hash_strings(self.strings(a, a + _BLOCK), salt=salt) for a in starts]
         return np.concatenate([np.empty(0, np.uint64), *blocks])
@@ -294,6 +297,7 @@ def cast_ids(values: Any, kind: pa.DataType, *, source: str) -> pa.Array:
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if plain.type == kind:
         return plain
+    # A cast there and back shows whether "007" or 2**60 stays what it is.
     text = _to_strings(plain)
     try:
         cast = text.cast(kind)

@@ -87,6 +87,7 @@ class Sequences:
                 "consecutive items need an order and the interactions have none; give them a "
                 "column 'position' or 'timestamp', or name one with --time-column (time_column=)"
             )
+        # Neighbors in the flat array are consecutive where one user owns both and both are known.
         owner = np.repeat(np.arange(len(self), dtype=np.int32), self.lengths)
         first, second = self.items[:-1], self.items[1:]
         keep = (owner[:-1] == owner[1:]) & (first >= 0) & (second >= 0)
@@ -192,26 +193,25 @@ class Interactions:
                 f"{ids.whitespace_hint(self.item_ids)}"
             )
         if missing:
-            share = (rows < 0)[self.items].mean()
+            hint = ids.whitespace_hint(self.item_ids.filter(pa.array(rows < 0)))
+            percent = 100 * (rows < 0)[self.items].mean()
             _log.warning(
                 "%s: %d of %d items are not in the catalogue; the %.2f %% of interactions with "
                 "them count as gaps%s",
-                self.label,
-                missing,
-                len(rows),
-                100 * share,
-                ids.whitespace_hint(self.item_ids.filter(pa.array(rows < 0))),
+                *(self.label, missing, len(rows), percent, hint),
             )
         return rows.astype(np.int32)
 
     def _ranks(self) -> np.ndarray | None:
         """Return the rows sorted by user and order, or None if they stand so already."""
         same_user = self.users[1:] == self.users[:-1]
+        # Most logs are written in order; then nothing is sorted.
         grouped = bool((self.users[1:] >= self.users[:-1]).all())
         if self.order is None:
             return None if grouped else np.argsort(self.users, kind="stable")
         if grouped and bool((~same_user | (self.order[1:] >= self.order[:-1])).all()):
             return None
+        # Two stable sorts: by time, then by user, so that ties keep the order of the file.
         by_time = np.argsort(self.order, kind="stable")
         return by_time[np.argsort(self.users[by_time], kind="stable")]
 
@@ -295,10 +295,12 @@ def split_users(users: Any, *, salt: str = "users") -> np.ndarray:
     Returns an int8 array of `TRAIN` (0), `SELECT` (1) or `TEST` (2). New users leave the split of
     the others unchanged; another salt gives an independent split.
     """
+    # Ids as text: the user 7 belongs to the same part as the user "7".
     array = users if isinstance(users, pa.Array | pa.ChunkedArray) else pa.array(users)
     if pa.types.is_dictionary(array.type):
         array = array.cast(array.type.value_type)
     hashes = hash_strings(array.cast(pa.large_string()), salt=salt)
+    # Shares of the range of hashes do not depend on which users there are.
     part = np.full(len(hashes), TRAIN, dtype=np.int8)
     part[share_mask(hashes, 0.8, 0.9)] = SELECT
     part[share_mask(hashes, 0.9, 1.0)] = TEST

@@ -118,9 +118,7 @@ def _choose(names: list[str], column: str | None, *, label: str, explicit: bool)
     if not explicit:
         _log.warning(
             "%s has no column '%s': items are named by row number; name the column with %s",
-            label,
-            DEFAULT_ID_COLUMN,
-            _FLAG,
+            *(label, DEFAULT_ID_COLUMN, _FLAG),
         )
         return None
     if len(names) == 1:
@@ -211,6 +209,7 @@ def _lines(path: Path, data: bytes) -> list[str]:
 def _by_row_number(lines: list[str]) -> pa.Array | None:
     """Return the ids of lines ``id<TAB>row number`` by row; None unless each row occurs once."""
     pairs = [line.split("\t") for line in lines]
+    # LC-Rec writes a row number behind each id, in any order.
     ids = {int(p[1]): p[0] for p in pairs if len(p) == 2 and p[1].isascii() and p[1].isdigit()}
     if len(ids) != len(lines) or max(ids) != len(lines) - 1:
         return None
@@ -225,10 +224,7 @@ def code_rows(
     where: str,
     error: type[SemidError] = ArtefactError,
 ) -> npt.NDArray[Any]:
-    """Return a column of lists as ``(items, levels)`` integers of its own type.
-
-    Anything else than as many integers for every item raises ``error`` naming ``where``.
-    """
+    """Return a column of lists of ``levels`` integers as a matrix, or raise ``error``."""
     column = table[name]
     if not is_list(column.type) or not pa.types.is_integer(column.type.value_type):
         raise error(f"column '{name}' of {where} holds {column.type}; codes are lists of integers")
@@ -322,6 +318,7 @@ class ItemTexts:
                 f"like {ids.example}, the table's like {self.ids.example}; check --id-column "
                 f"(id_column=){self.ids.whitespace_hint(ids.strings(0, 65_536))}"
             )
+        # A masked row number draws a null, which becomes an empty text.
         take = pa.array(rows, mask=rows < 0)
         columns = {
             name: None if column is None else column.take(take).fill_null("")
@@ -362,6 +359,7 @@ def read_items(
     table = opened.read(read, text=read)  # a title such as 1984 is no number
     columns = {c: _texts(table, c) for c in text_columns}
     text = columns.get("text")
+    # An item without a title is called by its text.
     titles = _texts(table, title_column) if title_column else columns.get("title", text)
     if text is not None:
         titles = pc.if_else(pc.equal(titles, ""), text, titles)

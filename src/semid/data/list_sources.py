@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,8 +28,7 @@ from semid.filesystems import FilePath
 
 def row_lengths(array: Any) -> np.ndarray:
     """Return the lengths of the lists (n,) of an Arrow array of variable lists, nulls left out."""
-    lengths: np.ndarray = pc.list_value_length(_plain(array)).drop_null().to_numpy()
-    return lengths
+    return np.asarray(pc.list_value_length(_plain(array)).drop_null())
 
 
 def most_common_width(lengths: Iterable[np.ndarray], rows: int) -> int | None:
@@ -41,6 +40,7 @@ def most_common_width(lengths: Iterable[np.ndarray], rows: int) -> int | None:
     votes: Counter[int] = Counter()
     empty = False
     for part in lengths:
+        # Widths of a piece vote in the order in which they first occur.
         empty |= bool((part == 0).any())
         widths, first, counts = np.unique(part[part > 0], return_index=True, return_counts=True)
         for place in np.argsort(first):
@@ -77,6 +77,7 @@ def list_rows(array: Any, dim: int) -> RawBlock:
         return RawBlock(values, flags if flags.any() else None, shared)
     values = np.full((n, dim), np.nan, dtype=np.float32)
     if len(whole):
+        # Rows of the right width lie apart, so their values are drawn one by one.
         where = (offsets[whole][:, None] + np.arange(dim)).reshape(-1)
         values[whole], _, broken = _floats(array.values.take(pa.array(where)), len(whole), dim)
         flags[whole[broken]] = Flag.NULL_VALUE
@@ -88,6 +89,7 @@ def _floats(children: Any, n: int, width: int) -> tuple[np.ndarray, bool, np.nda
     """Return child values as (n, width) float32, whether shared, and the rows holding a null."""
     broken = np.zeros(n, dtype=bool)
     if children.null_count:
+        # A null child leaves its row unusable.
         nulls = children.is_null().to_numpy(zero_copy_only=False)
         broken = nulls.reshape(n, width).any(axis=1)
     flat = children.to_numpy(zero_copy_only=not children.null_count)
@@ -98,18 +100,6 @@ def _floats(children: Any, n: int, width: int) -> tuple[np.ndarray, bool, np.nda
 
 def _plain(array: Any) -> Any:
     return array.storage if isinstance(array, pa.ExtensionArray) else array
-
-
-class Chunk(Protocol):
-    """A run of rows that can be cut and drawn from as Arrow; an Arrow array is one."""
-
-    def __len__(self) -> int: ...
-
-    def slice(self, offset: int, length: int) -> Any:
-        """Return ``length`` rows from ``offset`` as an Arrow array."""
-
-    def take(self, indices: Any) -> Any:
-        """Return the rows at an Arrow array of indices as an Arrow array."""
 
 
 class ObjectChunk:
@@ -150,7 +140,9 @@ class ObjectChunk:
 
 
 class ArrowSource(EmbeddingSource):
-    """A column of float lists; see `list_rows` for what is viewed and what copied.
+    """A column of float lists, in chunks that are Arrow arrays or `ObjectChunk`.
+
+    See `list_rows` for what is viewed and what copied.
 
     Raises:
         EmbeddingError: no rows, nothing but nulls, or rows of width 0.
@@ -159,7 +151,7 @@ class ArrowSource(EmbeddingSource):
 
     def __init__(
         self,
-        chunks: Sequence[Chunk],
+        chunks: Sequence[Any],
         *,
         dtype: str,
         ids: ItemIds | None = None,
@@ -190,6 +182,7 @@ class ArrowSource(EmbeddingSource):
         return gather(len(indices), self.dim, self._parts(indices))
 
     def _parts(self, indices: np.ndarray) -> Iterator[tuple[np.ndarray, RawBlock]]:
+        # Each chunk is read once, for all rows that lie in it.
         chunk_of = np.searchsorted(self._starts, indices, side="right") - 1
         for number in np.unique(chunk_of):
             places = np.flatnonzero(chunk_of == number)
@@ -313,6 +306,7 @@ class ParquetSource(EmbeddingSource):
         """Read from the row group on that row ``first`` lies in."""
         stop = 0
         for file, groups in enumerate(self._files.row_groups):
+            # Row groups that end before row `first` are skipped without being decoded.
             ends = stop + np.cumsum(groups, dtype=np.int64)
             needed = np.flatnonzero(ends > first).tolist()
             start = stop + sum(groups[: len(groups) - len(needed)])

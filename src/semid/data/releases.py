@@ -133,6 +133,7 @@ def make_release(
         raise UsageError(f"--core {core} (core=): give 0 or more")
     user_ids: dict[str, int] = {}
     item_ids: dict[str, int] = {}
+    # 24 bytes per interaction; ids are numbered in order of first appearance.
     log = np.fromiter(
         (
             (
@@ -154,6 +155,7 @@ def make_release(
         )
     order = np.flatnonzero(mask)
     order = order[np.lexsort((log["time"][order], users[order]))]  # stable: ties keep their order
+    # Users stand together now, so a position is the distance to the first row of the user.
     starts = np.searchsorted(users[order], users[order])
     user_names = pa.array(list(user_ids), pa.large_string())
     item_names = pa.array(list(item_ids), pa.large_string())
@@ -166,6 +168,7 @@ def make_release(
             "rating": log["rating"][order],
         }
     )
+    # Only items that occur in the k-core are described.
     names = item_names.take(pa.array(np.unique(items[order]))).to_pylist()
     facts = [described.get(name, ("", "", "")) for name in names]
     texts = [item_text(*fact) for fact in facts]

@@ -214,6 +214,7 @@ class SubsetSource(EmbeddingSource):
         rows = _check_indices(mask_or_indices, len(base))
         if len(np.unique(rows)) != len(rows):
             raise UsageError("the row numbers of a subset repeat; name every row once")
+        # A view of a view would look rows up twice.
         if isinstance(base, SubsetSource):
             view = cls(base.base, base.indices[rows])
             view.ids = base.ids.take(rows)
@@ -232,6 +233,7 @@ class SubsetSource(EmbeddingSource):
         if first >= len(self):
             return
         # One pass over the base, which reads its rows in order only.
+        # Blocks before that of the first row asked for are not read.
         start = int(self.indices[first]) // BLOCK * BLOCK
         for raw in self.base._raw_blocks(BLOCK, start):
             stop = start + len(raw.values)
@@ -271,17 +273,14 @@ class ArraySource(EmbeddingSource):
                 f"{label} is a masked array; fill or drop the masked rows first, for example with "
                 "x.filled(numpy.nan) and on_invalid='skip'"
             )
-        if array.dtype.kind != "f" or array.dtype.itemsize > 8:
-            raise EmbeddingError(_refused_type(label, str(array.dtype)))
+        _refuse_type(label, array.dtype)
         self._set_shape(label, array.shape, ids)
         self._array = array
         self._path = path
 
     def describe(self) -> dict[str, Any]:
         """Return kind, path, dtype, items and dim."""
-        facts: dict[str, Any] = {"kind": "npy" if self._path else "array"}
-        if self._path:
-            facts["path"] = str(self._path)
+        facts = {"kind": "npy", "path": str(self._path)} if self._path else {"kind": "array"}
         return {**facts, "dtype": str(self._array.dtype), "items": len(self), "dim": self.dim}
 
     def _pieces(self, size: int, first: int) -> Iterator[RawBlock]:
@@ -306,7 +305,7 @@ class TensorSource(EmbeddingSource):
         self, tensor: Any, *, ids: ItemIds | None = None, label: str = "the tensor"
     ) -> None:
         if not tensor.is_floating_point():
-            raise EmbeddingError(_refused_type(label, str(tensor.dtype)))
+            raise EmbeddingError(_WRONG_TYPE.format(label, tensor.dtype))
         if tensor.device.type == "meta":
             raise EmbeddingError(f"{label} is on the device 'meta' and holds no values")
         if tensor.is_nested:
@@ -322,13 +321,13 @@ class TensorSource(EmbeddingSource):
             "kind": "tensor",
             "device": str(self._tensor.device),
             "dtype": str(self._tensor.dtype).removeprefix("torch."),
-            "items": len(self),
-            "dim": self.dim,
+            **{"items": len(self), "dim": self.dim},
         }
 
     def _pieces(self, size: int, first: int) -> Iterator[RawBlock]:
         for start in range(first, len(self), size):
             part = self._tensor[start : start + size]
+            # `.cpu()` and `.float()` copy only where the tensor is elsewhere or of another type.
             values = np.ascontiguousarray(part.cpu().float().numpy())
             address = values.__array_interface__["data"][0]
             yield RawBlock(values, None, shared=address == part.data_ptr())
@@ -349,9 +348,9 @@ def open_npy(path: Path, *, ids: ItemIds | None = None) -> ArraySource:
             f"{label} holds pickled Python objects, which are never loaded; save a numeric matrix "
             "instead: numpy.save(path, numpy.stack(rows).astype('float32'))"
         )
-    if dtype.kind != "f" or dtype.itemsize > 8:
-        raise EmbeddingError(_refused_type(label, str(dtype)))
+    _refuse_type(label, dtype)
     check_matrix(label, shape)
+    # Python integers: the product of a damaged header can exceed 64 bits.
     needed = offset + dtype.itemsize * int(np.prod(shape, dtype=object))
     size = path.stat().st_size
     if size < needed:
@@ -368,13 +367,13 @@ def open_npy(path: Path, *, ids: ItemIds | None = None) -> ArraySource:
 def check_matrix(label: str, shape: tuple[int, ...]) -> None:
     """Refuse what is not a matrix with at least one row and one column."""
     if len(shape) != 2:
-        hint = ""
-        if len(shape) == 1:
-            hint = "; for one item, x[None, :]"
-        elif len(shape) == 3:
-            hint = "; average or select one vector per item, or x.reshape(len(x), -1)"
+        hints = {
+            1: "; for one item, x[None, :]",
+            3: "; average or select one vector per item, or x.reshape(len(x), -1)",
+        }
         raise EmbeddingError(
-            f"{label} has shape {tuple(shape)}; embeddings are a matrix (items, width){hint}"
+            f"{label} has shape {tuple(shape)}; embeddings are a matrix (items, width)"
+            f"{hints.get(len(shape), '')}"
         )
     if shape[0] == 0 or shape[1] == 0:
         what = "no rows" if shape[0] == 0 else "rows of width 0"
@@ -383,11 +382,15 @@ def check_matrix(label: str, shape: tuple[int, ...]) -> None:
         )
 
 
-def _refused_type(label: str, dtype: str) -> str:
-    return (
-        f"{label} holds {dtype}; embeddings are float16, float32 or float64. Convert real numbers "
-        "with x.astype('float32'); item ids or codes are not embeddings"
-    )
+_WRONG_TYPE = (
+    "{} holds {}; embeddings are float16, float32 or float64. Convert real numbers with "
+    "x.astype('float32'); item ids or codes are not embeddings"
+)
+
+
+def _refuse_type(label: str, dtype: np.dtype[Any]) -> None:
+    if dtype.kind != "f" or dtype.itemsize > 8:
+        raise EmbeddingError(_WRONG_TYPE.format(label, dtype))
 
 
 def _read_header(path: Path) -> tuple[np.dtype[Any], bool, tuple[int, ...], int]:
@@ -417,20 +420,12 @@ def _read_header(path: Path) -> tuple[np.dtype[Any], bool, tuple[int, ...], int]
         return dtype, header["fortran_order"], shape, 8 + width + length
     except OSError as error:
         raise UsageError(f"'{path}' cannot be read: {error.strerror or error}") from error
-    except (
-        ValueError,
-        IndexError,
-        KeyError,
-        TypeError,
-        SyntaxError,
-        MemoryError,  # ast's word, as RecursionError, for nesting without end
-        RecursionError,
-    ) as error:
-        sentence = wrong_format(path, "embeddings", allowed="npy")
-        endless = isinstance(error, MemoryError | RecursionError)
-        problem = "its header is nested too deeply" if endless else brief(error)
-        raise EmbeddingError(
-            f"'{path}' is not an .npy file ({problem}); write it with numpy.save"
-            if sentence is None
-            else f"{sentence} (its name ends in .npy, and it is not an .npy file)"
-        ) from error
+    # Nesting without end is a MemoryError or a RecursionError of ast.
+    except (ValueError, LookupError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
+        if sentence := wrong_format(path, "embeddings", allowed="npy"):
+            sentence += " (its name ends in .npy, and it is not an .npy file)"
+        else:
+            endless = isinstance(error, MemoryError | RecursionError)
+            problem = "its header is nested too deeply" if endless else brief(error)
+            sentence = f"'{path}' is not an .npy file ({problem}); write it with numpy.save"
+        raise EmbeddingError(sentence) from error

@@ -173,6 +173,7 @@ def walk(
             low = sorted_niche[places[still, step - 1]] // span[kind] * span[kind]
             places[still, step] = draw(rng, low, np.minimum(low + span[kind], span[-1]))
             reach[still, step] = kind
+        # Eight days on average between two interactions, from a start in the first three years.
         gaps = rng.exponential(8.0 * _DAY, (_UNIT, longest)).astype(np.int64) + 1
         gaps[:, 0] = rng.integers(0, 3 * 365 * _DAY, _UNIT)
         inside = np.arange(longest) < lengths[:, None]
@@ -314,6 +315,7 @@ class SyntheticCatalogue:
     def _tables(self) -> dict[str, np.ndarray]:
         """Vectors that items share, each about as long as its level weighs."""
         rng = self._generator(_TABLES)
+        # Embeddings of texts have few strong directions; the lengths fall like 1/sqrt(rank).
         spectrum = (1.0 + np.arange(self.dim)) ** -0.5
         spectrum /= np.sqrt((spectrum**2).sum())
         # A random rotation, lest the large directions be the first coordinates.
@@ -326,6 +328,7 @@ class SyntheticCatalogue:
             )
 
         departments = len(DEPARTMENTS)
+        # A niche is near its aisle, which is near its department, and all share one direction.
         niche = vectors(len(PATHS), 0.55)
         niche += np.repeat(vectors(len(PATHS) // _NICHES_OF_AISLE, 0.7), _NICHES_OF_AISLE, axis=0)
         niche += np.repeat(vectors(departments, 0.9), _NICHES, axis=0)
@@ -397,6 +400,7 @@ class SyntheticCatalogue:
             first = unit * _UNIT
             count = min(_UNIT, self.user_count - first)
             block = steps(self._generator(_USERS, unit))
+            # All 4,096 users are drawn, so that the number of users changes none of them.
             rows = slice(0, int(np.searchsorted(block.user, count)))
             yield pa.table(
                 {

@@ -24,7 +24,7 @@ from semid.data.columns import (
     storage,
 )
 from semid.data.files import HEAD_BYTES, UNKNOWN, ParquetFiles, recognize, wrong_format
-from semid.data.list_sources import Chunk, ObjectChunk
+from semid.data.list_sources import ObjectChunk
 from semid.errors import InputError, UsageError, brief
 from semid.filesystems import local_path
 
@@ -65,7 +65,7 @@ class Frame:
         refuse_repeated([name], self.schema.names, label=self.label)
         return self._read(name)
 
-    def chunks(self, name: str) -> Sequence[Chunk]:
+    def chunks(self, name: str) -> Sequence[Any]:
         """Return a column in pieces that become Arrow a block at a time."""
         return list(self.column(name).chunks)
 
@@ -98,7 +98,7 @@ class PandasFrame(Frame):
             ) from error
         return array if isinstance(array, pa.ChunkedArray) else pa.chunked_array([array])
 
-    def chunks(self, name: str) -> Sequence[Chunk]:
+    def chunks(self, name: str) -> Sequence[Any]:
         """Return a column in pieces that become Arrow a block at a time."""
         refuse_repeated([name], self.schema.names, label=self.label)
         series = self._series[name]
@@ -236,6 +236,7 @@ def _open_csv(path: Path, label: str, error: type[InputError]) -> Table:
         columns: list[str], *, text: Sequence[str], numbers: Sequence[str], coded: bool
     ) -> pa.Table:
         refuse_repeated(columns, names, label=label)
+        # Dictionary-coded text takes the memory of the distinct values, and `007` stays text.
         types = {column: pa.dictionary(pa.int32(), pa.string()) for column in text}
         options = pa_csv.ConvertOptions(
             include_columns=columns,
@@ -266,6 +267,7 @@ def _read_csv(
     try:
         with pa.input_stream(str(path), compression="detect") as stream:
             head = stream.read(HEAD_BYTES)
+        # Compressed files are judged by their content.
         kind = recognize(head)
         if kind.name in _SEPARATED:
             # Only a header without the separator that the name promises shows that it is another.
