@@ -276,6 +276,16 @@ def read_failure(
     )
 
 
+@contextlib.contextmanager
+def _opened(path: FilePath, error: type[InputError], **options: Any) -> Iterator[Any]:
+    """Open a Parquet file; what its reader refuses becomes an ``error``."""
+    try:
+        with open_parquet(path, **options) as parquet:
+            yield parquet
+    except (pa.ArrowException, OSError) as failure:
+        raise read_failure(path, failure, error) from failure
+
+
 @dataclass(frozen=True)
 class ParquetFiles:
     """Parquet files that are read one after another as one table.
@@ -284,17 +294,17 @@ class ParquetFiles:
         paths: the files in the order of their rows.
         schemas: each file's Arrow schema.
         row_groups: each file's row groups, as numbers of rows.
+        numbers: the numbers of those row groups in their files.
         label: the whole of it in the user's words.
         error: which error a file that cannot be read raises.
-        chosen: the numbers of those row groups in their files; None has all of them.
     """
 
     paths: tuple[FilePath, ...]
     schemas: tuple[pa.Schema, ...]
     row_groups: tuple[tuple[int, ...], ...]
+    numbers: tuple[tuple[int, ...], ...]
     label: str
     error: type[InputError] = EmbeddingError
-    chosen: tuple[tuple[int, ...], ...] | None = None
 
     @classmethod
     def open(cls, path: str | Path, *, error: type[InputError] = EmbeddingError) -> ParquetFiles:
@@ -302,16 +312,12 @@ class ParquetFiles:
         paths = find_parquet(path, expected=_expected(error))
         schemas, groups = [], []
         for file in paths:
-            try:
-                with open_parquet(file) as parquet:
-                    schemas.append(parquet.schema_arrow)
-                    meta = parquet.metadata
-                    groups.append(
-                        tuple(meta.row_group(i).num_rows for i in range(meta.num_row_groups))
-                    )
-            except (pa.ArrowException, OSError) as failure:
-                raise read_failure(file, failure, error) from failure
-        return cls(tuple(paths), tuple(schemas), tuple(groups), f"'{path}'", error)
+            with _opened(file, error) as parquet:
+                schemas.append(parquet.schema_arrow)
+                meta = parquet.metadata
+                groups.append(tuple(meta.row_group(i).num_rows for i in range(meta.num_row_groups)))
+        numbers = tuple(tuple(range(len(rows))) for rows in groups)
+        return cls(tuple(paths), tuple(schemas), tuple(groups), numbers, f"'{path}'", error)
 
     @property
     def count(self) -> int:
@@ -319,44 +325,37 @@ class ParquetFiles:
         return sum(map(sum, self.row_groups))
 
     def select(self, parts: Sequence[tuple[int, Sequence[int]]]) -> ParquetFiles:
-        """Return row groups, by file number and numbers in it, as files of their own."""
+        """Return row groups, by file number and places among its groups, as files of their own."""
+
+        def pick(column: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+            return tuple(tuple(column[file][group] for group in groups) for file, groups in parts)
+
         return replace(
             self,
             paths=tuple(self.paths[file] for file, _ in parts),
             schemas=tuple(self.schemas[file] for file, _ in parts),
-            row_groups=tuple(
-                tuple(self.row_groups[file][group] for group in groups) for file, groups in parts
-            ),
-            chosen=tuple(tuple(self._numbers(file, list(groups)) or ()) for file, groups in parts),
+            row_groups=pick(self.row_groups),
+            numbers=pick(self.numbers),
         )
 
-    def _numbers(self, file: int, row_groups: list[int] | None) -> list[int] | None:
-        """Return the numbers of row groups in their file."""
-        if self.chosen is None:
-            return row_groups
-        numbers = self.chosen[file]
-        return list(numbers) if row_groups is None else [numbers[group] for group in row_groups]
-
     def batches(
-        self, file: int, column: str, *, size: int, row_groups: list[int] | None = None
+        self, file: int, column: str, *, size: int, row_groups: Sequence[int] | None = None
     ) -> Iterator[Any]:
         """Yield one column of one file, in Arrow arrays of at most ``size`` rows."""
-        path = self.paths[file]
+        path, numbers = self.paths[file], self.numbers[file]
         refuse_repeated([column], self.schemas[file].names, label=f"'{path}'")
-        try:
-            # Mapping the file keeps a row group's pages out of memory until they are decoded.
-            # The scanner of `pyarrow.dataset` decodes whole row groups: 2.0 instead of 0.5 GiB for
-            # a million rows of 256 float32 in one group, and four times the time.
-            with open_parquet(path, memory_map=True) as parquet:
-                for batch in parquet.iter_batches(
-                    batch_size=size,
-                    columns=[column],
-                    row_groups=self._numbers(file, row_groups),
-                    use_threads=False,
-                ):
-                    yield batch.column(0)
-        except (pa.ArrowException, OSError) as failure:
-            raise read_failure(path, failure, self.error) from failure
+        groups = range(len(numbers)) if row_groups is None else row_groups
+        # Mapping the file keeps a row group's pages out of memory until they are decoded.
+        # The scanner of `pyarrow.dataset` decodes whole row groups: 2.0 instead of 0.5 GiB for
+        # a million rows of 256 float32 in one group, and four times the time.
+        with _opened(path, self.error, memory_map=True) as parquet:
+            for batch in parquet.iter_batches(
+                batch_size=size,
+                columns=[column],
+                row_groups=[numbers[group] for group in groups],
+                use_threads=False,
+            ):
+                yield batch.column(0)
 
     def value_counts(self, column: str) -> Iterator[tuple[int, int | None]]:
         """Yield the rows of each row group and the values in their lists, from the footers.
@@ -364,12 +363,10 @@ class ParquetFiles:
         A null and an empty list count as one value. The count is None where several columns of
         the file could be meant.
         """
-        for file, path in enumerate(self.paths):
-            with open_parquet(path) as parquet:
+        for path, numbers in zip(self.paths, self.numbers, strict=True):
+            with _opened(path, self.error) as parquet:
                 meta = parquet.metadata
-            numbers = self._numbers(file, list(range(len(self.row_groups[file]))))
-            for number in numbers or ():
-                group = meta.row_group(number)
+            for group in map(meta.row_group, numbers):
                 leaves = [
                     leaf.num_values
                     for leaf in map(group.column, range(group.num_columns))
@@ -380,20 +377,11 @@ class ParquetFiles:
     def read(self, columns: list[str], *, dictionaries: Sequence[str] = ()) -> pa.Table:
         """Read columns of all files, some text dictionary-coded to save memory, in file order."""
         tables = []
-        for file, path in enumerate(self.paths):
-            schema = self.schemas[file]
+        for path, schema, numbers in zip(self.paths, self.schemas, self.numbers, strict=True):
             refuse_repeated(columns, schema.names, label=f"'{path}'")
             coded = [name for name in dictionaries if is_text(schema.field(name).type)]
-            try:
-                with open_parquet(path, memory_map=True, read_dictionary=coded) as parquet:
-                    groups = self._numbers(file, None)
-                    tables.append(
-                        parquet.read(columns=columns)
-                        if groups is None
-                        else parquet.read_row_groups(groups, columns=columns)
-                    )
-            except (pa.ArrowException, OSError) as failure:
-                raise read_failure(path, failure, self.error) from failure
+            with _opened(path, self.error, memory_map=True, read_dictionary=coded) as parquet:
+                tables.append(parquet.read_row_groups(list(numbers), columns=columns))
         try:
             return concat_tables(tables)
         except pa.ArrowException as failure:
