@@ -29,8 +29,7 @@ from semid.data.source import EmbeddingSource, write_npy
 from semid.errors import UsageError, check_choice
 from semid.output import atomic_file, check_output
 
-# Chances that the next item comes from the same niche, aisle, department, or anywhere.
-_REACH = (0.55, 0.25, 0.12, 0.08)
+_REACH = (0.55, 0.25, 0.12, 0.08)  # chances of an item of the same niche, aisle, department, any
 _LONGEST = 60  # interactions of a user
 _DAY = 86_400
 _FIRST_DAY = 1_420_070_400  # 2015-01-01
@@ -279,10 +278,7 @@ class SyntheticCatalogue:
             embeddings: ``npy`` for ``embeddings.npy`` beside the items, ``parquet`` for a column
                 ``embedding`` of ``items.parquet``.
             dtype: ``float32`` or ``float16``.
-            overwrite: replace files that exist.
-
-        Raises:
-            OutputExistsError: a file exists and ``overwrite`` is False.
+            overwrite: replace files that exist; else that is an OutputExistsError.
         """
         check_choice("embeddings", embeddings, ("npy", "parquet"))
         check_choice("dtype", dtype, ("float16", "float32"))
