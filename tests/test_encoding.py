@@ -129,7 +129,7 @@ def test_killed_and_resumed(tokenizer, clustered, tmp_path, small_blocks):
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED, str(tmp_path / "model"), str(tmp_path / "x.npy"), str(path)]
     )
-    folder = partial_path(path)
+    folder = Path(partial_path(path))
     deadline = time.monotonic() + 120
     while len(list(folder.glob("part-*"))) < 2 and time.monotonic() < deadline:
         assert process.poll() is None, "ended before it could be killed"
