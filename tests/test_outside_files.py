@@ -274,8 +274,8 @@ def test_wrong_values_of_recipes(values, said):
 
 
 def test_recipes_keep_the_defaults_of_their_tokenizer():
-    barq = make_tokenizer("barq", {"objective.temperature": 0.1})
-    assert (barq.objective.temperature, barq.objective.contrastive_weight) == (0.1, 1.0)
+    objective = make_tokenizer("barq", {"objective.temperature": 0.1}).settings["objective"]
+    assert (objective["temperature"], objective["contrastive_weight"]) == (0.1, 1.0)
 
 
 def test_wrong_hugging_face_folders(tmp_path):

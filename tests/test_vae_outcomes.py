@@ -215,7 +215,7 @@ def test_recipes_and_options_that_do_not_fit_are_refused(tmp_path):
         make_tokenizer("rqvae", {"training": {"epoch": 3}})
     made = make_tokenizer("mocvae", {"levels": 7, "training": {"epochs": 3}, "training.epochs": 9})
     assert made.levels == 7
-    assert made.training.epochs == 9
+    assert made.settings["training"]["epochs"] == 9
 
 
 def test_parallel_codes_have_no_beam(fitted, clustered):
