@@ -118,6 +118,11 @@ def test_openonerec_round_trip(ids, tmp_path):
     assert sid_text((1, 2, 3)) == "<|sid_begin|><s_a_1><s_b_2><s_c_3><|sid_end|>"
     with pytest.raises(InputError, match="is not an id"):
         parse_text("<|sid_begin|><s_b_1><|sid_end|>")
+    padded = ItemIds([f"{n:03d}" for n in range(60)])  # "007" is another id than "7"
+    renamed = SemanticIds(padded, ids.codes, ids.residual_norms, ids.info)
+    export("openonerec", tmp_path / "padded", ids=renamed)
+    table = pq.read_table(tmp_path / "padded" / "pid_codes.parquet")
+    assert table["item_id"].to_pylist() == [f"{n:03d}" for n in range(60)]
     export("openonerec", tmp_path / "names", ids=ids)
     table = pq.read_table(tmp_path / "names" / "pid_codes.parquet")
     assert table["pid"].to_pylist() == list(range(60))

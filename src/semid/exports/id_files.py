@@ -275,18 +275,17 @@ def parse_text(text: str) -> list[int]:
 def _write_openonerec(path: Path, *, ids: SemanticIds) -> None:
     """Write ``pid_codes.parquet`` and ``sid_text.parquet`` (``pid``, ``sid``).
 
-    ``pid`` is the item id where all are integers; otherwise the row number, and both tables have
-    the column ``item_id`` too.
+    ``pid`` is the item id where all are integers as they are written (``7``, not ``007``);
+    otherwise the row number, and both tables have the column ``item_id`` too.
     """
-    values: Any = ids.items.to_arrow()
-    if pa.types.is_dictionary(values.type):
-        values = values.cast(values.type.value_type)
-    names = {}
+    written = ids.items.strings()
     try:
-        pids = values.cast(pa.int64()).to_numpy(zero_copy_only=False)
+        numbers = written.cast(pa.int64())
+        named = bool(numbers.cast(written.type).equals(written))
     except pa.ArrowInvalid:
-        pids = np.arange(len(ids))
-        names = {"item_id": ids.items.to_arrow()}
+        named = False
+    pids = numbers.to_numpy(zero_copy_only=False) if named else np.arange(len(ids))
+    names = {} if named else {"item_id": ids.items.to_arrow()}
     texts = pa.array([sid_text(row) for row in ids.codes.tolist()], type=pa.string())
     codes = {"pid": pids, "codes": _lists(ids.codes), **names}
     pq.write_table(pa.table(codes), path / "pid_codes.parquet")
