@@ -99,19 +99,19 @@ def export(
     Example:
         >>> semid.export("lcrec", "Beauty.index.json", ids=ids)
     """
-    chosen: ExportFormat = EXPORTS.load(to, flag="--to")
-    if chosen.ids and ids is None:
+    export_format: ExportFormat = EXPORTS.load(to, flag="--to")
+    if export_format.ids and ids is None:
         raise UsageError(f"the export to {to} writes Semantic IDs: give the ids file (ids=)")
-    if chosen.model == "required" and tokenizer is None:
+    if export_format.model == "required" and tokenizer is None:
         raise UsageError(f"the export to {to} needs the model: give --model (tokenizer=)")
     for option in options:
-        if not chosen.options:
+        if not export_format.options:
             raise UsageError(f"{option}= does not apply to {to}; leave it out")
-        check_choice(f"option of {to}", option, chosen.options)
+        check_choice(f"option of {to}", option, export_format.options)
     check_output(output, overwrite=overwrite)
     if ids is not None and tokenizer is not None:
         ids.check_codebook(tokenizer.codebook_fingerprint)
-    if ids is not None and chosen.distinct and len(ids):
+    if ids is not None and export_format.distinct and len(ids):
         counts = collisions(ids.codes)
         if counts.unique_ids < counts.items:
             logger.warning(
@@ -120,12 +120,14 @@ def export(
                 counts.items,
                 counts.unique_ids,
             )
-    if chosen.ids:
+    if export_format.ids:
         options["ids"] = ids
-    if chosen.model != "unused":
+    if export_format.model != "unused":
         options["tokenizer"] = tokenizer
-    with (atomic_folder if chosen.folder else atomic_file)(output, overwrite=overwrite) as path:
-        chosen.write(path, **options)
+    with (atomic_folder if export_format.folder else atomic_file)(
+        output, overwrite=overwrite
+    ) as path:
+        export_format.write(path, **options)
     return Path(output)
 
 
@@ -164,8 +166,8 @@ def import_ids(
     """
     if source not in EXPORTS or source in EXPORTS.targets:
         check_choice("--from", source, IMPORTS)
-    chosen: ExportFormat = EXPORTS.load(source)
-    if chosen.read is None:
+    export_format: ExportFormat = EXPORTS.load(source)
+    if export_format.read is None:
         raise UsageError(f"{source} can be written, not read; give one of {', '.join(IMPORTS)}")
     options: dict[str, Any] = {} if orientation is None else {"orientation": orientation}
     if options and source != "grid":
@@ -173,4 +175,4 @@ def import_ids(
             f"--orientation (orientation=) is for tensors of grid and does not apply to {source}; "
             "leave it out"
         )
-    return chosen.read(path, items=items, tokenizer=tokenizer, **options)
+    return export_format.read(path, items=items, tokenizer=tokenizer, **options)
