@@ -159,9 +159,9 @@ def test_tables_with_another_name(tmp_path):
         TABLE.to_pandas().to_csv(tmp_path / "x.csv", sep=separator, index=False)
         with pytest.raises(InteractionsError, match=word):
             read_interactions(tmp_path / "x.csv")
-    TABLE.to_pandas().to_csv(tmp_path / "ml.inter", sep="\t", index=False)
+    TABLE.to_pandas().to_csv(tmp_path / "ml.dat", sep="\t", index=False)
     with pytest.raises(InteractionsError, match=r"tab-separated text with 2 columns; .*\.tsv"):
-        read_interactions(tmp_path / "ml.inter")
+        read_interactions(tmp_path / "ml.dat")
     TABLE.to_pandas().to_csv(tmp_path / "x.csv.gz", index=False, compression=None)
     with pytest.raises(InteractionsError, match=r"comma-separated .*rename it to end in \.csv"):
         read_interactions(tmp_path / "x.csv.gz")

@@ -1,5 +1,6 @@
 """Interactions from every place, sequences against a loop over users, the split of users."""
 
+import json
 import logging
 import os
 from collections import defaultdict
@@ -93,7 +94,7 @@ def test_ties_in_time_keep_the_order_of_the_file_and_unknown_items_their_place(c
     assert none.shape == (0, 2)
 
 
-def test_position_goes_before_timestamp_and_can_be_overruled():
+def test_ties_decide_whether_position_goes_before_timestamp():
     table = pa.table(
         {
             "user_id": ["u", "u", "u"],
@@ -102,11 +103,127 @@ def test_position_goes_before_timestamp_and_can_be_overruled():
             "position": [2, 0, 1],
         }
     )
-    log = read_interactions(table)
-    assert log.order_column == "position"
+    log = read_interactions(table, ties="file")
+    assert log.order_text == "position, ties in file order"
     assert log.sequences(IDS)[0].tolist() == [1, 2, 0]
-    by_time = read_interactions(table, time_column="timestamp")
+    by_time = read_interactions(table, time_column="timestamp", ties="file")
     assert by_time.sequences(IDS)[0].tolist() == [2, 0, 1]
+    # What the position says about a tie is the file's order too.
+    shuffled = read_interactions(table)
+    assert shuffled.order_text == "timestamp, ties shuffled with seed 0"
+    ends = [
+        tuple(read_interactions(table, ties_seed=seed).sequences(IDS)[0].tolist())
+        for seed in range(20)
+    ]
+    assert set(ends) == {(2, 0, 1), (2, 1, 0)}
+    with pytest.raises(UsageError, match=r"--ties \(ties=\)"):
+        read_interactions(table, ties="random")
+
+
+def test_shuffled_ties_do_not_depend_on_the_order_of_the_file():
+    generator = np.random.default_rng(0)
+    users = np.repeat(np.arange(200), 5)
+    table = pa.table(
+        {
+            "user_id": users,
+            "item_id": np.tile(np.arange(5), 200),
+            "timestamp": np.tile([1, 1, 1, 0, 2], 200),
+        }
+    )
+    ids = ItemIds([str(item) for item in range(5)])
+
+    def ends(log):
+        sequences = log.sequences(ids)
+        return {
+            user: sequences[place].tolist()
+            for place, user in enumerate(sequences.user_ids.to_pylist())
+        }
+
+    expected = ends(read_interactions(table))
+    rows = pa.array(generator.permutation(len(table)))
+    assert ends(read_interactions(table.take(rows))) == expected
+    assert all(items[0] == 3 and items[-1] == 4 for items in expected.values())
+    # Each of the three items at one time comes first for about a third of the users.
+    assert np.bincount([items[1] for items in expected.values()], minlength=3).min() > 45
+    # Adding users changes nothing for the others.
+    assert ends(read_interactions(table.slice(0, 500))) == {
+        user: items for user, items in expected.items() if int(user) < 100
+    }
+
+
+LISTS = {"u1": ["a", "c", "b"], "u2": ["b"]}
+
+
+def write_inter_json(folder):
+    path = folder / "log.inter.json"
+    path.write_text(json.dumps(LISTS))
+    return path
+
+
+def write_recbole(folder, header, rows):
+    path = folder / "log.inter"
+    path.write_text("\n".join(["\t".join(header), *("\t".join(row) for row in rows)]) + "\n")
+    return path
+
+
+def list_containers(folder):
+    lists = pa.table({"user_id": list(LISTS), "item_id": list(LISTS.values())})
+    pq.write_table(lists, folder / "lists.parquet")
+    times = lists.append_column("timestamp", pa.array([[1, 3, 2], [5]]))
+    events = [("u1", "b", "3"), ("u1", "a", "1"), ("u1", "c", "2"), ("u2", "b", "1")]
+    return {
+        "Arrow lists": (lists, "acb"),
+        "Parquet lists": (folder / "lists.parquet", "acb"),
+        "pandas lists": (lists.to_pandas(), "acb"),
+        "lists with times": (times, "abc"),
+        "LC-Rec": (write_inter_json(folder), "acb"),
+        "RecBole": (
+            write_recbole(folder, ("user_id:token", "item_id:token", "timestamp:float"), events),
+            "acb",
+        ),
+    }
+
+
+def test_every_layout_of_sequences(tmp_path):
+    for name, (source, first) in list_containers(tmp_path).items():
+        log = read_interactions(source)
+        sequences = log.sequences(IDS)
+        assert sequences.user_ids.to_pylist() == ["u1", "u2"], name
+        expected = [IDS.strings().to_pylist().index(letter) for letter in first]
+        assert sequences[0].tolist() == expected, name
+        assert len(sequences[1]) == 1, name
+        assert sequences.ordered, name
+
+
+def test_recbole_keeps_tokens_as_text_and_splits_lists(tmp_path):
+    rows = [("7", "007 8 9", "10", "4.5")]
+    header = ("user_id:token", "item_id_list:token_seq", "item_id:token", "rating:float")
+    log = read_interactions(write_recbole(tmp_path, header, rows), item_column="item_id_list")
+    assert log.item_ids.to_pylist() == ["007", "8", "9"]
+    assert log.order.tolist() == [0, 1, 2]
+
+
+def test_broken_layouts_are_refused_in_a_sentence(tmp_path):
+    path = tmp_path / "log.json"
+    for text, message in (
+        ("[1, 2]", "is not an object of lists"),
+        ('{"u": 3}', "is not an object of lists"),
+        ('{"u": [1', "cannot be read as JSON"),
+        ('{"u": [1.5]}', "neither text nor whole numbers"),
+        ('{"u": [true]}', "neither text nor whole numbers"),
+        ("{}", "holds no rows"),
+    ):
+        path.write_text(text)
+        with pytest.raises(InteractionsError, match=message):
+            read_interactions(path)
+    with pytest.raises(UsageError, match="does not exist"):
+        read_interactions(tmp_path / "none.json")
+    short = pa.table({"user_id": ["u"], "item_id": [["a", "b"]], "timestamp": [[1]]})
+    with pytest.raises(InteractionsError, match=r"not as long as those of 'item_id'"):
+        read_interactions(short)
+    null = pa.table({"user_id": ["u", "v"], "item_id": [["a"], None]})
+    with pytest.raises(InteractionsError, match="1 nulls"):
+        read_interactions(null)
 
 
 @settings(max_examples=80, deadline=None)
@@ -118,7 +235,8 @@ def test_position_goes_before_timestamp_and_can_be_overruled():
 )
 def test_sequences_and_pairs_equal_a_loop(rows, use_mask):
     users, items, times = (list(column) for column in zip(*rows, strict=True))
-    log = read_interactions(pa.table({"user_id": users, "item_id": items, "timestamp": times}))
+    table = pa.table({"user_id": users, "item_id": items, "timestamp": times})
+    log = read_interactions(table, ties="file")
     catalogue = ItemIds(["3", "1", "0", "2", *(str(i) for i in range(7, 9))])
     row_of = {"3": 0, "1": 1, "0": 2, "2": 3}
     expected = defaultdict(list)

@@ -120,7 +120,8 @@ def rank(
     names: dict[str, Any] = {**vars(columns), "id_column": source.id_column}
     data: Any
     if stream:
-        del names["time_column"]
+        for name in ("time_column", "ties", "ties_seed"):
+            del names[name]
         data = semid.RankingStream.open(logs, items=source.items, config=data_config, **names)
     else:
         data = semid.prepare_ranking_data(logs, items=source.items, config=data_config, **names)
@@ -265,10 +266,12 @@ def _refuse_unused(
     if fusion == "off":
         refuse_unused(context, ["fusion_rank"], "it goes with --fusion on")
     if stream:
-        refuse_unused(context, ["time_column"], "--stream reads no order")
+        refuse_unused(context, ["time_column", "ties", "ties_seed"], "--stream reads no order")
     elif settings.get("data.history", 0) == 0 and split == "random":
         refuse_unused(
-            context, ["time_column"], "an order serves --history and the other values of --split"
+            context,
+            ["time_column", "ties", "ties_seed"],
+            "an order serves --history and the other values of --split",
         )
 
 

@@ -84,16 +84,20 @@ class InteractionColumns:
     Attributes:
         user_column: Column of the users in the interactions.
         item_column: Column of the items in the interactions.
-        time_column: Column of the order or time in the interactions; default position, else
-            timestamp.
+        time_column: Column of the time or order in the interactions; default timestamp, else
+            position.
+        ties: Order of a user's interactions at the same time: shuffled, or that of the file.
+        ties_seed: Seed of the shuffle.
     """
 
     PANEL = LOG
-    NAMES = ("user_column", "item_column", "time_column")
+    NAMES = ("user_column", "item_column", "time_column", "ties", "ties_seed")
 
     user_column: str = "user_id"
     item_column: str = "item_id"
     time_column: str | None = None
+    ties: Annotated[str, typer.Option(metavar="shuffle|file")] = "shuffle"
+    ties_seed: int = 0
 
     def read(self, context: typer.Context, path: str | None) -> Any:
         """Read the interactions, or return None without any."""

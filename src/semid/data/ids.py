@@ -50,6 +50,14 @@ def hash_strings(strings: Any, *, salt: str = "") -> np.ndarray:
     return np.concatenate([np.empty(0, np.uint64), *blocks])
 
 
+def mix_hashes(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return a hash (rows,) uint64 of two hashes (rows,); which is the first matters."""
+    # Multipliers and shifts of splitmix64's finalizer: all 64 bits depend on both.
+    mixed = (first ^ (first >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9) ^ second
+    hashes: np.ndarray = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0x94D049BB133111EB)
+    return hashes
+
+
 def share_mask(hashes: np.ndarray, start: float, stop: float) -> np.ndarray:
     """Return which hashes (items,) fall in a share of their range, ``0 <= start <= stop <= 1``.
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from semid.data.columns import id_type_problem, normalize_ids
-from semid.data.ids import ItemIds, hash_strings, share_mask
-from semid.data.tables import open_table
-from semid.errors import InteractionsError, UsageError
+from semid.data.columns import id_type_problem, is_list, normalize_ids
+from semid.data.ids import ItemIds, hash_strings, mix_hashes, share_mask
+from semid.data.tables import Table, open_table
+from semid.errors import InteractionsError, UsageError, brief, check_choice
 
 
 class ConsecutivePairs(NamedTuple):
@@ -113,7 +116,14 @@ def _offsets(counts: np.ndarray) -> np.ndarray:
 # The parts of `split_users`: 80, 10 and 10 % of the users.
 TRAIN, SELECT, TEST = 0, 1, 2
 
-_ORDER_COLUMNS = ("position", "timestamp")
+TIES = ("shuffle", "file")
+"""What decides between interactions of one user at the same time, see `read_interactions`."""
+
+LIST_POSITION = "place in the list"
+"""`Interactions.order_column` of a log whose rows hold a user's items as a list."""
+
+# Where the time comes from by default: what the file's order has entered is no time.
+_ORDER_COLUMNS = {"shuffle": ("timestamp", "position"), "file": ("position", "timestamp")}
 _log = logging.getLogger(__name__)
 
 
@@ -131,6 +141,8 @@ class Interactions:
         rating: (interactions,) float64, NaN where there is none; or None without such a column.
         columns: further columns that were asked for, by name, as Arrow arrays.
         label: the log in the user's words.
+        ties: ``shuffle`` or ``file``: the order of a user's interactions at the same time.
+        ties_seed: seed of the shuffle.
     """
 
     users: np.ndarray
@@ -142,6 +154,8 @@ class Interactions:
     rating: np.ndarray | None = None
     columns: dict[str, Any] = field(default_factory=dict)
     label: str = "the interaction log"
+    ties: str = "shuffle"
+    ties_seed: int = 0
 
     def __len__(self) -> int:
         return len(self.users)
@@ -150,6 +164,16 @@ class Interactions:
     def has_order(self) -> bool:
         """Whether it is known which interaction of a user came first."""
         return self.order is not None
+
+    @property
+    def order_text(self) -> str:
+        """What orders a user's interactions, for the protocol line of a result."""
+        if self.order is None:
+            return "file order"
+        shuffled = f"shuffled with seed {self.ties_seed}"
+        return (
+            f"{self.order_column}, ties {shuffled if self.ties == 'shuffle' else 'in file order'}"
+        )
 
     def where(self, rows: np.ndarray) -> Interactions:
         """Return the interactions at which the mask ``rows`` (interactions,) is true.
@@ -166,7 +190,7 @@ class Interactions:
         )
 
     def sequences(self, ids: ItemIds, *, require_order: bool = True) -> Sequences:
-        """Collect each user's items, oldest first; ties keep the order of the file.
+        """Collect each user's items, oldest first.
 
         Returns sequences of all users, in order of first appearance.
         """
@@ -175,10 +199,8 @@ class Interactions:
                 f"{self.label} has no order: there is no column 'position' or 'timestamp'; name "
                 "the one that has the time with --time-column (time_column=)"
             )
-        items = self.catalogue_rows(ids)[self.items]
+        items = self.catalogue_rows(ids)[self.items][self.by_user()]
         counts = np.bincount(self.users, minlength=len(self.user_ids))
-        if (ranks := self._ranks()) is not None:
-            items = items[ranks]
         return Sequences(self.user_ids, _offsets(counts), items, self.has_order)
 
     def catalogue_rows(self, ids: ItemIds) -> np.ndarray:
@@ -202,18 +224,25 @@ class Interactions:
             )
         return rows.astype(np.int32)
 
-    def _ranks(self) -> np.ndarray | None:
-        """Return the rows sorted by user and order, or None if they stand so already."""
-        same_user = self.users[1:] == self.users[:-1]
-        # Most logs are written in order; then nothing is sorted.
-        grouped = bool((self.users[1:] >= self.users[:-1]).all())
-        if self.order is None:
-            return None if grouped else np.argsort(self.users, kind="stable")
-        if grouped and bool((~same_user | (self.order[1:] >= self.order[:-1])).all()):
-            return None
-        # Two stable sorts: by time, then by user, so that ties keep the order of the file.
-        by_time = np.argsort(self.order, kind="stable")
-        return by_time[np.argsort(self.users[by_time], kind="stable")]
+    def by_user(self) -> np.ndarray:
+        """Return the rows (interactions,) user by user, oldest first; ties as ``ties`` says."""
+        rows = np.arange(len(self))
+        if self.order is not None:
+            if self.ties == "shuffle":
+                rows = np.argsort(self._tie_keys(), kind="stable")
+            rows = rows[np.argsort(self.order[rows], kind="stable")]
+        # The sorts are stable, so each keeps the order of the one before within equal values.
+        ordered: np.ndarray = rows[np.argsort(self.users[rows], kind="stable")]
+        return ordered
+
+    def _tie_keys(self) -> np.ndarray:
+        """Return a hash (interactions,) of the seed, the user and the item.
+
+        So the order within a tie depends neither on the file's order nor on the other rows.
+        """
+        salt = f"ties {self.ties_seed}"
+        users = hash_strings(self.user_ids, salt=salt)[self.users]
+        return mix_hashes(users, hash_strings(self.item_ids, salt=salt)[self.items])
 
 
 def read_interactions(
@@ -225,21 +254,33 @@ def read_interactions(
     rating_column: str | None = None,
     extra_columns: Sequence[str] = (),
     flags: Mapping[str, str] | None = None,
+    ties: str = "shuffle",
+    ties_seed: int = 0,
 ) -> Interactions:
     """Read interactions into memory, ids dictionary-coded.
 
+    A row is one interaction; or one user, with a list of items, oldest first, or of items and
+    times.
+
     Args:
-        source: a path to Parquet (file, folder or glob) or CSV (``.csv``, ``.tsv``, compressed or
-            not); an Arrow table, pandas or polars frame; or `Interactions`, returned as they are.
+        source: a path to Parquet (file, folder or glob), CSV (``.csv``, ``.tsv``, compressed or
+            not), RecBole's ``.inter`` (types in the header) or a JSON object of lists of items by
+            user (LC-Rec, LETTER: ``.inter.json``); an Arrow table, pandas or polars frame; or
+            `Interactions`, returned as they are.
         user_column: the users, text or integers.
         item_column: the items, by the catalogue's ids.
-        time_column: numbers, dates or timestamps that rise with time. None takes ``position``
-            (0 is the oldest), else ``timestamp``, else there is no order. Position goes first
-            because times that are only days leave ties.
+        time_column: numbers, dates or timestamps that rise with time. None takes ``timestamp``,
+            else ``position`` (0 is the oldest), else the place in the list, else there is no
+            order. With ``ties="file"`` position goes before timestamp.
         rating_column: numbers; None takes ``rating`` if there is one, an empty name reads none.
         extra_columns: further columns to keep, for example context features.
         flags: column -> what errors tell the user to name it with, for callers that take columns
             under other names.
+        ties: the order of interactions of one user at the same time: ``shuffle`` draws it by a
+            hash of ``ties_seed``, user and item; ``file`` takes that of the file, or of
+            ``position``. Where times are days, file order can leak: the Amazon 2014 files are
+            sorted by item id within a day, and neighboring ids are often variants of one product.
+        ties_seed: seed of the shuffle.
 
     Returns:
         The interactions: 8 bytes each for user and item, 8 for the order, 8 for the rating.
@@ -251,9 +292,10 @@ def read_interactions(
     """
     if isinstance(source, Interactions):
         return source
-    opened = open_table(source, what="interactions", error=InteractionsError)
+    check_choice("--ties (ties=)", ties, TIES)
+    opened = _open_log(source, user_column, item_column)
     names, label = opened.names, opened.label
-    order_column = time_column or next((c for c in _ORDER_COLUMNS if c in names), None)
+    order_column = time_column or next((c for c in _ORDER_COLUMNS[ties] if c in names), None)
     if rating_column is None and "rating" in names:
         rating_column = "rating"
     named = {
@@ -272,6 +314,10 @@ def read_interactions(
         numbers=[rating_column] if rating_column else [],
         coded=True,
     )
+    if is_list(table.schema.field(item_column).type):
+        table = _one_row_per_item(table, item_column, label)
+        if order_column is None:
+            order_column = LIST_POSITION
     if len(table) == 0:
         raise InteractionsError(f"{label} holds no rows; give at least one interaction")
 
@@ -286,7 +332,70 @@ def read_interactions(
     if problems:
         raise InteractionsError(problems)
     extra = {name: table.column(name).combine_chunks() for name in extra_columns}
-    return Interactions(users, items, user_ids, item_ids, order, order_column, rating, extra, label)
+    return Interactions(
+        *(users, items, user_ids, item_ids, order, order_column, rating, extra, label),
+        ties=ties,
+        ties_seed=ties_seed,
+    )
+
+
+def _open_log(source: Any, user_column: str, item_column: str) -> Table:
+    """Open a table of interactions, or LC-Rec's JSON as a table of users and lists."""
+    if not (isinstance(source, str | Path) and str(source).lower().endswith(".json")):
+        return open_table(source, what="interactions", error=InteractionsError)
+    try:
+        lists = json.loads(Path(source).read_text(encoding="utf8"))
+    except FileNotFoundError:
+        raise UsageError(f"'{source}' does not exist; check the path") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InteractionsError(f"'{source}' cannot be read as JSON ({brief(error)})") from error
+    if not isinstance(lists, dict) or not all(isinstance(each, list) for each in lists.values()):
+        raise InteractionsError(
+            f"'{source}' is not an object of lists of items by user, such as "
+            '{"u1": [3, 17]}; give that, or a table with a row per interaction'
+        )
+    items = [
+        [each if isinstance(each, str) else str(each) for each in row if _is_id(each)]
+        for row in lists.values()
+    ]
+    if sum(map(len, items)) != sum(map(len, lists.values())):
+        raise InteractionsError(f"'{source}' holds items that are neither text nor whole numbers")
+    columns = {
+        user_column: pa.array(list(lists), pa.large_string()),
+        item_column: pa.array(items, pa.large_list(pa.large_string())),
+    }
+    table = open_table(pa.table(columns), error=InteractionsError)
+    return replace(table, label=f"'{source}'")
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool))
+
+
+def _one_row_per_item(table: pa.Table, item_column: str, label: str) -> pa.Table:
+    """Return a table of lists with one row per item; other columns are repeated for each."""
+    table = table.combine_chunks()
+    lists = table.column(item_column)
+    if lists.null_count:
+        raise InteractionsError(
+            f"column '{item_column}' of {label} holds {lists.null_count} nulls; drop those rows"
+        )
+    counts = pc.list_value_length(lists).to_numpy().astype(np.int64)
+    rows = np.repeat(np.arange(len(lists)), counts)
+    columns = {}
+    for name in table.column_names:
+        column = table.column(name)
+        if not is_list(column.type):
+            columns[name] = column.take(pa.array(rows))
+            continue
+        if column.null_count or (pc.list_value_length(column).to_numpy() != counts).any():
+            raise InteractionsError(
+                f"the lists in column '{name}' of {label} are not as long as those of "
+                f"'{item_column}'; give one value per item"
+            )
+        columns[name] = pc.list_flatten(column)
+    starts = np.repeat(np.cumsum(counts) - counts, counts)
+    return pa.table({**columns, LIST_POSITION: np.arange(len(rows)) - starts})
 
 
 def split_users(users: Any, *, salt: str = "users") -> np.ndarray:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 
 from semid.data.columns import (
@@ -147,7 +148,7 @@ def _pandas_type(series: Any) -> pa.DataType:
         return pa.large_list(pa.float64()) if looks_like_list else pa.null()
 
 
-_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_DELIMITERS = {".csv": ",", ".tsv": "\t", ".inter": "\t", ".item": "\t"}
 _SEPARATED = {"comma", "tab", "semicolon", "bar"}
 
 
@@ -236,11 +237,16 @@ def _open_csv(path: Path, label: str, error: type[InputError]) -> Table:
         columns: list[str], *, text: Sequence[str], numbers: Sequence[str], coded: bool
     ) -> pa.Table:
         refuse_repeated(columns, names, label=label)
+        text = [n for n in columns if n in text or kinds[n].startswith("token")]
+        numbers = [n for n in columns if n in numbers or kinds[n] == "float"]
         # Dictionary-coded text takes the memory of the distinct values, and `007` stays text.
         types = {column: pa.dictionary(pa.int32(), pa.string()) for column in text}
         options = pa_csv.ConvertOptions(
-            include_columns=columns,
-            column_types=types | {column: pa.float64() for column in numbers},
+            include_columns=[written[column] for column in columns],
+            column_types={
+                written[column]: kind
+                for column, kind in (types | {c: pa.float64() for c in numbers}).items()
+            },
             strings_can_be_null=True,
             # Only an empty field is missing: an item may well be called "NA" or "null".
             null_values=[""],
@@ -248,9 +254,19 @@ def _open_csv(path: Path, label: str, error: type[InputError]) -> Table:
         table = _read_csv(path, options, pa_csv.CSVStreamingReader.read_all, error)
         if len(table) == 0:
             raise error(f"{label} has a header and no rows; give at least one row")
-        return table
+        for place, name in enumerate(columns):
+            if kinds[name].endswith("_seq"):
+                lists = pc.split_pattern(table.column(place).cast(pa.large_string()), " ")
+                table = table.set_column(place, name, lists)
+        return table.rename_columns(columns)
 
-    names = list(_read_csv(path, None, lambda reader: reader.schema.names, error))
+    header = list(_read_csv(path, None, lambda reader: reader.schema.names, error))
+    # RecBole writes types into the header: `user_id:token`, `item_id_list:token_seq`.
+    typed = re.search(r"\.(inter|item)\b", path.name.lower()) is not None
+    parts = [name.rpartition(":") if typed and ":" in name else (name, "", "") for name in header]
+    names = [name for name, _, _ in parts]
+    written = dict(zip(names, header, strict=True))
+    kinds = {name: kind for name, _, kind in parts}
     return Table(names, label, read)
 
 

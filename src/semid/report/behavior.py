@@ -65,7 +65,7 @@ def behavior_pairs(
         users=len(test),
         test_users=int(test.sum()),
         unknown_interactions=sequences.unknown,
-        order=interactions.order_column,
+        order=interactions.order_text if sequences.ordered else None,
     )
     notes = []
     if sequences.unknown:

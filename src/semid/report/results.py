@@ -237,7 +237,7 @@ class Behavior(Result):
 
     Attributes:
         unknown_interactions: interactions with items outside the catalogue.
-        order: column that orders them, or None.
+        order: the column that orders them and what decides between ties, or None.
         popularity: collisions and capacity by popularity; None without a known interaction.
         measured: results on consecutive items of the test users; None without an order.
     """

@@ -59,7 +59,7 @@ class Opened:
         if not self.logs:
             return None
         if len(self.logs) == 1:
-            return read_interactions(self.interactions)
+            return read_interactions(self.interactions, ties="file")  # as the papers did
         parts = []
         for name, path in self.logs.items():
             table = pq.read_table(path, columns=["user_id", "item_id", "position"])
@@ -70,7 +70,7 @@ class Opened:
                 "position": table["position"].cast(pa.int64()),
             }
             parts.append(pa.table(columns))
-        return read_interactions(pa.concat_tables(parts))
+        return read_interactions(pa.concat_tables(parts), ties="file")
 
     def pool(self, log: Interactions) -> EmbeddingSource:
         """Return the items that retrieval searches: all, or those that joined logs know."""

@@ -165,6 +165,7 @@ class MocExperiment(Experiment):
             rows = prepare_ranking_data(
                 opened.interactions,
                 items=opened.items,
+                ties="file",  # as the paper did
                 config=RankingDataConfig(
                     label=protocol.label or opened.spec.label,
                     split=protocol.split,

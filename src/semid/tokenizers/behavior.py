@@ -277,7 +277,7 @@ def _from_interactions(interactions: Any, ids: ItemIds, rows: Rows) -> Behavior:
             users,
             count,
             protocol=f"contrastive pairs: consecutive items of {int(users.sum())} {name} users of "
-            f"{len(part)} (80/10/10 by a hash of their id, order by '{log.order_column}'); test "
+            f"{len(part)} (80/10/10 by a hash of their id, order by {log.order_text}); test "
             "users and items held out for validation never seen",
         )
 

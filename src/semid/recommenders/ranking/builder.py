@@ -283,7 +283,7 @@ class DataBuilder:
         id_column: str | None,
         users: pa.Array | None = None,
         split_note: str = "",
-        ordered: bool = True,
+        order: str = "",
     ) -> RankingData:
         """Build the vocabularies from the training rows and look every held row up."""
         # Users and items with enough training rows get rows of their own.
@@ -327,7 +327,7 @@ class DataBuilder:
             },
             interactions=np.concatenate([[0], interactions]),
             positives=np.concatenate([[0], positives]),
-            protocol=self._protocol(schema, split_note, ordered),
+            protocol=self._protocol(schema, split_note, order),
             train_rows=int(self.rows[TRAIN]),
         )
 
@@ -357,12 +357,11 @@ class DataBuilder:
             person = np.unique(hashes, return_inverse=True)[1]
         return RankingRows.of(columns, person=person, history=batches[0].history)
 
-    def _protocol(self, schema: Schema, split_note: str, ordered: bool) -> str:
+    def _protocol(self, schema: Schema, split_note: str, order: str) -> str:
         config = self.config
         shares = "/".join(f"{share:g}" for share in config.fractions)
         split = config.split if config.split == "leave-last-out" else f"{config.split}({shares})"
         fields = ["user", "item", *schema.attributes, *schema.context, *schema.dense]
-        order = "" if ordered else ", file order"
         words = [
             f"label={config.parsed_label}",
             f"split={split}{split_note}",
@@ -370,7 +369,8 @@ class DataBuilder:
             f"fields={'+'.join(fields)}",
             f"cold_items={config.cold_items:g}" if config.cold_items else "",
             f"min_count={config.min_count}" if config.min_count > 1 else "",
-            f"history={config.history}{order}" if config.history else "",
+            f"history={config.history}" if config.history else "",
+            f"order=({order})" if config.history or config.split == "leave-last-out" else "",
         ]
         return " ".join(filter(None, words))
 

@@ -49,6 +49,8 @@ def prepare_ranking_data(
     item_column: str = "item_id",
     time_column: str | None = None,
     id_column: str | None = None,
+    ties: str = "shuffle",
+    ties_seed: int = 0,
 ) -> RankingData:
     """Turn a log into rows for training, validation and test.
 
@@ -63,9 +65,12 @@ def prepare_ranking_data(
         config: label, split and features.
         user_column: user column of the log.
         item_column: item column of the log.
-        time_column: time column of the log; None takes ``position``, else ``timestamp`` (for
-            ``split=time`` ``timestamp`` first).
+        time_column: time column of the log; None chooses as `read_interactions` does (for
+            ``split=time`` always ``timestamp`` first).
         id_column: id column of ``items``; None takes ``item_id``.
+        ties: order of interactions at the same time, ``shuffle`` or ``file``, see
+            `read_interactions`.
+        ties_seed: seed of the shuffle.
 
     Raises:
         UsageError: a column or file that does not exist.
@@ -90,6 +95,8 @@ def prepare_ranking_data(
         rating_column="" if label.sampled else label.column,
         extra_columns=[*config.categorical, *config.dense],
         flags=config.column_flags,
+        ties=ties,
+        ties_seed=ties_seed,
     )
     if not label.sampled and log.rating is None:
         raise InteractionsError(f"{log.label} has no column '{label.column}' for --label '{label}'")
@@ -108,7 +115,7 @@ def prepare_ranking_data(
     for batch in source.batches():
         builder.add(batch)
     data = builder.finish(
-        catalogue, items=items, id_column=id_column, users=log.user_ids, ordered=log.has_order
+        catalogue, items=items, id_column=id_column, users=log.user_ids, order=log.order_text
     )
     if config.history:
         histories = source.last_histories(data.schema)
@@ -208,11 +215,7 @@ class _MemoryLog:
     @cached_property
     def _ordered(self) -> Ints:
         """The interactions user by user, oldest first; without a time in file order."""
-        log = self.log
-        by_time = np.arange(len(log)) if log.order is None else np.argsort(log.order, kind="stable")
-        # Two stable sorts: within a user the order of the first sort stays.
-        ordered: Ints = by_time[np.argsort(log.users[by_time], kind="stable")]
-        return ordered
+        return self.log.by_user()
 
     @cached_property
     def _events(self) -> torch.Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from semid.data.ids import hash_strings, share_mask
+from semid.data.ids import hash_strings, mix_hashes, share_mask
 from semid.data.interactions import Interactions
 from semid.errors import InteractionsError, UsageError, check_choice
 from semid.seeds import numpy_generator
@@ -187,7 +187,8 @@ def split_rows(
             )
         parts[rows] = _split_by_time(log.order[rows], shares)
     else:
-        parts[rows] = _leave_last_out(log.users[rows], log.order[rows])
+        ordered = log.by_user()
+        parts[ordered] = _leave_last_out(log.users[ordered], parts[ordered])
     for number in (TRAIN, VALIDATION, TEST):
         if not (parts == number).any():
             raise InteractionsError(
@@ -201,12 +202,8 @@ def hash_parts(
     users: Any, items: Any, *, fractions: Sequence[float], cold_share: float, seed: int
 ) -> Parts:
     """Return the part ``(rows,)`` of each row from hashes of its user and item (strings) alone."""
-    # The two hashes are mixed one after the other, so that swapping user and item matters and all
-    # 64 bits depend on both (multipliers of splitmix64's finalizer).
-    pairs = hash_strings(users, salt=f"split {seed}")
-    pairs = (pairs ^ (pairs >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
-    pairs ^= hash_strings(items, salt=f"split {seed}")
-    pairs = (pairs ^ (pairs >> np.uint64(32))) * np.uint64(0x94D049BB133111EB)
+    salt = f"split {seed}"
+    pairs = mix_hashes(hash_strings(users, salt=salt), hash_strings(items, salt=salt))
     train, validation, _ = fractions
     parts = np.full(len(pairs), TEST, dtype=np.int8)
     parts[share_mask(pairs, 0.0, train)] = TRAIN
@@ -234,16 +231,14 @@ def _split_by_time(order: npt.NDArray[np.generic], shares: Sequence[float]) -> P
     return np.searchsorted(ranked[places], order, side="right").astype(np.int8)
 
 
-def _leave_last_out(users: npt.NDArray[np.int32], order: npt.NDArray[np.generic]) -> Parts:
-    # Two stable sorts: rows by user, and by time within each user.
-    by_time = np.argsort(order, kind="stable")
-    ranks = by_time[np.argsort(users[by_time], kind="stable")]
+def _leave_last_out(users: npt.NDArray[np.int32], parts: Parts) -> Parts:
+    """Return the part of each row; rows stand user by user, oldest first, and cold ones stay."""
+    rows = np.flatnonzero(parts != COLD)
+    counts = np.bincount(users[rows])
     # Each row's distance from the end of its user's interactions.
-    counts = np.bincount(users)
-    ends = np.cumsum(counts)[users[ranks]]
-    from_end = ends - 1 - np.arange(len(ranks))
-    length = counts[users[ranks]]
-    parts = np.full(len(users), TRAIN, dtype=np.int8)
-    parts[ranks[(from_end == 0) & (length >= 2)]] = TEST
-    parts[ranks[(from_end == 1) & (length >= 3)]] = VALIDATION
+    from_end = np.cumsum(counts)[users[rows]] - 1 - np.arange(len(rows))
+    length = counts[users[rows]]
+    parts = parts.copy()
+    parts[rows[(from_end == 0) & (length >= 2)]] = TEST
+    parts[rows[(from_end == 1) & (length >= 3)]] = VALIDATION
     return parts
