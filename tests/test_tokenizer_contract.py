@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from sklearn.base import clone
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
@@ -97,6 +98,9 @@ TOKENIZERS: dict[str, Callable[..., Tokenizer]] = {
 
 sys.path.append(str(Path(__file__).parent / "plugin"))  # a package that is not semid's
 TOKENIZERS["plugin"] = lambda **changes: TOKENIZERS_OF_ALL.load("lloyd")(**changes)
+TOKENIZERS["plugin-product"] = lambda **changes: TOKENIZERS_OF_ALL.load("lloyd-product")(
+    **{"levels": 5, **changes}  # parts of 5 and 4 columns
+)
 
 pytestmark = pytest.mark.parametrize("make", TOKENIZERS.values(), ids=TOKENIZERS.keys())
 
@@ -225,12 +229,82 @@ def test_decoding_beats_the_mean_and_improves_with_levels(make, fitted, clustere
     assert error(tokenizer) < error(shallow)
 
 
-def test_quantize_sums_or_mixes_the_codebooks(make, fitted, clustered):
+def test_quantize_combines_the_codewords_in_their_columns(make, fitted, clustered):
     tokenizer = fitted(make)
     codes = tokenizer.encode(clustered).codes
-    words = [book[codes[:, level]] for level, book in enumerate(tokenizer.codebooks)]
-    mixed = {"sum": np.sum, "mean": np.mean}[tokenizer.combine](words, axis=0)
-    np.testing.assert_allclose(tokenizer.quantize(codes), mixed, rtol=1e-5, atol=1e-5)
+    mixed = np.zeros((len(codes), tokenizer.latent_dim))
+    books = zip(tokenizer.codebooks, tokenizer.latent_slices, strict=True)
+    for level, (book, columns) in enumerate(books):
+        mixed[:, columns] += book[codes[:, level]]
+    if tokenizer.combine == "mean":
+        mixed /= tokenizer.levels
+    quantized = tokenizer.quantize(codes)
+    assert quantized.shape == tokenizer.latent(clustered).shape
+    np.testing.assert_allclose(quantized, mixed, rtol=1e-5, atol=1e-5)
+    covered = np.zeros(tokenizer.latent_dim, int)
+    for columns in tokenizer.latent_slices:
+        covered[columns] += 1
+    assert (covered == (1 if tokenizer.combine == "concat" else tokenizer.levels)).all()
+
+
+def test_a_report_measures_each_codebook_in_its_columns(make, fitted, clustered):
+    tokenizer = fitted(make)
+    diagnosis = semid.diagnose(tokenizer, clustered)
+    codes, latent = tokenizer.encode(clustered).codes, tokenizer.latent(clustered)
+    residual = latent.copy()
+    assert diagnosis.model.latent == latent.shape[1]
+    books = zip(tokenizer.codebooks, tokenizer.latent_slices, strict=True)
+    for level, (book, columns) in enumerate(books):
+        if not tokenizer.hierarchical:
+            residual = latent.copy()
+        residual[:, columns] -= book[codes[:, level]]
+        spread = ((latent - latent.mean(0))[:, columns].astype(float) ** 2).sum()
+        error = diagnosis.reconstruction.per_level[level].errors["all"]
+        assert error == pytest.approx((residual[:, columns] ** 2).sum() / spread, rel=1e-4)
+    # Margins, too, are those of a codebook in its columns: at little noise they predict its flips.
+    flips, margins = diagnosis.flips.input.flips.points[2], diagnosis.flips.input.margins.points[2]
+    for measured, expected in zip(flips.code, margins.code, strict=True):
+        assert expected == pytest.approx(measured.value, abs=0.05, rel=0.5)
+    # The explorer's nearest codewords, relative to the spread in these columns.
+    near = diagnosis.explorer["neighbors"][-1]
+    book, spread = tokenizer.codebooks[-1], 2 * latent[:, columns].var(0).sum()
+    distance = ((book[near["code"][0]] - book[near["near"][0][0]]) ** 2).sum() / spread
+    assert near["distance"][0][0] == pytest.approx(distance, rel=0.01)
+
+
+def test_shared_ids_move_to_the_nearest_free_codes(make, fitted, clustered):
+    tokenizer = fitted(make)
+    rows = np.repeat(clustered[:1], 3, axis=0)
+    plain = tokenizer.encode(rows)
+    unique = semid.make_unique(plain, method="reassign", tokenizer=tokenizer, embeddings=rows).ids
+    assert np.array_equal(unique.codes[:, :-1], plain.codes[:, :-1])
+    # What the last codebook quantizes, and the codewords nearest to it.
+    columns, book = tokenizer.latent_slices[-1], tokenizer.codebooks[-1]
+    inputs = tokenizer.latent(rows[:1])[0, columns]
+    if tokenizer.hierarchical:
+        inputs = inputs - tokenizer.quantize(plain.codes[:1])[0] + book[plain.codes[0, -1]]
+    nearest = np.argsort(((inputs - book) ** 2).sum(1), kind="stable")[:3]
+    assert sorted(unique.codes[:, -1]) == sorted(nearest)
+
+
+def test_refresh_keeps_most_ids(make, fitted, clustered):
+    tokenizer = fitted(make)
+    if getattr(tokenizer, "needs_behavior", False):
+        pytest.skip("learns from behavior")
+    published = tokenizer.encode(clustered)
+    after = semid.refresh(tokenizer, published, clustered[:1100], max_churn=0.1)
+    assert after.report.churn.share <= 0.1
+    assert after.ids.levels == tokenizer.levels
+
+
+def test_refinement_lowers_the_error_or_says_why_not(make, fitted, clustered):
+    tokenizer = fitted(make)
+    if tokenizer.hierarchical and tokenizer.combine == "sum":
+        refined = semid.refine(tokenizer, clustered)
+        assert refined.report.validation_error <= tokenizer.report.validation_error * 1.001
+    else:
+        with pytest.raises(UsageError, match="parallel"):
+            semid.refine(tokenizer, clustered)
 
 
 def test_residual_norm_is_what_the_levels_leave(make, fitted, clustered):
@@ -466,3 +540,16 @@ def test_renumbered_codewords_decode_alike(make, fitted, clustered):
     expected = np.stack([number[codes[:, level]] for level, number in enumerate(numbers)], axis=1)
     assert np.array_equal(renumbered.encode(clustered).codes, expected)
     assert np.array_equal(renumbered.decode(expected), tokenizer.decode(codes))
+
+
+def test_the_exported_graph_gives_the_same_codes(make, fitted, clustered):
+    from semid.exports.encoders import codes_graph
+
+    tokenizer = fitted(make)
+    if tokenizer.kind == "lloyd":
+        with pytest.raises(UsageError, match="encoder_module"):
+            codes_graph(tokenizer)
+        return
+    codes = codes_graph(tokenizer)(torch.from_numpy(clustered)).numpy()
+    # A network may add in another order, which decides near-ties; a beam among equal parents too.
+    assert (codes == tokenizer.encode(clustered).codes).mean() > 0.999

@@ -1,4 +1,4 @@
-"""A tokenizer of another package: residual levels learned by a few Lloyd iterations in numpy."""
+"""Tokenizers of another package, learned by a few Lloyd iterations in numpy."""
 
 from __future__ import annotations
 
@@ -39,18 +39,20 @@ class LloydTokenizer(Tokenizer):
 
     def _fit(self, context: Any) -> dict[str, Any]:
         residual = np.concatenate([x for _, x in context.train.blocks(1024)])
-        mass = np.ones(len(residual)) if context.weights is None else context.weights
         books = []
         for level in range(self.levels):
-
-            def run(store: Any, level: int = level, rows: Any = residual) -> Any:
-                return self._fit_level(rows, mass, level, store, context.progress)
-
-            arrays, _ = context.stage(f"level {level}", run)
-            books.append(arrays["codebook"])
+            books.append(self._fit_stage(context, level, residual))
             residual = residual - books[-1][_assign(residual, books[-1])]
         self._index(books)
         return {"rounds": self.rounds}
+
+    def _fit_stage(self, context: Any, level: int, rows: Any) -> Any:
+        mass = np.ones(len(rows)) if context.weights is None else context.weights
+        arrays, _ = context.stage(
+            f"level {level}",
+            lambda store: self._fit_level(rows, mass, level, store, context.progress),
+        )
+        return arrays["codebook"]
 
     def _fit_level(self, rows: Any, mass: Any, level: int, store: Any, progress: Any) -> Any:
         generator = numpy_generator(self.seed, "lloyd", level)
@@ -91,6 +93,35 @@ class LloydTokenizer(Tokenizer):
 
     def _set_tensors(self, tensors: Mapping[str, np.ndarray]) -> None:
         self._index([tensors[f"codebooks.{level}"] for level in range(self.levels)])
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class ProductTokenizer(LloydTokenizer):
+    """A codebook for each part of the columns; the parts are nearly equally wide."""
+
+    kind: ClassVar[str] = "lloyd-product"
+    hierarchical: ClassVar[bool] = False
+    combine: ClassVar[Literal["sum", "mean", "concat"]] = "concat"
+
+    def _fit(self, context: Any) -> dict[str, Any]:
+        rows = np.concatenate([x for _, x in context.train.blocks(1024)])
+        parts = np.array_split(rows, self.levels, axis=1)
+        self._index([self._fit_stage(context, level, part) for level, part in enumerate(parts)])
+        return {"rounds": self.rounds}
+
+    def _encode_block(self, x: Any, beam_width: int) -> ResidualCodes:
+        parts = np.array_split(x, self.levels, axis=1)
+        books = self._codebooks()
+        codes = [_assign(part, book) for part, book in zip(parts, books, strict=True)]
+        residual = x - self._decode_codes(np.stack(codes, axis=1))
+        norms = np.linalg.norm(residual, axis=1).astype(np.float32)
+        return ResidualCodes(np.stack(codes, axis=1), norms)
+
+    def _decode_codes(self, codes: Any) -> Any:
+        return self._quantize_codes(codes)
+
+    def encoder_module(self) -> Any:
+        return torch.nn.Identity()
 
 
 def _assign(rows: Any, book: Any) -> Any:

@@ -115,10 +115,10 @@ def token_count(tokens: Rows) -> int:
 def last_level_inputs(
     tokenizer: Tokenizer, latent: npt.NDArray[np.float32], codes: Codes
 ) -> npt.NDArray[np.float32]:
-    """Return the vectors ``(n, latent)`` that the last level quantizes."""
-    # In parallel tokenizers each codebook quantizes the latent vector itself.
+    """Return the vectors ``(n, width)`` that the last level quantizes."""
+    # In parallel tokenizers each codebook quantizes the latent vector itself, or its columns of it.
     if not tokenizer.hierarchical:
-        return latent
+        return latent[:, tokenizer.latent_slices[-1]]
     residual = latent
     for level, codebook in enumerate(tokenizer.codebooks[:-1]):
         residual = residual - codebook[codes[:, level]]

@@ -196,10 +196,15 @@ class _Walls:
     ``|F^T (c_j - c_1)| / |c_j - c_1|``; isotropic noise has ``F = s I``.
     """
 
-    def __init__(self, codebook: npt.NDArray[Any], factors: Sequence[Float] | None) -> None:
+    def __init__(
+        self, codebook: npt.NDArray[Any], columns: slice, factors: Sequence[Float] | None
+    ) -> None:
+        self.columns = columns  # of the latent, which the codewords stand for
         self.codewords = np.ascontiguousarray(codebook, dtype=np.float32)
         self.table: IndexedCodebook = index_codebook(torch.from_numpy(self.codewords))
-        images = [self.codewords] if factors is None else [self.codewords @ f for f in factors]
+        images = [self.codewords]
+        if factors is not None:
+            images = [self.codewords @ factor[columns] for factor in factors]
         self.images = [torch.from_numpy(np.ascontiguousarray(image)) for image in images]
 
     def ratios(
@@ -237,24 +242,29 @@ def _proxy(
     *,
     scales: Sequence[float],
     hierarchical: bool,
+    slices: Sequence[slice] | None,
     neighbors: int,
     threads: int | None,
 ) -> MarginProxy:
     """Average the flip probabilities over the latents, by code and by prefix."""
-    levels = [_Walls(as_matrix(c, f"codebook {i}"), factors) for i, c in enumerate(codebooks)]
-    for i, level in enumerate(levels):
-        if level.codewords.shape[1] != latents.shape[1]:
-            raise InputError(
-                f"codebook {i} is {level.codewords.shape[1]} wide, the latents {latents.shape[1]}"
-            )
+    whole = range(latents.shape[1])
+    parts = [slice(None)] * len(codebooks) if slices is None else slices
+    levels = []
+    for i, (codebook, part) in enumerate(zip(codebooks, parts, strict=True)):
+        levels.append(_Walls(as_matrix(codebook, f"codebook {i}"), part, factors))
+        width, expected = levels[-1].codewords.shape[1], len(whole[part])
+        if width != expected:
+            raise InputError(f"codebook {i} is {width} wide, the latents {expected}")
     noises = [scale * unit for scale in scales]
     code = np.zeros((len(noises), len(levels)))
     prefix = np.zeros_like(code)
     for rows in row_blocks(len(latents), _ROWS):
-        residuals = as_block(latents, rows)
+        block = residuals = as_block(latents, rows)
         # Per noise: log of the probability that no code so far has changed.
         stays = [torch.zeros(len(residuals), dtype=torch.float64) for _ in noises]
         for i, level in enumerate(levels):
+            if not hierarchical:
+                residuals = np.ascontiguousarray(block[:, level.columns])
             isotropic = noises if factors is None else None
             ratios, quantized = level.ratios(residuals, neighbors, isotropic, threads)
             for s, ratio in enumerate(ratios):
@@ -290,6 +300,7 @@ def margin_proxy(
     scales: Sequence[float] = NOISE_SCALES,
     unit: float | None = None,
     hierarchical: bool = True,
+    slices: Sequence[slice] | None = None,
     neighbors: int = 9,
     threads: int | None = None,
 ) -> MarginProxy:
@@ -302,10 +313,11 @@ def margin_proxy(
 
     Args:
         latents: ``(items, latent)`` before quantization.
-        codebooks: one ``(codes, latent)`` array per level.
+        codebooks: one ``(codes, width)`` array per level.
         scales: noise as multiples of ``unit``, positive.
         unit: standard deviation of the space; None measures it by `latent_std`.
         hierarchical: levels quantize residuals; False for parallel codebooks of one latent.
+        slices: columns of the latent that each codebook quantizes; None means all of them.
         neighbors: walls per item and level.
         threads: number of CPU threads; the result does not depend on it.
 
@@ -328,6 +340,7 @@ def margin_proxy(
         None,
         scales=scales,
         hierarchical=hierarchical,
+        slices=slices,
         neighbors=neighbors,
         threads=threads,
     )
@@ -349,6 +362,7 @@ def input_margin_proxy(
     scales: Sequence[float] = NOISE_SCALES,
     unit: float | None = None,
     hierarchical: bool = True,
+    slices: Sequence[slice] | None = None,
     neighbors: int = 9,
     seed: int = 0,
     threads: int | None = None,
@@ -366,6 +380,7 @@ def input_margin_proxy(
         scales: noise as multiples of ``unit``.
         unit: standard deviation of the inputs.
         hierarchical: levels quantize residuals.
+        slices: columns of the latent that each codebook quantizes.
         neighbors: walls per item and level.
         seed: of the draws.
         threads: number of CPU threads.
@@ -397,6 +412,7 @@ def input_margin_proxy(
         [_noise_factor(total / len(array)) for total in outer],
         scales=scales,
         hierarchical=hierarchical,
+        slices=slices,
         neighbors=neighbors,
         threads=threads,
     )

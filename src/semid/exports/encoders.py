@@ -30,8 +30,9 @@ class CodesGraph(nn.Module):
 
     Args:
         encoder: module from rows ``(batch, dim)`` to latents.
-        codebooks: ``(codes, latent)`` float32 per level.
+        codebooks: ``(codes, width)`` float32 per level.
         hierarchical: whether levels quantize residuals; otherwise they are parallel.
+        slices: columns of the latent that each parallel codebook quantizes; None means all.
         beam_width: partial codes per row, for residual levels.
     """
 
@@ -41,12 +42,14 @@ class CodesGraph(nn.Module):
         codebooks: Sequence[npt.NDArray[np.float32]],
         *,
         hierarchical: bool,
+        slices: Sequence[slice] | None = None,
         beam_width: int = 1,
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.levels = len(codebooks)
         self.hierarchical = hierarchical
+        self.slices = slices
         self.beam_width = beam_width
         for level, codebook in enumerate(codebooks):
             codewords = torch.from_numpy(np.array(codebook, dtype=np.float32))
@@ -57,7 +60,10 @@ class CodesGraph(nn.Module):
         """Return codes ``(batch, levels)`` int64 of rows ``(batch, dim)`` float32."""
         latent = self.encoder(x)
         if not self.hierarchical:
-            spaces = latent if isinstance(latent, list | tuple) else [latent] * self.levels
+            if isinstance(latent, list | tuple):
+                spaces = latent
+            else:
+                spaces = [latent[:, part] for part in self.slices or [slice(None)] * self.levels]
             nearest = [self._distances(z, level).argmin(1) for level, z in enumerate(spaces)]
             return torch.stack(nearest, dim=1)
         if self.beam_width > 1:
@@ -118,6 +124,7 @@ def codes_graph(tokenizer: Tokenizer) -> CodesGraph:
         tokenizer.encoder_module(),
         codebooks,
         hierarchical=tokenizer.hierarchical,
+        slices=tokenizer.latent_slices if tokenizer.combine == "concat" else None,
         beam_width=tokenizer.beam_width,
     )
     return graph.eval()

@@ -311,7 +311,11 @@ class _Run:
             self.tok.codebooks,
             hierarchical=self.tok.hierarchical,
             values=values,
-            item_spread=2.0 * self.measured.latent.variance,
+            # The mean squared distance of two items, in the columns of each codebook.
+            item_spreads=[
+                2.0 * float(self.measured.latent.variances[part].sum())
+                for part in self.tok.latent_slices
+            ],
             seed=self.seed,
         )
 
@@ -340,7 +344,7 @@ def _model_info(tok: Tokenizer) -> ModelInfo:
         codebook_sizes=tuple(tok.codebook_sizes),
         hierarchical=tok.hierarchical,
         dim=tok.dim,
-        latent=int(tok.codebooks[0].shape[1]),
+        latent=tok.latent_dim,
         beam_width=tok.beam_width,
         settings=tok.settings,
         codebook_fingerprint=tok.codebook_fingerprint,

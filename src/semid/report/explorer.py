@@ -95,10 +95,14 @@ def build_explorer(
     *,
     hierarchical: bool,
     values: Mapping[str, npt.ArrayLike],
-    item_spread: float,
+    item_spreads: Sequence[float],
     seed: int,
 ) -> dict[str, Any]:
-    """Gather everything the explorer draws, as JSON-able columns; ``values`` are per item."""
+    """Gather everything the explorer draws, as JSON-able columns.
+
+    ``values`` are per item; ``item_spreads``, one per codebook, are what distances between its
+    codewords are relative to.
+    """
     count = len(codes)
     shown = np.arange(count)
     if count > MAX_ITEMS:
@@ -126,8 +130,8 @@ def build_explorer(
         "codes": codes[shown].astype(np.int64).ravel().tolist(),
         "trees": [_columns(tree, place, _words(tree, texts, shown)) for tree in trees],
         "neighbors": [
-            _neighbors(codebook, codes[:, level], item_spread)
-            for level, codebook in enumerate(codebooks)
+            _neighbors(codebook, codes[:, level], spread)
+            for level, (codebook, spread) in enumerate(zip(codebooks, item_spreads, strict=True))
         ],
     }
 

@@ -27,7 +27,7 @@ from semid.diagnostics.spaces import geometry
 from semid.errors import EmbeddingError
 from semid.health import LevelUsage, bucket_keys, row_hashes
 from semid.progress import Progress
-from semid.quantization.nearest import index_codebook, nearest
+from semid.quantization.nearest import assign, index_codebook
 from semid.quantization.residual import encode_residual
 from semid.report.results import (
     Agreement,
@@ -88,10 +88,11 @@ class Moments:
         """Mean squared distance to the mean: the variances summed."""
         return float(self.variances.sum())
 
-    def spread_about(self, other: Moments) -> float:
-        """Sum of squared distances of these rows to the mean of ``other``, of the same shift."""
-        mean = other.total / other.rows
-        return float(self.squares.sum() - 2.0 * (mean @ self.total) + self.rows * (mean @ mean))
+    def spread_about(self, other: Moments, columns: slice) -> float:
+        """Sum of squared distances to the mean of ``other``, of the same shift, in some columns."""
+        mean = (other.total / other.rows)[columns]
+        squares, total = self.squares[columns].sum(), self.total[columns]
+        return float(squares - 2.0 * (mean @ total) + self.rows * (mean @ mean))
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class CataloguePass:
         latent: moments of the latent.
         held_out_latent: moments of the latent of held-out rows alone.
         remaining: ``(levels, items)`` float32: squared latent error after the first l + 1 levels
-            (parallel tokenizers: of codebook l alone).
+            (parallel tokenizers: of codebook l alone, in the columns that it quantizes).
         normalized: sum of squared errors between rows and reconstructions of unit length.
         cosine: sum of the cosines of rows with their reconstructions.
     """
@@ -148,7 +149,6 @@ def measure_catalogue(
     items = len(source)
     if items == 0:
         raise EmbeddingError("there are no rows to diagnose; give at least one")
-    codebooks = tok.codebooks
     codes = np.empty((items, tok.levels), dtype=code_dtype(tok.codebook_sizes))
     errors = np.empty(items, dtype=np.float32)
     hashes = np.empty(items, dtype=np.uint64)
@@ -166,7 +166,7 @@ def measure_catalogue(
         latent = tok.latent(block.x)
         codes[span] = block.codes
         hashes[span] = row_hashes(block.x)
-        remaining[:, span] = _remaining_errors(latent, block.codes, codebooks, tok.hierarchical)
+        remaining[:, span] = _remaining_errors(tok, latent, block.codes)
         errors[span] = health.update(
             block.codes,
             block.x,
@@ -214,15 +214,14 @@ def _cosines(x: Array, decoded: Array) -> Floats:
     return cosines
 
 
-def _remaining_errors(
-    latent: Array, codes: npt.NDArray[np.int64], codebooks: tuple[Array, ...], hierarchical: bool
-) -> Floats:
+def _remaining_errors(tok: Tokenizer, latent: Array, codes: npt.NDArray[np.int64]) -> Floats:
     """Return the squared latent error after each level, or of each parallel codebook alone."""
-    errors = np.empty((len(codebooks), len(latent)))
+    errors = np.empty((tok.levels, len(latent)))
     residual = latent
-    for level, codebook in enumerate(codebooks):
-        quantized = codebook[codes[:, level]]
-        residual = residual - quantized if hierarchical else latent - quantized
+    for level, (codebook, part) in enumerate(zip(tok.codebooks, tok.latent_slices, strict=True)):
+        if not tok.hierarchical:
+            residual = latent[:, part]
+        residual = residual - codebook[codes[:, level]]
         errors[level] = _squared_norms(residual)
     return errors
 
@@ -271,18 +270,24 @@ def reconstruction_errors(
 ) -> ReconstructionErrors:
     """Return errors of the whole code in the input space, and by level in the latent space."""
     groups: dict[str, Mask | slice] = {"all": slice(None)}
-    spreads = {"all": measured.latent.spread_about(measured.latent)}
     if held_out is not None:
+        groups |= {"training": ~held_out, "held_out": held_out}
+    relative = measured.health.relative_errors
+    slices = tok.latent_slices
+
+    def spread(group: str, columns: slice) -> float:
+        total = measured.latent.spread_about(measured.latent, columns)
+        if group == "all":
+            return total
         # The training rows are all rows less the held-out ones, and so is their spread about the
         # common mean.
-        held_out_spread = measured.held_out_latent.spread_about(measured.latent)
-        groups |= {"training": ~held_out, "held_out": held_out}
-        spreads |= {"training": spreads["all"] - held_out_spread, "held_out": held_out_spread}
-    relative = measured.health.relative_errors
+        held_out_spread = measured.held_out_latent.spread_about(measured.latent, columns)
+        return held_out_spread if group == "held_out" else total - held_out_spread
 
     def level_error(level: int, group: str) -> float | None:
         squared = float(measured.remaining[level][groups[group]].sum(dtype=np.float64))
-        return squared / spreads[group] if spreads[group] > 0 else None
+        whole = spread(group, slices[level])
+        return squared / whole if whole > 0 else None
 
     return ReconstructionErrors(
         space="decoder(codes)",
@@ -312,12 +317,14 @@ def _latent_encoder(tok: Tokenizer, threads: int | None) -> Callable[[Array], Co
     codebooks = [index_codebook(torch.from_numpy(codebook)) for codebook in tok.codebooks]
 
     def encode(latents: Array) -> Codes:
-        # Residual levels are searched together, parallel codebooks one by one.
+        # Residual levels are searched together, parallel codebooks one by one in their columns.
         if tok.hierarchical:
             beam_width = tok.beam_width
             return encode_residual(latents, codebooks, beam_width=beam_width, threads=threads).codes
-        rows = torch.from_numpy(latents)
-        labels = [nearest(rows, each, threads=threads).labels.numpy() for each in codebooks]
+        labels = [
+            assign(np.ascontiguousarray(latents[:, part]), codebook, threads=threads)[0]
+            for codebook, part in zip(codebooks, tok.latent_slices, strict=True)
+        ]
         return np.stack(labels, axis=1)
 
     return encode
@@ -339,6 +346,7 @@ def measure_flips(
     """
     options: dict[str, Any] = {
         "hierarchical": tok.hierarchical,
+        "slices": tok.latent_slices,
         "scales": FLIP_SCALES,
         "threads": threads,
     }

@@ -159,7 +159,8 @@ class ReconstructionErrors(Result):
         relative_error: group -> summed squared error over the summed squared distance to the mean
             of all rows; None where all rows of the group lie at the mean. Groups are ``all`` and,
             where the rows are those of the fit, ``training`` and ``held_out``.
-        per_level_kind: whether ``per_level`` is about ``prefix``es or each codebook ``alone``.
+        per_level_kind: whether ``per_level`` is about ``prefix``es or each codebook ``alone``,
+            in the columns of the latent that it quantizes.
         variance: of the input, summed over dimensions, as ``latent_variance`` of the latent.
     """
 

@@ -126,7 +126,7 @@ class DrqExperiment(Experiment):
             "items": len(opened.embeddings),
             "levels": tok.levels,
             "codebook_size": data.codebook_size,
-            "latent": int(tok.codebooks[0].shape[1]),
+            "latent": tok.latent_dim,
             **figures,
             "protocol": _protocol(tok, data, log),
             "fit_cpu_seconds": round(fitted, 1),
@@ -138,7 +138,7 @@ class DrqExperiment(Experiment):
 def _protocol(tok: Tokenizer, data: DataSet, log: Interactions | None) -> str:
     parts = [
         f"levels={tok.levels} codebook_size={data.codebook_size}",
-        f"latent={tok.codebooks[0].shape[1]}",
+        f"latent={tok.latent_dim}",
         f"held_out={tok.validation_fraction:g} of the items",
         f"evaluation_seed={EVALUATION_SEED}",
     ]

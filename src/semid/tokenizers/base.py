@@ -12,7 +12,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -68,7 +68,7 @@ class Tokenizer(StoredTokenizer):
         kind: name in artefacts and on the command line.
         hierarchical: whether a shared prefix of codes means relatedness.
         combine: how the codewords of an item make its quantized vector: ``sum``, ``mean`` or
-            ``concat``.
+            ``concat``. `latent_slices` says which columns of the latent each codebook quantizes.
         behavior_argument: argument whose value 0 turns learning from behavior off; None for
             tokenizers that learn from embeddings alone.
         can_warm_start: whether `fit_again` can start from the codebooks of the fit before.
@@ -76,7 +76,6 @@ class Tokenizer(StoredTokenizer):
         report: the `FitReport` of the last fit, or None before it.
     """
 
-    combine: ClassVar[Literal["sum", "mean", "concat"]]
     behavior_argument: ClassVar[str | None] = None
     can_warm_start: ClassVar[bool] = False
     fits_shards: ClassVar[bool] = False

@@ -74,7 +74,7 @@ def refine(
     held_out = held_out_mask(opened.ids, tokenizer.validation_fraction, salt=HELD_OUT_SALT)
     train, validation = opened.subset(~held_out), opened.subset(held_out)
     train_mass = train_weights(item_weights(weights, len(opened)), ~held_out)
-    width = tokenizer.codebooks[0].shape[1]
+    width = tokenizer.latent_dim
 
     def latents(rows: Blocks) -> Blocks:
         view = MappedBlocks(rows, tokenizer._latent_block, width)

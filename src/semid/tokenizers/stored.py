@@ -7,8 +7,9 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -127,6 +128,7 @@ class StoredTokenizer(Parameters, ABC):
 
     kind: ClassVar[str]
     hierarchical: ClassVar[bool]
+    combine: ClassVar[Literal["sum", "mean", "concat"]]
 
     seed: int = option(0, help="Seed of everything that is drawn.")
     validation_fraction: float = option(
@@ -181,9 +183,26 @@ class StoredTokenizer(Parameters, ABC):
 
     @property
     def codebooks(self) -> tuple[Array, ...]:
-        """Codewords of each level: ``(codes, latent)`` float32."""
+        """Codewords of each level: ``(codes, width)`` float32; see `latent_slices`."""
         _ = self.dim
         return self._codebooks()
+
+    @property
+    def latent_slices(self) -> tuple[slice, ...]:
+        """Columns of the latent that each codebook quantizes.
+
+        All of them, but for ``concat``: there each codebook has columns of its own, side by side.
+        """
+        widths = [book.shape[1] for book in self.codebooks]
+        if self.combine != "concat":
+            return tuple(slice(0, width) for width in widths)
+        ends = accumulate(widths)
+        return tuple(slice(end - width, end) for end, width in zip(ends, widths, strict=True))
+
+    @property
+    def latent_dim(self) -> int:
+        """Width of latent vectors."""
+        return int(self.latent_slices[-1].stop)
 
     @property
     def codebook_fingerprint(self) -> str:
