@@ -124,6 +124,7 @@ def test_a_network_encodes_the_same_in_units(kind, clustered, folder, tmp_path, 
     )
     tokenizer.fit(clustered).save(tmp_path / kind)
     encode_folder(tmp_path / kind, folder, tmp_path / "ids", engine=ONE, unit_rows=150)
+    assert len(list((tmp_path / "ids").glob("*.parquet"))) == 7
     same_as_local(tmp_path / kind, folder, tmp_path / "ids")
 
 

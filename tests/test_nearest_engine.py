@@ -131,7 +131,8 @@ def test_torch_products_still_work_between_searches() -> None:
         assert torch.equal(a @ b.T, before)
 
 
-def device_cases(device: str) -> None:
+def check_device(device: str) -> None:
+    """Check labels and keys of the search on a device against the compiled search."""
     x, codebook = problem(300, 400, 75)
     exclude = np.arange(300)
     for metric in (L2, INNER, COSINE):
@@ -157,12 +158,15 @@ def device_cases(device: str) -> None:
 
 
 def test_device_search_equals_the_compiled_one() -> None:
-    device_cases("cpu")
+    check_device("cpu")
+    x, codebook = problem()
+    labels = search_device(x, VectorTable(codebook, metric=L2, unique=True)).labels
+    assert torch.equal(torch.from_numpy(labels[:, 0]).long(), nearest(x, codebook).labels.long())
 
 
 @pytest.mark.gpu
 def test_cuda_search_equals_the_compiled_one() -> None:
-    device_cases("cuda")
+    check_device("cuda")
     x, codebook = problem()
     on_device = nearest(x.cuda(), codebook.cuda())
     assert on_device.labels.is_cuda

@@ -614,6 +614,11 @@ def test_a_bundle_appears_whole(place, monkeypatch):
 
 def test_the_name_of_a_recipe_is_no_input(place):
     check_output(place / "rqvae", inputs=["rqvae", "no-such-file.parquet:item_id"])
+    (place / "no-such-file.parquet").touch()
+    with pytest.raises(UsageError, match="is the input"):
+        check_output(
+            place / "no-such-file.parquet", overwrite=True, inputs=["no-such-file.parquet:item_id"]
+        )
 
 
 def test_ids_with_a_column_of_the_users_own(place):

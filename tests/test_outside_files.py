@@ -283,12 +283,21 @@ def test_wrong_hugging_face_folders(tmp_path):
     export("huggingface", tmp_path / "h", ids=tokenizer.encode(rows()), tokenizer=tokenizer)
     file = tmp_path / "h" / "added_tokens.json"
     valid = file.read_bytes()
+    whole = HuggingFaceExport.read(tmp_path / "h")
     for document in altered(json.loads(valid)):
         file.write_text(json.dumps(document))
-        survives(HuggingFaceExport.read, tmp_path / "h")
+        export_read = survives(HuggingFaceExport.read, tmp_path / "h")
+        # Only another text of a token can be read: shapes, types and fingerprint are checked.
+        assert export_read is None or list(map(len, export_read.tokens)) == [
+            len(level) for level in whole.tokens
+        ]
+        assert export_read is None or same(export_read.ids, whole.ids)
     for data in damaged(valid):
         file.write_bytes(data)
-        survives(HuggingFaceExport.read, tmp_path / "h")
+        export_read = survives(HuggingFaceExport.read, tmp_path / "h")
+        assert export_read is None or same(export_read.ids, whole.ids)
+    file.write_bytes(DEEP)
+    assert survives(HuggingFaceExport.read, tmp_path / "h") is None
 
 
 # Memory ---------------------------------------------------------------------------------------

@@ -59,30 +59,20 @@ def code_dtype(codebook_sizes: Sequence[int]) -> np.dtype[Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class CodesInfo:
-    """Where codes come from.
+    """Where codes come from."""
 
-    Attributes:
-        tokenizer: kind of the tokenizer, for example ``rqkmeans``.
-        codebook_sizes: codewords of each level.
-        hierarchical: whether a shared prefix means relatedness (residual tokenizers).
-        codebook_fingerprint: SHA-256 of the codebooks.
-        weights_fingerprint: SHA-256 of all weights.
-        beam_width: beam the codes were chosen with; 1 is greedy.
-        unique: how codes were made unique: ``none``, ``append`` (the last level is a token of no
-            codebook, counted in ``codebook_sizes``) or ``reassign``.
-        capacity: items an id may have under that method.
-        norm_quantiles: residual norms of the training distribution at even steps from 0 to 1,
-            against which new items are judged; None before the first addition.
-    """
-
-    tokenizer: str
-    codebook_sizes: tuple[int, ...]
-    hierarchical: bool
-    codebook_fingerprint: str
-    weights_fingerprint: str
-    beam_width: int = 1
+    tokenizer: str  # kind of the tokenizer, for example ``rqkmeans``
+    codebook_sizes: tuple[int, ...]  # codewords of each level
+    hierarchical: bool  # whether a shared prefix means relatedness (residual tokenizers)
+    codebook_fingerprint: str  # SHA-256 of the codebooks
+    weights_fingerprint: str  # SHA-256 of all weights
+    beam_width: int = 1  # beam the codes were chosen with; 1 is greedy
+    # how codes were made unique: ``none``, ``append`` (the last level is a token of no codebook,
+    # counted in ``codebook_sizes``) or ``reassign``
     unique: str = "none"
-    capacity: int = 1
+    capacity: int = 1  # items an id may have under that method
+    # residual norms of the training distribution at even steps from 0 to 1, against which new items
+    # are judged; None before the first addition
     norm_quantiles: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:

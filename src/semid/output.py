@@ -24,6 +24,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterable, Iterator, Mapping
@@ -46,6 +47,7 @@ MARKER = ".semid"
 MARKDOWN_MARK = "<!-- written by semid -->"
 _MARKS = (MARKDOWN_MARK.encode(), b'<meta name="generator" content="semid ')
 
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 _IDS_COLUMNS = {"item_id", "codes", "residual_norm", "model_codes"}
 # Folders that semid 0.1 wrote before there was a marker.
 _UNMARKED_ARTEFACT = {"config.json", "model.safetensors", "README.md"}
@@ -55,11 +57,10 @@ def check_output(
     path: FilePath | os.PathLike[str], *, overwrite: bool = False, inputs: Iterable[Any] = ()
 ) -> None:
     """Refuse an output that may not be written."""
-    location = local_path(path)
-    if location is None:
+    if local_path(path) is None:
         _check_remote(str(path), overwrite=overwrite, inputs=inputs)
         return
-    target = _local_target(location)
+    target = _local_target(path)
     if target.is_symlink():
         raise OutputExistsError(
             f"output '{path}' is a symbolic link; give the path of the file or folder itself"
@@ -241,7 +242,8 @@ def claim_output(
 def _local_target(path: FilePath | os.PathLike[str]) -> Path:
     """Return the absolute path of an output that is written through this machine's disk."""
     location = local_path(path)
-    if location is None:
+    # A `Path` made of a URI has lost a slash, and would be a folder called "s3:" here.
+    if location is None or (isinstance(path, Path) and _SCHEME.match(str(path))):
         raise UsageError(
             f"output '{path}' is a URI, and this can be written to this machine's disk only; give "
             "a path here and copy it afterwards"

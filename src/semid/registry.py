@@ -19,12 +19,9 @@ from semid.errors import MissingExtraError, UsageError, brief, check_choice, nea
 
 
 class Registry:
-    """Objects by name, those of semid and those of entry points.
+    """Objects by name, those of semid and those of a group of entry points.
 
-    Args:
-        group: group of entry points.
-        targets: name -> ``module:attribute``, imported by `load`, or the object itself. These names
-            cannot be taken by entry points.
+    ``targets`` maps names, which no entry point can take, to ``module:attribute`` or to objects.
     """
 
     def __init__(self, group: str, targets: Mapping[str, Any]) -> None:
@@ -36,15 +33,7 @@ class Registry:
         return sorted({*self.targets, *(each.name for each in self._entry_points())})
 
     def load(self, name: str, *, flag: str = "name") -> Any:
-        """Return the object of a name.
-
-        Args:
-            name: one of `names`.
-            flag: what error messages call the argument that held the name.
-
-        Raises:
-            UsageError: for an unknown name, or an entry point that cannot be imported.
-        """
+        """Return the object of a name; ``flag`` is what errors call the argument that held it."""
         if name in self.targets:
             target = self.targets[name]
             return import_target(target) if isinstance(target, str) else target

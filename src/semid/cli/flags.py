@@ -58,25 +58,15 @@ _TYPES: Any = {"bool": bool, "int": int, "float": float}
 
 @dataclass(frozen=True)
 class Flag:
-    """One option field as a flag.
+    """One option field as a flag."""
 
-    Attributes:
-        key: dotted place of the field, such as ``kmeans.max_iter``.
-        name: of the parameter; empty for a field that has no flag and is given by ``--set``.
-        type: ``bool``, ``int``, ``float``, ``str``, or one of these with ``s`` for a list.
-        help: sentence with the default.
-        choices: allowed strings.
-        section: heading in the help.
-        tokenizers: which of them have it.
-    """
-
-    key: str
-    name: str
-    type: str
-    help: str
-    choices: tuple[str, ...] = ()
-    section: str = ""
-    tokenizers: tuple[str, ...] = ()
+    key: str  # dotted place of the field, such as ``kmeans.max_iter``
+    name: str  # of the parameter; empty for a field that has no flag and is given by ``--set``
+    type: str  # ``bool``, ``int``, ``float``, ``str``, or one of these with ``s`` for a list
+    help: str  # sentence with the default
+    choices: tuple[str, ...] = ()  # allowed strings
+    section: str = ""  # heading in the help
+    tokenizers: tuple[str, ...] = ()  # which of them have it
 
     @property
     def parameter(self) -> inspect.Parameter:

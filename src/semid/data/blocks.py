@@ -26,17 +26,11 @@ class Flag:
 
 
 class RawBlock(NamedTuple):
-    """Rows as a container gives them, before anyone has judged them.
+    """Rows as a container gives them, before anyone has judged them."""
 
-    Attributes:
-        values: (n, dim) float32, C-contiguous.
-        flags: (n,) uint8 of `Flag` bits, or None when no row has one.
-        shared: whether ``values`` is memory that belongs to somebody else.
-    """
-
-    values: np.ndarray
-    flags: np.ndarray | None = None
-    shared: bool = False
+    values: np.ndarray  # (n, dim) float32, C-contiguous
+    flags: np.ndarray | None = None  # (n,) uint8 of `Flag` bits, or None when no row has one
+    shared: bool = False  # whether ``values`` is memory that belongs to somebody else
 
     @property
     def flag_bits(self) -> np.ndarray:
@@ -119,18 +113,12 @@ _WORDS = {
 
 
 class Moments:
-    """Mean of rows and their mean squared distance to it, from sums in float64 in block order.
-
-    Attributes:
-        count: rows added.
-        total: (dim,) sum of the rows.
-        squares: sum of their squared lengths.
-    """
+    """Mean of rows and their mean squared distance to it, from sums in float64 in block order."""
 
     def __init__(self) -> None:
-        self.count = 0
-        self.total: np.ndarray = np.zeros(())
-        self.squares = 0.0
+        self.count = 0  # rows added
+        self.total: np.ndarray = np.zeros(())  # (dim,) sum of the rows
+        self.squares = 0.0  # sum of their squared lengths
 
     @classmethod
     def of(cls, blocks: Iterable[tuple[int, np.ndarray]]) -> Moments:
@@ -165,15 +153,10 @@ class Moments:
 
 
 class RowProblems:
-    """Counts what is wrong with rows and remembers the first of each kind.
-
-    Args:
-        label: the embeddings in the user's words.
-        dim: the width that rows should have.
-        ids: the ids of all rows, to name the first bad one.
-    """
+    """Counts what is wrong with rows and remembers the first of each kind."""
 
     def __init__(self, label: str, dim: int, ids: ItemIds) -> None:
+        # The embeddings in the user's words, the width that rows should have, and all ids.
         self.label, self.dim, self.ids = label, dim, ids
         self.counts = dict.fromkeys(_WORDS, 0)
         self.first: dict[int, int] = {}

@@ -288,23 +288,14 @@ def _opened(path: FilePath, error: type[InputError], **options: Any) -> Iterator
 
 @dataclass(frozen=True)
 class ParquetFiles:
-    """Parquet files that are read one after another as one table.
+    """Parquet files that are read one after another as one table."""
 
-    Attributes:
-        paths: the files in the order of their rows.
-        schemas: each file's Arrow schema.
-        row_groups: each file's row groups, as numbers of rows.
-        numbers: the numbers of those row groups in their files.
-        label: the whole of it in the user's words.
-        error: which error a file that cannot be read raises.
-    """
-
-    paths: tuple[FilePath, ...]
-    schemas: tuple[pa.Schema, ...]
-    row_groups: tuple[tuple[int, ...], ...]
-    numbers: tuple[tuple[int, ...], ...]
-    label: str
-    error: type[InputError] = EmbeddingError
+    paths: tuple[FilePath, ...]  # the files in the order of their rows
+    schemas: tuple[pa.Schema, ...]  # each file's Arrow schema
+    row_groups: tuple[tuple[int, ...], ...]  # each file's row groups, as numbers of rows
+    numbers: tuple[tuple[int, ...], ...]  # the numbers of those row groups in their files
+    label: str  # the whole of it in the user's words
+    error: type[InputError] = EmbeddingError  # which error a file that cannot be read raises
 
     @classmethod
     def open(cls, path: str | Path, *, error: type[InputError] = EmbeddingError) -> ParquetFiles:

@@ -280,24 +280,16 @@ _TEXT_COLUMNS = ("title", "categories", "brand", "text")
 
 @dataclass(frozen=True)
 class ItemTexts:
-    """Texts of items, row by row.
+    """Texts of items, row by row."""
 
-    Attributes:
-        ids: the items.
-        titles: (items,) Arrow large_string array without nulls: the title, else the text, else
-            empty.
-        categories: (items,) Arrow large_string array without nulls, or None without the column.
-        brand: likewise.
-        text: likewise.
-        missing: items of ``ids`` that the table did not have.
-    """
-
-    ids: ItemIds
+    ids: ItemIds  # the items
+    # (items,) Arrow large_string array without nulls: the title, else the text, else empty
     titles: Any
+    # (items,) Arrow large_string array without nulls, or None without the column
     categories: Any = None
-    brand: Any = None
-    text: Any = None
-    missing: int = 0
+    brand: Any = None  # likewise
+    text: Any = None  # likewise
+    missing: int = 0  # items of ``ids`` that the table did not have
 
     def __len__(self) -> int:
         return len(self.ids)

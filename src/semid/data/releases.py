@@ -31,19 +31,15 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Release:
-    """A release, read.
+    """A release, read."""
 
-    Attributes:
-        interactions: ``user_id``, ``item_id``, ``timestamp`` (seconds), ``position`` (0 is a
-            user's oldest) and ``rating``, users in order of appearance, oldest first.
-        items: ``item_id``, ``title``, ``brand``, ``categories`` and ``text`` of every item that
-            occurs; empty where the release says nothing.
-        notes: what was dropped, in sentences.
-    """
-
+    # ``user_id``, ``item_id``, ``timestamp`` (seconds), ``position`` (0 is a user's oldest) and
+    # ``rating``, users in order of appearance, oldest first
     interactions: pa.Table
+    # ``item_id``, ``title``, ``brand``, ``categories`` and ``text`` of every item that occurs;
+    # empty where the release says nothing
     items: pa.Table
-    notes: tuple[str, ...]
+    notes: tuple[str, ...]  # what was dropped, in sentences
 
     def write(
         self, folder: str | os.PathLike[str], *, embed: str | None = None, overwrite: bool = False

@@ -26,18 +26,12 @@ class EmbeddingSource(ABC):
 
     Made by `semid.data.embeddings.open_embeddings`. Values arrive as float32 whatever they are
     stored as, and a value that is null, NaN or infinite never leaves a source: reading raises.
-
-    Attributes:
-        ids: the item ids, in row order.
-        dim: width of a row.
-        label: what the embeddings are called in errors, in the user's words.
-        cheap_rows: whether rows at random cost only those rows.
     """
 
-    ids: ItemIds
-    dim: int
-    label: str
-    cheap_rows: bool = True
+    ids: ItemIds  # the item ids, in row order
+    dim: int  # width of a row
+    label: str  # what the embeddings are called in errors, in the user's words
+    cheap_rows: bool = True  # whether rows at random cost only those rows
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -47,19 +47,13 @@ def is_frame(value: Any) -> bool:
 
 
 class Frame:
-    """A table with named columns, each of which becomes Arrow when it is read.
-
-    Args:
-        kind: ``arrow``, ``pandas`` or ``polars``.
-        schema: names and Arrow types of the columns (a pandas object column by its first values).
-        read: returns a whole column as an Arrow chunked array.
-    """
+    """A table with named columns, each of which becomes Arrow when it is read."""
 
     def __init__(self, kind: str, schema: pa.Schema, read: Callable[[str], Any]) -> None:
-        self.kind = kind
-        self.schema = schema
+        self.kind = kind  # ``arrow``, ``pandas`` or ``polars``
+        self.schema = schema  # of a pandas object column the type of its first values
         self.label = f"the {kind} table"
-        self._read = read
+        self._read = read  # returns a whole column as an Arrow chunked array
 
     def column(self, name: str) -> Any:
         """Return a whole column as an Arrow chunked array."""
@@ -154,15 +148,10 @@ _SEPARATED = {"comma", "tab", "semicolon", "bar"}
 
 @dataclass(frozen=True)
 class Table:
-    """A table whose columns are read when they are asked for.
+    """A table whose columns are read when they are asked for."""
 
-    Attributes:
-        names: its columns.
-        label: the table in the user's words.
-    """
-
-    names: list[str]
-    label: str
+    names: list[str]  # its columns
+    label: str  # the table in the user's words
     _read: Callable[..., pa.Table]
 
     def read(
@@ -173,15 +162,10 @@ class Table:
         numbers: Sequence[str] = (),
         coded: bool = False,
     ) -> pa.Table:
-        """Read columns into memory.
+        """Read columns into memory; the types of a CSV file are inferred from its first megabyte.
 
-        Args:
-            columns: names, all present.
-            text: those that stay text in a CSV file, so that ``007`` is not 7; an empty field is
-                null. Types of the others are inferred from the first megabyte.
-            numbers: those that a CSV file gives as float64 whatever they begin with.
-            coded: dictionary-code the columns of ``text`` from Parquet too, as those from CSV are;
-                saves memory where values repeat.
+        But columns of ``text`` stay text, so that ``007`` is not 7, and ``numbers`` are float64.
+        ``coded`` dictionary-codes the text of Parquet too, which saves memory where values repeat.
         """
         return self._read(list(columns), text=text, numbers=numbers, coded=coded)
 

@@ -63,17 +63,12 @@ def _below(values: Floats, order: npt.NDArray[np.int64], others: Floats) -> Floa
 
 @dataclass(frozen=True)
 class NegativePairs:
-    """Random pairs (a, b'), the same for every tokenizer that is compared.
+    """Random pairs (a, b'), the same for every tokenizer that is compared."""
 
-    Attributes:
-        targets: row of b', int64 ``(pairs, per_pair)``; never the query itself.
-        per_pair: negatives per positive pair.
-        seed: of the draw.
-    """
-
+    # row of b', int64 ``(pairs, per_pair)``; never the query itself
     targets: Rows = field(repr=False, compare=False)
-    per_pair: int
-    seed: int
+    per_pair: int  # negatives per positive pair
+    seed: int  # of the draw
 
 
 def negative_pairs(pairs: ItemPairs, *, per_pair: int = 10, seed: int = 0) -> NegativePairs:

@@ -29,19 +29,12 @@ _QUERIES = 4096  # queries per block of the search by equal codes
 
 @dataclass(frozen=True)
 class DiscreteRanks:
-    """Position of each pair's target in its query's list.
+    """Position of each pair's target in its query's list."""
 
-    Attributes:
-        rank: position under the seeded order of ties, from 0, int64 ``(pairs,)``.
-        better: number of candidates that match the query more than the target does.
-        tied: number of candidates that match it as much, the target among them.
-        match: length of the common prefix, or number of equal codes, of query and target.
-    """
-
-    rank: Ints
-    better: Ints
-    tied: Ints
-    match: Ints
+    rank: Ints  # position under the seeded order of ties, from 0, int64 ``(pairs,)``
+    better: Ints  # number of candidates that match the query more than the target does
+    tied: Ints  # number of candidates that match it as much, the target among them
+    match: Ints  # length of the common prefix, or number of equal codes, of query and target
 
     def expected_hits(self, k: int) -> npt.NDArray[np.float64]:
         """Return each pair's probability of a hit at ``k``, averaged over all orders of ties."""

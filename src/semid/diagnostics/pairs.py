@@ -44,19 +44,14 @@ class PairCounts(Result):
 
 @dataclass(frozen=True)
 class ItemPairs:
-    """Pairs (a, b): from item a, item b should be found.
+    """Pairs (a, b): from item a, item b should be found."""
 
-    Attributes:
-        queries: row of a in the pool, int64 ``(pairs,)``.
-        targets: row of b, never equal to a's: the query is no candidate of its own.
-        users: user of each pair, whom intervals are taken over; without users, the row of a.
-        pool: this and the others are those of `PairCounts`.
-    """
-
-    queries: Rows = field(repr=False, compare=False)
+    queries: Rows = field(repr=False, compare=False)  # row of a in the pool, int64 ``(pairs,)``
+    # row of b, never equal to a's: the query is no candidate of its own
     targets: Rows = field(repr=False, compare=False)
+    # user of each pair, whom intervals are taken over; without users, the row of a
     users: Rows = field(repr=False, compare=False)
-    pool: int
+    pool: int  # this and the others are those of `PairCounts`
     unknown: int
     same: int
     by_user: bool

@@ -245,29 +245,17 @@ def describing_words(
 
 @dataclass(frozen=True)
 class Tree:
-    """Prefixes in order of depth, then of their parent, then the fullest first.
+    """Prefixes in order of depth, then of their parent, then the fullest first."""
 
-    Attributes:
-        level: level of the first codes: 0, or the codebook of a parallel tokenizer.
-        order: ``(items,)`` row numbers sorted by codes.
-        parent: ``(nodes,)`` node of the shorter prefix, -1 for the first level.
-        depth: ``(nodes,)`` from 1.
-        code: ``(nodes,)`` last code of the prefix.
-        first: ``(nodes,)`` position of its first item in ``order``.
-        items: ``(nodes,)`` number of its items.
-        metrics: name -> ``(nodes,)`` value.
-        left_out: number of prefixes beyond the budget, which are not in the tree.
-    """
-
-    level: int
-    order: Ints
-    parent: Ints
-    depth: Ints
-    code: Ints
-    first: Ints
-    items: Ints
-    metrics: dict[str, npt.NDArray[np.float64]]
-    left_out: int
+    level: int  # level of the first codes: 0, or the codebook of a parallel tokenizer
+    order: Ints  # ``(items,)`` row numbers sorted by codes
+    parent: Ints  # ``(nodes,)`` node of the shorter prefix, -1 for the first level
+    depth: Ints  # ``(nodes,)`` from 1
+    code: Ints  # ``(nodes,)`` last code of the prefix
+    first: Ints  # ``(nodes,)`` position of its first item in ``order``
+    items: Ints  # ``(nodes,)`` number of its items
+    metrics: dict[str, npt.NDArray[np.float64]]  # name -> ``(nodes,)`` value
+    left_out: int  # number of prefixes beyond the budget, which are not in the tree
 
     def groups(self, depth: int) -> Ints:
         """Return ``(items,)`` the node of each row at a depth; -1 where there is none."""

@@ -88,28 +88,17 @@ def interval(estimate: Estimated | None) -> str:
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure with the table of its numbers.
+    """One figure with the table of its numbers."""
 
-    Attributes:
-        id: anchor on the page.
-        section: id of the section it belongs to.
-        caption: one sentence on what is good and what is bad.
-        definition: how the quantity is defined.
-        traces: plotly traces.
-        layout: plotly layout beyond the page's own.
-        columns: heads of the table.
-        rows: its cells, written out.
-    """
-
-    id: str
-    section: str
+    id: str  # anchor on the page
+    section: str  # id of the section it belongs to
     title: str
-    caption: str
-    definition: str
-    traces: Sequence[dict[str, Any]] = ()
-    layout: Mapping[str, Any] = field(default_factory=dict)
-    columns: Sequence[str] = ()
-    rows: Sequence[Sequence[str]] = ()
+    caption: str  # one sentence on what is good and what is bad
+    definition: str  # how the quantity is defined
+    traces: Sequence[dict[str, Any]] = ()  # plotly traces
+    layout: Mapping[str, Any] = field(default_factory=dict)  # plotly layout beyond the page's own
+    columns: Sequence[str] = ()  # heads of the table
+    rows: Sequence[Sequence[str]] = ()  # its cells, written out
 
     def to_plot(self) -> dict[str, Any]:
         """Return what the page's script draws."""
@@ -210,31 +199,23 @@ class Plot(Generic[Entry]):
     """Declaration of a figure: a series and a row of the table per entry.
 
     Texts may hold ``{name}`` for facts that `figure` is given.
-
-    Attributes:
-        id: as in `Figure`, like section, title, caption, definition and layout.
-        columns: of the table, after the first, which names the entry.
-        x: the values of an entry along x; None draws nothing.
-        y: the values along y.
-        mark: ``bars`` or the plotly mode of a line.
-        hover: template of the text under the pointer.
-        estimates: gives the series error bars.
-        head: head of the first column.
     """
 
-    id: str
+    id: str  # as in `Figure`, like section, title, caption, definition and layout
     section: str
     title: str
     caption: str
     definition: str
-    columns: tuple[Column[Entry], ...] = ()
+    columns: tuple[Column[Entry], ...] = ()  # of the table, after the first, which names the entry
+    # the values of an entry along x; None draws nothing
     x: Callable[[Entry], Iterable[Any]] | None = None
-    y: Callable[[Entry], Iterable[Any]] | None = None
-    mark: str = "lines"
-    hover: str = ""
+    y: Callable[[Entry], Iterable[Any]] | None = None  # the values along y
+    mark: str = "lines"  # ``bars`` or the plotly mode of a line
+    hover: str = ""  # template of the text under the pointer
+    # gives the series error bars
     estimates: Callable[[Entry], Sequence[Estimated | None]] | None = None
     layout: Mapping[str, Any] = field(default_factory=dict)
-    head: str = ""
+    head: str = ""  # head of the first column
 
     def series(self, name: str, entry: Entry, color: int | str, **more: Any) -> dict[str, Any]:
         """Return the trace of one entry."""

@@ -58,11 +58,7 @@ Codes = npt.NDArray[np.int64]
 
 
 class Moments:
-    """Sums that give means and variances, less the first row so that large means cancel nothing.
-
-    Args:
-        first: ``(dim,)`` the first row seen.
-    """
+    """Sums that give means and variances, less the first row so that large means cancel nothing."""
 
     def __init__(self, first: Array) -> None:
         self.shift = first.astype(np.float64)
@@ -97,32 +93,20 @@ class Moments:
 
 @dataclass(frozen=True)
 class CataloguePass:
-    """The results of the pass.
+    """The results of the pass."""
 
-    Attributes:
-        codes: ``(items, levels)``.
-        errors: ``(items,)`` float32 squared error ``|x - x_hat|^2`` of each item.
-        keys: ``(items,)`` uint64, equal exactly for equal ids.
-        hashes: ``(items,)`` uint64, equal for equal inputs.
-        health: usage, collisions and errors, as a fit counts them.
-        latent: moments of the latent.
-        held_out_latent: moments of the latent of held-out rows alone.
-        remaining: ``(levels, items)`` float32: squared latent error after the first l + 1 levels
-            (parallel tokenizers: of codebook l alone, in the columns that it quantizes).
-        normalized: sum of squared errors between rows and reconstructions of unit length.
-        cosine: sum of the cosines of rows with their reconstructions.
-    """
-
-    codes: npt.NDArray[Any]
-    errors: Array
-    keys: npt.NDArray[np.uint64]
-    hashes: npt.NDArray[np.uint64]
-    health: HealthCounter
-    latent: Moments
-    held_out_latent: Moments
+    codes: npt.NDArray[Any]  # ``(items, levels)``
+    errors: Array  # ``(items,)`` float32 squared error ``|x - x_hat|^2`` of each item
+    keys: npt.NDArray[np.uint64]  # ``(items,)`` uint64, equal exactly for equal ids
+    hashes: npt.NDArray[np.uint64]  # ``(items,)`` uint64, equal for equal inputs
+    health: HealthCounter  # usage, collisions and errors, as a fit counts them
+    latent: Moments  # moments of the latent
+    held_out_latent: Moments  # moments of the latent of held-out rows alone
+    # ``(levels, items)`` float32: squared latent error after the first l + 1 levels (parallel
+    # tokenizers: of codebook l alone, in the columns that it quantizes)
     remaining: Array
-    normalized: float
-    cosine: float
+    normalized: float  # sum of squared errors between rows and reconstructions of unit length
+    cosine: float  # sum of the cosines of rows with their reconstructions
 
     @property
     def items(self) -> int:

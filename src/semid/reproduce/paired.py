@@ -59,8 +59,8 @@ def student_quantile(share: float, freedom: int) -> float:
     while _student(high, freedom) < share:
         high *= 2
     for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _student(middle, freedom) < share else (low, middle)
+        midpoint = (low + high) / 2
+        low, high = (midpoint, high) if _student(midpoint, freedom) < share else (low, midpoint)
     return (low + high) / 2
 
 

@@ -55,18 +55,13 @@ CONFIG: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Prediction:
-    """Scores of rows.
+    """Scores of rows."""
 
-    Attributes:
-        probability: ``(rows,)`` float32 in [0, 1].
-        logit: ``(rows,)`` float32.
-        unknown: number of rows that read an unknown row, by what was unknown: ``user``, ``item``
-            (not in the catalogue), ``item_id`` (in the catalogue, but too rare in training for an
-            embedding), ``codes`` (an item without codes), and each context column.
-    """
-
-    probability: npt.NDArray[np.float32]
-    logit: npt.NDArray[np.float32]
+    probability: npt.NDArray[np.float32]  # ``(rows,)`` float32 in [0, 1]
+    logit: npt.NDArray[np.float32]  # ``(rows,)`` float32
+    # number of rows that read an unknown row, by what was unknown: ``user``, ``item`` (not in the
+    # catalogue), ``item_id`` (in the catalogue, but too rare in training for an embedding),
+    # ``codes`` (an item without codes), and each context column
     unknown: dict[str, int]
 
     def __len__(self) -> int:
@@ -76,17 +71,11 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Candidates, best first.
+    """Candidates, best first."""
 
-    Attributes:
-        items: item ids.
-        probability: ``(items,)`` float32.
-        unknown: as in `Prediction`.
-    """
-
-    items: list[str]
-    probability: npt.NDArray[np.float32]
-    unknown: dict[str, int]
+    items: list[str]  # item ids
+    probability: npt.NDArray[np.float32]  # ``(items,)`` float32
+    unknown: dict[str, int]  # as in `Prediction`
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
