@@ -13,10 +13,8 @@ from hypothesis import strategies as st
 
 from semid.diagnostics import (
     NOISE_SCALES,
-    ReconstructionCounter,
     flip_rates,
     geometry,
-    input_margin_proxy,
     latent_std,
     margin_proxy,
     overlap,
@@ -262,9 +260,11 @@ def test_padding_the_latent_changes_nothing_under_input_noise():
     assert plain == padded
     for bad in (lambda r: r[:, 0], lambda r: r[1:]):
         with pytest.raises(InputError, match="encode_latent returned shape"):
-            input_margin_proxy(inputs, bad, codebooks, scales=(0.1,))
-    a = input_margin_proxy(inputs, encode_latent, codebooks, scales=(0.1,))
-    b = input_margin_proxy(inputs, lambda r: encode_latent(r, 28), padded_books, scales=(0.1,))
+            margin_proxy(inputs, codebooks, encode_latent=bad, scales=(0.1,))
+    a = margin_proxy(inputs, codebooks, encode_latent=encode_latent, scales=(0.1,))
+    b = margin_proxy(
+        inputs, padded_books, encode_latent=lambda r: encode_latent(r, 28), scales=(0.1,)
+    )
     assert a.points[0].code == pytest.approx(b.points[0].code, rel=1e-3)
     assert a.points[0].code[0] == pytest.approx(plain.points[0].code[0].value, abs=0.03)
     assert a.unit == plain.unit  # while latent noise, scaled by the latent, does change
@@ -281,10 +281,10 @@ def test_input_noise_is_measured_over_all_blocks(monkeypatch):
         return (rows[:, :4] * np.where(rows[:, 4:] > 0, 3, 0.1)).astype(np.float32)
 
     inputs = np.column_stack([latents, np.repeat([-9, 9], 600)]).astype(np.float32)
-    whole = input_margin_proxy(inputs, encode_latent, codebooks, scales=(0.1,), unit=1.0)
+    whole = margin_proxy(inputs, codebooks, encode_latent=encode_latent, scales=(0.1,), unit=1.0)
     blocks = [slice(start, start + 200) for start in range(0, 1200, 200)]
     monkeypatch.setattr("semid.diagnostics.flips.row_blocks", lambda *_: iter(blocks))
-    parts = input_margin_proxy(inputs, encode_latent, codebooks, scales=(0.1,), unit=1.0)
+    parts = margin_proxy(inputs, codebooks, encode_latent=encode_latent, scales=(0.1,), unit=1.0)
     assert parts.points[0].code == pytest.approx(whole.points[0].code, rel=0.1)
 
 
@@ -389,13 +389,9 @@ def test_reconstruction_is_its_formulas_in_any_blocks():
     assert found.cosine == pytest.approx(cosine.mean(), rel=1e-6)
     assert found.normalized_error == pytest.approx(2 * (1 - cosine.mean()), rel=1e-4)
     assert found.zero_rows == 1
-    first, second = ReconstructionCounter("decoder(codes)"), ReconstructionCounter("decoder(codes)")
-    first.update(x[:10], y[:10])
-    first.update(x[10:300], torch.from_numpy(y[10:300]))
-    second.update(x[300:], y[300:])
-    first.merge(second)
-    first.merge(ReconstructionCounter("nothing"))
-    pooled = first.result()
+    # 40,000 rows are several blocks, whose means and spreads are pooled.
+    many, others = np.tile(x, (60, 1)), np.tile(y, (60, 1))
+    pooled = reconstruction(many, torch.from_numpy(others), name="decoder(codes)")
     assert pooled.relative_error == pytest.approx(found.relative_error)
     assert pooled.mse == pytest.approx(found.mse)
 
@@ -424,8 +420,6 @@ def test_reconstruction_by_level_falls_with_depth():
         reconstruction_by_level(latents[:3], codes, decode)
     with pytest.raises(InputError, match="give the same"):
         reconstruction(latents, latents[:, :2], name="x")
-    with pytest.raises(InputError, match="update first"):
-        ReconstructionCounter("x").result()
 
 
 def test_the_ends_of_ranges_are_allowed():

@@ -17,7 +17,6 @@ from semid.diagnostics.flips import (
     MarginPoint,
     MarginProxy,
     flip_rates,
-    input_margin_proxy,
     margin_proxy,
 )
 from semid.diagnostics.overlap import (
@@ -56,7 +55,6 @@ from semid.diagnostics.retrieval import (
 from semid.diagnostics.spaces import (
     Geometry,
     Reconstruction,
-    ReconstructionCounter,
     geometry,
     latent_std,
     reconstruction,
@@ -89,14 +87,12 @@ __all__ = [
     "PopularitySegment",
     "Proportion",
     "Reconstruction",
-    "ReconstructionCounter",
     "Retention",
     "auc",
     "discrete_ranks",
     "discrete_retrieval",
     "flip_rates",
     "geometry",
-    "input_margin_proxy",
     "item_pairs",
     "item_retrieval",
     "latent_std",

@@ -319,11 +319,7 @@ def pair_aucs(
         A `PairAucs`. ``weighted`` is ``sum_l w_l cos(c_a^l, c_b^l)`` with codewords less their
         usage-weighted mean; ``weighted_equality`` is ``sum_l w_l [c_a^l = c_b^l]``.
 
-    Raises:
-        InputError: codes, codebooks, embeddings and pairs that do not fit each other.
-
-    Source: DRQ section 5.5, which names the metrics and prints no formula; these readings are
-    ours.
+    Source: DRQ section 5.5, which names the metrics and prints no formula; these readings are ours.
     """
     tables = [as_matrix(codebook, f"codebook {i}") for i, codebook in enumerate(codebooks)]
     array = check_codes(codes, [len(table) for table in tables])

@@ -94,17 +94,11 @@ def _count_ranks(
     targets: Ints,
     out: Ints,
 ) -> None:
-    """Rank the targets of some queries by number of equal codes.
+    """Write rank, better and tied of the targets of some queries to ``out`` (targets, 3).
 
-    Args:
-        codes: ``(items, levels)``, each level's codes offset so that no two levels share one.
-        posting: items of each code, which start in it at ``starts`` (all codes + 1,).
-        starts: see ``posting``.
-        order: priority of each item among ties, a permutation.
-        queries: items ``(q,)``, whose targets start at ``case_starts`` (q + 1,).
-        case_starts: see ``queries``.
-        targets: items.
-        out: ``(targets, 3)``: rank, better, tied.
+    ``codes`` (items, levels) are offset so that no two levels share one. The items of a code lie in
+    ``posting`` from ``starts`` of it on, the ``targets`` of a query from ``case_starts`` of it on.
+    ``order`` is the priority of each item among ties.
     """
     items, levels = codes.shape
     equal = np.zeros(items, np.int64)
@@ -188,18 +182,9 @@ def discrete_ranks(
 ) -> DiscreteRanks:
     """Return each target's exact position in its query's list, without listing candidates.
 
-    Candidates are all items of the pool but the query. Ties, which are most of the list, are in
-    one seeded random order of the items, never in item order.
-
-    Args:
-        codes: integers ``(pool, levels)``.
-        pairs: the cases.
-        hierarchical: rank by longest common prefix; False ranks by number of equal codes.
-        seed: of the order of ties.
-        threads: number of CPU threads; the result does not depend on it.
-
-    Raises:
-        InputError: codes of another length than the pool.
+    Candidates are all items of the pool but the query, ranked by longest common prefix
+    (``hierarchical``) or by number of equal codes ``(pool, levels)``. Ties, which are most of the
+    list, are in one seeded random order of the items, never in item order.
 
     Cost: by prefix ``levels * pool log pool``; by equal codes, per query, the items that share a
     code with it.
@@ -242,20 +227,9 @@ def discrete_retrieval(
     confidence: float = 0.95,
     threads: int | None = None,
 ) -> DiscreteRetrieval:
-    """Measure HR@K of retrieval by codes, with the first 1, 2, ... levels.
+    """Measure HR@K of retrieval by codes ``(pool, levels)``, with the first 1, 2, ... levels.
 
-    Args:
-        codes: integers ``(pool, levels)``.
-        pairs: the cases, from held-out users.
-        hierarchical: as in `discrete_ranks`.
-        cutoffs: the K of HR@K, each below the pool's size.
-        seed: of the order of ties and of the bootstrap.
-        replicates: bootstrap draws of users; 0 gives no intervals.
-        confidence: coverage of the intervals.
-        threads: number of CPU threads.
-
-    Raises:
-        InputError: cutoffs beyond the pool, or codes of another length than the pool.
+    Ranks are those of `discrete_ranks`; the other arguments are those of `item_retrieval`.
 
     Source: DRQ section 5.5; the order of ties is ours.
     """

@@ -113,8 +113,7 @@ def flip_rates(
     """Add Gaussian noise, encode again, and count the codes that change.
 
     Noise on the input compares tokenizers of different latent width fairly; noise on the latent
-    is what the overlap rate is about. All scales use the same draws, scaled, so that a sweep is
-    smooth.
+    is what the overlap rate is about.
 
     Args:
         rows: ``(items, dim)``, inputs or latents by ``space``; a random subset for speed.
@@ -122,16 +121,11 @@ def flip_rates(
             its block.
         space: ``"input"`` or ``"latent"``, for the record.
         scales: noise as multiples of ``unit``, not negative.
-        unit: standard deviation that the scales multiply; None measures the rows' by
-            `latent_std`.
+        unit: standard deviation that the scales multiply; None takes `latent_std` of the rows.
         seed: of the noise.
         confidence: coverage of the intervals.
 
-    Raises:
-        InputError: bad rows, or codes of a wrong shape.
-        UsageError: scales that are empty or negative.
-
-    Cost: ``1 + scales`` encodings of all rows.
+    Raises `InputError` for bad rows or codes of a wrong shape. Cost: ``1 + scales`` encodings.
 
     Source: ours; the quantity that DRQ eq. 1 is often read as.
     """
@@ -233,33 +227,67 @@ class _Walls:
         return ratios, nearest
 
 
-def _proxy(
-    space: Space,
-    unit: float,
-    latents: npt.NDArray[Any],
+def margin_proxy(
+    rows: Matrix,
     codebooks: Sequence[Matrix],
-    factors: Sequence[Float] | None,
     *,
-    scales: Sequence[float],
-    hierarchical: bool,
-    slices: Sequence[slice] | None,
-    neighbors: int,
-    threads: int | None,
+    encode_latent: Callable[[Float], Any] | None = None,
+    scales: Sequence[float] = NOISE_SCALES,
+    unit: float | None = None,
+    hierarchical: bool = True,
+    slices: Sequence[slice] | None = None,
+    neighbors: int = 9,
+    seed: int = 0,
+    threads: int | None = None,
 ) -> MarginProxy:
-    """Average the flip probabilities over the latents, by code and by prefix."""
-    whole = range(latents.shape[1])
+    """Estimate flip rates in closed form, from the distances of latents to cell walls.
+
+    Per item and level ``1 - prod_j (1 - Phi(-d_j / s_j))`` over the next codewords, ``d_j`` the
+    distance from the level's residual to the bisector with codeword j and ``s_j`` the noise across
+    it; averaged over items. Walls are taken as independent and a level's noise as unaffected by
+    flips above it, which tends to overestimate where noise is large and dimensions are few.
+
+    Noise on inputs becomes, through the encoder, latent noise of some covariance, which is measured
+    by one draw per item. Dimensions that the encoder only pads change nothing.
+
+    Args:
+        rows: latents ``(items, latent)`` before quantization, or inputs ``(items, dim)``.
+        codebooks: one ``(codes, latent)`` array per level.
+        encode_latent: inputs ``(batch, dim)`` float32 to latents; None for rows that are latents.
+        scales: noise on the rows as multiples of ``unit``, positive.
+        unit: standard deviation of the rows; None measures it by `latent_std`.
+        hierarchical: levels quantize residuals; False for parallel codebooks of one latent.
+        slices: columns of the latent that each codebook quantizes; None is all, for every one.
+        neighbors: walls per item and level.
+        seed: of the draws of input noise.
+        threads: number of CPU threads; the result does not depend on it.
+
+    Cost: one nearest-codeword search of all rows per level; with an encoder ``1 + scales`` passes.
+
+    Source: ours.
+    """
+    if not scales or min(scales) <= 0 or neighbors < 1 or not codebooks:
+        raise UsageError(
+            f"scales={list(scales)}, neighbors={neighbors}, {len(codebooks)} codebooks: positive "
+            "scales, at least one neighbor and at least one codebook are needed"
+        )
+    latents = array = as_matrix(rows, "latents" if encode_latent is None else "inputs")
+    std = latent_std(array) if unit is None else unit
+    noises = [scale * std for scale in scales]
+    factors = None
+    if encode_latent is not None:
+        latents, factors = _latent_noise(array, encode_latent, noises, seed)
     parts = [slice(None)] * len(codebooks) if slices is None else slices
     levels = []
     for i, (codebook, part) in enumerate(zip(codebooks, parts, strict=True)):
         levels.append(_Walls(as_matrix(codebook, f"codebook {i}"), part, factors))
-        width, expected = levels[-1].codewords.shape[1], len(whole[part])
+        width, expected = levels[-1].codewords.shape[1], len(range(latents.shape[1])[part])
         if width != expected:
             raise InputError(f"codebook {i} is {width} wide, the latents {expected}")
-    noises = [scale * unit for scale in scales]
     code = np.zeros((len(noises), len(levels)))
     prefix = np.zeros_like(code)
-    for rows in row_blocks(len(latents), _ROWS):
-        block = residuals = as_block(latents, rows)
+    for batch in row_blocks(len(latents), _ROWS):
+        block = residuals = as_block(latents, batch)
         # Per noise: log of the probability that no code so far has changed.
         stays = [torch.zeros(len(residuals), dtype=torch.float64) for _ in noises]
         for i, level in enumerate(levels):
@@ -276,143 +304,37 @@ def _proxy(
             if hierarchical:
                 residuals = residuals - quantized
     items = len(latents)
+    shares = zip((code / items).tolist(), (prefix / items).tolist(), strict=True)
     points = tuple(
         MarginPoint(float(scale), float(noise), tuple(codes), tuple(prefixes))
-        for scale, noise, codes, prefixes in zip(
-            scales, noises, (code / items).tolist(), (prefix / items).tolist(), strict=True
-        )
+        for scale, noise, (codes, prefixes) in zip(scales, noises, shares, strict=True)
     )
-    return MarginProxy(space, float(unit), items, neighbors, points)
+    space: Space = "latent" if encode_latent is None else "input"
+    return MarginProxy(space, float(std), items, neighbors, points)
 
 
-def _check(scales: Sequence[float], neighbors: int, codebooks: Sequence[Matrix]) -> None:
-    if not scales or min(scales) <= 0 or neighbors < 1 or not codebooks:
-        raise UsageError(
-            f"scales={list(scales)}, neighbors={neighbors}, {len(codebooks)} codebooks: positive "
-            "scales, at least one neighbor and at least one codebook are needed"
-        )
-
-
-def margin_proxy(
-    latents: Matrix,
-    codebooks: Sequence[Matrix],
-    *,
-    scales: Sequence[float] = NOISE_SCALES,
-    unit: float | None = None,
-    hierarchical: bool = True,
-    slices: Sequence[slice] | None = None,
-    neighbors: int = 9,
-    threads: int | None = None,
-) -> MarginProxy:
-    """Estimate flip rates under latent noise in closed form, without drawing noise.
-
-    Per item and level ``1 - prod_j (1 - Phi(-d_j / s))`` over the next codewords, ``d_j`` the
-    distance from the level's residual to the bisector with codeword j; averaged over items. Walls
-    are taken as independent and a level's noise as unaffected by flips above it, which tends to
-    overestimate where noise is large and dimensions are few.
-
-    Args:
-        latents: ``(items, latent)`` before quantization.
-        codebooks: one ``(codes, width)`` array per level.
-        scales: noise as multiples of ``unit``, positive.
-        unit: standard deviation of the space; None measures it by `latent_std`.
-        hierarchical: levels quantize residuals; False for parallel codebooks of one latent.
-        slices: columns of the latent that each codebook quantizes; None means all of them.
-        neighbors: walls per item and level.
-        threads: number of CPU threads; the result does not depend on it.
-
-    Raises:
-        InputError: shapes that do not fit, values that are not finite.
-        UsageError: scales, neighbors or codebooks out of range.
-
-    Cost: one nearest-codeword search of all rows per level.
-
-    Source: ours.
-    """
-    _check(scales, neighbors, codebooks)
-    array = as_matrix(latents, "latents")
-    std = latent_std(array) if unit is None else unit
-    return _proxy(
-        "latent",
-        std,
-        array,
-        codebooks,
-        None,
-        scales=scales,
-        hierarchical=hierarchical,
-        slices=slices,
-        neighbors=neighbors,
-        threads=threads,
-    )
-
-
-def _noise_factor(covariance: npt.NDArray[np.float64]) -> Float:
-    """Return F with ``F F^T`` the covariance."""
-    # Rounding leaves eigenvalues slightly below 0 where the encoder ignores a direction.
-    values, vectors = np.linalg.eigh(covariance)
-    factor: Float = (vectors * np.sqrt(np.clip(values, 0.0, None))).astype(np.float32)
-    return factor
-
-
-def input_margin_proxy(
-    inputs: Matrix,
+def _latent_noise(
+    inputs: npt.NDArray[Any],
     encode_latent: Callable[[Float], Any],
-    codebooks: Sequence[Matrix],
-    *,
-    scales: Sequence[float] = NOISE_SCALES,
-    unit: float | None = None,
-    hierarchical: bool = True,
-    slices: Sequence[slice] | None = None,
-    neighbors: int = 9,
-    seed: int = 0,
-    threads: int | None = None,
-) -> MarginProxy:
-    """Estimate flip rates under input noise from the margins in the latent space.
-
-    The encoder turns isotropic input noise into latent noise of some covariance, which is
-    measured by one draw per item; for each wall the noise across it counts. Dimensions that the
-    encoder only pads change nothing.
-
-    Args:
-        inputs: ``(items, dim)``.
-        encode_latent: inputs ``(batch, dim)`` float32 to latents ``(batch, latent)``.
-        codebooks: this, the other arguments and errors are those of `margin_proxy`.
-        scales: noise as multiples of ``unit``.
-        unit: standard deviation of the inputs.
-        hierarchical: levels quantize residuals.
-        slices: columns of the latent that each codebook quantizes.
-        neighbors: walls per item and level.
-        seed: of the draws.
-        threads: number of CPU threads.
-
-    Cost: ``1 + scales`` passes of the encoder and one nearest-codeword search per level.
-
-    Source: ours.
-    """
-    _check(scales, neighbors, codebooks)
-    array = as_matrix(inputs, "inputs")
-    std = latent_std(array) if unit is None else unit
+    noises: Sequence[float],
+    seed: int,
+) -> tuple[Float, list[Float]]:
+    """Return the latents, and per noise on the inputs F with ``F F^T`` the latent covariance."""
     latents: list[Float] = []
-    outer: list[Any] = [0.0] * len(scales)  # sums of the outer products of latent steps
-    for index, rows in enumerate(row_blocks(len(array))):
-        block = as_block(array, rows)
+    outer: list[Any] = [0.0] * len(noises)  # sums of the outer products of latent steps
+    for index, rows in enumerate(row_blocks(len(inputs))):
+        block = as_block(inputs, rows)
         clean = _encoded(encode_latent, block, codes=False)
         latents.append(clean)
         draws = numpy_generator(seed, "margins", index).standard_normal(block.shape, np.float32)
         # The same draws at every scale, as in `flip_rates`: the sweep is smooth.
-        for i, scale in enumerate(scales):
-            noisy = block + np.float32(scale * std) * draws
+        for i, noise in enumerate(noises):
+            noisy = block + np.float32(noise) * draws
             step = _encoded(encode_latent, noisy, codes=False).astype(np.float64) - clean
             outer[i] = outer[i] + step.T @ step
-    return _proxy(
-        "input",
-        std,
-        np.concatenate(latents),
-        codebooks,
-        [_noise_factor(total / len(array)) for total in outer],
-        scales=scales,
-        hierarchical=hierarchical,
-        slices=slices,
-        neighbors=neighbors,
-        threads=threads,
-    )
+    factors = []
+    for total in outer:
+        # Rounding leaves eigenvalues slightly below 0 where the encoder ignores a direction.
+        values, vectors = np.linalg.eigh(total / len(inputs))
+        factors.append((vectors * np.sqrt(np.clip(values, 0.0, None))).astype(np.float32))
+    return np.concatenate(latents), factors

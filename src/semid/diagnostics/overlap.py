@@ -100,11 +100,7 @@ class LevelOverlap(Result):
         return min((point.scale for point in self.points if not point.usage_only), default=None)
 
     def at(self, scale: float) -> OverlapPoint:
-        """Return the point at a scale of the sweep.
-
-        Raises:
-            UsageError: the scale is not in the sweep.
-        """
+        """Return the point at a scale of the sweep; UsageError for another scale."""
         for point in self.points:
             if point.scale == scale:
                 return point
@@ -211,10 +207,6 @@ def overlap(
             ours.
         level: number of the level, for the record.
         threads: number of CPU threads; the result does not depend on it.
-
-    Raises:
-        InputError: counts of another length than the codebook, or values that are not finite.
-        UsageError: scales or latent_std that are not positive.
 
     Cost: ``K^2 (dim + scales) / 2`` multiplications; memory of one tile per thread.
 

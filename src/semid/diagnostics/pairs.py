@@ -87,14 +87,9 @@ def item_pairs(
 ) -> ItemPairs:
     """Return pairs of rows of the pool, and counts of what was left out.
 
-    Args:
-        first: row of each query item, ``(pairs,)``; -1 where it is not in the pool.
-        second: row of each target item, the same.
-        pool: items in the pool; rows are 0 to ``pool - 1``.
-        users: integer user of each pair; None takes intervals over query items instead.
-
-    Raises:
-        InputError: lengths differ, rows out of range, or no pair is left.
+    ``first`` and ``second`` ``(pairs,)`` are the rows of query and target items, -1 outside the
+    pool; ``users`` are integers, and without them intervals are taken over query items. Raises
+    `InputError` where no pair is left.
     """
     a, b = np.asarray(first), np.asarray(second)
     clusters = a if users is None else np.asarray(users)
@@ -137,14 +132,8 @@ def pairs_by_id(
 ) -> ItemPairs:
     """Return `item_pairs` of ids, such as those of a table of related items.
 
-    Args:
-        pool_ids: id of every pool row, ``(pool,)``, unique.
-        first: id of each query item, ``(pairs,)``; ids outside the pool are counted.
-        second: id of each target item, ``(pairs,)``.
-        users: as in `item_pairs`.
-
-    Raises:
-        InputError: pool ids that repeat, or as `item_pairs`.
+    ``pool_ids`` (pool,) are unique; ``first`` and ``second`` are ids ``(pairs,)``, of which those
+    outside the pool are counted.
     """
     rows = {item: row for row, item in enumerate(np.asarray(pool_ids).tolist())}
     if len(rows) != len(pool_ids):
@@ -282,9 +271,6 @@ def rank_agreement(
 
     Returns:
         Proxy -> ``{"all": rho, "level 0": rho, ...}``; None where it is not defined.
-
-    Raises:
-        InputError: lengths differ.
     """
     measured = np.asarray(flips, np.float64)
     groups = {"all": np.ones(len(measured), bool)}

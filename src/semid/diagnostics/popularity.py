@@ -70,22 +70,11 @@ class PopularityHealth(Result):
 def popularity_segments(
     counts: npt.ArrayLike, *, head: float = 0.1, mid: float = 0.4
 ) -> npt.NDArray[np.int64]:
-    """Assign items to head, mid, tail and unseen by their interactions.
+    """Assign items to head, mid, tail and unseen (0 to 3, int64) by their interactions.
 
-    Items with equal counts are in one segment, the more popular of those they would be split
-    over: the order of the items decides nothing.
-
-    Args:
-        counts: interactions of each item, ``(items,)``, not negative.
-        head: share of the items with interactions that make the head.
-        mid: share that makes the mid; the rest is the tail.
-
-    Returns:
-        Segment of each item, 0 head, 1 mid, 2 tail, 3 unseen, int64 ``(items,)``.
-
-    Raises:
-        InputError: counts that are not non-negative integers, or all zero.
-        UsageError: shares out of range.
+    ``head`` and ``mid`` are shares of the items with interactions; the rest is the tail. Items
+    with equal counts ``(items,)`` are in one segment, the more popular of those they would be
+    split over: the order of the items decides nothing.
     """
     array = np.asarray(counts)
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer) or (array < 0).any():
@@ -122,17 +111,8 @@ def popularity_health(
 ) -> PopularityHealth:
     """Measure collisions and capacity of popular and rare items separately.
 
-    Args:
-        codes: integers ``(items, levels)``.
-        counts: interactions of each item, ``(items,)``.
-        head: as in `popularity_segments`.
-        mid: the same.
-
-    Raises:
-        InputError: codes and counts of different lengths, or no interactions at all.
-        UsageError: shares out of range.
-
-    Cost: a sort of the items.
+    Codes are integers ``(items, levels)``, counts interactions ``(items,)``; ``head`` and ``mid``
+    are those of `popularity_segments`. Cost: a sort of the items.
     """
     array, popularity = check_codes(codes), np.asarray(counts)
     segment = popularity_segments(popularity, head=head, mid=mid)

@@ -131,10 +131,6 @@ def neighbor_ranks(
     Returns:
         Position from 0, int64 ``(pairs,)``; ``depth`` where the target is further down.
 
-    Raises:
-        InputError: embedding of another length than the pool, or depth beyond it.
-        UsageError: depth beyond 500.
-
     Cost: one exact search of all different queries in the pool; a float32 copy of the pool.
     """
     array = as_matrix(embedding, "embedding")
@@ -219,14 +215,9 @@ def item_retrieval(
         seed: of the order of ties and of the bootstrap.
         replicates: bootstrap draws of users; 0 gives no intervals.
         confidence: coverage of the intervals.
-        threads: number of CPU threads.
+        threads: number of CPU threads; the result does not depend on it.
 
-    Raises:
-        InputError: embeddings of another length than the pool, or cutoffs beyond it.
-
-    Cost: an exact search of all different queries per embedding.
-
-    Source: DRQ section 5.5.
+    Cost: an exact search of all different queries per embedding. Source: DRQ section 5.5.
     """
     ks = check_cutoffs(cutoffs, pairs.pool)
     options: dict[str, Any] = {"replicates": replicates, "confidence": confidence, "seed": seed}

@@ -154,18 +154,10 @@ def geometry(
     sample: int | None = SAMPLE_ROWS,
     seed: int = 0,
 ) -> Geometry:
-    """Measure how many directions a space uses and how its columns correlate.
+    """Measure how many directions a space ``x`` (items, dim) uses and how its columns correlate.
 
-    Args:
-        x: ``(items, dim)``.
-        name: which space this is, for the record.
-        sample: rows of the random subset; None takes all. `Geometry.rows` says how many it was.
-        seed: of the subset; the same seed and length choose the same rows in every space.
-
-    Raises:
-        InputError: bad shape, values that are not finite, or all rows equal.
-
-    Cost: ``rows * dim^2 + dim^3``, float64.
+    ``sample`` is the number of rows of the random subset (None takes all); one seed and length
+    choose the same rows in every space. Cost: ``rows * dim^2 + dim^3``, float64.
 
     Source: DRQ section 5.2; the centered cosine is ours.
     """
@@ -234,81 +226,6 @@ class Reconstruction(Result):
     zero_rows: int
 
 
-class ReconstructionCounter:
-    """Adds up errors block by block, on one machine or many; ``name`` is that of the result."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self._items = 0
-        self._mean: npt.NDArray[np.float64] | None = None
-        self._spread = 0.0
-        # Squared error, normalized error, cosines, and rows of zeros.
-        self._sums = np.zeros(4)
-
-    def update(self, x: Matrix, x_hat: Matrix) -> None:
-        """Add rows ``(batch, dim)`` and their reconstructions.
-
-        Raises:
-            InputError: shapes differ, or values that are not finite.
-        """
-        whole, other = as_matrix(x, "x"), as_matrix(x_hat, "x_hat")
-        if whole.shape != other.shape:
-            raise InputError(f"x has shape {whole.shape} and x_hat {other.shape}; give the same")
-        for rows in row_blocks(len(whole)):
-            self._add(as_block(whole, rows), as_block(other, rows))
-
-    def _add(self, x: npt.NDArray[np.float32], x_hat: npt.NDArray[np.float32]) -> None:
-        difference = x.astype(np.float64) - x_hat
-        a, b = unit_rows(x), unit_rows(x_hat)
-        used = a.any(1) & b.any(1)
-        # Of near-equal unit vectors the difference keeps digits that 1 - cosine loses.
-        gap = a[used].astype(np.float64) - b[used]
-        gaps = np.einsum("nd,nd->n", gap, gap)
-        squared = np.einsum("nd,nd->", difference, difference)
-        self._sums += [squared, gaps.sum(), (1.0 - gaps / 2.0).sum(), (~used).sum()]
-        mean = x.mean(0, dtype=np.float64)
-        centered = x - mean
-        self._pool(len(x), mean, float(np.einsum("nd,nd->", centered, centered)))
-
-    def _pool(self, items: int, mean: npt.NDArray[np.float64], spread: float) -> None:
-        """Merge mean and spread of a block into those so far (Chan's parallel update)."""
-        if self._mean is None:
-            self._items, self._mean, self._spread = items, mean, spread
-            return
-        if mean.shape != self._mean.shape:
-            raise InputError(f"blocks are {len(self._mean)} and {len(mean)} wide; give one width")
-        both = self._items + items
-        # The spread of both blocks about their common mean is the sum of their spreads plus what
-        # the distance of the two means adds.
-        step = mean - self._mean
-        self._spread += spread + float(step @ step) * self._items * items / both
-        self._mean = self._mean + step * (items / both)
-        self._items = both
-
-    def merge(self, other: ReconstructionCounter) -> None:
-        """Add what another counter has added up."""
-        if other._mean is not None:
-            self._pool(other._items, other._mean, other._spread)
-            self._sums = self._sums + other._sums
-
-    def result(self) -> Reconstruction:
-        """Return the errors of all rows; InputError before any were added."""
-        if self._mean is None:
-            raise InputError("no rows were added yet; call update first")
-        squared, normalized, cosine, zero_rows = self._sums.tolist()
-        used = self._items - int(zero_rows)
-        return Reconstruction(
-            name=self.name,
-            items=self._items,
-            dim=len(self._mean),
-            mse=squared / (self._items * len(self._mean)),
-            normalized_error=normalized / used if used else None,
-            relative_error=squared / self._spread if self._spread > 0 else None,
-            cosine=cosine / used if used else None,
-            zero_rows=int(zero_rows),
-        )
-
-
 def reconstruction(x: Matrix, x_hat: Matrix, *, name: str) -> Reconstruction:
     """Compare vectors ``(items, dim)`` with their reconstructions.
 
@@ -317,44 +234,60 @@ def reconstruction(x: Matrix, x_hat: Matrix, *, name: str) -> Reconstruction:
 
     Source: DRQ section 5.5 (0.000432 is ``2 (1 - 0.999784)``).
     """
-    counter = ReconstructionCounter(name)
-    counter.update(x, x_hat)
-    return counter.result()
+    whole, other = as_matrix(x, "x"), as_matrix(x_hat, "x_hat")
+    if whole.shape != other.shape:
+        raise InputError(f"x has shape {whole.shape} and x_hat {other.shape}; give the same")
+    items, mean, spread = 0, np.zeros(whole.shape[1]), 0.0
+    # Squared error, normalized error, cosines, and rows of zeros.
+    sums = np.zeros(4)
+    for rows in row_blocks(len(whole)):
+        original, decoded = as_block(whole, rows), as_block(other, rows)
+        difference = original.astype(np.float64) - decoded
+        a, b = unit_rows(original), unit_rows(decoded)
+        used = a.any(1) & b.any(1)
+        # Of near-equal unit vectors the difference keeps digits that 1 - cosine loses.
+        gap = a[used].astype(np.float64) - b[used]
+        gaps = np.einsum("nd,nd->n", gap, gap)
+        squared = np.einsum("nd,nd->", difference, difference)
+        sums += [squared, gaps.sum(), (1.0 - gaps / 2.0).sum(), (~used).sum()]
+        # The spread of both parts about their common mean is the sum of their spreads plus what
+        # the distance of the two means adds (Chan's parallel update).
+        block_mean, count = original.mean(0, dtype=np.float64), len(original)
+        centered, step = original - block_mean, block_mean - mean
+        block_spread = float(np.einsum("nd,nd->", centered, centered))
+        spread += block_spread + float(step @ step) * items * count / (items + count)
+        mean = mean + step * (count / (items + count))
+        items += count
+    error, normalized, cosine, zero_rows = sums.tolist()
+    nonzero = items - int(zero_rows)
+    return Reconstruction(
+        name=name,
+        items=items,
+        dim=len(mean),
+        mse=error / (items * len(mean)),
+        normalized_error=normalized / nonzero if nonzero else None,
+        relative_error=error / spread if spread > 0 else None,
+        cosine=cosine / nonzero if nonzero else None,
+        zero_rows=int(zero_rows),
+    )
 
 
 def reconstruction_by_level(
-    x: Matrix,
-    codes: Matrix,
-    decode: Callable[[npt.NDArray[np.int64], int], Any],
+    x: Matrix, codes: Matrix, decode: Callable[[npt.NDArray[np.int64], int], Any]
 ) -> tuple[Reconstruction, ...]:
     """Compare vectors with their reconstructions from the first 1, 2, ... levels of their codes.
 
-    Args:
-        x: ``(items, dim)``.
-        codes: integers ``(items, levels)``.
-        decode: codes ``(batch, levels)`` and a depth to reconstructions ``(batch, dim)`` from the
-            first ``depth`` levels alone.
-
-    Returns:
-        One `Reconstruction` per depth, named ``decoder(codes), levels 1-<depth>``.
-
-    Raises:
-        InputError: lengths or widths that do not fit, or values that are not finite.
-        UsageError: codes that are not integers.
-
-    Cost: as many decodings as there are levels.
+    ``decode`` maps integer codes ``(items, levels)`` and a depth to reconstructions from the first
+    ``depth`` levels alone. Returns one `Reconstruction` per depth.
     """
-    array, ids = as_matrix(x, "x"), as_matrix(codes, "codes")
-    if len(array) != len(ids):
-        raise InputError(f"x has {len(array)} rows and codes {len(ids)}; give the same items")
+    ids = as_matrix(codes, "codes")
+    if len(x) != len(ids):
+        raise InputError(f"x has {len(x)} rows and codes {len(ids)}; give the same items")
     if not np.issubdtype(ids.dtype, np.integer):
         raise UsageError(f"codes have dtype {ids.dtype}; integers are needed")
-    levels = ids.shape[1]
-    counters = [ReconstructionCounter(f"decoder(codes), levels 1-{d + 1}") for d in range(levels)]
-    for rows in row_blocks(len(array)):
-        block, part = as_block(array, rows), ids[rows].astype(np.int64)
-        for depth, counter in enumerate(counters, start=1):
-            decoded = decode(part, depth)
-            is_tensor = isinstance(decoded, torch.Tensor)
-            counter.update(block, decoded if is_tensor else np.asarray(decoded))
-    return tuple(counter.result() for counter in counters)
+    return tuple(
+        reconstruction(
+            x, decode(ids.astype(np.int64), depth), name=f"decoder(codes), levels 1-{depth}"
+        )
+        for depth in range(1, ids.shape[1] + 1)
+    )

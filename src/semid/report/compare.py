@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Unpack
+from typing import Any, Literal
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from semid.data.interactions import read_interactions
 from semid.diagnostics.overlap import REPORT_SCALE
 from semid.diagnostics.pairs import Estimate
 from semid.errors import UsageError
-from semid.report.diagnose import DiagnoseOptions, diagnose
+from semid.report.diagnose import diagnose
 from semid.report.figure import DECLARATIONS
 from semid.report.measure import agreement_with_proxies
 from semid.report.results import (
@@ -133,7 +133,7 @@ def compare(
     *,
     interactions: Any = None,
     ids: Any = None,
-    **options: Unpack[DiagnoseOptions],
+    **options: Any,
 ) -> Comparison:
     """Diagnose several tokenizers under one protocol and set them side by side.
 
@@ -145,8 +145,7 @@ def compare(
         x: embeddings, as in `diagnose`.
         interactions: without them the view of soft matching is empty.
         ids: item ids.
-        options: ``relations``, ``seed``, ``flip_sample``, ``geometry_sample``, ``cutoffs``,
-            ``replicates``, ``threads`` and ``progress`` of `diagnose`.
+        options: ``relations`` and ``progress`` of `diagnose`, and its options.
 
     Returns:
         A `Comparison`; ``.write("compare.html")`` makes the page.

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from semid.diagnostics.pairs import ItemPairs
 from semid.diagnostics.popularity import popularity_health
 from semid.diagnostics.spaces import sample_rows
 from semid.errors import IdsError, UsageError
+from semid.options import Options, option
 from semid.progress import Progress, QuietProgress
 from semid.report import behavior as behavior_parts
 from semid.report.explorer import MAX_ITEMS, build_explorer, largest_buckets
@@ -50,17 +51,24 @@ from semid.tokenizers.stored import HELD_OUT_SALT
 EXPLORER_NOISE = 0.2
 
 
-class DiagnoseOptions(TypedDict, total=False):
-    """Arguments of `diagnose` that `semid.compare` passes on."""
+@dataclass(frozen=True, kw_only=True)
+class DiagnoseOptions(Options):
+    """Samples, seeds and cutoffs of `diagnose`; `semid.compare` gives all models the same."""
 
-    relations: Any
-    seed: int
-    geometry_sample: int
-    flip_sample: int
-    cutoffs: Sequence[int] | None
-    replicates: int
-    threads: int | None
-    progress: Progress | None
+    seed: int = option(
+        0, help="Seed of samples, noise, negatives, the order of ties and the bootstrap."
+    )
+    geometry_sample: int = option(20_000, ge=1, help="Number of items whose spectra are measured.")
+    flip_sample: int = option(5_000, ge=1, help="Number of items whose flips are counted.")
+    cutoffs: tuple[int, ...] | None = option(
+        None, help="K of the hit rates; by default 20, 50, 100, 200, as far as the pool allows."
+    )
+    replicates: int = option(
+        1000, ge=0, help="Bootstrap draws of users for the intervals; 0 leaves intervals out."
+    )
+    threads: int | None = option(
+        None, ge=1, help="Number of CPU threads, all by default; the result does not depend on it."
+    )
 
 
 def diagnose(
@@ -71,14 +79,9 @@ def diagnose(
     ids: Any = None,
     items: Any = None,
     relations: Any = None,
-    seed: int = 0,
-    geometry_sample: int = 20_000,
-    flip_sample: int = 5_000,
-    cutoffs: Sequence[int] | None = None,
-    replicates: int = 1000,
     explorer: bool = True,
-    threads: int | None = None,
     progress: Progress | None = None,
+    **options: Any,
 ) -> Diagnosis:
     """Measure whether a tokenizer's codes are good, and say what is wrong.
 
@@ -95,14 +98,10 @@ def diagnose(
             takes the table of ``ids``, else that of ``x``, where they have titles.
         relations: Parquet, CSV or table of pairs ``item_id``, ``related_item_id`` and, for
             several kinds, ``relation``: a second ground truth beside behavior.
-        seed: of samples, noise, negatives, the order of ties and the bootstrap.
-        geometry_sample: number of items whose spectra are measured.
-        flip_sample: number of items whose flips are counted.
-        cutoffs: K of the hit rates; None takes 20, 50, 100, 200, as far as the pool allows.
-        replicates: bootstrap draws of users for the intervals; 0 leaves intervals out.
         explorer: gather the code tree that the page shows.
-        threads: number of CPU threads; None uses all available. The result does not depend on it.
         progress: callback that receives progress events.
+        options: ``seed``, ``geometry_sample``, ``flip_sample``, ``cutoffs``, ``replicates`` and
+            ``threads``, see `DiagnoseOptions`.
 
     Returns:
         A `Diagnosis`; ``.write("report.html")`` makes the page.
@@ -121,7 +120,7 @@ def diagnose(
         raise UsageError(
             f"tok is a {type(tok).__name__}; give a fitted tokenizer, such as semid.load('model/')"
         )
-    progress = progress or QuietProgress()
+    chosen, progress = DiagnoseOptions.of(options), progress or QuietProgress()
     source = open_embeddings(x, ids=ids)
     texts = _texts(items, (ids, x), source.ids)
     notes = []
@@ -136,24 +135,24 @@ def diagnose(
     counts = None if log is None else behavior_parts.item_counts(log, source.ids)
     held_out, note = held_out_rows(tok, source)
     measured = measure_catalogue(tok, source, progress, held_out=held_out)
-    run = _Run(tok, source, measured, seed, threads, replicates, progress, [*notes, note])
+    run = _Run(tok, source, measured, chosen, progress, [*notes, note])
     progress.start("overlap", total=None)
     overlaps: tuple[LevelOverlap, ...] = ()
     if run.latent_std > 0:  # else all latents are equal
         overlaps = overlap_levels(
-            tok.codebooks, measured.usage, latent_std=run.latent_std, threads=threads
+            tok.codebooks, measured.usage, latent_std=run.latent_std, threads=chosen.threads
         )
     # The subsets for geometry and flips are drawn once, the second from the first.
-    sample = sample_rows(measured.items, geometry_sample, seed=seed)
-    flips, geometry = run.robustness(overlaps, sample, flip_sample)
-    behavior, related = run.behavior(log, counts, pairs_by_kind, cutoffs)
+    sample = sample_rows(measured.items, chosen.geometry_sample, seed=chosen.seed)
+    flips, geometry = run.robustness(overlaps, sample)
+    behavior, related = run.behavior(log, counts, pairs_by_kind)
     progress.start("explorer", total=None)
     tree = run.explorer(texts, counts) if explorer else None
     return Diagnosis(
         model=_model_info(tok),
         data=DataInfo(len(source), source.dim, source.label),
         protocol=Protocol(
-            seed=seed,
+            seed=chosen.seed,
             explorer_items=min(len(source), MAX_ITEMS),
             explorer_noise=EXPLORER_NOISE,
             held_out=f"fraction {tok.validation_fraction:g} of the items, by a hash of their id "
@@ -161,7 +160,7 @@ def diagnose(
             behavior="consecutive items of the test users (a tenth, by a hash of their id); no "
             "jump over items outside the catalogue; popularity counts all users",
             geometry_items=len(sample),
-            flip_items=min(flip_sample, measured.items),
+            flip_items=min(chosen.flip_sample, measured.items),
         ),
         verdict=measured.health.verdict(tok.codebooks, overlaps=overlaps),
         usage=tuple(
@@ -186,9 +185,7 @@ class _Run:
     tok: Tokenizer
     source: EmbeddingSource
     measured: CataloguePass
-    seed: int
-    threads: int | None
-    replicates: int
+    options: DiagnoseOptions
     progress: Progress
     notes: list[str]
 
@@ -203,10 +200,7 @@ class _Run:
         return float(np.sqrt(self.measured.latent.variances.mean()))
 
     def robustness(
-        self,
-        overlaps: tuple[LevelOverlap, ...],
-        sample: npt.NDArray[np.int64],
-        flip_sample: int,
+        self, overlaps: tuple[LevelOverlap, ...], sample: npt.NDArray[np.int64]
     ) -> tuple[Flips | None, Spaces | None]:
         """Measure geometry on a sample of the items, and flips on a sample of these."""
         if self.input_std <= 0 or self.latent_std <= 0:
@@ -216,16 +210,17 @@ class _Run:
         rows = self.source.rows(sample)
         decoded = self.tok.decode(self.measured.codes[sample])
         spaces = {"input": rows, "latent": self.tok.latent(rows), "decoder(codes)": decoded}
-        geometry = measure_geometry(spaces, items=self.measured.items, seed=self.seed)
+        seed = self.options.seed
+        geometry = measure_geometry(spaces, items=self.measured.items, seed=seed)
         self.progress.start("flips", total=None)
         flips, notes = measure_flips(
             self.tok,
-            rows[sample_rows(len(sample), flip_sample, seed=self.seed)],
+            rows[sample_rows(len(sample), self.options.flip_sample, seed=seed)],
             overlaps,
             input_std=self.input_std,
             latent_std=self.latent_std,
-            seed=self.seed,
-            threads=self.threads,
+            seed=seed,
+            threads=self.options.threads,
         )
         self.notes += notes
         return flips, geometry
@@ -235,7 +230,6 @@ class _Run:
         log: Interactions | None,
         counts: npt.NDArray[np.int64] | None,
         relations: Mapping[str, ItemPairs],
-        cutoffs: Sequence[int] | None,
     ) -> tuple[Behavior | None, dict[str, PairResults] | None]:
         """Measure what needs pairs of items, from the test users and from relations."""
         pairs, behavior = None, None
@@ -248,15 +242,11 @@ class _Run:
         # Without pairs there is nothing to retrieve; the pool, which is large, is not built.
         if pairs is None and not relations:
             return behavior, None
-        ks, notes = behavior_parts.choose_cutoffs(cutoffs, self.measured.items)
+        ks, notes = behavior_parts.choose_cutoffs(self.options.cutoffs, self.measured.items)
         self.notes += notes
         pool = self._pool()
-        options: dict[str, Any] = {
-            "cutoffs": ks,
-            "seed": self.seed,
-            "replicates": self.replicates,
-            "threads": self.threads,
-        }
+        names = ("seed", "replicates", "threads")
+        options = {"cutoffs": ks, **{name: getattr(self.options, name) for name in names}}
         if pairs is not None and behavior is not None:
             self.progress.start("behavior", total=None)
             results = behavior_parts.measure_pairs(pairs, pool, **options)
@@ -300,7 +290,7 @@ class _Run:
                     self.measured.codes,
                     std=self.input_std,
                     scale=EXPLORER_NOISE,
-                    seed=self.seed,
+                    seed=self.options.seed,
                 )
         if counts is not None:
             values["interactions"] = counts
@@ -316,7 +306,7 @@ class _Run:
                 2.0 * float(self.measured.latent.variances[part].sum())
                 for part in self.tok.latent_slices
             ],
-            seed=self.seed,
+            seed=self.options.seed,
         )
 
 

@@ -18,7 +18,6 @@ from semid.diagnostics.flips import (
     FlipPoint,
     MarginPoint,
     flip_rates,
-    input_margin_proxy,
     margin_proxy,
 )
 from semid.diagnostics.overlap import LevelOverlap
@@ -346,11 +345,17 @@ def measure_flips(
             unit=input_std,
             seed=seed,
         ),
-        # Where the latent is the input, noise on it is noise on the latent: isotropic.
-        replace(margin_proxy(rows, tok.codebooks, unit=input_std, **options), space="input")
-        if latent_is_input
-        else input_margin_proxy(
-            rows, tok.latent, tok.codebooks, unit=input_std, seed=seed, **options
+        replace(
+            margin_proxy(
+                rows,
+                tok.codebooks,
+                # Where the latent is the input, noise on it is noise on the latent: isotropic.
+                encode_latent=None if latent_is_input else tok.latent,
+                unit=input_std,
+                seed=seed,
+                **options,
+            ),
+            space="input",
         ),
     )
     on_latent = None
