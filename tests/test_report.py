@@ -17,7 +17,7 @@ from semid.errors import (
     OutputExistsError,
     UsageError,
 )
-from semid.report import Diagnosis, diagnose
+from semid.report import Diagnosis, compare, diagnose
 
 FAST = {"replicates": 20, "threads": 1}
 IDS = [f"item-{i}" for i in range(600)]
@@ -189,6 +189,13 @@ class TestRefusals:
     def test_not_a_tokenizer(self) -> None:
         with pytest.raises(UsageError, match=r"semid\.load"):
             diagnose("model/", np.ones((10, 5), np.float32))  # type: ignore[arg-type]
+
+    def test_options_by_name_and_range(self) -> None:
+        x, tok = healthy()
+        with pytest.raises(UsageError, match="did you mean 'flip_sample'"):
+            diagnose(tok, x, flip_samples=10)
+        with pytest.raises(UsageError, match="geometry_sample=0: give at least 1"):
+            compare({"a": tok, "b": tok}, x, geometry_sample=0)
 
     def test_logs_of_other_items(self) -> None:
         x, tok = healthy()

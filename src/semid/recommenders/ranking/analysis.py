@@ -68,10 +68,8 @@ def discriminability(
 ) -> Discriminability:
     """Return the mutual information of groups ``(rows,)`` with labels ``(rows,)``.
 
-    The baseline is the mean over ``shuffles`` random orders of the labels.
-
-    Source: MoC definition 3.1; the adjustment and the baseline are ours, since the information of
-    clusters about clicks is tiny.
+    Source: MoC definition 3.1; the adjustment and the baseline, a mean over random orders of the
+    labels, are ours, since the information of clusters about clicks is tiny.
     """
     # Labels in random order keep the sizes of both groupings and lose every relation.
     binary = (labels > 0.5).astype(np.int64)
@@ -90,12 +88,9 @@ def discriminability(
 
 
 def _clustered(x: Array, clusters: int, seed: int) -> npt.NDArray[np.int64]:
-    """Cluster rows by K-means over the distinct ones, weighted by their frequency.
-
-    The objective is that of all rows. Codes give few distinct embeddings, so this is much less
-    work, and there are never more clusters than distinct rows.
-    """
-    # Number the distinct rows by their bytes, then cluster one of each.
+    """Cluster rows by K-means over the distinct ones, weighted by their frequency."""
+    # Codes give few distinct embeddings: to cluster one of each, weighted, has the objective of all
+    # rows for much less work. Distinct rows are numbered by their bytes.
     rows = np.ascontiguousarray(x, np.float32)
     numbers: dict[bytes, int] = {}
     group = np.fromiter((numbers.setdefault(row.tobytes(), len(numbers)) for row in rows), np.int64)
@@ -112,12 +107,9 @@ def _clustered(x: Array, clusters: int, seed: int) -> npt.NDArray[np.int64]:
 
 
 def singular_values(e: Array) -> Floats:
-    """Return the singular values, largest first, of embeddings ``(rows, fields, width)``.
+    """Return the singular values, largest first, of ``(rows, fields * width)``, not centered.
 
-    The matrix is ``(rows, fields * width)``, not centered. Values below 1e-8 of the largest are
-    noise.
-
-    Source: MoC definition 3.2.
+    Values below 1e-8 of the largest are noise. Source: MoC definition 3.2.
     """
     # The Gram matrix is small; its eigenvalues are the squared singular values.
     flat = e.reshape(len(e), -1).astype(np.float64)
@@ -285,12 +277,11 @@ def normalized_mutual_information(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> f
 
 
 def expected_mutual_information(rows: Ints, columns: Ints) -> float:
-    """Return the expected mutual information of random groupings with sizes ``(r,)`` and ``(c,)``.
-
-    Cost: ``sum of min(rows) over columns``, about c n for few columns; one array of n logarithms.
+    """Return the expected mutual information of random groupings of sizes ``(r,)`` and ``(c,)``.
 
     Source: Vinh, Epps and Bailey, JMLR 2010, eq. 24a (hypergeometric model).
     """
+    # Costs the sum of the smaller sizes over all pairs, about c n for few columns.
     total = int(rows.sum())
     logs = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, total + 1)))])  # of factorials
     # Equal sizes give equal terms, and clusters of a K-means have few different sizes.

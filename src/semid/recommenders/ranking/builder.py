@@ -46,22 +46,11 @@ Mask = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, kw_only=True)
 class RankingDataConfig(Options):
-    """How a log becomes ranking data.
+    """How a log becomes ranking data; see `split_rows` for the splits.
 
-    Attributes:
-        label: ``COLUMN>=NUMBER``, ``COLUMN>NUMBER``, ``sampled(uniform,k)`` or
-            ``sampled(popularity,k)`` with k negatives per positive.
-        split: ``random``, ``leave-last-out`` or ``time``, see `split_rows`.
-        fractions: shares of train, validation and test.
-        cold_items: share of the items, chosen by a hash of their id, that training never sees;
-            their interactions form the part ``cold``.
-        min_count: number of training rows below which a user or an item shares the unknown row.
-        history: length of a user's history that the model sees; 0 uses none.
-        categorical: categorical columns of the log.
-        dense: numeric columns of the log.
-        item_columns: columns of the item table with one value; None takes ``brand`` if present.
-        multi_columns: columns with several values; None takes ``categories`` if present.
-        seed: seed of the split and of the negatives.
+    A label is ``COLUMN>=NUMBER``, ``COLUMN>NUMBER``, or ``sampled(uniform,k)`` or
+    ``sampled(popularity,k)`` with k negatives per positive. Interactions of items that are held out
+    of training, by a hash of their id, form the part ``cold``.
     """
 
     label: str = option(
@@ -236,15 +225,13 @@ class _Moments:
 
 
 class DataBuilder:
-    """Collects from the batches of a log everything that ranking data holds.
-
-    With ``in_memory`` training rows are kept, and vocabularies follow the order of first appearance
-    instead of the values. ``user`` and ``item`` are column names, ``label`` is the log in errors.
-    """
+    """Collects from the batches of a log everything that ranking data holds."""
 
     def __init__(
         self, config: RankingDataConfig, user: str, item: str, *, label: str, in_memory: bool
     ) -> None:
+        # Names of the columns, and of the log in errors. In memory, training rows are kept, and
+        # vocabularies follow the order of first appearance instead of that of the values.
         self.config, self.user, self.item = config, user, item
         self.label, self.in_memory = label, in_memory
         self.users, self.items, self.positive_items = (ValueCounts() for _ in range(3))

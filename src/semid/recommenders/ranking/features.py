@@ -32,29 +32,17 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class CodeFeatures(Options):
-    """How codes become features.
+    """How codes become features; each table is a field.
 
-    Attributes:
-        mode: ``levels``: a table per level (RQ-VAE in MoC §3.2). ``parallel``: a table per codebook
-            (Mixture-of-Codes §4.1); the same tables, refused for hierarchical codes. ``multi``:
-            ``scale`` tables for the first code (ME, eq. 4). ``prefix``: a table per prefix length,
-            an injective number per prefix. ``ngram``: a table per window of ``n`` neighboring
-            codes.
-        scale: number of codes, from the first; for ``multi`` the number of tables. None uses all.
-        n: length of a window of ``ngram``.
-        levels: the only levels that are used (from 0), for example ``(1,)`` for fig. 8a; None uses
-            the first ``scale``.
-        pooling: ``field``: a field per table; ``sum``: all tables are added up into one field (the
-            n-gram sums of Singh et al. 2023 and Zheng et al. 2025). None takes ``sum`` for
-            ``ngram`` and ``field`` for the others.
-        item_id: whether the item id has a field beside the codes.
-        max_rows: largest table of prefixes or n-grams; more distinct ones are hashed into it.
-        control: ``none``; ``random`` (uniform random codes of the same shape), ``shuffled`` (the
-            same codes, given to other items) or ``widened`` (no codes: an item id widened by as
-            many parameters, in as many fields).
-        seed: seed of the control.
-        rate: learning rate of the code tables as a multiple of the others'.
-        weight_decay: decoupled weight decay of the code tables; None takes the others'.
+    A mode says what a table is for. ``levels``: a level (RQ-VAE in MoC §3.2). ``parallel``: a
+    codebook (Mixture-of-Codes §4.1); the same tables, refused for hierarchical codes. ``multi``:
+    one of ``scale`` tables for the first code (ME, eq. 4). ``prefix``: a prefix length, with an
+    injective number per prefix. ``ngram``: a window of ``n`` neighboring codes.
+
+    Pooling ``sum`` adds all tables up into one field (the n-gram sums of Singh et al. 2023 and
+    Zheng et al. 2025), as ``ngram`` does by default. Controls: ``random`` (uniform random codes of
+    the same shape), ``shuffled`` (the same codes, given to other items) and ``widened`` (no codes:
+    an item id widened by as many parameters, in as many fields).
     """
 
     mode: str = option(

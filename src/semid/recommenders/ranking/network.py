@@ -26,16 +26,8 @@ SPARSE_ROWS = 1_000_000
 class RankerConfig(Options):
     """Architecture of a ranking model.
 
-    Attributes:
-        model: ``deepfm``, ``deepim``, ``autoint`` or ``dcnv2``.
-        width: width of an embedding (16 is ours; the MoC paper prints none).
-        fusion: MoC fusion before the model.
-        fusion_rank: rank of its bottleneck.
-        options: options of the model by name, see `semid.recommenders.ranking.models`.
-        unknown_rate: share of training rows that see an unknown user or item id, so that the
-            embeddings of unknown ones learn (ours; 0 hides nothing).
-        init_std: standard deviation of the embeddings' initial values.
-        sparse: row-wise updates of the tables; None decides by `SPARSE_ROWS`.
+    The width and the hidden ids, whose embedding trains for unknown ones, are ours: the MoC paper
+    prints none. Tables of more than `SPARSE_ROWS` rows are updated row by row by default.
     """
 
     model: str = option(
