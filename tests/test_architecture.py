@@ -20,7 +20,7 @@ FLOORS = [
     ["diagnostics"],
     ["tokenizers"],
     ["loading"],
-    ["recommenders", "catalogue"],
+    ["catalogue", "recommenders"],
     ["exports"],
     ["report", "reproduce", "serve", "distributed"],
     ["cli"],

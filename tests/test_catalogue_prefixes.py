@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import semid
+from semid.catalogue import decoding
 from semid.catalogue.decoding import AllowedTokens, TorchTrie
 from semid.catalogue.prefixes import PrefixIndex
 from semid.errors import InputError, UsageError
@@ -60,6 +61,51 @@ def test_index_and_tensors_equal_brute_force(case):
         assert index.next_codes(row).tolist() == []
 
 
+@pytest.mark.parametrize("entries", [0, 12, decoding.MAX_DENSE_ENTRIES])
+def test_children_of_nodes_at_any_depth_equal_brute_force(entries, monkeypatch):
+    """With a dense table for two levels, for the root alone, and without one."""
+    monkeypatch.setattr(decoding, "MAX_DENSE_ENTRIES", entries)
+    rows_of_table = set()
+
+    @settings(max_examples=100, deadline=None)
+    @given(catalogues(), st.data())
+    def check(case, data):
+        codes, sizes, order = case
+        index = PrefixIndex.build(codes, sizes=sizes, order=order)
+        trie = TorchTrie(index)
+        rows_of_table.add(len(trie.dense))
+        valid = {tuple(row) for row in codes[:, order].tolist()}
+        prefixes = {row[:depth] for row in valid for depth in range(len(sizes) + 1)}
+        nodes = {prefix: int(index.find(np.array(prefix, np.int64))) for prefix in prefixes}
+        chosen = data.draw(st.lists(st.sampled_from([None, *sorted(prefixes)]), max_size=9))
+        batch = torch.tensor([-1 if p is None else nodes[p] for p in chosen], dtype=torch.int64)
+        listed = trie.candidates(batch)
+        assert [part.dtype for part in listed] == [torch.int64, torch.int64, torch.bool]
+        assert ((listed.next_nodes == -1) == ~listed.valid).all()
+        flat = trie.list_children(batch)
+        expected = []
+        for row, prefix in enumerate(chosen):
+            after = [] if prefix is None else sorted(p for p in prefixes if p[:-1] == prefix and p)
+            expected += [(row, p[-1], nodes[p]) for p in after]
+            mask = listed.valid[row]
+            pairs = torch.stack([listed.codes[row, mask], listed.next_nodes[row, mask]], dim=1)
+            assert list(map(tuple, pairs.tolist())) == [(p[-1], nodes[p]) for p in after]
+        assert list(map(tuple, torch.stack(flat, dim=1).tolist())) == expected
+        # Padding has a code of the level, so that scores can be gathered before it is masked.
+        depths = {len(p) for p in chosen if p is not None}
+        if len(depths) == 1 and listed.codes.numel():
+            assert listed.codes.max() < index.sizes[min(*depths, len(sizes) - 1)]
+        # Every edge leads on, and nothing else does.
+        for code in range(-1, max(sizes) + 1):
+            stepped = trie.step(batch, torch.full((len(chosen),), code))
+            assert stepped.tolist() == [
+                -1 if p is None else nodes.get((*p, code), -1) for p in chosen
+            ]
+
+    check()
+    assert rows_of_table == {1} if entries == 0 else 2 in rows_of_table
+
+
 @settings(max_examples=40, deadline=None)
 @given(catalogues(), st.integers(0, 2**32 - 1))
 def test_random_scores_only_ever_write_valid_ids(case, seed):
@@ -86,6 +132,74 @@ def test_random_scores_only_ever_write_valid_ids(case, seed):
         for depth in range(index.levels):
             kept = processor(line[:, : 2 + depth], torch.zeros(1, vocabulary))
             assert kept[0, line[0, 2 + depth]] == 0
+
+
+@settings(max_examples=80, deadline=None)
+@given(catalogues(), st.integers(0, 2**32 - 1))
+def test_ids_begin_after_a_token_wherever_it_stands(case, seed):
+    """Rows write free text and ids in turn, each at its own pace, from prompts of any kind."""
+    codes, sizes, order = case
+    index = PrefixIndex.build(codes, sizes=sizes, order=order)
+    valid = {tuple(row) for row in codes[:, order].tolist()}
+    begin, end, words = 1, 2, range(3, 6)
+    starts = np.cumsum([6, *index.sizes])
+    tokens = [range(a, a + size) for a, size in zip(starts, index.sizes, strict=False)]
+    processor = AllowedTokens(TorchTrie(index), tokens, begin_token=begin, end_token=end)
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = int(starts[-1])
+    spelled = [int(c + s) for c, s in zip(codes[0, order], starts, strict=False)]
+    # Left padding, a history, an id that has begun, and nothing at all.
+    prompts = [[3, 4], [begin, *spelled, end], [begin, *spelled[:-1]], []]
+    length = max(map(len, prompts))
+    text = torch.tensor([[0] * (length - len(p)) + p for p in prompts])
+    for _ in range(4 * (len(sizes) + 2)):
+        scores = torch.randn((4, vocabulary), generator=generator)
+        scores[:, spelled[0] :] = -torch.inf  # what comes here is allowed, not preferred
+        kept = processor(text, scores)
+        for row, line in enumerate(text.tolist()):
+            finite = torch.isfinite(kept[row]).nonzero().ravel().tolist()
+            after = line[len(line) - line[::-1].index(begin) :] if begin in line else None
+            if after is None or len(after) > len(sizes):
+                assert torch.equal(kept[row], scores[row])
+            elif len(after) == len(sizes):
+                assert finite == [end]
+            else:
+                prefix = [t - s for t, s in zip(after, starts, strict=False)]
+                follow = {r[len(prefix)] for r in valid if list(r[: len(prefix)]) == prefix}
+                assert finite == sorted(int(starts[len(prefix)]) + c for c in follow)
+        likely = torch.where(torch.isfinite(kept), kept + 50, -torch.inf)
+        likely[:, [begin, *words]] += torch.randn((4, 4), generator=generator)
+        text = torch.cat([text, likely.argmax(1, keepdim=True)], dim=1)
+    # `written` reads the last id of each row, if it is whole.
+    for line, last in zip(text.tolist(), processor.written(text).tolist(), strict=True):
+        after = line[len(line) - line[::-1].index(begin) :] if begin in line else []
+        for level, code in enumerate(last):
+            token = after[level] if level < len(after) else None
+            assert code == (token - starts[level] if token is not None else -1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_allowed_tokens_stay_above_all_others_where_every_score_is_minus_infinity(dtype):
+    index = PrefixIndex.build(np.array([[0, 1], [1, 0]]), sizes=(2, 2))
+    for begins in ({"prompt_length": 1}, {"begin_token": 0}):
+        processor = AllowedTokens(TorchTrie(index), [[5, 6], [7, 8]], end_token=2, **begins)
+        text = torch.tensor([[0]])
+        total = torch.zeros((), dtype=dtype)
+        for expected in ([5, 6], [8], [2]):
+            for value in (-torch.inf, torch.nan):
+                kept = processor(text, torch.full((1, 10), value, dtype=dtype))
+                assert kept.dtype == dtype
+                assert torch.isfinite(kept[0]).nonzero().ravel().tolist() == expected
+            total += kept[0].max()
+            text = torch.cat([text, kept.argmax(1, keepdim=True)], dim=1)
+        assert torch.isfinite(total)  # beam search adds the scores of an id up
+
+
+def test_where_ids_begin_is_said_once():
+    trie = TorchTrie(PrefixIndex.build(np.array([[0, 1]])))
+    for begins in ({}, {"prompt_length": 1, "begin_token": 3}):
+        with pytest.raises(UsageError, match="either prompt_length or begin_token"):
+            AllowedTokens(trie, [[4], [5, 6]], end_token=0, **begins)
 
 
 def test_what_is_not_in_the_trie_ends():
@@ -119,31 +233,87 @@ def test_unknown_and_wrong_prefixes():
         AllowedTokens(TorchTrie(index), [[1, 2]], prompt_length=1, end_token=0)
 
 
+def test_a_trie_is_a_module_that_saves_and_loads():
+    codes = np.random.default_rng(0).integers(0, 3, (20, 3))
+    trie = TorchTrie(PrefixIndex.build(codes)).eval()
+    flipped = TorchTrie(PrefixIndex.build(2 - codes))
+    assert (flipped.find(torch.from_numpy(codes)) < 0).any()
+    flipped.load_state_dict(trie.state_dict())  # a mirrored catalogue has as many nodes
+    assert torch.equal(flipped.find(torch.from_numpy(codes)), trie.find(torch.from_numpy(codes)))
+
+
 def test_public_name():
     assert semid.PrefixIndex is PrefixIndex
 
 
-def test_transformers_generates_only_valid_ids():
+@pytest.fixture
+def language_model():
     transformers = pytest.importorskip(
         "transformers", reason="constrained generation: pip install 'semid[transformers]'"
     )
-    codes = np.random.default_rng(0).integers(0, 6, (20, 3))
-    index = PrefixIndex.build(codes, sizes=(6, 6, 6))
     config = transformers.LlamaConfig(
         vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=2, pad_token_id=0, eos_token_id=1,
         bos_token_id=2,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config)
-    tokens = [range(10, 16), range(16, 22), range(22, 28)]
-    processor = AllowedTokens(TorchTrie(index), tokens, prompt_length=3, end_token=1)
-    prompt = torch.tensor([[2, 30, 31], [2, 33, 34]])
-    out = model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=5, num_beams=6,
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+TOKENS = [range(10, 16), range(16, 22), range(22, 28)]
+
+
+def test_transformers_generates_only_valid_ids(language_model):
+    """Prompts of two lengths in one batch: padded on the left, they end at one position."""
+    codes = np.random.default_rng(0).integers(0, 6, (20, 3))
+    index = PrefixIndex.build(codes, sizes=(6, 6, 6))
+    processor = AllowedTokens(TorchTrie(index), TOKENS, prompt_length=4, end_token=1)
+    prompt = torch.tensor([[2, 30, 31, 34], [0, 0, 2, 33]])
+    out = language_model.generate(
+        prompt, attention_mask=(prompt > 0).long(), max_new_tokens=5, num_beams=6,
         num_return_sequences=6, logits_processor=[processor], do_sample=False,
     )  # fmt: skip
-    written = out[:, 3:6].numpy() - np.array([10, 16, 22])
+    written = out[:, 4:7].numpy() - np.array([10, 16, 22])
+    assert np.array_equal(processor.written(out).numpy(), written)
     assert index.contains(written).all()
-    assert len(np.unique(written[:6], axis=0)) == 6
-    assert (out[:, 6] == 1).all()
+    assert len(np.unique(written[:6], axis=0)) == len(np.unique(written[6:], axis=0)) == 6
+    assert (out[:, 7] == 1).all()
+    # The longer prompt alone gives the same ids: padding of the other row changes nothing.
+    alone = language_model.generate(
+        prompt[:1], attention_mask=torch.ones((1, 4)), max_new_tokens=5, num_beams=6,
+        num_return_sequences=6, logits_processor=[processor], do_sample=False,
+    )  # fmt: skip
+    assert torch.equal(alone, out[:6])
+
+
+def test_transformers_writes_free_text_before_ids(language_model):
+    """The begin token comes at different positions: in a prompt, or sampled after some words."""
+    codes = np.random.default_rng(0).integers(0, 6, (20, 3))
+    index = PrefixIndex.build(codes, sizes=(6, 6, 6))
+    begin, end = 3, 4
+    processor = AllowedTokens(TorchTrie(index), TOKENS, begin_token=begin, end_token=end)
+
+    def words(input_ids, scores):
+        """Between ids, only words 30 to 33 and the begin token."""
+        starts = processor.starts(input_ids)
+        is_text = (starts < 0) | (input_ids.shape[1] - starts > 3)
+        masked = torch.full_like(scores, -torch.inf)
+        masked[:, [begin, 30, 31, 32, 33]] = scores[:, [begin, 30, 31, 32, 33]]
+        return torch.where(is_text[:, None], masked, scores)
+
+    prompt = torch.tensor([[0, 0, 2, 30]] * 8 + [[2, 30, 31, begin]] * 8)
+    torch.manual_seed(1)
+    out = language_model.generate(
+        prompt, attention_mask=(prompt > 0).long(), max_new_tokens=24, do_sample=True,
+        logits_processor=[words, processor], top_k=0,
+    )  # fmt: skip
+    positions = set()
+    for line in out.tolist():
+        for position, token in enumerate(line):
+            if token == begin and position + 4 < len(line):
+                positions.add(position)
+                written = np.array(line[position + 1 : position + 4]) - np.array([10, 16, 22])
+                assert index.contains(written[None]).all()
+                assert line[position + 4] == end
+    assert 3 in positions
+    assert len(positions) > 5
