@@ -14,7 +14,8 @@ import scipy.spatial.distance
 import torch
 
 from common import in_turn, save, union_rows
-from semid.diagnostics import NOISE_SCALES, latent_std, overlap
+from semid.diagnostics.overlap import NOISE_SCALES, overlap
+from semid.diagnostics.spaces import latent_std
 
 
 def main() -> None:

@@ -10,20 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from semid.diagnostics import (
-    auc,
-    discrete_ranks,
-    discrete_retrieval,
-    item_pairs,
-    item_retrieval,
-    negative_pairs,
-    neighbor_ranks,
-    pair_aucs,
-    pairs_by_id,
-    popularity_health,
-    popularity_segments,
-)
-from semid.diagnostics.pairs import bootstrap, cluster_sums
+from semid.diagnostics.auc import auc, negative_pairs, pair_aucs
+from semid.diagnostics.discrete import discrete_ranks, discrete_retrieval
+from semid.diagnostics.pairs import bootstrap, cluster_sums, item_pairs, pairs_by_id
+from semid.diagnostics.popularity import popularity_health, popularity_segments
+from semid.diagnostics.retrieval import item_retrieval, neighbor_ranks
 from semid.errors import InputError, UsageError
 from semid.seeds import numpy_generator
 

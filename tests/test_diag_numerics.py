@@ -11,20 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from semid.diagnostics import (
-    NOISE_SCALES,
-    flip_rates,
+from semid.diagnostics.flips import flip_rates, margin_proxy
+from semid.diagnostics.overlap import NOISE_SCALES, overlap, overlap_levels
+from semid.diagnostics.pairs import proportion, rank_agreement, spearman
+from semid.diagnostics.spaces import (
     geometry,
     latent_std,
-    margin_proxy,
-    overlap,
-    overlap_levels,
-    proportion,
-    rank_agreement,
     reconstruction,
     reconstruction_by_level,
     sample_rows,
-    spearman,
 )
 from semid.errors import InputError, UsageError
 from semid.health import usage, usage_from_counts

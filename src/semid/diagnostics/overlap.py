@@ -197,12 +197,12 @@ def overlap(
 
     ``R(s) = sum_ij p_i p_j exp(-|c_i - c_j|^2 / (4 s^2))`` is summed exactly over all pairs of
     active codewords, in float64, without a K x K matrix. R is a proxy and no flip rate: a
-    collapsed codebook has R = 1 and never flips (`semid.diagnostics.flip_rates` measures flips).
+    collapsed codebook has R = 1 and never flips (`flip_rates` measures flips).
 
     Args:
         codebook: codewords ``(codes, latent)``.
         usage: the level's `LevelUsage`, or items per code ``(codes,)``.
-        latent_std: the unit of the scales, from `semid.diagnostics.latent_std`.
+        latent_std: the unit of the scales, from `latent_std`.
         scales: noise as multiples of it, positive. The paper's factor is not known; the sweep is
             ours.
         level: number of the level, for the record.
