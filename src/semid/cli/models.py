@@ -303,6 +303,7 @@ def encode(
     from semid.tokenizers.context import check_beam_width
     from semid.tokenizers.encoding import encode_to_parquet, partial_path
 
+    options: dict[str, Any]
     uses_ray = ray.uses_ray
     if catalogue is None:
         only = "only additions to a --catalogue use it"
@@ -310,12 +311,12 @@ def encode(
     check_threshold(novel_beyond)
     if beam_width is not None:
         check_beam_width(beam_width)
-    folder = Path(embeddings).is_dir() or "://" in embeddings
-    shared = uses_ray or processes is not None or "://" in output
-    plain = catalogue is None and source.ids is None
-    shared = shared or (plain and folder and not output.endswith(".parquet"))
-    if shared:
-        if catalogue is not None or source.ids is not None:
+    # A folder of items becomes a folder of ids, unit by unit; one file is written in one go.
+    is_folder = Path(embeddings).is_dir() or "://" in embeddings
+    reads_all = catalogue is not None or source.ids is not None
+    by_unit = not reads_all and is_folder and not output.endswith(".parquet")
+    if uses_ray or processes is not None or "://" in output or by_unit:
+        if reads_all:
             raise UsageError(
                 "--catalogue and --ids read all items at once and do not go with several workers "
                 "(--engine ray, --processes, a folder or a URI as output); leave one out"
@@ -325,27 +326,14 @@ def encode(
                 "--processes and --threads go with --engine local; on Ray give --workers and "
                 "--cpus-per-worker"
             )
-        refuse_unused(
-            context, ["threads"], "several processes share the CPUs; give --processes alone"
-        )
-        from semid.distributed.encode_folder import LocalOptions, encode_folder
+        only = "several processes share the CPUs; give --processes alone"
+        refuse_unused(context, ["threads"], only)
+        from semid.distributed.encode_folder import LocalOptions
 
-        columns = {k: value for k, value in vars(source).items() if k != "ids"}
-        with make_progress(quiet=quiet) as progress:
-            done = encode_folder(
-                model,
-                embeddings,
-                output,
-                engine=ray.options if uses_ray else LocalOptions(processes=processes),
-                beam_width=beam_width,
-                overwrite=overwrite,
-                resume=resume,
-                progress=progress,
-                announce=lambda sentence: say(sentence, err=True),
-                **columns,
-            )
-        shares = ", ".join(f"{rows:,}" for rows in done.by_process.values()) or "none"
-        say(f"encoded {done.encoded:,} of {done.rows:,} items (by worker: {shares}): {output}")
+        options = {name: value for name, value in vars(source).items() if name != "ids"}
+        options |= {"beam_width": beam_width, "overwrite": overwrite, "resume": resume}
+        options["engine"] = ray.options if uses_ray else LocalOptions(processes=processes)
+        _encode_in_units(model, embeddings, output, quiet=quiet, **options)
         return
     reads = (model, embeddings, source.ids)
     if catalogue is None:
@@ -359,26 +347,33 @@ def encode(
         _hold_outputs(reads, catalogue, Path(output), novelty, overwrite)
     tokenizer = open_tokenizer(model, threads=threads)
     opened = source.open(embeddings)
-    if catalogue is not None:
-        with make_progress(quiet=quiet) as progress:
+    with make_progress(quiet=quiet) as progress:
+        if catalogue is not None:
             options = {"threshold": novel_beyond, "progress": progress}
             done, where = _add(tokenizer, opened, catalogue, Path(output), overwrite, **options)
-        if novelty is not None:
-            done.report.write(novelty, overwrite=overwrite)
-        say(done.report.summary())
-        say(f"ids of {len(done.ids):,} items: {where}")
+        else:
+            options = {"beam_width": beam_width, "resume": resume, "progress": progress}
+            encode_to_parquet(tokenizer, opened, output, overwrite=overwrite, **options)
+    if catalogue is None:
+        say(f"encoded {len(opened):,} items with {tokenizer.levels} codes each: {output}")
         return
+    if novelty is not None:
+        done.report.write(novelty, overwrite=overwrite)
+    say(done.report.summary())
+    say(f"ids of {len(done.ids):,} items: {where}")
+
+
+def _encode_in_units(
+    model: str, embeddings: str, output: str, *, quiet: bool, **options: Any
+) -> None:
+    """Encode unit by unit, on Ray or in processes of this machine."""
+    from semid.distributed.encode_folder import encode_folder
+
+    options["announce"] = lambda sentence: say(sentence, err=True)
     with make_progress(quiet=quiet) as progress:
-        encode_to_parquet(
-            tokenizer,
-            opened,
-            output,
-            beam_width=beam_width,
-            overwrite=overwrite,
-            resume=resume,
-            progress=progress,
-        )
-    say(f"encoded {len(opened):,} items with {tokenizer.levels} codes each: {output}")
+        done = encode_folder(model, embeddings, output, progress=progress, **options)
+    shares = ", ".join(f"{rows:,}" for rows in done.by_process.values()) or "none"
+    say(f"encoded {done.encoded:,} of {done.rows:,} items (by worker: {shares}): {output}")
 
 
 def _grows(output: Path, catalogue: Path) -> bool:

@@ -54,10 +54,7 @@ def gather(count: int, dim: int, parts: Iterable[tuple[np.ndarray, RawBlock]]) -
 
 
 def reblock(pieces: Iterable[RawBlock], size: int) -> Iterator[RawBlock]:
-    """Cut pieces of any length into blocks of exactly ``size`` rows (the last may be shorter).
-
-    A block that lies within one piece is a view of it; others are copied once, a block at a time.
-    """
+    """Cut pieces into blocks of ``size`` rows (the last may be shorter), views where possible."""
     parts: list[RawBlock] = []
     count = 0
     for piece in pieces:
@@ -86,11 +83,9 @@ def _joined(parts: list[RawBlock]) -> RawBlock:
 
 
 def within_range(values: np.ndarray) -> bool:
-    """Whether all rows are finite and no longer than `MAX_NORM`, at the price of one product.
-
-    The sum of all squares proves it: NaN and infinity survive every addition, and no row exceeds
-    the sum. Only where it is large does every row have to be looked at.
-    """
+    """Whether all rows are finite and no longer than `MAX_NORM`, at the price of one product."""
+    # The sum of all squares proves it: NaN and infinity survive every addition, and no row exceeds
+    # the sum. Only where it is large does every row have to be looked at.
     if float(np.vdot(values, values)) <= MAX_NORM**2:
         return True
     return bool((squared_norms(values) <= MAX_NORM**2).all())

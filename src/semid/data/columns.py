@@ -23,11 +23,8 @@ def is_list(kind: pa.DataType) -> bool:
 
 
 def is_float_list(kind: pa.DataType) -> bool:
-    """Whether a column of this type can hold embeddings: lists of float16, float32 or float64.
-
-    Tensors of more than one dimension cannot: which of their axes are features is not known.
-    """
-    if _tensor_shape(kind)[1:]:
+    """Whether a column can hold embeddings: lists of float16, float32 or float64."""
+    if _tensor_shape(kind)[1:]:  # which axes of a larger tensor are features is not known
         return False
     return is_list(kind) and bool(pa.types.is_floating(storage(kind).value_type))
 
@@ -81,10 +78,8 @@ def id_type_problem(kind: pa.DataType) -> str | None:
 
 
 def common_type(kinds: Sequence[pa.DataType]) -> pa.DataType:
-    """Return the type of columns read one after another, or raise an ArrowException.
-
-    All kinds of text become ``large_string``; numbers become the wider type.
-    """
+    """Return the type of columns read one after another, or raise an ArrowException."""
+    # All kinds of text become one.
     if len(set(kinds)) > 1 and all(map(is_text, kinds)):
         return pa.large_string()
     # Arrow widens numbers by itself; text of 32 and 64-bit offsets it does not join.
@@ -110,10 +105,7 @@ def _to_large_text(table: pa.Table, name: str) -> pa.Table:
 
 
 def normalize_ids(column: Any) -> Any:
-    """Return an Arrow column of ids in a type that Arrow counts the nulls of and can take rows of.
-
-    A string view becomes ``large_string``; a dictionary with a null among its values is decoded.
-    """
+    """Return a column of ids in a type whose nulls Arrow counts and whose rows it can take."""
     if column.type == pa.string_view():
         return column.cast(pa.large_string())
     if not pa.types.is_dictionary(column.type):

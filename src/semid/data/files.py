@@ -181,10 +181,7 @@ def _recognize_text(text: str, suffix: str, complete: bool) -> FileKind:
 def wrong_format(
     path: FilePath, expected: str, kind: FileKind | None = None, *, allowed: str = ""
 ) -> str | None:
-    """Say in a sentence what a file is and what to give instead.
-
-    Returns the sentence, or None where the file is of that kind or of none that is known here.
-    """
+    """Say what a file is and what to give instead; None where it is allowed or not recognized."""
     if kind is None:
         try:
             kind = recognize(read_head(path), path)
@@ -212,8 +209,7 @@ def is_glob(path: str | Path) -> bool:
 def find_parquet(path: str | Path, *, expected: str = "table") -> list[FilePath]:
     """List the Parquet files that a path, folder (with its subfolders), glob or URI names.
 
-    They are sorted by path, character by character: the order of their rows. ``expected`` says in
-    advice what they should hold: ``embeddings`` or ``table``.
+    They are sorted by path, character by character: the order of their rows.
     """
     if is_uri(path):
         return list(list_files(str(path)))
@@ -349,11 +345,9 @@ class ParquetFiles:
                 yield batch.column(0)
 
     def value_counts(self, column: str) -> Iterator[tuple[int, int | None]]:
-        """Yield the rows of each row group and the values in their lists, from the footers.
-
-        A null and an empty list count as one value. The count is None where several columns of
-        the file could be meant.
-        """
+        """Yield the rows of each row group and the values in their lists, from the footers."""
+        # A null and an empty list count as one value; where several columns of the file could be
+        # meant, the count is None.
         for path, numbers in zip(self.paths, self.numbers, strict=True):
             with _opened(path, self.error) as parquet:
                 meta = parquet.metadata

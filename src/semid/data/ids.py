@@ -34,10 +34,7 @@ _BLOCK = 65_536
 
 
 def hash_strings(strings: Any, *, salt: str = "") -> np.ndarray:
-    """Hash each string of an Arrow array (items,) without nulls: (items,) uint64, uniform.
-
-    Time grows with the characters; extra memory is a few arrays of 65,536 numbers.
-    """
+    """Hash each string of an Arrow array (items,) without nulls: (items,) uint64, uniform."""
     state = _BASIS
     for byte in salt.encode() + b"\xff":
         state = ((state ^ byte) * _PRIME) & _MASK
@@ -59,12 +56,10 @@ def mix_hashes(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def share_mask(hashes: np.ndarray, start: float, stop: float) -> np.ndarray:
-    """Return which hashes (items,) fall in a share of their range, ``0 <= start <= stop <= 1``.
-
-    The lower end belongs to the share and the upper does not, except that 1 takes everything above.
-    """
+    """Return which hashes (items,) fall in a share of their range, ``0 <= start <= stop <= 1``."""
     if not 0.0 <= start <= stop <= 1.0:
         raise UsageError(f"a share from {start} to {stop} is not within 0 and 1")
+    # The lower end belongs to the share and the upper does not, except that 1 takes all above.
     # The share as integers: a comparison in floating point would blur its ends.
     low, high = round(start * 2**64), round(stop * 2**64)
     # 2**64 itself does not fit in 64 bits, and is above every hash.
@@ -183,10 +178,7 @@ class ItemIds:
         return pa.array(np.arange(self._count)) if self._values is None else self._values
 
     def strings(self, start: int = 0, stop: int | None = None) -> pa.Array:
-        """Return the ids of rows ``start`` to ``stop`` (exclusive) as an Arrow large_string array.
-
-        Costs the memory of the part asked for, and none where the ids already are of that type.
-        """
+        """Return the ids of rows ``start`` to ``stop`` (exclusive) as Arrow large_string."""
         begin, end, _ = slice(start, stop).indices(self._count)
         end = max(begin, end)
         if self._values is None:
@@ -200,11 +192,9 @@ class ItemIds:
         return self._trusted(values, len(rows))
 
     def index_of(self, ids: Any) -> np.ndarray:
-        """Return the row of each of the ids (n,), -1 for unknown ones: (n,) int64.
-
-        The first call sorts the catalogue's hashes (16 bytes per item, kept); after that a lookup
-        costs a binary search per id.
-        """
+        """Return the row of each of the ids (n,), -1 for unknown ones: (n,) int64."""
+        # The first call sorts the catalogue's hashes (16 bytes per item); after that a lookup costs
+        # a binary search per id.
         queries = _to_strings(_to_arrow(ids, "ids looked up", allow_null=True))
         if isinstance(queries, pa.ChunkedArray):
             queries = queries.combine_chunks()
@@ -245,10 +235,7 @@ class ItemIds:
         return f"; {rows} would match without spaces around the ids: strip them in both files"
 
     def hash64(self, salt: str = "") -> np.ndarray:
-        """Hash the id strings: (items,) uint64, the same for an id wherever it stands.
-
-        See `semid.data.ids` for the algorithm. Works in blocks of 65,536 ids.
-        """
+        """Hash the id strings: (items,) uint64, the same for an id wherever it stands."""
         # Row numbers are written as text for one block at a time.
         starts = range(0, self._count, _BLOCK)
         blocks = [hash_strings(self.strings(a, a + _BLOCK), salt=salt) for a in starts]

@@ -41,10 +41,7 @@ _log = logging.getLogger(__name__)
 
 
 def load_ids(ids: Any, *, id_column: str | None = None) -> ItemIds:
-    """Read item ids from a path (``file:column``), array, list or table.
-
-    Those from CSV and text files stay text, so ``007`` does not become 7.
-    """
+    """Read item ids from a path (``file:column``), array, list or table; text stays text."""
     if isinstance(ids, ItemIds):
         return ids
     if isinstance(ids, str | Path):
@@ -94,10 +91,8 @@ def _ids(values: Any, *, source: str = "item ids") -> ItemIds:
 
 
 def split_column(spec: str | Path) -> tuple[FilePath, str | None]:
-    """Split ``items.parquet:asin`` into the path or URI and the column.
-
-    A path that exists as it stands is never split, so a colon in a file name is safe.
-    """
+    """Split ``items.parquet:asin`` into the path or URI and the column."""
+    # A path that exists as it stands is never split, so a colon in a file name is safe.
     whole: FilePath = str(spec) if is_uri(spec) else Path(spec).expanduser()
     text = str(whole)
     if isinstance(whole, Path) and (whole.exists() or (is_glob(text) and ":" not in text)):
@@ -243,14 +238,12 @@ def code_rows(
 
 
 def join_tables(tables: Sequence[pa.Table], *, where: str) -> pa.Table:
-    """Return the rows of several tables of Semantic IDs, with the item ids in the first one's type.
-
-    Files of one catalogue may differ in the width of their integers or texts, and in whether
-    repeated texts are coded in a dictionary. The last table's metadata are those of all.
-    """
+    """Return the rows of several tables of Semantic IDs, ids in the type of the first one's."""
     if any(t.column_names != tables[0].column_names for t in tables):
         raise ArtefactError(f"the files of {where} have different columns; encode them again")
     refuse_repeated(tables[0].column_names, tables[0].column_names, label=where)
+    # Files of one catalogue may differ in the width of their integers or texts, and in whether
+    # repeated texts are coded in a dictionary. The last table's metadata are those of all.
     joined = [t.replace_schema_metadata(None) for t in tables]
     if (
         "item_id" in tables[0].column_names
@@ -327,10 +320,7 @@ def read_items(
     id_column: str | None = None,
     title_column: str | None = None,
 ) -> ItemTexts:
-    """Read what items are called from a table or the path of one (file, folder or glob).
-
-    Without ``title_column`` the titles are those of ``title``, else of ``text``.
-    """
+    """Read what items are called from a table or the path of one (file, folder or glob)."""
     if isinstance(source, ItemTexts):
         return source if ids is None else source.aligned(ids)
     column = None

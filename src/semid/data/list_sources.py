@@ -32,11 +32,9 @@ def row_lengths(array: Any) -> np.ndarray:
 
 
 def most_common_width(lengths: Iterable[np.ndarray], rows: int) -> int | None:
-    """Return the most frequent length among pieces of lengths, the first of equals, or None.
-
-    Empty lists count only where there are no others. Reading ends when one length has a majority
-    of all ``rows``.
-    """
+    """Return the most frequent length among pieces of lengths, the first of equals, or None."""
+    # Empty lists count only where there are no others. Reading ends when one length has a majority
+    # of all rows.
     votes: Counter[int] = Counter()
     empty = False
     for part in lengths:
@@ -52,11 +50,8 @@ def most_common_width(lengths: Iterable[np.ndarray], rows: int) -> int | None:
 
 
 def list_rows(array: Any, dim: int) -> RawBlock:
-    """View an Arrow array (n,) of lists of float16, float32 or float64 as a block (n, dim).
-
-    A null row, a null value and a row of another width become NaN and a flag. A float32 array
-    without any of these is viewed, not copied.
-    """
+    """View an Arrow array (n,) of float lists as a block (n, dim); a float32 one is not copied."""
+    # A null row, a null value and a row of another width become NaN and a flag.
     array = _plain(array)
     n, width = len(array), float_list_width(array.type)
     if width is None:

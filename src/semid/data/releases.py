@@ -74,11 +74,7 @@ def text_lines(path: Path, *, encoding: str = "utf8") -> Iterator[str]:
 def interaction(
     user: Any, item: Any, time: Any, rating: Any, *, where: str, unit: int = 1
 ) -> tuple[str, str, int, float]:
-    """Return an interaction as `make_release` takes it, with the time in seconds.
-
-    Ids are text or integers, ``unit`` of the time's units make a second, the rating is finite;
-    anything else is an InputError that names it and the line, ``where``.
-    """
+    """Return user, item, seconds and rating; InputError, naming the line ``where``, for others."""
     for value in (user, item):
         if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
             raise InputError(
@@ -97,10 +93,7 @@ def interaction(
 
 
 def core_mask(users: Ints, items: Ints, least: int) -> npt.NDArray[np.bool_]:
-    """Return the mask ``(interactions,)`` of the k-core, ``least`` being k; 0 or 1 keeps all.
-
-    Users and items are codes ``(interactions,)`` from 0.
-    """
+    """Return the mask ``(interactions,)`` of the k-core, ``least`` being k; 0 or 1 keeps all."""
     mask = np.ones(len(users), dtype=bool)
     # Leaving out a rare item can make a user rare, so both are repeated until nothing changes.
     while least > 1:
@@ -120,11 +113,7 @@ def make_release(
     core: int,
     label: str,
 ) -> Release:
-    """Gather rows (user, item, seconds, rating) into tables.
-
-    ``described`` maps items to title, brand and categories; ``core`` is k of the k-core, below 0 a
-    UsageError; if nothing is left, InteractionsError.
-    """
+    """Gather rows (user, item, seconds, rating) into tables; ``core`` is k of the k-core."""
     if core < 0:
         raise UsageError(f"--core {core} (core=): give 0 or more")
     user_ids: dict[str, int] = {}
@@ -191,10 +180,7 @@ def item_text(title: str, brand: str, categories: str) -> str:
 
 
 def embed_texts(texts: Sequence[str], model: str) -> npt.NDArray[np.float32]:
-    """Embed texts with a sentence-transformers model (name or folder), rows of unit length.
-
-    Returns ``(texts, dim)`` float32. Empty texts are embedded as they are.
-    """
+    """Embed texts with a sentence-transformers model: ``(texts, dim)`` rows of unit length."""
     if not any(texts):
         raise InputError("not one item has a text to embed; give the release's item metadata")
     try:
@@ -221,10 +207,7 @@ def read_amazon(
     items: str | os.PathLike[str] | None = None,
     core: int = 5,
 ) -> Release:
-    """Read a category of the Amazon reviews.
-
-    Shapes: ``reviews`` (2014, 2018).
-    """
+    """Read a category of the Amazon reviews (2014, 2018 and 2023)."""
     described = {} if items is None else dict(_items(Path(items)))
     return make_release(_reviews(Path(reviews)), described, core=core, label=f"'{reviews}'")
 
@@ -293,10 +276,7 @@ def _text(value: Any) -> str:
 
 
 def read_movielens(folder: str | os.PathLike[str], *, core: int = 0) -> Release:
-    """Read a release of MovieLens.
-
-    Returns ratings as they are (1 to 5 or 0.5 to 5); genres are the categories.
-    """
+    """Read a release of MovieLens; ratings stay as they are, genres are the categories."""
     place = Path(folder)
     for suffix in (".dat", ".csv"):
         ratings, movies = place / f"ratings{suffix}", place / f"movies{suffix}"

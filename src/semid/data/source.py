@@ -46,11 +46,7 @@ class EmbeddingSource(ABC):
 
     @abstractmethod
     def _pieces(self, size: int, first: int) -> Iterator[RawBlock]:
-        """Yield the rows from ``first`` on in order, in pieces of any length.
-
-        ``first`` is a multiple of ``size``; rows before it are not read where that can be helped.
-        Pieces that do not cross multiples of ``size`` are not copied.
-        """
+        """Yield the rows from ``first``, a multiple of ``size``, on, in pieces of any length."""
 
     @abstractmethod
     def _raw_rows(self, indices: np.ndarray) -> RawBlock:
@@ -87,11 +83,8 @@ class EmbeddingSource(ABC):
             start += len(owned)
 
     def rows(self, indices: Any) -> np.ndarray:
-        """Return the rows at ``indices`` (n,), any order, repeats allowed: (n, dim) float32.
-
-        Arrays and Arrow tables read the rows asked for. Parquet decodes every row group that holds
-        one of them, so rows at random cost a pass: make a memory map first (`to_npy`).
-        """
+        """Return the rows at ``indices`` (n,), any order, repeats allowed: (n, dim) float32."""
+        # Parquet decodes every row group that holds one of them: rows at random cost a pass there.
         numbers = _check_indices(indices, len(self))
         raw = self._raw_rows(numbers)
         if raw.flags is not None or not within_range(raw.values):
@@ -120,11 +113,7 @@ class EmbeddingSource(ABC):
         return view
 
     def to_npy(self, path: str | Path, *, overwrite: bool = False) -> EmbeddingSource:
-        """Write the rows to an ``.npy`` file in float32 and return it as a memory-mapped source.
-
-        The cache for training: rows at random from it cost what they weigh. Written a block at a
-        time beside the target and renamed when complete.
-        """
+        """Write the rows to an ``.npy`` file in float32 and return it as a memory-mapped source."""
         with atomic_file(path, overwrite=overwrite) as work:
             write_npy(work, (block for _, block in self.blocks()), shape=(len(self), self.dim))
         return open_npy(Path(path), ids=self.ids)
@@ -181,10 +170,7 @@ def _check_indices(indices: Any, count: int) -> np.ndarray:
 
 
 class SubsetSource(EmbeddingSource):
-    """A lazy view of rows of another source; see `EmbeddingSource.subset`.
-
-    ``indices`` (n,) int64 are unique rows of ``base``.
-    """
+    """A lazy view of unique rows of another source; see `EmbeddingSource.subset`."""
 
     def __init__(self, base: EmbeddingSource, indices: np.ndarray) -> None:
         self.base = base
@@ -244,15 +230,7 @@ class SubsetSource(EmbeddingSource):
 
 
 class ArraySource(EmbeddingSource):
-    """A matrix (items, dim) of float16, float32 or float64, in memory or memory-mapped.
-
-    It is never copied as a whole. Any memory order and byte order is read; a Fortran-ordered file
-    is correct but slow to read by rows.
-
-    Raises:
-        EmbeddingError: the array is no such matrix, or is empty.
-        IdsError: another number of ids than rows.
-    """
+    """A matrix (items, dim) of float16, float32 or float64, in memory or memory-mapped."""
 
     def __init__(
         self,

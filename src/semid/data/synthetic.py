@@ -138,10 +138,7 @@ class Steps(NamedTuple):
 def walk(
     niche: np.ndarray, weight: np.ndarray, quality: np.ndarray
 ) -> Callable[[np.random.Generator], Steps]:
-    """Return a function that draws a block of 4,096 users from a generator.
-
-    ``niche``, ``weight`` (popularity) and ``quality`` (added to ratings) are (items,).
-    """
+    """Return a function that draws a block of 4,096 users from a generator."""
     # Niches that each reach spans; those of an aisle and of a department lie side by side.
     span = np.array((1, _NICHES_OF_AISLE, _NICHES, len(PATHS)))
     # Items sorted by niche make each reach one range of their cumulative popularity: a step of the

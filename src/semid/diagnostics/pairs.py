@@ -231,8 +231,8 @@ def proportion(successes: int, trials: int, *, confidence: float = 0.95) -> Prop
     return Proportion(share, low, high, trials)
 
 
-def _ranks(values: Floats) -> Floats:
-    """Return ranks with ties sharing their mean."""
+def average_ranks(values: npt.NDArray[Any]) -> Floats:
+    """Return the rank of each value ``(n,)``, from 1; equal values share the mean of theirs."""
     inverse, counts = np.unique(values, return_inverse=True, return_counts=True)[1:]
     # Equal values have the ranks last - count + 1 to last, whose mean they share.
     mean: Floats = (np.cumsum(counts) - (counts - 1) / 2.0)[inverse]
@@ -250,7 +250,7 @@ def spearman(first: npt.ArrayLike, second: npt.ArrayLike) -> float | None:
     if len(a) < 2:
         return None
     # Pearson's correlation of the ranks, centered at their mean (n + 1) / 2.
-    a, b = _ranks(a) - (len(a) + 1) / 2, _ranks(b) - (len(b) + 1) / 2
+    a, b = (average_ranks(each) - (len(a) + 1) / 2 for each in (a, b))
     scale = float(np.sqrt((a @ a) * (b @ b)))
     return float(np.clip(a @ b / scale, -1.0, 1.0)) if scale > 0 else None
 

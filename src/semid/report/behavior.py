@@ -25,16 +25,12 @@ Array = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Pool:
-    """The items among which to search: codes (items, levels) and embeddings by name.
-
-    The first of ``embeddings`` (items, width) is the original, the others are reconstructions.
-    ``hierarchical`` says whether prefixes mean relatedness.
-    """
+    """The items among which to search: codes (items, levels) and embeddings by name."""
 
     codes: npt.NDArray[Any]
     codebooks: Sequence[Array]
-    embeddings: Mapping[str, Array]
-    hierarchical: bool
+    embeddings: Mapping[str, Array]  # (items, width); the first is the original
+    hierarchical: bool  # whether prefixes mean relatedness
 
 
 def choose_cutoffs(cutoffs: Sequence[int] | None, items: int) -> tuple[tuple[int, ...], list[str]]:
@@ -54,10 +50,7 @@ def choose_cutoffs(cutoffs: Sequence[int] | None, items: int) -> tuple[tuple[int
 def behavior_pairs(
     interactions: Interactions, ids: ItemIds
 ) -> tuple[ItemPairs | None, Behavior, list[str]]:
-    """Pair each item of the test users with the next one (None without an order).
-
-    Also returns the counts of the interactions, and notes.
-    """
+    """Pair each item of the test users with the next one; also counts, and notes."""
     sequences = interactions.sequences(ids, require_order=False)
     test = split_users(interactions.user_ids) == TEST
     behavior = Behavior(
@@ -135,9 +128,7 @@ def measure_pairs(
 def relations(source: Any, ids: ItemIds) -> tuple[dict[str, ItemPairs], list[str]]:
     """Read item pairs of a second ground truth by kind, and notes.
 
-    The columns of ``source``, a file or table, are ``item_id``, ``related_item_id`` and, where
-    pairs are of several kinds, ``relation``. Raises `InputError` for a kind without one pair
-    inside the catalogue.
+    Columns are ``item_id``, ``related_item_id`` and, for pairs of several kinds, ``relation``.
     """
     opened = open_table(source, what="relations", error=InteractionsError)
     columns = ["item_id", "related_item_id"]

@@ -39,16 +39,13 @@ Read = Callable[[Diagnosis], float | None]
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric that models are compared by; the fields are those of `MetricRow`.
-
-    ``read`` returns its value of a diagnosis, None where it was not measured. A metric is better
-    in ``neither`` way where a good value is no merit by itself, such as few collisions.
-    """
+    """One metric that models are compared by; the fields are those of `MetricRow`."""
 
     key: str
-    read: Read
+    read: Read  # its value of a diagnosis, None where it was not measured
     view: str
     name: str
+    # ``neither`` where a good value is no merit by itself, such as few collisions
     better: Literal["lower", "higher", "neither"]
     kind: Literal["share", "number", "count"]
     lead: bool = False

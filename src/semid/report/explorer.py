@@ -181,10 +181,8 @@ def _words(tree: Tree, texts: ItemTexts | None, shown: Ints) -> dict[int, list[s
 def _neighbors(
     codebook: npt.NDArray[np.float32], codes: npt.NDArray[Any], spread: float
 ) -> dict[str, Any]:
-    """Return the nearest used codewords of the most used ones, nearest first.
-
-    The nearest codewords also overlap most, whatever the noise: overlap falls with distance alone.
-    """
+    """Return the nearest used codewords of the most used ones, nearest first."""
+    # The nearest also overlap most, whatever the noise: overlap falls with distance alone.
     # The most used codewords, in the order of their codes.
     counts = np.bincount(codes, minlength=len(codebook))
     active = np.flatnonzero(counts)
@@ -213,12 +211,11 @@ def describing_words(
 ) -> dict[int, list[str]]:
     """Return the words that distinguish each group of items from the others.
 
-    A word scores ``tf * log(1 + A / f)``: its uses in the group, times the log of the mean number
-    of words per group over the word's uses in all groups. A word counts once per item, and must
-    occur in two items of the group, so that one odd title cannot name a code.
-
     Source: class-based tf-idf, Grootendorst 2022 (arXiv:2203.05794), eq. 2.
     """
+    # A word scores tf * log(1 + A / f): its uses in the group, times the log of the mean number of
+    # words per group over the word's uses in all groups. It counts once per item, and must occur in
+    # two items of the group, so that one odd title cannot name a code.
     by_group: dict[int, Counter[str]] = {}
     for item_words, group in zip(words, groups.tolist(), strict=True):
         if group >= 0 and item_words:
@@ -274,10 +271,7 @@ def build_tree(
     values: Mapping[str, npt.ArrayLike] | None = None,
     most_nodes: int = 40_000,
 ) -> Tree:
-    """Build the tree of prefixes of codes (items, levels) with the means of values (items,).
-
-    ``metrics`` also holds ``unique``: different ids per item. Cost: a sort of the items per depth.
-    """
+    """Build the tree of prefixes of codes (items, levels) with the means of values (items,)."""
     prefix_codes = codes[:, level:] if depths is None else codes[:, level : level + depths]
     # Sort by the codes of the prefixes and then by the whole id. The tree of a parallel codebook
     # sees one code, but items of one whole id must be contiguous to be counted once.

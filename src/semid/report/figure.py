@@ -270,10 +270,7 @@ def declared(
     y: Callable[[Entry], Iterable[Any]] | None = None,
     estimates: Callable[[Entry], Sequence[Estimated | None]] | None = None,
 ) -> Plot[Entry]:
-    """Return the figure that `declarations.toml` describes under a key, with its data.
-
-    Columns that show an attribute of the entry as it is are declared there too.
-    """
+    """Return the figure that `declarations.toml` describes under a key, with its data."""
     texts = dict(DECLARATIONS["figures"][key])
     columns += tuple(
         Column(c["head"], attrgetter(c["read"]), WRITERS[c["write"]])

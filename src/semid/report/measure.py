@@ -125,10 +125,7 @@ def measure_catalogue(
     *,
     held_out: Mask | None = None,
 ) -> CataloguePass:
-    """Read every row for the mean, then encode and decode every row once.
-
-    Memory: ``20 + 6 levels`` bytes per item, and a few blocks of 65,536 rows.
-    """
+    """Read every row for the mean, then encode and decode every row once."""
     items = len(source)
     if items == 0:
         raise EmbeddingError("there are no rows to diagnose; give at least one")
@@ -210,10 +207,8 @@ def _remaining_errors(tok: Tokenizer, latent: Array, codes: npt.NDArray[np.int64
 
 
 def rank_frequency(usage: LevelUsage) -> Curve:
-    """Return the shares of the codes, the most used first, at about `MAX_RANKS` ranks.
-
-    Both ends are in the curve, and every rank of a curve with fewer.
-    """
+    """Return the shares of the codes, the most used first, at about `MAX_RANKS` ranks."""
+    # Both ends are in the curve, and every rank of a curve with fewer.
     # Half of the points are even in rank and half in its logarithm: head and tail both show.
     shares = np.sort(usage.probabilities)[::-1]
     even = np.linspace(1, len(shares), MAX_RANKS)
@@ -229,10 +224,8 @@ def _thinned(shares: Floats, ranks: Floats) -> Curve:
 
 
 def held_out_rows(tok: Tokenizer, source: EmbeddingSource) -> tuple[Mask | None, str]:
-    """Return ``(items,)`` which rows the fit held out, and a note; None where that is unknown.
-
-    It is known where there are as many rows and held-out rows as the fit reports.
-    """
+    """Return which rows ``(items,)`` the fit held out, None where that is unknown, and a note."""
+    # Known where there are as many rows and held-out rows as the fit reports.
     mask = held_out_mask(source.ids, tok.validation_fraction, salt=HELD_OUT_SALT)
     fit = tok.report
     if fit is None or (fit.items, fit.held_out_items) != (len(mask), int(mask.sum())):
@@ -323,10 +316,7 @@ def measure_flips(
     seed: int,
     threads: int | None,
 ) -> tuple[Flips, list[str]]:
-    """Measure flips of rows (n, dim) under noise on input and latent, with margins; and notes.
-
-    Cost: ``2 (1 + scales)`` encodings of the rows, and two searches for near codewords.
-    """
+    """Measure flips of rows (n, dim) under noise on input and latent, with margins; and notes."""
     options: dict[str, Any] = {
         "hierarchical": tok.hierarchical,
         "slices": tok.latent_slices,

@@ -25,11 +25,9 @@ SECTIONS = tuple(
 
 
 def embed_json(value: Any) -> Markup:
-    """Return JSON that is safe inside a ``<script>`` element.
-
-    Item texts are somebody else's: ``<``, ``>`` and ``&`` become escapes, so no text can end the
-    element or begin a comment, and the two line separators that old scripts trip over as well.
-    """
+    """Return JSON that is safe inside a ``<script>`` element."""
+    # Item texts are somebody else's: no text may end the element or begin a comment; the two line
+    # separators trip old scripts.
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")

@@ -75,10 +75,8 @@ def _dig(document: Any, path: Sequence[Any]) -> Any:
 
 
 def metric(path: str) -> Metric:
-    """Return the metric at a path into a row: ``-keys.joined.by.dots@noise scale``.
-
-    A minus turns the sign, so that higher is better; ``@`` picks the value of one noise scale.
-    """
+    """Return the metric at a path into a row: ``-keys.joined.by.dots@noise scale``."""
+    # A minus turns the sign, so that higher is better; ``@`` picks the value of one noise scale.
     keys, _, scale = path.removeprefix("-").partition("@")
     *parents, last = keys.split(".")
     sign = -1.0 if path.startswith("-") else 1.0
@@ -223,18 +221,14 @@ class ClaimResult:
 
 
 def decide(claim: Claim, comparisons: Sequence[Comparison]) -> ClaimResult:
-    """Give the verdict on a claim.
-
-    ``opposite`` needs more than half of the comparisons run against the claim and none in its
-    favor. Whatever is neither this nor holds by the claim's rule *does not show*: that is no proof
-    of the contrary.
-    """
+    """Give the verdict on a claim; *does not show* is no proof of the contrary."""
     run = [c for c in comparisons if c.difference is not None]
     verdict: Verdict = "does not show"
     if not run:
         verdict = "not run"
     elif RULES[claim.rule](run):
         verdict = "holds"
+    # More than half against the claim and none in its favor.
     elif sum(c.against for c in run) > len(run) / 2 and not any(c.favor for c in run):
         verdict = "opposite"
     return ClaimResult(claim, verdict, tuple(comparisons))
@@ -258,12 +252,10 @@ def evaluate(claims: Callable[[Rows], Sequence[Claim]], rows: Rows) -> list[Clai
 
 
 def within(difference: Difference | None, margin: float) -> Difference | None:
-    """Turn a difference into the claim that it is smaller than a margin, either way.
-
-    Positive where the whole interval lies within the margin, negative where it lies outside.
-    """
+    """Turn a difference into the claim that it is smaller than a margin, either way."""
     if difference is None:
         return None
+    # Positive where the whole interval lies within the margin, negative where it lies outside.
     low, high = difference.low, difference.high
     distance = margin - abs(difference.mean)
     # The interval of |difference| runs from its end nearest to 0 (0 itself where the interval

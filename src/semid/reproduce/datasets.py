@@ -51,15 +51,13 @@ class Opened:
         return open_embeddings(_embeddings(self.folder), ids=self.items)
 
     def log(self) -> Interactions | None:
-        """Read the interactions; several logs in one, their users told apart by the log's name.
-
-        A person in two logs counts as two users: nothing is paired across logs, and which of the
-        two are test users is drawn apart.
-        """
+        """Read the interactions; several logs in one, their users told apart by the log's name."""
         if not self.logs:
             return None
         if len(self.logs) == 1:
             return read_interactions(self.interactions, ties="file")  # as the papers did
+        # A person in two logs counts as two users: nothing is paired across logs, and which of the
+        # two are test users is drawn apart.
         parts = []
         for name, path in self.logs.items():
             table = pq.read_table(path, columns=["user_id", "item_id", "position"])

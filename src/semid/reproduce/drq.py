@@ -142,11 +142,7 @@ def sweep_chart(rows: Rows, lines: Sequence[Line]) -> Iterator[dict[str, Any]]:
 
 
 def recommend(rows: Rows) -> Figure | None:
-    """Name the leader for every question and data set, and the tokenizers that are level with it.
-
-    A tokenizer is level with the leader unless the paired interval over seeds of their difference
-    leaves out 0; with one seed all are level.
-    """
+    """Name the leader for every question and data set, and those that are level with it."""
     main, table = rows.main(), []
     for data in main.names("data"):
         for question, name, digits in DRQ.file["questions"]:
@@ -156,6 +152,8 @@ def recommend(rows: Rows) -> Figure | None:
             if not means:
                 continue
             best = max(means, key=lambda t: means[t])
+            # Level with the leader unless the paired interval over seeds leaves out 0; with one
+            # seed all are.
             rivals = [Contrast(t, read, cell(best), cell(t)) for t in means if t != best]
             level = [c.name for c in rivals if not c.compare(main, data).favor]
             absent = [t for t in TOKENIZERS if t not in means]

@@ -13,15 +13,10 @@ from semid.reproduce.recipe import DataSet
 
 
 class Experiment:
-    """The runs of one paper's recipe; a runner of its jobs, pickled into every process.
-
-    Args:
-        recipe: what to run.
-        data: folder of data sets; None where all are synthetic.
-        folder: of the ledger.
-    """
+    """The runs of one paper's recipe; a runner of its jobs, pickled into every process."""
 
     def __init__(self, recipe: Any, data: Path | None, folder: Path) -> None:
+        # Folder of data sets (None where all are synthetic) and folder of the ledger.
         self.recipe, self.data, self.folder = recipe, data, folder
         self.data_sets: dict[str, DataSet] = {one.name: one for one in recipe.data}
 

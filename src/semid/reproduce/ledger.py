@@ -44,10 +44,7 @@ def digest(document: Any) -> str:
 
 
 def rounded(value: Any, digits: int = DIGITS) -> Any:
-    """Round every float inside a JSON-able document to so many significant digits.
-
-    NaN and infinity, which JSON does not know, become None.
-    """
+    """Round every float inside a document to significant digits; what is not finite is None."""
     if isinstance(value, float):
         return float(f"{value:.{digits}g}") if abs(value) < float("inf") else None
     if isinstance(value, Mapping):
@@ -58,11 +55,7 @@ def rounded(value: Any, digits: int = DIGITS) -> Any:
 
 
 def read_runs(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Read the lines of a ledger file.
-
-    A last line that a kill cut short is no result and is left out; a broken line before it means
-    that the file was edited.
-    """
+    """Read the lines of a ledger file; a broken line, except a last one cut short, is an error."""
     file = Path(path)
     if not file.exists():
         return []
@@ -86,9 +79,6 @@ class Ledger:
 
     A run is claimed before it begins and added once. A killed process loses its claims, so its
     unfinished run is repeated. Where the system has no ``fcntl`` there are no claims.
-
-    Args:
-        folder: made if it does not exist; holds ``runs.jsonl`` and locks.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -111,10 +101,7 @@ class Ledger:
         return self._keys
 
     def add(self, row: Mapping[str, Any]) -> bool:
-        """Append a run, unless its ``key`` is there already.
-
-        Returns whether it was written.
-        """
+        """Append a run, unless its ``key`` is there already; return whether it was written."""
         line = json.dumps(rounded(row), ensure_ascii=False, allow_nan=False).encode() + b"\n"
         with self.lock("ledger"):
             if row["key"] in self.keys():

@@ -32,10 +32,7 @@ def paper_auc(model: str, method: str, scale: int, data: str) -> float | None:
 
 
 def paper_gain(other: str, scales: Sequence[int] = (2, 3, 7)) -> tuple[int, int, float]:
-    """Count where the paper's own table 1 has MoC above another method.
-
-    Returns cells in which MoC is higher, cells in all, and the mean difference.
-    """
+    """Count cells of the paper's table 1, first those with MoC higher; return the mean gain too."""
     gains = [
         ours - theirs
         for cells in MOC.file["table-1"].values()
@@ -46,12 +43,10 @@ def paper_gain(other: str, scales: Sequence[int] = (2, 3, 7)) -> tuple[int, int,
 
 
 def nmi(points: str = "sweep") -> Metric:
-    """Return the metric: NMI of clustered embeddings with the label.
-
-    Small data have fewer clusters than `CLUSTERS`; the most that there are count then.
-    """
+    """Return the metric: NMI of clustered embeddings with the label."""
 
     def read(analysis: Row) -> float:
+        # Small data have fewer clusters; the most that there are count then.
         at_size = [p for p in analysis[points] if p["clusters"] == CLUSTERS]
         return float((at_size or analysis[points][-1:])[0]["nmi"])
 

@@ -81,14 +81,9 @@ def _bullets(lines: Sequence[str]) -> str:
 
 
 def current(rows: Sequence[Row]) -> tuple[list[Row], int]:
-    """Keep the rows of the settings that ran last, by data set and protocol.
-
-    Rows of other settings cannot be compared with them. Of several rows of one cell and seed the
-    last counts.
-
-    Returns the rows, and how many were left out.
-    """
-    # The DRQ paper's variants share their settings with the main rows.
+    """Return the rows of the settings that ran last, by data set, and how many were left out."""
+    # Rows of other settings cannot be compared with them; of several rows of one cell and seed the
+    # last counts. The DRQ paper's variants share their settings with the main rows.
     latest = {_protocol_key(row): row["settings"] for row in rows}
     current = {cell_key(r): r for r in rows if latest[_protocol_key(r)] == r["settings"]}
     return list(current.values()), len(rows) - len(current)

@@ -45,10 +45,7 @@ def run_jobs(
     progress: Progress,
     task: str = "reproduce",
 ) -> dict[str, str]:
-    """Run what has no line in the ledger yet.
-
-    Returns title -> what went wrong, for runs that failed; they are tried again by the next call.
-    """
+    """Run what has no line in the ledger yet; return title -> what went wrong, to try again."""
     if processes < 1:
         raise UsageError(f"--processes {processes}: give at least 1")
     done = Ledger(folder).keys()

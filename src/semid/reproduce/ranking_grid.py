@@ -58,23 +58,17 @@ class MethodCodes:
 
 @dataclass
 class TokenizerCache:
-    """Fits each tokenizer once, on training items alone, and stores it on disk.
-
-    ``options`` are further arguments of the tokenizers; ``seed`` is also that of random codes.
-    """
+    """Fits each tokenizer once, on training items alone, and stores it on disk."""
 
     folder: Path
     source: EmbeddingSource
     data: RankingData
     codebook_size: int = 256
-    seed: int = 0
-    options: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0  # also that of random codes
+    options: Mapping[str, Any] = field(default_factory=dict)  # arguments of the tokenizers
 
     def method(self, name: str, scale: int, *, progress: Progress) -> MethodCodes:
-        """Return the codes of a method of `METHODS` and their features.
-
-        ``scale`` is M, the number of codes per item, or of embeddings of its one code.
-        """
+        """Return the codes of a method of `METHODS`, M codes per item, and their features."""
         check_choice("--methods", name, METHODS)
         if name == "none":
             return MethodCodes(None, None)

@@ -125,22 +125,10 @@ def probe_reconstruction(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> ReconstructionProbe:
-    """Rebuild item embeddings from trainable embeddings of their codes.
+    """Rebuild item embeddings ``(items, dim)`` from trainable embeddings of their codes.
 
-    Args:
-        embeddings: ``(items, dim)``, anything `semid.open_embeddings` reads, in the order of
-            ``ids.items``.
-        ids: codes of the same items.
-        features: how codes become embeddings; the default reads every level.
-        width: width of a code's embedding.
-        held_out: share of the items for the error, chosen by a hash of their id.
-        training: options of `semid.TrainOptions` that differ from at most 100 epochs of batches of
-            512 at a rate of 0.003, stopped after 10 without a better held-out error.
-        seed: seed of initial weights and order.
-        progress: callback that receives progress events.
-
-    Raises:
-        InputError: another number of embeddings than of ids.
+    ``held_out`` is the share of the items for the error, chosen by a hash of their id; ``training``
+    are options that differ from `TRAINING`.
 
     Source: MoC §3.1, fig. 1.
     """

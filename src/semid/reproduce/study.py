@@ -33,17 +33,7 @@ class Estimate:
 
 
 class Study:
-    """One paper's runs in a folder.
-
-    Args:
-        recipe: name of a packaged recipe or a TOML file.
-        data: folder of data sets; None where all are synthetic.
-        output: ``OUTPUT/<paper>/runs.jsonl`` is the ledger.
-        only: words that a run's title must contain, all of them; empty keeps all.
-
-    Raises:
-        UsageError: a recipe or option that is not allowed, or nothing is left to run.
-    """
+    """One paper's runs in a folder: ``OUTPUT/<paper>/runs.jsonl`` is the ledger."""
 
     def __init__(
         self,
@@ -58,6 +48,7 @@ class Study:
         self.folder = output / self.paper
         self.experiment = EXPERIMENTS[self.paper](self.recipe, data, self.folder)
         self.jobs, self.absent = self.experiment.jobs()
+        # ``only`` are words that a run's title must contain, all of them; empty keeps all.
         self.chosen = [job for job in self.jobs if all(word in job.title for word in only)]
         if not self.chosen:
             why = "; ".join(self.absent.values()) or f"no run's title has {' and '.join(only)}"

@@ -369,6 +369,6 @@ def encode(batch: LogBatch, schema: Schema, *, label: str) -> dict[str, npt.NDAr
         "user": schema.users.rows(batch.users).astype(np.int32),
         "item": schema.items.rows(batch.items).astype(np.int32),
         "label": batch.labels.astype(np.float32),
-        "context": context.numpy(),
-        "dense": dense.numpy(),
+        "context": context,
+        "dense": dense,
     }

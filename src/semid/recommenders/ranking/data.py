@@ -131,18 +131,14 @@ def prepare_ranking_data(
 
 @dataclass
 class _MemoryLog:
-    """A log in memory as one batch per part.
-
-    ``item`` holds catalogue rows from 0, ``part`` indices into `PARTS`, each ``(interactions,)``;
-    ``cold`` is the mask ``(items,)`` of the items held out of training.
-    """
+    """A log in memory as one batch per part."""
 
     log: Interactions
     catalogue: ItemIds
-    item: Ints
-    part: npt.NDArray[np.int8]
-    positive: Mask
-    cold: Mask
+    item: Ints  # ``(interactions,)`` catalogue rows from 0
+    part: npt.NDArray[np.int8]  # ``(interactions,)`` indices into `PARTS`
+    positive: Mask  # ``(interactions,)``
+    cold: Mask  # ``(items,)`` which items are held out of training
     config: RankingDataConfig
     dropped: int = 0
 
@@ -225,11 +221,8 @@ class _MemoryLog:
         return torch.from_numpy(events.astype(np.int32))
 
     def _history_spans(self) -> Ints:
-        """Return per interaction ``(interactions, 2)`` where its history begins and ends.
-
-        The positions count in the events of `_events`. Validation and test rows see the
-        training positives before them, never each other.
-        """
+        """Return per interaction where its history begins and ends in `_events`: ``(rows, 2)``."""
+        # Validation and test rows see the training positives before them, never each other.
         ordered = self._ordered
         is_event = self.training_positive[ordered]
         # Events that lie before each interaction in the order: the exclusive end of its history.

@@ -213,10 +213,8 @@ def _apply_control(
 
 
 def _numbers(codes: Ints, budget: int) -> tuple[Ints, int, int]:
-    """Number distinct rows of ``codes`` (n, codes); hash them if there are more than ``budget``.
-
-    Returns the numbers ``(n,)``, their count, and how many distinct rows share one.
-    """
+    """Number distinct rows of codes; return numbers, their count and how many rows share one."""
+    # More than ``budget`` distinct rows are hashed.
     # Without hashing, the number of a row is its place among the sorted distinct rows.
     unique, inverse = np.unique(codes, axis=0, return_inverse=True)
     inverse = inverse.reshape(-1)
@@ -243,9 +241,8 @@ def extend_codes(
 ) -> CodeTable:
     """Append the rows of new items to the table of a trained model.
 
-    ``ids`` holds the codes of the new items; None leaves them without. For prefixes and n-grams it
-    holds those of the catalogue too: a new item takes the row of an item that shares the prefix,
-    and the reserved row if none does.
+    ``ids`` holds the codes of the new items, for prefixes and n-grams those of the catalogue too;
+    None leaves new items without codes.
     """
     rows = np.zeros((len(new), table.rows.shape[1]), np.int64)
     if ids is None:
@@ -263,7 +260,8 @@ def extend_codes(
         if features.mode not in _SPAN_MODES:
             rows[known, slot] = span[positions[known], 0] + 1
             continue
-        # Equal spans get equal numbers; each number remembers the row of a trained item, else 0.
+        # A new item takes the row of an item that shares its span, and the reserved row if none
+        # does: equal spans get equal numbers, and each remembers the row of a trained item, else 0.
         both = np.concatenate([span[trained[has_codes]], span[positions[known]]])
         unique, inverse = np.unique(both, axis=0, return_inverse=True)
         of_trained, of_new = np.split(inverse.reshape(-1), [int(has_codes.sum())])

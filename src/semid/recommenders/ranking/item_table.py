@@ -52,10 +52,7 @@ class ItemColumns:
         return attributes
 
     def rows(self, name: str, vocabulary: Vocabulary, width: int | None = None) -> Ints:
-        """Look the values up: ``(items + 1,)``, or ``(items + 1, width)`` for several.
-
-        ``width`` None takes the largest number of values per item, at least 1.
-        """
+        """Look values up: ``(items + 1,)``, or ``(items + 1, width)`` for several values."""
         column = self.values[name]
         rows = vocabulary.rows(column.flatten())
         offsets = column.offsets.to_numpy()

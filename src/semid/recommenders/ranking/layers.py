@@ -12,13 +12,11 @@ from semid.errors import UsageError
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """Batch normalization that also takes a training batch of one row.
-
-    One row has no variance; it is normalized by the running moments, which it leaves as they are.
-    """
+    """Batch normalization that takes a training batch of one row, which has no variance."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize ``(batch, width)``."""
+        # One row is normalized by the running moments, which it leaves as they are.
         if self.training and x.shape[0] == 1:
             return nn.functional.batch_norm(
                 x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
@@ -27,14 +25,12 @@ class BatchNorm(nn.BatchNorm1d):
 
 
 class Dropout(nn.Dropout):
-    """Dropout with a fast mask on CPUs, where torch draws one Bernoulli variable per unit.
-
-    Sixteen random bits decide on a unit, so its rate is ``p`` rounded to a multiple of 2^-16, and
-    the others are scaled by that rate. On other devices it is torch's dropout.
-    """
+    """Dropout with a fast mask on CPUs, where torch draws one Bernoulli variable per unit."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Drop units of a tensor of any shape in training mode."""
+        # Sixteen random bits decide on a unit, so its rate is a multiple of 2^-16, and the others
+        # are scaled by that rate.
         limit = round(self.p * 2**16)
         if not self.training or x.device.type != "cpu" or not 0 < limit < 2**16:
             return super().forward(x)
@@ -55,10 +51,7 @@ def _linear(width: int, out: int, *, bias: bool = True) -> nn.Linear:
 
 
 class Perceptron(nn.Module):
-    """Linear layers with batch norm, ReLU and dropout, ``(batch, width)`` to ``(batch, out)``.
-
-    ``out`` None stops after the last hidden layer; without hidden layers one linear map is left.
-    """
+    """Linear layers with batch norm, ReLU and dropout; ``out`` None ends at the last hidden one."""
 
     def __init__(
         self,

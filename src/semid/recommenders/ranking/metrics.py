@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from semid.diagnostics.pairs import average_ranks
 from semid.diagnostics.popularity import SEGMENTS, popularity_segments
 from semid.errors import InputError
 from semid.recommenders.ranking.builder import RankingData
@@ -26,18 +27,6 @@ EVALUATION_BATCH = 65_536
 
 MAX_FEW_INTERACTIONS = 10
 """Largest number of training interactions of an item in the slice ``few``."""
-
-
-def average_ranks(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    """Return the rank of each value ``(n,)``, from 1; equal values share the mean of theirs."""
-    order = np.argsort(values, kind="stable")
-    ordered = values[order]
-    # Runs of equal values hold the ranks start + 1 to end, whose mean is (start + 1 + end) / 2.
-    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
-    ends = np.concatenate([starts[1:], [len(values)]])
-    ranks = np.empty(len(values))
-    ranks[order] = np.repeat((starts + 1 + ends) / 2, ends - starts)
-    return ranks
 
 
 def _positive(labels: npt.NDArray[Any], scores: Floats) -> npt.NDArray[np.bool_]:
@@ -66,8 +55,7 @@ def auc(labels: npt.NDArray[Any], scores: Floats) -> float:
 def auc_error(labels: npt.NDArray[Any], scores: Floats) -> float:
     """Return the standard error of the AUC over test rows (DeLong et al. 1988), from ranks.
 
-    It says how far the AUC of another test sample of this size would lie; differences of two models
-    on the same rows vary much less. NaN with fewer than two rows of a class.
+    NaN with fewer than two rows of a class. Two models on the same rows differ much less.
     """
     positive = _positive(labels, scores)
     count, other = int(positive.sum()), int((~positive).sum())
@@ -84,10 +72,7 @@ def auc_error(labels: npt.NDArray[Any], scores: Floats) -> float:
 def auc_by_user(
     labels: npt.NDArray[Any], scores: Floats, users: npt.NDArray[Any]
 ) -> tuple[float, float, int]:
-    """Return the mean AUC per user, the mean weighted by rows, and the number of users.
-
-    Users without rows of both labels are left out. All arguments are ``(rows,)``.
-    """
+    """Return mean AUC per user, mean weighted by rows, and number of users with both labels."""
     positive = _positive(labels, scores)
     # Rows user by user, by score within each; ties are runs of equal user and score.
     order = np.lexsort((scores, users))
@@ -121,12 +106,10 @@ def log_loss(labels: npt.NDArray[Any], logits: Floats) -> float:
 def calibration(
     labels: npt.NDArray[Any], probabilities: Floats, *, bins: int = 20
 ) -> tuple[float, float]:
-    """Return the mean probability over the mean label, and the calibration error (ECE).
-
-    The error is the mean of ``|mean probability - mean label|`` over bins of equally many rows.
-    """
+    """Return mean probability over mean label, and the calibration error over equal bins."""
     positive = _positive(labels, probabilities).astype(np.float64)
-    # Bins by predicted probability; the error weighs them by their rows.
+    # Bins by predicted probability. The error (ECE) is the mean of |mean probability - mean label|
+    # over the bins, weighed by their rows.
     order = np.argsort(probabilities, kind="stable")
     parts = np.array_split(order, max(1, min(bins, len(order))))
     predicted = np.array([probabilities[part].mean(dtype=np.float64) for part in parts])
@@ -217,11 +200,9 @@ def slice_masks(
     *,
     few: int = MAX_FEW_INTERACTIONS,
 ) -> dict[str, npt.NDArray[np.bool_]]:
-    """Return a mask ``(rows,)`` per slice of the rows, by the catalogue row of their item.
-
-    ``unseen`` items have none of the training interactions ``(items + 1,)``, ``few`` at most that
-    many; ``head``, ``mid`` and ``tail`` are 10, 40 and 50 % of the seen items, by interactions.
-    """
+    """Return a mask ``(rows,)`` per slice of the rows, by the catalogue row of their item."""
+    # Unseen items have no training interactions and few at most so many; head, mid and tail are 10,
+    # 40 and 50 % of the seen items, by interactions.
     counts = interactions[items]
     segment = popularity_segments(interactions)[items]
     masks = {"unseen": counts == 0, "few": (counts >= 1) & (counts <= few)}

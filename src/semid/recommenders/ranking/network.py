@@ -75,11 +75,7 @@ class Positions(NamedTuple):
 
 
 class FieldIndex(nn.Module):
-    """Turns `Inputs` into rows of the fused tables; has no parameters.
-
-    Everything known of an item (id, brand, codes) is gathered from buffers ``(items + 1, ...)``
-    whose values already carry the offsets, so a batch costs one gather for all of it.
-    """
+    """Turns `Inputs` into rows of the fused tables; has no parameters."""
 
     item_rows: Tensor
     code_rows: Tensor
@@ -96,6 +92,8 @@ class FieldIndex(nn.Module):
         unknown_rate: float = 0.0,
     ) -> None:
         super().__init__()
+        # What is known of an item (id, brand, codes) lies in buffers ``(items + 1, ...)`` whose
+        # values carry the offsets already, so that a batch costs one gather for all of it.
         self.item_id, self.unknown_rate = item_id, unknown_rate
         self.history = schema.history
         single = {n: a for n, a in schema.attributes.items() if not a.multi}
@@ -173,11 +171,7 @@ class FieldIndex(nn.Module):
 
 
 class FieldTables(nn.Module):
-    """The embeddings of all fields, ``(batch, fields, width)``.
-
-    The unknown row of every table starts at zero, so that it adds nothing before it learns. With
-    ``sparse`` the base and the code table have sparse gradients, for `RowwiseAdamW`.
-    """
+    """The embeddings of all fields, ``(batch, fields, width)``."""
 
     def __init__(
         self,
@@ -192,6 +186,7 @@ class FieldTables(nn.Module):
         self.width, self.sparse = width, sparse
         self.pads, self.history, self.item_id = index.pads, index.history, index.item_id
         self.base = nn.Parameter(torch.empty(index.rows, width).normal_(0.0, 1.0).mul_(std))
+        # Unknown rows start at zero, so that they add nothing before they learn.
         unknown = [*index.offsets.tolist(), *index.pads, *index.item_rows[0].tolist()]
         with torch.no_grad():
             self.base[unknown] = 0.0
@@ -218,7 +213,7 @@ class FieldTables(nn.Module):
         self.names = names
 
     def _gather(self, table: Tensor, rows: Tensor) -> Tensor:
-        if self.sparse:
+        if self.sparse:  # gradients of the rows alone, for `RowwiseAdamW`
             return nn.functional.embedding(rows, table, sparse=True)
         # The same values; on CPUs the gradient of `embedding` adds row by row, this one at once.
         return table.index_select(0, rows.reshape(-1)).view(*rows.shape, table.shape[1])
@@ -257,17 +252,14 @@ def _mean(e: Tensor, weight: Tensor) -> Tensor:
 
 
 class WideId(nn.Module):
-    """The control of equal size: the codes' number of parameters, spent on the item id.
-
-    A narrow second table of item ids, mapped linearly to as many fields as the codes would fill.
-    Its width is chosen so that table and map together have about as many parameters as the codes.
-    """
+    """The control of equal size: the codes' number of parameters, spent on the item id."""
 
     id_rows: Tensor
 
     def __init__(self, schema: Schema, codes: CodeTable, *, width: int, std: float) -> None:
         super().__init__()
         self.fields, self.width = len(codes.fields), width
+        # A narrow second table of item ids is mapped linearly to as many fields as the codes fill:
         # ids * extra + extra * fields * width parameters shall equal those of the codes.
         extra = max(1, round(sum(codes.sizes) * width / (schema.id_size + self.fields * width)))
         self.table = nn.Parameter(torch.empty(schema.id_size, extra).normal_() * std)

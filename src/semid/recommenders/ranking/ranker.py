@@ -112,12 +112,7 @@ class Ranker:
         return None if self.codes_info is None else self.codes_info.codebook_fingerprint
 
     def check_codes(self, ids: SemanticIds) -> None:
-        """Refuse codes of another codebook than the model was trained with.
-
-        Raises:
-            FingerprintError: the fingerprints differ.
-            UsageError: the model reads no codes.
-        """
+        """Refuse codes of another codebook than the model was trained with."""
         if self.codebook_fingerprint is None:
             raise UsageError("this model was trained without codes, so it cannot use any")
         ids.check_codebook(self.codebook_fingerprint)
@@ -126,11 +121,11 @@ class Ranker:
         """Look a table up: rows with labels 0, and the counts of what was unknown."""
         schema = self.schema
         table = open_table(frame, what="the rows to score")
-        columns = [schema.user_column, schema.item_column, *schema.context, *schema.dense]
-        for name in columns:
+        names = [schema.user_column, schema.item_column, *schema.context, *schema.dense]
+        for name in names:
             table.require(name, flag="a column of the model")
         with_history = schema.history > 0 and HISTORY_COLUMN in table.names
-        read = table.read([*columns, *([HISTORY_COLUMN] if with_history else [])])
+        read = table.read([*names, *([HISTORY_COLUMN] if with_history else [])])
         ids = every_column(
             (schema.user_column, schema.item_column),
             lambda name: as_text(read.column(name), name=name, label=table.label),
@@ -140,14 +135,11 @@ class Ranker:
         item = schema.items.rows(ids[schema.item_column])
         features = {n: read.column(n) for n in (*schema.context, *schema.dense)}
         context, dense = schema.context_rows(features, rows=len(user), label=table.label)
-        rows = RankingRows(
-            user=torch.from_numpy(user.astype(np.int32)),
-            item=torch.from_numpy(item.astype(np.int32)),
-            label=torch.zeros(len(user)),
-            context=context,
-            dense=dense,
-            history=self._history(user, read, table) if schema.history else None,
-            person=torch.from_numpy(user.astype(np.int32)),
+        columns = {"user": user.astype(np.int32), "item": item.astype(np.int32)}
+        columns |= {"label": np.zeros(len(user), np.float32)}
+        history = self._history(user, read, table) if schema.history else None
+        rows = RankingRows.of(
+            {**columns, "context": context, "dense": dense}, person=user, history=history
         )
         return rows, self._unknown(user, item, context)
 
@@ -175,7 +167,7 @@ class Ranker:
         return HistoryIndex(torch.from_numpy(items), torch.from_numpy(spans), length)
 
     def _unknown(
-        self, user: npt.NDArray[np.int64], item: npt.NDArray[np.int64], context: torch.Tensor
+        self, user: npt.NDArray[np.int64], item: npt.NDArray[np.int64], context: npt.NDArray[Any]
     ) -> dict[str, int]:
         # Row 0 is the unknown one in every table.
         unknown = {

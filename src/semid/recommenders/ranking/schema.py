@@ -205,8 +205,8 @@ class Schema:
 
     def context_rows(
         self, columns: Mapping[str, Any], *, rows: int, label: str
-    ) -> tuple[Tensor, Tensor]:
-        """Look up the context of rows: ``(rows, categorical)`` int32, ``(rows, dense)`` float32."""
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        """Look up the context of rows: ``(rows, categorical)`` and ``(rows, dense)``."""
 
         def read(name: str) -> npt.NDArray[Any]:
             if name in self.dense:
@@ -214,14 +214,13 @@ class Schema:
             values = as_categories(columns[name], name=name, label=label)
             return self.context[name].rows(values).astype(np.int32)
 
-        arrays = every_column([*self.context, *self.dense], read)
-        tensors = []
-        for names, dtype in ((self.context, np.int32), (self.dense, np.float32)):
-            array = np.empty((rows, len(names)), dtype)
+        columns = every_column([*self.context, *self.dense], read)
+        context = np.empty((rows, len(self.context)), np.int32)
+        dense = np.empty((rows, len(self.dense)), np.float32)
+        for array, names in ((context, self.context), (dense, self.dense)):
             for place, name in enumerate(names):
-                array[:, place] = arrays[name]
-            tensors.append(torch.from_numpy(array))
-        return tensors[0], tensors[1]
+                array[:, place] = columns[name]
+        return context, dense
 
     def to_config(self) -> dict[str, Any]:
         """Return the JSON-able part, for an artefact."""

@@ -113,10 +113,7 @@ def draw_negatives(
     seed: int,
     name: str,
 ) -> tuple[Ints, Mask]:
-    """Draw an item per row of ``users`` (rows,) that its user has not interacted with.
-
-    Returns items ``(rows,)`` and a mask of the rows that got one.
-    """
+    """Draw an item per user ``(rows,)`` that he lacks; return items and which rows got one."""
     # A pair is one integer, so "was it excluded?" is a binary search among sorted integers.
     keys = np.unique(excluded[0] * items + excluded[1])
     generator = numpy_generator(seed, "negatives", name)

@@ -182,11 +182,7 @@ class RankingStream(RankingData):
 
 
 class StreamBatches:
-    """Batches of a log on disk.
-
-    Row groups come in a random order per epoch and pass through a buffer: every row that leaves it
-    is a random one of those inside. A run that is resumed midway reads up to where it was.
-    """
+    """Batches of a log on disk, mixed by a shuffle buffer."""
 
     def __init__(
         self, stream: RankingStream, *, batch_size: int, seed: int, device: torch.device
@@ -199,6 +195,8 @@ class StreamBatches:
 
     def batches(self, epoch: int, first: int) -> Iterator[tuple[tuple[Inputs, Tensor], float]]:
         """Yield ``((inputs, labels), weight)`` of an epoch from step ``first`` on."""
+        # Row groups come in a random order per epoch and pass through the buffer: every row that
+        # leaves it is a random one of those inside.
         generator = numpy_generator(self.seed, "stream", epoch)
         buffer: list[Columns] = []
         count, step = 0, 0

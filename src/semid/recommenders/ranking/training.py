@@ -45,12 +45,7 @@ def rank_options(training: TrainOptions | Mapping[str, Any] | None) -> TrainOpti
 
 
 class RowwiseAdamW(torch.optim.AdamW):
-    """AdamW that updates parameters with sparse gradients only in the rows of the batch.
-
-    Moments and decay of a row stand still while the row does not occur ("lazy" Adam, as in
-    `torch.optim.SparseAdam`); the bias correction counts all steps. Dense parameters are updated
-    by the fused AdamW.
-    """
+    """AdamW that updates parameters with sparse gradients only in the rows of the batch."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -64,6 +59,8 @@ class RowwiseAdamW(torch.optim.AdamW):
 
     def _update_rows(self, parameter: Tensor, group: dict[str, Any]) -> None:
         assert parameter.grad is not None
+        # Moments and decay of a row stand still while it does not occur ("lazy" Adam, as in
+        # `torch.optim.SparseAdam`); the bias correction counts all steps.
         gradient = parameter.grad.coalesce()
         # Coalesced, every row occurs once, with the sum of its gradients.
         rows, values = gradient.indices()[0], gradient.values()
