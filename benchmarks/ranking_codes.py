@@ -21,8 +21,7 @@ from semid.recommenders.ranking.builder import RankingDataConfig
 from semid.recommenders.ranking.data import prepare_ranking_data
 from semid.recommenders.ranking.network import RankerConfig
 from semid.recommenders.ranking.training import rank_options
-from semid.reproduce.grid_tables import grid_tables
-from semid.reproduce.ranking_grid import Grid, run_grid
+from semid.reproduce.ranking_grid import Grid, grid_tables, run_grid
 
 SETS = {
     "anime": ("anime_mal", "rating>=8", ()),

@@ -17,8 +17,14 @@ from semid.progress import QuietProgress
 from semid.recommenders.ranking.network import RankerConfig
 from semid.recommenders.ranking.training import rank_options
 from semid.reproduce.claims import Rows, metric
-from semid.reproduce.grid_tables import grid_tables
-from semid.reproduce.ranking_grid import RESULTS_FILE, Grid, TokenizerCache, read_results, run_grid
+from semid.reproduce.ranking_grid import (
+    RESULTS_FILE,
+    Grid,
+    TokenizerCache,
+    grid_tables,
+    read_results,
+    run_grid,
+)
 
 TRAINING = rank_options({"epochs": 1, "batch_size": 512, "precision": "fp32"})
 

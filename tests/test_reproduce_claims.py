@@ -8,11 +8,10 @@ import pytest
 
 from semid.cli import main
 from semid.errors import InputError, UsageError
-from semid.reproduce.claims import Claim, Comparison, Rows, decide, evaluate, within
+from semid.reproduce.claims import Claim, Comparison, Difference, Rows, decide, evaluate, within
 from semid.reproduce.drq import DRQ
 from semid.reproduce.moc import MOC, paper_auc, paper_gain
 from semid.reproduce.page import current, make_page
-from semid.reproduce.paired import Difference
 from semid.reproduce.study import page_from
 
 ORIGIN = {

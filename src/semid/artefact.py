@@ -39,10 +39,8 @@ _NUMBERS = "numbers are float16, float32, float64 or integers"
 def fingerprint(
     tensors: Mapping[str, np.ndarray], *, settings: Mapping[str, Any] | None = None
 ) -> str:
-    """SHA-256 over names, shapes and little-endian values, in name order; 64 hexadecimal digits.
-
-    Floating arrays are hashed as float32. ``settings`` are those that change what they compute.
-    """
+    """SHA-256 over names, shapes and little-endian values, in name order; 64 hexadecimal digits."""
+    # Floating arrays are hashed as float32; settings are those that change what they compute.
     digest = hashlib.sha256()
     # Names and shapes are hashed too: the same bytes under another name are another model.
     for name in sorted(tensors):
@@ -146,10 +144,7 @@ def read_tensors(file: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 def read_artefact(
     path: str | os.PathLike[str], *, kind: str | None = None
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Read an artefact and verify that nothing in it is missing or altered.
-
-    Returns the config and the arrays by name.
-    """
+    """Read an artefact: config and arrays by name, verified to be complete and unaltered."""
     config = read_config(path)
     if kind not in (None, config["kind"]):
         raise ArtefactError(

@@ -191,11 +191,9 @@ def alternatives(hint: Any) -> tuple[Any, ...]:
 
 
 def fits(value: Any, hint: Any, *, inside: bool = True) -> bool:
-    """Whether a value is of the hinted type; hints that cannot be checked fit everything.
-
-    numpy's numbers and arrays count as Python's, whole numbers have 64 bits, as in files;
-    ``inside`` checks what a sequence holds too.
-    """
+    """Whether a value is of the hinted type; hints that cannot be checked fit everything."""
+    # numpy's numbers and arrays count as Python's, whole numbers have 64 bits, as in files;
+    # ``inside`` checks what a sequence holds too.
     options = alternatives(hint)
     if len(options) > 1:
         return any(fits(value, each, inside=inside) for each in options)

@@ -87,10 +87,7 @@ _UNPRINTABLE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 
 
 def printable(text: str) -> str:
-    """Return a text of other people's data with everything escaped that steers a terminal.
-
-    Newlines and tabs stay.
-    """
+    """Return a text with everything escaped that steers a terminal; newlines and tabs stay."""
     if text.isascii() and text.isprintable():
         return text
     return "".join(
@@ -100,10 +97,7 @@ def printable(text: str) -> str:
 
 
 def brief(error: BaseException) -> str:
-    """Return what another library's exception says in one line: its first, at most 200 characters.
-
-    An exception without a text gives the name of its class.
-    """
+    """Return another library's exception in one line: its first, at most 200 characters."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     line = printable(lines[0]) if lines else type(error).__name__
     return line if len(line) <= 200 else f"{line[:197]}..."

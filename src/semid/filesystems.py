@@ -44,10 +44,7 @@ def local_path(path: FilePath | os.PathLike[str]) -> Path | None:
 
 
 def list_sizes(path: FilePath) -> dict[str, int] | None:
-    """Return path -> bytes of all files below a folder, hidden ones too; None for no folder.
-
-    A symbolic link on this machine is listed as a file; it is not followed.
-    """
+    """Return path -> bytes of all files below a folder, hidden ones too; None for no folder."""
     location = local_path(path)
     if location is not None:
         if not location.is_dir():
@@ -55,6 +52,7 @@ def list_sizes(path: FilePath) -> dict[str, int] | None:
         return {
             entry.relative_to(location).as_posix(): entry.lstat().st_size
             for entry in location.rglob("*")
+            # A link is listed as a file; it is not followed.
             if entry.is_symlink() or not entry.is_dir()
         }
     system, root = resolve(path)
@@ -114,10 +112,7 @@ def _uri(like: str, inner: str) -> str:
 
 
 def list_files(uri: str) -> list[str]:
-    """List the files that a URI names: itself, all in its folder, or those that match its glob.
-
-    They are sorted character by character, without hidden ones (``.`` or ``_`` first).
-    """
+    """List the files that a URI names: itself, all in its folder, or those of its glob; sorted."""
     system, path = resolve(uri)
     magic = [i for i, part in enumerate(path.split("/")) if any(c in part for c in "*[")]
     root = "/".join(path.split("/")[: magic[0]]) if magic else path
@@ -161,11 +156,7 @@ def open_parquet(path: FilePath, **options: Any) -> pq.ParquetFile:
 
 
 class Folder:
-    """A folder that results are written to; a file in it is whole or absent.
-
-    Args:
-        path: a path on this machine or a URI; made when the first file is written.
-    """
+    """A folder that results are written to; a file in it is whole or absent."""
 
     def __init__(self, path: FilePath) -> None:
         self.path = path

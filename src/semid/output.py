@@ -224,9 +224,8 @@ def claim_output(
 ) -> Iterator[None]:
     """Hold an output for the length of a run: checked first, and locked against other runs.
 
-    A run of the same thread may claim it again, as every writer in this module does. Arguments and
-    errors as for `check_output`; ``state`` is the folder of the unfinished run, if it keeps one on
-    this machine, and is checked as well.
+    A run of the same thread may claim it again. ``state``, the folder of the unfinished run, is
+    checked as well. Errors are those of `check_output`.
     """
     input_list = list(inputs)
     check_output(path, overwrite=overwrite, inputs=input_list)
@@ -284,9 +283,7 @@ def atomic_folder(
 ) -> Iterator[Path]:
     """Yield a temporary folder that becomes ``path`` when the block ends without an error.
 
-    Parents are made, a former output stays readable until the last moment; errors are those of
-    `claim_output`. ``grows`` names files, and folders with a slash at the end, that will be added
-    later and belong to it; without any, the folder consists of what the block writes.
+    ``grows`` names files, and folders with a slash at the end, that will be added later.
     """
     target = _local_target(path)
     with claim_output(path, overwrite=overwrite):
@@ -302,11 +299,8 @@ def atomic_folder(
 
 
 def mark_folder(folder: Path, *, names: Iterable[str] = ()) -> None:
-    """Write the marker of a folder, and give its files the permissions that the umask says.
-
-    ``names`` are files, and folders with a slash at the end, that belong to the output and grow;
-    by default all present files are listed, with their sizes.
-    """
+    """Write the marker of a folder, and give its files the permissions that the umask says."""
+    # Files that will be added later are listed by name, others with their sizes.
     sizes = list_sizes(folder) or {}
     sizes.pop(MARKER, None)
     files: dict[str, int | None] = dict.fromkeys(names) or {**sizes}
@@ -336,8 +330,7 @@ def atomic_file(
 ) -> Iterator[Path]:
     """Yield a temporary file path that becomes ``path`` when the block ends without an error.
 
-    Parents are made; errors are those of `claim_output`. ``mark=False`` is for a file inside a
-    folder of semid's own, which needs no mark and is replaced without a question.
+    ``mark=False`` is for a file inside a folder of semid's own, which is simply replaced.
     """
     target = _local_target(path)
     if target.is_dir():

@@ -43,11 +43,7 @@ class QuietProgress:
 
 
 class JsonProgress:
-    """Writes one JSON line per step, at most ten per second, and one when a task ends.
-
-    Args:
-        stream: where to; standard error by default, so that output can be piped.
-    """
+    """Writes one JSON line per step, at most ten per second, and one when a task ends."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr

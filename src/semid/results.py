@@ -17,16 +17,11 @@ class Result:
 
     Fields with ``compare=False`` are arrays, often too large for a document. They need a default,
     since `to_dict` leaves them out unless asked and `from_dict` does not read them.
-
-    Attributes:
-        derived: properties that `to_dict` adds after the fields.
-        omit_none: fields that `to_dict` leaves out where they are None.
-        renamed: key in files written before -> name of the field.
     """
 
-    derived: ClassVar[tuple[str, ...]] = ()
-    omit_none: ClassVar[tuple[str, ...]] = ()
-    renamed: ClassVar[Mapping[str, str]] = {}
+    derived: ClassVar[tuple[str, ...]] = ()  # properties that `to_dict` adds after the fields
+    omit_none: ClassVar[tuple[str, ...]] = ()  # fields that it leaves out where they are None
+    renamed: ClassVar[Mapping[str, str]] = {}  # key in files written before -> name of the field
 
     def to_dict(self, *, arrays: bool = False) -> dict[str, Any]:
         """Return a JSON-able dict; ``arrays=True`` adds the arrays as lists."""

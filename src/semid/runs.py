@@ -47,10 +47,7 @@ _held_guard = threading.Lock()
 
 @contextlib.contextmanager
 def hold_path(path: FilePath | os.PathLike[str]) -> Iterator[None]:
-    """Hold a path or URI against other runs; a run of the same thread may hold it again.
-
-    Its parent is made. On a disk, what killed runs left beside it is removed first.
-    """
+    """Hold a path or URI against other runs; a run of the same thread may hold it again."""
     location = local_path(path)
     key = str(path) if location is None else os.path.abspath(location)  # noqa: PTH100
     thread = threading.get_ident()
@@ -66,7 +63,7 @@ def hold_path(path: FilePath | os.PathLike[str]) -> Iterator[None]:
             with _remote_claim(str(path).rstrip("/")):
                 yield
         else:
-            with _file_lock(Path(key)):
+            with _file_lock(Path(key)):  # makes the parent, removes what killed runs left there
                 yield
     finally:
         with _held_guard:
@@ -145,13 +142,11 @@ def _parse(data: bytes) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _remote_claim(uri: str) -> Iterator[None]:
-    """Hold a remote output by a small file beside it that is renewed while the run lives.
-
-    Object stores have no locks. Each run first writes a claim and then lists all claims; one that
-    sees another live claim ends. A store that lists what was written before (S3, GCS and Azure do)
-    shows it to at least one of two runs. Clocks that differ cannot let both in: only the age of a
-    claim is compared, with two minutes to spare.
-    """
+    """Hold a remote output by a small file beside it that is renewed while the run lives."""
+    # Object stores have no locks. Each run first writes a claim and then lists all claims; one that
+    # sees another live claim ends. A store that lists what was written before (S3, GCS and Azure
+    # do) shows it to at least one of two runs. Clocks that differ cannot let both in: only the age
+    # of a claim is compared, with two minutes to spare.
     folder, last = split_path(uri)
     prefix = f".{last}.claim-"
     name = prefix + secrets.token_hex(8)

@@ -13,11 +13,7 @@ import torch
 
 
 def child_seed(seed: int, *names: object) -> int:
-    """Derive a 63-bit seed from ``seed`` and a path of names.
-
-    The path names what draws, outermost first: ``("kmeans", level, restart)``. The result is the
-    same on every platform.
-    """
+    """Derive a 63-bit seed from a seed and names of what draws, such as ``("kmeans", level)``."""
     path = "/".join([str(int(seed)), *map(str, names)])
     return int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "little") >> 1
 

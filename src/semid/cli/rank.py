@@ -198,8 +198,7 @@ def rank_grid(
     from semid.output import atomic_file, atomic_folder
     from semid.recommenders.ranking.models import MODELS
     from semid.recommenders.ranking.training import rank_options, training_device
-    from semid.reproduce.grid_tables import grid_tables
-    from semid.reproduce.ranking_grid import GRID_FILES, Grid, run_grid
+    from semid.reproduce.ranking_grid import GRID_FILES, Grid, grid_tables, run_grid
 
     switches = _switches(fusion)
     _refuse_unused(context, settings, source, fusion="on" if True in switches else "off")

@@ -7,10 +7,17 @@ from typing import Any
 
 from semid.diagnostics.pairs import rank_agreement
 from semid.report.figure import Figure, line
-from semid.reproduce.claims import Comparison, Contrast, Metric, Row, Rows, metric, relative_change
-from semid.reproduce.paired import paired_difference
-from semid.reproduce.papers import Paper
-from semid.reproduce.tables import Column, Line, average
+from semid.reproduce.claims import (
+    Comparison,
+    Contrast,
+    Metric,
+    Row,
+    Rows,
+    metric,
+    paired_difference,
+    relative_change,
+)
+from semid.reproduce.papers import Column, Line, Paper, average
 
 TOKENIZERS = ("RQ-VAE", "RQP-VAE", "RQ-KMeans", "DRQ-VAE", "DRQ-VAE+CL")
 NOISE = 0.1

@@ -19,8 +19,7 @@ from semid.report.behavior import Pool, behavior_pairs, choose_cutoffs, measure_
 from semid.report.diagnose import diagnose
 from semid.report.results import Diagnosis, Flips
 from semid.reproduce.datasets import Opened
-from semid.reproduce.experiment import Experiment
-from semid.reproduce.pool import Job
+from semid.reproduce.pool import Experiment, Job
 from semid.reproduce.recipe import DataSet, DrqRecipe, TokenizerSpec
 from semid.tokenizers.base import Tokenizer
 from semid.tokenizers.factory import make_tokenizer

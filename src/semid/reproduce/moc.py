@@ -11,8 +11,7 @@ import numpy as np
 
 from semid.report.figure import line
 from semid.reproduce.claims import Metric, Row, Rows, inside, metric
-from semid.reproduce.papers import Paper
-from semid.reproduce.tables import Column, Line, Lines, average, difference, spread
+from semid.reproduce.papers import Column, Line, Lines, Paper, average, difference, spread
 
 MODELS = ("deepfm", "deepim", "autoint", "dcnv2")
 SETS = ("toys", "beauty", "sports")

@@ -23,9 +23,8 @@ from semid.recommenders.ranking.network import RankerConfig
 from semid.recommenders.ranking.splits import Label
 from semid.recommenders.ranking.training import rank_options
 from semid.reproduce.datasets import Opened
-from semid.reproduce.experiment import Experiment
 from semid.reproduce.ledger import Ledger, digest
-from semid.reproduce.pool import Job
+from semid.reproduce.pool import Experiment, Job
 from semid.reproduce.ranking_grid import MethodCodes, TokenizerCache, train_cell
 from semid.reproduce.recipe import MocRecipe, Stage, Variant
 from semid.reproduce.reconstruction_probe import probe_reconstruction

@@ -1,4 +1,4 @@
-"""Runs over several processes, in order; one that fails or dies leaves the others alone."""
+"""Experiments as lists of runs, and runs over several processes; one that dies fails alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,9 @@ from typing import Any
 
 from semid.errors import UsageError
 from semid.progress import Progress
-from semid.reproduce.ledger import Ledger, origin
+from semid.reproduce.datasets import Opened, missing_files, open_data
+from semid.reproduce.ledger import Ledger, digest, origin
+from semid.reproduce.recipe import DataSet
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,62 @@ class Job:
 
 Runner = Callable[[Job], dict[str, Any]]
 """Returns the figures of a job, JSON-able; pickled into every process, so it opens data late."""
+
+
+class Experiment:
+    """The runs of one paper's recipe; a runner of its jobs, pickled into every process."""
+
+    def __init__(self, recipe: Any, data: Path | None, folder: Path) -> None:
+        # Folder of data sets (None where all are synthetic) and folder of the ledger.
+        self.recipe, self.data, self.folder = recipe, data, folder
+        self.data_sets: dict[str, DataSet] = {one.name: one for one in recipe.data}
+
+    def cells(self) -> list[dict[str, Any]]:
+        """List every run of the recipe once, in order, without opening any data."""
+        raise NotImplementedError
+
+    def title(self, cell: Mapping[str, Any]) -> str:
+        """Name a run for people."""
+        raise NotImplementedError
+
+    def identity(self, cell: Mapping[str, Any], files: str) -> list[Any]:
+        """Return all that decides a run, first what it shares with others of its protocol."""
+        raise NotImplementedError
+
+    def __call__(self, job: Job) -> dict[str, Any]:
+        """Return the figures of a job, JSON-able."""
+        raise NotImplementedError
+
+    def in_order(self, cells: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
+        """Sort the runs, the most informative first."""
+        return cells
+
+    def obstacle(self, opened: Opened, cell: Mapping[str, Any]) -> tuple[str, str] | None:
+        """Return what of a data set cannot be run, and why."""
+        return None
+
+    def open(self, name: str) -> Opened:
+        """Open a data set."""
+        return open_data(self.data_sets[name], self.data, Ledger(self.folder))
+
+    def jobs(self) -> tuple[list[Job], dict[str, str]]:
+        """Return the jobs, and what cannot be run -> why."""
+        absent = {
+            name: why
+            for name, one in self.data_sets.items()
+            if (why := missing_files(one, self.data))
+        }
+        opened = {name: self.open(name) for name in self.data_sets if name not in absent}
+        jobs = []
+        for cell in self.in_order([c for c in self.cells() if c["data"] in opened]):
+            data = opened[cell["data"]]
+            if obstacle := self.obstacle(data, cell):
+                absent.update([obstacle])
+                continue
+            identity = self.identity(cell, data.digest)
+            title, settings = self.title(cell), digest(identity[0])
+            jobs.append(Job(digest(identity), title, cell, settings=settings))
+        return jobs, absent
 
 
 def run_jobs(

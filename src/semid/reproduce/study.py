@@ -11,11 +11,10 @@ from typing import Any
 from semid.errors import UsageError, check_choice
 from semid.progress import Progress, QuietProgress
 from semid.reproduce.drq_runs import DrqExperiment
-from semid.reproduce.experiment import Experiment
 from semid.reproduce.ledger import RUNS_FILE, cell_key, read_runs
 from semid.reproduce.moc_runs import MocExperiment
 from semid.reproduce.page import Page, make_page, write_page
-from semid.reproduce.pool import run_jobs
+from semid.reproduce.pool import Experiment, run_jobs
 from semid.reproduce.recipe import read_experiment
 
 EXPERIMENTS: dict[str, type[Experiment]] = {"drq": DrqExperiment, "moc": MocExperiment}
