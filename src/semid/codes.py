@@ -116,6 +116,7 @@ class CodesInfo:
             )
         where = f"the schema of '{path}'"
         advice = "copy the file or encode it again"
+        # Version and checksum are of the document; what is left are the fields.
         document = parse_json((metadata or {})[METADATA_KEY], where=where, advice=advice)
         document = dict(typed(dict[str, Any], document, where))
         version = typed(int, document.pop("format_version", None), f"{where}, format_version")

@@ -92,6 +92,7 @@ def record(
     kind: type[Record], values: Any, where: str, *, error: type[SemidError] = ArtefactError
 ) -> Record:
     """Make a dataclass of a document's table, refusing keys and values it does not have."""
+    # Fields without a default have to be in the document.
     fields = dataclasses.fields(kind)  # type: ignore[arg-type]
     required = [
         f.name

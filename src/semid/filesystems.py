@@ -143,10 +143,7 @@ def list_files(uri: str) -> list[str]:
 
 
 def open_parquet(path: FilePath, **options: Any) -> pq.ParquetFile:
-    """Open a Parquet file wherever it lies and verify the checksums of its pages, if it has some.
-
-    Options are further arguments of `pyarrow.parquet.ParquetFile`.
-    """
+    """Open a Parquet file wherever it lies, and verify the checksums of its pages."""
     options["page_checksum_verification"] = True
     if not is_uri(path):
         return pq.ParquetFile(path, **options)

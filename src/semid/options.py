@@ -114,6 +114,7 @@ class Option:
 
     def problems(self, field: str, value: Any, hint: Any) -> Iterator[str]:
         """Yield a sentence if a value is out of range."""
+        # Of a list, every element has to be in range.
         several = isinstance(value, Sequence | np.ndarray) and not isinstance(value, str)
         values = value if several else (value,)
         if value is None or all(self._allows(each) for each in values):
@@ -335,7 +336,8 @@ class Parameters(CheckedArguments):
                     changed[name] = dataclasses.replace(current, **{inner: value})
                     continue
             changed[key] = value
-        type(self)(**{**self.get_params(deep=False), **changed})  # raises for what does not fit
+        # Nothing changes unless everything fits: an object of all values raises first.
+        type(self)(**{**self.get_params(deep=False), **changed})
         for name, value in changed.items():
             setattr(self, name, value)
         return self

@@ -119,6 +119,7 @@ class RichProgress:
 
     def _finish(self) -> None:
         if self._task is not None:
+            # A task of unknown length ends with a full bar.
             task = next(t for t in self._bars.tasks if t.id == self._task)
             self._bars.update(self._task, total=task.completed or 1, completed=task.completed or 1)
             self._task = None

@@ -37,6 +37,7 @@ class Registry:
         if name in self.targets:
             target = self.targets[name]
             return import_target(target) if isinstance(target, str) else target
+        # Entry points are looked up only for names that are not semid's own: this takes a while.
         check_choice(flag, name, self.names())
         (point, *_) = [each for each in self._entry_points() if each.name == name]
         try:

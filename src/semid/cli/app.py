@@ -86,6 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):  # a name may hold characters that a terminal lacks
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    # Results go to standard output; errors, warnings and progress to the other stream.
     console = Console(stderr=True)
     _configure(console, debug)
     try:

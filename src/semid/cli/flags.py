@@ -111,6 +111,7 @@ def read_flags(kind: type, prefix: str = "", defaults: Mapping[str, Any] | None 
         if about is None or not about.setting:
             continue
         hint, key = hints[field.name], f"{prefix}{field.name}"
+        # Fields of nested options are flags of their own, or keys of --set.
         nested = nested_options(hint)
         if nested is not None:
             yield from read_flags(nested, f"{key}.", {**(defaults or {}), **about.nested})
@@ -171,6 +172,7 @@ def _fit_flags() -> list[Flag]:
     merged = []
     for key, versions in by_key.items():
         owners = [kind for kind, _ in versions]
+        # Tokenizers may describe one option in their own words: the most frequent text counts.
         helps = [flag.help for _, flag in versions]
         help_text = max(helps, key=helps.count)
         if len({_default_of(text) for text in helps}) > 1:
@@ -181,6 +183,7 @@ def _fit_flags() -> list[Flag]:
             section = f"Only {', '.join(owners)}"
         elif section == "Tokenizer" and owners == trained:
             section = SECTIONS["training"]
+        # An option of few tokenizers goes into a section of theirs, so that the help stays short.
         name = key if flag.key == "n_codebooks" else flag.name
         merged.append(
             replace(
@@ -252,6 +255,7 @@ def expand(function: Callable[..., Any]) -> Callable[..., Any]:
     ``Annotated[dict[str, Any], "COMMAND"]`` becomes the generated flags of that command; the
     function gets a dictionary of those that were given, by key, with what ``--set`` names.
     """
+    # Typer reads signatures: the command gets one parameter per flag, made from the groups.
     hints = get_type_hints(function, include_extras=True)
     text, helps = _read_docstring(function)
     parameters: list[inspect.Parameter] = []
@@ -341,6 +345,7 @@ _SET = inspect.Parameter(
 
 def _given(flags: Sequence[Flag], arguments: dict[str, Any]) -> dict[str, Any]:
     """Take the generated flags out of a command's arguments and return those that were given."""
+    # A flag that was not given is None, so that recipes and defaults keep their say.
     values = {}
     for flag in flags:
         value = arguments.pop(flag.name) if flag.name else None

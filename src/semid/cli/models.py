@@ -85,6 +85,7 @@ def fit(
         reads = (embeddings, source.ids, recipe, interactions, pairs, neighbors)
         hold_output(output, overwrite=overwrite, inputs=reads, state=_state_folder(output))
     uses_ray = ray.uses_ray  # checked before files are read
+    # Flags replace what a recipe says, and a recipe what the tokenizer would choose.
     values = {} if recipe is None else read_recipe(recipe)
     kind = tokenizer or values.get("tokenizer", "rqkmeans")
     values = {**values, **settings}
@@ -247,6 +248,7 @@ def refine(
         refined = semid.refine(open_tokenizer(model), opened, options=options, progress=progress)
     refined.save(output, overwrite=overwrite)
     assert refined.report is not None
+    # Errors on held-out items, before the first round and after the last.
     history = refined.report.details["refine"]
     if history:
         share = 1.0 - history[-1]["error"] / history[0]["before"]

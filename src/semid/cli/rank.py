@@ -125,6 +125,7 @@ def rank(
         data = semid.RankingStream.open(logs, items=source.items, config=data_config, **names)
     else:
         data = semid.prepare_ranking_data(logs, items=source.items, config=data_config, **names)
+    # Residual codes have a table per level, parallel ones a table per codebook.
     semantic_ids = features = None
     if ids is not None:
         semantic_ids = semid.SemanticIds.read(ids)
@@ -220,6 +221,7 @@ def rank_grid(
     if output.exists() and not resume:
         with atomic_folder(output, overwrite=True, grows=GRID_FILES):
             pass
+    # Rows of an .npy have no ids: they are those of the table of items.
     named = Path(embeddings).suffix == ".npy"
     opened = SourceOptions(
         ids=source.items if named else None,

@@ -155,6 +155,7 @@ def compare(
     models, embeddings = paths[:-1], paths[-1]
     if len({Path(path).resolve() for path in models}) < len(models):
         raise UsageError("a model is named twice; name each model folder once")
+    # Models are called like their folders, or by the whole path where two folders share a name.
     short = [Path(path).resolve().name for path in models]
     names = short if len(set(short)) == len(short) else models
     opened = source.open(embeddings)

@@ -99,22 +99,14 @@ def _hash_block(strings: Any, state: np.uint64) -> np.ndarray:
 
 
 class ItemIds:
-    """The ids of the items of a catalogue, in row order.
+    """The ids of the items of a catalogue, in row order; none is null or occurs twice.
 
     An id is a string everywhere inside semid (``7`` and ``"7"`` are one id) and is written back in
     the Arrow type it came in. Row numbers (`range`) take no memory.
-
-    Args:
-        values: (items,) Arrow array, chunked array, numpy array, or sequence of strings or
-            integers.
-        source: what the ids are called in errors, in the user's words.
-        allow_empty: whether an empty string may be an id, as it may be a category.
-
-    Raises:
-        IdsError: ids are null, of another type, or occur twice; or empty, unless allowed.
     """
 
     def __init__(self, values: Any, *, source: str = "item ids", allow_empty: bool = True) -> None:
+        # ``source`` is what the ids are called in errors; a category may be an empty string.
         self._values = _to_arrow(values, source)
         if not allow_empty:
             _refuse_empty(self._values, source)

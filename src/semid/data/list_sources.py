@@ -135,14 +135,7 @@ class ObjectChunk:
 
 
 class ArrowSource(EmbeddingSource):
-    """A column of float lists, in chunks that are Arrow arrays or `ObjectChunk`.
-
-    See `list_rows` for what is viewed and what copied.
-
-    Raises:
-        EmbeddingError: no rows, nothing but nulls, or rows of width 0.
-        IdsError: another number of ids than rows.
-    """
+    """A column of float lists, in chunks that are Arrow arrays or `ObjectChunk`."""
 
     def __init__(
         self,
@@ -206,12 +199,6 @@ class ParquetSource(EmbeddingSource):
 
     A pass decodes one block at a time. Rows at random decode every row group they lie in
     (`cheap_rows` is False): for training write a memory map first, `EmbeddingSource.to_npy`.
-
-    ``dim`` is the width of a row, where it is known from all the files that these are a part of.
-
-    Raises:
-        EmbeddingError: no rows, nothing but nulls, or files that do not agree on the column.
-        IdsError: another number of ids than rows.
     """
 
     cheap_rows = False
@@ -228,6 +215,7 @@ class ParquetSource(EmbeddingSource):
         self._column = column
         self.label = f"embedding column '{column}' of {files.label}"
         self._refuse_disagreement()
+        # The width is that of all the files that these may be a part of.
         self._set_shape(self.label, (files.count, self._width() if dim is None else dim), ids)
 
     def describe(self) -> dict[str, Any]:

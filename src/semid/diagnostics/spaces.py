@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from semid.data.blocks import squared_norms
 from semid.errors import InputError, UsageError
 from semid.results import Result
 from semid.seeds import numpy_generator
@@ -51,7 +52,7 @@ def as_block(array: npt.NDArray[Any], rows: slice | npt.NDArray[Any]) -> npt.NDA
 
 def unit_rows(block: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Return the rows scaled to length one; rows of zeros stay zeros."""
-    norms = np.sqrt(np.einsum("nd,nd->n", block, block, dtype=np.float64))
+    norms = np.sqrt(squared_norms(block))
     scale = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0)
     result: npt.NDArray[np.float32] = (block * scale[:, None]).astype(np.float32)
     return result

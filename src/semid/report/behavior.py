@@ -85,12 +85,6 @@ def behavior_pairs(
     return pairs, behavior, notes
 
 
-def item_counts(interactions: Interactions, ids: ItemIds) -> npt.NDArray[np.int64]:
-    """Count the interactions of each item of the catalogue, all users together: ``(items,)``."""
-    rows = interactions.catalogue_rows(ids)[interactions.items]
-    return np.bincount(rows[rows >= 0], minlength=len(ids)).astype(np.int64)
-
-
 def measure_pairs(
     pairs: ItemPairs,
     pool: Pool,

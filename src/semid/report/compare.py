@@ -155,6 +155,7 @@ def compare(
     """
     if len(models) < 2:
         raise UsageError(f"{len(models)} model given; give at least two to compare")
+    # Opened and read once, for all models.
     source = open_embeddings(x, ids=ids)
     log = None if interactions is None else read_interactions(interactions)
     return side_by_side(
@@ -177,6 +178,7 @@ def side_by_side(diagnoses: Mapping[str, Diagnosis]) -> Comparison:
         if any(value is not None for value in values):
             texts = {name: value for name, value in vars(metric).items() if name != "read"}
             rows.append(MetricRow(**texts, values=values, ranks=_ranks(values, metric.better)))
+    # One lead metric stands for each view where views are traded off.
     leads = [row for row in rows if row.lead]
     dominated = _dominated(tuple(diagnoses), leads)
     return Comparison(

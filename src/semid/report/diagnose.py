@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from semid.catalogue.matching import item_counts
 from semid.data.embeddings import open_embeddings
 from semid.data.ids import ItemIds
 from semid.data.interactions import Interactions, read_interactions
@@ -132,7 +133,7 @@ def diagnose(
     if relations is not None:
         pairs_by_kind, relation_notes = behavior_parts.relations(relations, source.ids)
         notes += relation_notes
-    counts = None if log is None else behavior_parts.item_counts(log, source.ids)
+    counts = None if log is None else item_counts(log, source.ids).astype(np.int64)
     held_out, note = held_out_rows(tok, source)
     measured = measure_catalogue(tok, source, progress, held_out=held_out)
     run = _Run(tok, source, measured, chosen, progress, [*notes, note])

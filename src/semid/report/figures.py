@@ -46,6 +46,7 @@ def level_name(diagnosis: Diagnosis, level: int) -> str:
 
 def report_figures(d: Diagnosis) -> list[Figure]:
     """Return the figures of a diagnosis, in the order of the page."""
+    # What was not measured for want of data or spread has no figure.
     figures = [_usage(d), _buckets(d), _reconstruction(d)]
     if d.overlap:
         figures.append(_effective_size(d))
@@ -147,6 +148,7 @@ def _reconstruction(d: Diagnosis) -> Figure:
     groups = ["training", "held_out"] if "held_out" in levels[0].errors else ["all"]
     is_prefix = d.reconstruction.per_level_kind == "prefix"
     by_level = {level_name(d, level.level): level.errors for level in levels}
+    # Errors of prefixes form a line; codebooks alone are points that nothing connects.
     traces = [
         line(
             GROUPS[group],

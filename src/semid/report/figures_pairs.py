@@ -65,6 +65,8 @@ def pair_figures(measured: PairResults, prefix: str, section: str, suffix: str) 
         "suffix": suffix,
         "pairs": f"{count(pairs.pairs)} pairs of {count(pairs.clusters)} {clusters}",
     }
+    # Retrieval by embeddings and by whole ids in one chart, with chance as the reference; the table
+    # has the shorter prefixes too.
     *embeddings, chance = measured.retrieval.hit_rates
     depths = measured.discrete.depths
     ways = {way.name: way for way in embeddings} | {"whole id": depths[-1], chance.name: chance}
@@ -88,6 +90,7 @@ def pair_figures(measured: PairResults, prefix: str, section: str, suffix: str) 
         layout={"xaxis": axis("K", ticks=ks)},
         **facts,
     )
+    # The table has two rows per reconstruction, which a declaration cannot say.
     retention = replace(
         retention,
         columns=["", *(f"K = {k}" for k in ks)],

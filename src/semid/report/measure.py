@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from semid.codes import code_dtype
+from semid.data.blocks import squared_norms
 from semid.data.embeddings import open_embeddings
 from semid.data.ids import held_out_mask
 from semid.data.source import EmbeddingSource
@@ -181,15 +182,10 @@ def measure_catalogue(
     )
 
 
-def _squared_norms(rows: Array) -> Floats:
-    squared: Floats = np.einsum("nd,nd->n", rows, rows, dtype=np.float64)
-    return squared
-
-
 def _cosines(x: Array, decoded: Array) -> Floats:
     """Return the cosine of each row with its reconstruction; 0 where one of them is zero."""
     products = np.einsum("nd,nd->n", x, decoded, dtype=np.float64)
-    lengths = np.sqrt(_squared_norms(x) * _squared_norms(decoded))
+    lengths = np.sqrt(squared_norms(x) * squared_norms(decoded))
     cosines: Floats = np.divide(products, lengths, out=np.zeros(len(x)), where=lengths > 0)
     return cosines
 
@@ -202,7 +198,7 @@ def _remaining_errors(tok: Tokenizer, latent: Array, codes: npt.NDArray[np.int64
         if not tok.hierarchical:
             residual = latent[:, part]
         residual = residual - codebook[codes[:, level]]
-        errors[level] = _squared_norms(residual)
+        errors[level] = squared_norms(residual)
     return errors
 
 

@@ -196,6 +196,7 @@ def key_figures(d: Diagnosis) -> list[tuple[str, str, str]]:
     """Return name, value and remark of the figures at the head of the page."""
     collisions, errors = d.verdict.collisions, d.reconstruction.relative_error
     held_out = errors.get("held_out")
+    # The level that uses the smallest share of the codes it could use.
     worst = min(d.usage, key=lambda u: u.perplexity / min(u.codebook_size, u.items))
     return [
         ("Items", count(collisions.items), f"{count(collisions.unique_ids)} different ids"),

@@ -74,6 +74,7 @@ class Opened:
         """Return the items that retrieval searches: all, or those that joined logs know."""
         if len(self.logs) == 1:
             return self.embeddings
+        # Items that no log could name are no candidates: they would only make the task easier.
         known = self.embeddings.ids.index_of(log.item_ids)
         return self.embeddings.subset(np.sort(known[known >= 0]))
 

@@ -77,6 +77,7 @@ class DrqExperiment(Experiment):
         """Return the settings that a run shares with others, and its own."""
         data, row = self.data_sets[cell["data"]], self._row(cell)
         names = ("paper", "revision", "quick", "levels", "geometry_sample", "flip_sample")
+        # The number of seeds is no setting: more seeds only add runs.
         shared = {
             **{name: getattr(self.recipe, name) for name in (*names, "replicates", "neural")},
             "files": files,
@@ -95,6 +96,7 @@ class DrqExperiment(Experiment):
             self._opened = {data.name: (current, current.log())}
         opened, log = self._opened[data.name]
         began, cpu = time.perf_counter(), time.process_time()
+        # All networks get the same width and length of training, so that none has an advantage.
         tok = make_tokenizer(
             row.kind,
             {
@@ -107,6 +109,7 @@ class DrqExperiment(Experiment):
         )
         tok.fit(opened.embeddings, interactions=log if row.behavior else None)
         fitted = time.process_time() - cpu
+        # Every view of the paper, measured with one seed whatever the seed of the fit.
         diagnosis = diagnose(
             tok,
             opened.embeddings,
@@ -243,6 +246,7 @@ def _behavior(
     pairs, behavior, notes = behavior_pairs(log, source.ids)
     if pairs is None:
         return None
+    # Retrieval searches all items, so all of them are in memory, in each space once.
     rows = source.rows(np.arange(len(source)))
     codes = tok.encode(source).codes
     spaces = {

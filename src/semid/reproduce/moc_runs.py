@@ -56,6 +56,7 @@ class MocExperiment(Experiment):
 
     def cells(self) -> list[dict[str, Any]]:
         """List every run once, in the order of the recipe's stages."""
+        # Stages may overlap: a cell belongs to the first that has it, and is analyzed if one asks.
         cells: dict[str, dict[str, Any]] = {}
         for stage in self.recipe.stages:
             for seed in range(stage.seeds or self.recipe.seeds):
@@ -195,6 +196,7 @@ class MocExperiment(Experiment):
         width = 1 if fitted == "vqvae" else scale
         with Ledger(self.folder).lock(f"tokenizer-{job.settings}-{seed}-{fitted}-{width}"):
             coded = maker.method(method, scale, progress=QuietProgress())
+        # A part of the codes: one level alone, or the levels from the first up.
         part = re.fullmatch(r"(alone|first) (\d+)", str(spec.get("part", "")))
         if part and coded.features is not None:
             number = int(part[2])
@@ -235,6 +237,7 @@ def _thinned(analysis: CodeAnalysis) -> dict[str, Any]:
         ]
         for name in ("sweep", "first", "levels", "codes")
     }
+    # Ranks at even distances, both ends among them.
     values = analysis.singular_values
     ranks = np.arange(1, len(values) + 1)
     if len(ranks) > MOST_SINGULAR_VALUES:

@@ -102,6 +102,7 @@ def make_page(
     publish: bool = False,
 ) -> Page:
     """Judge the claims and lay out the tables."""
+    # Toy runs and rows of another paper must never reach a page of results.
     quick = sum(bool(r.get("quick")) for r in rows)
     foreign = {str(r.get("paper")) for r in rows} - {paper}
     if foreign:
@@ -147,6 +148,7 @@ def _protocol(rows: Sequence[Row], dropped: int) -> list[str]:
         gpu = f"{parts['gpu']}, " if parts.get("gpu") else ""
         return f"{gpu}{parts.get('chip')}, {row.get('threads')} threads"
 
+    # Each fact is said once with the number of runs it is true of, the most frequent first.
     facts: list[tuple[int | None, Callable[[Row], str]]] = [
         (24, lambda r: f"{r['data']}: {r.get('protocol')}"),
         (None, lambda r: f"Commit {r.get('commit')}{' with changes' if r.get('dirty') else ''}"),

@@ -146,7 +146,7 @@ class Paper:
         # The paper's own values by line follow ours where the columns agree.
         printed = self.file.get("printed", {}).get(one["id"], {})
         table: list[list[str]] = []
-        for line in lines:
+        for line in lines:  # a line without one number is left out
             cells = [column.cell(part, line) for column in columns]
             if all(cell in ("-", "") for cell in cells):
                 continue

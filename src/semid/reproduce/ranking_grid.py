@@ -34,6 +34,7 @@ from semid.recommenders.ranking.training import (
     training_device,
 )
 from semid.reproduce.claims import Row, Rows
+from semid.reproduce.ledger import digest
 from semid.reproduce.papers import average, spread
 from semid.tokenizers.encoding import RowsDigest
 from semid.tokenizers.factory import TOKENIZERS, make_tokenizer
@@ -78,6 +79,7 @@ class TokenizerCache:
         if name in ("random", "widened"):
             ids = self._placeholder(scale)
             return MethodCodes(ids, CodeFeatures(mode="parallel", control=name, seed=self.seed))
+        # MoC codes are parallel codebooks; RQ-VAE and the like have a table per level.
         kind = _FITTED.get(name, name)
         if name == "me":
             ids = self._fitted(kind, 1, progress)
@@ -225,7 +227,7 @@ def run_grid(
     # results file can hold several grids and a changed grid reuses what is equal.
     settings = _settings(grid, data, embeddings)
     done = {row["run"]: row for row in read_results(results)}
-    runs = {_key(run, settings): run for run in grid.runs()}
+    runs = {digest([settings, asdict(run)]): run for run in grid.runs()}
     missing = [key for key in runs if key not in done]
     tokenizers = None
     if embeddings is not None:
@@ -268,16 +270,16 @@ def run_grid(
 
 def _settings(grid: Grid, data: RankingData, embeddings: EmbeddingSource | None) -> str:
     """Hash what all runs share: options, all rows of the data, all embeddings."""
-    digest = None
+    rows_digest = None
     if embeddings is not None:
         blocks = (block for _, block in embeddings.blocks(copy=False))
-        digest = RowsDigest.of(blocks, embeddings.ids)
-    # Model and fusion differ between the runs of a grid, so `_key` adds them.
+        rows_digest = RowsDigest.of(blocks, embeddings.ids)
+    # Model and fusion differ between the runs of a grid and are part of each run's own name.
     shared = {k: v for k, v in grid.config.to_dict().items() if k not in ("model", "fusion")}
     document = {
         "protocol": data.protocol,
         "data": data_digest(data),
-        "embeddings": digest,
+        "embeddings": rows_digest,
         "architecture": shared,
         "training": vars(grid.training),
         "codebook_size": grid.codebook_size,
@@ -285,11 +287,6 @@ def _settings(grid: Grid, data: RankingData, embeddings: EmbeddingSource | None)
     }
     text = json.dumps(document, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _key(run: Run, settings: str) -> str:
-    text = json.dumps([settings, asdict(run)], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def train_cell(
@@ -315,6 +312,7 @@ def train_cell(
     )
     report = ranker.report
     test = report["test"]
+    # Training leaves the network on the CPU; the test part is scored again where it trained.
     ranker.network.to(training_device(device))
     reliances = reliance(ranker.network, data, seed=seed)
     ranker.network.to("cpu")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from semid.errors import InputError
 from semid.progress import Progress, QuietProgress
 from semid.recommenders.ranking.features import CodeFeatures, CodeTable, code_table
 from semid.recommenders.ranking.layers import Perceptron
+from semid.results import Result
 from semid.seeds import child_seed
 from semid.training.batches import epoch_batches, steps_per_epoch
 from semid.training.loop import Evaluation, Step, train
@@ -37,7 +38,7 @@ TRAINING: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class ReconstructionProbe:
+class ReconstructionProbe(Result):
     """How well codes rebuild embeddings."""
 
     error: float  # squared error over variance on items that were held out
@@ -46,10 +47,6 @@ class ReconstructionProbe:
     held_out: int  # items held out
     slots: int  # embeddings an item has
     epochs: int  # epochs run
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-able dict."""
-        return asdict(self)
 
 
 class _Rebuild(nn.Module):

@@ -66,6 +66,7 @@ class Study:
         for row in rows:
             for group in _groups(row):
                 durations.setdefault(group, []).append(float(row["seconds"]))
+        # A run left takes as long as the median of the runs most like it.
         seconds, guessed = 0.0, 0
         for job in missing:
             groups = [group for group in _groups(job.spec) if group in durations]
@@ -121,6 +122,7 @@ def page_from(paper: str, results: Path, output: Path, *, publish: bool = False)
             f"reproduce {paper} --output' wrote"
         )
     rows = read_runs(ledger)
+    # Which recipe it was shows what has not run; the ledger alone knows only what has.
     quick = bool(rows) and all(row.get("quick") for row in rows)
     done = {cell_key(row) for row in rows}
     recipe = read_experiment(f"{paper}-quick" if quick else paper)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from semid.quantization.kmeans import KMeansOptions, kmeans
 from semid.recommenders.ranking.metrics import apply_in_batches
 from semid.recommenders.ranking.network import RankingNetwork
 from semid.recommenders.ranking.schema import Inputs, RankingRows
+from semid.results import Result
 from semid.seeds import numpy_generator
 
 CLUSTERS = (10, 20, 50, 100, 200)
@@ -46,7 +47,7 @@ def code_embeddings(
 
 
 @dataclass(frozen=True)
-class Discriminability:
+class Discriminability(Result):
     """Mutual information of a grouping of rows with the labels."""
 
     # what is grouped: ``flattened``, ``level i`` (one embedding), ``code i`` (the code itself, no
@@ -156,7 +157,7 @@ def _cosines(products: Floats) -> Floats:
 
 
 @dataclass(frozen=True)
-class CodeAnalysis:
+class CodeAnalysis(Result):
     """MoC's metrics of a trained model's semantic embeddings, on one part.
 
     Attributes:
@@ -182,11 +183,6 @@ class CodeAnalysis:
     correlation: Floats
     cka: Floats
     fused: bool
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-able dict."""
-        arrays = ("singular_values", "correlation", "cka")
-        return {**asdict(self), **{name: getattr(self, name).tolist() for name in arrays}}
 
 
 def analyze_codes(
