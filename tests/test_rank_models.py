@@ -19,6 +19,7 @@ from semid.recommenders.ranking.layers import (
     SymmetricPolynomials,
 )
 from semid.recommenders.ranking.models import MODELS, make_model
+from semid.recommenders.ranking.network import RankerConfig
 
 BATCH, FIELDS, WIDTH = 3, 5, 4
 
@@ -135,8 +136,8 @@ def test_fusion_starts_as_nothing_and_is_the_formula(e):
     assert torch.allclose(fusion(e).flatten(1), flat + flat @ (fusion.down @ fusion.up), atol=1e-5)
     product = (fusion.down @ fusion.up).detach().norm()
     assert fusion.norm() == pytest.approx(float(product), rel=1e-5)
-    with pytest.raises(UsageError, match="at least 1"):
-        MoCFusion(2, 2, rank=0)
+    with pytest.raises(UsageError, match=r"--fusion-rank \(fusion_rank=\) is 0; give 1 to"):
+        RankerConfig(fusion_rank=0)
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))

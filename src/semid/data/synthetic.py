@@ -26,7 +26,8 @@ from semid.data.blocks import RawBlock, gather
 from semid.data.ids import ItemIds
 from semid.data.interactions import Interactions, read_interactions
 from semid.data.source import EmbeddingSource, write_npy
-from semid.errors import UsageError, check_choice
+from semid.errors import check_choice
+from semid.options import Options, option
 from semid.output import atomic_file, check_output
 
 _REACH = (0.55, 0.25, 0.12, 0.08)  # chances of an item of the same niche, aisle, department, any
@@ -198,30 +199,14 @@ class SyntheticFiles(NamedTuple):
     interactions: Path
 
 
-@dataclass(frozen=True)
-class SyntheticCatalogue:
-    """A catalogue with a known structure.
+@dataclass(frozen=True, kw_only=True)
+class SyntheticCatalogue(Options):
+    """A catalogue with a known structure."""
 
-    Args:
-        items: number of items, at least 1.
-        dim: width of the embeddings, at least 2.
-        users: number of users, at least 1; None takes one per two items.
-        seed: everything follows from it.
-
-    Raises:
-        UsageError: a number is too small.
-    """
-
-    items: int = 20_000
-    dim: int = 64
-    users: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in {"items": 1, "dim": 2, "users": 1, "seed": 0}.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UsageError(f"{name}={value} is too small; a catalogue needs {least} or more")
+    items: int = option(20_000, ge=1, help="Number of items.")
+    dim: int = option(64, ge=2, help="Width of the embeddings.")
+    users: int | None = option(None, ge=1, help="Number of users; one per two items by default.")
+    seed: int = option(0, ge=0, help="Everything follows from it.")
 
     @property
     def user_count(self) -> int:

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from semid.errors import UsageError
-
 
 class BatchNorm(nn.BatchNorm1d):
     """Batch normalization that takes a training batch of one row, which has no variance."""
@@ -256,8 +254,6 @@ class MoCFusion(nn.Module):
 
     def __init__(self, fields: int, width: int, *, rank: int = 16) -> None:
         super().__init__()
-        if rank < 1:
-            raise UsageError(f"--fusion-rank (fusion_rank=) is {rank}; give at least 1")
         self.down = nn.Parameter(torch.empty(fields * width, rank))
         self.up = nn.Parameter(torch.zeros(rank, fields * width))
         nn.init.xavier_normal_(self.down)

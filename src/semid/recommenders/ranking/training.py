@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from semid.artefact import fingerprint
 from semid.codes import SemanticIds
-from semid.errors import UsageError
+from semid.errors import UsageError, check_choice
 from semid.progress import Progress, QuietProgress
 from semid.recommenders.ranking.builder import RankingData
 from semid.recommenders.ranking.features import CodeFeatures, CodeTable, code_table
@@ -246,8 +246,7 @@ def train_ranker(
 def training_device(device: str) -> torch.device:
     """Return the device that ``auto``, ``cpu`` or ``cuda`` means here."""
     available = torch.cuda.is_available()
-    if device not in ("auto", "cpu", "cuda"):
-        raise UsageError(f"--device (device=) is '{device}'; give auto, cpu or cuda")
+    check_choice("--device (device=)", device, ("auto", "cpu", "cuda"))
     if device == "cuda" and not available:
         raise UsageError("--device cuda (device=) needs a GPU that torch can use; take auto or cpu")
     return torch.device("cuda" if available and device != "cpu" else "cpu")
