@@ -367,6 +367,7 @@ SMALL: dict[str, Any] = {
     "training": {"epochs": 3, "batch_size": 128, "precision": "fp32"},
     "device": "cpu",
 }
+GRID: dict[str, Any] = {**SMALL, "network": {"hidden": (24,)}}
 BEHAVIOR: dict[str, Any] = {
     "objective": {"pairs_per_step": 64},
     "refine": {"rounds": 2, "annealing_rounds": 2},
@@ -450,6 +451,13 @@ TOKENIZERS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
         {"source": "fused", "weights": 1.0 + draw(32, ITEMS, 5)},
     ),
     "rqpvae": (lambda: semid.RQPVAE(**LEVELS, revive_below=0.3, **SMALL), {}),
+    "fsq": (lambda: semid.FSQ(dimension_levels=(4, 5), groups=2, **GRID), {}),
+    "fsq stages, dimensions": (
+        lambda: semid.FSQ(
+            dimension_levels=(4, 5), groups=1, stages=2, codes_per="dimension", **GRID
+        ),
+        {},
+    ),
     "drqvae": (lambda: semid.DRQVAE(**LEVELS, **SMALL), {}),
     "drqvae interactions": (
         lambda: semid.DRQVAE(**LEVELS, contrastive_weight=0.1, pairs_per_step=64, **SMALL),

@@ -150,7 +150,7 @@ def test_options_refuse_unknown_names_and_wrong_types(kind):
 
 
 def test_every_tokenizer_checks_its_arguments():
-    for name in ("BARQ", "DRQVAE", "MoCVAE", "RQKMeans", "RQPVAE", "RQVAE", "VQVAE"):
+    for name in ("BARQ", "DRQVAE", "FSQ", "MoCVAE", "RQKMeans", "RQPVAE", "RQVAE", "VQVAE"):
         assert CheckedArguments in getattr(semid, name).__mro__
 
 

@@ -48,6 +48,15 @@ def parallel(kind: Callable[..., Tokenizer], **fixed: object) -> Callable[..., T
     return make
 
 
+def fsq(**changes: object) -> Tokenizer:
+    """Let the suite speak of levels where FSQ has stages, or else groups."""
+    settings = {"network": {"hidden": (32,)}, "training": SMALL["training"], **changes}
+    several = "stages" if settings.get("stages", 1) != 1 else "groups"
+    if "levels" in settings:
+        settings[several] = settings.pop("levels")
+    return semid.FSQ(**settings)
+
+
 NEURAL: dict[str, Callable[..., Tokenizer]] = {
     "vqvae": lambda **changes: semid.VQVAE(**{**SMALL, **changes}),
     "rqvae": lambda **changes: semid.RQVAE(**{**SMALL, "beam_width": 2, **changes}),
@@ -55,6 +64,10 @@ NEURAL: dict[str, Callable[..., Tokenizer]] = {
     "mocvae": parallel(semid.MoCVAE),
     "mocvae-maps": parallel(semid.MoCVAE, rule="gradient", projection=True),
     "drqvae": lambda **changes: semid.DRQVAE(**{**SMALL, **changes}),
+    "fsq": lambda **changes: fsq(**{"dimension_levels": (4, 4), "groups": 2, **changes}),
+    "fsq-stages": lambda **changes: fsq(
+        **{"dimension_levels": (4, 4), "groups": 1, "stages": 2, **changes}
+    ),
 }
 
 

@@ -31,6 +31,7 @@ from semid.tokenizers.base import Tokenizer as Tokenizer
 from semid.tokenizers.behavior import Neighbors as Neighbors
 from semid.tokenizers.drqvae import DRQVAE as DRQVAE
 from semid.tokenizers.features import fuse as fuse
+from semid.tokenizers.fsq import FSQ as FSQ
 from semid.tokenizers.heads import DecodeHead as DecodeHead
 from semid.tokenizers.neural.tokenizer import AutoencoderConfig as AutoencoderConfig
 from semid.tokenizers.refining import refine as refine

@@ -17,6 +17,7 @@ TOKENIZERS = Registry(
     {
         "barq": "semid.tokenizers.barq:BARQ",
         "drqvae": "semid.tokenizers.drqvae:DRQVAE",
+        "fsq": "semid.tokenizers.fsq:FSQ",
         "mocvae": "semid.tokenizers.vqvae:MoCVAE",
         "rqkmeans": "semid.tokenizers.rqkmeans:RQKMeans",
         "rqpvae": "semid.tokenizers.vqvae:RQPVAE",

@@ -129,7 +129,7 @@ class QuantizedAutoencoder(nn.Module):
         super().__init__()
         self.autoencoder, self.quantizer = autoencoder, quantizer
         self.commitment_weight = commitment_weight
-        self.register_buffer("quantizing", torch.zeros((), dtype=torch.bool))
+        self.register_buffer("quantizing", torch.tensor(quantizer.is_fixed))
 
     def forward(self, rows: Tensor) -> Step:
         """Return the loss of rows ``(n, dim)``."""

@@ -108,6 +108,12 @@ class Codebook(nn.Module):
         if self.rule.kind == "ema":
             self.sums.copy_(self.codewords * self.counts[:, None])
 
+    def batch_counts(self, labels: Tensor) -> Tensor:
+        """Return how often each code is among the labels of all processes, ``(codes,)`` float32."""
+        counts = torch.bincount(labels, minlength=len(self.codewords)).to(self.counts.dtype)
+        all_sum_(counts)
+        return counts
+
     @torch.no_grad()
     def observe_(self, z: Tensor, labels: Tensor) -> None:
         """Take a batch: move codewords (EMA), count usage, revive dead codes.
@@ -117,8 +123,7 @@ class Codebook(nn.Module):
         Shapes: ``z`` (n, latent), ``labels`` (n,).
         """
         codes, decay = len(self.codewords), self.rule.decay
-        counts = torch.bincount(labels, minlength=codes).to(self.counts.dtype)
-        all_sum_(counts)
+        counts = self.batch_counts(labels)
         self.used += counts.to(torch.int64)
         # N_c <- decay N_c + (1 - decay) n_c (van den Oord 2017, eq. 6).
         self.counts.mul_(decay).add_(counts, alpha=1 - decay)
@@ -174,7 +179,12 @@ class Quantizer(nn.Module):
     Gradients, which open implementations get wrong in several ways: residuals are taken from the
     raw codewords, never from a straight-through output; one straight-through estimator covers the
     whole sum; the commitment of every level reaches the encoder.
+
+    Attributes:
+        is_fixed: whether the codebooks are there from the start and never learn.
     """
+
+    is_fixed = False
 
     def __init__(self, sizes: Sequence[int], latent: int, *, rule: UpdateRule, seed: int) -> None:
         super().__init__()
@@ -213,7 +223,7 @@ class ResidualQuantizer(Quantizer):
             commitment_losses.append(mean_squared_norm(residual - codewords.detach()))
             quantized = quantized + codewords.detach()
         return Quantized(
-            _straight_through(z, quantized),
+            straight_through(z, quantized),
             torch.stack(codes, 1),
             torch.stack(commitment_losses),
             codebook_loss,
@@ -289,7 +299,7 @@ class ParallelQuantizer(Quantizer):
         )
 
 
-def _straight_through(z: Tensor, quantized: Tensor) -> Tensor:
+def straight_through(z: Tensor, quantized: Tensor) -> Tensor:
     """Forward pass uses the quantized vector, gradients flow to z unchanged."""
     if not z.requires_grad:
         return quantized
