@@ -9,37 +9,21 @@ from typing import Annotated, Any
 import typer
 
 import semid
-from semid.cli.shared import (
-    INPUT,
-    OUTPUT,
-    InteractionColumns,
-    Output,
-    OutputPath,
-    Overwrite,
-    Quiet,
-    Source,
-    SourceOptions,
-    Threads,
-    hold_output,
-    make_progress,
-    open_tokenizer,
-    refuse_unused,
-    say,
-)
+from semid.cli import shared as cli
 from semid.errors import UsageError, check_choice
 
 
 def unique(
     context: typer.Context,
     ids_file: Annotated[str, typer.Argument(metavar="IDS")],
-    output: Output,
-    source: SourceOptions,
+    output: cli.Output,
+    source: cli.SourceOptions,
     method: str = "append",
     model: Path | None = None,
     embeddings: str | None = None,
     capacity: Annotated[int | None, typer.Option(min=1, max=2**31 - 1)] = None,
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
+    overwrite: cli.Overwrite = False,
+    quiet: cli.Quiet = False,
 ) -> None:
     """Tell items with equal ids apart; the step can be repeated, replaced and undone.
 
@@ -66,30 +50,30 @@ def unique(
         )
     if method != "reassign":
         searched = ["model", "embeddings", "ids", "embedding_column", "id_column", "on_invalid"]
-        refuse_unused(context, searched, f"--method {method} looks at the codes alone")
+        cli.refuse_unused(context, searched, f"--method {method} looks at the codes alone")
     if method == "none":
-        refuse_unused(context, ["capacity"], "--method none goes back to the model's codes")
+        cli.refuse_unused(context, ["capacity"], "--method none goes back to the model's codes")
     if method == "append" and not output.endswith(".parquet") and not Path(ids_file).is_file():
         # Ids of any size, a part at a time.
         from semid.distributed.unique_parts import unique_folder
 
         report = unique_folder(ids_file, output, capacity=capacity, overwrite=overwrite)
-        say(report.summary())
-        say(f"ids: {output}")
+        cli.say(report.summary())
+        cli.say(f"ids: {output}")
         return
-    hold_output(output, overwrite=overwrite, inputs=(ids_file, model, embeddings, source.ids))
-    with make_progress(quiet=quiet) as progress:
+    cli.hold_output(output, overwrite=overwrite, inputs=(ids_file, model, embeddings, source.ids))
+    with cli.make_progress(quiet=quiet) as progress:
         done = semid.make_unique(
             semid.SemanticIds.read(ids_file),
             method=method,
-            tokenizer=None if model is None else open_tokenizer(model),
+            tokenizer=None if model is None else cli.open_tokenizer(model),
             embeddings=None if embeddings is None else source.open(embeddings),
             capacity=capacity,
             progress=progress,
         )
     done.ids.write(output, overwrite=overwrite)
-    say(done.report.summary())
-    say(f"ids: {output}")
+    cli.say(done.report.summary())
+    cli.say(f"ids: {output}")
 
 
 def drift(
@@ -97,12 +81,12 @@ def drift(
     model: Path,
     before: str,
     after: str,
-    source: SourceOptions,
-    output: Annotated[Path | None, OUTPUT] = None,
+    source: cli.SourceOptions,
+    output: Annotated[Path | None, cli.OUTPUT] = None,
     after_ids: str | None = None,
-    threads: Threads = None,
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
+    threads: cli.Threads = None,
+    overwrite: cli.Overwrite = False,
+    quiet: cli.Quiet = False,
 ) -> None:
     """Compare two snapshots of a catalogue under one codebook, and say when to refresh.
 
@@ -118,36 +102,36 @@ def drift(
     from semid.output import atomic_file
 
     if output is None:
-        refuse_unused(context, ["overwrite"], "there is no --output")
+        cli.refuse_unused(context, ["overwrite"], "there is no --output")
     else:
         reads = (model, before, after, source.ids, after_ids)
-        hold_output(output, overwrite=overwrite, inputs=reads)
-    tokenizer = open_tokenizer(model, threads=threads)
+        cli.hold_output(output, overwrite=overwrite, inputs=reads)
+    tokenizer = cli.open_tokenizer(model, threads=threads)
     old = source.open(before)
     new = source.open(after, ids=after_ids)
-    with make_progress(quiet=quiet) as progress:
+    with cli.make_progress(quiet=quiet) as progress:
         result = semid.drift(tokenizer, old, new, progress=progress)
     if output is not None:
         with atomic_file(output, overwrite=overwrite) as work:
             work.write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf8")
-    say(result.summary())
+    cli.say(result.summary())
 
 
 def refresh(
     context: typer.Context,
     model: Path,
-    embeddings: Source,
+    embeddings: cli.Source,
     catalogue: Annotated[Path, typer.Option()],
-    output: OutputPath,
-    source: SourceOptions,
-    columns: InteractionColumns,
+    output: cli.OutputPath,
+    source: cli.SourceOptions,
+    columns: cli.InteractionColumns,
     max_churn: float | None = None,
     interactions: str | None = None,
     compare: bool = False,
     cold: bool = False,
-    threads: Threads = None,
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
+    threads: cli.Threads = None,
+    overwrite: cli.Overwrite = False,
+    quiet: cli.Quiet = False,
 ) -> None:
     """Fit again on a changed catalogue with codes aligned to the published ones.
 
@@ -171,11 +155,11 @@ def refresh(
 
     check_max_churn(max_churn)
     reads = (model, embeddings, catalogue, source.ids, interactions)
-    hold_output(output, overwrite=overwrite, inputs=reads)
-    tokenizer = open_tokenizer(model, threads=threads)
+    cli.hold_output(output, overwrite=overwrite, inputs=reads)
+    tokenizer = cli.open_tokenizer(model, threads=threads)
     opened = source.open(embeddings)
     log = columns.read(context, interactions)
-    with make_progress(quiet=quiet) as progress:
+    with cli.make_progress(quiet=quiet) as progress:
         result = semid.refresh(
             tokenizer,
             read_catalogue(catalogue),
@@ -191,20 +175,20 @@ def refresh(
         result.ids.write(folder / "ids.parquet")
         text = json.dumps(result.report.to_dict(), indent=2) + "\n"
         (folder / "refresh.json").write_text(text, encoding="utf8")
-    say(result.report.summary())
-    say(f"model, ids and report: {output}")
+    cli.say(result.report.summary())
+    cli.say(f"model, ids and report: {output}")
 
 
 def export(
     context: typer.Context,
     to: Annotated[str, typer.Option()],
-    output: OutputPath,
-    source: SourceOptions,
+    output: cli.OutputPath,
+    source: cli.SourceOptions,
     ids_file: Annotated[Path | None, typer.Argument(metavar="[IDS]")] = None,
     model: Path | None = None,
     candidates: Annotated[int, typer.Option(min=0, max=4096)] = 0,
     embeddings: str | None = None,
-    overwrite: Overwrite = False,
+    overwrite: cli.Overwrite = False,
 ) -> None:
     """Write ids or a model as another program reads them.
 
@@ -221,7 +205,7 @@ def export(
     """
     from semid.catalogue.bundle import read_catalogue
 
-    hold_output(output, overwrite=overwrite, inputs=(ids_file, model, embeddings, source.ids))
+    cli.hold_output(output, overwrite=overwrite, inputs=(ids_file, model, embeddings, source.ids))
     options: dict[str, Any] = {}
     if candidates:
         if to != "torcheasyrec":
@@ -232,28 +216,28 @@ def export(
         options["embeddings"] = source.open(embeddings)
     else:
         unused = ["embeddings", "ids", "embedding_column", "id_column", "on_invalid"]
-        refuse_unused(context, unused, "embeddings serve --to torcheasyrec with --candidates")
+        cli.refuse_unused(context, unused, "embeddings serve --to torcheasyrec with --candidates")
     semid.export(
         to,
         output,
         ids=None if ids_file is None else read_catalogue(ids_file),
-        tokenizer=None if model is None else open_tokenizer(model),
+        tokenizer=None if model is None else cli.open_tokenizer(model),
         overwrite=overwrite,
         **options,
     )
-    say(f"{to}: {output}")
+    cli.say(f"{to}: {output}")
 
 
 def import_(
     context: typer.Context,
     file: Path,
     source: Annotated[str, typer.Option("--from")],
-    output: OutputPath,
+    output: cli.OutputPath,
     model: Path | None = None,
     ids: str | None = None,
-    id_column: Annotated[str | None, typer.Option(rich_help_panel=INPUT)] = None,
+    id_column: Annotated[str | None, typer.Option(rich_help_panel=cli.INPUT)] = None,
     orientation: str | None = None,
-    overwrite: Overwrite = False,
+    overwrite: cli.Overwrite = False,
 ) -> None:
     """Read ids of another program, so that semid's commands work on them.
 
@@ -272,14 +256,14 @@ def import_(
     from semid.data.items import load_ids
 
     if ids is None:
-        refuse_unused(context, ["id_column"], "it names a column of --ids")
-    hold_output(output, overwrite=overwrite, inputs=(file, model, ids))
+        cli.refuse_unused(context, ["id_column"], "it names a column of --ids")
+    cli.hold_output(output, overwrite=overwrite, inputs=(file, model, ids))
     imported = semid.import_ids(
         source,
         file,
         items=None if ids is None else load_ids(ids, id_column=id_column),
-        tokenizer=None if model is None else open_tokenizer(model),
+        tokenizer=None if model is None else cli.open_tokenizer(model),
         orientation=orientation,
     )
     imported.write(output, overwrite=overwrite)
-    say(f"imported {len(imported):,} items with {imported.levels} codes each: {output}")
+    cli.say(f"imported {len(imported):,} items with {imported.levels} codes each: {output}")

@@ -10,27 +10,7 @@ from typing import Annotated, Any
 import typer
 
 import semid
-from semid.cli.shared import (
-    LOG,
-    Count,
-    InteractionColumns,
-    Output,
-    OutputPath,
-    Overwrite,
-    Quiet,
-    RayFlags,
-    Resume,
-    Source,
-    SourceOptions,
-    Threads,
-    hold_output,
-    is_given,
-    make_progress,
-    name_checkpoint,
-    open_tokenizer,
-    refuse_unused,
-    say,
-)
+from semid.cli import shared as cli
 from semid.errors import UsageError
 
 
@@ -42,22 +22,22 @@ def _tokenizer_names() -> list[str]:
 
 def fit(
     context: typer.Context,
-    embeddings: Source,
-    output: Output,
+    embeddings: cli.Source,
+    output: cli.Output,
     settings: Annotated[dict[str, Any], "fit"],
-    source: SourceOptions,
-    columns: InteractionColumns,
-    ray: RayFlags,
+    source: cli.SourceOptions,
+    columns: cli.InteractionColumns,
+    ray: cli.RayFlags,
     tokenizer: Annotated[str | None, typer.Option(autocompletion=_tokenizer_names)] = None,
     recipe: str | None = None,
     log: str | None = None,
-    interactions: Annotated[str | None, typer.Option(rich_help_panel=LOG)] = None,
-    pairs: Annotated[str | None, typer.Option(rich_help_panel=LOG)] = None,
-    neighbors: Annotated[str | None, typer.Option(rich_help_panel=LOG)] = None,
-    threads: Threads = None,
-    overwrite: Overwrite = False,
-    resume: Resume = False,
-    quiet: Quiet = False,
+    interactions: Annotated[str | None, typer.Option(rich_help_panel=cli.LOG)] = None,
+    pairs: Annotated[str | None, typer.Option(rich_help_panel=cli.LOG)] = None,
+    neighbors: Annotated[str | None, typer.Option(rich_help_panel=cli.LOG)] = None,
+    threads: cli.Threads = None,
+    overwrite: cli.Overwrite = False,
+    resume: cli.Resume = False,
+    quiet: cli.Quiet = False,
 ) -> None:
     """Learn codebooks from embeddings, save them, and say whether they are healthy.
 
@@ -83,7 +63,7 @@ def fit(
 
     if is_main():  # of several processes the first alone writes, and may have done so by now
         reads = (embeddings, source.ids, recipe, interactions, pairs, neighbors)
-        hold_output(output, overwrite=overwrite, inputs=reads, state=_state_folder(output))
+        cli.hold_output(output, overwrite=overwrite, inputs=reads, state=_state_folder(output))
     uses_ray = ray.uses_ray  # checked before files are read
     # Flags replace what a recipe says, and a recipe what the tokenizer would choose.
     values = {} if recipe is None else read_recipe(recipe)
@@ -94,14 +74,14 @@ def fit(
         optional = ("ids", "log", "threads", "interactions", "pairs", "neighbors")
         named = [name for name in optional if context.params[name] is not None]
         named += ["on_invalid"] if source.on_invalid != "error" else []
-        named += [name for name in columns.NAMES if is_given(context, name)]
+        named += [name for name in columns.NAMES if cli.is_given(context, name)]
         if named:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in named)
             raise UsageError(
                 f"{flags} do not go with --engine ray; leave them out, or fit with --engine local "
                 "(under torchrun for several processes)"
             )
-        with make_progress(quiet=quiet) as progress:
+        with cli.make_progress(quiet=quiet) as progress:
             run_state = {"checkpoint": _state_folder(output), "resume": resume}
             model = _fit_on_ray(kind, values, embeddings, source, ray, run_state, progress)
         _finish(model, output, overwrite=overwrite)
@@ -113,7 +93,10 @@ def fit(
     behavior = _behavior(columns.read(context, interactions), pairs, neighbors, opened.ids)
     state = _state_folder(output)
     try:
-        with name_checkpoint(state), make_progress(quiet=quiet or not is_main()) as progress:
+        with (
+            cli.name_checkpoint(state),
+            cli.make_progress(quiet=quiet or not is_main()) as progress,
+        ):
             model.fit(opened, checkpoint=state, resume=resume, progress=progress, **behavior)
     finally:
         if logger is not None:
@@ -129,20 +112,20 @@ def _refuse_unused(context: typer.Context, model: Any) -> None:
     parts = ("training.", "network.")
     training = [flag.name for flag in known_flags("fit") if flag.key.startswith(parts)]
     training += ["device", "log"]
-    behavior = ["interactions", "pairs", "neighbors", *InteractionColumns.NAMES]
+    behavior = ["interactions", "pairs", "neighbors", *cli.InteractionColumns.NAMES]
     if not hasattr(model, "logger"):
-        refuse_unused(context, ["log"], f"{model.kind} has no epochs to log")
+        cli.refuse_unused(context, ["log"], f"{model.kind} has no epochs to log")
     if model.behavior_argument is None:
-        refuse_unused(context, behavior, f"{model.kind} learns from embeddings alone")
+        cli.refuse_unused(context, behavior, f"{model.kind} learns from embeddings alone")
     elif not model.needs_behavior:
         weight = "--" + model.behavior_argument.replace("_", "-")
         unused = [*behavior, "temperature"]
         if model.kind == "barq":  # without behavior there is no network
             unused += training
-        refuse_unused(context, unused, f"{weight} is 0, so nothing is learned from behavior")
+        cli.refuse_unused(context, unused, f"{weight} is 0, so nothing is learned from behavior")
     kmeans = model.settings.get("kmeans")
     if kmeans is not None and kmeans["sample_per_code"] is None:
-        refuse_unused(context, ["full_pass"], "it follows a sample; give --sample-per-code")
+        cli.refuse_unused(context, ["full_pass"], "it follows a sample; give --sample-per-code")
 
 
 def _behavior(
@@ -163,8 +146,8 @@ def _fit_on_ray(
     kind: str,
     values: dict[str, Any],
     embeddings: str,
-    source: SourceOptions,
-    ray: RayFlags,
+    source: cli.SourceOptions,
+    ray: cli.RayFlags,
     state: dict[str, Any],
     progress: Any,
 ) -> Any:
@@ -183,7 +166,7 @@ def _fit_on_ray(
     catalogue = Catalogue.open(embeddings, **names)
     done = fit_on_ray(model, catalogue, options=layout, progress=progress, **state)
     rows = ", ".join(f"{count:,}" for count in done.rows)
-    say(f"{done.workers} workers held the training rows: {rows}", err=True)
+    cli.say(f"{done.workers} workers held the training rows: {rows}", err=True)
     return model
 
 
@@ -212,21 +195,21 @@ def _finish(model: Any, output: str, *, overwrite: bool) -> None:
     remove_state_folder(_state_folder(output))
     if model.report is not None:
         items, seconds = model.report.trained_items, model.report.seconds
-        say(f"fitted {model.kind} on {items:,} items in {seconds:,.1f} s")
-        say(model.report.summary)
-    say(f"model: {output}")
+        cli.say(f"fitted {model.kind} on {items:,} items in {seconds:,.1f} s")
+        cli.say(model.report.summary)
+    cli.say(f"model: {output}")
 
 
 def refine(
     model: Path,
-    embeddings: Source,
-    output: OutputPath,
-    source: SourceOptions,
+    embeddings: cli.Source,
+    output: cli.OutputPath,
+    source: cli.SourceOptions,
     rounds: int = 8,
     annealing_rounds: int = 12,
     beam_width: int = 8,
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
+    overwrite: cli.Overwrite = False,
+    quiet: cli.Quiet = False,
 ) -> None:
     """Lower the error of a residual model by refining its levels together; codes change.
 
@@ -239,42 +222,44 @@ def refine(
         annealing_rounds: Rounds with falling noise, which leave the nearest optimum.
         beam_width: Beam width while refining, and of the model.
     """
-    hold_output(output, overwrite=overwrite, inputs=(model, embeddings, source.ids))
+    cli.hold_output(output, overwrite=overwrite, inputs=(model, embeddings, source.ids))
     options = semid.RefineOptions(
         rounds=rounds, annealing_rounds=annealing_rounds, beam_width=beam_width
     )
     opened = source.open(embeddings)
-    with make_progress(quiet=quiet) as progress:
-        refined = semid.refine(open_tokenizer(model), opened, options=options, progress=progress)
+    with cli.make_progress(quiet=quiet) as progress:
+        refined = semid.refine(
+            cli.open_tokenizer(model), opened, options=options, progress=progress
+        )
     refined.save(output, overwrite=overwrite)
     assert refined.report is not None
     # Errors on held-out items, before the first round and after the last.
     history = refined.report.details["refine"]
     if history:
         share = 1.0 - history[-1]["error"] / history[0]["before"]
-        say(f"{len(history)} rounds: squared error on held-out items {share:.1%} lower")
+        cli.say(f"{len(history)} rounds: squared error on held-out items {share:.1%} lower")
     else:
-        say("no round lowered the error on held-out items; the codebooks are unchanged")
-    say(refined.report.summary)
-    say(f"model: {output}")
+        cli.say("no round lowered the error on held-out items; the codebooks are unchanged")
+    cli.say(refined.report.summary)
+    cli.say(f"model: {output}")
 
 
 def encode(
     context: typer.Context,
     model: str,
-    embeddings: Source,
-    output: Output,
-    source: SourceOptions,
-    ray: RayFlags,
+    embeddings: cli.Source,
+    output: cli.Output,
+    source: cli.SourceOptions,
+    ray: cli.RayFlags,
     beam_width: Annotated[int | None, typer.Option(min=1)] = None,
     catalogue: Path | None = None,
     novelty: Path | None = None,
     novel_beyond: float = 0.99,
-    processes: Count = None,
-    threads: Threads = None,
-    overwrite: Overwrite = False,
-    resume: Resume = False,
-    quiet: Quiet = False,
+    processes: cli.Count = None,
+    threads: cli.Threads = None,
+    overwrite: cli.Overwrite = False,
+    resume: cli.Resume = False,
+    quiet: cli.Quiet = False,
 ) -> None:
     """Give every item its codes; items need not have been part of the fit.
 
@@ -309,7 +294,7 @@ def encode(
     uses_ray = ray.uses_ray
     if catalogue is None:
         only = "only additions to a --catalogue use it"
-        refuse_unused(context, ["novelty", "novel_beyond"], only)
+        cli.refuse_unused(context, ["novelty", "novel_beyond"], only)
     check_threshold(novel_beyond)
     if beam_width is not None:
         check_beam_width(beam_width)
@@ -329,7 +314,7 @@ def encode(
                 "--cpus-per-worker"
             )
         only = "several processes share the CPUs; give --processes alone"
-        refuse_unused(context, ["threads"], only)
+        cli.refuse_unused(context, ["threads"], only)
         from semid.distributed.encode_folder import LocalOptions
 
         options = {name: value for name, value in vars(source).items() if name != "ids"}
@@ -339,7 +324,7 @@ def encode(
         return
     reads = (model, embeddings, source.ids)
     if catalogue is None:
-        hold_output(output, overwrite=overwrite, inputs=reads, state=partial_path(output))
+        cli.hold_output(output, overwrite=overwrite, inputs=reads, state=partial_path(output))
     elif resume or beam_width is not None:
         raise UsageError(
             "--resume and --beam-width do not go with --catalogue: new items are encoded in one "
@@ -347,9 +332,9 @@ def encode(
         )
     else:
         _hold_outputs(reads, catalogue, Path(output), novelty, overwrite)
-    tokenizer = open_tokenizer(model, threads=threads)
+    tokenizer = cli.open_tokenizer(model, threads=threads)
     opened = source.open(embeddings)
-    with make_progress(quiet=quiet) as progress:
+    with cli.make_progress(quiet=quiet) as progress:
         if catalogue is not None:
             options = {"threshold": novel_beyond, "progress": progress}
             done, where = _add(tokenizer, opened, catalogue, Path(output), overwrite, **options)
@@ -357,12 +342,12 @@ def encode(
             options = {"beam_width": beam_width, "resume": resume, "progress": progress}
             encode_to_parquet(tokenizer, opened, output, overwrite=overwrite, **options)
     if catalogue is None:
-        say(f"encoded {len(opened):,} items with {tokenizer.levels} codes each: {output}")
+        cli.say(f"encoded {len(opened):,} items with {tokenizer.levels} codes each: {output}")
         return
     if novelty is not None:
         done.report.write(novelty, overwrite=overwrite)
-    say(done.report.summary())
-    say(f"ids of {len(done.ids):,} items: {where}")
+    cli.say(done.report.summary())
+    cli.say(f"ids of {len(done.ids):,} items: {where}")
 
 
 def _encode_in_units(
@@ -371,11 +356,11 @@ def _encode_in_units(
     """Encode unit by unit, on Ray or in processes of this machine."""
     from semid.distributed.encode_folder import encode_folder
 
-    options["announce"] = lambda sentence: say(sentence, err=True)
-    with make_progress(quiet=quiet) as progress:
+    options["announce"] = lambda sentence: cli.say(sentence, err=True)
+    with cli.make_progress(quiet=quiet) as progress:
         done = encode_folder(model, embeddings, output, progress=progress, **options)
     shares = ", ".join(f"{rows:,}" for rows in done.by_process.values()) or "none"
-    say(f"encoded {done.encoded:,} of {done.rows:,} items (by worker: {shares}): {output}")
+    cli.say(f"encoded {done.encoded:,} of {done.rows:,} items (by worker: {shares}): {output}")
 
 
 def _grows(output: Path, catalogue: Path) -> bool:
@@ -389,9 +374,9 @@ def _hold_outputs(
     """Hold what adding to published ids writes."""
     if not _grows(output, catalogue):
         replace = overwrite and output.suffix == ".parquet"
-        hold_output(output, overwrite=replace, inputs=(*reads, catalogue))
+        cli.hold_output(output, overwrite=replace, inputs=(*reads, catalogue))
     if novelty is not None:
-        hold_output(novelty, overwrite=overwrite, inputs=(*reads, catalogue))
+        cli.hold_output(novelty, overwrite=overwrite, inputs=(*reads, catalogue))
         if novelty.resolve() == output.resolve() or output.resolve() in novelty.resolve().parents:
             raise UsageError(f"--novelty '{novelty}' is in --output; give another file")
 

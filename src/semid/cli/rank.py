@@ -10,21 +10,8 @@ from typing import Annotated, Any
 import typer
 
 import semid
+from semid.cli import shared as cli
 from semid.cli.flags import check_keys, known_flags, split_list
-from semid.cli.shared import (
-    INPUT,
-    InteractionColumns,
-    OutputPath,
-    Overwrite,
-    Quiet,
-    Resume,
-    SourceOptions,
-    hold_output,
-    make_progress,
-    name_checkpoint,
-    refuse_unused,
-    say,
-)
 from semid.errors import check_choice
 
 Logs = Annotated[
@@ -49,7 +36,7 @@ class RankSource:
         device: Device.
     """
 
-    PANEL = INPUT
+    PANEL = cli.INPUT
 
     items: str | None = None
     id_column: str | None = None
@@ -74,18 +61,18 @@ class RankSource:
 def rank(
     context: typer.Context,
     logs: Logs,
-    output: OutputPath,
+    output: cli.OutputPath,
     settings: Annotated[dict[str, Any], "rank"],
     source: RankSource,
-    columns: InteractionColumns,
+    columns: cli.InteractionColumns,
     ids: Path | None = None,
     fusion: Annotated[str, typer.Option(metavar="on|off", rich_help_panel="Model")] = "off",
     seed: Annotated[int, typer.Option(rich_help_panel="Training")] = 0,
     stream: bool = False,
     analyze: Path | None = None,
-    overwrite: Overwrite = False,
-    resume: Resume = False,
-    quiet: Quiet = False,
+    overwrite: cli.Overwrite = False,
+    resume: cli.Resume = False,
+    quiet: cli.Quiet = False,
 ) -> None:
     """Train a ranking model and measure it; 'semid rank-grid' compares many.
 
@@ -114,9 +101,9 @@ def rank(
     code_settings = {**_part(settings, "features"), "seed": seed}
     semid.CodeFeatures.of(code_settings)  # checked before the log is read
     reads, state = (logs, source.items, ids), Path(partial_path(output))
-    hold_output(output, overwrite=overwrite, inputs=reads, state=state)
+    cli.hold_output(output, overwrite=overwrite, inputs=reads, state=state)
     if analyze is not None:
-        hold_output(analyze, overwrite=overwrite, inputs=reads)
+        cli.hold_output(analyze, overwrite=overwrite, inputs=reads)
     names: dict[str, Any] = {**vars(columns), "id_column": source.id_column}
     data: Any
     if stream:
@@ -131,7 +118,7 @@ def rank(
         semantic_ids = semid.SemanticIds.read(ids)
         mode = "levels" if semantic_ids.info.hierarchical else "parallel"
         features = semid.CodeFeatures.of({"mode": mode, **code_settings})
-    with name_checkpoint(state), make_progress(quiet=quiet) as progress:
+    with cli.name_checkpoint(state), cli.make_progress(quiet=quiet) as progress:
         ranker = semid.train_ranker(
             data,
             ids=semantic_ids,
@@ -150,34 +137,36 @@ def rank(
         figures = analyze_codes(ranker.network, data.parts["test"])
         with atomic_file(analyze, overwrite=overwrite) as work:
             work.write_text(json.dumps(figures.to_dict()) + "\n", encoding="utf8")
-    say(f"protocol: {ranker.report['protocol']}")
+    cli.say(f"protocol: {ranker.report['protocol']}")
     for part in ("validation", "test", "cold"):
         if part in ranker.report:
-            say(_figures(part, ranker.report[part]))
+            cli.say(_figures(part, ranker.report[part]))
     for name, figures in ranker.report["slices"].items():
-        say(_figures(f"  test, {name} items", figures))
-    say(f"model: {output}")
+        cli.say(_figures(f"  test, {name} items", figures))
+    cli.say(f"model: {output}")
 
 
 def rank_grid(
     context: typer.Context,
     logs: Logs,
     embeddings: Annotated[str, typer.Option()],
-    output: OutputPath,
+    output: cli.OutputPath,
     settings: Annotated[dict[str, Any], "rank-grid"],
     source: RankSource,
-    columns: InteractionColumns,
+    columns: cli.InteractionColumns,
     methods: str = "none,me,rqvae,moc",
     scales: str = "1,2,3,7",
     models: str = "all",
     fusion: str = "off",
     seeds: int = 5,
     codebook_size: int = 256,
-    embedding_column: Annotated[str | None, typer.Option(rich_help_panel=INPUT)] = None,
-    on_invalid: Annotated[str, typer.Option(metavar="error|skip", rich_help_panel=INPUT)] = "error",
-    overwrite: Overwrite = False,
-    resume: Resume = False,
-    quiet: Quiet = False,
+    embedding_column: Annotated[str | None, typer.Option(rich_help_panel=cli.INPUT)] = None,
+    on_invalid: Annotated[
+        str, typer.Option(metavar="error|skip", rich_help_panel=cli.INPUT)
+    ] = "error",
+    overwrite: cli.Overwrite = False,
+    resume: cli.Resume = False,
+    quiet: cli.Quiet = False,
 ) -> None:
     """Compare ranking models by method, number of codes and seed, fitting the tokenizers needed.
 
@@ -217,13 +206,13 @@ def rank_grid(
     )
     # A grid that is resumed must be one that semid wrote, as one that is replaced.
     inputs = (logs, source.items, embeddings)
-    hold_output(output, overwrite=overwrite or resume, inputs=inputs)
+    cli.hold_output(output, overwrite=overwrite or resume, inputs=inputs)
     if output.exists() and not resume:
         with atomic_folder(output, overwrite=True, grows=GRID_FILES):
             pass
     # Rows of an .npy have no ids: they are those of the table of items.
     named = Path(embeddings).suffix == ".npy"
-    opened = SourceOptions(
+    opened = cli.SourceOptions(
         ids=source.items if named else None,
         embedding_column=embedding_column,
         id_column=None if named else source.id_column,
@@ -231,15 +220,15 @@ def rank_grid(
     ).open(embeddings)
     names = {**vars(columns), "id_column": source.id_column}
     data = semid.prepare_ranking_data(logs, items=source.items, config=data_config, **names)
-    with make_progress(quiet=quiet) as progress:
+    with cli.make_progress(quiet=quiet) as progress:
         rows = run_grid(
             grid, data, output, embeddings=opened, device=source.device, progress=progress
         )
     tables = grid_tables(rows)
     with atomic_file(output / "tables.md", mark=False) as work:
         work.write_text(tables + "\n", encoding="utf8")
-    say(tables)
-    say(f"results: {output}")
+    cli.say(tables)
+    cli.say(f"results: {output}")
 
 
 def _refuse_unused(
@@ -258,18 +247,18 @@ def _refuse_unused(
         code_flags = [key for key in settings if key.startswith("features.")]
         names = {flag.key: flag.name for flag in known_flags("rank")}
         codes = [names[key] or "settings" for key in code_flags]
-        refuse_unused(context, [*codes, "analyze"], "there are no codes without --ids")
+        cli.refuse_unused(context, [*codes, "analyze"], "there are no codes without --ids")
     if source.items is None:
-        refuse_unused(context, ["id_column"], "it names a column of --items")
+        cli.refuse_unused(context, ["id_column"], "it names a column of --items")
     split = settings.get("data.split", "random")
     if split == "leave-last-out":
-        refuse_unused(context, ["fractions"], "leave-last-out tests each user's last item")
+        cli.refuse_unused(context, ["fractions"], "leave-last-out tests each user's last item")
     if fusion == "off":
-        refuse_unused(context, ["fusion_rank"], "it goes with --fusion on")
+        cli.refuse_unused(context, ["fusion_rank"], "it goes with --fusion on")
     if stream:
-        refuse_unused(context, ["time_column", "ties", "ties_seed"], "--stream reads no order")
+        cli.refuse_unused(context, ["time_column", "ties", "ties_seed"], "--stream reads no order")
     elif settings.get("data.history", 0) == 0 and split == "random":
-        refuse_unused(
+        cli.refuse_unused(
             context,
             ["time_column", "ties", "ties_seed"],
             "an order serves --history and the other values of --split",

@@ -8,22 +8,7 @@ from typing import Annotated
 import typer
 
 import semid
-from semid.cli.shared import (
-    OUTPUT,
-    Count,
-    InteractionColumns,
-    OutputPath,
-    Overwrite,
-    Quiet,
-    Source,
-    SourceOptions,
-    Threads,
-    hold_output,
-    make_progress,
-    open_tokenizer,
-    refuse_unused,
-    say,
-)
+from semid.cli import shared as cli
 from semid.errors import UsageError, check_choice
 
 RELEASES = ("amazon", "movielens")
@@ -32,11 +17,11 @@ RELEASES = ("amazon", "movielens")
 def prepare(
     release: str,
     source: Path,
-    output: OutputPath,
+    output: cli.OutputPath,
     items: Path | None = None,
     core: Annotated[int | None, typer.Option(min=0, max=2**31 - 1)] = None,
     embed: str | None = None,
-    overwrite: Overwrite = False,
+    overwrite: cli.Overwrite = False,
 ) -> None:
     """Read a release into items, interactions with ratings and, with --embed, embeddings.
 
@@ -53,7 +38,7 @@ def prepare(
     from semid.data.releases import read_amazon, read_movielens
 
     check_choice("RELEASE", release, RELEASES)
-    hold_output(output, overwrite=overwrite, inputs=(source, items))
+    cli.hold_output(output, overwrite=overwrite, inputs=(source, items))
     if release == "amazon":
         dataset = read_amazon(source, items=items, core=5 if core is None else core)
     else:
@@ -62,24 +47,24 @@ def prepare(
         dataset = read_movielens(source, core=core or 0)
     dataset.write(output, embed=embed, overwrite=overwrite)
     for note in dataset.notes:
-        say(note)
-    say(f"written: {output}")
+        cli.say(note)
+    cli.say(f"written: {output}")
 
 
 def report(
     context: typer.Context,
     model: Path,
-    embeddings: Source,
-    output: OutputPath,
-    source: SourceOptions,
-    columns: InteractionColumns,
+    embeddings: cli.Source,
+    output: cli.OutputPath,
+    source: cli.SourceOptions,
+    columns: cli.InteractionColumns,
     interactions: str | None = None,
     items: str | None = None,
     relations: str | None = None,
     seed: int = 0,
-    threads: Threads = None,
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
+    threads: cli.Threads = None,
+    overwrite: cli.Overwrite = False,
+    quiet: cli.Quiet = False,
 ) -> None:
     """Diagnose a fitted model on a catalogue: a verdict, figures, and an explorer of the codes.
 
@@ -99,16 +84,16 @@ def report(
     from semid.errors import IdsError
 
     reads = (model, embeddings, source.ids, items, interactions, relations)
-    hold_output(output, overwrite=overwrite, inputs=reads)
+    cli.hold_output(output, overwrite=overwrite, inputs=reads)
     opened = source.open(embeddings)
     log = columns.read(context, interactions)
     try:  # titles from the tables already named, where they have some
         table = read_items(source.ids or embeddings, ids=opened.ids, id_column=source.id_column)
     except (UsageError, IdsError):
         table = None
-    with make_progress(quiet=quiet) as progress:
+    with cli.make_progress(quiet=quiet) as progress:
         result = semid.diagnose(
-            open_tokenizer(model),
+            cli.open_tokenizer(model),
             opened,
             interactions=log,
             items=items if items is not None else table,
@@ -118,22 +103,22 @@ def report(
             progress=progress,
         )
     result.write(output, overwrite=overwrite)
-    say(result.verdict.summary())
-    say(f"report: {output}")
+    cli.say(result.verdict.summary())
+    cli.say(f"report: {output}")
 
 
 def compare(
     context: typer.Context,
     paths: Annotated[list[str], typer.Argument(metavar="MODEL MODEL... EMBEDDINGS")],
-    output: OutputPath,
-    source: SourceOptions,
-    columns: InteractionColumns,
+    output: cli.OutputPath,
+    source: cli.SourceOptions,
+    columns: cli.InteractionColumns,
     interactions: str | None = None,
     relations: str | None = None,
     seed: int = 0,
-    threads: Threads = None,
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
+    threads: cli.Threads = None,
+    overwrite: cli.Overwrite = False,
+    quiet: cli.Quiet = False,
 ) -> None:
     """Compare models on one catalogue: ranks and trade-offs by view, never one score.
 
@@ -151,7 +136,7 @@ def compare(
             f"{len(paths)} paths given; name at least two model folders and then the embeddings"
         )
     reads = (*paths, source.ids, interactions, relations)
-    hold_output(output, overwrite=overwrite, inputs=reads)
+    cli.hold_output(output, overwrite=overwrite, inputs=reads)
     models, embeddings = paths[:-1], paths[-1]
     if len({Path(path).resolve() for path in models}) < len(models):
         raise UsageError("a model is named twice; name each model folder once")
@@ -160,9 +145,9 @@ def compare(
     names = short if len(set(short)) == len(short) else models
     opened = source.open(embeddings)
     log = columns.read(context, interactions)
-    with make_progress(quiet=quiet) as progress:
+    with cli.make_progress(quiet=quiet) as progress:
         result = semid.compare(
-            {name: open_tokenizer(path) for name, path in zip(names, models, strict=True)},
+            {name: cli.open_tokenizer(path) for name, path in zip(names, models, strict=True)},
             opened,
             interactions=log,
             relations=relations,
@@ -172,18 +157,18 @@ def compare(
         )
     result.write(output, overwrite=overwrite)
     for finding in result.findings:
-        say(f"{finding}.")
-    say(f"comparison: {output}")
+        cli.say(f"{finding}.")
+    cli.say(f"comparison: {output}")
 
 
 def demo(
-    output: OutputPath = Path("demo"),
+    output: cli.OutputPath = Path("demo"),
     items: Annotated[int, typer.Option(min=1000, max=10000000)] = 20_000,
     codebook_size: Annotated[int, typer.Option(min=2, max=65536)] = 256,
     levels: Annotated[int, typer.Option(min=1, max=256)] = 3,
     seed: int = 0,
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
+    overwrite: cli.Overwrite = False,
+    quiet: cli.Quiet = False,
 ) -> None:
     """Make a synthetic catalogue, fit codebooks, encode it and write the quality report.
 
@@ -200,8 +185,11 @@ def demo(
     from semid.output import atomic_folder
     from semid.tokenizers.encoding import encode_to_parquet
 
-    hold_output(output, overwrite=overwrite, inputs=())
-    with atomic_folder(output, overwrite=overwrite) as folder, make_progress(quiet=quiet) as steps:
+    cli.hold_output(output, overwrite=overwrite, inputs=())
+    with (
+        atomic_folder(output, overwrite=overwrite) as folder,
+        cli.make_progress(quiet=quiet) as steps,
+    ):
         semid.SyntheticCatalogue(items=items, seed=seed).write(folder / "data")
         embeddings, table = folder / "data/embeddings.npy", folder / "data/items.parquet"
         model = semid.RQKMeans(levels=levels, codebook_size=codebook_size, seed=seed)
@@ -217,8 +205,8 @@ def demo(
         )
         diagnosis.write(folder / "report.html")
     if model.report is not None:
-        say(model.report.summary)
-    say(
+        cli.say(model.report.summary)
+    cli.say(
         f"""
 {output}/data/          {items:,} items with titles, embeddings and user sequences
 {output}/model/         the codebooks
@@ -237,17 +225,17 @@ def reproduce(
     context: typer.Context,
     paper: str,
     data: Path | None = None,
-    output: Annotated[Path | None, OUTPUT] = None,
+    output: Annotated[Path | None, cli.OUTPUT] = None,
     quick: bool = False,
     recipe: Path | None = None,
     processes: Annotated[int, typer.Option(min=1, max=4096)] = 1,
-    threads: Count = None,
+    threads: cli.Count = None,
     only: list[str] | None = None,
     estimate: bool = False,
     list_runs: Annotated[bool, typer.Option("--list")] = False,
     source: Annotated[Path | None, typer.Option("--from")] = None,
     publish: bool = False,
-    quiet: Quiet = False,
+    quiet: cli.Quiet = False,
 ) -> None:
     """Run the missing experiments of a paper and write its page; repeat it to continue.
 
@@ -279,12 +267,12 @@ def reproduce(
         if estimate or quick or recipe is not None:
             raise UsageError("--from runs nothing: leave out --estimate, --quick and --recipe")
         unused = ["data", "processes", "threads", "only", "list_runs"]
-        refuse_unused(context, unused, "--from makes pages of results and runs nothing")
+        cli.refuse_unused(context, unused, "--from makes pages of results and runs nothing")
         for path in page_from(paper, source, output or source / paper, publish=publish):
-            say(f"page: {path}")
+            cli.say(f"page: {path}")
         return
     if not estimate:
-        refuse_unused(context, ["list_runs"], "--list goes with --estimate")
+        cli.refuse_unused(context, ["list_runs"], "--list goes with --estimate")
     if quick and recipe is not None:
         raise UsageError("--quick is a recipe of its own: leave out --recipe")
     name: str | Path = recipe or (f"{paper}-quick" if quick else paper)
@@ -293,15 +281,15 @@ def reproduce(
     if study.paper != paper:
         raise UsageError(f"--recipe '{recipe}' is for {study.paper}, not {paper}")
     for why in study.absent.values():
-        say(f"left out: {why}", err=True)
+        cli.say(f"left out: {why}", err=True)
     if estimate:
         plan = study.estimate()
-        say(f"{plan.runs} runs, {plan.done} done, {plan.runs - plan.done} to do")
+        cli.say(f"{plan.runs} runs, {plan.done} done, {plan.runs - plan.done} to do")
         if plan.seconds is None:
-            say("how long: nothing has run yet to judge by; run one and ask again")
+            cli.say("how long: nothing has run yet to judge by; run one and ask again")
         else:
             share = max(1, processes)
-            say(
+            cli.say(
                 f"how long: {plan.seconds / 3600:.1f} hours of one process at the speed of the "
                 f"runs done, {plan.seconds / 3600 / share:.1f} with {share}; {plan.guessed} "
                 "runs are guessed from unlike ones"
@@ -310,14 +298,14 @@ def reproduce(
             done = {row["key"] for row in study.rows()}
             for job in study.chosen:
                 if job.key not in done:
-                    say(f"  {job.title}")
+                    cli.say(f"  {job.title}")
         return
-    with make_progress(quiet=quiet) as progress:
+    with cli.make_progress(quiet=quiet) as progress:
         failed = study.run(processes=processes, threads=threads, progress=progress)
     for path in study.write():
-        say(f"page: {path}")
-    say(f"results: {study.folder / 'runs.jsonl'}")
+        cli.say(f"page: {path}")
+    cli.say(f"results: {study.folder / 'runs.jsonl'}")
     if failed:
         for title, why in failed.items():
-            say(f"failed: {title}: {why}", err=True)
+            cli.say(f"failed: {title}: {why}", err=True)
         raise typer.Exit(1)
