@@ -8,22 +8,7 @@ from typing import Any
 
 from semid.diagnostics.overlap import REPORT_SCALE, LevelOverlap
 from semid.diagnostics.pairs import Proportion
-from semid.report.figure import (
-    REFERENCE,
-    WRITERS,
-    Column,
-    Figure,
-    Plot,
-    axis,
-    bars,
-    count,
-    declared,
-    error_bars,
-    line,
-    number,
-    palette,
-    share,
-)
+from semid.report import figure as fig
 from semid.report.figures_pairs import pair_figures, popularity_figure
 from semid.report.results import (
     Comparison,
@@ -36,7 +21,7 @@ from semid.report.results import (
     Spaces,
 )
 
-UNLISTED = {**REFERENCE, "showlegend": False, "hoverinfo": "skip"}
+UNLISTED = {**fig.REFERENCE, "showlegend": False, "hoverinfo": "skip"}
 
 
 def level_name(diagnosis: Diagnosis, level: int) -> str:
@@ -44,7 +29,7 @@ def level_name(diagnosis: Diagnosis, level: int) -> str:
     return f"{'Level' if diagnosis.model.hierarchical else 'Codebook'} {level + 1}"
 
 
-def report_figures(d: Diagnosis) -> list[Figure]:
+def report_figures(d: Diagnosis) -> list[fig.Figure]:
     """Return the figures of a diagnosis, in the order of the page."""
     # What was not measured for want of data or spread has no figure.
     figures = [_usage(d), _buckets(d), _reconstruction(d)]
@@ -67,29 +52,29 @@ def report_figures(d: Diagnosis) -> list[Figure]:
 
 # Codes ---------------------------------------------------------------------------------------
 
-USAGE: Plot[RankedUsage] = declared(
+USAGE: fig.Plot[RankedUsage] = fig.declared(
     "usage",
     x=lambda u: u.rank_frequency.rank,
     y=lambda u: [value or None for value in u.rank_frequency.share],
 )
 
 
-def _usage(d: Diagnosis) -> Figure:
+def _usage(d: Diagnosis) -> fig.Figure:
     figure = USAGE.figure({level_name(d, u.level): u for u in d.usage})
     # A level whose codes are used evenly is a flat line at 1 / K.
     even = [
-        line(f"even use of {size:,}", [1, size], [1 / size] * 2, "muted", **REFERENCE)
+        fig.line(f"even use of {size:,}", [1, size], [1 / size] * 2, "muted", **fig.REFERENCE)
         for size in sorted({u.codebook_size for u in d.usage})
     ]
     return replace(figure, traces=[*figure.traces, *even])
 
 
-BUCKETS: Plot[tuple[int, int, float]] = declared(
+BUCKETS: fig.Plot[tuple[int, int, float]] = fig.declared(
     "buckets",
     columns=(
-        Column("Buckets", lambda size: size[0], count),
-        Column("Items", lambda size: size[1], count),
-        Column("Share of items", lambda size: size[2], share),
+        fig.Column("Buckets", lambda size: size[0], fig.count),
+        fig.Column("Items", lambda size: size[1], fig.count),
+        fig.Column("Share of items", lambda size: size[2], fig.share),
     ),
 )
 
@@ -110,20 +95,20 @@ def _bucket_sizes(d: Diagnosis) -> dict[str, tuple[int, int, float]]:
     }
 
 
-def _buckets(d: Diagnosis) -> Figure:
+def _buckets(d: Diagnosis) -> fig.Figure:
     sizes = _bucket_sizes(d)
-    trace = bars(
+    trace = fig.bars(
         "items",
         sizes,
         [part for _, _, part in sizes.values()],
         1,
-        customdata=[[count(buckets), count(items)] for buckets, items, _ in sizes.values()],
+        customdata=[[fig.count(buckets), fig.count(items)] for buckets, items, _ in sizes.values()],
         hovertemplate="%{y:.2%}: %{customdata[1]} items in %{customdata[0]} buckets<extra></extra>",
     )
     return BUCKETS.figure(sizes, traces=[trace])
 
 
-RECONSTRUCTION: Plot[Mapping[str, float | None]] = declared("reconstruction")
+RECONSTRUCTION: fig.Plot[Mapping[str, float | None]] = fig.declared("reconstruction")
 PREFIX_TEXTS = {
     "level": "level",
     "good": "every level lowers the line, and held-out items lie close above the fitted ones",
@@ -139,18 +124,18 @@ ALONE_TEXTS = {
 GROUPS = {"training": "fitted on", "held_out": "held out", "all": "all items"}
 
 
-def _group_error(group: str) -> Column[Mapping[str, float | None]]:
-    return Column(GROUPS[group], lambda errors: errors[group], number)
+def _group_error(group: str) -> fig.Column[Mapping[str, float | None]]:
+    return fig.Column(GROUPS[group], lambda errors: errors[group], fig.number)
 
 
-def _reconstruction(d: Diagnosis) -> Figure:
+def _reconstruction(d: Diagnosis) -> fig.Figure:
     levels = d.reconstruction.per_level
     groups = ["training", "held_out"] if "held_out" in levels[0].errors else ["all"]
     is_prefix = d.reconstruction.per_level_kind == "prefix"
     by_level = {level_name(d, level.level): level.errors for level in levels}
     # Errors of prefixes form a line; codebooks alone are points that nothing connects.
     traces = [
-        line(
+        fig.line(
             GROUPS[group],
             by_level,
             [errors[group] for errors in by_level.values()],
@@ -166,7 +151,7 @@ def _reconstruction(d: Diagnosis) -> Figure:
         traces=traces,
         layout={
             "xaxis": {"type": "category", "range": [-0.4, len(levels) - 0.6]},
-            "yaxis": axis("relative error", rangemode="tozero"),
+            "yaxis": fig.axis("relative error", rangemode="tozero"),
         },
         **(PREFIX_TEXTS if is_prefix else ALONE_TEXTS),
     )
@@ -174,13 +159,15 @@ def _reconstruction(d: Diagnosis) -> Figure:
 
 # Robustness and geometry ---------------------------------------------------------------------
 
-OVERLAP: Plot[LevelOverlap] = declared(
+OVERLAP: fig.Plot[LevelOverlap] = fig.declared(
     "overlap",
     columns=(
-        Column("Effective size at 0.1", lambda o: o.at(REPORT_SCALE).effective_size, number),
-        Column("Usage alone", lambda o: o.at(REPORT_SCALE).usage_size, number),
-        Column("Geometry's share of R", lambda o: o.at(REPORT_SCALE).geometry_share, share),
-        Column(
+        fig.Column(
+            "Effective size at 0.1", lambda o: o.at(REPORT_SCALE).effective_size, fig.number
+        ),
+        fig.Column("Usage alone", lambda o: o.at(REPORT_SCALE).usage_size, fig.number),
+        fig.Column("Geometry's share of R", lambda o: o.at(REPORT_SCALE).geometry_share, fig.share),
+        fig.Column(
             "Geometry shows at",
             lambda o: o.geometry_scale,
             lambda scale: "beyond the sweep" if scale is None else f"{scale:g}",
@@ -191,33 +178,33 @@ OVERLAP: Plot[LevelOverlap] = declared(
 )
 
 
-def _effective_size(d: Diagnosis) -> Figure:
+def _effective_size(d: Diagnosis) -> fig.Figure:
     traces = []
     # The dotted limit is what usage alone would give: without near codewords, the line is on it.
     for level in d.overlap:
-        name, color = level_name(d, level.level), palette(level.level)
+        name, color = level_name(d, level.level), fig.palette(level.level)
         ends = [level.points[0].scale, level.points[-1].scale]
         limit = [level.points[0].usage_size] * 2
         traces.append(OVERLAP.series(name, level, color))
-        traces.append(line(f"usage alone, {name.lower()}", ends, limit, color, **UNLISTED))
+        traces.append(fig.line(f"usage alone, {name.lower()}", ends, limit, color, **UNLISTED))
     return OVERLAP.figure({level_name(d, o.level): o for o in d.overlap}, traces=traces)
 
 
-FLIPS: Plot[NoiseResponse] = declared(
+FLIPS: fig.Plot[NoiseResponse] = fig.declared(
     "flips",
     x=lambda response: [point.scale for point in response.flips.points],
     y=lambda response: [point.prefix[-1].value for point in response.flips.points],
 )
-COMPARED_FLIPS: Plot[NoiseResponse] = declared("compared-flips", x=FLIPS.x, y=FLIPS.y)
+COMPARED_FLIPS: fig.Plot[NoiseResponse] = fig.declared("compared-flips", x=FLIPS.x, y=FLIPS.y)
 
 
 def _noise_axis(response: NoiseResponse) -> dict[str, Any]:
     """Return the x axis of flips under noise on the input."""
     scales = [point.scale for point in response.flips.points]
-    return {"xaxis": axis("noise, in input standard deviations", ticks=scales)}
+    return {"xaxis": fig.axis("noise, in input standard deviations", ticks=scales)}
 
 
-def _flips(d: Diagnosis, response: Flips) -> Figure:
+def _flips(d: Diagnosis, response: Flips) -> fig.Figure:
     hierarchical = d.model.hierarchical
     names = [
         f"up to level {level + 1}" if hierarchical else level_name(d, level)
@@ -234,13 +221,13 @@ def _flips(d: Diagnosis, response: Flips) -> Figure:
     traces = []
     for level, name in enumerate(names):
         # The measured line has its intervals; the closed form is a dotted line beside it.
-        color, flips = palette(level), measured(response.input, level)
+        color, flips = fig.palette(level), measured(response.input, level)
         values = [flip.value for flip in flips]
         style: dict[str, Any] = {"mode": FLIPS.mark, "hovertemplate": FLIPS.hover}
-        intervals = error_bars(flips, color=color)
-        traces.append(line(name, scales, values, color, **style, **intervals))
+        intervals = fig.error_bars(flips, color=color)
+        traces.append(fig.line(name, scales, values, color, **style, **intervals))
         margins = proxy(response.input, level)
-        traces.append(line(f"margin proxy, {name}", scales, margins, color, **UNLISTED))
+        traces.append(fig.line(f"margin proxy, {name}", scales, margins, color, **UNLISTED))
     # Of the whole id every figure, of the levels before it the measured ones.
     columns: dict[str, list[float]] = {}
     for space, noise in (("input", response.input), ("latent", response.latent)):
@@ -253,26 +240,28 @@ def _flips(d: Diagnosis, response: Flips) -> Figure:
     return replace(
         FLIPS.figure({}, traces=traces, layout=_noise_axis(response.input)),
         columns=["Noise", *columns],
-        rows=[[f"{scale:g}", *map(share, values)] for scale, *values in rows],
+        rows=[[f"{scale:g}", *map(fig.share, values)] for scale, *values in rows],
     )
 
 
-SPECTRA: Plot[SpaceGeometry] = declared(
+SPECTRA: fig.Plot[SpaceGeometry] = fig.declared(
     "spectra",
     x=lambda s: s.spectrum.rank,
     y=lambda s: [value if value > 1e-9 else None for value in s.spectrum.share],
 )
-COMPARED_SPECTRA: Plot[SpaceGeometry] = declared("compared-spectra", x=SPECTRA.x, y=SPECTRA.y)
+COMPARED_SPECTRA: fig.Plot[SpaceGeometry] = fig.declared(
+    "compared-spectra", x=SPECTRA.x, y=SPECTRA.y
+)
 
 
-def _spectra(geometry: Spaces) -> Figure:
+def _spectra(geometry: Spaces) -> fig.Figure:
     spaces = {space.name: space for space in geometry.spaces}
     # Dashes tell the spaces apart where their curves lie on each other.
     traces = [
         SPECTRA.series(name, space, place + 1, dash=("solid", "dash", "solid")[place % 3])
         for place, (name, space) in enumerate(spaces.items())
     ]
-    rows, items = count(geometry.rows), count(geometry.items)
+    rows, items = fig.count(geometry.rows), fig.count(geometry.items)
     return SPECTRA.figure(spaces, traces=traces, rows=rows, items=items)
 
 
@@ -280,14 +269,14 @@ def _spectra(geometry: Spaces) -> Figure:
 
 SENSES = {"lower": "lower is better", "higher": "higher is better", "neither": "not ranked"}
 
-PARETO: Plot[int] = declared("pareto")
-AGREEMENT: Plot[float | None] = declared(
+PARETO: fig.Plot[int] = fig.declared("pareto")
+AGREEMENT: fig.Plot[float | None] = fig.declared(
     "agreement",
-    columns=(Column("Rank correlation", lambda value: value, number),),
+    columns=(fig.Column("Rank correlation", lambda value: value, fig.number),),
 )
 
 
-def comparison_figures(c: Comparison) -> list[Figure]:
+def comparison_figures(c: Comparison) -> list[fig.Figure]:
     """Return the figures of a comparison."""
     keys = {row.key for row in c.metrics}
     trades = [
@@ -300,7 +289,7 @@ def comparison_figures(c: Comparison) -> list[Figure]:
     # A figure of all models is drawn where it was measured for each of them.
     if len(responses) == len(c.names):
         first = responses[c.names[0]]
-        columns: tuple[Column[NoiseResponse], ...] = tuple(
+        columns: tuple[fig.Column[NoiseResponse], ...] = tuple(
             _flipped_ids(n, point.scale) for n, point in enumerate(first.flips.points)
         )
         flips = replace(COMPARED_FLIPS, columns=columns)
@@ -312,7 +301,7 @@ def comparison_figures(c: Comparison) -> list[Figure]:
         traces = [COMPARED_SPECTRA.series("input", source, "muted", dash="dot")]
         rows = [COMPARED_SPECTRA.row("input", source)]
         for place, (name, (*_, decoded)) in enumerate(spaces.items()):
-            traces.append(COMPARED_SPECTRA.series(name, decoded, palette(place)))
+            traces.append(COMPARED_SPECTRA.series(name, decoded, fig.palette(place)))
             rows.append(COMPARED_SPECTRA.row(name, decoded))
         figures.append(replace(COMPARED_SPECTRA.figure({}, traces=traces), rows=rows))
     proxies = {
@@ -321,25 +310,25 @@ def comparison_figures(c: Comparison) -> list[Figure]:
         "margin proxy": c.agreement.margins,
     }
     agreement = AGREEMENT.figure(
-        proxies, traces=[], scale=c.agreement.scale, rows=count(c.agreement.rows)
+        proxies, traces=[], scale=c.agreement.scale, rows=fig.count(c.agreement.rows)
     )
     return [*figures, agreement]
 
 
-def _flipped_ids(place: int, scale: float) -> Column[NoiseResponse]:
-    return Column(f"{scale:g}", lambda r: r.flips.points[place].prefix[-1].value, share)
+def _flipped_ids(place: int, scale: float) -> fig.Column[NoiseResponse]:
+    return fig.Column(f"{scale:g}", lambda r: r.flips.points[place].prefix[-1].value, fig.share)
 
 
-def _metric_value(row: MetricRow) -> Column[int]:
-    return Column(row.name, lambda place: row.values[place], WRITERS[row.kind])
+def _metric_value(row: MetricRow) -> fig.Column[int]:
+    return fig.Column(row.name, lambda place: row.values[place], fig.WRITERS[row.kind])
 
 
-def _pareto(c: Comparison, x: MetricRow, y: MetricRow) -> Figure:
+def _pareto(c: Comparison, x: MetricRow, y: MetricRow) -> fig.Figure:
     front = c.front(x, y)
     xs, ys = ([row.values[place] for place in front] for row in (x, y))
-    traces = [line("nobody better in both", xs, ys, "muted", **REFERENCE, hoverinfo="skip")]
+    traces = [fig.line("nobody better in both", xs, ys, "muted", **fig.REFERENCE, hoverinfo="skip")]
     for place, name in enumerate(c.names):
-        color = f"@{palette(place)}"
+        color = f"@{fig.palette(place)}"
         # A filled marker is on the front: no other model is better in both metrics.
         marker = {
             "color": color,
@@ -360,7 +349,7 @@ def _pareto(c: Comparison, x: MetricRow, y: MetricRow) -> Figure:
         )
     columns = (
         *(_metric_value(row) for row in (x, y)),
-        Column[int]("Beaten in both by another", lambda n: "no" if n in front else "yes"),
+        fig.Column[int]("Beaten in both by another", lambda n: "no" if n in front else "yes"),
     )
     return replace(PARETO, columns=columns).figure(
         {name: place for place, name in enumerate(c.names)},
@@ -374,4 +363,4 @@ def _pareto(c: Comparison, x: MetricRow, y: MetricRow) -> Figure:
 
 def _metric_axis(row: MetricRow) -> dict[str, Any]:
     title = f"{row.name}, {SENSES[row.better]}"
-    return axis(title, tickformat=".0%") if row.kind == "share" else axis(title)
+    return fig.axis(title, tickformat=".0%") if row.kind == "share" else fig.axis(title)

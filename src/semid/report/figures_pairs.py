@@ -8,37 +8,24 @@ from typing import Any
 from semid.diagnostics.auc import MatchRate
 from semid.diagnostics.popularity import PopularityHealth, PopularitySegment
 from semid.diagnostics.retrieval import HitRates, Retention
-from semid.report.figure import (
-    REFERENCE,
-    Column,
-    Figure,
-    Plot,
-    axis,
-    count,
-    declared,
-    error_bars,
-    interval,
-    line,
-    number,
-    share,
-)
+from semid.report import figure as fig
 from semid.report.results import PairResults
 
-HITS: Plot[HitRates] = declared(
+HITS: fig.Plot[HitRates] = fig.declared(
     "hits",
     x=lambda way: [f"HR@{k}" for k in way.rates],
     y=lambda way: [estimate.value for estimate in way.rates.values()],
     estimates=lambda way: list(way.rates.values()),
 )
-RETENTION: Plot[Retention] = declared(
+RETENTION: fig.Plot[Retention] = fig.declared(
     "retention",
     x=lambda way: way.above_chance,
     y=lambda way: [None if e is None else e.value for e in way.above_chance.values()],
     estimates=lambda way: list(way.above_chance.values()),
 )
-AUCS: Plot[Any] = declared(
+AUCS: fig.Plot[Any] = fig.declared(
     "aucs",
-    columns=(Column("AUC", lambda estimate: estimate, interval),),
+    columns=(fig.Column("AUC", lambda estimate: estimate, fig.interval),),
 )
 READINGS = {
     "exact_full": "whole id equal",
@@ -47,15 +34,15 @@ READINGS = {
     "weighted": "codeword cosine, weighted by level",
     "weighted_equality": "equal codes, weighted by level",
 }
-MATCHES: Plot[MatchRate] = declared("matches")
-POPULARITY: Plot[PopularitySegment] = declared("popularity")
+MATCHES: fig.Plot[MatchRate] = fig.declared("matches")
+POPULARITY: fig.Plot[PopularitySegment] = fig.declared("popularity")
 
 
-def _hit_rate(k: int) -> Column[HitRates]:
-    return Column(f"HR@{k}", lambda way: way.rates[k], interval)
+def _hit_rate(k: int) -> fig.Column[HitRates]:
+    return fig.Column(f"HR@{k}", lambda way: way.rates[k], fig.interval)
 
 
-def pair_figures(measured: PairResults, prefix: str, section: str, suffix: str) -> list[Figure]:
+def pair_figures(measured: PairResults, prefix: str, section: str, suffix: str) -> list[fig.Figure]:
     """Return the figures of one set of item pairs."""
     pairs, ks = measured.pairs, measured.cutoffs
     clusters = "users" if pairs.by_user else "query items"
@@ -63,7 +50,7 @@ def pair_figures(measured: PairResults, prefix: str, section: str, suffix: str) 
         "prefix": prefix,
         "section": section,
         "suffix": suffix,
-        "pairs": f"{count(pairs.pairs)} pairs of {count(pairs.clusters)} {clusters}",
+        "pairs": f"{fig.count(pairs.pairs)} pairs of {fig.count(pairs.clusters)} {clusters}",
     }
     # Retrieval by embeddings and by whole ids in one chart, with chance as the reference; the table
     # has the shorter prefixes too.
@@ -75,7 +62,7 @@ def pair_figures(measured: PairResults, prefix: str, section: str, suffix: str) 
     hits = replace(HITS, columns=tuple(_hit_rate(k) for k in ks)).figure(
         {way.name: way for way in (*measured.retrieval.hit_rates, *depths)},
         traces=[HITS.series(name, way, colors[name]) for name, way in ways.items()],
-        candidates=count(pairs.pool - 1),
+        candidates=fig.count(pairs.pool - 1),
         **facts,
     )
     retention = RETENTION.figure(
@@ -85,9 +72,9 @@ def pair_figures(measured: PairResults, prefix: str, section: str, suffix: str) 
                 RETENTION.series(way.name, way, place + 2)
                 for place, way in enumerate(measured.retrieval.retention)
             ),
-            line("as good as the original", ks, [1.0] * len(ks), "muted", **REFERENCE),
+            fig.line("as good as the original", ks, [1.0] * len(ks), "muted", **fig.REFERENCE),
         ],
-        layout={"xaxis": axis("K", ticks=ks)},
+        layout={"xaxis": fig.axis("K", ticks=ks)},
         **facts,
     )
     # The table has two rows per reconstruction, which a declaration cannot say.
@@ -95,7 +82,7 @@ def pair_figures(measured: PairResults, prefix: str, section: str, suffix: str) 
         retention,
         columns=["", *(f"K = {k}" for k in ks)],
         rows=[
-            [f"{way.name}, {what}", *(interval(values[k]) for k in ks)]
+            [f"{way.name}, {what}", *(fig.interval(values[k]) for k in ks)]
             for way in measured.retrieval.retention
             for what, values in (("above chance", way.above_chance), ("plain ratio", way.plain))
         ],
@@ -103,7 +90,7 @@ def pair_figures(measured: PairResults, prefix: str, section: str, suffix: str) 
     return [hits, retention, _aucs(measured, facts), _matches(measured, facts)]
 
 
-def _aucs(measured: PairResults, facts: dict[str, Any]) -> Figure:
+def _aucs(measured: PairResults, facts: dict[str, Any]) -> fig.Figure:
     aucs = {READINGS.get(name, name): value for name, value in measured.aucs.aucs.items()}
     trace = {
         "type": "scatter",
@@ -112,19 +99,19 @@ def _aucs(measured: PairResults, facts: dict[str, Any]) -> Figure:
         "y": list(aucs),
         "marker": {"color": "@1", "size": 9},
         "hovertemplate": "%{y}: %{x:.3f}<extra></extra>",
-        **error_bars(list(aucs.values()), along="x"),
+        **fig.error_bars(list(aucs.values()), along="x"),
     }
     return AUCS.figure(
         aucs, traces=[trace], per_pair=measured.aucs.per_pair, seed=measured.aucs.seed, **facts
     )
 
 
-def _matches(measured: PairResults, facts: dict[str, Any]) -> Figure:
+def _matches(measured: PairResults, facts: dict[str, Any]) -> fig.Figure:
     hierarchical = measured.aucs.hierarchical
-    columns: tuple[Column[MatchRate], ...] = (
-        Column("Related pairs", lambda m: m.rates(hierarchical)[0], share),
-        Column("Random pairs", lambda m: m.rates(hierarchical)[1], share),
-        Column("Ratio", lambda m: m.ratio(hierarchical), number),
+    columns: tuple[fig.Column[MatchRate], ...] = (
+        fig.Column("Related pairs", lambda m: m.rates(hierarchical)[0], fig.share),
+        fig.Column("Random pairs", lambda m: m.rates(hierarchical)[1], fig.share),
+        fig.Column("Ratio", lambda m: m.ratio(hierarchical), fig.number),
     )
     return replace(MATCHES, columns=columns).figure(
         {
@@ -136,7 +123,7 @@ def _matches(measured: PairResults, facts: dict[str, Any]) -> Figure:
     )
 
 
-def popularity_figure(popularity: PopularityHealth) -> Figure:
+def popularity_figure(popularity: PopularityHealth) -> fig.Figure:
     """Return the figure of collisions and capacity by popularity."""
     segments = {segment.name: segment for segment in popularity.segments}
-    return POPULARITY.figure(segments, shared=share(popularity.interactions_in_shared_ids))
+    return POPULARITY.figure(segments, shared=fig.share(popularity.interactions_in_shared_ids))
