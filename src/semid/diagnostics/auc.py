@@ -87,21 +87,13 @@ def negative_pairs(pairs: ItemPairs, *, per_pair: int = 10, seed: int = 0) -> Ne
 
 @dataclass(frozen=True)
 class MatchRate(Result):
-    """How often pairs match at one depth.
+    """How often pairs match at one depth."""
 
-    Attributes:
-        depth: levels, counted from 1.
-        prefix_positive: share of positive pairs whose first ``depth`` codes are all equal.
-        prefix_negative: the same of the negatives.
-        code_positive: share of positive pairs whose code at this level is equal.
-        code_negative: the same of the negatives.
-    """
-
-    depth: int
-    prefix_positive: float
-    prefix_negative: float
-    code_positive: float
-    code_negative: float
+    depth: int  # levels, counted from 1
+    prefix_positive: float  # share of positive pairs whose first ``depth`` codes are all equal
+    prefix_negative: float  # the same of the negatives
+    code_positive: float  # share of positive pairs whose code at this level is equal
+    code_negative: float  # the same of the negatives
 
     def rates(self, hierarchical: bool) -> tuple[float, float]:
         """Return the match rates of positives and negatives, by prefix or by this code alone."""
@@ -117,27 +109,17 @@ class MatchRate(Result):
 
 @dataclass(frozen=True)
 class PairAucs(Result):
-    """AUCs of every reading on the same pairs and negatives.
+    """AUCs of every reading on the same pairs and negatives."""
 
-    Attributes:
-        pairs: counts of the positive pairs and of those left out.
-        per_pair: negatives per pair.
-        seed: of the negatives and of the bootstrap.
-        hierarchical: whether ``exact`` is ``exact_prefix`` (True) or ``exact_count``.
-        weights: of the levels in the weighted readings.
-        aucs: reading -> AUC with its interval: ``exact_full``, ``exact_prefix``,
-            ``exact_count``, ``weighted``, ``weighted_equality``, and ``embedding: <name>`` for
-            each embedding given.
-        matches: how often pairs match, by depth.
-    """
-
-    pairs: PairCounts
-    per_pair: int
-    seed: int
-    hierarchical: bool
-    weights: tuple[float, ...]
+    pairs: PairCounts  # counts of the positive pairs and of those left out
+    per_pair: int  # negatives per pair
+    seed: int  # of the negatives and of the bootstrap
+    hierarchical: bool  # whether ``exact`` is ``exact_prefix`` (True) or ``exact_count``
+    weights: tuple[float, ...]  # of the levels in the weighted readings
+    # reading -> AUC with its interval: ``exact_full``, ``exact_prefix``, ``exact_count``,
+    # ``weighted``, ``weighted_equality``, and ``embedding: <name>`` for each embedding given
     aucs: dict[str, Estimate]
-    matches: tuple[MatchRate, ...]
+    matches: tuple[MatchRate, ...]  # how often pairs match, by depth
 
     @property
     def exact(self) -> Estimate:

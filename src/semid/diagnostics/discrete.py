@@ -199,21 +199,14 @@ def discrete_ranks(
 
 @dataclass(frozen=True)
 class DiscreteRetrieval(Result):
-    """Hit rates of retrieval by codes.
+    """Hit rates of retrieval by codes."""
 
-    Attributes:
-        hierarchical: whether by prefix (True) or by number of equal codes.
-        seed: of the order of ties.
-        pairs: counts of the pairs.
-        depths: hit rates with the first 1, 2, ... levels; the last is the whole id.
-        expected: the same averaged over all orders of ties: no seed enters.
-    """
-
-    hierarchical: bool
-    seed: int
-    pairs: PairCounts
+    hierarchical: bool  # whether by prefix (True) or by number of equal codes
+    seed: int  # of the order of ties
+    pairs: PairCounts  # counts of the pairs
+    # hit rates with the first 1, 2, ... levels; the last is the whole id
     depths: tuple[HitRates, ...]
-    expected: tuple[HitRates, ...]
+    expected: tuple[HitRates, ...]  # the same averaged over all orders of ties: no seed enters
 
 
 def discrete_retrieval(

@@ -28,8 +28,8 @@ Encode = Callable[[Float], Any]
 class _NoisePoint(Result):
     """Shares of the items that change at one noise scale."""
 
-    scale: float
-    noise: float
+    scale: float  # noise as a multiple of the standard deviation of the space it is put on
+    noise: float  # its standard deviation per dimension
 
     def shares(self, hierarchical: bool) -> tuple[Any, ...]:
         """Return the shares per level: by prefix, or by code alone for parallel codebooks."""
@@ -47,38 +47,23 @@ class FlipPoint(_NoisePoint):
 
 @dataclass(frozen=True)
 class MarginPoint(_NoisePoint):
-    """Expected flips at one noise scale.
+    """Expected flips at one noise scale."""
 
-    Attributes:
-        scale: noise as a multiple of the standard deviation of the space it is put on.
-        noise: its standard deviation per dimension.
-        code: per level, share of the items whose code at that level changes.
-        prefix: per level, share of the items whose codes up to that level change anywhere.
-    """
-
-    code: tuple[float, ...]
+    code: tuple[float, ...]  # per level, share of the items whose code at that level changes
+    # per level, share of the items whose codes up to that level change anywhere
     prefix: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class FlipRates(Result):
-    """Measured flip rates over a sweep of noise scales.
+    """Measured flip rates over a sweep of noise scales."""
 
-    Attributes:
-        space: space the noise was put on.
-        unit: standard deviation that the scales multiply.
-        items: items encoded.
-        seed: of the noise.
-        confidence: coverage of the intervals.
-        points: one per scale.
-    """
-
-    space: Space
-    unit: float
-    items: int
-    seed: int
-    confidence: float
-    points: tuple[FlipPoint, ...]
+    space: Space  # space the noise was put on
+    unit: float  # standard deviation that the scales multiply
+    items: int  # items encoded
+    seed: int  # of the noise
+    confidence: float  # coverage of the intervals
+    points: tuple[FlipPoint, ...]  # one per scale
 
 
 def _encoded(encode: Callable[[Float], Any], rows: Float, *, codes: bool) -> npt.NDArray[Any]:
@@ -166,21 +151,13 @@ _ROWS = 2048  # rows per block; rows x 9 walls x latent floats are gathered at o
 
 @dataclass(frozen=True)
 class MarginProxy(Result):
-    """Margin proxy over a sweep of noise scales.
+    """Margin proxy over a sweep of noise scales."""
 
-    Attributes:
-        space: space the noise is put on.
-        unit: standard deviation that the scales multiply.
-        items: items averaged over.
-        neighbors: cell walls per item and level.
-        points: one per scale.
-    """
-
-    space: Space
-    unit: float
-    items: int
-    neighbors: int
-    points: tuple[MarginPoint, ...]
+    space: Space  # space the noise is put on
+    unit: float  # standard deviation that the scales multiply
+    items: int  # items averaged over
+    neighbors: int  # cell walls per item and level
+    points: tuple[MarginPoint, ...]  # one per scale
 
 
 class _Walls:

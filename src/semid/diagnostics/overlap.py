@@ -37,26 +37,17 @@ _NEAR = 1e-2
 
 @dataclass(frozen=True)
 class OverlapPoint(Result):
-    """Overlap of one codebook at one noise scale.
-
-    Attributes:
-        scale: noise as a multiple of the latent standard deviation.
-        noise: the noise's standard deviation s per dimension, in latent units.
-        rate: expected overlap rate R, DRQ eq. 1; ``collision_probability + geometry``.
-        collision_probability: ``sum_i p_i^2``, the distribution floor that usage alone gives.
-        geometry: geometry penalty ``R - collision_probability``, added by near codewords.
-        effective_size: effective codebook size ``1 / R``, DRQ eq. 12.
-    """
+    """Overlap of one codebook at one noise scale."""
 
     derived: ClassVar[tuple[str, ...]] = ("geometry_share", "usage_only")
     renamed: ClassVar[dict[str, str]] = {"floor": "collision_probability"}
 
-    scale: float
-    noise: float
-    rate: float
-    collision_probability: float
-    geometry: float
-    effective_size: float
+    scale: float  # noise as a multiple of the latent standard deviation
+    noise: float  # the noise's standard deviation s per dimension, in latent units
+    rate: float  # expected overlap rate R, DRQ eq. 1; ``collision_probability + geometry``
+    collision_probability: float  # ``sum_i p_i^2``, the distribution floor that usage alone gives
+    geometry: float  # geometry penalty ``R - collision_probability``, added by near codewords
+    effective_size: float  # effective codebook size ``1 / R``, DRQ eq. 12
 
     @property
     def usage_size(self) -> float:
@@ -76,23 +67,15 @@ class OverlapPoint(Result):
 
 @dataclass(frozen=True)
 class LevelOverlap(Result):
-    """Overlap of one level's codebook over the sweep.
-
-    Attributes:
-        level: level, counted from 0.
-        codebook_size: K, dead codes included.
-        active: codes in use; only these enter the sums.
-        latent_std: the latent standard deviation that the scales multiply.
-        points: one per scale, in the given order.
-    """
+    """Overlap of one level's codebook over the sweep."""
 
     derived: ClassVar[tuple[str, ...]] = ("geometry_scale",)
 
-    level: int
-    codebook_size: int
-    active: int
-    latent_std: float
-    points: tuple[OverlapPoint, ...]
+    level: int  # level, counted from 0
+    codebook_size: int  # K, dead codes included
+    active: int  # codes in use; only these enter the sums
+    latent_std: float  # the latent standard deviation that the scales multiply
+    points: tuple[OverlapPoint, ...]  # one per scale, in the given order
 
     @property
     def geometry_scale(self) -> float | None:

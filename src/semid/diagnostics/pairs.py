@@ -21,25 +21,15 @@ Rows = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class PairCounts(Result):
-    """How many pairs a result is about.
+    """How many pairs a result is about."""
 
-    Attributes:
-        pool: items in the pool.
-        pairs: number of pairs.
-        queries: number of different query items.
-        clusters: users, or query items where there are no users; intervals are taken over these.
-        by_user: whether ``clusters`` are users.
-        unknown: pairs left out because an item is not in the pool.
-        same: pairs left out because both items are the same.
-    """
-
-    pool: int
-    pairs: int
-    queries: int
-    clusters: int
-    by_user: bool
-    unknown: int
-    same: int
+    pool: int  # items in the pool
+    pairs: int  # number of pairs
+    queries: int  # number of different query items
+    clusters: int  # users, or query items where there are no users; intervals are taken over these
+    by_user: bool  # whether ``clusters`` are users
+    unknown: int  # pairs left out because an item is not in the pool
+    same: int  # pairs left out because both items are the same
 
 
 @dataclass(frozen=True)

@@ -18,53 +18,32 @@ SEGMENTS = ("head", "mid", "tail", "unseen")
 
 @dataclass(frozen=True)
 class PopularitySegment(Result):
-    """Collisions and capacity of the items of one popularity segment.
-
-    Attributes:
-        name: ``head``, ``mid``, ``tail``, or ``unseen`` for items without interactions.
-        items: number of its items.
-        interactions: number of their interactions.
-        interaction_share: the same as a share of all.
-        unique_ids: different ids they hold.
-        collision_rate: ``1 - unique_ids / items`` inside the segment.
-        colliding_item_rate: share of its items that share their id with any other item.
-        shared_with_head: share of its items that share their id with another item of the head.
-        mean_bucket: mean number of items in the bucket of an item of the segment.
-        capacity_share: share of all ids that the segment holds; an id of several items is divided
-            evenly among them.
-        perplexity: per level, ``exp(H)`` of the segment's code frequencies.
-    """
+    """Collisions and capacity of the items of one popularity segment."""
 
     renamed: ClassVar[dict[str, str]] = {"shared_share": "colliding_item_rate"}
 
-    name: str
-    items: int
-    interactions: int
-    interaction_share: float
-    unique_ids: int
-    collision_rate: float
-    colliding_item_rate: float
-    shared_with_head: float
-    mean_bucket: float
+    name: str  # ``head``, ``mid``, ``tail``, or ``unseen`` for items without interactions
+    items: int  # number of its items
+    interactions: int  # number of their interactions
+    interaction_share: float  # the same as a share of all
+    unique_ids: int  # different ids they hold
+    collision_rate: float  # ``1 - unique_ids / items`` inside the segment
+    colliding_item_rate: float  # share of its items that share their id with any other item
+    shared_with_head: float  # share of its items that share their id with another item of the head
+    mean_bucket: float  # mean number of items in the bucket of an item of the segment
+    # share of all ids that the segment holds; an id of several items is divided evenly among them
     capacity_share: float
-    perplexity: tuple[float, ...]
+    perplexity: tuple[float, ...]  # per level, ``exp(H)`` of the segment's code frequencies
 
 
 @dataclass(frozen=True)
 class PopularityHealth(Result):
-    """Collisions and capacity by popularity.
+    """Collisions and capacity by popularity."""
 
-    Attributes:
-        head: share of the items with interactions that make the head.
-        mid: share that makes the mid.
-        segments: those with items, most popular first.
-        interactions_in_shared_ids: share of all interactions with items that share their id.
-    """
-
-    head: float
-    mid: float
-    segments: tuple[PopularitySegment, ...]
-    interactions_in_shared_ids: float
+    head: float  # share of the items with interactions that make the head
+    mid: float  # share that makes the mid
+    segments: tuple[PopularitySegment, ...]  # those with items, most popular first
+    interactions_in_shared_ids: float  # share of all interactions with items that share their id
 
 
 def popularity_segments(

@@ -35,48 +35,34 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class HitRates(Result):
-    """HR@K of one way to retrieve.
+    """HR@K of one way to retrieve."""
 
-    Attributes:
-        name: which way.
-        rates: K -> share of the pairs whose target is among the first K, with its interval.
-    """
-
-    name: str
+    name: str  # which way
+    # K -> share of the pairs whose target is among the first K, with its interval
     rates: dict[int, Estimate]
 
 
 @dataclass(frozen=True)
 class Retention(Result):
-    """How much of the original embedding's retrieval a reconstruction retains.
+    """How much of the original embedding's retrieval a reconstruction retains."""
 
-    Attributes:
-        name: which reconstruction, ``decoder(codes)`` or ``decoder(z)``.
-        above_chance: K -> ``(HR_rec - HR_random) / (HR_orig - HR_random)``, not bounded by 1;
-            None where the original is not better than chance.
-        plain: K -> ``HR_rec / HR_orig``; None where the original has no hit.
-    """
-
-    name: str
+    name: str  # which reconstruction, ``decoder(codes)`` or ``decoder(z)``
+    # K -> ``(HR_rec - HR_random) / (HR_orig - HR_random)``, not bounded by 1; None where the
+    # original is not better than chance
     above_chance: dict[int, Estimate | None]
+    # K -> ``HR_rec / HR_orig``; None where the original has no hit
     plain: dict[int, Estimate | None]
 
 
 @dataclass(frozen=True)
 class ItemRetrieval(Result):
-    """Item-to-item retrieval by embeddings.
+    """Item-to-item retrieval by embeddings."""
 
-    Attributes:
-        pairs: counts of the pairs and of those left out.
-        seed: of the order of ties and of the bootstrap.
-        hit_rates: ``original``, each reconstruction, ``random`` (closed form ``K / (N - 1)``).
-        retention: one per reconstruction.
-    """
-
-    pairs: PairCounts
-    seed: int
+    pairs: PairCounts  # counts of the pairs and of those left out
+    seed: int  # of the order of ties and of the bootstrap
+    # ``original``, each reconstruction, ``random`` (closed form ``K / (N - 1)``)
     hit_rates: tuple[HitRates, ...]
-    retention: tuple[Retention, ...]
+    retention: tuple[Retention, ...]  # one per reconstruction
 
 
 def check_cutoffs(cutoffs: Sequence[int], pool: int) -> tuple[int, ...]:

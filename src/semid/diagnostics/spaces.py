@@ -89,35 +89,23 @@ _CONSTANT = 1e-12
 
 @dataclass(frozen=True)
 class Geometry(Result):
-    """Geometry of one space.
+    """Geometry of one space."""
 
-    Attributes:
-        name: which space, for example ``input``, ``latent``, ``reconstruction``.
-        rows: rows measured.
-        items: rows to choose from.
-        dim: width.
-        participation_ratio: ``(sum l)^2 / sum l^2`` of the covariance's eigenvalues, 1 to dim.
-        effective_rank: ``exp(-sum q log q)``, ``q = l / sum l``, 1 to dim.
-        top_share: largest eigenvalue's share of the variance.
-        mean_abs_cosine: mean absolute cosine between distinct columns as they are (the paper's
-            reading); None with fewer than two columns that are not zero.
-        mean_abs_cosine_centered: the same with centered columns, mean absolute correlation.
-        zero_columns: columns of zeros, left out of the first cosine.
-        constant_columns: columns without variance, left out of the second.
-        eigenvalues: of the covariance, largest first, ``(dim,)``.
-    """
-
-    name: str
-    rows: int
-    items: int
-    dim: int
-    participation_ratio: float
-    effective_rank: float
-    top_share: float
+    name: str  # which space, for example ``input``, ``latent``, ``reconstruction``
+    rows: int  # rows measured
+    items: int  # rows to choose from
+    dim: int  # width
+    participation_ratio: float  # ``(sum l)^2 / sum l^2`` of the covariance's eigenvalues, 1 to dim
+    effective_rank: float  # ``exp(-sum q log q)``, ``q = l / sum l``, 1 to dim
+    top_share: float  # largest eigenvalue's share of the variance
+    # mean absolute cosine between distinct columns as they are (the paper's reading); None with
+    # fewer than two columns that are not zero
     mean_abs_cosine: float | None
+    # the same with centered columns, mean absolute correlation
     mean_abs_cosine_centered: float | None
-    zero_columns: int
-    constant_columns: int
+    zero_columns: int  # columns of zeros, left out of the first cosine
+    constant_columns: int  # columns without variance, left out of the second
+    # of the covariance, largest first, ``(dim,)``
     eigenvalues: npt.NDArray[np.float64] = field(
         default_factory=lambda: np.zeros(0), repr=False, compare=False
     )
@@ -202,29 +190,20 @@ def geometry(
 
 @dataclass(frozen=True)
 class Reconstruction(Result):
-    """Reconstruction error under every reading the papers use.
+    """Reconstruction error under every reading the papers use."""
 
-    Attributes:
-        name: what was reconstructed from what: ``decoder(codes)`` or ``decoder(z)``.
-        items: rows compared.
-        dim: width.
-        mse: squared error per element.
-        normalized_error: squared error summed over l2-normalized vectors, ``2 (1 - cosine)``; the
-            DRQ paper's reading. Rows that are zero on one side are left out.
-        relative_error: ``sum |x - x_hat|^2 / sum |x - mean|^2``; 1 is as good as the mean vector,
-            None where all rows are equal.
-        cosine: mean cosine of x and x_hat; rows that are zero on one side are left out.
-        zero_rows: number of such rows.
-    """
-
-    name: str
-    items: int
-    dim: int
-    mse: float
+    name: str  # what was reconstructed from what: ``decoder(codes)`` or ``decoder(z)``
+    items: int  # rows compared
+    dim: int  # width
+    mse: float  # squared error per element
+    # squared error summed over l2-normalized vectors, ``2 (1 - cosine)``; the DRQ paper's reading.
+    # Rows that are zero on one side are left out
     normalized_error: float | None
+    # ``sum |x - x_hat|^2 / sum |x - mean|^2``; 1 is as good as the mean vector, None where all rows
+    # are equal
     relative_error: float | None
-    cosine: float | None
-    zero_rows: int
+    cosine: float | None  # mean cosine of x and x_hat; rows that are zero on one side are left out
+    zero_rows: int  # number of such rows
 
 
 def reconstruction(x: Matrix, x_hat: Matrix, *, name: str) -> Reconstruction:

@@ -152,26 +152,22 @@ class LevelErrors(Result):
 
 @dataclass(frozen=True)
 class ReconstructionErrors(Result):
-    """Errors of ``decoder(codes)`` in the input space, and by level in the latent space.
-
-    Attributes:
-        normalized_squared_error: mean squared error between rows and reconstructions of length 1.
-        relative_error: group -> summed squared error over the summed squared distance to the mean
-            of all rows; None where all rows of the group lie at the mean. Groups are ``all`` and,
-            where the rows are those of the fit, ``training`` and ``held_out``.
-        per_level_kind: whether ``per_level`` is about ``prefix``es or each codebook ``alone``,
-            in the columns of the latent that it quantizes.
-        variance: of the input, summed over dimensions, as ``latent_variance`` of the latent.
-    """
+    """Errors of ``decoder(codes)`` in the input space, and by level in the latent space."""
 
     space: str
     mse_per_element: float
+    # mean squared error between rows and reconstructions of length 1
     normalized_squared_error: float
     mean_cosine: float
+    # group -> summed squared error over the summed squared distance to the mean of all rows; None
+    # where all rows of the group lie at the mean. Groups are ``all`` and, where the rows are those
+    # of the fit, ``training`` and ``held_out``
     relative_error: Mapping[str, float | None]
+    # whether ``per_level`` is about ``prefix``es or each codebook ``alone``, in the columns of the
+    # latent that it quantizes
     per_level_kind: Literal["prefix", "alone"]
     per_level: tuple[LevelErrors, ...]
-    variance: float
+    variance: float  # of the input, summed over dimensions, as ``latent_variance`` of the latent
     latent_variance: float
 
 
@@ -234,21 +230,16 @@ class PairResults(Result):
 
 @dataclass(frozen=True)
 class Behavior(Result):
-    """What the interactions show: counts, popularity, and results on pairs of the test users.
-
-    Attributes:
-        unknown_interactions: interactions with items outside the catalogue.
-        order: the column that orders them and what decides between ties, or None.
-        popularity: collisions and capacity by popularity; None without a known interaction.
-        measured: results on consecutive items of the test users; None without an order.
-    """
+    """What the interactions show: counts, popularity, and results on pairs of the test users."""
 
     interactions: int
     users: int
     test_users: int
-    unknown_interactions: int
-    order: str | None
+    unknown_interactions: int  # interactions with items outside the catalogue
+    order: str | None  # the column that orders them and what decides between ties, or None
+    # collisions and capacity by popularity; None without a known interaction
     popularity: PopularityHealth | None = None
+    # results on consecutive items of the test users; None without an order
     measured: PairResults | None = None
 
 
@@ -325,26 +316,18 @@ class Diagnosis(Document):
 
 @dataclass(frozen=True)
 class MetricRow(Result):
-    """One metric over all models.
+    """One metric over all models."""
 
-    Attributes:
-        key: fixed name, for programs.
-        view: which question it answers.
-        name: what it is called.
-        better: which way is good, or ``neither`` where more is not better by itself.
-        kind: how it is written: ``share``, ``number`` or ``count``.
-        lead: whether it stands for its view in the trade-offs.
-        values: one per model; None where it was not measured.
-        ranks: one per model, 1 the best, equal values share a rank; None where unranked.
-    """
-
-    key: str
-    view: str
-    name: str
+    key: str  # fixed name, for programs
+    view: str  # which question it answers
+    name: str  # what it is called
+    # which way is good, or ``neither`` where more is not better by itself
     better: Literal["lower", "higher", "neither"]
+    # how it is written: ``share``, ``number`` or ``count``
     kind: Literal["share", "number", "count"]
-    lead: bool
-    values: tuple[float | None, ...]
+    lead: bool  # whether it stands for its view in the trade-offs
+    values: tuple[float | None, ...]  # one per model; None where it was not measured
+    # one per model, 1 the best, equal values share a rank; None where unranked
     ranks: tuple[int | None, ...]
 
 

@@ -158,31 +158,19 @@ def _cosines(products: Floats) -> Floats:
 
 @dataclass(frozen=True)
 class CodeAnalysis(Result):
-    """MoC's metrics of a trained model's semantic embeddings, on one part.
+    """MoC's metrics of a trained model's semantic embeddings, on one part."""
 
-    Attributes:
-        rows: number of rows.
-        fields: names of the code fields.
-        sweep: the flattened embedding at every number of clusters.
-        first: the first field's embedding at every number of clusters (fig. 1c).
-        levels: each field's embedding alone (fig. 3).
-        codes: the codes themselves (fig. 3).
-        singular_values: singular values of the embeddings side by side, largest first.
-        correlation: correlation of every two fields, eq. 9.
-        cka: linear CKA of every two fields.
-        fused: whether the embeddings are those after fusion.
-    """
-
-    rows: int
-    fields: tuple[str, ...]
-    sweep: tuple[Discriminability, ...]
+    rows: int  # number of rows
+    fields: tuple[str, ...]  # names of the code fields
+    sweep: tuple[Discriminability, ...]  # the flattened embedding at every number of clusters
+    # the first field's embedding at every number of clusters (fig. 1c)
     first: tuple[Discriminability, ...]
-    levels: tuple[Discriminability, ...]
-    codes: tuple[Discriminability, ...]
-    singular_values: Floats
-    correlation: Floats
-    cka: Floats
-    fused: bool
+    levels: tuple[Discriminability, ...]  # each field's embedding alone (fig. 3)
+    codes: tuple[Discriminability, ...]  # the codes themselves (fig. 3)
+    singular_values: Floats  # singular values of the embeddings side by side, largest first
+    correlation: Floats  # correlation of every two fields, eq. 9
+    cka: Floats  # linear CKA of every two fields
+    fused: bool  # whether the embeddings are those after fusion
 
 
 def analyze_codes(
