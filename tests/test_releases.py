@@ -223,7 +223,7 @@ def test_semid_prepare_and_the_rating_label(tmp_path, capsys, monkeypatch):
     assert "interactions of 20 users with 12 items" in capsys.readouterr().out
     folder = tmp_path / "data" / "own"
     assert np.load(folder / "embeddings.f16.npy").shape == (12, 2)
-    assert read_interactions(folder / "interactions.parquet").order_column == "position"
+    assert read_interactions(folder / "interactions.parquet").order_column == "timestamp"
     assert pq.read_table(folder / "items.parquet").num_rows == 12
     rows = prepare_ranking_data(
         folder / "interactions.parquet",
