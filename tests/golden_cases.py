@@ -819,7 +819,13 @@ def export_case(to: str) -> None:
         model = ("--model", "@kmeans")
         if to == "torcheasyrec":
             model = (*model, "--embeddings", "@items.parquet", "--candidates", 3)
-        suffix = {"lcrec": ".json", "torcheasyrec": ".parquet", "torch-export": ".pt2"}.get(to, "")
+        if EXPORTS[to].interactions:
+            model = (*model, "--interactions", "@log.parquet")
+        suffixes = {
+            "lcrec": ".json", "lcrec-sequences": ".json", "torcheasyrec": ".parquet",
+            "torch-export": ".pt2",
+        }  # fmt: skip
+        suffix = suffixes.get(to, "")
         out = folder / f"out{suffix}"
         world.run("export", *ids, "--to", to, *model, "-o", out)
         EXPORTED.get(to, _files)(out, world, record)
@@ -866,7 +872,27 @@ def _torch_export(out: Path, world: World, record: Record) -> None:
     record.exact["codes are those of encode"] = bool(np.array_equal(codes, world.ids.codes))
 
 
-EXPORTED = {"grid": _grid, "faiss": _faiss, "onnx": _onnx, "torch-export": _torch_export}
+def _lcrec_sequences(out: Path, world: World, record: Record) -> None:
+    histories = json.loads(out.read_text(encoding="utf8"))
+    record.exact["histories"] = [len(histories), digest(histories)]
+
+
+def _grid_sequences(out: Path, world: World, record: Record) -> None:
+    """Record what the files hold: their compressed bytes depend on the version of zlib."""
+    for split in sorted(path for path in out.iterdir() if path.is_dir()):
+        contents = [gzip.decompress(file.read_bytes()).hex() for file in sorted(split.iterdir())]
+        record.exact[split.name] = [len(contents), digest(contents)]
+    record.files("users", out / "users.parquet")
+
+
+EXPORTED = {
+    "lcrec-sequences": _lcrec_sequences,
+    "grid": _grid,
+    "grid-sequences": _grid_sequences,
+    "faiss": _faiss,
+    "onnx": _onnx,
+    "torch-export": _torch_export,
+}
 for _name in EXPORTS:
     export_case(_name)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -13,18 +15,21 @@ import torch
 import semid
 from catalogue_cases import drawn_neural, drawn_tokenizer, parallel_tokenizer, rows
 from semid.catalogue.uniqueness import make_unique
+from semid.cli import main
 from semid.codes import SemanticIds
 from semid.data.ids import ItemIds
 from semid.errors import (
     ArtefactError,
     FingerprintError,
     InputError,
+    InteractionsError,
     OutputExistsError,
     UsageError,
 )
 from semid.exports.encoders import codes_graph
 from semid.exports.formats import EXPORTS, export, import_ids
 from semid.exports.id_files import level_letter, parse_text, sid_text
+from semid.exports.sequences import crc32c
 
 NAMES = [f"item-{n}" for n in range(60)]
 
@@ -372,6 +377,168 @@ def test_huggingface_in_a_model(appended, tokenizer, tmp_path):
         HuggingFaceExport.read(tmp_path / "hf")
 
 
+@pytest.fixture(scope="module")
+def log():
+    """Return a log of eleven users with repeats, an unknown item and users that are too short."""
+    generator = np.random.default_rng(4)
+    users = [f"user {n}" for n in range(11) for _ in range(1 if n == 3 else n + 2)]
+    items = [NAMES[row] for row in generator.integers(0, 60, len(users))]
+    items[::7] = ["unheard of"] * len(items[::7])
+    rows = {"user_id": users, "item_id": items, "timestamp": generator.permutation(len(users))}
+    return pa.table(rows).take(generator.permutation(len(users)))
+
+
+def histories_by_hand(log) -> dict[str, list[int]]:
+    """Return the rows of the known items of each user with at least three, oldest first."""
+    rows = sorted(log.to_pylist(), key=lambda row: row["timestamp"])
+    expected: dict[str, list[int]] = {}
+    for row in rows:
+        if row["item_id"] in NAMES:
+            expected.setdefault(row["user_id"], []).append(NAMES.index(row["item_id"]))
+    return {user: items for user, items in expected.items() if len(items) >= 3}
+
+
+def test_lcrec_sequences_round_trip(ids, log, tmp_path, caplog):
+    path = export("lcrec-sequences", tmp_path / "Demo.inter.json", ids=ids, interactions=log)
+    expected = histories_by_hand(log)
+    assert 3 < len(expected) < 11
+    assert json.loads(path.read_text()) == expected
+    assert f"{11 - len(expected)} of 11 users have fewer than 3 interactions" in caplog.text
+    # The numbers are the keys of the ids, so both files together give each history's tokens.
+    export("lcrec", tmp_path / "Demo.index.json", ids=ids)
+    index = json.loads((tmp_path / "Demo.index.json").read_text())
+    user, rows_ = next(iter(expected.items()))
+    assert ["".join(index[str(row)]) for row in json.loads(path.read_text())[user]] == [
+        "".join(f"<{level_letter(n)}_{c}>" for n, c in enumerate(ids.codes[row])) for row in rows_
+    ]
+    # semid reads the histories again, and writes the same.
+    numbered = SemanticIds(ItemIds.range(60), ids.codes, ids.residual_norms, ids.info)
+    again = export("lcrec-sequences", tmp_path / "again.json", ids=numbered, interactions=path)
+    assert json.loads(again.read_text()) == expected
+
+
+def read_tfrecord(path):
+    """Read a file of examples by means of others: gzip, and messages that protobuf parses."""
+    descriptor_pb2 = pytest.importorskip("google.protobuf.descriptor_pb2")
+    from google.protobuf import descriptor_pool, message_factory
+
+    field = descriptor_pb2.FieldDescriptorProto
+    file = descriptor_pb2.FileDescriptorProto(name="example.proto", package="t", syntax="proto3")
+
+    def message(name, **fields):
+        entry = file.message_type.add(name=name)
+        for field_name, (number, kind, type_name, label) in fields.items():
+            declared = entry.field.add(name=field_name, number=number, type=kind, label=label)
+            if type_name:
+                declared.type_name = type_name
+        return entry
+
+    one, many = field.LABEL_OPTIONAL, field.LABEL_REPEATED
+    message("Int64List", value=(1, field.TYPE_INT64, "", many))
+    message("Feature", int64_list=(3, field.TYPE_MESSAGE, ".t.Int64List", one))
+    features = message("Features", feature=(1, field.TYPE_MESSAGE, ".t.Features.Entry", many))
+    entry = features.nested_type.add(name="Entry")
+    entry.options.map_entry = True
+    entry.field.add(name="key", number=1, type=field.TYPE_STRING, label=one)
+    entry.field.add(
+        name="value", number=2, type=field.TYPE_MESSAGE, type_name=".t.Feature", label=one
+    )
+    message("Example", features=(1, field.TYPE_MESSAGE, ".t.Features", one))
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    parser = message_factory.GetMessageClass(pool.FindMessageTypeByName("t.Example"))
+    data = gzip.decompress(path.read_bytes())
+    examples = []
+    while data:
+        length = int.from_bytes(data[:8], "little")
+        for content, checksum in (
+            (data[:8], data[8:12]),
+            (data[12 : 12 + length], data[12 + length : 16 + length]),
+        ):
+            unmasked = (int.from_bytes(checksum, "little") - 0xA282EAD8) % 2**32
+            assert (unmasked >> 17 | unmasked << 15) % 2**32 == crc32c(content)
+        parsed = parser.FromString(data[12 : 12 + length])
+        lists = {name: list(f.int64_list.value) for name, f in parsed.features.feature.items()}
+        examples.append(lists)
+        data = data[16 + length :]
+    return examples
+
+
+def test_crc32c_of_known_answers():
+    """RFC 3720, B.4."""
+    assert crc32c(b"") == 0
+    assert crc32c(b"123456789") == 0xE3069283
+    assert crc32c(bytes(32)) == 0x8A9136AA
+    assert crc32c(bytes([0xFF] * 32)) == 0x62A8AB43
+    assert crc32c(bytes(range(32))) == 0x46DD794E
+
+
+def test_grid_sequences_round_trip(ids, log, tmp_path):
+    path = export("grid-sequences", tmp_path / "grid", ids=ids, interactions=log)
+    expected = histories_by_hand(log)
+    users = pq.read_table(path / "users.parquet").to_pylist()
+    assert {row["user_id"] for row in users} == set(expected)
+    names = {row["user"]: row["user_id"] for row in users}
+    assert sorted(names) == list(range(len(expected)))
+    for split, end in (("training", -2), ("evaluation", -1), ("testing", None)):
+        files = sorted((path / split).iterdir())
+        assert all(file.name.endswith(".tfrecord.gz") for file in files)
+        examples = [example for file in files for example in read_tfrecord(file)]
+        assert len(files) == len(examples) == len(expected)  # up to 64 files, none empty
+        read = {names[example["user_id"][0]]: example["sequence_data"] for example in examples}
+        assert read == {user: rows_[:end] for user, rows_ in expected.items()}
+    # Columns of the tensor of ids, as GRID takes them: large rows need more than one byte.
+    many = np.arange(70_000)
+    wide = SemanticIds(
+        ItemIds.range(70_000),
+        np.stack([many % 300, many // 300], axis=1),
+        np.zeros(70_000, np.float32),
+        replace(ids.info, codebook_sizes=(300, 300)),
+    )
+    histories = {f"{user}": [user, 127 + user, 128, 16_384, 69_999] for user in range(130)}
+    (tmp_path / "many.json").write_text(json.dumps(histories))
+    path = export(
+        "grid-sequences", tmp_path / "wide", ids=wide, interactions=tmp_path / "many.json"
+    )
+    files = sorted((path / "testing").iterdir())
+    assert len(files) == 64
+    assert [e["sequence_data"] for f in files for e in read_tfrecord(f)] == [*histories.values()]
+
+
+def test_sequences_say_what_is_missing(ids, log, tmp_path):
+    for name in ("lcrec-sequences", "grid-sequences"):
+        with pytest.raises(UsageError, match="--interactions"):
+            export(name, tmp_path / "x", ids=ids)
+        with pytest.raises(InteractionsError, match="no order"):
+            export(name, tmp_path / "x", ids=ids, interactions=log.drop(["timestamp"]))
+        with pytest.raises(InteractionsError, match=r"none of the 2 users .* has 3 interactions"):
+            short = {"user_id": ["a", "a", "b"], "item_id": NAMES[:3], "timestamp": [1, 2, 3]}
+            export(name, tmp_path / "x", ids=ids, interactions=pa.table(short))
+    with pytest.raises(UsageError, match=r"interactions=.* does not apply to lcrec"):
+        export("lcrec", tmp_path / "x", ids=ids, interactions=log)
+    assert not list(tmp_path.iterdir())
+
+
+def test_sequences_on_the_command_line(ids, log, tmp_path, capsys):
+    ids.write(tmp_path / "ids.parquet")
+    pq.write_table(log.rename_columns(["who", "what", "when"]), tmp_path / "log.parquet")
+    command = (
+        f"export {tmp_path / 'ids.parquet'} --to lcrec-sequences -o {tmp_path / 'x.inter.json'} "
+        f"--interactions {tmp_path / 'log.parquet'} --user-column who --item-column what"
+    ).split()
+    with pytest.raises(SystemExit) as caught:
+        main(command)
+    assert caught.value.code == 1  # no order
+    with pytest.raises(SystemExit) as caught:
+        main([*command, "--time-column", "when"])
+    assert caught.value.code in (0, None)
+    assert json.loads((tmp_path / "x.inter.json").read_text()) == histories_by_hand(log)
+    with pytest.raises(SystemExit) as caught:
+        main([*command[:6], "--overwrite", "--ties", "file"])
+    assert caught.value.code == 2
+    assert "--ties" in capsys.readouterr().err
+
+
 def test_doors_are_guarded(ids, tokenizer, tmp_path, caplog):
     with pytest.raises(UsageError, match="did you mean 'lcrec'"):
         export("lcrek", tmp_path / "x", ids=ids)
@@ -386,8 +553,9 @@ def test_doors_are_guarded(ids, tokenizer, tmp_path, caplog):
         export("faiss", tmp_path / "x", ids=ids, tokenizer=drawn_tokenizer(seed=5, sizes=(4, 8, 8)))
     for name in EXPORTS:
         (tmp_path / "there").write_text("precious")
+        history = {"interactions": {}} if name.endswith("-sequences") else {}
         with pytest.raises(OutputExistsError, match="--overwrite"):
-            export(name, tmp_path / "there", ids=ids, tokenizer=tokenizer)
+            export(name, tmp_path / "there", ids=ids, tokenizer=tokenizer, **history)
         assert (tmp_path / "there").read_text() == "precious"
     assert [p.name for p in tmp_path.iterdir()] == ["there"]
     export("lcrec", tmp_path / "dup.json", ids=ids)

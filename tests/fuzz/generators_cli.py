@@ -56,7 +56,7 @@ def base_commands(random: Random, bench: Bench, work: Path) -> tuple[list[Any], 
         random,
         {"fit": 5, "encode": 5, "unique": 3, "export": 3, "import": 3, "rank": 4, "drift": 2,
          "refine": 2, "refresh": 2, "report": 1, "compare": 1, "add": 2, "grid": 1, "fit-net": 3,
-         "prepare": 1},
+         "prepare": 1, "histories": 2},
     )  # fmt: skip
     out = work / "out"
     ranker = ["--epochs", 1, "--hidden", "8", "--width", 4]
@@ -71,6 +71,10 @@ def base_commands(random: Random, bench: Bench, work: Path) -> tuple[list[Any], 
         "unique": ["unique", ids, "--method", random.choice(("append", "none", "reassign"))],
         "export": ["export", ids, "--to", random.choice(("lcrec", "grid", "openonerec", "fuxictr",
                    "torcheasyrec", "huggingface", "faiss"))],
+        "histories": [
+            *("export", ids, "--interactions", log),
+            *("--to", random.choice(("lcrec-sequences", "grid-sequences"))),
+        ],
         "import": ["import", bench / "lcrec.json", "--from", "lcrec"],
         "rank": ["rank", log, "--items", table, "--ids", ids, *ranker],
         "grid": [

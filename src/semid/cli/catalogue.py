@@ -184,28 +184,32 @@ def export(
     to: Annotated[str, typer.Option()],
     output: cli.OutputPath,
     source: cli.SourceOptions,
+    columns: cli.InteractionColumns,
     ids_file: Annotated[Path | None, typer.Argument(metavar="[IDS]")] = None,
     model: Path | None = None,
+    interactions: str | None = None,
     candidates: Annotated[int, typer.Option(min=0, max=4096)] = 0,
     embeddings: str | None = None,
     overwrite: cli.Overwrite = False,
 ) -> None:
-    """Write ids or a model as another program reads them.
+    """Write ids, histories or a model as another program reads them.
 
     Example: semid export unique.parquet --to lcrec -o Beauty.index.json
 
     Args:
-        to: lcrec, grid, openonerec, torcheasyrec, huggingface, faiss, fuxictr, onnx or
-            torch-export.
+        to: lcrec, lcrec-sequences, grid, grid-sequences, openonerec, torcheasyrec, huggingface,
+            faiss, fuxictr, onnx or torch-export.
         output: File or folder to write.
         ids_file: Ids file or bundle; not needed for onnx and torch-export.
         model: Folder written by 'semid fit'; needed for huggingface, faiss, onnx and torch-export.
+        interactions: Users' interactions; needed for lcrec-sequences and grid-sequences.
         candidates: torcheasyrec: alternative ids per item; needs --embeddings.
         embeddings: torcheasyrec: embeddings for the alternative ids.
     """
     from semid.catalogue.bundle import read_catalogue
 
-    cli.hold_output(output, overwrite=overwrite, inputs=(ids_file, model, embeddings, source.ids))
+    inputs = (ids_file, model, embeddings, source.ids, interactions)
+    cli.hold_output(output, overwrite=overwrite, inputs=inputs)
     options: dict[str, Any] = {}
     if candidates:
         if to != "torcheasyrec":
@@ -222,6 +226,7 @@ def export(
         output,
         ids=None if ids_file is None else read_catalogue(ids_file),
         tokenizer=None if model is None else cli.open_tokenizer(model),
+        interactions=columns.read(context, interactions),
         overwrite=overwrite,
         **options,
     )

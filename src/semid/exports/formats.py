@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from semid.codes import SemanticIds
+from semid.data.interactions import read_interactions
 from semid.errors import UsageError, check_choice
 from semid.health import collisions
 from semid.output import atomic_file, atomic_folder, check_output
@@ -25,7 +26,9 @@ EXPORTS = Registry(
     "semid.exports",
     {
         "lcrec": "semid.exports.id_files:LCREC",
+        "lcrec-sequences": "semid.exports.sequences:LCREC_SEQUENCES",
         "grid": "semid.exports.id_files:GRID",
+        "grid-sequences": "semid.exports.sequences:GRID_SEQUENCES",
         "openonerec": "semid.exports.id_files:OPENONEREC",
         "torcheasyrec": "semid.exports.id_files:TORCHEASYREC",
         "huggingface": "semid.exports.huggingface:HUGGINGFACE",
@@ -53,6 +56,7 @@ class ExportFormat:
         ids: whether Semantic IDs are written.
         model: whether the model is ``required``, ``optional`` or ``unused``.
         folder: whether the output is a folder.
+        interactions: whether histories of users are written; ``write`` gets `Interactions`.
         options: names of the further arguments of ``write``.
         distinct: whether the reader tells items apart by their ids, so that shared ids are an
             error there.
@@ -63,6 +67,7 @@ class ExportFormat:
     ids: bool = True
     model: Literal["required", "optional", "unused"] = "unused"
     folder: bool = False
+    interactions: bool = False
     options: tuple[str, ...] = ()
     distinct: bool = False
 
@@ -73,17 +78,21 @@ def export(
     *,
     ids: SemanticIds | None = None,
     tokenizer: Tokenizer | None = None,
+    interactions: Any = None,
     overwrite: bool = False,
     **options: Any,
 ) -> Path:
-    """Write ids or a model in the format of another program.
+    """Write ids, histories or a model in the format of another program.
 
     Args:
-        to: name of the format: ``lcrec``, ``grid``, ``openonerec``, ``torcheasyrec``,
-            ``huggingface``, ``faiss``, ``fuxictr``, ``onnx`` or ``torch-export``.
+        to: name of the format: ``lcrec``, ``lcrec-sequences``, ``grid``, ``grid-sequences``,
+            ``openonerec``, ``torcheasyrec``, ``huggingface``, ``faiss``, ``fuxictr``, ``onnx`` or
+            ``torch-export``.
         output: file or folder to write, whole or not at all.
         ids: Semantic IDs, for formats that contain ids.
         tokenizer: model, for formats that need its codebooks or its encoder.
+        interactions: users' interactions, for formats of sequences: anything that
+            `semid.read_interactions` takes. Items are numbered by their row in the ids.
         overwrite: replace an existing output.
         options: arguments of one format; ``torcheasyrec`` has ``candidates``, ``embeddings`` and
             ``embedding_ids``.
@@ -104,6 +113,12 @@ def export(
         raise UsageError(f"the export to {to} writes Semantic IDs: give the ids file (ids=)")
     if export_format.model == "required" and tokenizer is None:
         raise UsageError(f"the export to {to} needs the model: give --model (tokenizer=)")
+    if export_format.interactions and interactions is None:
+        raise UsageError(
+            f"the export to {to} writes users' histories: give --interactions (interactions=)"
+        )
+    if interactions is not None and not export_format.interactions:
+        raise UsageError(f"--interactions (interactions=) does not apply to {to}; leave it out")
     for option in options:
         if not export_format.options:
             raise UsageError(f"{option}= does not apply to {to}; leave it out")
@@ -124,6 +139,8 @@ def export(
         options["ids"] = ids
     if export_format.model != "unused":
         options["tokenizer"] = tokenizer
+    if export_format.interactions:
+        options["interactions"] = read_interactions(interactions, rating_column="")
     with (atomic_folder if export_format.folder else atomic_file)(
         output, overwrite=overwrite
     ) as path:
