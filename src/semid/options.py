@@ -87,7 +87,7 @@ def option(
         le: largest value; whole numbers with a lower limit alone end at 2**31 - 1.
         lt: exclusive upper limit.
         choices: allowed strings.
-        name: name in error messages; the field's name by default.
+        name: name in error messages, or the flag they show beside the field's name.
         setting: whether the value changes the result and is part of ``settings``.
         nested: for a field of nested options, defaults that replace those of its class.
         default_factory: function that makes the default, as for `dataclasses.field`.
@@ -125,7 +125,7 @@ class Option:
         optional = ", or None" if type(None) in typing.get_args(hint) else ""
         subject = f"{self.name or field}={reprlib.repr(value)}:"
         if self.name is not None and self.name.startswith("--"):
-            subject = f"{self.name} is {reprlib.repr(value)};"
+            subject = f"{self.name} ({field}=) is {reprlib.repr(value)};"
         yield f"{subject} give {allowed}{optional}{nearest}"
 
     def _maximum(self, value: Any) -> float | None:

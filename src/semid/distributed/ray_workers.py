@@ -33,13 +33,13 @@ class RayOptions(Options):
     """
 
     workers: int | None = option(
-        None, ge=1, le=MAX_WORKERS, name="--workers (workers=)", help="Number of workers."
+        None, ge=1, le=MAX_WORKERS, name="--workers", help="Number of workers."
     )
     cpus_per_worker: int = option(
         1,
         ge=1,
         le=MAX_WORKERS,
-        name="--cpus-per-worker (cpus_per_worker=)",
+        name="--cpus-per-worker",
         help="CPU slots, and threads, of a worker.",
     )
     address: str | None = option(None, help="Address of a Ray cluster; one is started by default.")
@@ -48,7 +48,7 @@ class RayOptions(Options):
         512 * 1024**2,
         ge=75 * 1024**2,
         le=2**50,
-        name="--store-bytes (store_bytes=)",
+        name="--store-bytes",
         help="Object store of a cluster that is started here, in bytes.",
     )
     retries: int = option(3, ge=0, help="Times a worker that ends is replaced.")

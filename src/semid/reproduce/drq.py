@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from semid.diagnostics.pairs import rank_agreement
-from semid.report.figure import Figure, line
+from semid.report.figure import line
 from semid.reproduce.claims import (
     Comparison,
     Contrast,
@@ -148,7 +148,7 @@ def sweep_chart(rows: Rows, lines: Sequence[Line]) -> Iterator[dict[str, Any]]:
         yield line(one.label, scales, sizes, color, dash=dash)
 
 
-def recommend(rows: Rows) -> Figure | None:
+def recommend(rows: Rows) -> list[list[str]]:
     """Name the leader for every question and data set, and those that are level with it."""
     main, table = rows.main(), []
     for data in main.names("data"):
@@ -167,19 +167,7 @@ def recommend(rows: Rows) -> Figure | None:
             leader = f"{best} ({abs(means[best]):.{digits}f})"
             names = (", ".join(level) or "nobody", ", ".join(absent) or "none")
             table.append([f"{data}: {question}", leader, *names])
-    if not table:
-        return None
-    return Figure(
-        "which",
-        "which",
-        "Which tokenizer when",
-        "Start from what you need of the ids; no view stands for another.",
-        "The leader by the mean over seeds, and the tokenizers whose paired 95 % interval against "
-        "it includes 0. Few collisions and even usage are no merit by themselves: noisy codes have "
-        "both.",
-        columns=["wanted", "leader", "level with it", "not run"],
-        rows=table,
-    )
+    return table
 
 
 DRQ = Paper(

@@ -195,7 +195,7 @@ def _overlap(level: LevelOverlap) -> dict[str, Any]:
         "rate": [p.rate for p in points],
         "collision_probability": points[0].collision_probability,
         "effective_size": [p.effective_size for p in points],
-        "geometry_scale": next((p.scale for p in points if not p.usage_only), None),
+        "geometry_scale": level.geometry_scale,
     }
 
 

@@ -118,7 +118,11 @@ class Paper:
             figures: list[tuple[int, Figure | None]] = []
             for one in section["tables"]:
                 if "function" in one:
-                    figures.append((0, self.code[one["function"]](rows)))
+                    keys = ("id", "title", "caption", "definition", "columns")
+                    texts = {key: one[key] for key in keys}
+                    table = self.code[one["function"]](rows)
+                    whole = Figure(section=section["id"], rows=table, **texts)
+                    figures.append((0, whole if table else None))
                     continue
                 per = one.get("per", "data")  # or one table per variant
                 names = filter(None, rows.names(per, **one.get("where", {})))

@@ -61,7 +61,7 @@ class RankingDataConfig(Options):
     split: str = option(
         "random",
         choices=SPLITS,
-        name="--split (split=)",
+        name="--split",
         help="Split into training, validation and test.",
     )
     fractions: tuple[float, float, float] = option(

@@ -46,7 +46,7 @@ class CodeFeatures(Options):
     """
 
     mode: str = option(
-        "levels", choices=MODES, name="--code-mode (mode=)", help="How codes become features."
+        "levels", choices=MODES, name="--code-mode", help="How codes become features."
     )
     scale: int | None = option(None, ge=1, help="Number of codes that are used; all by default.")
     n: int = option(2, ge=1, help="Codes per window of the mode ngram.")
@@ -59,7 +59,7 @@ class CodeFeatures(Options):
     control: str = option(
         "none",
         choices=CONTROLS,
-        name="--control (control=)",
+        name="--control",
         help="Control experiment instead of the codes.",
     )
     seed: int = option(0, help="Seed of the control.")

@@ -36,12 +36,12 @@ class DeepFMOptions(Options):
         (400, 400),
         ge=1,
         le=MAX_WIDTH,
-        name="--hidden (hidden=)",
+        name="--hidden",
         help="Widths of the perceptron's hidden layers.",
     )
     batch_norm: bool = option(True, help="Batch normalization in the perceptron.")
     dropout: float = option(
-        0.2, ge=0, lt=1, name="--dropout (dropout=)", help="Dropout rate of the perceptron."
+        0.2, ge=0, lt=1, name="--dropout", help="Dropout rate of the perceptron."
     )
 
     def _problems(self) -> list[str]:

@@ -31,17 +31,15 @@ class RankerConfig(Options):
     """
 
     model: str = option(
-        "deepfm", name="--model (model=)", help="Ranking model: deepfm, deepim, autoint or dcnv2."
+        "deepfm", name="--model", help="Ranking model: deepfm, deepim, autoint or dcnv2."
     )
-    width: int = option(
-        16, ge=1, le=MAX_WIDTH, name="--width (width=)", help="Width of an embedding."
-    )
+    width: int = option(16, ge=1, le=MAX_WIDTH, name="--width", help="Width of an embedding.")
     fusion: bool = option(False, help="Mixture-of-Codes fusion before the model.")
     fusion_rank: int = option(
         16,
         ge=1,
         le=MAX_WIDTH,
-        name="--fusion-rank (fusion_rank=)",
+        name="--fusion-rank",
         help="Rank of the fusion's bottleneck.",
     )
     options: Mapping[str, Any] = option(
