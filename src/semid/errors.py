@@ -103,15 +103,15 @@ def brief(error: BaseException) -> str:
     return line if len(line) <= 200 else f"{line[:197]}..."
 
 
-def nearest_name(given: str, allowed: Iterable[str]) -> str:
+def nearest_name(name: str, allowed: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the closest allowed name, or an empty string."""
-    close = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
-def check_choice(name: str, given: str, allowed: Sequence[str]) -> str:
-    """Return ``given`` if it is one of ``allowed``."""
-    if isinstance(given, str) and given in allowed:
-        return given
+def check_choice(name: str, value: str, allowed: Sequence[str]) -> str:
+    """Return ``value`` if it is one of ``allowed``; ``name`` is what errors call it."""
+    if isinstance(value, str) and value in allowed:
+        return value
     listed = ", ".join(f"'{a}'" for a in allowed)
-    raise UsageError(f"{name}='{given}' is not one of {listed}{nearest_name(str(given), allowed)}")
+    raise UsageError(f"{name}='{value}' is not one of {listed}{nearest_name(str(value), allowed)}")

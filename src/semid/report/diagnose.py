@@ -121,7 +121,7 @@ def diagnose(
         raise UsageError(
             f"tok is a {type(tok).__name__}; give a fitted tokenizer, such as semid.load('model/')"
         )
-    chosen, progress = DiagnoseOptions.of(options), progress or QuietProgress()
+    settings, progress = DiagnoseOptions.of(options), progress or QuietProgress()
     source = open_embeddings(x, ids=ids)
     texts = _texts(items, (ids, x), source.ids)
     notes = []
@@ -136,15 +136,15 @@ def diagnose(
     counts = None if log is None else item_counts(log, source.ids).astype(np.int64)
     held_out, note = held_out_rows(tok, source)
     measured = measure_catalogue(tok, source, progress, held_out=held_out)
-    run = _Run(tok, source, measured, chosen, progress, [*notes, note])
+    run = _Run(tok, source, measured, settings, progress, [*notes, note])
     progress.start("overlap", total=None)
     overlaps: tuple[LevelOverlap, ...] = ()
     if run.latent_std > 0:  # else all latents are equal
         overlaps = overlap_levels(
-            tok.codebooks, measured.usage, latent_std=run.latent_std, threads=chosen.threads
+            tok.codebooks, measured.usage, latent_std=run.latent_std, threads=settings.threads
         )
     # The subsets for geometry and flips are drawn once, the second from the first.
-    sample = sample_rows(measured.items, chosen.geometry_sample, seed=chosen.seed)
+    sample = sample_rows(measured.items, settings.geometry_sample, seed=settings.seed)
     flips, geometry = run.robustness(overlaps, sample)
     behavior, related = run.behavior(log, counts, pairs_by_kind)
     progress.start("explorer", total=None)
@@ -153,7 +153,7 @@ def diagnose(
         model=_model_info(tok),
         data=DataInfo(len(source), source.dim, source.label),
         protocol=Protocol(
-            seed=chosen.seed,
+            seed=settings.seed,
             explorer_items=min(len(source), MAX_ITEMS),
             explorer_noise=EXPLORER_NOISE,
             held_out=f"fraction {tok.validation_fraction:g} of the items, by a hash of their id "
@@ -161,7 +161,7 @@ def diagnose(
             behavior="consecutive items of the test users (a tenth, by a hash of their id); no "
             "jump over items outside the catalogue; popularity counts all users",
             geometry_items=len(sample),
-            flip_items=min(chosen.flip_sample, measured.items),
+            flip_items=min(settings.flip_sample, measured.items),
         ),
         verdict=measured.health.verdict(tok.codebooks, overlaps=overlaps),
         usage=tuple(

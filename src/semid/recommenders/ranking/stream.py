@@ -263,21 +263,16 @@ def _draw(
 
 
 def _check_streamable(config: RankingDataConfig, label: Label) -> None:
-    problems = [
-        (
-            label.sampled,
-            f"--label '{label}' (label=) draws negatives, which needs the whole log at once: "
-            "stream logs that have a label, or use prepare_ranking_data()",
-        ),
-        (
-            config.split != "random",
-            f"--split {config.split} (split=) needs the whole log at once: random",
-        ),
-        (
-            config.history,
-            "history= needs the whole log at once: give 0, or use prepare_ranking_data()",
-        ),
-    ]
-    texts = [text for is_problem, text in problems if is_problem]
-    if texts:
-        raise UsageError("; ".join(texts))
+    whole, memory = "needs the whole log at once", "use prepare_ranking_data()"
+    problems = []
+    if label.sampled:
+        problems.append(
+            f"--label '{label}' (label=) draws negatives, which {whole}: stream logs that have a "
+            f"label, or {memory}"
+        )
+    if config.split != "random":
+        problems.append(f"--split {config.split} (split=) {whole}: random")
+    if config.history:
+        problems.append(f"history= {whole}: give 0, or {memory}")
+    if problems:
+        raise UsageError("; ".join(problems))
