@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-PEERS = ("nearest", "kmeans", "encoding", "neighbors", "overlap", "training_step")
+PEERS = ("nearest", "kmeans", "encoding", "neighbors", "overlap", "product", "training_step")
 """What a bare call runs."""
 
 

@@ -116,13 +116,18 @@ def test_row_numbers_go_on_from_file_to_file(model, clustered, tmp_path, inline)
     assert pq.read_table(tmp_path / "ids")["item_id"].to_pylist() == list(range(1200))
 
 
-@pytest.mark.parametrize("kind", ["rqpvae"])
-def test_a_network_encodes_the_same_in_units(kind, clustered, folder, tmp_path, inline):
-    small = {"hidden": [16], "latent": 8, "pretrain_epochs": 0}
-    tokenizer = semid.RQPVAE(
-        levels=2, codebook_size=8, network=small, training={"epochs": 1, "batch_size": 256}
-    )
-    tokenizer.fit(clustered).save(tmp_path / kind)
+SMALL = {"hidden": [16], "latent": 8, "pretrain_epochs": 0}
+TOKENIZERS = {
+    "rqpvae": lambda: semid.RQPVAE(
+        levels=2, codebook_size=8, network=SMALL, training={"epochs": 1, "batch_size": 256}
+    ),
+    "opq": lambda: semid.OPQ(n_codebooks=5, codebook_size=8, rotation_iter=2),
+}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_other_tokenizers_encode_the_same_in_units(kind, clustered, folder, tmp_path, inline):
+    TOKENIZERS[kind]().fit(clustered).save(tmp_path / kind)
     encode_folder(tmp_path / kind, folder, tmp_path / "ids", engine=ONE, unit_rows=150)
     assert len(list((tmp_path / "ids").glob("*.parquet"))) == 7
     same_as_local(tmp_path / kind, folder, tmp_path / "ids")

@@ -203,12 +203,12 @@ def test_a_route_that_answers_wrongly_is_left_out(
 def test_many_queries_probe_once_and_the_choice_is_logged(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    x, codebook = problem(engine.MIN_PROBED_QUERIES, 64, 16)
+    x, codebook = problem(engine.MIN_PROBED_QUERIES, 64, 80)
     ready = index_codebook(codebook)
     engine._recent.clear()
 
     def probes() -> int:
-        return sum("for 64 x 16" in line for line in caplog.messages)
+        return sum("for 64 x 80" in line for line in caplog.messages)
 
     with caplog.at_level(logging.INFO, logger=engine.__name__):
         first = nearest(x, ready, threads=2)

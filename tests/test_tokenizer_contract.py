@@ -27,6 +27,7 @@ from semid.errors import (
     OutputExistsError,
     UsageError,
 )
+from semid.options import argument_types
 from semid.tokenizers.base import Tokenizer
 from semid.tokenizers.factory import TOKENIZERS as TOKENIZERS_OF_ALL
 
@@ -43,7 +44,9 @@ def parallel(kind: Callable[..., Tokenizer], **fixed: object) -> Callable[..., T
     def make(**changes: object) -> Tokenizer:
         if "levels" in changes:
             changes["n_codebooks"] = changes.pop("levels")
-        return kind(**{**SMALL, **fixed, **changes})
+        arguments = {**SMALL, **fixed, **changes}
+        names = argument_types(kind)
+        return kind(**{name: value for name, value in arguments.items() if name in names})
 
     return make
 
@@ -92,6 +95,10 @@ TOKENIZERS: dict[str, Callable[..., Tokenizer]] = {
     "rqkmeans": lambda **changes: semid.RQKMeans(**{"levels": 3, "codebook_size": 16, **changes}),
     "rqkmeans-prepared": lambda **changes: semid.RQKMeans(
         **{"levels": 2, "codebook_size": 16, "normalize": True, "center": True, **changes}
+    ),
+    "pq": parallel(semid.PQ, n_codebooks=7, kmeans={"max_iter": 12, "tol": 0}),
+    "opq": parallel(
+        semid.OPQ, n_codebooks=4, center=True, rotation_iter=4, kmeans={"max_iter": 8, "tol": 0}
     ),
     **NEURAL,
     "barq": barq,

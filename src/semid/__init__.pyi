@@ -34,8 +34,11 @@ from semid.tokenizers.features import fuse as fuse
 from semid.tokenizers.fsq import FSQ as FSQ
 from semid.tokenizers.heads import DecodeHead as DecodeHead
 from semid.tokenizers.neural.tokenizer import AutoencoderConfig as AutoencoderConfig
+from semid.tokenizers.product import OPQ as OPQ
+from semid.tokenizers.product import PQ as PQ
 from semid.tokenizers.refining import refine as refine
 from semid.tokenizers.rqkmeans import RQKMeans as RQKMeans
+from semid.tokenizers.scan import search_codes as search_codes
 from semid.tokenizers.vqvae import RQPVAE as RQPVAE
 from semid.tokenizers.vqvae import RQVAE as RQVAE
 from semid.tokenizers.vqvae import VQVAE as VQVAE

@@ -201,9 +201,10 @@ def _traced(tokenizer: Tokenizer) -> tuple[CodesGraph, tuple[Tensor], dict[str, 
 
 
 def _write_faiss(path: Path, *, ids: SemanticIds, tokenizer: Tokenizer) -> None:
-    """Write a FAISS ``IndexResidualQuantizer`` with the codebooks, and the codes in row order.
+    """Write a FAISS index with the codebooks, and the codes in row order.
 
-    The index works in the latent space, so queries are ``tokenizer.latent(x)``. With beam 1,
+    Residual levels give an ``IndexResidualQuantizer``, codebooks side by side an ``IndexPQ``. It
+    works in the latent space, so queries are ``tokenizer.latent(x)``. With beam 1,
     ``index.rq.compute_codes`` gives the tokenizer's greedy codes, bit-packed.
     """
     try:
@@ -211,10 +212,10 @@ def _write_faiss(path: Path, *, ids: SemanticIds, tokenizer: Tokenizer) -> None:
     except ImportError:
         raise MissingExtraError("faiss-cpu", extra="faiss", purpose="the FAISS export") from None
     sizes = tokenizer.codebook_sizes
-    if not tokenizer.hierarchical:
+    if not tokenizer.hierarchical and tokenizer.combine != "concat":
         raise UsageError(
-            f"{tokenizer.kind} has parallel codebooks; FAISS's IndexResidualQuantizer holds "
-            "residual ones: export to torcheasyrec or onnx, or fit a residual tokenizer"
+            f"{tokenizer.kind} has parallel codebooks of one latent; FAISS's indexes hold residual "
+            "or product codes: export to torcheasyrec or onnx, or fit rqkmeans or pq"
         )
     if any(size & (size - 1) for size in sizes):
         raise UsageError(
@@ -223,6 +224,14 @@ def _write_faiss(path: Path, *, ids: SemanticIds, tokenizer: Tokenizer) -> None:
         )
     codebooks = tokenizer.codebooks
     bits = np.array([size.bit_length() - 1 for size in sizes])
+    codes = np.ascontiguousarray(ids.codes[:, : len(sizes)], dtype=np.int32)
+    packed = faiss.pack_bitstrings(codes, bits.tolist())
+    if tokenizer.combine == "concat":
+        index: Any = _product_index(tokenizer, int(bits[0]))
+        if len(codes):
+            index.add_sa_codes(packed)
+        faiss.write_index(index, str(path))
+        return
     bit_vector = faiss.UInt64Vector()
     faiss.copy_array_to_vector(bits.astype(np.uint64), bit_vector)
     create: Any = faiss.IndexResidualQuantizer  # its stubs lack the one for sizes that differ
@@ -230,10 +239,27 @@ def _write_faiss(path: Path, *, ids: SemanticIds, tokenizer: Tokenizer) -> None:
     faiss.copy_array_to_vector(np.concatenate(codebooks).ravel(), index.rq.codebooks)
     index.rq.max_beam_size = 1
     index.rq.is_trained = index.is_trained = True
-    codes = np.ascontiguousarray(ids.codes[:, : len(sizes)], dtype=np.int32)
     if len(codes):
-        index.add_sa_codes(faiss.pack_bitstrings(codes, bits.tolist()))
+        index.add_sa_codes(packed)
     faiss.write_index(index, str(path))
+
+
+def _product_index(tokenizer: Tokenizer, bits: int) -> Any:
+    """Return a FAISS ``IndexPQ`` with the codebooks, without codes."""
+    import faiss
+
+    books, dim = tokenizer.codebooks, tokenizer.latent_dim
+    if len({book.shape for book in books}) > 1:
+        whole = [parts for parts in range(1, dim + 1) if dim % parts == 0]
+        nearest = min(whole, key=lambda parts: abs(parts - len(books)))
+        raise UsageError(
+            f"FAISS needs codebooks of equal size and width, and {len(books)} of them cut {dim} "
+            f"columns unequally: fit with --levels {nearest} (n_codebooks=) and one --codebook-size"
+        )
+    index = faiss.IndexPQ(dim, len(books), bits)
+    faiss.copy_array_to_vector(np.stack(books).ravel(), index.pq.centroids)
+    index.is_trained = True
+    return index
 
 
 ONNX = ExportFormat(_write_onnx, ids=False, model="required")

@@ -198,7 +198,7 @@ def kmeans(
         inertia=inertia,
         history=tuple(history),
         distinct=distinct,
-        converged=_has_converged(history, options.tol),
+        converged=has_converged(history, options.tol),
     )
 
 
@@ -259,7 +259,7 @@ def _lloyd(
     on_iteration: Callable[[KMeansState], None] | None,
 ) -> None:
     """Iterate ``run`` in place until it converges or its iterations run out."""
-    while run.iteration < options.max_iter and not _has_converged(run.inertia, options.tol):
+    while run.iteration < options.max_iter and not has_converged(run.inertia, options.tol):
         total = train.assign(run.centroids)
         run.centroids = _update(train, total, run.centroids)
         run.inertia.append(total.inertia)
@@ -268,7 +268,7 @@ def _lloyd(
             on_iteration(run)
 
 
-def _has_converged(inertia: list[float], tol: float) -> bool:
+def has_converged(inertia: list[float], tol: float) -> bool:
     """Whether the last iteration improved too little; depends on the history alone."""
     if len(inertia) < 2:
         return bool(inertia) and inertia[-1] == 0.0

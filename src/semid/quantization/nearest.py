@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from semid.errors import UsageError, check_choice
+from semid.quantization.engine import narrow
 from semid.quantization.engine.gpu import search_device
 from semid.quantization.engine.keys import L2, METRICS
 from semid.quantization.engine.search import ROUTES, choose, search, working_routes
@@ -112,8 +113,11 @@ def _search(
     """Return labels and float64 keys ``(items, k)`` on the CPU, by the device that holds ``x``."""
     check_choice("route", route, ROUTES)
     resolve_threads(threads)
+    plain = exclude is None and within is None
     if x.is_cuda:
         result = search_device(x, table, k=k, exclude=exclude, name=name)
+    elif k == 1 and route == "auto" and plain and narrow.suits(table):
+        result = narrow.search_narrow(x, table, threads=threads, name=name)
     else:
         limit = None if within is None else within.double().numpy()
         chip = choose(route, x, table, k=k)

@@ -70,13 +70,20 @@ class CodebookTokenizer(Tokenizer):
         return tensors
 
     def _set_tensors(self, tensors: Mapping[str, np.ndarray]) -> None:
-        width = self._codeword_width(tensors)
-        shapes = {f"codebooks.{i}": (size, width) for i, size in enumerate(self.codebook_sizes)}
+        widths = self._codeword_widths(tensors)
+        shapes: dict[str, tuple[int | None, ...]] = {
+            f"codebooks.{i}": (size, width)
+            for i, (size, width) in enumerate(zip(self.codebook_sizes, widths, strict=True))
+        }
         check_shapes(tensors, shapes | ({"preprocess.mean": (self._dim,)} if self.center else {}))
         self._preprocess = Preprocess(
             mean=tensors["preprocess.mean"] if self.center else None, normalize=self.normalize
         )
         self._set_codebooks([tensors[f"codebooks.{i}"] for i in range(self.levels)])
+
+    def _codeword_widths(self, tensors: Mapping[str, np.ndarray]) -> Sequence[int]:
+        """Return the width of each codebook's codewords."""
+        return [self._codeword_width(tensors)] * self.levels
 
     def _codeword_width(self, tensors: Mapping[str, np.ndarray]) -> int:
         """Return the width of codewords, as settings and the other arrays have it."""

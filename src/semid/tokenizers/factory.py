@@ -19,6 +19,8 @@ TOKENIZERS = Registry(
         "drqvae": "semid.tokenizers.drqvae:DRQVAE",
         "fsq": "semid.tokenizers.fsq:FSQ",
         "mocvae": "semid.tokenizers.vqvae:MoCVAE",
+        "opq": "semid.tokenizers.product:OPQ",
+        "pq": "semid.tokenizers.product:PQ",
         "rqkmeans": "semid.tokenizers.rqkmeans:RQKMeans",
         "rqpvae": "semid.tokenizers.vqvae:RQPVAE",
         "rqvae": "semid.tokenizers.vqvae:RQVAE",

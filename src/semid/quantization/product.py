@@ -1,0 +1,406 @@
+"""Product quantization: a codebook for each part of the columns, fitted in joint passes.
+
+K-means of all parts runs side by side (Jégou et al. 2011): one pass over the rows assigns and sums
+every part, so that rows that do not fit in memory are read once per iteration, not once per part.
+`semid.quantization.rotation` turns the columns first.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from semid.quantization.blocks import (
+    ArrayBlocks,
+    Blocks,
+    Statistics,
+    TreeSum,
+    in_memory,
+    read_ahead,
+)
+from semid.quantization.kmeans import KMeansOptions, draw_sample, has_converged, kmeans_plus_plus
+from semid.quantization.nearest import IndexedCodebook, assign, index_codebook
+from semid.quantization.residual import ResidualCodes
+from semid.quantization.sharding import as_sharded
+from semid.quantization.threads import map_blocks
+from semid.seeds import numpy_generator
+
+logger = logging.getLogger(__name__)
+
+Array = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
+Slices = Sequence[slice]
+
+SEED_ROWS_PER_CODE = 16
+"""Rows per codeword that the seeding sees: Lloyd's iterations over all rows come after it."""
+SEQUENTIAL_PAIRS = 1 << 22
+"""Rows times codewords up to which the seeding draws one center after another."""
+SMALL_ROWS = 4096
+"""Rows below which threads cost more than they bring."""
+
+
+def part_slices(dim: int, parts: int) -> tuple[slice, ...]:
+    """Cut ``dim`` columns into parts side by side; the first ``dim % parts`` are one wider."""
+    width, wider = divmod(dim, parts)
+    ends = [(part + 1) * width + min(part + 1, wider) for part in range(parts)]
+    return tuple(slice(a, b) for a, b in zip([0, *ends], ends, strict=False))
+
+
+@dataclass(frozen=True)
+class PartFit:
+    """How K-means of one part ended.
+
+    Attributes:
+        inertia: weighted sum of squared distances in the last iteration, before its update.
+        iterations: Lloyd iterations of the best restart.
+        converged: whether the tolerance was met before the iterations ran out.
+        distinct: codewords that could be told apart; the others are copies of the first.
+    """
+
+    inertia: float
+    iterations: int
+    converged: bool
+    distinct: int
+
+
+@dataclass
+class ProductState:
+    """Progress of a run; enough to continue it to the same result.
+
+    Attributes:
+        restart: number of the current restart.
+        iteration: finished iterations of it.
+        books: one ``(codes, width)`` array per part; empty before the seeding.
+        inertia: of each part, the inertia of every iteration.
+        best_books: of the best finished restart, part by part.
+        best_inertia: their histories.
+    """
+
+    restart: int = 0
+    iteration: int = 0
+    books: list[Array] = field(default_factory=list)
+    inertia: list[list[float]] = field(default_factory=list)
+    best_books: list[Array] = field(default_factory=list)
+    best_inertia: list[list[float]] = field(default_factory=list)
+
+
+def fit_product(
+    blocks: Blocks,
+    slices: Slices,
+    codebook_sizes: Sequence[int],
+    *,
+    seed: int,
+    options: KMeansOptions,
+    weights: Doubles | None = None,
+    init: Sequence[Array] | None = None,
+    threads: int | None = None,
+    memory_bytes: int = 1 << 30,
+    state: ProductState | None = None,
+    on_iteration: Callable[[ProductState], None] | None = None,
+) -> tuple[list[Array], list[PartFit]]:
+    """Fit one codebook per part of the columns by K-means, all parts in the same passes.
+
+    Rows are held in memory up to ``memory_bytes`` and read again in every pass above it; the
+    results are the same. ``init`` holds codebooks to start from instead of k-means++ (one restart).
+
+    Shapes: ``blocks`` (items, dim), ``weights`` (items,), returns ``(codes, width)`` per part.
+
+    Cost: O(items codes dim) per iteration for all parts together, in one pass over the rows.
+    """
+    sample = draw_sample(as_sharded(blocks), max(codebook_sizes), seed=seed, options=options)
+    rows: Blocks = blocks
+    mass = weights
+    if sample is not None:
+        rows = ArrayBlocks(blocks.rows(sample))
+        mass = None if weights is None else weights[sample]
+    rows = in_memory(rows, limit_bytes=memory_bytes)
+    run = state or ProductState()
+    parts = range(len(slices))
+    while run.restart < options.n_init:
+        if not run.books:
+            run.books = list(init or seed_parts(
+                rows, slices, codebook_sizes, seed=seed, restart=run.restart, weights=mass,
+                trials=options.n_local_trials, threads=threads,
+            ))  # fmt: skip
+            run.inertia = [[] for _ in parts]
+        while run.iteration < options.max_iter:
+            # A part that has converged waits for the others.
+            active = [i for i in parts if not has_converged(run.inertia[i], options.tol)]
+            if not active:
+                break
+            _iterate(rows, slices, run, active, weights=mass, threads=threads)
+            run.iteration += 1
+            if on_iteration is not None:
+                on_iteration(run)
+        if not run.best_books:
+            run.best_books, run.best_inertia = run.books, run.inertia
+        else:
+            for i in parts:
+                if run.inertia[i][-1] < run.best_inertia[i][-1]:
+                    run.best_books[i], run.best_inertia[i] = run.books[i], run.inertia[i]
+        run.restart += 1
+        run.iteration, run.books, run.inertia = 0, [], []
+        if init is not None:
+            break
+    final = ProductState(books=list(run.best_books), inertia=[list(h) for h in run.best_inertia])
+    if sample is not None and options.full_pass:
+        # One iteration over all rows: an unbiased mean per codeword at the cost of one pass.
+        _iterate(blocks, slices, final, list(parts), weights=weights, threads=threads)
+    fits = []
+    for i in parts:
+        distinct = len(np.unique(final.books[i], axis=0))
+        if distinct < codebook_sizes[i]:
+            logger.warning(
+                "codebook %d: only %d of %d codewords differ, because the rows have no more values "
+                "in its columns; %d codes stay dead (fewer codebooks or a smaller codebook_size "
+                "avoid that)",
+                i + 1, distinct, codebook_sizes[i], codebook_sizes[i] - distinct,
+            )  # fmt: skip
+        fits.append(
+            PartFit(
+                final.inertia[i][-1],
+                len(run.best_inertia[i]),
+                has_converged(run.best_inertia[i], options.tol),
+                distinct,
+            )
+        )
+    return final.books, fits
+
+
+def seed_parts(
+    rows: Blocks,
+    slices: Slices,
+    codebook_sizes: Sequence[int],
+    *,
+    seed: int,
+    restart: int,
+    weights: Doubles | None,
+    trials: int,
+    threads: int | None,
+) -> list[Array]:
+    """Seed every part by k-means++ on the columns of one sample of the rows.
+
+    Where a part has fewer distinct rows than codewords, copies of the first codeword fill the rest:
+    ties go to the lowest code, so they get no rows.
+    """
+    count = min(len(rows), SEED_ROWS_PER_CODE * max(codebook_sizes))
+    numbers = np.arange(len(rows))
+    if count < len(rows):
+        generator = numpy_generator(seed, "seeding rows", restart)
+        numbers = np.sort(generator.choice(len(rows), count, replace=False, shuffle=False))
+    sample = rows.rows(numbers)
+    mass = None if weights is None else weights[numbers]
+    if mass is not None and not mass.any():
+        mass = None  # the sample missed all rows that count; any rows do to start from
+
+    def work(part: int) -> Array:
+        codes, columns = codebook_sizes[part], np.ascontiguousarray(sample[:, slices[part]])
+        generator = numpy_generator(seed, "seeding", restart, part)
+        if codes * len(columns) <= SEQUENTIAL_PAIRS:
+            draws = generator.random((codes, trials))
+            chosen = draw_centers(columns, np.ones(len(columns)) if mass is None else mass, draws)
+            centers = columns[chosen[chosen >= 0]]
+        else:
+            centers = kmeans_plus_plus(
+                ArrayBlocks(columns), codes, generator=generator, weights=mass, threads=1,
+                n_local_trials=trials,
+            )  # fmt: skip
+        return np.concatenate([centers, np.repeat(centers[:1], codes - len(centers), axis=0)])
+
+    return map_blocks(work, range(len(slices)), threads=threads)
+
+
+@numba.njit(nogil=True, cache=True)
+def draw_centers(x: Array, weights: Doubles, draws: Doubles) -> npt.NDArray[np.int64]:
+    """Draw centers among rows ``(n, width)`` by greedy k-means++ (Arthur & Vassilvitskii 2007).
+
+    Of the candidates of one draw ``(centers, trials)``, the one that lowers the weighted sum of
+    squared distances most is the next center. Returns row numbers ``(centers,)``, -1 once every row
+    is a center. In small samples this is quicker than rounds of many candidates.
+    """
+    rows, width = x.shape
+    centers = np.full(len(draws), -1, np.int64)
+    nearest = np.full(rows, np.inf)
+    trial, best = np.empty(rows), np.empty(rows)
+    running = np.empty(rows)
+    for c in range(len(draws)):
+        total = 0.0
+        for i in range(rows):
+            total += weights[i] if c == 0 else weights[i] * nearest[i]
+            running[i] = total
+        if not total > 0.0:
+            break
+        lowest, chosen = np.inf, -1
+        for t in range(draws.shape[1]):
+            # The first row at which the running sum passes the target; one of no mass never is.
+            row = np.searchsorted(running, draws[c, t] * total, side="right")
+            row = min(row, rows - 1)
+            while row > 0 and running[row] == running[row - 1]:
+                row -= 1
+            potential = 0.0
+            for i in range(rows):
+                square = 0.0
+                for d in range(width):
+                    difference = np.float64(x[i, d]) - np.float64(x[row, d])
+                    square += difference * difference
+                trial[i] = min(square, nearest[i])
+                potential += weights[i] * trial[i]
+            if potential < lowest:
+                lowest, chosen = potential, row
+                trial, best = best, trial
+        nearest, best = best, nearest
+        centers[c] = chosen
+    return centers
+
+
+def _iterate(
+    rows: Blocks,
+    slices: Slices,
+    run: ProductState,
+    active: Sequence[int],
+    *,
+    weights: Doubles | None,
+    threads: int | None,
+) -> None:
+    """Run one Lloyd iteration of the parts ``active``, in place."""
+    totals = assign_parts(rows, slices, run.books, active, weights=weights, threads=threads)
+    run.books = list(run.books)
+    empty: dict[int, npt.NDArray[np.int64]] = {}
+    before = list(run.books)
+    for part, total in zip(active, totals, strict=True):
+        run.inertia[part] = [*run.inertia[part], total.inertia]
+        occupied = total.counts > 0
+        moved = run.books[part].copy()
+        # The mean minimizes the weighted sum of squared distances to the rows of a codeword.
+        moved[occupied] = (total.sums[occupied] / total.counts[occupied, None]).astype(np.float32)
+        run.books[part] = moved
+        if not occupied.all() and total.inertia > 0:
+            empty[part] = np.flatnonzero(~occupied)
+    if empty:
+        _reseed(rows, slices, before, run.books, empty, weights=weights)
+
+
+def assign_parts(
+    rows: Blocks,
+    slices: Slices,
+    books: Sequence[Array],
+    active: Sequence[int],
+    *,
+    weights: Doubles | None,
+    threads: int | None,
+    on_codes: Callable[[int, Array, list[npt.NDArray[np.int64]]], None] | None = None,
+) -> list[Statistics]:
+    """Assign the rows to the codewords of some parts in one pass; return each part's sums.
+
+    ``on_codes`` receives the first row's number, the rows and each part's codes, block by block.
+    """
+    tables = {part: index_codebook(torch.from_numpy(books[part])) for part in active}
+    trees: list[TreeSum[Statistics]] = [TreeSum() for _ in active]
+    for number, (start, block) in enumerate(read_ahead(rows)):
+        mass = None if weights is None else weights[start : start + len(block)]
+
+        def work(
+            part: int, block: Array = block, mass: Doubles | None = mass
+        ) -> tuple[Statistics, npt.NDArray[np.int64]]:
+            columns = np.ascontiguousarray(block[:, slices[part]])
+            labels, distances = assign(columns, tables[part], threads=1)
+            codes = len(books[part])
+            return part_statistics(columns, labels, distances, codes, mass), labels
+
+        results = map_blocks(work, active, threads=threads)
+        for tree, (sums, _) in zip(trees, results, strict=True):
+            tree.add(number, sums)
+        if on_codes is not None:
+            on_codes(start, block, [labels for _, labels in results])
+    return [tree.total() for tree in trees]
+
+
+def part_statistics(
+    x: Array,
+    labels: npt.NDArray[np.int64],
+    distances: Array,
+    codes: int,
+    weights: Doubles | None = None,
+) -> Statistics:
+    """Return what `semid.quantization.blocks.statistics` returns, bit for bit.
+
+    Sums of narrow rows stay in cache, so rows are added to them as they come, without sorting.
+
+    Shapes: ``x`` (n, width), the others (n,).
+    """
+    sums, counts = np.zeros((codes, x.shape[1])), np.zeros(codes)
+    _sum_rows(x, np.empty(0) if weights is None else weights, labels, sums, counts)
+    squared = distances.astype(np.float64)
+    return Statistics(
+        sums, counts, float((squared if weights is None else squared * weights).sum())
+    )
+
+
+@numba.njit(nogil=True, cache=True)
+def _sum_rows(x: Any, weights: Any, labels: Any, sums: Any, counts: Any) -> None:
+    weighted = len(weights) > 0
+    for row in range(len(labels)):
+        total = sums[labels[row]]
+        weight = weights[row] if weighted else 1.0
+        counts[labels[row]] += weight
+        for d in range(x.shape[1]):
+            total[d] += weight * np.float64(x[row, d])
+
+
+def _reseed(
+    rows: Blocks,
+    slices: Slices,
+    before: Sequence[Array],
+    books: list[Array],
+    empty: dict[int, npt.NDArray[np.int64]],
+    *,
+    weights: Doubles | None,
+) -> None:
+    """Put empty codewords on the rows with the largest loss, all distinct; one pass for all parts.
+
+    ``before`` are the codebooks by which the losses are counted.
+    """
+    losses = {part: np.empty(0) for part in empty}
+    farthest = {part: np.empty((0, books[part].shape[1]), np.float32) for part in empty}
+    tables = {part: index_codebook(torch.from_numpy(before[part])) for part in empty}
+    for start, block in read_ahead(rows):
+        for part, codes in empty.items():
+            columns = np.ascontiguousarray(block[:, slices[part]])
+            loss = assign(columns, tables[part], threads=1)[1].astype(np.float64)
+            if weights is not None:
+                loss *= weights[start : start + len(block)]
+            # Equal columns would be one codeword: count each once, and keep the earlier of ties.
+            loss = np.concatenate([losses[part], loss])
+            values = np.concatenate([farthest[part], columns])
+            order = np.lexsort((np.arange(len(loss)), -loss))[: 4 * len(codes)]
+            order = order[loss[order] > 0]
+            _, first = np.unique(values[order], axis=0, return_index=True)
+            order = order[np.sort(first)][: len(codes)]
+            losses[part], farthest[part] = loss[order], values[order]
+    for part, codes in empty.items():
+        books[part] = books[part].copy()
+        books[part][codes[: len(farthest[part])]] = farthest[part]
+
+
+def encode_product(
+    block: Array, slices: Slices, tables: Sequence[IndexedCodebook], *, threads: int | None = None
+) -> ResidualCodes:
+    """Give rows ``(n, dim)`` the nearest codeword of each part, ties to the lowest code."""
+
+    def work(part: int) -> tuple[npt.NDArray[np.int64], Array]:
+        return assign(np.ascontiguousarray(block[:, slices[part]]), tables[part], threads=1)
+
+    small = len(block) < SMALL_ROWS
+    parts = map_blocks(work, range(len(slices)), threads=1 if small else threads)
+    squared = np.zeros(len(block))
+    for _, distances in parts:
+        squared += distances
+    codes = np.stack([labels for labels, _ in parts], axis=1)
+    return ResidualCodes(codes, np.sqrt(squared).astype(np.float32))

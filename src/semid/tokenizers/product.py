@@ -1,0 +1,317 @@
+"""Product quantization: a codebook for each part of the columns; with a rotation before it, OPQ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from semid.data.source import EmbeddingSource
+from semid.errors import UsageError
+from semid.options import option
+from semid.quantization.blocks import Blocks, Preprocess, PreprocessedBlocks
+from semid.quantization.kmeans import KMeansOptions
+from semid.quantization.product import ProductState, encode_product, fit_product, part_slices
+from semid.quantization.residual import ResidualCodes
+from semid.quantization.rotation import RotatedBlocks, RotationState, fit_rotation
+from semid.tokenizers.codebooks import CodebookTokenizer
+from semid.tokenizers.context import FitContext, Result, level_sizes
+from semid.tokenizers.neural.autoencoder import Prepare, perceptron
+from semid.tokenizers.stored import check_shapes
+from semid.training.checkpoint import StateStore
+
+Array = npt.NDArray[np.float32]
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class PQ(CodebookTokenizer):
+    """Product quantization: columns are cut into parts, and each part has K-means codes of its own.
+
+    Parts lie side by side and are as equally wide as the columns allow: where ``n_codebooks`` does
+    not divide the width, the first parts are one column wider. Codes are parallel: none comes
+    before another. Codewords that have no different rows to stand for stay dead, with a warning.
+
+    Raises:
+        UsageError: if a value is out of range; at `fit`, if there are more codebooks than columns.
+
+    Source: Jégou, Douze, Schmid 2011. A fit reads the rows once per K-means iteration, all parts
+    together: O(iterations items codes dim) time.
+    """
+
+    kind: ClassVar[str] = "pq"
+    hierarchical: ClassVar[bool] = False
+    combine: ClassVar[Literal["sum", "mean", "concat"]] = "concat"
+    can_warm_start: ClassVar[bool] = True
+
+    n_codebooks: int = option(8, help="Codes per item: parts that the columns are cut into.")
+    codebook_size: int | Sequence[int] = option(
+        256, help="Codewords per codebook (2 to 2**32), or one number for each."
+    )
+    kmeans: KMeansOptions | Mapping[str, Any] | None = option(
+        None, nested={"n_local_trials": 1}, help="How K-means of the codebooks runs."
+    )
+
+    def __post_init__(self) -> None:
+        """Start from scratch."""
+        super().__post_init__()
+        self._start: Self | None = None
+
+    @property
+    def codebook_sizes(self) -> tuple[int, ...]:
+        """Codewords of each codebook."""
+        return level_sizes(self.n_codebooks, self.codebook_size, name="n_codebooks")
+
+    def _resolved(self, name: str) -> Any:
+        return list(self.codebook_sizes) if name == "codebook_size" else super()._resolved(name)
+
+    def _start_from(self, previous: Self) -> None:
+        self._start = previous
+
+    def _parts(self, dim: int) -> tuple[slice, ...]:
+        if self.n_codebooks > dim:
+            raise UsageError(
+                f"n_codebooks={self.n_codebooks} for embeddings of width {dim}: a codebook needs a "
+                f"column at least; give {dim} or less"
+            )
+        return part_slices(dim, self.n_codebooks)
+
+    def _fit(self, context: FitContext) -> dict[str, Any]:
+        dim = context.train.dim
+        self._parts(dim)
+        if self._start is None:
+            self._preprocess = Preprocess.fit(
+                context.train, center=self.center, normalize=self.normalize
+            )
+        else:
+            # The former preprocessing and rotation: both generations share one space.
+            self._preprocess = self._start._preprocess
+        rows = self._preprocessed(context.train)
+        details, init = self._fit_space(context, rows)
+        arrays, record = context.stage(
+            "kmeans",
+            lambda store: self._fit_codebooks(context, self._latents(rows), init, store),
+        )
+        self._set_codebooks([arrays[f"codebooks.{i}"] for i in range(self.levels)])
+        self._start = None
+        return {**details, **record}
+
+    def _preprocessed(self, source: EmbeddingSource) -> Blocks:
+        identity = self._preprocess.identity
+        return source if identity else PreprocessedBlocks(source, self._preprocess)
+
+    def _fit_space(
+        self, context: FitContext, rows: Blocks
+    ) -> tuple[dict[str, Any], Sequence[Array] | None]:
+        """Fit what comes before the codebooks; return details, and codebooks to start from."""
+        return {}, None if self._start is None else self._start.codebooks
+
+    def _latents(self, rows: Blocks) -> Blocks:
+        """Return a view of preprocessed rows as latents."""
+        return rows
+
+    def _fit_codebooks(
+        self,
+        context: FitContext,
+        rows: Blocks,
+        init: Sequence[Array] | None,
+        store: StateStore | None,
+    ) -> Result:
+        progress = context.progress
+        progress.start(f"{self.levels} codebooks", total=None)
+
+        def on_iteration(state: ProductState) -> None:
+            if store is not None:
+                store.save(*_product_state(state))
+            inertia = sum(history[-1] for history in state.inertia)
+            progress.step(1, restart=state.restart, inertia=inertia)
+
+        books, fits = fit_product(
+            rows,
+            self._parts(rows.dim),
+            self.codebook_sizes,
+            seed=self.seed,
+            options=self._resolved("kmeans"),
+            weights=context.weights,
+            init=init,
+            threads=self.threads,
+            state=None if store is None or store.state is None else _restored(*store.state),
+            on_iteration=on_iteration,
+        )
+        arrays = {f"codebooks.{i}": book for i, book in enumerate(books)}
+        return arrays, {"levels": [asdict(fit) for fit in fits]}
+
+    def _encode_block(self, x: Array, beam_width: int) -> ResidualCodes:
+        z = self._latent_block(x)
+        slices = part_slices(z.shape[1], self.levels)
+        return encode_product(z, slices, self._codebook_index, threads=self.threads)
+
+    def _latent_block(self, x: Array) -> Array:
+        return self._preprocess.apply(x)
+
+    def _decode_codes(self, codes: npt.NDArray[np.int64]) -> Array:
+        return self._preprocess.invert(self._quantize_codes(codes))
+
+    def _codeword_widths(self, tensors: Mapping[str, np.ndarray]) -> Sequence[int]:
+        return [part.stop - part.start for part in self._parts(self.dim)]
+
+    def encoder_module(self) -> nn.Module:
+        """Return the preprocessing of rows ``(n, dim)`` as a module that can be exported.
+
+        Raises:
+            NotFittedError: before `fit`.
+        """
+        _ = self.dim
+        return Prepare(self._preprocess)
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class OPQ(PQ):
+    """Product quantization after a rotation that is learned to lower the error.
+
+    The rotation starts at the principal components, shared out among the parts so that each carries
+    an equal product of variances; then codes and rotation take turns (non-parametric OPQ). It is
+    orthogonal, so distances stay as they are. A refresh keeps the rotation.
+
+    Raises:
+        UsageError: if a value is out of range; at `fit`, if there are more codebooks than columns.
+
+    Source: Ge, He, Ke, Sun 2013, sections 4.1 and 4.2. Beyond `PQ`: O(items dim^2 + dim^3) per
+    alternation, in one pass.
+    """
+
+    kind: ClassVar[str] = "opq"
+
+    rotation_iter: int = option(
+        20, ge=0, help="Alternations of codes and rotation; 0 keeps the principal components."
+    )
+
+    def __post_init__(self) -> None:
+        """Start without a rotation."""
+        super().__post_init__()
+        self._rotation: Array = np.empty((0, 0), np.float32)
+
+    @property
+    def rotation(self) -> Array:
+        """The orthogonal matrix ``(dim, dim)`` that preprocessed rows are multiplied with."""
+        _ = self.dim
+        return self._rotation
+
+    def _rotate(self, x: Array, rotation: Array) -> Array:
+        """Return rows ``(n, dim)`` times a rotation; each depends on its row alone."""
+        bias = np.zeros(rotation.shape[1], np.float32)
+        return perceptron(x, [(rotation, bias)], threads=self.threads)
+
+    def _fit_space(
+        self, context: FitContext, rows: Blocks
+    ) -> tuple[dict[str, Any], Sequence[Array] | None]:
+        if self._start is not None:
+            self._rotation = self._start._rotation
+            return {}, self._start.codebooks
+        progress = context.progress
+
+        def run(store: StateStore | None) -> Result:
+            progress.start("rotation", total=self.rotation_iter)
+
+            def on_iteration(state: RotationState) -> None:
+                if store is not None:
+                    store.save(*_rotation_state(state))
+                progress.step(1, error=state.error[-1])
+
+            saved = None if store is None else store.state
+            state = None
+            if saved is not None:
+                books = [saved[0][f"codebooks.{i}"] for i in range(self.levels)]
+                state = RotationState(
+                    saved[1]["iteration"], saved[0]["rotation"], books, saved[1]["error"]
+                )
+            return _rotation_state(
+                fit_rotation(
+                    rows,
+                    self._parts(rows.dim),
+                    self.codebook_sizes,
+                    rotate=self._rotate,
+                    iterations=self.rotation_iter,
+                    seed=self.seed,
+                    options=self._resolved("kmeans"),
+                    weights=context.weights,
+                    threads=self.threads,
+                    state=state,
+                    on_iteration=on_iteration,
+                )
+            )
+
+        arrays, record = context.stage("rotation", run)
+        self._rotation = arrays["rotation"]
+        init = [arrays[f"codebooks.{i}"] for i in range(self.levels)]
+        return {"rotation": {"error": record["error"]}}, init
+
+    def _latents(self, rows: Blocks) -> Blocks:
+        return RotatedBlocks(rows, lambda x: self._rotate(x, self._rotation))
+
+    def _latent_block(self, x: Array) -> Array:
+        return self._rotate(super()._latent_block(x), self._rotation)
+
+    def _decode_codes(self, codes: npt.NDArray[np.int64]) -> Array:
+        back = np.ascontiguousarray(self._rotation.T)
+        return self._preprocess.invert(self._rotate(self._quantize_codes(codes), back))
+
+    def _tensors(self) -> dict[str, np.ndarray]:
+        return {**super()._tensors(), "rotation": self._rotation}
+
+    def _set_tensors(self, tensors: Mapping[str, np.ndarray]) -> None:
+        super()._set_tensors(tensors)
+        check_shapes(tensors, {"rotation": (self._dim, self._dim)})
+        self._rotation = tensors["rotation"]
+
+    def encoder_module(self) -> nn.Module:
+        """Return preprocessing and rotation of rows ``(n, dim)`` as a module for export.
+
+        Raises:
+            NotFittedError: before `fit`.
+        """
+        return nn.Sequential(super().encoder_module(), _Rotate(self._rotation))
+
+
+class _Rotate(nn.Module):
+    """Rows times a matrix."""
+
+    def __init__(self, rotation: Array) -> None:
+        super().__init__()
+        self.register_buffer("rotation", torch.from_numpy(rotation.copy()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Rotate rows ``(batch, dim)``."""
+        return x @ self.get_buffer("rotation")
+
+
+# States in a checkpoint: arrays by name and a JSON-able record ----------------------------------
+
+
+def _product_state(state: ProductState) -> Result:
+    arrays = {f"book.{i}": book for i, book in enumerate(state.books)}
+    arrays |= {f"best.{i}": book for i, book in enumerate(state.best_books)}
+    return arrays, {
+        "restart": state.restart,
+        "iteration": state.iteration,
+        "inertia": state.inertia,
+        "best_inertia": state.best_inertia,
+    }
+
+
+def _restored(arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> ProductState:
+    def books(name: str) -> list[Array]:
+        count = sum(key.startswith(f"{name}.") for key in arrays)
+        return [arrays[f"{name}.{i}"] for i in range(count)]
+
+    return ProductState(**record, books=books("book"), best_books=books("best"))
+
+
+def _rotation_state(state: RotationState) -> Result:
+    arrays = {f"codebooks.{i}": book for i, book in enumerate(state.books)}
+    record = {"iteration": state.iteration, "error": state.error}
+    return {**arrays, "rotation": state.rotation}, record
