@@ -41,6 +41,9 @@ def test_index_and_tensors_equal_brute_force(case):
     )
     everything = np.array(list(itertools.product(*map(range, sizes))))
     assert index.contains(everything).tolist() == [tuple(r) in valid for r in everything.tolist()]
+    numbers = {row: number for number, row in enumerate(sorted(valid))}
+    leaves = [numbers.get(tuple(r), -1) for r in everything.tolist()]
+    assert index.leaves(everything).tolist() == leaves
     for depth in range(len(sizes)):
         prefixes = list(itertools.product(*map(range, sizes[:depth])))
         follow = [{row[depth] for row in valid if row[:depth] == p} for p in prefixes]
@@ -163,6 +166,7 @@ def test_ids_begin_after_a_token_wherever_it_stands(case, seed):
                 assert torch.equal(kept[row], scores[row])
             elif len(after) == len(sizes):
                 assert finite == [end]
+                assert kept[row, end] == 0  # certain, so it changes no order of beams
             else:
                 prefix = [t - s for t, s in zip(after, starts, strict=False)]
                 follow = {r[len(prefix)] for r in valid if list(r[: len(prefix)]) == prefix}

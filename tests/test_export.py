@@ -350,6 +350,7 @@ def test_huggingface_in_a_model(appended, tokenizer, tmp_path):
     text = f"buy {read.text('item-7')} next {read.text('item-8')}"
     sid = [[token_ids[n][c] for n, c in enumerate(appended.codes[r])] for r in (7, 8)]
     assert fast(text)["input_ids"] == [2, *sid[0], 3, *sid[1]]
+    assert fast(read.text(["item-8", "item-7"]))["input_ids"] == [*sid[1], *sid[0]]
     before = model.get_input_embeddings().weight.detach().clone()
     read.initialize(model, token_ids)
     after = model.get_input_embeddings().weight.detach()
@@ -370,6 +371,17 @@ def test_huggingface_in_a_model(appended, tokenizer, tmp_path):
     inverse = [{token: code for code, token in enumerate(level)} for level in token_ids]
     for row in out[:, 2:6].tolist():
         assert tuple(inverse[n][token] for n, token in enumerate(row)) in known
+    # After a begin token, in prompts of two lengths; `buy` begins an id here.
+    prompt = torch.tensor([[0, 3, 2], [3, 4, 2], [0, 0, 3], [0, 2, sid[0][0]]])
+    processor = read.processor(token_ids, begin_token=2, end_token=1)
+    out = model.generate(
+        prompt, attention_mask=(prompt > 0).long(), max_new_tokens=4, do_sample=True,
+        logits_processor=[processor],
+    )  # fmt: skip
+    written = processor.written(out)
+    assert (read.index.leaves(written)[[0, 1, 3]] >= 0).all()
+    assert written[3, 0] == appended.codes[7, 0]
+    assert 2 in out[2, 3:] or (written[2] == -1).all()
     with pytest.raises(UsageError, match="add_tokens"):
         read.initialize(model, token_ids[:2])
     (tmp_path / "hf" / "added_tokens.json").unlink()

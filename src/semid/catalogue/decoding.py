@@ -217,7 +217,7 @@ class AllowedTokens:
             1, the start token. Prompts of one batch that are padded on the left have one length.
         begin_token: token after which an id begins.
         end_token: token after a whole id, usually ``eos_token_id``. It is the only one allowed for
-            a row whose id is complete or contains a token outside the trie.
+            a row whose id is complete or contains a token outside the trie, with the score 0.
 
     Raises:
         UsageError: if a level's tokens do not match its codebook, two codes of a level share a
@@ -310,9 +310,8 @@ class AllowedTokens:
         floor = torch.finfo(scores.dtype).min / 64
         result = torch.where(is_free[:, None], scores, -torch.inf)
         result[row, token] = scores[row, token].nan_to_num(nan=floor).clamp(min=floor)
-        # The end token stays finite, so that a row always has a token to write.
-        ended = ~(is_open | is_free)
-        result[ended, self.end_token] = scores[ended, self.end_token].nan_to_num(neginf=0.0)
+        # An end token that must come is certain: it changes no order among beams.
+        result[~(is_open | is_free), self.end_token] = 0.0
         return result
 
 

@@ -184,10 +184,19 @@ class PrefixIndex:
 
     def contains(self, codes: npt.ArrayLike) -> npt.NDArray[np.bool_]:
         """Return for each whole id ``(batch, levels)`` whether an item has it."""
+        return self.leaves(codes) >= 0
+
+    def leaves(self, codes: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """Return the number in `row_starts` of each whole id ``(batch, levels)``; -1 if unknown.
+
+        Raises:
+            UsageError: if the rows have not one code per level.
+        """
         batch, _ = self._checked(codes)
         if batch.shape[1] != self.levels:
             raise UsageError(f"ids have {self.levels} codes, these rows {batch.shape[1]}")
-        return self.find(batch) >= 0
+        nodes = self.find(batch)
+        return np.where(nodes < 0, -1, nodes - self.depth_starts[self.levels])
 
     def _node(self, prefix: npt.ArrayLike) -> int:
         return int(self.find(np.asarray(prefix, dtype=np.int64).reshape(-1)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +96,24 @@ class HuggingFaceExport:
             )
         return cls(levels, tuple(codebooks), ids)
 
-    def text(self, item: str) -> str:
-        """Return an item's id as the string of its tokens."""
-        codes = self.ids.lookup(item)
-        return "".join(self.tokens[level][int(code)] for level, code in enumerate(codes))
+    @cached_property
+    def index(self) -> PrefixIndex:
+        """Prefix index of the ids."""
+        return PrefixIndex.build(self.ids)
+
+    def text(self, items: Any) -> str:
+        """Return the id of an item, or of a history of items in order, as a string of tokens.
+
+        Args:
+            items: item id, or a sequence of them.
+
+        Raises:
+            IdsError: for an item without an id.
+        """
+        rows = np.atleast_2d(self.ids.lookup(items)).tolist()
+        return "".join(
+            self.tokens[level][code] for codes in rows for level, code in enumerate(codes)
+        )
 
     def add_tokens(self, tokenizer: Any, model: Any = None) -> list[list[int]]:
         """Add the tokens to a transformers tokenizer, and embeddings for them to a model.
@@ -165,13 +180,19 @@ class HuggingFaceExport:
                 weight[torch.tensor(token_ids[level])] = value.to(weight.dtype)
 
     def processor(
-        self, token_ids: list[list[int]], *, prompt_length: int, end_token: int
+        self,
+        token_ids: list[list[int]],
+        *,
+        prompt_length: int | None = None,
+        begin_token: int | None = None,
+        end_token: int,
     ) -> AllowedTokens:
         """Return the logits processor that allows only ids of this catalogue."""
         return AllowedTokens(
-            TorchTrie(PrefixIndex.build(self.ids)),
+            TorchTrie(self.index),
             token_ids,
             prompt_length=prompt_length,
+            begin_token=begin_token,
             end_token=end_token,
         )
 
