@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from semid.diagnostics.auc import auc, negative_pairs, pair_aucs
 from semid.diagnostics.discrete import discrete_ranks, discrete_retrieval
-from semid.diagnostics.pairs import bootstrap, cluster_sums, item_pairs, pairs_by_id
+from semid.diagnostics.pairs import bootstrap, cluster_sums, item_pairs
 from semid.diagnostics.popularity import popularity_health, popularity_segments
 from semid.diagnostics.retrieval import item_retrieval, neighbor_ranks
 from semid.errors import InputError, UsageError
@@ -39,10 +39,7 @@ def test_pairs_count_what_they_leave_out():
     assert pairs.targets.tolist() == [1, 0]
     assert pairs.users.tolist() == [7, 9]
     assert (pairs.unknown, pairs.same, len(pairs)) == (2, 1, 2)
-    by_id = pairs_by_id(["a", "b", "c"], ["a", "x", "c", "b"], ["b", "a", "c", "y"])
-    assert (by_id.queries.tolist(), by_id.targets.tolist()) == ([0], [1])
-    assert (by_id.unknown, by_id.same) == (2, 1)
-    assert by_id.counts().to_dict()["by_user"] is False
+    assert item_pairs([0], [1], pool=3).counts().to_dict()["by_user"] is False
 
 
 def test_pairs_that_cannot_be_used_are_refused():
@@ -54,8 +51,6 @@ def test_pairs_that_cannot_be_used_are_refused():
         item_pairs([0], [3], pool=3)
     with pytest.raises(InputError, match="users has shape"):
         item_pairs([0], [1], pool=3, users=[1, 2])
-    with pytest.raises(InputError, match="repeated ids"):
-        pairs_by_id(["a", "a"], ["a"], ["b"])
 
 
 # Bootstrap -----------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ from semid.diagnostics.spaces import (
     geometry,
     latent_std,
     reconstruction,
-    reconstruction_by_level,
     sample_rows,
 )
 from semid.errors import InputError, UsageError
@@ -234,7 +233,7 @@ def test_margin_proxy_follows_simulated_flips():
         assert margin.prefix[1] == pytest.approx(flip.prefix[1].value, abs=0.1)
     measured = [level.value for point in flips.points for level in point.prefix]
     proxy = [value for point in margins.points for value in point.prefix]
-    assert rank_agreement(measured, {"margin": proxy})["margin"]["all"] > 0.9
+    assert rank_agreement(measured, {"margin": proxy})["margin"] > 0.9
 
 
 def test_padding_the_latent_changes_nothing_under_input_noise():
@@ -303,8 +302,8 @@ def test_spearman_with_ties():
         return [np.mean([(v < x).sum() + 1, (v <= x).sum()]) for x in v]
 
     assert spearman(a, b) == pytest.approx(np.corrcoef(ranks(a), ranks(b))[0, 1])
-    found = rank_agreement([1, 2, 2, 1], {"r": [3, 4, 1, 2]}, levels=[0, 0, 1, 1])
-    assert found == {"r": {"all": 0, "level 0": 1, "level 1": -1}}
+    found = rank_agreement([1, 2, 2, 1], {"r": [3, 4, 1, 2], "s": [1, 3, 3, 1]})
+    assert found == {"r": 0, "s": 1}
     with pytest.raises(InputError, match="one value per row"):
         rank_agreement([1, 2], {"r": [1]})
 
@@ -400,19 +399,8 @@ def test_the_papers_reconstruction_identity():
     assert found.relative_error is None  # all rows are equal: there is no variance to explain
 
 
-def test_reconstruction_by_level_falls_with_depth():
-    latents, codebooks = make_levels(items=400)
-    codes = brute_encode(latents, codebooks)
-
-    def decode(block, depth):
-        return sum(codebooks[level][block[:, level]] for level in range(depth))
-
-    found = reconstruction_by_level(latents, codes, decode)
-    assert found[0].mse > found[1].mse
-    assert found[1].mse == pytest.approx(((latents - decode(codes, 2)) ** 2).mean(), rel=1e-5)
-    assert found[1].name == "decoder(codes), levels 1-2"
-    with pytest.raises(InputError, match="same items"):
-        reconstruction_by_level(latents[:3], codes, decode)
+def test_reconstructions_of_another_shape_are_refused():
+    latents, _ = make_levels(items=40)
     with pytest.raises(InputError, match="give the same"):
         reconstruction(latents, latents[:, :2], name="x")
 

@@ -126,7 +126,7 @@ def test_bad_scores_are_refused():
 
 def test_slices():
     interactions = np.array([0, 0, 3, 50, 20, 12, 11])
-    masks = slice_masks(np.array([1, 2, 3, 4, 5, 6, 0]), interactions, few=10)
+    masks = slice_masks(np.array([1, 2, 3, 4, 5, 6, 0]), interactions)
     assert masks["unseen"].tolist() == [True, False, False, False, False, False, True]
     assert masks["few"].tolist() == [False, True, False, False, False, False, False]
     assert masks["head"].tolist() == [False, False, True, False, False, False, False]

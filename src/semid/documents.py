@@ -47,14 +47,9 @@ COPY_AGAIN = "copy or write it again"
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-def read_json(
-    path: str | os.PathLike[str],
-    *,
-    error: type[SemidError] = ArtefactError,
-    advice: str = COPY_AGAIN,
-) -> Any:
-    """Return the document of a JSON file."""
-    return parse_json(_read(path, error, advice), where=f"'{path}'", error=error, advice=advice)
+def read_json(path: str | os.PathLike[str], *, advice: str = COPY_AGAIN) -> Any:
+    """Return the document of a JSON file; what is wrong with it is an ArtefactError."""
+    return parse_json(_read(path, ArtefactError, advice), where=f"'{path}'", advice=advice)
 
 
 def parse_json(

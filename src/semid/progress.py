@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 
 from rich import progress as rich_progress
 from rich.console import Console
@@ -45,8 +45,8 @@ class QuietProgress:
 class JsonProgress:
     """Writes one JSON line per step, at most ten per second, and one when a task ends."""
 
-    def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream = stream or sys.stderr
+    def __init__(self) -> None:
+        self._stream = sys.stderr  # so that output can be piped
         self._task: str | None = None
         self._last = 0.0
 
@@ -130,9 +130,9 @@ def _short(value: Any) -> str:
 
 
 @contextmanager
-def make_progress(*, quiet: bool = False, console: Console | None = None) -> Iterator[Progress]:
+def make_progress(*, quiet: bool = False) -> Iterator[Progress]:
     """Yield bars on a terminal, JSON lines elsewhere, silence when ``quiet``; closed at the end."""
-    screen = console or Console(stderr=True)
+    screen = Console(stderr=True)
     progress: Progress = JsonProgress()
     if quiet:
         progress = QuietProgress()

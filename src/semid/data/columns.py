@@ -174,7 +174,7 @@ def not_float_list(kind: pa.DataType) -> str:
     return f"holds {kind}; embeddings are lists of float16, float32 or float64"
 
 
-def listed(names: list[str], most: int = 20) -> str:
-    """Return the names quoted and joined, cut after ``most``."""
-    shown = ", ".join(f"'{n}'" for n in names[:most])
-    return f"{shown}, ... ({len(names)} in all)" if len(names) > most else shown or "no columns"
+def listed(names: list[str]) -> str:
+    """Return the names quoted and joined, cut after twenty."""
+    shown = ", ".join(f"'{n}'" for n in names[:20])
+    return f"{shown}, ... ({len(names)} in all)" if len(names) > 20 else shown or "no columns"

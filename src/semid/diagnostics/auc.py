@@ -278,7 +278,6 @@ def pair_aucs(
     embeddings: Mapping[str, Matrix] | None = None,
     level_weights: Sequence[float] | None = None,
     replicates: int = 1000,
-    confidence: float = 0.95,
     threads: int | None = None,
 ) -> PairAucs:
     """Measure how well ids distinguish related pairs from random ones, in every reading.
@@ -294,7 +293,6 @@ def pair_aucs(
         level_weights: of the weighted readings; None takes the share of variance that each level's
             codewords carry, and equal weights for parallel codebooks.
         replicates: bootstrap draws of users; 0 gives no intervals.
-        confidence: coverage of the intervals.
         threads: number of CPU threads; the result does not depend on it.
 
     Returns:
@@ -324,7 +322,7 @@ def pair_aucs(
         rows = as_matrix(embedding, name)
         require_pool(name, rows, pairs)
         scores[f"embedding: {name}"] = pair_cosines(rows, cases.a, cases.b, threads=threads)
-    options = {"replicates": replicates, "confidence": confidence, "seed": negatives.seed}
+    options = {"replicates": replicates, "seed": negatives.seed}
     # Positives come first in the list of pairs.
     n = cases.positives
     rates = [prefix[:n].mean(0), prefix[n:].mean(0), equal[:n].mean(0), equal[n:].mean(0)]

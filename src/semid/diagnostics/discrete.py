@@ -217,7 +217,6 @@ def discrete_retrieval(
     cutoffs: Sequence[int] = CUTOFFS,
     seed: int = 0,
     replicates: int = 1000,
-    confidence: float = 0.95,
     threads: int | None = None,
 ) -> DiscreteRetrieval:
     """Measure HR@K of retrieval by codes ``(pool, levels)``, with the first 1, 2, ... levels.
@@ -229,7 +228,7 @@ def discrete_retrieval(
     ks = check_cutoffs(cutoffs, pairs.pool)
     array = check_codes(codes)
     depths, expected = [], []
-    options: dict[str, Any] = {"replicates": replicates, "confidence": confidence, "seed": seed}
+    options: dict[str, Any] = {"replicates": replicates, "seed": seed}
     for depth in range(1, array.shape[1] + 1):
         ranks = discrete_ranks(
             array[:, :depth], pairs, hierarchical=hierarchical, seed=seed, threads=threads

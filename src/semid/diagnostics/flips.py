@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from semid.diagnostics.overlap import NOISE_SCALES
-from semid.diagnostics.pairs import Proportion, proportion
+from semid.diagnostics.pairs import CONFIDENCE, Proportion, proportion
 from semid.diagnostics.spaces import Matrix, as_block, as_matrix, latent_std, row_blocks
 from semid.errors import InputError, UsageError
 from semid.quantization.nearest import IndexedCodebook, index_codebook, nearest_m
@@ -93,7 +93,6 @@ def flip_rates(
     scales: Sequence[float] = NOISE_SCALES,
     unit: float | None = None,
     seed: int = 0,
-    confidence: float = 0.95,
 ) -> FlipRates:
     """Add Gaussian noise, encode again, and count the codes that change.
 
@@ -108,7 +107,6 @@ def flip_rates(
         scales: noise as multiples of ``unit``, not negative.
         unit: standard deviation that the scales multiply; None takes `latent_std` of the rows.
         seed: of the noise.
-        confidence: coverage of the intervals.
 
     Raises `InputError` for bad rows or codes of a wrong shape. Cost: ``1 + scales`` encodings.
 
@@ -135,13 +133,13 @@ def flip_rates(
     assert code is not None  # as_matrix raises for empty arrays
 
     def shares(counts: npt.NDArray[np.int64]) -> tuple[Proportion, ...]:
-        return tuple(proportion(int(c), len(array), confidence=confidence) for c in counts)
+        return tuple(proportion(int(c), len(array)) for c in counts)
 
     points = tuple(
         FlipPoint(float(scale), float(scale * std), shares(code[i]), shares(prefix[i]))
         for i, scale in enumerate(scales)
     )
-    return FlipRates(space, float(std), len(array), seed, confidence, points)
+    return FlipRates(space, float(std), len(array), seed, CONFIDENCE, points)
 
 
 # The margin proxy: flip rates in closed form, from distances to the nearest cell walls --------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from statistics import NormalDist
 from typing import Any
@@ -14,6 +14,9 @@ import numpy.typing as npt
 from semid.errors import InputError, UsageError
 from semid.results import Result
 from semid.seeds import numpy_generator
+
+CONFIDENCE = 0.95
+"""Coverage of all intervals."""
 
 Floats = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.int64]
@@ -113,26 +116,6 @@ def item_pairs(
     )
 
 
-def pairs_by_id(
-    pool_ids: Sequence[Any] | npt.NDArray[Any],
-    first: Sequence[Any] | npt.NDArray[Any],
-    second: Sequence[Any] | npt.NDArray[Any],
-    *,
-    users: npt.ArrayLike | None = None,
-) -> ItemPairs:
-    """Return `item_pairs` of ids, such as those of a table of related items.
-
-    ``pool_ids`` (pool,) are unique; ``first`` and ``second`` are ids ``(pairs,)``, of which those
-    outside the pool are counted.
-    """
-    rows = {item: row for row, item in enumerate(np.asarray(pool_ids).tolist())}
-    if len(rows) != len(pool_ids):
-        raise InputError(f"pool_ids holds {len(pool_ids) - len(rows)} repeated ids; give each once")
-    a = np.array([rows.get(item, -1) for item in np.asarray(first).tolist()], np.int64)
-    b = np.array([rows.get(item, -1) for item in np.asarray(second).tolist()], np.int64)
-    return item_pairs(a, b, pool=len(rows), users=users)
-
-
 @dataclass(frozen=True)
 class Estimate(Result):
     """A number with the ends of its percentile bootstrap interval.
@@ -156,8 +139,8 @@ def bootstrap(
     statistic: Callable[[Floats], Floats],
     *,
     replicates: int,
-    confidence: float,
     seed: int,
+    confidence: float = CONFIDENCE,
 ) -> tuple[Estimate, ...]:
     """Estimate functions of totals with percentile intervals over clusters.
 
@@ -203,7 +186,7 @@ class Proportion(Result):
     trials: int
 
 
-def proportion(successes: int, trials: int, *, confidence: float = 0.95) -> Proportion:
+def proportion(successes: int, trials: int, *, confidence: float = CONFIDENCE) -> Proportion:
     """Return a share with its Wilson interval of coverage ``confidence``, inside [0, 1]."""
     if not 0 <= successes <= trials or trials < 1 or not 0 < confidence < 1:
         raise UsageError(
@@ -246,36 +229,18 @@ def spearman(first: npt.ArrayLike, second: npt.ArrayLike) -> float | None:
 
 
 def rank_agreement(
-    flips: npt.ArrayLike,
-    proxies: Mapping[str, npt.ArrayLike],
-    *,
-    levels: npt.ArrayLike | None = None,
-) -> dict[str, dict[str, float | None]]:
+    flips: npt.ArrayLike, proxies: Mapping[str, npt.ArrayLike]
+) -> dict[str, float | None]:
     """Return how well each proxy ranks measured flip rates over tokenizers and levels.
 
-    Args:
-        flips: measured flip rates at one scale, ``(rows,)``, one row per tokenizer and level.
-        proxies: name -> values on the same rows, such as the overlap rate, its geometry penalty,
-            and the margin proxy.
-        levels: the level of each row; if given, correlations inside each level are added.
-
-    Returns:
-        Proxy -> ``{"all": rho, "level 0": rho, ...}``; None where it is not defined.
+    ``flips`` and the proxies, such as the overlap rate and the margin proxy, are ``(rows,)`` at one
+    scale, one row per tokenizer and level. None where the correlation is not defined.
     """
     measured = np.asarray(flips, np.float64)
-    groups = {"all": np.ones(len(measured), bool)}
-    if levels is not None:
-        level = np.asarray(levels)
-        groups |= {f"level {v}": level == v for v in np.unique(level).tolist()}
-    result: dict[str, dict[str, float | None]] = {}
     for name, values in proxies.items():
-        column = np.asarray(values, np.float64)
-        if column.shape != measured.shape or any(
-            g.shape != measured.shape for g in groups.values()
-        ):
+        if np.shape(values) != measured.shape:
             raise InputError(
-                f"proxy '{name}' has shape {column.shape}, flips {measured.shape}; one value per "
-                "row is needed on both sides, and one level per row"
+                f"proxy '{name}' has shape {np.shape(values)}, flips {measured.shape}; one value "
+                "per row is needed on both sides"
             )
-        result[name] = {g: spearman(measured[rows], column[rows]) for g, rows in groups.items()}
-    return result
+    return {name: spearman(measured, values) for name, values in proxies.items()}

@@ -187,7 +187,6 @@ def item_retrieval(
     cutoffs: Sequence[int] = CUTOFFS,
     seed: int = 0,
     replicates: int = 1000,
-    confidence: float = 0.95,
     threads: int | None = None,
 ) -> ItemRetrieval:
     """Measure how often nearest neighbors hold the related item, before and after quantization.
@@ -200,13 +199,12 @@ def item_retrieval(
         cutoffs: the K of HR@K, each below the pool's size and at most 500.
         seed: of the order of ties and of the bootstrap.
         replicates: bootstrap draws of users; 0 gives no intervals.
-        confidence: coverage of the intervals.
         threads: number of CPU threads; the result does not depend on it.
 
     Cost: an exact search of all different queries per embedding. Source: DRQ section 5.5.
     """
     ks = check_cutoffs(cutoffs, pairs.pool)
-    options: dict[str, Any] = {"replicates": replicates, "confidence": confidence, "seed": seed}
+    options: dict[str, Any] = {"replicates": replicates, "seed": seed}
     chance = np.array(ks) / (pairs.pool - 1)
 
     def hits(embedding: Matrix) -> Floats:

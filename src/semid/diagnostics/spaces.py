@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -249,25 +249,4 @@ def reconstruction(x: Matrix, x_hat: Matrix, *, name: str) -> Reconstruction:
         relative_error=error / spread if spread > 0 else None,
         cosine=cosine / nonzero if nonzero else None,
         zero_rows=int(zero_rows),
-    )
-
-
-def reconstruction_by_level(
-    x: Matrix, codes: Matrix, decode: Callable[[npt.NDArray[np.int64], int], Any]
-) -> tuple[Reconstruction, ...]:
-    """Compare vectors with their reconstructions from the first 1, 2, ... levels of their codes.
-
-    ``decode`` maps integer codes ``(items, levels)`` and a depth to reconstructions from the first
-    ``depth`` levels alone. Returns one `Reconstruction` per depth.
-    """
-    ids = as_matrix(codes, "codes")
-    if len(x) != len(ids):
-        raise InputError(f"x has {len(x)} rows and codes {len(ids)}; give the same items")
-    if not np.issubdtype(ids.dtype, np.integer):
-        raise UsageError(f"codes have dtype {ids.dtype}; integers are needed")
-    return tuple(
-        reconstruction(
-            x, decode(ids.astype(np.int64), depth), name=f"decoder(codes), levels 1-{depth}"
-        )
-        for depth in range(1, ids.shape[1] + 1)
     )

@@ -115,6 +115,7 @@ def measure_pairs(
         hierarchical=pool.hierarchical,
         embeddings=pool.embeddings,
         replicates=replicates,
+        threads=threads,
     )
     return PairResults(pairs.counts(), tuple(cutoffs), retrieval, discrete, aucs)
 

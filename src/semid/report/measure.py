@@ -385,8 +385,7 @@ def agreement_with_proxies(
             proxies["overlap"].append(point.rate)
             proxies["geometry"].append(point.geometry)
             proxies["margins"].append(margin.code[level.level])
-    agreement = {name: value["all"] for name, value in rank_agreement(flips, proxies).items()}
-    return Agreement(**agreement)
+    return Agreement(**rank_agreement(flips, proxies))
 
 
 def flipped_items(

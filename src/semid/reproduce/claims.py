@@ -293,10 +293,8 @@ class Difference:
         return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}]{note}"
 
 
-def paired_difference(
-    a: Sequence[float], b: Sequence[float], *, confidence: float = 0.95
-) -> Difference:
-    """Return the mean of ``a - b`` with Student's interval."""
+def paired_difference(a: Sequence[float], b: Sequence[float]) -> Difference:
+    """Return the mean of ``a - b`` with Student's interval of 95 %."""
     if len(a) != len(b) or not len(a):
         raise UsageError(
             f"{len(a)} and {len(b)} values cannot be paired; give one of each per seed"
@@ -305,7 +303,7 @@ def paired_difference(
     mean, pairs = float(differences.mean()), len(differences)
     if pairs < 2:
         return Difference(mean, math.nan, math.nan, pairs)
-    half = student_quantile((1 + confidence) / 2, pairs - 1)
+    half = student_quantile(0.975, pairs - 1)
     half *= float(differences.std(ddof=1)) / math.sqrt(pairs)
     return Difference(mean, mean - half, mean + half, pairs)
 

@@ -57,7 +57,7 @@ def overlap_agreement(rows: Rows, data: str) -> list[Comparison]:
                 flips.append(share)
                 rates.append(level["rate"][level["scale"].index(NOISE)])
         if len(flips) >= 6:  # two tokenizers of three levels
-            value = rank_agreement(flips, {"R": rates})["R"]["all"]
+            value = rank_agreement(flips, {"R": rates})["R"]
             if value is not None:
                 correlations.append(float(value))
     result = paired_difference(correlations, [0.0] * len(correlations)) if correlations else None

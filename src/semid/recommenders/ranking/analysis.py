@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,14 +22,15 @@ from semid.seeds import numpy_generator
 CLUSTERS = (10, 20, 50, 100, 200)
 """Numbers of clusters in MoC fig. 1b; 100 is its default."""
 
+SHUFFLES = 5
+"""Random orders of the labels that the level of chance is a mean over."""
+
 Array = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 
-def code_embeddings(
-    network: RankingNetwork, rows: RankingRows, *, fused: bool = False, batch_size: int = 65_536
-) -> Array:
+def code_embeddings(network: RankingNetwork, rows: RankingRows, *, fused: bool = False) -> Array:
     """Return embeddings of the code fields ``(rows, fields, width)``, if ``fused`` after fusion."""
     # Fields of history and item id are left out.
     places = [n for n, name in enumerate(network.field_names) if name.startswith("code:")]
@@ -43,7 +43,7 @@ def code_embeddings(
         e = network.embed(inputs)
         return (network.fusion(e) if fused and network.fusion is not None else e)[:, places]
 
-    return np.concatenate(apply_in_batches(network, rows, embed, batch_size=batch_size))
+    return np.concatenate(apply_in_batches(network, rows, embed))
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,6 @@ def discriminability(
     labels: npt.NDArray[Any],
     *,
     name: str,
-    shuffles: int = 5,
     seed: int = 0,
 ) -> Discriminability:
     """Return the mutual information of groups ``(rows,)`` with labels ``(rows,)``.
@@ -77,14 +76,14 @@ def discriminability(
     generator = numpy_generator(seed, "shuffled labels", name)
     chance = [
         normalized_mutual_information(groups, generator.permutation(binary))
-        for _ in range(shuffles)
+        for _ in range(SHUFFLES)
     ]
     return Discriminability(
         name=name,
         clusters=len(np.unique(groups)),
         nmi=normalized_mutual_information(groups, binary),
         ami=adjusted_mutual_information(groups, binary),
-        shuffled_nmi=float(np.mean(chance)) if chance else math.nan,
+        shuffled_nmi=float(np.mean(chance)),
     )
 
 

@@ -171,11 +171,7 @@ def measure(
 
 
 def apply_in_batches(
-    network: RankingNetwork,
-    rows: RankingRows,
-    function: Callable[[Inputs], Tensor],
-    *,
-    batch_size: int = EVALUATION_BATCH,
+    network: RankingNetwork, rows: RankingRows, function: Callable[[Inputs], Tensor]
 ) -> list[npt.NDArray[np.float32]]:
     """Apply a function to all inputs in evaluation mode; the network's mode is put back."""
     was_training = network.training
@@ -183,7 +179,9 @@ def apply_in_batches(
     # The rows may lie on another device than the network; only the batch moves.
     device = next(network.parameters()).device
     with torch.no_grad():
-        results = [function(inputs.to(device)).cpu().numpy() for inputs in rows.blocks(batch_size)]
+        results = [
+            function(inputs.to(device)).cpu().numpy() for inputs in rows.blocks(EVALUATION_BATCH)
+        ]
     network.train(was_training)
     return results
 
@@ -195,17 +193,14 @@ def predict_logits(network: RankingNetwork, rows: RankingRows) -> npt.NDArray[np
 
 
 def slice_masks(
-    items: npt.NDArray[np.int64],
-    interactions: npt.NDArray[np.int64],
-    *,
-    few: int = MAX_FEW_INTERACTIONS,
+    items: npt.NDArray[np.int64], interactions: npt.NDArray[np.int64]
 ) -> dict[str, npt.NDArray[np.bool_]]:
     """Return a mask ``(rows,)`` per slice of the rows, by the catalogue row of their item."""
     # Unseen items have no training interactions and few at most so many; head, mid and tail are 10,
     # 40 and 50 % of the seen items, by interactions.
     counts = interactions[items]
     segment = popularity_segments(interactions)[items]
-    masks = {"unseen": counts == 0, "few": (counts >= 1) & (counts <= few)}
+    masks = {"unseen": counts == 0, "few": (counts >= 1) & (counts <= MAX_FEW_INTERACTIONS)}
     return masks | {name: segment == number for number, name in enumerate(SEGMENTS[:3])}
 
 
@@ -234,17 +229,15 @@ def evaluate(network: RankingNetwork, data: RankingData) -> dict[str, Any]:
     return report
 
 
-def reliance(
-    network: RankingNetwork, data: RankingData, *, part: str = "test", seed: int = 0
-) -> dict[str, float]:
-    """Return how much a trained network relies on its fusion and its codes, on one part.
+def reliance(network: RankingNetwork, data: RankingData, *, seed: int = 0) -> dict[str, float]:
+    """Return how much a trained network relies on its fusion and its codes, on the test part.
 
     Returns:
         ``auc``; with fusion ``fusion_norm`` (of ``W_down W_up``) and ``auc_without_fusion``, the
         AUC of the same weights without it; with codes ``auc_codes_shuffled``, the AUC of the same
         weights after items swap their codes.
     """
-    rows = data.parts[part]
+    rows = data.parts["test"]
     labels = rows.label.cpu().numpy()
 
     def score() -> float:
