@@ -31,11 +31,8 @@ def epoch_batches(
     epoch: int,
     weights: npt.NDArray[np.float64] | None = None,
 ) -> list[Rows]:
-    """Deal the rows of an epoch into batches of about ``batch_size``.
-
-    With ``weights`` ``(rows,)``, non-negative, rows are drawn with replacement in proportion: a row
-    of weight 2 is drawn twice as often as one of weight 1. Memory: 8 bytes per row.
-    """
+    """Deal the rows of an epoch into batches, or draw them in proportion to weights ``(rows,)``."""
+    # A row of weight 2 is drawn twice as often as one of weight 1, with replacement.
     generator = numpy_generator(seed, "order", epoch)
     order = (
         generator.permutation(rows)
@@ -59,14 +56,12 @@ MEMORY_BYTES = 2 << 30
 
 
 class TrainingRows:
-    """Rows ``(rows, dim)`` to draw batches from.
-
-    Up to ``memory_bytes`` they are held in memory as float32. Above it, sources from which a row at
-    random costs no more than the row (`.npy`, Arrow) are read as they are; others are written once
-    to a temporary ``.npy`` file. The values, and so the training, are the same either way.
-    """
+    """Rows ``(rows, dim)`` to draw batches from, in memory or mapped."""
 
     def __init__(self, blocks: Blocks, *, memory_bytes: int = MEMORY_BYTES) -> None:
+        # Up to the limit rows are held as float32. Above it, sources from which a row at random
+        # costs no more than the row (`.npy`, Arrow) are read as they are; others are written once
+        # to a temporary file. The values, and so the training, are the same either way.
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self.blocks = in_memory(blocks, limit_bytes=memory_bytes)
         base = getattr(blocks, "base", blocks)

@@ -60,22 +60,19 @@ def _checksum(arrays: Mapping[str, np.ndarray], record: str) -> str:
 
 
 class Checkpoint:
-    """The latest state of a run; of several processes, the first one alone writes it.
-
-    ``state`` holds the arrays and the record to continue from, or None for a fresh run. A state
-    that exists is refused unless ``resume`` is set, and with it if its key differs.
-    """
+    """The latest state of a run; of several processes, the first one alone writes it."""
 
     def __init__(self, folder: str | os.PathLike[str], *, key: str, resume: bool = False) -> None:
         self.folder = Path(folder)
         self.key = key
-        self.state: tuple[Arrays, dict[str, Any]] | None = None
+        self.state: tuple[Arrays, dict[str, Any]] | None = None  # to continue from
         self._hold = contextlib.ExitStack()
         file = self.folder / STATE_FILE
         with contextlib.ExitStack() as hold:
             if is_main():
                 check_state_folder(self.folder)
                 hold.enter_context(hold_path(self.folder))
+            # A state is refused unless it is to be continued, and then if its key differs.
             if file.exists() and resume:
                 self.state = self._read(file)
             elif file.exists() and is_main():  # else the first process may have begun it already
@@ -143,14 +140,11 @@ def open_checkpoint(
 
 
 class Stages:
-    """One store for stages that run one after another: finished ones are kept, one continues.
-
-    A stage's arrays are stored as ``stage/array``. Without a store nothing is saved.
-    """
+    """One store for stages that run one after another: finished ones are kept, one continues."""
 
     def __init__(self, store: StateStore | None) -> None:
-        self.store = store
-        self.arrays: Arrays = {}
+        self.store = store  # None saves nothing
+        self.arrays: Arrays = {}  # of finished stages, as ``stage/array``
         self.records: dict[str, dict[str, Any]] = {}
         self._running: tuple[str, tuple[Arrays, dict[str, Any]]] | None = None
         if store is not None and store.state is not None:
@@ -216,10 +210,7 @@ def module_arrays(module: nn.Module) -> Arrays:
 
 
 def load_module_(module: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
-    """Load what `module_arrays` returned.
-
-    A module on the device ``meta`` takes memory here alone, for arrays that fit it.
-    """
+    """Load what `module_arrays` returned; ValueError for arrays that do not fit the module."""
     state = module.state_dict()
     problems = [f"'{name}' is missing" for name in state if name not in arrays]
     for name, array in arrays.items():
@@ -237,6 +228,7 @@ def load_module_(module: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ValueError("; ".join(problems[:3]) + more)
+    # A module on the device ``meta`` takes memory here alone, for arrays that fit it.
     on_meta = any(tensor.is_meta for tensor in state.values())
     tensors = {
         name: torch.from_numpy(np.array(array) if on_meta else array)

@@ -33,14 +33,12 @@ def _from_torchrun(name: str, default: int) -> int:
 
 
 def join_processes() -> None:
-    """Join the process group of ``torchrun``, unless that has been done.
-
-    The group stays until the program ends, however many fits it serves: the store of ``torchrun``
-    outlives a group, so a second group would find the addresses of the first, where no process
-    listens any more.
-    """
+    """Join the process group of ``torchrun``, unless that has been done."""
     if _from_torchrun("WORLD_SIZE", 1) == 1 or not dist.is_available() or dist.is_initialized():
         return
+    # The group stays until the program ends, however many fits it serves: the store of ``torchrun``
+    # outlives a group, so a second group would find the addresses of the first, where no process
+    # listens any more.
     if torch.cuda.is_available() and dist.is_nccl_available():
         dist.init_process_group("cpu:gloo,cuda:nccl")
         # NCCL warns when a program ends with its process group.
@@ -82,26 +80,22 @@ def all_sum_(tensor: Tensor) -> Tensor:
 
 
 def broadcast_from_rank0(value: T, device: torch.device) -> T:
-    """Return the ``value`` of rank 0 in every process.
-
-    Used for decisions that end a run: different machines may round an evaluation differently, and
-    a process that stops alone leaves the others waiting.
-    """
+    """Return the ``value`` of rank 0 in every process, for decisions that end a run."""
     if world_size() == 1:
         return value
+    # Different machines may round an evaluation differently, and a process that stops alone leaves
+    # the others waiting.
     values = [value]
     dist.broadcast_object_list(values, src=0, device=device)
     return values[0]
 
 
 def in_parallel(module: nn.Module) -> nn.Module:
-    """Return ``module`` with gradients averaged over all processes; itself in a single one.
-
-    Buffers are what `all_sum_` made equal, so they are not sent again before every step.
-    """
+    """Return ``module`` with gradients averaged over all processes; itself in a single one."""
     if world_size() == 1:
         return module
     wrap = nn.parallel.DistributedDataParallel
+    # Buffers are what `all_sum_` made equal, so they are not sent again before every step.
     known = inspect.signature(wrap).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     options: dict[str, bool] = {name: False}
@@ -123,15 +117,12 @@ def process_span(rows: int) -> tuple[int, int]:
 
 
 class ProcessShardPool:
-    """The shards of all processes, each with the rows of its `process_span`.
-
-    ``sent`` counts the bytes of arrays that this process has sent to the others, by method.
-    """
+    """The shards of all processes, each with the rows of its `process_span`."""
 
     def __init__(self, shard: Shard, rows: int) -> None:
         self.shard = shard
         self.spans: Sequence[tuple[int, int]] = shard_spans(rows, world_size())
-        self.sent: dict[str, int] = {}
+        self.sent: dict[str, int] = {}  # bytes of arrays sent to the others, by method
 
     def call(self, method: str, arguments: Mapping[int, tuple[Any, ...]]) -> dict[int, Any]:
         """Call the method where it is called for; return all answers in every process."""

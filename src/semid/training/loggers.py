@@ -93,10 +93,7 @@ class _DeferredLogger:
 
 
 def make_logger(text: str) -> Logger:
-    """Make a logger from ``KIND`` or ``KIND:WHERE``.
-
-    Kinds are ``jsonl:PATH``, ``tensorboard:FOLDER``, ``mlflow[:RUN]`` and ``wandb[:RUN]``.
-    """
+    """Make a logger from ``KIND:WHERE``: jsonl, tensorboard, mlflow or wandb."""
     kind, _, where = text.partition(":")
     if kind not in _KINDS or (kind in ("jsonl", "tensorboard") and not where):
         raise UsageError(

@@ -59,19 +59,12 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Quality of a model after an epoch.
+    """Quality of a model after an epoch."""
 
-    Attributes:
-        score: criterion for the best epoch; one that is not finite loses to any other.
-        higher_is_better: direction of ``score``.
-        healthy: an unhealthy model loses to any healthy one.
-        logs: figures to log, by name.
-    """
-
-    score: float
-    higher_is_better: bool = False
-    healthy: bool = True
-    logs: dict[str, float] = field(default_factory=dict)
+    score: float  # criterion for the best epoch; one that is not finite loses to any other
+    higher_is_better: bool = False  # direction of ``score``
+    healthy: bool = True  # an unhealthy model loses to any healthy one
+    logs: dict[str, float] = field(default_factory=dict)  # figures to log, by name
 
     def rank(self) -> tuple[bool, float]:
         """Return a key that is larger for better evaluations; healthy ones come first."""
@@ -82,26 +75,19 @@ class Evaluation:
 class TrainingTask(Protocol):
     """A model, its batches and its evaluation: what the loop trains.
 
-    Attributes:
-        module: its ``forward(batch)`` returns a `Step`; its state is in parameters and buffers.
-        steps_per_epoch: optimizer steps per epoch, the same in every process.
-
     It may also have ``optimizer(options)``, which returns the optimizer to use instead of AdamW
     over all parameters; a parameter group's ``rate`` then multiplies the learning rate of a step.
     """
 
-    module: nn.Module
-    steps_per_epoch: int
+    module: nn.Module  # ``forward(batch)`` returns a `Step`; state is in parameters and buffers
+    steps_per_epoch: int  # optimizer steps per epoch, the same in every process
 
     def start_epoch(self, epoch: int) -> None:
         """Prepare for an epoch (not called again for one that is resumed midway)."""
         ...
 
     def batches(self, epoch: int, first: int) -> Iterator[tuple[Any, float]]:
-        """Yield this process's ``(batch, weight)`` of an epoch from step ``first`` on.
-
-        The weight corrects for unequal shares of a batch, see `process_share`.
-        """
+        """Yield this process's ``(batch, weight)`` of an epoch from step ``first`` on."""
         ...
 
     def evaluate(self, epoch: int) -> Evaluation:
@@ -111,16 +97,13 @@ class TrainingTask(Protocol):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Outcome of a run; the module has the weights of the best epoch.
-
-    ``first`` is the first evaluation with a score; ``stopped_early`` tells that patience ran out.
-    """
+    """Outcome of a run; the module has the weights of the best epoch."""
 
     best_epoch: int
     best: Evaluation
-    first: Evaluation
+    first: Evaluation  # the first evaluation with a score
     epochs: int
-    stopped_early: bool
+    stopped_early: bool  # whether patience ran out
     precision: str
     history: tuple[dict[str, float], ...]
 
@@ -211,6 +194,7 @@ class _Run:
         self.best_arrays: dict[str, np.ndarray] = {}
         self.started_epoch = -1  # last epoch for which start_epoch was called
         self.stopping = False
+        # A state holds all that a step depends on, so that the run continues to the same bits.
         state = None if store is None else store.state
         if state is not None:
             self._restore(*state)
@@ -223,6 +207,7 @@ class _Run:
         self.progress.start(title, total=total)
         self.progress.step(self.step)
         while self.step < total and not self._exhausted():
+            # A resumed run begins inside an epoch, whose first steps are skipped.
             epoch, done = divmod(self.step, per_epoch)
             if epoch > self.started_epoch:
                 self.task.start_epoch(epoch)
@@ -296,6 +281,7 @@ class _Run:
         share = result.loss.detach() * weight
         total, stops = all_sum_(torch.stack([share, share.new_tensor(float(stop))])).tolist()
         loss, self.stopping = total / world_size(), stops > 0
+        # A loss that has exploded is refused before it reaches the weights.
         if self.first_loss is None:
             self.first_loss = loss
         if not math.isfinite(loss) or loss > DIVERGENCE_FACTOR * max(self.first_loss, 1e-12):
@@ -388,11 +374,8 @@ class Interrupts:
 
 @contextmanager
 def deferred_interrupts() -> Iterator[Interrupts]:
-    """Yield an object whose ``pending`` turns true on SIGINT or SIGTERM.
-
-    Handlers are set in the main thread alone (elsewhere Python allows none) and put back at the
-    end.
-    """
+    """Yield an object whose ``pending`` turns true on SIGINT or SIGTERM."""
+    # Python allows handlers in the main thread alone; they are put back at the end.
     interrupts = Interrupts()
     if threading.current_thread() is not threading.main_thread():
         yield interrupts

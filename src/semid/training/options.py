@@ -21,15 +21,11 @@ def bf16_on_cpu() -> bool:
 
 
 def resolve_precision(requested: str, device: torch.device) -> str:
-    """Return ``fp32`` or ``bf16``.
-
-    ``auto`` takes bf16 where the chip has instructions for it: CUDA devices of compute capability
-    8 or later, CPUs with AMX tiles or AVX-512 BF16. It asks the chip and times nothing, so that a
-    run on one machine always takes the same arithmetic. ``benchmarks/training_step.py`` shows what
-    it brings.
-    """
+    """Return ``fp32`` or ``bf16``; ``auto`` takes bf16 where the chip has instructions for it."""
     if requested != "auto":
         return requested
+    # The chip is asked and nothing is timed, so that a run on one machine always takes the same
+    # arithmetic. `benchmarks/training_step.py` shows what bf16 brings.
     if device.type == "cuda":
         supported = torch.cuda.get_device_capability(device)[0] >= 8
         reason = "tensor cores" if supported else "no bf16 tensor cores"
@@ -48,17 +44,9 @@ SCHEDULES = ("cosine", "constant")
 class TrainOptions(Options):
     """How a training run is conducted.
 
-    Attributes:
-        epochs: maximum number of passes over the training rows, at least 1.
-        batch_size: rows per step over all processes together, at least 2.
-        learning_rate: peak rate of Adam, above 0.
-        weight_decay: decoupled decay (AdamW), 0 or more.
-        schedule: ``cosine`` falls to a hundredth of the peak; ``constant`` stays.
-        warmup: share of all steps over which the rate rises from 0, in [0, 1).
-        clip_norm: gradients longer than this are shortened to it; None never shortens.
-        patience: epochs without a better evaluation after which training stops; None never stops.
-        precision: ``auto``, ``fp32`` or ``bf16``; ``auto`` asks the chip.
-        checkpoint_seconds: minimum time between two saved states within an epoch, 0 or more.
+    The schedule ``cosine`` falls to a hundredth of the peak, ``constant`` stays. The precision
+    ``auto`` takes bf16 where the chip has instructions for it. Without ``clip_norm`` gradients keep
+    their length, without ``patience`` all epochs run.
     """
 
     epochs: int = option(60, ge=1, help="Maximum number of training epochs.")
