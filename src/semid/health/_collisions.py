@@ -25,22 +25,6 @@ class Collisions(Result):
     """How items fall into buckets; a bucket is all items of one whole id.
 
     "Collision rate" means two things in the literature; both have a field of their own here.
-
-    Attributes:
-        items: number of items.
-        unique_ids: number of different ids.
-        collision_rate: ``1 - unique_ids / items``.
-        colliding_item_rate: share of the items whose id at least one other item has.
-        largest_bucket: items in the fullest bucket.
-        histogram: bucket size -> number of buckets of that size, by size.
-        distinct_items: different (id, input) pairs, so that exact copies of an input count once.
-            This field and the following ones are None without hashes of the inputs.
-        duplicate_items: rows that are exact copies of an earlier row; they collide whatever the
-            tokenizer.
-        collision_rate_distinct: ``1 - unique_ids / distinct_items``.
-        colliding_item_rate_distinct: share of the distinct items that share their id with a
-            different input.
-        largest_bucket_distinct: different inputs in the bucket that holds most of them.
     """
 
     renamed: ClassVar[dict[str, str]] = {
@@ -48,16 +32,22 @@ class Collisions(Result):
         "shared_share_distinct": "colliding_item_rate_distinct",
     }
 
-    items: int
-    unique_ids: int
-    collision_rate: float
-    colliding_item_rate: float
-    largest_bucket: int
+    items: int  # number of items
+    unique_ids: int  # number of different ids
+    collision_rate: float  # ``1 - unique_ids / items``
+    colliding_item_rate: float  # share of the items whose id at least one other item has
+    largest_bucket: int  # items in the fullest bucket
+    # bucket size -> number of buckets of that size, by size
     histogram: Mapping[int, int] = field(repr=False)
+    # different (id, input) pairs, so that exact copies of an input count once. This field and the
+    # following ones are None without hashes of the inputs
     distinct_items: int | None = None
+    # rows that are exact copies of an earlier row; they collide whatever the tokenizer
     duplicate_items: int | None = None
-    collision_rate_distinct: float | None = None
+    collision_rate_distinct: float | None = None  # ``1 - unique_ids / distinct_items``
+    # share of the distinct items that share their id with a different input
     colliding_item_rate_distinct: float | None = None
+    # different inputs in the bucket that holds most of them
     largest_bucket_distinct: int | None = None
 
 
@@ -288,14 +278,10 @@ def _add_histograms(histograms: Iterable[Mapping[int, int]]) -> dict[int, int]:
 
 @dataclass(frozen=True)
 class Capacity(Result):
-    """Shares of the id space by segment of the items, for example by popularity.
+    """Shares of the id space by segment of the items, for example by popularity."""
 
-    Attributes:
-        ids: number of different ids.
-        histograms: for each segment, bucket size -> items of the segment in buckets of that size.
-    """
-
-    ids: int
+    ids: int  # number of different ids
+    # for each segment, bucket size -> items of the segment in buckets of that size
     histograms: tuple[dict[int, int], ...]
 
     @property

@@ -161,35 +161,25 @@ def row_hashes(block: npt.ArrayLike) -> npt.NDArray[np.uint64]:
 
 @dataclass(frozen=True)
 class LevelUsage(Result):
-    """Usage of one level's codebook.
-
-    Attributes:
-        level: level, counted from 0.
-        codebook_size: K, codewords in the codebook.
-        items: items counted.
-        perplexity: ``exp(H)`` of the code frequencies, H in nats; between 1 and ``active``.
-        active: codes with at least one item.
-        dead: codes with none, ``codebook_size - active``.
-        gini: Gini coefficient of the frequencies over all K codes, zeros included; 0 is even
-            use, ``1 - 1/K`` is everything in one code.
-        largest_share: share of the items that the most used code holds.
-        collision_probability: ``sum_i p_i^2``, the probability that two random items share the
-            code; no geometry can lower the overlap rate below it (DRQ eq. 1, "distribution
-            floor"). ``1 / collision_probability <= perplexity``.
-        counts: items per code, int64 ``(codes,)``; empty when read from a document.
-    """
+    """Usage of one level's codebook."""
 
     renamed: ClassVar[dict[str, str]] = {"floor": "collision_probability"}
 
-    level: int
-    codebook_size: int
-    items: int
-    perplexity: float
-    active: int
-    dead: int
+    level: int  # level, counted from 0
+    codebook_size: int  # K, codewords in the codebook
+    items: int  # items counted
+    perplexity: float  # ``exp(H)`` of the code frequencies, H in nats; between 1 and ``active``
+    active: int  # codes with at least one item
+    dead: int  # codes with none, ``codebook_size - active``
+    # Gini coefficient of the frequencies over all K codes, zeros included; 0 is even use,
+    # ``1 - 1/K`` is everything in one code
     gini: float
-    largest_share: float
+    largest_share: float  # share of the items that the most used code holds
+    # ``sum_i p_i^2``, the probability that two random items share the code; no geometry can lower
+    # the overlap rate below it (DRQ eq. 1, "distribution floor");
+    # ``1 / collision_probability <= perplexity``
     collision_probability: float
+    # items per code, int64 ``(codes,)``; empty when read from a document
     counts: npt.NDArray[np.int64] = field(
         default_factory=lambda: np.zeros(0, np.int64), repr=False, compare=False
     )
@@ -303,22 +293,14 @@ class ErrorSums:
 
 @dataclass(frozen=True)
 class Concentration:
-    """The rows or columns far above the median in squared distance to the mean.
+    """The rows or columns far above the median in squared distance to the mean."""
 
-    Attributes:
-        count: number of rows or columns above `ENERGY_TIMES_MEDIAN` times the median.
-        total: number of all rows or columns.
-        share: their share of the variance.
-        rest_error: relative error of all others, of rows about their own mean; None where all
-            others are equal.
-        columns: the columns, largest variance first; empty for rows.
-    """
-
-    count: int
-    total: int
-    share: float
+    count: int  # number of rows or columns above `ENERGY_TIMES_MEDIAN` times the median
+    total: int  # number of all rows or columns
+    share: float  # their share of the variance
+    # relative error of all others, of rows about their own mean; None where all others are equal
     rest_error: float | None
-    columns: tuple[int, ...] = ()
+    columns: tuple[int, ...] = ()  # the columns, largest variance first; empty for rows
 
 
 @dataclass(frozen=True)

@@ -92,47 +92,31 @@ def threshold_table(*, reasons: bool = False) -> list[str]:
 
 @dataclass(frozen=True)
 class Finding(Result):
-    """One finding.
+    """One finding."""
 
-    Attributes:
-        name: short fixed name, for programs, as in the table of `docs/report.md`.
-        severity: ``note`` does not change the verdict.
-        level: the level it is about, from 0, or None.
-        what: what is wrong, with the figures.
-        why: the likely cause.
-        advice: what to try.
-    """
-
-    name: str
-    severity: Severity
-    level: int | None
-    what: str
-    why: str
-    advice: str
+    name: str  # short fixed name, for programs, as in the table of `docs/report.md`
+    severity: Severity  # ``note`` does not change the verdict
+    level: int | None  # the level it is about, from 0, or None
+    what: str  # what is wrong, with the figures
+    why: str  # the likely cause
+    advice: str  # what to try
 
 
 @dataclass(frozen=True)
 class Verdict(Result):
-    """The verdict on a tokenizer's codes.
+    """The verdict on a tokenizer's codes."""
 
-    Attributes:
-        level: ``healthy``, ``warning`` or ``unhealthy``, the severity of the worst finding.
-        findings: the worst first.
-        usage: usage per level.
-        collisions: how items share ids.
-        training_error: relative error on the rows the codebooks were fitted on, or None.
-        validation_error: relative error on held-out rows, or None.
-        error: relative error on all rows, where it is unknown which of them were trained on.
-        effective_sizes: effective codebook size per level at the stated noise, or None.
-    """
-
+    # ``healthy``, ``warning`` or ``unhealthy``, the severity of the worst finding
     level: Literal["healthy", "warning", "unhealthy"]
-    findings: tuple[Finding, ...]
-    usage: tuple[LevelUsage, ...]
-    collisions: Collisions
+    findings: tuple[Finding, ...]  # the worst first
+    usage: tuple[LevelUsage, ...]  # usage per level
+    collisions: Collisions  # how items share ids
+    # relative error on the rows the codebooks were fitted on, or None
     training_error: float | None = None
-    validation_error: float | None = None
+    validation_error: float | None = None  # relative error on held-out rows, or None
+    # relative error on all rows, where it is unknown which of them were trained on
     error: float | None = None
+    # effective codebook size per level at the stated noise, or None
     effective_sizes: tuple[float, ...] | None = None
 
     @property
