@@ -15,11 +15,11 @@ from semid.quantization import blocks as blocks_module
 from semid.quantization.blocks import (
     ArrayBlocks,
     Preprocess,
-    PreprocessedBlocks,
-    ResidualBlocks,
     Statistics,
     in_memory,
+    map_rows,
     prefetched,
+    residuals,
     statistics,
 )
 from semid.quantization.kmeans import KMeansOptions, KMeansState, kmeans, kmeans_plus_plus
@@ -83,7 +83,7 @@ def test_threads_and_memory_change_nothing(clustered, monkeypatch):
     monkeypatch.setattr("semid.quantization.nearest.THREADED_WORK", 0)
     monkeypatch.setattr("semid.quantization.kmeans.THREADED_WORK", 0)
     runs = [kmeans(ArrayBlocks(clustered), 30, seed=5, threads=threads) for threads in (1, 2, 3)]
-    view = PreprocessedBlocks(ArrayBlocks(clustered), Preprocess())  # read block by block
+    view = map_rows(ArrayBlocks(clustered), lambda x: x, clustered.shape[1])  # read block by block
     runs.append(kmeans(view, 30, seed=5))
     for run in runs[1:]:
         assert np.array_equal(run.centroids, runs[0].centroids)
@@ -314,7 +314,7 @@ def test_bad_arguments(clustered):
 def test_residual_view_in_blocks_equals_rows(clustered):
     books = [clustered[:4], clustered[4:8] * 0.1]
     labels = [np.arange(1200) % 4, np.arange(1200) % 3]
-    view = ResidualBlocks(ArrayBlocks(clustered), labels, books)
+    view = residuals(ArrayBlocks(clustered), labels, books)
     whole = np.concatenate([block for _, block in view.blocks(100)])
     expected = clustered - books[0][labels[0]] - books[1][labels[1]]
     assert np.array_equal(whole, expected)

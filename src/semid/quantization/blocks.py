@@ -14,8 +14,7 @@ import contextlib
 import itertools
 import queue
 import threading
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, Self, TypeVar
 
@@ -40,9 +39,7 @@ class Blocks(Protocol):
         """Width of a row."""
         ...
 
-    def __len__(self) -> int:
-        """Count the rows."""
-        ...
+    def __len__(self) -> int: ...
 
     def blocks(self, size: int = BLOCK_ROWS) -> Iterator[tuple[int, Array]]:
         """Yield ``(first row, rows)`` in order; every block but the last has ``size`` rows."""
@@ -54,19 +51,10 @@ class Blocks(Protocol):
 
 
 class ArrayBlocks:
-    """Blocks over a matrix that is already in memory; nothing is copied.
-
-    Args:
-        matrix: ``(items, dim)`` floats; other types than float32 are converted a block at a time.
-    """
+    """Blocks over a matrix ``(items, dim)`` in memory; other types become float32 by block."""
 
     def __init__(self, matrix: npt.NDArray[np.floating]) -> None:
-        self.matrix = matrix
-
-    @property
-    def dim(self) -> int:
-        """Width of a row."""
-        return int(self.matrix.shape[1])
+        self.matrix, self.dim = matrix, int(matrix.shape[1])
 
     def __len__(self) -> int:
         return len(self.matrix)
@@ -88,32 +76,58 @@ class WritableBlocks(ArrayBlocks):
     """
 
 
-class RowView(ABC):
-    """A view of blocks whose rows are computed as they are read, each from its base row alone."""
+class RowView:
+    """Rows computed as they are read: ``function(base rows, their numbers)``, ``dim`` wide.
 
-    def __init__(self, base: Blocks) -> None:
-        self.base = base
+    Each row must depend on its base row and its number alone.
+    """
 
-    @property
-    def dim(self) -> int:
-        """Width of a row."""
-        return self.base.dim
+    def __init__(
+        self,
+        base: Blocks,
+        function: Callable[[Array, slice | npt.NDArray[np.int64]], Array],
+        dim: int,
+    ) -> None:
+        self.base, self.function, self.dim = base, function, dim
 
     def __len__(self) -> int:
         return len(self.base)
 
-    @abstractmethod
-    def transform(self, rows: Array, at: slice | npt.NDArray[np.int64]) -> Array:
-        """Return what the base rows ``(n, dim)`` at the numbers ``at`` become."""
-
     def blocks(self, size: int = BLOCK_ROWS) -> Iterator[tuple[int, Array]]:
         """Yield ``(first row, rows)`` in order."""
         for start, block in self.base.blocks(size):
-            yield start, self.transform(block, slice(start, start + len(block)))
+            yield start, self.function(block, slice(start, start + len(block)))
 
     def rows(self, indices: npt.NDArray[np.int64]) -> Array:
         """Return the rows at ``indices``."""
-        return self.transform(self.base.rows(indices), indices)
+        return self.function(self.base.rows(indices), indices)
+
+
+def map_rows(base: Blocks, function: Callable[[Array], Array], dim: int) -> RowView:
+    """Return a view after a function of each row by itself, from ``(n, base.dim)`` to ``dim``."""
+    return RowView(base, lambda rows, _: function(rows), dim)
+
+
+def first_columns(base: Blocks, count: int) -> RowView:
+    """Return a view of the first ``count`` columns."""
+    return map_rows(base, lambda rows: np.ascontiguousarray(rows[:, :count]), count)
+
+
+def residuals(
+    base: Blocks, labels: Sequence[npt.NDArray[np.integer]], codebooks: Sequence[Array]
+) -> RowView:
+    """Return a view of what earlier levels leave of each row.
+
+    Shapes: ``labels`` (items,) and ``codebooks`` (codes, dim) float32, one of each per level.
+    """
+    levels = list(zip(labels, codebooks, strict=True))
+
+    def subtract_codewords(rows: Array, at: slice | npt.NDArray[np.int64]) -> Array:
+        for codes, codebook in levels:  # in level order: float32 differences depend on it
+            rows = rows - codebook[codes[at]]
+        return rows
+
+    return RowView(base, subtract_codewords, base.dim)
 
 
 class Preprocess:
@@ -125,20 +139,19 @@ class Preprocess:
     """
 
     def __init__(self, *, mean: Array | None = None, normalize: bool = False) -> None:
-        self.mean = mean
-        self.normalize = normalize
+        self.mean, self.normalize = mean, normalize
 
     @classmethod
     def fit(cls, blocks: Blocks, *, center: bool, normalize: bool) -> Preprocess:
         """Fit on training rows: one pass when ``center`` is set, none otherwise."""
-        if not center:
-            return cls(normalize=normalize)
-        return cls(mean=mean_row(moments(blocks)).astype(np.float32), normalize=normalize)
+        mean = mean_row(moments(blocks)).astype(np.float32) if center else None
+        return cls(mean=mean, normalize=normalize)
 
-    @property
-    def identity(self) -> bool:
-        """Whether rows pass unchanged."""
-        return self.mean is None and not self.normalize
+    def view(self, blocks: Blocks) -> Blocks:
+        """Return a view of preprocessed rows; the rows themselves where nothing changes them."""
+        if self.mean is None and not self.normalize:
+            return blocks
+        return map_rows(blocks, self.apply, blocks.dim)
 
     def apply(self, block: Array) -> Array:
         """Preprocess rows ``(n, dim)``; each row's result depends on that row alone."""
@@ -155,48 +168,8 @@ class Preprocess:
         return block if self.mean is None else block + self.mean
 
 
-class PreprocessedBlocks(RowView):
-    """A view of blocks after `Preprocess`."""
-
-    def __init__(self, base: Blocks, preprocess: Preprocess) -> None:
-        super().__init__(base)
-        self.preprocess = preprocess
-
-    def transform(self, rows: Array, at: slice | npt.NDArray[np.int64]) -> Array:
-        """Preprocess rows."""
-        return self.preprocess.apply(rows)
-
-
-class ResidualBlocks(RowView):
-    """A view of each row's residual after earlier levels.
-
-    Args:
-        base: the rows that level 1 quantized.
-        labels: for each earlier level the ``(items,)`` codes.
-        codebooks: for each earlier level the ``(codes, dim)`` float32 codewords.
-    """
-
-    def __init__(
-        self,
-        base: Blocks,
-        labels: Sequence[npt.NDArray[np.integer]],
-        codebooks: Sequence[Array],
-    ) -> None:
-        super().__init__(base)
-        self.levels = list(zip(labels, codebooks, strict=True))
-
-    def transform(self, rows: Array, at: slice | npt.NDArray[np.int64]) -> Array:
-        """Subtract the codewords of all levels, in level order."""
-        for labels, codebook in self.levels:
-            rows = rows - codebook[labels[at]]
-        return rows
-
-
 def in_memory(blocks: Blocks, *, limit_bytes: int) -> Blocks:
-    """Read ``blocks`` into one float32 matrix if it fits ``limit_bytes``, else return them as is.
-
-    Either way later results are the same; only the time of repeated passes differs.
-    """
+    """Read ``blocks`` into one float32 matrix if it fits ``limit_bytes``; results are the same."""
     if isinstance(blocks, ArrayBlocks) or len(blocks) * blocks.dim * 4 > limit_bytes:
         return blocks
     matrix = np.empty((len(blocks), blocks.dim), dtype=np.float32)
@@ -272,8 +245,8 @@ class Node(Generic[T]):
 class TreeSum(Generic[T]):
     """Adds blocks that come in order, in place; holds O(log blocks) partial sums."""
 
-    def __init__(self) -> None:
-        self.nodes: list[Node[T]] = []
+    def __init__(self, nodes: Iterable[Node[T]] = ()) -> None:
+        self.nodes: list[Node[T]] = list(nodes)
 
     def add(self, block: int, value: T) -> None:
         """Add block number ``block``, the one after the last."""
@@ -295,8 +268,8 @@ class TreeSum(Generic[T]):
         """Return the sum of all blocks, which were all added from block 0 on."""
         if not self.nodes:
             raise UsageError("no blocks were added; add at least one")
-        # A parent whose right half lies past the last block is what there is of it: the smallest
-        # nodes, which stand last, are added up first.
+        # Where the last block completes no parent, the tree is the same with the missing right
+        # halves left out. The smallest nodes stand last and are the deepest: they are added first.
         value = self.nodes[-1].value
         for node in reversed(self.nodes[:-1]):
             node.value.add_(value)
@@ -310,13 +283,6 @@ def merge_nodes(parts: Iterable[Sequence[Node[T]]]) -> list[Node[T]]:
     for node in itertools.chain.from_iterable(parts):
         tree.push(node)
     return tree.nodes
-
-
-def total_of_nodes(nodes: list[Node[T]]) -> T:
-    """Return the sum of merged nodes that cover all blocks."""
-    tree: TreeSum[T] = TreeSum()
-    tree.nodes = nodes
-    return tree.total()
 
 
 def cut_blocks(blocks: int, shards: int) -> list[tuple[int, int]]:
@@ -336,20 +302,14 @@ def cut_blocks(blocks: int, shards: int) -> list[tuple[int, int]]:
 
 @dataclass
 class Statistics:
-    """What a block (or several, added in block order) contributes to an update.
+    """What a block (or several, added in block order) contributes to an update."""
 
-    Attributes:
-        sums: ``(codes, dim)`` float64, weighted sum of the rows assigned to each codeword.
-        counts: ``(codes,)`` float64, their total weight.
-        inertia: weighted sum of squared distances.
-    """
-
-    sums: npt.NDArray[np.float64]
-    counts: npt.NDArray[np.float64]
-    inertia: float
+    sums: npt.NDArray[np.float64]  # (codes, dim) weighted sum of the rows of each codeword
+    counts: npt.NDArray[np.float64]  # (codes,) their total weight
+    inertia: float  # weighted sum of squared distances
 
     def add_(self, other: Statistics) -> None:
-        """Add another block's statistics in place; call in block order."""
+        """Add the statistics of the blocks that follow, in place."""
         self.sums += other.sums
         self.counts += other.counts
         self.inertia += other.inertia
@@ -366,9 +326,8 @@ def moments(blocks: Blocks, *, first_block: int = 0) -> list[Node[Statistics]]:
 
 def mean_row(nodes: list[Node[Statistics]]) -> npt.NDArray[np.float64]:
     """Return the mean row ``(dim,)`` of `moments`."""
-    total = total_of_nodes(nodes)
-    mean: npt.NDArray[np.float64] = total.sums[0] / total.counts[0]
-    return mean
+    total = TreeSum(nodes).total()
+    return np.asarray(total.sums[0] / total.counts[0])
 
 
 @numba.njit(nogil=True, cache=True)

@@ -21,8 +21,6 @@ from semid.quantization.blocks import (
     Blocks,
     Node,
     Preprocess,
-    PreprocessedBlocks,
-    ResidualBlocks,
     Statistics,
     TreeSum,
     WritableBlocks,
@@ -31,8 +29,8 @@ from semid.quantization.blocks import (
     merge_nodes,
     moments,
     read_ahead,
+    residuals,
     statistics,
-    total_of_nodes,
 )
 from semid.quantization.nearest import assign, index_codebook
 from semid.quantization.threads import default_threads
@@ -45,13 +43,9 @@ Doubles = npt.NDArray[np.float64]
 class Shard:
     """Rows of consecutive blocks. Row numbers and block numbers count from the first of all rows.
 
-    Args:
-        blocks: ``(rows, dim)``; `subtract_codewords` writes to `WritableBlocks` in place.
-        first_row: number of the first of them among all rows, a multiple of `BLOCK_ROWS`.
-        weights: ``(rows,)`` non-negative weights of its rows; None counts rows once.
-        threads: number of CPU threads; None uses all available.
-        memory_bytes: rows are held as float32 up to this size, and read again at every pass above
-            it; the results are the same.
+    `subtract_codewords` writes to `WritableBlocks` in place. ``first_row`` is the number of its
+    first row among all rows. Rows are held as float32 up to ``memory_bytes``, and read again at
+    every pass above it; the results are the same.
     """
 
     def __init__(
@@ -65,11 +59,8 @@ class Shard:
     ) -> None:
         if first_row % BLOCK_ROWS:
             raise UsageError(f"first_row={first_row} is not a multiple of {BLOCK_ROWS}")
-        self.base = blocks
-        self.first_row = first_row
-        self.weights = weights
-        self.threads = threads or default_threads()
-        self.memory_bytes = memory_bytes
+        self.base, self.first_row, self.weights = blocks, first_row, weights
+        self.threads, self.memory_bytes = threads or default_threads(), memory_bytes
         self.reset_levels()
 
     def __len__(self) -> int:
@@ -79,8 +70,7 @@ class Shard:
 
     def preprocess(self, preprocess: Preprocess) -> None:
         """See every row through ``preprocess`` from now on."""
-        if not preprocess.identity:
-            self.base = PreprocessedBlocks(self.base, preprocess)
+        self.base = preprocess.view(self.base)
         self.reset_levels()
 
     def reset_levels(self) -> None:
@@ -99,10 +89,7 @@ class Shard:
     def subtract_codewords(self, codebook: Array, labels: Numbers | None = None) -> None:
         """Replace the view by its residual.
 
-        Args:
-            codebook: ``(codes, dim)``.
-            labels: ``(rows,)`` codes; None uses each row's nearest codeword, which the last pass
-                may know already.
+        ``labels`` ``(rows,)`` None uses each row's nearest codeword, which the last pass may know.
         """
         if labels is None:
             if not self._was_last_pass(codebook):
@@ -139,7 +126,7 @@ class Shard:
     def _unread(self) -> Blocks:
         if not self._codebooks:
             return self.base
-        return ResidualBlocks(self.base, self._level_labels, self._codebooks)
+        return residuals(self.base, self._level_labels, self._codebooks)
 
     def rows(self, numbers: Numbers) -> Array:
         """Return the rows ``(n, dim)`` of the view, which is not read into memory for them."""
@@ -193,7 +180,7 @@ class Shard:
 
     def start_seeding(self) -> Doubles:
         """Forget all centers; return each block's mass when every row counts by its weight."""
-        self._closest = np.empty(0, np.float32)
+        self._closest = np.empty(0, np.float32)  # squared distances to the nearest center so far
         return self._block_masses()
 
     def update_nearest_center(self, fresh: Array) -> Doubles:
@@ -214,19 +201,13 @@ class Shard:
     def _mass(self, start: int) -> Doubles:
         """Return the mass of each row of the block at ``start``."""
         span = slice(start, min(start + BLOCK_ROWS, len(self)))
-        mass = (
-            self._closest[span].astype(np.float64)
-            if len(self._closest)
-            else np.ones(span.stop - start)
-        )
+        mass = np.ones(span.stop - start)
+        if len(self._closest):
+            mass = self._closest[span].astype(np.float64)
         return mass if self.weights is None else mass * self.weights[span]
 
     def locate(self, targets: Mapping[int, Sequence[float]]) -> dict[int, Numbers]:
-        """Return the rows at which a block's running mass passes each target, by block number.
-
-        Args:
-            targets: block number -> masses counted from the block's first row.
-        """
+        """Return the rows at which a block's running mass passes its targets, by block number."""
         rows = {}
         for block, block_targets in targets.items():
             mass = self._mass(block * BLOCK_ROWS - self.first_row)
@@ -242,12 +223,9 @@ class Shard:
 
 
 class ShardPool(Protocol):
-    """Shards and a way to call them.
+    """Shards and a way to call them."""
 
-    Attributes:
-        spans: ``(first row, past the last)`` of each shard, in order, cut between blocks.
-    """
-
+    # (first row, past the last) of each shard, in order, cut between blocks.
     spans: Sequence[tuple[int, int]]
 
     def call(self, method: str, arguments: Mapping[int, tuple[Any, ...]]) -> dict[int, Any]:
@@ -276,18 +254,10 @@ class LocalShardPool:
 
 
 class ShardedMatrix:
-    """All rows that are clustered.
-
-    Args:
-        pool: the shards that hold them.
-        dim: width of a row.
-        weights: ``(items,)`` weights, which the shards know too; None counts rows once.
-    """
+    """All rows ``(items, dim)`` that are clustered; the shards know the ``weights`` too."""
 
     def __init__(self, pool: ShardPool, *, dim: int, weights: Doubles | None = None) -> None:
-        self.pool = pool
-        self.dim = dim
-        self.weights = weights
+        self.pool, self.dim, self.weights = pool, dim, weights
         self._ends = np.array([end for _, end in pool.spans], dtype=np.int64)
 
     def __len__(self) -> int:
@@ -345,7 +315,7 @@ class ShardedMatrix:
 
     def assign(self, centroids: Array) -> Statistics:
         """Give every row its nearest centroid; return the sums over all rows."""
-        return total_of_nodes(self.pool.call_all("assign", centroids))
+        return TreeSum(self.pool.call_all("assign", centroids)).total()
 
     def labels(self) -> Numbers:
         """Return the labels of the last pass, or none at all where they lie in other processes."""
@@ -405,7 +375,7 @@ def payload_bytes(value: Any) -> int:
         return int(value.nbytes)
     if isinstance(value, Node):
         return payload_bytes(value.value)
-    if isinstance(value, Statistics):
+    if isinstance(value, Statistics):  # the inertia takes 8 bytes
         return payload_bytes((value.sums, value.counts)) + 8
     if isinstance(value, Mapping):
         value = list(value.values())

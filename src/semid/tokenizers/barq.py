@@ -15,7 +15,7 @@ from torch import nn
 from semid.data.blocks import Moments
 from semid.errors import UsageError
 from semid.options import MAX_BEAM, MAX_WEIGHT, option
-from semid.quantization.blocks import Blocks, PreprocessedBlocks, ResidualBlocks, in_memory
+from semid.quantization.blocks import Blocks, first_columns, in_memory, map_rows, residuals
 from semid.quantization.kmeans import KMeansOptions
 from semid.quantization.least_squares import fit_tables
 from semid.quantization.nearest import IndexedCodebook, index_codebook
@@ -35,7 +35,7 @@ from semid.tokenizers.codebooks import fit_levels
 from semid.tokenizers.context import FitContext
 from semid.tokenizers.neural.autoencoder import EncoderGraph, Prepare
 from semid.tokenizers.neural.continuous import ContinuousTokenizer, Objective
-from semid.tokenizers.neural.tokenizer import MappedBlocks, PreparedRows
+from semid.tokenizers.neural.tokenizer import PreparedRows
 from semid.tokenizers.stored import check_shapes
 from semid.training.checkpoint import StateStore
 
@@ -209,7 +209,7 @@ class BARQ(ContinuousTokenizer):
     def _blended(self, blocks: Blocks) -> Blocks:
         """Return the blend of preprocessed rows, computed as it is read."""
         width = self._refined_parts(blocks.dim)[-1].columns.stop + self._blend.penalty_columns
-        return MappedBlocks(blocks, self._blend, width)
+        return map_rows(blocks, self._blend, width)
 
     def _space(self, blocks: Blocks) -> Blocks:
         """Return the blend of preprocessed rows, held in memory where it fits a gigabyte."""
@@ -225,9 +225,9 @@ class BARQ(ContinuousTokenizer):
             # Deeper levels quantize the content that greedy codes of the first ones leave.
             index = [index_codebook(torch.from_numpy(book)) for book in books]
             labels = list(np.ascontiguousarray(self._encode_rows(space, index).T))
-            residuals = _first_columns(ResidualBlocks(space, labels, books), content)
+            rest = first_columns(residuals(space, labels, books), content)
             seed = child_seed(self.seed, "content")
-            more, fits = self._fit_stage("content", residuals, slice(first, None), seed, context)
+            more, fits = self._fit_stage("content", rest, slice(first, None), seed, context)
             books, records = books + more, records + fits
         # Codewords of deeper levels are 0 in the columns that they lack.
         return [pad_columns(book, space.dim - book.shape[1]) for book in books], records
@@ -258,7 +258,7 @@ class BARQ(ContinuousTokenizer):
         width = space.dim - self._blend.penalty_columns
         books = [np.ascontiguousarray(book[:, :width]) for book in books]
         penalties = balance_penalties(
-            _first_columns(space, width),
+            first_columns(space, width),
             books,
             strength=self.balance_strength,
             columns=content,
@@ -283,10 +283,8 @@ class BARQ(ContinuousTokenizer):
     def _refit_decoder(
         self, train: Blocks, held_out: Blocks | None, *, weights: Weights | None
     ) -> dict[str, Any]:
-        preprocessed = PreprocessedBlocks(train, self._preprocess)
-        if held_out is not None:
-            held_out = PreprocessedBlocks(held_out, self._preprocess)
-        return self._fit_tables(preprocessed, held_out, weights=weights)
+        held_out = None if held_out is None else self._preprocess.view(held_out)
+        return self._fit_tables(self._preprocess.view(train), held_out, weights=weights)
 
     def _fit_tables(
         self, train: Blocks, held_out: Blocks | None, *, weights: Weights | None
@@ -410,11 +408,6 @@ class BARQ(ContinuousTokenizer):
             for name, stored in STORED.items()
             if name == "content" or f"{stored}.0" in tensors
         }
-
-
-def _first_columns(rows: Blocks, count: int) -> Blocks:
-    """Return a view of the first columns of rows."""
-    return MappedBlocks(rows, lambda x: np.ascontiguousarray(x[:, :count]), count)
 
 
 def _code_targets(

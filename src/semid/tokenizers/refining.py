@@ -12,12 +12,11 @@ from semid.data.embeddings import open_embeddings
 from semid.data.ids import held_out_mask
 from semid.errors import EmbeddingError, UsageError
 from semid.progress import Progress, QuietProgress
-from semid.quantization.blocks import Blocks, in_memory
+from semid.quantization.blocks import Blocks, in_memory, map_rows
 from semid.quantization.refine import RefineOptions, refine_residual
 from semid.seeds import child_seed
 from semid.tokenizers.base import Tokenizer
 from semid.tokenizers.context import item_weights, scan, train_weights
-from semid.tokenizers.neural.tokenizer import MappedBlocks
 from semid.tokenizers.stored import HELD_OUT_SALT
 
 Refinable = TypeVar("Refinable", bound=Tokenizer)
@@ -77,8 +76,7 @@ def refine(
     width = tokenizer.latent_dim
 
     def latents(rows: Blocks) -> Blocks:
-        view = MappedBlocks(rows, tokenizer._latent_block, width)
-        return in_memory(view, limit_bytes=MEMORY_BYTES)
+        return in_memory(map_rows(rows, tokenizer._latent_block, width), limit_bytes=MEMORY_BYTES)
 
     scanned = scan(opened, ~held_out, progress)
     progress.start("refine", total=options.most_rounds)

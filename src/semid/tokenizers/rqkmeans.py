@@ -12,7 +12,7 @@ from torch import nn
 
 from semid.options import option
 from semid.progress import Progress, QuietProgress
-from semid.quantization.blocks import Preprocess, PreprocessedBlocks
+from semid.quantization.blocks import Preprocess
 from semid.quantization.kmeans import KMeansOptions, KMeansState
 from semid.quantization.residual import fit_residual
 from semid.quantization.sharding import ShardedMatrix
@@ -94,9 +94,8 @@ class RQKMeans(ResidualTokenizer):
         def on_iteration(level: int, state: KMeansState) -> None:
             progress.step(1, level=level + 1, inertia=state.inertia[-1])
 
-        identity = self._preprocess.identity
         books, fits = fit_residual(
-            context.train if identity else PreprocessedBlocks(context.train, self._preprocess),
+            self._preprocess.view(context.train),
             self.codebook_sizes,
             seed=self.seed,
             options=KMeansOptions.of(self.kmeans),

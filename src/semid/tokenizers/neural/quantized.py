@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from semid.quantization.blocks import Blocks, in_memory
+from semid.quantization.blocks import Blocks, in_memory, map_rows
 from semid.quantization.kmeans import KMeansOptions, KMeansResult, kmeans
 from semid.quantization.residual import fit_residual
 from semid.seeds import child_seed
@@ -25,7 +25,6 @@ from semid.tokenizers.neural.quantizers import (
     mean_squared_norm,
 )
 from semid.tokenizers.neural.tokenizer import (
-    MappedBlocks,
     NeuralTokenizer,
     RowsTask,
     pick_device,
@@ -107,7 +106,7 @@ def initialize_(
 def _projected(latents: Blocks, projection: nn.Module) -> Blocks:
     assert isinstance(projection, nn.Linear)
     weight = projection.weight.detach().cpu().numpy().T.copy()
-    return MappedBlocks(latents, lambda z: z @ weight, latents.dim)
+    return map_rows(latents, lambda z: z @ weight, latents.dim)
 
 
 class QuantizedAutoencoder(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from semid.data.blocks import Moments
 from semid.errors import UsageError
 from semid.options import MAX_WIDTH, Options, option
-from semid.quantization.blocks import BLOCK_ROWS, Blocks, Preprocess, PreprocessedBlocks
+from semid.quantization.blocks import Blocks, Preprocess, RowView, map_rows
 from semid.tokenizers.codebooks import CodebookTokenizer
 from semid.tokenizers.context import FitContext
 from semid.tokenizers.neural.autoencoder import (
@@ -71,26 +71,6 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda", local_rank() % torch.cuda.device_count())
 
 
-class MappedBlocks:
-    """A view of ``(rows, dim)`` after a function of each row by itself, computed as it is read."""
-
-    def __init__(self, base: Blocks, function: Callable[[Array], Array], dim: int) -> None:
-        self.base, self.function, self.dim = base, function, dim
-
-    def __len__(self) -> int:
-        """Count the rows."""
-        return len(self.base)
-
-    def blocks(self, size: int = BLOCK_ROWS) -> Iterator[tuple[int, Array]]:
-        """Yield ``(first row, (n, dim) values)`` in order."""
-        for start, block in self.base.blocks(size):
-            yield start, self.function(block)
-
-    def rows(self, indices: npt.NDArray[np.int64]) -> Array:
-        """Return the values of the rows at ``indices``."""
-        return self.function(self.base.rows(indices))
-
-
 @dataclass(frozen=True)
 class PreparedRows:
     """Rows of a fit after preprocessing; mean ``(dim,)`` and variance of the training rows."""
@@ -105,14 +85,9 @@ class PreparedRows:
     def of(cls, context: FitContext, *, center: bool, normalize: bool) -> PreparedRows:
         """Preprocess the rows of a fit."""
         preprocess = Preprocess.fit(context.train, center=center, normalize=normalize)
-
-        def preprocessed(blocks: Blocks) -> TrainingRows:
-            return TrainingRows(
-                blocks if preprocess.identity else PreprocessedBlocks(blocks, preprocess)
-            )
-
-        train = preprocessed(context.train)
-        held_out = None if context.held_out is None else preprocessed(context.held_out)
+        train, held_out = TrainingRows(preprocess.view(context.train)), None
+        if context.held_out is not None:
+            held_out = TrainingRows(preprocess.view(context.held_out))
         moments = Moments.of(train.blocks.blocks())
         return cls(preprocess, train, held_out, moments.mean, moments.variance)
 
@@ -239,10 +214,10 @@ class NeuralTokenizer(CodebookTokenizer):
         autoencoder.standardize_(prepared.mean, prepared.variance)
         return prepared, autoencoder
 
-    def _latents(self, rows: Blocks, encoder: ExactEncoder) -> MappedBlocks:
+    def _latents(self, rows: Blocks, encoder: ExactEncoder) -> RowView:
         """Return a view of the latents ``(rows, latent)`` of preprocessed rows."""
         width = self._latent_width(rows.dim)
-        return MappedBlocks(rows, partial(encoder, threads=self.threads), width)
+        return map_rows(rows, partial(encoder, threads=self.threads), width)
 
     def _set_autoencoder(self, autoencoder: Autoencoder) -> None:
         self._autoencoder = autoencoder.cpu()
