@@ -170,7 +170,7 @@ class _Walls:
     ) -> None:
         self.columns = columns  # of the latent, which the codewords stand for
         self.codewords = np.ascontiguousarray(codebook, dtype=np.float32)
-        self.table: IndexedCodebook = index_codebook(torch.from_numpy(self.codewords))
+        self.table: IndexedCodebook = index_codebook(self.codewords)
         images = [self.codewords]
         if factors is not None:
             images = [self.codewords @ factor[columns] for factor in factors]

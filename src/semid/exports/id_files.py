@@ -345,7 +345,7 @@ def candidate_codes(
     if not 1 <= candidates <= len(last):
         raise UsageError(f"candidates={candidates}: give 1 to {len(last)}, the last codebook's")
     source = open_embeddings(embeddings, ids=embedding_ids)
-    rows, codebook = rows_of(ids.items, source), index_codebook(torch.from_numpy(last))
+    rows, codebook = rows_of(ids.items, source), index_codebook(last)
     model_codes = ids.encoded.astype(np.int64)
     result = np.repeat(model_codes[:, None, :], candidates, axis=1)
     for start in range(0, len(ids), BLOCK_ROWS):

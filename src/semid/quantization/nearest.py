@@ -31,15 +31,10 @@ MAX_NEIGHBORS = 500
 
 
 class Nearest(NamedTuple):
-    """Result of `nearest` and `nearest_m`.
+    """Result of `nearest` ``(items,)`` and `nearest_m` ``(items, m)``, nearest first."""
 
-    Attributes:
-        labels: int64 codeword indices, ``(items,)`` or ``(items, m)`` nearest first.
-        distances: float32 squared Euclidean distances, same shape.
-    """
-
-    labels: Tensor
-    distances: Tensor
+    labels: Tensor  # int64 codeword indices
+    distances: Tensor  # float32 squared Euclidean distances
 
 
 def compile_kernels() -> None:
@@ -52,22 +47,13 @@ def compile_kernels() -> None:
 
 
 class IndexedCodebook:
-    """A codebook with everything the search needs, made once and shared by threads.
+    """A codebook with everything the search needs; made by `index_codebook`."""
 
-    Args:
-        codebook: ``(codes, dim)`` float32, float16 or bfloat16, finite. It is copied.
-
-    Attributes:
-        codewords: ``(codes, dim)`` float32 copy of the codebook; do not write to it.
-
-    Raises:
-        UsageError: wrong dtype or shape, or no codewords.
-        EmbeddingError: NaN or infinite values.
-    """
-
-    def __init__(self, codebook: Tensor) -> None:
-        check_rows(codebook, name="codebook")
-        self.codewords = codebook.detach().to(torch.float32, copy=True).contiguous()
+    def __init__(self, codebook: Tensor | Array) -> None:
+        book = torch.as_tensor(codebook)
+        check_rows(book, name="codebook")
+        # (codes, dim), not to be written to.
+        self.codewords = book.detach().to(torch.float32, copy=True).contiguous()
         self.table = VectorTable(self.codewords.cpu(), metric=L2, unique=True)
         self._full: VectorTable | None = None
 
@@ -83,12 +69,19 @@ class IndexedCodebook:
         return self._full
 
 
-def index_codebook(codebook: Tensor) -> IndexedCodebook:
-    """Index a codebook ``(codes, dim)`` for repeated searches; see `IndexedCodebook`."""
+def index_codebook(codebook: Tensor | Array) -> IndexedCodebook:
+    """Index a codebook ``(codes, dim)`` for repeated searches; threads can share the index.
+
+    It is copied: float32, float16 or bfloat16, finite.
+
+    Raises:
+        UsageError: wrong dtype or shape, or no codewords.
+        EmbeddingError: NaN or infinite values.
+    """
     return IndexedCodebook(codebook)
 
 
-def _indexed(x: Tensor, codebook: Tensor | IndexedCodebook) -> IndexedCodebook:
+def _indexed(x: Tensor, codebook: Tensor | Array | IndexedCodebook) -> IndexedCodebook:
     check_rows(x, name="x")
     indexed = codebook if isinstance(codebook, IndexedCodebook) else index_codebook(codebook)
     if x.shape[1] != indexed.codewords.shape[1]:
@@ -129,7 +122,7 @@ def _search(
 
 def nearest(
     x: Tensor,
-    codebook: Tensor | IndexedCodebook,
+    codebook: Tensor | Array | IndexedCodebook,
     *,
     threads: int | None = None,
     route: str = "auto",
@@ -185,37 +178,21 @@ def assign(
 
     Shapes: ``block`` (n, dim), ``centroids`` (codes, dim).
     """
-    codebook = torch.from_numpy(centroids) if isinstance(centroids, np.ndarray) else centroids
     if len(block) * len(centroids) * block.shape[1] < THREADED_WORK:
         threads = 1
-    labels, distances = nearest(torch.from_numpy(block), codebook, threads=threads)
+    labels, distances = nearest(torch.from_numpy(block), centroids, threads=threads)
     return labels.numpy(), distances.numpy()
 
 
 class TopK(NamedTuple):
-    """Result of `top_k`.
+    """Result of `top_k`, ``(queries, k)``, best first."""
 
-    Attributes:
-        indices: ``(queries, k)`` int64 database indices, best first.
-        scores: ``(queries, k)`` float32: cosines or inner products, falling; or squared
-            distances, rising.
-    """
-
-    indices: Tensor
-    scores: Tensor
+    indices: Tensor  # int64 database indices
+    scores: Tensor  # float32 cosines or inner products, falling, or squared distances, rising
 
 
 class IndexedDatabase:
-    """A database with everything the search needs, made once and shared by threads.
-
-    Args:
-        database: ``(entries, dim)`` float32, float16 or bfloat16, finite. It is copied.
-        metric: ``"cosine"``, ``"ip"`` or ``"l2"``.
-
-    Raises:
-        UsageError: wrong dtype, shape or metric, or no entries.
-        EmbeddingError: NaN or infinite values.
-    """
+    """A database with everything the search needs; made by `index_database`."""
 
     def __init__(self, database: Tensor, *, metric: str = "cosine") -> None:
         self.metric = check_choice("metric", metric, tuple(METRICS))
@@ -229,7 +206,10 @@ class IndexedDatabase:
 
 
 def index_database(database: Tensor, *, metric: str = "cosine") -> IndexedDatabase:
-    """Index a database ``(entries, dim)`` for repeated searches; see `IndexedDatabase`."""
+    """Index a database ``(entries, dim)`` for repeated searches; see `index_codebook`.
+
+    ``metric`` is ``"cosine"``, ``"ip"`` or ``"l2"``.
+    """
     return IndexedDatabase(database, metric=metric)
 
 

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from semid.errors import UsageError
 from semid.options import MAX_BEAM, Options, option
@@ -254,7 +253,7 @@ class _Refiner:
 
 
 def _indexed(books: Sequence[Array]) -> list[IndexedCodebook]:
-    return [index_codebook(torch.from_numpy(book)) for book in books]
+    return [index_codebook(book) for book in books]
 
 
 # Balancing ------------------------------------------------------------------------------------

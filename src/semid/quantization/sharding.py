@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from semid.errors import UsageError
 from semid.quantization.blocks import (
@@ -144,7 +143,7 @@ class Shard:
         self.labels = np.empty(len(self), dtype=np.int64)
         self._distances = np.empty(len(self), dtype=np.float32)
         self._last_centroids = centroids
-        codebook = index_codebook(torch.from_numpy(centroids))
+        codebook = index_codebook(centroids)
         tree: TreeSum[Statistics] = TreeSum()
         for start, block in read_ahead(self.view):
             span = slice(start, start + len(block))
@@ -187,7 +186,7 @@ class Shard:
         """Add centers ``(n, dim)``; return each block's weighted sum of squared distances."""
         if not len(self._closest):
             self._closest = np.full(len(self), np.inf, dtype=np.float32)
-        codebook = index_codebook(torch.from_numpy(fresh))
+        codebook = index_codebook(fresh)
         for start, block in read_ahead(self.view):
             nearest = self._closest[start : start + len(block)]
             np.minimum(nearest, assign(block, codebook, threads=self.threads)[1], out=nearest)

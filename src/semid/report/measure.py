@@ -286,7 +286,7 @@ def _encode(tok: Tokenizer, rows: Array) -> Codes:
 
 def _latent_encoder(tok: Tokenizer, threads: int | None) -> Callable[[Array], Codes]:
     """Return a function that quantizes latent vectors with this tokenizer's codebooks."""
-    codebooks = [index_codebook(torch.from_numpy(codebook)) for codebook in tok.codebooks]
+    codebooks = [index_codebook(codebook) for codebook in tok.codebooks]
 
     def encode(latents: Array) -> Codes:
         # Residual levels are searched together, parallel codebooks one by one in their columns.

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import nn
 
 from semid.data.blocks import Moments
@@ -223,7 +222,7 @@ class BARQ(ContinuousTokenizer):
         books, records = self._fit_stage("blend", space, slice(first), self.seed, context)
         if first < self.levels:
             # Deeper levels quantize the content that greedy codes of the first ones leave.
-            index = [index_codebook(torch.from_numpy(book)) for book in books]
+            index = [index_codebook(book) for book in books]
             labels = list(np.ascontiguousarray(self._encode_rows(space, index).T))
             rest = first_columns(residuals(space, labels, books), content)
             seed = child_seed(self.seed, "content")

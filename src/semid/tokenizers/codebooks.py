@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from semid.data.source import EmbeddingSource
 from semid.options import MAX_BEAM, option
@@ -58,7 +57,7 @@ class CodebookTokenizer(Tokenizer):
         self._codebook_index: tuple[IndexedCodebook, ...] = ()
 
     def _set_codebooks(self, books: Sequence[Array]) -> None:
-        self._codebook_index = tuple(index_codebook(torch.from_numpy(book)) for book in books)
+        self._codebook_index = tuple(index_codebook(book) for book in books)
 
     def _codebooks(self) -> tuple[Array, ...]:
         return tuple(book.codewords.numpy() for book in self._codebook_index)

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import llvmlite.binding
@@ -15,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from semid.quantization.engine.keys import L2
-from semid.quantization.engine.sweep import scan_best, scan_many, sweep, trim_rows
+from semid.quantization.engine.sweep import F32, F64, I32, I64, scan, sweep, trim_rows
 from semid.quantization.engine.table import (
     START_LIMIT,
     Operand,
@@ -32,11 +33,6 @@ from semid.quantization.engine.table import (
 from semid.quantization.engine.vector import SCAN
 from semid.quantization.engine.x86 import AMX, BLOCKS, LINE, ROW_TILE, missing_features, pitch
 
-F32 = npt.NDArray[np.float32]
-F64 = npt.NDArray[np.float64]
-I64 = npt.NDArray[np.int64]
-I32 = npt.NDArray[np.int32]
-
 LOWEST = -(2**30)
 """Below every int32 score, and far enough from the end to subtract a margin."""
 WIDEST = 16384
@@ -46,38 +42,31 @@ NORM = 2.0**14
 
 
 class QueryBlock:
-    """Buffers for up to ``limit`` queries against tables of one width.
+    """Buffers for up to ``limit`` queries, a multiple of `ROW_TILE`, against tables of one width.
 
-    Args:
-        limit: most queries in a block, a multiple of `ROW_TILE`.
-        width: columns of the padded rows.
-        k: entries wanted for each query (one more where entries are excluded).
-        best_only: one entry by squared distance, the case with its own shorter path.
-
-    Attributes:
-        rows: queries in the current block.
-        y: ``(limit, width)`` float32 centered and scaled queries.
-        length, residual, bound: ``(limit,)`` float64: norm of each query, norm of its rounding
-            error, and how far a score may lie from the truth (scaled units).
-        unit, shift: ``(limit,)`` float64: true score estimate = stored score * unit + shift.
-        margin, top, scores: per row and candidate, in the stored scores' own type.
-        counts, candidates: per row; a count of -1 means that every entry is a candidate.
+    ``k`` entries are searched for each query (one more where entries are excluded); ``best_only``
+    is one entry by squared distance, the case with its own shorter path.
     """
 
     def __init__(self, limit: int, width: int, *, k: int, best_only: bool) -> None:
         self.limit, self.width, self.k, self.best_only = limit, width, k, best_only
         self.capacity = 4 * SCAN if best_only else max(8 * SCAN, 4 * k + 2 * SCAN)
-        self.rows = 0
+        self.rows = 0  # queries in the current block
+        # Centered and scaled queries, half their squares, their norms, those of their rounding
+        # errors, and how far a score may lie from the truth (scaled units).
         self.y: F32 = aligned((limit, width), np.float32)
         self.y[:] = 0.0
         self.half_square: F64 = np.empty(limit)
         self.length: F64 = np.zeros(limit)
         self.residual: F64 = np.zeros(limit)
         self.bound: F64 = np.zeros(limit)
+        # The estimate of a true score is stored score * unit + shift.
         self.unit: F64 = np.zeros(limit)
         self.shift: F64 = np.zeros(limit)
+        # A count of -1 means that every entry is a candidate.
         self.counts: I64 = np.empty(limit, np.int64)
         self.candidates: I32 = np.empty((limit, self.capacity), np.int32)
+        # In the stored scores' own type; see `scan`.
         self.margin: Any = None
         self.top: Any = None
         self.scores: Any = None
@@ -110,11 +99,21 @@ class QueryBlock:
             None if within is None else self.half_square[:rows] - 0.5 * within * factor * factor
         )
 
-    def round_bfloat16(self, bits: npt.NDArray[np.uint16]) -> None:
-        """Write the queries as bfloat16 to ``bits`` and measure their rounding errors."""
+    def set_rounded_bound(
+        self,
+        table: VectorTable,
+        operand: Operand,
+        bits: npt.NDArray[np.uint16],
+        width: int,
+        *,
+        relative: float = 0.0,
+    ) -> None:
+        """Write the queries as bfloat16 to ``bits`` and bound what their rounding changes."""
         line = self.buffer("line", (self.width,), np.float32)
         y = self.y[: len(bits)]
         round_bfloat16(y, y.view(np.uint32), line, line.view(np.uint32), bits, self.residual)
+        residual = slack(self.residual, self.length, width)
+        self.set_bound(table, residual=residual, entry_residual=operand.residual, relative=relative)
 
     def set_bound(
         self, table: VectorTable, *, residual: F64, entry_residual: float, relative: float = 0.0,
@@ -165,15 +164,14 @@ class QueryBlock:
 
     def scan(self, table: VectorTable, scores: npt.NDArray[Any], start: int, at: int) -> None:
         """Note the candidates among the scores of rows from ``start`` and entries from ``at``."""
-        rows, columns = scores.shape
-        shared = (
-            scores, rows, columns, at, table.offsets, self.margin, self.top, self.counts,
-            self.candidates, self.scores, start,
+        scan(
+            scores, *scores.shape, at, table.offsets, self.margin, self.top, self.counts,
+            self.candidates, self.scores, start, *self._many(),
         )  # fmt: skip
-        if self.best_only:
-            scan_best(*shared)
-        else:
-            scan_many(*shared, self.k, self.scratch)
+
+    def _many(self) -> tuple[Any, Any]:
+        """Return the last arguments of `scan`."""
+        return (None, None) if self.best_only else (self.k, self.scratch)
 
     def trim_all(self) -> None:
         """Drop the candidates that the final ``k``-th best score of each row rules out."""
@@ -184,12 +182,10 @@ class QueryBlock:
 
 
 class _Fused:
-    """What all number formats share: products and scan in one pass (`sweep`).
+    """Products and scan in one pass (`sweep`) on a ``chip``: `AMX`, `AVX512` or `AVX2`.
 
-    Args:
-        chip: `AMX`, `AVX512` or `AVX2`.
-        features: CPU features that it takes, as LLVM names them.
-        library: what log messages call it.
+    ``features`` are the CPU features that it takes, as LLVM names them; ``library`` is what log
+    messages call it.
     """
 
     def __init__(self, chip: Any, *, features: tuple[str, ...], library: str) -> None:
@@ -200,13 +196,9 @@ class _Fused:
         return missing_features(*self.features)
 
     def _sweep(
-        self,
-        table: VectorTable,
-        queries: QueryBlock,
-        rows: npt.NDArray[Any],
-        panels: Any,
+        self, table: VectorTable, queries: QueryBlock, rows: npt.NDArray[Any], panels: Any,
         start: Any,
-    ) -> None:
+    ) -> None:  # fmt: skip
         group = BLOCKS[type(self.chip)].group
         saved = queries.buffer("tiles", (LINE,), np.uint8) if isinstance(self.chip, AMX) else None
         sweep(
@@ -214,29 +206,23 @@ class _Fused:
             queries.buffer("scores" + start.dtype.str, (ROW_TILE, group), start.dtype), saved,
             queries.rows, table.offsets, queries.margin, queries.top, queries.counts,
             queries.candidates, queries.scores,
-            *((None, None) if queries.best_only else (queries.k, queries.scratch)),
+            *queries._many(),
         )  # fmt: skip
 
 
 class _FusedInteger(_Fused):
-    """Integer products: queries with a step for each 32 rows, the table with one.
-
-    Attributes:
-        integer: type of the queries' integers.
-        zero: added to the table's integers, since VNNI and AMX take one side unsigned.
-        limit: largest integer, or length of the longest row where rows are scaled ``by_length``.
-    """
+    """Integer products: queries with a step for each 32 rows, the table with one."""
 
     name: str
-    integer: Any
-    zero: int
-    limit: float
-    by_length: bool
+    integer: Any  # type of the queries' integers
+    zero: int  # added to the table's integers, since VNNI and AMX take one side unsigned
+    limit: float  # largest integer, or length of the longest row with `by_length`
+    by_length: bool  # whether rows are scaled by their length
 
     def prepare(self, table: VectorTable) -> Operand | None:
         """Round the scaled rows to integers; None where rows are too wide."""
         width = padded(table.scaled.shape[1], 64)
-        if width > WIDEST:
+        if width > WIDEST:  # a sum of products could leave int32
             return None
         largest = table.radius if self.by_length else float(np.abs(table.scaled).max())
         step = max(largest / self.limit, 2.0**-60)
@@ -299,16 +285,11 @@ class FusedBfloat16(_Fused):
         return Operand((pack(bits), start), residual)
 
     def screen(self, table: VectorTable, operand: Operand, queries: QueryBlock) -> None:
-        """Fill ``queries``'s candidates; see `engine.search`."""
+        """Fill the candidates of ``queries``; see `engine.search`."""
         panels, start = operand.data
         width = panels.shape[1] // 16
         bits = queries.buffer("bf16", (padded(queries.rows, ROW_TILE), pitch(width, 2)), np.uint16)
-        queries.round_bfloat16(bits)
-        queries.set_bound(
-            table,
-            residual=slack(queries.residual, queries.length, width),
-            entry_residual=operand.residual,
-        )
+        queries.set_rounded_bound(table, operand, bits, width)
         self._sweep(table, queries, bits, panels, start)
 
 
@@ -321,6 +302,24 @@ times as long as those of float32."""
 
 def _bfloat16(bits: npt.NDArray[np.uint16]) -> torch.Tensor:
     return torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)
+
+
+def _scan_products(
+    queries: QueryBlock,
+    table: VectorTable,
+    multiply: Callable[[slice, slice, npt.NDArray[Any]], Any],
+    dtype: Any,
+) -> None:
+    """Scan scores ``multiply(rows, entries, out)`` of type ``dtype``, block by block."""
+    columns = len(table.offsets)
+    for at in range(0, columns, CHUNK):
+        for start in range(0, queries.rows, ROWS):
+            rows = slice(start, min(start + ROWS, queries.rows))
+            entries = slice(at, min(at + CHUNK, columns))
+            shape = (rows.stop - start, entries.stop - at)
+            scores = queries.buffer("products", shape, dtype)
+            multiply(rows, entries, scores)
+            queries.scan(table, scores, start, at)
 
 
 class Float32Gemm:
@@ -338,27 +337,23 @@ class Float32Gemm:
         return Operand(None, table.radius * 2.0**-23 + 2.0**-60)
 
     def screen(self, table: VectorTable, operand: Operand, queries: QueryBlock) -> None:
-        """Fill ``queries``'s candidates; see `engine.search`."""
-        y, length, rows = queries.y, queries.length, queries.rows
+        """Fill the candidates of ``queries``; see `engine.search`."""
         # torch may be told to round float32 operands to bfloat16 or TF32 inside its products.
         loose = torch.get_float32_matmul_precision() != "highest"
         unit = 2.0**-8 if loose else 0.0
         queries.set_bound(
             table,
-            residual=length * (2.0**-23 + unit) + 2.0**-60,
+            residual=queries.length * (2.0**-23 + unit) + 2.0**-60,
             entry_residual=operand.residual + unit * table.radius,
         )
-        weights = torch.from_numpy(table.scaled)
+        weights, y = torch.from_numpy(table.scaled), torch.from_numpy(queries.y)
         bias = torch.from_numpy(table.offsets)
-        for at in range(0, len(table.offsets), CHUNK):
-            part = slice(at, min(at + CHUNK, len(table.offsets)))
-            for start in range(0, rows, ROWS):
-                block = torch.from_numpy(y[start : min(start + ROWS, rows)])
-                scores = queries.buffer("fp32", (len(block), part.stop - at), np.float32)
-                torch.addmm(
-                    bias[part], block, weights[part].T, beta=-1.0, out=torch.from_numpy(scores)
-                )
-                queries.scan(table, scores, start, at)
+
+        def multiply(rows: slice, entries: slice, out: F32) -> None:
+            scores = torch.from_numpy(out)
+            torch.addmm(bias[entries], y[rows], weights[entries].T, beta=-1.0, out=scores)
+
+        _scan_products(queries, table, multiply, np.float32)
 
 
 class Bfloat16Gemm:
@@ -376,26 +371,17 @@ class Bfloat16Gemm:
 
     def prepare(self, table: VectorTable) -> Operand | None:
         """Round the scaled rows to bfloat16."""
-        bits, residual = table.bfloat16(32)
-        return Operand(bits, residual)
+        return Operand(*table.bfloat16(32))
 
     def screen(self, table: VectorTable, operand: Operand, queries: QueryBlock) -> None:
-        """Fill ``queries``'s candidates; see `engine.search`."""
-        rows = queries.rows
-        bits = queries.buffer("bf16", (rows, operand.data.shape[1]), np.uint16)
-        queries.round_bfloat16(bits)
+        """Fill the candidates of ``queries``; see `engine.search`."""
         width = operand.data.shape[1]
-        queries.set_bound(
-            table,
-            residual=slack(queries.residual, queries.length, width),
-            entry_residual=operand.residual,
-            relative=2.0**-8,
-        )
+        bits = queries.buffer("bf16", (queries.rows, width), np.uint16)
+        queries.set_rounded_bound(table, operand, bits, width, relative=2.0**-8)
         weights, y = _bfloat16(operand.data), _bfloat16(bits)
-        for at in range(0, len(weights), CHUNK):
-            part = weights[at : at + CHUNK].T
-            for start in range(0, rows, ROWS):
-                block = y[start : start + ROWS]
-                scores = queries.buffer("products", (len(block), part.shape[1]), np.uint16)
-                torch.mm(block, part, out=_bfloat16(scores))
-                queries.scan(table, scores, start, at)
+        _scan_products(
+            queries,
+            table,
+            lambda rows, entries, out: torch.mm(y[rows], weights[entries].T, out=_bfloat16(out)),
+            np.uint16,
+        )

@@ -24,26 +24,17 @@ PIECES = 8
 
 
 class DeviceTable(NamedTuple):
-    """A table's copies on one device.
+    """A table's copies on one device."""
 
-    Attributes:
-        rows: ``(entries, width)`` float32 as given.
-        norms: ``(entries,)`` float64 lengths.
-        center: ``(width,)`` float64.
-        scaled: ``(entries, width)`` float32 scaled rows.
-        offsets: ``(entries,)`` float32, minus what is to be subtracted from products.
-        rounded: ``(entries, width + PIECES)`` bfloat16 scaled rows, then the offset in pieces: with
-            ones beside a query the product is the score.
-        residual: largest norm of a row's rounding error in bfloat16.
-    """
-
-    rows: Tensor
-    norms: Tensor
-    center: Tensor
-    scaled: Tensor
-    offsets: Tensor
+    rows: Tensor  # (entries, width) float32 as given
+    norms: Tensor  # (entries,) float64 lengths
+    center: Tensor  # (width,) float64
+    scaled: Tensor  # (entries, width) float32 scaled rows
+    offsets: Tensor  # (entries,) float32, minus what is to be subtracted from products
+    # (entries, width + PIECES) bfloat16 scaled rows, then the offset in pieces: with ones beside a
+    # query the product is the score.
     rounded: Tensor
-    residual: float
+    residual: float  # largest norm of a row's rounding error in bfloat16
 
 
 def device_table(table: VectorTable, device: torch.device) -> DeviceTable:

@@ -12,16 +12,13 @@ from typing import Any
 
 import numba
 import numpy as np
-import numpy.typing as npt
 
-from semid.quantization.engine.sweep import F32, I32, I64, kth_largest, scan_many, trim_rows
+from semid.quantization.engine.sweep import F32, F64, I32, I64, kth_largest, scan, trim_rows
 from semid.quantization.engine.vector import SCAN, dot, square_distance
 
 L2, INNER, COSINE = 0, 1, 2
 METRICS = {"l2": L2, "ip": INNER, "cosine": COSINE}
 """Names of the metrics."""
-
-F64 = npt.NDArray[np.float64]
 
 
 @numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True)
@@ -49,7 +46,7 @@ def norms(rows: F32, out: F64) -> None:
 
 @numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True)
 def resolve_best(
-    x: F32, table: F32, rows: int, counts: I64, candidates: npt.NDArray[np.int32], scores: Any,
+    x: F32, table: F32, rows: int, counts: I64, candidates: I32, scores: Any,
     unit: F64, shift: F64, bound: F64, half_square: F64, half_scale: float, labels: I64,
     distances: F64,
 ) -> int:  # fmt: skip
@@ -131,7 +128,7 @@ def _sift(row: int, keys: F64, entries: I64, size: int, value: float, entry: int
 @numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True)
 def resolve_many(
     metric: int, x: F32, x_norms: F64, table: F32, table_norms: F64, rows: int, exclude: I64,
-    counts: I64, candidates: npt.NDArray[np.int32], limited: bool, labels: I64, keys: F64,
+    counts: I64, candidates: I32, limited: bool, labels: I64, keys: F64,
 ) -> int:  # fmt: skip
     """Sort each row's ``m`` best candidates by (key, index); see `resolve_best`.
 
@@ -194,7 +191,7 @@ def scan_children(
     codewords with this level's; ``lines`` ``(items, partials, levels before)`` names its rows.
     ``offsets`` ``(columns,)`` has no effect. ``scores`` ``(1, columns)`` and ``scratch``
     ``(capacity,)`` are scratch. A candidate is ``partial * columns + codeword``; the rest is as in
-    `scan_many`.
+    `scan`.
     """
     items, partials, before = lines.shape
     columns = base.shape[1]
@@ -217,7 +214,7 @@ def scan_children(
                     for j in range(SCAN):
                         lanes[j] = max(lanes[j], scores[0, at + j])
                 top[i] = max(top[i], kth_largest(lanes, SCAN, k))
-            scan_many(
+            scan(
                 scores, 1, columns, p * columns, offsets, margin, top, counts, candidates, values,
                 i, k, scratch,
             )  # fmt: skip

@@ -36,33 +36,23 @@ BLOCK = 1024
 """Queries per block: enough to reuse the table from cache, few enough to share among threads."""
 ROUTES = ("auto", "int8", "int16", "bf16", "fp32")
 """Names a caller may give."""
-PROBE_ROWS = 128
-"""Queries a route is timed on."""
-PROBE_FIRST = 8
-"""Queries of a first look, after which a route far behind is dropped: one that measures nearly all
-entries of a large table would take seconds for the rest."""
-DROP_RATIO = 4.0
-"""How many times slower than the best counts as far behind."""
-PROBE_ROUNDS = 3
-"""Times it is timed; the shortest counts."""
+# Queries a route is timed on, and rounds, of which the shortest counts.
+PROBE_ROWS, PROBE_ROUNDS = 128, 3
+# Queries of a first look, after which a route that many times slower than the best is dropped: one
+# that measures nearly all entries of a large table would take seconds for the rest.
+PROBE_FIRST, DROP_RATIO = 8, 4.0
+# Tables of one shape that reuse the last choice before the routes are timed again.
 REUSED_TABLES = 7
-"""Tables of one shape that reuse the last choice before the routes are timed again."""
+# Queries from which on timing the routes costs less than a wrong choice could.
 MIN_PROBED_QUERIES = 4096
-"""Queries from which on timing the routes costs less than a wrong choice could."""
 
 
 class SearchResult(NamedTuple):
-    """Result of `search`.
+    """Result of `search`."""
 
-    Attributes:
-        labels: ``(queries, k)`` int64, best first.
-        keys: ``(queries, k)`` float64 canonical keys.
-        measured: pairs whose canonical key was computed.
-    """
-
-    labels: npt.NDArray[np.int64]
-    keys: npt.NDArray[np.float64]
-    measured: int
+    labels: npt.NDArray[np.int64]  # (queries, k), best first
+    keys: npt.NDArray[np.float64]  # (queries, k) canonical keys
+    measured: int  # pairs whose canonical key was computed
 
 
 class Route(Protocol):
@@ -88,12 +78,8 @@ _buffers = threading.local()
 def _query_block(limit: int, width: int, k: int, best_only: bool) -> QueryBlock:
     """Return this thread's buffers, those of its last search where they fit."""
     block: QueryBlock | None = getattr(_buffers, "block", None)
-    if block is None or (block.limit, block.width, block.k, block.best_only) != (
-        limit,
-        width,
-        k,
-        best_only,
-    ):
+    sizes = (limit, width, k, best_only)
+    if block is None or (block.limit, block.width, block.k, block.best_only) != sizes:
         block = _buffers.block = QueryBlock(limit, width, k=k, best_only=best_only)
     return block
 
@@ -203,7 +189,7 @@ def _probe_machine() -> tuple[tuple[Route, ...], tuple[str, ...]]:
                 reason = f"its self-test failed: {type(error).__name__}: {error}"
         if reason is None:
             working.append(route)
-        outcome = "works" if reason is None else f"left out, {reason}"
+        outcome = f"left out, {reason}" if reason else "works"
         notes.append(f"{route.name} ({route.library}): {outcome}")
     return tuple(working), tuple(notes)
 
@@ -225,10 +211,6 @@ def working_routes() -> tuple[Route, ...]:
     return routes
 
 
-def _suits(route: Route, table: VectorTable) -> bool:
-    return _operand(route, table) is not None
-
-
 # K-means makes a new table each iteration, much like the one before: the last choice for a shape,
 # and how many more tables reuse it.
 _recent: dict[tuple[int, int, int, int], tuple[Route, int]] = {}
@@ -245,35 +227,36 @@ def choose(route: str, queries: torch.Tensor, table: VectorTable, *, k: int = 1)
     working = working_routes()
     if route != "auto":
         named = {each.name: each for each in working}
-        asked = named.get(route)
-        return asked if asked is not None and _suits(asked, table) else named["fp32"]
+        asked = named.get(route, named["fp32"])
+        return asked if _operand(asked, table) is not None else named["fp32"]
     if k in table.routes:
         known: Route = table.routes[k]
         return known
+    usable = (each for each in working if _operand(each, table) is not None)
     if len(queries) < MIN_PROBED_QUERIES:
-        return next(each for each in working if _suits(each, table))
+        return next(usable)
     shape = (table.metric, len(table), table.dim, k)
     recent, uses = _recent.get(shape, (None, 0))
-    if recent is not None and uses and _suits(recent, table):
+    if recent is not None and uses and _operand(recent, table) is not None:
         _recent[shape] = (recent, uses - 1)
         table.routes[k] = recent
         return recent
-    usable = [each for each in working if _suits(each, table)]
     # Time the routes on a sample: a short look at all, then more rows for those not far behind.
+    routes = list(usable)
     sample = queries[:: max(1, len(queries) // PROBE_ROWS)][:PROBE_ROWS].contiguous()
-    times = np.full(len(usable), np.inf)
+    times = np.full(len(routes), np.inf)
     for rows, rounds in ((PROBE_FIRST, 1), (len(sample), PROBE_ROUNDS)):
         hopeful = np.flatnonzero(times <= DROP_RATIO * times.min())
         times[hopeful] = np.inf
         for _ in range(rounds):  # in turn, so that a busy moment does not fall on one alone
             for at in hopeful:
                 start = time.thread_time()
-                search(sample[:rows], table, usable[at], k=k, threads=1)
+                search(sample[:rows], table, routes[at], k=k, threads=1)
                 times[at] = min(times[at], (time.thread_time() - start) / min(rows, len(sample)))
-    best = usable[int(times.argmin())]
+    best = routes[int(times.argmin())]
     measured = ", ".join(
         f"{each.name} {seconds * 1e6:.2f} us a row"
-        for each, seconds in zip(usable, times, strict=True)
+        for each, seconds in zip(routes, times, strict=True)
     )
     size = (len(table), table.dim)
     logger.info("route %s (%s) for %d x %d: %s", best.name, best.library, *size, measured)

@@ -22,6 +22,7 @@ from semid.quantization.engine.x86 import (
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 F32 = npt.NDArray[np.float32]
+F64 = npt.NDArray[np.float64]
 
 
 @numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True)
@@ -34,54 +35,6 @@ def _keep(row: int, candidates: I32, values: Any, count: int, threshold: Any) ->
             values[row, size] = values[row, j]
             size += 1
     return size
-
-
-@numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True)
-def scan_best(
-    scores: Any, rows: int, columns: int, first: int, offsets: F32, margin: Any, top: Any,
-    counts: I64, candidates: I32, values: Any, row0: int,
-) -> None:  # fmt: skip
-    """Note every entry whose score lies within ``margin`` of its row's best so far.
-
-    ``scores`` ``(>= rows, stride)``, larger is better: int32, float32, or uint16 that holds
-    bfloat16 products from which the float32 ``offsets`` of all entries are still to be subtracted.
-    ``columns``, a positive multiple of `SCAN`, are scanned; column 0 is entry ``first``, row 0 is
-    row ``row0`` of what follows: ``margin``, twice the bound in the scores' own units and type;
-    ``top``, the best score so far; ``counts`` of candidates, -1 once a row holds too many;
-    ``candidates`` and their scores ``values`` ``(all rows, capacity)``. The last four are updated.
-    """
-    stride = scores.shape[1]
-    capacity = candidates.shape[1]
-    for local in range(rows):
-        i = row0 + local
-        count = counts[i]
-        if count < 0:
-            continue
-        base = local * stride
-        # One pass for the best score of the block, which raises the threshold before the scan.
-        best = maximum(scores, base, offsets, first, columns)
-        if best > top[i]:
-            top[i] = best
-        threshold = top[i] - margin[i]
-        if best < threshold:
-            continue
-        for column in range(0, columns, SCAN):
-            mask = hits(scores, base + column, offsets, first + column, threshold)
-            if mask == 0:
-                continue
-            if count > capacity - SCAN:
-                # Full: the threshold has risen since older candidates were noted.
-                count = _keep(i, candidates, values, count, threshold)
-                if count > capacity - SCAN:
-                    count = -1
-                    break
-            while mask != 0:
-                at = trailing_zeros(mask)
-                mask &= mask - np.uint64(1)
-                candidates[i, count] = first + column + at
-                values[i, count] = score(scores, base + column + at, offsets, first + column + at)
-                count += 1
-        counts[i] = count
 
 
 @numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True)
@@ -130,29 +83,29 @@ def trim(
 
 @numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True)
 def trim_rows(
-    rows: int,
-    k: int,
-    margin: Any,
-    top: Any,
-    counts: I64,
-    candidates: I32,
-    values: Any,
+    rows: int, k: int, margin: Any, top: Any, counts: I64, candidates: I32, values: Any,
     scratch: Any,
-) -> None:
+) -> None:  # fmt: skip
     """`trim` rows 0 to ``rows``."""
     for row in range(rows):
         trim(row, k, margin, top, counts, candidates, values, scratch)
 
 
 @numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True)
-def scan_many(
+def scan(
     scores: Any, rows: int, columns: int, first: int, offsets: F32, margin: Any, top: Any,
-    counts: I64, candidates: I32, values: Any, row0: int, k: int, scratch: Any,
+    counts: I64, candidates: I32, values: Any, row0: int, k: Any, scratch: Any,
 ) -> None:  # fmt: skip
-    """`scan_best` for the ``k`` best: ``top`` is a lower bound on the ``k``-th best score.
+    """Note every entry whose score lies within ``margin`` of its row's ``k``-th best so far.
 
-    Takes what `scan_best` takes, then ``k``, how many are wanted, and ``scratch``,
-    ``(capacity,)`` of the scores' type with a capacity of at least ``k + 2 * SCAN``.
+    ``scores`` ``(>= rows, stride)``, larger is better: int32, float32, or uint16 that holds
+    bfloat16 products from which the float32 ``offsets`` of all entries are still to be subtracted.
+    ``columns``, a positive multiple of `SCAN`, are scanned; column 0 is entry ``first``, row 0 is
+    row ``row0`` of what follows: ``margin``, twice the bound in the scores' own units and type;
+    ``top``, a lower bound on the ``k``-th best score; ``counts`` of candidates, -1 once a row holds
+    too many; ``candidates`` and their scores ``values`` ``(all rows, capacity)``. The last four are
+    updated. For the best entry alone ``k`` and ``scratch`` are None; else ``scratch`` holds
+    ``capacity``, at least ``k + 2 * SCAN``, scores.
     """
     stride = scores.shape[1]
     capacity = candidates.shape[1]
@@ -161,16 +114,27 @@ def scan_many(
         if counts[i] < 0:
             continue
         base = local * stride
+        if k is None:
+            # The best score of the block raises the threshold before anything is noted.
+            best = maximum(scores, base, offsets, first, columns)
+            if best > top[i]:
+                top[i] = best
+            if best < top[i] - margin[i]:
+                continue
         for column in range(0, columns, SCAN):
+            # An entry whose score lies further below `top` than both errors allow cannot win.
             threshold = top[i] - margin[i]
             mask = hits(scores, base + column, offsets, first + column, threshold)
             if mask == 0:
                 continue
             if counts[i] > capacity - SCAN:
-                # Full: raise the bound on the k-th best score and drop what falls behind it.
-                trim(i, k, margin, top, counts, candidates, values, scratch)
+                # Full: `top` has risen since older candidates were noted, so some fall behind it.
+                if k is None:
+                    counts[i] = _keep(i, candidates, values, counts[i], threshold)
+                else:
+                    trim(i, k, margin, top, counts, candidates, values, scratch)
                 if counts[i] > capacity - SCAN:
-                    counts[i] = -1
+                    counts[i] = -1  # every entry becomes a candidate, which costs time alone
                     break
             count = counts[i]
             while mask != 0:
@@ -190,13 +154,12 @@ def sweep(
     """Score and scan all rows and entries; a block of scores never leaves the cache.
 
     It is compiled per type of ``chip`` (see `x86`) at its first use, and separately for the best
-    entry alone, where ``k`` and ``scratch`` are None, and for the ``k`` best: numba drops the
-    branch that a None rules out.
+    entry alone and for the ``k`` best: numba drops the branch that a ``k`` of None rules out.
 
     ``a`` ``(>= rows, width)``: rounded queries, a multiple of `ROW_TILE` rows. ``panels``: the
     packed table. ``start`` ``(tiles or 1, columns)``: what the sums start from, minus the offsets.
     ``scores`` ``(ROW_TILE, group)`` and ``saved`` ``(64,)``, which is None but for AMX, are
-    scratch. The rest is as in `scan_best` and `scan_many`.
+    scratch. The rest is as in `scan`.
     """
     columns = start.shape[1]
     begin(chip, saved)
@@ -210,14 +173,8 @@ def sweep(
                         chip, a, block, panels, (group + column) // 16, start,
                         line * columns + group + column, scores, column,
                     )  # fmt: skip
-            if k is None:
-                scan_best(
-                    scores, min(ROW_TILE, rows - row), size, group, offsets, margin, top, counts,
-                    candidates, values, row,
-                )  # fmt: skip
-            else:
-                scan_many(
-                    scores, min(ROW_TILE, rows - row), size, group, offsets, margin, top, counts,
-                    candidates, values, row, k, scratch,
-                )  # fmt: skip
+            scan(
+                scores, min(ROW_TILE, rows - row), size, group, offsets, margin, top, counts,
+                candidates, values, row, k, scratch,
+            )  # fmt: skip
     end(chip, saved)

@@ -15,6 +15,7 @@ import torch
 
 from semid.errors import EmbeddingError, UsageError
 from semid.quantization.engine.keys import COSINE, L2, norms
+from semid.quantization.engine.sweep import F32, F64, I32, I64
 from semid.quantization.engine.vector import LANES, SCAN
 
 PAD_OFFSET = 1e30
@@ -22,25 +23,14 @@ PAD_OFFSET = 1e30
 START_LIMIT = 2.0**28
 """Largest offset in integer steps; with products of the widest rows it stays within int32."""
 
-F32 = npt.NDArray[np.float32]
-F64 = npt.NDArray[np.float64]
-I64 = npt.NDArray[np.int64]
-I32 = npt.NDArray[np.int32]
-
 
 @dataclass(frozen=True)
 class Operand:
-    """A table's low-precision copy for one route.
+    """A table's low-precision copy for one route."""
 
-    Attributes:
-        data: what the route multiplies with; its layout is the route's business.
-        residual: the largest norm of what rounding took from a row, scaled units.
-        step: size of one integer step, 1 for floating-point copies.
-    """
-
-    data: Any
-    residual: float
-    step: float = 1.0
+    data: Any  # what the route multiplies with, in a layout of its own
+    residual: float  # the largest norm of what rounding took from a row, scaled units
+    step: float = 1.0  # size of one integer step, 1 for floating-point copies
 
 
 def aligned(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
@@ -82,30 +72,11 @@ def check_rows(rows: torch.Tensor, *, name: str) -> None:
 
 
 class VectorTable:
-    """Vectors to search, with everything screening needs.
+    """Vectors ``(entries, dim)`` to search, with everything screening needs.
 
     Scaled units: rows are centered on ``center`` and multiplied by ``2**-exponent``, which brings
-    the longest to at most 1.
-
-    Args:
-        rows: ``(entries, dim)`` float32, float16 or bfloat16 on the CPU.
-        metric: `L2`, `INNER` or `COSINE`.
-        unique: keep only the first of exact duplicates (they can never win a tie).
-        name: the argument's name for messages.
-
-    Attributes:
-        rows: ``(entries, width)`` float32, as given, padded with zero columns.
-        original: ``(entries,)`` int64, index of each row in the rows given, ascending.
-        norms: ``(entries,)`` float64 lengths of the rows.
-        scaled: ``(columns, width)`` float32 scaled rows, then zero rows up to a multiple of 64.
-        offsets: ``(columns,)`` float32, subtracted from products; `PAD_OFFSET` on padding.
-        lengths: ``(entries,)`` float64 norms of the scaled rows.
-        radius: the largest of ``lengths``.
-        reach: length of the center plus ``radius``, scaled units.
-
-    Raises:
-        UsageError: no rows, another dtype or shape.
-        EmbeddingError: a value is NaN or infinite.
+    the longest to at most 1. With ``unique`` only the first of exact duplicates stays: the others
+    can never win a tie. ``name`` is the argument's name for messages.
     """
 
     def __init__(
@@ -120,9 +91,10 @@ class VectorTable:
                 f"{name} holds NaN or infinite values in {bad} of {len(vectors)} rows; "
                 "remove or replace them first"
             )
-        self.metric = metric
-        self.dim = int(rows.shape[1])
-        self.rows: F32 = vectors + np.float32(0.0)  # a private copy in which -0 became 0
+        self.metric, self.dim = metric, int(rows.shape[1])
+        # (entries, width), padded with zero columns: a private copy in which -0 became 0.
+        self.rows: F32 = vectors + np.float32(0.0)
+        # Index of each row among the rows given, ascending.
         self.original: I64 = np.arange(len(vectors), dtype=np.int64)
         if unique:
             self.original = first_copies(self.rows)
@@ -137,21 +109,22 @@ class VectorTable:
     def _scale(self) -> None:
         entries, width = self.rows.shape
         columns = padded(entries, SCAN)
-        self.norms: F64 = np.empty(entries)
+        self.norms: F64 = np.empty(entries)  # lengths of the rows
         norms(self.rows, self.norms)
         self.center: F32 = np.empty(width, np.float32)
-        self.scaled: F32 = aligned((columns, width), np.float32)
-        self.lengths: F64 = np.empty(entries)
+        self.scaled: F32 = aligned((columns, width), np.float32)  # zero rows after the entries
+        self.lengths: F64 = np.empty(entries)  # lengths of the scaled rows
         half = np.empty(entries)
         self.exponent: int = center_table(
             self.rows, self.norms, self.metric == COSINE, self.center, self.scaled, half,
             self.lengths,
         )  # fmt: skip
+        # Subtracted from products: x.c - |c|^2 / 2 is largest for the nearest entry.
         self.offsets: F32 = np.full(columns, PAD_OFFSET, np.float32)
         self.offsets[:entries] = half if self.metric == L2 else 0.0
         self.radius = float(self.lengths.max())
         center = float(np.linalg.norm(self.center.astype(np.float64)))
-        self.reach = self.radius + center * 2.0**-self.exponent
+        self.reach = self.radius + center * 2.0**-self.exponent  # of uncentered rows
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -284,6 +257,7 @@ def center_table(
 
 def first_copies(rows: F32) -> I64:
     """Return ascending indices ``(different,)`` of the rows that equal no earlier row."""
+    # A sum of the bits with random odd weights: equal rows have equal hashes.
     bits = rows.view(np.uint32)
     weights = np.random.default_rng(0).integers(2**63, size=rows.shape[1], dtype=np.uint64)
     weights = weights * np.uint64(2) + np.uint64(1)

@@ -51,17 +51,11 @@ class AVX2(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Scores that one `score_block` computes.
-
-    Attributes:
-        rows: rows of a block; `ROW_TILE` is a multiple of it.
-        columns: entries of a block.
-        group: entries whose scores are scanned together.
-    """
+    """Scores that one `score_block` computes; `ROW_TILE` is a multiple of its rows."""
 
     rows: int
     columns: int
-    group: int
+    group: int  # entries whose scores are scanned together
 
 
 BLOCKS = {
@@ -289,7 +283,6 @@ def _register_products(
 ) -> None:  # fmt: skip
     """Emit a block by vector registers, 4 of entries per row: one register per sum."""
     dot = {types.int8: _vnni, types.uint16: _bfloat16_dot, types.int16: _madd}[dtype]
-    # AVX-512: a line of 4 panels; AVX2: both halves of a line of one panel.
     registers, register = (2, 32) if dtype == types.int16 else (4, 64)
     lanes = register // 4
     words = ir.VectorType(I32, lanes)
@@ -307,9 +300,11 @@ def _register_products(
         along = builder.mul(loop.index, I64(4))
         lines = []
         for p in range(registers):
-            apart = builder.mul(panel_bytes, I64(p)) if register == LINE else I64(register * p)
-            lines.append(load(builder, entry_start, words, builder.add(deep, apart)))
+            # AVX-512 reads a register of each of 4 panels, AVX2 both halves of one panel's line.
+            offset = builder.mul(panel_bytes, I64(p)) if register == LINE else I64(register * p)
+            lines.append(load(builder, entry_start, words, builder.add(deep, offset)))
         for r in range(block.rows):
+            # 4 bytes of the row, repeated in all lanes, meet the same 4 bytes of every entry.
             word = load(builder, row_start, I32, builder.add(along, builder.mul(row_bytes, I64(r))))
             single = builder.insert_element(ir.Constant(words, ir.Undefined), word, I32(0))
             spread = builder.shuffle_vector(single, single, zeros)
