@@ -72,46 +72,28 @@ class KMeansOptions(Options):
 
 @dataclass
 class KMeansState:
-    """Progress of a run; enough to continue it to the same result.
+    """Progress of a run; enough to continue it to the same result."""
 
-    Attributes:
-        restart: number of the current restart.
-        iteration: finished Lloyd iterations of it.
-        centroids: ``(codes, dim)`` float32 after those iterations.
-        inertia: inertia of each iteration's assignment.
-        best_centroids: of the best finished restart; empty before the first ends.
-        best_inertia: its inertia history.
-    """
-
-    restart: int
-    iteration: int
-    centroids: Array
-    inertia: list[float] = field(default_factory=list)
+    restart: int  # number of the current restart
+    iteration: int  # finished Lloyd iterations of it
+    centroids: Array  # (codes, dim) after those iterations; empty before the seeding
+    inertia: list[float] = field(default_factory=list)  # of each iteration's assignment
+    # Of the best finished restart; empty before the first ends.
     best_centroids: Array = field(default_factory=lambda: np.empty((0, 0), np.float32))
     best_inertia: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class KMeansResult:
-    """A finished run.
+    """A finished run."""
 
-    Attributes:
-        centroids: ``(codes, dim)`` float32; codewords past ``distinct`` are copies of codeword 0.
-        labels: ``(items,)`` int64, the nearest centroid of each row; empty for rows that lie in
-            other processes, whose labels stay there.
-        inertia: weighted sum of squared distances to it.
-        history: inertia of each Lloyd iteration of the best restart.
-        distinct: codewords that could be told apart; fewer than ``codes`` only if the data hold
-            fewer distinct rows.
-        converged: whether the tolerance was met before ``max_iter`` was reached.
-    """
-
-    centroids: Array
+    centroids: Array  # (codes, dim); codewords past `distinct` are copies of codeword 0
+    # (items,) nearest centroid of each row; empty for rows in other processes, which keep theirs.
     labels: npt.NDArray[np.int64]
-    inertia: float
-    history: tuple[float, ...]
-    distinct: int
-    converged: bool
+    inertia: float  # weighted sum of squared distances to it
+    history: tuple[float, ...]  # inertia of each Lloyd iteration of the best restart
+    distinct: int  # codewords that could be told apart: fewer if the data hold fewer distinct rows
+    converged: bool  # whether the tolerance was met before `max_iter` was reached
 
 
 def kmeans(
@@ -151,10 +133,12 @@ def kmeans(
     """
     options = options or KMeansOptions()
     _check(blocks, codes, weights, init)
+    # 1. Whatever holds the rows is seen as shards; a sample is brought into this process.
     rows = as_sharded(blocks, weights=weights, threads=threads)
     sample = draw_sample(rows, codes, seed=seed, options=options)
     train = rows if sample is None else sampled(rows, sample, threads=threads)
     run = state or KMeansState(0, 0, np.empty((0, rows.dim), np.float32))
+    # 2. Seed and iterate `n_init` times, and remember the run that ends with the least inertia.
     while run.restart < options.n_init:
         # A resumed run has its centroids. A seeding draws from a generator of its own number, so
         # that it is the same whether or not the runs before it were interrupted.
@@ -178,11 +162,12 @@ def kmeans(
             break
     centroids, history = run.best_centroids, run.best_inertia
     if sample is not None and options.full_pass:
-        # One Lloyd step over all rows: an unbiased mean per centroid at the cost of one pass.
+        # 3. One Lloyd step over all rows: an unbiased mean per centroid at the cost of one pass.
         centroids = _update(rows, rows.assign(centroids), centroids)
+    # 4. Labels belong to the last centroids, not to those before the last update.
     centroids, inertia = _label(rows, centroids)
-    # Seeding stops at the number of distinct rows; copies of codeword 0 fill the rest. Ties go to
-    # the lowest code, so a copy is never assigned.
+    # 5. Seeding stops at the number of distinct rows; copies of codeword 0 fill the rest. Ties go
+    # to the lowest code, so a copy is never assigned.
     distinct = len(centroids)
     if distinct < codes:
         logger.warning(
@@ -224,10 +209,7 @@ def _check(
 def draw_sample(
     blocks: Blocks | ShardedMatrix, codes: int, *, seed: int, options: KMeansOptions
 ) -> npt.NDArray[np.int64] | None:
-    """Draw the rows to train on, if a sample was asked for and the data are larger than it.
-
-    Returns ``(n,)`` rising row numbers, or None to train on all rows.
-    """
+    """Draw the rising row numbers ``(n,)`` to train on; None for all rows."""
     size = (options.sample_per_code or len(blocks)) * codes
     if size >= len(blocks):
         return None
@@ -342,10 +324,12 @@ def kmeans_plus_plus(
     centers = accepted = rows.rows(rows.draw(rows.start_seeding(), 1, generator))
     gains = _Gains(rows, codes, generator, threads) if n_local_trials > 1 else None
     while True:
-        # One pass: distances to the nearest center, and their weighted sum per block.
+        # One pass: distances to the nearest center, and their weighted sum per block. Without any
+        # distance left, all distinct rows are centers.
         masses = rows.update_nearest_center(accepted)
         if len(centers) >= codes or not masses.any():
             return centers
+        # Draw by the distances at the start of the round, then accept by those of the moment.
         size = min(codes - len(centers), max(1, len(centers) // 4), MAX_ROUND)
         drawn = rows.draw(masses, size * n_local_trials, generator)
         candidates = rows.rows(drawn)
@@ -366,12 +350,14 @@ class _Gains:
     def __init__(
         self, source: ShardedMatrix, codes: int, generator: np.random.Generator, threads: int | None
     ) -> None:
+        # Gains only order candidates, so a sample of the rows and low precision are enough.
         items, size = len(source), max(GAIN_ROWS_LEAST, GAIN_ROWS_PER_CODE * codes)
         self.sample = np.arange(items)
         if size < items:
             self.sample = np.sort(generator.choice(items, size, replace=False, shuffle=False))
         self.source, self.threads = source, threads
         rows = torch.from_numpy(source.rows(self.sample))
+        # Centered rows are shorter, so that rounding to bfloat16 loses less of them.
         self.mean = rows.mean(0)
         rows -= self.mean
         self.norms = (rows**2).sum(1)

@@ -103,6 +103,7 @@ class NormalEquations:
         system = _System(self._rows(depth, offsets), diagonal + ridge, threads)
         begin = np.concatenate([np.asarray(table, dtype=np.float64) for table in start[:depth]])
         begin[: self.sizes[0]] -= mean
+        # Nothing is known of codewords without items: they are left out, and stay as they were.
         empty = diagonal == 0
         solved = system.solve(right, np.where(empty[:, None], 0.0, begin))
         solved[: self.sizes[0]] += mean
@@ -142,11 +143,10 @@ class _System:
         if len(self.values) * x.shape[1] < THREADED_WORK:
             _multiply(self.starts, self.columns, self.values, x, out, 0, len(x))
             return out
-        cuts = np.linspace(0, len(x), 17).astype(np.int64)
-
+        cuts = np.linspace(0, len(x), 17).astype(np.int64).tolist()
         map_blocks(
             lambda span: _multiply(self.starts, self.columns, self.values, x, out, *span),
-            list(pairwise(cuts.tolist())),
+            list(pairwise(cuts)),
             threads=self.threads,
         )
         return out
@@ -154,6 +154,8 @@ class _System:
     def solve(self, right: Doubles, x: Doubles) -> Doubles:
         """Return the solution for every column of ``right``, by conjugate gradients from ``x``."""
         # Every column is a system of its own with the same matrix; all take their steps together.
+        # The diagonal is the preconditioner: most of the matrix lies there, as two codes meet in
+        # few items, so few steps are needed.
         goal = TOLERANCE**2 * np.maximum(np.einsum("nd,nd->d", right, right), 1e-300)
         residual = right - self.apply(x)
         scaled = residual / self.diagonal
@@ -199,17 +201,11 @@ def _multiply(
 
 @dataclass(frozen=True)
 class Tables:
-    """Least-squares tables.
+    """Least-squares tables."""
 
-    Attributes:
-        tables: one ``(codes, width)`` float32 per level.
-        ridge: the ridge that was chosen.
-        error: ``sum |y - f|^2 / sum |y - mean|^2`` on the held-out items; None without any.
-    """
-
-    tables: tuple[Array, ...]
-    ridge: float
-    error: float | None
+    tables: tuple[Array, ...]  # one (codes, width) float32 per level
+    ridge: float  # the ridge that was chosen
+    error: float | None  # sum |y - f|^2 / sum |y - mean|^2 on held-out items; None without any
 
 
 def fit_tables(
@@ -240,7 +236,7 @@ def fit_tables(
         candidates = [candidates[len(candidates) // 2]]
     best: Tables | None = None
     least = np.inf
-    # The equations are summed once; every ridge solves them anew.
+    # The equations are summed once; every ridge solves them again.
     for ridge in candidates:
         solved = equations.solve(ridge=ridge, start=start, threads=threads)
         tables = tuple(table.astype(np.float32) for table in solved)

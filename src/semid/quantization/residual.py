@@ -39,32 +39,25 @@ Labels = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class LevelFit:
-    """How one level's K-means ended.
+    """How one level's K-means ended."""
 
-    Attributes:
-        inertia: sum of squared residual norms after this level, over the training rows.
-        iterations: Lloyd iterations of the best restart.
-        converged: whether the tolerance was met before the iterations ran out.
-        distinct: codewords that could be told apart.
-    """
+    inertia: float  # sum of squared residual norms after this level, over the training rows
+    iterations: int  # Lloyd iterations of the best restart
+    converged: bool  # whether the tolerance was met before the iterations ran out
+    distinct: int  # codewords that could be told apart
 
-    inertia: float
-    iterations: int
-    converged: bool
-    distinct: int
+    @classmethod
+    def of(cls, result: KMeansResult) -> LevelFit:
+        """Return what a level's result says of it."""
+        return cls(result.inertia, len(result.history), result.converged, result.distinct)
 
 
 @dataclass(frozen=True)
 class ResidualCodes:
-    """Codes of a block.
+    """Codes of a block."""
 
-    Attributes:
-        codes: ``(n, levels)`` int64.
-        residual_norms: ``(n,)`` float32, length of the residual after the last level.
-    """
-
-    codes: Labels
-    residual_norms: Array
+    codes: Labels  # (n, levels) int64
+    residual_norms: Array  # (n,) float32, length of the residual after the last level
 
 
 def fit_residual(
@@ -95,7 +88,7 @@ def fit_residual(
         train = sampled(rows, sample, threads=threads, memory_bytes=memory_bytes)
     codebooks: list[Array] = []
     fits: list[LevelFit] = []
-    for codebook, labels, fit in done:
+    for codebook, labels, fit in done:  # levels of the run that is continued
         train.subtract_codewords(codebook, labels)
         codebooks.append(codebook)
         fits.append(fit)
@@ -112,9 +105,7 @@ def fit_residual(
             on_iteration=None if on_iteration is None else partial(on_iteration, level),
         )
         codebooks.append(result.centroids)
-        fits.append(
-            LevelFit(result.inertia, len(result.history), result.converged, result.distinct)
-        )
+        fits.append(LevelFit.of(result))
         if on_level is not None:
             on_level(level, result)
         if level + 1 < len(codebook_sizes):
@@ -186,21 +177,17 @@ LENGTHS = (1e-12, 1e12)
 
 @dataclass(frozen=True)
 class _Partials:
-    """Partial codes of some rows, best first.
+    """Partial codes of some rows, best first."""
 
-    Shapes: ``codes`` (n, partials, levels so far), ``residuals`` (n, partials, dim),
-    ``distances`` (n, partials), the residuals' squared lengths.
-    """
+    codes: Labels  # (n, partials, levels so far)
+    residuals: Array  # (n, partials, dim)
+    distances: Array  # (n, partials), the residuals' squared lengths
 
-    codes: Labels
-    residuals: Array
-    distances: Array
-
-    def extend(self, parents: Labels, labels: Labels, distances: Array, words: Array) -> _Partials:
+    def extend(self, parents: Labels, labels: Labels, distances: Array, book: Array) -> _Partials:
         """Return the children ``labels`` ``(n, children)`` of the partial codes ``parents``."""
         at = np.arange(len(labels))[:, None]
         codes = np.concatenate([self.codes[at, parents], labels[:, :, None]], axis=2)
-        return _Partials(codes, self.residuals[at, parents] - words[labels], distances)
+        return _Partials(codes, self.residuals[at, parents] - book[labels], distances)
 
 
 def _encode_beam(
@@ -216,6 +203,7 @@ def _encode_beam(
     products = _level_products(codebooks, len(block))
     codes, residuals = [], []
     for start in range(0, len(block), BEAM_ROWS):
+        # A beam starts with the empty code, whose residual is the row itself.
         rows = block[start : start + BEAM_ROWS]
         # Products are scanned only where float32 holds them.
         longest = float(np.abs(rows).max(initial=0.0)) * math.sqrt(rows.shape[1])
@@ -263,33 +251,26 @@ def _search_level(
 
 @dataclass(frozen=True)
 class _LevelProducts:
-    """A level's codewords and their products with those of the levels before.
+    """A level's codewords ``c`` and their products with those ``b`` of the levels before.
 
-    Attributes:
-        words: ``(codes, dim)`` codewords.
-        padded: the same with the columns that canonical keys need.
-        transposed: ``(dim, columns)`` the same transposed, with zero columns at the end.
-        bias: ``(columns,)`` minus half their squares, minus infinity at the end.
-        products: ``(codes before, columns)``.
-        first: row of ``products`` at which each level before starts.
-        center: ``(dim,)`` subtracted from rows and from the first codebook.
-        reach: longest codeword of this level.
-        before: sum over the levels before of their longest codeword.
+    The residual of a partial code is ``r = x - sum b``, so half of ``|r|^2 - |r - c|^2`` is
+    ``x.c - |c|^2 / 2 - sum b.c``: one product per row and codeword, whatever the number of partial
+    codes, and sums of numbers that are known.
     """
 
-    words: Array
-    padded: Array
-    transposed: torch.Tensor
-    bias: torch.Tensor
-    products: Array
-    first: Labels
-    center: Array
-    reach: float
-    before: float
+    codewords: Array  # (codes, dim)
+    padded: Array  # the same with the columns that canonical keys need
+    transposed: torch.Tensor  # (dim, columns) the same transposed, with zero columns at the end
+    bias: torch.Tensor  # (columns,) minus half their squares, minus infinity at the end
+    products: Array  # (codes before, columns)
+    first: Labels  # row of `products` at which each level before starts
+    center: Array  # (dim,) subtracted from rows and from the first codebook
+    reach: float  # longest codeword of this level
+    before: float  # sum over the levels before of their longest codeword
 
     def margins(self, lengths: npt.NDArray[np.float64]) -> Array:
         """Return how far apart two scores of a row of this length may be by rounding alone."""
-        dim = self.words.shape[1]
+        dim = self.codewords.shape[1]
         whole = lengths + self.before + self.reach
         # Sums of `dim` products and half a square, in any order; then the few sums of scores, the
         # rounding of residuals and of the float32 distances in which ties are told.
@@ -328,9 +309,10 @@ def _level_products(codebooks: Sequence[IndexedCodebook], rows: int) -> list[_Le
 
 def _multiply_levels(codebooks: Sequence[IndexedCodebook]) -> list[_LevelProducts]:
     """Multiply every level after the first; none where float32 does not hold the products."""
-    words = [book.codewords.numpy() for book in codebooks]
-    center = words[0].mean(axis=0, dtype=np.float64).astype(np.float32)
-    earlier = [words[0] - center, *words[1:]]
+    books = [book.codewords.numpy() for book in codebooks]
+    # Rows and the first codebook are centered: shorter vectors have smaller rounding errors.
+    center = books[0].mean(axis=0, dtype=np.float64).astype(np.float32)
+    earlier = [books[0] - center, *books[1:]]
     # Lengths bound what rounding changes in products and squares.
     longest = [
         float(np.sqrt(np.square(each, dtype=np.float64).sum(axis=1).max())) for each in earlier
@@ -338,8 +320,8 @@ def _multiply_levels(codebooks: Sequence[IndexedCodebook]) -> list[_LevelProduct
     if not LENGTHS[0] < min(longest) <= max(longest) < LENGTHS[1]:
         return []
     levels = []
-    for level in range(1, len(words)):
-        codewords = words[level]
+    for level in range(1, len(books)):
+        codewords = books[level]
         transposed = np.zeros((codewords.shape[1], padded(len(codewords), SCAN)), dtype=np.float32)
         transposed[:, : len(codewords)] = codewords.T
         bias = np.full(transposed.shape[1], -np.inf, dtype=np.float32)
@@ -350,12 +332,12 @@ def _multiply_levels(codebooks: Sequence[IndexedCodebook]) -> list[_LevelProduct
             torch.mm(rows, torch.from_numpy(transposed), out=products)
         levels.append(
             _LevelProducts(
-                words=codewords,
+                codewords=codewords,
                 padded=float32_rows(codebooks[level].codewords, name="codebook"),
                 transposed=torch.from_numpy(transposed),
                 bias=torch.from_numpy(bias),
                 products=products.numpy(),
-                first=np.cumsum([0, *(len(each) for each in words[: level - 1])]),
+                first=np.cumsum([0, *(len(each) for each in books[: level - 1])]),
                 center=center,
                 reach=longest[level],
                 before=sum(longest[:level]),
@@ -370,7 +352,7 @@ def _scan_level(
     """Find the level's best children from products that all partial codes of a row share."""
     items, partials, dim = beam.residuals.shape
     columns = len(level.bias)
-    best = min(width, partials * len(level.words))
+    best = min(width, partials * len(level.codewords))
     parents, labels = np.empty((2, items, best), dtype=np.int64)
     distances = np.empty((items, best), dtype=np.float32)
 
@@ -391,7 +373,7 @@ def _scan_level(
             counts, candidates, np.empty((count, capacity), dtype=np.float32), best,
             np.empty(capacity, dtype=np.float32), aligned((1, columns), np.float32),
         )  # fmt: skip
-        # Exact distances decide among them.
+        # Canonical distances decide among them, so the codes are those of a full search.
         residuals = np.zeros((count * partials, level.padded.shape[1]), dtype=np.float32)
         residuals[:, :dim] = beam.residuals[part].reshape(-1, dim)
         resolve_children(
@@ -399,6 +381,6 @@ def _scan_level(
             distances[part],
         )  # fmt: skip
 
-    small = beam.residuals.size * len(level.words) < THREADED_WORK
+    small = beam.residuals.size * len(level.codewords) < THREADED_WORK
     map_blocks(work, range(0, items, SCAN_ROWS), threads=1 if small else threads)
-    return beam.extend(parents, labels, distances, level.words)
+    return beam.extend(parents, labels, distances, level.codewords)

@@ -198,8 +198,7 @@ class LevelRun:
 
     def on_level(self, level: int, result: KMeansResult) -> None:
         """Save a finished level."""
-        fit = LevelFit(result.inertia, len(result.history), result.converged, result.distinct)
-        self.done.append((result.centroids, result.labels, fit))
+        self.done.append((result.centroids, result.labels, LevelFit.of(result)))
         self._save(None)
         self._announce()
 
