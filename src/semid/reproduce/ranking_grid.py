@@ -36,7 +36,7 @@ from semid.recommenders.ranking.training import (
 from semid.reproduce.claims import Row, Rows
 from semid.reproduce.ledger import digest
 from semid.reproduce.papers import average, spread
-from semid.tokenizers.encoding import RowsDigest
+from semid.tokenizers.encoding import rows_digest
 from semid.tokenizers.factory import TOKENIZERS, make_tokenizer
 from semid.training.options import TrainOptions
 
@@ -270,16 +270,16 @@ def run_grid(
 
 def _settings(grid: Grid, data: RankingData, embeddings: EmbeddingSource | None) -> str:
     """Hash what all runs share: options, all rows of the data, all embeddings."""
-    rows_digest = None
+    rows = None
     if embeddings is not None:
         blocks = (block for _, block in embeddings.blocks(copy=False))
-        rows_digest = RowsDigest.of(blocks, embeddings.ids)
+        rows = rows_digest(blocks, embeddings.ids)
     # Model and fusion differ between the runs of a grid and are part of each run's own name.
     shared = {k: v for k, v in grid.config.to_dict().items() if k not in ("model", "fusion")}
     document = {
         "protocol": data.protocol,
         "data": data_digest(data),
-        "embeddings": rows_digest,
+        "embeddings": rows,
         "architecture": shared,
         "training": vars(grid.training),
         "codebook_size": grid.codebook_size,

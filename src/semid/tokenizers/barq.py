@@ -359,11 +359,7 @@ class BARQ(ContinuousTokenizer):
         return dequantize(checked, self._tables["behavior"])
 
     def encoder_module(self) -> nn.Module:
-        """Return the map from rows ``(n, dim)`` to the blend, for export.
-
-        Raises:
-            NotFittedError: before `fit`.
-        """
+        """Return the map from rows to the blend, see `Tokenizer.encoder_module`."""
         _ = self.dim
         encoder = None
         if self._autoencoder is not None:

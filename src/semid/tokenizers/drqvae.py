@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from semid.options import MAX_WEIGHT, option
+from semid.options import MAX_WEIGHT, argument_types, option
 from semid.quantization.kmeans import KMeansOptions
 from semid.tokenizers.codebooks import fit_levels
 from semid.tokenizers.context import FitContext
@@ -49,13 +49,7 @@ class DRQVAE(ContinuousTokenizer):
     )
 
     def _objective(self) -> Objective:
-        return Objective(
-            contrastive_weight=self.contrastive_weight,
-            temperature=self.temperature,
-            pairs_per_step=self.pairs_per_step,
-            uniformity_weight=self.uniformity_weight,
-            kl_weight=self.kl_weight,
-        )
+        return Objective(**{name: getattr(self, name) for name in argument_types(Objective)})
 
     def _latent_width(self, dim: int) -> int:
         return self._config.latent or min(MAX_LATENT, dim)

@@ -52,28 +52,13 @@ def partial_path(path: FilePath | os.PathLike[str]) -> str:
     return f"{os.fspath(path).rstrip('/')}.partial"
 
 
-class RowsDigest:
-    """SHA-256 of rows and their ids: identifies what a part was made from."""
-
-    def __init__(self) -> None:
-        self._digest = hashlib.sha256()
-
-    def update(self, block: Array) -> None:
-        """Add the next rows, ``(n, dim)`` float32."""
-        self._digest.update(np.ascontiguousarray(block).data)
-
-    def finish(self, ids: ItemIds) -> str:
-        """Add the rows' item ids and return 64 hexadecimal digits."""
-        self._digest.update(ids.hash64().tobytes())
-        return self._digest.hexdigest()
-
-    @classmethod
-    def of(cls, blocks: Iterable[Array], ids: ItemIds) -> str:
-        """Return the digest of rows in blocks and of their ids."""
-        digest = cls()
-        for block in blocks:
-            digest.update(block)
-        return digest.finish(ids)
+def rows_digest(blocks: Iterable[Array], ids: ItemIds) -> str:
+    """Return the SHA-256 of rows in blocks and of their ids: what a part was made from."""
+    digest = hashlib.sha256()
+    for block in blocks:
+        digest.update(np.ascontiguousarray(block).data)
+    digest.update(ids.hash64().tobytes())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -130,19 +115,22 @@ class PartFolder:
         """Encode one part and write its file, unless it is there and its rows have not changed."""
         hashes = ids.hash64()
         if self.folder.exists_file(name):
-            digest = RowsDigest.of(read(), ids)
+            digest = rows_digest(read(), ids)
             if self._is_signed(name, digest):
                 return EncodedPart(name, len(ids), False, os.getpid(), digest, hashes)
             logger.warning("the rows of '%s' have changed; they are encoded again", name)
-        items = ids.to_arrow()
+        items, done = ids.to_arrow(), 0
         tables = [ids_schema(items.type, self.info).empty_table()]
-        rows_digest, done = RowsDigest(), 0
-        for block in encode():
-            rows = items.slice(done, len(block.x))
-            tables.append(ids_table(rows, block.codes, block.residual_norms, self.info))
-            rows_digest.update(block.x)
-            done += len(block.x)
-        digest = rows_digest.finish(ids)
+
+        def rows_encoded() -> Iterator[Array]:
+            nonlocal done
+            for block in encode():
+                rows = items.slice(done, len(block.x))
+                tables.append(ids_table(rows, block.codes, block.residual_norms, self.info))
+                done += len(block.x)
+                yield block.x
+
+        digest = rows_digest(rows_encoded(), ids)
         self.folder.write_table(name, pa.concat_tables(tables))
         # The signature follows the part: one without a signature does not count.
         signature = {"key": self.key, "rows": digest}

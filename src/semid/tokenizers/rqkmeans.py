@@ -109,11 +109,7 @@ class RQKMeans(ResidualTokenizer):
         return {"levels": [asdict(fit) for fit in fits], "warm_start": True}
 
     def encoder_module(self) -> nn.Module:
-        """Return the preprocessing of rows ``(n, dim)`` as a module that can be exported.
-
-        Raises:
-            NotFittedError: before `fit`.
-        """
+        """Return the preprocessing of rows as a module, see `Tokenizer.encoder_module`."""
         _ = self.dim
         return Prepare(self._preprocess)
 

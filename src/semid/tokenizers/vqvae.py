@@ -100,7 +100,7 @@ class ParallelTokenizer(MovingAverageTokenizer):
         return _mean(self._spaces(super()._latent_block(x)))
 
     def encoder_module(self) -> nn.Module:
-        """Return the encoder as a module that can be traced, see `NeuralTokenizer`."""
+        """Return the encoder as a module, see `Tokenizer.encoder_module`."""
         _ = self.dim
         assert self._autoencoder is not None
         return EncoderGraph(self._preprocess, self._autoencoder, self._maps)

@@ -24,22 +24,18 @@ from semid.tokenizers.neural.tokenizer import (
     NeuralTokenizer,
     PreparedRows,
     RowsTask,
-    pick_device,
     relative_error,
     squared_sums,
 )
 from semid.training.checkpoint import StateStore, load_module_, module_arrays
 from semid.training.distributed import rank, world_size
-from semid.training.loop import Evaluation, Step, train
+from semid.training.loop import Evaluation, Step
 
 
 def info_nce(
     first: Tensor, second: Tensor, *, temperature: float, excluded: Tensor | None = None
 ) -> Tensor:
-    """Symmetric InfoNCE with the other pairs of the batch as negatives.
-
-    Shapes: ``first`` (n, latent), ``second`` (n, latent), ``excluded`` (n, n).
-    """
+    """Symmetric InfoNCE of ``(n, latent)`` pairs, but for ``excluded`` (n, n) all negatives."""
     anchors = functional.normalize(first.float(), dim=1)
     positives = functional.normalize(second.float(), dim=1)
     with torch.autocast(anchors.device.type, enabled=False):  # small temperatures magnify rounding
@@ -54,11 +50,9 @@ def info_nce(
 
 
 def uniformity(z: Tensor, *, sharpness: float = 2.0) -> Tensor:
-    """Log of the mean Gaussian potential of pairs on the sphere (Wang and Isola 2020, eq. 2).
+    """Log of the mean Gaussian potential of rows ``(n, latent)``; lower is more even.
 
-    Returns scalar; lower is more even.
-
-    Shapes: ``z`` (n, latent).
+    On the sphere (Wang and Isola 2020, eq. 2).
     """
     unit = functional.normalize(z.float(), dim=1)
     with torch.autocast(unit.device.type, enabled=False):
@@ -98,17 +92,13 @@ class Objective(Options):
 
 
 class Batch(NamedTuple):
-    """Rows ``(n, dim)`` to reconstruct, and pairs with the mask of what is no negative.
+    """Rows to reconstruct, and pairs of rows to contrast."""
 
-    Shapes: ``first``, ``second`` (pairs, dim), ``excluded`` (pairs, pairs). The seed is that of the
-    sampled latent.
-    """
-
-    rows: Tensor
-    seed: int
-    first: Tensor | None = None
-    second: Tensor | None = None
-    excluded: Tensor | None = None
+    rows: Tensor  # (n, dim)
+    seed: int  # of the sampled latent
+    first: Tensor | None = None  # (pairs, dim)
+    second: Tensor | None = None  # (pairs, dim)
+    excluded: Tensor | None = None  # (pairs, pairs), which second[j] is no negative of first[i]
 
 
 class ContinuousAutoencoder(nn.Module):
@@ -187,9 +177,8 @@ class ContinuousTask(RowsTask):
             return Batch(rows, self.seed + step)
         generator = numpy_generator(self.seed, "pairs", step, rank())
         size = max(2, self.objective.pairs_per_step // world_size())
-        return Batch(
-            rows, self.seed + step, *self._pairs(self.context.behavior.train, size, generator)
-        )
+        pairs = self._pairs(self.context.behavior.train, size, generator)
+        return Batch(rows, self.seed + step, *pairs)
 
     def _pairs(
         self, source: PairSource, size: int, generator: np.random.Generator
@@ -197,8 +186,7 @@ class ContinuousTask(RowsTask):
         first, second = source.draw(size, generator)
         excluded = torch.from_numpy(source.positives.excluded(first, second))
         first_rows, second_rows = self.rows.take(first), self.rows.take(second)
-        device = self.device
-        return first_rows.to(device), second_rows.to(device), excluded.to(device)
+        return first_rows.to(self.device), second_rows.to(self.device), excluded.to(self.device)
 
     def evaluate(self, epoch: int) -> Evaluation:
         """Return the relative error on held-out rows and the contrastive loss on other users."""
@@ -236,12 +224,10 @@ class ContinuousTask(RowsTask):
 
 
 def _participation(moment: Tensor, total: Tensor, rows: int) -> float:
-    """Return ``(sum l)^2 / sum l^2`` over the eigenvalues of the covariance.
-
-    The sum of the eigenvalues is the trace, that of their squares the squared Frobenius norm.
-    """
+    """Return ``(sum l)^2 / sum l^2`` over the eigenvalues of the covariance."""
     mean = total / rows
     covariance = moment / rows - torch.outer(mean, mean)
+    # The sum of the eigenvalues is the trace, that of their squares the squared Frobenius norm.
     squares = float(covariance.square().sum())
     return float(covariance.trace()) ** 2 / squares if squares > 0 else 0.0
 
@@ -286,18 +272,7 @@ class ContinuousTokenizer(ResidualTokenizer, NeuralTokenizer):
         model = ContinuousAutoencoder(autoencoder, self._objective())
 
         def run(store: StateStore | None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-            device, options = pick_device(self.device), self._train_options
-            task = ContinuousTask(
-                model.to(device), prepared, context, options, seed=self.seed, device=device
-            )
-            result = train(
-                task,
-                options,
-                seed=self.seed,
-                progress=context.progress,
-                store=store,
-                log=self.logger,
-            )
+            result = self._train(ContinuousTask, model, prepared, context, store)
             return module_arrays(model.cpu()), result.to_dict()
 
         arrays, details = context.stage("train", run)

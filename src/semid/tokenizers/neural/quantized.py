@@ -27,11 +27,10 @@ from semid.tokenizers.neural.quantizers import (
 from semid.tokenizers.neural.tokenizer import (
     NeuralTokenizer,
     RowsTask,
-    pick_device,
     relative_error,
     squared_sums,
 )
-from semid.training.loop import Evaluation, Step, train
+from semid.training.loop import Evaluation, Step
 
 Array = npt.NDArray[np.float32]
 
@@ -62,12 +61,7 @@ def initialize_(
     weights: npt.NDArray[np.float64] | None = None,
     threads: int | None = None,
 ) -> None:
-    """Start every codebook by K-means over the latents of the whole data set, not of one batch.
-
-    Cost: ten Lloyd iterations per codebook.
-
-    Shapes: ``latents`` (rows, latent), ``weights`` (rows,).
-    """
+    """Start every codebook by K-means over all ``(rows, latent)`` latents, not those of a batch."""
     latents = in_memory(latents, limit_bytes=LATENT_BYTES)
     codebooks = quantizer.codebooks
 
@@ -110,14 +104,9 @@ def _projected(latents: Blocks, projection: nn.Module) -> Blocks:
 
 
 class QuantizedAutoencoder(nn.Module):
-    """Encoder, quantizer, decoder, and the loss over them.
+    """Encoder, quantizer, decoder, and the loss over them; beta is ``commitment_weight``.
 
     ``|x - x_hat|^2 + beta sum_l |sg[q_l] - r_l|^2 (+ sum_l |q_l - sg[r_l]|^2 by gradient)``.
-
-    Args:
-        autoencoder: encoder and decoder.
-        quantizer: codebooks between them.
-        commitment_weight: beta.
     """
 
     quantizing: Tensor
@@ -213,11 +202,11 @@ class QuantizedTokenizer(NeuralTokenizer):
 
     def _fit(self, context: FitContext) -> dict[str, Any]:
         prepared, autoencoder = self._start_model(context)
-        config, options, device = self._config, self._train_options, pick_device(self.device)
+        config, options = self._config, self._train_options
         quantizer = self._quantizer(self._latent_width(autoencoder.dim))
         model = QuantizedAutoencoder(
             autoencoder, quantizer, commitment_weight=config.commitment_weight
-        ).to(device)
+        )
 
         def initialize() -> None:
             initialize_(
@@ -229,23 +218,14 @@ class QuantizedTokenizer(NeuralTokenizer):
                 threads=self.threads,
             )
 
-        task = ReconstructionTask(
+        result = self._train(
+            ReconstructionTask,
             model,
             prepared,
             context,
-            options,
-            seed=self.seed,
-            device=device,
+            context.stages.stage("train"),
             pretrain=min(config.pretrain_epochs, options.epochs - 1),
             initialize=initialize,
-        )
-        result = train(
-            task,
-            options,
-            seed=self.seed,
-            progress=context.progress,
-            store=context.stages.stage("train"),
-            log=self.logger,
         )
         self._preprocess = prepared.preprocess
         self._set_model(model)

@@ -26,10 +26,10 @@ from semid.tokenizers.neural.autoencoder import (
     ExactEncoder,
 )
 from semid.training.batches import TrainingRows, epoch_batches, process_share, steps_per_epoch
-from semid.training.checkpoint import load_module_
+from semid.training.checkpoint import StateStore, load_module_
 from semid.training.distributed import local_rank, rank, world_size
 from semid.training.loggers import Logger
-from semid.training.loop import Evaluation
+from semid.training.loop import Evaluation, TrainResult, train
 from semid.training.options import TrainOptions
 
 Array = npt.NDArray[np.float32]
@@ -95,8 +95,7 @@ class PreparedRows:
 class RowsTask(ABC):
     """Base of training tasks: batches of shuffled training rows, evaluated on held-out rows.
 
-    Without held-out rows the training rows are evaluated. Item weights of the context say how often
-    a row is drawn. ``seed`` decides the order of the rows.
+    Without held-out rows the training rows are evaluated. Item weights say how often one is drawn.
     """
 
     def __init__(
@@ -214,6 +213,35 @@ class NeuralTokenizer(CodebookTokenizer):
         autoencoder.standardize_(prepared.mean, prepared.variance)
         return prepared, autoencoder
 
+    def _train(
+        self,
+        task: type[RowsTask],
+        model: nn.Module,
+        prepared: PreparedRows,
+        context: FitContext,
+        store: StateStore | None,
+        **arguments: Any,
+    ) -> TrainResult:
+        """Train a model in place by a task, on the device asked for."""
+        device, options = pick_device(self.device), self._train_options
+        running = task(
+            model.to(device),
+            prepared,
+            context,
+            options,
+            seed=self.seed,
+            device=device,
+            **arguments,
+        )
+        return train(
+            running,
+            options,
+            seed=self.seed,
+            progress=context.progress,
+            store=store,
+            log=self.logger,
+        )
+
     def _latents(self, rows: Blocks, encoder: ExactEncoder) -> RowView:
         """Return a view of the latents ``(rows, latent)`` of preprocessed rows."""
         width = self._latent_width(rows.dim)
@@ -237,10 +265,7 @@ class NeuralTokenizer(CodebookTokenizer):
         return self._preprocess.invert(self._decoder(rows, threads=self.threads))
 
     def encoder_module(self) -> nn.Module:
-        """Return the encoder as a module that can be traced and exported.
-
-        It adds up in another order than `encode`, so latents agree to float32 rounding.
-        """
+        """Return the encoder as a module; its latents agree to float32 rounding."""
         _ = self.dim
         assert self._autoencoder is not None
         return EncoderGraph(self._preprocess, self._autoencoder)
@@ -251,11 +276,8 @@ class NeuralTokenizer(CodebookTokenizer):
         return tensors | super()._tensors()
 
     def _set_tensors(self, tensors: Mapping[str, np.ndarray]) -> None:
-        weights = {
-            name.removeprefix(WEIGHTS): array
-            for name, array in tensors.items()
-            if name.startswith(WEIGHTS)
-        }
+        stored = [name for name in tensors if name.startswith(WEIGHTS)]
+        weights = {name.removeprefix(WEIGHTS): tensors[name] for name in stored}
         if weights:
             autoencoder = self._load_autoencoder(weights)
             if autoencoder.dim != self._dim:
