@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from semid.catalogue.uniqueness import place
+from semid.catalogue.uniqueness import capacity_of, place
 from semid.codes import SemanticIds
 from semid.data.embeddings import open_embeddings
 from semid.data.ids import ItemIds, cast_ids, held_out_mask
@@ -164,29 +164,21 @@ def add_items(
         np.concatenate([catalogue.residual_norms, added.residual_norms]),
         catalogue.info.model,
     )
-    target = replace(catalogue.info, norm_quantiles=quantiles)
+    placeholder = np.zeros((len(new), catalogue.levels), catalogue.codes.dtype)
+    unique = place(
+        plain,
+        replace(catalogue.info, norm_quantiles=quantiles),
+        published=np.arange(len(plain)) < old,
+        codes=np.concatenate([catalogue.codes, placeholder]),
+        capacity=capacity_of(catalogue.info),
+        tokenizer=tokenizer,
+        source=opened,
+        progress=progress,
+    )
+    # Published items may share an id from before; only the new ones are reported.
+    rows = unique.report.unplaced_rows
     shared = np.zeros(len(new), bool)
-    if target.unique == "none":
-        joined = replace(plain, info=target)
-        if catalogue.model_codes is not None:
-            codes = np.concatenate([catalogue.codes, added.codes])
-            joined = replace(joined, codes=codes, model_codes=plain.codes)
-    else:
-        placeholder = np.zeros((len(new), catalogue.levels), catalogue.codes.dtype)
-        unique = place(
-            plain,
-            target,
-            published=np.arange(len(plain)) < old,
-            codes=np.concatenate([catalogue.codes, placeholder]),
-            capacity=target.codebook_sizes[-1] if target.unique == "append" else target.capacity,
-            tokenizer=tokenizer,
-            source=opened,
-            progress=progress,
-        )
-        joined = unique.ids
-        # Published items may share an id from before; only the new ones are reported.
-        rows = unique.report.unplaced_rows
-        shared[rows[rows >= old] - old] = True
+    shared[rows[rows >= old] - old] = True
     scores = novelty(added.residual_norms, quantiles)
     report = AdditionReport(
         given=len(opened),
@@ -201,7 +193,7 @@ def add_items(
         novelty=scores,
         shared=shared,
     )
-    return Additions(joined, report)
+    return Additions(unique.ids, report)
 
 
 def check_threshold(threshold: float) -> None:

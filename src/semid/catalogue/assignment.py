@@ -84,34 +84,13 @@ def _solve(cost: npt.NDArray[np.float64], places: npt.NDArray[np.int64]) -> npt.
         if label[start] >= 0:
             continue
 
-        # 2. Dijkstra from the unassigned row over reduced costs, which the invariant keeps
-        #    nonnegative. distance[c] is the cost of moving rows along a path so that column c
-        #    takes one more row; predecessor[c] is the row that the path moves to c.
+        # 2. Search the cheapest way to a free place: start moves to a column, one of whose rows
+        #    moves to another, and so on.
         row_dual[start] = (cost[start] - column_dual).min()
-        distance[:] = cost[start] - row_dual[start] - column_dual
-        predecessor[:] = start
-        scanned[:] = False
-        sink = -1
-        for _ in range(columns):
-            nearest = -1
-            for column in range(columns):
-                if not scanned[column] and (nearest < 0 or distance[column] < distance[nearest]):
-                    nearest = column
-            scanned[nearest] = True
-            if places[nearest] > 0:
-                sink = nearest
-                break
-            # A full column passes on: any of its rows could move to another column.
-            row = head[nearest]
-            while row >= 0:
-                base = distance[nearest] - row_dual[row]
-                for column in range(columns):
-                    if not scanned[column]:
-                        candidate = base + cost[row, column] - column_dual[column]
-                        if candidate < distance[column]:
-                            distance[column] = candidate
-                            predecessor[column] = row
-                row = next_row[row]
+        sink = _shortest_path(
+            start, cost, places, row_dual, column_dual, head, next_row, distance, predecessor,
+            scanned,
+        )  # fmt: skip
 
         # 3. Without a free place, one row is left out: the one whose path is shortest after
         #    subtracting the cost that its own assignment saves (its dual); ties keep the start out.
@@ -157,6 +136,42 @@ def _solve(cost: npt.NDArray[np.float64], places: npt.NDArray[np.int64]) -> npt.
             _attach(row, column, label, head, next_row)
             column = previous
     return label
+
+
+@numba.njit(nogil=True, cache=True)
+def _shortest_path(  # type: ignore[no-untyped-def]
+    start, cost, places, row_dual, column_dual, head, next_row, distance, predecessor, scanned
+) -> int:
+    """Return the column with a free place that is nearest to an unassigned row; -1 without any.
+
+    Dijkstra over reduced costs, which the invariant keeps nonnegative. ``distance[c]`` becomes the
+    cost of moving rows along a path so that column c takes one more row, ``predecessor[c]`` the row
+    that the path moves to c.
+    """
+    columns = len(places)
+    distance[:] = cost[start] - row_dual[start] - column_dual
+    predecessor[:] = start
+    scanned[:] = False
+    for _ in range(columns):
+        nearest = -1
+        for column in range(columns):
+            if not scanned[column] and (nearest < 0 or distance[column] < distance[nearest]):
+                nearest = column
+        scanned[nearest] = True
+        if places[nearest] > 0:
+            return nearest
+        # A full column passes on: any of its rows could move to another column.
+        row = head[nearest]
+        while row >= 0:
+            base = distance[nearest] - row_dual[row]
+            for column in range(columns):
+                if not scanned[column]:
+                    candidate = base + cost[row, column] - column_dual[column]
+                    if candidate < distance[column]:
+                        distance[column] = candidate
+                        predecessor[column] = row
+            row = next_row[row]
+    return -1
 
 
 @numba.njit(nogil=True, cache=True)

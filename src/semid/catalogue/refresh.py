@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from semid.catalogue.additions import check_model
 from semid.catalogue.matching import Churn, churn, match_codes
-from semid.catalogue.uniqueness import place
+from semid.catalogue.uniqueness import capacity_of, place
 from semid.codes import SemanticIds
 from semid.data.blocks import squared_norms
 from semid.data.embeddings import open_embeddings
@@ -315,17 +315,12 @@ class _Run:
         fixed[stays] = True
         codes = np.zeros((len(plain), self.published.levels), self.published.codes.dtype)
         codes[stays] = self.published.codes[self.position[stays]]
-        if target.unique == "none":
-            codes = np.where(fixed[:, None], codes, plain.codes)
-            if np.array_equal(codes, plain.codes):
-                return plain, 0
-            return replace(plain, codes=codes, model_codes=plain.codes), 0
         unique = place(
             plain,
             target,
             published=fixed,
             codes=codes,
-            capacity=info.codebook_sizes[-1] if info.unique == "append" else info.capacity,
+            capacity=capacity_of(info),
             tokenizer=model,
             source=self.source,
             progress=self.progress,

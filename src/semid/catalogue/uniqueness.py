@@ -163,14 +163,13 @@ def make_unique(
         raise UsageError(f"capacity={capacity}: give at least 1")
     if capacity is not None and method == "none":
         raise UsageError("capacity goes with the methods append and reassign, not with none")
-    encoded, info = ids.encoded, ids.info.model
     # Repeated without a capacity, the step gives the same ids again.
     if capacity is None and ids.info.unique == method == "reassign":
         capacity = ids.info.capacity
-    plain = SemanticIds(ids.items, encoded, ids.residual_norms, info)
+    plain = SemanticIds(ids.items, ids.encoded, ids.residual_norms, ids.info.model)
     if method == "none":
-        return UniqueIds(plain, _report(plain, plain, method, 1, np.zeros(len(ids), bool), 0.0))
-    target = replace(info, unique=method, norm_quantiles=ids.info.norm_quantiles)
+        return place(plain, plain.info)
+    target = replace(plain.info, unique=method, norm_quantiles=ids.info.norm_quantiles)
     source = None
     if method == "reassign" and embeddings is not None:
         source = open_embeddings(embeddings, ids=embedding_ids)
@@ -197,6 +196,13 @@ def place(
     """
     if target.unique == "append":
         return _append(plain, target, published, codes, capacity)
+    if target.unique == "none":
+        ids = replace(plain, info=target)
+        if published is not None and codes is not None:
+            mixed = np.where(published[:, None], codes, plain.codes)
+            if not np.array_equal(mixed, plain.codes):
+                ids = replace(ids, codes=mixed, model_codes=plain.codes)
+        return UniqueIds(ids, _report(plain, ids, "none", 1, np.zeros(len(ids), bool), 0.0))
     if tokenizer is None or source is None:
         raise UsageError(
             "reassign looks for the next-nearest codewords: give the model and the embeddings "
@@ -237,6 +243,11 @@ def place(
             added += sign * float(np.einsum("nd,nd->", residual, residual, dtype=np.float64))
     report = _report(plain, ids, "reassign", limit, unplaced, added, float(extra.max(initial=0.0)))
     return UniqueIds(ids, report)
+
+
+def capacity_of(info: CodesInfo) -> int | None:
+    """Return the capacity with which published ids were made unique."""
+    return info.codebook_sizes[-1] if info.unique == "append" else info.capacity
 
 
 def rows_of(items: ItemIds, source: EmbeddingSource) -> npt.NDArray[np.int64]:

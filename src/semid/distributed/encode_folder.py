@@ -37,34 +37,21 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class LocalOptions:
-    """Processes of this machine.
+    """Processes of this machine."""
 
-    Attributes:
-        processes: how many; None takes one for every CPU this process may use.
-        retries: how often a process that ends is replaced before the run gives up.
-    """
-
-    processes: int | None = None
-    retries: int = 3
+    processes: int | None = None  # None takes one for every CPU this process may use
+    retries: int = 3  # how often a process that ends is replaced before the run gives up
 
 
 @dataclass(frozen=True)
 class EncodeRun:
-    """The result of a run.
+    """The result of a run."""
 
-    Attributes:
-        rows: rows of the output.
-        encoded: rows encoded in this call (less than all after a resume).
-        by_process: process id -> rows it encoded.
-        lost: workers that ended and were replaced.
-        estimate: the expected time; None if nothing was left to do.
-    """
-
-    rows: int
-    encoded: int
-    by_process: dict[int, int]
-    lost: int
-    estimate: Estimate | None
+    rows: int  # rows of the output
+    encoded: int  # rows encoded in this call (less than all after a resume)
+    by_process: dict[int, int]  # process id -> rows it encoded
+    lost: int  # workers that ended and were replaced
+    estimate: Estimate | None  # the expected time; None if nothing was left to do
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def unique_folder(
             with new_folder(output, overwrite=overwrite) as target:
                 for number, file in enumerate(files):
                     tokens = np.minimum(_tokens(folder, number, count), size - 1)
-                    table = _plain(file, info)
+                    table = _plain(file)
                     codes = _codes(table, len(info.codebook_sizes))
                     target.write_table(
                         f"part-{number:06d}.parquet",
@@ -124,14 +124,13 @@ def _metadata(files: list[FilePath]) -> tuple[CodesInfo, int]:
     return first, rows
 
 
-def _plain(file: FilePath, info: CodesInfo) -> pa.Table:
+def _plain(file: FilePath) -> pa.Table:
     """Read a file's ids as the model gave them."""
     with open_parquet(file) as parquet:
         table = parquet.read()
     if "model_codes" in table.column_names:
-        table = table.drop_columns(["codes"]).rename_columns(
-            [{"model_codes": "codes"}.get(n, n) for n in table.column_names if n != "codes"]
-        )
+        table = table.drop_columns(["codes"])
+        table = table.rename_columns([n.removeprefix("model_") for n in table.column_names])
     return table
 
 
@@ -145,7 +144,7 @@ def _share_out(files: list[FilePath], info: CodesInfo, folder: Path, parts: int)
     """Write each file's rows into the parts of their codes."""
     hashes = []
     for number, file in enumerate(files):
-        table = _plain(file, info)
+        table = _plain(file)
         hashes.append(ItemIds(table["item_id"]).hash64())
         owner = part_of(_codes(table, len(info.codebook_sizes)).astype(np.uint64), parts)
         for part in range(parts):
