@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from semid.codes import code_dtype
 from semid.data.blocks import squared_norms

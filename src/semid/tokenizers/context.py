@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from semid.codes import MAX_LEVELS
+from semid.data.blocks import Moments
 from semid.data.source import EmbeddingSource
 from semid.errors import EmbeddingError, InputError, UsageError
 from semid.health import ROWS_PER_CODEWORD, row_hashes
@@ -57,10 +58,7 @@ def scan(source: EmbeddingSource, train: npt.NDArray[np.bool_], progress: Progre
 
 def mean_row(source: EmbeddingSource) -> npt.NDArray[np.float64]:
     """Return the mean of all rows ``(dim,)``, the same as a `scan` finds."""
-    total = np.zeros(source.dim)
-    for _, block in prefetched(source.blocks()):
-        total += block.sum(axis=0, dtype=np.float64)
-    return total / len(source)
+    return Moments.of(prefetched(source.blocks())).mean
 
 
 def check_enough(

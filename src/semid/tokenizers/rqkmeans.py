@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -13,8 +13,7 @@ from torch import nn
 from semid.options import option
 from semid.progress import Progress, QuietProgress
 from semid.quantization.blocks import Preprocess
-from semid.quantization.kmeans import KMeansOptions, KMeansState
-from semid.quantization.residual import fit_residual
+from semid.quantization.kmeans import KMeansOptions
 from semid.quantization.sharding import ShardedMatrix
 from semid.tokenizers.codebooks import ResidualTokenizer, fit_levels, training_rows
 from semid.tokenizers.context import FitContext
@@ -51,10 +50,12 @@ class RQKMeans(ResidualTokenizer):
         self._start: tuple[Array, ...] | None = None
 
     def _fit(self, context: FitContext) -> dict[str, Any]:
-        if self._start is not None:
-            return self._fit_warm(context, self._start)
         rows = training_rows(context.train, weights=context.weights, threads=self.threads)
-        return {"levels": self.fit_rows(rows, store=context.checkpoint, progress=context.progress)}
+        warm = self._start is not None
+        # A checkpoint belongs to a fit from scratch: its key does not name the former codebooks.
+        store = None if warm else context.checkpoint
+        levels = self.fit_rows(rows, store=store, progress=context.progress)
+        return {"levels": levels} | ({"warm_start": True} if warm else {})
 
     def fit_rows(
         self,
@@ -64,8 +65,10 @@ class RQKMeans(ResidualTokenizer):
         progress: Progress | None = None,
     ) -> list[dict[str, Any]]:
         """Learn the codebooks from training rows alone; see `Tokenizer.fit_rows`."""
-        mean = rows.mean().astype(np.float32) if self.center else None
-        preprocess = Preprocess(mean=mean, normalize=self.normalize)
+        preprocess = self._preprocess  # a warm start continues in the space of the former fit
+        if self._start is None:
+            mean = rows.mean().astype(np.float32) if self.center else None
+            preprocess = Preprocess(mean=mean, normalize=self.normalize)
         rows.preprocess(preprocess)
         books, levels = fit_levels(
             rows,
@@ -73,40 +76,18 @@ class RQKMeans(ResidualTokenizer):
             seed=self.seed,
             options=KMeansOptions.of(self.kmeans),
             weights=None,  # the rows bring theirs
+            init=self._start,
             threads=self.threads,
             store=store,
             progress=progress or QuietProgress(),
         )
-        self._preprocess = preprocess
+        self._preprocess, self._dim, self._start = preprocess, rows.dim, None
         self._set_codebooks(books)
-        self._dim = rows.dim
         return levels
 
     def _start_from(self, previous: Self) -> None:
         self._preprocess = previous._preprocess
         self._start = tuple(np.array(book) for book in previous.codebooks)
-
-    def _fit_warm(self, context: FitContext, start: tuple[Array, ...]) -> dict[str, Any]:
-        """Continue Lloyd's iterations from codebooks of the former catalogue, in its space."""
-        progress = context.progress
-        progress.start("fit again", total=None)
-
-        def on_iteration(level: int, state: KMeansState) -> None:
-            progress.step(1, level=level + 1, inertia=state.inertia[-1])
-
-        books, fits = fit_residual(
-            self._preprocess.view(context.train),
-            self.codebook_sizes,
-            seed=self.seed,
-            options=KMeansOptions.of(self.kmeans),
-            weights=context.weights,
-            init=start,
-            threads=self.threads,
-            on_iteration=on_iteration,
-        )
-        self._set_codebooks(books)
-        self._start = None
-        return {"levels": [asdict(fit) for fit in fits], "warm_start": True}
 
     def encoder_module(self) -> nn.Module:
         """Return the preprocessing of rows as a module, see `Tokenizer.encoder_module`."""

@@ -51,27 +51,19 @@ def _dense(x: Array, weight: Array, bias: Array, relu: bool, out: Array) -> None
                 row[j] = max(row[j], np.float32(0))
 
 
-def dense(x: Array, layer: Layer, *, relu: bool) -> Array:
-    """Apply one layer to rows ``(n, in)`` and return ``(n, out)`` float32."""
-    weight, bias = layer
-    out = np.empty((len(x), weight.shape[1]), dtype=np.float32)
-    _dense(np.ascontiguousarray(x, dtype=np.float32), weight, bias, relu, out)
-    return out
-
-
 def perceptron(x: Array, layers: Sequence[Layer], *, threads: int | None = None) -> Array:
-    """Apply dense layers with ReLU between them.
+    """Apply dense layers with ReLU between them to rows ``(n, in)``: ``(n, out)`` float32.
 
-    Returns ``(n, out)`` float32. Each row depends on that row alone, in any chunking.
-
-    Shapes: ``x`` (n, in).
+    Each row depends on that row alone, in any chunking.
     """
     out = np.empty((len(x), layers[-1][0].shape[1]), dtype=np.float32)
 
     def work(start: int) -> None:
-        block = x[start : start + BLOCK]
-        for number, layer in enumerate(layers):
-            block = dense(block, layer, relu=number < len(layers) - 1)
+        block = np.ascontiguousarray(x[start : start + BLOCK], dtype=np.float32)
+        for number, (weight, bias) in enumerate(layers, 1):
+            result = np.empty((len(block), weight.shape[1]), dtype=np.float32)
+            _dense(block, weight, bias, number < len(layers), result)
+            block = result
         out[start : start + BLOCK] = block
 
     starts = range(0, len(x), BLOCK)
@@ -86,10 +78,9 @@ PROJECTED = 256
 class Autoencoder(nn.Module):
     """Multi-layer perceptrons with ReLU around a latent (MoC §4.1: 512-256-128, latent 32).
 
-    Rows are first shifted and divided by one number, so that the elements that training sees have
-    mean 0 and variance 1 on average, and training does not depend on the scale of the embeddings
-    (ours). With several inputs each goes through a linear projection of its own before they are
-    concatenated (DRQ §4: fused heterogeneous features). ``inputs`` are their widths.
+    Rows are first standardized by one number, so that training does not depend on the scale of the
+    embeddings (ours). With several ``inputs``, given by their widths, each goes through a linear
+    projection of its own before they are concatenated (DRQ §4: fused heterogeneous features).
     """
 
     mean: Tensor
@@ -141,7 +132,12 @@ class Autoencoder(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """Return the last hidden layer ``(n, hidden)`` of standardized rows ``(n, dim)``."""
-        return _hidden(x, self.inputs, self.projections, self.encoder)
+        if len(self.projections):
+            parts = zip(self.projections, torch.split(x, list(self.inputs), dim=1), strict=True)
+            x = torch.cat([project(part) for project, part in parts], dim=1)
+        for layer in self.encoder[:-1]:
+            x = torch.relu(layer(x))
+        return x
 
     def head(self, features: Tensor) -> Tensor:
         """Return latents ``(n, latent)`` from the last hidden layer."""
@@ -156,19 +152,6 @@ class Autoencoder(nn.Module):
             z = torch.relu(layer(z))
         x: Tensor = self.decoder[-1](z)
         return x
-
-
-def _hidden(
-    x: Tensor, inputs: Sequence[int], projections: nn.ModuleList, layers: nn.ModuleList
-) -> Tensor:
-    """Return the last hidden layer: inputs are projected if there are several, then encoded."""
-    if len(projections):
-        parts = torch.split(x, list(inputs), dim=1)
-        pairs = zip(projections, parts, strict=True)
-        x = torch.cat([project(part) for project, part in pairs], dim=1)
-    for layer in layers[:-1]:
-        x = torch.relu(layer(x))
-    return x
 
 
 class ExactEncoder:
@@ -248,23 +231,16 @@ class Prepare(nn.Module):
 class EncoderGraph(nn.Module):
     """Rows to latents, without the autocast of training.
 
-    ``maps`` are those of parallel codebooks, ``(latent, latent)`` each; none where all see the same
-    latent.
+    ``maps`` (latent, latent) are those of parallel codebooks; none where all see the same latent.
     """
 
     def __init__(
-        self,
-        preprocess: Preprocess,
-        autoencoder: Autoencoder,
-        maps: Sequence[npt.NDArray[np.float32]] = (),
+        self, preprocess: Preprocess, autoencoder: Autoencoder, maps: Sequence[Array] = ()
     ) -> None:
         super().__init__()
         self.prepare = Prepare(preprocess)
-        self.inputs = list(autoencoder.inputs)
-        self.register_buffer("mean", autoencoder.mean.detach().clone())
-        self.register_buffer("scale", autoencoder.scale.detach().clone())
-        self.projections = copy.deepcopy(autoencoder.projections)
-        self.layers = copy.deepcopy(autoencoder.encoder)
+        self.autoencoder = copy.deepcopy(autoencoder)
+        self.autoencoder.decoder = nn.ModuleList()  # no part of the exported graph
         self.maps = len(maps)
         for number, each in enumerate(maps):
             self.register_buffer(f"map_{number}", torch.from_numpy(each.copy()))
@@ -272,8 +248,8 @@ class EncoderGraph(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """Return latents ``(batch, latent)``, or one a codebook, of rows ``(batch, dim)``."""
-        z = (self.prepare(x) - self.get_buffer("mean")) / self.get_buffer("scale")
-        latent: Tensor = self.layers[-1](_hidden(z, self.inputs, self.projections, self.layers))
+        standard = self.autoencoder.standard(self.prepare(x))
+        latent: Tensor = self.autoencoder.encoder[-1](self.autoencoder.features(standard))
         if self.maps:
             return [latent @ self.get_buffer(f"map_{number}") for number in range(self.maps)]
         return latent
