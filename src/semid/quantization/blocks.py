@@ -379,12 +379,9 @@ def statistics(
     weights: npt.NDArray[np.float64] | None = None,
     threads: int = 1,
 ) -> Statistics:
-    """Sum a block's rows by label.
+    """Sum a block's rows ``(n, dim)`` by label. Time O(n dim), memory O(codes dim).
 
-    Threads share out codewords, not rows, so every sum is taken in row order whatever their
-    number. Time O(n dim), memory O(codes dim).
-
-    Shapes: ``block`` (n, dim), ``labels``, ``distances`` and ``weights`` (n,).
+    Threads share out codewords, not rows, so every sum is taken in row order whatever their number.
     """
     sums, counts = np.zeros((codes, block.shape[1])), np.zeros(codes)
     order, starts = _group(labels, codes)

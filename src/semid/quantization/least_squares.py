@@ -38,8 +38,6 @@ CHUNK_ROWS = 8192
 class NormalEquations:
     """Sums over items that decide the least-squares tables; blocks are added in order.
 
-    ``sizes`` are the codewords of each level (or parallel codebook), ``width`` that of the targets.
-
     Memory: ``O(sum(sizes) width)`` and at most one entry per item for each pair of levels.
     """
 
@@ -85,12 +83,10 @@ class NormalEquations:
         levels: int | None = None,
         threads: int | None = None,
     ) -> list[Doubles]:
-        """Return the tables ``(codes, columns)`` that fit best.
+        """Return the tables ``(codes, columns)`` that fit best, by conjugate gradients.
 
-        A codeword without items stays as in ``start`` ``(codes, columns)``.
-
-        Cost: conjugate gradients with the counts as preconditioner, O(pairs of codes that meet x
-        columns) per step.
+        A codeword without items stays as in ``start`` ``(codes, columns)``. Cost: O(pairs of codes
+        that meet x columns) per step.
         """
         depth = len(self.sizes) if levels is None else levels
         mean = self.total[columns] / max(self.items, 1.0)
@@ -221,8 +217,7 @@ def fit_tables(
     """Fit tables whose rows, summed by codes, predict targets, with the best ridge.
 
     That is the ridge of least error on the held-out items, or the middle one without any.
-
-    Shapes: ``blocks`` pairs of (n, levels) and (n, width), ``weights`` (items,).
+    ``blocks`` are pairs of codes (n, levels) and targets (n, width).
     """
     equations = NormalEquations(sizes, width)
     at = 0
@@ -268,8 +263,6 @@ def leading_components(blocks: Blocks, mean: Doubles, *, share: float) -> Array:
     """Return the fewest principal components ``(dim, components)`` with a share of the variance.
 
     Cost: a pass with items x dim^2 products in float64, and an eigendecomposition.
-
-    Shapes: ``blocks`` (items, dim), ``mean`` (dim,).
     """
     scatter = torch.zeros((blocks.dim, blocks.dim), dtype=torch.float64)
     with one_blas_thread():  # another number of threads may add in another order

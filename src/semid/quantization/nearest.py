@@ -172,11 +172,9 @@ def nearest_m(
 def assign(
     block: Array, centroids: Array | IndexedCodebook, *, threads: int | None = None
 ) -> tuple[npt.NDArray[np.int64], Array]:
-    """Label a block's rows: with `statistics`, the seam that everything larger is built on.
+    """Label a block's rows ``(n, dim)``: with `statistics`, what everything larger is built on.
 
     Returns labels ``(n,)`` int64, ties to the lowest, and squared distances ``(n,)`` float32.
-
-    Shapes: ``block`` (n, dim), ``centroids`` (codes, dim).
     """
     if len(block) * len(centroids) * block.shape[1] < THREADED_WORK:
         threads = 1

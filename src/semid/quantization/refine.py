@@ -73,13 +73,10 @@ class RefineOptions(Options):
 
 @dataclass(frozen=True)
 class ColumnGroup:
-    """Columns of the rows that are fitted together, over the first ``levels`` levels alone.
-
-    Codewords of later levels keep theirs.
-    """
+    """Columns of the rows that are fitted together, over the first levels alone."""
 
     columns: slice
-    levels: int
+    levels: int  # codewords of later levels keep these columns
 
 
 @dataclass(frozen=True)
@@ -195,10 +192,7 @@ class _Refiner:
         )
 
     def _equations(self, books: Sequence[Array]) -> tuple[NormalEquations, Doubles]:
-        """Encode the training rows; return their equations and squared residuals by column.
-
-        Both count a row as often as its weight says.
-        """
+        """Encode the training rows; return their equations and squared residuals, by weight."""
         equations = NormalEquations([len(book) for book in books], self.train.dim)
         indexed, squared = _indexed(books), np.zeros(self.train.dim)
         for start, block in read_ahead(self.train):

@@ -135,10 +135,7 @@ def encode_residual(
     beam_width: int = 1,
     threads: int | None = None,
 ) -> ResidualCodes:
-    """Quantize rows ``(n, dim)`` level by level.
-
-    Each row's codes depend on that row alone. Ties go to the lowest code.
-    """
+    """Quantize rows ``(n, dim)`` level by level, each by itself; ties go to the lowest code."""
     if beam_width > 1 and len(block):
         codes, residual = _encode_beam(block, codebooks, beam_width, threads)
     else:
@@ -153,10 +150,7 @@ def encode_residual(
 def dequantize(
     codes: npt.NDArray[np.integer], codebooks: Sequence[Array], *, levels: int | None = None
 ) -> Array:
-    """Sum the codewords of each row's codes, in level order.
-
-    Shapes: ``codes`` (n, levels), ``codebooks`` (codes, dim), returns (n, dim).
-    """
+    """Sum the codewords of each row's codes ``(n, levels)``, in level order: ``(n, dim)``."""
     total = np.zeros((len(codes), codebooks[0].shape[1]), dtype=np.float32)
     for level, codebook in list(enumerate(codebooks))[:levels]:
         total += codebook[codes[:, level]]
@@ -196,9 +190,8 @@ def _encode_beam(
     """Return codes ``(n, levels)`` and residuals ``(n, dim)`` of a beam search.
 
     Cost: with at least as many rows as a codebook has codewords, ``n x codewords x dim`` products
-    per level, and ``width`` sums of as many numbers as there are codewords per row; the products of
-    codewords between levels are held with the last codebook, at most 256 MB. Otherwise a search of
-    each level for every partial code.
+    per level, and ``width`` sums of as many numbers as there are codewords per row. Otherwise a
+    search of each level for every partial code.
     """
     products = _level_products(codebooks, len(block))
     codes, residuals = [], []

@@ -104,11 +104,9 @@ class Shard:
         self._reset_view()
 
     def _was_last_pass(self, codebook: Array) -> bool:
-        """Whether the last pass gave the labels that ``codebook`` gives.
-
-        Copies of the first codeword may follow: ties go to the lowest code, so they get no rows.
-        """
+        """Whether the last pass gave the labels that ``codebook`` gives."""
         last = self._last_centroids
+        # Copies of the first codeword may follow: ties go to the lowest code, so they get no rows.
         return (
             last is not None
             and np.array_equal(last, codebook[: len(last)])
@@ -160,10 +158,7 @@ class Shard:
         return tree.nodes
 
     def farthest(self, count: int) -> tuple[Numbers, npt.NDArray[np.floating]]:
-        """Return up to ``count`` rows with the largest loss in the last pass, and the losses.
-
-        The largest first, equal losses in row order; rows without loss are left out.
-        """
+        """Return up to ``count`` rows with the largest loss in the last pass, and the losses."""
         loss = self._distances if self.weights is None else self._distances * self.weights
         rows = np.arange(len(loss))
         if count < len(loss):
@@ -171,6 +166,7 @@ class Shard:
             edge = np.partition(loss, len(loss) - count)[len(loss) - count]
             above = np.flatnonzero(loss > edge)
             rows = np.concatenate([above, np.flatnonzero(loss == edge)[: count - len(above)]])
+        # The largest first, equal losses in row order; a row without loss would win nothing.
         rows = rows[loss[rows] > 0]
         rows = rows[np.lexsort((rows, -loss[rows]))]
         return rows.astype(np.int64) + self.first_row, loss[rows]

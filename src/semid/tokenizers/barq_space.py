@@ -20,14 +20,10 @@ UNIT_LENGTH = Preprocess(normalize=True)
 
 @dataclass(frozen=True)
 class Content:
-    """The part of rows that is quantized: all of them, or their leading principal components.
+    """The part of rows that is quantized: all of them, or their leading principal components."""
 
-    Shapes: ``components`` (dim, width) orthonormal columns, None for whole rows; ``rest`` (dim,)
-    the mean's part outside the components.
-    """
-
-    components: Array | None = None
-    rest: Array | None = None
+    components: Array | None = None  # (dim, width) orthonormal columns; None for whole rows
+    rest: Array | None = None  # (dim,) the mean's part outside the components
     threads: int | None = None
 
     @classmethod
@@ -69,16 +65,12 @@ class Content:
 
 @dataclass(frozen=True)
 class Blend:
-    """Rows ``x`` to ``[P'x, scale u(x), 0...]``, with ``u`` the direction of the encoder's latent.
-
-    Without an encoder behavior is left out. The zeros at the end are the columns of the codewords'
-    penalties.
-    """
+    """Rows ``x`` to ``[P'x, scale u(x), 0...]``, ``u`` the direction of the encoder's latent."""
 
     content: Content
-    encoder: ExactEncoder | None
+    encoder: ExactEncoder | None  # None leaves behavior out
     scale: float
-    penalty_columns: int
+    penalty_columns: int  # of zeros, in which the codewords have their penalties
 
     def directions(self, x: Array) -> Array:
         """Return ``u(x)`` ``(n, latent)``, of width 0 without an encoder."""

@@ -27,9 +27,7 @@ Mask = npt.NDArray[np.bool_]
 class Positives:
     """Which items are positives of which, in both directions, as sorted neighbor lists.
 
-    Memory: 4 bytes per distinct pair and direction, 8 per item; a sort of the pairs to make it.
-
-    Shapes: ``first``, ``second`` (pairs,) rows, each 0 to ``items - 1``.
+    Memory: 4 bytes per distinct pair and direction, 8 per item.
     """
 
     def __init__(
@@ -53,10 +51,7 @@ class Positives:
         return self._others[self._offsets[item] : self._offsets[item + 1]]
 
     def excluded(self, first: Rows, second: Rows) -> Mask:
-        """Return which ``second[j]`` is no negative for ``first[i]``, both ``(n,)``.
-
-        Shapes: returns (n, n).
-        """
+        """Return which ``second[j]`` is no negative for ``first[i]``, both ``(n,)``: ``(n, n)``."""
         excluded: Mask = np.equal(first[:, None], second[None, :])
         order = np.argsort(second, kind="stable")
         sorted_second = second[order]
@@ -90,13 +85,7 @@ class PairSource(Protocol):
 
 
 class TablePairs:
-    """Pairs that are listed: ``(pairs,)`` rows of ``items`` each.
-
-    Pairs with a row of -1, or of an item with itself, are left out.
-
-    Raises:
-        InteractionsError: no pair remains.
-    """
+    """Pairs that are listed, but for those with a row of -1 or of an item with itself."""
 
     def __init__(
         self,
@@ -128,15 +117,9 @@ class TablePairs:
 class SequencePairs:
     """Consecutive items of sequences, drawn by position, so that pairs are never listed.
 
-    ``items`` holds all sequences one after another, -1 for gaps; ``offsets`` where each begins;
-    ``users`` whose pairs are used.
-
-    Raises:
-        InteractionsError: these users have no two different consecutive items.
-
-    Memory: 5 bytes per interaction of these users, and `Positives`.
-
-    Shapes: ``items`` (interactions,), ``offsets`` (users + 1,), ``users`` (users,).
+    ``items`` (interactions,) holds all sequences one after another, -1 for gaps; ``offsets``
+    (users + 1,) where each begins; ``users`` (users,) whose pairs are used. Memory: 5 bytes per
+    interaction of these users, and `Positives`.
     """
 
     def __init__(
@@ -228,10 +211,7 @@ def read_behavior(
     train: npt.NDArray[np.bool_],
     threads: int | None = None,
 ) -> Behavior | None:
-    """Return pairs in numbers of training rows, from interactions or pairs; None without both.
-
-    Shapes: ``pairs`` (n, 2), ``train`` (items,).
-    """
+    """Return pairs in numbers of training rows, from interactions or pairs; None without both."""
     if interactions is None and pairs is None:
         return None
     if interactions is not None and pairs is not None:

@@ -124,10 +124,7 @@ class ResidualTokenizer(CodebookTokenizer):
 def training_rows(
     source: EmbeddingSource, *, weights: Weights | None = None, threads: int | None = None
 ) -> ShardedMatrix:
-    """Return the rows of a fit; under ``torchrun`` each process holds its share of the blocks.
-
-    Shapes: ``source`` (items, dim), ``weights`` (items,).
-    """
+    """Return the rows of a fit; under ``torchrun`` each process holds its share of the blocks."""
     join_processes()
     if world_size() == 1:
         return as_sharded(source, weights=weights, threads=threads, memory_bytes=MEMORY_BYTES)

@@ -74,10 +74,7 @@ class EncodedPart:
 
 
 class PartFolder:
-    """The parts of one run in the folder or URI `partial_path`; every writing process has one.
-
-    Every part is signed with the run's ``key``.
-    """
+    """The parts of one run in the folder or URI `partial_path`, signed with the run's ``key``."""
 
     def __init__(self, path: FilePath, info: CodesInfo, key: str) -> None:
         self.path, self.info, self.key = path, info, key
@@ -206,10 +203,9 @@ def _json(data: bytes) -> Any:
 
 @contextlib.contextmanager
 def new_folder(output: FilePath, *, overwrite: bool) -> Iterator[Folder]:
-    """Open the folder for results.
+    """Open the folder for results, which appears in one step at the end, on this machine.
 
-    On this machine it appears, or takes the place of the former one, in one step at the end. An
-    object store has no such step: there the former files are removed first and the marker that
+    An object store has no such step: there the former files are removed first and the marker that
     makes the folder complete is written last.
     """
     local = local_path(output)

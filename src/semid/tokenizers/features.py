@@ -22,10 +22,7 @@ CATEGORY_WIDTH = 64
 
 
 def category_vectors(values: Sequence[str | None], *, name: str, width: int) -> Array:
-    """Turn categories into unit vectors that depend on the category and the column alone.
-
-    Returns ``(items, width)`` float32, entries ``+-1 / sqrt(width)``; zeros for None.
-    """
+    """Return unit vectors ``(items, width)`` that depend on the category and the column alone."""
     known = sorted({value for value in values if value is not None})
     row = {value: number for number, value in enumerate(known)}
     strings = pa.array(known, pa.large_string())
@@ -35,20 +32,16 @@ def category_vectors(values: Sequence[str | None], *, name: str, width: int) -> 
         bits = hash_strings(strings, salt=f"semid/category/{name}/{start}")
         span = np.arange(min(64, width - start), dtype=np.uint64)
         signs[:-1, start : start + len(span)] = 2.0 * ((bits[:, None] >> span) & np.uint64(1)) - 1.0
+    # None has a row of zeros, after those of the known values.
     rows = [len(known) if value is None else row[value] for value in values]
-    vectors: Array = signs[rows] / np.float32(np.sqrt(width))
-    return vectors
+    return np.asarray(signs[rows] / np.float32(np.sqrt(width)))
 
 
 class FusedSource(EmbeddingSource):
-    """Sources of the same items side by side; ``inputs`` holds the width of each part.
-
-    Neural tokenizers project each part by itself.
-    """
+    """Sources of the same items side by side; neural tokenizers project each part by itself."""
 
     def __init__(self, parts: Mapping[str, EmbeddingSource], ids: ItemIds) -> None:
-        self.parts = dict(parts)
-        self.ids = ids
+        self.parts, self.ids = dict(parts), ids
         self.inputs = tuple(part.dim for part in self.parts.values())
         self.dim = sum(self.inputs)
         self.label = " + ".join(part.label for part in self.parts.values())

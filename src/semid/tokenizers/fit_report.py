@@ -33,10 +33,7 @@ Array = npt.NDArray[np.float32]
 
 
 class HealthCounter:
-    """Adds up codes and errors in blocks, and gives the verdict at the end.
-
-    Relative errors are measured against ``mean`` ``(dim,)``, that of all rows.
-    """
+    """Adds up codes and errors in blocks; relative errors are about the ``mean`` of all rows."""
 
     def __init__(self, codebook_sizes: tuple[int, ...], mean: npt.NDArray[np.float64]) -> None:
         self._usage = UsageCounter(codebook_sizes)
@@ -58,11 +55,7 @@ class HealthCounter:
         train: npt.NDArray[np.bool_] | None,
         row_hashes: npt.NDArray[np.uint64],
     ) -> npt.NDArray[np.float64]:
-        """Count a block; return the squared error of each row.
-
-        Shapes: ``codes`` (n, levels), ``x`` (n, dim), ``reconstruction`` (n, dim), ``latent`` (n,
-        latent), ``train`` (n,), ``row_hashes`` (n,), returns (n,).
-        """
+        """Count a block of n rows; return the squared error of each."""
         self._usage.update(codes)
         self._collisions.update(codes, duplicate_groups=row_hashes)
         self._latents.add_(latent)

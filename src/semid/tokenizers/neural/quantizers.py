@@ -47,13 +47,11 @@ class UpdateRule(Options):
 
 @torch.no_grad()
 def nearest_labels(z: Tensor, codewords: Tensor) -> Tensor:
-    """Return the nearest codeword of each row, ties to the lowest.
+    """Return the nearest codeword of each row ``(n, latent)``, ties to the lowest.
 
     A codebook changes every step. Preparing the engine for a small one costs more than a float32
     product, whose labels may be off where two codewords are as near as it rounds; ids, which
     encoding makes, are always exact.
-
-    Shapes: ``z`` (n, latent), ``codewords`` (codes, latent), returns (n,).
     """
     rows = max(1, MAX_SCORES // len(codewords))
     # Under autocast the product would be taken in bf16, and codewords differ by less.
@@ -116,11 +114,9 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def observe_(self, z: Tensor, labels: Tensor) -> None:
-        """Take a batch: move codewords (EMA), count usage, revive dead codes.
+        """Take a batch ``(n, latent)``: move codewords (EMA), count usage, revive dead codes.
 
         Sums and counts are those of all processes together, so codebooks stay equal.
-
-        Shapes: ``z`` (n, latent), ``labels`` (n,).
         """
         codes, decay = len(self.codewords), self.rule.decay
         counts = self.batch_counts(labels)
@@ -176,15 +172,12 @@ class Quantized(NamedTuple):
 class Quantizer(nn.Module):
     """Base of quantizers in training: their codebooks, from which `forward` makes `Quantized`.
 
-    Gradients, which open implementations get wrong in several ways: residuals are taken from the
-    raw codewords, never from a straight-through output; one straight-through estimator covers the
-    whole sum; the commitment of every level reaches the encoder.
-
-    Attributes:
-        is_fixed: whether the codebooks are there from the start and never learn.
+    Residuals are taken from the raw codewords, never from a straight-through output; one
+    straight-through estimator covers the whole sum; the commitment of every level reaches the
+    encoder.
     """
 
-    is_fixed = False
+    is_fixed = False  # whether the codebooks are there from the start and never learn
 
     def __init__(self, sizes: Sequence[int], latent: int, *, rule: UpdateRule, seed: int) -> None:
         super().__init__()
