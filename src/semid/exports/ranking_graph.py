@@ -20,16 +20,19 @@ def input_names(schema: Schema) -> list[str]:
     that use them have also ``context`` int64 ``(batch, columns)``, ``dense`` float32
     ``(batch, columns)`` and ``history`` int64 ``(batch, length)``.
     """
-    widths = _widths(schema)
-    return ["user", "item", *(name for name, width in widths.items() if width)]
+    return list(_example(schema))
 
 
-def _widths(schema: Schema) -> dict[str, int]:
-    return {
-        "context": len(schema.context),
-        "dense": len(schema.dense),
-        "history": schema.history,
-    }
+def _example(schema: Schema) -> dict[str, Tensor]:
+    """Return a batch of inputs to trace the graph with."""
+    batch = 3  # neither 0 nor 1, which the exporter would take for a constant
+    inputs = {name: torch.zeros(batch, dtype=torch.int64) for name in ("user", "item")}
+    widths = (len(schema.context), len(schema.dense), schema.history)
+    for name, width in zip(("context", "dense", "history"), widths, strict=True):
+        if width:
+            dtype = torch.float32 if name == "dense" else torch.int64
+            inputs[name] = torch.zeros((batch, width), dtype=dtype)
+    return inputs
 
 
 class RankingGraph(nn.Module):
@@ -52,16 +55,8 @@ class RankingGraph(nn.Module):
         return self.network.logits(Inputs(**{**defaults, **inputs})).sigmoid()
 
 
-def _example(schema: Schema) -> tuple[Tensor, ...]:
-    batch = 3  # neither 0 nor 1, which the exporter would take for a constant
-    inputs = {name: torch.zeros(batch, dtype=torch.int64) for name in ("user", "item")}
-    for name, width in _widths(schema).items():
-        dtype = torch.float32 if name == "dense" else torch.int64
-        inputs[name] = torch.zeros((batch, width), dtype=dtype)
-    return tuple(inputs[name] for name in input_names(schema))
-
-
 def _dynamic(schema: Schema) -> tuple[tuple[dict[int, torch.export.Dim], ...]]:
+    """Declare the batch of every input as of any size."""
     batch = torch.export.Dim("batch")
     return (tuple({0: batch} for _ in input_names(schema)),)
 
@@ -78,7 +73,9 @@ def write_torch_export(
     """
     schema = ranker.schema
     with atomic_file(path, overwrite=overwrite) as work:
-        write_program(work, RankingGraph(ranker), _example(schema), dynamic=_dynamic(schema))
+        write_program(
+            work, RankingGraph(ranker), tuple(_example(schema).values()), dynamic=_dynamic(schema)
+        )
 
 
 def write_onnx(path: str | os.PathLike[str], *, ranker: Ranker, overwrite: bool = False) -> None:
@@ -93,7 +90,7 @@ def write_onnx(path: str | os.PathLike[str], *, ranker: Ranker, overwrite: bool 
         write_onnx_graph(
             work,
             RankingGraph(ranker),
-            _example(schema),
+            tuple(_example(schema).values()),
             inputs=input_names(schema),
             output="probability",
             dynamic=_dynamic(schema),

@@ -114,7 +114,7 @@ class MocExperiment(Experiment):
             "data": asdict(self.data_sets[cell["data"]]),
             "variant": asdict(self.variants[cell["variant"]]) if cell["variant"] else None,
         }
-        return [shared, {"kept": self.recipe.kept} if cell["run"] == "kept" else {}, cell]
+        return [shared, {"kept": self.recipe.probe} if cell["run"] == "kept" else {}, cell]
 
     def obstacle(self, opened: Opened, cell: Mapping[str, Any]) -> tuple[str, str] | None:
         """Say why a protocol cannot be had of a log: it lacks ratings, or an order."""
@@ -216,7 +216,7 @@ class MocExperiment(Experiment):
             ids,
             features=coded.features,
             width=self.recipe.width,
-            training=self.recipe.kept,
+            training=self.recipe.probe,
             seed=int(job.spec["seed"]),
         )
         return {

@@ -149,7 +149,7 @@ class MocRecipe(Options):
         default_factory=dict, help="Training of the ranking models, beside their defaults."
     )
     tokenizer: Mapping[str, Any] = option(default_factory=dict, help="Options of every tokenizer.")
-    kept: Mapping[str, Any] = option(
+    probe: Mapping[str, Any] = option(
         default_factory=dict, help="Training that rebuilds item embeddings (fig. 1)."
     )
     stages: tuple[Stage, ...] = option((), help="The grid.")

@@ -71,12 +71,14 @@ class Tokenizer(StoredTokenizer):
             ``concat``. `latent_slices` says which columns of the latent each codebook quantizes.
         behavior_argument: argument whose value 0 turns learning from behavior off; None for
             tokenizers that learn from embeddings alone.
+        has_decoder: whether `decode_latent` works.
         can_warm_start: whether `fit_again` can start from the codebooks of the fit before.
         fits_shards: whether `fit_rows` fits rows that lie in several processes or machines.
         report: the `FitReport` of the last fit, or None before it.
     """
 
     behavior_argument: ClassVar[str | None] = None
+    has_decoder: ClassVar[bool] = False
     can_warm_start: ClassVar[bool] = False
     fits_shards: ClassVar[bool] = False
 
@@ -106,11 +108,6 @@ class Tokenizer(StoredTokenizer):
     @property
     def needs_behavior(self) -> bool:
         """Whether `fit` cannot do without interactions or pairs."""
-        return False
-
-    @property
-    def has_decoder(self) -> bool:
-        """Whether `decode_latent` works."""
         return False
 
     @property

@@ -109,9 +109,7 @@ class QueryBlock:
         relative: float = 0.0,
     ) -> None:
         """Write the queries as bfloat16 to ``bits`` and bound what their rounding changes."""
-        line = self.buffer("line", (self.width,), np.float32)
-        y = self.y[: len(bits)]
-        round_bfloat16(y, y.view(np.uint32), line, line.view(np.uint32), bits, self.residual)
+        round_bfloat16(self.y[: len(bits)], bits, self.residual)
         residual = slack(self.residual, self.length, width)
         self.set_bound(table, residual=residual, entry_residual=operand.residual, relative=relative)
 

@@ -159,17 +159,11 @@ class VectorTable:
         return bound
 
     def bfloat16(self, multiple: int) -> tuple[npt.NDArray[np.uint16], float]:
-        """Return bfloat16 bits ``(columns, width)`` of the scaled rows, and the largest error norm.
-
-        The width is padded to a ``multiple``.
-        """
+        """Return bfloat16 bits ``(columns, >= width)`` of the scaled rows, and the largest loss."""
         columns, width = self.scaled.shape
         bits = aligned((columns, padded(width, multiple)), np.uint16)
         residual = np.empty(columns)
-        line = np.empty(width, np.float32)
-        round_bfloat16(
-            self.scaled, self.scaled.view(np.uint32), line, line.view(np.uint32), bits, residual
-        )
+        round_bfloat16(self.scaled, bits, residual)
         return bits, float(slack(residual[: len(self)], self.lengths, width).max())
 
 
@@ -269,18 +263,21 @@ def first_copies(rows: F32) -> I64:
     return np.delete(np.arange(len(rows)), repeated[same])
 
 
+def round_bfloat16(rows: F32, out: npt.NDArray[np.uint16], residual: F64) -> None:
+    """Round finite rows to bfloat16 (nearest, ties to even) and measure what the rounding lost.
+
+    Writes bit patterns to ``out`` ``(rows, >= width)``, further columns zero, and the norm of the
+    rounding error, summed in float32 (see `slack`), to ``residual`` ``(rows,)``.
+    """
+    wide = np.empty(rows.shape[1], np.float32)
+    _round_bfloat16(rows, rows.view(np.uint32), wide, wide.view(np.uint32), out, residual)
+
+
 @numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True, fastmath=FAST)
-def round_bfloat16(
+def _round_bfloat16(
     y: F32, bits: npt.NDArray[np.uint32], wide: F32, wide_bits: npt.NDArray[np.uint32],
     out: npt.NDArray[np.uint16], residual: F64,
 ) -> None:  # fmt: skip
-    """Round rows to bfloat16 (nearest, ties to even) and measure what the rounding lost.
-
-    ``y`` ``(rows, width)`` finite, ``wide`` ``(width,)`` scratch; ``bits`` and ``wide_bits`` are
-    the same memory as uint32. Writes bit patterns to ``out`` ``(rows, >= width)``, further columns
-    zero, and the norm of the rounding error, summed in float32 (see `slack`), to ``residual``
-    ``(rows,)``.
-    """
     rows, width = y.shape
     one, half, sixteen = np.uint32(1), np.uint32(0x7FFF), np.uint32(16)
     for i in range(rows):

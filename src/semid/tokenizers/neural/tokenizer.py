@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -163,6 +163,8 @@ class NeuralTokenizer(CodebookTokenizer):
     `_set_codebooks` and by setting ``_preprocess``.
     """
 
+    has_decoder: ClassVar[bool] = True
+
     network: AutoencoderConfig | Mapping[str, Any] | None = option(
         None, help="Shape and losses of the autoencoder."
     )
@@ -188,11 +190,6 @@ class NeuralTokenizer(CodebookTokenizer):
     @property
     def _train_options(self) -> TrainOptions:
         return TrainOptions.of(self.training)
-
-    @property
-    def has_decoder(self) -> bool:
-        """Whether `decode_latent` works: always."""
-        return True
 
     def _new_autoencoder(self, inputs: Sequence[int]) -> Autoencoder:
         return Autoencoder(
