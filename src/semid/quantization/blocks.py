@@ -10,11 +10,9 @@ memory limits cannot change a result. Up to three blocks this is plain addition 
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import queue
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, Protocol, Self, TypeVar
 
@@ -178,40 +176,13 @@ def in_memory(blocks: Blocks, *, limit_bytes: int) -> Blocks:
     return ArrayBlocks(matrix)
 
 
-def prefetched(
-    blocks: Iterator[tuple[int, Array]], *, depth: int = 1
-) -> Iterator[tuple[int, Array]]:
-    """Read ahead in a thread, so that disk and decoding overlap with arithmetic."""
-    ready: queue.Queue[tuple[int, Array] | BaseException | None] = queue.Queue(maxsize=depth)
-    stopped = threading.Event()
-
-    def put(item: tuple[int, Array] | BaseException | None) -> None:
-        # A short timeout: the consumer may have stopped without emptying the queue.
-        while not stopped.is_set():
-            with contextlib.suppress(queue.Full):
-                ready.put(item, timeout=0.1)
-                return
-
-    def read() -> None:
-        try:
-            for item in blocks:
-                put(item)
-                if stopped.is_set():
-                    return
-            put(None)
-        except BaseException as error:  # noqa: BLE001 - handed to the caller's thread
-            put(error)
-
-    reader = threading.Thread(target=read, name="semid-prefetch", daemon=True)
-    reader.start()
-    try:
-        while (item := ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
+def prefetched(blocks: Iterator[tuple[int, Array]]) -> Iterator[tuple[int, Array]]:
+    """Read one block ahead in a thread, so that disk and decoding overlap with arithmetic."""
+    with ThreadPoolExecutor(1, thread_name_prefix="semid-prefetch") as reader:
+        ahead = reader.submit(next, blocks, None)
+        while (item := ahead.result()) is not None:
+            ahead = reader.submit(next, blocks, None)
             yield item
-    finally:
-        stopped.set()
-        reader.join()
 
 
 def read_ahead(blocks: Blocks) -> Iterator[tuple[int, Array]]:

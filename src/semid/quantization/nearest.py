@@ -7,7 +7,7 @@ for any block size and number of threads.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -56,6 +56,8 @@ class IndexedCodebook:
         self.codewords = book.detach().to(torch.float32, copy=True).contiguous()
         self.table = VectorTable(self.codewords.cpu(), metric=L2, unique=True)
         self._full: VectorTable | None = None
+        # Other codebooks, and products with them (see `semid.quantization.residual`).
+        self.products: tuple[list[IndexedCodebook], Any] | None = None
 
     def __len__(self) -> int:
         return len(self.codewords)

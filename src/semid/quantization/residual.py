@@ -6,8 +6,6 @@ Fitting level by level (DRQ §4.2), greedy and beam encoding, decoding.
 from __future__ import annotations
 
 import math
-import threading
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -272,12 +270,6 @@ class _LevelProducts:
         return np.asarray(2.0 * bound, dtype=np.float32)
 
 
-_product_cache: weakref.WeakKeyDictionary[
-    IndexedCodebook, tuple[list[weakref.ref[IndexedCodebook]], list[_LevelProducts]]
-] = weakref.WeakKeyDictionary()
-_lock = threading.Lock()
-
-
 def _level_products(codebooks: Sequence[IndexedCodebook], rows: int) -> list[_LevelProducts]:
     """Return the products of the levels after the first; none where they would not pay."""
     sizes = [len(book) for book in codebooks]
@@ -287,16 +279,15 @@ def _level_products(codebooks: Sequence[IndexedCodebook], rows: int) -> list[_Le
     loose = torch.get_float32_matmul_precision() != "highest"
     if len(sizes) < 2 or needed > PRODUCT_BYTES or loose:
         return []
-    with _lock:
-        others, products = _product_cache.get(codebooks[-1], ([], []))
-    # The products belong to these very codebooks, in this order.
-    if [ref() for ref in others] == list(codebooks[:-1]):
+    # The last codebook holds the products, which belong to these very codebooks, in this order.
+    *earlier, last = codebooks
+    if last.products is not None and last.products[0] == earlier:
+        products: list[_LevelProducts] = last.products[1]
         return products
     if rows < max(sizes):
         return []
     products = _multiply_levels(codebooks)
-    with _lock:
-        _product_cache[codebooks[-1]] = [weakref.ref(book) for book in codebooks[:-1]], products
+    last.products = (earlier, products)
     return products
 
 
