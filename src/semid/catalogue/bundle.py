@@ -87,11 +87,6 @@ class CatalogueBundle:
             )
 
     @classmethod
-    def is_bundle(cls, path: str | os.PathLike[str]) -> bool:
-        """Return whether a path is a folder with at least one version."""
-        return bool(_versions(Path(path)))
-
-    @classmethod
     def create(cls, path: str | os.PathLike[str], ids: SemanticIds) -> CatalogueBundle:
         """Create a bundle whose version 1 is ``ids``.
 

@@ -47,7 +47,6 @@ def unique_folder(
     *,
     capacity: int | None = None,
     parts: int | None = None,
-    work: FilePath | None = None,
     overwrite: bool = False,
 ) -> UniqueReport:
     """Append a token that tells items with equal ids apart, to a folder of ids of any size.
@@ -65,7 +64,7 @@ def unique_folder(
         files = find_parquet(source)
         info, rows = _metadata(files)
         count = parts or max(1, -(-rows // PART_ROWS))
-        with tempfile.TemporaryDirectory(dir=work, prefix="semid-unique-") as name:
+        with tempfile.TemporaryDirectory(prefix="semid-unique-") as name:
             folder = Path(name)
             _share_out(files, info, folder, count)
             largest = max(_number(folder, part) for part in range(count))

@@ -252,6 +252,7 @@ def _indexed(books: Sequence[Array]) -> list[IndexedCodebook]:
 
 # Balancing ------------------------------------------------------------------------------------
 
+BALANCE_ROUNDS = 20
 STEP = 0.1
 """Fraction of the highest penalty that a codeword e times too large gets in the first round."""
 
@@ -263,7 +264,6 @@ def balance_penalties(
     strength: float,
     columns: int | None = None,
     beam_width: int = 1,
-    rounds: int = 20,
     threads: int | None = None,
 ) -> list[Doubles]:
     """Find penalties that even out how many rows take each codeword, for all levels together.
@@ -277,22 +277,19 @@ def balance_penalties(
 
     Returns ``(codes,)`` float64 per level, the lowest of each 0, in squared units of the rows.
 
-    Cost: ``rounds`` + 1 encodings of all rows.
+    Cost: 21 encodings of all rows.
 
     Shapes: ``rows`` (items, dim), ``codebooks`` (codes, dim).
     """
-    if not 0 <= strength < float("inf") or rounds < 1:
-        raise UsageError(
-            f"strength={strength}, rounds={rounds}: give a strength of 0 or more and at least 1 "
-            "round"
-        )
+    if not 0 <= strength < float("inf"):
+        raise UsageError(f"strength={strength}: give 0 or more")
     penalties = [np.zeros(len(book)) for book in codebooks]
     if strength == 0:
         return penalties
     sizes, residual = _sizes(rows, codebooks, penalties, columns or rows.dim, beam_width, threads)
     highest = strength * residual
     best, best_entropy = penalties, _entropy(sizes)
-    for number in range(1, rounds + 1):
+    for number in range(1, BALANCE_ROUNDS + 1):
         # Raise the penalty of codewords larger than the mean size and lower that of smaller ones.
         # Steps fall with 1 / sqrt(round), so that sizes settle.
         step = STEP * highest / np.sqrt(number)

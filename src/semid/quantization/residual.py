@@ -145,12 +145,10 @@ def encode_residual(
     return ResidualCodes(codes, np.sqrt(squared).astype(np.float32))
 
 
-def dequantize(
-    codes: npt.NDArray[np.integer], codebooks: Sequence[Array], *, levels: int | None = None
-) -> Array:
+def dequantize(codes: npt.NDArray[np.integer], codebooks: Sequence[Array]) -> Array:
     """Sum the codewords of each row's codes ``(n, levels)``, in level order: ``(n, dim)``."""
     total = np.zeros((len(codes), codebooks[0].shape[1]), dtype=np.float32)
-    for level, codebook in list(enumerate(codebooks))[:levels]:
+    for level, codebook in enumerate(codebooks):
         total += codebook[codes[:, level]]
     return total
 

@@ -49,7 +49,7 @@ def info_nce(
     return 0.5 * (anchor_loss + positive_loss)
 
 
-def uniformity(z: Tensor, *, sharpness: float = 2.0) -> Tensor:
+def uniformity(z: Tensor) -> Tensor:
     """Log of the mean Gaussian potential of rows ``(n, latent)``; lower is more even.
 
     On the sphere (Wang and Isola 2020, eq. 2).
@@ -59,7 +59,7 @@ def uniformity(z: Tensor, *, sharpness: float = 2.0) -> Tensor:
         # |a - b|^2 = 2 - 2 cos(a, b) on the unit sphere; rounding may leave a small negative.
         squared_distances = (2.0 - 2.0 * (unit @ unit.t())).clamp_min(0.0)
     different = ~torch.eye(len(z), dtype=torch.bool, device=z.device)
-    return (-sharpness * squared_distances[different]).exp().mean().log()
+    return (-2.0 * squared_distances[different]).exp().mean().log()
 
 
 EVALUATION_ROWS = 4096
