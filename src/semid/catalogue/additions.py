@@ -149,6 +149,7 @@ def add_items(
     check_threshold(threshold)
     check_model(catalogue, tokenizer)
     opened = open_embeddings(source, ids=ids)
+    # The reference of novelty is fixed at the first addition and travels with the ids.
     quantiles = norm_quantiles(catalogue, tokenizer)
     encoded = tokenizer.encode(opened, beam_width=catalogue.info.beam_width, progress=progress)
     # Items that were published keep their id; those whose codes would differ today are counted.
@@ -164,6 +165,7 @@ def add_items(
         np.concatenate([catalogue.residual_norms, added.residual_norms]),
         catalogue.info.model,
     )
+    # New rows are placed around the published ones, whose codes are given and stay.
     placeholder = np.zeros((len(new), catalogue.levels), catalogue.codes.dtype)
     unique = place(
         plain,

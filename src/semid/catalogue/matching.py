@@ -106,6 +106,7 @@ def match_codes(
             "the codebook sizes and the width"
         )
     codes = len(new_codebook)
+    # Cost of giving new codeword i the number j: minus the weight of the items that would keep j.
     # weight[new, old]: weight of the items that have these two codes.
     pair = new.astype(np.int64) * codes + old.astype(np.int64)
     weight = np.bincount(pair, weights=weights, minlength=codes * codes).reshape(codes, codes)

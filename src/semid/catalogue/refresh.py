@@ -265,6 +265,7 @@ class _Run:
 
     def renumbered(self, model: Tokenizer) -> Tokenizer:
         """Renumber a model's codewords after the previous generation's."""
+        # Numbers are free: a level's codewords take those of the old ones that share most items.
         new, weights = self.encode(model)[self.rows], self.weights
         if weights is not None:  # items without popularity count a little, to be matched too
             weights = weights + 1e-3 * max(float(weights.mean()), 1e-12)

@@ -188,6 +188,7 @@ def shard_loads(
     units: Sequence[Unit], train: Sequence[int], workers: int
 ) -> tuple[list[tuple[Any, ...]], list[tuple[int, int]]]:
     """Lay out the training rows: arguments of `FitWorker.load`, and the rows of each worker."""
+    # Shards are cut between blocks of training rows, which units and files do not know of.
     stops = np.cumsum(train, dtype=np.int64)
     spans = shard_spans(int(stops[-1]), workers)
     loads: list[tuple[Any, ...]] = []

@@ -161,6 +161,7 @@ class HuggingFaceExport:
         if [len(level) for level in token_ids] != [len(level) for level in self.tokens]:
             raise UsageError("token_ids do not match the levels; give what add_tokens returned")
         tables = [model.get_input_embeddings(), model.get_output_embeddings()]
+        # Tied tables are one tensor, which is written once.
         weights = {id(table.weight): table.weight for table in tables if table is not None}
         new = torch.tensor([number for level in token_ids for number in level])
         for weight in weights.values():
@@ -169,6 +170,7 @@ class HuggingFaceExport:
                     f"the model has {len(weight)} embeddings, token {int(new.max())} lies outside; "
                     "give the model to add_tokens, or call model.resize_token_embeddings"
                 )
+            # Mean and spread of what the model has learned; the new rows are still noise.
             is_old = torch.ones(len(weight), dtype=torch.bool)
             is_old[new] = False
             old = weight[is_old.to(weight.device)].float()

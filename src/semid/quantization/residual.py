@@ -57,6 +57,12 @@ class ResidualCodes:
     codes: Labels  # (n, levels) int64
     residual_norms: Array  # (n,) float32, length of the residual after the last level
 
+    @classmethod
+    def of(cls, codes: Labels, residual: Array) -> ResidualCodes:
+        """Return codes with the lengths of the residuals ``(n, dim)``, summed in float64."""
+        squared = np.einsum("nd,nd->n", residual, residual, dtype=np.float64)
+        return cls(codes, np.sqrt(squared).astype(np.float32))
+
 
 def fit_residual(
     blocks: Blocks | ShardedMatrix,
@@ -141,8 +147,7 @@ def encode_residual(
         for level, codebook in enumerate(codebooks):
             codes[:, level], _ = assign(residual, codebook, threads=threads)
             residual = residual - codebook.codewords.numpy()[codes[:, level]]
-    squared = np.einsum("nd,nd->n", residual, residual, dtype=np.float64)
-    return ResidualCodes(codes, np.sqrt(squared).astype(np.float32))
+    return ResidualCodes.of(codes, residual)
 
 
 def dequantize(codes: npt.NDArray[np.integer], codebooks: Sequence[Array]) -> Array:

@@ -185,7 +185,8 @@ class BARQ(ContinuousTokenizer):
         content = Content(**arrays, threads=self.threads)
         self._blend = self._new_blend(content, 1.0)
         if self._autoencoder is not None:
-            # The directions' variance becomes `behavior_weight` times that of the content.
+            # Without a scale the wider part would decide all codes, whatever the weight says: the
+            # directions' variance becomes `behavior_weight` times that of the content.
             variances = [
                 Moments.of((start, part(x)) for start, x in train.blocks()).variance
                 for part in (content, self._blend.directions)
@@ -219,6 +220,8 @@ class BARQ(ContinuousTokenizer):
     ) -> tuple[list[Array], list[dict[str, Any]]]:
         """K-means of the levels with behavior, then of the others on the rest of the content."""
         first, content = groups[-1].levels, groups[0].columns.stop
+        # The first levels cluster content and behavior together: an item's first code says what
+        # it goes with.
         books, records = self._fit_stage("blend", space, slice(first), self.seed, context)
         if first < self.levels:
             # Deeper levels quantize the content that greedy codes of the first ones leave.
@@ -294,6 +297,8 @@ class BARQ(ContinuousTokenizer):
             rows = self._blended(blocks)
             return blocks, self._encode_rows(rows, self._codebook_index, beam_width=self.beam_width)
 
+        # Codebooks are fitted to encode; a row's codes say more of it than their sum. The tables
+        # are what the codes predict best, of components that were not quantized too.
         fitted = with_codes(train)
         validation = None if held_out is None else with_codes(held_out)
         targets: dict[str, tuple[Callable[[Array], Array], int]] = {

@@ -108,6 +108,7 @@ class HealthCounter:
         """Return the verdict on what was counted; ``codebooks`` (codes, latent) per level."""
         used = self.usage()
         errors = self.relative_errors
+        # Of rows that are neither known to be trained on nor held out there is one error of all.
         known = bool(self.training.rows or self.validation.rows)
         if overlaps is None:
             overlaps = self._overlaps(codebooks, used)

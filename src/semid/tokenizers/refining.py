@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from semid.data.embeddings import open_embeddings
 from semid.data.ids import held_out_mask
-from semid.errors import EmbeddingError, UsageError
+from semid.errors import UsageError
 from semid.progress import Progress, QuietProgress
 from semid.quantization.blocks import Blocks, in_memory, map_rows
 from semid.quantization.refine import RefineOptions, refine_residual
@@ -65,11 +65,8 @@ def refine(
             "refine a tokenizer with residual levels, such as rqkmeans"
         )
     opened = open_embeddings(source, ids=ids)
-    if opened.dim != tokenizer.dim:
-        raise EmbeddingError(
-            f"these embeddings have width {opened.dim}, the tokenizer was fitted on width "
-            f"{tokenizer.dim}; give the embeddings it was fitted on"
-        )
+    tokenizer._check_width(opened)
+    # The items that the fit held out are not trained on here either: they choose ridge and end.
     held_out = held_out_mask(opened.ids, tokenizer.validation_fraction, salt=HELD_OUT_SALT)
     train, validation = opened.subset(~held_out), opened.subset(held_out)
     train_mass = train_weights(item_weights(weights, len(opened)), ~held_out)

@@ -85,9 +85,7 @@ class ParallelTokenizer(MovingAverageTokenizer):
         codes = np.empty((len(x), self.levels), dtype=np.int64)
         for level, (space, book) in enumerate(zip(spaces, self._codebook_index, strict=True)):
             codes[:, level], _ = assign(space, book, threads=self.threads)
-        residual = _mean(spaces) - self._quantize_codes(codes)
-        norms = np.sqrt(np.einsum("nd,nd->n", residual, residual, dtype=np.float64))
-        return ResidualCodes(codes, norms.astype(np.float32))
+        return ResidualCodes.of(codes, _mean(spaces) - self._quantize_codes(codes))
 
     def _spaces(self, z: Array) -> list[Array]:
         """Return the latent that each codebook quantizes; one for all without projections."""

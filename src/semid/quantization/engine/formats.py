@@ -95,6 +95,7 @@ class QueryBlock:
         center_queries(x, rows, center, factor, not l2, self.y, self.half_square)
         self.length[:rows] = np.sqrt(2.0 * np.maximum(self.half_square[:rows], 0.0))
         self.length[rows:] = 0.0
+        # The score that an entry at the distance `within` has: half |y|^2 less half of it.
         self._attained = (
             None if within is None else self.half_square[:rows] - 0.5 * within * factor * factor
         )
@@ -121,6 +122,7 @@ class QueryBlock:
 
         Shapes: ``residual`` (limit,).
         """
+        # What rounding of both sides and of the sums may add to a score, then what the format adds.
         length = self.length
         bound = table.score_error(length, residual, entry_residual, relative=relative)
         self.bound[:] = bound + absolute + 2.0**-60
@@ -157,6 +159,7 @@ class QueryBlock:
                 self.top[:rows] = np.clip(np.floor(stored), LOWEST, -LOWEST)
             else:
                 self.top[:rows] = np.nextafter(stored.astype(np.float32), np.float32(-np.inf))
+        # Rows that were not centered, too far away or not finite, have no scores.
         self.counts[:] = 0
         self.counts[:rows][self.half_square[:rows] < 0] = -1
 

@@ -107,6 +107,7 @@ class Autoencoder(nn.Module):
 
     def _initialize_(self, seed: int) -> None:
         """Draw weights uniform in ``sqrt(6 / fan_in)`` (He), half of that at the two ends."""
+        # ReLU halves the variance of a layer's input, linear outputs do not.
         generator = torch_generator(seed, "weights")
         for stack in (self.projections, self.encoder, self.decoder):
             for number, layer in enumerate(stack):
