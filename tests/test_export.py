@@ -26,7 +26,7 @@ from semid.errors import (
     OutputExistsError,
     UsageError,
 )
-from semid.exports.encoders import codes_graph
+from semid.exports.encoders import CodesGraph
 from semid.exports.formats import EXPORTS, export, import_ids
 from semid.exports.id_files import level_letter, parse_text, sid_text
 from semid.exports.sequences import crc32c
@@ -279,7 +279,7 @@ def check_codes(codes: np.ndarray, tokenizer, x: np.ndarray) -> None:
 @pytest.mark.parametrize("make", TOKENIZERS.values(), ids=TOKENIZERS.keys())
 def test_graph_gives_the_codes_of_encode(make):
     tokenizer, x = make(), rows(500, seed=4)
-    check_codes(codes_graph(tokenizer)(torch.from_numpy(x)).numpy(), tokenizer, x)
+    check_codes(CodesGraph(tokenizer)(torch.from_numpy(x)).numpy(), tokenizer, x)
     assert len(np.unique(tokenizer.encode(x).codes, axis=0)) > 8  # the codes say something
 
 
@@ -323,7 +323,7 @@ def test_a_tokenizer_joins_by_its_encoder_module(tmp_path):
 
     tokenizer = drawn_tokenizer()
     tokenizer.__class__ = Own
-    codes = codes_graph(tokenizer)(torch.from_numpy(rows())).numpy()
+    codes = CodesGraph(tokenizer)(torch.from_numpy(rows())).numpy()
     assert np.array_equal(codes, tokenizer.encode(rows()).codes)
 
 

@@ -563,13 +563,13 @@ def test_renumbered_codewords_decode_alike(make, fitted, clustered):
 
 
 def test_the_exported_graph_gives_the_same_codes(make, fitted, clustered):
-    from semid.exports.encoders import codes_graph
+    from semid.exports.encoders import CodesGraph
 
     tokenizer = fitted(make)
     if tokenizer.kind == "lloyd":
         with pytest.raises(UsageError, match="encoder_module"):
-            codes_graph(tokenizer)
+            CodesGraph(tokenizer)
         return
-    codes = codes_graph(tokenizer)(torch.from_numpy(clustered)).numpy()
+    codes = CodesGraph(tokenizer)(torch.from_numpy(clustered)).numpy()
     # A network may add in another order, which decides near-ties; a beam among equal parents too.
     assert (codes == tokenizer.encode(clustered).codes).mean() > 0.999

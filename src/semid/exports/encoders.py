@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -26,35 +24,25 @@ from semid.tokenizers.base import Tokenizer
 
 
 class CodesGraph(nn.Module):
-    """Rows to codes: an encoder, then the nearest codewords of each level.
+    """Rows to codes as a module that can be traced: an encoder, then the nearest codewords.
 
-    Args:
-        encoder: module from rows ``(batch, dim)`` to latents.
-        codebooks: ``(codes, width)`` float32 per level.
-        hierarchical: whether levels quantize residuals; otherwise they are parallel.
-        slices: columns of the latent that each parallel codebook quantizes; None means all.
-        beam_width: partial codes per row, for residual levels.
+    Raises:
+        NotFittedError: before `fit`.
+        UsageError: if the tokenizer has no ``encoder_module``.
     """
 
-    def __init__(
-        self,
-        encoder: nn.Module,
-        codebooks: Sequence[npt.NDArray[np.float32]],
-        *,
-        hierarchical: bool,
-        slices: Sequence[slice] | None = None,
-        beam_width: int = 1,
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__()
-        self.encoder = encoder
-        self.levels = len(codebooks)
-        self.hierarchical = hierarchical
-        self.slices = slices
-        self.beam_width = beam_width
-        for level, codebook in enumerate(codebooks):
+        self.levels, self.hierarchical = tokenizer.levels, tokenizer.hierarchical
+        # Columns of the latent that each parallel codebook quantizes; None means all.
+        self.slices = tokenizer.latent_slices if tokenizer.combine == "concat" else None
+        self.beam_width = tokenizer.beam_width
+        for level, codebook in enumerate(tokenizer.codebooks):
             codewords = torch.from_numpy(np.array(codebook, dtype=np.float32))
             self.register_buffer(f"book_{level}", codewords)
             self.register_buffer(f"squares_{level}", codewords.double().square().sum(dim=1))
+        self.encoder = tokenizer.encoder_module()
+        self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return codes ``(batch, levels)`` int64 of rows ``(batch, dim)`` float32."""
@@ -110,24 +98,6 @@ class CodesGraph(nn.Module):
                 codes = torch.cat([prefix, code[:, :, None]], 2)
         assert codes is not None
         return codes[:, 0]
-
-
-def codes_graph(tokenizer: Tokenizer) -> CodesGraph:
-    """Return a tokenizer's encoder as a module that can be traced.
-
-    Raises:
-        NotFittedError: before `fit`.
-        UsageError: if the tokenizer has no ``encoder_module``.
-    """
-    codebooks = tokenizer.codebooks
-    graph = CodesGraph(
-        tokenizer.encoder_module(),
-        codebooks,
-        hierarchical=tokenizer.hierarchical,
-        slices=tokenizer.latent_slices if tokenizer.combine == "concat" else None,
-        beam_width=tokenizer.beam_width,
-    )
-    return graph.eval()
 
 
 def write_onnx_graph(
@@ -197,7 +167,7 @@ def _write_torch_export(path: Path, *, tokenizer: Tokenizer) -> None:
 
 def _traced(tokenizer: Tokenizer) -> tuple[CodesGraph, tuple[Tensor], dict[str, Any]]:
     dynamic = {"x": {0: torch.export.Dim("batch")}}
-    return codes_graph(tokenizer), (torch.zeros((2, tokenizer.dim)),), dynamic
+    return CodesGraph(tokenizer), (torch.zeros((2, tokenizer.dim)),), dynamic
 
 
 def _write_faiss(path: Path, *, ids: SemanticIds, tokenizer: Tokenizer) -> None:
