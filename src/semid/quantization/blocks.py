@@ -25,6 +25,8 @@ from semid.quantization.threads import map_blocks
 
 Array = npt.NDArray[np.float32]
 BLOCK_ROWS = 65_536
+# Rows that are read again and again are held in memory up to this size.
+MEMORY_BYTES = 1 << 30
 
 # Views on rows --------------------------------------------------------------------------------
 
@@ -166,7 +168,7 @@ class Preprocess:
         return block if self.mean is None else block + self.mean
 
 
-def in_memory(blocks: Blocks, *, limit_bytes: int) -> Blocks:
+def in_memory(blocks: Blocks, *, limit_bytes: int = MEMORY_BYTES) -> Blocks:
     """Read ``blocks`` into one float32 matrix if it fits ``limit_bytes``; results are the same."""
     if isinstance(blocks, ArrayBlocks) or len(blocks) * blocks.dim * 4 > limit_bytes:
         return blocks

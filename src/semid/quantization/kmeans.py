@@ -219,19 +219,11 @@ def draw_sample(
 
 
 def sampled(
-    rows: ShardedMatrix,
-    sample: npt.NDArray[np.int64],
-    *,
-    threads: int | None,
-    memory_bytes: int = 0,
+    rows: ShardedMatrix, sample: npt.NDArray[np.int64], *, threads: int | None
 ) -> ShardedMatrix:
     """Bring a sample's rows, and their weights, into this process."""
-    return as_sharded(
-        WritableBlocks(rows.rows(sample)),
-        weights=None if rows.weights is None else rows.weights[sample],
-        threads=threads,
-        memory_bytes=memory_bytes,
-    )
+    weights = None if rows.weights is None else rows.weights[sample]
+    return as_sharded(WritableBlocks(rows.rows(sample)), weights=weights, threads=threads)
 
 
 def _lloyd(

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from semid.quantization.blocks import Blocks
+from semid.quantization.blocks import MEMORY_BYTES, Blocks
 from semid.quantization.engine.keys import resolve_children, scan_children
 from semid.quantization.engine.table import aligned, float32_rows, padded
 from semid.quantization.engine.vector import SCAN
@@ -73,7 +73,7 @@ def fit_residual(
     weights: npt.NDArray[np.float64] | None = None,
     init: Sequence[Array] | None = None,
     threads: int | None = None,
-    memory_bytes: int = 1 << 30,
+    memory_bytes: int = MEMORY_BYTES,
     done: Sequence[tuple[Array, Labels, LevelFit]] = (),
     state: KMeansState | None = None,
     on_iteration: Callable[[int, KMeansState], None] | None = None,
@@ -89,7 +89,7 @@ def fit_residual(
     sample = draw_sample(rows, max(codebook_sizes), seed=seed, options=options)
     train = rows
     if sample is not None:
-        train = sampled(rows, sample, threads=threads, memory_bytes=memory_bytes)
+        train = sampled(rows, sample, threads=threads)
     codebooks: list[Array] = []
     fits: list[LevelFit] = []
     for codebook, labels, fit in done:  # levels of the run that is continued

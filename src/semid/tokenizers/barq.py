@@ -42,9 +42,6 @@ Array = npt.NDArray[np.float32]
 
 DEFAULT_LATENT = 64
 
-MEMORY_BYTES = 1 << 30
-"""The blend of the training rows is held in memory up to this size."""
-
 STORED = {"content": "content", "behavior": "behaviour"}
 """Decoding tables -> names of their tensors in an artefact, part of the weights fingerprint."""
 
@@ -213,7 +210,7 @@ class BARQ(ContinuousTokenizer):
 
     def _space(self, blocks: Blocks) -> Blocks:
         """Return the blend of preprocessed rows, held in memory where it fits a gigabyte."""
-        return in_memory(self._blended(blocks), limit_bytes=MEMORY_BYTES)
+        return in_memory(self._blended(blocks))
 
     def _fit_levels(
         self, space: Blocks, groups: Sequence[ColumnGroup], context: FitContext

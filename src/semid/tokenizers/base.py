@@ -33,12 +33,11 @@ from semid.tokenizers.context import (
     EncodedBlock,
     FitContext,
     InputScan,
-    check_beam,
+    check_beam_width,
     check_enough,
     codes_within,
     data_digest,
     item_weights,
-    refuse_behavior,
     scan,
     train_weights,
 )
@@ -119,7 +118,14 @@ class Tokenizer(StoredTokenizer):
         self, interactions: Any, pairs: Any, *, ids: ItemIds, train: npt.NDArray[np.bool_]
     ) -> Behavior | None:
         """Return pairs to learn from; one that learns from embeddings alone refuses any."""
-        refuse_behavior(self.kind, interactions=interactions, pairs=pairs)
+        sources = {"interactions": interactions, "pairs": pairs}
+        names = [name for name, value in sources.items() if value is not None]
+        if names:
+            raise UsageError(
+                f"{self.kind} learns from embeddings alone, so {' and '.join(names)} "
+                f"(--{names[0]}) would not be used; leave them out, or take drqvae with "
+                "--contrastive-weight (contrastive_weight=) above 0"
+            )
         return None
 
     def _start_from(self, previous: Self) -> None:
@@ -383,7 +389,12 @@ class Tokenizer(StoredTokenizer):
             UsageError: if ``beam_width`` is below 1, or above 1 for parallel codebooks.
         """
         width = self.beam_width if beam_width is None else beam_width
-        check_beam(width, kind=self.kind, hierarchical=self.hierarchical)
+        check_beam_width(width)
+        if width > 1 and not self.hierarchical:
+            raise UsageError(
+                f"beam_width={width}: the codebooks of {self.kind} are parallel and each takes its "
+                "nearest codeword; leave --beam-width (beam_width) out"
+            )
         return CodesInfo(
             tokenizer=self.kind,
             codebook_sizes=self.codebook_sizes,

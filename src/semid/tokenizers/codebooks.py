@@ -12,7 +12,7 @@ import numpy.typing as npt
 from semid.data.source import EmbeddingSource
 from semid.options import MAX_BEAM, option
 from semid.progress import Progress
-from semid.quantization.blocks import Blocks, Preprocess
+from semid.quantization.blocks import MEMORY_BYTES, Blocks, Preprocess
 from semid.quantization.kmeans import KMeansResult, KMeansState
 from semid.quantization.nearest import IndexedCodebook, index_codebook
 from semid.quantization.residual import LevelFit, ResidualCodes, encode_residual, fit_residual
@@ -31,9 +31,6 @@ from semid.training.distributed import (
 )
 
 Array = npt.NDArray[np.float32]
-
-MEMORY_BYTES = 1 << 30
-"""Training rows are held in memory up to this size."""
 
 STATE_RECORD = ("restart", "iteration", "inertia", "best_inertia")
 STATE_ARRAYS = ("centroids", "best_centroids")

@@ -209,17 +209,6 @@ def train_weights(
     return weights
 
 
-def refuse_behavior(kind: str, **behavior: Any) -> None:
-    """Refuse interactions and pairs on behalf of a tokenizer that would not use them."""
-    names = [name for name, value in behavior.items() if value is not None]
-    if names:
-        raise UsageError(
-            f"{kind} learns from embeddings alone, so {' and '.join(names)} (--{names[0]}) would "
-            "not be used; leave them out, or take drqvae with --contrastive-weight "
-            "(contrastive_weight=) above 0"
-        )
-
-
 def data_digest(
     rows: str, weights: npt.NDArray[np.float64] | None, behavior: Behavior | None
 ) -> str:
@@ -236,13 +225,3 @@ def check_beam_width(width: int) -> None:
     """Refuse a beam that is no width."""
     if not 1 <= width <= MAX_BEAM:
         raise UsageError(f"beam_width={width}: give 1 to {MAX_BEAM}")
-
-
-def check_beam(width: int, *, kind: str, hierarchical: bool) -> None:
-    """Refuse a beam that is no width, or one over parallel codebooks, where it would do nothing."""
-    check_beam_width(width)
-    if width > 1 and not hierarchical:
-        raise UsageError(
-            f"beam_width={width}: the codebooks of {kind} are parallel and each takes its nearest "
-            "codeword; leave --beam-width (beam_width) out"
-        )

@@ -20,7 +20,6 @@ from semid.tokenizers.context import item_weights, scan, train_weights
 from semid.tokenizers.stored import HELD_OUT_SALT
 
 Refinable = TypeVar("Refinable", bound=Tokenizer)
-MEMORY_BYTES = 1 << 30
 
 
 def refine(
@@ -73,7 +72,7 @@ def refine(
     width = tokenizer.latent_dim
 
     def latents(rows: Blocks) -> Blocks:
-        return in_memory(map_rows(rows, tokenizer._latent_block, width), limit_bytes=MEMORY_BYTES)
+        return in_memory(map_rows(rows, tokenizer._latent_block, width))
 
     scanned = scan(opened, ~held_out, progress)
     progress.start("refine", total=options.most_rounds)

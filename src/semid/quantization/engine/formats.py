@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from semid.quantization.engine.keys import L2
-from semid.quantization.engine.sweep import F32, F64, I32, I64, scan, sweep, trim_rows
+from semid.quantization.engine.sweep import F32, F64, I32, I64, scan, sweep
 from semid.quantization.engine.table import (
     START_LIMIT,
     Operand,
@@ -173,13 +173,6 @@ class QueryBlock:
     def _many(self) -> tuple[Any, Any]:
         """Return the last arguments of `scan`."""
         return (None, None) if self.best_only else (self.k, self.scratch)
-
-    def trim_all(self) -> None:
-        """Drop the candidates that the final ``k``-th best score of each row rules out."""
-        trim_rows(
-            self.rows, self.k, self.margin, self.top, self.counts, self.candidates, self.scores,
-            self.scratch,
-        )  # fmt: skip
 
 
 class _Fused:

@@ -26,6 +26,7 @@ from semid.quantization.engine.formats import (
     QueryBlock,
 )
 from semid.quantization.engine.keys import L2, norms, resolve_best, resolve_many
+from semid.quantization.engine.sweep import trim_rows
 from semid.quantization.engine.table import Operand, VectorTable, float32_rows, padded
 from semid.quantization.engine.x86 import AMX, AVX2, AVX512, ROW_TILE
 from semid.quantization.threads import map_blocks
@@ -128,7 +129,11 @@ def search(
                 labels[span, 0], keys[span, 0],
             )  # fmt: skip
             return int(measured)
-        block.trim_all()
+        # Drop what the final k-th best score of each row rules out.
+        trim_rows(
+            block.rows, block.k, block.margin, block.top, block.counts, block.candidates,
+            block.scores, block.scratch,
+        )  # fmt: skip
         lengths = np.empty(len(x))
         norms(x, lengths)
         excluded = np.full(len(x), -1) if exclude is None else exclude[span]

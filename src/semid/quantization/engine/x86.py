@@ -97,15 +97,6 @@ class _BFloat(ir.types.Type):  # type: ignore[misc]
 
 
 @functools.cache
-def host_features() -> frozenset[str]:
-    """Return the CPU features LLVM sees on this machine."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return frozenset()
-    features = llvmlite.binding.get_host_cpu_features()
-    return frozenset(name for name, present in features.items() if present)
-
-
-@functools.cache
 def _tile_permission() -> bool:
     """Ask Linux for the tile registers; granted once for the whole process."""
     if not sys.platform.startswith("linux"):
@@ -120,7 +111,9 @@ def _tile_permission() -> bool:
 
 def missing_features(*needed: str) -> str | None:
     """Name what this machine lacks, or None; asks for the tile registers where AMX is needed."""
-    lacking = [name for name in needed if name not in host_features()]
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    features = llvmlite.binding.get_host_cpu_features() if x86 else {}
+    lacking = [name for name in needed if not features.get(name, False)]
     if lacking:
         return "the chip has no " + ", ".join(lacking)
     if any(name.startswith("amx") for name in needed) and not _tile_permission():

@@ -37,9 +37,6 @@ Array = npt.NDArray[np.float32]
 INITIAL = KMeansOptions(max_iter=10)
 """K-means that starts a codebook: training moves the codewords on, so it need not converge."""
 
-LATENT_BYTES = 1 << 30
-"""Latents of the whole data set are held up to this size while codebooks are started."""
-
 MIN_PERPLEXITY_SHARE = 0.125
 """A level with a perplexity below this share of what is attainable makes a checkpoint unhealthy."""
 
@@ -62,7 +59,7 @@ def initialize_(
     threads: int | None = None,
 ) -> None:
     """Start every codebook by K-means over all ``(rows, latent)`` latents, not those of a batch."""
-    latents = in_memory(latents, limit_bytes=LATENT_BYTES)
+    latents = in_memory(latents)
     codebooks = quantizer.codebooks
 
     def set_codebook(codebook: Codebook, result: KMeansResult) -> None:
@@ -98,9 +95,9 @@ def initialize_(
 
 
 def _projected(latents: Blocks, projection: nn.Module) -> Blocks:
-    assert isinstance(projection, nn.Linear)
-    weight = projection.weight.detach().cpu().numpy().T.copy()
-    return map_rows(latents, lambda z: z @ weight, latents.dim)
+    (weight,) = projection.parameters()
+    matrix = weight.detach().cpu().numpy().T.copy()
+    return map_rows(latents, lambda z: z @ matrix, latents.dim)
 
 
 class QuantizedAutoencoder(nn.Module):
