@@ -10,7 +10,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -235,13 +234,21 @@ def fit_on_ray(
         ray, 3 * 4 * largest * (dim + 1) * 8, what=f"the sums of {largest} x {dim} codewords"
     )
     held_out = tokenizer.validation_fraction
-    arguments = {"held_out": held_out, "codes": largest, "threads": options.cpus_per_worker}
-    arguments["memory_bytes"] = memory_bytes
-    make = partial(_make_worker, catalogue, shares, arguments)
+
+    def make(place: int) -> FitWorker:
+        return FitWorker(
+            catalogue,
+            shares[place],
+            held_out=held_out,
+            codes=largest,
+            threads=options.cpus_per_worker,
+            memory_bytes=memory_bytes,
+        )
+
     shards = RayShardPool(ray, make, options, size=len(shares))
     try:
         steps.start("read", total=len(catalogue))
-        scans: list[ShardScan] = list(_everyone(shards, "scan").values())
+        scans: list[ShardScan] = shards.pool.ask_all("scan")
         steps.step(len(catalogue))
         train = [count for each in scans for count in each.train]
         trained = sum(train)
@@ -265,16 +272,6 @@ def fit_on_ray(
         shards.close()
 
 
-def _make_worker(
-    catalogue: Catalogue, shares: list[list[Unit]], options: dict[str, Any], place: int
-) -> FitWorker:
-    return FitWorker(catalogue, shares[place], **options)
-
-
-def _everyone(shards: RayShardPool, method: str, *arguments: Any) -> dict[int, Any]:
-    return shards.pool.ask(dict.fromkeys(range(shards.pool.size), (method, arguments)))
-
-
 def _evaluate(
     shards: RayShardPool,
     tokenizer: Tokenizer,
@@ -285,7 +282,7 @@ def _evaluate(
 ) -> FitReport:
     """Judge every row once; ids meet in parts, so no machine holds those of all items."""
     model = shards.ray.put(tokenizer)
-    counters = list(_everyone(shards, "evaluate", model, mean).values())
+    counters = shards.pool.ask_all("evaluate", model, mean)
     whole = counters[0]
     for counter in counters[1:]:
         whole.merge(counter)

@@ -187,6 +187,11 @@ class WorkerPool:
                     ref = self.start(place, name, *args)
         return answers
 
+    def ask_all(self, method: str, *arguments: Any) -> list[Any]:
+        """Call a method of every worker and return the answers in the order of their places."""
+        answers = self.ask(dict.fromkeys(range(self.size), (method, arguments)))
+        return [answers[place] for place in range(self.size)]
+
     def get(self, ref: Any) -> Any:
         """Wait for an answer; what a worker raised on purpose is raised here as it was."""
         try:
