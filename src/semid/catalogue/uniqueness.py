@@ -210,26 +210,39 @@ def place(
         )
     plain.check_codebook(tokenizer.codebook_fingerprint)
     published = np.zeros(len(plain), bool) if published is None else published
+    steps = progress or QuietProgress()
+    return _reassign(plain, target, published, codes, capacity or 1, tokenizer, source, steps)
+
+
+def _reassign(
+    plain: SemanticIds,
+    target: CodesInfo,
+    published: npt.NDArray[np.bool_],
+    codes: npt.NDArray[np.integer[Any]] | None,
+    capacity: int,
+    tokenizer: Tokenizer,
+    source: EmbeddingSource,
+    progress: Progress,
+) -> UniqueIds:
     # Published rows need no embedding: their codes are fixed and are never compared.
     rows = np.full(len(plain), -1, np.int64)
     new = np.flatnonzero(~published)
     rows[new] = rows_of(plain.items.take(new), source)
-    limit = capacity or 1
     placed, unplaced, extra = reassign_codes(
         tokenizer,
         source,
         rows,
         plain,
-        capacity=limit,
+        capacity=capacity,
         published=published,
         codes=codes,
-        progress=progress or QuietProgress(),
+        progress=progress,
     )
     ids = SemanticIds(
         plain.items,
         placed.astype(plain.codes.dtype),
         plain.residual_norms,
-        replace(target, capacity=limit),
+        replace(target, capacity=capacity),
         plain.codes,
     )
     moved = np.flatnonzero((ids.codes != plain.codes).any(axis=1) & ~published)
@@ -241,7 +254,9 @@ def place(
         for sign, part_codes in ((1.0, ids.codes[part]), (-1.0, plain.codes[part])):
             residual = latent - tokenizer.quantize(part_codes)
             added += sign * float(np.einsum("nd,nd->", residual, residual, dtype=np.float64))
-    report = _report(plain, ids, "reassign", limit, unplaced, added, float(extra.max(initial=0.0)))
+    report = _report(
+        plain, ids, "reassign", capacity, unplaced, added, float(extra.max(initial=0.0))
+    )
     return UniqueIds(ids, report)
 
 

@@ -8,7 +8,8 @@ itself; each file is written again with its tokens. Memory: one part, or one fil
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,16 +30,6 @@ from semid.tokenizers.encoding import new_folder, refuse_repeats
 
 PART_ROWS = 8_000_000
 """Rows of a part, about: half a gigabyte while it is numbered."""
-
-
-@dataclass
-class _Counts:
-    items: int = 0
-    unique: int = 0
-    shared: int = 0
-    shared_after: int = 0
-    unplaced: int = 0
-    squares: float = 0.0
 
 
 def unique_folder(
@@ -69,7 +60,7 @@ def unique_folder(
             _share_out(files, info, folder, count)
             largest = max(_number(folder, part) for part in range(count))
             size = capacity or token_count(np.array([largest]))
-            counts = _count(folder, count, size)
+            report = _report(folder, count, size)
             extended = replace(info, unique="append", codebook_sizes=(*info.codebook_sizes, size))
             with new_folder(output, overwrite=overwrite) as target:
                 for number, file in enumerate(files):
@@ -86,22 +77,7 @@ def unique_folder(
                             model_codes=codes,
                         ),
                     )
-    items = max(counts.items, 1)
-    return UniqueReport(
-        method="append",
-        capacity=size,
-        items=counts.items,
-        unique_before=counts.unique,
-        unique_after=counts.items - counts.unplaced,
-        shared_before=counts.shared,
-        shared_after=counts.shared_after,
-        moved=0,
-        unplaced=counts.unplaced,
-        distortion_before=counts.squares / items,
-        distortion_after=counts.squares / items,
-        largest_extra=0.0,
-        unplaced_rows=np.empty(0, np.int64),
-    )
+    return report
 
 
 def _metadata(files: list[FilePath]) -> tuple[CodesInfo, int]:
@@ -174,9 +150,10 @@ def _number(folder: Path, part: int) -> int:
     return int(tokens.max(initial=0))
 
 
-def _count(folder: Path, parts: int, size: int) -> _Counts:
+def _report(folder: Path, parts: int, capacity: int) -> UniqueReport:
     """Add up what the report says, part by part."""
-    counts = _Counts()
+    totals: Counter[str] = Counter()
+    squares = 0.0
     for part in range(parts):
         names = sorted((folder / f"part-{part:05d}").glob("tokens-*"))
         table = pa.concat_tables([pq.read_table(name) for name in names])
@@ -185,15 +162,27 @@ def _count(folder: Path, parts: int, size: int) -> _Counts:
         tokens = table["token"].to_numpy()
         _, sizes = np.unique(bucket_keys(_codes(table)), return_counts=True)
         norms = table["residual_norm"].to_numpy().astype(np.float64)
-        over = sizes[sizes > size]
-        counts.items += len(table)
-        counts.unique += len(sizes)
-        counts.shared += int(sizes[sizes > 1].sum())
+        over = sizes[sizes > capacity]
+        totals["items"] += len(table)
+        totals["unique_before"] += len(sizes)
+        totals["shared_before"] += int(sizes[sizes > 1].sum())
         # The last token of a full bucket is shared by all that found no place, and its first owner.
-        counts.shared_after += int((over - size + 1).sum())
-        counts.unplaced += int((tokens >= size).sum())
-        counts.squares += float((norms**2).sum())
-    return counts
+        totals["shared_after"] += int((over - capacity + 1).sum())
+        totals["unplaced"] += int((tokens >= capacity).sum())
+        squares += float((norms**2).sum())
+    names_of = ("items", "unique_before", "shared_before", "shared_after", "unplaced")
+    distortion = squares / max(totals["items"], 1)
+    return UniqueReport(
+        method="append",
+        capacity=capacity,
+        **{name: totals[name] for name in names_of},
+        unique_after=totals["items"] - totals["unplaced"],
+        moved=0,
+        distortion_before=distortion,
+        distortion_after=distortion,
+        largest_extra=0.0,
+        unplaced_rows=np.empty(0, np.int64),
+    )
 
 
 def _tokens(folder: Path, number: int, parts: int) -> npt.NDArray[np.int64]:
