@@ -45,7 +45,7 @@ width = 3
 fusion_rank = 2
 model = { hidden = [6], dropout = 0.0 }
 training = { epochs = 1, batch_size = 4096 }
-kept = { epochs = 1 }
+probe = { epochs = 1 }
 [tokenizer]
 network = { latent = 6, hidden = [12], pretrain_epochs = 1 }
 training = { epochs = 1, batch_size = 256 }

@@ -102,30 +102,6 @@ def resolve_best(
 
 
 @numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True)
-def _sift(row: int, keys: F64, entries: I64, size: int, value: float, entry: int) -> None:
-    """Put (value, entry) at the root of a row's max-heap by (key, index)."""
-    at = 0
-    while True:
-        child = 2 * at + 1
-        if child >= size:
-            break
-        right = child + 1
-        if right < size and (
-            keys[row, right] > keys[row, child]
-            or (keys[row, right] == keys[row, child] and entries[row, right] > entries[row, child])
-        ):
-            child = right
-        below = keys[row, child]
-        if below < value or (below == value and entries[row, child] < entry):
-            break
-        keys[row, at] = below
-        entries[row, at] = entries[row, child]
-        at = child
-    keys[row, at] = value
-    entries[row, at] = entry
-
-
-@numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True)
 def resolve_many(
     metric: int, x: F32, x_norms: F64, table: F32, table_norms: F64, rows: int, exclude: I64,
     counts: I64, candidates: I32, limited: bool, labels: I64, keys: F64,
@@ -139,42 +115,28 @@ def resolve_many(
     """
     measured = 0
     best = labels.shape[1]
+    entries = np.empty(candidates.shape[1], np.int64)
+    values = np.empty(candidates.shape[1])
     for i in range(rows):
         everything = counts[i] < 0 or (counts[i] == 0 and not limited)
         count = table.shape[0] if everything else counts[i]
+        if count > len(values):
+            entries, values = np.empty(count, np.int64), np.empty(count)
         size = 0
         for j in range(count):
             k = j if everything else candidates[i, j]
             if k == exclude[i] or k >= table.shape[0]:
                 continue
             value = key(metric, x, i, x_norms[i], table, k, table_norms[k])
-            if math.isnan(value):
-                value = math.inf
-            measured += 1
-            # A max-heap of the best so far: grow it, then replace its root, the worst of them.
-            if size < best:
-                at = size
-                size += 1
-                while at > 0:
-                    up = (at - 1) // 2
-                    if keys[i, up] > value or (keys[i, up] == value and labels[i, up] > k):
-                        break
-                    keys[i, at] = keys[i, up]
-                    labels[i, at] = labels[i, up]
-                    at = up
-                keys[i, at] = value
-                labels[i, at] = k
-            elif value < keys[i, 0] or (value == keys[i, 0] and k < labels[i, 0]):
-                _sift(i, keys, labels, size, value, k)
-        # Heapsort: move the worst behind the others, one after another.
-        for end in range(size - 1, 0, -1):
-            value, k = keys[i, end], labels[i, end]
-            keys[i, end] = keys[i, 0]
-            labels[i, end] = labels[i, 0]
-            _sift(i, keys, labels, end, value, k)
-        for end in range(size, best):
-            keys[i, end] = math.inf
-            labels[i, end] = 0
+            entries[size] = k
+            values[size] = math.inf if math.isnan(value) else value
+            size += 1
+        measured += size
+        # Candidates were noted in the order of the table: a stable sort leaves ties in it.
+        order = np.argsort(values[:size], kind="mergesort")
+        for place in range(best):
+            keys[i, place] = values[order[place]] if place < size else math.inf
+            labels[i, place] = entries[order[place]] if place < size else 0
     return measured
 
 
@@ -235,42 +197,33 @@ def resolve_children(
     """
     items, best = labels.shape
     partials = residuals.shape[0] // max(items, 1)
-    exact = np.empty(best)
+    exact = np.empty(candidates.shape[1])
+    children = np.empty(candidates.shape[1], np.int64)
     for i in range(items):
+        everything = counts[i] < 0
+        count = partials * columns if everything else counts[i]
+        if count > len(exact):
+            exact, children = np.empty(count), np.empty(count, np.int64)
         size = 0
-        for number in range(partials * columns if counts[i] < 0 else counts[i]):
-            child = number if counts[i] < 0 else candidates[i, number]
+        for number in range(count):
+            child = number if everything else candidates[i, number]
             p, code = child // columns, child % columns
-            if code >= words.shape[0]:
-                continue
-            value = key(0, residuals, i * partials + p, 0.0, words, code, 0.0)
-            if math.isnan(value):
-                value = math.inf
-            # Partial codes compare as they are kept, in float32; within one, all digits count.
-            rounded = np.float32(value)
-            at = size
-            while at > 0:
-                above = distances[i, at - 1]
-                if above < rounded:
-                    break
-                if above == rounded:
-                    parent = parents[i, at - 1]
-                    if parent < p:
-                        break
-                    if parent == p and (
-                        exact[at - 1] < value
-                        or (exact[at - 1] == value and labels[i, at - 1] < code)
-                    ):
-                        break
-                if at < best:
-                    distances[i, at] = above
-                    parents[i, at] = parents[i, at - 1]
-                    labels[i, at] = labels[i, at - 1]
-                    exact[at] = exact[at - 1]
-                at -= 1
-            if at < best:
-                distances[i, at], parents[i, at], labels[i, at] = rounded, p, code
-                exact[at] = value
-                size = min(size + 1, best)
-        for at in range(size, best):
-            distances[i, at], parents[i, at], labels[i, at] = np.inf, 0, 0
+            if code < words.shape[0]:
+                value = key(0, residuals, i * partials + p, 0.0, words, code, 0.0)
+                exact[size] = math.inf if math.isnan(value) else value
+                children[size] = child
+                size += 1
+        # Candidates come by parent, then by code. Partial codes compare as they are kept, in
+        # float32, ties to the better parent; within one parent all digits count.
+        order = np.argsort(exact[:size], kind="mergesort")
+        rounded = exact[order].astype(np.float32)
+        # The bits of floats that are not negative rise with them.
+        by_parent = rounded.view(np.int32).astype(np.int64) * partials + children[order] // columns
+        order = order[np.argsort(by_parent, kind="mergesort")]
+        for at in range(best):
+            if at < size:
+                child = children[order[at]]
+                parents[i, at], labels[i, at] = child // columns, child % columns
+                distances[i, at] = exact[order[at]]
+            else:
+                distances[i, at], parents[i, at], labels[i, at] = np.inf, 0, 0
