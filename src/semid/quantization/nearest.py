@@ -40,8 +40,8 @@ class Nearest(NamedTuple):
 def compile_kernels() -> None:
     """Compile, or fetch from the cache, and test the kernels of this machine's routes.
 
-    Searching does so by itself; this is for programs that want to say why the first search on a
-    machine takes half a minute of a core longer. Free of cost from the second call on.
+    Searching does so by itself. This is for programs that want to say why the first search on a
+    machine takes half a minute of a core longer.
     """
     working_routes()
 
@@ -129,13 +129,11 @@ def nearest(
     threads: int | None = None,
     route: str = "auto",
 ) -> Nearest:
-    """Find the codeword nearest to each row in squared Euclidean distance.
+    """Find the codeword ``(codes, dim)`` nearest to each row ``(items, dim)``, by squared distance.
 
     Returns labels ``(items,)`` (ties to the lowest index) and distances ``(items,)``.
 
     Time grows with items x codes x dim; memory with the block of rows, not with ``items``.
-
-    Shapes: ``x`` (items, dim), ``codebook`` (codes, dim).
     """
     labels, keys = _search(x, _indexed(x, codebook).table, 1, threads, route)
     return Nearest(labels[:, 0].to(x.device), keys[:, 0].to(torch.float32).to(x.device))
@@ -155,8 +153,6 @@ def nearest_m(
     Returns labels and distances ``(items, m)``; equal distances stand in index order. With
     ``within`` ``(items,)``, codewords farther than that squared distance may be missing: the last
     columns are then infinite.
-
-    Shapes: ``x`` (items, dim), ``codebook`` (codes, dim).
     """
     indexed = _indexed(x, codebook)
     if not 1 <= m <= len(indexed):

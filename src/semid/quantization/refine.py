@@ -347,11 +347,9 @@ def pad_columns(rows: Array, count: int) -> Array:
 
 
 def add_penalties(codebook: Array, penalties: Doubles, *, level: int = 0, levels: int = 1) -> Array:
-    """Return codewords ``(codes, dim + levels)`` with their penalties ``(codes,)`` as coordinates.
-
-    Every level has a coordinate of its own, so that the penalty of a level stays as a constant in
-    the residual and a beam adds up the penalties of all levels.
-    """
+    """Return codewords ``(codes, dim + levels)`` with penalties ``(codes,)`` as coordinates."""
+    # Every level has a coordinate of its own, so that the penalty of a level stays as a constant in
+    # the residual and a beam adds up the penalties of all levels.
     padded = pad_columns(codebook, levels)
     padded[:, codebook.shape[1] + level] = np.sqrt(penalties)
     return padded

@@ -79,10 +79,7 @@ def fit_residual(
     on_iteration: Callable[[int, KMeansState], None] | None = None,
     on_level: Callable[[int, KMeansResult], None] | None = None,
 ) -> tuple[list[Array], list[LevelFit]]:
-    """Fit one codebook per level by K-means on the residual of the levels before.
-
-    Shapes: ``blocks`` (items, dim), ``weights`` (items,), returns (codes, dim) per level.
-    """
+    """Fit one codebook ``(codes, dim)`` per level by K-means on the residual of those before."""
     options = options or KMeansOptions()
     rows = as_sharded(blocks, weights=weights, threads=threads, memory_bytes=memory_bytes)
     # All levels train on one sample, large enough for the largest codebook.

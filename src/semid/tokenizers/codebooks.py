@@ -144,10 +144,9 @@ def fit_levels(
     progress: Progress,
     **options: Any,
 ) -> tuple[list[Array], list[dict[str, Any]]]:
-    """Fit one codebook per level (DRQ §4.2), from where the store left off.
+    """Fit one codebook per level by `fit_residual` (DRQ §4.2), from where the store left off.
 
-    Further options are those of `fit_residual`. Returns the codebooks, and a JSON-able record of
-    how each level's K-means ended.
+    Returns the codebooks, and a JSON-able record of how each level's K-means ended.
     """
     run = LevelRun(store, progress, len(sizes))
     books, fits = fit_residual(

@@ -310,10 +310,8 @@ class FSQ(QuantizedTokenizer):
                 latent, self._codebook_index, beam_width=beam_width, threads=self.threads
             )
         digits, remainder = self._grid.digits(torch.from_numpy(latent))
-        residual = remainder.numpy()
-        norms = np.sqrt(np.einsum("nd,nd->n", residual, residual, dtype=np.float64))
         codes = self._grid.codes(digits, self._group).numpy()
-        return ResidualCodes(codes, norms.astype(np.float32))
+        return ResidualCodes.of(codes, remainder.numpy())
 
     def encoder_module(self) -> nn.Module:
         """Return the encoder and the bound as a module that can be traced, see `NeuralTokenizer`.
