@@ -295,6 +295,7 @@ def kmeans_plus_plus(
     codes: int,
     *,
     generator: np.random.Generator,
+    weights: Doubles | None = None,
     threads: int | None = None,
     n_local_trials: int = 4,
 ) -> Array:
@@ -308,9 +309,9 @@ def kmeans_plus_plus(
     Greedy: several candidates are drawn per center, and those that lower the total distance most
     are tried first.
 
-    Shapes: ``blocks`` (items, dim), returns (centers, dim).
+    Shapes: ``blocks`` (items, dim), ``weights`` (items,), returns (centers, dim).
     """
-    rows = as_sharded(blocks, threads=threads)
+    rows = as_sharded(blocks, weights=weights, threads=threads)
     # The first center is drawn by weight alone.
     centers = accepted = rows.rows(rows.draw(rows.start_seeding(), 1, generator))
     gains = _Gains(rows, codes, generator, threads) if n_local_trials > 1 else None

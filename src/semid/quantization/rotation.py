@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from semid.quantization.blocks import ArrayBlocks, Blocks, RowView, in_memory, read_ahead
+from semid.quantization.blocks import ArrayBlocks, Blocks, in_memory, map_rows, read_ahead
 from semid.quantization.kmeans import KMeansOptions, draw_sample
 from semid.quantization.product import SMALL_ROWS, Slices, assign_parts, seed_parts
 from semid.quantization.sharding import as_sharded
@@ -23,18 +22,6 @@ from semid.quantization.threads import map_blocks
 
 Array = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
-
-
-class RotatedBlocks(RowView):
-    """A view of rows times a matrix ``(dim, dim)``."""
-
-    def __init__(self, base: Blocks, rotate: Callable[[Array], Array]) -> None:
-        super().__init__(base)
-        self.rotate = rotate
-
-    def transform(self, rows: Array, at: Any) -> Array:
-        """Rotate rows."""
-        return self.rotate(rows)
 
 
 def allocate_eigenvalues(values: Doubles, slices: Slices) -> npt.NDArray[np.int64]:
@@ -135,7 +122,7 @@ def fit_rotation(
     if state is None:
         rotation = principal_rotation(rows, slices, weights=weights)
         books = seed_parts(
-            RotatedBlocks(rows, partial(_apply, rotate, rotation)), slices, codebook_sizes,
+            map_rows(rows, partial(_apply, rotate, rotation), rows.dim), slices, codebook_sizes,
             seed=seed, restart=0, weights=weights, trials=options.n_local_trials, threads=threads,
         )  # fmt: skip
         state = RotationState(0, rotation, books)
@@ -158,7 +145,7 @@ def fit_rotation(
                 quantized = (quantized * mass).astype(np.float32)
             products += _cross_products(block, quantized, threads=threads)
 
-        rotated = RotatedBlocks(rows, partial(_apply, rotate, rotation))
+        rotated = map_rows(rows, partial(_apply, rotate, rotation), rows.dim)
         totals = assign_parts(
             rotated, slices, books, parts, weights=weights, threads=threads, on_codes=add_products
         )

@@ -11,14 +11,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from semid.data.source import EmbeddingSource
 from semid.errors import UsageError
 from semid.options import option
-from semid.quantization.blocks import Blocks, Preprocess, PreprocessedBlocks
+from semid.quantization.blocks import Blocks, Preprocess, map_rows
 from semid.quantization.kmeans import KMeansOptions
 from semid.quantization.product import ProductState, encode_product, fit_product, part_slices
 from semid.quantization.residual import ResidualCodes
-from semid.quantization.rotation import RotatedBlocks, RotationState, fit_rotation
+from semid.quantization.rotation import RotationState, fit_rotation
 from semid.tokenizers.codebooks import CodebookTokenizer
 from semid.tokenizers.context import FitContext, Result, level_sizes
 from semid.tokenizers.neural.autoencoder import Prepare, perceptron
@@ -90,7 +89,7 @@ class PQ(CodebookTokenizer):
         else:
             # The former preprocessing and rotation: both generations share one space.
             self._preprocess = self._start._preprocess
-        rows = self._preprocessed(context.train)
+        rows = self._preprocess.view(context.train)
         details, init = self._fit_space(context, rows)
         arrays, record = context.stage(
             "kmeans",
@@ -99,10 +98,6 @@ class PQ(CodebookTokenizer):
         self._set_codebooks([arrays[f"codebooks.{i}"] for i in range(self.levels)])
         self._start = None
         return {**details, **record}
-
-    def _preprocessed(self, source: EmbeddingSource) -> Blocks:
-        identity = self._preprocess.identity
-        return source if identity else PreprocessedBlocks(source, self._preprocess)
 
     def _fit_space(
         self, context: FitContext, rows: Blocks
@@ -251,7 +246,7 @@ class OPQ(PQ):
         return {"rotation": {"error": record["error"]}}, init
 
     def _latents(self, rows: Blocks) -> Blocks:
-        return RotatedBlocks(rows, lambda x: self._rotate(x, self._rotation))
+        return map_rows(rows, lambda x: self._rotate(x, self._rotation), rows.dim)
 
     def _latent_block(self, x: Array) -> Array:
         return self._rotate(super()._latent_block(x), self._rotation)
