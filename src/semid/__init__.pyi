@@ -23,6 +23,8 @@ from semid.recommenders.ranking.network import RankerConfig as RankerConfig
 from semid.recommenders.ranking.ranker import Ranker as Ranker
 from semid.recommenders.ranking.stream import RankingStream as RankingStream
 from semid.recommenders.ranking.training import train_ranker as train_ranker
+from semid.recommenders.retrieval.retriever import Retriever as Retriever
+from semid.recommenders.retrieval.training import train_retriever as train_retriever
 from semid.report import Diagnosis as Diagnosis
 from semid.report import compare as compare
 from semid.report import diagnose as diagnose

@@ -18,16 +18,17 @@ KINDS = Registry(
         **TOKENIZERS.targets,
         "head": "semid.tokenizers.heads:DecodeHead",
         "ranker": "semid.recommenders.ranking.ranker:Ranker",
+        "retriever": "semid.recommenders.retrieval.retriever:Retriever",
     },
 )
 
 
 def load(path: str | os.PathLike[str]) -> Any:
-    """Open a saved tokenizer, decode head or ranking model.
+    """Open a saved tokenizer, decode head, ranking model or next-item model.
 
     Args:
-        path: artefact folder, as written by ``semid fit -o``, ``semid rank -o`` or ``save``; or a
-            URI of one, such as ``s3://bucket/model``.
+        path: artefact folder, as written by ``semid fit -o``, ``semid rank -o``,
+            ``semid retrieve -o`` or ``save``; or a URI of one, such as ``s3://bucket/model``.
 
     Returns:
         The object that was saved, ready to use.

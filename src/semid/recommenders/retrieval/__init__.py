@@ -1,0 +1,1 @@
+"""Models that recommend the next item."""

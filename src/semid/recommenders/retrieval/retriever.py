@@ -1,0 +1,558 @@
+"""A trained next-item model with everything it needs to recommend to raw users."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Self
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from semid.artefact import read_artefact, write_artefact
+from semid.catalogue.beams import Buckets
+from semid.catalogue.prefixes import PrefixIndex
+from semid.codes import CodesInfo, SemanticIds
+from semid.data.ids import ItemIds
+from semid.data.interactions import Sequences
+from semid.documents import checked, code_span
+from semid.errors import DivergedError, UsageError
+from semid.options import Options
+from semid.recommenders.ranking.schema import Vocabulary
+from semid.recommenders.retrieval.data import (
+    Ints,
+    RetrievalData,
+    RetrievalItems,
+    pack,
+    prepare_retrieval_data,
+)
+from semid.recommenders.retrieval.metrics import (
+    LIST,
+    MISSING,
+    RECALLS,
+    Ranks,
+    RetrievalResults,
+    summarize,
+)
+from semid.recommenders.retrieval.networks import NextItemModel
+from semid.registry import Registry
+from semid.seeds import child_seed
+from semid.tokenizers.stored import described
+from semid.training.checkpoint import load_module_, module_arrays
+
+logger = logging.getLogger(__name__)
+
+MODELS = Registry(
+    "semid.retrievers",
+    {
+        "popularity": "semid.recommenders.retrieval.controls:Popularity",
+        "text-knn": "semid.recommenders.retrieval.controls:TextKNN",
+        "sasrec": "semid.recommenders.retrieval.networks:SASRec",
+        "composed": "semid.recommenders.retrieval.networks:Composed",
+        "parallel": "semid.recommenders.retrieval.networks:Parallel",
+        "generative": "semid.recommenders.retrieval.generative:Generative",
+        "tiger": "semid.recommenders.retrieval.generative:Tiger",
+    },
+)
+"""Next-item models by name; entry points add others."""
+
+SCORES = 1 << 22
+"""Scores in memory at once: users of a batch times classes."""
+
+CONFIG: dict[str, Any] = {
+    "model": str,
+    "options": dict[str, Any],
+    "sizes": list[int],
+    "codes_info": CodesInfo | None,
+    "report": dict[str, Any],
+}
+"""Types of the config of a retriever."""
+
+
+def make_model(name: str, items: RetrievalItems, options: Options, *, seed: int) -> NextItemModel:
+    """Return a model whose initial weights are a function of ``seed`` alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(child_seed(seed, "start"))
+        model: NextItemModel = MODELS.load(name)(items, options)
+    return model
+
+
+class TargetRanks(NamedTuple):
+    """Ranks of targets.
+
+    Attributes:
+        items: among all items.
+        without_history: among the items outside each user's history.
+        ids: of the target's id among all ids; None without codes.
+        listed: ``(items,)`` bool: which items appear in any user's first `LIST`.
+    """
+
+    items: Ranks
+    without_history: Ranks
+    ids: Ranks | None
+    listed: npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """Items for one history, best first.
+
+    Attributes:
+        items: item ids.
+        scores: ``(items,)`` float32; higher is better, comparable within one history.
+    """
+
+    items: list[str]
+    scores: npt.NDArray[np.float32]
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class Retriever:
+    """A next-item model; `train_retriever` returns one, `semid.load` opens one.
+
+    Attributes:
+        model: its name.
+        options: its options.
+        network: the trained model, on the CPU.
+        items: catalogue, training counts and codes.
+        sequences: histories of the users of the log.
+        codes_info: tokenizer and codebooks of the codes, or None.
+        report: figures of training, validation and test, JSON-able.
+        results: the same of this run with the values of each user, by part; empty after `load`.
+    """
+
+    kind: ClassVar[str] = "retriever"
+
+    model: str
+    options: Options
+    network: NextItemModel
+    items: RetrievalItems
+    sequences: Sequences
+    codes_info: CodesInfo | None = None
+    report: dict[str, Any] = field(default_factory=dict)
+    results: dict[str, RetrievalResults] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Put the network in evaluation mode."""
+        self.network.eval()
+
+    @property
+    def codebook_fingerprint(self) -> str | None:
+        """SHA-256 of the codebooks of the model's codes; None without codes."""
+        return None if self.codes_info is None else self.codes_info.codebook_fingerprint
+
+    def evaluate(
+        self,
+        interactions: Any,
+        *,
+        part: str = "test",
+        ids: SemanticIds | None = None,
+        replicates: int = 1000,
+        **columns: Any,
+    ) -> RetrievalResults:
+        """Measure how well the model recommends each user's next item, among all items.
+
+        Args:
+            interactions: a log with the items of the catalogue, or the data of the training.
+            part: ``test`` (each user's last item) or ``validation`` (the one before it).
+            ids: Semantic IDs to compare with the model's: another codebook is refused.
+            replicates: bootstrap draws of users for the intervals.
+            columns: names of columns and the order of ties, as for `semid.read_interactions`.
+
+        Raises:
+            FingerprintError: ``ids`` of another codebook.
+            InteractionsError: no order, or no user with three known items.
+        """
+        started = time.monotonic()
+        data = interactions
+        if not isinstance(data, RetrievalData):
+            if ids is not None:
+                self.check_codes(ids)
+            data = prepare_retrieval_data(interactions, catalogue=self.items.ids, **columns)
+        max_length: int = self.options.max_length  # type: ignore[attr-defined]
+        histories, targets = data.histories(part, max_length)
+        device = next(iter(self.network.buffers())).device
+        counts = self.items.counts
+        ranks = target_ranks(self.network, histories, targets, counts=counts, device=device)
+        back = {"validation": 2, "test": 1}[part]
+        return summarize(
+            ranks.items,
+            targets=targets,
+            lengths=data.sequences.lengths - back,
+            counts=counts,
+            without_history=ranks.without_history,
+            id_ranks=ranks.ids,
+            replicates=replicates,
+            protocol=data.protocol,
+            part=part,
+            coverage=float(ranks.listed.mean()),
+            seconds=time.monotonic() - started,
+        )
+
+    def check_codes(self, ids: SemanticIds) -> None:
+        """Refuse codes of another codebook than the model was trained with.
+
+        Raises:
+            FingerprintError: the fingerprints differ.
+            UsageError: the model reads no codes.
+        """
+        if self.codebook_fingerprint is None:
+            raise UsageError("this model was trained without codes, so it cannot use any")
+        ids.check_codebook(self.codebook_fingerprint)
+
+    def recommend(
+        self,
+        histories: Any = None,
+        *,
+        users: Sequence[Any] | None = None,
+        k: int = 10,
+        exclude_history: bool = True,
+    ) -> Any:
+        """Recommend the next items.
+
+        Args:
+            histories: item ids of one history, oldest first, or a list of such histories. Unknown
+                items are left out; a history without a known item gets the most popular ones.
+            users: instead, users of the training log, whose whole history there is taken.
+            k: items per history.
+            exclude_history: leave out what is in the history.
+
+        Returns:
+            A `Recommendation` for one history, a list of them for many. Items of one id stand in
+            the order of their training interactions.
+
+        Raises:
+            UsageError: an unknown user, or neither or both of histories and users.
+        """
+        if (histories is None) == (users is None):
+            raise UsageError("give either histories= or users=")
+        if k < 1:
+            raise UsageError(f"k={k}: give at least 1")
+        if users is not None:
+            return list(self._recommend(self._known_histories(users), k, exclude_history))
+        single = len(histories) == 0 or not isinstance(histories[0], list | tuple | np.ndarray)
+        rows = [self._rows(history) for history in ([histories] if single else histories)]
+        recommended = list(self._recommend(rows, k, exclude_history))
+        return recommended[0] if single else recommended
+
+    def _known_histories(self, users: Sequence[Any]) -> list[Ints]:
+        if isinstance(users, str):
+            raise UsageError(f"users='{users}': give a list of users")
+        names = ItemIds([str(user) for user in dict.fromkeys(users)], source="users")
+        places = ItemIds(self.sequences.user_ids).index_of(names.strings())
+        if (places < 0).any():
+            raise UsageError(
+                f"user '{names[int(np.argmax(places < 0))]}' is not in the training log (which has "
+                f"{len(self.sequences)} users with enough items); give their histories instead"
+            )
+        place = dict(zip(names.strings().to_pylist(), places.tolist(), strict=True))
+        return [self.sequences[place[str(user)]].astype(np.int64) for user in users]
+
+    def _rows(self, history: Sequence[Any]) -> Ints:
+        if not len(history):
+            return np.zeros(0, np.int64)
+        rows = self.items.ids.index_of(pa.array([str(item) for item in history]))
+        return rows[rows >= 0].astype(np.int64)
+
+    def _recommend(self, histories: list[Ints], k: int, exclude: bool) -> Iterator[Recommendation]:
+        max_length: int = self.options.max_length  # type: ignore[attr-defined]
+        device = next(iter(self.network.buffers())).device
+        names = self.items.ids.strings()
+        counts = self.items.counts
+        buckets = class_buckets(self.network, counts)
+        popular = np.argsort(-counts, kind="stable")
+        size = max(1, SCORES // len(counts))
+        for start in range(0, len(histories), size):
+            part = histories[start : start + size]
+            known = [history[-max_length:] for history in part if len(history)]
+            # A history takes up at most as many places as it has items.
+            more = k + max((len(set(h.tolist())) for h in part), default=0) * exclude
+            rows = iter(np.zeros((0, more), np.int64))
+            values = iter(np.zeros((0, more), np.float32))
+            if known:
+                with torch.no_grad():
+                    best = self.network.top(pack(known).to(device), more)
+                scores, classes = (each.cpu() for each in best)
+                leaves = classes.masked_fill(torch.isneginf(scores), -1).numpy()
+                items, places = buckets.first_items(leaves, more)
+                rows = iter(items)
+                values = iter(np.take_along_axis(scores.numpy(), np.maximum(places, 0), 1))
+            for history in part:
+                if len(history):
+                    listed, score = next(rows), next(values)
+                else:
+                    listed, score = popular, counts[popular].astype(np.float32)
+                allowed = listed >= 0
+                if exclude:
+                    allowed &= ~np.isin(listed, history)
+                first = np.flatnonzero(allowed)[:k]
+                yield Recommendation(names.take(pa.array(listed[first])).to_pylist(), score[first])
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Write the artefact folder (``config.json``, ``model.safetensors``, ``README.md``).
+
+        Raises:
+            OutputExistsError: ``path`` exists and ``overwrite`` is false.
+        """
+        items, sequences = self.items, self.sequences
+        config: dict[str, Any] = {
+            "kind": self.kind,
+            "model": self.model,
+            "options": self.options.to_dict(),
+            "sizes": list(items.sizes),
+            "codebook_fingerprint": self.codebook_fingerprint,
+            "codes_info": None if self.codes_info is None else asdict(self.codes_info),
+            "report": self.report,
+        }
+        tensors = {f"network.{n}": a for n, a in module_arrays(self.network).items()}
+        tensors |= Vocabulary(items.ids).tensors("items")
+        tensors |= Vocabulary(sequences.user_ids, source="users").tensors("users")
+        tensors |= {
+            "counts": items.counts,
+            "history.offsets": sequences.offsets,
+            "history.items": sequences.items,
+        }
+        if items.codes is not None:
+            tensors["codes"] = items.codes
+        if self.network.reads_vectors and items.vectors is not None:
+            tensors["vectors"] = items.vectors
+        return write_artefact(
+            path, config=config, tensors=tensors, card=_card(config), overwrite=overwrite
+        )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read what `save` wrote; recommendations are exactly those of the saved model.
+
+        Raises:
+            ArtefactError: the folder is incomplete, altered, or of another kind.
+        """
+        config, tensors = read_artefact(path, kind=cls.kind)
+        with described(path, "next-item model"):
+            values = checked(CONFIG, {name: config[name] for name in CONFIG}, "config.json")
+            items = RetrievalItems(
+                Vocabulary.of(tensors, "items").ids,
+                tensors["counts"],
+                tensors.get("codes"),
+                tuple(values["sizes"]),
+                tensors.get("vectors"),
+            )
+            sequences = Sequences(
+                Vocabulary.of(tensors, "users").ids.strings(),
+                tensors["history.offsets"],
+                tensors["history.items"],
+            )
+            _check_arrays(items, sequences)
+            model = MODELS.load(values["model"])
+            options = model.options.of(values["options"])
+            # A config may declare any size: only the arrays themselves may take memory.
+            with torch.device("meta"):
+                network = model(items, options)
+            arrays = {n[8:]: a for n, a in tensors.items() if n.startswith("network.")}
+            load_module_(network, arrays)
+        return cls(
+            model=values["model"],
+            options=options,
+            network=network,
+            items=items,
+            sequences=sequences,
+            codes_info=values["codes_info"],
+            report=values["report"],
+        )
+
+    def __repr__(self) -> str:
+        """Show model and size."""
+        parameters = sum(p.numel() for p in self.network.parameters())
+        return f"Retriever({self.model}, items={len(self.items):,}, parameters={parameters:,})"
+
+
+def _check_arrays(items: RetrievalItems, sequences: Sequences) -> None:
+    """Refuse arrays of a damaged file that do not go together."""
+    count = len(items)
+    if items.counts.shape != (count,):
+        raise ValueError(f"{items.counts.shape} counts for {count} items")
+    if items.codes is not None:
+        codes = items.codes
+        if codes.shape != (count, len(items.sizes)) or codes.min(initial=0) < 0:
+            raise ValueError(f"codes have shape {codes.shape}")
+        if (codes >= np.array(items.sizes)).any():
+            raise ValueError("a code is outside its codebook")
+    offsets = sequences.offsets
+    ends = offsets[-1] if len(offsets) else -1
+    if (np.diff(offsets) < 0).any() or ends != len(sequences.items):
+        raise ValueError("the histories do not end where their items end")
+    if len(offsets) != len(sequences.user_ids) + 1:
+        raise ValueError(f"{len(offsets) - 1} histories of {len(sequences.user_ids)} users")
+    inside = (sequences.items >= 0) & (sequences.items < count)
+    if not inside.all():
+        raise ValueError("a history names an item outside the catalogue")
+
+
+def class_buckets(network: NextItemModel, counts: Ints, **options: Any) -> Buckets:
+    """Return the order of the items within each class; options as for `Buckets`."""
+    index = PrefixIndex.build(network.classes.cpu().numpy()[:, None])
+    return Buckets(index, popularity=counts, **options)
+
+
+@torch.no_grad()
+def target_ranks(
+    network: NextItemModel,
+    histories: Sequence[Ints],
+    targets: Ints,
+    *,
+    counts: Ints,
+    device: torch.device,
+) -> TargetRanks:
+    """Rank each history's target ``(users,)`` among all items of the catalogue.
+
+    ``counts`` ``(items,)`` are the training interactions: they decide which items of one id come
+    first in the lists. Cost: users times classes; memory: `SCORES` scores.
+    """
+    was_training = network.training
+    network.eval()
+    buckets = class_buckets(network, counts)
+    classes = network.classes.cpu()
+    item_sizes = torch.bincount(classes)
+    listed = np.zeros(len(classes), dtype=bool)
+    parts: list[tuple[Tensor, ...]] = []
+    # Histories of similar length share a batch, so that packing leaves few gaps.
+    order = np.argsort([len(history) for history in histories], kind="stable")
+    size = max(1, SCORES // len(item_sizes))
+    for start in range(0, len(histories), size):
+        rows = order[start : start + size]
+        batch = pack([histories[row] for row in rows]).to(device)
+        target = classes[torch.from_numpy(targets[rows])][:, None]
+        past, repeated = _past_items([histories[row] for row in rows], targets[rows])
+        past_class = classes[past.clamp(min=0)]
+        if network.exact:
+            scores = network.scores(batch).cpu()
+            sizes = item_sizes
+            at_target, at_past = scores.gather(1, target), scores.gather(1, past_class)
+            best = scores.topk(min(LIST, scores.shape[1]))
+            best_scores, best_classes = best.values, best.indices
+        else:
+            # A search lists some classes; all others have no score.
+            best_scores, best_classes = (each.cpu() for each in network.top(batch, max(RECALLS)))
+            scores, sizes = best_scores, item_sizes[best_classes]
+            at_target = _listed_scores(scores, best_classes, target)
+            at_past = _listed_scores(scores, best_classes, past_class)
+        if torch.isnan(scores).any():
+            raise DivergedError("the model's scores are not numbers; train it again")
+        parts.append(_count_ranks(scores, sizes, at_target, at_past, past >= 0, repeated))
+        leaves = best_classes.masked_fill(torch.isneginf(best_scores), -1).numpy()
+        items, _ = buckets.first_items(leaves, LIST)
+        listed[items[items >= 0]] = True
+    network.train(was_training)
+    columns = [torch.cat(column).numpy() for column in zip(*parts, strict=True)]
+    above, ties, above_new, ties_new, above_ids, ties_ids = (c[np.argsort(order)] for c in columns)
+    ids = None if network.by_item else Ranks(above_ids, ties_ids)
+    return TargetRanks(Ranks(above, ties), Ranks(above_new, ties_new), ids, listed)
+
+
+def _past_items(histories: Sequence[Ints], targets: Ints) -> tuple[Tensor, Tensor]:
+    """Return each history's distinct items but the target, padded with -1, and who repeats it."""
+    distinct = [np.unique(history) for history in histories]
+    width = max(map(len, distinct))
+    past = np.full((len(histories), width), -1, np.int64)
+    for row, items in enumerate(distinct):
+        past[row, : len(items)] = items
+    is_target = past == targets[:, None]
+    past[is_target] = -1
+    return torch.from_numpy(past), torch.from_numpy(is_target.any(1))
+
+
+def _listed_scores(scores: Tensor, classes: Tensor, asked: Tensor) -> Tensor:
+    """Return the score ``(users, n)`` of each class asked for in the user's list, -inf outside."""
+    match = classes[:, None, :] == asked[:, :, None]
+    return torch.where(match, scores[:, None, :], -torch.inf).amax(2)
+
+
+def _count_ranks(
+    scores: Tensor,
+    sizes: Tensor,
+    at_target: Tensor,
+    at_past: Tensor,
+    is_past: Tensor,
+    repeated: Tensor,
+) -> tuple[Tensor, ...]:
+    """Count what scores higher than the target and what the same.
+
+    Args:
+        scores: ``(users, n)`` of classes.
+        sizes: ``(n,)`` or ``(users, n)`` items of each of these classes.
+        at_target: ``(users, 1)`` score of the target's class.
+        at_past: ``(users, past)`` scores of the classes of a history's items.
+        is_past: ``(users, past)`` which of them are items and not padding.
+        repeated: ``(users,)`` whose target is in the history.
+
+    Returns:
+        ``above`` and ``ties`` among all items, among those outside the history, and among classes.
+    """
+    higher, equal = scores > at_target, scores == at_target
+    above, ties = _weighted(higher, sizes), _weighted(equal, sizes)
+    above_new = above - ((at_past > at_target) & is_past).sum(1)
+    ties_new = ties - ((at_past == at_target) & is_past).sum(1)
+    # What the model does not score stands nowhere in the list.
+    unlisted = torch.isneginf(at_target[:, 0])
+    pairs = [
+        (above, ties, unlisted),
+        (above_new, ties_new, unlisted | repeated),
+        (higher.sum(1), equal.sum(1), unlisted),
+    ]
+    counts = []
+    for count, same, missing in pairs:
+        counts += [count.masked_fill(missing, MISSING), same.masked_fill(missing, 1)]
+    return tuple(counts)
+
+
+def _weighted(mask: Tensor, sizes: Tensor) -> Tensor:
+    """Sum the sizes ``(n,)`` or ``(users, n)`` where the mask ``(users, n)`` is true."""
+    if sizes.ndim > 1:
+        return (mask * sizes).sum(1)
+    if int(sizes.max()) == 1:
+        return mask.sum(1)
+    # A product in float32 is exact below 2**24 items and much quicker than one of integers.
+    number = torch.float32 if int(sizes.sum()) < 1 << 24 else torch.float64
+    return (mask.to(number) @ sizes.to(number)).long()
+
+
+def _card(config: Mapping[str, Any]) -> str:
+    """Return the README of a saved model: what it is, its metrics, how to use it."""
+    report = config["report"]
+    lines = [f"# {config['model']}", ""]
+    codes = (
+        f" over the codes of {config['codes_info']['tokenizer']}" if config["codes_info"] else ""
+    )
+    lines += [f"A next-item model by semid{codes}.", ""]
+    if "test" in report:
+        metrics = report["test"]["metrics"]
+        lines += [
+            f"Protocol: {code_span(report['protocol'])}",
+            "",
+            "| metric | test | 95 % interval |",
+            "|---|---|---|",
+        ]
+        for name, estimate in metrics.items():
+            low, high = estimate["low"], estimate["high"]
+            interval = "-" if low is None else f"{low:.4f} to {high:.4f}"
+            lines.append(f"| {name} | {estimate['value']:.4f} | {interval} |")
+        lines.append("")
+    lines += [
+        "```python",
+        "import semid",
+        "",
+        "retriever = semid.load(path_of_this_folder)",
+        "retriever.recommend([item, item, item], k=10)",
+        "```",
+        "",
+    ]
+    if config["codebook_fingerprint"]:
+        lines += [f"Codebook: `{config['codebook_fingerprint']}`", ""]
+    return "\n".join(lines)
