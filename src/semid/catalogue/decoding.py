@@ -60,6 +60,7 @@ class TorchTrie(torch.nn.Module):
 
     Args:
         index: prefix index of the catalogue.
+        persistent: whether the trie is part of ``state_dict()``.
     """
 
     node_codes: Tensor
@@ -67,7 +68,7 @@ class TorchTrie(torch.nn.Module):
     keys: Tensor
     dense: Tensor
 
-    def __init__(self, index: PrefixIndex) -> None:
+    def __init__(self, index: PrefixIndex, *, persistent: bool = True) -> None:
         super().__init__()
         self.sizes = index.sizes
         self.width = max(index.sizes)
@@ -80,7 +81,7 @@ class TorchTrie(torch.nn.Module):
         spans[1:, 0], spans[1:, 1] = index.child_starts[:-1] + 2, counts
         arrays = {"node_codes": node_codes, "spans": spans, "keys": index.keys.copy()}
         for name, array in {**arrays, "dense": _dense_table(index, self.width)}.items():
-            self.register_buffer(name, torch.from_numpy(array))
+            self.register_buffer(name, torch.from_numpy(array), persistent=persistent)
 
     @property
     def levels(self) -> int:

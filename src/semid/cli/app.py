@@ -18,6 +18,7 @@ from semid.cli.flags import OptionsCommand, expand
 from semid.cli.models import encode, fit, refine
 from semid.cli.rank import rank, rank_grid
 from semid.cli.reports import compare, demo, prepare, report, reproduce
+from semid.cli.retrieve import recommend, retrieve
 from semid.cli.shared import release_outputs
 from semid.errors import SemidError, brief, printable
 
@@ -52,6 +53,8 @@ _COMMANDS: tuple[tuple[str, Callable[..., None], str], ...] = (
     ("refresh", refresh, "Fit again and keep the ids that can be kept."),
     ("rank", rank, "Train a ranking model with codes."),
     ("rank-grid", rank_grid, "Compare ranking models, methods and seeds."),
+    ("retrieve", retrieve, "Train and test models of the next item."),
+    ("recommend", recommend, "Recommend items with such a model."),
     ("export", export, "Write ids or a model for another program."),
     ("import", import_, "Read ids of another program."),
     ("prepare", prepare, "Convert a public data set to semid's layout."),

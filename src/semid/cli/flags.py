@@ -52,6 +52,9 @@ RANKING_NAMES = {
 
 FIRST = ("levels", "codebook_size")
 
+CHOOSERS = {"fit": "tokenizer", "retrieve": "model"}
+"""Commands whose help shows the flags of one tokenizer or model, and the flag that names it."""
+
 _SCALARS = {bool: "bool", int: "int", float: "float", str: "str"}
 _TYPES: Any = {"bool": bool, "int": int, "float": float}
 
@@ -66,7 +69,7 @@ class Flag:
     help: str  # sentence with the default
     choices: tuple[str, ...] = ()  # allowed strings
     section: str = ""  # heading in the help
-    tokenizers: tuple[str, ...] = ()  # which of them have it
+    tokenizers: tuple[str, ...] = ()  # which tokenizers or models have it
 
     @property
     def parameter(self) -> inspect.Parameter:
@@ -121,7 +124,7 @@ def read_flags(kind: type, prefix: str = "", defaults: Mapping[str, Any] | None 
         types = [_type_name(each) for each in alternatives(hint)]
         kind_name = next((each for each in types if each), "")
         outer, _, inner = key.rpartition(".")
-        named = kind_name and (not outer or outer in SECTIONS or outer in RANKING)
+        named = kind_name and (not outer or outer in (*SECTIONS, *RANKING, "options"))
         yield Flag(
             key=key,
             name=(inner or key) if named else "",
@@ -161,10 +164,35 @@ def _fit_flags() -> list[Flag]:
     """Return the flags of all tokenizers of semid, each once."""
     from semid.tokenizers.factory import TOKENIZERS
 
+    return _merged_flags(
+        {kind: list(read_flags(TOKENIZERS.load(kind))) for kind in sorted(TOKENIZERS.targets)},
+        "Tokenizer",
+    )
+
+
+def _retrieve_flags() -> list[Flag]:
+    """Return the flags of all next-item models of semid, each once, and those of training."""
+    from semid.recommenders.retrieval.retriever import MODELS
+    from semid.recommenders.retrieval.training import TRAINING
+    from semid.training.options import TrainOptions
+
+    flags = {}
+    for name in sorted(MODELS.targets):
+        model = MODELS.load(name)
+        flags[name] = [
+            replace(flag, section="Model") for flag in read_flags(model.options, "options.")
+        ]
+        if model.trains:
+            flags[name] += read_flags(TrainOptions, "training.", TRAINING)
+    return _merged_flags(flags, "Model")
+
+
+def _merged_flags(by_kind: Mapping[str, list[Flag]], title: str) -> list[Flag]:
+    """Return the flags of several classes, each once, under ``title`` or who has them."""
     by_key: dict[str, list[tuple[str, Flag]]] = {}
-    kinds = sorted(TOKENIZERS.targets)
-    for kind in kinds:
-        for flag in read_flags(TOKENIZERS.load(kind)):
+    kinds = list(by_kind)
+    for kind, flags in by_kind.items():
+        for flag in flags:
             # Tokenizers count parallel codebooks and levels under one flag.
             key = "levels" if flag.key == "n_codebooks" else flag.key
             by_key.setdefault(key, []).append((kind, flag))
@@ -176,12 +204,12 @@ def _fit_flags() -> list[Flag]:
         helps = [flag.help for _, flag in versions]
         help_text = max(helps, key=helps.count)
         if len({_default_of(text) for text in helps}) > 1:
-            help_text = _DEFAULT.sub(" (default by tokenizer).", help_text)
+            help_text = _DEFAULT.sub(f" (default by {title.lower()}).", help_text)
         flag = versions[0][1]
         section = flag.section
-        if section == "Tokenizer" and len(owners) <= len(kinds) // 2:
+        if section == title and len(owners) <= len(kinds) // 2:
             section = f"Only {', '.join(owners)}"
-        elif section == "Tokenizer" and owners == trained:
+        elif section == title and owners == trained and title == "Tokenizer":
             section = SECTIONS["training"]
         # An option of few tokenizers goes into a section of theirs, so that the help stays short.
         name = key if flag.key == "n_codebooks" else flag.name
@@ -195,7 +223,7 @@ def _fit_flags() -> list[Flag]:
                 tokenizers=tuple(owners),
             )
         )
-    order = ["Tokenizer", *SECTIONS.values()]
+    order = [title, *SECTIONS.values()]
     merged.sort(
         key=lambda flag: (
             order.index(flag.section) if flag.section in order else len(order),
@@ -222,7 +250,7 @@ def _rank_flags() -> list[Flag]:
 
 def write_flags(path: Path = FILE) -> None:
     """Write the flags that the classes have now."""
-    flags = {"fit": _fit_flags(), "rank": _rank_flags()}
+    flags = {"fit": _fit_flags(), "rank": _rank_flags(), "retrieve": _retrieve_flags()}
     rows = {command: [asdict(flag) for flag in each] for command, each in flags.items()}
     lines = {c: ",\n".join(json.dumps(row) for row in each) for c, each in rows.items()}
     blocks = ",\n".join(f'"{command}": [\n{text}\n]' for command, text in lines.items())
@@ -238,7 +266,7 @@ def known_flags(command: str) -> tuple[Flag, ...]:
             for flag in known_flags("rank")
             if not flag.key.startswith("features.") and flag.key != "config.model"
         )
-    rows = json.loads(FILE.read_text(encoding="utf8"))[command]
+    rows = json.loads(FILE.read_text(encoding="utf8")).get(command, [])  # none yet: made next
     return tuple(
         Flag(**{**row, "choices": tuple(row["choices"]), "tokenizers": tuple(row["tokenizers"])})
         for row in rows
@@ -366,7 +394,7 @@ def _given(flags: Sequence[Flag], arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 class OptionsCommand(TyperCommand):
-    """A command whose help has sections, and for ``--tokenizer NAME`` what applies to it."""
+    """A command whose help has sections, and for ``--tokenizer`` or ``--model`` what applies."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Remember the arguments, since ``--help`` is handled before the others are read."""
@@ -375,17 +403,19 @@ class OptionsCommand(TyperCommand):
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the sections; required arguments and the command's own options come first."""
-        flags, kind = {}, None
-        if any(each.name == "tokenizer" for each in self.params) and self.name == "fit":
-            flags = {flag.name: flag for flag in known_flags("fit") if flag.name}
-            kind = _option_value(ctx.meta.get("semid.arguments", []), "--tokenizer")
-        applies = None if kind is None else _applicable(kind)
+        flags, kind, command = {}, None, self.name or ""
+        if command in CHOOSERS:
+            flags = {flag.name: flag for flag in known_flags(command) if flag.name}
+            chooser = f"--{CHOOSERS[command]}"
+            kind = _option_value(ctx.meta.get("semid.arguments", []), chooser)
+        applies = None if kind is None else _applicable(command, kind)
         sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
         for parameter in self.get_params(ctx):
             if applies is not None and parameter.name in flags:
                 if flags[parameter.name].key not in applies:
                     continue
-                section = "Tokenizer" if flags[parameter.name].section.startswith("Only") else None
+                only = flags[parameter.name].section.startswith("Only")
+                section = CHOOSERS[command].capitalize() if only else None
             else:
                 section = None
             record = parameter.get_help_record(ctx)
@@ -414,10 +444,10 @@ def _option_value(arguments: Sequence[str], name: str) -> str | None:
     return None
 
 
-def _applicable(kind: str) -> dict[str, Flag]:
-    """Return the flags of one tokenizer by key; those of another package have no flag names."""
-    flags = known_flags("fit")
-    if not any(kind in flag.tokenizers for flag in flags):
+def _applicable(command: str, kind: str) -> dict[str, Flag]:
+    """Return the flags of one tokenizer or model by key; those of others have no flag names."""
+    flags = known_flags(command)
+    if command == "fit" and not any(kind in flag.tokenizers for flag in flags):
         from semid.tokenizers.factory import TOKENIZERS
 
         named = {flag.key: flag.name for flag in flags}

@@ -52,8 +52,8 @@ class RankSource:
             "hidden": split_list("hidden", self.hidden, "ints"),
             "dropout": self.dropout,
         }
-        values = _part(settings, "config")
-        options = {**model_options, **_part(values, "options")}
+        values = options_under(settings, "config")
+        options = {**model_options, **options_under(values, "options")}
         values = {key: value for key, value in values.items() if not key.startswith("options.")}
         return semid.RankerConfig.of({**values, "fusion": fusion, "options": options})
 
@@ -94,11 +94,11 @@ def rank(
 
     _refuse_unused(context, settings, source, ids=ids, stream=stream, fusion=fusion)
     training_device(source.device)
-    data_config = semid.RankingDataConfig.of(_part(settings, "data"))
+    data_config = semid.RankingDataConfig.of(options_under(settings, "data"))
     check_choice("--fusion", fusion, ("on", "off"))
     config = source.config(settings, fusion == "on")
-    training = rank_options(_part(settings, "training"))
-    code_settings = {**_part(settings, "features"), "seed": seed}
+    training = rank_options(options_under(settings, "training"))
+    code_settings = {**options_under(settings, "features"), "seed": seed}
     semid.CodeFeatures.of(code_settings)  # checked before the log is read
     reads, state = (logs, source.items, ids), Path(partial_path(output))
     cli.hold_output(output, overwrite=overwrite, inputs=reads, state=state)
@@ -193,7 +193,7 @@ def rank_grid(
     switches = _switches(fusion)
     _refuse_unused(context, settings, source, fusion="on" if True in switches else "off")
     training_device(source.device)
-    data_config = semid.RankingDataConfig.of(_part(settings, "data"))
+    data_config = semid.RankingDataConfig.of(options_under(settings, "data"))
     grid = Grid(
         methods=split_list("methods", methods),
         scales=split_list("scales", scales, "ints"),
@@ -202,7 +202,7 @@ def rank_grid(
         seeds=seeds,
         codebook_size=codebook_size,
         config=source.config(settings, switches[0]),
-        training=rank_options(_part(settings, "training")),
+        training=rank_options(options_under(settings, "training")),
     )
     # A grid that is resumed must be one that semid wrote, as one that is replaced.
     inputs = (logs, source.items, embeddings)
@@ -265,7 +265,7 @@ def _refuse_unused(
         )
 
 
-def _part(settings: dict[str, Any], name: str) -> dict[str, Any]:
+def options_under(settings: dict[str, Any], name: str) -> dict[str, Any]:
     """Return the settings below a dotted name."""
     prefix = f"{name}."
     return {k.removeprefix(prefix): value for k, value in settings.items() if k.startswith(prefix)}

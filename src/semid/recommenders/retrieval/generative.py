@@ -61,12 +61,10 @@ class Searching(NextItemModel):
         super().__init__(items, by_item=False)
         distinct, bucket = items.buckets
         self.beams, self.sizes = beams, items.sizes
-        self.trie = TorchTrie(PrefixIndex.build(distinct, sizes=items.sizes))
+        # The trie follows from the codes, which are stored once.
+        self.trie = TorchTrie(PrefixIndex.build(distinct, sizes=items.sizes), persistent=False)
         self.distinct = nn.Buffer(torch.from_numpy(distinct), persistent=False)
         self.buckets = nn.Buffer(torch.from_numpy(bucket), persistent=False)
-        for name in list(self.trie._buffers):
-            # The trie follows from the codes, which are stored once.
-            self.trie._non_persistent_buffers_set.add(name)
 
     def search(self, batch: Packed, beams: int) -> BeamIds:
         """Return the ids that the model scores highest; with a beam per id, of all ids."""

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
@@ -21,10 +22,12 @@ from semid.catalogue.beams import Buckets
 from semid.catalogue.prefixes import PrefixIndex
 from semid.codes import CodesInfo, SemanticIds
 from semid.data.ids import ItemIds
-from semid.data.interactions import Sequences
+from semid.data.interactions import Sequences, read_interactions
 from semid.documents import checked, code_span
 from semid.errors import DivergedError, UsageError
 from semid.options import Options
+from semid.output import atomic_file
+from semid.progress import Progress, QuietProgress
 from semid.recommenders.ranking.schema import Vocabulary
 from semid.recommenders.retrieval.data import (
     Ints,
@@ -62,6 +65,9 @@ MODELS = Registry(
     },
 )
 """Next-item models by name; entry points add others."""
+
+USERS = 8192
+"""Users whose recommendations are written at once."""
 
 SCORES = 1 << 22
 """Scores in memory at once: users of a batch times classes."""
@@ -236,10 +242,11 @@ class Retriever:
         if k < 1:
             raise UsageError(f"k={k}: give at least 1")
         if users is not None:
-            return list(self._recommend(self._known_histories(users), k, exclude_history))
+            rows = self._known_histories(users)
+            return list(self.recommend_rows(rows, k=k, exclude_history=exclude_history))
         single = len(histories) == 0 or not isinstance(histories[0], list | tuple | np.ndarray)
         rows = [self._rows(history) for history in ([histories] if single else histories)]
-        recommended = list(self._recommend(rows, k, exclude_history))
+        recommended = list(self.recommend_rows(rows, k=k, exclude_history=exclude_history))
         return recommended[0] if single else recommended
 
     def _known_histories(self, users: Sequence[Any]) -> list[Ints]:
@@ -261,7 +268,10 @@ class Retriever:
         rows = self.items.ids.index_of(pa.array([str(item) for item in history]))
         return rows[rows >= 0].astype(np.int64)
 
-    def _recommend(self, histories: list[Ints], k: int, exclude: bool) -> Iterator[Recommendation]:
+    def recommend_rows(
+        self, histories: Sequence[Ints], *, k: int, exclude_history: bool = True
+    ) -> Iterator[Recommendation]:
+        """Yield recommendations for histories ``(n,)`` of catalogue rows; see `recommend`."""
         max_length: int = self.options.max_length  # type: ignore[attr-defined]
         device = next(iter(self.network.buffers())).device
         names = self.items.ids.strings()
@@ -273,7 +283,7 @@ class Retriever:
             part = histories[start : start + size]
             known = [history[-max_length:] for history in part if len(history)]
             # A history takes up at most as many places as it has items.
-            more = k + max((len(set(h.tolist())) for h in part), default=0) * exclude
+            more = k + max((len(set(h.tolist())) for h in part), default=0) * exclude_history
             rows = iter(np.zeros((0, more), np.int64))
             values = iter(np.zeros((0, more), np.float32))
             if known:
@@ -290,7 +300,7 @@ class Retriever:
                 else:
                     listed, score = popular, counts[popular].astype(np.float32)
                 allowed = listed >= 0
-                if exclude:
+                if exclude_history:
                     allowed &= ~np.isin(listed, history)
                 first = np.flatnonzero(allowed)[:k]
                 yield Recommendation(names.take(pa.array(listed[first])).to_pylist(), score[first])
@@ -521,6 +531,61 @@ def _weighted(mask: Tensor, sizes: Tensor) -> Tensor:
     # A product in float32 is exact below 2**24 items and much quicker than one of integers.
     number = torch.float32 if int(sizes.sum()) < 1 << 24 else torch.float64
     return (mask.to(number) @ sizes.to(number)).long()
+
+
+def write_recommendations(
+    retriever: Retriever,
+    path: str | os.PathLike[str],
+    interactions: Any = None,
+    *,
+    k: int = 10,
+    exclude_history: bool = True,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> int:
+    """Write recommendations for every user of a log to Parquet, and return the number of users.
+
+    Columns: ``user_id``, ``items`` (list of item ids, best first) and ``scores``. Memory does not
+    grow with the number of users beyond their histories.
+
+    Args:
+        retriever: the model.
+        path: file to write.
+        interactions: the users' histories, as `semid.read_interactions` reads them; None takes
+            those of the training log.
+        k: items per user.
+        exclude_history: leave out what is in a user's history.
+        overwrite: replace a file that exists.
+        progress: callback that receives progress events.
+    """
+    sequences = retriever.sequences
+    if interactions is not None:
+        log = read_interactions(interactions, rating_column="")
+        sequences = log.sequences(retriever.items.ids)
+    users = len(sequences)
+    schema = pa.schema(
+        {
+            "user_id": pa.large_string(),
+            "items": pa.list_(pa.large_string()),
+            "scores": pa.list_(pa.float32()),
+        }
+    )
+    steps = progress or QuietProgress()
+    steps.start("recommend", total=users)
+    with atomic_file(path, overwrite=overwrite) as work, pq.ParquetWriter(work, schema) as writer:
+        for start in range(0, users, USERS):
+            stop = min(start + USERS, users)
+            rows = [sequences[user].astype(np.int64) for user in range(start, stop)]
+            rows = [items[items >= 0] for items in rows]
+            best = list(retriever.recommend_rows(rows, k=k, exclude_history=exclude_history))
+            columns = [
+                sequences.user_ids.slice(start, stop - start),
+                pa.array([each.items for each in best], schema.field("items").type),
+                pa.array([each.scores for each in best], schema.field("scores").type),
+            ]
+            writer.write_table(pa.table(columns, schema=schema))
+            steps.step(stop - start)
+    return users
 
 
 def _card(config: Mapping[str, Any]) -> str:

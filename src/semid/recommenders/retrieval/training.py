@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -132,6 +133,7 @@ def train_retriever(
 
     Cost: with a full softmax, an epoch takes time in proportion to training items times catalogue.
     """
+    began, cpu = time.perf_counter(), time.process_time()
     # Options are checked before the log is read.
     kind = MODELS.load(model, flag="--model (model=)")
     chosen = kind.options.of(options)
@@ -191,5 +193,7 @@ def train_retriever(
         report[part] = results.to_dict()
         retriever.results[part] = results
     network.to("cpu")
+    report["seconds"] = time.perf_counter() - began
+    report["cpu_seconds"] = time.process_time() - cpu
     report["parameters"] = int(np.sum([p.numel() for p in network.parameters()]))
     return retriever

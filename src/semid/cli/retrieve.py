@@ -1,0 +1,268 @@
+"""``semid retrieve`` trains next-item models, ``semid recommend`` asks one for items."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import semid
+from semid.cli.flags import check_keys, known_flags, split_list
+from semid.cli.rank import Logs, options_under
+from semid.cli.shared import (
+    INPUT,
+    InteractionColumns,
+    OutputPath,
+    Overwrite,
+    Quiet,
+    Resume,
+    hold_output,
+    is_given,
+    make_progress,
+    name_checkpoint,
+    refuse_unused,
+    say,
+)
+from semid.errors import UsageError
+
+
+def retrieve(
+    context: typer.Context,
+    logs: Logs,
+    output: OutputPath,
+    settings: Annotated[dict[str, Any], "retrieve"],
+    columns: InteractionColumns,
+    ids: Annotated[Path | None, typer.Option(rich_help_panel=INPUT)] = None,
+    embeddings: Annotated[str | None, typer.Option(rich_help_panel=INPUT)] = None,
+    items: Annotated[str | None, typer.Option(rich_help_panel=INPUT)] = None,
+    model: str = "composed",
+    seeds: Annotated[int, typer.Option(min=1, max=1000)] = 1,
+    seed: int = 0,
+    cold_items: Annotated[float, typer.Option(min=0, max=0.5)] = 0.0,
+    report: Path | None = None,
+    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda")] = "auto",
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a model that recommends each user's next item, and test it on the last one.
+
+    Several models, or several seeds, give a comparison with paired differences.
+
+    Options of one model: semid retrieve --model parallel --help
+
+    Example: semid retrieve logs.parquet --ids ids.parquet -o retriever/
+
+    Example: semid retrieve logs.parquet --ids ids.parquet --model all --seeds 3 -o comparison/
+
+    Args:
+        output: Folder for the model, or for the comparison.
+        ids: Semantic IDs of the items, from 'semid encode' or 'semid unique'.
+        embeddings: Embeddings of the items, for text-knn and --text.
+        items: Table of items: names the rows of an .npy, and its column 'title' shows in --report.
+        model: composed, parallel, generative, sasrec, popularity, text-knn or tiger; several with
+            commas; all leaves out tiger, which takes hours.
+        seeds: Number of seeds, from 0; more than one gives a comparison.
+        seed: Seed of the initial weights and of the order of histories.
+        cold_items: Share of the items that is held out of training, to test new items.
+        report: HTML page with curves, slices and examples.
+        device: Device.
+    """
+    from semid.recommenders.ranking.training import training_device
+    from semid.recommenders.retrieval.data import prepare_retrieval_data
+    from semid.recommenders.retrieval.retriever import MODELS
+    from semid.recommenders.retrieval.training import TRAINING
+    from semid.reproduce.retrieval_grid import (
+        COMPARISON_FILES,
+        RetrievalRun,
+        compare_retrievers,
+        load_models,
+        write_tables,
+    )
+    from semid.runs import remove_state_folder
+    from semid.tokenizers.encoding import partial_path
+    from semid.training.options import TrainOptions
+
+    check_keys("retrieve", settings)
+    training_device(device)
+    names = _models(model, ids, embeddings)
+    kinds = {name: MODELS.load(name, flag="--model") for name in names}
+    compares = len(names) > 1 or seeds > 1
+    if compares:
+        refuse_unused(context, ["seed"], "a comparison takes the seeds from 0")
+    options, training = options_under(settings, "options"), options_under(settings, "training")
+    _refuse_unread(context, kinds, options, ids, embeddings)
+    conduct = TrainOptions.of(training, defaults=TRAINING)
+    for kind in kinds.values():  # values are checked before files are read
+        fields = kind.options.of(None).to_dict()
+        kind.options.of({key: value for key, value in options.items() if key in fields})
+    reads = (logs, ids, embeddings, items)
+    state = None if compares else Path(partial_path(output))
+    hold_output(output, overwrite=overwrite or (compares and resume), inputs=reads, state=state)
+    if report is not None:
+        hold_output(report, overwrite=overwrite, inputs=(*reads, output))
+    if compares and output.exists() and not resume:
+        from semid.output import atomic_folder
+
+        with atomic_folder(output, overwrite=True, grows=COMPARISON_FILES):
+            pass
+    semantic_ids = None if ids is None else semid.SemanticIds.read(ids)
+    data = prepare_retrieval_data(
+        logs,
+        ids=semantic_ids,
+        embeddings=embeddings,
+        items=items if embeddings is not None else None,
+        cold_items=cold_items,
+        **vars(columns),
+    )
+    with make_progress(quiet=quiet) as progress:
+        if compares:
+            runs = compare_retrievers(
+                data,
+                output,
+                models=names,
+                seeds=seeds,
+                ids=semantic_ids,
+                options=options,
+                training=conduct,
+                device=device,
+                progress=progress,
+            )
+            retrievers = load_models(output, runs) if report is not None else []
+        else:
+            with name_checkpoint(state or output):
+                retriever = semid.train_retriever(
+                    data,
+                    ids=semantic_ids if "codes" in kinds[names[0]].needs else None,
+                    model=names[0],
+                    options=options,
+                    training=conduct,
+                    seed=seed,
+                    device=device,
+                    checkpoint=state,
+                    resume=resume,
+                    progress=progress,
+                )
+            retriever.save(output, overwrite=overwrite)
+            remove_state_folder(partial_path(output))
+            runs = [RetrievalRun.of(retriever)]
+            retrievers = [retriever]
+    if compares:
+        say(write_tables(output, runs))
+        say(f"results: {output}")
+    else:
+        _say_results(runs[0].results)
+        say(f"model: {output}")
+    if report is not None:
+        from semid.reproduce.retrieval_page import write_retrieval_page
+
+        write_retrieval_page(report, runs, retrievers, data, items=items, overwrite=overwrite)
+        say(f"report: {report}")
+
+
+def _models(text: str, ids: Path | None, embeddings: str | None) -> list[str]:
+    """Return the models asked for; ``all`` takes those that the inputs allow."""
+    from semid.recommenders.retrieval.retriever import MODELS
+
+    if text != "all":
+        return list(split_list("model", text)) or ["composed"]
+    given = {"codes": ids is not None, "vectors": embeddings is not None}
+    names = []
+    for name in MODELS:
+        missing = [need for need in MODELS.load(name).needs if not given[need]]
+        if name != "tiger" and not missing:
+            names.append(name)
+        elif missing:
+            flags = {"codes": "--ids", "vectors": "--embeddings"}
+            say(f"without {name}: it needs {flags[missing[0]]}", err=True)
+    return names
+
+
+def _refuse_unread(
+    context: typer.Context,
+    kinds: dict[str, Any],
+    options: dict[str, Any],
+    ids: Path | None,
+    embeddings: str | None,
+) -> None:
+    """Refuse options that none of the models would read."""
+    has = {name for kind in kinds.values() for name in kind.options.of(None).to_dict()}
+    trains = any(kind.trains for kind in kinds.values())
+    unread = [
+        flag.name or "settings"
+        for flag in known_flags("retrieve")
+        if (flag.key.startswith("options.") and flag.key.removeprefix("options.") not in has)
+        or (flag.key.startswith("training.") and not trains)
+    ]
+    refuse_unused(context, unread, f"{' and '.join(kinds)} has no such option")
+    unknown = [key for key in options if key not in has]
+    if unknown:
+        raise UsageError(f"--set options.{unknown[0]}: {' and '.join(kinds)} has no such option")
+    if embeddings is not None and not (
+        options.get("text") or any("vectors" in kind.needs for kind in kinds.values())
+    ):
+        refuse_unused(context, ["embeddings"], "text-knn and --text alone read it")
+
+
+def _say_results(results: Any) -> None:
+    """Print the metrics of one model."""
+    say(f"protocol: {results.protocol}")
+    for name in ("recall@5", "ndcg@5", "recall@10", "ndcg@10", "recall@50", "mrr"):
+        estimate = results.metrics[name]
+        interval = ""
+        if estimate.low is not None:
+            interval = f" [{estimate.low:.4f}, {estimate.high:.4f}]"
+        say(f"{name:10} {estimate.value:.4f}{interval}")
+    for name, part in results.slices.items():
+        say(f"  recall@10 {part.metrics['recall@10'].value:.4f}  {name} ({part.users:,} users)")
+    say(f"items of the catalogue in any first 10: {100 * results.coverage:.1f} %")
+
+
+def recommend(
+    context: typer.Context,
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of 'semid retrieve'.")],
+    output: OutputPath,
+    columns: InteractionColumns,
+    histories: Annotated[str | None, typer.Option(rich_help_panel=INPUT)] = None,
+    k: Annotated[int, typer.Option("--k", min=1, max=100_000)] = 10,
+    include_history: bool = False,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Recommend the next items to users.
+
+    Writes a Parquet file with the columns user_id, items and scores, best first.
+
+    Example: semid recommend retriever/ --histories users.parquet --k 20 -o recommendations.parquet
+
+    Args:
+        output: Parquet file.
+        histories: Interactions of the users, a row each or lists; default: the training log's.
+        k: Items per user.
+        include_history: Items of the user's history may be recommended.
+    """
+    from semid.recommenders.retrieval.retriever import write_recommendations
+
+    hold_output(output, overwrite=overwrite, inputs=(model, histories))
+    retriever = semid.load(model)
+    if not isinstance(retriever, semid.Retriever):
+        raise UsageError(
+            f"'{model}' holds a {type(retriever).__name__}; give a folder that 'semid retrieve' "
+            "wrote"
+        )
+    if histories is None:
+        names = [name for name in columns.NAMES if is_given(context, name)]
+        refuse_unused(context, names, "no --histories are given")
+    log = None if histories is None else columns.read(context, histories)
+    with make_progress(quiet=quiet) as progress:
+        users = write_recommendations(
+            retriever,
+            output,
+            log,
+            k=k,
+            exclude_history=not include_history,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    say(f"{users:,} users: {output}")
