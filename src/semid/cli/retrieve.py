@@ -78,6 +78,7 @@ def retrieve(
         RetrievalRun,
         compare_retrievers,
         load_models,
+        page_entries,
         write_tables,
     )
     from semid.runs import remove_state_folder
@@ -155,9 +156,10 @@ def retrieve(
         _say_results(runs[0].results)
         say(f"model: {output}")
     if report is not None:
-        from semid.reproduce.retrieval_page import write_retrieval_page
+        from semid.report.retrieval import write_retrieval_page
 
-        write_retrieval_page(report, runs, retrievers, data, items=items, overwrite=overwrite)
+        entries = page_entries(runs, retrievers)
+        write_retrieval_page(report, entries, data, items=items, overwrite=overwrite)
         say(f"report: {report}")
 
 

@@ -21,7 +21,9 @@ from semid.recommenders.retrieval.metrics import RetrievalResults, estimates
 from semid.recommenders.retrieval.retriever import MODELS, Retriever
 from semid.recommenders.retrieval.training import TRAINING, train_retriever
 from semid.report.pages import table
+from semid.report.retrieval import RetrievalEntry
 from semid.reproduce.ranking_grid import read_results
+from semid.runs import remove_state_folder
 from semid.training.options import TrainOptions
 
 RESULTS_FILE = "results.jsonl"
@@ -123,6 +125,7 @@ def compare_retrievers(
                     resume=True,
                     progress=progress or QuietProgress(),
                 )
+                remove_state_folder(folder / "states" / key)
                 retriever.save(folder / "models" / f"{model}-{seed}", overwrite=True)
                 results = retriever.results["test"]
                 np.savez(folder / "users" / f"{key}.npz", **results.per_user)
@@ -194,6 +197,17 @@ def differences(runs: Sequence[RetrievalRun], metric: str) -> dict[str, Estimate
     }
 
 
+def page_entries(
+    runs: Sequence[RetrievalRun], retrievers: Sequence[Retriever]
+) -> dict[str, RetrievalEntry]:
+    """Return what the page shows of each model."""
+    shown = differences(runs, "recall@10")
+    return {
+        model: RetrievalEntry([run.results for run in own], shown.get(model), retriever)
+        for (model, own), retriever in zip(by_model(runs).items(), retrievers, strict=True)
+    }
+
+
 def comparison_tables(runs: Sequence[RetrievalRun]) -> str:
     """Return the comparison in Markdown: metrics, differences and slices."""
     grouped = by_model(runs)
@@ -252,4 +266,4 @@ def _interval(estimate: Estimate) -> str:
     if low is None or high is None:
         return f"{estimate.value:+.4f}"
     note = "" if low > 0 or high < 0 else " (no difference seen)"
-    return f"{estimate.value:+.4f} [{low:+.4f}, {high:+.4f}]{note}"
+    return f"{estimate.value:+.4f} ({low:+.4f} to {high:+.4f}){note}"
