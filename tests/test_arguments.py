@@ -226,6 +226,8 @@ CALLS = {
     "refresh": "nowhere nowhere.parquet --catalogue nowhere.parquet -o out",
     "rank": "nowhere.parquet --label click>=1 -o out",
     "rank-grid": "nowhere.parquet --embeddings nowhere.parquet --label click>=1 -o out",
+    "retrieve": "nowhere.parquet --ids nowhere.parquet -o out",
+    "recommend": "nowhere --histories nowhere.parquet -o out.parquet",
     "export": "nowhere.parquet --to torcheasyrec --model nowhere --embeddings nowhere.parquet -o e.parquet",
     "prepare": "amazon nowhere.json.gz -o out",
     "reproduce": "drq --recipe nowhere.toml",
@@ -238,6 +240,11 @@ BESIDE = {  # what an option needs beside it
     ("rank", "fusion_rank"): "--fusion on",
     ("rank-grid", "fusion_rank"): "--fusion on",
 }
+for _flag in known_flags("retrieve"):
+    if "composed" not in _flag.tokenizers:
+        BESIDE["retrieve", _flag.name] = (
+            f"--model {_flag.tokenizers[-1]} --embeddings nowhere.parquet"
+        )
 for _name in ("workers", "cpus_per_worker", "store_bytes"):
     BESIDE["fit", _name] = BESIDE["encode", _name] = "--engine ray"
 for _flag in known_flags("fit"):
@@ -246,11 +253,11 @@ for _flag in known_flags("fit"):
 
 HUGE = "1" + "0" * 30
 VALUES = ("-1", "0", "nan", "inf", "1e30", HUGE, "text")
-SEEDS = {"seed", "data_seed"}
+SEEDS = {"seed", "data_seed", "ties_seed"}
 ZERO = {
     "behavior_weight", "contrastive_weight", "uniformity_weight", "kl_weight", "balance_strength",
     "validation_fraction", "tolerance", "tol", "latent", "rounds", "annealing_rounds", "max_churn",
-    "cold_items", "history", "dropout", "core", "candidates", "warmup", "weight_decay",
+    "cold_items", "history", "dropout", "decay", "core", "candidates", "warmup", "weight_decay",
     "checkpoint_seconds", "commitment_weight", "pretrain_epochs", "revive_below",
 }  # fmt: skip
 UNLIMITED = {

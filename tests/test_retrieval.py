@@ -1,18 +1,28 @@
 """Next-item models: metrics against brute force, what each part learns, and what a user can do."""
 
 import itertools
+import json
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch.nn import functional
 
 import semid
+from semid.cli import main
 from semid.codes import CodesInfo, SemanticIds
 from semid.data.ids import ItemIds
 from semid.errors import FingerprintError, InteractionsError, UsageError
 from semid.recommenders.retrieval.data import MIN_INTERACTIONS, pack, prepare_retrieval_data
+from semid.recommenders.retrieval.evaluation import target_ranks
+from semid.recommenders.retrieval.layers import (
+    CodeSum,
+    FullSoftmax,
+    Transformer,
+    TransformerOptions,
+)
 from semid.recommenders.retrieval.metrics import (
     MISSING,
     NDCGS,
@@ -22,16 +32,12 @@ from semid.recommenders.retrieval.metrics import (
     user_metrics,
 )
 from semid.recommenders.retrieval.networks import (
-    CodeSum,
     Composed,
     ComposedOptions,
-    FullSoftmax,
     SASRec,
     SASRecOptions,
-    Transformer,
-    TransformerOptions,
 )
-from semid.recommenders.retrieval.retriever import MODELS, Retriever, make_model, target_ranks
+from semid.recommenders.retrieval.retriever import MODELS, Retriever, make_model
 from semid.recommenders.retrieval.training import train_retriever
 
 ITEMS, SIZES = 60, (6, 8, 4)
@@ -476,3 +482,101 @@ def test_a_log_of_one_user_and_a_log_of_ties_train(caplog):
     assert retriever.results["test"].users == 1
     assert "ties shuffled with seed 0" in retriever.report["protocol"]
     assert MIN_INTERACTIONS == 3
+
+
+# Command line ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """A folder with a log, ids and items, to be in."""
+    monkeypatch.chdir(tmp_path)
+    pq.write_table(make_log(), "log.parquet")
+    make_ids().write("ids.parquet")
+    titles = [f"</script><b>title {item}" for item in range(ITEMS)]
+    names = [f"i{item}" for item in range(ITEMS)]
+    table = {"item_id": names, "title": titles, "embedding": make_vectors().tolist()}
+    pq.write_table(pa.table(table), "items.parquet")
+    return tmp_path
+
+
+def call(*words: object) -> int:
+    """Run the program and return its exit code."""
+    with pytest.raises(SystemExit) as caught:
+        main([str(word) for word in words])
+    return int(caught.value.code or 0)
+
+
+FEW = ("--epochs", 2, "--width", 16, "--batch-size", 16, "-q")
+
+
+def test_one_model_is_trained_shown_and_asked(files, capsys):
+    assert (
+        call(
+            *("retrieve", "log.parquet", "--ids", "ids.parquet", "--items", "items.parquet"),
+            *("--report", "page.html", "-o", "model", *FEW),
+        )
+        == 0
+    )
+    shown = capsys.readouterr().out
+    assert "leave-last-out of 80 users" in shown
+    assert "recall@10" in shown
+    page = (files / "page.html").read_text(encoding="utf8")
+    assert "&lt;/script&gt;&lt;b&gt;title" in page
+    assert "</script><b>title" not in page
+    loaded = semid.load("model")
+    assert f"{loaded.report['test']['metrics']['recall@10']['value']:.4f}" in shown
+    assert call("recommend", "model", "--k", 3, "-o", "best.parquet", "-q") == 0
+    table = pq.read_table("best.parquet")
+    assert table.column_names == ["user_id", "items", "scores"]
+    first = loaded.recommend(users=[table["user_id"][5].as_py()], k=3)[0]
+    assert table["items"][5].as_py() == first.items
+    lists = pa.table({"user_id": ["new"], "item_id": [["i1", "unknown", "i2"]]})
+    pq.write_table(lists, "new.parquet")
+    assert (
+        call("recommend", "model", "--histories", "new.parquet", "-o", "new-best.parquet", "-q")
+        == 0
+    )
+    assert pq.read_table("new-best.parquet")["items"][0].as_py() == (
+        loaded.recommend(["i1", "i2"]).items
+    )
+    assert call("recommend", "model", "-o", "best.parquet", "-q") == 2
+    assert "already exists" in capsys.readouterr().err
+
+
+def test_a_comparison_grows_and_pairs_the_same_users(files, capsys):
+    words = ("retrieve", "log.parquet", "--ids", "ids.parquet", "-o", "cmp", *FEW)
+    assert call(*words, "--model", "composed,popularity") == 0
+    assert call(*words, "--model", "composed,popularity,sasrec", "--seeds", 2, "--resume") == 0
+    lines = (files / "cmp" / "results.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [(row["model"], row["seed"]) for row in rows] == [
+        ("composed", 0),
+        ("popularity", 0),
+        ("sasrec", 0),
+        ("composed", 1),
+        ("sasrec", 1),
+    ]
+    text = (files / "cmp" / "tables.md").read_text()
+    values = {
+        (row["model"], row["seed"]): row["results"]["metrics"]["recall@10"]["value"] for row in rows
+    }
+    difference = values["composed", 0] + values["composed", 1]
+    difference = (difference - values["sasrec", 0] - values["sasrec", 1]) / 2
+    assert f"| composed | {difference:+.4f} (" in text
+    assert not list((files / "cmp" / "states").iterdir())
+
+
+def test_flags_that_would_do_nothing_are_refused(files, capsys):
+    base = ("retrieve", "log.parquet", "--ids", "ids.parquet", "-o", "out", "-q")
+    for words, message in (
+        (("--model", "sasrec", "--item-id"), "--item-id would change nothing"),
+        (("--model", "popularity", "--epochs", 3), "--epochs would change nothing"),
+        (("--embeddings", "items.parquet"), "--embeddings would change nothing"),
+        (("--seeds", 2, "--seed", 3), "--seed would change nothing"),
+        (("--set", "options.nothing=3"), "options.nothing"),
+        (("--model", "sasrek"), "sasrec"),
+    ):
+        assert call(*base, *words) == 2, words
+        assert message in " ".join(capsys.readouterr().err.split()), words
+    assert not (files / "out").exists()

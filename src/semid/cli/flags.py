@@ -41,15 +41,13 @@ RANKING = {
 RANKING_NAMES = {
     "data.seed": "data_seed",
     "features.mode": "code_mode",
-    **dict.fromkeys(
-        ("features.levels", "features.max_rows", "features.n", "features.pooling", "features.rate"),
-        "",
-    ),
-    **dict.fromkeys(("features.seed", "features.weight_decay", "config.fusion"), ""),
-    **dict.fromkeys(("config.init_std", "config.sparse", "config.unknown_rate"), ""),
+    **{
+        f"features.{name}": ""
+        for name in ("levels", "max_rows", "n", "pooling", "rate", "seed", "weight_decay")
+    },
+    **{f"config.{name}": "" for name in ("fusion", "init_std", "sparse", "unknown_rate")},
 }
 """Keys whose flag has another name than their field, or none."""
-
 FIRST = ("levels", "codebook_size")
 
 CHOOSERS = {"fit": "tokenizer", "retrieve": "model"}
@@ -145,10 +143,6 @@ def _type_name(hint: Any) -> str:
 _DEFAULT = re.compile(r" \(default [^()]*(?:\([^()]*\))?[^()]*\)\.$")
 
 
-def _default_of(help_text: str) -> str:
-    return "".join(_DEFAULT.findall(help_text))
-
-
 def _default_text(default: Any) -> str:
     if default is None or default is MISSING or isinstance(default, Mapping):
         return ""
@@ -203,7 +197,7 @@ def _merged_flags(by_kind: Mapping[str, list[Flag]], title: str) -> list[Flag]:
         # Tokenizers may describe one option in their own words: the most frequent text counts.
         helps = [flag.help for _, flag in versions]
         help_text = max(helps, key=helps.count)
-        if len({_default_of(text) for text in helps}) > 1:
+        if len({str(_DEFAULT.findall(text)) for text in helps}) > 1:
             help_text = _DEFAULT.sub(f" (default by {title.lower()}).", help_text)
         flag = versions[0][1]
         section = flag.section
@@ -213,16 +207,8 @@ def _merged_flags(by_kind: Mapping[str, list[Flag]], title: str) -> list[Flag]:
             section = SECTIONS["training"]
         # An option of few tokenizers goes into a section of theirs, so that the help stays short.
         name = key if flag.key == "n_codebooks" else flag.name
-        merged.append(
-            replace(
-                flag,
-                key=key,
-                name=name,
-                help=help_text,
-                section=section,
-                tokenizers=tuple(owners),
-            )
-        )
+        changed: dict[str, Any] = {"name": name, "help": help_text, "section": section}
+        merged.append(replace(flag, key=key, tokenizers=tuple(owners), **changed))
     order = [title, *SECTIONS.values()]
     merged.sort(
         key=lambda flag: (

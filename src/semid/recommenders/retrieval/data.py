@@ -17,7 +17,8 @@ from torch import Tensor
 from semid.codes import SemanticIds
 from semid.data.embeddings import open_embeddings
 from semid.data.ids import ItemIds, held_out_mask
-from semid.data.interactions import Sequences, read_interactions
+from semid.data.interactions import read_interactions
+from semid.data.sequences import Sequences
 from semid.errors import InteractionsError, UsageError
 
 logger = logging.getLogger(__name__)
@@ -278,3 +279,25 @@ def _training_counts(sequences: Sequences, items: int) -> Ints:
     trained = ends - np.arange(len(sequences.items)) > max(TARGETS.values())
     counts: Ints = np.bincount(sequences.items[trained], minlength=items)
     return counts
+
+
+def check_arrays(items: RetrievalItems, sequences: Sequences) -> None:
+    """Refuse arrays of a damaged file that do not go together."""
+    count = len(items)
+    if items.counts.shape != (count,):
+        raise ValueError(f"{items.counts.shape} counts for {count} items")
+    if items.codes is not None:
+        codes = items.codes
+        if codes.shape != (count, len(items.sizes)) or codes.min(initial=0) < 0:
+            raise ValueError(f"codes have shape {codes.shape}")
+        if (codes >= np.array(items.sizes)).any():
+            raise ValueError("a code is outside its codebook")
+    offsets = sequences.offsets
+    ends = offsets[-1] if len(offsets) else -1
+    if (np.diff(offsets) < 0).any() or ends != len(sequences.items):
+        raise ValueError("the histories do not end where their items end")
+    if len(offsets) != len(sequences.user_ids) + 1:
+        raise ValueError(f"{len(offsets) - 1} histories of {len(sequences.user_ids)} users")
+    inside = (sequences.items >= 0) & (sequences.items < count)
+    if not inside.all():
+        raise ValueError("a history names an item outside the catalogue")

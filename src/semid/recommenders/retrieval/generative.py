@@ -16,13 +16,8 @@ from semid.catalogue.prefixes import PrefixIndex
 from semid.errors import MissingExtraError
 from semid.options import MAX_WIDTH, Options, option
 from semid.recommenders.retrieval.data import Packed, RetrievalItems
-from semid.recommenders.retrieval.networks import (
-    Block,
-    CodeSum,
-    NextItemModel,
-    Transformer,
-    TransformerOptions,
-)
+from semid.recommenders.retrieval.layers import Block, CodeSum, Transformer, TransformerOptions
+from semid.recommenders.retrieval.networks import NextItemModel
 from semid.training.loop import Step
 
 

@@ -8,23 +8,21 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from torch import Tensor
 
 from semid.artefact import read_artefact, write_artefact
-from semid.catalogue.beams import Buckets
-from semid.catalogue.prefixes import PrefixIndex
 from semid.codes import CodesInfo, SemanticIds
 from semid.data.ids import ItemIds
-from semid.data.interactions import Sequences, read_interactions
+from semid.data.interactions import read_interactions
+from semid.data.sequences import Sequences
 from semid.documents import checked, code_span
-from semid.errors import DivergedError, UsageError
+from semid.errors import UsageError
 from semid.options import Options
 from semid.output import atomic_file
 from semid.progress import Progress, QuietProgress
@@ -33,17 +31,12 @@ from semid.recommenders.retrieval.data import (
     Ints,
     RetrievalData,
     RetrievalItems,
+    check_arrays,
     pack,
     prepare_retrieval_data,
 )
-from semid.recommenders.retrieval.metrics import (
-    LIST,
-    MISSING,
-    RECALLS,
-    Ranks,
-    RetrievalResults,
-    summarize,
-)
+from semid.recommenders.retrieval.evaluation import SCORES, class_buckets, target_ranks
+from semid.recommenders.retrieval.metrics import RetrievalResults, summarize
 from semid.recommenders.retrieval.networks import NextItemModel
 from semid.registry import Registry
 from semid.seeds import child_seed
@@ -69,9 +62,6 @@ MODELS = Registry(
 USERS = 8192
 """Users whose recommendations are written at once."""
 
-SCORES = 1 << 22
-"""Scores in memory at once: users of a batch times classes."""
-
 CONFIG: dict[str, Any] = {
     "model": str,
     "options": dict[str, Any],
@@ -88,22 +78,6 @@ def make_model(name: str, items: RetrievalItems, options: Options, *, seed: int)
         torch.default_generator.manual_seed(child_seed(seed, "start"))
         model: NextItemModel = MODELS.load(name)(items, options)
     return model
-
-
-class TargetRanks(NamedTuple):
-    """Ranks of targets.
-
-    Attributes:
-        items: among all items.
-        without_history: among the items outside each user's history.
-        ids: of the target's id among all ids; None without codes.
-        listed: ``(items,)`` bool: which items appear in any user's first `LIST`.
-    """
-
-    items: Ranks
-    without_history: Ranks
-    ids: Ranks | None
-    listed: npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -359,7 +333,7 @@ class Retriever:
                 tensors["history.offsets"],
                 tensors["history.items"],
             )
-            _check_arrays(items, sequences)
+            check_arrays(items, sequences)
             model = MODELS.load(values["model"])
             options = model.options.of(values["options"])
             # A config may declare any size: only the arrays themselves may take memory.
@@ -381,156 +355,6 @@ class Retriever:
         """Show model and size."""
         parameters = sum(p.numel() for p in self.network.parameters())
         return f"Retriever({self.model}, items={len(self.items):,}, parameters={parameters:,})"
-
-
-def _check_arrays(items: RetrievalItems, sequences: Sequences) -> None:
-    """Refuse arrays of a damaged file that do not go together."""
-    count = len(items)
-    if items.counts.shape != (count,):
-        raise ValueError(f"{items.counts.shape} counts for {count} items")
-    if items.codes is not None:
-        codes = items.codes
-        if codes.shape != (count, len(items.sizes)) or codes.min(initial=0) < 0:
-            raise ValueError(f"codes have shape {codes.shape}")
-        if (codes >= np.array(items.sizes)).any():
-            raise ValueError("a code is outside its codebook")
-    offsets = sequences.offsets
-    ends = offsets[-1] if len(offsets) else -1
-    if (np.diff(offsets) < 0).any() or ends != len(sequences.items):
-        raise ValueError("the histories do not end where their items end")
-    if len(offsets) != len(sequences.user_ids) + 1:
-        raise ValueError(f"{len(offsets) - 1} histories of {len(sequences.user_ids)} users")
-    inside = (sequences.items >= 0) & (sequences.items < count)
-    if not inside.all():
-        raise ValueError("a history names an item outside the catalogue")
-
-
-def class_buckets(network: NextItemModel, counts: Ints, **options: Any) -> Buckets:
-    """Return the order of the items within each class; options as for `Buckets`."""
-    index = PrefixIndex.build(network.classes.cpu().numpy()[:, None])
-    return Buckets(index, popularity=counts, **options)
-
-
-@torch.no_grad()
-def target_ranks(
-    network: NextItemModel,
-    histories: Sequence[Ints],
-    targets: Ints,
-    *,
-    counts: Ints,
-    device: torch.device,
-) -> TargetRanks:
-    """Rank each history's target ``(users,)`` among all items of the catalogue.
-
-    ``counts`` ``(items,)`` are the training interactions: they decide which items of one id come
-    first in the lists. Cost: users times classes; memory: `SCORES` scores.
-    """
-    was_training = network.training
-    network.eval()
-    buckets = class_buckets(network, counts)
-    classes = network.classes.cpu()
-    item_sizes = torch.bincount(classes)
-    listed = np.zeros(len(classes), dtype=bool)
-    parts: list[tuple[Tensor, ...]] = []
-    # Histories of similar length share a batch, so that packing leaves few gaps.
-    order = np.argsort([len(history) for history in histories], kind="stable")
-    size = max(1, SCORES // len(item_sizes))
-    for start in range(0, len(histories), size):
-        rows = order[start : start + size]
-        batch = pack([histories[row] for row in rows]).to(device)
-        target = classes[torch.from_numpy(targets[rows])][:, None]
-        past, repeated = _past_items([histories[row] for row in rows], targets[rows])
-        past_class = classes[past.clamp(min=0)]
-        if network.exact:
-            scores = network.scores(batch).cpu()
-            sizes = item_sizes
-            at_target, at_past = scores.gather(1, target), scores.gather(1, past_class)
-            best = scores.topk(min(LIST, scores.shape[1]))
-            best_scores, best_classes = best.values, best.indices
-        else:
-            # A search lists some classes; all others have no score.
-            best_scores, best_classes = (each.cpu() for each in network.top(batch, max(RECALLS)))
-            scores, sizes = best_scores, item_sizes[best_classes]
-            at_target = _listed_scores(scores, best_classes, target)
-            at_past = _listed_scores(scores, best_classes, past_class)
-        if torch.isnan(scores).any():
-            raise DivergedError("the model's scores are not numbers; train it again")
-        parts.append(_count_ranks(scores, sizes, at_target, at_past, past >= 0, repeated))
-        leaves = best_classes.masked_fill(torch.isneginf(best_scores), -1).numpy()
-        items, _ = buckets.first_items(leaves, LIST)
-        listed[items[items >= 0]] = True
-    network.train(was_training)
-    columns = [torch.cat(column).numpy() for column in zip(*parts, strict=True)]
-    above, ties, above_new, ties_new, above_ids, ties_ids = (c[np.argsort(order)] for c in columns)
-    ids = None if network.by_item else Ranks(above_ids, ties_ids)
-    return TargetRanks(Ranks(above, ties), Ranks(above_new, ties_new), ids, listed)
-
-
-def _past_items(histories: Sequence[Ints], targets: Ints) -> tuple[Tensor, Tensor]:
-    """Return each history's distinct items but the target, padded with -1, and who repeats it."""
-    distinct = [np.unique(history) for history in histories]
-    width = max(map(len, distinct))
-    past = np.full((len(histories), width), -1, np.int64)
-    for row, items in enumerate(distinct):
-        past[row, : len(items)] = items
-    is_target = past == targets[:, None]
-    past[is_target] = -1
-    return torch.from_numpy(past), torch.from_numpy(is_target.any(1))
-
-
-def _listed_scores(scores: Tensor, classes: Tensor, asked: Tensor) -> Tensor:
-    """Return the score ``(users, n)`` of each class asked for in the user's list, -inf outside."""
-    match = classes[:, None, :] == asked[:, :, None]
-    return torch.where(match, scores[:, None, :], -torch.inf).amax(2)
-
-
-def _count_ranks(
-    scores: Tensor,
-    sizes: Tensor,
-    at_target: Tensor,
-    at_past: Tensor,
-    is_past: Tensor,
-    repeated: Tensor,
-) -> tuple[Tensor, ...]:
-    """Count what scores higher than the target and what the same.
-
-    Args:
-        scores: ``(users, n)`` of classes.
-        sizes: ``(n,)`` or ``(users, n)`` items of each of these classes.
-        at_target: ``(users, 1)`` score of the target's class.
-        at_past: ``(users, past)`` scores of the classes of a history's items.
-        is_past: ``(users, past)`` which of them are items and not padding.
-        repeated: ``(users,)`` whose target is in the history.
-
-    Returns:
-        ``above`` and ``ties`` among all items, among those outside the history, and among classes.
-    """
-    higher, equal = scores > at_target, scores == at_target
-    above, ties = _weighted(higher, sizes), _weighted(equal, sizes)
-    above_new = above - ((at_past > at_target) & is_past).sum(1)
-    ties_new = ties - ((at_past == at_target) & is_past).sum(1)
-    # What the model does not score stands nowhere in the list.
-    unlisted = torch.isneginf(at_target[:, 0])
-    pairs = [
-        (above, ties, unlisted),
-        (above_new, ties_new, unlisted | repeated),
-        (higher.sum(1), equal.sum(1), unlisted),
-    ]
-    counts = []
-    for count, same, missing in pairs:
-        counts += [count.masked_fill(missing, MISSING), same.masked_fill(missing, 1)]
-    return tuple(counts)
-
-
-def _weighted(mask: Tensor, sizes: Tensor) -> Tensor:
-    """Sum the sizes ``(n,)`` or ``(users, n)`` where the mask ``(users, n)`` is true."""
-    if sizes.ndim > 1:
-        return (mask * sizes).sum(1)
-    if int(sizes.max()) == 1:
-        return mask.sum(1)
-    # A product in float32 is exact below 2**24 items and much quicker than one of integers.
-    number = torch.float32 if int(sizes.sum()) < 1 << 24 else torch.float64
-    return (mask.to(number) @ sizes.to(number)).long()
 
 
 def write_recommendations(
