@@ -242,9 +242,11 @@ BESIDE = {  # what an option needs beside it
 }
 for _flag in known_flags("retrieve"):
     if "composed" not in _flag.tokenizers:
-        BESIDE["retrieve", _flag.name] = (
-            f"--model {_flag.tokenizers[-1]} --embeddings nowhere.parquet"
-        )
+        BESIDE["retrieve", _flag.name] = f"--model {_flag.tokenizers[-1]}"
+BESIDE["retrieve", "decay"] += " --embeddings nowhere.parquet"
+BESIDE["rank", "ties_seed"] = BESIDE["rank-grid", "ties_seed"] = "--history 3"
+_pairs = "--tokenizer drqvae --contrastive-weight 0.1 --interactions nowhere.parquet"
+BESIDE["fit", "ties_seed"] = _pairs
 for _name in ("workers", "cpus_per_worker", "store_bytes"):
     BESIDE["fit", _name] = BESIDE["encode", _name] = "--engine ray"
 for _flag in known_flags("fit"):

@@ -541,7 +541,7 @@ def test_one_model_is_trained_shown_and_asked(files, capsys):
         loaded.recommend(["i1", "i2"]).items
     )
     assert call("recommend", "model", "-o", "best.parquet", "-q") == 2
-    assert "already exists" in capsys.readouterr().err
+    assert "output 'best.parquet' exists" in capsys.readouterr().err
 
 
 def test_a_comparison_grows_and_pairs_the_same_users(files, capsys):

@@ -29,7 +29,7 @@ class TransformerOptions(Options):
     max_length: int = option(50, ge=1, le=4096, help="Newest items of a history that are read.")
 
     def _problems(self) -> list[str]:
-        if self.width % self.heads:
+        if self.heads > 0 and self.width % self.heads:
             return [f"heads={self.heads} do not divide width={self.width}"]
         return []
 

@@ -58,7 +58,9 @@ class ParallelOptions(TransformerOptions):
     """Options of `Parallel`."""
 
     item_id: bool = option(False, help="Add an embedding of the item itself to those of its codes.")
-    temperature: float = option(0.07, gt=0, help="Divisor of the cosines in the softmax of codes.")
+    temperature: float = option(
+        0.07, gt=0, le=100, help="Divisor of the cosines in the softmax of codes."
+    )
 
 
 class NextItemModel(nn.Module):
