@@ -163,6 +163,7 @@ class CatalogueBundle:
             UsageError: for a version that does not exist.
             ArtefactError: if a part is missing or altered, or not of the manifest's model.
         """
+        # A checksum for every file: a part that was changed or mixed up is never read as ids.
         tables = []
         manifest = self._manifest(version)
         for part in manifest.parts:

@@ -167,6 +167,7 @@ def drift(
         for levels in usages
     ]
     sizes = [[level.at(REPORT_SCALE).effective_size for level in levels] for levels in overlaps]
+    # Items in both snapshots show whether embeddings moved; the others are new.
     position = first.items.index_of(second.items.strings())
     shared = position >= 0
     same = first.codes[position[shared]] == second.codes[shared]
@@ -200,6 +201,7 @@ def drift(
 def _level(
     a: LevelUsage, b: LevelUsage, size_a: float, size_b: float, *, shared: int
 ) -> LevelDrift:
+    # Total variation of the shares of the codes: the share of items that would have to change.
     p, q = a.probabilities, b.probabilities
     pooled = (a.counts + b.counts) / (a.items + b.items)
     variation = 0.5 * float(np.abs(p - q).sum())

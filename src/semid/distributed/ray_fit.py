@@ -89,6 +89,7 @@ class FitWorker:
             source, is_train = self._open([unit])
             # The digest names the rows and which of them train: a resume on others is refused.
             digest = hashlib.sha256(np.packbits(is_train).tobytes())
+            # The mean of all rows is what relative errors are measured against.
             for _, block in source.blocks():
                 sums = sums + block.sum(axis=0, dtype=np.float64)
                 block_hashes = row_hashes(block)
@@ -281,6 +282,7 @@ def _evaluate(
     started: float,
 ) -> FitReport:
     """Judge every row once; ids meet in parts, so no machine holds those of all items."""
+    # Codes stay with the workers; what comes here grows with codewords and not with items.
     model = shards.ray.put(tokenizer)
     counters = shards.pool.ask_all("evaluate", model, mean)
     whole = counters[0]

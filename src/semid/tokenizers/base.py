@@ -227,7 +227,9 @@ class Tokenizer(StoredTokenizer):
         opened = open_embeddings(source, ids=ids)
         progress.start("prepare kernels")  # once on a machine this takes a minute
         compile_kernels()
+        # A hash of the id holds an item out, so later fits and reports agree on which they are.
         train = ~held_out_mask(opened.ids, self.validation_fraction, salt=HELD_OUT_SALT)
+        # Every row is read once before anything is learned: bad rows show now, not after an hour.
         scanned = scan(opened, train, progress)
         check_enough(
             scanned.distinct,
@@ -237,6 +239,7 @@ class Tokenizer(StoredTokenizer):
         )
         mass = item_weights(weights, len(opened))
         behavior = self._behavior(interactions, pairs, ids=opened.ids, train=train)
+        # A checkpoint continues a run of equal settings on equal data alone.
         settings = {"kind": self.kind, **self.settings}
         key = run_key(settings, data_digest(scanned.digest, mass, behavior))
         with open_checkpoint(checkpoint, key=key, resume=resume) as store:

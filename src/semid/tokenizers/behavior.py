@@ -228,6 +228,7 @@ def read_behavior(
             f"none of the {len(first)} pairs has both items in the catalogue of {len(ids)}, whose "
             f"ids are like {ids.example}; check --pairs and --ids (pairs=, ids=)"
         )
+    # Pairs of held-out items are dropped: what they go with must not be learned.
     table = TablePairs(
         _train_rows(rows, first),
         _train_rows(rows, second),
@@ -246,6 +247,7 @@ def _train_rows(rows: Rows, items: npt.NDArray[np.integer]) -> Rows:
 def _from_interactions(interactions: Any, ids: ItemIds, rows: Rows) -> Behavior:
     log = read_interactions(interactions)
     sequences = log.sequences(ids)
+    # Training users teach, selection users choose the epoch, test users are for evaluation.
     part = split_users(log.user_ids)
     items = _train_rows(rows, sequences.items).astype(np.int32)
     count = int(rows.max()) + 1
@@ -314,6 +316,7 @@ def _neighbors(neighbors: Neighbors, ids: ItemIds, threads: int | None) -> tuple
     matrix = torch.from_numpy(second.rows(positions[known]))
     base = index_database(matrix)
     nearest = np.empty((len(known), neighbors.k), dtype=np.int64)
+    # In blocks of queries, each of which leaves itself out.
     for start in range(0, len(known), QUERY_ROWS):
         stop = min(start + QUERY_ROWS, len(known))
         rows = torch.arange(start, stop)

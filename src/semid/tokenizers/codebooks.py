@@ -122,6 +122,7 @@ def training_rows(
     source: EmbeddingSource, *, weights: Weights | None = None, threads: int | None = None
 ) -> ShardedMatrix:
     """Return the rows of a fit; under ``torchrun`` each process holds its share of the blocks."""
+    # One process holds all rows; each of several holds whole blocks, so that sums are the same.
     join_processes()
     if world_size() == 1:
         return as_sharded(source, weights=weights, threads=threads, memory_bytes=MEMORY_BYTES)
@@ -168,6 +169,7 @@ class LevelRun:
         self._store, self._progress, self._levels = store, progress, levels
         self.done: list[tuple[Array, npt.NDArray[np.int64], LevelFit]] = []
         self.state: KMeansState | None = None
+        # Finished levels and the state of the one that was running, if a run is continued.
         if store is not None and store.state is not None:
             arrays, record = store.state
             for level, fit in enumerate(record["fits"]):
@@ -198,6 +200,7 @@ class LevelRun:
     def _save(self, state: KMeansState | None) -> None:
         if self._store is None:
             return
+        # Labels are saved too: without them a continued run would have to assign all rows again.
         arrays: dict[str, np.ndarray] = {}
         for level, (codebook, labels, _) in enumerate(self.done):
             arrays[f"codebook.{level}"] = codebook

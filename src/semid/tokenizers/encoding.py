@@ -111,6 +111,8 @@ class PartFolder:
     ) -> EncodedPart:
         """Encode one part and write its file, unless it is there and its rows have not changed."""
         hashes = ids.hash64()
+        # A part of an earlier run counts if its rows are what they were; reading them again costs
+        # less than encoding.
         if self.folder.exists_file(name):
             digest = rows_digest(read(), ids)
             if self._is_signed(name, digest):
@@ -156,6 +158,7 @@ class PartFolder:
     ) -> None:
         """Write the output from the parts, in row order, and end the run."""
         parts = sorted(parts, key=lambda part: part.name)
+        # Another process may have written to the folder meanwhile: look at every signature again.
         for part in parts:
             if not self._is_signed(part.name, part.digest):
                 raise ArtefactError(

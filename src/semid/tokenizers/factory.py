@@ -55,6 +55,7 @@ def make_tokenizer(
     for key, value in values.items():
         if key == "levels" and "n_codebooks" in allowed:
             key = "n_codebooks"
+        # "training.epochs" is an option inside nested options.
         outer, _, inner = key.partition(".")
         if outer not in allowed:
             flag = "--" + (inner or outer).replace("_", "-")

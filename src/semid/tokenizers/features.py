@@ -105,6 +105,7 @@ def fuse(
     if len(set(lengths.values())) > 1:
         counts = ", ".join(f"'{name}' has {length}" for name, length in lengths.items())
         raise EmbeddingError(f"the inputs have different numbers of rows: {counts}; give the same")
+    # Rows are matched by their place; the ids are those of the first embedding.
     first = next(iter(parts.values()))
     named = first if ids is None else open_embeddings(first, ids=ids)
     return FusedSource(parts, named.ids)

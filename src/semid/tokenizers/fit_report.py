@@ -138,6 +138,7 @@ class HealthCounter:
         self, codebooks: Sequence[Array], used: tuple[LevelUsage, ...]
     ) -> tuple[LevelOverlap, ...]:
         """Overlap of each level at noise 0.1 (DRQ eq. 12); none where latents do not vary."""
+        # The noise is in units of the latent's standard deviation per element.
         variance = self._latent_variance() / self._latents.total.size
         if variance <= 0:
             return ()

@@ -101,6 +101,7 @@ class DecodeHead:
                 f"{len(source)} targets for {len(ids)} items; give one row per item, in the order "
                 "of the ids"
             )
+        # An appended token says nothing of the item.
         codes = ids.codes[:, : len(ids.info.model_sizes)]
         held_out = held_out_mask(ids.items, validation_fraction, salt=SALT)
 

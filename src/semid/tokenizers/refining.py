@@ -87,6 +87,7 @@ def refine(
         threads=tokenizer.threads,
         on_round=lambda done: progress.step(1, error=done.error, ridge=done.ridge),
     )
+    # The new codebooks in a copy, then what depends on codes, then a report of the whole.
     refined = tokenizer.replace_tensors({f"codebooks.{i}": book for i, book in enumerate(books)})
     refined.beam_width = options.beam_width
     details = {} if tokenizer.report is None else dict(tokenizer.report.details)

@@ -229,6 +229,7 @@ class StoredTokenizer(Parameters, ABC):
 
     def replace_tensors(self, tensors: Mapping[str, np.ndarray]) -> Self:
         """Return a fitted tokenizer of the same settings with other arrays in place of some."""
+        # A new object: whoever holds this one still encodes with the arrays it was given.
         other = type(self)(**self.get_params(deep=False))
         other._dim = self.dim
         other._set_tensors({**self._tensors(), **tensors})
@@ -237,6 +238,7 @@ class StoredTokenizer(Parameters, ABC):
 
     def renumbered(self, numbers: Sequence[npt.NDArray[np.int64]]) -> Self:
         """Return the same tokenizer with new numbers ``(codes,)`` of each level's codewords."""
+        # Row c of every array of a level moves to its new number, decoding tables included.
         tensors = self._tensors()
         moved: dict[str, np.ndarray] = {}
         for level, (book, number) in enumerate(zip(self.codebooks, numbers, strict=True)):
@@ -280,6 +282,7 @@ class StoredTokenizer(Parameters, ABC):
             ArtefactError: if the folder is incomplete, altered, or of another kind.
         """
         config, tensors = read_artefact(path, kind=cls.kind)
+        # Settings come first: the shapes of the arrays are checked against them.
         with described(path, cls.__name__):
             tokenizer = cls(**stored_settings(cls, config))
             tokenizer._dim = config["dim"]

@@ -81,6 +81,7 @@ class ParallelTokenizer(MovingAverageTokenizer):
         )
 
     def _encode_block(self, x: Array, beam_width: int) -> ResidualCodes:
+        # Codebooks are parallel: each takes the codeword nearest to its own view of the latent.
         spaces = self._spaces(super()._latent_block(x))
         codes = np.empty((len(x), self.levels), dtype=np.int64)
         for level, (space, book) in enumerate(zip(spaces, self._codebook_index, strict=True)):

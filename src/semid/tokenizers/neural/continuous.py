@@ -116,6 +116,7 @@ class ContinuousAutoencoder(nn.Module):
         self.log_variance: nn.Linear | None = None
         if objective.kl_weight > 0:
             self.log_variance = blank_linear(head.in_features, head.out_features)
+            # Little noise at first (sigma = e^-2), so that reconstruction is learned before.
             nn.init.zeros_(self.log_variance.weight)
             nn.init.constant_(self.log_variance.bias, -4.0)
 
@@ -203,6 +204,7 @@ class ContinuousTask(RowsTask):
             "relative_error": score,
             "participation_ratio": _participation(moment, total, len(self.validation)),
         }
+        # Users kept for selection: pairs of training users would reward learning them by heart.
         behavior = self.context.behavior
         if behavior is not None and behavior.select is not None:
             contrastive = self._select_loss(behavior.select)
@@ -275,6 +277,7 @@ class ContinuousTokenizer(ResidualTokenizer, NeuralTokenizer):
             result = self._train(ContinuousTask, model, prepared, context, store)
             return module_arrays(model.cpu()), result.to_dict()
 
+        # A continued run takes the weights of a finished training from the checkpoint.
         arrays, details = context.stage("train", run)
         load_module_(model, arrays)
         self._preprocess = prepared.preprocess

@@ -59,10 +59,12 @@ def initialize_(
     threads: int | None = None,
 ) -> None:
     """Start every codebook by K-means over all ``(rows, latent)`` latents, not those of a batch."""
+    # Every iteration reads all latents: encoding the rows again each time would cost far more.
     latents = in_memory(latents)
     codebooks = quantizer.codebooks
 
     def set_codebook(codebook: Codebook, result: KMeansResult) -> None:
+        # Moving averages start as if training had gone on with these labels for a while.
         counts = np.bincount(result.labels, weights, minlength=len(result.centroids))
         shares = torch.from_numpy((counts / counts.sum()).astype(np.float32))
         codebook.initialize_(torch.from_numpy(result.centroids), shares, batch=batch)
@@ -178,6 +180,7 @@ class ReconstructionTask(RowsTask):
         logs: dict[str, float] = {}
         healthy = True
         for level, codebook in enumerate(self.model.quantizer.codebooks):
+            # The perplexity exp(H) of the codes of this epoch; a level that collapses has few.
             used = codebook.take_usage_().double()
             shares = used[used > 0] / used.sum()
             perplexity = float((-(shares * shares.log()).sum()).exp())

@@ -125,6 +125,7 @@ class RowsTask(ABC):
             epoch=epoch,
             weights=self.context.weights,
         )
+        # Every process cuts the same batches and takes its share of each.
         for number in range(first, len(batches)):
             share, weight = process_share(batches[number], rank=rank(), world=world_size())
             rows = self.rows.take(share).to(self.device)
@@ -205,6 +206,7 @@ class NeuralTokenizer(CodebookTokenizer):
 
     def _start_model(self, context: FitContext) -> tuple[PreparedRows, Autoencoder]:
         """Return the preprocessed rows of a fit and an untrained autoencoder of their scale."""
+        # The network sees rows of variance 1, whatever the scale of the embeddings.
         prepared = PreparedRows.of(context, center=self.center, normalize=self.normalize)
         autoencoder = self._new_autoencoder(context.inputs)
         autoencoder.standardize_(prepared.mean, prepared.variance)
@@ -245,6 +247,7 @@ class NeuralTokenizer(CodebookTokenizer):
         return map_rows(rows, partial(encoder, threads=self.threads), width)
 
     def _set_autoencoder(self, autoencoder: Autoencoder) -> None:
+        # Ids come from exact copies on the CPU, in which no row depends on its neighbors.
         self._autoencoder = autoencoder.cpu()
         self._encoder, self._decoder = ExactEncoder(autoencoder), ExactDecoder(autoencoder)
 
@@ -290,6 +293,7 @@ class NeuralTokenizer(CodebookTokenizer):
 
     def _load_autoencoder(self, weights: Mapping[str, np.ndarray]) -> Autoencoder:
         """Make an autoencoder of the weights' own shape."""
+        # Several inputs have a projection each, which is as wide as its input.
         projections = sorted(
             n for n in weights if n.startswith("projections.") and n.endswith("weight")
         )
