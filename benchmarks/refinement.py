@@ -67,6 +67,10 @@ def by_semid(
 SIDES: dict[str, Callable[[EmbeddingSource, int, int, Path], Fitted]] = {
     FAISS: by_faiss,
     "RQKMeans": partial(by_semid, semid.RQKMeans),
+    "RQKMeans, beam 5": partial(by_semid, partial(semid.RQKMeans, beam_width=5)),
+    "RQKMeans, trained with beam 5": partial(
+        by_semid, partial(semid.RQKMeans, beam_width=5, train_with_beam=True)
+    ),
     "BARQ, no behavior": partial(by_semid, partial(semid.BARQ, behavior_weight=0.0)),
     "BARQ": partial(by_semid, semid.BARQ, behavior=True),
 }

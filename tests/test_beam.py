@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from semid.quantization import residual
+from semid.quantization import beam
 from semid.quantization.nearest import index_codebook
 from semid.quantization.residual import encode_residual
 
@@ -29,7 +29,7 @@ def drawn(seed: int = 0, *, mean: float = 0.0) -> tuple[np.ndarray, list[np.ndar
 def searched(monkeypatch, x, books, width):
     """Encode without products."""
     with monkeypatch.context() as patch:
-        patch.setattr(residual, "PRODUCT_BYTES", 0)
+        patch.setattr(beam, "PRODUCT_BYTES", 0)
         return encoded(x, books, width)
 
 
@@ -47,13 +47,13 @@ def assert_same(one, other):
 def counted(monkeypatch):
     """Count the rows that went by products."""
     rows = []
-    scanned = residual._scan_level
+    scanned = beam._scan_level
 
     def counting(x, *rest):
         rows.append(len(x))
         return scanned(x, *rest)
 
-    monkeypatch.setattr(residual, "_scan_level", counting)
+    monkeypatch.setattr(beam, "_scan_level", counting)
     return rows
 
 
@@ -71,13 +71,13 @@ def test_products_find_what_searches_find(monkeypatch, counted, width, mean):
 def test_scores_lie_within_their_bound(monkeypatch, mean):
     x, books = drawn(mean=mean)
     seen = []
-    scan = residual.scan_children
+    scan = beam.scan_children
 
     def spying(base, halves, products, lines, offsets, margin, *rest):
         seen.append((base, halves, products, lines, margin))
         scan(base, halves, products, lines, offsets, margin, *rest)
 
-    monkeypatch.setattr(residual, "scan_children", spying)
+    monkeypatch.setattr(beam, "scan_children", spying)
     encoded(x, books, 6)
     assert len(seen) == 6  # two levels, three parts of the rows
     for at, (base, halves, products, lines, margin) in enumerate(seen):

@@ -114,6 +114,9 @@ TOKENIZERS: dict[str, Callable[..., Tokenizer]] = {
     "rqkmeans-beam": lambda **changes: semid.RQKMeans(
         **{"levels": 3, "codebook_size": 16, "beam_width": 3, **changes}
     ),
+    "rqkmeans-train-with-beam": lambda **changes: semid.RQKMeans(
+        **{"codebook_size": 16, "beam_width": 2, "train_with_beam": True, **changes}
+    ),
 }
 
 sys.path.append(str(Path(__file__).parent / "plugin"))  # a package that is not semid's

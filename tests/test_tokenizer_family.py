@@ -1,4 +1,4 @@
-"""What is special about FSQ, and what it shares with the rest of the library."""
+"""What is special about single tokenizers, and what they share with the rest of the library."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ import torch
 
 import semid
 from semid.errors import UsageError
+from semid.quantization.beam import PartialResiduals
+from semid.quantization.blocks import BLOCK_ROWS, ArrayBlocks, merge_nodes
+from semid.quantization.residual import fit_residual
+from semid.quantization.sharding import Shard, ShardedMatrix
 from semid.report.compare import side_by_side
 from semid.tokenizers.fsq import ScalarGrid, ScalarQuantizer
 
@@ -140,3 +144,121 @@ def test_fsq_can_be_refined_and_saved(fsq, clustered, tmp_path):
 def test_fsq_refuses(arguments, message):
     with pytest.raises(UsageError, match=message):
         semid.FSQ(**arguments)
+
+
+# Training with a beam ---------------------------------------------------------------------------
+
+
+def brute_beam(x: np.ndarray, books: list[np.ndarray], width: int) -> np.ndarray:
+    """Return what the best partial codes leave of each row: ``(n, width, dim)``, best first."""
+    left = x[:, None].astype(np.float64)
+    for book in books:
+        children = (left[:, :, None] - book).reshape(len(x), -1, x.shape[1])
+        order = np.argsort((children**2).sum(2), axis=1, kind="stable")[:, :width]
+        left = np.take_along_axis(children, order[:, :, None], axis=1)
+    return left
+
+
+def test_each_level_is_fitted_to_all_partial_codes(clustered):
+    width, kmeans = 3, {"max_iter": 100, "tol": 0.0}
+    arguments = {"levels": 3, "codebook_size": 16, "beam_width": width, "validation_fraction": 0}
+    model = semid.RQKMeans(train_with_beam=True, kmeans=kmeans, **arguments).fit(clustered)
+    books = [book.astype(np.float64) for book in model.codebooks]
+    for level in (1, 2):
+        partial = brute_beam(clustered, books[:level], width)
+        squared = (partial**2).sum(2)
+        weights = ((squared[:, :1] / squared) ** 3).ravel()[:, None]
+        rows = partial.reshape(-1, 24)
+        labels = ((rows[:, None] - books[level]) ** 2).sum(2).argmin(1)
+        groups = [labels == code for code in range(16)]
+        means = np.stack([(weights * rows)[g].sum(0) / weights[g].sum() for g in groups])
+        # K-means ran to its end: each codeword is the mean of the partial residuals nearest to it.
+        np.testing.assert_allclose(books[level], means, atol=1e-3)
+
+
+def test_training_with_a_beam_generalizes_with_few_rows_per_codeword():
+    generator = np.random.default_rng(0)
+    factors = generator.normal(size=(2400, 6)) @ generator.normal(size=(6, 16))
+    x = (factors + 0.3 * generator.normal(size=(2400, 16))).astype(np.float32)
+    train, test = x[:1200], x[1200:]
+    errors = {}
+    for trained in (False, True):
+        model = semid.RQKMeans(
+            levels=3, codebook_size=128, beam_width=5, train_with_beam=trained
+        ).fit(train)
+        errors[trained] = float(((test - model.decode(model.encode(test))) ** 2).sum())
+    assert errors[True] < 0.97 * errors[False]
+
+
+def test_training_with_a_beam_keeps_clear_clusters(clustered):
+    errors = {
+        trained: semid.RQKMeans(levels=2, codebook_size=16, beam_width=3, train_with_beam=trained)
+        .fit(clustered)
+        .report.training_error
+        for trained in (False, True)
+    }
+    assert errors[True] < 1.1 * errors[False]
+
+
+def test_beam_training_weights_samples_and_memory(clustered):
+    arguments = {"levels": 2, "codebook_size": 16, "beam_width": 3, "train_with_beam": True}
+    plain = semid.RQKMeans(**arguments).fit(clustered)
+    ones = semid.RQKMeans(**arguments).fit(clustered, weights=np.full(1200, 2.0))
+    assert ones.codebook_fingerprint == plain.codebook_fingerprint
+    weights = np.where(clustered[:, 0] > 0, 1.0, 1e-6)
+    heavy = semid.RQKMeans(**arguments).fit(clustered, weights=weights)
+    errors = [
+        float(((clustered - m.decode(m.encode(clustered))) ** 2).sum(1)[weights == 1].sum())
+        for m in (plain, heavy)
+    ]
+    assert errors[1] < errors[0]
+    sampled = semid.RQKMeans(kmeans={"sample_per_code": 40}, **arguments).fit(clustered)
+    assert sampled.report.validation_error < 2 * plain.report.validation_error
+    # A view that is not held in memory gives the same bits.
+    rows = ArrayBlocks(clustered)
+    options = {"seed": 3, "beam_width": 3}
+    held, _ = fit_residual(rows, (16, 16, 16), **options)
+    read, _ = fit_residual(rows, (16, 16, 16), memory_bytes=0, **options)
+    assert all(np.array_equal(*pair) for pair in zip(held, read, strict=True))
+
+
+def test_partial_residuals_come_in_whole_blocks(clustered):
+    codes = np.random.default_rng(0).integers(0, 16, size=(1200, 3, 2))
+    books = [np.random.default_rng(n).normal(size=(16, 24)).astype(np.float32) for n in (1, 2)]
+    view = PartialResiduals(ArrayBlocks(clustered), codes, books)
+    expected = clustered[:, None] - books[0][codes[..., 0]] - books[1][codes[..., 1]]
+    for size in (7, 500, 1200, 65_536):
+        starts, blocks = zip(*view.blocks(size), strict=True)
+        assert [len(block) for block in blocks[:-1]] == [size] * (len(blocks) - 1)
+        assert list(starts) == [number * size for number in range(len(blocks))]
+        np.testing.assert_allclose(np.concatenate(blocks), expected.reshape(-1, 24), atol=1e-5)
+    numbers = np.array([5, 3599, 0])
+    np.testing.assert_allclose(view.rows(numbers), expected.reshape(-1, 24)[numbers], atol=1e-5)
+
+
+def test_beam_training_refuses():
+    with pytest.raises(UsageError, match=r"beam_width=1.*--beam-width"):
+        semid.RQKMeans(train_with_beam=True)
+    rows = ShardedMatrix(FewShards(), dim=4)
+    with pytest.raises(UsageError, match="all rows in one process"):
+        semid.RQKMeans(beam_width=2, train_with_beam=True, codebook_size=2).fit_rows(rows)
+
+
+class FewShards:
+    """Rows in two shards, as several processes hold them."""
+
+    def __init__(self) -> None:
+        x = np.random.default_rng(0).normal(size=(2 * BLOCK_ROWS, 4)).astype(np.float32)
+        self.shards = [
+            Shard(ArrayBlocks(x[:BLOCK_ROWS])),
+            Shard(ArrayBlocks(x[BLOCK_ROWS:]), first_row=BLOCK_ROWS),
+        ]
+        self.spans = [(0, BLOCK_ROWS), (BLOCK_ROWS, 2 * BLOCK_ROWS)]
+
+    def call(self, method, arguments):
+        return {
+            place: getattr(self.shards[place], method)(*args) for place, args in arguments.items()
+        }
+
+    def call_all(self, method, *arguments):
+        return merge_nodes([getattr(shard, method)(*arguments) for shard in self.shards])

@@ -106,7 +106,7 @@ def refine_residual(
     rounds that led to them.
 
     Cost: a round encodes the training rows once and the held-out rows once per ridge (once, from
-    the second with noise on), by a beam (see `semid.quantization.residual`).
+    the second with noise on), by a beam (see `semid.quantization.beam`).
 
     Shapes: ``train`` (items, dim), ``codebooks`` (codes, dim), ``weights`` (items,).
     """

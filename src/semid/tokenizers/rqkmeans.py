@@ -44,6 +44,20 @@ class RQKMeans(ResidualTokenizer):
         None, help="How K-means runs at each level."
     )
 
+    train_with_beam: bool = option(
+        False,
+        help="Fit each level on the residuals of all partial codes that the beam keeps, not of "
+        "greedy codes alone.",
+    )
+
+    def _problems(self) -> list[str]:
+        if self.train_with_beam and self.beam_width == 1:
+            return [
+                "train_with_beam=True and beam_width=1: codes are greedy then; give --beam-width "
+                "(beam_width) of 2 or more, such as 5"
+            ]
+        return []
+
     def __post_init__(self) -> None:
         """Start from scratch."""
         super().__post_init__()
@@ -77,6 +91,7 @@ class RQKMeans(ResidualTokenizer):
             options=KMeansOptions.of(self.kmeans),
             weights=None,  # the rows bring theirs
             init=self._start,
+            beam_width=self.beam_width if self.train_with_beam else 1,
             threads=self.threads,
             store=store,
             progress=progress or QuietProgress(),
