@@ -85,7 +85,7 @@ def target_ranks(
             scores, sizes = best_scores, item_sizes[best_classes]
             at_target = _listed_scores(scores, best_classes, target)
             at_past = _listed_scores(scores, best_classes, past_class)
-        if torch.isnan(scores).any():
+        if torch.isnan(best_scores).any():  # the largest of a row is NaN if any is
             raise DivergedError("the model's scores are not numbers; train it again")
         parts.append(_count_ranks(scores, sizes, at_target, at_past, past >= 0, repeated))
         leaves = best_classes.masked_fill(torch.isneginf(best_scores), -1).numpy()
@@ -158,8 +158,8 @@ def _weighted(mask: Tensor, sizes: Tensor) -> Tensor:
     """Sum the sizes ``(n,)`` or ``(users, n)`` where the mask ``(users, n)`` is true."""
     if sizes.ndim > 1:
         return (mask * sizes).sum(1)
-    if int(sizes.max()) == 1:
-        return mask.sum(1)
+    if int(sizes.max()) == 1:  # as bytes, which are added up quicker than truth values
+        return mask.view(torch.uint8).sum(1, dtype=torch.int32).long()
     # A product in float32 is exact below 2**24 items and much quicker than one of integers.
     number = torch.float32 if int(sizes.sum()) < 1 << 24 else torch.float64
     return (mask.to(number) @ sizes.to(number)).long()

@@ -183,7 +183,8 @@ class SASRec(NextItemModel):
         vectors = self.vectors()
         states = self.transformer(vectors[self.classes[batch.items]], batch)
         scores: Tensor = (states @ vectors.T).float()
-        return scores.masked_fill(~self.scoreable(), -torch.inf)
+        never = torch.nonzero(~self.scoreable())[:, 0]
+        return scores.index_fill_(1, never, -torch.inf)
 
 
 def _sampler(
