@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semid.catalogue.beams import Buckets, beam_search
-from semid.catalogue.decoding import TorchTrie
+from semid.catalogue.decoding import AllowedTokens, TorchTrie
 from semid.catalogue.prefixes import PrefixIndex
 from semid.errors import InputError, UsageError
 
@@ -149,6 +149,51 @@ def test_a_beam_that_meets_few_items_still_fills_the_others():
     assert (best.leaves[0] >= 0).all()
     best = beam_search(TorchTrie(index), step, users=2, beams=20)
     assert best.codes.shape == (2, 11, 2)
+
+
+def test_beam_search_writes_what_transformers_writes():
+    """A T5 with its cache reordered by `rows`, against `generate` with the logits processor."""
+    transformers = pytest.importorskip("transformers", reason="pip install 'semid[transformers]'")
+    codes = np.random.default_rng(0).integers(0, 6, (40, 3))
+    index = PrefixIndex.build(codes, sizes=(6, 6, 6))
+    trie = TorchTrie(index)
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=20, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
+        decoder_start_token_id=0, pad_token_id=0, eos_token_id=19,
+    )  # fmt: skip
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    first = [1, 7, 13]  # token of code 0 of each level
+    history, mask = torch.randint(1, 19, (5, 9)), torch.ones((5, 9), dtype=torch.int64)
+    mask[1, 6:] = 0
+    encoded = model.get_encoder()(history, attention_mask=mask).last_hidden_state
+    owner, cache = torch.zeros(0), None
+
+    def step(prefix, rows):
+        nonlocal owner, cache
+        depth = prefix.shape[1]
+        if depth == 0:
+            owner, tokens = rows, torch.zeros((len(rows), 1), dtype=torch.int64)
+        else:
+            owner, tokens = owner[rows], prefix[:, -1:] + first[depth - 1]
+            cache.reorder_cache(rows)
+        output = model(
+            encoder_outputs=(encoded[owner],), attention_mask=mask[owner],
+            decoder_input_ids=tokens, past_key_values=cache, use_cache=True,
+        )  # fmt: skip
+        cache = output.past_key_values
+        return output.logits[:, -1].log_softmax(-1)[:, first[depth] : first[depth] + 6]
+
+    best = beam_search(trie, step, users=5, beams=7)
+    tokens = [range(start, start + 6) for start in first]
+    processor = AllowedTokens(trie, tokens, prompt_length=1, end_token=19)
+    written = model.generate(
+        history, attention_mask=mask, num_beams=7, num_return_sequences=7, max_new_tokens=4,
+        logits_processor=[processor], do_sample=False, length_penalty=0.0,
+        return_dict_in_generate=True, output_scores=True,
+    )  # fmt: skip
+    assert torch.equal(processor.written(written.sequences).view(5, 7, 3), best.codes)
+    torch.testing.assert_close(written.sequences_scores.view(5, 7), best.scores)
 
 
 def test_wrong_calls():
