@@ -86,15 +86,9 @@ def test_beam_search_equals_brute_force(case, users, beams, seed):
     best = beam_search(TorchTrie(index), step_function(table, users), users=users, beams=beams)
     for user in range(users):
         expected = brute_force(ids, table, user, beams)
-        count = len(expected)
-        assert count == min(beams, count)
-        assert [tuple(row) for row in best.codes[user, :count].tolist()] == [p for _, p in expected]
-        np.testing.assert_allclose(best.scores[user, :count], [s for s, _ in expected])
-        leaves = index.find(best.codes[user, :count].numpy()) - index.depth_starts[index.levels]
-        assert best.leaves[user, :count].tolist() == leaves.tolist()
-        assert (best.codes[user, count:] == -1).all()
-        assert (best.leaves[user, count:] == -1).all()
-        assert (best.scores[user, count:] == -torch.inf).all()
+        assert [tuple(row) for row in best.codes[user].tolist()] == [p for _, p in expected]
+        np.testing.assert_allclose(best.scores[user], [s for s, _ in expected])
+        assert best.leaves[user].tolist() == index.leaves(best.codes[user].numpy()).tolist()
     # As many beams as there are ids lose nothing: the best of all ids, exactly.
     if beams >= len(ids):
         totals = {
@@ -124,31 +118,41 @@ def test_ids_are_valid_and_distinct_whatever_the_scores_are(case, beams, seed, k
     best = beam_search(TorchTrie(index), step, users=4, beams=beams)
     assert best.scores.dtype == torch.float32
     for user in range(4):
-        live = best.leaves[user] >= 0
-        rows = [tuple(row) for row in best.codes[user, live].tolist()]
+        rows = [tuple(row) for row in best.codes[user].tolist()]
         assert set(rows) <= ids
-        assert len(set(rows)) == len(rows) >= min(beams, len(ids), 1)
+        assert len(set(rows)) == len(rows) == min(beams, len(ids))
         scores = best.scores[user].tolist()
         assert scores == sorted(scores, reverse=True)
-    if beams >= len(ids):
-        assert (best.leaves >= 0).sum() == 4 * len(ids)
 
 
-def test_a_beam_that_meets_few_items_still_fills_the_others():
-    """All codes of the first level are taken as beams; one of them has most of the items."""
-    codes = np.array([[0, n] for n in range(9)] + [[1, 0], [2, 0]])
-    index = PrefixIndex.build(codes, sizes=(3, 9))
+@pytest.mark.parametrize("value", [-torch.inf, torch.nan, -1.0])
+def test_users_with_few_children_get_them_beside_users_with_many(value):
+    """The padding of one user must not win over children that the model scores minus infinity."""
+    codes = np.array([[0, n] for n in range(900)] + [[n, m] for n in range(1, 41) for m in (0, 7)])
+    index = PrefixIndex.build(codes, sizes=(41, 900))
+    first = torch.zeros((3, 41))
+    first[:2, 0], first[2, 0] = -9, 9  # only the last user has the code with most items
+    for beams in (1, 30, 40):
+        best = beam_search(
+            TorchTrie(index),
+            lambda codes, rows: torch.full((len(codes), 900), value) if codes.shape[1] else first,
+            users=3,
+            beams=beams,
+        )
+        assert best.codes.shape == (3, beams, 2)
+        for user, rows in enumerate(best.codes.tolist()):
+            assert len(set(map(tuple, rows))) == beams
+            assert index.contains(np.array(rows)).all()
+            assert user == 2 or all(code > 0 for code, _ in rows)
+        assert (best.scores[:2] == (-torch.inf if value != -1 else -1)).all()
 
-    def step(prefix, rows):
-        if prefix.shape[1] == 0:
-            return torch.tensor([[-9.0, -1.0, -1.0], [0.0, -1.0, -2.0]])
-        return torch.zeros((len(prefix), 9))
 
-    best = beam_search(TorchTrie(index), step, users=2, beams=2)
-    assert sorted(map(tuple, best.codes[0].tolist())) == [(1, 0), (2, 0)]
-    assert (best.leaves[0] >= 0).all()
-    best = beam_search(TorchTrie(index), step, users=2, beams=20)
-    assert best.codes.shape == (2, 11, 2)
+def test_ids_with_finite_scores_come_first():
+    index = PrefixIndex.build(np.arange(6)[:, None])
+    scores = torch.tensor([[-3.0, torch.nan, -1.0, -torch.inf, -2.0, torch.inf]])
+    best = beam_search(TorchTrie(index), lambda codes, rows: scores, users=1, beams=9)
+    assert best.codes[0, :4, 0].tolist() == [5, 2, 4, 0]
+    assert best.scores[0].tolist() == [torch.inf, -1, -2, -3, -torch.inf, -torch.inf]
 
 
 def test_beam_search_writes_what_transformers_writes():

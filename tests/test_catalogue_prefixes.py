@@ -80,7 +80,9 @@ def test_children_of_nodes_at_any_depth_equal_brute_force(entries, monkeypatch):
         valid = {tuple(row) for row in codes[:, order].tolist()}
         prefixes = {row[:depth] for row in valid for depth in range(len(sizes) + 1)}
         nodes = {prefix: int(index.find(np.array(prefix, np.int64))) for prefix in prefixes}
-        chosen = data.draw(st.lists(st.sampled_from([None, *sorted(prefixes)]), max_size=9))
+        depths = data.draw(st.sets(st.integers(0, len(sizes)), min_size=1))
+        drawn = sorted(prefix for prefix in prefixes if len(prefix) in depths)
+        chosen = data.draw(st.lists(st.sampled_from([None, *drawn]), max_size=9))
         batch = torch.tensor([-1 if p is None else nodes[p] for p in chosen], dtype=torch.int64)
         listed = trie.candidates(batch)
         assert [part.dtype for part in listed] == [torch.int64, torch.int64, torch.bool]
@@ -190,13 +192,21 @@ def test_allowed_tokens_stay_above_all_others_where_every_score_is_minus_infinit
         text = torch.tensor([[0]])
         total = torch.zeros((), dtype=dtype)
         for expected in ([5, 6], [8], [2]):
-            for value in (-torch.inf, torch.nan):
+            for value in (torch.nan, -torch.inf):
                 kept = processor(text, torch.full((1, 10), value, dtype=dtype))
                 assert kept.dtype == dtype
                 assert torch.isfinite(kept[0]).nonzero().ravel().tolist() == expected
-            total += kept[0].max()
+                total += kept[0].max()
             text = torch.cat([text, kept.argmax(1, keepdim=True)], dim=1)
         assert torch.isfinite(total)  # beam search adds the scores of an id up
+
+
+def test_a_text_shorter_than_its_prompt_begins_an_id():
+    index = PrefixIndex.build(np.array([[0, 1], [1, 0]]), sizes=(2, 2))
+    processor = AllowedTokens(TorchTrie(index), [[5, 6], [7, 8]], prompt_length=3, end_token=2)
+    for length in range(4):
+        kept = processor(torch.zeros((1, length), dtype=torch.int64), torch.zeros(1, 10))
+        assert torch.isfinite(kept[0]).nonzero().ravel().tolist() == [5, 6]
 
 
 def test_where_ids_begin_is_said_once():

@@ -31,12 +31,11 @@ class BeamIds:
     """The ids that `beam_search` returns, best first.
 
     Attributes:
-        codes: ``(users, beams, levels)`` int64 in the order of the trie; -1 where there are fewer
-            ids than beams.
-        scores: ``(users, beams)`` float32 or float64 sums of the model's scores, descending; minus
-            infinity where there is no id, and for an id that the model scores so.
+        codes: ``(users, beams, levels)`` int64 in the order of the trie. All ids are returned if
+            there are fewer than beams.
+        scores: ``(users, beams)`` float32 or float64 sums of the model's scores, descending.
         leaves: ``(users, beams)`` int64 number of each id, in the order of
-            `PrefixIndex.row_starts`; -1 where there is no id.
+            `PrefixIndex.row_starts`.
     """
 
     codes: Tensor
@@ -144,20 +143,17 @@ def beam_search(
         column = torch.arange(len(user), device=device) - first[user, 0]
         matrix = total.new_full((users, int(counts.max())), -torch.inf)
         matrix[user, column] = total.clamp(min=torch.finfo(total.dtype).min)
-        width = min(beams, matrix.shape[1])
-        best = matrix.topk(width, dim=1).indices
-        # A beam without a child repeats another one of its user, so that `step` sees codes of the
-        # level; it has the node -1 from here on, which has no children.
-        exists = (best < counts).flatten()
-        child = (first + torch.minimum(best, counts - 1)).flatten()
+        # Every prefix goes on to some item. So all users have as many beams, the number asked for
+        # or all prefixes of this depth, and none is ever without a child.
+        width = min(beams, int(counts.min()))
+        child = (first + matrix.topk(width, dim=1).indices).flatten()
         rows = beam[child]
         codes = torch.cat([codes[rows], code[child, None]], dim=1)
-        nodes = torch.where(exists, node[child], -1)
-        totals = torch.where(exists, total[child], -torch.inf)
+        nodes, totals = node[child], total[child]
     return BeamIds(
-        codes.masked_fill_((nodes < 0)[:, None], -1).view(users, width, -1),
+        codes.view(users, width, -1),
         totals.view(users, width),
-        torch.where(nodes < 0, -1, nodes - trie.first_leaf).view(users, width),
+        (nodes - trie.first_leaf).view(users, width),
     )
 
 
