@@ -111,6 +111,16 @@ def test_children_of_nodes_at_any_depth_equal_brute_force(entries, monkeypatch):
     assert rows_of_table == {1} if entries == 0 else 2 in rows_of_table
 
 
+def test_levels_of_different_sizes_in_one_batch():
+    """The root's children outnumber the codes of the level below."""
+    trie = TorchTrie(PrefixIndex.build(np.array([[n, 0, 0] for n in range(5)]), sizes=(5, 2, 2)))
+    codes, next_nodes, valid = trie.candidates(torch.tensor([0, 3, -1]))
+    assert codes[0, valid[0]].tolist() == [0, 1, 2, 3, 4]
+    assert next_nodes[0, valid[0]].tolist() == [1, 2, 3, 4, 5]
+    assert codes[1, valid[1]].tolist() == [0]
+    assert not valid[2].any()
+
+
 @settings(max_examples=40, deadline=None)
 @given(catalogues(), st.integers(0, 2**32 - 1))
 def test_random_scores_only_ever_write_valid_ids(case, seed):
