@@ -91,6 +91,12 @@ def barq(**changes: object) -> Tokenizer:
     return WithPairs(**{"beam_width": 2, "behavior_levels": 2, **settings})
 
 
+def given(combine: str) -> Callable[..., Tokenizer]:
+    fixed = {"combine": combine, "levels": 4, "codebook_size": 16, "center": True}
+    kmeans = {"max_iter": 10, "tol": 0}
+    return lambda **changes: semid.Codebooks(**{**fixed, "kmeans": kmeans, **changes})
+
+
 TOKENIZERS: dict[str, Callable[..., Tokenizer]] = {
     "rqkmeans": lambda **changes: semid.RQKMeans(**{"levels": 3, "codebook_size": 16, **changes}),
     "rqkmeans-prepared": lambda **changes: semid.RQKMeans(
@@ -100,6 +106,7 @@ TOKENIZERS: dict[str, Callable[..., Tokenizer]] = {
     "opq": parallel(
         semid.OPQ, n_codebooks=4, center=True, rotation_iter=4, kmeans={"max_iter": 8, "tol": 0}
     ),
+    **{f"codebooks-{combine}": given(combine) for combine in ("sum", "mean", "concat")},
     **NEURAL,
     "barq": barq,
     "barq-content": lambda **changes: semid.BARQ(

@@ -11,6 +11,7 @@ from semid.data.embeddings import open_embeddings as open_embeddings
 from semid.data.interactions import read_interactions as read_interactions
 from semid.data.synthetic import SyntheticCatalogue as SyntheticCatalogue
 from semid.errors import SemidError as SemidError
+from semid.exports.codebook_files import import_codebooks as import_codebooks
 from semid.exports.formats import export as export
 from semid.exports.formats import import_ids as import_ids
 from semid.loading import load as load
@@ -34,6 +35,8 @@ from semid.tokenizers.behavior import Neighbors as Neighbors
 from semid.tokenizers.drqvae import DRQVAE as DRQVAE
 from semid.tokenizers.features import fuse as fuse
 from semid.tokenizers.fsq import FSQ as FSQ
+from semid.tokenizers.given import Codebooks as Codebooks
+from semid.tokenizers.given import from_codebooks as from_codebooks
 from semid.tokenizers.heads import DecodeHead as DecodeHead
 from semid.tokenizers.neural.tokenizer import AutoencoderConfig as AutoencoderConfig
 from semid.tokenizers.product import OPQ as OPQ

@@ -244,14 +244,15 @@ def import_(
     orientation: str | None = None,
     overwrite: cli.Overwrite = False,
 ) -> None:
-    """Read ids of another program, so that semid's commands work on them.
+    """Read ids or codebooks of another program, so that semid's commands work on them.
 
     Example: semid import Beauty.index.json --from lcrec --ids items.parquet -o ids.parquet
 
     Args:
         file: The other program's file.
-        source: lcrec or grid.
-        output: Parquet file to write.
+        source: Ids of lcrec or grid; codebooks of faiss, openonerec, torcheasyrec or
+            grid-checkpoint, which become a model.
+        output: Parquet file to write; the model's folder for codebooks.
         model: Model that made the codes; the ids then carry its fingerprint.
         ids: Table with one item id per row, FILE or FILE:COLUMN.
         id_column: Column of the item ids; default 'item_id'.
@@ -259,7 +260,17 @@ def import_(
             default.
     """
     from semid.data.items import load_ids
+    from semid.exports.formats import CODEBOOK_SOURCES
 
+    if source in CODEBOOK_SOURCES:
+        unused = ["model", "ids", "id_column", "orientation"]
+        cli.refuse_unused(context, unused, "it is for files of ids")
+        cli.hold_output(output, overwrite=overwrite, inputs=(file,))
+        imported_model = semid.import_codebooks(source, file)
+        imported_model.save(output, overwrite=overwrite)
+        sizes = ", ".join(map(str, imported_model.codebook_sizes))
+        cli.say(f"imported codebooks of {sizes} codewords: {output}")
+        return
     if ids is None:
         cli.refuse_unused(context, ["id_column"], "it names a column of --ids")
     cli.hold_output(output, overwrite=overwrite, inputs=(file, model, ids))

@@ -41,7 +41,10 @@ EXPORTS = Registry(
 """The `ExportFormat` of each name. Entry points of the group ``semid.exports`` add others."""
 
 IMPORTS = ("lcrec", "grid")
-"""Names of semid's own formats that can be read."""
+"""Names of semid's own formats of ids that can be read."""
+
+CODEBOOK_SOURCES = ("faiss", "openonerec", "torcheasyrec", "grid-checkpoint")
+"""Programs whose codebooks `semid.import_codebooks` reads."""
 
 
 @dataclass(frozen=True)
@@ -182,10 +185,15 @@ def import_ids(
         >>> ids = semid.import_ids("lcrec", "Beauty.index.json", tokenizer=model)
     """
     if source not in EXPORTS or source in EXPORTS.targets:
-        check_choice("--from", source, IMPORTS)
+        check_choice("--from", source, (*IMPORTS, *CODEBOOK_SOURCES))
     export_format: ExportFormat = EXPORTS.load(source)
     if export_format.read is None:
-        raise UsageError(f"{source} can be written, not read; give one of {', '.join(IMPORTS)}")
+        hint = ""
+        if source in CODEBOOK_SOURCES:
+            hint = "; its codebooks are read by semid.import_codebooks"
+        raise UsageError(
+            f"ids of {source} can be written, not read; give one of {', '.join(IMPORTS)}{hint}"
+        )
     options: dict[str, Any] = {} if orientation is None else {"orientation": orientation}
     if options and source != "grid":
         raise UsageError(

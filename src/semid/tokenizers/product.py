@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from semid.errors import UsageError
 from semid.options import option
+from semid.progress import Progress
 from semid.quantization.blocks import Blocks, Preprocess, map_rows
 from semid.quantization.kmeans import KMeansOptions
 from semid.quantization.product import ProductState, encode_product, fit_product, part_slices
@@ -93,7 +94,18 @@ class PQ(CodebookTokenizer):
         details, init = self._fit_space(context, rows)
         arrays, record = context.stage(
             "kmeans",
-            lambda store: self._fit_codebooks(context, self._latents(rows), init, store),
+            lambda store: fit_parts(
+                self._latents(rows),
+                self._parts(dim),
+                self.codebook_sizes,
+                store=store,
+                progress=context.progress,
+                seed=self.seed,
+                options=self._resolved("kmeans"),
+                weights=context.weights,
+                init=init,
+                threads=self.threads,
+            ),
         )
         self._set_codebooks([arrays[f"codebooks.{i}"] for i in range(self.levels)])
         self._start = None
@@ -108,37 +120,6 @@ class PQ(CodebookTokenizer):
     def _latents(self, rows: Blocks) -> Blocks:
         """Return a view of preprocessed rows as latents."""
         return rows
-
-    def _fit_codebooks(
-        self,
-        context: FitContext,
-        rows: Blocks,
-        init: Sequence[Array] | None,
-        store: StateStore | None,
-    ) -> Result:
-        progress = context.progress
-        progress.start(f"{self.levels} codebooks", total=None)
-
-        def on_iteration(state: ProductState) -> None:
-            if store is not None:
-                store.save(*_product_state(state))
-            inertia = sum(history[-1] for history in state.inertia)
-            progress.step(1, restart=state.restart, inertia=inertia)
-
-        books, fits = fit_product(
-            rows,
-            self._parts(rows.dim),
-            self.codebook_sizes,
-            seed=self.seed,
-            options=self._resolved("kmeans"),
-            weights=context.weights,
-            init=init,
-            threads=self.threads,
-            state=None if store is None or store.state is None else _restored(*store.state),
-            on_iteration=on_iteration,
-        )
-        arrays = {f"codebooks.{i}": book for i, book in enumerate(books)}
-        return arrays, {"levels": [asdict(fit) for fit in fits]}
 
     def _encode_block(self, x: Array, beam_width: int) -> ResidualCodes:
         z = self._latent_block(x)
@@ -269,10 +250,10 @@ class OPQ(PQ):
         Raises:
             NotFittedError: before `fit`.
         """
-        return nn.Sequential(super().encoder_module(), _Rotate(self._rotation))
+        return nn.Sequential(super().encoder_module(), Rotate(self._rotation))
 
 
-class _Rotate(nn.Module):
+class Rotate(nn.Module):
     """Rows times a matrix."""
 
     def __init__(self, rotation: Array) -> None:
@@ -282,6 +263,36 @@ class _Rotate(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Rotate rows ``(batch, dim)``."""
         return x @ self.get_buffer("rotation")
+
+
+def fit_parts(
+    rows: Blocks,
+    slices: Sequence[slice],
+    sizes: Sequence[int],
+    *,
+    store: StateStore | None,
+    progress: Progress,
+    **options: Any,
+) -> Result:
+    """Fit parallel codebooks from where the store left off; further options are `fit_product`'s."""
+    progress.start(f"{len(sizes)} codebooks", total=None)
+
+    def on_iteration(state: ProductState) -> None:
+        if store is not None:
+            store.save(*_product_state(state))
+        inertia = sum(history[-1] for history in state.inertia)
+        progress.step(1, restart=state.restart, inertia=inertia)
+
+    books, fits = fit_product(
+        rows,
+        slices,
+        sizes,
+        state=None if store is None or store.state is None else _restored(*store.state),
+        on_iteration=on_iteration,
+        **options,
+    )
+    arrays = {f"codebooks.{i}": book for i, book in enumerate(books)}
+    return arrays, {"levels": [asdict(fit) for fit in fits]}
 
 
 # States in a checkpoint: arrays by name and a JSON-able record ----------------------------------
