@@ -113,7 +113,7 @@ def draw_negatives(
     seed: int,
     name: str,
 ) -> tuple[Ints, Mask]:
-    """Draw an item per user ``(rows,)`` that he lacks; return items and which rows got one."""
+    """Draw an item per row that is new to the row's user ``(rows,)``; return items and a mask."""
     # A pair is one integer, so "was it excluded?" is a binary search among sorted integers.
     keys = np.unique(excluded[0] * items + excluded[1])
     generator = numpy_generator(seed, "negatives", name)
