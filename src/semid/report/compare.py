@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -35,20 +35,7 @@ VIEWS: dict[str, str] = DECLARATIONS["views"]
 """Key of a view -> its title."""
 
 Read = Callable[[Diagnosis], float | None]
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One metric that models are compared by; the fields are those of `MetricRow`."""
-
-    key: str
-    read: Read  # its value of a diagnosis, None where it was not measured
-    view: str
-    name: str
-    # ``neither`` where a good value is no merit by itself, such as few collisions
-    better: Literal["lower", "higher", "neither"]
-    kind: Literal["share", "number", "count"]
-    lead: bool = False
+"""Returns the value of a metric, None where it was not measured."""
 
 
 def _flips(response: NoiseResponse) -> tuple[float, float]:
@@ -108,20 +95,20 @@ _READ: dict[str, Read] = {
     "collision_rate": lambda d: d.verdict.collisions.collision_rate,
     "colliding_item_rate": lambda d: d.verdict.collisions.colliding_item_rate,
 }
-METRICS = {key: Metric(key, _READ[key], **texts) for key, texts in DECLARATIONS["metrics"].items()}
+METRICS = {
+    key: (MetricRow(key=key, **{"lead": False, **texts}, values=(), ranks=()), _READ[key])
+    for key, texts in DECLARATIONS["metrics"].items()
+}
+"""What models are compared by: a row of the table without values, and the value of a diagnosis."""
 
 
-def relation_metrics(diagnoses: Sequence[Diagnosis]) -> Iterator[Metric]:
+def relation_metrics(diagnoses: Sequence[Diagnosis]) -> Iterator[tuple[MetricRow, Read]]:
     """Yield what models are compared by on each kind of known relation that was measured."""
     for kind in dict.fromkeys(kind for d in diagnoses for kind in d.relations or {}):
-        for metric in (METRICS["weighted_auc"], METRICS["discrete_hits"]):
-            yield replace(
-                metric,
-                key=f"{metric.key}_{kind}",
-                name=f"{metric.name}, {kind.replace('_', ' ')}",
-                read=_of_pairs(metric.key, kind),
-                lead=False,
-            )
+        for row, _ in (METRICS["weighted_auc"], METRICS["discrete_hits"]):
+            name = f"{row.name}, {kind.replace('_', ' ')}"
+            row_of_kind = replace(row, key=f"{row.key}_{kind}", name=name, lead=False)
+            yield row_of_kind, _of_pairs(row.key, kind)
 
 
 def compare(
@@ -171,13 +158,12 @@ def side_by_side(diagnoses: Mapping[str, Diagnosis]) -> Comparison:
     each = list(diagnoses.values())
     all_held_out = all("held_out" in d.reconstruction.relative_error for d in each)
     rows = []
-    for metric in (*METRICS.values(), *relation_metrics(each)):
-        values = tuple(metric.read(d) for d in each)
-        if metric.key == "relative_error" and all_held_out:
+    for row, read in (*METRICS.values(), *relation_metrics(each)):
+        values = tuple(read(d) for d in each)
+        if row.key == "relative_error" and all_held_out:
             values = tuple(d.reconstruction.relative_error["held_out"] for d in each)
         if any(value is not None for value in values):
-            texts = {name: value for name, value in vars(metric).items() if name != "read"}
-            rows.append(MetricRow(**texts, values=values, ranks=_ranks(values, metric.better)))
+            rows.append(replace(row, values=values, ranks=_ranks(values, row.better)))
     # One lead metric stands for each view where views are traded off.
     leads = [row for row in rows if row.lead]
     dominated = _dominated(tuple(diagnoses), leads)
