@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -283,22 +283,7 @@ def reproduce(
     for why in study.absent.values():
         cli.say(f"left out: {why}", err=True)
     if estimate:
-        plan = study.estimate()
-        cli.say(f"{plan.runs} runs, {plan.done} done, {plan.runs - plan.done} to do")
-        if plan.seconds is None:
-            cli.say("how long: nothing has run yet to judge by; run one and ask again")
-        else:
-            share = max(1, processes)
-            cli.say(
-                f"how long: {plan.seconds / 3600:.1f} hours of one process at the speed of the "
-                f"runs done, {plan.seconds / 3600 / share:.1f} with {share}; {plan.guessed} "
-                "runs are guessed from unlike ones"
-            )
-        if list_runs:
-            done = {row["key"] for row in study.rows()}
-            for job in study.chosen:
-                if job.key not in done:
-                    cli.say(f"  {job.title}")
+        _say_estimate(study, processes, list_runs=list_runs)
         return
     with cli.make_progress(quiet=quiet) as progress:
         failed = study.run(processes=processes, threads=threads, progress=progress)
@@ -309,3 +294,23 @@ def reproduce(
         for title, why in failed.items():
             cli.say(f"failed: {title}: {why}", err=True)
         raise typer.Exit(1)
+
+
+def _say_estimate(study: Any, processes: int, *, list_runs: bool) -> None:
+    """Say what is left to run, and how long it takes."""
+    plan = study.estimate()
+    cli.say(f"{plan.runs} runs, {plan.done} done, {plan.runs - plan.done} to do")
+    if plan.seconds is None:
+        cli.say("how long: nothing has run yet to judge by; run one and ask again")
+    else:
+        hours = plan.seconds / 3600
+        cli.say(
+            f"how long: {hours:.1f} hours of one process at the speed of the runs done, "
+            f"{hours / processes:.1f} with {processes}; {plan.guessed} runs are guessed from "
+            "unlike ones"
+        )
+    if list_runs:
+        done = {row["key"] for row in study.rows()}
+        for job in study.chosen:
+            if job.key not in done:
+                cli.say(f"  {job.title}")
