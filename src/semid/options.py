@@ -117,15 +117,18 @@ class Option:
         # Of a list, every element has to be in range.
         several = isinstance(value, Sequence | np.ndarray) and not isinstance(value, str)
         values = value if several else (value,)
-        if value is None or all(self._allows(each) for each in values):
+        wrong = [each for each in values if value is not None and not self._allows(each)]
+        if not wrong:
             return
         too_large = isinstance(value, int) and self._maximum(value) == _MAX_INT < value
         allowed = f"at most {_MAX_INT}" if too_large else self.allowed(hint)
-        nearest = nearest_name(str(value), self.choices) if self.choices else ""
+        # Of names, the one that is wrong is shown; of numbers all, since each has a place.
+        nearest = nearest_name(str(wrong[0]), self.choices) if self.choices else ""
+        shown = reprlib.repr(wrong[0] if self.choices else value)
         optional = ", or None" if type(None) in typing.get_args(hint) else ""
-        subject = f"{self.name or field}={reprlib.repr(value)}:"
+        subject = f"{self.name or field}={shown}:"
         if self.name is not None and self.name.startswith("--"):
-            subject = f"{self.name} ({field}=) is {reprlib.repr(value)};"
+            subject = f"{self.name} ({field}=) is {shown};"
         yield f"{subject} give {allowed}{optional}{nearest}"
 
     def _maximum(self, value: Any) -> float | None:

@@ -144,12 +144,16 @@ class Grid(Options):
 
     methods: tuple[str, ...] = option(
         ("none", "me", "rqvae", "moc"),
+        choices=METHODS,
+        name="--methods",
         help="Methods: none, random, shuffled, widened, me, moc, or tokenizers.",
     )
     scales: tuple[int, ...] = option(
         (1, 2, 3, 7), ge=1, le=MAX_LEVELS, help="Numbers of codes per item."
     )
-    models: tuple[str, ...] = option(tuple(sorted(MODELS)), help="Ranking models.")
+    models: tuple[str, ...] = option(
+        tuple(sorted(MODELS)), choices=sorted(MODELS), name="--models", help="Ranking models."
+    )
     fusion: tuple[bool, ...] = option(
         (True, False), help="Mixture-of-Codes fusion: on, off or both."
     )
@@ -164,10 +168,6 @@ class Grid(Options):
     )
 
     def _problems(self) -> list[str]:
-        for name in self.methods:
-            check_choice("--methods", name, METHODS)
-        for name in self.models:
-            check_choice("--models", name, sorted(MODELS))
         if not (self.methods and self.scales and self.models and self.fusion):
             return ["every axis of a grid needs a value: methods, scales, models, fusion"]
         return []

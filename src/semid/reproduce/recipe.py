@@ -52,15 +52,11 @@ class TokenizerSpec(Options):
     """One row of the DRQ paper's tables."""
 
     name: str = option(help="Name in the paper.")
-    kind: str = option(help="Name of a tokenizer.")
+    kind: str = option(choices=sorted(TOKENIZERS), help="Name of a tokenizer.")
     options: Mapping[str, Any] = option(default_factory=dict, help="Further arguments.")
     variant: str = option("", help="Empty for the paper's row; else what differs, shown apart.")
     data: tuple[str, ...] = option((), help="Names of data sets; empty takes all.")
     behavior: bool = option(False, help="Whether it learns from interactions.")
-
-    def _problems(self) -> list[str]:
-        check_choice("tokenizers.kind", self.kind, sorted(TOKENIZERS))
-        return []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,16 +96,20 @@ class Stage(Options):
     name: str = option(help="What it is for.")
     kind: str = option(
         "rank",
+        choices=("rank", "kept"),
         help="'rank' trains ranking models; 'kept' rebuilds item embeddings from codes (fig. 1).",
     )
-    models: tuple[str, ...] = option((), help="Ranking models; none for 'kept'.")
+    models: tuple[str, ...] = option(
+        (), choices=sorted(MODELS), help="Ranking models; none for 'kept'."
+    )
     methods: tuple[str, ...] = option(
-        (), help="Ranking methods; 'vqvae' is the one there is at 1x."
+        (), choices=METHODS, help="Ranking methods; 'vqvae' is the one there is at 1x."
     )
     scales: tuple[int, ...] = option((7,), ge=1, help="M of the methods that have one.")
     fusion: tuple[bool, ...] = option((False, True), help="With, without, or both.")
     parts: tuple[str, ...] = option(
         (),
+        choices=("alone", "first"),
         help="'alone': each level of the widest scale by itself (fig. 8a); 'first': its levels "
         "from the lowest up (fig. 8b); empty uses all levels.",
     )
@@ -117,17 +117,6 @@ class Stage(Options):
     analyze: int = option(0, ge=0, help="Number of seeds with metrics of code embeddings.")
     data: tuple[str, ...] = option((), help="Names of data sets; empty takes all.")
     variant: str = option("", help="Name of a variant; empty is the main protocol.")
-
-    def _problems(self) -> list[str]:
-        check_choice("stages.kind", self.kind, ("rank", "kept"))
-        for names, known in (
-            ("models", sorted(MODELS)),
-            ("methods", METHODS),
-            ("parts", ("alone", "first")),
-        ):
-            for name in getattr(self, names):
-                check_choice(f"stages.{names}", name, known)
-        return []
 
 
 @dataclass(frozen=True, kw_only=True)
