@@ -106,9 +106,6 @@ class ResidualTokenizer(CodebookTokenizer):
         """Codewords of each level."""
         return level_sizes(self.levels, self.codebook_size)
 
-    def _resolved(self, name: str) -> Any:
-        return list(self.codebook_sizes) if name == "codebook_size" else super()._resolved(name)
-
     def _encode_block(self, x: Array, beam_width: int) -> ResidualCodes:
         return encode_residual(
             self._latent_block(x), self._codebook_index, beam_width=beam_width, threads=self.threads

@@ -314,9 +314,5 @@ class FSQ(QuantizedTokenizer):
         return ResidualCodes.of(codes, remainder.numpy())
 
     def encoder_module(self) -> nn.Module:
-        """Return the encoder and the bound as a module that can be traced, see `NeuralTokenizer`.
-
-        Raises:
-            NotFittedError: before `fit`.
-        """
+        """Return the encoder and the bound as a module, see `Tokenizer.encoder_module`."""
         return BoundedEncoder(super().encoder_module(), self._grid)

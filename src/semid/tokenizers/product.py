@@ -66,9 +66,6 @@ class PQ(CodebookTokenizer):
         """Codewords of each codebook."""
         return level_sizes(self.n_codebooks, self.codebook_size, name="n_codebooks")
 
-    def _resolved(self, name: str) -> Any:
-        return list(self.codebook_sizes) if name == "codebook_size" else super()._resolved(name)
-
     def _start_from(self, previous: Self) -> None:
         self._start = previous
 
@@ -136,11 +133,7 @@ class PQ(CodebookTokenizer):
         return [part.stop - part.start for part in self._parts(self.dim)]
 
     def encoder_module(self) -> nn.Module:
-        """Return the preprocessing of rows ``(n, dim)`` as a module that can be exported.
-
-        Raises:
-            NotFittedError: before `fit`.
-        """
+        """Return the preprocessing of rows as a module, see `Tokenizer.encoder_module`."""
         _ = self.dim
         return Prepare(self._preprocess)
 

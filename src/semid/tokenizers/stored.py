@@ -146,6 +146,12 @@ class StoredTokenizer(Parameters, ABC):
         self._dim: int | None = None
         self._fingerprint_version = FORMAT_VERSION
 
+    def _resolved(self, name: str) -> Any:
+        # Settings list the sizes of all codebooks where one number may stand for them.
+        if name == "codebook_size" and argument_types(type(self))[name] is not int:
+            return list(self.codebook_sizes)
+        return super()._resolved(name)
+
     @property
     @abstractmethod
     def codebook_sizes(self) -> tuple[int, ...]:

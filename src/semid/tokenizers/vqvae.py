@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -152,9 +152,6 @@ class MoCVAE(ParallelTokenizer):
     def codebook_sizes(self) -> tuple[int, ...]:
         """Codewords of each codebook."""
         return level_sizes(self.n_codebooks, self.codebook_size, name="n_codebooks")
-
-    def _resolved(self, name: str) -> Any:
-        return list(self.codebook_sizes) if name == "codebook_size" else super()._resolved(name)
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
