@@ -185,12 +185,12 @@ def scan_children(
 
 @numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True)
 def resolve_children(
-    residuals: F32, words: F32, columns: int, counts: I64, candidates: I32, parents: I64,
+    residuals: F32, codewords: F32, columns: int, counts: I64, candidates: I32, parents: I64,
     labels: I64, distances: F32,
 ) -> None:  # fmt: skip
     """Sort each item's best children by distance; ties go to the better parent, the lower code.
 
-    ``residuals`` ``(items * partials, width)``; ``words`` ``(codes, width)``; ``columns`` per
+    ``residuals`` ``(items * partials, width)``; ``codewords`` ``(codes, width)``; ``columns`` per
     partial code among the candidates of `scan_children`, of which ``counts`` ``(items,)`` are used
     (below 0: all children). Writes ``parents``, ``labels`` and ``distances`` ``(items, best)``,
     infinite where an item has too few.
@@ -208,8 +208,8 @@ def resolve_children(
         for number in range(count):
             child = number if everything else candidates[i, number]
             p, code = child // columns, child % columns
-            if code < words.shape[0]:
-                value = key(0, residuals, i * partials + p, 0.0, words, code, 0.0)
+            if code < codewords.shape[0]:
+                value = key(0, residuals, i * partials + p, 0.0, codewords, code, 0.0)
                 exact[size] = math.inf if math.isnan(value) else value
                 children[size] = child
                 size += 1
