@@ -157,6 +157,7 @@ def encode_dataset(
     """
     options = options or RayOptions()
     ray = connect(options)
+    # Ray Data's own tasks read the rows: with every slot taken by actors they would never start.
     workers = check_slots(ray, options, readers=1)
     return dataset.map_batches(
         TableEncoder,

@@ -127,12 +127,14 @@ def encode_folder(
     progress = progress or QuietProgress()
     state = partial_path(output)
     with claim_output(output, overwrite=overwrite, inputs=[model, source], state=state):
+        # Footers alone are read here: they say which row groups there are and how wide rows are.
         catalogue = Catalogue.open(source, embedding_column=embedding_column, id_column=id_column)
         if on_invalid not in ("error", "skip"):
             raise UsageError(f"--on-invalid '{on_invalid}' is neither 'error' nor 'skip'")
         catalogue.check_local(what="another process")
         tokenizer = load_tokenizer(model)
         info = tokenizer.codes_info(beam_width)
+        # The folder of parts is the whole state of a run: a killed driver needs nothing else.
         folder = PartFolder(state, info, encode_key(info, catalogue))
         folder.begin(resume=resume)
         units = catalogue.units(unit_rows)
@@ -162,6 +164,7 @@ def encode_folder(
         except EmbeddingError:  # these rows will not become right: leave nothing to resume
             folder.clear()
             raise
+        # Each worker sees its own ids alone, so repeats among files show only now.
         if catalogue.id_column is not None:
             refuse_repeats([part.hashes for part in parts])
         folder.publish(
@@ -300,6 +303,7 @@ class _RayRun:
                     pool.replace_worker(place, attempt, error)
                     begin(place, unit, attempt + 1)
                     continue
+                # The worker gets its next unit before the caller looks at this one's result.
                 if waiting:
                     begin(place, waiting.pop(), 0)
                 yield part

@@ -131,6 +131,7 @@ class FitWorker:
     def evaluate(self, tokenizer: Tokenizer, mean: npt.NDArray[np.float64]) -> HealthCounter:
         """Encode and decode the units' rows, and count; ``mean`` is that of all rows (dim,)."""
         tokenizer.threads = self.threads
+        # Errors and usage add up over workers; equal ids of different workers meet in `count`.
         counter = HealthCounter(tokenizer.codebook_sizes, mean)
         done = 0
         for unit in self.units:

@@ -57,9 +57,12 @@ def unique_folder(
         count = parts or max(1, -(-rows // PART_ROWS))
         with tempfile.TemporaryDirectory(prefix="semid-unique-") as name:
             folder = Path(name)
+            # 1. Rows with equal codes come together in one part, whatever file they were in.
             _share_out(files, info, folder, count)
+            # 2. Each part is numbered by itself; the largest number decides the size of the level.
             largest = max(_number(folder, part) for part in range(count))
             size = capacity or token_count(np.array([largest]))
+            # 3. Files are written again in their order, with the tokens of their rows.
             report = _report(folder, count, size)
             extended = replace(info, unique="append", codebook_sizes=(*info.codebook_sizes, size))
             with new_folder(output, overwrite=overwrite) as target:

@@ -182,6 +182,7 @@ def estimate_encode(
     """Encode a few rows and tell from them how long all will take."""
     threads, tokenizer.threads = tokenizer.threads, 1
     try:
+        # Time of the processor, not of the clock: other programs may be running.
         raw = next(iter(catalogue.source(units[:1])._raw_blocks(PROBE_ROWS)))
         x = np.nan_to_num(raw.values)  # rows that cannot be used are the run's business
         tokenizer._encode_block(x[:256], beam_width)  # the first call prepares kernels
