@@ -32,12 +32,14 @@ from semid.recommenders.retrieval.metrics import (
     user_metrics,
 )
 from semid.recommenders.retrieval.networks import (
+    MODELS,
     Composed,
     ComposedOptions,
     SASRec,
     SASRecOptions,
+    make_model,
 )
-from semid.recommenders.retrieval.retriever import MODELS, Retriever, make_model
+from semid.recommenders.retrieval.retriever import Retriever
 from semid.recommenders.retrieval.training import train_retriever
 
 ITEMS, SIZES = 60, (6, 8, 4)
@@ -399,6 +401,41 @@ def test_saved_equals_loaded(model, trained, tmp_path):
     }
     assert loaded.report == trained[model].report
     assert type(before).from_dict(before.to_dict()).to_dict() == before.to_dict()
+
+
+def test_items_of_one_id_are_ordered_as_asked():
+    ids = make_ids(shared=True)
+    retriever = train_retriever(
+        make_log(), ids=ids, model="parallel", options=OPTIONS["parallel"], training=QUICK
+    )
+    history = ["i3", "i4", "i5"]
+    by_popularity = retriever.recommend(history, k=ITEMS, exclude_history=False)
+    counts = dict(
+        zip(retriever.items.ids.strings().to_pylist(), retriever.items.counts, strict=True)
+    )
+    for first, second in itertools.pairwise(range(0, ITEMS, 2)):
+        assert by_popularity.scores[first] == by_popularity.scores[first + 1]
+        pair = by_popularity.items[first : first + 2]
+        assert counts[pair[0]] >= counts[pair[1]]
+        assert by_popularity.scores[first] >= by_popularity.scores[second]
+    drawn = retriever.recommend(history, k=ITEMS, exclude_history=False, within_ids="random")
+    assert drawn.items == (
+        retriever.recommend(history, k=ITEMS, exclude_history=False, within_ids="random").items
+    )
+    assert drawn.items != by_popularity.items
+    assert sorted(drawn.items) == sorted(by_popularity.items)
+    with pytest.raises(UsageError, match="needs the items' embeddings"):
+        retriever.recommend(history, within_ids="embedding")
+
+
+def test_a_scan_of_codes_equals_the_matrix_of_scores(trained):
+    network = trained["parallel"].network
+    batch = pack([np.array([1, 2, 3]), np.array([40]), np.array([9, 10])])
+    with torch.no_grad():
+        expected = network.scores(batch).topk(7)
+        values, classes = network.top(batch, 7)
+    torch.testing.assert_close(values, expected.values, rtol=0, atol=0)
+    assert torch.equal(network.scores(batch).gather(1, classes), values)
 
 
 def test_resumed_equals_uninterrupted(tmp_path):

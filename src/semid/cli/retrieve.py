@@ -24,7 +24,7 @@ from semid.cli.shared import (
     refuse_unused,
     say,
 )
-from semid.errors import UsageError
+from semid.errors import UsageError, check_choice
 
 
 def retrieve(
@@ -71,7 +71,7 @@ def retrieve(
     """
     from semid.recommenders.ranking.training import training_device
     from semid.recommenders.retrieval.data import prepare_retrieval_data
-    from semid.recommenders.retrieval.retriever import MODELS
+    from semid.recommenders.retrieval.networks import MODELS
     from semid.recommenders.retrieval.training import TRAINING
     from semid.reproduce.retrieval_grid import (
         COMPARISON_FILES,
@@ -165,7 +165,7 @@ def retrieve(
 
 def _models(text: str, ids: Path | None, embeddings: str | None) -> list[str]:
     """Return the models asked for; ``all`` takes those that the inputs allow."""
-    from semid.recommenders.retrieval.retriever import MODELS
+    from semid.recommenders.retrieval.networks import MODELS
 
     if text != "all":
         return list(split_list("model", text)) or ["composed"]
@@ -229,6 +229,7 @@ def recommend(
     histories: Annotated[str | None, typer.Option(rich_help_panel=INPUT)] = None,
     k: Annotated[int, typer.Option("--k", min=1, max=100_000)] = 10,
     include_history: bool = False,
+    within_ids: Annotated[str, typer.Option(metavar="popularity|embedding|random")] = "popularity",
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
@@ -243,9 +244,13 @@ def recommend(
         histories: Interactions of the users, a row each or lists; default: the training log's.
         k: Items per user.
         include_history: Items of the user's history may be recommended.
+        within_ids: Order of items that share an id: by training interactions, by the embedding's
+            distance to the last item (models that read embeddings), or at random.
     """
+    from semid.catalogue.beams import BUCKET_ORDERS
     from semid.recommenders.retrieval.retriever import write_recommendations
 
+    check_choice("--within-ids", within_ids, BUCKET_ORDERS)
     hold_output(output, overwrite=overwrite, inputs=(model, histories))
     retriever = semid.load(model)
     if not isinstance(retriever, semid.Retriever):
@@ -264,6 +269,7 @@ def recommend(
             log,
             k=k,
             exclude_history=not include_history,
+            within_ids=within_ids,
             overwrite=overwrite,
             progress=progress,
         )

@@ -137,9 +137,7 @@ def examples(
         target = int(items[-1])
         lists = {}
         for name, entry in entries.items():
-            (best,) = entry.retriever.recommend_rows(
-                [items[:-1]], k=SHOWN_ITEMS, exclude_history=False
-            )
+            (best,) = entry.retriever.recommend_rows([items[:-1]], SHOWN_ITEMS, False)
             places = data.items.ids.index_of(pa.array(best.items, pa.large_string())).tolist()
             lists[name] = [(titles[place], place == target) for place in places]
         shown.append(

@@ -18,7 +18,8 @@ from semid.output import atomic_file, atomic_folder
 from semid.progress import Progress, QuietProgress
 from semid.recommenders.retrieval.data import RetrievalData
 from semid.recommenders.retrieval.metrics import RetrievalResults, estimates
-from semid.recommenders.retrieval.retriever import MODELS, Retriever
+from semid.recommenders.retrieval.networks import MODELS
+from semid.recommenders.retrieval.retriever import Retriever
 from semid.recommenders.retrieval.training import TRAINING, train_retriever
 from semid.report.pages import table
 from semid.report.retrieval import RetrievalEntry

@@ -32,7 +32,7 @@ class CodeMatches(NamedTuple):
 
 
 @numba.njit(nogil=True, cache=True)
-def _scan(codes: Any, table: Any, starts: Any, offsets: Any, rows: Any, scores: Any) -> None:
+def scan_sums(codes: Any, table: Any, starts: Any, offsets: Any, rows: Any, scores: Any) -> None:
     """Sum ``table[starts[l] + codes[i, l]]`` over l for every item, and keep the smallest sums.
 
     ``offsets`` ``(items,)`` is added to the sums, empty for none; ``rows`` and ``scores`` ``(k,)``
@@ -119,7 +119,7 @@ def search_codes(
             else:
                 parts.append((-2.0 if metric == "l2" else -1.0) * share * (book @ z[columns]))
         table = np.concatenate(parts).astype(np.float32)
-        _scan(codes, table, starts, lengths, rows[query], scores[query])
+        scan_sums(codes, table, starts, lengths, rows[query], scores[query])
         if metric == "ip":
             scores[query] = -scores[query]
         elif not side_by_side:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from semid.errors import UsageError
 from semid.options import Options, option
+from semid.quantization.threads import map_blocks
 from semid.recommenders.retrieval.data import Packed, RetrievalItems
 from semid.recommenders.retrieval.layers import (
     CodeSum,
@@ -25,12 +26,30 @@ from semid.recommenders.retrieval.layers import (
     Transformer,
     TransformerOptions,
 )
+from semid.registry import Registry
+from semid.seeds import child_seed
+from semid.tokenizers.scan import scan_sums
 from semid.training.loop import Step
 
 FULL_SOFTMAX = 100_000
 """Catalogues up to this size get a full softmax by default."""
 
 LOSSES = ("auto", "full", "sampled")
+
+
+MODELS = Registry(
+    "semid.retrievers",
+    {
+        "popularity": "semid.recommenders.retrieval.controls:Popularity",
+        "text-knn": "semid.recommenders.retrieval.controls:TextKNN",
+        "sasrec": "semid.recommenders.retrieval.networks:SASRec",
+        "composed": "semid.recommenders.retrieval.networks:Composed",
+        "parallel": "semid.recommenders.retrieval.networks:Parallel",
+        "generative": "semid.recommenders.retrieval.generative:Generative",
+        "tiger": "semid.recommenders.retrieval.generative:Tiger",
+    },
+)
+"""Next-item models by name; entry points add others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,9 +197,17 @@ class SASRec(NextItemModel):
         logits = logits.masked_fill(drawn[None, :] == targets[:, None], -torch.inf)
         return (torch.logaddexp(logits.logsumexp(1), at_target) - at_target).mean()
 
+    def train(self, mode: bool = True) -> Self:
+        """Switch between training and evaluation; vectors of before are made again."""
+        self._vectors: Tensor | None = None
+        return super().train(mode)
+
     def scores(self, batch: Packed) -> Tensor:
         """Return the score of every class."""
-        vectors = self.vectors()
+        # Between two calls of `train` the weights stay, and so do the vectors of the classes.
+        if self.training or torch.is_grad_enabled() or self._vectors is None:
+            self._vectors = self.vectors()
+        vectors = self._vectors
         states = self.transformer(vectors[self.classes[batch.items]], batch)
         scores: Tensor = (states @ vectors.T).float()
         never = torch.nonzero(~self.scoreable())[:, 0]
@@ -284,6 +311,9 @@ class Parallel(NextItemModel):
         self.codes = CodeSum(distinct, items.sizes, options.width)
         nn.init.normal_(self.codes.table, std=0.02)
         levels = len(items.sizes)
+        # For the scan: codes as rows of the fused table, so that no level has a start of its own.
+        self._scanned = np.ascontiguousarray(self.codes.rows.numpy().astype(np.int32))
+        self._none = np.zeros(levels, np.int64)
         self.heads = nn.Linear(options.width, levels * options.width)
         self.buckets = nn.Buffer(torch.from_numpy(bucket), persistent=False)
         if options.item_id:
@@ -323,3 +353,33 @@ class Parallel(NextItemModel):
         for level, logs in enumerate(levels):
             total += logs[:, self.codes.rows[:, level] - self.codes.starts[level]]
         return total
+
+    def top(self, batch: Packed, k: int) -> tuple[Tensor, Tensor]:
+        """Return scores and classes ``(histories, k)`` of the best ids, from a scan of all of them.
+
+        Cost: one addition per code and id for each history, on all threads; no matrix of scores.
+        """
+        if batch.items.is_cuda:
+            return super().top(batch, k)
+        # One table per history holds the log-probability of each code of each level.
+        tables = -torch.cat(self._log_probabilities(batch), 1).numpy()
+        shape = (len(tables), min(k, len(self.codes.rows)))
+        rows, sums = np.empty(shape, np.int64), np.empty(shape, np.float32)
+        none = np.empty(0, np.float32)
+
+        def scan(history: int) -> None:
+            # Rows of the fused table: every level's codes already carry its start.
+            scan_sums(
+                self._scanned, tables[history], self._none, none, rows[history], sums[history]
+            )
+
+        map_blocks(scan, range(len(tables)), threads=None)
+        return torch.from_numpy(-sums), torch.from_numpy(rows)
+
+
+def make_model(name: str, items: RetrievalItems, options: Options, *, seed: int) -> NextItemModel:
+    """Return a model whose initial weights are a function of ``seed`` alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(child_seed(seed, "start"))
+        model: NextItemModel = MODELS.load(name)(items, options)
+    return model

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import torch
 
 from semid.artefact import read_artefact, write_artefact
+from semid.catalogue.beams import Buckets
 from semid.codes import CodesInfo, SemanticIds
 from semid.data.ids import ItemIds
 from semid.data.interactions import read_interactions
@@ -37,27 +38,14 @@ from semid.recommenders.retrieval.data import (
 )
 from semid.recommenders.retrieval.evaluation import SCORES, class_buckets, target_ranks
 from semid.recommenders.retrieval.metrics import RetrievalResults, summarize
-from semid.recommenders.retrieval.networks import NextItemModel
-from semid.registry import Registry
-from semid.seeds import child_seed
+from semid.recommenders.retrieval.networks import MODELS, NextItemModel
 from semid.tokenizers.stored import described
 from semid.training.checkpoint import load_module_, module_arrays
 
 logger = logging.getLogger(__name__)
 
-MODELS = Registry(
-    "semid.retrievers",
-    {
-        "popularity": "semid.recommenders.retrieval.controls:Popularity",
-        "text-knn": "semid.recommenders.retrieval.controls:TextKNN",
-        "sasrec": "semid.recommenders.retrieval.networks:SASRec",
-        "composed": "semid.recommenders.retrieval.networks:Composed",
-        "parallel": "semid.recommenders.retrieval.networks:Parallel",
-        "generative": "semid.recommenders.retrieval.generative:Generative",
-        "tiger": "semid.recommenders.retrieval.generative:Tiger",
-    },
-)
-"""Next-item models by name; entry points add others."""
+MIN_BATCH = 8
+"""Histories scored at once at least: one pass over the items' vectors serves all of them."""
 
 USERS = 8192
 """Users whose recommendations are written at once."""
@@ -70,14 +58,6 @@ CONFIG: dict[str, Any] = {
     "report": dict[str, Any],
 }
 """Types of the config of a retriever."""
-
-
-def make_model(name: str, items: RetrievalItems, options: Options, *, seed: int) -> NextItemModel:
-    """Return a model whose initial weights are a function of ``seed`` alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(child_seed(seed, "start"))
-        model: NextItemModel = MODELS.load(name)(items, options)
-    return model
 
 
 @dataclass(frozen=True)
@@ -122,6 +102,7 @@ class Retriever:
     def __post_init__(self) -> None:
         """Put the network in evaluation mode."""
         self.network.eval()
+        self._orders: dict[str, Buckets] = {}
 
     @property
     def codebook_fingerprint(self) -> str | None:
@@ -194,6 +175,7 @@ class Retriever:
         users: Sequence[Any] | None = None,
         k: int = 10,
         exclude_history: bool = True,
+        within_ids: str = "popularity",
     ) -> Any:
         """Recommend the next items.
 
@@ -203,10 +185,12 @@ class Retriever:
             users: instead, users of the training log, whose whole history there is taken.
             k: items per history.
             exclude_history: leave out what is in the history.
+            within_ids: order of the items of one id: ``popularity`` in training, ``embedding``
+                (nearest to the last item of the history; needs a model that reads embeddings) or
+                ``random``, with a fixed seed.
 
         Returns:
-            A `Recommendation` for one history, a list of them for many. Items of one id stand in
-            the order of their training interactions.
+            A `Recommendation` for one history, a list of them for many.
 
         Raises:
             UsageError: an unknown user, or neither or both of histories and users.
@@ -217,10 +201,10 @@ class Retriever:
             raise UsageError(f"k={k}: give at least 1")
         if users is not None:
             rows = self._known_histories(users)
-            return list(self.recommend_rows(rows, k=k, exclude_history=exclude_history))
+            return list(self.recommend_rows(rows, k, exclude_history, within_ids))
         single = len(histories) == 0 or not isinstance(histories[0], list | tuple | np.ndarray)
         rows = [self._rows(history) for history in ([histories] if single else histories)]
-        recommended = list(self.recommend_rows(rows, k=k, exclude_history=exclude_history))
+        recommended = list(self.recommend_rows(rows, k, exclude_history, within_ids))
         return recommended[0] if single else recommended
 
     def _known_histories(self, users: Sequence[Any]) -> list[Ints]:
@@ -242,17 +226,35 @@ class Retriever:
         rows = self.items.ids.index_of(pa.array([str(item) for item in history]))
         return rows[rows >= 0].astype(np.int64)
 
+    def _buckets(self, order: str) -> Buckets:
+        """Return the order of the items within each class, made once."""
+        if order not in self._orders:
+            vectors = self.items.vectors
+            if order == "embedding" and vectors is None:
+                raise UsageError(
+                    "within_ids='embedding' needs the items' embeddings, which this model was "
+                    "trained without; take popularity or random"
+                )
+            options: dict[str, Any] = {"order": order}
+            options |= {"embeddings": vectors} if order == "embedding" else {}
+            self._orders[order] = class_buckets(self.network, self.items.counts, **options)
+        return self._orders[order]
+
     def recommend_rows(
-        self, histories: Sequence[Ints], *, k: int, exclude_history: bool = True
+        self,
+        histories: Sequence[Ints],
+        k: int,
+        exclude_history: bool = True,
+        within_ids: str = "popularity",
     ) -> Iterator[Recommendation]:
         """Yield recommendations for histories ``(n,)`` of catalogue rows; see `recommend`."""
         max_length: int = self.options.max_length  # type: ignore[attr-defined]
         device = next(iter(self.network.buffers())).device
         names = self.items.ids.strings()
         counts = self.items.counts
-        buckets = class_buckets(self.network, counts)
+        buckets = self._buckets(within_ids)
         popular = np.argsort(-counts, kind="stable")
-        size = max(1, SCORES // len(counts))
+        size = max(MIN_BATCH, SCORES // len(counts))
         for start in range(0, len(histories), size):
             part = histories[start : start + size]
             known = [history[-max_length:] for history in part if len(history)]
@@ -265,7 +267,10 @@ class Retriever:
                     best = self.network.top(pack(known).to(device), more)
                 scores, classes = (each.cpu() for each in best)
                 leaves = classes.masked_fill(torch.isneginf(scores), -1).numpy()
-                items, places = buckets.first_items(leaves, more)
+                queries = None
+                if within_ids == "embedding" and self.items.vectors is not None:
+                    queries = self.items.vectors[[history[-1] for history in known]]
+                items, places = buckets.first_items(leaves, more, queries=queries)
                 rows = iter(items)
                 values = iter(np.take_along_axis(scores.numpy(), np.maximum(places, 0), 1))
             for history in part:
@@ -364,6 +369,7 @@ def write_recommendations(
     *,
     k: int = 10,
     exclude_history: bool = True,
+    within_ids: str = "popularity",
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> int:
@@ -379,6 +385,7 @@ def write_recommendations(
             those of the training log.
         k: items per user.
         exclude_history: leave out what is in a user's history.
+        within_ids: order of the items of one id, as for `Retriever.recommend`.
         overwrite: replace a file that exists.
         progress: callback that receives progress events.
     """
@@ -401,7 +408,7 @@ def write_recommendations(
             stop = min(start + USERS, users)
             rows = [sequences[user].astype(np.int64) for user in range(start, stop)]
             rows = [items[items >= 0] for items in rows]
-            best = list(retriever.recommend_rows(rows, k=k, exclude_history=exclude_history))
+            best = list(retriever.recommend_rows(rows, k, exclude_history, within_ids))
             columns = [
                 sequences.user_ids.slice(start, stop - start),
                 pa.array([each.items for each in best], schema.field("items").type),
