@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +28,7 @@ from semid.output import atomic_file
 from semid.progress import Progress, QuietProgress
 from semid.recommenders.ranking.schema import Vocabulary
 from semid.recommenders.retrieval.data import (
+    TARGETS,
     Ints,
     RetrievalData,
     RetrievalItems,
@@ -42,7 +42,6 @@ from semid.recommenders.retrieval.networks import MODELS, NextItemModel
 from semid.tokenizers.stored import described
 from semid.training.checkpoint import load_module_, module_arrays
 
-logger = logging.getLogger(__name__)
 
 MIN_BATCH = 8
 """Histories scored at once at least: one pass over the items' vectors serves all of them."""
@@ -142,11 +141,10 @@ class Retriever:
         device = next(iter(self.network.buffers())).device
         counts = self.items.counts
         ranks = target_ranks(self.network, histories, targets, counts=counts, device=device)
-        back = {"validation": 2, "test": 1}[part]
         return summarize(
             ranks.items,
             targets=targets,
-            lengths=data.sequences.lengths - back,
+            lengths=data.sequences.lengths - TARGETS[part],
             counts=counts,
             without_history=ranks.without_history,
             id_ranks=ranks.ids,
