@@ -42,7 +42,6 @@ from semid.recommenders.retrieval.networks import MODELS, NextItemModel
 from semid.tokenizers.stored import described
 from semid.training.checkpoint import load_module_, module_arrays
 
-
 MIN_BATCH = 8
 """Histories scored at once at least: one pass over the items' vectors serves all of them."""
 
@@ -251,15 +250,15 @@ class Retriever:
         names = self.items.ids.strings()
         counts = self.items.counts
         buckets = self._buckets(within_ids)
-        popular = np.argsort(-counts, kind="stable")
+        order = np.argsort(-counts, kind="stable")
+        popular = order, counts[order].astype(np.float32)
         size = max(MIN_BATCH, SCORES // len(counts))
         for start in range(0, len(histories), size):
             part = histories[start : start + size]
             known = [history[-max_length:] for history in part if len(history)]
             # A history takes up at most as many places as it has items.
             more = k + max((len(set(h.tolist())) for h in part), default=0) * exclude_history
-            rows = iter(np.zeros((0, more), np.int64))
-            values = iter(np.zeros((0, more), np.float32))
+            lists: Iterator[tuple[Any, Any]] = iter(())
             if known:
                 with torch.no_grad():
                     best = self.network.top(pack(known).to(device), more)
@@ -269,13 +268,10 @@ class Retriever:
                 if within_ids == "embedding" and self.items.vectors is not None:
                     queries = self.items.vectors[[history[-1] for history in known]]
                 items, places = buckets.first_items(leaves, more, queries=queries)
-                rows = iter(items)
-                values = iter(np.take_along_axis(scores.numpy(), np.maximum(places, 0), 1))
+                values = np.take_along_axis(scores.numpy(), np.maximum(places, 0), 1)
+                lists = iter(zip(items, values, strict=True))
             for history in part:
-                if len(history):
-                    listed, score = next(rows), next(values)
-                else:
-                    listed, score = popular, counts[popular].astype(np.float32)
+                listed, score = next(lists) if len(history) else popular
                 allowed = listed >= 0
                 if exclude_history:
                     allowed &= ~np.isin(listed, history)
