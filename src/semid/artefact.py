@@ -98,6 +98,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
                 f"'{file}' is not a semid config: it does not say {name}; save the model again"
             )
         typed(kind, config[name], f"'{file}', {name}")
+    # The version comes first: a newer format may be checked in another way.
     check_version(config["format_version"], FORMAT_VERSION, where=f"'{folder}'")
     if config["format_version"] > 1 and config.pop(CHECKSUM, None) != checksum(config):
         raise ArtefactError(

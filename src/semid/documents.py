@@ -113,6 +113,7 @@ def checked(
     """Return a table whose keys are known and whose values have their types."""
     if not isinstance(values, Mapping):
         raise error(f"{where} is {_shown(values)}; give a table of names and values")
+    # Keys before values: a misspelled key explains the one that seems to be missing.
     for key in values:
         if key not in known:
             name = _shorten(str(key))
@@ -142,6 +143,7 @@ def typed(kind: Any, value: Any, where: str, *, error: type[SemidError] = Artefa
         return record(typing.cast("type[Any]", base), value, where, error=error)
     if base is float:
         return float(value)
+    # A tuple of a fixed length has a type per place, other lists have one for all.
     if base in (list, tuple, Sequence) and inner:
         if base is tuple and inner[-1] is not Ellipsis:
             if len(inner) != len(value):
@@ -167,6 +169,7 @@ def _fits(kind: Any, value: Any) -> bool:
     """Whether a document's value is of a type, leaving aside what lies inside it."""
     if dataclasses.is_dataclass(kind):
         return isinstance(value, Mapping | typing.cast("type[Any]", kind))
+    # A document may write 1 for 1.0, but neither NaN nor infinity.
     if kind is not float or not fits(value, float):
         return fits(value, kind, inside=False)
     if isinstance(value, numbers.Integral):

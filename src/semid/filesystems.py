@@ -75,6 +75,7 @@ def resolve(path: FilePath) -> tuple[Any, str]:
             return arrow_fs.LocalFileSystem(), rest
         if scheme in ("s3", "s3a"):
             return _s3(rest)
+        # A query in a URI holds options of its own, which then replace these.
         if scheme in ("gs", "gcs"):
             limit = "" if "?" in rest else f"?retry_limit_seconds={GCS_SECONDS}"
             system, inner = arrow_fs.FileSystem.from_uri(f"gs://{rest}{limit}")

@@ -77,6 +77,7 @@ def _check_existing(path: Any, target: FilePath, *, overwrite: bool) -> None:
         raise OutputExistsError(
             f"output '{path}' exists; choose another path or pass --overwrite (overwrite=True)"
         )
+    # An existing output is replaced only if all of it was written by semid.
     foreign = _foreign_content(target)
     if foreign is not None:
         holds = f"holds '{foreign}', which semid did not write"
@@ -88,6 +89,7 @@ def _check_existing(path: Any, target: FilePath, *, overwrite: bool) -> None:
 
 def _check_parent(path: Any, target: Path) -> None:
     """Refuse a new output whose nearest existing folder cannot take it."""
+    # Missing parents are made later; the nearest one that exists decides whether that can work.
     parent = target.parent
     while not os.path.lexists(parent):
         parent = parent.parent

@@ -208,6 +208,7 @@ def refuse_unused(context: typer.Context, names: Sequence[str], reason: str) -> 
         for parameter in context.command.params
         if parameter.name in names and is_given(context, parameter.name)
     ]
+    # An option that does nothing is a misunderstanding, which a result would hide.
     if flags:
         raise UsageError(f"{' and '.join(flags)} would change nothing: {reason}")
 

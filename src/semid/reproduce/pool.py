@@ -80,6 +80,8 @@ class Experiment:
             for name, one in self.data_sets.items()
             if (why := missing_files(one, self.data))
         }
+        # A run is known by its settings and the bytes of its data; what shares the first part of
+        # the settings is shown together on the page.
         opened = {name: self.open(name) for name in self.data_sets if name not in absent}
         jobs = []
         for cell in self.in_order([c for c in self.cells() if c["data"] in opened]):
@@ -119,6 +121,7 @@ def run_jobs(
         if outcome != "elsewhere":
             progress.step(1, run=job.title)
 
+    # One process runs in place, so that its errors and interrupts are those of the caller.
     if processes == 1 or len(open_jobs) < 2:
         import torch
 
@@ -195,6 +198,7 @@ def _spread(
                 if not stopped.is_set():
                     logger.warning("a process ended with %s before it ran", process.exitcode)
                 return
+            # The process keeps data and tokenizers between jobs; only one that died is replaced.
             while process.is_alive() and (job := next_job()) is not None:
                 try:
                     pipe.send(job)
