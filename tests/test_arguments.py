@@ -247,6 +247,7 @@ BESIDE["retrieve", "decay"] += " --embeddings nowhere.parquet"
 BESIDE["rank", "ties_seed"] = BESIDE["rank-grid", "ties_seed"] = "--history 3"
 _pairs = "--tokenizer drqvae --contrastive-weight 0.1 --interactions nowhere.parquet"
 BESIDE["fit", "ties_seed"] = _pairs
+BESIDE["export", "ties_seed"] = "--candidates 1 --interactions nowhere.parquet"
 for _name in ("workers", "cpus_per_worker", "store_bytes"):
     BESIDE["fit", _name] = BESIDE["encode", _name] = "--engine ray"
 for _flag in known_flags("fit"):
