@@ -91,6 +91,17 @@ def barq(**changes: object) -> Tokenizer:
     return WithPairs(**{"beam_width": 2, "behavior_levels": 2, **settings})
 
 
+def pipeline(**changes: object) -> Tokenizer:
+    encoder = {"tokenizer": "drqvae", **SMALL, "levels": 1, "training": dict(SMALL["training"])}
+    if "training" in changes:
+        encoder["training"] = changes.pop("training")
+    quantizer = {"tokenizer": "opq", "n_codebooks": 3, "codebook_size": 16, "rotation_iter": 2}
+    for name in ("codebook_size", "levels"):
+        if name in changes:
+            quantizer["n_codebooks" if name == "levels" else name] = changes.pop(name)
+    return semid.Pipeline(**{"encoder": encoder, "quantizer": quantizer, **changes})
+
+
 def given(combine: str) -> Callable[..., Tokenizer]:
     fixed = {"combine": combine, "levels": 4, "codebook_size": 16, "center": True}
     kmeans = {"max_iter": 10, "tol": 0}
@@ -106,6 +117,7 @@ TOKENIZERS: dict[str, Callable[..., Tokenizer]] = {
     "opq": parallel(
         semid.OPQ, n_codebooks=4, center=True, rotation_iter=4, kmeans={"max_iter": 8, "tol": 0}
     ),
+    "pipeline": pipeline,
     **{f"codebooks-{combine}": given(combine) for combine in ("sum", "mean", "concat")},
     **NEURAL,
     "barq": barq,
@@ -139,7 +151,7 @@ Make = Callable[..., Tokenizer]
 
 def brief(make: Make, epochs: int = 1, **changes: object) -> Tokenizer:
     """Make a tokenizer that trains shortly, for what must hold however long it trains."""
-    if "training" in make().settings:
+    if "training" in {**make().settings, **make().settings.get("encoder", {})}:
         changes["training"] = {**SMALL["training"], "epochs": epochs}
     if "refine" in make().settings:  # which the held-out rows decide on
         changes["refine"] = {"rounds": 0}

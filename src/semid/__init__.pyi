@@ -39,6 +39,7 @@ from semid.tokenizers.given import Codebooks as Codebooks
 from semid.tokenizers.given import from_codebooks as from_codebooks
 from semid.tokenizers.heads import DecodeHead as DecodeHead
 from semid.tokenizers.neural.tokenizer import AutoencoderConfig as AutoencoderConfig
+from semid.tokenizers.pipeline import Pipeline as Pipeline
 from semid.tokenizers.product import OPQ as OPQ
 from semid.tokenizers.product import PQ as PQ
 from semid.tokenizers.refining import refine as refine

@@ -78,8 +78,16 @@ class CodebookTokenizer(Tokenizer):
         self._set_codebooks([tensors[f"codebooks.{i}"] for i in range(self.levels)])
 
     def _codeword_widths(self, tensors: Mapping[str, np.ndarray]) -> Sequence[int]:
-        """Return the width of each codebook's codewords."""
-        return [self._codeword_width(tensors)] * self.levels
+        """Return the width of each codebook's codewords; side by side they make the latent."""
+        width = self._codeword_width(tensors)
+        if self.combine != "concat":
+            return [width] * self.levels
+        names = [f"codebooks.{i}" for i in range(self.levels)]
+        check_shapes(tensors, dict.fromkeys(names, (None, None)))
+        widths = [tensors[name].shape[1] for name in names]
+        if sum(widths) != width:
+            raise ValueError(f"codewords of widths {widths} do not make latents of width {width}")
+        return widths
 
     def _codeword_width(self, tensors: Mapping[str, np.ndarray]) -> int:
         """Return the width of codewords, as settings and the other arrays have it."""

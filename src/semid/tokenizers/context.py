@@ -21,7 +21,7 @@ from semid.options import MAX_BEAM
 from semid.progress import Progress
 from semid.quantization.blocks import prefetched
 from semid.tokenizers.behavior import Behavior
-from semid.training.checkpoint import Checkpoint, Stages, StateStore
+from semid.training.checkpoint import Stages, StateStore
 from semid.training.distributed import is_main
 
 logger = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ class FitContext:
     scan: InputScan
     weights: npt.NDArray[np.float64] | None  # (train rows,) item weights
     behavior: Behavior | None  # pairs of training rows to learn from
-    checkpoint: Checkpoint | None  # where the state of the run is stored
+    checkpoint: StateStore | None  # where the state of the run is stored
     progress: Progress
 
     @cached_property

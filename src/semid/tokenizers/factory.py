@@ -21,6 +21,7 @@ TOKENIZERS = Registry(
         "fsq": "semid.tokenizers.fsq:FSQ",
         "mocvae": "semid.tokenizers.vqvae:MoCVAE",
         "opq": "semid.tokenizers.product:OPQ",
+        "pipeline": "semid.tokenizers.pipeline:Pipeline",
         "pq": "semid.tokenizers.product:PQ",
         "rqkmeans": "semid.tokenizers.rqkmeans:RQKMeans",
         "rqpvae": "semid.tokenizers.vqvae:RQPVAE",

@@ -129,9 +129,6 @@ class PQ(CodebookTokenizer):
     def _decode_codes(self, codes: npt.NDArray[np.int64]) -> Array:
         return self._preprocess.invert(self._quantize_codes(codes))
 
-    def _codeword_widths(self, tensors: Mapping[str, np.ndarray]) -> Sequence[int]:
-        return [part.stop - part.start for part in self._parts(self.dim)]
-
     def encoder_module(self) -> nn.Module:
         """Return the preprocessing of rows as a module, see `Tokenizer.encoder_module`."""
         _ = self.dim
