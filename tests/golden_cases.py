@@ -451,6 +451,15 @@ TOKENIZERS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
         {"source": "fused", "weights": 1.0 + draw(32, ITEMS, 5)},
     ),
     "rqpvae": (lambda: semid.RQPVAE(**LEVELS, revive_below=0.3, **SMALL), {}),
+    "rqgmm": (lambda: semid.RQGMM(**LEVELS, max_em_iter=4, center=True), {}),
+    "rqgmm spherical, weights": (
+        lambda: semid.RQGMM(**LEVELS, max_em_iter=4, covariance="spherical"),
+        {"weights": 1.0 + draw(32, ITEMS, 5)},
+    ),
+    "rqkmeans trained with a beam": (
+        lambda: semid.RQKMeans(**LEVELS, beam_width=3, train_with_beam=True),
+        {},
+    ),
     "fsq": (lambda: semid.FSQ(dimension_levels=(4, 5), groups=2, **GRID), {}),
     "fsq stages, dimensions": (
         lambda: semid.FSQ(

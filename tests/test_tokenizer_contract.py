@@ -133,6 +133,10 @@ TOKENIZERS: dict[str, Callable[..., Tokenizer]] = {
     "rqkmeans-beam": lambda **changes: semid.RQKMeans(
         **{"levels": 3, "codebook_size": 16, "beam_width": 3, **changes}
     ),
+    "rqgmm": lambda **changes: semid.RQGMM(**{"codebook_size": 16, "max_em_iter": 5, **changes}),
+    "rqgmm-spherical": lambda **changes: semid.RQGMM(
+        **{"levels": 2, "codebook_size": 16, "covariance": "spherical", "center": True, **changes}
+    ),
     "rqkmeans-train-with-beam": lambda **changes: semid.RQKMeans(
         **{"codebook_size": 16, "beam_width": 2, "train_with_beam": True, **changes}
     ),
@@ -341,7 +345,10 @@ def test_refresh_keeps_most_ids(make, fitted, clustered):
 
 def test_refinement_lowers_the_error_or_says_why_not(make, fitted, clustered):
     tokenizer = fitted(make)
-    if tokenizer.hierarchical and tokenizer.combine == "sum":
+    if not tokenizer.encodes_nearest:
+        with pytest.raises(UsageError, match="nearest codewords"):
+            semid.refine(tokenizer, clustered)
+    elif tokenizer.hierarchical and tokenizer.combine == "sum":
         refined = semid.refine(tokenizer, clustered)
         assert refined.report.validation_error <= tokenizer.report.validation_error * 1.001
     else:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from sklearn.cluster import KMeans
+from sklearn.mixture import GaussianMixture
 
 import semid
 from semid.errors import UsageError
 from semid.quantization.beam import PartialResiduals
 from semid.quantization.blocks import BLOCK_ROWS, ArrayBlocks, merge_nodes
+from semid.quantization.mixture import HardAssignment, Mixture, fit_mixture, hard_start
 from semid.quantization.residual import fit_residual
 from semid.quantization.sharding import Shard, ShardedMatrix
 from semid.report.compare import side_by_side
@@ -144,6 +148,107 @@ def test_fsq_can_be_refined_and_saved(fsq, clustered, tmp_path):
 def test_fsq_refuses(arguments, message):
     with pytest.raises(UsageError, match=message):
         semid.FSQ(**arguments)
+
+
+# RQGMM ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("covariance", ["diagonal", "spherical"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_mixture_is_scikit_learns(covariance, weighted):
+    generator = np.random.default_rng(1)
+    centers = 3 * generator.normal(size=(6, 5))
+    x = centers[generator.integers(0, 6, 1500)] + generator.normal(size=(1500, 5))
+    x = (x * [1.0, 3.0, 0.3, 1.0, 2.0]).astype(np.float32)
+    weights = generator.integers(0, 4, 1500) if weighted else None
+    labels = KMeans(6, n_init=1, max_iter=2, random_state=0).fit(x).labels_
+    means = np.stack([x[labels == code].mean(0) for code in range(6)])
+    rows, floor = ArrayBlocks(x), 0.01
+    mass = None if weights is None else weights.astype(float)
+    start = hard_start(rows, means, labels, covariance=covariance, floor=floor, weights=mass)
+    run = fit_mixture(rows, start, floor=floor, max_iter=8, tol=0.0, weights=mass, threads=2)
+    # scikit-learn knows no weights: rows of weight w are there w times.
+    again = x if weights is None else np.repeat(x, weights, axis=0)
+    variances = start.variances if covariance == "diagonal" else start.variances[:, 0]
+    twin = GaussianMixture(
+        6, covariance_type={"diagonal": "diag"}.get(covariance, covariance), reg_covar=floor,
+        max_iter=8, tol=0.0, means_init=start.means, weights_init=np.exp(start.log_weights),
+        precisions_init=1.0 / variances,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # eight iterations are not the end
+        twin.fit(again)
+    expected = twin.covariances_ if covariance == "diagonal" else twin.covariances_[:, None]
+    np.testing.assert_allclose(run.mixture.means, twin.means_, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(run.mixture.variances, expected, rtol=1e-3)
+    np.testing.assert_allclose(np.exp(run.mixture.log_weights), twin.weights_, rtol=1e-3)
+    assert (np.diff(run.history) > -1e-6).all()
+    # The hard assignment is that of the highest posterior, up to rounding.
+    assigned = HardAssignment(run.mixture)(x)
+    posteriors = twin.predict_proba(x)
+    chosen = posteriors[np.arange(len(x)), assigned]
+    np.testing.assert_allclose(chosen, posteriors.max(1), atol=1e-3)
+
+
+def test_hard_assignments_at_every_scale():
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(300, 4)).astype(np.float32)
+    means = generator.normal(size=(20, 4)).astype(np.float32)
+    variances = generator.uniform(0.2, 2.0, size=(20, 4)).astype(np.float32)
+    weights = np.log(generator.dirichlet(np.ones(20))).astype(np.float32)
+    a, b, c = Mixture(means, variances, weights).terms()
+    expected = (x.astype(float) @ a.T - 0.5 * x.astype(float) ** 2 @ b.T + c).argmax(1)
+    for scale in (1e-12, 1.0, 1e12):
+        scaled = np.float32(scale)
+        mixture = Mixture(means * scaled, variances * scaled**2, weights)
+        assigned = HardAssignment(mixture)(x * scaled)
+        assert (assigned == expected).mean() > 0.99
+
+
+def test_rqgmm_survives_singular_covariances():
+    # Few distinct rows, a column that never varies, and levels that leave nothing.
+    generator = np.random.default_rng(0)
+    x = np.repeat(generator.normal(size=(20, 6)), 30, axis=0).astype(np.float32)
+    x[:, 2] = 7.0
+    for covariance in ("diagonal", "spherical"):
+        model = semid.RQGMM(codebook_size=16, covariance=covariance, validation_fraction=0).fit(x)
+        ids = model.encode(x)
+        assert np.isfinite(ids.residual_norms).all()
+        assert model.report.training_error < 0.05
+        assert all(level["floor"] > 0 for level in model.report.details["levels"])
+
+
+def test_rqgmm_takes_the_spread_of_clusters_into_account():
+    """Two clusters whose columns have very different noise: nearest centroids cut them wrongly."""
+    x, labels = stretched(2000, seed=0)
+    right = {}
+    for model in (
+        semid.RQKMeans(levels=1, codebook_size=2),
+        semid.RQGMM(levels=1, codebook_size=2),
+    ):
+        codes = model.fit(x).encode(x).codes[:, 0]
+        right[model.kind] = max((codes == labels).mean(), (codes != labels).mean())
+    assert right["rqgmm"] > 0.97
+    assert right["rqkmeans"] < 0.8
+
+
+def stretched(count: int, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(seed)
+    labels = generator.integers(0, 2, count)
+    noise = generator.normal(size=(count, 4)) * [0.5, 4.0, 4.0, 0.5]
+    return (noise + np.outer(labels, [3.0, 0, 0, 3.0])).astype(np.float32), labels
+
+
+def test_rqgmm_serves(clustered, tmp_path):
+    serve(semid.RQGMM(codebook_size=16, levels=2).fit(clustered), clustered, tmp_path)
+
+
+def test_rqgmm_has_no_beam_and_no_refinement(clustered):
+    model = semid.RQGMM(codebook_size=16, levels=2).fit(clustered)
+    with pytest.raises(UsageError, match="has no beam"):
+        model.encode(clustered, beam_width=2)
+    with pytest.raises(UsageError, match="no argument 'beam_width'"):
+        semid.RQGMM(beam_width=2)
 
 
 # Training with a beam ---------------------------------------------------------------------------

@@ -43,6 +43,7 @@ from semid.tokenizers.pipeline import Pipeline as Pipeline
 from semid.tokenizers.product import OPQ as OPQ
 from semid.tokenizers.product import PQ as PQ
 from semid.tokenizers.refining import refine as refine
+from semid.tokenizers.rqgmm import RQGMM as RQGMM
 from semid.tokenizers.rqkmeans import RQKMeans as RQKMeans
 from semid.tokenizers.scan import search_codes as search_codes
 from semid.tokenizers.vqvae import RQPVAE as RQPVAE

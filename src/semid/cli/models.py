@@ -49,8 +49,8 @@ def fit(
 
     Args:
         output: Folder or URI for the model; must not exist.
-        tokenizer: rqkmeans (default), pq, opq, vqvae, rqvae, rqpvae, fsq, drqvae, mocvae, barq,
-            codebooks, or pipeline (in a recipe); with --help: the options of this one.
+        tokenizer: rqkmeans (default), rqgmm, pq, opq, vqvae, rqvae, rqpvae, fsq, drqvae, mocvae,
+            barq, codebooks, or pipeline (in a recipe); with --help: the options of this one.
         recipe: Name of a recipe, or a TOML file; flags take precedence over it.
         log: Where the figures of each epoch go: jsonl:PATH, tensorboard:FOLDER, mlflow or wandb.
         interactions: drqvae, barq: log whose consecutive items are pairs.

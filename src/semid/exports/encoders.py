@@ -36,11 +36,14 @@ class CodesGraph(nn.Module):
         self.levels, self.hierarchical = tokenizer.levels, tokenizer.hierarchical
         # Columns of the latent that each parallel codebook quantizes; None means all.
         self.slices = tokenizer.latent_slices if tokenizer.combine == "concat" else None
-        self.beam_width = tokenizer.beam_width
+        self.beam_width, self.nearest = tokenizer.beam_width, tokenizer.encodes_nearest
         for level, codebook in enumerate(tokenizer.codebooks):
             codewords = torch.from_numpy(np.array(codebook, dtype=np.float32))
             self.register_buffer(f"book_{level}", codewords)
             self.register_buffer(f"squares_{level}", codewords.double().square().sum(dim=1))
+            if not self.nearest:
+                for name, terms in zip("abc", tokenizer.score_terms(level), strict=True):
+                    self.register_buffer(f"{name}_{level}", torch.from_numpy(terms.copy()))
         self.encoder = tokenizer.encoder_module()
         self.eval()
 
@@ -68,7 +71,13 @@ class CodesGraph(nn.Module):
         return self.get_buffer(f"book_{level}")
 
     def _distances(self, rows: Tensor, level: int) -> Tensor:
-        """Return squared distances ``(batch, codes)`` minus ``|row|^2``, in float64."""
+        """Return squared distances ``(batch, codes)`` minus ``|row|^2``, in float64.
+
+        Where codes are not the nearest codewords: the scores of which a code has the least.
+        """
+        if not self.nearest:
+            x, (a, b, c) = rows.double(), (self.get_buffer(f"{name}_{level}") for name in "abc")
+            return x.square() @ b.T - 2.0 * (x @ a.T) + c
         product = rows.double() @ self._codebook(level).double().T
         return self.get_buffer(f"squares_{level}") - 2.0 * product
 

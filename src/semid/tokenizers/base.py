@@ -68,6 +68,8 @@ class Tokenizer(StoredTokenizer):
         hierarchical: whether a shared prefix of codes means relatedness.
         combine: how the codewords of an item make its quantized vector: ``sum``, ``mean`` or
             ``concat``. `latent_slices` says which columns of the latent each codebook quantizes.
+        encodes_nearest: whether a code is the nearest codeword to what its codebook quantizes;
+            `score_terms` says what decides where it is not.
         behavior_argument: argument whose value 0 turns learning from behavior off; None for
             tokenizers that learn from embeddings alone.
         has_decoder: whether `decode_latent` works.
@@ -76,6 +78,7 @@ class Tokenizer(StoredTokenizer):
         report: the `FitReport` of the last fit, or None before it.
     """
 
+    encodes_nearest: ClassVar[bool] = True
     behavior_argument: ClassVar[str | None] = None
     has_decoder: ClassVar[bool] = False
     can_warm_start: ClassVar[bool] = False
@@ -175,6 +178,16 @@ class Tokenizer(StoredTokenizer):
             f"{self.kind} gives no encoder graph; give it a method encoder_module(), or "
             "export another tokenizer"
         )
+
+    def score_terms(self, level: int) -> tuple[Weights, Weights, Weights]:
+        """Return ``a``, ``b`` and ``c`` such that a row's code has the least ``b.x^2 - 2 a.x + c``.
+
+        For nearest codewords these are the codewords, ones, and squared lengths.
+
+        Shapes: ``a`` and ``b`` (codes, width), ``c`` (codes,), float64.
+        """
+        codebook = self.codebooks[level].astype(np.float64)
+        return codebook, np.ones_like(codebook), np.square(codebook).sum(1)
 
     def _refined_parts(self, dim: int) -> list[ColumnGroup] | None:
         """Return which latent columns a refinement fits together; None for all at once."""
@@ -397,6 +410,11 @@ class Tokenizer(StoredTokenizer):
             raise UsageError(
                 f"beam_width={width}: the codebooks of {self.kind} are parallel and each takes its "
                 "nearest codeword; leave --beam-width (beam_width) out"
+            )
+        if width > 1 and not self.encodes_nearest:
+            raise UsageError(
+                f"beam_width={width}: {self.kind} takes the most probable code of each level, not "
+                "the nearest codeword, and has no beam; leave --beam-width (beam_width) out"
             )
         return CodesInfo(
             tokenizer=self.kind,

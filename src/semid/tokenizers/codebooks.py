@@ -95,7 +95,7 @@ class CodebookTokenizer(Tokenizer):
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class ResidualTokenizer(CodebookTokenizer):
+class LevelTokenizer(CodebookTokenizer):
     """Base of tokenizers whose levels each quantize what the levels before left."""
 
     hierarchical: ClassVar[bool] = True
@@ -105,14 +105,20 @@ class ResidualTokenizer(CodebookTokenizer):
     codebook_size: int | Sequence[int] = option(
         256, help="Codewords per level (2 to 2**32), or one number for each level."
     )
-    beam_width: int = option(
-        1, ge=1, le=MAX_BEAM, help="Partial codes kept while encoding; 1 is greedy."
-    )
 
     @property
     def codebook_sizes(self) -> tuple[int, ...]:
         """Codewords of each level."""
         return level_sizes(self.levels, self.codebook_size)
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class ResidualTokenizer(LevelTokenizer):
+    """Base of those that take the nearest codewords of their levels, greedily or by a beam."""
+
+    beam_width: int = option(
+        1, ge=1, le=MAX_BEAM, help="Partial codes kept while encoding; 1 is greedy."
+    )
 
     def _encode_block(self, x: Array, beam_width: int) -> ResidualCodes:
         return encode_residual(

@@ -23,6 +23,7 @@ TOKENIZERS = Registry(
         "opq": "semid.tokenizers.product:OPQ",
         "pipeline": "semid.tokenizers.pipeline:Pipeline",
         "pq": "semid.tokenizers.product:PQ",
+        "rqgmm": "semid.tokenizers.rqgmm:RQGMM",
         "rqkmeans": "semid.tokenizers.rqkmeans:RQKMeans",
         "rqpvae": "semid.tokenizers.vqvae:RQPVAE",
         "rqvae": "semid.tokenizers.vqvae:RQVAE",

@@ -63,6 +63,11 @@ def refine(
             f"the codebooks of {tokenizer.kind} are parallel and each takes its nearest codeword; "
             "refine a tokenizer with residual levels, such as rqkmeans"
         )
+    if not tokenizer.encodes_nearest:
+        raise UsageError(
+            f"{tokenizer.kind} does not take nearest codewords, which refinement fits; refine a "
+            "tokenizer such as rqkmeans"
+        )
     opened = open_embeddings(source, ids=ids)
     tokenizer._check_width(opened)
     # The items that the fit held out are not trained on here either: they choose ridge and end.
