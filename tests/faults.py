@@ -77,6 +77,13 @@ COMMANDS = {
         "new",
         resumes=True,
     ),
+    "retrieve": Command(
+        "retrieve walks.parquet --ids {ids} --width 8 --epochs 3 --batch-size 64 --seed {seed} "
+        "-q -o {out}",
+        "new",
+        resumes=True,
+    ),
+    "recommend": Command("recommend retriever{version} -q -o {out}", "new.parquet"),
     "bundle": Command("encode model1 x.npy --catalogue pub -q -o {out}", "pub", grows=True),
     "export": Command("export {ids} --to lcrec -o {out}", "new.json"),
     "export folder": Command("export {ids} --to openonerec -o {out}", "newopen"),
@@ -109,6 +116,18 @@ def make_inputs(folder: Path) -> None:
             part.write(f"idsfolder{seed}/part-{start:06d}.parquet")
     CatalogueBundle.create("pub", SemanticIds.read("ids1.parquet").take(np.arange(5_000)))
     pq.write_table(rank_cases.log_table(), "log.parquet")
+    users = np.repeat(np.arange(300), 8)
+    walks = {"user_id": users, "item_id": generator.integers(0, 20_000, len(users))}
+    pq.write_table(pa.table({**walks, "timestamp": np.arange(len(users))}), "walks.parquet")
+    for seed in (1, 2):
+        retriever = semid.train_retriever(
+            "walks.parquet",
+            ids=SemanticIds.read(f"ids{seed}.parquet"),
+            options={"width": 8},
+            training={"epochs": 1},
+            seed=seed,
+        )
+        retriever.save(f"retriever{seed}")
 
 
 def arguments(command: Command, version: int, *more: str) -> list[str]:
@@ -117,6 +136,7 @@ def arguments(command: Command, version: int, *more: str) -> list[str]:
         x="x.npy",
         out=command.out,
         seed=version,
+        version=version,
         model=f"model{version}",
         ids=f"ids{version}.parquet",
         idsfolder=f"idsfolder{version}",

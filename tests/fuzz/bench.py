@@ -110,6 +110,10 @@ def make_bench(path: Path) -> Bench:
             *("rank", path / "log.parquet", "--items", table, "--ids", ids, "-q", "-o"),
             *(path / "ranker", "--epochs", 1, "--hidden", "8", "--width", 4),
         ),
+        (
+            *("retrieve", path / "log.parquet", "--ids", ids, "-q", "-o", path / "retriever"),
+            *("--epochs", 1, "--width", 4),
+        ),
         ("export", path / "unique.parquet", "--to", "lcrec", "-o", path / "lcrec.json"),
         ("export", ids, "--to", "grid", "-o", path / "grid.pt"),
         ("export", ids, "--to", "openonerec", "-o", path / "openonerec"),

@@ -56,7 +56,7 @@ def base_commands(random: Random, bench: Bench, work: Path) -> tuple[list[Any], 
         random,
         {"fit": 5, "encode": 5, "unique": 3, "export": 3, "import": 3, "rank": 4, "drift": 2,
          "refine": 2, "refresh": 2, "report": 1, "compare": 1, "add": 2, "grid": 1, "fit-net": 3,
-         "prepare": 1, "histories": 2},
+         "prepare": 1, "histories": 2, "retrieve": 4, "recommend": 2},
     )  # fmt: skip
     out = work / "out"
     ranker = ["--epochs", 1, "--hidden", "8", "--width", 4]
@@ -77,6 +77,11 @@ def base_commands(random: Random, bench: Bench, work: Path) -> tuple[list[Any], 
         ],
         "import": ["import", bench / "lcrec.json", "--from", "lcrec"],
         "rank": ["rank", log, "--items", table, "--ids", ids, *ranker],
+        "retrieve": [
+            *("retrieve", log, "--ids", ids, "--epochs", 1, "--width", 4, "--batch-size", 64),
+            *("--model", random.choice(("composed", "parallel", "generative", "sasrec"))),
+        ],
+        "recommend": ["recommend", bench / "retriever", "--histories", log],
         "grid": [
             *("rank-grid", log, "--items", table, "--embeddings", table, *ranker),
             *("--methods", "none", "--scales", "1", "--models", "deepfm", "--seeds", 1),
@@ -100,7 +105,7 @@ def base_commands(random: Random, bench: Bench, work: Path) -> tuple[list[Any], 
         "compare": ".html",
         "drift": ".json",
     }
-    if command[0] in ("encode", "unique", "import"):
+    if command[0] in ("encode", "unique", "import", "recommend"):
         out = out.with_suffix(".parquet")
     out = out.with_suffix(suffix.get(name, out.suffix))
     return [*command, "-o", out], out
@@ -145,7 +150,7 @@ def flags(random: Random, bench: Bench, work: Path) -> Case:
             ids = semid.load(out).encode(bench.rows)
             in_range(ids)
             expect(np.isfinite(ids.residual_norms).all(), "a residual norm is not finite")
-        elif command[0] == "rank":
+        elif command[0] == "rank" or (command[0] == "retrieve" and (out / "config.json").exists()):
             semid.load(out)
         elif command[0] == "refresh":
             semid.load(out / "model")
@@ -204,7 +209,11 @@ def overwrite(random: Random, bench: Bench, work: Path) -> Case:
         place = Path("." if what == "dot" else "..")
         (work / "thesis.txt").write_text("years of work", encoding="utf8")
     elif what == "same input":
-        source = "rqkmeans" if command[0] in ("fit", "refine", "rank", "refresh") else "ids.parquet"
+        source = (
+            "rqkmeans"
+            if command[0] in ("fit", "refine", "rank", "refresh", "retrieve")
+            else "ids.parquet"
+        )
         place = bench.copy(source, work / "input")
         command = [place if str(a) == str(bench / source) else a for a in command]
         replaceable = [place]
@@ -221,7 +230,7 @@ def overwrite(random: Random, bench: Bench, work: Path) -> Case:
         (work / f".{out.name}.tmp").write_text("years of work", encoding="utf8")
     command[command.index("-o") + 1] = place
     extra = random.choice((["--overwrite"], ["--overwrite"], [], ["--overwrite", "--resume"]))
-    if command[0] not in ("fit", "encode", "rank", "rank-grid"):
+    if command[0] not in ("fit", "encode", "rank", "rank-grid", "retrieve"):
         extra = [e for e in extra if e != "--resume"]
     if "--overwrite" not in extra:
         replaceable = []
@@ -234,7 +243,8 @@ def overwrite(random: Random, bench: Bench, work: Path) -> Case:
 def _writes_folder(command: list[Any]) -> bool:
     if command[0] == "export":
         return command[command.index("--to") + 1] in ("openonerec", "huggingface", "fuxictr")
-    return command[0] in ("fit", "refine", "rank", "rank-grid", "refresh", "prepare")
+    folders = ("fit", "refine", "rank", "rank-grid", "refresh", "prepare", "retrieve")
+    return command[0] in folders
 
 
 # Runs that were stopped ----------------------------------------------------------------------
