@@ -31,6 +31,9 @@ from semid.distributed.units import Catalogue
 from semid.errors import EmbeddingError, InputError, UsageError
 from semid.filesystems import Folder
 from semid.quantization.kmeans import KMeansOptions
+from semid.tokenizers.factory import make_tokenizer
+
+PLUGIN = Path(__file__).parent / "plugin"
 
 ray = pytest.importorskip("ray")
 
@@ -45,10 +48,10 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[object]:
-    """Start one cluster of two CPU slots; actors find the tests' helpers by name."""
+    """Start one cluster of two CPU slots; actors find the tests' helpers and plugin by name."""
     import_ray()
-    source = Path(semid.__file__).parents[1]
-    os.environ["PYTHONPATH"] = f"{Path(__file__).parent}{os.pathsep}{source}"
+    paths = Path(__file__).parent, PLUGIN, Path(semid.__file__).parents[1]
+    os.environ["PYTHONPATH"] = os.pathsep.join(map(str, paths))
     os.environ.setdefault("RAY_worker_niceness", "0")  # or they wait for every other process
     ray.init(
         num_cpus=2, include_dashboard=False, object_store_memory=80_000_000, log_to_driver=False
@@ -114,6 +117,22 @@ def test_fit_and_encode_equal_local_ones(cluster, items, local, tmp_path):
     assert os.getpid() not in run.by_process
     # Each began with one unit, so neither can have had all the others and that one too.
     assert max(run.by_process.values()) <= len(local.encode(items)) - 10_000
+
+
+@pytest.mark.parametrize("kind", ["lloyd", "lloyd-product"])
+def test_a_tokenizer_of_another_package_encodes_alike(
+    cluster, clustered, tmp_path, monkeypatch, kind
+):
+    monkeypatch.syspath_prepend(PLUGIN)
+    fitted = make_tokenizer(kind, {"levels": 2, "codebook_size": 8}).fit(clustered)
+    fitted.save(tmp_path / "model")
+    source = write_folder(tmp_path / "items", clustered)
+    output = str(tmp_path / "ids")
+    flags = ["--engine", "ray", "--workers", "2", "-q"]
+    with pytest.raises(SystemExit) as ended:
+        main(["encode", str(tmp_path / "model"), str(source), "-o", output, *flags])
+    assert not ended.value.code
+    assert pq.read_table(output).equals(fitted.encode(source).to_arrow())
 
 
 @pytest.mark.slow
