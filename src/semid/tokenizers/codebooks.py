@@ -41,7 +41,8 @@ STATE_ARRAYS = ("centroids", "best_centroids")
 class CodebookTokenizer(Tokenizer):
     """Base of tokenizers whose learned state is preprocessing and codebooks, and maybe more.
 
-    A subclass's `_fit` sets ``_preprocess`` and calls `_set_codebooks`.
+    A subclass's `_fit` sets ``_preprocess``, where it uses any, and calls `_set_codebooks`. Latents
+    are preprocessed rows; one with a network overrides `_latent_block` and `_decode_codes`.
     """
 
     normalize: bool = option(False, help="Scale (centered) rows to unit length first.")
@@ -55,6 +56,12 @@ class CodebookTokenizer(Tokenizer):
 
     def _set_codebooks(self, books: Sequence[Array]) -> None:
         self._codebook_index = tuple(index_codebook(book) for book in books)
+
+    def _latent_block(self, x: Array) -> Array:
+        return self._preprocess.apply(x)
+
+    def _decode_codes(self, codes: npt.NDArray[np.int64]) -> Array:
+        return self._preprocess.invert(self._quantize_codes(codes))
 
     def _codebooks(self) -> tuple[Array, ...]:
         return tuple(book.codewords.numpy() for book in self._codebook_index)

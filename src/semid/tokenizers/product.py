@@ -123,12 +123,6 @@ class PQ(CodebookTokenizer):
         slices = part_slices(z.shape[1], self.levels)
         return encode_product(z, slices, self._codebook_index, threads=self.threads)
 
-    def _latent_block(self, x: Array) -> Array:
-        return self._preprocess.apply(x)
-
-    def _decode_codes(self, codes: npt.NDArray[np.int64]) -> Array:
-        return self._preprocess.invert(self._quantize_codes(codes))
-
     def encoder_module(self) -> nn.Module:
         """Return the preprocessing of rows as a module, see `Tokenizer.encoder_module`."""
         _ = self.dim

@@ -194,12 +194,6 @@ class RQGMM(LevelTokenizer):
             residual = residual - mixture.means[codes[:, level]]
         return ResidualCodes.of(codes, residual)
 
-    def _latent_block(self, x: Array) -> Array:
-        return self._preprocess.apply(x)
-
-    def _decode_codes(self, codes: npt.NDArray[np.int64]) -> Array:
-        return self._preprocess.invert(self._quantize_codes(codes))
-
     def encoder_module(self) -> nn.Module:
         """Return the preprocessing of rows as a module, see `Tokenizer.encoder_module`."""
         _ = self.dim

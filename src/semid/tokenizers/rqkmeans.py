@@ -108,9 +108,3 @@ class RQKMeans(ResidualTokenizer):
         """Return the preprocessing of rows as a module, see `Tokenizer.encoder_module`."""
         _ = self.dim
         return Prepare(self._preprocess)
-
-    def _latent_block(self, x: Array) -> Array:
-        return self._preprocess.apply(x)
-
-    def _decode_codes(self, codes: npt.NDArray[np.int64]) -> Array:
-        return self._preprocess.invert(self._quantize_codes(codes))
