@@ -78,7 +78,6 @@ class Tokenizer(StoredTokenizer):
         report: the `FitReport` of the last fit, or None before it.
     """
 
-    encodes_nearest: ClassVar[bool] = True
     behavior_argument: ClassVar[str | None] = None
     has_decoder: ClassVar[bool] = False
     can_warm_start: ClassVar[bool] = False
@@ -178,16 +177,6 @@ class Tokenizer(StoredTokenizer):
             f"{self.kind} gives no encoder graph; give it a method encoder_module(), or "
             "export another tokenizer"
         )
-
-    def score_terms(self, level: int) -> tuple[Weights, Weights, Weights]:
-        """Return ``a``, ``b`` and ``c`` such that a row's code has the least ``b.x^2 - 2 a.x + c``.
-
-        For nearest codewords these are the codewords, ones, and squared lengths.
-
-        Shapes: ``a`` and ``b`` (codes, width), ``c`` (codes,), float64.
-        """
-        codebook = self.codebooks[level].astype(np.float64)
-        return codebook, np.ones_like(codebook), np.square(codebook).sum(1)
 
     def _refined_parts(self, dim: int) -> list[ColumnGroup] | None:
         """Return which latent columns a refinement fits together; None for all at once."""
@@ -406,16 +395,11 @@ class Tokenizer(StoredTokenizer):
         """
         width = self.beam_width if beam_width is None else beam_width
         check_beam_width(width)
-        if width > 1 and not self.hierarchical:
-            raise UsageError(
-                f"beam_width={width}: the codebooks of {self.kind} are parallel and each takes its "
-                "nearest codeword; leave --beam-width (beam_width) out"
-            )
-        if width > 1 and not self.encodes_nearest:
-            raise UsageError(
-                f"beam_width={width}: {self.kind} takes the most probable code of each level, not "
-                "the nearest codeword, and has no beam; leave --beam-width (beam_width) out"
-            )
+        if width > 1 and not (self.hierarchical and self.encodes_nearest):
+            probable = f"{self.kind} takes the most probable code of each level, and has no beam"
+            nearest = f"the codebooks of {self.kind} are parallel; each takes its nearest codeword"
+            reason = probable if self.hierarchical else nearest
+            raise UsageError(f"beam_width={width}: {reason}; leave --beam-width (beam_width) out")
         return CodesInfo(
             tokenizer=self.kind,
             codebook_sizes=self.codebook_sizes,

@@ -21,6 +21,7 @@ from semid.options import Parameters, argument_types, option
 from semid.tokenizers.fit_report import FitReport, card
 
 Array = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
 
 HELD_OUT_SALT = "semid/items"
 
@@ -129,6 +130,7 @@ class StoredTokenizer(Parameters, ABC):
     kind: ClassVar[str]
     hierarchical: ClassVar[bool]
     combine: ClassVar[Literal["sum", "mean", "concat"]]
+    encodes_nearest: ClassVar[bool] = True
 
     seed: int = option(0, help="Seed of everything that is drawn.")
     validation_fraction: float = option(
@@ -209,6 +211,16 @@ class StoredTokenizer(Parameters, ABC):
     def latent_dim(self) -> int:
         """Width of latent vectors."""
         return int(self.latent_slices[-1].stop)
+
+    def score_terms(self, level: int) -> tuple[Doubles, Doubles, Doubles]:
+        """Return ``a``, ``b`` and ``c`` such that a row's code has the least ``b.x^2 - 2 a.x + c``.
+
+        For nearest codewords these are the codewords, ones, and squared lengths.
+
+        Shapes: ``a`` and ``b`` (codes, width), ``c`` (codes,), float64.
+        """
+        codebook = self.codebooks[level].astype(np.float64)
+        return codebook, np.ones_like(codebook), np.square(codebook).sum(1)
 
     @property
     def codebook_fingerprint(self) -> str:
