@@ -77,10 +77,12 @@ def test_a_contrastive_encoder_learns_from_pairs(x):
         without.fit(x, pairs=pairs)
 
 
-def test_a_refresh_keeps_the_encoder(x):
-    model = semid.Pipeline(
-        encoder=encoder(), quantizer=semid.RQKMeans(levels=2, codebook_size=8)
-    ).fit(x)
+@pytest.mark.parametrize("continues", [True, False])
+def test_a_refresh_keeps_the_encoder(x, continues):
+    network = {"codebook_size": 8, "network": {"hidden": (8,), "latent": 4}, "training": TRAINING}
+    second = semid.RQKMeans(levels=2, codebook_size=8) if continues else semid.VQVAE(**network)
+    model = semid.Pipeline(encoder=encoder(), quantizer=second).fit(x)
+    assert second.can_warm_start == continues
     after = semid.refresh(model, model.encode(x), x[:800], max_churn=0.1)
     kept = after.tokenizer._encoder.weights_fingerprint
     assert kept == model._encoder.weights_fingerprint

@@ -75,6 +75,7 @@ class Pipeline(Tokenizer):
     """
 
     kind: ClassVar[str] = "pipeline"
+    can_warm_start: ClassVar[bool] = True  # the encoder stays, whatever the quantizer can
 
     # Tokenizers, or tables of their arguments; `_new` checks which.
     encoder: Any = option(None, help="Tokenizer whose latent is quantized.")
@@ -136,11 +137,6 @@ class Pipeline(Tokenizer):
         return self._quantizer.combine
 
     @property
-    def can_warm_start(self) -> bool:  # type: ignore[override]
-        """Whether a refresh continues from these codebooks."""
-        return self._quantizer.can_warm_start
-
-    @property
     def beam_width(self) -> int:
         """Partial codes kept while encoding."""
         return self._quantizer.beam_width
@@ -181,7 +177,8 @@ class Pipeline(Tokenizer):
         self._encoder, self._quantizer = self._new("encoder"), self._new("quantizer")
         if start is not None:
             self._encoder = start._encoder
-            self._quantizer._start_from(start._quantizer)
+            if self._quantizer.can_warm_start:
+                self._quantizer._start_from(start._quantizer)
             training: dict[str, Any] = {"kept": True}
         else:
             training = self._fit_part(context, "encoder", self._encoder, dim)
