@@ -474,6 +474,10 @@ def test_bad_input_is_refused_in_a_sentence(trained):
     one = pa.table({"user_id": ["a", "b"], "item_id": ["i1", "i2"], "timestamp": [1, 2]})
     with pytest.raises(InteractionsError, match=r"no user .* has 3 interactions"):
         train_retriever(one, ids=ids)
+    three = {"user_id": ["a"] * 3, "item_id": ["i1", "i2", "i3"], "timestamp": [1, 2, 3]}
+    with pytest.raises(InteractionsError, match="histories of four items"):
+        train_retriever(pa.table(three), ids=ids)
+    assert train_retriever(pa.table(three), ids=ids, model="popularity").results["test"].users == 1
     with pytest.raises(InteractionsError, match="none of the"):
         train_retriever(
             pa.table({"user_id": ["a"] * 3, "item_id": ["x", "y", "z"], "timestamp": [1, 2, 3]}),

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from semid.codes import SemanticIds
+from semid.errors import InteractionsError
 from semid.progress import Progress, QuietProgress
 from semid.recommenders.ranking.training import training_device
 from semid.recommenders.retrieval.data import Packed, RetrievalData, pack, prepare_retrieval_data
@@ -54,6 +55,11 @@ class RetrievalTask:
         self.module: nn.Module = model
         self.model, self.seed, self.device = model, seed, device
         self.windows = data.training(max_length)
+        if not self.windows:
+            raise InteractionsError(
+                "no user has two items to train on besides the two that validate and test: models "
+                "that are trained need some histories of four items; take popularity or text-knn"
+            )
         self.batch_size, self.counts = options.batch_size, data.items.counts
         self.steps_per_epoch = steps_per_epoch(len(self.windows), options.batch_size)
         self.histories, self.targets = data.histories("validation", max_length)
@@ -66,6 +72,9 @@ class RetrievalTask:
         batches = epoch_batches(len(self.windows), self.batch_size, seed=self.seed, epoch=epoch)
         for rows in batches[first:]:
             share, _ = process_share(rows, rank=rank(), world=world_size())
+            if not len(share):  # more processes than histories: this one repeats one for nothing
+                yield pack(*([each] for each in self.windows[rows[0]])).to(self.device), 0.0
+                continue
             inputs, targets = zip(*(self.windows[row] for row in share), strict=True)
             # The loss is a mean over places, so a process counts by its places.
             places = sum(map(len, targets))
