@@ -15,10 +15,7 @@ from semid.catalogue.prefixes import PrefixIndex
 from semid.errors import DivergedError
 from semid.recommenders.retrieval.data import Ints, pack
 from semid.recommenders.retrieval.metrics import LIST, MISSING, RECALLS, Ranks
-from semid.recommenders.retrieval.networks import NextItemModel
-
-SCORES = 1 << 22
-"""Scores in memory at once: users of a batch times classes."""
+from semid.recommenders.retrieval.networks import SCORES, NextItemModel
 
 
 class TargetRanks(NamedTuple):
@@ -66,7 +63,7 @@ def target_ranks(
     parts: list[tuple[Tensor, ...]] = []
     # Histories of similar length share a batch, so that packing leaves few gaps.
     order = np.argsort([len(history) for history in histories], kind="stable")
-    size = max(1, SCORES // len(item_sizes))
+    size = max(1, SCORES // len(item_sizes)) if network.exact else network.batch
     for start in range(0, len(histories), size):
         rows = order[start : start + size]
         batch = pack([histories[row] for row in rows]).to(device)

@@ -17,7 +17,7 @@ from semid.errors import MissingExtraError
 from semid.options import MAX_WIDTH, Options, option
 from semid.recommenders.retrieval.data import Packed, RetrievalItems
 from semid.recommenders.retrieval.layers import Block, CodeSum, Transformer, TransformerOptions
-from semid.recommenders.retrieval.networks import NextItemModel
+from semid.recommenders.retrieval.networks import SEARCHED, NextItemModel
 from semid.training.loop import Step
 
 
@@ -60,6 +60,11 @@ class Searching(NextItemModel):
         self.trie = TorchTrie(PrefixIndex.build(distinct, sizes=items.sizes), persistent=False)
         self.distinct = nn.Buffer(torch.from_numpy(distinct), persistent=False)
         self.buckets = nn.Buffer(torch.from_numpy(bucket), persistent=False)
+
+    @property
+    def batch(self) -> int:
+        """Histories that `top` takes at once; a search makes no matrix of scores."""
+        return SEARCHED
 
     def search(self, batch: Packed, beams: int) -> BeamIds:
         """Return the ids that the model scores highest; with a beam per id, of all ids."""
@@ -108,7 +113,7 @@ class Generative(Searching):
         self.outputs = nn.ModuleList(nn.Linear(width, size) for size in items.sizes)
 
     def _states(self, batch: Packed) -> Tensor:
-        vectors = self.codes()[self.buckets[batch.items]]
+        vectors = self.codes(self.buckets[batch.items])
         if hasattr(self, "table"):
             vectors = vectors + self.table[batch.items]
         return self.transformer(vectors, batch)  # type: ignore[no-any-return]

@@ -163,8 +163,11 @@ class CodeSum(nn.Module):
         # The sum of the levels has the variance of one table of items.
         self.table = nn.Parameter(torch.randn(sum(sizes), width) * 0.02 / len(sizes) ** 0.5)
 
-    def forward(self) -> Tensor:
-        """Return the sums of all distinct ids."""
+    def forward(self, ids: Tensor | None = None) -> Tensor:
+        """Return the sums of all distinct ids, or of some ``(...)``: ``(..., width)``."""
+        if ids is not None:  # few against all: no pass over the whole catalogue
+            some = functional.embedding_bag(self.rows[ids.flatten()], self.table, mode="sum")
+            return some.view(*ids.shape, -1)
         sums: Tensor = _CodeSum.apply(  # type: ignore[no-untyped-call]
             self.table, self.rows, self.holders, self.offsets
         )

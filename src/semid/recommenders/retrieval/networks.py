@@ -36,6 +36,15 @@ FULL_SOFTMAX = 100_000
 
 LOSSES = ("auto", "full", "sampled")
 
+SCORES = 1 << 22
+"""Scores in memory at once: users of a batch times classes."""
+
+MIN_BATCH = 8
+"""Histories scored at once at least: one pass over the items' vectors serves all of them."""
+
+SEARCHED = 256
+"""Histories of a batch where no matrix of scores is made."""
+
 
 MODELS = Registry(
     "semid.retrievers",
@@ -126,6 +135,11 @@ class NextItemModel(nn.Module):
         """Whether the embeddings of `RetrievalItems` are part of the model."""
         return "vectors" in self.needs
 
+    @property
+    def batch(self) -> int:
+        """Histories that `top` takes at once: their scores stay within `SCORES` or `MIN_BATCH`."""
+        return max(MIN_BATCH, SCORES // len(self.log_sizes))
+
     def scores(self, batch: Packed) -> Tensor:
         """Return the score ``(histories, classes)`` of every class as the next; -inf is never."""
         raise NotImplementedError
@@ -152,6 +166,7 @@ class SASRec(NextItemModel):
     def __init__(self, items: RetrievalItems, options: SASRecOptions, *, by_item: bool = True):
         super().__init__(items, by_item=by_item)
         self.settings = options
+        self._vectors: Tensor | None = None
         self.transformer = Transformer(options)
         self._make_tables(items)
         self._sampler = _sampler(items.counts, self.classes.numpy())
@@ -163,9 +178,9 @@ class SASRec(NextItemModel):
     def _make_tables(self, items: RetrievalItems) -> None:
         self.table = nn.Parameter(torch.randn(len(items), self.settings.width) * 0.02)
 
-    def vectors(self) -> Tensor:
-        """Return the vector ``(classes, width)`` of every class."""
-        return self.table
+    def vectors(self, classes: Tensor | None = None) -> Tensor:
+        """Return the vector ``(classes, width)`` of every class, or of some ``(...)``."""
+        return self.table if classes is None else self.table[classes]
 
     def scoreable(self) -> Tensor:
         """Return which classes ``(classes,)`` have a vector that means something."""
@@ -173,41 +188,43 @@ class SASRec(NextItemModel):
 
     def forward(self, batch: Packed) -> Step:
         """Return the cross-entropy of the items that follow."""
-        vectors = self.vectors()
-        states = self.transformer(vectors[self.classes[batch.items]], batch)
-        targets = self.classes[batch.targets]
-        if self.sampled:
-            loss = self._sampled_loss(states, vectors, targets)
+        inputs, targets = self.classes[batch.items], self.classes[batch.targets]
+        if self.sampled:  # nothing here grows with the catalogue
+            states = self.transformer(self.vectors(inputs), batch)
+            loss = self._sampled_loss(states, targets)
         else:
+            vectors = self.vectors()
+            states = self.transformer(vectors[inputs], batch)
             loss = FullSoftmax.apply(  # type: ignore[no-untyped-call]
                 states, vectors, targets, self.log_sizes
             )
         return Step(loss, {})
 
-    def _sampled_loss(self, states: Tensor, vectors: Tensor, targets: Tensor) -> Tensor:
+    def _sampled_loss(self, states: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy against items drawn for the batch, by sampled softmax.
 
         Each drawn logit loses the logarithm of the item's expected count among the draws (Bengio
         and Senecal 2008), so that the sum over draws estimates that over all items but the target.
         """
         drawn, log_count = self._sampler(self.settings.negatives, states.device)
-        at_target = (states * vectors[targets]).sum(1)
-        logits = states @ vectors[drawn].T - log_count[drawn]
+        at_target = (states * self.vectors(targets)).sum(1)
+        logits = states @ self.vectors(drawn).T - log_count[drawn]
         # A draw that is the target itself is no negative.
         logits = logits.masked_fill(drawn[None, :] == targets[:, None], -torch.inf)
         return (torch.logaddexp(logits.logsumexp(1), at_target) - at_target).mean()
 
     def train(self, mode: bool = True) -> Self:
         """Switch between training and evaluation; vectors of before are made again."""
-        self._vectors: Tensor | None = None
+        self._vectors = None
         return super().train(mode)
 
     def scores(self, batch: Packed) -> Tensor:
         """Return the score of every class."""
         # Between two calls of `train` the weights stay, and so do the vectors of the classes.
-        if self.training or torch.is_grad_enabled() or self._vectors is None:
-            self._vectors = self.vectors()
         vectors = self._vectors
+        stale = vectors is None or vectors.device != self.log_sizes.device
+        if vectors is None or stale or self.training or torch.is_grad_enabled():
+            vectors = self._vectors = self.vectors()
         states = self.transformer(vectors[self.classes[batch.items]], batch)
         scores: Tensor = (states @ vectors.T).float()
         never = torch.nonzero(~self.scoreable())[:, 0]
@@ -273,16 +290,19 @@ class Composed(SASRec):
         """Whether the embeddings of `RetrievalItems` are part of the model."""
         return hasattr(self, "text")
 
-    def vectors(self) -> Tensor:
-        """Return the vector ``(classes, width)`` of every class."""
-        vectors = self.codes()
+    def vectors(self, classes: Tensor | None = None) -> Tensor:
+        """Return the vector ``(classes, width)`` of every class, or of some ``(...)``."""
         if not self.by_item:
-            return vectors  # type: ignore[no-any-return]
-        vectors = vectors[self.buckets]
+            return self.codes(classes)  # type: ignore[no-any-return]
+        some = slice(None) if classes is None else classes
+        if classes is None:
+            vectors = self.codes()[self.buckets]
+        else:
+            vectors = self.codes(self.buckets[classes])
         if hasattr(self, "table"):
-            vectors = vectors + self.table
+            vectors = vectors + self.table[some]
         if hasattr(self, "project"):
-            vectors = vectors + self.project(self.text)
+            vectors = vectors + self.project(self.text[some])
         return vectors  # type: ignore[no-any-return]
 
     def scoreable(self) -> Tensor:
@@ -319,9 +339,14 @@ class Parallel(NextItemModel):
         if options.item_id:
             self.table = nn.Parameter(torch.zeros(len(items), options.width))
 
+    @property
+    def batch(self) -> int:
+        """Histories that `top` takes at once; on a CPU it makes no matrix of scores."""
+        return super().batch if self.codes.rows.is_cuda else SEARCHED
+
     def _log_probabilities(self, batch: Packed) -> list[Tensor]:
         """Return the log-probability ``(n, size)`` of every code of each level."""
-        vectors = self.codes()[self.buckets[batch.items]] / len(self.sizes)
+        vectors = self.codes(self.buckets[batch.items]) / len(self.sizes)
         if hasattr(self, "table"):
             vectors = vectors + self.table[batch.items]
         states = self.transformer(vectors, batch)

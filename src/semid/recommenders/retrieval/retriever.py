@@ -36,14 +36,11 @@ from semid.recommenders.retrieval.data import (
     pack,
     prepare_retrieval_data,
 )
-from semid.recommenders.retrieval.evaluation import SCORES, class_buckets, target_ranks
+from semid.recommenders.retrieval.evaluation import class_buckets, target_ranks
 from semid.recommenders.retrieval.metrics import RetrievalResults, summarize
 from semid.recommenders.retrieval.networks import MODELS, NextItemModel
 from semid.tokenizers.stored import described
 from semid.training.checkpoint import load_module_, module_arrays
-
-MIN_BATCH = 8
-"""Histories scored at once at least: one pass over the items' vectors serves all of them."""
 
 USERS = 8192
 """Users whose recommendations are written at once."""
@@ -252,7 +249,7 @@ class Retriever:
         buckets = self._buckets(within_ids)
         order = np.argsort(-counts, kind="stable")
         popular = order, counts[order].astype(np.float32)
-        size = max(MIN_BATCH, SCORES // len(counts))
+        size = self.network.batch
         for start in range(0, len(histories), size):
             part = histories[start : start + size]
             known = [history[-max_length:] for history in part if len(history)]
