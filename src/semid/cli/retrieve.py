@@ -98,11 +98,13 @@ def retrieve(
     for kind in kinds.values():  # values are checked before files are read
         fields = kind.options.of(None).to_dict()
         kind.options.of({key: value for key, value in options.items() if key in fields})
+    # The output is claimed before anything is read, so that a typo costs no minutes.
     reads = (logs, ids, embeddings, items)
     state = None if compares else Path(partial_path(output))
     hold_output(output, overwrite=overwrite or (compares and resume), inputs=reads, state=state)
     if report is not None:
         hold_output(report, overwrite=overwrite, inputs=(*reads, output))
+    # A comparison is a folder that grows; --overwrite begins it anew.
     if compares and output.exists() and not resume:
         from semid.output import atomic_folder
 
@@ -169,6 +171,7 @@ def _models(text: str, ids: Path | None, embeddings: str | None) -> list[str]:
 
     if text != "all":
         return list(split_list("model", text)) or ["composed"]
+    # `all` means all that the inputs allow; what is left out is said.
     given = {"codes": ids is not None, "vectors": embeddings is not None}
     names = []
     for name in MODELS:
@@ -189,6 +192,7 @@ def _refuse_unread(
     embeddings: str | None,
 ) -> None:
     """Refuse options that none of the models would read."""
+    # An option that none of the models reads would do nothing.
     has = {name for kind in kinds.values() for name in kind.options.of(None).to_dict()}
     trains = any(kind.trains for kind in kinds.values())
     unread = [

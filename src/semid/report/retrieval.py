@@ -116,6 +116,7 @@ def _slice_figure(entries: Mapping[str, RetrievalEntry]) -> Figure:
 
 def retrieval_figures(entries: Mapping[str, RetrievalEntry], protocol: str) -> list[Figure]:
     """Return the figures of the page."""
+    # Models without training have no curve.
     trained = {name: entry for name, entry in entries.items() if entry.curve}
     figures = [MODELS_TABLE.figure(entries, protocol=protocol), RECALLS_FIGURE.figure(entries)]
     if trained:
@@ -131,6 +132,7 @@ def examples(
     The users are spread evenly over the log, so that nobody has chosen them.
     """
     users = np.unique(np.linspace(0, len(data.sequences) - 1, EXAMPLES).astype(int))
+    # The models see what they were tested on: everything but the last item.
     rows = [data.sequences[user].astype(np.int64) for user in users]
     shown = []
     for user, items in zip(users, rows, strict=True):
@@ -187,6 +189,7 @@ def write_retrieval_page(
         items: table with ``item_id`` and ``title`` or ``text``; None shows item ids.
         overwrite: replace a file that exists.
     """
+    # Items are called by their title where a table knows one, else by their id.
     names = data.items.ids.strings().to_pylist()
     if items is not None:
         texts = read_items(items, ids=data.items.ids)

@@ -100,14 +100,17 @@ def compare_retrievers(
             pass
     for name in ("users", "models", "states"):
         (folder / name).mkdir(exist_ok=True)
+    # Results are appended as they come, so a stopped comparison goes on behind the last one.
     conduct = TrainOptions.of(training, defaults=TRAINING)
     done = {row["run"]: row for row in read_results(folder / RESULTS_FILE)}
+    # Seed by seed, so that what is stopped holds complete comparisons.
     runs = []
     for seed in range(seeds):
         for model in models:
             kind = MODELS.load(model)
             if seed and not kind.trains:
                 continue
+            # Options are for whoever has them: --width for transformers, --decay for text-knn.
             fields = kind.options.of(None).to_dict()
             chosen = {k: value for k, value in (options or {}).items() if k in fields}
             # A run is named by a hash of all that it depends on.
@@ -129,6 +132,7 @@ def compare_retrievers(
                 remove_state_folder(folder / "states" / key)
                 retriever.save(folder / "models" / f"{model}-{seed}", overwrite=True)
                 results = retriever.results["test"]
+                # Each user's values stand beside the means, for differences over the same users.
                 np.savez(folder / "users" / f"{key}.npz", **results.per_user)
                 trained = retriever.report.get("training", {})
                 done[key] = {
@@ -186,6 +190,7 @@ def differences(runs: Sequence[RetrievalRun], metric: str) -> dict[str, Estimate
     The interval is a bootstrap over users of the difference of the means over seeds; without
     `BASELINE` among the models the first one is the baseline.
     """
+    # Seeds are averaged first: the interval is over users, of the mean model.
     grouped = by_model(runs)
     baseline = BASELINE if BASELINE in grouped else next(iter(grouped))
     base = mean_by_user(grouped[baseline], metric)

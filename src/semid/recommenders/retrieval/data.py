@@ -203,6 +203,7 @@ def prepare_retrieval_data(
             catalogue = ids.items
         else:
             catalogue = ItemIds(log.item_ids) if opened is None else opened.ids
+    # An item that is not in the catalogue can be neither read nor recommended.
     sequences = log.sequences(catalogue)
     sequences = _known_only(sequences)
     enough = sequences.lengths >= MIN_INTERACTIONS
@@ -227,6 +228,7 @@ def prepare_retrieval_data(
     counts = _training_counts(sequences, len(catalogue))
     if not counts.any():
         raise InteractionsError(f"{log.label} leaves nothing to train on; give longer histories")
+    # Embeddings are brought into the order of the catalogue, which is that of the ids.
     vectors = None
     if opened is not None:
         rows = opened.ids.index_of(catalogue.strings())
@@ -265,6 +267,7 @@ def _without_cold(sequences: Sequences, cold: npt.NDArray[np.bool_]) -> Sequence
     """Leave cold items out of training histories; where they validate or test they stay."""
     ends = np.repeat(sequences.offsets[1:], sequences.lengths)
     from_end = ends - np.arange(len(sequences.items))
+    # The last two items of a user stay whatever they are: they are targets, not training.
     keep = ~cold[sequences.items] | (from_end <= max(TARGETS.values()))
     owner = np.repeat(np.arange(len(sequences)), sequences.lengths)
     counts = np.bincount(owner[keep], minlength=len(sequences))
@@ -275,6 +278,7 @@ def _without_cold(sequences: Sequences, cold: npt.NDArray[np.bool_]) -> Sequence
 
 def _training_counts(sequences: Sequences, items: int) -> Ints:
     """Count the training interactions of each item: all but each user's last two."""
+    # Place of each interaction from the end of its user's: 1 is the test target.
     ends = np.repeat(sequences.offsets[1:], sequences.lengths)
     trained = ends - np.arange(len(sequences.items)) > max(TARGETS.values())
     counts: Ints = np.bincount(sequences.items[trained], minlength=items)

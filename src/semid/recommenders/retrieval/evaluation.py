@@ -89,6 +89,7 @@ def target_ranks(
         items, _ = buckets.first_items(leaves, LIST)
         listed[items[items >= 0]] = True
     network.train(was_training)
+    # Back into the order of the users that were asked for.
     columns = [torch.cat(column).numpy() for column in zip(*parts, strict=True)]
     above, ties, above_new, ties_new, above_ids, ties_ids = (c[np.argsort(order)] for c in columns)
     ids = None if network.by_item else Ranks(above_ids, ties_ids)
@@ -102,6 +103,7 @@ def _past_items(histories: Sequence[Ints], targets: Ints) -> tuple[Tensor, Tenso
     past = np.full((len(histories), width), -1, np.int64)
     for row, items in enumerate(distinct):
         past[row, : len(items)] = items
+    # The target itself is not left out of the candidates as a part of the history.
     is_target = past == targets[:, None]
     past[is_target] = -1
     return torch.from_numpy(past), torch.from_numpy(is_target.any(1))
@@ -136,6 +138,7 @@ def _count_ranks(
     """
     higher, equal = scores > at_target, scores == at_target
     above, ties = _weighted(higher, sizes), _weighted(equal, sizes)
+    # Without the history: its items that stand above or beside the target count no more.
     above_new = above - ((at_past > at_target) & is_past).sum(1)
     ties_new = ties - ((at_past == at_target) & is_past).sum(1)
     # What the model does not score stands nowhere in the list.

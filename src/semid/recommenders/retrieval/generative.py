@@ -138,12 +138,14 @@ class Generative(Searching):
     def search(self, batch: Packed, beams: int) -> BeamIds:
         """Return the ids of the highest log-probability."""
         states = self.start(self._states(batch))
+        # One decoder step per level; the first reads the state, the others the code before.
         past: list[Any] = [None] * len(self.blocks)
 
         def step(codes: Tensor, rows: Tensor) -> Tensor:
             level = codes.shape[1]
             x = self.inputs[codes[:, -1] + self.codes.starts[level - 1]] if level else states
             x = (x + self.levels[level])[:, None]
+            # Keys and values of the codes before, of the beams that go on.
             for number, block in enumerate(self.blocks):
                 before = None if past[number] is None else tuple(kv[rows] for kv in past[number])
                 x, past[number] = block(x, None, before)
@@ -175,6 +177,7 @@ class Tiger(Searching):
         self.tokens = nn.Buffer(self.distinct + torch.from_numpy(starts), persistent=False)
         self.starts = [int(start) for start in starts]
         self.max_length = options.max_length
+        # Codes have no padding and no end: token 0 serves as both, and is never predicted.
         config = T5Config(
             vocab_size=1 + sum(items.sizes),
             d_model=options.width,
@@ -230,6 +233,7 @@ class Tiger(Searching):
                 last = codes[:, -1:] + self.starts[level - 1]
             else:
                 last = torch.zeros((len(rows), 1), dtype=torch.long, device=rows.device)
+            # One new token per call; the cache holds what the decoder has read.
             output = self.t5(
                 decoder_input_ids=last,
                 encoder_outputs=(state["encoded"],),

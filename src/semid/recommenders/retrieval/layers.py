@@ -60,6 +60,7 @@ class Block(nn.Module):
         query, key, value = self.qkv(self.norm_attention(x)).view(shape).permute(2, 0, 3, 1, 4)
         if past is not None:
             key, value = torch.cat([past[0], key], 2), torch.cat([past[1], value], 2)
+        # Dropout of attention weights is that of the layers; none in evaluation.
         mixed = functional.scaled_dot_product_attention(
             *(query, key, value, mask),
             dropout_p=self.rate if self.training else 0.0,
@@ -88,6 +89,7 @@ class Transformer(nn.Module):
         x = self.dropout(vectors + self.positions(batch.positions))
         # A place sees earlier ones of its own history. Padding sees itself alone, so that no
         # softmax is empty.
+        # Histories of one row do not see each other.
         same = batch.segments[:, :, None] == batch.segments[:, None, :]
         mask = same.tril() & (batch.segments > 0)[:, None, :]
         mask = (mask | torch.eye(mask.shape[-1], dtype=torch.bool, device=x.device))[:, None]

@@ -66,6 +66,7 @@ def user_metrics(ranks: Ranks, case: str = "expected") -> dict[str, Floats]:
     for k in NDCGS:
         first, last = np.minimum(above, k), np.minimum(above + ties, k)
         metrics[f"ndcg@{k}"] = (discounts[last] - discounts[first]) / ties
+    # The mean of 1 / rank over consecutive ranks is a difference of harmonic numbers.
     missing = above >= MISSING
     reachable = np.where(missing, 0, above)
     longest = int((reachable + ties).max(initial=1))
@@ -187,6 +188,7 @@ def summarize(
         seed: of the draws.
         about: the other fields of `RetrievalResults`.
     """
+    # Every figure is a mean over users of the same values, so slices and intervals agree.
     per_user = user_metrics(ranks)
     slices = {}
     for name, mask in {**popularity_slices(counts, targets), **length_slices(lengths)}.items():

@@ -188,6 +188,7 @@ class SASRec(NextItemModel):
 
     def forward(self, batch: Packed) -> Step:
         """Return the cross-entropy of the items that follow."""
+        # From here on items are classes: items that the model cannot tell apart are one.
         inputs, targets = self.classes[batch.items], self.classes[batch.targets]
         if self.sampled:  # nothing here grows with the catalogue
             states = self.transformer(self.vectors(inputs), batch)
@@ -238,6 +239,7 @@ def _sampler(
 
     It returns the draws ``(n,)`` and the logarithm of each class's expected count ``(classes,)``.
     """
+    # Items by falling popularity: rank r is drawn with probability log(1 + 1 / r) / log(n + 1).
     totals = np.bincount(item_class, weights=counts)
     order = np.argsort(-totals, kind="stable")[: int((totals > 0).sum())]
     seen = len(order)
@@ -354,6 +356,7 @@ class Parallel(NextItemModel):
         moved = states[:, None] + functional.silu(self.heads(states)).view(
             len(states), len(self.sizes), -1
         )
+        # Cosines: long vectors of frequent codes win nothing by their length.
         moved = functional.normalize(moved, dim=-1)
         table = functional.normalize(self.codes.table, dim=-1)
         books = torch.split(table, list(self.sizes))
@@ -364,6 +367,7 @@ class Parallel(NextItemModel):
 
     def forward(self, batch: Packed) -> Step:
         """Return the mean over levels of the cross-entropy of the next item's code."""
+        # Rows of the fused table; less the level's start they are the level's codes.
         right = self.codes.rows[self.buckets[batch.targets]]
         losses = [
             functional.nll_loss(logs, right[:, level] - self.codes.starts[level])

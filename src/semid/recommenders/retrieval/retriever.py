@@ -127,6 +127,7 @@ class Retriever:
             InteractionsError: no order, or no user with three known items.
         """
         started = time.monotonic()
+        # A log is split anew over the catalogue of the training, whatever other items it names.
         data = interactions
         if not isinstance(data, RetrievalData):
             if ids is not None:
@@ -196,6 +197,7 @@ class Retriever:
         if users is not None:
             rows = self._known_histories(users)
             return list(self.recommend_rows(rows, k, exclude_history, within_ids))
+        # One history is a list of ids, many are a list of lists.
         single = len(histories) == 0 or not isinstance(histories[0], list | tuple | np.ndarray)
         rows = [self._rows(history) for history in ([histories] if single else histories)]
         recommended = list(self.recommend_rows(rows, k, exclude_history, within_ids))
@@ -205,6 +207,7 @@ class Retriever:
         if isinstance(users, str):
             raise UsageError(f"users='{users}': give a list of users")
         names = ItemIds([str(user) for user in dict.fromkeys(users)], source="users")
+        # Every distinct user is looked up once; the answer keeps the order asked for.
         places = ItemIds(self.sequences.user_ids).index_of(names.strings())
         if (places < 0).any():
             raise UsageError(
@@ -252,6 +255,7 @@ class Retriever:
         size = self.network.batch
         for start in range(0, len(histories), size):
             part = histories[start : start + size]
+            # Histories without a known item have nothing to read; they get the popular items.
             known = [history[-max_length:] for history in part if len(history)]
             # A history takes up at most as many places as it has items.
             more = k + max((len(set(h.tolist())) for h in part), default=0) * exclude_history
@@ -260,11 +264,13 @@ class Retriever:
                 with torch.no_grad():
                     best = self.network.top(pack(known).to(device), more)
                 scores, classes = (each.cpu() for each in best)
+                # What the model does not score is no recommendation.
                 leaves = classes.masked_fill(torch.isneginf(scores), -1).numpy()
                 queries = None
                 if within_ids == "embedding" and self.items.vectors is not None:
                     queries = self.items.vectors[[history[-1] for history in known]]
                 items, places = buckets.first_items(leaves, more, queries=queries)
+                # An item has the score of its class.
                 values = np.take_along_axis(scores.numpy(), np.maximum(places, 0), 1)
                 lists = iter(zip(items, values, strict=True))
             for history in part:
@@ -291,6 +297,7 @@ class Retriever:
             "codes_info": None if self.codes_info is None else asdict(self.codes_info),
             "report": self.report,
         }
+        # What follows from codes and counts is made again by `load` and not stored.
         tensors = {f"network.{n}": a for n, a in module_arrays(self.network).items()}
         tensors |= Vocabulary(items.ids).tensors("items")
         tensors |= Vocabulary(sequences.user_ids, source="users").tensors("users")
@@ -380,6 +387,7 @@ def write_recommendations(
         overwrite: replace a file that exists.
         progress: callback that receives progress events.
     """
+    # Users of a log of their own need no target, so a single item is a history.
     sequences = retriever.sequences
     if interactions is not None:
         log = read_interactions(interactions, rating_column="")

@@ -83,6 +83,7 @@ class RetrievalTask:
 
     def evaluate(self, epoch: int) -> Evaluation:
         """Return NDCG@10 on the validation items."""
+        # All users are ranked among all items: a sample would choose another epoch by chance.
         ranks = target_ranks(
             *(self.model, self.histories, self.targets), counts=self.counts, device=self.device
         ).items
@@ -159,6 +160,7 @@ def train_retriever(
             cold_items=cold_items,
             **columns,
         )
+    # Initial weights come from the seed alone, so a resumed run begins with the same ones.
     network = make_model(model, data.items, chosen, seed=seed)
     report: dict[str, Any] = {"seed": seed, "protocol": data.protocol}
     if kind.trains:
@@ -171,6 +173,7 @@ def train_retriever(
             "seed": seed,
         }
         key = "" if checkpoint is None else run_key(settings, data.digest)
+        # The key names the run: a checkpoint of other settings or other data is refused.
         network.to(torch_device)
         task = RetrievalTask(
             *(network, data, conduct),
@@ -198,6 +201,7 @@ def train_retriever(
         codes_info=None if ids is None else ids.info,
         report=report,
     )
+    # `train` has put the weights of the best epoch back; they are measured on both targets.
     for part in ("validation", "test"):
         results = retriever.evaluate(data, part=part)
         report[part] = results.to_dict()
