@@ -197,7 +197,6 @@ class Retriever:
         if users is not None:
             rows = self._known_histories(users)
             return list(self.recommend_rows(rows, k, exclude_history, within_ids))
-        # One history is a list of ids, many are a list of lists.
         single = len(histories) == 0 or not isinstance(histories[0], list | tuple | np.ndarray)
         rows = [self._rows(history) for history in ([histories] if single else histories)]
         recommended = list(self.recommend_rows(rows, k, exclude_history, within_ids))
@@ -207,7 +206,6 @@ class Retriever:
         if isinstance(users, str):
             raise UsageError(f"users='{users}': give a list of users")
         names = ItemIds([str(user) for user in dict.fromkeys(users)], source="users")
-        # Every distinct user is looked up once; the answer keeps the order asked for.
         places = ItemIds(self.sequences.user_ids).index_of(names.strings())
         if (places < 0).any():
             raise UsageError(
@@ -270,7 +268,6 @@ class Retriever:
                 if within_ids == "embedding" and self.items.vectors is not None:
                     queries = self.items.vectors[[history[-1] for history in known]]
                 items, places = buckets.first_items(leaves, more, queries=queries)
-                # An item has the score of its class.
                 values = np.take_along_axis(scores.numpy(), np.maximum(places, 0), 1)
                 lists = iter(zip(items, values, strict=True))
             for history in part:
