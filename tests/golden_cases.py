@@ -456,6 +456,14 @@ TOKENIZERS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
         lambda: semid.RQGMM(**LEVELS, max_em_iter=4, covariance="spherical"),
         {"weights": 1.0 + draw(32, ITEMS, 5)},
     ),
+    "rqkmeans balanced": (
+        lambda: semid.RQKMeans(**LEVELS, center=True, balance={"mode": "soft", "rounds": 8}),
+        {"weights": 1.0 + draw(32, ITEMS, 5)},
+    ),
+    "rqkmeans balanced hard": (
+        lambda: semid.RQKMeans(**LEVELS, balance={"mode": "hard", "rounds": 8}),
+        {},
+    ),
     "rqkmeans trained with a beam": (
         lambda: semid.RQKMeans(**LEVELS, beam_width=3, train_with_beam=True),
         {},

@@ -137,6 +137,12 @@ TOKENIZERS: dict[str, Callable[..., Tokenizer]] = {
     "rqgmm-spherical": lambda **changes: semid.RQGMM(
         **{"levels": 2, "codebook_size": 16, "covariance": "spherical", "center": True, **changes}
     ),
+    "rqkmeans-balanced": lambda **changes: semid.RQKMeans(
+        **{"codebook_size": 16, "balance": {"mode": "soft", "rounds": 8}, "center": True, **changes}
+    ),
+    "rqkmeans-balanced-hard": lambda **changes: semid.RQKMeans(
+        **{"levels": 2, "codebook_size": 16, "balance": {"mode": "hard", "rounds": 8}, **changes}
+    ),
     "rqkmeans-train-with-beam": lambda **changes: semid.RQKMeans(
         **{"codebook_size": 16, "beam_width": 2, "train_with_beam": True, **changes}
     ),

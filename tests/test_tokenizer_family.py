@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import KMeans
 from sklearn.mixture import GaussianMixture
 
 import semid
 from semid.errors import UsageError
+from semid.quantization.balance import limit_sizes
 from semid.quantization.beam import PartialResiduals
 from semid.quantization.blocks import BLOCK_ROWS, ArrayBlocks, merge_nodes
 from semid.quantization.mixture import HardAssignment, Mixture, fit_mixture, hard_start
@@ -367,3 +369,115 @@ class FewShards:
 
     def call_all(self, method, *arguments):
         return merge_nodes([getattr(shard, method)(*arguments) for shard in self.shards])
+
+
+# Balance ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def skewed() -> np.ndarray:
+    """Rows of which half lie in one dense cluster, so that K-means has very unequal codes."""
+    generator = np.random.default_rng(0)
+    dense = 0.3 * generator.normal(size=(1000, 8))
+    return np.concatenate([dense, 3 * generator.normal(size=(1000, 8))]).astype(np.float32)
+
+
+@pytest.mark.parametrize("mode", ["soft", "hard"])
+def test_balance_evens_out_codes_at_a_stated_price(mode, skewed):
+    arguments = {"levels": 2, "codebook_size": 16, "validation_fraction": 0}
+    plain = semid.RQKMeans(**arguments).fit(skewed)
+    model = semid.RQKMeans(balance={"mode": mode}, **arguments).fit(skewed)
+    usage = [m.report.health.usage for m in (plain, model)]
+    for before, after in zip(*usage, strict=True):
+        assert after.perplexity > before.perplexity
+    if mode == "hard":
+        assert usage[1][0].largest_share < 0.5 * usage[0][0].largest_share
+        assert usage[1][0].perplexity > 1.7 * usage[0][0].perplexity
+    # The price is the error of codes with offsets over that of K-means on the same rows.
+    records, codes = model.report.details["balance"], model.encode(skewed).codes
+    rows = skewed
+    for level, (record, book) in enumerate(zip(records, model.codebooks, strict=True)):
+        largest = np.bincount(codes[:, level], minlength=16).max() / 125
+        assert record["largest_over_mean"] == pytest.approx(largest)
+        rows = rows - book[codes[:, level], :8]
+        error = (rows.astype(float) ** 2).sum(1).mean()
+        assert record["mean_squared_error"] == pytest.approx(error, rel=1e-4)
+        assert record["price"] == pytest.approx(error / record["kmeans"] - 1, rel=1e-3, abs=1e-4)
+        assert record["price"] > 0
+    # Level 1 starts from the rows themselves, and so from the plain fit.
+    inertia = plain.report.details["levels"][0]["inertia"]
+    assert records[0]["kmeans"] == pytest.approx(inertia / 2000)
+
+
+def test_codes_of_balance_are_those_of_a_power_diagram(skewed, tmp_path):
+    model = semid.RQKMeans(levels=2, codebook_size=16, center=True, balance={}).fit(skewed)
+    rows, codes = skewed - model._preprocess.mean, model.encode(skewed).codes
+    for level, book in enumerate(model.codebooks):
+        offsets = book[:, 8 + level].astype(float) ** 2
+        assert offsets.min() == 0 < offsets.max()
+        assert not book[:, 8 + 1 - level].any()
+        scores = ((rows[:, None] - book[:, :8]) ** 2).sum(2) + offsets
+        assert (scores.argmin(1) == codes[:, level]).mean() > 0.999
+        rows = rows - book[codes[:, level], :8]
+    model.save(tmp_path / "model")
+    assert np.array_equal(semid.load(tmp_path / "model").encode(skewed).codes, codes)
+
+
+def test_a_limit_bounds_soft_offsets(skewed):
+    for strength in (0.1, 1.0):
+        model = semid.RQKMeans(
+            levels=1,
+            codebook_size=16,
+            balance={"mode": "soft", "strength": strength},
+            validation_fraction=0,
+        ).fit(skewed)
+        plain = semid.RQKMeans(levels=1, codebook_size=16, validation_fraction=0).fit(skewed)
+        unit = plain.report.details["levels"][0]["inertia"] / len(skewed)
+        assert (model.codebooks[0][:, 8] ** 2).max() <= strength * unit * 1.0001
+
+
+def test_groups_of_limited_size_cost_little_more_than_the_best():
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(240, 3)).astype(np.float32) ** 3
+    centroids = x[generator.permutation(240)[:12]]
+    distances = ((x[:, None] - centroids).astype(float) ** 2).sum(2)
+    labels = limit_sizes(ArrayBlocks(x), distances.argmin(1), centroids, np.zeros(12), 20)
+    assert np.array_equal(np.bincount(labels, minlength=12), np.full(12, 20))
+    row, column = linear_sum_assignment(np.repeat(distances, 20, axis=1))
+    best = distances[row, column // 20].sum()
+    assert best <= distances[np.arange(240), labels].sum() < 1.25 * best
+    unlimited = limit_sizes(ArrayBlocks(x), distances.argmin(1), centroids, np.zeros(12), 240)
+    assert np.array_equal(unlimited, distances.argmin(1))
+
+
+def test_balance_refines_and_fits_again(skewed):
+    model = semid.RQKMeans(levels=2, codebook_size=16, balance={"rounds": 10}).fit(skewed)
+    options = semid.RefineOptions(rounds=2, annealing_rounds=0, beam_width=2)
+    refined = semid.refine(model, skewed, options=options)
+    for before, after in zip(model.codebooks, refined.codebooks, strict=True):
+        assert np.array_equal(before[:, 8:], after[:, 8:])  # offsets stay
+    errors = [m.report.details["balance"][-1]["mean_squared_error"] for m in (model, refined)]
+    assert errors[0] != errors[1]
+    again = model.fit_again(skewed[:1900])
+    assert again.report.details["warm_start"]
+    assert again.codebooks[0].shape == (16, 10)
+    assert again.decode(again.encode(skewed)).shape == skewed.shape
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"balance": {"mode": "even"}}, r"balance.mode='even': give soft or hard"),
+        ({"balance": {"strength": 0}}, "strength"),
+        ({"balance": {}, "train_with_beam": True, "beam_width": 2}, "exclude each other"),
+        ({"balance": {}, "kmeans": {"sample_per_code": 9}}, "--sample-per-code"),
+    ],
+)
+def test_balance_refuses(arguments, message):
+    with pytest.raises(UsageError, match=message):
+        semid.RQKMeans(**arguments)
+
+
+def test_balance_needs_all_rows():
+    with pytest.raises(UsageError, match="all rows in one process"):
+        semid.RQKMeans(balance={}, codebook_size=2).fit_rows(ShardedMatrix(FewShards(), dim=4))

@@ -136,10 +136,13 @@ class Preprocess:
     Args:
         mean: ``(dim,)`` mean of the training rows to subtract; None leaves rows as they are.
         normalize: scale each (centered) row to unit length; zero rows stay zero.
+        padding: columns of zeros to append, in which codewords hold their offsets.
     """
 
-    def __init__(self, *, mean: Array | None = None, normalize: bool = False) -> None:
-        self.mean, self.normalize = mean, normalize
+    def __init__(
+        self, *, mean: Array | None = None, normalize: bool = False, padding: int = 0
+    ) -> None:
+        self.mean, self.normalize, self.padding = mean, normalize, padding
 
     @classmethod
     def fit(cls, blocks: Blocks, *, center: bool, normalize: bool) -> Preprocess:
@@ -161,10 +164,11 @@ class Preprocess:
             norms = np.sqrt(np.einsum("nd,nd->n", block, block, dtype=np.float64))
             norms[norms == 0] = 1.0
             block = (block / norms[:, None]).astype(np.float32)
-        return block
+        return np.pad(block, ((0, 0), (0, self.padding))) if self.padding else block
 
     def invert(self, block: Array) -> Array:
         """Undo the centering; lengths lost to ``normalize`` are not restored."""
+        block = block[:, : block.shape[1] - self.padding]
         return block if self.mean is None else block + self.mean
 
 

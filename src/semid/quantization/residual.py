@@ -12,6 +12,8 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
+from semid.errors import UsageError
+from semid.quantization.balance import BalanceOptions, balance_level
 from semid.quantization.beam import encode_beam, partial_residuals
 from semid.quantization.blocks import MEMORY_BYTES, Blocks
 from semid.quantization.kmeans import (
@@ -23,7 +25,7 @@ from semid.quantization.kmeans import (
     sampled,
 )
 from semid.quantization.nearest import IndexedCodebook, assign
-from semid.quantization.sharding import ShardedMatrix, as_sharded
+from semid.quantization.sharding import LocalShardPool, ShardedMatrix, as_sharded
 from semid.seeds import child_seed
 
 Array = npt.NDArray[np.float32]
@@ -70,6 +72,7 @@ def fit_residual(
     weights: npt.NDArray[np.float64] | None = None,
     init: Sequence[Array] | None = None,
     beam_width: int = 1,
+    balance: BalanceOptions | None = None,
     threads: int | None = None,
     memory_bytes: int = MEMORY_BYTES,
     done: Sequence[tuple[Array, Labels, LevelFit]] = (),
@@ -83,6 +86,9 @@ def fit_residual(
     this width keeps of every row, as many times the rows, which then have to lie in this process.
     Partial codes that are worse than the best one of their row count less
     (`semid.quantization.beam.PARTIAL_POWER`).
+
+    With ``balance`` a codebook has one more column, the square roots of its offsets (see
+    `semid.quantization.balance`); the rows then have to lie in this process, too.
     """
     options = options or KMeansOptions()
     rows = as_sharded(blocks, weights=weights, threads=threads, memory_bytes=memory_bytes)
@@ -98,7 +104,7 @@ def fit_residual(
     )
     for codebook, labels, fit in done:  # levels of the run that is continued
         if beam_width == 1:
-            train.subtract_codewords(codebook, labels)
+            train.subtract_codewords(codebook[:, : train.dim], labels)
         codebooks.append(codebook)
         fits.append(fit)
     resumed = len(codebooks)  # the caller may append to `done` as levels finish
@@ -113,6 +119,8 @@ def fit_residual(
             state=state if level == resumed else None,
             on_iteration=None if on_iteration is None else partial(on_iteration, level),
         )
+        if balance is not None:
+            result = _balanced(train, result, balance, threads)
         codebooks.append(result.centroids)
         fits.append(LevelFit.of(result))
         if beam_width > 1:  # labels of partial codes, which are found again from the codebooks
@@ -120,7 +128,7 @@ def fit_residual(
         if on_level is not None:
             on_level(level, result)
         if beam_width == 1 and level + 1 < len(codebook_sizes):
-            train.subtract_codewords(result.centroids, result.labels)
+            train.subtract_codewords(result.centroids[:, : train.dim], result.labels)
     if sample is None or not options.full_pass:
         return codebooks, fits
     # One Lloyd iteration of every level over all rows, each on the residual of the refined ones.
@@ -137,6 +145,25 @@ def fit_residual(
         if beam_width == 1 and level + 1 < len(codebooks):
             rows.subtract_codewords(result.centroids, result.labels)
     return codebooks, fits
+
+
+def _balanced(
+    rows: ShardedMatrix, result: KMeansResult, options: BalanceOptions, threads: int | None
+) -> KMeansResult:
+    """Return the result of K-means after balancing."""
+    if not isinstance(rows.pool, LocalShardPool):
+        raise UsageError(
+            "balanced codebooks need all rows in one process; leave balance out, or fit with "
+            "--engine local and without torchrun"
+        )
+    level = balance_level(
+        rows.pool.shard.view,
+        result.centroids,
+        options=options,
+        weights=rows.weights,
+        threads=threads,
+    )
+    return replace(result, centroids=level.codebook, labels=level.labels)
 
 
 def encode_residual(

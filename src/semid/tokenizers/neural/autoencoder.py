@@ -216,7 +216,7 @@ class Prepare(nn.Module):
         super().__init__()
         mean = preprocess.mean
         self.register_buffer("mean", None if mean is None else torch.from_numpy(mean.copy()))
-        self.normalize = preprocess.normalize
+        self.normalize, self.padding = preprocess.normalize, preprocess.padding
 
     def forward(self, x: Tensor) -> Tensor:
         """Prepare rows ``(batch, dim)``."""
@@ -226,7 +226,7 @@ class Prepare(nn.Module):
             norms = x.double().square().sum(dim=1, keepdim=True).sqrt()
             norms = torch.where(norms == 0, torch.ones_like(norms), norms)
             x = (x.double() / norms).float()
-        return x
+        return nn.functional.pad(x, (0, self.padding)) if self.padding else x
 
 
 class EncoderGraph(nn.Module):
