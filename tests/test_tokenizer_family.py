@@ -410,7 +410,9 @@ def test_balance_evens_out_codes_at_a_stated_price(mode, skewed):
 
 
 def test_codes_of_balance_are_those_of_a_power_diagram(skewed, tmp_path):
-    model = semid.RQKMeans(levels=2, codebook_size=16, center=True, balance={}).fit(skewed)
+    model = semid.RQKMeans(levels=2, codebook_size=16, center=True, balance={"mode": "hard"}).fit(
+        skewed
+    )
     rows, codes = skewed - model._preprocess.mean, model.encode(skewed).codes
     for level, book in enumerate(model.codebooks):
         offsets = book[:, 8 + level].astype(float) ** 2
@@ -451,7 +453,9 @@ def test_groups_of_limited_size_cost_little_more_than_the_best():
 
 
 def test_balance_refines_and_fits_again(skewed):
-    model = semid.RQKMeans(levels=2, codebook_size=16, balance={"rounds": 10}).fit(skewed)
+    model = semid.RQKMeans(levels=2, codebook_size=16, balance={"mode": "soft", "rounds": 10}).fit(
+        skewed
+    )
     options = semid.RefineOptions(rounds=2, annealing_rounds=0, beam_width=2)
     refined = semid.refine(model, skewed, options=options)
     for before, after in zip(model.codebooks, refined.codebooks, strict=True):
@@ -467,10 +471,13 @@ def test_balance_refines_and_fits_again(skewed):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"balance": {"mode": "even"}}, r"balance.mode='even': give soft or hard"),
+        ({"balance": {"mode": "even"}}, r"balance.mode='even': give off or soft or hard"),
         ({"balance": {"strength": 0}}, "strength"),
-        ({"balance": {}, "train_with_beam": True, "beam_width": 2}, "exclude each other"),
-        ({"balance": {}, "kmeans": {"sample_per_code": 9}}, "--sample-per-code"),
+        (
+            {"balance": {"mode": "hard"}, "train_with_beam": True, "beam_width": 2},
+            "exclude each other",
+        ),
+        ({"balance": {"mode": "hard"}, "kmeans": {"sample_per_code": 9}}, "--sample-per-code"),
     ],
 )
 def test_balance_refuses(arguments, message):
@@ -480,4 +487,6 @@ def test_balance_refuses(arguments, message):
 
 def test_balance_needs_all_rows():
     with pytest.raises(UsageError, match="all rows in one process"):
-        semid.RQKMeans(balance={}, codebook_size=2).fit_rows(ShardedMatrix(FewShards(), dim=4))
+        semid.RQKMeans(balance={"mode": "hard"}, codebook_size=2).fit_rows(
+            ShardedMatrix(FewShards(), dim=4)
+        )

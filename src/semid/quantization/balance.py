@@ -34,11 +34,11 @@ class BalanceOptions(Options):
     """How codewords of `RQKMeans` are given equal numbers of rows."""
 
     mode: str = option(
-        "hard",
-        choices=("soft", "hard"),
+        "off",
+        choices=("off", "soft", "hard"),
         name="balance.mode",
-        help="hard: offsets without limit, and codewords fitted to groups of limited size; soft: "
-        "offsets up to a limit, so that no row goes far.",
+        help="off: as K-means has it; hard: offsets without limit, and codewords fitted to groups "
+        "of limited size; soft: offsets up to a limit, so that no row goes far.",
     )
     strength: float = option(
         1.0,

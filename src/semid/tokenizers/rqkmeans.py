@@ -55,13 +55,13 @@ class RQKMeans(ResidualTokenizer):
     )
 
     balance: BalanceOptions | Mapping[str, Any] | None = option(
-        None, help="Even out how many items take each codeword; None leaves K-means as it is."
+        None, help="Even out how many items take each codeword; off by default."
     )
 
     def _problems(self) -> list[str]:
-        if self.balance is not None and self.train_with_beam:
+        if self._balance_options and self.train_with_beam:
             return ["balance and train_with_beam exclude each other: give one of them"]
-        if self.balance is not None and KMeansOptions.of(self.kmeans).sample_per_code is not None:
+        if self._balance_options and KMeansOptions.of(self.kmeans).sample_per_code is not None:
             return ["balance counts all rows; leave --sample-per-code (sample_per_code) out"]
         if self.train_with_beam and self.beam_width == 1:
             return [
@@ -82,7 +82,7 @@ class RQKMeans(ResidualTokenizer):
         store = None if warm else context.checkpoint
         levels = self.fit_rows(rows, store=store, progress=context.progress)
         details: dict[str, Any] = {"levels": levels} | ({"warm_start": True} if warm else {})
-        if self.balance is not None:
+        if self._balance_options is not None:
             details["balance"] = self._measure_balance(context.train, context.weights)
             for record, fit in zip(details["balance"], levels, strict=True):
                 before = fit["inertia"] / record.pop("mass")
@@ -92,7 +92,8 @@ class RQKMeans(ResidualTokenizer):
 
     @property
     def _balance_options(self) -> BalanceOptions | None:
-        return None if self.balance is None else BalanceOptions.of(self.balance)
+        options = BalanceOptions.of(self.balance)
+        return None if options.mode == "off" else options
 
     def _measure_balance(self, train: Blocks, weights: Weights | None) -> list[dict[str, Any]]:
         """Return the error of greedy codes after each level, and its largest code over the mean."""
@@ -119,22 +120,22 @@ class RQKMeans(ResidualTokenizer):
 
     def _refined_parts(self, dim: int) -> list[ColumnGroup] | None:
         # Offsets are no part of what is fitted.
-        return None if self.balance is None else [ColumnGroup(slice(0, dim), self.levels)]
+        return None if self._balance_options is None else [ColumnGroup(slice(0, dim), self.levels)]
 
     def _refit_decoder(
         self, train: Blocks, held_out: Blocks | None, *, weights: Weights | None
     ) -> dict[str, Any]:
-        if self.balance is None:
+        if self._balance_options is None:
             return {}
         records = self._measure_balance(train, weights)
         return {"balance": [{k: v for k, v in each.items() if k != "mass"} for each in records]}
 
     def _codeword_width(self, tensors: Mapping[str, np.ndarray]) -> int:
-        return self.dim + (0 if self.balance is None else self.levels)
+        return self.dim + (0 if self._balance_options is None else self.levels)
 
     def _set_tensors(self, tensors: Mapping[str, np.ndarray]) -> None:
         super()._set_tensors(tensors)
-        self._preprocess.padding = 0 if self.balance is None else self.levels
+        self._preprocess.padding = 0 if self._balance_options is None else self.levels
 
     def fit_rows(
         self,
@@ -163,7 +164,7 @@ class RQKMeans(ResidualTokenizer):
             progress=progress or QuietProgress(),
         )
         self._preprocess, self._dim, self._start = preprocess, rows.dim, None
-        if self.balance is not None:
+        if self._balance_options is not None:
             books = spread_offsets(books)
             preprocess.padding = self.levels
         self._set_codebooks(books)
