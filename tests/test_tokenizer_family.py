@@ -16,6 +16,7 @@ from sklearn.mixture import GaussianMixture
 
 import semid
 from semid.errors import UsageError
+from semid.exports.encoders import CodesGraph
 from semid.quantization.balance import limit_sizes
 from semid.quantization.beam import PartialResiduals
 from semid.quantization.blocks import BLOCK_ROWS, ArrayBlocks, merge_nodes
@@ -251,6 +252,18 @@ def test_rqgmm_has_no_beam_and_no_refinement(clustered):
         model.encode(clustered, beam_width=2)
     with pytest.raises(UsageError, match="no argument 'beam_width'"):
         semid.RQGMM(beam_width=2)
+
+
+def test_a_pipeline_knows_that_its_mixture_takes_no_nearest_codewords(clustered):
+    encoder = semid.DRQVAE(levels=1, codebook_size=16, **NETWORK)
+    quantizer = semid.RQGMM(codebook_size=16, levels=2, max_em_iter=4)
+    model = semid.Pipeline(encoder=encoder, quantizer=quantizer).fit(clustered)
+    with pytest.raises(UsageError, match="nearest codewords"):
+        semid.refine(model, clustered)
+    with pytest.raises(UsageError, match="has no beam"):
+        model.encode(clustered, beam_width=2)
+    graph = CodesGraph(model)(torch.from_numpy(clustered)).numpy()
+    assert (graph == model.encode(clustered).codes).mean() > 0.99
 
 
 # Training with a beam ---------------------------------------------------------------------------

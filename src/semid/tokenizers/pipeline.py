@@ -16,7 +16,7 @@ from semid.data.source import EmbeddingSource
 from semid.errors import UsageError
 from semid.options import option
 from semid.quantization.residual import ResidualCodes
-from semid.tokenizers.base import Tokenizer
+from semid.tokenizers.base import Tokenizer, Weights
 from semid.tokenizers.behavior import Behavior
 from semid.tokenizers.context import FitContext, Result
 from semid.training.checkpoint import StateStore, with_prefix, without_prefix
@@ -135,6 +135,15 @@ class Pipeline(Tokenizer):
     def combine(self) -> Any:  # type: ignore[override]
         """How the codewords of an item make its quantized vector."""
         return self._quantizer.combine
+
+    @property
+    def encodes_nearest(self) -> bool:  # type: ignore[override]
+        """Whether a code is the nearest codeword to what its codebook quantizes."""
+        return self._quantizer.encodes_nearest
+
+    def score_terms(self, level: int) -> tuple[Weights, Weights, Weights]:
+        """Return what decides a code, see `Tokenizer.score_terms`."""
+        return self._quantizer.score_terms(level)
 
     @property
     def beam_width(self) -> int:
