@@ -50,8 +50,10 @@ def scan(source: EmbeddingSource, train: npt.NDArray[np.bool_], progress: Progre
     for start, block in prefetched(source.blocks()):
         span = slice(start, start + len(block))
         hashes[span] = row_hashes(block)
+        # A float32 sum over millions of rows would lose digits of the mean.
         total += block.sum(axis=0, dtype=np.float64)
         progress.step(len(block))
+    # The same rows with another held-out share are another run, which must not be continued.
     digest = hashlib.sha256(hashes.tobytes() + np.packbits(train).tobytes()).hexdigest()
     return InputScan(hashes, len(np.unique(hashes)), total / len(source), digest)
 

@@ -119,6 +119,7 @@ class PartFolder:
                 return EncodedPart(name, len(ids), False, os.getpid(), digest, hashes)
             logger.warning("the rows of '%s' have changed; they are encoded again", name)
         items, done = ids.to_arrow(), 0
+        # The empty table gives a part without rows the schema of the others.
         tables = [ids_schema(items.type, self.info).empty_table()]
 
         def rows_encoded() -> Iterator[Array]:
@@ -129,6 +130,7 @@ class PartFolder:
                 done += len(block.x)
                 yield block.x
 
+        # One pass encodes and hashes, so the signature is of the very rows that were encoded.
         digest = rows_digest(rows_encoded(), ids)
         self.folder.write_table(name, pa.concat_tables(tables))
         # The signature follows the part: one without a signature does not count.
@@ -224,6 +226,7 @@ def new_folder(output: FilePath, *, overwrite: bool) -> Iterator[Folder]:
 
 def refuse_repeats(hashes: Sequence[npt.NDArray[np.uint64]]) -> None:
     """Refuse item ids that occur in several parts."""
+    # After sorting, equal hashes lie beside each other.
     ordered = np.sort(np.concatenate(hashes)) if hashes else np.empty(0, np.uint64)
     repeated = int((ordered[1:] == ordered[:-1]).sum())
     if repeated:
@@ -255,6 +258,7 @@ def encode_to_parquet(
     progress = progress or QuietProgress()
     state = partial_path(path)
     with claim_output(path, overwrite=overwrite, inputs=[source], state=state):
+        # The key holds all that decides the codes: the model, the beam and the source.
         key = run_key(asdict(info), json.dumps(opened.describe(), default=str))
         folder = PartFolder(state, info, key)
         folder.begin(resume=resume)

@@ -60,6 +60,7 @@ class HealthCounter:
         self._collisions.update(codes, duplicate_groups=row_hashes)
         self._latents.add_(latent)
         spreads, errors = self.inputs.update(x, reconstruction)
+        # Rows whose part in the fit is not known are counted by themselves.
         groups = [(self.unknown, np.ones(len(x), bool))]
         if train is not None:
             groups = [(self.training, train), (self.validation, ~train)]
@@ -131,6 +132,7 @@ class HealthCounter:
     def _latent_variance(self) -> float:
         """Mean squared distance of latents to their mean; 0 where no digit of it is left."""
         variance = self._latents.variance
+        # A variance below 1e-13 of the mean square is rounding error of float64 sums.
         square = self._latents.squares / max(self._latents.count, 1)
         return variance if variance > 1e-13 * square else 0.0
 

@@ -68,6 +68,7 @@ class ScalarGrid:
     def bound(self, z: Array) -> Array:
         """Bound and scale latents ``(n, dimensions)``; each row's result depends on it alone."""
         half, offset, shift, divisor = self._constants
+        # In float64: near a midpoint, float32 rounding on the way would decide the code.
         bounded = np.tanh(z.astype(np.float64) + shift) * half - offset
         return (bounded / divisor).astype(np.float32)
 
@@ -102,6 +103,7 @@ class ScalarGrid:
                 book = np.zeros((math.prod(map(len, members)), len(values)), dtype=np.float32)
                 numbers = np.arange(len(book))
                 for dimension, column in enumerate(members, first):
+                    # Codes count in mixed radix; the lowest digit left is this dimension's.
                     book[:, dimension] = column[numbers % len(column)]
                     numbers //= len(column)
                 books.append(book)
@@ -129,6 +131,7 @@ class ScalarGrid:
         """Return codes ``(n, levels)``, one per stage and ``group`` dimensions."""
         digits = digits.reshape(len(digits), -1, group)
         levels = torch.tensor(self.levels, device=digits.device).reshape(-1, group)
+        # A digit counts as much as the dimensions before it in its group have values together.
         basis = torch.cumprod(levels, 1) // levels
         return (digits * basis.repeat(self.stages, 1)).sum(2)
 
@@ -161,6 +164,7 @@ class ScalarQuantizer(Quantizer):
         """Quantize ``(n, dimensions)``; in training mode the codes are counted."""
         with torch.autocast(z.device.type, enabled=False):
             bounded = self.grid.bound_tensor(z.float())
+        # Rounding has no gradient; `straight_through` passes that of the output on to `bounded`.
         digits, _ = self.grid.digits(bounded.detach())
         codes = self.grid.codes(digits, self.group)
         quantized = torch.zeros_like(bounded)
@@ -309,6 +313,7 @@ class FSQ(QuantizedTokenizer):
             return encode_residual(
                 latent, self._codebook_index, beam_width=beam_width, threads=self.threads
             )
+        # While the codebooks are the grid itself, rounding finds the nearest codewords.
         digits, remainder = self._grid.digits(torch.from_numpy(latent))
         codes = self._grid.codes(digits, self._group).numpy()
         return ResidualCodes.of(codes, remainder.numpy())

@@ -136,6 +136,7 @@ class Codebooks(ResidualTokenizer):
         if self.combine == "sum":
             books, levels = fit_levels(rows, self.codebook_sizes, **options)
             return {f"codebooks.{i}": book for i, book in enumerate(books)}, {"levels": levels}
+        # With `mean` all codebooks quantize all columns and differ by their seeding alone.
         slices: Sequence[slice] = [slice(0, width)] * self.levels
         if self.combine == "concat":
             if self.levels > width:
@@ -145,6 +146,7 @@ class Codebooks(ResidualTokenizer):
                 )
             slices = part_slices(width, self.levels)
             if init is not None:
+                # Given codebooks may cut the columns at other places than an even division does.
                 slices = self._slices([book.shape[1] for book in init])
         return fit_parts(rows, slices, self.codebook_sizes, **options)
 
@@ -175,6 +177,7 @@ class Codebooks(ResidualTokenizer):
         z = self._quantize_codes(codes)
         if self._lift is not None and self._offset is not None:
             no_bias = np.zeros(self._lift.shape[1], np.float32)
+            # The pseudo-inverse undoes a rotation, and other maps by least squares.
             z = perceptron(z - self._offset, [(self._lift, no_bias)], threads=self.threads)
         return self._preprocess.invert(z)
 
@@ -187,6 +190,7 @@ class Codebooks(ResidualTokenizer):
         if self.combine == "sum":
             codes, residual = np.empty((len(z), self.levels), np.int64), z
             for level, book in enumerate(self._codebook_index):
+                # A level sees only the direction of what the levels before left.
                 residual = UNIT.apply(residual)
                 codes[:, level], _ = assign(residual, book, threads=self.threads)
                 residual = residual - book.codewords.numpy()[codes[:, level]]
@@ -339,6 +343,7 @@ def from_codebooks(
             )
         tensors["map"] = matrix
     elif offset is not None:
+        # An offset is part of the map, so without a projection the map is the identity.
         projection = np.eye(latent, dtype=np.float32)
         tensors["map"] = projection
     if "map" in tensors:
@@ -357,6 +362,7 @@ def from_codebooks(
         center=mean is not None,
         **settings,
     )
+    # The same way as for a stored artefact, so the same checks apply to these arrays.
     tokenizer._dim = dim
     tokenizer._set_tensors(tensors)
     return tokenizer

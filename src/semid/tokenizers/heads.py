@@ -105,6 +105,7 @@ class DecodeHead:
         codes = ids.codes[:, : len(ids.info.model_sizes)]
         held_out = held_out_mask(ids.items, validation_fraction, salt=SALT)
 
+        # Targets are read in spans of at most `ROWS` rows, so that they need not fit in memory.
         def spans(rows: npt.NDArray[np.int64]) -> Iterator[tuple[npt.NDArray[np.integer], Array]]:
             for span in np.array_split(rows, len(rows) // ROWS + 1):
                 yield codes[span], source.rows(span)
@@ -113,6 +114,7 @@ class DecodeHead:
             spans(np.flatnonzero(~held_out)),
             ids.info.model_sizes,
             source.dim,
+            # A function, because the held-out rows are read once for each ridge.
             held_out=(lambda: spans(np.flatnonzero(held_out))) if held_out.any() else None,
             ridges=ridges,
             threads=threads,
@@ -166,6 +168,7 @@ class DecodeHead:
         config, tensors = read_artefact(path, kind=KIND)
         with described(path, "decode head"):
             checked(CONFIG, {n: config[n] for n in CONFIG}, "config.json")
+            # The number of levels is checked before as many names are made.
             levels = level_sizes(config["levels"], 2)
             names = [f"tables.{level}" for level, _ in enumerate(levels)]
             width = tensors[names[0]].shape[-1]

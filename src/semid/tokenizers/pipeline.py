@@ -110,6 +110,7 @@ class Pipeline(Tokenizer):
                 f"{name} is {type(part).__name__}; give a tokenizer, such as "
                 f"{name}=semid.{'DRQVAE(levels=1)' if name == 'encoder' else 'OPQ()'}"
             )
+        # Both parts have the pipeline's seed and split, so that they hold out the same items.
         return type(part)(**{**part.get_params(deep=False), **shared})
 
     def _resolved(self, name: str) -> Any:
@@ -185,6 +186,7 @@ class Pipeline(Tokenizer):
         start, dim = self._start, context.train.dim
         self._encoder, self._quantizer = self._new("encoder"), self._new("quantizer")
         if start is not None:
+            # With the former encoder both generations quantize the same latents.
             self._encoder = start._encoder
             if self._quantizer.can_warm_start:
                 self._quantizer._start_from(start._quantizer)
@@ -192,6 +194,7 @@ class Pipeline(Tokenizer):
         else:
             training = self._fit_part(context, "encoder", self._encoder, dim)
         self._encoder._dim = dim
+        # The width of the latent is found by encoding one row.
         width = self._encoder._latent_block(context.train.rows(np.arange(1))).shape[1]
 
         def latents(source: EmbeddingSource) -> EmbeddingSource:
@@ -222,6 +225,7 @@ class Pipeline(Tokenizer):
             return part._tensors(), {"details": details}
 
         arrays, record = (stages or context).stage(name, run)
+        # A continued run takes a finished part from the checkpoint, without `run`.
         part._dim = dim
         part._set_tensors(arrays)
         details: dict[str, Any] = record["details"]
@@ -266,6 +270,7 @@ class Pipeline(Tokenizer):
     def _set_tensors(self, tensors: Mapping[str, np.ndarray]) -> None:
         self._encoder._dim = self._dim
         self._encoder._set_tensors(without_prefix(ENCODER, tensors))
+        # The encoder comes first: its latent width is the input width of the quantizer.
         row = np.zeros((1, self.dim), np.float32)
         self._quantizer._dim = self._encoder._latent_block(row).shape[1]
         self._quantizer._set_tensors(

@@ -79,6 +79,7 @@ class PQ(CodebookTokenizer):
 
     def _fit(self, context: FitContext) -> dict[str, Any]:
         dim = context.train.dim
+        # Refuses more codebooks than columns before the first pass over the rows.
         self._parts(dim)
         if self._start is None:
             self._preprocess = Preprocess.fit(
@@ -170,6 +171,7 @@ class OPQ(PQ):
         self, context: FitContext, rows: Blocks
     ) -> tuple[dict[str, Any], Sequence[Array] | None]:
         if self._start is not None:
+            # A refresh keeps the rotation, so that old and new codewords can be compared.
             self._rotation = self._start._rotation
             return {}, self._start.codebooks
         progress = context.progress
@@ -207,6 +209,7 @@ class OPQ(PQ):
 
         arrays, record = context.stage("rotation", run)
         self._rotation = arrays["rotation"]
+        # The codebooks of the last alternation fit the rotation: K-means starts from them.
         init = [arrays[f"codebooks.{i}"] for i in range(self.levels)]
         return {"rotation": {"error": record["error"]}}, init
 
@@ -217,6 +220,7 @@ class OPQ(PQ):
         return self._rotate(super()._latent_block(x), self._rotation)
 
     def _decode_codes(self, codes: npt.NDArray[np.int64]) -> Array:
+        # The inverse of an orthogonal matrix is its transpose.
         back = np.ascontiguousarray(self._rotation.T)
         return self._preprocess.invert(self._rotate(self._quantize_codes(codes), back))
 

@@ -77,6 +77,7 @@ def refine(
     width = tokenizer.latent_dim
 
     def latents(rows: Blocks) -> Blocks:
+        # The encoder does not change, so every row is encoded once and not in each round.
         return in_memory(map_rows(rows, tokenizer._latent_block, width))
 
     scanned = scan(opened, ~held_out, progress)
@@ -94,6 +95,7 @@ def refine(
     )
     # The new codebooks in a copy, then what depends on codes, then a report of the whole.
     refined = tokenizer.replace_tensors({f"codebooks.{i}": book for i, book in enumerate(books)})
+    # The codewords were fitted to the codes that this beam finds, so it belongs to the model.
     refined.beam_width = options.beam_width
     details = {} if tokenizer.report is None else dict(tokenizer.report.details)
     details["refine"] = [asdict(each) for each in rounds]

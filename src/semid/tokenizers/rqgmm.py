@@ -105,6 +105,7 @@ class RQGMM(LevelTokenizer):
             view = in_memory(residuals(rows, labels, books) if level else rows)
             variance = _variance(view)
             first_variance = first_variance or variance
+            # The floor follows the level: residuals have less variance than the level before.
             floor = max(self.variance_floor * variance, LEAST_FLOOR * first_variance)
             # 2. K-means, then the mixture from where it ended.
             stage = context.stage(f"start {level}", partial(self._start, context, view, level))
@@ -153,6 +154,7 @@ class RQGMM(LevelTokenizer):
                 store.save(vars(run.mixture), {"history": run.history})
             progress.step(1, log_likelihood=run.history[-1])
 
+        # A continued run has its mixture already and needs no pass for the start.
         if state is None:
             parts = [assign(x, codebook, threads=self.threads)[0] for _, x in view.blocks()]
             start = hard_start(
@@ -191,6 +193,7 @@ class RQGMM(LevelTokenizer):
             zip(self._assignments, self._mixtures, strict=True)
         ):
             codes[:, level] = assignment(residual, threads=self.threads)
+            # Residuals of hard assignments, as in training.
             residual = residual - mixture.means[codes[:, level]]
         return ResidualCodes.of(codes, residual)
 
@@ -201,6 +204,7 @@ class RQGMM(LevelTokenizer):
 
     def score_terms(self, level: int) -> tuple[Weights, Weights, Weights]:
         """Return what a row's code of a level is searched by, see `Tokenizer.score_terms`."""
+        # Minus twice the log density turns the largest posterior into the least score.
         linear, precisions, offset = self._mixtures[level].terms()
         return linear, precisions, -2.0 * offset
 

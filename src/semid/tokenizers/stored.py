@@ -219,6 +219,7 @@ class StoredTokenizer(Parameters, ABC):
 
         Shapes: ``a`` and ``b`` (codes, width), ``c`` (codes,), float64.
         """
+        # |x - c|^2 = |x|^2 - 2 c.x + |c|^2.
         codebook = self.codebooks[level].astype(np.float64)
         return codebook, np.ones_like(codebook), np.square(codebook).sum(1)
 
@@ -330,6 +331,7 @@ class StoredTokenizer(Parameters, ABC):
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         """Take what `__getstate__` gave."""
         vars(self).update(state["arguments"])
+        # This sets every attribute that is not stored; the learned arrays follow.
         self.__post_init__()
         vars(self).update(state["attributes"])
         if self._dim is not None:

@@ -75,6 +75,7 @@ class ParallelTokenizer(MovingAverageTokenizer):
     def _set_model(self, model: QuantizedAutoencoder) -> None:
         super()._set_model(model)
         assert isinstance(model.quantizer, ParallelQuantizer)
+        # A linear layer holds its weights as (out, in); rows are multiplied from the left.
         self._maps = tuple(
             parameter.detach().cpu().numpy().T.copy()
             for parameter in model.quantizer.maps.parameters()
@@ -86,6 +87,7 @@ class ParallelTokenizer(MovingAverageTokenizer):
         codes = np.empty((len(x), self.levels), dtype=np.int64)
         for level, (space, book) in enumerate(zip(spaces, self._codebook_index, strict=True)):
             codes[:, level], _ = assign(space, book, threads=self.threads)
+        # The decoder receives the mean codeword, so the residual is that of the mean latent.
         return ResidualCodes.of(codes, _mean(spaces) - self._quantize_codes(codes))
 
     def _spaces(self, z: Array) -> list[Array]:

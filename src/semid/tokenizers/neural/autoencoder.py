@@ -42,6 +42,7 @@ def _dense(x: Array, weight: Array, bias: Array, relu: bool, out: Array) -> None
                 total = total + b * w1[j]
                 total = total + c * w2[j]
                 row[j] = total + d * w3[j]
+        # Up to three inputs are left that do not fill a group of four.
         for k in range(whole, inputs):
             a, w0 = x[i, k], weight[k]
             for j in range(width):
@@ -67,6 +68,7 @@ def perceptron(x: Array, layers: Sequence[Layer], *, threads: int | None = None)
         out[start : start + BLOCK] = block
 
     starts = range(0, len(x), BLOCK)
+    # Starting threads costs more than a few blocks take.
     map_blocks(work, starts, threads=1 if len(starts) < 8 else threads)
     return out
 
@@ -121,6 +123,7 @@ class Autoencoder(nn.Module):
     def standardize_(self, mean: npt.NDArray[np.float64], variance: float) -> None:
         """Set shift and scale from the mean ``(dim,)`` and the variance of the training rows."""
         self.mean.copy_(torch.from_numpy(mean.astype(np.float32)))
+        # One scale for all columns keeps their relative sizes; rows that are all equal keep theirs.
         self.scale.fill_(math.sqrt(variance / len(mean)) if variance > 0 else 1.0)
 
     def standard(self, x: Tensor) -> Tensor:
@@ -223,6 +226,7 @@ class Prepare(nn.Module):
         if self.mean is not None:
             x = x - self.mean
         if self.normalize:
+            # float64 norms as in `Preprocess`; a row of zeros has no direction and stays as it is.
             norms = x.double().square().sum(dim=1, keepdim=True).sqrt()
             norms = torch.where(norms == 0, torch.ones_like(norms), norms)
             x = (x.double() / norms).float()

@@ -176,6 +176,7 @@ class ContinuousTask(RowsTask):
     def _batch(self, rows: Tensor, step: int) -> Batch:
         if self.context.behavior is None:
             return Batch(rows, self.seed + step)
+        # The draws depend on step and process alone, so that a continued run sees the same pairs.
         generator = numpy_generator(self.seed, "pairs", step, rank())
         size = max(2, self.objective.pairs_per_step // world_size())
         pairs = self._pairs(self.context.behavior.train, size, generator)
@@ -198,6 +199,7 @@ class ContinuousTask(RowsTask):
             z = self.model.encode(x)
             sums += squared_sums(x, self.model.decode(z))
             exact = z.double()
+            # Sums for the covariance of all latents, (latent, latent) and (latent,).
             moment, total = moment + exact.t() @ exact, total + exact.sum(dim=0)
         score = relative_error(sums)
         logs = {
@@ -214,6 +216,7 @@ class ContinuousTask(RowsTask):
 
     def _select_loss(self, source: PairSource) -> float:
         """InfoNCE on pairs of the users kept for selection, the same in every epoch."""
+        # Equal pairs in every epoch: the score then compares models, not draws.
         generator = numpy_generator(self.seed, "selection")
         size, temperature = self.objective.pairs_per_step, self.objective.temperature
         losses = []

@@ -97,6 +97,7 @@ def initialize_(
 
 
 def _projected(latents: Blocks, projection: nn.Module) -> Blocks:
+    # A linear layer holds its weights as (out, in); rows are multiplied from the left.
     (weight,) = projection.parameters()
     matrix = weight.detach().cpu().numpy().T.copy()
     return map_rows(latents, lambda z: z @ matrix, latents.dim)
@@ -131,6 +132,7 @@ class QuantizedAutoencoder(nn.Module):
         quantized = self.quantizer(z)
         error = squared_error(x, self.autoencoder.decode(quantized.latent))
         commitment = quantized.commitment.sum()
+        # The codebook loss is 0 where moving averages update the codewords.
         loss = error + self.commitment_weight * commitment + quantized.codebook
         return Step(loss, {"reconstruction": error.detach(), "commitment": commitment.detach()})
 
@@ -184,6 +186,7 @@ class ReconstructionTask(RowsTask):
             used = codebook.take_usage_().double()
             shares = used[used > 0] / used.sum()
             perplexity = float((-(shares * shares.log()).sum()).exp())
+            # No more codes can be in use than there are codewords, or rows in the epoch.
             attainable = min(len(used), int(used.sum()))
             healthy &= perplexity >= MIN_PERPLEXITY_SHARE * attainable
             logs[f"perplexity_{level + 1}"] = perplexity
@@ -224,6 +227,7 @@ class QuantizedTokenizer(NeuralTokenizer):
             prepared,
             context,
             context.stages.stage("train"),
+            # At least the last epoch trains the codebooks, however few epochs there are.
             pretrain=min(config.pretrain_epochs, options.epochs - 1),
             initialize=initialize,
         )

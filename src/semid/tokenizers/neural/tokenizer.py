@@ -88,6 +88,7 @@ class PreparedRows:
         train, held_out = TrainingRows(preprocess.view(context.train)), None
         if context.held_out is not None:
             held_out = TrainingRows(preprocess.view(context.held_out))
+        # Held-out rows must not influence the scale that the network learns at.
         moments = Moments.of(train.blocks.blocks())
         return cls(preprocess, train, held_out, moments.mean, moments.variance)
 
@@ -147,6 +148,7 @@ class RowsTask(ABC):
 
 def squared_sums(x: Tensor, reconstruction: Tensor) -> npt.NDArray[np.float64]:
     """Return ``[sum |x - x_hat|^2, sum |x|^2]``; their ratio is the relative error."""
+    # Rows are standardized, so |x|^2 is the squared distance to the mean of the training rows.
     differences = (x - reconstruction, x)
     return np.array([float(each.double().square().sum()) for each in differences])
 
@@ -278,6 +280,7 @@ class NeuralTokenizer(CodebookTokenizer):
     def _set_tensors(self, tensors: Mapping[str, np.ndarray]) -> None:
         stored = [name for name in tensors if name.startswith(WEIGHTS)]
         weights = {name.removeprefix(WEIGHTS): tensors[name] for name in stored}
+        # A tokenizer that was fitted without a network has no weights.
         if weights:
             autoencoder = self._load_autoencoder(weights)
             if autoencoder.dim != self._dim:
