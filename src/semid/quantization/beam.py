@@ -195,6 +195,7 @@ def _multiply_levels(codebooks: Sequence[IndexedCodebook]) -> list[_LevelProduct
     levels = []
     for level in range(1, len(books)):
         codewords = books[level]
+        # Columns are padded for the scan; a bias of minus infinity keeps padding out of the best.
         transposed = np.zeros((codewords.shape[1], padded(len(codewords), SCAN)), dtype=np.float32)
         transposed[:, : len(codewords)] = codewords.T
         bias = np.full(transposed.shape[1], -np.inf, dtype=np.float32)
@@ -318,10 +319,12 @@ def partial_residuals(
     for _, block in read_ahead(base):
         for beam in _beams(block, indexed, width, width, threads):
             codes.append(beam.codes.astype(np.uint32))
+            # Not 0, because weights are ratios of these distances.
             squared = np.maximum(beam.distances.astype(np.float64), np.finfo(np.float32).tiny)
             weights.append((squared[:, :1] / squared) ** PARTIAL_POWER)
     mass = np.concatenate(weights)
     if rows.weights is not None:
+        # All partial codes of a row share its item weight.
         mass *= rows.weights[:, None]
     view = PartialResiduals(base, np.concatenate(codes), codebooks)
     return as_sharded(view, weights=mass.ravel(), threads=threads, memory_bytes=memory_bytes)

@@ -54,6 +54,7 @@ class Mixture:
         """
         means = self.means.astype(np.float64)
         precisions = np.broadcast_to(1.0 / self.variances.astype(np.float64), means.shape).copy()
+        # What the expanded square (x - m)^2 and the determinant of S leave without x.
         offset = 0.5 * np.log(precisions).sum(1) - 0.5 * (means**2 * precisions).sum(1)
         return means * precisions, precisions, offset + self.log_weights.astype(np.float64)
 
@@ -132,6 +133,7 @@ def _expectation(
 ) -> _Sums:
     """Return the sums of all rows under the posteriors of a mixture."""
     linear, precisions, offset = (torch.from_numpy(each) for each in mixture.terms())
+    # (2 dim, components): one product with [x, x^2] gives all scores but for the offset.
     transposed = torch.cat([linear, -0.5 * precisions], dim=1).T.contiguous()
     constant = -0.5 * rows.dim * np.log(2 * np.pi)
     total: _Sums | None = None
@@ -148,6 +150,7 @@ def _expectation(
             weight = torch.from_numpy(chunk[1])
             posteriors *= weight[:, None]
             mass, likelihood = float(weight.sum()), likelihood * weight
+        # (components, 2 dim): the weighted sums of rows and, beside them, of their squares.
         moments = posteriors.T @ both
         dim = x.shape[1]
         return _Sums(
@@ -162,6 +165,7 @@ def _expectation(
             )
             for first in range(0, len(block), CHUNK)
         ]
+        # Sums are added in the order of the chunks, so the number of threads changes no bit.
         for first in range(0, len(chunks), CHUNKS_AT_ONCE):
             for sums in map_blocks(work, chunks[first : first + CHUNKS_AT_ONCE], threads=threads):
                 if total is None:
@@ -178,9 +182,11 @@ def _maximization(sums: _Sums, before: Mixture, floor: float) -> Mixture:
     alive = counts >= LEAST_COUNT
     divisor = np.where(alive, counts, 1.0)[:, None]
     means = sums.first.numpy() / divisor
+    # E[x^2] - E[x]^2 may come out slightly negative by rounding.
     variances = np.maximum(sums.second.numpy() / divisor - means**2, 0.0)
     if before.variances.shape[1] == 1:
         variances = variances.mean(axis=1, keepdims=True)
+    # A component without rows keeps a small weight, whose logarithm is finite.
     shares = np.maximum(counts, LEAST_COUNT)
     return Mixture(
         np.where(alive[:, None], means, before.means).astype(np.float32),
@@ -219,6 +225,7 @@ def hard_start(
         sums.first.index_add_(0, at, x * mass[:, None])
         sums.second.index_add_(0, at, x.square() * mass[:, None])
     columns = dim if covariance == "diagonal" else 1
+    # A component without rows stays on its centroid, with the floor as variance.
     empty = Mixture(
         centroids,
         np.full((count, columns), floor, dtype=np.float32),
@@ -237,6 +244,7 @@ class HardAssignment:
 
     def __init__(self, mixture: Mixture) -> None:
         spread = float(np.sqrt(mixture.variances.mean(dtype=np.float64)))
+        # Division by a power of two is exact.
         self.scale = np.float32(2.0 ** np.round(np.log2(spread)))
         scaled = Mixture(
             mixture.means / self.scale, mixture.variances / self.scale**2, mixture.log_weights

@@ -139,6 +139,7 @@ def fit_product(
             run.iteration += 1
             if on_iteration is not None:
                 on_iteration(run)
+        # Parts do not depend on each other, so each keeps the best of its own restarts.
         if not run.best_books:
             run.best_books, run.best_inertia = run.books, run.inertia
         else:
@@ -233,6 +234,7 @@ def draw_centers(x: Array, weights: Doubles, draws: Doubles) -> npt.NDArray[np.i
     for c in range(len(draws)):
         total = 0.0
         for i in range(rows):
+            # The first center is drawn by weight, the next ones by weighted squared distance (D^2).
             total += weights[i] if c == 0 else weights[i] * nearest[i]
             running[i] = total
         if not total > 0.0:
@@ -254,6 +256,7 @@ def draw_centers(x: Array, weights: Doubles, draws: Doubles) -> npt.NDArray[np.i
                 potential += weights[i] * trial[i]
             if potential < lowest:
                 lowest, chosen = potential, row
+                # The buffers change places, so the best distances are kept without a copy.
                 trial, best = best, trial
         nearest, best = best, nearest
         centers[c] = chosen
@@ -281,6 +284,7 @@ def _iterate(
         # The mean minimizes the weighted sum of squared distances to the rows of a codeword.
         moved[occupied] = (total.sums[occupied] / total.counts[occupied, None]).astype(np.float32)
         run.books[part] = moved
+        # With inertia 0 every row lies on its codeword: no place is better for an empty one.
         if not occupied.all() and total.inertia > 0:
             empty[part] = np.flatnonzero(~occupied)
     if empty:
@@ -302,6 +306,7 @@ def assign_parts(
     ``on_codes`` receives the first row's number, the rows and each part's codes, block by block.
     """
     tables = {part: index_codebook(torch.from_numpy(books[part])) for part in active}
+    # Block sums are added along one fixed tree, so memory and threads change no bit.
     trees: list[TreeSum[Statistics]] = [TreeSum() for _ in active]
     for number, (start, block) in enumerate(read_ahead(rows)):
         mass = None if weights is None else weights[start : start + len(block)]
@@ -400,6 +405,7 @@ def encode_product(
     small = len(block) < SMALL_ROWS
     parts = map_blocks(work, range(len(slices)), threads=1 if small else threads)
     squared = np.zeros(len(block))
+    # The parts are orthogonal: their squared distances add up to that of the whole row.
     for _, distances in parts:
         squared += distances
     codes = np.stack([labels for labels, _ in parts], axis=1)

@@ -53,6 +53,7 @@ def principal_rotation(blocks: Blocks, slices: Slices, *, weights: Doubles | Non
     products = np.zeros((blocks.dim, blocks.dim))
     shift: Doubles | None = None
     for start, block in read_ahead(blocks):
+        # The covariance does not depend on the shift; one of the rows keeps the sums small.
         shift = block[0].astype(np.float64) if shift is None else shift
         centered = block - shift  # float64: large means cancel nothing
         weighted = centered
@@ -63,6 +64,7 @@ def principal_rotation(blocks: Blocks, slices: Slices, *, weights: Doubles | Non
         mass += len(block) if weights is None else float(weights[start : start + len(block)].sum())
     covariance = products / mass - np.outer(total / mass, total / mass)
     values, vectors = np.linalg.eigh(covariance)
+    # Rounding may leave eigenvalues slightly below 0.
     order = allocate_eigenvalues(np.maximum(values, 0.0), slices)
     return np.ascontiguousarray(vectors[:, order], dtype=np.float32)
 
@@ -143,6 +145,7 @@ def fit_rotation(
             if weights is not None:
                 mass = weights[start : start + len(block), None]
                 quantized = (quantized * mass).astype(np.float32)
+            # Y^T Q of the block, (dim, dim): Y the rotated rows, Q their weighted codewords.
             products += _cross_products(block, quantized, threads=threads)
 
         rotated = map_rows(rows, partial(_apply, rotate, rotation), rows.dim)

@@ -54,6 +54,7 @@ def run_key(settings: Mapping[str, Any], data_digest: str) -> str:
 def _checksum(arrays: Mapping[str, np.ndarray], record: str) -> str:
     digest = hashlib.sha256(record.encode())
     for name, array in sorted(arrays.items()):
+        # Type and shape are hashed too: equal bytes may mean other numbers.
         digest.update(f"{name}:{array.dtype.str}:{array.shape};".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()
@@ -110,6 +111,7 @@ class Checkpoint:
         with atomic_file(self.folder / STATE_FILE, mark=False) as work:
             plain = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
             text = json.dumps(record)
+            # Key, record and checksum lie in the file of the arrays, so they are replaced together.
             checksum = _checksum(plain, text)
             save_file(plain, work, metadata={"key": self.key, "record": text, "checksum": checksum})
 
@@ -150,6 +152,7 @@ class Stages:
         if store is not None and store.state is not None:
             arrays, record = store.state
             self.records, running = record["finished"], record["stage"]
+            # Finished stages stay in every later state; the rest is the running stage's.
             for name in self.records:
                 self.arrays |= with_prefix(f"{name}/", without_prefix(f"{name}/", arrays))
             self._running = running, (without_prefix(f"{running}/", arrays), record["record"])

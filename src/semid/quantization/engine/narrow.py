@@ -76,6 +76,7 @@ def score_tile(
         )
         line = INTEGER(4 * PANEL)
         column = builder.mul(args[2], line)
+        # Sums start at minus half the entry's square, so the nearest has the largest score.
         first = builder.fsub(ir.Constant(wide, None), load(builder, start, wide, column))
         sums = [cgutils.alloca_once_value(builder, first) for _ in range(TILE)]
         spread = ir.Constant(ir.VectorType(ir.IntType(32), PANEL), [0] * PANEL)
@@ -86,6 +87,7 @@ def score_tile(
                 place = builder.add(builder.mul(INTEGER(row), width), loop.index)
                 value = load(builder, x, FLOAT, builder.mul(place, four))
                 single = builder.insert_element(ir.Constant(wide, ir.Undefined), value, zero)
+                # One value of the row in all lanes, times this column of the panel's entries.
                 every = builder.shuffle_vector(single, single, spread)
                 product = builder.fmul(every, entry, flags=("contract",))
                 added = builder.fadd(builder.load(total), product, flags=("contract",))
@@ -142,6 +144,8 @@ def nearest_narrow(
             bound += (width + 64.0) * 2.0**-52 * (length + radius) ** 2 + 2.0**-60
             base = i * columns
             top = maximum(scores, base, offsets, 0, columns)
+            # Both the best score and a rival's may be off by the bound; the last term covers the
+            # rounding of the threshold.
             threshold = np.float32(top - 2.0 * bound - 2.0**-23 * abs(top))
             best, smallest = -1, np.inf
             for column in range(0, columns, SCAN):
@@ -150,6 +154,7 @@ def nearest_narrow(
                     k = column + trailing_zeros(mask)
                     mask &= mask - np.uint64(1)
                     if k < rows.shape[0]:
+                        # Scores only select candidates; the canonical key decides among them.
                         value = key(0, raw, i, 0.0, rows, k, 0.0)
                         measured += 1
                         if best < 0 or value < smallest:
@@ -166,6 +171,7 @@ def suits(table: VectorTable) -> bool:
 def _panels(table: VectorTable) -> Operand:
     entries = table.scaled[:, : table.dim].reshape(-1, PANEL, table.dim)
     data = aligned((len(entries), table.dim, PANEL), np.float32)
+    # (panels, dim, PANEL): one load reads the same column of all entries of a panel.
     data[:] = entries.transpose(0, 2, 1)
     return Operand(data, 0.0)
 

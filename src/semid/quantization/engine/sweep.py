@@ -75,6 +75,7 @@ def trim(
         return
     for j in range(count):
         scratch[j] = values[row, j]
+    # Entries still to come can only raise it: the k-th best so far is a lower bound.
     best = kth_largest(scratch, count, k)
     if best > top[row]:
         top[row] = best
@@ -139,6 +140,7 @@ def scan(
             count = counts[i]
             while mask != 0:
                 at = trailing_zeros(mask)
+                # Clears the lowest bit that is set.
                 mask &= mask - np.uint64(1)
                 candidates[i, count] = first + column + at
                 values[i, count] = score(scores, base + column + at, offsets, first + column + at)
@@ -163,6 +165,7 @@ def sweep(
     """
     columns = start.shape[1]
     begin(chip, saved)
+    # All rows go past one group of entries before the next, so its packed lines stay in cache.
     for group in range(0, columns, group_columns(chip)):
         size = min(group_columns(chip), columns - group)
         for row in range(0, rows, ROW_TILE):

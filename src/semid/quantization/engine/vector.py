@@ -72,6 +72,7 @@ def _sum_of(term: Callable[[Any, Any, Any], Any]) -> Any:
             total = cgutils.alloca_once_value(builder, ir.Constant(wide, None))
             with cgutils.for_range(builder, args[4]) as loop:
                 step = builder.mul(loop.index, I64(4 * LANES))
+                # float32 fits in float64 exactly, so only the operations below round.
                 x = builder.fpext(load(builder, a_start, narrow, step), wide)
                 y = builder.fpext(load(builder, b_start, narrow, step), wide)
                 builder.store(builder.fadd(builder.load(total), term(builder, x, y)), total)
@@ -112,6 +113,7 @@ def _score_loader(
         if scores_type.dtype == types.float32:
             return load(builder, scores, ir.VectorType(F32, lanes), at)
         raw = load(builder, scores, ir.VectorType(ir.IntType(16), lanes), at)
+        # A bfloat16 number is the upper half of a float32.
         wide = builder.zext(raw, ir.VectorType(I32, lanes))
         shift = ir.Constant(ir.VectorType(I32, lanes), [16] * lanes)
         value = builder.bitcast(builder.shl(wide, shift), ir.VectorType(F32, lanes))
@@ -164,6 +166,7 @@ def hits(typing: Any, scores: Any, offset: Any, offsets: Any, first: Any, thresh
             mask = builder.icmp_signed(">=", values, spread)
         else:
             mask = builder.fcmp_ordered(">=", values, spread)
+        # `SCAN` is 64: one bit per score makes one word.
         return builder.bitcast(mask, I64)
 
     return signature, generate
