@@ -170,6 +170,7 @@ def refresh(
             compare=compare,
             progress=progress,
         )
+    # The new model and its ids appear together: neither is used with an older one.
     with atomic_folder(output, overwrite=overwrite) as folder:
         result.tokenizer.save(folder / "model")
         result.ids.write(folder / "ids.parquet")

@@ -192,6 +192,7 @@ def _finish(model: Any, output: str, *, overwrite: bool) -> None:
             send_folder(Path(work) / "model", output, last="config.json")
     else:
         model.save(output, overwrite=overwrite)
+    # The state goes only once the model is saved, so that a failed save can be resumed.
     remove_state_folder(_state_folder(output))
     if model.report is not None:
         items, seconds = model.report.trained_items, model.report.seconds
@@ -373,6 +374,7 @@ def _hold_outputs(
 ) -> None:
     """Hold what adding to published ids writes."""
     if not _grows(output, catalogue):
+        # A bundle is never replaced by another one: it holds published versions.
         replace = overwrite and output.suffix == ".parquet"
         cli.hold_output(output, overwrite=replace, inputs=(*reads, catalogue))
     if novelty is not None:

@@ -54,6 +54,7 @@ class RankSource:
         }
         values = options_under(settings, "config")
         options = {**model_options, **options_under(values, "options")}
+        # What lies below `options.` belongs to the network, not to the ranker itself.
         values = {key: value for key, value in values.items() if not key.startswith("options.")}
         return semid.RankerConfig.of({**values, "fusion": fusion, "options": options})
 
@@ -107,6 +108,7 @@ def rank(
     names: dict[str, Any] = {**vars(columns), "id_column": source.id_column}
     data: Any
     if stream:
+        # A stream takes rows as they come and keeps no order of a user's interactions.
         for name in ("time_column", "ties", "ties_seed"):
             del names[name]
         data = semid.RankingStream.open(logs, items=source.items, config=data_config, **names)
@@ -208,6 +210,7 @@ def rank_grid(
     inputs = (logs, source.items, embeddings)
     cli.hold_output(output, overwrite=overwrite or resume, inputs=inputs)
     if output.exists() and not resume:
+        # A replaced grid starts from an empty folder, which gets one line per finished run.
         with atomic_folder(output, overwrite=True, grows=GRID_FILES):
             pass
     # Rows of an .npy have no ids: they are those of the table of items.

@@ -137,6 +137,7 @@ def compare(
         )
     reads = (*paths, source.ids, interactions, relations)
     cli.hold_output(output, overwrite=overwrite, inputs=reads)
+    # The command line gives one list: the models, then the embeddings.
     models, embeddings = paths[:-1], paths[-1]
     if len({Path(path).resolve() for path in models}) < len(models):
         raise UsageError("a model is named twice; name each model folder once")
@@ -293,6 +294,7 @@ def reproduce(
     if failed:
         for title, why in failed.items():
             cli.say(f"failed: {title}: {why}", err=True)
+        # The page of the finished runs is written all the same; the exit code tells of failures.
         raise typer.Exit(1)
 
 

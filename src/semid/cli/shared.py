@@ -72,6 +72,7 @@ class SourceOptions:
         from semid.data.embeddings import open_embeddings
 
         options = {**vars(self), "ids": ids or self.ids}
+        # An existing file is passed as a `Path`: its name is no glob.
         return open_embeddings(
             path if "://" in path or not Path(path).exists() else Path(path), **options
         )

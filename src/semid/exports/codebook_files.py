@@ -93,6 +93,7 @@ def _levels(path: Any, source: str, document: Mapping[str, Any]) -> list[Any]:
             f"'{path}' holds an encoder too, so it is no residual K-means on embeddings; encode "
             "with that program, and give semid its latents and the arrays to semid.from_codebooks"
         )
+    # Level number to tensor, for each stem before the number: one stem is one set of codebooks.
     places: dict[str, dict[int, Any]] = {}
     for name, tensor in tensors.items():
         match = pattern.match(name)
@@ -219,6 +220,7 @@ class _TensorReader(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> Any:
         """Return the numbers of a storage, which lie beside the pickle."""
+        # torch.save writes ("storage", type, file, device, number of elements).
         _, dtype, key, _, _ = pid
         if not isinstance(dtype, torch.dtype):
             return _StandIn()
@@ -284,6 +286,7 @@ def _transform(faiss: Any, index: Any) -> tuple[Array, Array]:
                 "transforms (OPQ, PCA, rotations)"
             )
         weight = faiss.vector_to_array(step.A).reshape(step.d_out, step.d_in).astype(np.float64)
+        # A step takes x to A x + b, and rows are multiplied from the left.
         matrix, offset = matrix @ weight.T, weight @ offset
         if step.have_bias:
             offset = offset + faiss.vector_to_array(step.b)

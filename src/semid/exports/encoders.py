@@ -62,6 +62,7 @@ class CodesGraph(nn.Module):
         codes = []
         residual = latent
         for level in range(self.levels):
+            # |residual|^2 is the same for all codes of a row and changes no comparison.
             code = self._distances(residual, level).argmin(1)
             codes.append(code)
             residual = residual - self._codebook(level)[code]
@@ -96,6 +97,7 @@ class CodesGraph(nn.Module):
                 -1, beams * len(codebook)
             )
             count = min(self.beam_width, beams * len(codebook))
+            # All children of a row's partial codes compete; a number names parent and code.
             best = total.topk(count, dim=1, largest=False).indices
             parent, code = best // len(codebook), best % len(codebook)
             parents = torch.gather(residual, 1, parent[:, :, None].expand(-1, -1, width))
@@ -106,6 +108,7 @@ class CodesGraph(nn.Module):
                 prefix = torch.gather(codes, 1, parent[:, :, None].expand(-1, -1, level))
                 codes = torch.cat([prefix, code[:, :, None]], 2)
         assert codes is not None
+        # The best comes first.
         return codes[:, 0]
 
 
@@ -203,6 +206,7 @@ def _write_faiss(path: Path, *, ids: SemanticIds, tokenizer: Tokenizer) -> None:
         )
     codebooks = tokenizer.codebooks
     bits = np.array([size.bit_length() - 1 for size in sizes])
+    # An appended token belongs to no codebook and is left out.
     codes = np.ascontiguousarray(ids.codes[:, : len(sizes)], dtype=np.int32)
     packed = faiss.pack_bitstrings(codes, bits.tolist())
     if tokenizer.combine == "concat":

@@ -126,6 +126,7 @@ def export(
         if not export_format.options:
             raise UsageError(f"{option}= does not apply to {to}; leave it out")
         check_choice(f"option of {to}", option, export_format.options)
+    # Wrong arguments are refused before anything is written.
     check_output(output, overwrite=overwrite)
     if ids is not None and tokenizer is not None:
         ids.check_codebook(tokenizer.codebook_fingerprint)
@@ -184,6 +185,7 @@ def import_ids(
     Example:
         >>> ids = semid.import_ids("lcrec", "Beauty.index.json", tokenizer=model)
     """
+    # Formats that plugins add are let through; another name must be one that semid reads.
     if source not in EXPORTS or source in EXPORTS.targets:
         check_choice("--from", source, (*IMPORTS, *CODEBOOK_SOURCES))
     export_format: ExportFormat = EXPORTS.load(source)

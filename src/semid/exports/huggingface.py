@@ -138,6 +138,7 @@ class HuggingFaceExport:
         flat = [text for level in self.tokens for text in level]
         tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in flat])
         if model is not None and model.get_input_embeddings().num_embeddings < len(tokenizer):
+            # `initialize` sets the new rows from the codewords.
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         return [list(tokenizer.convert_tokens_to_ids(level)) for level in self.tokens]
 
@@ -206,5 +207,6 @@ def _standardized(codewords: torch.Tensor, width: int, seed: int) -> torch.Tenso
     if scaled.shape[1] == width:
         return scaled
     generator = torch_generator(seed, "projection")
+    # The same matrix for every level of this width, so that distances between levels stay too.
     projection = torch.randn((scaled.shape[1], width), generator=generator)
     return scaled @ projection / math.sqrt(scaled.shape[1])

@@ -95,6 +95,7 @@ class Ledger:
             with self.path.open("rb") as file:
                 file.seek(self._seen)
                 fresh = file.read()
+            # A line without its newline is not complete yet; it is read again next time.
             whole = fresh[: fresh.rfind(b"\n") + 1]
             self._seen += len(whole)
             self._keys |= {json.loads(line)["key"] for line in whole.splitlines() if line.strip()}
@@ -104,6 +105,7 @@ class Ledger:
         """Append a run, unless its ``key`` is there already; return whether it was written."""
         line = json.dumps(rounded(row), ensure_ascii=False, allow_nan=False).encode() + b"\n"
         with self.lock("ledger"):
+            # Under the lock no other process can append between this check and the write.
             if row["key"] in self.keys():
                 return False
             with self.path.open("ab+") as file:

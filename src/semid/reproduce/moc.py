@@ -38,6 +38,7 @@ def paper_gain(other: str) -> tuple[int, int, float]:
         for scale in (2, 3, 7)
         for ours, theirs in zip(cells[f"moc-{scale}"], cells[f"{other}-{scale}"], strict=True)
     ]
+    # The paper prints few digits: values that are equal there differ by rounding alone.
     return sum(gain > 1e-9 for gain in gains), len(gains), average(gains)
 
 
@@ -168,6 +169,7 @@ def _auc_cell(model: str, rows: Rows, line: Line) -> str:
 def _paper_cell(model: str, rows: Rows, line: Line) -> str:
     """Write the paper's value, where it prints one with this fusion."""
     method, fusion = line.where["method"], line.where["fusion"]
+    # The paper's table has MoC with fusion and all other methods without.
     if fusion != (method == "moc"):
         return ""
     value = paper_auc(model, method, line.where["scale"], rows.rows[0]["data"])

@@ -146,6 +146,7 @@ class MocRecipe(Options):
     data: tuple[DataSet, ...] = option((), help="Data sets.")
 
     def _problems(self) -> list[str]:
+        # A misspelled name is refused here, before the runs of hours begin.
         for stage in self.stages:
             if stage.variant:
                 check_choice("stages.variant", stage.variant, [v.name for v in self.variants])
