@@ -79,7 +79,7 @@ def refusal(run, *arguments: object, code: int = 2) -> str:
 @pytest.mark.parametrize(
     ("kind", "arguments", "message"),
     [
-        ("RQGMM", "RQKMeans", {"levels": "3"}, r"RQKMeans: levels='3' \(str\): give a whole number"),
+        ("RQKMeans", {"levels": "3"}, r"RQKMeans: levels='3' \(str\): give a whole number"),
         ("RQKMeans", {"levels": None}, r"levels=None"),
         ("RQKMeans", {"levels": True}, r"levels=True \(bool\)"),
         ("RQKMeans", {"levels": 3.0}, r"levels=3.0: give a whole number"),

@@ -194,7 +194,8 @@ def import_ids(
         if source in CODEBOOK_SOURCES:
             hint = "; its codebooks are read by semid.import_codebooks"
         raise UsageError(
-            f"ids of {source} can be written, not read; give one of {', '.join(IMPORTS)}{hint}"
+            f"ids of {source} can be written, not read; give --from (source=) one of "
+            f"{', '.join(IMPORTS)}{hint}"
         )
     options: dict[str, Any] = {} if orientation is None else {"orientation": orientation}
     if options and source != "grid":
