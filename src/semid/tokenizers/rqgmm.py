@@ -75,7 +75,7 @@ class RQGMM(LevelTokenizer):
     )
     max_em_iter: int = option(20, ge=1, help="Maximum iterations of the mixture per level.")
     em_tol: float = option(
-        1e-3, ge=0, help="Stop when the mean log-likelihood per row rises by less (nats)."
+        1e-3, ge=0, le=1e6, help="Stop when the mean log-likelihood per row rises by less (nats)."
     )
     variance_floor: float = option(
         0.05, gt=0, le=1, help="Added to every variance, as a share of the level's mean variance."
