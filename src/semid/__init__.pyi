@@ -34,9 +34,9 @@ from semid.tokenizers.base import Tokenizer as Tokenizer
 from semid.tokenizers.behavior import Neighbors as Neighbors
 from semid.tokenizers.drqvae import DRQVAE as DRQVAE
 from semid.tokenizers.features import fuse as fuse
+from semid.tokenizers.from_arrays import Codebooks as Codebooks
+from semid.tokenizers.from_arrays import from_codebooks as from_codebooks
 from semid.tokenizers.fsq import FSQ as FSQ
-from semid.tokenizers.given import Codebooks as Codebooks
-from semid.tokenizers.given import from_codebooks as from_codebooks
 from semid.tokenizers.heads import DecodeHead as DecodeHead
 from semid.tokenizers.neural.tokenizer import AutoencoderConfig as AutoencoderConfig
 from semid.tokenizers.pipeline import Pipeline as Pipeline

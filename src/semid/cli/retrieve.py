@@ -172,10 +172,10 @@ def _models(text: str, ids: Path | None, embeddings: str | None) -> list[str]:
     if text != "all":
         return list(split_list("model", text)) or ["composed"]
     # `all` means all that the inputs allow; what is left out is said.
-    given = {"codes": ids is not None, "vectors": embeddings is not None}
+    present = {"codes": ids is not None, "vectors": embeddings is not None}
     names = []
     for name in MODELS:
-        missing = [need for need in MODELS.load(name).needs if not given[need]]
+        missing = [need for need in MODELS.load(name).needs if not present[need]]
         if name != "tiger" and not missing:
             names.append(name)
         elif missing:

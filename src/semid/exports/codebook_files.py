@@ -24,7 +24,7 @@ from semid.artefact import read_tensors
 from semid.errors import ArtefactError, MissingExtraError, UsageError, check_choice
 from semid.exports.formats import CODEBOOK_SOURCES
 from semid.options import MAX_BEAM
-from semid.tokenizers.given import Codebooks, from_codebooks
+from semid.tokenizers.from_arrays import Codebooks, from_codebooks
 
 Array = npt.NDArray[np.float32]
 

@@ -123,8 +123,8 @@ def _assign(
     codebook = index_codebook(_augment(centroids, offsets))
     labels, total = np.empty(len(rows), dtype=np.int64), 0.0
     for start, block in read_ahead(rows):
-        found, distances = assign(np.pad(block, ((0, 0), (0, 1))), codebook, threads=threads)
-        labels[start : start + len(block)] = found
+        codes, distances = assign(np.pad(block, ((0, 0), (0, 1))), codebook, threads=threads)
+        labels[start : start + len(block)] = codes
         total += float(distances.sum(dtype=np.float64))
     return labels, total / max(len(rows), 1)
 
@@ -167,11 +167,11 @@ def limit_sizes(
         members = np.flatnonzero(labels == group)
         # Distances without |x|^2, which is the same for all codewords of a row.
         costs = squares - 2.0 * (rows.rows(members).astype(np.float64) @ wide.T)
-        own = costs[:, group].copy()
+        at_group = costs[:, group].copy()
         while excess:
             open_groups = np.flatnonzero(sizes < capacity)
             choice = costs[:, open_groups].argmin(axis=1)
-            losses = costs[np.arange(len(members)), open_groups[choice]] - own
+            losses = costs[np.arange(len(members)), open_groups[choice]] - at_group
             # In the order of the loss; who finds its group filled meanwhile chooses again.
             moved = _move(
                 np.argsort(losses, kind="stable"), open_groups[choice], sizes, capacity, excess
@@ -180,7 +180,7 @@ def limit_sizes(
             excess -= len(moved)
             sizes[group] -= len(moved)
             stays = np.setdiff1d(np.arange(len(members)), moved)
-            members, costs, own = members[stays], costs[stays], own[stays]
+            members, costs, at_group = members[stays], costs[stays], at_group[stays]
     return labels
 
 

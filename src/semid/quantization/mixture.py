@@ -267,5 +267,5 @@ class HardAssignment:
         if self.is_spherical:
             squares = np.einsum("nd,nd->n", x, x, dtype=np.float64)[:, None].astype(np.float32)
         lifted = np.concatenate([x, squares, np.ones((len(x), 1), np.float32)], axis=1)
-        found = top_k(torch.from_numpy(lifted), self.index, 1, metric="ip", threads=threads)
-        return found.indices[:, 0].numpy()
+        best = top_k(torch.from_numpy(lifted), self.index, 1, metric="ip", threads=threads)
+        return best.indices[:, 0].numpy()

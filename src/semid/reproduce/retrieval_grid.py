@@ -195,10 +195,10 @@ def differences(runs: Sequence[RetrievalRun], metric: str) -> dict[str, Estimate
     baseline = BASELINE if BASELINE in grouped else next(iter(grouped))
     base = mean_by_user(grouped[baseline], metric)
     return {
-        model: estimates({metric: mean_by_user(own, metric) - base}, replicates=1000, seed=0)[
+        model: estimates({metric: mean_by_user(seeds, metric) - base}, replicates=1000, seed=0)[
             metric
         ]
-        for model, own in grouped.items()
+        for model, seeds in grouped.items()
         if model != baseline
     }
 
@@ -209,8 +209,8 @@ def page_entries(
     """Return what the page shows of each model."""
     shown = differences(runs, "recall@10")
     return {
-        model: RetrievalEntry([run.results for run in own], shown.get(model), retriever)
-        for (model, own), retriever in zip(by_model(runs).items(), retrievers, strict=True)
+        model: RetrievalEntry([run.results for run in seeds], shown.get(model), retriever)
+        for (model, seeds), retriever in zip(by_model(runs).items(), retrievers, strict=True)
     }
 
 
@@ -220,15 +220,15 @@ def comparison_tables(runs: Sequence[RetrievalRun]) -> str:
     protocol = runs[0].results.protocol
     lines = [f"Protocol: {protocol}.", ""]
     rows = []
-    for model, own in grouped.items():
+    for model, seeds in grouped.items():
         cells = []
         for metric in TABLE:
-            values = [run.results.metrics[metric].value for run in own]
+            values = [run.results.metrics[metric].value for run in seeds]
             spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
             cells.append(f"{np.mean(values):.4f}{spread}")
-        minutes = np.mean([run.cpu_seconds for run in own]) / 60
-        epochs = np.mean([run.epochs for run in own])
-        rows.append([model, str(len(own)), *cells, f"{epochs:.0f}", f"{minutes:.1f}"])
+        minutes = np.mean([run.cpu_seconds for run in seeds]) / 60
+        epochs = np.mean([run.epochs for run in seeds])
+        rows.append([model, str(len(seeds)), *cells, f"{epochs:.0f}", f"{minutes:.1f}"])
     columns = ["model", "seeds", *TABLE, "epochs", "CPU min"]
     lines += [table(columns, rows), ""]
     lines += ["Mean over seeds ± standard deviation.", ""]
@@ -249,8 +249,8 @@ def comparison_tables(runs: Sequence[RetrievalRun]) -> str:
             name,
             f"{runs[0].results.slices[name].users:,}",
             *(
-                f"{np.mean([r.results.slices[name].metrics['recall@10'].value for r in own]):.4f}"
-                for own in grouped.values()
+                f"{np.mean([r.results.slices[name].metrics['recall@10'].value for r in seeds]):.4f}"
+                for seeds in grouped.values()
             ),
         ]
         for name in names

@@ -16,7 +16,7 @@ TOKENIZERS = Registry(
     "semid.tokenizers",
     {
         "barq": "semid.tokenizers.barq:BARQ",
-        "codebooks": "semid.tokenizers.given:Codebooks",
+        "codebooks": "semid.tokenizers.from_arrays:Codebooks",
         "drqvae": "semid.tokenizers.drqvae:DRQVAE",
         "fsq": "semid.tokenizers.fsq:FSQ",
         "mocvae": "semid.tokenizers.vqvae:MoCVAE",

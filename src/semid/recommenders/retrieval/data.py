@@ -272,8 +272,8 @@ def _without_cold(sequences: Sequences, cold: npt.NDArray[np.bool_]) -> Sequence
     owner = np.repeat(np.arange(len(sequences)), sequences.lengths)
     counts = np.bincount(owner[keep], minlength=len(sequences))
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    kept = Sequences(sequences.user_ids, offsets, sequences.items[keep], sequences.ordered)
-    return kept.select(kept.lengths >= MIN_INTERACTIONS)
+    warm = Sequences(sequences.user_ids, offsets, sequences.items[keep], sequences.ordered)
+    return warm.select(warm.lengths >= MIN_INTERACTIONS)
 
 
 def _training_counts(sequences: Sequences, items: int) -> Ints:
