@@ -112,16 +112,16 @@ def compare_retrievers(
                 continue
             # Options are for whoever has them: --width for transformers, --decay for text-knn.
             fields = kind.options.of(None).to_dict()
-            chosen = {k: value for k, value in (options or {}).items() if k in fields}
+            model_options = {k: value for k, value in (options or {}).items() if k in fields}
             # A run is named by a hash of all that it depends on.
-            document = [model, seed, chosen, conduct.to_dict(), data.protocol, data.digest]
+            document = [model, seed, model_options, conduct.to_dict(), data.protocol, data.digest]
             key = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:16]
             if key not in done:
                 retriever = train_retriever(
                     data,
                     ids=ids if "codes" in kind.needs else None,
                     model=model,
-                    options=chosen,
+                    options=model_options,
                     training=conduct,
                     seed=seed,
                     device=device,
@@ -139,7 +139,7 @@ def compare_retrievers(
                     "run": key,
                     "model": model,
                     "seed": seed,
-                    "options": chosen,
+                    "options": model_options,
                     "results": results.to_dict(),
                     "validation": retriever.report["validation"]["metrics"]["ndcg@10"]["value"],
                     "epochs": trained.get("epochs", 0),

@@ -147,7 +147,7 @@ def train_retriever(
     began, cpu = time.perf_counter(), time.process_time()
     # Options are checked before the log is read.
     kind = MODELS.load(model, flag="--model (model=)")
-    chosen = kind.options.of(options)
+    model_options = kind.options.of(options)
     conduct = TrainOptions.of(training, defaults=TRAINING)
     torch_device = training_device(device)
     data = interactions
@@ -161,13 +161,13 @@ def train_retriever(
             **columns,
         )
     # Initial weights come from the seed alone, so a resumed run begins with the same ones.
-    network = make_model(model, data.items, chosen, seed=seed)
+    network = make_model(model, data.items, model_options, seed=seed)
     report: dict[str, Any] = {"seed": seed, "protocol": data.protocol}
     if kind.trains:
         settings = {
             "kind": "retriever",
             "model": model,
-            "options": chosen.to_dict(),
+            "options": model_options.to_dict(),
             "protocol": data.protocol,
             "training": conduct.to_dict(),
             "seed": seed,
@@ -177,7 +177,7 @@ def train_retriever(
         network.to(torch_device)
         task = RetrievalTask(
             *(network, data, conduct),
-            max_length=chosen.max_length,
+            max_length=model_options.max_length,
             seed=seed,
             device=torch_device,
         )
@@ -194,7 +194,7 @@ def train_retriever(
         report["training"] = result.to_dict()
     retriever = Retriever(
         model=model,
-        options=chosen,
+        options=model_options,
         network=network,
         items=data.items,
         sequences=data.sequences,
