@@ -87,6 +87,8 @@ def retrieve(
 
     check_keys("retrieve", settings)
     training_device(device)
+    if not 0 <= cold_items <= 0.5:  # NaN fails too, which older releases of click let pass
+        raise UsageError(f"--cold-items is {cold_items}; give a share from 0 to 0.5")
     names = _models(model, ids, embeddings)
     kinds = {name: MODELS.load(name, flag="--model") for name in names}
     compares = len(names) > 1 or seeds > 1

@@ -206,8 +206,8 @@ def seed_parts(
         generator = numpy_generator(seed, "seeding", restart, part)
         if codes * len(columns) <= SEQUENTIAL_PAIRS:
             draws = generator.random((codes, trials))
-            chosen = draw_centers(columns, np.ones(len(columns)) if mass is None else mass, draws)
-            centers = columns[chosen[chosen >= 0]]
+            drawn = draw_centers(columns, np.ones(len(columns)) if mass is None else mass, draws)
+            centers = columns[drawn[drawn >= 0]]
         else:
             centers = kmeans_plus_plus(
                 ArrayBlocks(columns), codes, generator=generator, weights=mass, threads=1,

@@ -153,6 +153,7 @@ class Pipeline(Tokenizer):
 
     @beam_width.setter
     def beam_width(self, width: int) -> None:
+        """Set the beam of the tokenizer of the latent."""
         self._quantizer.beam_width = width
 
     def _encoding_settings(self) -> dict[str, Any]:
