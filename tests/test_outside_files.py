@@ -346,7 +346,11 @@ def test_sizes_that_a_config_declares_take_no_memory(name, path, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.complex64])
 def test_tensors_of_types_that_numpy_lacks(dtype, tmp_path):
     drawn_tokenizer().save(tmp_path / "m")
-    save_file({"codebooks.0": torch.zeros(4, 6).to(dtype)}, tmp_path / "m" / "model.safetensors")
+    try:
+        tensors = {"codebooks.0": torch.zeros(4, 6).to(dtype)}
+        save_file(tensors, tmp_path / "m" / "model.safetensors")
+    except KeyError:
+        pytest.skip(f"this version of safetensors writes no {dtype}")
     with pytest.raises(ArtefactError, match="holds"):
         semid.load(tmp_path / "m")
 
