@@ -340,7 +340,7 @@ def test_further_columns_are_kept_on_request():
         ({"item_id": [1.5, 2.5]}, "holds double; ids are strings or integers"),
         ({"timestamp": ["x", "y"]}, "holds string; give numbers, dates or timestamps"),
         ({"timestamp": [1, None]}, "1 nulls, so the order"),
-        ({"timestamp": [1.0, float("nan")]}, "1 NaN or infinite times"),
+        ({"timestamp": [1.0, float("nan")]}, "1 times that are NaN"),
         ({"rating": ["good", "bad"]}, "'rating'.*holds string; give numbers"),
     ],
 )
@@ -348,6 +348,13 @@ def test_columns_that_cannot_be_used(change, message):
     table = pa.table({"user_id": ["u", "v"], "item_id": ["a", "b"], "timestamp": [1, 2], **change})
     with pytest.raises(InteractionsError, match=message):
         read_interactions(table)
+
+
+def test_times_in_csv_beyond_64_bits_have_lost_their_order(tmp_path):
+    file = tmp_path / "log.csv"
+    file.write_text(f"user_id,item_id,timestamp\nu,a,{2**64 - 1}\nu,b,{2**64 - 2}\n")
+    with pytest.raises(InteractionsError, match="2 times that are .* beyond 64 bits"):
+        read_interactions(file)
 
 
 def test_all_problems_at_once():

@@ -370,9 +370,13 @@ def _numbers(
         )
     else:
         values = np.asarray(column)
-        if values.dtype.kind != "f" or np.isfinite(values).all():
+        # CSV makes floats of whole numbers beyond int64, and with them their order is lost.
+        usable = values.dtype.kind != "f" or np.abs(values) < 2.0**63
+        if np.all(usable):
             return values
-        unusable = int((~np.isfinite(values)).sum())
-        problem = f"{unusable} NaN or infinite times; drop those rows"
+        problem = (
+            f"{int(np.sum(~usable))} times that are NaN, infinite or beyond 64 bits; drop those "
+            "rows or give smaller numbers"
+        )
     problems.append(f"column '{name}' of {label} holds {problem}")
     return None
