@@ -454,6 +454,8 @@ def interactions(random: Random, bench: Bench, work: Path) -> Case:
     count = min(len(users), len(items))
     users, items = users.slice(0, count), items.slice(0, count)
     user_texts, item_texts = user_texts[:count], item_texts[:count]
+    if pa.types.is_list(items.type):  # a row per user is a layout of its own
+        item_texts = [str(each) for row in items.to_pylist() for each in row or [None]]
     times = _times(random, count)
     columns: dict[str, Any] = {"user_id": users, "item_id": items}
     if random.random() < 0.8:
