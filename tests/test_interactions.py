@@ -353,7 +353,7 @@ def test_columns_that_cannot_be_used(change, message):
 def test_times_in_csv_beyond_64_bits_have_lost_their_order(tmp_path):
     file = tmp_path / "log.csv"
     file.write_text(f"user_id,item_id,timestamp\nu,a,{2**64 - 1}\nu,b,{2**64 - 2}\n")
-    with pytest.raises(InteractionsError, match="2 times that are .* beyond 64 bits"):
+    with pytest.raises(InteractionsError, match=r"2 times that are .* beyond 64 bits"):
         read_interactions(file)
 
 

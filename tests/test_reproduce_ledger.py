@@ -17,6 +17,7 @@ from semid.reproduce.pool import Job, run_jobs
 from semid.reproduce.recipe import (
     DrqRecipe,
     MocRecipe,
+    RetrievalRecipe,
     read_experiment,
 )
 
@@ -136,8 +137,9 @@ def test_numbers_are_rounded_and_never_nan():
 
 
 def test_every_recipe_that_comes_with_semid_is_read():
-    kinds = {"drq": DrqRecipe, "moc": MocRecipe}
-    assert recipe_names("reproduce/recipes") == ["drq", "drq-quick", "moc", "moc-quick"]
+    kinds = {"drq": DrqRecipe, "moc": MocRecipe, "retrieval": RetrievalRecipe}
+    names = [name for kind in kinds for name in (kind, f"{kind}-quick")]
+    assert recipe_names("reproduce/recipes") == names
     for name in recipe_names("reproduce/recipes"):
         recipe = read_experiment(name)
         assert type(recipe) is kinds[recipe.paper]

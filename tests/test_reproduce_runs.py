@@ -82,6 +82,50 @@ synthetic = 700
 codebook_size = 8
 """
 
+RETRIEVAL = """
+paper = "retrieval"
+seeds = 2
+training = { epochs = 1 }
+[[ids]]
+name = "learned"
+kind = "rqkmeans"
+options = { levels = 2 }
+unique = "append"
+[[ids]]
+name = "behavior"
+kind = "drqvae"
+behavior = true
+[ids.options]
+levels = 2
+contrastive_weight = 0.1
+pairs_per_step = 32
+network = { latent = 6, hidden = [12], pretrain_epochs = 1 }
+training = { epochs = 1, batch_size = 256 }
+[[models]]
+name = "popularity"
+kind = "popularity"
+[[models]]
+name = "sasrec"
+kind = "sasrec"
+options = { width = 8 }
+[[models]]
+name = "composed"
+kind = "composed"
+options = { width = 8 }
+[[stages]]
+models = ["popularity", "composed", "sasrec"]
+ids = ["learned"]
+[[stages]]
+models = ["sasrec", "composed"]
+ids = ["learned", "behavior"]
+ties = ["shuffle"]
+seeds = 1
+[[data]]
+name = "synthetic"
+synthetic = 700
+codebook_size = 8
+"""
+
 
 def run(*arguments):
     with pytest.raises(SystemExit) as caught:
@@ -91,7 +135,7 @@ def run(*arguments):
 
 @pytest.fixture
 def recipes(tmp_path):
-    for name, text in (("drq", DRQ), ("moc", MOC)):
+    for name, text in (("drq", DRQ), ("moc", MOC), ("retrieval", RETRIEVAL)):
         (tmp_path / f"{name}.toml").write_text(text)
     return tmp_path
 
@@ -163,6 +207,47 @@ def test_a_study_of_moc(recipes, capsys):
     assert run(*given) == 0
     assert len(read_runs(out / "moc" / "runs.jsonl")) == len(rows)
     assert again["key"] == rows[0]["key"]
+
+
+def test_a_study_of_retrieval(recipes):
+    out = recipes / "out"
+    given = ["reproduce", "retrieval", "--recipe", recipes / "retrieval.toml", "-o", out, "--quiet"]
+    assert run(*given, "--threads", 1) == 0
+    rows = read_runs(out / "retrieval" / "runs.jsonl")
+    cells = [(r["model"], r["tokenizer"], r["ties"], r["seed"]) for r in rows]
+    both = ("file", "shuffle")
+    first = [(m, t) for t in both for m in ("popularity", "composed", "sasrec")]
+    assert cells[:6] == [(m, "learned" if m == "composed" else "", t, 0) for m, t in first]
+    # A second seed of a model without training would be the same run.
+    assert {c[0] for c in cells if c[3] == 1} == {"composed", "sasrec"}
+    assert cells[-1][:4] == ("composed", "behavior", "shuffle", 0)
+    by = dict(zip(cells, rows, strict=True))
+    # Whoever ran before the control of its seed has nothing to be paired with.
+    assert by["composed", "learned", "file", 0]["less_control"] is None
+    value, low, high = by["composed", "behavior", "shuffle", 0]["less_control"]["recall_10"]
+    control = by["sasrec", "", "shuffle", 0]
+    own = by["composed", "behavior", "shuffle", 0]
+    gap = own["metrics"]["recall_10"] - control["metrics"]["recall_10"]
+    assert value == pytest.approx(gap, abs=1e-5)
+    assert low <= value <= high
+    assert len(own["curve"]) == own["epochs"] == 1
+    assert own["unique_ids"] < own["items"]
+    assert by["composed", "learned", "file", 0]["unique_ids"] == own["items"]
+    assert not list((out / "retrieval" / "states").iterdir())
+    # Ids that no behavior went into are those of both orders.
+    assert len(list((out / "retrieval" / "tokenizers").glob("*.parquet"))) == 3
+    page = (out / "retrieval" / "retrieval.md").read_text()
+    assert "| composed on learned | 2 |" in page
+    assert "| composed on behavior | 1 |" in page
+    assert "sasrec, file order - sasrec" in page
+    assert "Everything in the recipe has run." in page
+
+
+def test_a_misspelled_name_of_a_stage_is_refused(recipes):
+    text = RETRIEVAL.replace('ids = ["learned"]', 'ids = ["lerned"]')
+    (recipes / "retrieval.toml").write_text(text)
+    with pytest.raises(UsageError, match="lerned"):
+        read_experiment(recipes / "retrieval.toml")
 
 
 def test_a_union_joins_the_logs_of_others(tmp_path):

@@ -353,6 +353,15 @@ def test_held_out_items_leave_training_and_stay_targets():
     assert "0.2 of the items held out of training" in data.protocol
 
 
+def test_ids_learn_from_the_training_histories_alone():
+    data = prepare_retrieval_data(
+        pa.table({"user_id": ["u", "v"], "item_id": [list("abcd"), list("cba")]})
+    )
+    log = data.training_log()
+    assert log.to_pydict() == {"user_id": ["u", "v"], "item_id": [["a", "b"], ["c"]]}
+    assert len(semid.read_interactions(log)) == 3
+
+
 def test_windows_train_every_item_but_the_first_once():
     data = prepare_retrieval_data(make_log(users=5, length=40), ids=make_ids())
     windows = data.training(7)

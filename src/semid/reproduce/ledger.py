@@ -29,12 +29,12 @@ except ImportError:  # no such module on Windows: one command at a time there
 RUNS_FILE = "runs.jsonl"
 DIGITS = 6
 PACKAGES = ("semid", "numpy", "torch", "numba", "pyarrow")
-CELL = ("data", "variant", "run", "tokenizer", "model", "method", "scale", "fusion", "part", "seed")
+CELL = ("data", "variant", "run", "ties", "tokenizer", "model", "method", "scale", "fusion", "part")
 
 
 def cell_key(row: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return what tells a run of a paper from the others, whatever its settings."""
-    return tuple(row.get(name, "") for name in CELL)
+    return tuple(row.get(name, "") for name in (*CELL, "seed"))
 
 
 def digest(document: Any) -> str:

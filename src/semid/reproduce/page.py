@@ -17,8 +17,9 @@ from semid.reproduce.claims import ClaimResult, Row, Rows, evaluate
 from semid.reproduce.drq import DRQ
 from semid.reproduce.ledger import cell_key
 from semid.reproduce.moc import MOC
+from semid.reproduce.retrieval import RETRIEVAL
 
-PAPERS = {"drq": DRQ, "moc": MOC}
+PAPERS = {"drq": DRQ, "moc": MOC, "retrieval": RETRIEVAL}
 READING = (
     "'Holds': the paired intervals over seeds say so in every comparison, or, where the claim is "
     "about most, in more than half of them with none against. 'Opposite': more than half say the "

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from semid.data.interactions import TIES
 from semid.documents import read_toml, record
 from semid.errors import UsageError, check_choice
 from semid.options import Options, option
 from semid.recommenders.ranking.models import MODELS
+from semid.recommenders.retrieval.networks import MODELS as RETRIEVERS
 from semid.registry import find_recipe
 from semid.reproduce.ranking_grid import METHODS
 from semid.tokenizers.factory import TOKENIZERS
@@ -155,14 +157,79 @@ class MocRecipe(Options):
         return []
 
 
-RECIPES: dict[str, type[DrqRecipe] | type[MocRecipe]] = {"drq": DrqRecipe, "moc": MocRecipe}
+@dataclass(frozen=True, kw_only=True)
+class IdsSpec(TokenizerSpec):
+    """Semantic IDs that next-item models read."""
+
+    unique: str = option(
+        "none",
+        choices=("none", "append", "reassign"),
+        help="What is done about items that share an id, as in 'semid unique'.",
+    )
 
 
-def read_experiment(name: str | Path) -> DrqRecipe | MocRecipe:
+@dataclass(frozen=True, kw_only=True)
+class RetrieverSpec(Options):
+    """A next-item model."""
+
+    name: str = option(help="Name in tables.")
+    kind: str = option(choices=sorted(RETRIEVERS), help="Name of a model.")
+    options: Mapping[str, Any] = option(default_factory=dict, help="Options of the model.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalStage(Options):
+    """A part of the grid; stages run in the recipe's order, the most informative first."""
+
+    models: tuple[str, ...] = option(help="Names of models.")
+    ids: tuple[str, ...] = option((), help="Names of Semantic IDs; empty for models without.")
+    ties: tuple[str, ...] = option(
+        ("file", "shuffle"), choices=TIES, help="Orders of interactions of one time."
+    )
+    seeds: int = option(0, ge=0, help="Number of seeds; 0 takes the recipe's.")
+    data: tuple[str, ...] = option((), help="Names of data sets; empty takes all.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalRecipe(Options):
+    """Next-item models on the ids of several tokenizers."""
+
+    paper: str = option(help="retrieval.")
+    revision: int = option(1, help=_REVISION)
+    quick: bool = option(False, help="Whether this is a toy that must never be quoted.")
+    seeds: int = option(
+        3, ge=1, help="Number of seeds of tokenizer, start and order; the split stays the same."
+    )
+    training: Mapping[str, Any] = option(
+        default_factory=dict, help="Training of the models, beside their defaults."
+    )
+    ids: tuple[IdsSpec, ...] = option((), help="Semantic IDs.")
+    models: tuple[RetrieverSpec, ...] = option((), help="Next-item models.")
+    stages: tuple[RetrievalStage, ...] = option((), help="The grid.")
+    data: tuple[DataSet, ...] = option((), help="Data sets.")
+
+    def _problems(self) -> list[str]:
+        for stage in self.stages:
+            for what in ("models", "ids", "data"):
+                known = [each.name for each in getattr(self, what)]
+                for name in getattr(stage, what):
+                    check_choice(f"stages.{what}", name, known)
+        return []
+
+
+Recipe = DrqRecipe | MocRecipe | RetrievalRecipe
+RECIPES: dict[str, type[Recipe]] = {
+    "drq": DrqRecipe,
+    "moc": MocRecipe,
+    "retrieval": RetrievalRecipe,
+}
+
+
+def read_experiment(name: str | Path) -> Recipe:
     """Read a recipe."""
     file = find_recipe(name, "reproduce/recipes", flag="recipe")
     where = f"recipe '{name}'"
     values = read_toml(file, where=where, error=UsageError, advice="correct the file")
     paper = check_choice(f"paper of {where}", str(values.get("paper")), sorted(RECIPES))
-    recipe: DrqRecipe | MocRecipe = record(RECIPES[paper], values, where, error=UsageError)
+    recipe: Recipe = record(RECIPES[paper], values, where, error=UsageError)
     return recipe

@@ -16,8 +16,13 @@ from semid.reproduce.moc_runs import MocExperiment
 from semid.reproduce.page import Page, make_page, write_page
 from semid.reproduce.pool import Experiment, run_jobs
 from semid.reproduce.recipe import read_experiment
+from semid.reproduce.retrieval_runs import RetrievalExperiment
 
-EXPERIMENTS: dict[str, type[Experiment]] = {"drq": DrqExperiment, "moc": MocExperiment}
+EXPERIMENTS: dict[str, type[Experiment]] = {
+    "drq": DrqExperiment,
+    "moc": MocExperiment,
+    "retrieval": RetrievalExperiment,
+}
 PAPERS = tuple(EXPERIMENTS)
 
 

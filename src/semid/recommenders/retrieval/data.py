@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from semid.codes import SemanticIds
 from semid.data.embeddings import open_embeddings
 from semid.data.ids import ItemIds, held_out_mask
 from semid.data.interactions import read_interactions
-from semid.data.sequences import Sequences
+from semid.data.sequences import Sequences, offsets_of
 from semid.errors import InteractionsError, UsageError
 
 logger = logging.getLogger(__name__)
@@ -155,6 +156,19 @@ class RetrievalData:
         rows = [self.sequences[user].astype(np.int64) for user in range(len(self.sequences))]
         return [r[:-back][-max_length:] for r in rows], np.array([r[-back] for r in rows], np.int64)
 
+    def training_log(self) -> pa.Table:
+        """Return each user's items before the two targets, one row per user, oldest first.
+
+        Fit tokenizers that learn from interactions on it: ids that learned from the whole log know
+        its targets.
+        """
+        kept = self.sequences.lengths - max(TARGETS.values())
+        from_start = np.arange(len(self.sequences.items))
+        from_start -= np.repeat(self.sequences.offsets[:-1], self.sequences.lengths)
+        rows = self.sequences.items[from_start < np.repeat(kept, self.sequences.lengths)]
+        items = pa.LargeListArray.from_arrays(offsets_of(kept), self.items.ids.strings().take(rows))
+        return pa.table({"user_id": self.sequences.user_ids, "item_id": items})
+
     @property
     def digest(self) -> str:
         """SHA-256 of everything that a run trains on."""
@@ -259,8 +273,9 @@ def _known_only(sequences: Sequences) -> Sequences:
     known = sequences.items >= 0
     owner = np.repeat(np.arange(len(sequences)), sequences.lengths)
     counts = np.bincount(owner[known], minlength=len(sequences))
-    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    return Sequences(sequences.user_ids, offsets, sequences.items[known], sequences.ordered)
+    return Sequences(
+        sequences.user_ids, offsets_of(counts), sequences.items[known], sequences.ordered
+    )
 
 
 def _without_cold(sequences: Sequences, cold: npt.NDArray[np.bool_]) -> Sequences:
@@ -271,8 +286,9 @@ def _without_cold(sequences: Sequences, cold: npt.NDArray[np.bool_]) -> Sequence
     keep = ~cold[sequences.items] | (from_end <= max(TARGETS.values()))
     owner = np.repeat(np.arange(len(sequences)), sequences.lengths)
     counts = np.bincount(owner[keep], minlength=len(sequences))
-    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    warm = Sequences(sequences.user_ids, offsets, sequences.items[keep], sequences.ordered)
+    warm = Sequences(
+        sequences.user_ids, offsets_of(counts), sequences.items[keep], sequences.ordered
+    )
     return warm.select(warm.lengths >= MIN_INTERACTIONS)
 
 
