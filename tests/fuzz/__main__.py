@@ -23,8 +23,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from fuzzing import FAILURES, HANG, OUTCOMES, RAW, Outcome
 
-SECONDS = 20.0
-SILENCE = 60.0  # after which a process that ignores its alarm is stopped
+SECONDS = 20.0  # of CPU time
+SILENCE = 120.0  # of wall time, after which a process that waits for ever is stopped
 CASES_PER_PROCESS = 1500  # a fresh process now and then: memory that leaks is given back
 
 

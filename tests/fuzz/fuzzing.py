@@ -30,7 +30,7 @@ RAW, WRONG, HANG, BROKEN = "raw traceback", "silent wrong", "hang", "broken gene
 OUTCOMES = (CLEAR, ACCEPTED, RAW, WRONG, HANG, BROKEN)
 FAILURES = (RAW, WRONG, HANG, BROKEN)
 
-SECONDS = 20
+SECONDS = 20  # of CPU time: other work on the machine makes no hang
 MEMORY = 3 << 29  # 1.5 GiB above what the process holds already
 MAX_LINES = 20  # of an error message
 
@@ -154,22 +154,20 @@ def plain_logging() -> Iterator[None]:
 
 @contextlib.contextmanager
 def limited(seconds: float) -> Iterator[None]:
-    """Raise `Hang` after ``seconds``, and MemoryError for absurd sizes."""
-    # On a machine that others use too, a second of work takes several.
-    seconds *= max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+    """Raise `Hang` after ``seconds`` of CPU time, and MemoryError for absurd sizes."""
 
     def over(signum: int, frame: FrameType | None) -> None:
         raise Hang(f"longer than {seconds:g} s")
 
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    before = signal.signal(signal.SIGALRM, over)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+    before = signal.signal(signal.SIGPROF, over)
+    signal.setitimer(signal.ITIMER_PROF, seconds, 1.0)
     try:
         resource.setrlimit(resource.RLIMIT_DATA, (_data_bytes() + MEMORY, hard))
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
