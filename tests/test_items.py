@@ -249,6 +249,14 @@ def test_ids_as_string_views():
     assert log.item_ids.to_pylist() == ["b", "a"]
 
 
+def test_texts_of_numpy_keep_what_follows_a_nul():
+    names = np.array(["a\x00b", "a\x00c"])
+    assert load_ids(names).strings().to_pylist() == names.tolist()
+    assert ItemIds(names).index_of(names[::-1]).tolist() == [1, 0]
+    log = read_interactions({"user_id": names, "item_id": names})
+    assert log.item_ids.to_pylist() == names.tolist()
+
+
 def test_frames_whose_ids_are_no_arrow_values():
     for ids, message in (
         ([2**70, 1], r"'item_id' of the pandas table .*beyond 64 bits.*frame\['item_id'\]"),

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from semid.errors import EmbeddingError, UsageError, brief, nearest_name
@@ -102,6 +103,13 @@ def _to_large_text(table: pa.Table, name: str) -> pa.Table:
         return table
     field = table.schema.field(number).with_type(pa.large_string())
     return table.set_column(number, field, table.column(number).cast(pa.large_string()))
+
+
+def whole_text(values: Any) -> Any:
+    """Return numpy's text of one width as objects, of which Arrow keeps what follows a NUL."""
+    if isinstance(values, np.ndarray) and values.dtype.kind == "U":
+        return values.astype(object)
+    return values
 
 
 def normalize_ids(column: Any) -> Any:

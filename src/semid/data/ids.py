@@ -24,6 +24,7 @@ from semid.data.columns import (
     id_type_problem,
     is_text,
     normalize_ids,
+    whole_text,
 )
 from semid.errors import IdsError, UsageError
 
@@ -322,7 +323,8 @@ def _to_arrow(values: Any, source: str, *, allow_null: bool = False) -> Any:
         if isinstance(values, np.ndarray) and values.ndim != 1:
             raise IdsError(f"{source} have shape {values.shape}; ids are one value per item")
         try:
-            array = pa.array(values, type=pa.large_string() if len(values) == 0 else None)
+            kind = pa.large_string() if len(values) == 0 else None
+            array = pa.array(whole_text(values), type=kind)
         except ARROW_CONVERSION_ERRORS as error:
             raise IdsError(
                 f"{source}: the sequence {conversion_problem(error, '[str(x) for x in ids]')}"

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from semid.data.columns import id_type_problem, is_list, normalize_ids
+from semid.data.columns import id_type_problem, is_list, normalize_ids, whole_text
 from semid.data.ids import ItemIds, hash_strings, mix_hashes, share_mask
 from semid.data.sequences import Sequences, offsets_of
 from semid.data.tables import Table, open_table
@@ -311,7 +311,7 @@ def split_users(users: Any, *, salt: str = "users") -> np.ndarray:
     the others unchanged; another salt gives an independent split.
     """
     # Ids as text: the user 7 belongs to the same part as the user "7".
-    array = users if isinstance(users, pa.Array | pa.ChunkedArray) else pa.array(users)
+    array = users if isinstance(users, pa.Array | pa.ChunkedArray) else pa.array(whole_text(users))
     if pa.types.is_dictionary(array.type):
         array = array.cast(array.type.value_type)
     hashes = hash_strings(array.cast(pa.large_string()), salt=salt)

@@ -23,6 +23,7 @@ from semid.data.columns import (
     refuse_repeated,
     require_column,
     storage,
+    whole_text,
 )
 from semid.data.files import HEAD_BYTES, UNKNOWN, ParquetFiles, recognize, wrong_format
 from semid.data.list_sources import ObjectChunk
@@ -192,7 +193,7 @@ def open_table(
         )
     if isinstance(source, dict):
         try:
-            source = pa.table(source)
+            source = pa.table({name: whole_text(column) for name, column in source.items()})
         except (*ARROW_CONVERSION_ERRORS, ValueError) as failure:
             raise UsageError(
                 f"{what} cannot be read as columns of equal length: {brief(failure)}"
