@@ -388,7 +388,8 @@ def record_tokenizer(
     decoded = tokenizer.decode(ids.codes)
     record.array("decoded", decoded, exact=exact)
     record.number("mean square of decoded", float(np.square(decoded, dtype=np.float64).mean()))
-    record.document("report", tokenizer.report.to_dict(), only=FIT_NUMBERS)
+    if tokenizer.report is not None:
+        record.document("report", tokenizer.report.to_dict(), only=FIT_NUMBERS)
     tokenizer.save(folder / "model")
     config = json.loads((folder / "model" / "config.json").read_text())
     for noise in ("fit_report", "tensors"):
@@ -415,6 +416,9 @@ def fused() -> Any:
         category_width=8,
     )
 
+
+EXACT = ("rqkmeans", "pq", "codebooks")
+"""Tokenizers whose results are equal on every machine."""
 
 TOKENIZERS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "rqkmeans greedy": (lambda: semid.RQKMeans(**LEVELS), {}),
@@ -466,6 +470,32 @@ TOKENIZERS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     ),
     "rqkmeans trained with a beam": (
         lambda: semid.RQKMeans(**LEVELS, beam_width=3, train_with_beam=True),
+        {},
+    ),
+    "pq": (
+        lambda: semid.PQ(n_codebooks=5, codebook_size=16, kmeans={"n_init": 2}),
+        {"weights": draw(32, ITEMS, 5).astype(np.float64)},
+    ),
+    "opq": (lambda: semid.OPQ(n_codebooks=4, codebook_size=16, center=True, rotation_iter=3), {}),
+    "codebooks of levels": (lambda: semid.Codebooks(**LEVELS, beam_width=3, center=True), {}),
+    "codebooks, parallel": (lambda: semid.Codebooks(**LEVELS, combine="mean"), {}),
+    "codebooks, side by side": (
+        lambda: semid.Codebooks(**LEVELS, combine="concat", normalize=True),
+        {},
+    ),
+    "pipeline of drqvae and opq": (
+        lambda: semid.Pipeline(
+            encoder=semid.DRQVAE(levels=1, codebook_size=16, contrastive_weight=0.1,
+                                 pairs_per_step=64, **SMALL),
+            quantizer=semid.OPQ(n_codebooks=3, codebook_size=16, rotation_iter=2),
+        ),
+        {"interactions": "log"},
+    ),
+    "pipeline of rqvae and rqgmm": (
+        lambda: semid.Pipeline(
+            encoder={"tokenizer": "rqvae", "levels": 1, "codebook_size": 16, **SMALL},
+            quantizer={"tokenizer": "rqgmm", "codebook_size": 16, "max_em_iter": 3},
+        ),
         {},
     ),
     "fsq": (lambda: semid.FSQ(dimension_levels=(4, 5), groups=2, **GRID), {}),
@@ -540,11 +570,25 @@ def tokenizer_case(name: str, make: Callable[[], Any], fit: dict[str, Any]) -> N
         given = {k: inputs[v]() if isinstance(v, str) else v for k, v in fit.items()}
         source = given.pop("source", world.source)
         tokenizer = make().fit(source, **given)
-        record_tokenizer(tokenizer, source, folder, record, exact=name.startswith("rqkmeans"))
+        record_tokenizer(tokenizer, source, folder, record, exact=name.startswith(EXACT))
 
 
 for _name, (_make, _fit) in TOKENIZERS.items():
     tokenizer_case(_name, _make, _fit)
+
+
+@case("given codebooks")
+def given_codebooks(world: World, folder: Path, record: Record) -> None:
+    """Make a tokenizer of arrays, with a map before them."""
+    x = world.x[:ITEMS]
+    tokenizer = semid.from_codebooks(
+        [x[:16, :5], x[20:44, 3:7], x[50:58, 7:14]],
+        combine="concat",
+        mean=x[0],
+        projection=np.eye(WIDTH, dtype=np.float32)[::-1],
+        offset=x[1],
+    )
+    record_tokenizer(tokenizer, world.source, folder, record, exact=False)
 
 
 def refine_case(name: str) -> None:

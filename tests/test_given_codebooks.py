@@ -108,6 +108,8 @@ BAD = {
     "three axes": ([np.zeros((2, 3, 4))], {}, r"arrays\[0\] has shape \(2, 3, 4\)"),
     "words": ([[["a", "b"]]], {}, "holds no numbers"),
     "not finite": ([np.full((2, 2), np.nan)], {}, "NaN"),
+    "too long": ([np.full((2, 4), 1e30)], {}, "length 2e\\+30"),
+    "long offset": ([np.zeros((2, 4))], {"offset": np.full(4, 1e30)}, "offset holds a vector"),
     "widths": ([np.zeros((2, 3)), np.zeros((2, 4))], {}, "widths"),
     "combine": ([np.zeros((2, 3))], {"combine": "max"}, "combine"),
     "mean": ([np.zeros((2, 3))], {"mean": np.zeros(4)}, "mean has shape"),
@@ -232,6 +234,7 @@ def test_grid_checkpoints_scale_residuals_and_run_no_code(x, tmp_path, stored):
     loaded = semid.load(tmp_path / "model")
     np.testing.assert_array_equal(loaded.encode(x).codes, expected)
     assert semid.diagnose(loaded, x, explorer=False).model.kind == "codebooks"
+    assert loaded.has_encoder_module == (stored is False)
     if stored is not False:
         for refused in (
             lambda: semid.refine(loaded, x),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -30,18 +30,32 @@ TRAINING: dict[str, Any] = {"epochs": 8, "batch_size": 128, "learning_rate": 3e-
 NETWORK: dict[str, Any] = {"network": {"hidden": (32,)}, "training": TRAINING}
 
 
-def serve(tokenizer: semid.Tokenizer, x: np.ndarray, folder: Path) -> None:
-    """Take a tokenizer to pages, heads, unique ids and other programs (the rest: the contract)."""
-    ids = tokenizer.encode(x)
-    diagnosis = semid.diagnose(tokenizer, x)
-    side_by_side({"one": diagnosis, "two": diagnosis}).write(folder / "compared.html")
-    error = ((x - tokenizer.decode(ids)) ** 2).sum() / ((x - x.mean(0)) ** 2).sum()
+GRID: dict[str, Any] = {"dimension_levels": (8, 5), "groups": 2, **NETWORK}
+SERVED: dict[str, Callable[[], semid.Tokenizer]] = {
+    "fsq": lambda: semid.FSQ(**GRID),
+    "fsq-dimensions": lambda: semid.FSQ(codes_per="dimension", **GRID),
+    "fsq-stages": lambda: semid.FSQ(stages=2, **GRID),
+    "opq": lambda: semid.OPQ(n_codebooks=5, codebook_size=16, rotation_iter=2),
+    "rqgmm": lambda: semid.RQGMM(codebook_size=16, levels=2),
+}
+
+
+@pytest.mark.parametrize("make", SERVED.values(), ids=SERVED)
+def test_it_serves(make, clustered, tmp_path):
+    """It gets pages, heads, unique ids and other programs (the rest: the contract)."""
+    tokenizer = make().fit(clustered)
+    ids = tokenizer.encode(clustered)
+    diagnosis = semid.diagnose(tokenizer, clustered)
+    side_by_side({"one": diagnosis, "two": diagnosis}).write(tmp_path / "compared.html")
+    rest = clustered - tokenizer.decode(ids)
+    error = (rest**2).sum() / ((clustered - clustered.mean(0)) ** 2).sum()
     np.testing.assert_allclose(diagnosis.reconstruction.relative_error["all"], error, rtol=1e-3)
-    assert len(np.unique(semid.make_unique(ids).ids.codes, axis=0)) == len(x)
-    head = semid.DecodeHead.fit(ids, x)
+    assert len(np.unique(semid.make_unique(ids).ids.codes, axis=0)) == len(clustered)
+    head = semid.DecodeHead.fit(ids, clustered)
     assert head.error is not None
     assert head.error < 1
-    semid.export("torcheasyrec", folder / "rec", ids=ids, tokenizer=tokenizer)
+    semid.export("torcheasyrec", tmp_path / "rec", ids=ids, tokenizer=tokenizer)
+    assert (tmp_path / "rec").exists()
 
 
 # FSQ ------------------------------------------------------------------------------------------
@@ -114,16 +128,6 @@ def test_fsq_of_one_stage_is_parallel(fsq, clustered):
     assert not single.hierarchical
     with pytest.raises(UsageError, match="parallel"):
         single.encode(clustered, beam_width=2)
-
-
-@pytest.mark.parametrize("codes_per", ["group", "dimension"])
-def test_fsq_serves(codes_per, clustered, tmp_path):
-    grid = {"dimension_levels": (8, 5), "groups": 2, "codes_per": codes_per}
-    serve(semid.FSQ(**grid, **NETWORK).fit(clustered), clustered, tmp_path)
-
-
-def test_fsq_of_several_stages_serves(fsq, clustered, tmp_path):
-    serve(fsq, clustered, tmp_path)
 
 
 def test_fsq_can_be_refined_and_saved(fsq, clustered, tmp_path):
@@ -240,10 +244,6 @@ def stretched(count: int, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
     labels = generator.integers(0, 2, count)
     noise = generator.normal(size=(count, 4)) * [0.5, 4.0, 4.0, 0.5]
     return (noise + np.outer(labels, [3.0, 0, 0, 3.0])).astype(np.float32), labels
-
-
-def test_rqgmm_serves(clustered, tmp_path):
-    serve(semid.RQGMM(codebook_size=16, levels=2).fit(clustered), clustered, tmp_path)
 
 
 def test_rqgmm_has_no_beam_and_no_refinement(clustered):

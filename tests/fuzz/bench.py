@@ -15,6 +15,8 @@ import pyarrow.csv as pc
 import pyarrow.parquet as pq
 from fuzzing import cli
 
+import semid
+
 ITEMS, DIM, LEVELS, SIZE, USERS = 48, 6, 2, 8, 20
 
 
@@ -43,8 +45,6 @@ class Bench:
 
     def model(self, name: str) -> Any:
         """Return a loaded model."""
-        import semid
-
         if name not in self.loaded:
             self.loaded[name] = semid.load(self.path / name)
         return self.loaded[name]
@@ -97,6 +97,10 @@ def make_bench(path: Path) -> Bench:
     pc.write_csv(log, path / "log.csv")
     (path / "ids.txt").write_text("\n".join(items["item_id"].to_pylist()) + "\n", encoding="utf8")
     (path / "recipe.toml").write_text(RECIPE, encoding="utf8")
+    (path / "pipeline.toml").write_text(PIPELINE, encoding="utf8")
+    semid.from_codebooks(
+        [x[:SIZE, :4], x[SIZE : 2 * SIZE, 4:]], combine="concat", mean=x[0], projection=np.eye(DIM)
+    ).save(path / "codebooks")
     small = ("--levels", LEVELS, "--codebook-size", SIZE, "-q")
     net = ("--tokenizer", "rqvae", "--epochs", 1, "--latent", 4)
     table, ids = path / "items.parquet", path / "ids.parquet"
@@ -104,6 +108,7 @@ def make_bench(path: Path) -> Bench:
         ("fit", table, *small, "-o", path / "rqkmeans"),
         ("fit", table, *small, "-o", path / "other", "--seed", 1),
         ("fit", table, *small, *net, "-o", path / "rqvae"),
+        ("fit", table, "--recipe", path / "pipeline.toml", "-q", "-o", path / "pipeline"),
         ("encode", path / "rqkmeans", table, "-o", ids, "-q"),
         ("unique", ids, "-o", path / "unique.parquet", "-q"),
         (
@@ -160,4 +165,24 @@ learning_rate = 0.001
 schedule = "cosine"
 patience = 3
 precision = "fp32"
+"""
+
+PIPELINE = """\
+tokenizer = "pipeline"
+seed = 0
+validation_fraction = 0.05
+
+[encoder]
+tokenizer = "drqvae"
+levels = 1
+codebook_size = 8
+network = {hidden = [8], latent = 4, pretrain_epochs = 1}
+training = {epochs = 1, batch_size = 16}
+
+[quantizer]
+tokenizer = "opq"
+n_codebooks = 2
+codebook_size = 8
+rotation_iter = 2
+kmeans = {max_iter = 3}
 """

@@ -369,30 +369,43 @@ def _interrupt(random: Random, command: list[Any]) -> None:
 # Constructors --------------------------------------------------------------------------------
 
 
+TOKENIZERS = ("RQKMeans", "RQVAE", "VQVAE", "RQPVAE", "DRQVAE", "MoCVAE", "PQ", "OPQ", "FSQ",
+              "RQGMM", "Codebooks", "Pipeline")  # fmt: skip
+SMALL: dict[str, Any] = {
+    "levels": 2,
+    "n_codebooks": 2,
+    "codebook_size": 8,
+    "rotation_iter": 2,
+    "dimension_levels": (2, 4),
+    "training": {"epochs": 1, "batch_size": 16},
+    "network": {"hidden": (8,), "latent": 4},
+    "kmeans": {"max_iter": 3},
+    "encoder": {"tokenizer": "drqvae", "levels": 1, "codebook_size": 8,
+                "training": {"epochs": 1, "batch_size": 16}, "network": {"latent": 4}},
+    "quantizer": {"tokenizer": "pq", "n_codebooks": 2, "codebook_size": 8},
+}  # fmt: skip
+NESTED = {"training": semid.TrainOptions, "network": semid.AutoencoderConfig,
+          "kmeans": semid.KMeansOptions, "encoder": semid.DRQVAE,
+          "quantizer": semid.PQ}  # fmt: skip
+
+
 def constructor(random: Random, bench: Bench, work: Path) -> Case:
     """A public class or function with an argument of any value, and the use of what it makes."""
     name = random.choice(
-        ("RQKMeans", "RQVAE", "VQVAE", "RQPVAE", "DRQVAE", "MoCVAE", "KMeansOptions",
-        "TrainOptions",
-         "AutoencoderConfig", "RankerConfig", "RankingDataConfig", "CodeFeatures", "RefineOptions")
+        (*TOKENIZERS, "KMeansOptions", "TrainOptions", "AutoencoderConfig", "RankerConfig",
+         "RankingDataConfig", "CodeFeatures", "RefineOptions")
     )  # fmt: skip
     made = getattr(semid, name)
     known = _parameters(made)
     arguments: dict[str, Any] = {}
-    tokenizer = name.isupper() or name in ("RQKMeans", "MoCVAE")
+    tokenizer = name in TOKENIZERS
     if tokenizer:
-        arguments["n_codebooks" if "n_codebooks" in known else "levels"] = 2
-        arguments["codebook_size"] = 8
-        if "training" in known:
-            arguments["training"] = {"epochs": 1, "batch_size": 16}
-            arguments["network"] = {"hidden": (8,), "latent": 4}
-        if "kmeans" in known:
-            arguments["kmeans"] = {"max_iter": 3}
+        arguments = {key: argument for key, argument in SMALL.items() if key in known}
+        if name == "FSQ":
+            arguments["network"] = {"hidden": (8,)}
     for key in random.sample(sorted(known), min(len(known), random.choice((1, 1, 2)))):
         if isinstance(arguments.get(key), dict) and random.random() < 0.8:
-            options = _parameters({
-                "training": semid.TrainOptions, "network": semid.AutoencoderConfig,
-                "kmeans": semid.KMeansOptions}[key])  # fmt: skip
+            options = _parameters(NESTED[key])
             inner = random.choice([*sorted(options), "bogus"])
             arguments[key] = {**arguments[key], inner: _argument(random, inner)}
         else:

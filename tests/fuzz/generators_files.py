@@ -15,10 +15,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from bench import ITEMS, Bench
+from bench import DIM, ITEMS, Bench
 from fuzzing import Case, cli, expect
 from values import (
     JSON_BODIES,
+    SLOW,
     TEXTS,
     arrow_ids,
     json_bytes,
@@ -56,7 +57,7 @@ def in_range(ids: SemanticIds) -> None:
 
 def artefact(random: Random, bench: Bench, work: Path) -> Case:
     """A saved tokenizer with bytes, keys, types or sizes changed."""
-    name = random.choice(("rqkmeans", "rqvae"))
+    name = random.choice(("rqkmeans", "rqvae", "pipeline", "codebooks"))
     folder = bench.copy(name, work / "model")
     weights = False
     if random.random() < 0.75:
@@ -297,21 +298,32 @@ def _toml(v: Any) -> str:
     return json.dumps(v) if v is not None else '"none"'
 
 
+def _short(document: Any) -> Any:
+    """Return a document in which no number asks for hours of work."""
+    if not isinstance(document, dict):
+        return document
+    slow = {
+        k: v for k, v in document.items() if k in {*SLOW, "latent"} and isinstance(v, int | float)
+    }
+    return {k: 2 if k in slow and v > 9 else _short(v) for k, v in document.items()}
+
+
 def recipe(random: Random, bench: Bench, work: Path) -> Case:
     """A recipe in TOML with values of any type, and the fit by it."""
     import tomllib
 
     file = work / "recipe.toml"
+    base = bench / random.choice(("recipe.toml", "recipe.toml", "pipeline.toml"))
     kind = random.random()
     if kind < 0.15:
         body = random.choice(TOML_BODIES)
         text = repr(body[:60])
     elif kind < 0.3:
-        body = mutate_bytes(random, (bench / "recipe.toml").read_bytes())
-        text = "bytes changed"
+        body = mutate_bytes(random, base.read_bytes())
+        text = f"{base.name}: bytes changed"
     else:
-        document = tomllib.loads((bench / "recipe.toml").read_text(encoding="utf8"))
-        if random.random() < 0.4:
+        document = tomllib.loads(base.read_text(encoding="utf8"))
+        if base.name == "recipe.toml" and random.random() < 0.4:
             document["tokenizer"] = random.choice(
                 ("rqkmeans", "vqvae", "rqpvae", "drqvae", "mocvae")
             )
@@ -325,11 +337,15 @@ def recipe(random: Random, bench: Bench, work: Path) -> Case:
             )
             document[key] = json_value(random)
             text += f", {key} = {document[key]!r:.40}"
+        if base.name == "pipeline.toml":
+            document = _short(document)
         lines = [f"{json.dumps(k)} = {_toml(v)}" for k, v in document.items()]
         body = "\n".join(lines).encode("utf8", "surrogatepass")
     file.write_bytes(body)
     # Flags win over the recipe: what would only take long is set here.
     flags: list[Any] = ["--max-iter", 3] if b"rqkmeans" in body else ["--epochs", 1]
+    if base.name == "pipeline.toml":
+        flags = []
     if re.search(rb'levels"? *= *[+]?[0-9]{3}', body):
         flags += ["--levels", 2]
     out = work / "model"
@@ -434,6 +450,83 @@ def _mutate_grid(random: Random, bench: Bench, file: Path) -> str:
     dense = isinstance(thing, torch.Tensor) and not thing.is_nested
     shape = thing.shape if dense else ""
     return f"{type(thing).__name__} {getattr(thing, 'dtype', '')} {shape}"
+
+
+CODEBOOK_NAMES = {
+    "openonerec": "centroids.{}",
+    "torcheasyrec": "model.quantizer.layers.{}.centroids",
+    "grid-checkpoint": "quantization_layer_list.{}.centroids",
+}
+
+
+def codebooks(random: Random, bench: Bench, work: Path) -> Case:
+    """Codebooks of another program, as arrays or in a file, some of them no codebooks."""
+    source = random.choice((None, None, None, *CODEBOOK_NAMES))
+    combine = "sum" if source else random.choice(("sum", "mean", "concat"))
+    widths = random.choice(((4, 2), (1, 1, 4))) if combine == "concat" else (DIM,) * 2
+    books: list[Any] = [rows_of(random, random.choice((2, 5, 40)), width) for width in widths]
+    scale = random.choice((1.0, 1.0, 1.0, 1e-20, 1e15, 1e30))
+    books = [book * np.float32(scale) for book in books]
+    options: dict[str, Any] = {}
+    given = {
+        "mean": random.choice((np.ones(DIM), np.ones(DIM - 1), np.full(DIM, math.nan), "x")),
+        "projection": random.choice((np.eye(DIM)[::-1], np.zeros((DIM, DIM)), np.eye(DIM - 1))),
+        "offset": random.choice((np.ones(DIM), np.ones(DIM + 1), np.full(DIM, 1e30))),
+        "beam_width": random.choice((2, 50, 0, value(random))),
+        "normalize": True,
+        "threads": value(random),
+    }
+    for name in random.sample(sorted(given), random.choice((0, 1, 1, 2))):
+        options[name] = given[name]
+    if random.random() < 0.3:
+        strange = (
+            books[0][:, :1], books[0][:1], books[0][None], books[0] * math.nan, books[0].tolist(),
+            books[0].astype("f8"), torch.from_numpy(books[0]), books[0].astype(str), value(random),
+            books[0].astype(">f8"), np.asfortranarray(books[0]), books[0][::-1], books[0] > 0,
+        )  # fmt: skip
+        books[0] = random.choice(strange)
+    file = work / "books.pt"
+    text = f"{source} {combine} {[np.shape(book) for book in books]} x {scale:g}, {options!r:.60}"
+    if source is not None:
+        options = {"normalize_residuals": random.choice((None, False))}
+        named = {
+            CODEBOOK_NAMES[source].format(k): torch.as_tensor(book.copy())
+            for k, book in enumerate(books)
+            if isinstance(book, np.ndarray) and book.dtype in (np.float32, np.float64)
+        }
+        torch.save(random.choice((named, named, {"state_dict": named}, [named])), file)
+        if random.random() < 0.4:
+            file.write_bytes(mutate_bytes(random, file.read_bytes()))
+            text += ", bytes changed"
+
+    def call() -> Any:
+        if source is None:
+            return semid.from_codebooks(books, combine=combine, **options)
+        return semid.import_codebooks(source, file, **options)
+
+    def check(model: Any) -> None:
+        if model.dim != DIM:  # codebooks of one width may be narrower
+            return
+        ids = model.encode(bench.rows)
+        in_range(ids)
+        expect(np.isfinite(ids.residual_norms).all(), "a residual norm is not finite")
+        expect(np.isfinite(model.decode(ids)).all(), "a decoded vector is not finite")
+        if model.beam_width > 1 or model.settings["normalize_residuals"]:
+            return
+        rest = model.latent(bench.rows).astype(float)
+        for level, (book, columns) in enumerate(
+            zip(model.codebooks, model.latent_slices, strict=True)
+        ):
+            distances = ((rest[:, None, columns] - book.astype(float)) ** 2).sum(2)
+            chosen = distances[np.arange(len(rest)), ids.codes[:, level]]
+            expect(np.allclose(chosen, distances.min(1)), "a code is not the nearest codeword")
+            if model.combine == "sum":
+                rest = (rest - book[ids.codes[:, level]]).astype(np.float32).astype(float)
+        model.save(work / "model")
+        loaded = semid.load(work / "model").encode(bench.rows)
+        expect(np.array_equal(loaded.codes, ids.codes), "loaded is not saved")
+
+    return Case(text, call, check, outputs=[file])
 
 
 def export(random: Random, bench: Bench, work: Path) -> Case:

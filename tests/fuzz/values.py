@@ -30,7 +30,8 @@ OBJECTS: tuple[Any, ...] = (
     b"x", [[1]], np.float32(2.0), np.int64(2), np.array([1, 2]),
 )  # fmt: skip
 SLOW = {"epochs", "levels", "n_codebooks", "max_iter", "n_init", "n_local_trials", "rounds",
-        "annealing_rounds", "seeds", "scales"}  # fmt: skip
+        "annealing_rounds", "seeds", "scales", "rotation_iter", "max_em_iter", "stages", "groups",
+        "pretrain_epochs", "hidden"}  # fmt: skip
 """Options and arguments whose large values only take long, which is no fault."""
 
 JSON_BODIES: tuple[bytes, ...] = (

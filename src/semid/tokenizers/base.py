@@ -60,8 +60,7 @@ Weights = npt.NDArray[np.float64]
 class Tokenizer(StoredTokenizer):
     """Base of every tokenizer; constructor arguments are fields, see `semid.options`.
 
-    It follows scikit-learn: ``clone``, ``get_params``, ``set_params``, `fit_transform` and
-    ``Pipeline`` work.
+    It follows scikit-learn: ``clone``, ``set_params``, `fit_transform` and ``Pipeline`` work.
 
     Attributes:
         kind: name in artefacts and on the command line.
@@ -70,8 +69,7 @@ class Tokenizer(StoredTokenizer):
             ``concat``. `latent_slices` says which columns of the latent each codebook quantizes.
         encodes_nearest: whether a code is the nearest codeword to what its codebook quantizes;
             `score_terms` says what decides where it is not.
-        behavior_argument: argument whose value 0 turns learning from behavior off; None for
-            tokenizers that learn from embeddings alone.
+        behavior_argument: argument whose value 0 turns learning from behavior off, or None.
         has_decoder: whether `decode_latent` works.
         can_warm_start: whether `fit_again` can start from the codebooks of the fit before.
         fits_shards: whether `fit_rows` fits rows that lie in several processes or machines.
@@ -163,6 +161,11 @@ class Tokenizer(StoredTokenizer):
     def decode_behavior(self, codes: Any) -> Array:
         """Return directions of behavior ``(n, latent)`` that codes stand for."""
         raise UsageError(f"{self.kind} decodes no behavior; fit barq with interactions or pairs")
+
+    @property
+    def has_encoder_module(self) -> bool:
+        """Whether `encoder_module` works."""
+        return type(self).encoder_module is not Tokenizer.encoder_module
 
     def encoder_module(self) -> nn.Module:
         """Return the module from rows ``(batch, dim)`` to latents ``(batch, latent)``, for export.
@@ -359,8 +362,7 @@ class Tokenizer(StoredTokenizer):
         """Give every row its codes; rows need not have been seen by `fit`.
 
         Args:
-            source: embeddings ``(items, dim)`` as for `fit`; a single ``(dim,)`` vector is one
-                item.
+            source: embeddings ``(items, dim)`` as for `fit`, or the ``(dim,)`` vector of one item.
             ids: item ids for a source that has none.
             beam_width: partial codes kept per row; None takes the tokenizer's own.
             progress: callback that receives progress events.

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from semid.data.blocks import MAX_NORM
 from semid.data.source import EmbeddingSource
 from semid.errors import UsageError, check_choice
 from semid.options import option
@@ -212,6 +213,11 @@ class Codebooks(ResidualTokenizer):
                 "know; refine codebooks without normalize_residuals"
             )
 
+    @property
+    def has_encoder_module(self) -> bool:
+        """Whether `encoder_module` works."""
+        return not self.normalize_residuals
+
     def encoder_module(self) -> nn.Module:
         """Return preprocessing and map as a module that can be exported.
 
@@ -220,7 +226,7 @@ class Codebooks(ResidualTokenizer):
             UsageError: with ``normalize_residuals``, which the exported search does not know.
         """
         _ = self.dim
-        if self.normalize_residuals:
+        if not self.has_encoder_module:
             raise UsageError(
                 "codebooks with normalize_residuals have no encoder graph: the exported search "
                 "does not scale residuals"
@@ -284,6 +290,12 @@ def _matrix(array: Any, name: str, *, ndim: int = 2) -> Array:
         raise UsageError(f"{name} has shape {matrix.shape}; give {expected}")
     if not np.isfinite(matrix).all():
         raise UsageError(f"{name} holds NaN or infinite values; give finite numbers")
+    longest = float(np.linalg.norm(matrix.astype(np.float64), axis=-1).max())
+    if longest > MAX_NORM:
+        raise UsageError(
+            f"{name} holds a vector of length {longest:.3g}, above {MAX_NORM:g}, whose squared "
+            "distances overflow float32; scale codebooks and embeddings down"
+        )
     return matrix
 
 

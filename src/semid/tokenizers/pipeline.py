@@ -246,6 +246,11 @@ class Pipeline(Tokenizer):
     def _quantize_codes(self, codes: npt.NDArray[np.int64]) -> Array:
         return self._quantizer._quantize_codes(codes)
 
+    @property
+    def has_encoder_module(self) -> bool:
+        """Whether `encoder_module` works: where it does for both."""
+        return self._encoder.has_encoder_module and self._quantizer.has_encoder_module
+
     def encoder_module(self) -> nn.Module:
         """Return both encoders, one after the other, as a module.
 
