@@ -58,6 +58,48 @@ def test_it_serves(make, clustered, tmp_path):
     assert (tmp_path / "rec").exists()
 
 
+def degenerate() -> dict[str, np.ndarray]:
+    """Return rows ``(600, 12)`` or ``(40, 60)`` that leave little to cluster in some columns."""
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(600, 12))
+    few, constant, lone = x.copy(), x.copy(), x.copy()
+    few[:, :4] = np.repeat(generator.normal(size=(5, 4)), 120, axis=0)
+    constant[:, :4], lone[:, 1:] = 7.0, 3.0
+    rows = {
+        "fewer values than codes in a part": few,
+        "a part without variance": constant,
+        "one column with variance": lone,
+        "low rank": x[:, :3] @ generator.normal(size=(3, 12)),
+        "more columns than rows": generator.normal(size=(40, 60)),
+        "far from the origin": x + 1e6,
+        "zeros": np.where(np.arange(600)[:, None] % 2, x, 0.0),
+    }
+    return {name: each.astype(np.float32) for name, each in rows.items()}
+
+
+ON_DEGENERATE: dict[str, Callable[[], semid.Tokenizer]] = {
+    "pq": lambda: semid.PQ(n_codebooks=5, codebook_size=16),
+    "opq": lambda: semid.OPQ(n_codebooks=5, codebook_size=16, rotation_iter=3, center=True),
+    "codebooks": lambda: semid.Codebooks(levels=5, codebook_size=16, combine="concat"),
+    "rqgmm": lambda: semid.RQGMM(codebook_size=16, max_em_iter=5),
+    "rqgmm-spherical": lambda: semid.RQGMM(codebook_size=16, max_em_iter=5, covariance="spherical"),
+    "balanced": lambda: semid.RQKMeans(codebook_size=16, balance={"mode": "hard", "rounds": 4}),
+    "beam": lambda: semid.RQKMeans(codebook_size=16, beam_width=3, train_with_beam=True),
+}
+
+
+@pytest.mark.parametrize("make", ON_DEGENERATE.values(), ids=ON_DEGENERATE)
+@pytest.mark.parametrize("rows", degenerate().values(), ids=degenerate())
+def test_rows_that_leave_little_to_cluster_are_fitted(rows, make):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing divides by 0 or overflows
+        model = make().fit(rows)
+        ids = model.encode(rows)
+    assert np.isfinite(ids.residual_norms).all()
+    rest = rows - model.decode(ids)
+    assert (rest**2).sum() < 0.5 * ((rows - rows.mean(0, dtype=float)) ** 2).sum()
+
+
 # FSQ ------------------------------------------------------------------------------------------
 
 
@@ -205,10 +247,10 @@ def test_hard_assignments_at_every_scale():
     weights = np.log(generator.dirichlet(np.ones(20))).astype(np.float32)
     a, b, c = Mixture(means, variances, weights).terms()
     expected = (x.astype(float) @ a.T - 0.5 * x.astype(float) ** 2 @ b.T + c).argmax(1)
-    for scale in (1e-12, 1.0, 1e12):
-        scaled = np.float32(scale)
-        mixture = Mixture(means * scaled, variances * scaled**2, weights)
-        assigned = HardAssignment(mixture)(x * scaled)
+    for scale, offset in ((1e-12, 0.0), (1.0, 0.0), (1e12, 0.0), (1.0, 1e5)):
+        scaled, shift = np.float32(scale), np.float32(offset)
+        mixture = Mixture(means * scaled + shift, variances * scaled**2, weights)
+        assigned = HardAssignment(mixture)(x * scaled + shift)
         assert (assigned == expected).mean() > 0.99
 
 
@@ -252,6 +294,14 @@ def test_rqgmm_has_no_beam_and_no_refinement(clustered):
         model.encode(clustered, beam_width=2)
     with pytest.raises(UsageError, match="no argument 'beam_width'"):
         semid.RQGMM(beam_width=2)
+
+
+def test_rqgmm_is_no_index_of_nearest_codewords(clustered, tmp_path):
+    pytest.importorskip("faiss")
+    model = semid.RQGMM(codebook_size=16, levels=2, max_em_iter=2).fit(clustered)
+    with pytest.raises(UsageError, match=r"most probable code.*export to onnx"):
+        semid.export("faiss", tmp_path / "x", ids=model.encode(clustered), tokenizer=model)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_pipeline_knows_that_its_mixture_takes_no_nearest_codewords(clustered):

@@ -194,6 +194,11 @@ def _write_faiss(path: Path, *, ids: SemanticIds, tokenizer: Tokenizer) -> None:
     except ImportError:
         raise MissingExtraError("faiss-cpu", extra="faiss", purpose="the FAISS export") from None
     sizes = tokenizer.codebook_sizes
+    if not tokenizer.encodes_nearest:
+        raise UsageError(
+            f"{tokenizer.kind} takes the most probable code and FAISS the nearest codeword, so its "
+            "index would encode otherwise: export to onnx or torch-export, or fit rqkmeans"
+        )
     if not tokenizer.hierarchical and tokenizer.combine != "concat":
         raise UsageError(
             f"{tokenizer.kind} has parallel codebooks of one latent; FAISS's indexes hold residual "

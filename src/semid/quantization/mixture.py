@@ -238,17 +238,18 @@ class HardAssignment:
     """Finds the component of highest posterior of rows, exactly and each row by itself.
 
     ``log p(x, k)`` is an inner product of ``[x, x^2, 1]`` with a vector of the component, so the
-    search for the largest inner product finds it. Rows and components are divided by one power of
-    two near the components' spread, so that squares of float32 numbers stay in range.
+    search for the largest inner product finds it. Rows and components are shifted to the middle of
+    the means, so that squares keep the digits that tell components apart, and divided by one power
+    of two near the components' spread, so that squares of float32 numbers stay in range.
     """
 
     def __init__(self, mixture: Mixture) -> None:
         spread = float(np.sqrt(mixture.variances.mean(dtype=np.float64)))
-        # Division by a power of two is exact.
+        # Division by a power of two is exact, and so is the shift of what lies far from 0.
         self.scale = np.float32(2.0 ** np.round(np.log2(spread)))
-        scaled = Mixture(
-            mixture.means / self.scale, mixture.variances / self.scale**2, mixture.log_weights
-        )
+        self.shift = mixture.means.mean(axis=0, dtype=np.float64).astype(np.float32)
+        means = (mixture.means - self.shift) / self.scale
+        scaled = Mixture(means, mixture.variances / self.scale**2, mixture.log_weights)
         linear, precisions, offset = scaled.terms()
         self.is_spherical = mixture.variances.shape[1] == 1
         if self.is_spherical:
@@ -262,7 +263,7 @@ class HardAssignment:
 
     def __call__(self, x: Array, *, threads: int | None = None) -> npt.NDArray[np.int64]:
         """Return the components ``(n,)`` of rows ``(n, dim)``; ties go to the lowest."""
-        x = x / self.scale
+        x = (x - self.shift) / self.scale
         squares = x * x
         if self.is_spherical:
             squares = np.einsum("nd,nd->n", x, x, dtype=np.float64)[:, None].astype(np.float32)
