@@ -260,7 +260,7 @@ SEEDS = {"seed", "data_seed", "ties_seed"}
 ZERO = {
     "behavior_weight", "contrastive_weight", "uniformity_weight", "kl_weight", "balance_strength",
     "validation_fraction", "tolerance", "tol", "latent", "rounds", "annealing_rounds", "max_churn",
-    "cold_items", "history", "dropout", "decay", "core", "candidates", "warmup", "weight_decay",
+    "cold_items", "cold_slots", "history", "dropout", "decay", "core", "candidates", "warmup", "weight_decay",
     "checkpoint_seconds", "commitment_weight", "pretrain_epochs", "revive_below", "rotation_iter", "em_tol",
 }  # fmt: skip
 UNLIMITED = {

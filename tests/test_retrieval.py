@@ -395,6 +395,42 @@ def test_recommendations_continue_the_walk_and_leave_out_the_history(trained, tm
     assert user.items == retriever.recommend([f"i{item}" for item in history], k=3).items
 
 
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("model", ["text-knn", "composed", "parallel", "generative"])
+def test_slots_are_kept_for_items_that_training_never_saw(model, shared):
+    retriever = fit(model, ids=make_ids(shared=shared), training={"epochs": 1}, cold_items=0.3)
+    cold = {f"i{item}" for item in np.flatnonzero(retriever.items.counts == 0)}
+    history = ["i3", next(iter(sorted(cold)))]
+    # With all items asked for, the same scores say which unseen ones are best.
+    every = retriever.recommend(history, k=ITEMS)
+    plain = retriever.recommend(history, k=6)
+    kept = retriever.recommend(history, k=6, cold_slots=2)
+    assert kept.items[:4] == plain.items[:4]
+    best = [item for item in every.items if item in cold and item not in plain.items[:4]][:2]
+    places = [every.items.index(item) for item in kept.items[4:]]
+    scores = every.scores[places]
+    assert set(kept.items[4:]) <= cold - set(kept.items[:4]) - set(history)
+    assert scores == pytest.approx(every.scores[[every.items.index(item) for item in best]])
+    np.testing.assert_allclose(kept.scores[4:], scores, rtol=1e-5, atol=1e-6)
+    # More slots than there are unseen items: the others take the rest.
+    many = retriever.recommend(history, k=ITEMS - 2, cold_slots=ITEMS - 2)
+    assert sorted(many.items) == sorted(every.items)
+    # A history without a known item has nothing to score unseen items by.
+    assert retriever.recommend([[]], k=3, cold_slots=2)[0].items == (
+        retriever.recommend([[]], k=3)[0].items
+    )
+
+
+def test_slots_that_nothing_can_fill_are_refused(trained):
+    with pytest.raises(UsageError, match="has seen every item"):
+        trained["composed"].recommend(["i3"], cold_slots=1)
+    with pytest.raises(UsageError, match="give 0 to 10"):
+        trained["composed"].recommend(["i3"], cold_slots=11)
+    blind = fit("sasrec", training={"epochs": 1}, cold_items=0.3)
+    with pytest.raises(UsageError, match="sasrec cannot score items"):
+        blind.recommend(["i3"], cold_slots=1)
+
+
 @pytest.mark.parametrize("model", [model for model in OPTIONS if model != "tiger"])
 def test_saved_equals_loaded(model, trained, tmp_path):
     path = trained[model].save(tmp_path / "model")

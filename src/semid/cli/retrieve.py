@@ -236,6 +236,7 @@ def recommend(
     k: Annotated[int, typer.Option("--k", min=1, max=100_000)] = 10,
     include_history: bool = False,
     within_ids: Annotated[str, typer.Option(metavar="popularity|embedding|random")] = "popularity",
+    cold_slots: Annotated[int, typer.Option(min=0, max=100_000)] = 0,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
@@ -252,9 +253,10 @@ def recommend(
         include_history: Items of the user's history may be recommended.
         within_ids: Order of items that share an id: by training interactions, by the embedding's
             distance to the last item (models that read embeddings), or at random.
+        cold_slots: Places at the end for items that training never saw.
     """
     from semid.catalogue.beams import BUCKET_ORDERS
-    from semid.recommenders.retrieval.retriever import write_recommendations
+    from semid.recommenders.retrieval.recommend import write_recommendations
 
     check_choice("--within-ids", within_ids, BUCKET_ORDERS)
     hold_output(output, overwrite=overwrite, inputs=(model, histories))
@@ -276,6 +278,7 @@ def recommend(
             k=k,
             exclude_history=not include_history,
             within_ids=within_ids,
+            cold_slots=cold_slots,
             overwrite=overwrite,
             progress=progress,
         )

@@ -39,6 +39,7 @@ class Popularity(NextItemModel):
 
     options: ClassVar[type[Options]] = ControlOptions
     trains: ClassVar[bool] = False
+    scores_unseen: ClassVar[bool] = False
 
     def __init__(self, items: RetrievalItems, options: ControlOptions) -> None:
         super().__init__(items, by_item=True)

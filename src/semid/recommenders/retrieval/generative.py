@@ -15,7 +15,7 @@ from semid.catalogue.decoding import TorchTrie
 from semid.catalogue.prefixes import PrefixIndex
 from semid.errors import MissingExtraError
 from semid.options import MAX_WIDTH, Options, option
-from semid.recommenders.retrieval.data import Packed, RetrievalItems
+from semid.recommenders.retrieval.data import Ints, Packed, RetrievalItems
 from semid.recommenders.retrieval.layers import Block, CodeSum, Transformer, TransformerOptions
 from semid.recommenders.retrieval.networks import SEARCHED, NextItemModel
 from semid.training.loop import Step
@@ -66,13 +66,20 @@ class Searching(NextItemModel):
         """Histories that `top` takes at once; a search makes no matrix of scores."""
         return SEARCHED
 
-    def search(self, batch: Packed, beams: int) -> BeamIds:
-        """Return the ids that the model scores highest; with a beam per id, of all ids."""
+    def search(self, batch: Packed, beams: int, trie: TorchTrie | None = None) -> BeamIds:
+        """Return the ids that the model scores highest; with a beam per id, of all ids.
+
+        ``trie`` holds the ids that are searched, by default all.
+        """
         raise NotImplementedError
 
-    def top(self, batch: Packed, k: int) -> tuple[Tensor, Tensor]:
+    def top(self, batch: Packed, k: int, among: Ints | None = None) -> tuple[Tensor, Tensor]:
         """Return scores and classes ``(histories, n)`` of the best ids that the search finds."""
-        best = self.search(batch, max(self.beams, k))
+        trie = None
+        if among is not None:
+            chosen = self.distinct.cpu().numpy()[among]
+            trie = TorchTrie(PrefixIndex.build(chosen, sizes=self.sizes)).to(batch.items.device)
+        best = self.search(batch, max(self.beams, k), trie)
         # The leaves of the trie stand in the order of the distinct ids, which are the classes.
         return best.scores.float()[:, :k], best.leaves.clamp(min=0)[:, :k]
 
@@ -135,7 +142,7 @@ class Generative(Searching):
         ]
         return Step(torch.stack(losses).mean(), {})
 
-    def search(self, batch: Packed, beams: int) -> BeamIds:
+    def search(self, batch: Packed, beams: int, trie: TorchTrie | None = None) -> BeamIds:
         """Return the ids of the highest log-probability."""
         states = self.start(self._states(batch))
         # One decoder step per level; the first reads the state, the others the code before.
@@ -152,7 +159,9 @@ class Generative(Searching):
             logits: Tensor = self.outputs[level](self.norm(x[:, 0]))
             return logits.float().log_softmax(-1)
 
-        return beam_search(self.trie, step, users=len(batch.places), beams=beams)
+        return beam_search(
+            self.trie if trie is None else trie, step, users=len(batch.places), beams=beams
+        )
 
 
 class Tiger(Searching):
@@ -219,7 +228,7 @@ class Tiger(Searching):
         ]
         return Step(torch.stack(losses).mean(), {})
 
-    def search(self, batch: Packed, beams: int) -> BeamIds:
+    def search(self, batch: Packed, beams: int, trie: TorchTrie | None = None) -> BeamIds:
         """Return the ids of the highest log-probability."""
         tokens, mask = self._inputs(batch)
         encoded = self.t5.encoder(input_ids=tokens, attention_mask=mask).last_hidden_state
@@ -246,4 +255,6 @@ class Tiger(Searching):
             logits: Tensor = output.logits[:, -1, first : first + self.sizes[level]]
             return logits.float().log_softmax(-1)
 
-        return beam_search(self.trie, step, users=len(batch.places), beams=beams)
+        return beam_search(
+            self.trie if trie is None else trie, step, users=len(batch.places), beams=beams
+        )

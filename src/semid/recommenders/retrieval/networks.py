@@ -19,7 +19,7 @@ from torch.nn import functional
 from semid.errors import UsageError
 from semid.options import Options, option
 from semid.quantization.threads import map_blocks
-from semid.recommenders.retrieval.data import Packed, RetrievalItems
+from semid.recommenders.retrieval.data import Ints, Packed, RetrievalItems
 from semid.recommenders.retrieval.layers import (
     CodeSum,
     FullSoftmax,
@@ -102,6 +102,7 @@ class NextItemModel(nn.Module):
         needs: what of `RetrievalItems` the model cannot do without: ``codes`` or ``vectors``.
         trains: whether there is anything to train.
         exact: whether `scores` scores the whole catalogue; else `top` searches.
+        scores_unseen: whether the score of an item that training never saw means something.
         by_item: whether every item is a class of its own.
         classes: ``(items,)`` int64 class of each item.
     """
@@ -110,6 +111,7 @@ class NextItemModel(nn.Module):
     needs: ClassVar[tuple[str, ...]] = ()
     trains: ClassVar[bool] = True
     exact: ClassVar[bool] = True
+    scores_unseen: ClassVar[bool] = True
 
     def __init__(self, items: RetrievalItems, *, by_item: bool) -> None:
         super().__init__()
@@ -144,12 +146,15 @@ class NextItemModel(nn.Module):
         """Return the score ``(histories, classes)`` of every class as the next; -inf is never."""
         raise NotImplementedError
 
-    def top(self, batch: Packed, k: int) -> tuple[Tensor, Tensor]:
+    def top(self, batch: Packed, k: int, among: Ints | None = None) -> tuple[Tensor, Tensor]:
         """Return scores and classes ``(histories, k)`` of the best classes, best first.
 
-        Places that stay empty have the score -inf.
+        Places that stay empty have the score -inf. With ``among`` ``(n,)``, ascending, those
+        classes alone are searched, and their places in ``among`` are returned.
         """
         scores = self.scores(batch)
+        if among is not None:
+            scores = scores[:, torch.from_numpy(among).to(scores.device)]
         best = scores.topk(min(k, scores.shape[1]))
         return best.values, best.indices
 
@@ -162,6 +167,7 @@ class SASRec(NextItemModel):
     """
 
     options: ClassVar[type[Options]] = SASRecOptions
+    scores_unseen: ClassVar[bool] = False
 
     def __init__(self, items: RetrievalItems, options: SASRecOptions, *, by_item: bool = True):
         super().__init__(items, by_item=by_item)
@@ -267,6 +273,7 @@ class Composed(SASRec):
     """
 
     options: ClassVar[type[Options]] = ComposedOptions
+    scores_unseen: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("codes",)
 
     def __init__(self, items: RetrievalItems, options: ComposedOptions) -> None:
@@ -383,24 +390,23 @@ class Parallel(NextItemModel):
             total += logs[:, self.codes.rows[:, level] - self.codes.starts[level]]
         return total
 
-    def top(self, batch: Packed, k: int) -> tuple[Tensor, Tensor]:
+    def top(self, batch: Packed, k: int, among: Ints | None = None) -> tuple[Tensor, Tensor]:
         """Return scores and classes ``(histories, k)`` of the best ids, from a scan of all of them.
 
         Cost: one addition per code and id for each history, on all threads; no matrix of scores.
         """
         if batch.items.is_cuda:
-            return super().top(batch, k)
+            return super().top(batch, k, among)
+        codes = self._scanned if among is None else self._scanned[among]
         # One table per history holds the log-probability of each code of each level.
         tables = -torch.cat(self._log_probabilities(batch), 1).numpy()
-        shape = (len(tables), min(k, len(self.codes.rows)))
+        shape = (len(tables), min(k, len(codes)))
         rows, sums = np.empty(shape, np.int64), np.empty(shape, np.float32)
         none = np.empty(0, np.float32)
 
         def scan(history: int) -> None:
             # Rows of the fused table: every level's codes already carry its start.
-            scan_sums(
-                self._scanned, tables[history], self._none, none, rows[history], sums[history]
-            )
+            scan_sums(codes, tables[history], self._none, none, rows[history], sums[history])
 
         map_blocks(scan, range(len(tables)), threads=None)
         return torch.from_numpy(-sums), torch.from_numpy(rows)

@@ -6,26 +6,24 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from semid.artefact import read_artefact, write_artefact
 from semid.catalogue.beams import Buckets
+from semid.catalogue.prefixes import PrefixIndex
 from semid.codes import CodesInfo, SemanticIds
 from semid.data.ids import ItemIds
-from semid.data.interactions import read_interactions
 from semid.data.sequences import Sequences
 from semid.documents import checked, code_span
 from semid.errors import UsageError
 from semid.options import Options
-from semid.output import atomic_file
-from semid.progress import Progress, QuietProgress
 from semid.recommenders.ranking.schema import Vocabulary
 from semid.recommenders.retrieval.data import (
     TARGETS,
@@ -36,14 +34,11 @@ from semid.recommenders.retrieval.data import (
     pack,
     prepare_retrieval_data,
 )
-from semid.recommenders.retrieval.evaluation import class_buckets, target_ranks
+from semid.recommenders.retrieval.evaluation import target_ranks
 from semid.recommenders.retrieval.metrics import RetrievalResults, summarize
 from semid.recommenders.retrieval.networks import MODELS, NextItemModel
 from semid.tokenizers.stored import described
 from semid.training.checkpoint import load_module_, module_arrays
-
-USERS = 8192
-"""Users whose recommendations are written at once."""
 
 CONFIG: dict[str, Any] = {
     "model": str,
@@ -97,7 +92,7 @@ class Retriever:
     def __post_init__(self) -> None:
         """Put the network in evaluation mode."""
         self.network.eval()
-        self._orders: dict[str, Buckets] = {}
+        self._orders: dict[tuple[str, bool], Buckets] = {}
 
     @property
     def codebook_fingerprint(self) -> str | None:
@@ -171,6 +166,7 @@ class Retriever:
         k: int = 10,
         exclude_history: bool = True,
         within_ids: str = "popularity",
+        cold_slots: int = 0,
     ) -> Any:
         """Recommend the next items.
 
@@ -183,23 +179,26 @@ class Retriever:
             within_ids: order of the items of one id: ``popularity`` in training, ``embedding``
                 (nearest to the last item of the history; needs a model that reads embeddings) or
                 ``random``, with a fixed seed.
+            cold_slots: places at the end of the ``k`` that are kept for items that training never
+                saw, the best of them that are not among the others.
 
         Returns:
             A `Recommendation` for one history, a list of them for many.
 
         Raises:
-            UsageError: an unknown user, or neither or both of histories and users.
+            UsageError: an unknown user, neither or both of histories and users, or slots for
+                unseen items where there are none or the model cannot score them.
         """
         if (histories is None) == (users is None):
             raise UsageError("give either histories= or users=")
         if k < 1:
             raise UsageError(f"k={k}: give at least 1")
+        given = (k, exclude_history, within_ids, cold_slots)
         if users is not None:
-            rows = self._known_histories(users)
-            return list(self.recommend_rows(rows, k, exclude_history, within_ids))
+            return list(self.recommend_rows(self._known_histories(users), *given))
         single = len(histories) == 0 or not isinstance(histories[0], list | tuple | np.ndarray)
         rows = [self._rows(history) for history in ([histories] if single else histories)]
-        recommended = list(self.recommend_rows(rows, k, exclude_history, within_ids))
+        recommended = list(self.recommend_rows(rows, *given))
         return recommended[0] if single else recommended
 
     def _known_histories(self, users: Sequence[Any]) -> list[Ints]:
@@ -221,19 +220,53 @@ class Retriever:
         rows = self.items.ids.index_of(pa.array([str(item) for item in history]))
         return rows[rows >= 0].astype(np.int64)
 
-    def _buckets(self, order: str) -> Buckets:
+    def _lists(
+        self, histories: Sequence[Ints], count: int, within_ids: str, *, cold: bool
+    ) -> Iterator[tuple[Any, Any]]:
+        """Yield the best items ``(count,)`` of each history, -1 where there is none, and scores.
+
+        With ``cold``, of the items that training never saw.
+        """
+        device = next(iter(self.network.buffers())).device
+        buckets = self._buckets(within_ids, cold=cold)
+        with torch.no_grad():
+            best = self.network.top(pack(histories).to(device), count, self._among(cold=cold))
+        scores, classes = (each.cpu() for each in best)
+        # What the model does not score is no recommendation.
+        leaves = classes.masked_fill(torch.isneginf(scores), -1).numpy()
+        queries = None
+        if within_ids == "embedding" and self.items.vectors is not None:
+            queries = self.items.vectors[[history[-1] for history in histories]]
+        items, places = buckets.first_items(leaves, count, queries=queries)
+        if cold:
+            items = np.where(items < 0, -1, self._cold_items[items])
+        return zip(items, np.take_along_axis(scores.numpy(), np.maximum(places, 0), 1), strict=True)
+
+    @cached_property
+    def _cold_items(self) -> Ints:
+        """Catalogue rows that training never saw."""
+        return np.flatnonzero(self.items.counts == 0)
+
+    def _among(self, *, cold: bool) -> Ints | None:
+        """Return the classes that are searched: those of unseen items, or None for all."""
+        return np.unique(self.network.classes.cpu().numpy()[self._cold_items]) if cold else None
+
+    def _buckets(self, order: str, *, cold: bool = False) -> Buckets:
         """Return the order of the items within each class, made once."""
-        if order not in self._orders:
+        if (order, cold) not in self._orders:
             vectors = self.items.vectors
             if order == "embedding" and vectors is None:
                 raise UsageError(
                     "within_ids='embedding' needs the items' embeddings, which this model was "
                     "trained without; take popularity or random"
                 )
-            options: dict[str, Any] = {"order": order}
-            options |= {"embeddings": vectors} if order == "embedding" else {}
-            self._orders[order] = class_buckets(self.network, self.items.counts, **options)
-        return self._orders[order]
+            rows = self._cold_items if cold else np.arange(len(self.items))
+            options: dict[str, Any] = {"order": order, "popularity": self.items.counts[rows]}
+            if order == "embedding" and vectors is not None:
+                options["embeddings"] = vectors[rows]
+            classes = self.network.classes.cpu().numpy()[rows]
+            self._orders[order, cold] = Buckets(PrefixIndex.build(classes[:, None]), **options)
+        return self._orders[order, cold]
 
     def recommend_rows(
         self,
@@ -241,15 +274,23 @@ class Retriever:
         k: int,
         exclude_history: bool = True,
         within_ids: str = "popularity",
+        cold_slots: int = 0,
     ) -> Iterator[Recommendation]:
         """Yield recommendations for histories ``(n,)`` of catalogue rows; see `recommend`."""
+        if not 0 <= cold_slots <= k:
+            raise UsageError(f"cold_slots={cold_slots}: give 0 to {k}, the number of items (k)")
+        if cold_slots and not len(self._cold_items):
+            raise UsageError("cold_slots: training has seen every item of the catalogue")
+        if cold_slots and not self.network.scores_unseen:
+            raise UsageError(
+                f"cold_slots: {self.model} cannot score items that training never saw; take a "
+                "model that reads codes or embeddings"
+            )
         max_length: int = self.options.max_length  # type: ignore[attr-defined]
-        device = next(iter(self.network.buffers())).device
         names = self.items.ids.strings()
-        counts = self.items.counts
-        buckets = self._buckets(within_ids)
-        order = np.argsort(-counts, kind="stable")
-        popular = order, counts[order].astype(np.float32)
+        order = np.argsort(-self.items.counts, kind="stable")
+        popular = order, self.items.counts[order].astype(np.float32)
+        nothing = np.zeros(0, np.int64), np.zeros(0, np.float32)
         size = self.network.batch
         for start in range(0, len(histories), size):
             part = histories[start : start + size]
@@ -258,25 +299,25 @@ class Retriever:
             # A history takes up at most as many places as it has items.
             more = k + max((len(set(h.tolist())) for h in part), default=0) * exclude_history
             lists: Iterator[tuple[Any, Any]] = iter(())
+            cold_lists: Iterator[tuple[Any, Any]] = iter(())
             if known:
-                with torch.no_grad():
-                    best = self.network.top(pack(known).to(device), more)
-                scores, classes = (each.cpu() for each in best)
-                # What the model does not score is no recommendation.
-                leaves = classes.masked_fill(torch.isneginf(scores), -1).numpy()
-                queries = None
-                if within_ids == "embedding" and self.items.vectors is not None:
-                    queries = self.items.vectors[[history[-1] for history in known]]
-                items, places = buckets.first_items(leaves, more, queries=queries)
-                values = np.take_along_axis(scores.numpy(), np.maximum(places, 0), 1)
-                lists = iter(zip(items, values, strict=True))
+                lists = self._lists(known, more, within_ids, cold=False)
+            if known and cold_slots:
+                cold_lists = self._lists(known, more, within_ids, cold=True)
             for history in part:
-                listed, score = next(lists) if len(history) else popular
-                allowed = listed >= 0
-                if exclude_history:
-                    allowed &= ~np.isin(listed, history)
-                first = np.flatnonzero(allowed)[:k]
-                yield Recommendation(names.take(pa.array(listed[first])).to_pylist(), score[first])
+                left_out = history if exclude_history else nothing[0]
+                listed, scores = next(lists) if len(history) else popular
+                places = _allowed(listed, left_out)
+                fresh, fresh_scores = next(cold_lists, nothing) if len(history) else nothing
+                # Unseen items that stand among the first by themselves keep their place.
+                first = listed[places[: k - cold_slots]]
+                fresh_places = _allowed(fresh, np.append(left_out, first))[:cold_slots]
+                fresh, fresh_scores = fresh[fresh_places], fresh_scores[fresh_places]
+                places = places[~np.isin(listed[places], fresh)][: k - len(fresh)]
+                found = np.append(listed[places], fresh)
+                yield Recommendation(
+                    names.take(pa.array(found)).to_pylist(), np.append(scores[places], fresh_scores)
+                )
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Write the artefact folder (``config.json``, ``model.safetensors``, ``README.md``).
@@ -357,62 +398,9 @@ class Retriever:
         return f"Retriever({self.model}, items={len(self.items):,}, parameters={parameters:,})"
 
 
-def write_recommendations(
-    retriever: Retriever,
-    path: str | os.PathLike[str],
-    interactions: Any = None,
-    *,
-    k: int = 10,
-    exclude_history: bool = True,
-    within_ids: str = "popularity",
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> int:
-    """Write recommendations for every user of a log to Parquet, and return the number of users.
-
-    Columns: ``user_id``, ``items`` (list of item ids, best first) and ``scores``. Memory does not
-    grow with the number of users beyond their histories.
-
-    Args:
-        retriever: the model.
-        path: file to write.
-        interactions: the users' histories, as `semid.read_interactions` reads them; None takes
-            those of the training log.
-        k: items per user.
-        exclude_history: leave out what is in a user's history.
-        within_ids: order of the items of one id, as for `Retriever.recommend`.
-        overwrite: replace a file that exists.
-        progress: callback that receives progress events.
-    """
-    # Users of a log of their own need no target, so a single item is a history.
-    sequences = retriever.sequences
-    if interactions is not None:
-        log = read_interactions(interactions, rating_column="")
-        sequences = log.sequences(retriever.items.ids)
-    users = len(sequences)
-    schema = pa.schema(
-        {
-            "user_id": pa.large_string(),
-            "items": pa.list_(pa.large_string()),
-            "scores": pa.list_(pa.float32()),
-        }
-    )
-    steps = progress or QuietProgress()
-    steps.start("recommend", total=users)
-    with atomic_file(path, overwrite=overwrite) as work, pq.ParquetWriter(work, schema) as writer:
-        for start in range(0, users, USERS):
-            stop = min(start + USERS, users)
-            rows = [sequences[user].astype(np.int64) for user in range(start, stop)]
-            rows = [items[items >= 0] for items in rows]
-            best = list(retriever.recommend_rows(rows, k, exclude_history, within_ids))
-            columns = [
-                sequences.user_ids.slice(start, stop - start),
-                pa.array([each.items for each in best], schema.field("items").type),
-                pa.array([each.scores for each in best], schema.field("scores").type),
-            ]
-            writer.write_table(pa.table(columns, schema=schema))
-            steps.step(stop - start)
-    return users
+def _allowed(items: Ints, left_out: Ints) -> Ints:
+    """Return the places of items that are there and are not left out."""
+    return np.flatnonzero((items >= 0) & ~np.isin(items, left_out))
 
 
 def _card(config: Mapping[str, Any]) -> str:
