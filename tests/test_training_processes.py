@@ -123,6 +123,36 @@ def test_two_processes_end_equal_and_as_one_would(tmp_path, clustered):
     assert semid.load(tmp_path / "model").encode(clustered).codes.shape == (1200, 3)
 
 
+@pytest.mark.parametrize("command", ["retrieve", "rank"])
+def test_recommenders_train_in_two_processes_as_in_one(command, tmp_path, capsys):
+    files = semid.SyntheticCatalogue(items=200, users=120, seed=0).write(tmp_path / "catalogue")
+    # Dropout alone differs between processes.
+    given = [command, str(files.interactions), "--epochs", "2", "--dropout", "0", "-q"]
+    given += ["--model", "sasrec"] if command == "retrieve" else []
+    (tmp_path / "run.py").write_text("from semid.cli import main\nmain()\n", encoding="utf8")
+    finished = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", "2", str(tmp_path / "run.py"), *given),
+            *("-o", str(tmp_path / "two")),
+        ],
+        capture_output=True,
+        text=True,
+        env={**environment(), "GLOO_SOCKET_IFNAME": "lo"} if LOOPBACK else environment(),
+        timeout=600,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    with pytest.raises(SystemExit) as ended:
+        main([*given, "-o", str(tmp_path / "one")])
+    assert not ended.value.code
+    # One process alone printed and wrote.
+    assert finished.stdout.count("protocol: ") == 1
+    one, two = (semid.load(tmp_path / name) for name in ("one", "two"))
+    for name, weight in one.network.named_parameters():
+        assert float((weight - two.network.get_parameter(name)).abs().mean()) < 1e-3, name
+
+
 @pytest.mark.parametrize("kind", ["rqpvae", "drqvae"])
 def test_killed_and_resumed_equals_uninterrupted(kind, tmp_path, clustered):
     np.save(tmp_path / "x.npy", clustered)

@@ -92,6 +92,7 @@ def rank(
     from semid.recommenders.ranking.training import rank_options, training_device
     from semid.runs import remove_state_folder
     from semid.tokenizers.encoding import partial_path
+    from semid.training.distributed import is_main
 
     _refuse_unused(context, settings, source, ids=ids, stream=stream, fusion=fusion)
     training_device(source.device)
@@ -102,9 +103,10 @@ def rank(
     code_settings = {**options_under(settings, "features"), "seed": seed}
     semid.CodeFeatures.of(code_settings)  # checked before the log is read
     reads, state = (logs, source.items, ids), Path(partial_path(output))
-    cli.hold_output(output, overwrite=overwrite, inputs=reads, state=state)
-    if analyze is not None:
-        cli.hold_output(analyze, overwrite=overwrite, inputs=reads)
+    if is_main():  # under torchrun the first process alone writes and prints
+        cli.hold_output(output, overwrite=overwrite, inputs=reads, state=state)
+        if analyze is not None:
+            cli.hold_output(analyze, overwrite=overwrite, inputs=reads)
     names: dict[str, Any] = {**vars(columns), "id_column": source.id_column}
     data: Any
     if stream:
@@ -120,6 +122,7 @@ def rank(
         semantic_ids = semid.SemanticIds.read(ids)
         mode = "levels" if semantic_ids.info.hierarchical else "parallel"
         features = semid.CodeFeatures.of({"mode": mode, **code_settings})
+    quiet = quiet or not is_main()
     with cli.name_checkpoint(state), cli.make_progress(quiet=quiet) as progress:
         ranker = semid.train_ranker(
             data,
@@ -133,6 +136,8 @@ def rank(
             resume=resume,
             progress=progress,
         )
+    if not is_main():
+        return
     ranker.save(output, overwrite=overwrite)
     remove_state_folder(state)
     if analyze is not None:

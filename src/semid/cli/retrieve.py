@@ -83,6 +83,7 @@ def retrieve(
     )
     from semid.runs import remove_state_folder
     from semid.tokenizers.encoding import partial_path
+    from semid.training.distributed import is_main, one_process
     from semid.training.options import TrainOptions
 
     check_keys("retrieve", settings)
@@ -103,9 +104,16 @@ def retrieve(
     # The output is claimed before anything is read, so that a typo costs no minutes.
     reads = (logs, ids, embeddings, items)
     state = None if compares else Path(partial_path(output))
-    hold_output(output, overwrite=overwrite or (compares and resume), inputs=reads, state=state)
-    if report is not None:
-        hold_output(report, overwrite=overwrite, inputs=(*reads, output))
+    if compares and not one_process():
+        raise UsageError(
+            "several models or seeds run one after another in one process: leave out torchrun, or "
+            "give one --model and one --seed"
+        )
+    if is_main():  # under torchrun the first process alone writes and prints
+        grows = overwrite or (compares and resume)
+        hold_output(output, overwrite=grows, inputs=reads, state=state)
+        if report is not None:
+            hold_output(report, overwrite=overwrite, inputs=(*reads, output))
     # A comparison is a folder that grows; --overwrite begins it anew.
     if compares and output.exists() and not resume:
         from semid.output import atomic_folder
@@ -121,7 +129,7 @@ def retrieve(
         cold_items=cold_items,
         **vars(columns),
     )
-    with make_progress(quiet=quiet) as progress:
+    with make_progress(quiet=quiet or not is_main()) as progress:
         if compares:
             runs = compare_retrievers(
                 data,
@@ -149,6 +157,8 @@ def retrieve(
                     resume=resume,
                     progress=progress,
                 )
+            if not is_main():
+                return
             retriever.save(output, overwrite=overwrite)
             remove_state_folder(partial_path(output))
             runs = [RetrievalRun.of(retriever)]

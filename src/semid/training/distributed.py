@@ -34,7 +34,7 @@ def _from_torchrun(name: str, default: int) -> int:
 
 def join_processes() -> None:
     """Join the process group of ``torchrun``, unless that has been done."""
-    if _from_torchrun("WORLD_SIZE", 1) == 1 or not dist.is_available() or dist.is_initialized():
+    if one_process() or not dist.is_available() or dist.is_initialized():
         return
     # The group stays until the program ends, however many fits it serves: the store of ``torchrun``
     # outlives a group, so a second group would find the addresses of the first, where no process
@@ -65,6 +65,11 @@ def local_world_size() -> int:
 def world_size() -> int:
     """Return the number of processes that train together."""
     return dist.get_world_size() if _ready() else 1
+
+
+def one_process() -> bool:
+    """Whether ``torchrun`` started no other process."""
+    return _from_torchrun("WORLD_SIZE", 1) == 1
 
 
 def is_main() -> bool:
