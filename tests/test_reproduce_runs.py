@@ -112,9 +112,18 @@ options = { width = 8 }
 name = "composed"
 kind = "composed"
 options = { width = 8 }
+[[models]]
+name = "generative"
+kind = "generative"
+options = { width = 8, layers = 1, beams = 5 }
 [[stages]]
 models = ["popularity", "composed", "sasrec"]
 ids = ["learned"]
+[[stages]]
+models = ["generative"]
+ids = ["learned"]
+ties = ["file"]
+seeds = 1
 [[stages]]
 models = ["sasrec", "composed"]
 ids = ["learned", "behavior"]
@@ -232,6 +241,8 @@ def test_a_study_of_retrieval(recipes):
     assert low <= value <= high
     assert len(own["curve"]) == own["epochs"] == 1
     assert own["unique_ids"] < own["items"]
+    assert own["beam_agreement"] is None
+    assert 0.3 < by["generative", "learned", "file", 0]["beam_agreement"] <= 1
     assert by["composed", "learned", "file", 0]["unique_ids"] == own["items"]
     assert not list((out / "retrieval" / "states").iterdir())
     # Ids that no behavior went into are those of both orders.

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from semid.catalogue.uniqueness import make_unique
 from semid.codes import SemanticIds
 from semid.diagnostics.pairs import Estimate
-from semid.recommenders.retrieval.data import prepare_retrieval_data
+from semid.recommenders.retrieval.data import RetrievalData, pack, prepare_retrieval_data
 from semid.recommenders.retrieval.metrics import RetrievalResults, estimates
 from semid.recommenders.retrieval.networks import MODELS
+from semid.recommenders.retrieval.retriever import Retriever
 from semid.recommenders.retrieval.training import train_retriever
 from semid.reproduce.datasets import Opened
 from semid.reproduce.ledger import Ledger, digest
@@ -28,6 +30,9 @@ PAIRED = ("recall@10", "ndcg@10")
 """Metrics whose values for each user are kept, for differences over the same users."""
 
 _CASES = ("best", "worst", "without_history")
+
+SEARCHED_USERS = 64
+"""Users whose beam search is compared with scores of the whole catalogue."""
 
 
 class RetrievalExperiment(Experiment):
@@ -123,6 +128,7 @@ class RetrievalExperiment(Experiment):
             **_figures(results),
             "validation": report["validation"]["metrics"]["ndcg@10"]["value"],
             "less_control": self._less_control(job, results),
+            "beam_agreement": beam_agreement(retriever, data),
             "curve": [row.get("score") for row in trained.get("history", ())],
             "best_epoch": trained.get("best_epoch", 0),
             "epochs": trained.get("epochs", 0),
@@ -179,6 +185,25 @@ class RetrievalExperiment(Experiment):
             gaps = {name: own[name].astype(float) - theirs[name] for name in PAIRED}
         found = estimates(gaps, replicates=1000, seed=0)
         return {_key(name): _interval(estimate) for name, estimate in found.items()}
+
+
+@torch.no_grad()
+def beam_agreement(retriever: Retriever, data: RetrievalData) -> float | None:
+    """Return how much of the exact first ten ids a beam search finds; None without a search.
+
+    Over `SEARCHED_USERS` users at even distances. Cost: all prefixes of the catalogue for each.
+    """
+    network = retriever.network
+    if network.exact:
+        return None
+    histories, _ = data.histories("test", retriever.options.max_length)  # type: ignore[attr-defined]
+    found = []
+    for user in np.unique(np.linspace(0, len(histories) - 1, SEARCHED_USERS).astype(int)):
+        batch = pack([histories[user]])
+        searched = network.top(batch, 10)[1][0].tolist()
+        exact = network.scores(batch)[0].topk(10).indices.tolist()
+        found.append(len(set(searched) & set(exact)) / 10)
+    return float(np.mean(found))
 
 
 def _interval(estimate: Estimate) -> list[float | None]:
