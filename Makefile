@@ -59,8 +59,10 @@ quick: $(READY)  ## both reproductions at toy size, into results-quick/
 	$(BIN)/semid reproduce moc --quick --quiet
 
 results: $(READY)  ## docs/results from the committed runs under results/
-	$(BIN)/semid reproduce drq --from results --publish --output docs/results
-	$(BIN)/semid reproduce moc --from results --publish --output docs/results
+	for paper in $(notdir $(wildcard results/*[a-z])); do \
+	  test ! -f results/$$paper/runs.jsonl || \
+	  $(BIN)/semid reproduce $$paper --from results --publish --output docs/results || exit 1; \
+	done
 
 docs: $(READY)  ## the documentation site, strictly, into site/
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'

@@ -25,7 +25,7 @@ import numpy as np
 import semid
 from common import RESULTS, markdown
 from semid.data.source import EmbeddingSource
-from semid.reproduce.claims import paired_difference
+from semid.reproduce.intervals import paired_difference
 from semid.reproduce.ledger import Ledger, origin, read_runs
 
 SETS = {name: f"amazon2014_{name}" for name in ("beauty", "toys", "sports")} | {

@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from semid.progress import make_progress
-from semid.reproduce.claims import metric, paired_difference
+from semid.reproduce.claims import metric
 from semid.reproduce.drq import NOISE, flip_rate
+from semid.reproduce.intervals import paired_difference
 from semid.reproduce.ledger import RUNS_FILE, read_runs
 from semid.reproduce.study import Study
 

@@ -25,7 +25,7 @@ from semid.recommenders.ranking.metrics import (
     sigmoid,
     slice_masks,
 )
-from semid.reproduce.claims import paired_difference, student_quantile
+from semid.reproduce.intervals import paired_difference, student_quantile
 
 
 def brute_auc(labels, scores):

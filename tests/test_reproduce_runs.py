@@ -174,7 +174,7 @@ def test_a_study_of_drq(recipes, capsys):
     assert contrastive["latent"] == 6
     assert len(contrastive["overlap"]) == 2
     assert "contrastive pairs" in contrastive["protocol"]
-    page = (out / "drq" / "drq.md").read_text()
+    page = (out / "drq" / "drq-tables.md").read_text()
     assert "| RQ-KMeans | 2 |" in page
     assert "| RQ-VAE | not run |" in page
     assert (out / "drq" / "drq.html").exists()
@@ -208,7 +208,7 @@ def test_a_study_of_moc(recipes, capsys):
     assert by["none", False]["parameters"]["codes"] == 0
     (kept,) = [r for r in rows if r["run"] == "kept"]
     assert kept["kept"]["error"] > 0
-    page = (out / "moc" / "moc.md").read_text()
+    page = (out / "moc" / "moc-tables.md").read_text()
     for part in ("One level alone, synthetic", "Information kept", "Singular values"):
         assert part in page
     assert "has no column 'stars'" in page
@@ -247,10 +247,10 @@ def test_a_study_of_retrieval(recipes):
     assert not list((out / "retrieval" / "states").iterdir())
     # Ids that no behavior went into are those of both orders.
     assert len(list((out / "retrieval" / "tokenizers").glob("*.parquet"))) == 3
-    page = (out / "retrieval" / "retrieval.md").read_text()
+    page = (out / "retrieval" / "retrieval-tables.md").read_text()
     assert "| composed on learned | 2 |" in page
     assert "| composed on behavior | 1 |" in page
-    assert "sasrec, file order - sasrec" in page
+    assert "sasrec, file order - sasrec" in (out / "retrieval" / "retrieval.json").read_text()
     assert "Everything in the recipe has run." in page
 
 

@@ -1,8 +1,23 @@
 """Claims of a paper as data, and the evaluator that decides each of them from the rows of a ledger.
 
-A claim is its words, the comparisons that its words cover, and the rule that turns them into a
-verdict. A comparison is a difference of one metric between two selections of rows, paired over
-seeds, on every data set of the ledger.
+A claim says one thing or several (`Statement`), each about all data sets that its words cover. A
+statement is a difference that should be positive: of one metric between two selections of rows,
+paired over seeds (`Contrast`), on every data set and, where its words cover several, with every
+ranking model.
+
+The rule of the verdicts, and why its error rate does not depend on the number of comparisons:
+
+1. A data set gives one value, the mean over seeds, models and fusion: these share its split and its
+   tokenizers, so only data sets are independent of each other.
+2. A statement is judged by one interval, Student's over the values of its data sets: the random
+   effects estimate with equal weights. It covers differences between data sets and noise of seeds,
+   and its level of 95 % holds for unequal variances too (Bakirov and Szekely 2006; Ibragimov and
+   Mueller 2010). Weights by variances that three seeds estimate would not keep it.
+3. A claim holds if the intervals of all its statements lie above 0: at most 2.5 % of false claims
+   do, however many statements they have (intersection-union test).
+4. A claim is contradicted if the interval of some statement lies below 0 at Bonferroni's level for
+   the number of statements, the first step of Holm: at most 2.5 % of true claims are.
+5. A claim is judged when every run that its words cover is there; before that it is incomplete.
 """
 
 from __future__ import annotations
@@ -10,31 +25,38 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any, Literal
 
-import numpy as np
-
-from semid.errors import UsageError
+from semid.reproduce.intervals import CONFIDENCE, Difference, mean_difference, within
 
 Row = Mapping[str, Any]
 Metric = Callable[[Row], float | None]
 """Reads one number from a row; None where the row lacks it."""
-Verdict = Literal["holds", "does not show", "opposite", "not run"]
+Verdict = Literal["holds", "contradicted", "does not show", "incomplete", "not run"]
 
 
 class Rows:
     """Rows of one paper's ledger, looked up by what they are."""
 
-    def __init__(self, rows: Sequence[Row]) -> None:
-        self.rows = list(rows)
+    def __init__(self, rows: Sequence[Row], missing: Sequence[Row] = ()) -> None:
+        # ``missing`` are the cells of the recipe that have no row yet.
+        self.rows, self.missing = list(rows), list(missing)
 
     def main(self) -> Rows:
         """Return the rows of the main protocol; variants decide no claim."""
-        return Rows([row for row in self.rows if not row.get("variant")])
+        rows, missing = (
+            [row for row in part if not row.get("variant")] for part in (self.rows, self.missing)
+        )
+        return Rows(rows, missing)
 
     def where(self, **selection: Any) -> list[Row]:
         """Return the rows that have these values; a key that a row lacks counts as empty."""
-        return [r for r in self.rows if all(r.get(k, "") == v for k, v in selection.items())]
+        return _matching(self.rows, selection)
+
+    def lacking(self, **selection: Any) -> int:
+        """Return how many runs of the recipe with these values have no row yet."""
+        return len(_matching(self.missing, selection))
 
     def by_seed(self, metric: Metric, **selection: Any) -> dict[int, float]:
         """Return a metric by seed; rows without it are left out."""
@@ -49,20 +71,33 @@ class Rows:
         """Return the values of a key in order of appearance."""
         return list(dict.fromkeys(r[key] for r in self.where(**selection) if key in r))
 
-    def difference(
+    def planned(self, key: str, **selection: Any) -> list[Any]:
+        """Return the values of a key in the rows, then those of runs that are missing."""
+        cells = _matching([*self.rows, *self.missing], selection)
+        return list(dict.fromkeys(cell[key] for cell in cells if key in cell))
+
+    def differences(
         self,
         metric: Metric,
         a: Mapping[str, Any],
         b: Mapping[str, Any],
         *,
         metric_b: Metric | None = None,
-    ) -> Difference | None:
-        """Return the paired difference of a metric over the seeds that both selections have."""
+    ) -> dict[int, float]:
+        """Return the difference of a metric by seed, of the seeds that both selections have."""
         left, right = self.by_seed(metric, **a), self.by_seed(metric_b or metric, **b)
-        seeds = sorted(set(left) & set(right))
-        if not seeds:
-            return None
-        return paired_difference([left[s] for s in seeds], [right[s] for s in seeds])
+        return {seed: left[seed] - right[seed] for seed in sorted(set(left) & set(right))}
+
+    def difference(
+        self, metric: Metric, a: Mapping[str, Any], b: Mapping[str, Any]
+    ) -> Difference | None:
+        """Return the mean paired difference of a metric over the seeds that both have."""
+        values = self.differences(metric, a, b)
+        return mean_difference(list(values.values())) if values else None
+
+
+def _matching(rows: Sequence[Row], selection: Mapping[str, Any]) -> list[Row]:
+    return [r for r in rows if all(r.get(k, "") == v for k, v in selection.items())]
 
 
 def _dig(document: Any, path: Sequence[Any]) -> Any:
@@ -77,7 +112,14 @@ def _dig(document: Any, path: Sequence[Any]) -> Any:
 
 
 def metric(path: str) -> Metric:
-    """Return the metric at a path into a row: ``-keys.joined.by.dots@noise scale``."""
+    """Return the metric at a path into a row: ``-keys.joined.by.dots@noise scale``.
+
+    ``log2`` before the path takes the logarithm: what grows with the size of a codebook can be
+    compared between data sets in bits alone.
+    """
+    if path.startswith("log2 "):
+        value_of = metric(path.removeprefix("log2 "))
+        return lambda row: math.log2(v) if (v := value_of(row)) is not None and v > 0 else None
     # A minus turns the sign, so that higher is better; ``@`` picks the value of one noise scale.
     keys, _, scale = path.removeprefix("-").partition("@")
     *parents, last = keys.split(".")
@@ -114,32 +156,29 @@ def relative_change(metric: Metric, base: Metric) -> Metric:
     return read
 
 
+# What a claim compares -------------------------------------------------------------------------
+
+
+def interval_text(difference: Difference, digits: int) -> str:
+    """Write mean and interval."""
+    form = f"+.{digits}f"
+    if math.isnan(difference.low):
+        return f"{difference.mean:{form}}"
+    return f"{difference.mean:{form}} [{difference.low:{form}}, {difference.high:{form}}]"
+
+
 @dataclass(frozen=True)
 class Comparison:
     """One comparison on one data set; a positive difference is in the claim's favor."""
 
     name: str
-    difference: Difference | None  # None where it was not run
-    digits: int = 4  # decimals to show
+    difference: Difference | None  # over seeds; None where it was not run
+    missing: int = 0  # runs of the recipe that it still lacks
 
     @property
-    def favor(self) -> bool:
-        """Whether the interval lies above 0."""
-        return self.difference is not None and self.difference.low > 0
-
-    @property
-    def against(self) -> bool:
-        """Whether the interval lies below 0."""
-        return self.difference is not None and self.difference.high < 0
-
-    def __str__(self) -> str:
-        """Write name, mean and interval."""
-        d, form = self.difference, f"+.{self.digits}f"
-        if d is None:
-            return f"{self.name}: not run"
-        if math.isnan(d.low):
-            return f"{self.name}: {d.mean:{form}} (one seed: no interval)"
-        return f"{self.name}: {d.mean:{form}} [{d.low:{form}}, {d.high:{form}}]"
+    def complete(self) -> bool:
+        """Whether all of its runs are there."""
+        return self.difference is not None and not self.missing
 
 
 @dataclass(frozen=True)
@@ -152,22 +191,94 @@ class Contrast:
     a: Mapping[str, Any]
     b: Mapping[str, Any]
     metric_b: Metric | None = None  # of the others; None takes ``metric``
-    margin: float | None = None  # the claim is that the difference is smaller, either way
     model: str = ""  # ranking model, part of the comparison's name
-    digits: int = 4  # decimals to show
 
-    def compare(self, rows: Rows, data: str) -> Comparison:
-        """Return the comparison on one data set."""
+    def compare(
+        self, rows: Rows, data: str, margin: float | None = None
+    ) -> tuple[Comparison, dict[int, float]]:
+        """Return the comparison on one data set, and its difference by seed."""
         on = {"data": data, "model": self.model} if self.model else {"data": data}
         a, b = {**on, **self.a}, {**on, **self.b}
-        difference = rows.difference(self.metric, a, b, metric_b=self.metric_b)
-        if self.margin is not None:
-            difference = within(difference, self.margin)
-        return Comparison(f"{', '.join(on.values())}: {self.name}", difference, self.digits)
+        values = rows.differences(self.metric, a, b, metric_b=self.metric_b)
+        difference = mean_difference(list(values.values())) if values else None
+        if margin is not None:
+            difference = within(difference, margin)
+        missing = rows.lacking(**a) + (rows.lacking(**b) if a != b else 0)
+        return Comparison(f"{', '.join(on.values())}: {self.name}", difference, missing), values
 
 
-Family = Sequence[Contrast] | Callable[[Rows, str], Sequence[Comparison]]
-"""Comparisons that are made on every data set: contrasts, or a function of rows and data set."""
+@dataclass(frozen=True)
+class Statement:
+    """One thing that a claim says, with its comparisons and the estimate over data sets."""
+
+    name: str
+    comparisons: tuple[Comparison, ...]
+    pooled: Difference | None  # None where nothing was run
+    margin: float | None = None  # the claim is that the difference is smaller, either way
+    digits: int = 4  # decimals to show
+    confidence: float = CONFIDENCE
+
+    @property
+    def complete(self) -> bool:
+        """Whether all that its words cover has run."""
+        return all(c.complete for c in self.comparisons)
+
+    def estimate(self, statements: int = 1) -> Difference | None:
+        """Return the estimate, at Bonferroni's level where it is one of several statements."""
+        if self.pooled is None:
+            return None
+        at = self.pooled.at(1 - (1 - self.confidence) / statements)
+        return at if self.margin is None else within(at, self.margin)
+
+    def __str__(self) -> str:
+        """Write name, estimate and interval."""
+        estimate = self.estimate()
+        text = "not run" if estimate is None else interval_text(estimate, self.digits)
+        return f"{self.name}: {text}"
+
+
+def pool(
+    name: str,
+    values: Mapping[str, Mapping[int, float]],
+    comparisons: Sequence[Comparison],
+    **options: Any,
+) -> Statement:
+    """Return a statement from its differences by data set and seed.
+
+    The interval is Student's over the means of data sets; over seeds where it is about one alone.
+    """
+    found = [list(of_seeds.values()) for of_seeds in values.values() if of_seeds]
+    differences = found[0] if len(values) == 1 and found else [fmean(each) for each in found]
+    pooled = mean_difference(differences) if differences else None
+    return Statement(name, tuple(comparisons), pooled, **options)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Contrasts that are averaged within a data set (models, fusion): one statement."""
+
+    name: str
+    contrasts: tuple[Contrast, ...]
+    margin: float | None = None
+    digits: int = 4
+
+    def state(self, rows: Rows, sets: Sequence[str], confidence: float = CONFIDENCE) -> Statement:
+        """Return the statement from the rows of these data sets."""
+        comparisons: list[Comparison] = []
+        values: dict[str, dict[int, float]] = {}
+        for data in sets:
+            results = [contrast.compare(rows, data, self.margin) for contrast in self.contrasts]
+            comparisons += [comparison for comparison, _ in results]
+            # What has not run is missing in the mean too; the statement is incomplete then.
+            ran = [by_seed for _, by_seed in results if by_seed]
+            seeds = set.intersection(*map(set, ran)) if ran else set()
+            values[data] = {seed: fmean(each[seed] for each in ran) for seed in sorted(seeds)}
+        options = {"margin": self.margin, "digits": self.digits, "confidence": confidence}
+        return pool(self.name, values, comparisons, **options)
+
+
+Statements = Callable[[Rows, Sequence[str]], Sequence[Statement]]
+"""Statements that need code, from the rows and the names of the data sets."""
 
 
 @dataclass(frozen=True)
@@ -178,166 +289,71 @@ class Claim:
     where: str  # section, table or figure of the paper
     sentence: str  # the claim in short
     test: str  # what decides it here, in words
-    families: Sequence[Family] = field(default=(), repr=False)  # what its words cover
-    rule: str = "all"  # one of `RULES`
+    families: Sequence[Family | Statements] = field(default=(), repr=False)  # what it says
     equal_terms: bool = True  # False where one side gets more than the other
     note: str = ""  # what a reader must know besides
     data: Sequence[str] = ()  # data sets that its words name; empty for all
 
 
-RULES: Mapping[str, Callable[[Sequence[Comparison]], bool]] = {
-    "all": lambda run: all(c.favor for c in run),
-    "most": lambda run: (
-        sum(c.favor for c in run) > len(run) / 2 and not any(c.against for c in run)
-    ),
-}
-"""Whether a claim holds, given its comparisons that ran. ``all``: every one in its favor, for
-claims that say so. ``most``: more than half in its favor and none against."""
-
-
 @dataclass(frozen=True)
 class ClaimResult:
-    """A claim, the verdict on it, and the comparisons that decided it."""
+    """A claim, the verdict on it, and the statements that decided it."""
 
     claim: Claim
     verdict: Verdict
-    comparisons: tuple[Comparison, ...]
+    statements: tuple[Statement, ...]
 
     @property
-    def counts(self) -> dict[str, int]:
-        """Number of comparisons in favor, against, open and not run."""
-        counts = {"favor": 0, "against": 0, "open": 0, "not run": 0}
-        for c in self.comparisons:
-            answer = "favor" if c.favor else "against" if c.against else "open"
-            counts["not run" if c.difference is None else answer] += 1
-        return counts
+    def comparisons(self) -> list[Comparison]:
+        """Every comparison of every statement."""
+        return [c for one in self.statements for c in one.comparisons]
 
     @property
-    def lines(self) -> list[str]:
-        """One line per comparison, several that were not run in one."""
-        lines = [str(c) for c in self.comparisons if c.difference is not None]
-        missing = [c for c in self.comparisons if c.difference is None]
-        if len(missing) < 2:
-            return [*lines, *map(str, missing)]
-        return [*lines, f"not run: {len(missing)} comparisons, the first of {missing[0].name}"]
+    def evidence(self) -> str:
+        """The estimate of the only statement, or how many lie on either side of 0."""
+        estimates = [e for one in self.statements if (e := one.estimate()) is not None]
+        if len(self.statements) == 1:
+            return "".join(interval_text(e, self.statements[0].digits) for e in estimates)
+        above, below = sum(e.low > 0 for e in estimates), sum(e.high < 0 for e in estimates)
+        return f"{above} above 0, {below} below, of {len(self.statements)}"
 
 
-def decide(claim: Claim, comparisons: Sequence[Comparison]) -> ClaimResult:
+def decide(claim: Claim, statements: Sequence[Statement]) -> ClaimResult:
     """Give the verdict on a claim; *does not show* is no proof of the contrary."""
-    run = [c for c in comparisons if c.difference is not None]
+    count = len(statements)
+
+    def above(one: Statement) -> bool:
+        estimate = one.estimate()
+        return estimate is not None and estimate.low > 0
+
+    def below(one: Statement) -> bool:
+        estimate = one.estimate(count)
+        return estimate is not None and estimate.high < 0
+
     verdict: Verdict = "does not show"
-    if not run:
+    if all(one.pooled is None for one in statements):
         verdict = "not run"
-    elif RULES[claim.rule](run):
+    elif not all(one.complete for one in statements):
+        verdict = "incomplete"
+    elif all(map(above, statements)):
         verdict = "holds"
-    # More than half against the claim and none in its favor.
-    elif sum(c.against for c in run) > len(run) / 2 and not any(c.favor for c in run):
-        verdict = "opposite"
-    return ClaimResult(claim, verdict, tuple(comparisons))
+    elif any(map(below, statements)):
+        verdict = "contradicted"
+    return ClaimResult(claim, verdict, tuple(statements))
 
 
 def evaluate(claims: Callable[[Rows], Sequence[Claim]], rows: Rows) -> list[ClaimResult]:
-    """Decide every claim of a paper from the rows of a ledger."""
+    """Decide every claim of a paper from the rows of a ledger and what of the recipe they lack."""
     main = rows.main()
-    sets = main.names("data") or ["any data set"]
+    sets = main.planned("data") or ["any data set"]
     results = []
     for one in claims(main):
-        comparisons: list[Comparison] = []
+        statements: list[Statement] = []
         for family in one.families:
-            for data in one.data or sets:
-                if callable(family):
-                    comparisons += family(main, data)
-                else:
-                    comparisons += [contrast.compare(main, data) for contrast in family]
-        results.append(decide(one, comparisons))
+            covered = list(one.data or sets)
+            if isinstance(family, Family):
+                statements.append(family.state(main, covered))
+            else:
+                statements += family(main, covered)
+        results.append(decide(one, statements))
     return results
-
-
-def within(difference: Difference | None, margin: float) -> Difference | None:
-    """Turn a difference into the claim that it is smaller than a margin, either way."""
-    if difference is None:
-        return None
-    # Positive where the whole interval lies within the margin, negative where it lies outside.
-    low, high = difference.low, difference.high
-    distance = margin - abs(difference.mean)
-    # The interval of |difference| runs from its end nearest to 0 (0 itself where the interval
-    # holds 0) to the farthest; taken from the margin, the farthest becomes the lower end.
-    # With one seed both ends are NaN, and stay so.
-    nearest = 0.0 if low <= 0 <= high else min(abs(low), abs(high))
-    farthest = max(abs(low), abs(high))
-    return Difference(distance, margin - farthest, margin - nearest, difference.pairs)
-
-
-# Paired differences of runs with the same seeds -----------------------------------------------
-
-
-@dataclass(frozen=True)
-class Difference:
-    """The mean of paired differences and its interval."""
-
-    mean: float
-    low: float  # NaN with one pair
-    high: float
-    pairs: int
-
-    @property
-    def shown(self) -> bool:
-        """Whether the interval excludes 0."""
-        return self.low > 0 or self.high < 0
-
-    def __str__(self) -> str:
-        """Return the mean, the interval and, if it holds 0, that no difference is seen."""
-        if math.isnan(self.low):
-            return f"{self.mean:+.4f}"
-        note = "" if self.shown else " (no difference seen)"
-        return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}]{note}"
-
-
-def paired_difference(a: Sequence[float], b: Sequence[float]) -> Difference:
-    """Return the mean of ``a - b`` with Student's interval of 95 %."""
-    if len(a) != len(b) or not len(a):
-        raise UsageError(
-            f"{len(a)} and {len(b)} values cannot be paired; give one of each per seed"
-        )
-    differences = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
-    mean, pairs = float(differences.mean()), len(differences)
-    if pairs < 2:
-        return Difference(mean, math.nan, math.nan, pairs)
-    half = student_quantile(0.975, pairs - 1)
-    half *= float(differences.std(ddof=1)) / math.sqrt(pairs)
-    return Difference(mean, mean - half, mean + half, pairs)
-
-
-def student_quantile(share: float, freedom: int) -> float:
-    """Return the quantile of Student's t distribution for a share in (0.5, 1), by bisection."""
-    if not 0.5 < share < 1 or freedom < 1:
-        raise UsageError(f"share={share}, freedom={freedom}: 0.5 < share < 1 and freedom >= 1")
-    # Double the upper end until it is beyond the quantile, then halve the bracket.
-    low, high = 0.0, 1.0
-    while _student(high, freedom) < share:
-        high *= 2
-    for _ in range(200):
-        midpoint = (low + high) / 2
-        low, high = (midpoint, high) if _student(midpoint, freedom) < share else (low, midpoint)
-    return (low + high) / 2
-
-
-def _student(t: float, freedom: int) -> float:
-    """Distribution function for t >= 0, by the finite sums for whole degrees of freedom."""
-    # With t = sqrt(n) tan(angle) the integral of the density is a finite sum of powers of the
-    # cosine: odd n begins with the angle itself, even n with the sine.
-    angle = math.atan(t / math.sqrt(freedom))
-    cosine = math.cos(angle) ** 2
-    if freedom % 2:
-        term = total = math.cos(angle) if freedom > 1 else 0.0
-        for k in range(3, freedom - 1, 2):
-            term *= cosine * (k - 1) / k
-            total += term
-        inside = 2 / math.pi * (angle + math.sin(angle) * total)
-    else:
-        term = total = 1.0
-        for k in range(2, freedom - 1, 2):
-            term *= cosine * (k - 1) / k
-            total += term
-        inside = math.sin(angle) * total
-    return 0.5 + inside / 2

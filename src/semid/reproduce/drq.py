@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from semid.diagnostics.pairs import rank_agreement
@@ -10,24 +12,27 @@ from semid.report.figure import line
 from semid.reproduce.claims import (
     Comparison,
     Contrast,
+    Family,
     Metric,
     Row,
     Rows,
+    Statement,
     metric,
-    paired_difference,
+    pool,
     relative_change,
 )
+from semid.reproduce.intervals import CONFIDENCE, Difference, mean_difference
 from semid.reproduce.papers import Column, Line, Paper, average
 
 TOKENIZERS = ("RQ-VAE", "RQP-VAE", "RQ-KMeans", "DRQ-VAE", "DRQ-VAE+CL")
 NOISE = 0.1
 """The noise at which overlap is judged; the page shows the whole sweep."""
-VIEWS = {
-    "K_eff": "overlap.0.effective_size@0.1",
-    "relative error": "-decoder(codes).relative_error",
-    "weighted AUC": "behavior.aucs.weighted",
-}
-"""In one of these every tokenizer should be beaten by some other."""
+VIEWS = (
+    ("RQP-VAE", "log2 K_eff", "log2 overlap.0.effective_size@0.1"),
+    ("DRQ-VAE", "relative error", "-decoder(codes).relative_error"),
+    ("DRQ-VAE+CL", "weighted AUC", "behavior.aucs.weighted"),
+)
+"""The tokenizer that the paper calls the best of a view: each should be beaten by one of them."""
 
 
 def flip_rate(noise: float, space: str = "input") -> Metric:
@@ -42,44 +47,94 @@ def flip_rate(noise: float, space: str = "input") -> Metric:
     return read
 
 
-def overlap_agreement(rows: Rows, data: str) -> list[Comparison]:
-    """Rank R against measured flips over tokenizers and levels, one correlation per seed."""
-    correlations = []
-    for seed in sorted(rows.names("seed", data=data)):
-        flips, rates = [], []
-        for row in rows.where(data=data, seed=seed):
-            measured = row.get("flips") or {}
-            points = measured.get("latent", measured.get("input"))
-            if not points or NOISE not in points["scale"]:
-                continue
-            shares = points["code"][points["scale"].index(NOISE)]
-            for share, level in zip(shares, row["overlap"], strict=False):
-                flips.append(share)
-                rates.append(level["rate"][level["scale"].index(NOISE)])
-        if len(flips) >= 6:  # two tokenizers of three levels
-            value = rank_agreement(flips, {"R": rates})["R"]
-            if value is not None:
-                correlations.append(float(value))
-    result = paired_difference(correlations, [0.0] * len(correlations)) if correlations else None
-    return [Comparison(f"{data}: rank correlation of R with the flips", result, 3)]
+def within_level_agreement(
+    rows: Rows, data: str, seed: int, space: str = "latent"
+) -> tuple[list[float], float] | None:
+    """Rank R against measured flips over tokenizers: in each level, and with all levels pooled.
 
-
-def beaten_somewhere(rows: Rows, data: str) -> Iterator[Comparison]:
-    """Compare each tokenizer with the rival that beats it most clearly in some view."""
+    None where a tokenizer lacks flips at `NOISE`. Pooled, the correlation shows that both R and the
+    flips rise with the level, whatever they do among tokenizers of one level.
+    """
+    flips: list[list[float]] = []
+    rates: list[list[float]] = []
     for tokenizer in TOKENIZERS:
-        contrasts = [
-            Contrast(f"{view}, {other} - {tokenizer}", metric(path), cell(other), cell(tokenizer))
-            for other in TOKENIZERS
-            if other != tokenizer
-            for view, path in VIEWS.items()
-        ]
-        comparisons = [contrast.compare(rows, data) for contrast in contrasts]
-        rivals = [c for c in comparisons if c.difference is not None]
-        if rivals:
-            best = max(rivals, key=lambda c: c.favor)
-            yield Comparison(f"{tokenizer} is beaten; {best.name}", best.difference)
-        else:
-            yield Comparison(f"{data}: {tokenizer} is beaten in some view", None)
+        for row in rows.where(**cell(tokenizer), data=data, seed=seed):
+            measured = row.get("flips") or {}
+            points = measured.get(space, measured.get("input"))
+            if points and NOISE in points["scale"]:
+                flips.append(points["code"][points["scale"].index(NOISE)])
+                rates.append([one["rate"][one["scale"].index(NOISE)] for one in row["overlap"]])
+    if len(flips) < 3:
+        return None
+
+    def correlate(measured: Sequence[float], predicted: Sequence[float]) -> float:
+        value = rank_agreement(measured, {"R": predicted})["R"]
+        return 0.0 if value is None else float(value)
+
+    columns = zip(zip(*flips, strict=True), zip(*rates, strict=True), strict=True)
+    levels = [correlate(*level) for level in columns]
+    return levels, correlate([f for one in flips for f in one], [r for one in rates for r in one])
+
+
+def overlap_agreement(rows: Rows, sets: Sequence[str]) -> list[Statement]:
+    """Rank R against measured flips within levels: the mean over levels, one value per seed."""
+    values: dict[str, dict[int, float]] = {}
+    comparisons = []
+    for data in sets:
+        values[data] = {}
+        for seed in sorted(rows.names("seed", data=data)):
+            if (found := within_level_agreement(rows, data, seed)) is not None:
+                values[data][seed] = average(found[0])
+        runs = list(values[data].values())
+        missing = sum(rows.lacking(**cell(one), data=data) for one in TOKENIZERS)
+        name = f"{data}: rank correlation of R with the flips within levels"
+        comparisons.append(Comparison(name, mean_difference(runs) if runs else None, missing))
+    name = "rank correlation of R with the flips within levels"
+    return [pool(name, values, comparisons, digits=3)]
+
+
+def agreement_table(rows: Rows) -> list[list[str]]:
+    """Write the correlations of R with the flips: of each level, and with all levels pooled."""
+    table, main = [], rows.main()
+    for data in main.names("data"):
+        for space in ("latent", "input"):
+            seeds = sorted(main.names("seed", data=data))
+            found = [within_level_agreement(main, data, seed, space) for seed in seeds]
+            runs = [one for one in found if one is not None]
+            if runs:
+                levels = zip(*(levels for levels, _ in runs), strict=True)
+                means = [*map(average, levels), average([pooled for _, pooled in runs])]
+                table.append([f"{data}, noise on the {space}", *(f"{m:+.2f}" for m in means)])
+    return table
+
+
+def beaten_somewhere(rows: Rows, sets: Sequence[str]) -> list[Statement]:
+    """Compare each tokenizer with those that the paper calls the best of a view.
+
+    The rival that beats it most clearly counts, at Bonferroni's level for the number of rivals.
+    """
+    statements = []
+    for tokenizer in TOKENIZERS:
+        leaders = [one for one in VIEWS if one[0] != tokenizer]
+        confidence = 1 - (1 - CONFIDENCE) / len(leaders)
+        rivals = []
+        for leader, view, path in leaders:
+            name = f"{tokenizer} is beaten; {view}, {leader} - {tokenizer}"
+            contrast = Contrast(name, metric(path), cell(leader), cell(tokenizer))
+            rivals.append(Family(name, (contrast,)).state(rows, sets, confidence))
+        # Views have units of their own: the clearest rival is the one whose estimate is largest
+        # beside its interval.
+        best = max(rivals, key=lambda one: _clearness(one.estimate()))
+        everything = tuple(c for one in rivals for c in one.comparisons)
+        statements.append(replace(best, comparisons=everything))
+    return statements
+
+
+def _clearness(estimate: Difference | None) -> float:
+    """Return an estimate in units of its interval's half width; one without an interval is last."""
+    if estimate is None or not estimate.high > estimate.low:
+        return math.inf if estimate is not None and estimate.low > 0 else -math.inf
+    return 2 * estimate.mean / (estimate.high - estimate.low)
 
 
 def cell(tokenizer: str, variant: str = "") -> dict[str, Any]:
@@ -149,24 +204,30 @@ def sweep_chart(rows: Rows, lines: Sequence[Line]) -> Iterator[dict[str, Any]]:
 
 
 def recommend(rows: Rows) -> list[list[str]]:
-    """Name the leader for every question and data set, and those that are level with it."""
+    """Name the leader over all data sets for every question, and those level with it."""
     main, table = rows.main(), []
-    for data in main.names("data"):
-        for question, name, digits in DRQ.file["questions"]:
-            read = DRQ.metric(name)
-            values = {t: main.values(read, data=data, tokenizer=t) for t in TOKENIZERS}
-            means = {t: average(v) for t, v in values.items() if v}
-            if not means:
-                continue
-            best = max(means, key=lambda t: means[t])
-            # Level with the leader unless the paired interval over seeds leaves out 0; with one
-            # seed all are.
-            rivals = [Contrast(t, read, cell(best), cell(t)) for t in means if t != best]
-            level = [c.name for c in rivals if not c.compare(main, data).favor]
-            absent = [t for t in TOKENIZERS if t not in means]
-            leader = f"{best} ({abs(means[best]):.{digits}f})"
-            names = (", ".join(level) or "nobody", ", ".join(absent) or "none")
-            table.append([f"{data}: {question}", leader, *names])
+    sets = main.names("data")
+    for question, name, digits in DRQ.file["questions"]:
+        read, shown = DRQ.metric(name), DRQ.metric(name.removeprefix("log2 "))
+        means = {
+            t: [average(v) for v in of_sets]
+            for t in TOKENIZERS
+            if all(of_sets := [main.values(read, data=d, tokenizer=t) for d in sets])
+        }
+        if not means:
+            continue
+        best = max(means, key=lambda t: average(means[t]))
+        rivals = {
+            t: Family(t, (Contrast(t, read, cell(best), cell(t)),)).state(main, sets)
+            for t in means
+            if t != best
+        }
+        # Level with the leader unless the interval over data sets leaves out 0.
+        estimates = {t: one.estimate(len(rivals)) for t, one in rivals.items()}
+        level = [t for t, e in estimates.items() if e is None or not e.low > 0]
+        figures = [average(main.values(shown, data=d, tokenizer=best)) for d in sets]
+        values = ", ".join(f"{abs(value):.{digits}f}" for value in figures)
+        table.append([question, best, values, ", ".join(level) or "nobody"])
     return table
 
 
@@ -190,6 +251,7 @@ DRQ = Paper(
         "overlap_agreement": overlap_agreement,
         "beaten_somewhere": beaten_somewhere,
         "recommend": recommend,
+        "agreement": agreement_table,
         "tokenizers": tokenizer_lines,
         "geometry": geometry_lines,
         "seeds": seeds_columns,

@@ -109,19 +109,19 @@ def cell(method: str, scale: int, fusion: bool = False, part: str = "") -> dict[
 
 def facts(rows: Rows) -> Mapping[str, Any]:
     """Return scales, models and the paper's own gain."""
-    scales = [s for s in rows.names("scale", run="rank") if s and s > 1]
+    scales = [s for s in rows.planned("scale", run="rank") if s and s > 1]
     widest = max(scales, default=7)
     above, cells, mean_gain = paper_gain("rqvae")
     # Embeddings were analyzed of one ranking model, whichever the recipe has first.
     analyzed = next((r["model"] for r in rows.rows if r.get("analysis")), "dcnv2")
-    rebuilt = rows.names("scale", run="kept", method="moc")
+    rebuilt = rows.planned("scale", run="kept", method="moc")
     return {
         "m": widest,
         "codes": range(1, widest + 1),
         "all codes but the last": range(1, widest),
         "rebuilt scales": [s for s in rebuilt if s <= 3] or [2, 3],
         "models": MODELS,
-        "level models": rows.names("model", run="rank", part="alone 1") or ["dcnv2"],
+        "level models": rows.planned("model", run="rank", part="alone 1") or ["dcnv2"],
         "analyzed": {"model": analyzed},
         "above": above,
         "cells": cells,
@@ -174,6 +174,20 @@ def _paper_cell(model: str, rows: Rows, line: Line) -> str:
         return ""
     value = paper_auc(model, method, line.where["scale"], rows.rows[0]["data"])
     return "" if value is None else f"{value:.4f}"
+
+
+def loss_columns(rows: Rows) -> list[Column]:
+    """Return two columns per ranking model: log loss and calibration error."""
+
+    def write(model: str, name: str, rows: Rows, line: Line) -> str:
+        values = line.values(rows, metric(name), model=model)
+        return f"{average(values):.4f}" if values else "-"
+
+    return [
+        Column(f"{model}, {title}", partial(write, model, name))
+        for model in _models(rows)
+        for title, name in (("log loss", "log_loss"), ("calibration error", "calibration_error"))
+    ]
 
 
 def difference_lines(rows: Rows, **more: Any) -> list[Line]:
@@ -342,6 +356,7 @@ MOC = Paper(
     code={
         "auc": auc_lines,
         "auc columns": auc_columns,
+        "loss columns": loss_columns,
         "differences": difference_lines,
         "difference columns": difference_columns,
         "difference": lambda rows: [Column("difference", difference(AUC))],

@@ -11,7 +11,16 @@ from importlib import resources
 from typing import Any
 
 from semid.report.figure import Figure
-from semid.reproduce.claims import Claim, Contrast, Family, Metric, Rows, inside, metric
+from semid.reproduce.claims import (
+    Claim,
+    Contrast,
+    Family,
+    Metric,
+    Rows,
+    Statements,
+    inside,
+    metric,
+)
 
 
 @dataclass(frozen=True)
@@ -55,30 +64,40 @@ class Paper:
             claims.append(Claim(**{**others, **texts, "families": families}))
         return claims
 
-    def _families(self, entry: Any, facts: Mapping[str, Any]) -> Iterator[Family]:
-        """Yield the comparisons of an entry of ``compare``: one family for each value of ``each``.
+    def _families(self, entry: Any, facts: Mapping[str, Any]) -> Iterator[Family | Statements]:
+        """Yield the statements of an entry of ``compare``, one for each value of ``each``.
 
-        ``a`` is the cell that should be higher. ``b`` is another cell, a list of them or "others";
-        without it, ``than`` is another metric of the same cell. An entry without a metric is about
-        the AUC of every ranking model. A list of entries is one family.
+        ``a`` is the cell that should be higher. ``b`` is another cell, a list of them or "others",
+        a statement each; without it, ``than`` is another metric of the same cell. ``metric`` may be
+        a list too. An entry without a metric is about the AUC. A statement is the mean over all
+        ranking models, and over the values of ``average``.
         """
-        if isinstance(entry, list):
-            families = [family for one in entry for family in self._families(one, facts)]
-            yield [c for family in families if not callable(family) for c in family]
-            return
         if "function" in entry:
             yield self.code[entry["function"]]
             return
-        variable, values = next(iter(entry.get("each", {"": [""]}).items()))
-        for value in self._several(values, facts, entry.get("b")):
-            words = {**facts, variable: value}
-            a = entry["a"].format_map(words)
-            yield [
-                self._contrast(entry, words, a, b.format_map(words), name, model)
-                for name in self._several(entry.get("metric", "auc"), {}, None)
-                for b in self._several(entry.get("b", entry["a"]), facts, a)
-                for model in ([""] if "metric" in entry else facts[entry.get("models", "models")])
-            ]
+        apart, means = (
+            next(iter(entry.get(key, {"": [""]}).items())) for key in ("each", "average")
+        )
+        for value in self._several(apart[1], facts, entry.get("b")):
+            words = {**facts, apart[0]: value}
+            models = [words["model"]] if "model" in words else facts.get("models", [""])
+            if "metric" in entry:  # of embeddings, which are analyzed of one model
+                models = [""]
+            elif "models" in entry:
+                models = facts[entry["models"]]
+            a = entry["a"].format_map({**words, means[0]: ""})
+            for name in self._several(entry.get("metric", "auc"), {}, None):
+                for b in self._several(entry.get("b", entry["a"]), facts, a):
+                    contrasts = [
+                        self._contrast(entry, {**words, means[0]: one}, b, name, model)
+                        for one in self._several(means[1], facts, None)
+                        for model in models
+                    ]
+                    title = contrasts[0].name
+                    if "model" in words:
+                        title = f"{words['model']}: {title}"
+                    digits = entry.get("digits", 4)
+                    yield Family(title, tuple(contrasts), entry.get("margin"), digits)
 
     def _several(self, names: Any, facts: Mapping[str, Any], but: str | None) -> list[Any]:
         """Return a list as it is, the list that a name stands for, or the name alone."""
@@ -89,14 +108,9 @@ class Paper:
         return list(facts[names]) if names in facts else [names]
 
     def _contrast(
-        self,
-        entry: Mapping[str, Any],
-        words: Mapping[str, Any],
-        a: str,
-        b: str,
-        name: str,
-        model: str,
+        self, entry: Mapping[str, Any], words: Mapping[str, Any], b: str, name: str, model: str
     ) -> Contrast:
+        a, b = entry["a"].format_map(words), b.format_map(words)
         # Embeddings are analyzed of one ranking model; its claims select that one.
         shared = words.get("analyzed", {}) if "metric" in entry else {}
         default = "{metric}, {a} - {b}" if "metric" in entry else "{a} - {b}"
@@ -106,9 +120,7 @@ class Paper:
             {**shared, **self.cell(a)},
             {**shared, **self.cell(b)},
             self.metric(entry["than"]) if "than" in entry else None,
-            entry.get("margin"),
             model,
-            entry.get("digits", 4),
         )
 
     def sections(self, rows: Rows) -> list[tuple[str, str, str, list[Figure]]]:

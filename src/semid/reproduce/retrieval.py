@@ -24,9 +24,10 @@ def cell(name: str) -> dict[str, Any]:
 
 
 def facts(rows: Rows) -> Mapping[str, Any]:
-    """Return the Semantic IDs that have run, and each with a model that reads it."""
-    ids = [name for name in rows.names("tokenizer") if name]
-    pairs = list(dict.fromkeys((row["model"], row["tokenizer"]) for row in rows.rows))
+    """Return the Semantic IDs of the recipe, and each with a model that reads it."""
+    ids = [name for name in rows.planned("tokenizer") if name]
+    cells = [*rows.rows, *rows.missing]
+    pairs = list(dict.fromkeys((row["model"], row["tokenizer"]) for row in cells))
     names = [f"{model} on {ids}" if ids else model for model, ids in pairs]
     # Whether a model has item ids beside the codes is said in its name.
     coded = [name for name in names if " on " in name]

@@ -11,7 +11,7 @@ from typing import Any
 from semid.errors import UsageError, check_choice
 from semid.progress import Progress, QuietProgress
 from semid.reproduce.drq_runs import DrqExperiment
-from semid.reproduce.ledger import RUNS_FILE, cell_key, read_runs
+from semid.reproduce.ledger import RUNS_FILE, read_runs
 from semid.reproduce.moc_runs import MocExperiment
 from semid.reproduce.page import Page, make_page, write_page
 from semid.reproduce.pool import Experiment, run_jobs
@@ -101,10 +101,15 @@ class Study:
 
     def page(self) -> Page:
         """Make the page of what has run, with a list of what has not."""
-        rows = self.rows()
-        done = {row["key"] for row in rows}
-        missing = [job.title for job in self.jobs if job.key not in done]
-        return make_page(self.paper, rows, missing=missing, absent=self.absent)
+        # Data that are absent here are part of what the claims cover.
+        absent = [cell for cell in self.experiment.cells() if cell["data"] in self.absent]
+        return make_page(
+            self.paper,
+            self.rows(),
+            cells=[*(job.spec for job in self.jobs), *absent],
+            title=self.experiment.title,
+            absent=self.absent,
+        )
 
     def write(self) -> list[Path]:
         """Write the page beside the ledger."""
@@ -129,9 +134,7 @@ def page_from(paper: str, results: Path, output: Path, *, publish: bool = False)
     rows = read_runs(ledger)
     # Which recipe it was shows what has not run; the ledger alone knows only what has.
     quick = bool(rows) and all(row.get("quick") for row in rows)
-    done = {cell_key(row) for row in rows}
     recipe = read_experiment(f"{paper}-quick" if quick else paper)
     runs = EXPERIMENTS[paper](recipe, None, results / paper)
-    missing = [runs.title(cell) for cell in runs.cells() if cell_key(cell) not in done]
-    page = make_page(paper, rows, missing=missing, publish=publish)
+    page = make_page(paper, rows, cells=runs.cells(), title=runs.title, publish=publish)
     return write_page(page, output, paper)
