@@ -119,6 +119,17 @@ def test_fit_and_encode_equal_local_ones(cluster, items, local, tmp_path):
     assert max(run.by_process.values()) <= len(local.encode(items)) - 10_000
 
 
+def test_product_codes_equal_local_ones(cluster, items):
+    settings = {"n_codebooks": 2, "codebook_size": 6, "rotation_iter": 1, "center": True}
+    models = [semid.OPQ(threads=1, kmeans={"max_iter": 1}, **settings) for _ in range(2)]
+    done = fit_on_ray(models[0], Catalogue.open(items), options=RayOptions(workers=2))
+    models[1].fit(items)
+    assert done.passed["run"] > 0
+    assert models[0].weights_fingerprint == models[1].weights_fingerprint
+    levels = [model.report.details["levels"] for model in models]
+    assert levels[0] == levels[1]
+
+
 @pytest.mark.parametrize("kind", ["lloyd", "lloyd-product"])
 def test_a_tokenizer_of_another_package_encodes_alike(
     cluster, clustered, tmp_path, monkeypatch, kind

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import semid
 from distributed_cases import many_rows
 from semid.errors import InputError, UsageError
 from semid.health import (
@@ -29,6 +30,7 @@ from semid.quantization.blocks import (
     merge_nodes,
 )
 from semid.quantization.kmeans import KMeansOptions, kmeans
+from semid.quantization.product import fit_product, part_slices
 from semid.quantization.residual import fit_residual
 from semid.quantization.sharding import Shard, ShardedMatrix, as_sharded, payload_bytes
 from semid.training.distributed import local_world_size, shard_spans
@@ -152,6 +154,37 @@ def test_empty_clusters_are_seeded_alike(rows):
     team = ShardedMatrix(SeveralShards(rows, 3), dim=rows.shape[1])
     shared = kmeans(team, 8, seed=0, options=options, init=init)
     assert alone.centroids.tobytes() == shared.centroids.tobytes()
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("kind", [semid.PQ, semid.OPQ])
+def test_product_codes_over_shards(rows, kind, weighted):
+    weights = np.random.default_rng(0).random(len(rows)) if weighted else None
+    settings = {"n_codebooks": 3, "codebook_size": 9, "center": True, "normalize": weighted}
+    settings |= {"rotation_iter": 2} if kind is semid.OPQ else {}
+    settings |= {"kmeans": {"max_iter": 2, "sample_per_code": 20_000 if weighted else None}}
+    alone = kind(validation_fraction=0, **settings).fit(rows, weights=weights)
+    for shards in (1, 3):
+        team = SeveralShards(rows, shards, weights)
+        model = kind(**settings)
+        assert model.fits_shards
+        levels = model.fit_rows(ShardedMatrix(team, dim=rows.shape[1], weights=weights))
+        assert levels == alone.report.details["levels"]
+        assert model.weights_fingerprint == alone.weights_fingerprint
+
+
+def test_empty_codewords_of_parts_are_seeded_alike(rows):
+    # Most rows are copies of few, so that the farthest rows are copies too.
+    copies = np.concatenate([np.repeat(rows[:7], 20_000, axis=0), rows[:9], rows[:5] + 3])
+    init = [np.full((12, 2), 50, np.float32) + np.arange(12, dtype=np.float32)[:, None]] * 2
+    settings = {"seed": 0, "options": KMeansOptions(max_iter=3), "init": init}
+    slices = part_slices(4, 2)
+    alone, _ = fit_product(ArrayBlocks(copies), slices, [12, 12], **settings)
+    team = ShardedMatrix(SeveralShards(copies, 3), dim=4)
+    shared, _ = fit_product(team, slices, [12, 12], **settings)
+    for mine, theirs in zip(alone, shared, strict=True):
+        assert mine.tobytes() == theirs.tobytes()
+        assert len(np.unique(mine, axis=0)) == 12
 
 
 def test_preparation_over_shards(rows):

@@ -50,6 +50,14 @@ class Blocks(Protocol):
         ...
 
 
+class RowTransform(Protocol):
+    """What maps each row by itself."""
+
+    def view(self, blocks: Blocks) -> Blocks:
+        """Return a view of mapped rows."""
+        ...
+
+
 class ArrayBlocks:
     """Blocks over a matrix ``(items, dim)`` in memory; other types become float32 by block."""
 
@@ -290,6 +298,18 @@ class Statistics:
         self.sums += other.sums
         self.counts += other.counts
         self.inertia += other.inertia
+
+
+@dataclass
+class StatisticsList:
+    """What a block contributes to several updates, such as those of the parts of a row."""
+
+    parts: list[Statistics]
+
+    def add_(self, other: StatisticsList) -> None:
+        """Add the statistics of the blocks that follow, in place."""
+        for mine, theirs in zip(self.parts, other.parts, strict=True):
+            mine.add_(theirs)
 
 
 def moments(blocks: Blocks, *, first_block: int = 0) -> list[Node[Statistics]]:

@@ -20,15 +20,21 @@ import torch
 from semid.quantization.blocks import (
     ArrayBlocks,
     Blocks,
+    Node,
     Statistics,
+    StatisticsList,
     TreeSum,
-    in_memory,
-    read_ahead,
 )
-from semid.quantization.kmeans import KMeansOptions, draw_sample, has_converged, kmeans_plus_plus
+from semid.quantization.kmeans import (
+    KMeansOptions,
+    draw_sample,
+    has_converged,
+    kmeans_plus_plus,
+    sampled,
+)
 from semid.quantization.nearest import IndexedCodebook, assign, index_codebook
 from semid.quantization.residual import ResidualCodes
-from semid.quantization.sharding import as_sharded
+from semid.quantization.sharding import Shard, ShardedMatrix, as_sharded
 from semid.quantization.threads import map_blocks
 from semid.seeds import numpy_generator
 
@@ -92,7 +98,7 @@ class ProductState:
 
 
 def fit_product(
-    blocks: Blocks,
+    blocks: Blocks | ShardedMatrix,
     slices: Slices,
     codebook_sizes: Sequence[int],
     *,
@@ -108,25 +114,22 @@ def fit_product(
     """Fit one codebook per part of the columns by K-means, all parts in the same passes.
 
     Rows are held in memory up to ``memory_bytes`` and read again in every pass above it; the
-    results are the same. ``init`` holds codebooks to start from instead of k-means++ (one restart).
+    results are the same. A `ShardedMatrix` brings its own weights and threads. ``init`` holds
+    codebooks to start from instead of k-means++ (one restart).
 
     Shapes: ``blocks`` (items, dim), ``weights`` (items,), returns ``(codes, width)`` per part.
 
     Cost: O(items codes dim) per iteration for all parts together, in one pass over the rows.
     """
-    sample = draw_sample(as_sharded(blocks), max(codebook_sizes), seed=seed, options=options)
-    rows: Blocks = blocks
-    mass = weights
-    if sample is not None:
-        rows = ArrayBlocks(blocks.rows(sample))
-        mass = None if weights is None else weights[sample]
-    rows = in_memory(rows, limit_bytes=memory_bytes)
+    everything = as_sharded(blocks, weights=weights, threads=threads, memory_bytes=memory_bytes)
+    sample = draw_sample(everything, max(codebook_sizes), seed=seed, options=options)
+    rows = everything if sample is None else sampled(everything, sample, threads=threads)
     run = state or ProductState()
     parts = range(len(slices))
     while run.restart < options.n_init:
         if not run.books:
             run.books = list(init or seed_parts(
-                rows, slices, codebook_sizes, seed=seed, restart=run.restart, weights=mass,
+                rows, slices, codebook_sizes, seed=seed, restart=run.restart,
                 trials=options.n_local_trials, threads=threads,
             ))  # fmt: skip
             run.inertia = [[] for _ in parts]
@@ -135,7 +138,7 @@ def fit_product(
             active = [i for i in parts if not has_converged(run.inertia[i], options.tol)]
             if not active:
                 break
-            _iterate(rows, slices, run, active, weights=mass, threads=threads)
+            _iterate(rows, slices, run, active)
             run.iteration += 1
             if on_iteration is not None:
                 on_iteration(run)
@@ -153,7 +156,7 @@ def fit_product(
     final = ProductState(books=list(run.best_books), inertia=[list(h) for h in run.best_inertia])
     if sample is not None and options.full_pass:
         # One iteration over all rows: an unbiased mean per codeword at the cost of one pass.
-        _iterate(blocks, slices, final, list(parts), weights=weights, threads=threads)
+        _iterate(everything, slices, final, list(parts))
     fits = []
     for i in parts:
         distinct = len(np.unique(final.books[i], axis=0))
@@ -176,17 +179,17 @@ def fit_product(
 
 
 def seed_parts(
-    rows: Blocks,
+    rows: ShardedMatrix,
     slices: Slices,
     codebook_sizes: Sequence[int],
     *,
     seed: int,
     restart: int,
-    weights: Doubles | None,
     trials: int,
     threads: int | None,
+    transform: Callable[[Array], Array] | None = None,
 ) -> list[Array]:
-    """Seed every part by k-means++ on the columns of one sample of the rows.
+    """Seed every part by k-means++ on the columns of one sample of the rows, transformed.
 
     Where a part has fewer distinct rows than codewords, copies of the first codeword fill the rest:
     ties go to the lowest code, so they get no rows.
@@ -197,7 +200,9 @@ def seed_parts(
         generator = numpy_generator(seed, "seeding rows", restart)
         numbers = np.sort(generator.choice(len(rows), count, replace=False, shuffle=False))
     sample = rows.rows(numbers)
-    mass = None if weights is None else weights[numbers]
+    if transform is not None:
+        sample = transform(sample)
+    mass = None if rows.weights is None else rows.weights[numbers]
     if mass is not None and not mass.any():
         mass = None  # the sample missed all rows that count; any rows do to start from
 
@@ -263,68 +268,66 @@ def draw_centers(x: Array, weights: Doubles, draws: Doubles) -> npt.NDArray[np.i
     return centers
 
 
-def _iterate(
-    rows: Blocks,
-    slices: Slices,
-    run: ProductState,
-    active: Sequence[int],
-    *,
-    weights: Doubles | None,
-    threads: int | None,
-) -> None:
+def _iterate(rows: ShardedMatrix, slices: Slices, run: ProductState, active: Sequence[int]) -> None:
     """Run one Lloyd iteration of the parts ``active``, in place."""
-    totals = assign_parts(rows, slices, run.books, active, weights=weights, threads=threads)
-    run.books = list(run.books)
-    empty: dict[int, npt.NDArray[np.int64]] = {}
+    totals = rows.sum(assign_parts, slices, run.books, active).parts
     before = list(run.books)
+    run.books = move_codewords(run.books, active, totals)
+    empty: dict[int, npt.NDArray[np.int64]] = {}
     for part, total in zip(active, totals, strict=True):
         run.inertia[part] = [*run.inertia[part], total.inertia]
-        occupied = total.counts > 0
-        moved = run.books[part].copy()
-        # The mean minimizes the weighted sum of squared distances to the rows of a codeword.
-        moved[occupied] = (total.sums[occupied] / total.counts[occupied, None]).astype(np.float32)
-        run.books[part] = moved
         # With inertia 0 every row lies on its codeword: no place is better for an empty one.
-        if not occupied.all() and total.inertia > 0:
-            empty[part] = np.flatnonzero(~occupied)
+        if total.inertia > 0 and not total.counts.all():
+            empty[part] = np.flatnonzero(total.counts == 0)
     if empty:
-        _reseed(rows, slices, before, run.books, empty, weights=weights)
+        _reseed(rows, slices, before, run.books, empty)
+
+
+def move_codewords(
+    books: Sequence[Array], active: Sequence[int], totals: Sequence[Statistics]
+) -> list[Array]:
+    """Return the codebooks with the codewords of some parts at the means of their rows."""
+    moved = list(books)
+    for part, total in zip(active, totals, strict=True):
+        occupied = total.counts > 0
+        book = books[part].copy()
+        # The mean minimizes the weighted sum of squared distances to the rows of a codeword.
+        book[occupied] = (total.sums[occupied] / total.counts[occupied, None]).astype(np.float32)
+        moved[part] = book
+    return moved
 
 
 def assign_parts(
-    rows: Blocks,
-    slices: Slices,
-    books: Sequence[Array],
-    active: Sequence[int],
-    *,
-    weights: Doubles | None,
-    threads: int | None,
-    on_codes: Callable[[int, Array, list[npt.NDArray[np.int64]]], None] | None = None,
-) -> list[Statistics]:
-    """Assign the rows to the codewords of some parts in one pass; return each part's sums.
+    shard: Shard, slices: Slices, books: Sequence[Array], active: Sequence[int]
+) -> list[Node[StatisticsList]]:
+    """Assign a shard's rows to the codewords of some parts in one pass; sum the rows of each."""
+    tables = index_parts(books, active)
+    # Block sums are added along one fixed tree, so shards, memory and threads change no bit.
+    tree: TreeSum[StatisticsList] = TreeSum()
+    for number, span, block in shard.numbered_blocks():
+        results = assign_block(shard, span, block, slices, tables)
+        tree.add(number, StatisticsList([sums for sums, _ in results]))
+    return tree.nodes
 
-    ``on_codes`` receives the first row's number, the rows and each part's codes, block by block.
-    """
-    tables = {part: index_codebook(torch.from_numpy(books[part])) for part in active}
-    # Block sums are added along one fixed tree, so memory and threads change no bit.
-    trees: list[TreeSum[Statistics]] = [TreeSum() for _ in active]
-    for number, (start, block) in enumerate(read_ahead(rows)):
-        mass = None if weights is None else weights[start : start + len(block)]
 
-        def work(
-            part: int, block: Array = block, mass: Doubles | None = mass
-        ) -> tuple[Statistics, npt.NDArray[np.int64]]:
-            columns = np.ascontiguousarray(block[:, slices[part]])
-            labels, distances = assign(columns, tables[part], threads=1)
-            codes = len(books[part])
-            return part_statistics(columns, labels, distances, codes, mass), labels
+def index_parts(books: Sequence[Array], active: Sequence[int]) -> dict[int, IndexedCodebook]:
+    """Return the codebooks of some parts, ready for a search."""
+    return {part: index_codebook(torch.from_numpy(books[part])) for part in active}
 
-        results = map_blocks(work, active, threads=threads)
-        for tree, (sums, _) in zip(trees, results, strict=True):
-            tree.add(number, sums)
-        if on_codes is not None:
-            on_codes(start, block, [labels for _, labels in results])
-    return [tree.total() for tree in trees]
+
+def assign_block(
+    shard: Shard, span: slice, block: Array, slices: Slices, tables: dict[int, IndexedCodebook]
+) -> list[tuple[Statistics, npt.NDArray[np.int64]]]:
+    """Return the sums and the codes of a block's rows, part by part."""
+    weights = None if shard.weights is None else shard.weights[span]
+
+    def work(part: int) -> tuple[Statistics, npt.NDArray[np.int64]]:
+        columns = np.ascontiguousarray(block[:, slices[part]])
+        labels, distances = assign(columns, tables[part], threads=1)
+        codes = len(tables[part])
+        return part_statistics(columns, labels, distances, codes, weights), labels
+
+    return map_blocks(work, list(tables), threads=shard.threads)
 
 
 def part_statistics(
@@ -360,38 +363,53 @@ def _sum_rows(x: Any, weights: Any, labels: Any, sums: Any, counts: Any) -> None
 
 
 def _reseed(
-    rows: Blocks,
+    rows: ShardedMatrix,
     slices: Slices,
     before: Sequence[Array],
     books: list[Array],
     empty: dict[int, npt.NDArray[np.int64]],
-    *,
-    weights: Doubles | None,
 ) -> None:
     """Put empty codewords on the rows with the largest loss, all distinct; one pass for all parts.
 
     ``before`` are the codebooks by which the losses are counted.
     """
-    losses = {part: np.empty(0) for part in empty}
-    farthest = {part: np.empty((0, books[part].shape[1]), np.float32) for part in empty}
-    tables = {part: index_codebook(torch.from_numpy(before[part])) for part in empty}
-    for start, block in read_ahead(rows):
-        for part, codes in empty.items():
-            columns = np.ascontiguousarray(block[:, slices[part]])
-            loss = assign(columns, tables[part], threads=1)[1].astype(np.float64)
-            if weights is not None:
-                loss *= weights[start : start + len(block)]
-            # Equal columns would be one codeword: count each once, and keep the earlier of ties.
-            loss = np.concatenate([losses[part], loss])
-            values = np.concatenate([farthest[part], columns])
-            order = np.lexsort((np.arange(len(loss)), -loss))[: 4 * len(codes)]
-            order = order[loss[order] > 0]
-            _, first = np.unique(values[order], axis=0, return_index=True)
-            order = order[np.sort(first)][: len(codes)]
-            losses[part], farthest[part] = loss[order], values[order]
-    for part, codes in empty.items():
+    counts = {part: len(codes) for part, codes in empty.items()}
+    shards = rows.run(farthest_parts, slices, [before[part] for part in counts], counts)
+    for at, (part, codes) in enumerate(empty.items()):
+        losses, values = (np.concatenate(each) for each in zip(*(s[at] for s in shards)))  # noqa: B905
+        farthest = _largest(losses, values, len(codes))[1]
         books[part] = books[part].copy()
-        books[part][codes[: len(farthest[part])]] = farthest[part]
+        books[part][codes[: len(farthest)]] = farthest
+
+
+def farthest_parts(
+    shard: Shard, slices: Slices, books: Sequence[Array], counts: dict[int, int]
+) -> list[tuple[Doubles, Array]]:
+    """Return losses and columns of a shard's rows of largest loss, for each part in ``counts``."""
+    tables = [index_codebook(torch.from_numpy(book)) for book in books]
+    best = [(np.empty(0), np.empty((0, book.shape[1]), np.float32)) for book in books]
+    for _, span, block in shard.numbered_blocks():
+        for at, (part, count) in enumerate(counts.items()):
+            columns = np.ascontiguousarray(block[:, slices[part]])
+            loss = assign(columns, tables[at], threads=1)[1].astype(np.float64)
+            if shard.weights is not None:
+                loss *= shard.weights[span]
+            losses, values = np.concatenate([best[at][0], loss]), [best[at][1], columns]
+            best[at] = _largest(losses, np.concatenate(values), count)
+    return best
+
+
+def _largest(losses: Doubles, values: Array, count: int) -> tuple[Doubles, Array]:
+    """Return the ``count`` distinct rows of largest loss above 0, ties in row order."""
+    order = np.lexsort((np.arange(len(losses)), -losses))
+    order = order[losses[order] > 0]
+    # Equal columns would be one codeword. Where copies leave too few, further rows are looked at.
+    for size in (4 * count, len(order)):
+        _, first = np.unique(values[order[:size]], axis=0, return_index=True)
+        if len(first) >= count:
+            break
+    order = order[np.sort(first)[:count]]
+    return losses[order], values[order]
 
 
 def encode_product(

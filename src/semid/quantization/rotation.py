@@ -8,16 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from semid.quantization.blocks import ArrayBlocks, Blocks, in_memory, map_rows, read_ahead
-from semid.quantization.kmeans import KMeansOptions, draw_sample
-from semid.quantization.product import SMALL_ROWS, Slices, assign_parts, seed_parts
-from semid.quantization.sharding import as_sharded
+from semid.quantization.blocks import Node, Statistics, StatisticsList, TreeSum
+from semid.quantization.kmeans import KMeansOptions, draw_sample, sampled
+from semid.quantization.product import (
+    SMALL_ROWS,
+    Slices,
+    assign_block,
+    index_parts,
+    move_codewords,
+    seed_parts,
+)
+from semid.quantization.sharding import Shard, ShardedMatrix
 from semid.quantization.threads import map_blocks
 
 Array = npt.NDArray[np.float32]
@@ -44,29 +50,31 @@ def allocate_eigenvalues(values: Doubles, slices: Slices) -> npt.NDArray[np.int6
     return np.array([component for part in members for component in part], dtype=np.int64)
 
 
-def principal_rotation(blocks: Blocks, slices: Slices, *, weights: Doubles | None) -> Array:
+def principal_rotation(rows: ShardedMatrix, slices: Slices) -> Array:
     """Return the rotation ``(dim, dim)`` to principal components, shared out among the parts.
 
     Cost: one pass; O(items dim^2 + dim^3).
     """
-    total, mass = np.zeros(blocks.dim), 0.0
-    products = np.zeros((blocks.dim, blocks.dim))
-    shift: Doubles | None = None
-    for start, block in read_ahead(blocks):
-        # The covariance does not depend on the shift; one of the rows keeps the sums small.
-        shift = block[0].astype(np.float64) if shift is None else shift
-        centered = block - shift  # float64: large means cancel nothing
-        weighted = centered
-        if weights is not None:
-            weighted = centered * weights[start : start + len(block), None]
-        products += weighted.T @ centered
-        total += weighted.sum(axis=0)
-        mass += len(block) if weights is None else float(weights[start : start + len(block)].sum())
-    covariance = products / mass - np.outer(total / mass, total / mass)
+    # The covariance does not depend on the shift; one of the rows keeps the sums small.
+    total = rows.sum(_sum_products, rows.rows(np.zeros(1, np.int64))[0])
+    mass, products, sums = total.counts[0], total.sums[:-1], total.sums[-1]
+    covariance = products / mass - np.outer(sums / mass, sums / mass)
     values, vectors = np.linalg.eigh(covariance)
     # Rounding may leave eigenvalues slightly below 0.
     order = allocate_eigenvalues(np.maximum(values, 0.0), slices)
     return np.ascontiguousarray(vectors[:, order], dtype=np.float32)
+
+
+def _sum_products(shard: Shard, shift: Array) -> list[Node[Statistics]]:
+    """Sum ``x^T x`` and, as its last row, ``x`` of the rows of a shard, shifted and weighted."""
+    tree: TreeSum[Statistics] = TreeSum()
+    for number, span, block in shard.numbered_blocks():
+        centered = block - shift.astype(np.float64)  # float64: large means cancel nothing
+        weights = np.ones(len(block)) if shard.weights is None else shard.weights[span]
+        weighted = centered if shard.weights is None else centered * weights[:, None]
+        sums = np.concatenate([weighted.T @ centered, weighted.sum(axis=0)[None]])
+        tree.add(number, Statistics(sums, np.array([weights.sum()]), 0.0))
+    return tree.nodes
 
 
 def procrustes(products: Doubles) -> Array:
@@ -88,18 +96,20 @@ class RotationState:
     error: list[float] = field(default_factory=list)
 
 
+Rotate = Callable[..., Array]
+"""``rotate(rows, rotation, threads)``: rows (n, dim) times a rotation, each by itself."""
+
+
 def fit_rotation(
-    blocks: Blocks,
+    rows: ShardedMatrix,
     slices: Slices,
     codebook_sizes: Sequence[int],
     *,
-    rotate: Callable[[Array, Array], Array],
+    rotate: Rotate,
     iterations: int,
     seed: int,
     options: KMeansOptions,
-    weights: Doubles | None = None,
     threads: int | None = None,
-    memory_bytes: int = 1 << 30,
     state: RotationState | None = None,
     on_iteration: Callable[[RotationState], None] | None = None,
 ) -> RotationState:
@@ -109,69 +119,55 @@ def fit_rotation(
     to the means of their rows and the rotation to the `procrustes` solution for the codes: both
     lower the error. Returns the rotation, and codebooks for `fit_product` to start from.
 
-    Shapes: ``blocks`` (items, dim), ``weights`` (items,); ``rotate`` maps rows (n, dim) and a
-    rotation (dim, dim) to rows.
-
     Cost: O(items (codes dim + dim^2) + dim^3) per iteration, in one pass. Source: Ge et al. 2013,
     section 4.1; the one Lloyd iteration per rotation is theirs.
     """
-    sample = draw_sample(as_sharded(blocks), max(codebook_sizes), seed=seed, options=options)
+    sample = draw_sample(rows, max(codebook_sizes), seed=seed, options=options)
     if sample is not None:
-        blocks = ArrayBlocks(blocks.rows(sample))
-        weights = None if weights is None else weights[sample]
-    rows = in_memory(blocks, limit_bytes=memory_bytes)
-    parts = list(range(len(slices)))
+        rows = sampled(rows, sample, threads=threads)
     if state is None:
-        rotation = principal_rotation(rows, slices, weights=weights)
+        rotation = principal_rotation(rows, slices)
         books = seed_parts(
-            map_rows(rows, partial(_apply, rotate, rotation), rows.dim), slices, codebook_sizes,
-            seed=seed, restart=0, weights=weights, trials=options.n_local_trials, threads=threads,
+            rows, slices, codebook_sizes, seed=seed, restart=0, trials=options.n_local_trials,
+            threads=threads, transform=lambda x: rotate(x, rotation, threads),
         )  # fmt: skip
         state = RotationState(0, rotation, books)
     while state.iteration < iterations:
-        rotation, books = state.rotation, state.books
-        products = np.zeros((rows.dim, rows.dim))
-
-        def add_products(
-            start: int,
-            block: Array,
-            labels: list[npt.NDArray[np.int64]],
-            products: Doubles = products,
-            books: list[Array] = books,
-        ) -> None:
-            quantized = np.concatenate(
-                [book[codes] for book, codes in zip(books, labels, strict=True)], axis=1
-            )
-            if weights is not None:
-                mass = weights[start : start + len(block), None]
-                quantized = (quantized * mass).astype(np.float32)
-            # Y^T Q of the block, (dim, dim): Y the rotated rows, Q their weighted codewords.
-            products += _cross_products(block, quantized, threads=threads)
-
-        rotated = map_rows(rows, partial(_apply, rotate, rotation), rows.dim)
-        totals = assign_parts(
-            rotated, slices, books, parts, weights=weights, threads=threads, on_codes=add_products
-        )
-        moved = []
-        for book, total in zip(books, totals, strict=True):
-            occupied = total.counts > 0
-            new = book.copy()
-            new[occupied] = (total.sums[occupied] / total.counts[occupied, None]).astype(np.float32)
-            moved.append(new)
+        total = rows.sum(_alternate, slices, state.books, state.rotation, rotate)
+        *totals, products = total.parts
         # Rows are X = Y R^T, so that X^T Q = R (Y^T Q).
         state = RotationState(
             state.iteration + 1,
-            procrustes(rotation.astype(np.float64) @ products),
-            moved,
-            [*state.error, float(sum(total.inertia for total in totals))],
+            procrustes(state.rotation.astype(np.float64) @ products.sums),
+            move_codewords(state.books, range(len(slices)), totals),
+            [*state.error, float(sum(part.inertia for part in totals))],
         )
         if on_iteration is not None:
             on_iteration(state)
     return state
 
 
-def _apply(rotate: Callable[[Array, Array], Array], rotation: Array, x: Array) -> Array:
-    return rotate(x, rotation)
+def _alternate(
+    shard: Shard, slices: Slices, books: Sequence[Array], rotation: Array, rotate: Rotate
+) -> list[Node[StatisticsList]]:
+    """Assign rotated rows; sum the rows of each codeword and, last, ``Y^T Q`` ``(dim, dim)``.
+
+    Y are the rotated rows and Q their weighted codewords.
+    """
+    tables = index_parts(books, range(len(slices)))
+    tree: TreeSum[StatisticsList] = TreeSum()
+    for number, span, block in shard.numbered_blocks():
+        rotated = rotate(block, rotation, shard.threads)
+        results = assign_block(shard, span, rotated, slices, tables)
+        quantized = np.concatenate(
+            [book[codes] for book, (_, codes) in zip(books, results, strict=True)], axis=1
+        )
+        if shard.weights is not None:
+            quantized = (quantized * shard.weights[span, None]).astype(np.float32)
+        products = _cross_products(rotated, quantized, threads=shard.threads)
+        parts = [*(sums for sums, _ in results), Statistics(products, np.zeros(0), 0.0)]
+        tree.add(number, StatisticsList(parts))
+    return tree.nodes
 
 
 def _cross_products(a: Array, b: Array, *, threads: int | None) -> Doubles:

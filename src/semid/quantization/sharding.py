@@ -8,7 +8,7 @@ and answers are small (centroids, sums, row numbers, a few rows).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,8 +19,9 @@ from semid.quantization.blocks import (
     BLOCK_ROWS,
     Blocks,
     Node,
-    Preprocess,
+    RowTransform,
     Statistics,
+    StatisticsList,
     TreeSum,
     WritableBlocks,
     in_memory,
@@ -67,7 +68,7 @@ class Shard:
 
     # The view: residuals after earlier levels -------------------------------------------------
 
-    def preprocess(self, preprocess: Preprocess) -> None:
+    def preprocess(self, preprocess: RowTransform) -> None:
         """See every row through ``preprocess`` from now on."""
         self.base = preprocess.view(self.base)
         self.reset_levels()
@@ -131,6 +132,15 @@ class Shard:
         return view.rows(numbers - self.first_row)
 
     # Sums ------------------------------------------------------------------------------------
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Return ``function(self, *arguments)``; it may read this shard and changes nothing."""
+        return function(self, *arguments)
+
+    def numbered_blocks(self) -> Iterator[tuple[int, slice, Array]]:
+        """Yield the number of each block, its rows' places in this shard, and its rows."""
+        for start, block in read_ahead(self.view):
+            yield (self.first_row + start) // BLOCK_ROWS, slice(start, start + len(block)), block
 
     def moments(self) -> list[Node[Statistics]]:
         """Sum all rows of the view; see `semid.quantization.blocks.moments`."""
@@ -292,7 +302,7 @@ class ShardedMatrix:
         """Return the mean row ``(dim,)``."""
         return mean_row(self.pool.call_all("moments"))
 
-    def preprocess(self, preprocess: Preprocess) -> None:
+    def preprocess(self, preprocess: RowTransform) -> None:
         """See every row through ``preprocess`` from now on."""
         self._call_each("preprocess", preprocess)
 
@@ -307,6 +317,14 @@ class ShardedMatrix:
             return
         spans = enumerate(self.pool.spans)
         self.pool.call("subtract_codewords", {i: (codebook, labels[a:b]) for i, (a, b) in spans})
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """Return what a function of each shard gives, in their order; see `Shard.run`."""
+        return self._call_each("run", function, *arguments)
+
+    def sum(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Return the sum of the nodes that a function of each shard gives; see `Shard.run`."""
+        return TreeSum(self.pool.call_all("run", function, *arguments)).total()
 
     def assign(self, centroids: Array) -> Statistics:
         """Give every row its nearest centroid; return the sums over all rows."""
@@ -370,6 +388,8 @@ def payload_bytes(value: Any) -> int:
         return int(value.nbytes)
     if isinstance(value, Node):
         return payload_bytes(value.value)
+    if isinstance(value, StatisticsList):
+        return payload_bytes(value.parts)
     if isinstance(value, Statistics):  # the inertia takes 8 bytes
         return payload_bytes((value.sums, value.counts)) + 8
     if isinstance(value, Mapping):

@@ -122,11 +122,7 @@ class FitContext:
 
     def stage(self, name: str, run: Callable[[StateStore | None], Result]) -> Result:
         """Run a stage of the fit, or return what it returned in the run that is continued."""
-        result = self.stages.finished(name)
-        if result is None:
-            result = run(self.stages.stage(name))
-            self.stages.finish(name, *result)
-        return result
+        return self.stages.run(name, run)
 
 
 @dataclass(frozen=True)

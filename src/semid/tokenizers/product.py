@@ -13,17 +13,18 @@ from torch import Tensor, nn
 
 from semid.errors import UsageError
 from semid.options import option
-from semid.progress import Progress
+from semid.progress import Progress, QuietProgress
 from semid.quantization.blocks import Blocks, Preprocess, map_rows
 from semid.quantization.kmeans import KMeansOptions
 from semid.quantization.product import ProductState, encode_product, fit_product, part_slices
 from semid.quantization.residual import ResidualCodes
 from semid.quantization.rotation import RotationState, fit_rotation
-from semid.tokenizers.codebooks import CodebookTokenizer
+from semid.quantization.sharding import ShardedMatrix
+from semid.tokenizers.codebooks import CodebookTokenizer, training_rows
 from semid.tokenizers.context import FitContext, Result, level_sizes
 from semid.tokenizers.neural.autoencoder import Prepare, perceptron
 from semid.tokenizers.stored import check_shapes
-from semid.training.checkpoint import StateStore
+from semid.training.checkpoint import Stages, StateStore
 
 Array = npt.NDArray[np.float32]
 
@@ -47,6 +48,7 @@ class PQ(CodebookTokenizer):
     hierarchical: ClassVar[bool] = False
     combine: ClassVar[Literal["sum", "mean", "concat"]] = "concat"
     can_warm_start: ClassVar[bool] = True
+    fits_shards: ClassVar[bool] = True
 
     n_codebooks: int = option(8, help="Codes per item: parts that the columns are cut into.")
     codebook_size: int | Sequence[int] = option(
@@ -78,46 +80,58 @@ class PQ(CodebookTokenizer):
         return part_slices(dim, self.n_codebooks)
 
     def _fit(self, context: FitContext) -> dict[str, Any]:
-        dim = context.train.dim
         # Refuses more codebooks than columns before the first pass over the rows.
-        self._parts(dim)
+        self._parts(context.train.dim)
+        rows = training_rows(context.train, weights=context.weights, threads=self.threads)
+        return self._fit_stages(rows, context.stages, context.progress)
+
+    def fit_rows(
+        self,
+        rows: ShardedMatrix,
+        *,
+        store: StateStore | None = None,
+        progress: Progress | None = None,
+    ) -> list[dict[str, Any]]:
+        """Learn the codebooks from training rows alone; see `Tokenizer.fit_rows`."""
+        details = self._fit_stages(rows, Stages(store), progress or QuietProgress())
+        levels: list[dict[str, Any]] = details["levels"]
+        return levels
+
+    def _fit_stages(
+        self, rows: ShardedMatrix, stages: Stages, progress: Progress
+    ) -> dict[str, Any]:
+        slices = self._parts(rows.dim)
         if self._start is None:
-            self._preprocess = Preprocess.fit(
-                context.train, center=self.center, normalize=self.normalize
-            )
+            mean = rows.mean().astype(np.float32) if self.center else None
+            self._preprocess = Preprocess(mean=mean, normalize=self.normalize)
         else:
             # The former preprocessing and rotation: both generations share one space.
             self._preprocess = self._start._preprocess
-        rows = self._preprocess.view(context.train)
-        details, init = self._fit_space(context, rows)
-        arrays, record = context.stage(
+        rows.preprocess(self._preprocess)
+        details, init = self._fit_space(rows, slices, stages, progress)
+        arrays, record = stages.run(
             "kmeans",
             lambda store: fit_parts(
-                self._latents(rows),
-                self._parts(dim),
+                rows,
+                slices,
                 self.codebook_sizes,
                 store=store,
-                progress=context.progress,
+                progress=progress,
                 seed=self.seed,
                 options=self._resolved("kmeans"),
-                weights=context.weights,
                 init=init,
                 threads=self.threads,
             ),
         )
         self._set_codebooks([arrays[f"codebooks.{i}"] for i in range(self.levels)])
-        self._start = None
+        self._dim, self._start = rows.dim, None
         return {**details, **record}
 
     def _fit_space(
-        self, context: FitContext, rows: Blocks
+        self, rows: ShardedMatrix, slices: Sequence[slice], stages: Stages, progress: Progress
     ) -> tuple[dict[str, Any], Sequence[Array] | None]:
         """Fit what comes before the codebooks; return details, and codebooks to start from."""
         return {}, None if self._start is None else self._start.codebooks
-
-    def _latents(self, rows: Blocks) -> Blocks:
-        """Return a view of preprocessed rows as latents."""
-        return rows
 
     def _encode_block(self, x: Array, beam_width: int) -> ResidualCodes:
         z = self._latent_block(x)
@@ -162,19 +176,14 @@ class OPQ(PQ):
         _ = self.dim
         return self._rotation
 
-    def _rotate(self, x: Array, rotation: Array) -> Array:
-        """Return rows ``(n, dim)`` times a rotation; each depends on its row alone."""
-        bias = np.zeros(rotation.shape[1], np.float32)
-        return perceptron(x, [(rotation, bias)], threads=self.threads)
-
     def _fit_space(
-        self, context: FitContext, rows: Blocks
+        self, rows: ShardedMatrix, slices: Sequence[slice], stages: Stages, progress: Progress
     ) -> tuple[dict[str, Any], Sequence[Array] | None]:
         if self._start is not None:
             # A refresh keeps the rotation, so that old and new codewords can be compared.
             self._rotation = self._start._rotation
+            rows.preprocess(RotateRows(self._rotation))
             return {}, self._start.codebooks
-        progress = context.progress
 
         def run(store: StateStore | None) -> Result:
             progress.start("rotation", total=self.rotation_iter)
@@ -194,35 +203,32 @@ class OPQ(PQ):
             return _rotation_state(
                 fit_rotation(
                     rows,
-                    self._parts(rows.dim),
+                    slices,
                     self.codebook_sizes,
-                    rotate=self._rotate,
+                    rotate=rotate_rows,
                     iterations=self.rotation_iter,
                     seed=self.seed,
                     options=self._resolved("kmeans"),
-                    weights=context.weights,
                     threads=self.threads,
                     state=state,
                     on_iteration=on_iteration,
                 )
             )
 
-        arrays, record = context.stage("rotation", run)
+        arrays, record = stages.run("rotation", run)
         self._rotation = arrays["rotation"]
+        rows.preprocess(RotateRows(self._rotation))
         # The codebooks of the last alternation fit the rotation: K-means starts from them.
         init = [arrays[f"codebooks.{i}"] for i in range(self.levels)]
         return {"rotation": {"error": record["error"]}}, init
 
-    def _latents(self, rows: Blocks) -> Blocks:
-        return map_rows(rows, lambda x: self._rotate(x, self._rotation), rows.dim)
-
     def _latent_block(self, x: Array) -> Array:
-        return self._rotate(super()._latent_block(x), self._rotation)
+        return rotate_rows(super()._latent_block(x), self._rotation, self.threads)
 
     def _decode_codes(self, codes: npt.NDArray[np.int64]) -> Array:
         # The inverse of an orthogonal matrix is its transpose.
         back = np.ascontiguousarray(self._rotation.T)
-        return self._preprocess.invert(self._rotate(self._quantize_codes(codes), back))
+        return self._preprocess.invert(rotate_rows(self._quantize_codes(codes), back, self.threads))
 
     def _tensors(self) -> dict[str, np.ndarray]:
         return {**super()._tensors(), "rotation": self._rotation}
@@ -241,6 +247,22 @@ class OPQ(PQ):
         return nn.Sequential(super().encoder_module(), Rotate(self._rotation))
 
 
+def rotate_rows(x: Array, rotation: Array, threads: int | None) -> Array:
+    """Return rows ``(n, dim)`` times a rotation; each depends on its row alone."""
+    return perceptron(x, [(rotation, np.zeros(rotation.shape[1], np.float32))], threads=threads)
+
+
+@dataclass(frozen=True)
+class RotateRows:
+    """A rotation ``(dim, dim)`` as a view on rows."""
+
+    rotation: Array
+
+    def view(self, blocks: Blocks) -> Blocks:
+        """Return a view of rotated rows."""
+        return map_rows(blocks, lambda x: rotate_rows(x, self.rotation, None), blocks.dim)
+
+
 class Rotate(nn.Module):
     """Rows times a matrix."""
 
@@ -254,7 +276,7 @@ class Rotate(nn.Module):
 
 
 def fit_parts(
-    rows: Blocks,
+    rows: Blocks | ShardedMatrix,
     slices: Sequence[slice],
     sizes: Sequence[int],
     *,

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -156,6 +156,16 @@ class Stages:
             for name in self.records:
                 self.arrays |= with_prefix(f"{name}/", without_prefix(f"{name}/", arrays))
             self._running = running, (without_prefix(f"{running}/", arrays), record["record"])
+
+    def run(
+        self, name: str, function: Callable[[StateStore | None], tuple[Arrays, dict[str, Any]]]
+    ) -> tuple[Arrays, dict[str, Any]]:
+        """Run a stage, or return what it returned in the run that is continued."""
+        result = self.finished(name)
+        if result is None:
+            result = function(self.stage(name))
+            self.finish(name, *result)
+        return result
 
     def finished(self, name: str) -> tuple[Arrays, dict[str, Any]] | None:
         """Return the arrays and record of a finished stage, or None if it has to run."""
