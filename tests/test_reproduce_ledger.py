@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +21,22 @@ from semid.reproduce.recipe import (
     RetrievalRecipe,
     read_experiment,
 )
+from semid.reproduce.study import EXPERIMENTS
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("paper", ["drq", "moc"])
+def test_committed_runs_keep_their_keys(paper):
+    # Else the same command would run all of them again: hours.
+    rows = read_runs(ROOT / "results" / paper / "runs.jsonl")
+    done = {row["key"]: row for row in rows if row["data"] == "beauty"}
+    experiment = EXPERIMENTS[paper](read_experiment(paper), None, ROOT)
+    beauty_files = "25f7b3a199d99df8"  # the digest of the data set
+    cells = [cell for cell in experiment.cells() if cell["data"] == "beauty"]
+    keys = {digest(experiment.identity(cell, beauty_files)) for cell in cells}
+    assert len(done) >= 30
+    assert done.keys() <= keys
 
 
 def jobs(count, settings="s"):

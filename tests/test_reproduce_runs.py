@@ -8,10 +8,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from semid import RQVAE, SyntheticCatalogue
 from semid.cli import main
 from semid.errors import UsageError
+from semid.reproduce.claims import Rows
 from semid.reproduce.datasets import open_data
+from semid.reproduce.drq import DRQ as DRQ_PAPER
 from semid.reproduce.ledger import Ledger, read_runs
+from semid.reproduce.plain import PlainRQVAE
 from semid.reproduce.recipe import DataSet, read_experiment
 from semid.reproduce.study import Study
 
@@ -33,6 +37,9 @@ name = "DRQ-VAE+CL"
 kind = "drqvae"
 behavior = true
 options = { contrastive_weight = 0.1, pairs_per_step = 32 }
+[[tokenizers]]
+name = "RQ-VAE (plain)"
+kind = "plain-rqvae"
 [[data]]
 name = "synthetic"
 synthetic = 700
@@ -154,18 +161,24 @@ def test_a_study_of_drq(recipes, capsys):
     given = ["reproduce", "drq", "--recipe", recipes / "drq.toml", "-o", out, "--quiet"]
     assert run(*given, "--estimate", "--list") == 0
     shown = capsys.readouterr().out
-    assert "4 runs, 0 done, 4 to do" in shown
+    assert "6 runs, 0 done, 6 to do" in shown
     assert "nothing has run yet to judge by" in shown
     assert shown.splitlines()[2] == "  synthetic, RQ-KMeans, seed 0"
     assert run(*given, "--only", "seed 0") == 0
     rows = read_runs(out / "drq" / "runs.jsonl")
-    assert [(r["tokenizer"], r["seed"]) for r in rows] == [("RQ-KMeans", 0), ("DRQ-VAE+CL", 0)]
+    names = ["RQ-KMeans", "DRQ-VAE+CL", "RQ-VAE (plain)"]
+    assert [(r["tokenizer"], r["seed"]) for r in rows] == [(name, 0) for name in names]
     assert run(*given, "--estimate") == 0
-    assert "4 runs, 2 done, 2 to do" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "6 runs, 3 done, 3 to do" in shown
+    assert "hours of one process at the speed of the runs done on machines with" in shown
     assert run(*given) == 0
     rows = read_runs(out / "drq" / "runs.jsonl")
-    assert len(rows) == len({r["key"] for r in rows}) == 4
-    kmeans, contrastive = rows[0], rows[1]
+    assert len(rows) == len({r["key"] for r in rows}) == 6
+    kmeans, contrastive, plain = rows[:3]
+    # The last epoch, whatever it is like, and no claim's rival.
+    assert plain["kind"] == "plain-rqvae"
+    assert "RQ-VAE (plain)" not in DRQ_PAPER.facts(Rows(rows))["others"]
     # Without a decoder there is nothing to lose before quantization.
     assert kmeans["decoder(z)"]["relative_error"] == 0.0
     assert kmeans["behavior"]["retention"]["decoder(z)"]["50"] == 1.0
@@ -181,7 +194,23 @@ def test_a_study_of_drq(recipes, capsys):
     # Another setting is another run, never a silent mixture.
     (recipes / "drq.toml").write_text(DRQ.replace("flip_sample = 60", "flip_sample = 50"))
     assert run(*given, "--estimate") == 0
-    assert "4 runs, 0 done" in capsys.readouterr().out
+    assert "6 runs, 0 done" in capsys.readouterr().out
+
+
+def test_the_plain_rqvae_can_collapse():
+    x = SyntheticCatalogue(items=1500, dim=16, seed=0).matrix()
+    training = {"epochs": 6, "batch_size": 256, "patience": 1}
+    options = {"codebook_size": 32, "training": training}
+    network = {"latent": 8, "hidden": [16]}
+    usual = RQVAE(**options, network={**network, "pretrain_epochs": 1}).fit(x)
+    plain = PlainRQVAE(**options, network=network).fit(x)
+    used = [len(np.unique(one.encode(x).codes[:, 0])) for one in (usual, plain)]
+    assert 0 < used[1] <= 20 < 26 <= used[0]
+    # All epochs run, and the last is returned though an earlier one may have been better.
+    assert plain.report.details["training"]["best_epoch"] == 5
+    assert plain.report.details["training"]["epochs"] == 6
+    again = PlainRQVAE(**options, network=network).fit(x)
+    assert all(map(np.array_equal, plain.codebooks, again.codebooks))
 
 
 def test_a_study_of_moc(recipes, capsys):

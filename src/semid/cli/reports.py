@@ -307,9 +307,9 @@ def _say_estimate(study: Any, processes: int, *, list_runs: bool) -> None:
     else:
         hours = plan.seconds / 3600
         cli.say(
-            f"how long: {hours:.1f} hours of one process at the speed of the runs done, "
-            f"{hours / processes:.1f} with {processes}; {plan.guessed} runs are guessed from "
-            "unlike ones"
+            f"how long: {hours:.1f} hours of one process at the speed of the runs done on machines "
+            f"{plan.machine}, {hours / processes:.1f} with {processes}; {plan.guessed} runs are "
+            "guessed from unlike ones"
         )
     if list_runs:
         done = {row["key"] for row in study.rows()}

@@ -25,6 +25,8 @@ from semid.reproduce.intervals import CONFIDENCE, Difference, mean_difference
 from semid.reproduce.papers import Column, Line, Paper, average
 
 TOKENIZERS = ("RQ-VAE", "RQP-VAE", "RQ-KMeans", "DRQ-VAE", "DRQ-VAE+CL")
+PLAIN = "RQ-VAE (plain)"
+"""RQ-VAE that can collapse, for the claims about collapse; it stands in the tables alone."""
 NOISE = 0.1
 """The noise at which overlap is judged; the page shows the whole sweep."""
 VIEWS = (
@@ -154,6 +156,7 @@ def facts(rows: Rows) -> Mapping[str, Any]:
     behavior: Row = next((r["behavior"] for r in rows.rows if r.get("behavior")), {})
     return {
         "others": TOKENIZERS,
+        "others than RQ-VAE": [name for name in TOKENIZERS if name != "RQ-VAE"],
         "levels": [{"n": n + 1, "at": n} for n in range(levels)],
         "scales": [{"scale": f"{scale:g}", "at": n} for n, scale in enumerate(noise_scales(rows))],
         "cutoffs": [{"k": k} for k in behavior.get("cutoffs", ())],
@@ -163,7 +166,7 @@ def facts(rows: Rows) -> Mapping[str, Any]:
 def tokenizer_lines(rows: Rows, at: tuple[Any, ...] = ()) -> list[Line]:
     """Return a line per tokenizer of the paper, then one per variant that there is."""
     variants = sorted({(r["tokenizer"], r["variant"]) for r in rows.rows if r["variant"]})
-    lines = [Line(name, cell(name), at) for name in TOKENIZERS]
+    lines = [Line(name, cell(name), at) for name in (*TOKENIZERS, PLAIN)]
     return lines + [Line(f"{name} ({v})", cell(name, v), at) for name, v in variants]
 
 
@@ -186,7 +189,7 @@ def seeds_columns(rows: Rows) -> list[Column]:
 
 def sweep_lines(rows: Rows) -> Iterator[Line]:
     """Yield a line per tokenizer and level."""
-    for name in TOKENIZERS:
+    for name in (*TOKENIZERS, PLAIN):
         runs = rows.where(**cell(name))
         for n in range(len(runs[0].get("overlap") or []) if runs else 0):
             yield Line(f"{name}, level {n + 1}", cell(name), ("overlap", n))
@@ -198,7 +201,7 @@ def sweep_chart(rows: Rows, lines: Sequence[Line]) -> Iterator[dict[str, Any]]:
     for one in lines:
         reads = [metric(f"effective_size.{n}") for n in range(len(scales))]
         sizes = [average(one.values(rows, read)) for read in reads]
-        color = TOKENIZERS.index(one.where["tokenizer"]) + 1
+        color = (*TOKENIZERS, PLAIN).index(one.where["tokenizer"]) + 1
         dash = ("solid", "dash", "dot")[min(one.at[1], 2)]
         yield line(one.label, scales, sizes, color, dash=dash)
 

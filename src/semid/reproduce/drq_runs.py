@@ -19,8 +19,9 @@ from semid.report.behavior import Pool, behavior_pairs, choose_cutoffs, measure_
 from semid.report.diagnose import diagnose
 from semid.report.results import Diagnosis, Flips
 from semid.reproduce.datasets import Opened
+from semid.reproduce.plain import PlainRQVAE
 from semid.reproduce.pool import Experiment, Job
-from semid.reproduce.recipe import DataSet, DrqRecipe, TokenizerSpec
+from semid.reproduce.recipe import PLAIN_RQVAE, DataSet, DrqRecipe, TokenizerSpec
 from semid.tokenizers.base import Tokenizer
 from semid.tokenizers.factory import make_tokenizer
 
@@ -84,7 +85,8 @@ class DrqExperiment(Experiment):
             "codebook_size": data.codebook_size,
             "logs": data.logs,
         }
-        single = {**cell, "kind": row.kind, "options": row.options, "behavior": row.behavior}
+        # Keys of committed runs are hashes of this spelling.
+        single = {**cell, "kind": row.kind, "options": row.options, "behaviour": row.behavior}
         return [shared, single]
 
     def __call__(self, job: Job) -> dict[str, Any]:
@@ -97,16 +99,15 @@ class DrqExperiment(Experiment):
         opened, log = self._opened[data.name]
         began, cpu = time.perf_counter(), time.process_time()
         # All networks get the same width and length of training, so that none has an advantage.
-        tok = make_tokenizer(
-            row.kind,
-            {
-                "levels": recipe.levels,
-                "codebook_size": data.codebook_size,
-                "seed": int(job.spec["seed"]),
-                **({} if row.kind == "rqkmeans" else recipe.neural),
-                **row.options,
-            },
-        )
+        arguments = {
+            "levels": recipe.levels,
+            "codebook_size": data.codebook_size,
+            "seed": int(job.spec["seed"]),
+            **({} if row.kind == "rqkmeans" else recipe.neural),
+            **row.options,
+        }
+        plain = row.kind == PLAIN_RQVAE
+        tok = PlainRQVAE(**arguments) if plain else make_tokenizer(row.kind, arguments)
         tok.fit(opened.embeddings, interactions=log if row.behavior else None)
         fitted = time.process_time() - cpu
         # Every view of the paper, measured with one seed whatever the seed of the fit.

@@ -16,7 +16,8 @@ from semid.reproduce.papers import Column, Line, Lines, Paper, average, differen
 MODELS = ("deepfm", "deepim", "autoint", "dcnv2")
 SETS = ("toys", "beauty", "sports")
 # Method -> its name in claims, and in the tables of all runs where that says more.
-NAMES = {"none": "no codes", "vqvae": "one code", "me": "ME", "rqvae": "RQ-VAE", "moc": "MoC"}
+NAMES = {"none": "no codes", "vqvae": "one code", "me": "ME", "rqvae": "RQ-VAE"}
+NAMES |= {"rqpvae": "RQP-VAE", "moc": "MoC"}
 NAMES |= {name: name for name in ("random", "shuffled", "widened")}
 LABELS = {**NAMES, "vqvae": "one code (1x of all)", "widened": "wider item id"}
 LABELS |= {name: f"{name} codes" for name in ("random", "shuffled")}
@@ -191,12 +192,12 @@ def loss_columns(rows: Rows) -> list[Column]:
 
 
 def difference_lines(rows: Rows, **more: Any) -> list[Line]:
-    """Return a line per cell and rival: no codes, and RQ-VAE of the same scale."""
+    """Return a line per cell and rival: no codes, RQ-VAE and RQP-VAE of the same scale."""
     lines = []
     for method, scale, fusion in _cells(rows, **more):
         selection = {**cell(method, scale, fusion), **more}
-        for name, rival in (("no codes", ("none", 0)), ("RQ-VAE", ("rqvae", scale))):
-            other = {**cell(*rival, fusion), **more}
+        for rival in (("none", 0), ("rqvae", scale), ("rqpvae", scale)):
+            other, name = {**cell(*rival, fusion), **more}, NAMES[rival[0]]
             if other != selection and method != "none":
                 lines.append(
                     Line(f"{_label(method, scale, fusion)} - {name}", selection, (), other)
@@ -238,10 +239,10 @@ def difference_columns(rows: Rows) -> list[Column]:
 
 
 def part_lines(kind: str) -> Lines:
-    """Return the lines of figure 8: RQ-VAE's and MoC's codes by level."""
+    """Return the lines of figure 8: RQ-VAE's, RQP-VAE's and MoC's codes by level."""
 
     def lines(rows: Rows) -> Iterator[Line]:
-        for method in ("rqvae", "moc"):
+        for method in ("rqvae", "rqpvae", "moc"):
             runs = rows.where(method=method, fusion=False)
             parts = {tuple(r["part"].split()) for r in runs if r.get("part")}
             for n in sorted(int(number) for name, number in parts if name == kind):
@@ -253,7 +254,7 @@ def part_lines(kind: str) -> Lines:
 
 def part_chart(rows: Rows, lines: Sequence[Line]) -> Iterator[dict[str, Any]]:
     """Yield a curve of the AUC over levels per method."""
-    for color, method in enumerate(("rqvae", "moc")):
+    for color, method in enumerate(("rqvae", "moc", "rqpvae")):
         points = [one for one in lines if one.where["method"] == method]
         numbers = [int(one.where["part"].split()[1]) for one in points]
         means = [average(one.values(rows, AUC)) for one in points]

@@ -114,7 +114,9 @@ class MocExperiment(Experiment):
             "data": asdict(self.data_sets[cell["data"]]),
             "variant": asdict(self.variants[cell["variant"]]) if cell["variant"] else None,
         }
-        return [shared, {"kept": self.recipe.probe} if cell["run"] == "kept" else {}, cell]
+        # Keys of committed runs are hashes of this spelling.
+        spelled = {"analyse" if key == "analyze" else key: cell[key] for key in cell}
+        return [shared, {"kept": self.recipe.probe} if cell["run"] == "kept" else {}, spelled]
 
     def obstacle(self, opened: Opened, cell: Mapping[str, Any]) -> tuple[str, str] | None:
         """Say why a protocol cannot be had of a log: it lacks ratings, or an order."""

@@ -17,6 +17,7 @@ from semid.registry import find_recipe
 from semid.reproduce.ranking_grid import METHODS
 from semid.tokenizers.factory import TOKENIZERS
 
+PLAIN_RQVAE = "plain-rqvae"
 _REVISION = "Raised when code changes what a run computes; runs of another revision do not count."
 
 
@@ -54,7 +55,10 @@ class TokenizerSpec(Options):
     """One row of the DRQ paper's tables."""
 
     name: str = option(help="Name in the paper.")
-    kind: str = option(choices=sorted(TOKENIZERS), help="Name of a tokenizer.")
+    kind: str = option(
+        choices=[*sorted(TOKENIZERS), PLAIN_RQVAE],
+        help="Name of a tokenizer; 'plain-rqvae' starts at random and returns the last epoch.",
+    )
     options: Mapping[str, Any] = option(default_factory=dict, help="Further arguments.")
     variant: str = option("", help="Empty for the paper's row; else what differs, shown apart.")
     data: tuple[str, ...] = option((), help="Names of data sets; empty takes all.")

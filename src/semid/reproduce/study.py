@@ -11,7 +11,7 @@ from typing import Any
 from semid.errors import UsageError, check_choice
 from semid.progress import Progress, QuietProgress
 from semid.reproduce.drq_runs import DrqExperiment
-from semid.reproduce.ledger import RUNS_FILE, read_runs
+from semid.reproduce.ledger import RUNS_FILE, origin, read_runs
 from semid.reproduce.moc_runs import MocExperiment
 from semid.reproduce.page import Page, make_page, write_page
 from semid.reproduce.pool import Experiment, run_jobs
@@ -34,6 +34,7 @@ class Estimate:
     done: int  # those with a row
     seconds: float | None  # of one process for the others, by the rows there are
     guessed: int  # runs left whose like has not run, taken at the median of all
+    machine: str  # kind of machine whose runs it is judged by
 
 
 class Study:
@@ -67,8 +68,12 @@ class Study:
         rows = self.rows()
         done = {row["key"] for row in rows}
         missing = [job for job in self.chosen if job.key not in done]
+        # A GPU is many times as fast: runs of machines like this one count, if there are any.
+        here = origin()["machine"]["gpu"] is not None
+        alike = [row for row in rows if bool((row.get("machine") or {}).get("gpu")) == here]
+        kind = ("with a GPU" if here else "without a GPU") if alike else "of another kind"
         durations: dict[tuple[Any, ...], list[float]] = {}
-        for row in rows:
+        for row in alike or rows:
             for group in _groups(row):
                 durations.setdefault(group, []).append(float(row["seconds"]))
         # A run left takes as long as the median of the runs most like it.
@@ -79,7 +84,8 @@ class Study:
                 seconds += median(durations[groups[0]])
             guessed += len(groups) < 2
         count = len(self.chosen)
-        return Estimate(count, count - len(missing), seconds if rows else None, guessed)
+        time = seconds if rows else None
+        return Estimate(count, count - len(missing), time, guessed, kind)
 
     def run(
         self,
