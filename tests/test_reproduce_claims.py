@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from collections import Counter
@@ -15,6 +16,7 @@ from semid.errors import InputError, UsageError
 from semid.reproduce.claims import Claim, Comparison, Rows, decide, evaluate, metric, pool
 from semid.reproduce.drq import DRQ, within_level_agreement
 from semid.reproduce.intervals import Difference, mean_difference, within
+from semid.reproduce.ledger import read_runs
 from semid.reproduce.moc import MOC, MODELS, paper_auc, paper_gain
 from semid.reproduce.page import current, make_page
 from semid.reproduce.study import page_from
@@ -422,6 +424,22 @@ def test_the_committed_pages_are_those_of_the_committed_runs(paper, tmp_path):
 def test_prose_on_results_has_no_figures_of_its_own(page):
     # Links to the pages instead: what is written by hand is not made again with them.
     assert not re.search(r"[-+\s(]\.\d|\d\.\d|\d %", (DOCS / page).read_text())
+
+
+def test_the_tables_on_barq_are_those_of_its_ledger():
+    path = ROOT / "benchmarks" / "views.py"
+    spec = importlib.util.spec_from_file_location("views", path)
+    views = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(views)
+    rows = read_runs(ROOT / "benchmarks" / "results" / "views" / "drq" / "runs.jsonl")
+    rows += views.wide_runs()
+    page = (ROOT / "docs" / "barq.md").read_text()
+    assert "\n".join(views.front(rows)) in page
+    assert "\n".join(views.counts(rows)) in page
+    # No figure of a tokenizer counts in two views.
+    for row in rows:
+        figures = [view.read(row) for view in views.VIEWS]
+        assert len(set(figures)) == len(figures)
 
 
 def test_rows_of_earlier_settings_do_not_mix():

@@ -255,6 +255,8 @@ def _behavior(
         "decoder(codes)": tok.decode(codes),
         "decoder(z)": _reconstructed(tok, rows),
     }
+    if tok.has_decoder:  # else the sum of codewords is what the codes decode to
+        spaces["latent(codes)"] = tok.quantize(codes)
     if tok.decodes_behavior:
         spaces["decode_behavior(codes)"] = tok.decode_behavior(codes)
     pool = Pool(codes, tok.codebooks, spaces, hierarchical=tok.hierarchical)
