@@ -2,11 +2,11 @@
 
     python benchmarks/views.py ../shared/data --processes 2
 
-Runs `barq.toml` by the machinery of ``semid reproduce``: one JSON line a run, and the same command
-continues where it was stopped. Nothing is fitted on what is measured: behavior is that of a tenth
-of the users, reconstruction that of a twentieth of the items. The neural tokenizers' runs of
-``semid reproduce drq``, whose network is wider than their default, stand beside these. Tables go to
-``views.md``.
+Runs `barq.toml`, or another ``--recipe`` such as `family.toml`, by the machinery of ``semid
+reproduce``: one JSON line a run, and the same command continues where it was stopped. Nothing is
+fitted on what is measured: behavior is that of a tenth of the users, reconstruction that of a
+twentieth of the items. The neural tokenizers' runs of ``semid reproduce drq``, whose network is
+wider than their default, stand beside these. Tables go to ``--page``.
 """
 
 from __future__ import annotations
@@ -248,6 +248,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], help="words a run's title must hold")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "views")
+    parser.add_argument("--page", default="views.md", help="name of the page of tables in --out")
     given = parser.parse_args()
     if given.data is not None:
         study = Study(given.recipe, data=given.data, output=given.out, only=given.only)
@@ -272,7 +273,7 @@ def main() -> None:
         text += [f"## {name}, seeds {seeds[0]} to {seeds[-1]}", "", *table(own, names), ""]
         text += ["Paired, 95 % intervals; above 0 is better:", ""]
         text += [*against(own, [n for n in names if n != OURS]), ""]
-    (given.out / "views.md").write_text("\n".join(text), encoding="utf8")
+    (given.out / given.page).write_text("\n".join(text), encoding="utf8")
     print("\n".join(text))
 
 

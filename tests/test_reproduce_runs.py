@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,6 +15,7 @@ from semid.errors import UsageError
 from semid.reproduce.claims import Rows
 from semid.reproduce.datasets import open_data
 from semid.reproduce.drq import DRQ as DRQ_PAPER
+from semid.reproduce.drq_runs import DrqExperiment
 from semid.reproduce.ledger import Ledger, read_runs
 from semid.reproduce.plain import PlainRQVAE
 from semid.reproduce.recipe import DataSet, read_experiment
@@ -331,3 +333,22 @@ def test_data_that_is_not_there_is_named(tmp_path):
     with pytest.raises(UsageError, match="no run's title"):
         Study("drq-quick", output=tmp_path, only=["nothing like it"])
     assert read_experiment("drq-quick").data[0].synthetic
+
+
+@pytest.mark.parametrize("name", ["barq", "family"])
+def test_rows_of_the_benchmarks_recipes_are_tokenizers(name, tmp_path):
+    recipe = read_experiment(Path(__file__).parents[1] / "benchmarks" / f"{name}.toml")
+    experiment = DrqExperiment(recipe, None, tmp_path)
+    rows = {(row.name, row.variant): row for row in recipe.tokenizers}
+    assert len(rows) == len(recipe.tokenizers)
+    for data in recipe.data:
+        bits = {}
+        for key, row in rows.items():
+            if row.data and data.name not in row.data:
+                continue
+            tokenizer = experiment.tokenizer(row, data, seed=3)
+            assert tokenizer.seed == 3
+            bits[key] = np.log2(tokenizer.codebook_sizes).sum()
+        # One table compares what costs as much, but for rows that say how many codes they have.
+        full = recipe.levels * np.log2(data.codebook_size)
+        assert all(abs(n / full - 1) < 0.02 for k, n in bits.items() if "codes" not in k[1])

@@ -15,6 +15,7 @@ from semid.data.source import EmbeddingSource
 from semid.diagnostics.overlap import LevelOverlap
 from semid.diagnostics.pairs import Estimate
 from semid.diagnostics.spaces import reconstruction
+from semid.options import argument_types
 from semid.report.behavior import Pool, behavior_pairs, choose_cutoffs, measure_pairs
 from semid.report.diagnose import diagnose
 from semid.report.results import Diagnosis, Flips
@@ -23,7 +24,7 @@ from semid.reproduce.plain import PlainRQVAE
 from semid.reproduce.pool import Experiment, Job
 from semid.reproduce.recipe import PLAIN_RQVAE, DataSet, DrqRecipe, TokenizerSpec
 from semid.tokenizers.base import Tokenizer
-from semid.tokenizers.factory import make_tokenizer
+from semid.tokenizers.factory import TOKENIZERS, make_tokenizer
 
 EVALUATION_SEED = 0
 """Of noise, subsets, negatives, ties and bootstrap: the same for every tokenizer and seed."""
@@ -89,6 +90,17 @@ class DrqExperiment(Experiment):
         single = {**cell, "kind": row.kind, "options": row.options, "behaviour": row.behavior}
         return [shared, single]
 
+    def tokenizer(self, row: TokenizerSpec, data: DataSet, *, seed: int) -> Tokenizer:
+        """Return the unfitted tokenizer of a row of the tables."""
+        # All networks get the same width and length of training, so that none has an advantage.
+        neural = {} if row.kind == "rqkmeans" else self.recipe.neural
+        codes = {"levels": self.recipe.levels, "codebook_size": data.codebook_size}
+        if row.kind == PLAIN_RQVAE:
+            return PlainRQVAE(**{**codes, "seed": seed, **neural, **row.options})
+        if "codebook_size" not in argument_types(TOKENIZERS.load(row.kind)):
+            codes = {}  # grids and pipelines say it in options of their own
+        return make_tokenizer(row.kind, {**codes, "seed": seed, **neural, **row.options})
+
     def __call__(self, job: Job) -> dict[str, Any]:
         """Fit, diagnose and sum up."""
         recipe, row = self.recipe, self._row(job.spec)
@@ -98,16 +110,7 @@ class DrqExperiment(Experiment):
             self._opened = {data.name: (current, current.log())}
         opened, log = self._opened[data.name]
         began, cpu = time.perf_counter(), time.process_time()
-        # All networks get the same width and length of training, so that none has an advantage.
-        arguments = {
-            "levels": recipe.levels,
-            "codebook_size": data.codebook_size,
-            "seed": int(job.spec["seed"]),
-            **({} if row.kind == "rqkmeans" else recipe.neural),
-            **row.options,
-        }
-        plain = row.kind == PLAIN_RQVAE
-        tok = PlainRQVAE(**arguments) if plain else make_tokenizer(row.kind, arguments)
+        tok = self.tokenizer(row, data, seed=int(job.spec["seed"]))
         tok.fit(opened.embeddings, interactions=log if row.behavior else None)
         fitted = time.process_time() - cpu
         # Every view of the paper, measured with one seed whatever the seed of the fit.
