@@ -11,7 +11,10 @@ repeated: the same command continues where it was stopped. Tables go to ``tables
 from __future__ import annotations
 
 import argparse
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,7 +24,8 @@ from semid.recommenders.ranking.builder import RankingDataConfig
 from semid.recommenders.ranking.data import prepare_ranking_data
 from semid.recommenders.ranking.network import RankerConfig
 from semid.recommenders.ranking.training import rank_options
-from semid.reproduce.ranking_grid import Grid, grid_tables, run_grid
+from semid.reproduce.claims import Rows, metric
+from semid.reproduce.ranking_grid import RESULTS_FILE, Grid, grid_tables, read_results, run_grid
 
 SETS = {
     "anime": ("anime_mal", "rating>=8", ()),
@@ -34,10 +38,34 @@ METHODS = ("none", "random", "me", "rqvae", "moc", "barq")
 """BARQ learns from the order of the training positives: left out where the log has none."""
 
 
+def unseen_tables(rows: Sequence[dict[str, Any]]) -> str:
+    """Return Markdown: AUC on items never trained on, codes less none; and the machines."""
+    runs = Rows(rows)
+    lines = ["AUC on items never trained on, codes - none, the same model, fusion and seeds:", ""]
+    lines += ["| codes - none | AUC difference on unseen items |", "|---|---|"]
+    axes = ("model", "fusion", "method", "scale")
+    for model, fusion, method, scale in dict.fromkeys(tuple(r[a] for a in axes) for r in rows):
+        if method == "none":
+            continue
+        same = {"model": model, "fusion": fusion}
+        codes = {**same, "method": method, "scale": scale}
+        gap = runs.difference(metric("cold_auc"), codes, {**same, "method": "none"})
+        if gap is not None:
+            switch = "on" if fusion else "off"
+            lines.append(f"| {model}, {method} {scale}x, fusion {switch} | {gap} |")
+    machines = Counter(
+        (r.get("machine") or {}).get("gpu") or (r.get("machine") or {}).get("chip") for r in rows
+    )
+    names = [f"{name or 'not recorded'} ({count} runs)" for name, count in machines.items()]
+    return "\n".join([*lines, "", f"Machines: {', '.join(names)}."])
+
+
 def main() -> None:
     """Run what is missing and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("data", type=Path, help="folder of data sets")
+    parser.add_argument(
+        "data", type=Path, nargs="?", help="folder of data sets; without it only tables are written"
+    )
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS)
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--scales", type=int, nargs="+", default=[3])
@@ -53,40 +81,48 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     for name in given.sets:
-        folder, label, single = SETS[name]
-        place = given.data / folder
-        data = prepare_ranking_data(
-            place / "interactions.parquet",
-            items=place / "items.parquet",
-            config=RankingDataConfig(label=label, cold_items=given.cold, item_columns=single),
-        )
-        log = data.training_log
-        ordered = log is not None and log.has_order
-        grid = Grid(
-            methods=tuple(m for m in given.methods if ordered or m != "barq"),
-            scales=tuple(given.scales),
-            models=tuple(given.models),
-            fusion=(False, True),
-            seeds=given.seeds,
-            config=RankerConfig(
-                width=given.width,
-                options={"hidden": tuple(given.hidden)},
-                unknown_rate=given.unknown_rate,
-            ),
-            training=rank_options(None),
-        )
-        embeddings = semid.open_embeddings(
-            place / "embeddings.f16.npy", ids=place / "items.parquet"
-        )
         out = given.out / name
-        print(f"{name}: {data.protocol}", flush=True)
-        with make_progress() as progress:
-            rows = run_grid(
-                grid, data, out, embeddings=embeddings, device=given.device, progress=progress
-            )
-        tables = grid_tables(rows)
+        rows = read_results(out / RESULTS_FILE) if given.data is None else run_set(name, given)
+        tables = f"{grid_tables(rows)}\n\n{unseen_tables(rows)}"
         (out / "tables.md").write_text(f"# {name}\n\n{tables}\n", encoding="utf8")
         print(tables, flush=True)
+
+
+def run_set(name: str, given: argparse.Namespace) -> list[dict[str, Any]]:
+    """Run what is missing of a data set and return all its rows."""
+    folder, label, single = SETS[name]
+    place = given.data / folder
+    data = prepare_ranking_data(
+        place / "interactions.parquet",
+        items=place / "items.parquet",
+        config=RankingDataConfig(label=label, cold_items=given.cold, item_columns=single),
+    )
+    log = data.training_log
+    ordered = log is not None and log.has_order
+    grid = Grid(
+        methods=tuple(m for m in given.methods if ordered or m != "barq"),
+        scales=tuple(given.scales),
+        models=tuple(given.models),
+        fusion=(False, True),
+        seeds=given.seeds,
+        config=RankerConfig(
+            width=given.width,
+            options={"hidden": tuple(given.hidden)},
+            unknown_rate=given.unknown_rate,
+        ),
+        training=rank_options(None),
+    )
+    embeddings = semid.open_embeddings(place / "embeddings.f16.npy", ids=place / "items.parquet")
+    print(f"{name}: {data.protocol}", flush=True)
+    with make_progress() as progress:
+        return run_grid(
+            grid,
+            data,
+            given.out / name,
+            embeddings=embeddings,
+            device=given.device,
+            progress=progress,
+        )
 
 
 if __name__ == "__main__":

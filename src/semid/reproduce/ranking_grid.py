@@ -34,7 +34,7 @@ from semid.recommenders.ranking.training import (
     training_device,
 )
 from semid.reproduce.claims import Row, Rows
-from semid.reproduce.ledger import digest
+from semid.reproduce.ledger import digest, origin
 from semid.reproduce.papers import average, spread
 from semid.tokenizers.encoding import rows_digest
 from semid.tokenizers.factory import TOKENIZERS, make_tokenizer
@@ -261,7 +261,7 @@ def run_grid(
             seed=run.seed,
             device=device,
         )
-        done[key] = {"run": key, **asdict(run), **figures}
+        done[key] = {"run": key, **asdict(run), **figures, **origin()}
         with results.open("a", encoding="utf8") as file:
             file.write(json.dumps(done[key]) + "\n")
         steps.step(1, run=str(run), auc=figures["auc"])
