@@ -19,6 +19,10 @@ __all__ = sorted(_HOME, key=lambda name: (not name.isupper(), not name[0].isuppe
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("semid")
     if name not in _HOME:
         raise AttributeError(f"module 'semid' has no attribute '{name}'")
     value = getattr(importlib.import_module(_HOME[name]), name)

@@ -1,5 +1,7 @@
 # The public names of semid, and where each lives: the one table of them.
 
+__version__: str
+
 from semid.catalogue.additions import add_items as add_items
 from semid.catalogue.bundle import CatalogueBundle as CatalogueBundle
 from semid.catalogue.drift import drift as drift

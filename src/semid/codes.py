@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,13 @@ from semid.artefact import FORMAT_VERSION, check_version
 from semid.data.files import find_parquet
 from semid.data.ids import ItemIds
 from semid.data.items import code_rows, join_tables
-from semid.documents import checksum, parse_json, record, typed
+from semid.documents import checksum, html_table, parse_json, record, typed
 from semid.errors import (
     ArtefactError,
     FingerprintError,
     IdsError,
     InputError,
+    MissingExtraError,
     SemidError,
     UsageError,
     brief,
@@ -175,7 +176,7 @@ def _codes_column(codes: npt.NDArray[np.integer[Any]], sizes: Sequence[int]) -> 
     return pa.FixedSizeListArray.from_arrays(pa.array(flat), type=_codes_type(sizes))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SemanticIds:
     """The table of items and their codes.
 
@@ -221,6 +222,55 @@ class SemanticIds:
     def __len__(self) -> int:
         """Count the items."""
         return len(self.codes)
+
+    def __getitem__(self, rows: Any) -> Any:
+        """Return the item id and the codes ``(levels,)`` of a row, or the ids of several rows.
+
+        Several rows are a slice, a mask ``(items,)``, or numbers that do not repeat. `lookup` finds
+        codes by item ids.
+        """
+        if isinstance(rows, int | np.integer):
+            return self.items[int(rows)], self.codes[rows]
+        # An empty list selects nothing; numpy would make it a list of floats.
+        index = rows if isinstance(rows, slice) or len(rows) else np.empty(0, int)
+        numbers = np.arange(len(self))[index]
+        if numbers.ndim != 1 or len(np.unique(numbers)) != len(numbers):
+            raise UsageError("rows repeat or are no list; an item has one id: give each row once")
+        return self.take(numbers)
+
+    def __iter__(self) -> Iterator[tuple[str, npt.NDArray[np.unsignedinteger[Any]]]]:
+        """Yield the item id and the codes ``(levels,)`` of each row."""
+        return (self[row] for row in range(len(self)))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        """Return the codes ``(items, levels)`` for numpy."""
+        return np.array(self.codes, dtype=dtype, copy=copy)
+
+    def __repr__(self) -> str:
+        """Name the tokenizer and the sizes in one line."""
+        sizes = " x ".join(f"{size:,}" for size in self.info.codebook_sizes)
+        return f"SemanticIds({len(self):,} items, {self.info.tokenizer}, {sizes} codewords)"
+
+    def _repr_html_(self) -> str:
+        """Show the first rows in a notebook."""
+        return html_table(repr(self), [[item, *codes.tolist()] for item, codes in self[:5]])
+
+    def to_pandas(self) -> Any:
+        """Return a pandas frame: ``item_id``, ``code_0`` and so on, ``residual_norm``."""
+        return self._plain_table().to_pandas()
+
+    def to_polars(self) -> Any:
+        """Return a polars frame with the columns of `to_pandas`."""
+        try:
+            import polars
+        except ImportError:
+            raise MissingExtraError("polars", extra="polars", purpose="to_polars()") from None
+        return polars.from_arrow(self._plain_table())
+
+    def _plain_table(self) -> pa.Table:
+        codes = {f"code_{level}": column for level, column in enumerate(self.codes.T)}
+        items = {"item_id": self.items.to_arrow()}
+        return pa.table({**items, **codes, "residual_norm": self.residual_norms})
 
     @property
     def levels(self) -> int:

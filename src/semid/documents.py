@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import html
 import json
 import math
 import numbers
@@ -242,6 +243,13 @@ def escaped(text: str) -> str:
     for character in "\\|<>`*_[]":
         flat = flat.replace(character, "\\" + character)
     return flat
+
+
+def html_table(title: str, rows: Sequence[Sequence[Any]]) -> str:
+    """Return a title and rows as the HTML that a notebook shows for an object."""
+    cells = ["".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in rows]
+    body = "".join(f"<tr>{row}</tr>" for row in cells)
+    return f"<p>{html.escape(title)}</p><table>{body}</table>"
 
 
 def code_span(text: str) -> str:

@@ -21,7 +21,7 @@ from semid.data.embeddings import open_embeddings
 from semid.data.ids import ItemIds, cast_ids, held_out_mask
 from semid.errors import FingerprintError, UsageError
 from semid.output import atomic_file
-from semid.progress import Progress
+from semid.progress import ProgressArgument, with_progress
 from semid.results import Result
 from semid.tokenizers.base import Tokenizer
 from semid.tokenizers.stored import HELD_OUT_SALT
@@ -110,6 +110,7 @@ class Additions:
     report: AdditionReport
 
 
+@with_progress
 def add_items(
     catalogue: SemanticIds,
     tokenizer: Tokenizer,
@@ -117,7 +118,7 @@ def add_items(
     *,
     ids: Any = None,
     threshold: float = NOVEL,
-    progress: Progress | None = None,
+    progress: ProgressArgument = None,
 ) -> Additions:
     """Encode new items into a published catalogue.
 

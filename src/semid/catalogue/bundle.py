@@ -86,6 +86,9 @@ class CatalogueBundle:
                 "or an ids file"
             )
 
+    def __repr__(self) -> str:
+        return f"CatalogueBundle('{self.path}', versions={len(self.versions())})"
+
     @classmethod
     def create(cls, path: str | os.PathLike[str], ids: SemanticIds) -> CatalogueBundle:
         """Create a bundle whose version 1 is ``ids``.

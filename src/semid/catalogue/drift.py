@@ -18,7 +18,7 @@ from semid.data.embeddings import open_embeddings
 from semid.diagnostics.overlap import REPORT_SCALE, overlap_levels
 from semid.errors import InputError
 from semid.health import LevelUsage, usage
-from semid.progress import Progress, QuietProgress
+from semid.progress import ProgressArgument, QuietProgress, with_progress
 from semid.quantization.blocks import BLOCK_ROWS
 from semid.results import Result
 from semid.tokenizers.base import Tokenizer
@@ -118,6 +118,7 @@ class Drift(Result):
         return "\n".join([*lines, *(f"  {reason}" for reason in self.reasons)])
 
 
+@with_progress
 def drift(
     tokenizer: Tokenizer,
     before: Any,
@@ -125,7 +126,7 @@ def drift(
     *,
     before_ids: Any = None,
     after_ids: Any = None,
-    progress: Progress | None = None,
+    progress: ProgressArgument = None,
 ) -> Drift:
     """Compare two snapshots of a catalogue's embeddings under one codebook.
 

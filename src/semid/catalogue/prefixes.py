@@ -21,7 +21,7 @@ from semid.health import check_codes
 Ints = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class PrefixIndex:
     """Items by prefix; create it with `PrefixIndex.build`.
 
@@ -111,6 +111,10 @@ class PrefixIndex:
     def __len__(self) -> int:
         """Return the number of items."""
         return len(self.rows)
+
+    def __repr__(self) -> str:
+        sizes = " x ".join(f"{size:,}" for size in self.sizes)
+        return f"PrefixIndex({len(self):,} items, {self.unique_ids:,} ids, {sizes} codes)"
 
     def find(self, prefixes: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """Find the nodes of prefixes.

@@ -26,7 +26,7 @@ from semid.data.ids import held_out_mask
 from semid.data.source import EmbeddingSource
 from semid.errors import InputError, UsageError
 from semid.health import ErrorSums, collisions
-from semid.progress import Progress, QuietProgress
+from semid.progress import Progress, ProgressArgument, QuietProgress, with_progress
 from semid.quantization.blocks import BLOCK_ROWS
 from semid.results import Result
 from semid.tokenizers.base import Tokenizer
@@ -139,6 +139,7 @@ def check_max_churn(max_churn: float | None) -> None:
         raise UsageError(f"max_churn={max_churn}: give a share in [0, 1]")
 
 
+@with_progress
 def refresh(
     previous: Tokenizer,
     published: SemanticIds,
@@ -149,7 +150,7 @@ def refresh(
     max_churn: float | None = None,
     warm_start: bool = True,
     compare: bool = False,
-    progress: Progress | None = None,
+    progress: ProgressArgument = None,
 ) -> Refresh:
     """Fit again on a changed catalogue and keep the published ids that can be kept.
 

@@ -24,7 +24,7 @@ from semid.data.embeddings import open_embeddings
 from semid.data.ids import ItemIds
 from semid.data.source import EmbeddingSource
 from semid.errors import IdsError, UsageError, check_choice
-from semid.progress import Progress, QuietProgress
+from semid.progress import Progress, ProgressArgument, QuietProgress, with_progress
 from semid.quantization.blocks import BLOCK_ROWS
 from semid.results import Result
 from semid.tokenizers.base import Tokenizer
@@ -112,6 +112,7 @@ class UniqueIds:
     report: UniqueReport
 
 
+@with_progress
 def make_unique(
     ids: SemanticIds,
     *,
@@ -120,7 +121,7 @@ def make_unique(
     embeddings: Any = None,
     embedding_ids: Any = None,
     capacity: int | None = None,
-    progress: Progress | None = None,
+    progress: ProgressArgument = None,
 ) -> UniqueIds:
     """Give items with equal ids different ids.
 
@@ -187,7 +188,7 @@ def place(
     capacity: int | None = None,
     tokenizer: Tokenizer | None = None,
     source: EmbeddingSource | None = None,
-    progress: Progress | None = None,
+    progress: ProgressArgument = None,
 ) -> UniqueIds:
     """Make ids unique by the method ``target.unique``, while published ids stay as they are.
 

@@ -21,6 +21,7 @@ from semid.cli.reports import compare, demo, prepare, report, reproduce
 from semid.cli.retrieve import recommend, retrieve
 from semid.cli.shared import release_outputs
 from semid.errors import SemidError, brief, printable
+from semid.progress import without_default_progress
 
 HELP = """Semantic IDs for recommendation: learn them, know whether they are good, use them.
 
@@ -93,7 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console(stderr=True)
     _configure(console, debug)
     try:
-        app([argument for argument in words if argument != "--debug"], standalone_mode=True)
+        with without_default_progress():  # commands show what `make_progress` chooses
+            app([argument for argument in words if argument != "--debug"], standalone_mode=True)
     except KeyboardInterrupt:
         _print_errors(console, "error: interrupted")
         sys.exit(130)

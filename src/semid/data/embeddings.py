@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from semid.data.columns import pick_embedding_column
 from semid.data.files import ParquetFiles
@@ -34,8 +35,9 @@ def open_embeddings(
     Args:
         source: a path to ``.npy`` (memory-mapped) or Parquet (file, folder, glob, or a URI such as
             ``s3://bucket/items``); a numpy array or torch tensor (items, dim); an Arrow table,
-            pandas or polars frame with a column of float lists; or an `EmbeddingSource`. Values
-            are float16, float32 or float64.
+            pandas or polars frame with a column of float lists, or with nothing but columns of
+            floats, one per dimension; or an `EmbeddingSource`. Values are float16, float32 or
+            float64.
         ids: item ids from elsewhere, see `semid.data.items.load_ids`: a path such as
             ``items.parquet`` or ``items.parquet:asin``, an array, a list or a table. None takes
             the id column beside the embeddings, else row numbers.
@@ -70,6 +72,9 @@ def _open(
         return _open_path(source, separate, embedding_column, id_column)
     if is_frame(source):
         frame = open_frame(source)
+        if embedding_column is None and _is_matrix(frame.schema):
+            columns = [frame.column(name).to_numpy() for name in frame.schema.names]
+            return ArraySource(np.column_stack(columns), ids=separate)
         column = pick_embedding_column(frame.schema, embedding_column, label=frame.label)
         return ArrowSource(
             frame.chunks(column),
@@ -85,13 +90,23 @@ def _open(
         return ArraySource(source, ids=separate)
     if library_of(source) == "torch" and hasattr(source, "is_floating_point"):
         return TensorSource(source, ids=separate)
+    if hasattr(source, "__array__"):
+        return ArraySource(np.asarray(source), ids=separate)
     hint = ""
+    if hasattr(source, "toarray"):
+        hint = "; sparse input is not supported: give x.toarray()"
     if isinstance(source, list | tuple):
         hint = "; make a matrix of a list first: numpy.asarray(rows, dtype='float32')"
     raise UsageError(
         f"embeddings are a {type(source).__name__}; give a path (.npy, Parquet file, folder or "
         f"glob), a numpy array, a torch tensor, an Arrow table, or a pandas or polars frame{hint}"
     )
+
+
+def _is_matrix(schema: pa.Schema) -> bool:
+    """Whether a table has one column of numbers per dimension, as scikit-learn returns it."""
+    is_float = all(pa.types.is_floating(kind) for kind in schema.types)
+    return is_float and len(schema) > 1 and "embedding" not in schema.names
 
 
 def _open_path(

@@ -33,7 +33,7 @@ _ORDER_COLUMNS = {"shuffle": ("timestamp", "position"), "file": ("position", "ti
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Interactions:
     """Interactions in columns, in the order of their file.
 
@@ -65,6 +65,11 @@ class Interactions:
 
     def __len__(self) -> int:
         return len(self.users)
+
+    def __repr__(self) -> str:
+        order = f"ordered by {self.order_column}" if self.has_order else "without an order"
+        users, items = len(self.user_ids), len(self.item_ids)
+        return f"Interactions({len(self):,} of {users:,} users with {items:,} items, {order})"
 
     @property
     def has_order(self) -> bool:

@@ -26,7 +26,7 @@ from semid.errors import ArtefactError, EmbeddingError, InputError, UsageError
 from semid.filesystems import FilePath, is_uri
 from semid.loading import load_tokenizer
 from semid.output import claim_output
-from semid.progress import Progress, QuietProgress
+from semid.progress import ProgressArgument, QuietProgress, with_progress
 from semid.quantization.blocks import BLOCK_ROWS
 from semid.quantization.threads import default_threads
 from semid.tokenizers.encoding import EncodedPart, PartFolder, partial_path, refuse_repeats
@@ -103,6 +103,7 @@ def encode_key(info: CodesInfo, catalogue: Catalogue) -> str:
     return run_key({**asdict(info), "columns": [catalogue.column, catalogue.id_column]}, str(data))
 
 
+@with_progress
 def encode_folder(
     model: FilePath,
     source: FilePath,
@@ -116,7 +117,7 @@ def encode_folder(
     unit_rows: int = UNIT_ROWS,
     overwrite: bool = False,
     resume: bool = False,
-    progress: Progress | None = None,
+    progress: ProgressArgument = None,
     announce: Callable[[str], None] | None = None,
 ) -> EncodeRun:
     """Encode Parquet files with several workers; the codes are those of `Tokenizer.encode`.

@@ -30,7 +30,7 @@ from semid.errors import EmbeddingError, InputError, MissingExtraError
 from semid.filesystems import FilePath, is_uri
 from semid.health import CollisionCounter, Collisions, merge_collisions, row_hashes
 from semid.loading import load_tokenizer
-from semid.progress import Progress, QuietProgress
+from semid.progress import ProgressArgument, QuietProgress, with_progress
 from semid.quantization.blocks import BLOCK_ROWS, Node, merge_nodes
 from semid.quantization.sharding import Shard, ShardedMatrix
 from semid.tokenizers.base import Tokenizer
@@ -203,6 +203,7 @@ def shard_loads(
     return loads, spans
 
 
+@with_progress
 def fit_on_ray(
     tokenizer: Tokenizer,
     catalogue: Catalogue,
@@ -211,7 +212,7 @@ def fit_on_ray(
     memory_bytes: int = 4 << 30,
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
-    progress: Progress | None = None,
+    progress: ProgressArgument = None,
 ) -> RayFit:
     """Fit a tokenizer in place; its codebooks are those of `Tokenizer.fit`, bit for bit.
 

@@ -22,7 +22,7 @@ from semid.diagnostics.popularity import popularity_health
 from semid.diagnostics.spaces import sample_rows
 from semid.errors import IdsError, UsageError
 from semid.options import Options, option
-from semid.progress import Progress, QuietProgress
+from semid.progress import Progress, ProgressArgument, QuietProgress, with_progress
 from semid.report import behavior as behavior_parts
 from semid.report.explorer import MAX_ITEMS, build_explorer, largest_buckets
 from semid.report.measure import (
@@ -72,6 +72,7 @@ class DiagnoseOptions(Options):
     )
 
 
+@with_progress
 def diagnose(
     tok: Tokenizer,
     x: Any,
@@ -81,7 +82,7 @@ def diagnose(
     items: Any = None,
     relations: Any = None,
     explorer: bool = True,
-    progress: Progress | None = None,
+    progress: ProgressArgument = None,
     **options: Any,
 ) -> Diagnosis:
     """Measure whether a tokenizer's codes are good, and say what is wrong.

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from semid.documents import escaped
+from semid.documents import escaped, html_table
 from semid.health import Finding, Verdict
 from semid.report.compare import VERDICTS, VIEWS
 from semid.report.figure import DECLARATIONS, WRITERS, Figure, count, number, share, spoken
@@ -254,5 +254,25 @@ def view_rows(c: Comparison) -> list[tuple[str, list[ViewRow]]]:
     return [(VIEWS[key], in_view) for key, in_view in rows.items() if in_view]
 
 
-Diagnosis.writers |= {".html": report_page, ".md": report_markdown}
-Comparison.writers |= {".html": comparison_page, ".md": comparison_markdown}
+# Notebooks -----------------------------------------------------------------------------------
+
+
+def report_table(d: Diagnosis) -> str:
+    """Return the key figures and the findings as a notebook shows them."""
+    findings = [(finding.severity, finding.what, finding.advice) for finding in d.verdict.findings]
+    return html_table(repr(d), [*key_figures(d), *findings])
+
+
+def comparison_table(c: Comparison) -> str:
+    """Return the metrics of all models as a notebook shows them."""
+    rows = [row for _, in_view in view_rows(c) for row in in_view]
+    cells = [[row.name, *(value for value, _ in row.cells)] for row in rows]
+    return html_table(repr(c), [["", *c.names], *cells])
+
+
+Diagnosis.writers |= {".html": report_page, ".md": report_markdown, "notebook": report_table}
+Comparison.writers |= {
+    ".html": comparison_page,
+    ".md": comparison_markdown,
+    "notebook": comparison_table,
+}

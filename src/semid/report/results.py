@@ -42,6 +42,10 @@ class Document(Result):
         """Return one HTML page that needs no network."""
         return self.writers[".html"](self)
 
+    def _repr_html_(self) -> str:
+        """Show the main figures in a notebook."""
+        return self.writers["notebook"](self)
+
     def write(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Write the result in the format that the suffix names; return the path."""
         target, suffix = Path(path), Path(path).suffix.lower()
@@ -356,6 +360,10 @@ class Comparison(Document):
     findings: tuple[str, ...]
     notes: tuple[str, ...]
     diagnoses: Mapping[str, Diagnosis] = field(repr=False)
+
+    def __repr__(self) -> str:
+        """Name the models and the number of metrics."""
+        return f"Comparison({', '.join(self.names)}; {len(self.metrics)} metrics)"
 
     def metric(self, key: str) -> MetricRow:
         """Return a metric by its key."""

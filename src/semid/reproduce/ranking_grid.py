@@ -20,7 +20,7 @@ from semid.documents import code_span
 from semid.errors import IdsError, UsageError, check_choice
 from semid.options import Options, option
 from semid.output import atomic_folder
-from semid.progress import Progress, QuietProgress
+from semid.progress import Progress, ProgressArgument, QuietProgress, with_progress
 from semid.recommenders.ranking.builder import RankingData
 from semid.recommenders.ranking.features import CodeFeatures
 from semid.recommenders.ranking.metrics import reliance
@@ -208,6 +208,7 @@ def read_results(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return rows
 
 
+@with_progress
 def run_grid(
     grid: Grid,
     data: RankingData,
@@ -215,7 +216,7 @@ def run_grid(
     *,
     embeddings: EmbeddingSource | None = None,
     device: str = "auto",
-    progress: Progress | None = None,
+    progress: ProgressArgument = None,
 ) -> list[dict[str, Any]]:
     """Run the missing runs and return the results of all runs of this grid."""
     folder = Path(folder)

@@ -15,7 +15,7 @@ import numpy as np
 from semid.codes import SemanticIds
 from semid.diagnostics.pairs import Estimate
 from semid.output import atomic_file, atomic_folder
-from semid.progress import Progress, QuietProgress
+from semid.progress import ProgressArgument, QuietProgress, with_progress
 from semid.recommenders.retrieval.data import RetrievalData
 from semid.recommenders.retrieval.metrics import RetrievalResults, estimates
 from semid.recommenders.retrieval.networks import MODELS
@@ -69,6 +69,7 @@ class RetrievalRun:
         )
 
 
+@with_progress
 def compare_retrievers(
     data: RetrievalData,
     folder: str | os.PathLike[str],
@@ -79,7 +80,7 @@ def compare_retrievers(
     options: Mapping[str, Any] | None = None,
     training: TrainOptions | Mapping[str, Any] | None = None,
     device: str = "auto",
-    progress: Progress | None = None,
+    progress: ProgressArgument = None,
 ) -> list[RetrievalRun]:
     """Train the missing models, and return the runs of all of them.
 

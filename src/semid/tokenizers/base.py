@@ -23,7 +23,7 @@ from semid.data.embeddings import open_embeddings
 from semid.data.ids import ItemIds, held_out_mask
 from semid.data.source import EmbeddingSource
 from semid.errors import EmbeddingError, UsageError
-from semid.progress import Progress, QuietProgress
+from semid.progress import Progress, ProgressArgument, QuietProgress, with_progress
 from semid.quantization.blocks import BLOCK_ROWS, Blocks, prefetched
 from semid.quantization.nearest import compile_kernels
 from semid.quantization.refine import ColumnGroup
@@ -42,7 +42,8 @@ from semid.tokenizers.context import (
     train_weights,
 )
 from semid.tokenizers.fit_report import FitReport, HealthCounter
-from semid.tokenizers.stored import HELD_OUT_SALT, StoredTokenizer
+from semid.tokenizers.protocol import Transformer
+from semid.tokenizers.stored import HELD_OUT_SALT
 from semid.training.checkpoint import open_checkpoint, run_key
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ Weights = npt.NDArray[np.float64]
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class Tokenizer(StoredTokenizer):
+class Tokenizer(Transformer):
     """Base of every tokenizer; constructor arguments are fields, see `semid.options`.
 
     It follows scikit-learn: ``clone``, ``set_params``, `fit_transform` and ``Pipeline`` work.
@@ -193,6 +194,7 @@ class Tokenizer(StoredTokenizer):
 
     # What every tokenizer has --------------------------------------------------------------
 
+    @with_progress
     def fit(
         self,
         source: Any,
@@ -204,7 +206,7 @@ class Tokenizer(StoredTokenizer):
         weights: npt.ArrayLike | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
         resume: bool = False,
-        progress: Progress | None = None,
+        progress: ProgressArgument = None,
     ) -> Self:
         """Learn the codebooks.
 
@@ -265,13 +267,14 @@ class Tokenizer(StoredTokenizer):
         self.report = self._evaluate(opened, train, scanned, details, progress, started)
         return self
 
+    @with_progress
     def fit_again(
         self,
         source: Any,
         *,
         warm_start: bool = True,
         weights: npt.ArrayLike | None = None,
-        progress: Progress | None = None,
+        progress: ProgressArgument = None,
     ) -> Self:
         """Return a tokenizer of the same settings, fitted on a changed catalogue.
 
@@ -286,14 +289,6 @@ class Tokenizer(StoredTokenizer):
         if warm_start and self.can_warm_start:
             again._start_from(self)
         return again.fit(source, weights=weights, progress=progress)
-
-    def fit_transform(self, source: Any, y: None = None, **fit_params: Any) -> npt.NDArray[Any]:
-        """Fit and return the codes ``(items, levels)``; arguments as for `fit`."""
-        return self.fit(source, **fit_params).transform(source)
-
-    def transform(self, source: Any) -> npt.NDArray[Any]:
-        """Return the codes ``(items, levels)`` of `encode`."""
-        return self.encode(source).codes
 
     def _evaluate(
         self,
@@ -351,13 +346,14 @@ class Tokenizer(StoredTokenizer):
             encoded = self._encode_block(x, width)
             yield EncodedBlock(start, x, encoded.codes, encoded.residual_norms)
 
+    @with_progress
     def encode(
         self,
         source: Any,
         *,
         ids: Any = None,
         beam_width: int | None = None,
-        progress: Progress | None = None,
+        progress: ProgressArgument = None,
     ) -> SemanticIds:
         """Give every row its codes; rows need not have been seen by `fit`.
 

@@ -30,7 +30,7 @@ from semid.data.ids import ItemIds
 from semid.errors import ArtefactError, EmbeddingError, IdsError, OutputExistsError
 from semid.filesystems import FilePath, Folder, local_path, open_parquet, split_path
 from semid.output import atomic_file, atomic_folder, claim_output, mark_remote_folder
-from semid.progress import Progress, QuietProgress
+from semid.progress import ProgressArgument, QuietProgress, with_progress
 from semid.quantization.blocks import BLOCK_ROWS
 from semid.runs import remove_state_folder
 from semid.tokenizers.base import Tokenizer
@@ -236,6 +236,7 @@ def refuse_repeats(hashes: Sequence[npt.NDArray[np.uint64]]) -> None:
         )
 
 
+@with_progress
 def encode_to_parquet(
     tokenizer: Tokenizer,
     source: Any,
@@ -245,7 +246,7 @@ def encode_to_parquet(
     beam_width: int | None = None,
     overwrite: bool = False,
     resume: bool = False,
-    progress: Progress | None = None,
+    progress: ProgressArgument = None,
 ) -> int:
     """Encode rows block by block and write ``item_id``, ``codes``, ``residual_norm``.
 

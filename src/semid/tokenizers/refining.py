@@ -11,7 +11,7 @@ import numpy.typing as npt
 from semid.data.embeddings import open_embeddings
 from semid.data.ids import held_out_mask
 from semid.errors import UsageError
-from semid.progress import Progress, QuietProgress
+from semid.progress import ProgressArgument, QuietProgress, with_progress
 from semid.quantization.blocks import Blocks, in_memory, map_rows
 from semid.quantization.refine import RefineOptions, refine_residual
 from semid.seeds import child_seed
@@ -22,6 +22,7 @@ from semid.tokenizers.stored import HELD_OUT_SALT
 Refinable = TypeVar("Refinable", bound=Tokenizer)
 
 
+@with_progress
 def refine(
     tokenizer: Refinable,
     source: Any,
@@ -29,7 +30,7 @@ def refine(
     ids: Any = None,
     weights: npt.ArrayLike | None = None,
     options: RefineOptions | None = None,
-    progress: Progress | None = None,
+    progress: ProgressArgument = None,
 ) -> Refinable:
     """Fit all codebooks of a residual tokenizer again together, in its latent space.
 

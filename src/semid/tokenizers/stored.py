@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from semid.artefact import FORMAT_VERSION, fingerprint, read_artefact, write_artefact
-from semid.documents import checked, record
+from semid.documents import checked, html_table, record
 from semid.errors import ArtefactError, NotFittedError, UsageError
 from semid.options import Parameters, argument_types, option
 from semid.tokenizers.fit_report import FitReport, card
@@ -144,8 +144,9 @@ class StoredTokenizer(Parameters, ABC):
         """Check the arguments and start unfitted; a subclass adds its state after calling this."""
         super().__post_init__()
         _ = self.codebook_sizes  # raises for sizes that contradict the number of levels
-        self.report: FitReport | None = None
+        self._report: FitReport | None = None
         self._dim: int | None = None
+        self._container = "default"  # what `transform` returns
         self._fingerprint_version = FORMAT_VERSION
 
     def _resolved(self, name: str) -> Any:
@@ -153,6 +154,15 @@ class StoredTokenizer(Parameters, ABC):
         if name == "codebook_size" and argument_types(type(self))[name] is not int:
             return list(self.codebook_sizes)
         return super()._resolved(name)
+
+    @property
+    def report(self) -> FitReport | None:
+        """The report of the last fit, or None before it."""
+        return self._report
+
+    @report.setter
+    def report(self, report: FitReport | None) -> None:
+        self._report = report
 
     @property
     @abstractmethod
@@ -317,6 +327,11 @@ class StoredTokenizer(Parameters, ABC):
         state = "not fitted" if self._dim is None else f"dim={self._dim}"
         return f"{super().__repr__()} [{state}]"
 
+    def _repr_html_(self) -> str:
+        """Show the settings and the verdict in a notebook."""
+        verdict = [] if self.report is None else [["verdict", self.report.summary]]
+        return html_table(repr(self), [*self.settings.items(), *verdict])
+
     def __getstate__(self) -> dict[str, Any]:
         """Return arguments and learned arrays, as `save` does, for copies and pickles."""
         fitted = self._dim is not None
@@ -324,7 +339,8 @@ class StoredTokenizer(Parameters, ABC):
             "arguments": self.get_params(deep=False),
             "tensors": self._tensors() if fitted else {},
             "attributes": {
-                name: getattr(self, name) for name in ("report", "_dim", "_fingerprint_version")
+                name: getattr(self, name)
+                for name in ("_report", "_dim", "_fingerprint_version", "_container")
             },
         }
 
@@ -336,22 +352,3 @@ class StoredTokenizer(Parameters, ABC):
         vars(self).update(state["attributes"])
         if self._dim is not None:
             self._set_tensors(state["tensors"])
-
-    def __sklearn_clone__(self) -> Self:
-        """Return an unfitted tokenizer with the same arguments, for ``sklearn.base.clone``."""
-        return type(self)(**self.get_params(deep=False))
-
-    def __sklearn_is_fitted__(self) -> bool:
-        """Whether `fit` has been called, for scikit-learn's pipelines."""
-        return self._dim is not None
-
-    def __sklearn_tags__(self) -> Any:
-        """Return scikit-learn's tags of a transformer that needs no target."""
-        from sklearn.utils import Tags, TargetTags, TransformerTags
-
-        return Tags(
-            estimator_type=None,
-            target_tags=TargetTags(required=False),
-            transformer_tags=TransformerTags(),
-            requires_fit=True,
-        )

@@ -105,7 +105,7 @@ class RankingDataConfig(Options):
         }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class RankingData:
     """Training tensors and everything needed to read more rows the same way."""
 
@@ -121,7 +121,12 @@ class RankingData:
     dropped_negatives: int = 0
     # positive training interactions, for tokenizers that learn from behavior
     training_log: Interactions | None = None
+
     log_digest: str = ""  # SHA-256 of a log on disk, so that a resume on another log is refused
+
+    def __repr__(self) -> str:
+        """Give the size and the protocol."""
+        return f"RankingData({self.train_rows:,} training rows; {self.protocol})"
 
     def batches(self, batch_size: int, *, seed: int, device: torch.device) -> BatchSource:
         """Return training batches for the loop."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from semid.artefact import fingerprint
 from semid.codes import SemanticIds
 from semid.errors import UsageError, check_choice
-from semid.progress import Progress, QuietProgress
+from semid.progress import ProgressArgument, QuietProgress, with_progress
 from semid.recommenders.ranking.builder import RankingData
 from semid.recommenders.ranking.features import CodeFeatures, CodeTable, code_table
 from semid.recommenders.ranking.metrics import auc, evaluate, log_loss, predict_logits
@@ -136,6 +136,7 @@ class RankingTask:
         return Evaluation(auc(self.labels, logits), higher_is_better=True, logs=figures)
 
 
+@with_progress
 def train_ranker(
     data: RankingData,
     *,
@@ -147,7 +148,7 @@ def train_ranker(
     device: str = "auto",
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
-    progress: Progress | None = None,
+    progress: ProgressArgument = None,
     logger: Logger | None = None,
 ) -> Ranker:
     """Train a ranking model, keep the epoch with the best validation AUC, and measure it.

@@ -6,7 +6,6 @@ table of items by sums of code embeddings, and `Parallel` predicts each code of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -175,7 +174,7 @@ class SASRec(NextItemModel):
         self._vectors: Tensor | None = None
         self.transformer = Transformer(options)
         self._make_tables(items)
-        self._sampler = _sampler(items.counts, self.classes.numpy())
+        self._sampler = _Sampler(items.counts, self.classes.numpy())
         classes = len(self.log_sizes)
         self.sampled = options.loss == "sampled" or (
             options.loss == "auto" and classes > FULL_SOFTMAX
@@ -238,29 +237,26 @@ class SASRec(NextItemModel):
         return scores.index_fill_(1, never, -torch.inf)
 
 
-def _sampler(
-    counts: npt.NDArray[np.int64], item_class: npt.NDArray[np.int64]
-) -> Callable[[int, torch.device], tuple[Tensor, Tensor]]:
-    """Return a function that draws classes log-uniformly in the order of popularity.
+class _Sampler:
+    """Draws classes log-uniformly in the order of popularity."""
 
-    It returns the draws ``(n,)`` and the logarithm of each class's expected count ``(classes,)``.
-    """
-    # Items by falling popularity: rank r is drawn with probability log(1 + 1 / r) / log(n + 1).
-    totals = np.bincount(item_class, weights=counts)
-    order = np.argsort(-totals, kind="stable")[: int((totals > 0).sum())]
-    seen = len(order)
-    share = np.log1p(1 / np.arange(1, seen + 1)) / np.log(seen + 1)
-    log_share = np.full(len(totals), np.inf)
-    log_share[order] = np.log(share)
-    ordered, log_shares = torch.from_numpy(order), torch.from_numpy(log_share).float()
+    def __init__(self, counts: npt.NDArray[np.int64], item_class: npt.NDArray[np.int64]) -> None:
+        # Items by falling popularity: rank r is drawn with probability log(1 + 1 / r) / log(n + 1).
+        totals = np.bincount(item_class, weights=counts)
+        order = np.argsort(-totals, kind="stable")[: int((totals > 0).sum())]
+        seen = len(order)
+        share = np.log1p(1 / np.arange(1, seen + 1)) / np.log(seen + 1)
+        log_share = np.full(len(totals), np.inf)
+        log_share[order] = np.log(share)
+        self.ordered, self.log_shares = torch.from_numpy(order), torch.from_numpy(log_share).float()
 
-    def draw(n: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    def __call__(self, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return draws ``(n,)`` and the logarithm of each class's expected count ``(classes,)``."""
         # The inverse of the distribution: exp of a uniform number times the logarithm of the size.
+        seen = len(self.ordered)
         rank = torch.exp(torch.rand(n) * float(np.log(seen + 1))).long() - 1
-        draws = ordered[rank.clamp(0, seen - 1)]
-        return draws.to(device), (log_shares + float(np.log(n))).to(device)
-
-    return draw
+        draws = self.ordered[rank.clamp(0, seen - 1)]
+        return draws.to(device), (self.log_shares + float(np.log(n))).to(device)
 
 
 class Composed(SASRec):

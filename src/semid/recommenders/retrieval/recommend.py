@@ -11,13 +11,14 @@ import pyarrow.parquet as pq
 
 from semid.data.interactions import read_interactions
 from semid.output import atomic_file
-from semid.progress import Progress, QuietProgress
+from semid.progress import ProgressArgument, QuietProgress, with_progress
 from semid.recommenders.retrieval.retriever import Retriever
 
 USERS = 8192
 """Users whose recommendations are written at once."""
 
 
+@with_progress
 def write_recommendations(
     retriever: Retriever,
     path: str | os.PathLike[str],
@@ -28,7 +29,7 @@ def write_recommendations(
     within_ids: str = "popularity",
     cold_slots: int = 0,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: ProgressArgument = None,
 ) -> int:
     """Write recommendations for every user of a log to Parquet, and return the number of users.
 

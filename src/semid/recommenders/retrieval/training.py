@@ -13,7 +13,7 @@ from torch import nn
 
 from semid.codes import SemanticIds
 from semid.errors import InteractionsError
-from semid.progress import Progress, QuietProgress
+from semid.progress import ProgressArgument, QuietProgress, with_progress
 from semid.recommenders.ranking.training import training_device
 from semid.recommenders.retrieval.data import Packed, RetrievalData, pack, prepare_retrieval_data
 from semid.recommenders.retrieval.evaluation import target_ranks
@@ -92,6 +92,7 @@ class RetrievalTask:
         return Evaluation(figures["ndcg@10"], higher_is_better=True, logs=logs)
 
 
+@with_progress
 def train_retriever(
     interactions: Any,
     *,
@@ -106,7 +107,7 @@ def train_retriever(
     device: str = "auto",
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
-    progress: Progress | None = None,
+    progress: ProgressArgument = None,
     logger: Logger | None = None,
     **columns: Any,
 ) -> Retriever:
