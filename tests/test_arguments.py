@@ -394,7 +394,7 @@ FAILURES = [  # command, arguments, a part of the sentence
     ("fit", "x.parquet --tokenizer barq --codebook-size 8 --interactions odd.parquet -o o", "--user-column"),
     ("fit", "x.parquet --interactions log.parquet -o o", "--interactions"),
     ("fit", "x.parquet --user-column uid -o o", "--user-column"),
-    ("fit", "x.parquet --log jsonl:run.jsonl -o o", "--log"),
+    ("retrieve", "log.parquet --ids ids.parquet --seeds 2 --log jsonl:run.jsonl -o o", "--log"),
     ("fit", "x.parquet --tokenizer rqvae --log jsonl:. -o o", "is a folder"),
     ("fit", "x.parquet --tokenizer drqvae --temperature 0.1 -o o", "--temperature"),
     ("fit", "x.parquet --tokenizer barq --behavior-weight 0 --epochs 3 -o o", "--epochs"),

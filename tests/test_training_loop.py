@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import math
 import sys
+import types
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import semid
 from semid.errors import DivergedError, MissingExtraError, UsageError
 from semid.progress import QuietProgress
 from semid.training.batches import epoch_batches, process_share, steps_per_epoch
@@ -249,7 +252,8 @@ def test_loggers(tmp_path, monkeypatch):
     log = make_logger(f"jsonl:{tmp_path / 'a' / 'log.jsonl'}")
     run(Task(), log=log)
     log.close()
-    lines = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    first, *lines = map(json.loads, (tmp_path / "a" / "log.jsonl").read_text().splitlines())
+    assert first == {"parameters": {}}
     assert [line["step"] for line in lines] == [STEPS * n for n in range(1, 6)]
     assert lines[-1]["score"] < lines[0]["score"]
     for text in ("jsonl", "tensorboard:", "papyrus:x"):
@@ -271,3 +275,114 @@ def test_tensorboard_files_hold_the_figures(tmp_path):
     log.log({"score": 0.5}, step=3)
     log.close()
     assert list(tmp_path.glob("events*"))
+
+
+class Recorder(types.ModuleType):
+    """A stand-in for a tracker's package: every call, by its path, with its arguments."""
+
+    def __init__(self, name: str, calls: list, **values: object) -> None:
+        super().__init__(name)
+        self.calls = calls
+        vars(self).update(values)
+
+    def __getattr__(self, name: str) -> Recorder:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Recorder(f"{self.__name__}.{name}", self.calls, id="run7")
+
+    def __call__(self, *args: object, **kwargs: object) -> Recorder:
+        self.calls.append((self.__name__, args, kwargs))
+        return Recorder(f"{self.__name__}()", self.calls, id="run7")
+
+
+def record_run(text, model, *, fails=False):
+    with make_logger(text) as log:
+        log.parameters = {"seed": 3, "training": {"epochs": 2}}
+        log.log({"recall@10": 0.5}, step=4)
+        if fails:
+            raise KeyboardInterrupt
+        log.finish("healthy", {"recall@10": 0.75, "missing": None}, model)
+
+
+def test_mlflow_gets_parameters_verdict_and_model(tmp_path, monkeypatch):
+    calls: list = []
+    monkeypatch.setitem(sys.modules, "mlflow", Recorder("m", calls, active_run=lambda: None))
+    record_run("mlflow:try", tmp_path)
+    assert calls == [
+        ("m.start_run", (), {"run_name": "try"}),
+        ("m.log_params", ({"seed": "3", "training.epochs": "2"},), {}),
+        ("m.log_metrics", ({"recall_at_10": 0.5},), {"step": 4}),
+        ("m.log_metrics", ({"recall_at_10": 0.75},), {"step": 4}),
+        ("m.set_tag", ("verdict", "healthy"), {}),
+        ("m.log_artifacts", (str(tmp_path),), {"artifact_path": "model"}),
+        ("m.end_run", ("FINISHED",), {}),
+    ]
+    with pytest.raises(KeyboardInterrupt):
+        record_run("mlflow", tmp_path, fails=True)
+    assert calls[-1] == ("m.end_run", ("FAILED",), {})
+    # A run that somebody else has begun stays open; a model that is elsewhere is no artifact.
+    monkeypatch.setitem(sys.modules, "mlflow", Recorder("m", calls, active_run=lambda: 1))
+    del calls[:]
+    record_run("mlflow", "s3://bucket/model")
+    assert {name for name, _, _ in calls} == {"m.log_params", "m.log_metrics", "m.set_tag"}
+
+
+def test_wandb_gets_parameters_verdict_and_model(tmp_path, monkeypatch):
+    calls: list = []
+    monkeypatch.setitem(sys.modules, "wandb", Recorder("w", calls))
+    record_run("wandb:try", tmp_path)
+    names = [name for name, _, _ in calls]
+    assert names == [
+        "w.init",
+        "w.init().config.update",
+        "w.init().log",
+        "w.init().log",
+        "w.init().summary.update",
+        "w.Artifact",
+        "w.Artifact().add_dir",
+        "w.init().log_artifact",
+        "w.init().finish",
+    ]
+    arguments = dict(zip(names, calls, strict=True))
+    assert arguments["w.init().log"][1:] == (({"recall@10": 0.75},), {"step": 4})
+    assert arguments["w.init().config.update"][1] == ({"seed": 3, "training.epochs": 2},)
+    assert arguments["w.init().summary.update"][1] == ({"verdict": "healthy"},)
+    assert arguments["w.Artifact().add_dir"][1] == (str(tmp_path),)
+    assert arguments["w.init().finish"][2] == {"exit_code": 0}
+
+
+def test_mlflow_itself_takes_the_run(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow", reason="the extra semid[mlflow] is not installed")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}", encoding="utf8")
+    mlflow.set_tracking_uri((tmp_path / "mlruns").as_uri())
+    record_run("mlflow:try", tmp_path / "model")
+    (run,) = mlflow.search_runs(output_format="list", search_all_experiments=True)
+    assert run.data.params == {"seed": "3", "training.epochs": "2"}
+    assert run.data.metrics == {"recall_at_10": 0.75}
+    assert run.data.tags["verdict"] == "healthy"
+    assert list((tmp_path / "mlruns").rglob("artifacts/model/config.json"))
+
+
+@pytest.mark.parametrize("command", ["fit", "rank", "retrieve"])
+def test_commands_log_parameters_verdict_and_model(command, tmp_path, monkeypatch):
+    from semid.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    semid.SyntheticCatalogue(items=400, seed=0).write("data")
+    arguments = {
+        "fit": ["data/embeddings.npy", "--levels", "2", "--codebook-size", "4"],
+        "rank": ["data/interactions.parquet", "--epochs", "1", "--hidden", "4"],
+        "retrieve": ["data/interactions.parquet", "--model", "sasrec", "--epochs", "1"],
+    }[command]
+    with pytest.raises(SystemExit) as done:
+        main([command, *arguments, "-o", "out", "--log", "jsonl:run.jsonl", "--quiet"])
+    assert done.value.code == 0
+    lines = [json.loads(line) for line in Path("run.jsonl").read_text().splitlines()]
+    assert lines[0]["parameters"]["seed"] == 0
+    assert lines[-1]["model"] == "out"
+    expected = {"fit": "collision_rate", "rank": "test_auc", "retrieve": "test_ndcg@10"}[command]
+    assert 0 <= lines[-2][expected] <= 1
+    assert lines[-1]["verdict"]
+    assert len(lines) == (3 if command == "fit" else 4)  # one of them an epoch

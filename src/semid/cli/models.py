@@ -30,7 +30,7 @@ def fit(
     ray: cli.RayFlags,
     tokenizer: Annotated[str | None, typer.Option(autocompletion=_tokenizer_names)] = None,
     recipe: str | None = None,
-    log: str | None = None,
+    log: cli.Log = None,
     interactions: Annotated[str | None, typer.Option(rich_help_panel=cli.LOG)] = None,
     pairs: Annotated[str | None, typer.Option(rich_help_panel=cli.LOG)] = None,
     neighbors: Annotated[str | None, typer.Option(rich_help_panel=cli.LOG)] = None,
@@ -52,14 +52,12 @@ def fit(
         tokenizer: rqkmeans (default), rqgmm, pq, opq, vqvae, rqvae, rqpvae, fsq, drqvae, mocvae,
             barq, codebooks, or pipeline (in a recipe); with --help: the options of this one.
         recipe: Name of a recipe, or a TOML file; flags take precedence over it.
-        log: Where the figures of each epoch go: jsonl:PATH, tensorboard:FOLDER, mlflow or wandb.
         interactions: drqvae, barq: log whose consecutive items are pairs.
         pairs: drqvae, barq: table of item_id and related_item_id.
         neighbors: drqvae, barq: second embeddings, whose nearest neighbors are pairs.
     """
     from semid.tokenizers.factory import make_tokenizer, read_recipe
     from semid.training.distributed import is_main
-    from semid.training.loggers import make_logger
 
     if is_main():  # of several processes the first alone writes, and may have done so by now
         reads = (embeddings, source.ids, recipe, interactions, pairs, neighbors)
@@ -86,23 +84,23 @@ def fit(
             model = _fit_on_ray(kind, values, embeddings, source, ray, run_state, progress)
         _finish(model, output, overwrite=overwrite)
         return
-    logger = None if log is None or not is_main() else make_logger(log)
-    model = make_tokenizer(kind, values, threads=threads, logger=logger)
-    _refuse_unused(context, model)
-    opened = source.open(embeddings)
-    behavior = _behavior(columns.read(context, interactions), pairs, neighbors, opened.ids)
-    state = _state_folder(output)
-    try:
+    with cli.open_log(log) as logger:
+        model = make_tokenizer(kind, values, threads=threads, logger=logger)
+        _refuse_unused(context, model)
+        opened = source.open(embeddings)
+        behavior = _behavior(columns.read(context, interactions), pairs, neighbors, opened.ids)
+        state = _state_folder(output)
+        if logger is not None:
+            logger.parameters = {"tokenizer": kind, "embeddings": embeddings, **model.settings}
         with (
             cli.name_checkpoint(state),
             cli.make_progress(quiet=quiet or not is_main()) as progress,
         ):
             model.fit(opened, checkpoint=state, resume=resume, progress=progress, **behavior)
-    finally:
-        if logger is not None:
-            logger.close()
-    if is_main():  # under torchrun the first process alone writes and speaks
-        _finish(model, output, overwrite=overwrite)
+        if is_main():  # under torchrun the first process alone writes and speaks
+            _finish(model, output, overwrite=overwrite)
+        if logger is not None and model.report is not None:
+            logger.finish(model.report.health.level, model.report.figures, output)
 
 
 def _refuse_unused(context: typer.Context, model: Any) -> None:
@@ -111,10 +109,8 @@ def _refuse_unused(context: typer.Context, model: Any) -> None:
 
     parts = ("training.", "network.")
     training = [flag.name for flag in known_flags("fit") if flag.key.startswith(parts)]
-    training += ["device", "log"]
+    training.append("device")
     behavior = ["interactions", "pairs", "neighbors", *cli.InteractionColumns.NAMES]
-    if not hasattr(model, "logger"):
-        cli.refuse_unused(context, ["log"], f"{model.kind} has no epochs to log")
     if model.behavior_argument is None:
         cli.refuse_unused(context, behavior, f"{model.kind} learns from embeddings alone")
     elif not model.needs_behavior:

@@ -71,6 +71,7 @@ def rank(
     seed: Annotated[int, typer.Option(rich_help_panel="Training")] = 0,
     stream: bool = False,
     analyze: Path | None = None,
+    log: cli.Log = None,
     overwrite: cli.Overwrite = False,
     resume: cli.Resume = False,
     quiet: cli.Quiet = False,
@@ -122,24 +123,37 @@ def rank(
         semantic_ids = semid.SemanticIds.read(ids)
         mode = "levels" if semantic_ids.info.hierarchical else "parallel"
         features = semid.CodeFeatures.of({"mode": mode, **code_settings})
-    quiet = quiet or not is_main()
-    with cli.name_checkpoint(state), cli.make_progress(quiet=quiet) as progress:
-        ranker = semid.train_ranker(
-            data,
-            ids=semantic_ids,
-            features=features,
-            config=config,
-            training=training,
-            seed=seed,
-            device=source.device,
-            checkpoint=state,
-            resume=resume,
-            progress=progress,
-        )
-    if not is_main():
-        return
-    ranker.save(output, overwrite=overwrite)
-    remove_state_folder(state)
+    with cli.open_log(log) as logger:
+        if logger is not None:
+            parameters = {"config": config.to_dict(), "training": training.to_dict()}
+            used = {} if features is None else {"features": vars(features)}
+            names = {"logs": logs, "ids": ids, "seed": seed, "protocol": data.protocol}
+            logger.parameters = {**names, **parameters, **used}
+        with (
+            cli.name_checkpoint(state),
+            cli.make_progress(quiet=quiet or not is_main()) as progress,
+        ):
+            ranker = semid.train_ranker(
+                data,
+                ids=semantic_ids,
+                features=features,
+                config=config,
+                training=training,
+                seed=seed,
+                device=source.device,
+                checkpoint=state,
+                resume=resume,
+                progress=progress,
+                logger=logger,
+            )
+        if not is_main():
+            return
+        ranker.save(output, overwrite=overwrite)
+        remove_state_folder(state)
+        if logger is not None:
+            test = ranker.report["test"]
+            numbers = {f"test_{k}": v for k, v in test.items() if isinstance(v, int | float)}
+            logger.finish(_figures("test", test), numbers, output)
     if analyze is not None:
         figures = analyze_codes(ranker.network, data.parts["test"])
         with atomic_file(analyze, overwrite=overwrite) as work:

@@ -13,6 +13,7 @@ from semid.cli.rank import Logs, options_under
 from semid.cli.shared import (
     INPUT,
     InteractionColumns,
+    Log,
     OutputPath,
     Overwrite,
     Quiet,
@@ -21,6 +22,7 @@ from semid.cli.shared import (
     is_given,
     make_progress,
     name_checkpoint,
+    open_log,
     refuse_unused,
     say,
 )
@@ -41,6 +43,7 @@ def retrieve(
     seed: int = 0,
     cold_items: Annotated[float, typer.Option(min=0, max=0.5)] = 0.0,
     report: Path | None = None,
+    log: Log = None,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda")] = "auto",
     overwrite: Overwrite = False,
     resume: Resume = False,
@@ -95,6 +98,7 @@ def retrieve(
     compares = len(names) > 1 or seeds > 1
     if compares:
         refuse_unused(context, ["seed"], "a comparison takes the seeds from 0")
+        refuse_unused(context, ["log"], "a comparison has several runs and results of its own")
     options, training = options_under(settings, "options"), options_under(settings, "training")
     _refuse_unread(context, kinds, options, ids, embeddings)
     conduct = TrainOptions.of(training, defaults=TRAINING)
@@ -129,7 +133,12 @@ def retrieve(
         cold_items=cold_items,
         **vars(columns),
     )
-    with make_progress(quiet=quiet or not is_main()) as progress:
+    with open_log(log) as logger, make_progress(quiet=quiet or not is_main()) as progress:
+        if logger is not None:
+            chosen = kinds[names[0]].options.of(options).to_dict()
+            settings = {"options": chosen, "training": conduct.to_dict()}
+            named = {"model": names[0], "logs": logs, "ids": ids, "seed": seed}
+            logger.parameters = {**named, "protocol": data.protocol, **settings}
         if compares:
             runs = compare_retrievers(
                 data,
@@ -156,11 +165,17 @@ def retrieve(
                     checkpoint=state,
                     resume=resume,
                     progress=progress,
+                    logger=logger,
                 )
             if not is_main():
                 return
             retriever.save(output, overwrite=overwrite)
             remove_state_folder(partial_path(output))
+            if logger is not None:
+                test = retriever.results["test"].metrics
+                numbers = {f"test_{name}": estimate.value for name, estimate in test.items()}
+                verdict = f"recall@10 {numbers['test_recall@10']:.4f}, {data.protocol}"
+                logger.finish(verdict, numbers, output)
             runs = [RetrievalRun.of(retriever)]
             retrievers = [retriever]
     if compares:

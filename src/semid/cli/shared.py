@@ -37,6 +37,14 @@ Resume = Annotated[
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="Show no progress.", rich_help_panel=RUN)
 ]
+Log = Annotated[
+    str | None,
+    typer.Option(
+        help="Where parameters, figures of each epoch, verdict and model go: jsonl:PATH, "
+        "tensorboard:FOLDER, mlflow or wandb.",
+        rich_help_panel=RUN,
+    ),
+]
 Threads = Annotated[
     int | None,
     typer.Option(
@@ -187,6 +195,14 @@ def make_progress(*, quiet: bool) -> Any:
     from semid.progress import make_progress as make
 
     return make(quiet=quiet)
+
+
+def open_log(text: str | None) -> contextlib.AbstractContextManager[Any]:
+    """Return the logger that --log names, in the first process; else a context of None."""
+    from semid.training.distributed import is_main
+    from semid.training.loggers import make_logger
+
+    return contextlib.nullcontext() if text is None or not is_main() else make_logger(text)
 
 
 @contextlib.contextmanager

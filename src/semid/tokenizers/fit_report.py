@@ -215,6 +215,21 @@ class FitReport(Result):
         """The same on held-out rows, with the same mean; None if none were held out."""
         return self.health.validation_error
 
+    @property
+    def figures(self) -> dict[str, float | None]:
+        """The main figures by name, as trackers of runs show them."""
+        collisions = self.health.collisions
+        return {
+            "items": self.items,
+            "unique_ids": collisions.unique_ids,
+            "collision_rate": collisions.collision_rate,
+            "colliding_item_rate": collisions.colliding_item_rate,
+            "largest_bucket": collisions.largest_bucket,
+            "training_error": self.training_error,
+            "validation_error": self.validation_error,
+            **{f"perplexity_{each.level}": each.perplexity for each in self.health.usage},
+        }
+
     @classmethod
     def of(
         cls,

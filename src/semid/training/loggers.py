@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from semid.errors import MissingExtraError, UsageError
 
@@ -23,76 +24,180 @@ class Logger(Protocol):
         ...
 
 
-# How to record figures, and how to end; None if there is nothing to end.
-_Sink = tuple[Callable[..., Any], Callable[[], Any] | None]
+class _Tracker(Protocol):
+    """A place that is open; `RunLogger` says when each method is called."""
+
+    def start(self, parameters: Mapping[str, Any]) -> None: ...
+
+    def log(self, figures: Mapping[str, float], step: int) -> None: ...
+
+    def finish(self, verdict: str, model: Path | None) -> None: ...
+
+    def close(self, failed: bool) -> None: ...
 
 
-def _open_json_lines(path: str) -> _Sink:
-    """Append one JSON object per call to a file."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    file = Path(path).open("a", encoding="utf8")  # noqa: SIM115 - closed by close()
+class _JsonLines:
+    """One JSON object per line: the parameters, the figures of each step, the verdict."""
 
-    def log(figures: Mapping[str, float], step: int) -> None:
-        file.write(json.dumps({"step": step, **figures}) + "\n")
-        file.flush()
+    def __init__(self, path: str) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        self._file = Path(path).open("a", encoding="utf8")  # noqa: SIM115 - closed by close()
 
-    return log, file.close
+    def start(self, parameters: Mapping[str, Any]) -> None:
+        self._write({"parameters": dict(parameters)})
+
+    def log(self, figures: Mapping[str, float], step: int) -> None:
+        self._write({"step": step, **figures})
+
+    def finish(self, verdict: str, model: Path | None) -> None:
+        self._write({"verdict": verdict, "model": None if model is None else str(model)})
+
+    def close(self, failed: bool) -> None:
+        self._file.close()
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line, default=str) + "\n")
+        self._file.flush()
 
 
-def _open_tensorboard(folder: str) -> _Sink:
-    """Write event files, one scalar per figure, where ``tensorboard --logdir`` is pointed at."""
-    writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(folder)
+class _TensorBoard:
+    """Event files, one scalar per figure, where ``tensorboard --logdir`` is pointed at."""
 
-    def log(figures: Mapping[str, float], step: int) -> None:
+    def __init__(self, folder: str) -> None:
+        self._writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(folder)
+
+    def start(self, parameters: Mapping[str, Any]) -> None:
+        lines = [f"    {name} = {value}" for name, value in parameters.items()]
+        self._writer.add_text("parameters", "\n".join(lines))
+
+    def log(self, figures: Mapping[str, float], step: int) -> None:
         for name, value in figures.items():
-            writer.add_scalar(name, value, step)
+            self._writer.add_scalar(name, value, step)
 
-    return log, writer.close
+    def finish(self, verdict: str, model: Path | None) -> None:
+        self._writer.add_text("verdict", verdict)
+        self._writer.add_text("model", str(model))
 
-
-def _open_mlflow(run: str | None) -> _Sink:
-    """Log to the active MLflow run, or to a new one, which is ended here."""
-    mlflow = importlib.import_module("mlflow")
-    if mlflow.active_run() is not None:
-        return mlflow.log_metrics, None
-    mlflow.start_run(run_name=run)
-    return mlflow.log_metrics, mlflow.end_run
+    def close(self, failed: bool) -> None:
+        self._writer.close()
 
 
-def _open_wandb(run: str | None) -> _Sink:
-    """Log to a new run of Weights & Biases."""
-    session = importlib.import_module("wandb").init(name=run)
-    return session.log, session.finish
+class _MLflow:
+    """The active MLflow run, or a new one, which is ended here."""
+
+    def __init__(self, run: str | None) -> None:
+        self._mlflow = importlib.import_module("mlflow")
+        self._is_new = self._mlflow.active_run() is None
+        if self._is_new:
+            self._mlflow.start_run(run_name=run)
+
+    def start(self, parameters: Mapping[str, Any]) -> None:
+        # MLflow refuses values of more than 6,000 characters.
+        self._mlflow.log_params({name: str(value)[:6000] for name, value in parameters.items()})
+
+    def log(self, figures: Mapping[str, float], step: int) -> None:
+        # MLflow's names have no "@".
+        named = {name.replace("@", "_at_"): value for name, value in figures.items()}
+        self._mlflow.log_metrics(named, step=step)
+
+    def finish(self, verdict: str, model: Path | None) -> None:
+        self._mlflow.set_tag("verdict", verdict)
+        if model is not None:
+            self._mlflow.log_artifacts(str(model), artifact_path="model")
+
+    def close(self, failed: bool) -> None:
+        if self._is_new:
+            self._mlflow.end_run("FAILED" if failed else "FINISHED")
 
 
-_KINDS: dict[str, Callable[[Any], _Sink]] = {
-    "jsonl": _open_json_lines,
-    "tensorboard": _open_tensorboard,
-    "mlflow": _open_mlflow,
-    "wandb": _open_wandb,
+class _WeightsAndBiases:
+    """A new run of Weights & Biases."""
+
+    def __init__(self, run: str | None) -> None:
+        self._wandb = importlib.import_module("wandb")
+        self._session = self._wandb.init(name=run)
+
+    def start(self, parameters: Mapping[str, Any]) -> None:
+        self._session.config.update(dict(parameters))
+
+    def log(self, figures: Mapping[str, float], step: int) -> None:
+        self._session.log(dict(figures), step=step)
+
+    def finish(self, verdict: str, model: Path | None) -> None:
+        self._session.summary.update({"verdict": verdict})
+        if model is not None:
+            artifact = self._wandb.Artifact(f"model-{self._session.id}", type="model")
+            artifact.add_dir(str(model))
+            self._session.log_artifact(artifact)
+
+    def close(self, failed: bool) -> None:
+        self._session.finish(exit_code=int(failed))
+
+
+_KINDS: dict[str, Callable[[Any], _Tracker]] = {
+    "jsonl": _JsonLines,
+    "tensorboard": _TensorBoard,
+    "mlflow": _MLflow,
+    "wandb": _WeightsAndBiases,
 }
 
 
-class _DeferredLogger:
-    """A logger that is opened by its first figures, so that a refused run leaves no empty log."""
+class RunLogger:
+    """The record of one run: parameters, figures of each step, and at the end verdict and model.
+
+    It is opened by what is first recorded, so that a refused run leaves no empty log. As a context
+    manager it ends the run, as failed after an exception.
+    """
 
     def __init__(self, kind: str, where: str | None) -> None:
         self._kind, self._where = kind, where
-        self._sink: _Sink | None = None
+        self._tracker: _Tracker | None = None
+        self._step = 0
+        self.parameters: Mapping[str, Any] = {}  # recorded when the log is opened
+
+    def _opened(self) -> _Tracker:
+        if self._tracker is None:
+            self._tracker = _KINDS[self._kind](self._where)
+            self._tracker.start(dict(_flat(self.parameters)))
+        return self._tracker
 
     def log(self, figures: Mapping[str, float], *, step: int) -> None:
         """Record figures."""
-        if self._sink is None:
-            self._sink = _KINDS[self._kind](self._where)
-        self._sink[0](dict(figures), step=step)
+        self._step = step
+        self._opened().log(figures, step)
 
-    def close(self) -> None:
+    def finish(
+        self, verdict: str, figures: Mapping[str, float | None], model: str | os.PathLike[str]
+    ) -> None:
+        """Record the verdict, the final figures, and the model's folder, if it is no URI."""
+        # Trackers show the figures of the last step: the final ones are not to be older.
+        numbers = {name: value for name, value in figures.items() if value is not None}
+        self.log(numbers, step=self._step)
+        folder = Path(model)
+        self._opened().finish(verdict, folder if folder.is_dir() else None)
+
+    def close(self, failed: bool = False) -> None:
         """Close what was opened."""
-        if self._sink is not None and self._sink[1] is not None:
-            self._sink[1]()
+        if self._tracker is not None:
+            self._tracker.close(failed)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(failed=kind is not None)
 
 
-def make_logger(text: str) -> Logger:
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield nested parameters under names such as ``training.epochs``."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def make_logger(text: str) -> RunLogger:
     """Make a logger from ``KIND:WHERE``: jsonl, tensorboard, mlflow or wandb."""
     kind, _, where = text.partition(":")
     if kind not in _KINDS or (kind in ("jsonl", "tensorboard") and not where):
@@ -106,4 +211,4 @@ def make_logger(text: str) -> Logger:
             importlib.import_module(kind)
         except ImportError:
             raise MissingExtraError(kind, extra=kind, purpose=f"--log {kind}") from None
-    return _DeferredLogger(kind, where or None)
+    return RunLogger(kind, where or None)
