@@ -29,6 +29,7 @@ from semid.recommenders.ranking.training import train_ranker as train_ranker
 from semid.recommenders.retrieval.retriever import Retriever as Retriever
 from semid.recommenders.retrieval.training import train_retriever as train_retriever
 from semid.report import Diagnosis as Diagnosis
+from semid.report import audit as audit
 from semid.report import compare as compare
 from semid.report import diagnose as diagnose
 from semid.tokenizers.barq import BARQ as BARQ

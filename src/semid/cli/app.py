@@ -17,7 +17,7 @@ from semid.cli.catalogue import drift, export, import_, refresh, unique
 from semid.cli.flags import OptionsCommand, expand
 from semid.cli.models import encode, fit, refine
 from semid.cli.rank import rank, rank_grid
-from semid.cli.reports import compare, demo, prepare, report, reproduce
+from semid.cli.reports import audit, compare, demo, prepare, report, reproduce
 from semid.cli.retrieve import recommend, retrieve
 from semid.cli.shared import release_outputs
 from semid.errors import SemidError, brief, printable
@@ -48,6 +48,7 @@ _COMMANDS: tuple[tuple[str, Callable[..., None], str], ...] = (
     ("encode", encode, "Give every item its codes."),
     ("report", report, "Write a quality report about one model."),
     ("compare", compare, "Compare several models side by side."),
+    ("audit", audit, "Report on ids of any program, from codes alone."),
     ("refine", refine, "Lower a model's error by refining all levels together."),
     ("unique", unique, "Tell items with equal ids apart."),
     ("drift", drift, "Measure how far a catalogue has moved from its model."),

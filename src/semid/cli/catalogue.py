@@ -237,8 +237,8 @@ def export(
 def import_(
     context: typer.Context,
     file: Path,
-    source: Annotated[str, typer.Option("--from")],
     output: cli.OutputPath,
+    source: Annotated[str, typer.Option("--from")] = "auto",
     model: Path | None = None,
     ids: str | None = None,
     id_column: Annotated[str | None, typer.Option(rich_help_panel=cli.INPUT)] = None,
@@ -251,7 +251,8 @@ def import_(
 
     Args:
         file: The other program's file.
-        source: Ids of lcrec or grid; codebooks of faiss, openonerec, torcheasyrec or
+        source: Ids of any layout of JSON, CSV, Parquet, .npy or tensor (auto), of lcrec or grid
+            alone; codebooks of faiss, openonerec, torcheasyrec or
             grid-checkpoint, which become a model.
         output: Parquet file to write; the model's folder for codebooks.
         model: Model that made the codes; the ids then carry its fingerprint.

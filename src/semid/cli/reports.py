@@ -162,6 +162,59 @@ def compare(
     cli.say(f"comparison: {output}")
 
 
+def audit(
+    context: typer.Context,
+    file: Annotated[Path, typer.Argument(metavar="IDS")],
+    columns: cli.InteractionColumns,
+    output: Annotated[Path | None, cli.OUTPUT] = None,
+    interactions: Annotated[str | None, typer.Option(rich_help_panel=cli.LOG)] = None,
+    items: str | None = None,
+    category_column: str | None = None,
+    ids: str | None = None,
+    orientation: str | None = None,
+    seed: int = 0,
+    overwrite: cli.Overwrite = False,
+) -> None:
+    """Report on ids of any program, from their codes alone.
+
+    Usage, collisions and prefixes; with --interactions also how often consecutive items of users
+    share a prefix, beside codes given to random items and, with --items, categories as codes.
+
+    Example: semid audit Beauty.index.json --ids items.parquet --interactions log.parquet
+
+    Args:
+        file: Ids: JSON, CSV, Parquet, .npy or a tensor, as 'semid import' reads them.
+        output: Report: .html, .json or .md; without it the figures are printed alone.
+        interactions: Log of users' interactions.
+        items: Table with item_id and the categories of the items.
+        category_column: Column of the categories; default categories or category.
+        ids: Table with one item id per row, for a file that holds none.
+        orientation: Axes of a tensor: levels-first or items-first.
+        seed: Seed of the controls, ties and intervals.
+    """
+    from semid.data.items import load_ids
+    from semid.exports.any_ids import read_any_ids
+
+    if output is None:
+        cli.refuse_unused(context, ["overwrite"], "there is no --output")
+    else:
+        cli.hold_output(output, overwrite=overwrite, inputs=(file, interactions, items, ids))
+    names = None if ids is None else load_ids(ids)
+    layout = {} if orientation is None else {"orientation": orientation}
+    result = semid.audit(
+        read_any_ids(file, items=names, **layout),
+        interactions=columns.read(context, interactions),
+        items=items,
+        category_column=category_column,
+        source=file.name,
+        seed=seed,
+    )
+    cli.say(result.summary())
+    if output is not None:
+        result.write(output, overwrite=overwrite)
+        cli.say(f"report: {output}")
+
+
 def demo(
     output: cli.OutputPath = Path("demo"),
     items: Annotated[int, typer.Option(min=1000, max=10000000)] = 20_000,

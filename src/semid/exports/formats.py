@@ -40,6 +40,9 @@ EXPORTS = Registry(
 )
 """The `ExportFormat` of each name. Entry points of the group ``semid.exports`` add others."""
 
+READERS = Registry("semid.readers", {"auto": "semid.exports.any_ids:read_any_ids"})
+"""Functions that read ids of several formats."""
+
 IMPORTS = ("lcrec", "grid")
 """Names of semid's own formats of ids that can be read."""
 
@@ -163,7 +166,8 @@ def import_ids(
     """Read ids that another program wrote.
 
     Args:
-        source: name of the format: ``lcrec`` or ``grid``.
+        source: name of the format: ``lcrec`` or ``grid``; or ``auto``, which reads JSON, CSV,
+            Parquet, ``.npy`` and tensors, see `semid.exports.any_ids`.
         path: the file.
         items: item ids in the row order of the file (`ItemIds` or a sequence); row numbers by
             default.
@@ -185,9 +189,13 @@ def import_ids(
     Example:
         >>> ids = semid.import_ids("lcrec", "Beauty.index.json", tokenizer=model)
     """
+    if source in READERS:
+        layout = {} if orientation is None else {"orientation": orientation}
+        reader: Callable[..., SemanticIds] = READERS.load(source)
+        return reader(path, items=items, tokenizer=tokenizer, **layout)
     # Formats that plugins add are let through; another name must be one that semid reads.
     if source not in EXPORTS or source in EXPORTS.targets:
-        check_choice("--from", source, (*IMPORTS, *CODEBOOK_SOURCES))
+        check_choice("--from", source, ("auto", *IMPORTS, *CODEBOOK_SOURCES))
     export_format: ExportFormat = EXPORTS.load(source)
     if export_format.read is None:
         hint = ""

@@ -170,7 +170,7 @@ def _write_grid(path: Path, *, ids: SemanticIds) -> None:
     torch.save(torch.from_numpy(ids.codes.astype("int64").T.copy()), path)
 
 
-def _read_grid(
+def read_grid(
     path: str | os.PathLike[str],
     *,
     items: Any = None,
@@ -242,7 +242,7 @@ def _guess_orientation(
     return ORIENTATIONS[side]
 
 
-GRID = ExportFormat(_write_grid, _read_grid, distinct=True)
+GRID = ExportFormat(_write_grid, read_grid, distinct=True)
 
 
 # OpenOneRec: Parquet of ``pid`` and ``codes``, and the ids as the text that its models read,
