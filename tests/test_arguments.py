@@ -229,6 +229,7 @@ CALLS = {
     "retrieve": "nowhere.parquet --ids nowhere.parquet -o out",
     "recommend": "nowhere --histories nowhere.parquet -o out.parquet",
     "export": "nowhere.parquet --to torcheasyrec --model nowhere --embeddings nowhere.parquet -o e.parquet",
+    "check": "nowhere.parquet nowhere.parquet --interactions nowhere.parquet",
     "audit": "nowhere.json --interactions nowhere.parquet -o out.html",
     "prepare": "amazon nowhere.json.gz -o out",
     "reproduce": "drq --recipe nowhere.toml",

@@ -7,6 +7,7 @@ from semid.catalogue.bundle import CatalogueBundle as CatalogueBundle
 from semid.catalogue.drift import drift as drift
 from semid.catalogue.prefixes import PrefixIndex as PrefixIndex
 from semid.catalogue.refresh import refresh as refresh
+from semid.catalogue.release import check_release as check_release
 from semid.catalogue.uniqueness import make_unique as make_unique
 from semid.codes import SemanticIds as SemanticIds
 from semid.data.embeddings import open_embeddings as open_embeddings

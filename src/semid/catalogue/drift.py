@@ -199,9 +199,11 @@ def drift(
     )
 
 
-def _level(
-    a: LevelUsage, b: LevelUsage, size_a: float, size_b: float, *, shared: int
-) -> LevelDrift:
+def usage_shift(a: LevelUsage, b: LevelUsage, *, shared: int) -> tuple[float, float]:
+    """Return the total variation of a level's code shares, and its mean by chance.
+
+    ``shared`` is the number of items in both whose code at this level is the same.
+    """
     # Total variation of the shares of the codes: the share of items that would have to change.
     p, q = a.probabilities, b.probabilities
     pooled = (a.counts + b.counts) / (a.items + b.items)
@@ -210,7 +212,14 @@ def _level(
     # the same code add equally to p and q, so their covariance is subtracted.
     factor = 1.0 / a.items + 1.0 / b.items - 2.0 * shared / (float(a.items) * b.items)
     difference_variance = pooled * (1.0 - pooled) * max(factor, 0.0)
-    expected = 0.5 * float(np.sqrt(2.0 / np.pi * difference_variance).sum())
+    return variation, 0.5 * float(np.sqrt(2.0 / np.pi * difference_variance).sum())
+
+
+def _level(
+    a: LevelUsage, b: LevelUsage, size_a: float, size_b: float, *, shared: int
+) -> LevelDrift:
+    variation, expected = usage_shift(a, b, shared=shared)
+    p, q = a.probabilities, b.probabilities
     divergence = _entropy(0.5 * (p + q)) - 0.5 * (_entropy(p) + _entropy(q))
     return LevelDrift(
         level=a.level,

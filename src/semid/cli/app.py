@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from semid.cli.catalogue import drift, export, import_, refresh, unique
+from semid.cli.catalogue import check, drift, export, import_, refresh, unique
 from semid.cli.flags import OptionsCommand, expand
 from semid.cli.models import encode, fit, refine
 from semid.cli.rank import rank, rank_grid
@@ -52,6 +52,7 @@ _COMMANDS: tuple[tuple[str, Callable[..., None], str], ...] = (
     ("refine", refine, "Lower a model's error by refining all levels together."),
     ("unique", unique, "Tell items with equal ids apart."),
     ("drift", drift, "Measure how far a catalogue has moved from its model."),
+    ("check", check, "Decide whether new ids may be released."),
     ("refresh", refresh, "Fit again and keep the ids that can be kept."),
     ("rank", rank, "Train a ranking model with codes."),
     ("rank-grid", rank_grid, "Compare ranking models, methods and seeds."),
@@ -85,7 +86,7 @@ def _root(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the program and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    """Run the program and exit: 0 done, 1 failed, 2 usage, 3 check failed, 130 interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     for stream in (sys.stdout, sys.stderr):  # a name may hold characters that a terminal lacks

@@ -117,6 +117,47 @@ def drift(
     cli.say(result.summary())
 
 
+def check(
+    context: typer.Context,
+    old: Path,
+    new: Path,
+    columns: cli.InteractionColumns,
+    thresholds: Path | None = None,
+    interactions: str | None = None,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Check whether new ids may replace the published ones; exit with 3 if not.
+
+    Compares changed and lost ids, ids that belong to other items now, prefixes and tokens,
+    collisions, usage and errors with the largest values that are allowed.
+
+    Example: semid check published/ next/ --thresholds release.toml --json
+
+    Args:
+        old: Published ids: a Parquet file, a bundle, or a folder of 'semid refresh'.
+        new: Ids to release, as OLD.
+        thresholds: TOML file of 'figure = maximum', or 'figure = false'; default: those of the
+            documentation.
+        interactions: Log whose item counts (popularity) weight the changed ids.
+        as_json: Print one JSON object instead of text.
+    """
+    from semid.catalogue.matching import item_counts
+    from semid.catalogue.release import check_release, read_maxima, read_release
+
+    maxima = None if thresholds is None else read_maxima(thresholds)
+    published, candidate = read_release(old), read_release(new)
+    log = columns.read(context, interactions)
+    result = check_release(
+        published,
+        candidate,
+        popularity=None if log is None else item_counts(log, published.items),
+        maxima=maxima,
+    )
+    cli.say(json.dumps(result.to_dict(), indent=2) if as_json else result.summary())
+    if not result.passed:
+        raise typer.Exit(3)
+
+
 def refresh(
     context: typer.Context,
     model: Path,
