@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from report_cases import FixedParallel, FixedResidual, blobs, healthy, logs, titles
+from semid.diagnostics.pairs import spearman
 from semid.errors import OutputExistsError, UsageError
 from semid.report import Comparison, compare
 
@@ -38,6 +39,20 @@ def test_the_better_model_ranks_first(comparison: Comparison) -> None:
     auc = comparison.metric("weighted_auc")
     assert auc.values[2] is not None
     assert auc.ranks[2] == 4
+
+
+def test_flips_are_ranked_within_levels(comparison: Comparison) -> None:
+    expected = []
+    for level in range(2):
+        flips, rates = [], []
+        for d in comparison.diagnoses.values():
+            scale = comparison.agreement.scale
+            point = next(p for p in d.flips.innermost.flips.points if p.scale == scale)
+            flips.append(point.code[level].value)
+            rates.append(d.overlap[level].at(scale).rate)
+        expected.append(spearman(flips, rates))
+    assert comparison.agreement.rows == len(comparison.diagnoses)
+    assert comparison.agreement.overlap == pytest.approx(np.mean(expected))
 
 
 def test_few_collisions_earn_no_rank(comparison: Comparison) -> None:

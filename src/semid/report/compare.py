@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -206,7 +207,11 @@ def _dominated(names: tuple[str, ...], leads: Sequence[MetricRow]) -> dict[str, 
 
 
 def _agreement(diagnoses: Sequence[Diagnosis]) -> ComparedAgreement:
-    """Rank flips of every model and level against the three proxies, at one noise."""
+    """Rank flips of the models of a level against the three proxies, at one noise.
+
+    Levels are kept apart and their correlations averaged: flips and overlap both rise with the
+    level, so that pooled over levels a proxy looks right which ranks the models the wrong way.
+    """
     points = []
     for d in diagnoses:
         if d.flips is not None:
@@ -214,9 +219,23 @@ def _agreement(diagnoses: Sequence[Diagnosis]) -> ComparedAgreement:
             flips = next(p for p in response.flips.points if p.scale == REPORT_SCALE)
             margins = next(p for p in response.margins.points if p.scale == REPORT_SCALE)
             points.append((flips, margins, d.overlap))
-    rows = sum(len(overlaps) for _, _, overlaps in points)
-    agreement = agreement_with_proxies(points)
-    return ComparedAgreement(scale=REPORT_SCALE, rows=rows, **vars(agreement))
+    levels = range(min((len(overlaps) for *_, overlaps in points), default=0))
+    within = [
+        agreement_with_proxies([(f, m, [overlaps[level]]) for f, m, overlaps in points])
+        for level in levels
+    ]
+
+    def mean(values: Iterable[float | None]) -> float | None:
+        defined = [value for value in values if value is not None]
+        return fmean(defined) if defined else None
+
+    return ComparedAgreement(
+        scale=REPORT_SCALE,
+        rows=len(points),
+        overlap=mean(one.overlap for one in within),
+        geometry=mean(one.geometry for one in within),
+        margins=mean(one.margins for one in within),
+    )
 
 
 def _findings(

@@ -186,7 +186,7 @@ class Agreement(Result):
 
 @dataclass(frozen=True)
 class ComparedAgreement(Result):
-    """Agreement at one noise ``scale`` over ``rows`` models and levels."""
+    """Agreement at one noise ``scale`` over ``rows`` models, mean over levels."""
 
     scale: float
     rows: int
@@ -345,7 +345,7 @@ class Comparison(Document):
         dominated: model -> models that are at least as good in every view's lead metric and
             better in one. A model that nobody dominates is a sensible choice for somebody.
         agreement: rank correlation of the measured flips with the overlap rate, its geometry part
-            and the margin proxy, over models and levels at one noise.
+            and the margin proxy, over models within a level, mean over levels, at one noise.
         findings: what stands out, in sentences.
         notes: what the reader must know, in sentences.
         diagnoses: one per model.
