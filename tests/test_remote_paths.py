@@ -120,8 +120,136 @@ def s3(monkeypatch) -> Iterator[str]:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_a_real_s3_server(folder, tmp_path, monkeypatch, s3):
+def test_a_real_s3_server(folder, tmp_path, monkeypatch, s3, capsys):
     check_whole_way(f"{s3}/catalogue", folder, tmp_path, monkeypatch)
+    items, model = f"{s3}/catalogue/items", f"{s3}/catalogue/model"
+    run("report", model, items, "-o", f"{s3}/report.json", "-q")
+    assert Folder(s3).exists_file("report.json")
+    # A bucket that is not there is named before any work.
+    capsys.readouterr()
+    for words in (
+        ("fit", items, "-o", "s3://nobody/model"),
+        ("encode", model, items, "-o", "s3://nobody/ids.parquet"),
+        ("report", model, items, "-o", "s3://nobody/report.json"),
+    ):
+        assert fails(*words, "-q") == 2
+        assert "'s3://nobody/" in (said := capsys.readouterr().err)
+        assert "bucket or folder exists" in said
+        assert "allow_bucket_creation" not in said
+    assert fails("encode", f"{s3}/none", items, "-o", "others.parquet", "-q") == 2
+    assert f"'{s3}/none' does not exist" in capsys.readouterr().err
+
+
+# Every command and every path of it; {b} is the file system, {e} embeddings and {t} a log here.
+CALLS = {
+    "fit": "{e} --ids {b}/cat/items.parquet -o {b}/model --levels 2 --codebook-size 16",
+    "encode": "{b}/model {e} --ids {b}/cat/items.parquet -o {ids}",
+    "report": "{b}/model {e} --ids {b}/cat/items.parquet -o {b}/report.json",
+    "refine": "{b}/model {e} --ids {b}/cat/items.parquet -o {b}/refined",
+    "compare": "{b}/model {b}/refined {e} --ids {b}/cat/items.parquet -o {b}/compare.json",
+    "unique": "{b}/ids.parquet --method reassign --model {b}/model --embeddings {e} --ids {b}/cat/"
+    "items.parquet -o {b}/unique.parquet",
+    "drift": "{b}/model {e} {e} --ids {b}/cat/items.parquet -o {b}/drift.json",
+    "refresh": "{b}/model {e} --ids {b}/cat/items.parquet -o {b}/refreshed "
+    "--catalogue {here}/bundle",
+    "rank": "{b}/cat/interactions.parquet --items {b}/cat/items.parquet --ids {b}/unique.parquet "
+    "--epochs 1 -o {b}/ranker --analyze {b}/codes.json",
+    "retrieve": "{b}/cat/interactions.parquet --ids {b}/unique.parquet --epochs 1 --width 8 "
+    "--items {b}/cat/items.parquet --report {b}/retrieve.html -o {b}/retriever",
+    "recommend": "{b}/retriever --histories {b}/cat/interactions.parquet -o {b}/best.parquet",
+    "export": "{b}/unique.parquet --to lcrec --model {b}/model -o {b}/lcrec.json",
+    "import": "{b}/lcrec.json --from lcrec --model {b}/model -o {b}/back.parquet",
+    "demo": "--items 300 -o {b}/demo",
+    "prepare": "{b}/reviews -o {b}/prepared",
+}
+STAYS = {
+    "rank-grid": "{b}/cat/interactions.parquet --embeddings {e} -o {b}/grid",
+    "reproduce": "drq --quick --output {b}/results",
+}
+
+
+def test_every_command_reads_and_writes_uris(tmp_path, monkeypatch, capsys):
+    from semid.cli.app import _COMMANDS
+
+    assert {name for name, _, _ in _COMMANDS} - {"audit", "check"} == {*CALLS, *STAYS}
+    base = "memory://semid-commands"
+    files = semid.SyntheticCatalogue(items=300, users=60, seed=0).write(tmp_path / "cat")
+    for file in (tmp_path / "cat").iterdir():
+        Folder(f"{base}/cat").write(file.name, file.read_bytes())
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    names = {"b": base, "e": files.embeddings, "ids": tmp_path / "ids.parquet", "here": tmp_path}
+    for command, text in CALLS.items():
+        if command in ("demo", "prepare"):  # long, or of files of others
+            continue
+        if command == "refresh":
+            ids = semid.SemanticIds.read(tmp_path / "ids.parquet")
+            semid.CatalogueBundle.create(tmp_path / "bundle", ids)
+        run(command, *text.format(**names).split())
+        assert list(work.iterdir()) == [], command
+        if command == "encode":
+            Folder(base).write("ids.parquet", (tmp_path / "ids.parquet").read_bytes())
+    shown = capsys.readouterr()
+    # Nobody is told of the places on this machine.
+    assert f"report: {base}/report.json" in shown.out
+    assert ".semid-" not in shown.out + shown.err
+    # What was written there is what would have been written here.
+    local = tmp_path / "unique.parquet"
+    given = CALLS["unique"].format(**names).replace(f"{base}/unique.parquet", str(local))
+    run("unique", *given.split(), "-q")
+    assert Folder(base).read("unique.parquet") == local.read_bytes()
+    assert semid.load(f"{base}/retriever").recommend([], k=3).items
+    back = pq.read_table(resolve(f"{base}/back.parquet")[1], filesystem=resolve(base)[0])
+    assert back["codes"].equals(pq.read_table(local)["codes"])
+    # An output that is there is refused, replaced if asked for, and never by what is no semid's.
+    again = CALLS["export"].format(**names).split()
+    assert fails("export", *again) == 2
+    run("export", *again, "--overwrite")
+    Folder(base).write("mine.json", b"{}")
+    given = [word.replace("lcrec.json", "mine.json") for word in again]
+    assert fails("export", *given, "--overwrite") == 2
+    assert Folder(base).read("mine.json") == b"{}"
+    for command, text in STAYS.items():
+        assert fails(command, *text.format(**names).split()) == 2
+        assert "give a path on this machine" in capsys.readouterr().err
+    assert fails("report", f"{base}/none", files.embeddings, "-o", f"{base}/r.json", "-q") == 2
+    assert f"'{base}/none' does not exist" in capsys.readouterr().err
+    assert list(work.iterdir()) == []
+    Folder(base).remove()
+
+
+def test_a_run_that_was_stopped_continues_towards_a_uri(tmp_path, monkeypatch):
+    from semid.cli.staging import place, release
+
+    monkeypatch.chdir(tmp_path)
+    base = "memory://semid-stopped"
+    files = semid.SyntheticCatalogue(items=100, users=60, seed=0).write(tmp_path / "cat")
+    given = [files.interactions, "--model", "sasrec", "--epochs", "2", "--width", "8"]
+    run("retrieve", *given, "-o", tmp_path / "whole", "-q")
+    place_here = place(f"{base}/retriever")
+    release()
+    calls = []
+
+    def stop(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluate(*arguments)
+
+    from semid.recommenders.retrieval.training import RetrievalTask
+
+    evaluate = RetrievalTask.evaluate
+    monkeypatch.setattr(RetrievalTask, "evaluate", stop)
+    assert fails("retrieve", *given, "-o", f"{base}/retriever", "-q") == 130
+    monkeypatch.setattr(RetrievalTask, "evaluate", evaluate)
+    assert place_here.with_name("retriever.partial").exists()
+    run("retrieve", *given, "-o", f"{base}/retriever", "--resume", "-q")
+    one, two = semid.load(tmp_path / "whole"), semid.load(f"{base}/retriever")
+    for name, weight in one.network.state_dict().items():
+        assert weight.equal(two.network.state_dict()[name])
+    assert not place_here.parent.exists()
+    Folder(base).remove()
 
 
 def test_what_cannot_be_opened_is_explained(tmp_path):

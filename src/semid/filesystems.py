@@ -10,6 +10,7 @@ import contextlib
 import fnmatch
 import os
 import secrets
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs as arrow_fs
 
-from semid.errors import UsageError, brief
+from semid.errors import SemidError, UsageError, brief
 
 # How long a connection to S3 may take; an endpoint that does not answer is tried three times.
 CONNECT_SECONDS = 10
@@ -231,6 +232,18 @@ class Folder:
         with self._fs.open_input_stream(self._at(name)) as stream:
             return bytes(stream.read())
 
+    def copy_to(self, name: str, target: Path) -> None:
+        """Copy a file of any size to this machine."""
+        with self._fs.open_input_stream(self._at(name)) as source, target.open("wb") as sink:
+            shutil.copyfileobj(source, sink)
+
+    def copy_from(self, source: Path, name: str) -> None:
+        """Copy a file of this machine into the folder, whole or not at all."""
+        below, _, last = name.rpartition("/")
+        folder = Folder(self.file(below)) if below else self
+        with source.open("rb") as file, folder.stream(last) as sink:
+            shutil.copyfileobj(file, sink)
+
     def read_ends(self, name: str, size: int) -> tuple[bytes, bytes, bytes]:
         """Return a file's length as text, its first ``size`` bytes and its last ``size`` bytes."""
         with self._fs.open_input_file(self._at(name)) as file:
@@ -277,12 +290,31 @@ def split_path(path: FilePath) -> tuple[Folder, str]:
 
 
 @contextlib.contextmanager
+def explained(uri: FilePath, verb: str) -> Iterator[None]:
+    """Say which URI an error of its file system is about, and what to look at."""
+    try:
+        yield
+    except OSError as error:
+        if not is_uri(uri) or isinstance(error, SemidError):
+            raise
+        why = brief(error).partition(". To create buckets")[0]  # advice for Arrow's own users
+        raise UsageError(
+            f"'{uri}' cannot be {verb} ({why}); check that its bucket or folder exists and that "
+            "the keys of this environment may do so"
+        ) from error
+
+
+@contextlib.contextmanager
 def fetched(uri: str) -> Iterator[Path]:
     """Copy a small folder, such as an artefact, to this machine for as long as the block runs."""
     folder = Folder(uri)
     with tempfile.TemporaryDirectory(prefix="semid-") as work:
-        for name in folder.names():
-            (Path(work) / name).write_bytes(folder.read(name) or b"")
+        with explained(uri, "read"):
+            names = folder.names()
+            for name in names:
+                folder.copy_to(name, Path(work) / name)
+        if not names:
+            raise UsageError(f"'{uri}' does not exist; check the URI")
         yield Path(work)
 
 

@@ -35,6 +35,7 @@ from semid.errors import OutputExistsError, SemidError, UsageError
 from semid.filesystems import (
     FilePath,
     Folder,
+    explained,
     is_uri,
     list_sizes,
     local_path,
@@ -230,12 +231,14 @@ def claim_output(
     checked as well. Errors are those of `check_output`.
     """
     input_list = list(inputs)
-    check_output(path, overwrite=overwrite, inputs=input_list)
-    with hold_path(path):
-        if state is not None:
-            check_state_folder(state)
-        # Another run may have ended between the first check and the lock.
-        check_output(path, overwrite=overwrite, inputs=input_list)
+    with contextlib.ExitStack() as held:
+        with explained(str(path), "written"):
+            check_output(path, overwrite=overwrite, inputs=input_list)
+            held.enter_context(hold_path(path))
+            if state is not None:
+                check_state_folder(state)
+            # Another run may have ended between the first check and the lock.
+            check_output(path, overwrite=overwrite, inputs=input_list)
         with _plain_write_errors(path):  # also for parts that are written beside the output
             yield
 

@@ -20,6 +20,7 @@ from semid.cli.rank import rank, rank_grid
 from semid.cli.reports import audit, compare, demo, prepare, report, reproduce
 from semid.cli.retrieve import recommend, retrieve
 from semid.cli.shared import release_outputs
+from semid.cli.staging import named
 from semid.errors import SemidError, brief, printable
 from semid.progress import without_default_progress
 
@@ -136,12 +137,12 @@ def _configure(console: Console, debug: bool) -> None:
 
 
 def _escape(record: logging.LogRecord) -> bool:
-    record.msg, record.args = printable(record.getMessage()), None
+    record.msg, record.args = printable(named(record.getMessage())), None
     return True
 
 
 def _print_errors(console: Console, *lines: str) -> None:
     for line in lines:
         console.print(
-            printable(line), style="bold red", markup=False, highlight=False, soft_wrap=True
+            printable(named(line)), style="bold red", markup=False, highlight=False, soft_wrap=True
         )

@@ -61,6 +61,8 @@ def unique(
         cli.say(report.summary())
         cli.say(f"ids: {output}")
         return
+    # A single file is read and written here, whichever file system it lies on.
+    ids_file, output = str(cli.local_input(ids_file)), str(cli.local_output(output))
     cli.hold_output(output, overwrite=overwrite, inputs=(ids_file, model, embeddings, source.ids))
     with cli.make_progress(quiet=quiet) as progress:
         done = semid.make_unique(

@@ -23,6 +23,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import typer
 from typer.core import TyperCommand
 
+from semid.cli import staging
 from semid.errors import UsageError, nearest_name
 
 FILE = Path(__file__).with_name("flags.json")
@@ -267,7 +268,8 @@ def expand(function: Callable[..., Any]) -> Callable[..., Any]:
 
     A parameter that is annotated with a dataclass becomes one flag per field, and
     ``Annotated[dict[str, Any], "COMMAND"]`` becomes the generated flags of that command; the
-    function gets a dictionary of those that were given, by key, with what ``--set`` names.
+    function gets a dictionary of those that were given, by key, with what ``--set`` names. A path
+    may be a URI: the function gets a path on this machine, see `semid.cli.staging`.
     """
     # Typer reads signatures: the command gets one parameter per flag, made from the groups.
     hints = get_type_hints(function, include_extras=True)
@@ -299,21 +301,29 @@ def expand(function: Callable[..., Any]) -> Callable[..., Any]:
             parameters.append(_declare(parameter, hint, helps.get(name)))
     keyword = inspect.Parameter.KEYWORD_ONLY
     parameters = [each.replace(kind=keyword) for each in parameters]
+    paths = {name for name, hint in hints.items() if _kind(hint) in (Path, Path | None)}
 
     @functools.wraps(function)
     def command(**arguments: Any) -> Any:
+        for name in paths:
+            arguments[name] = staging.local(arguments[name], name, function.__name__)
         for name, group in groups.items():
             if isinstance(group, str):
                 arguments[name] = _given(known_flags(group), arguments)
             else:
                 arguments[name] = group(**{f.name: arguments.pop(f.name) for f in fields(group)})
-        return function(**arguments)
+        function(**arguments)
+        staging.send()
 
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {each.name: each.annotation for each in parameters}
     command.__doc__ = text
     del command.__wrapped__
     return command
+
+
+def _kind(hint: Any) -> Any:
+    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
 
 
 def _read_docstring(subject: Any) -> tuple[str, dict[str, str]]:
@@ -337,9 +347,14 @@ def _declare(
         info = typer.Option(f"--{parameter.name.replace('_', '-')}")
     else:
         info = typer.Option()
+    if kind in (Path, Path | None):  # given as text: as a `Path` a URI would lose a slash
+        kind = str if kind is Path else str | None
+        info.metavar = info.metavar or "PATH"
     info.help = info.help or help_text
     info.rich_help_panel = info.rich_help_panel or panel
-    return parameter.replace(annotation=Annotated[kind, info])
+    default = parameter.default
+    default = str(default) if isinstance(default, Path) else default
+    return parameter.replace(annotation=Annotated[kind, info], default=default)
 
 
 _SET = inspect.Parameter(

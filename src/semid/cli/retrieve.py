@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 import semid
+from semid.cli import staging
 from semid.cli.flags import check_keys, known_flags, split_list
 from semid.cli.rank import Logs, options_under
 from semid.cli.shared import (
@@ -113,6 +114,8 @@ def retrieve(
             "several models or seeds run one after another in one process: leave out torchrun, or "
             "give one --model and one --seed"
         )
+    if compares and (uri := staging.placed(output)):
+        staging.refuse(uri)
     if is_main():  # under torchrun the first process alone writes and prints
         grows = overwrite or (compares and resume)
         hold_output(output, overwrite=grows, inputs=reads, state=state)

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from semid.cli import staging
 from semid.errors import UsageError, check_choice, printable
 
 INPUT, RUN, LOG = "Input", "Run", "Interactions"
@@ -177,17 +178,34 @@ def hold_output(output: Any, *, overwrite: bool, inputs: Sequence[Any], state: A
     """Check an output before the work, and hold it until the command has ended."""
     from semid.output import claim_output
 
-    _HELD.enter_context(claim_output(output, overwrite=overwrite, inputs=inputs, state=state))
+    uri = staging.placed(output)
+    if uri is not None:
+        named = [staging.named(each) for each in inputs if each is not None]
+        _HELD.enter_context(claim_output(uri, overwrite=overwrite, inputs=named))
+    # What an unfinished run left at the place on this machine is no output of anybody's.
+    options: dict[str, Any] = {"overwrite": overwrite or uri is not None, "state": state}
+    _HELD.enter_context(claim_output(output, inputs=inputs, **options))
+
+
+def local_input(path: str) -> Path:
+    """Return a path on this machine for what a path or URI names."""
+    return staging.fetch(path) if "://" in path else Path(path)
+
+
+def local_output(path: str) -> Path:
+    """Return a path on this machine for an output that may be a URI."""
+    return staging.place(path) if "://" in path else Path(path)
 
 
 def release_outputs() -> None:
     """Release what `hold_output` holds; called when the command has ended."""
     _HELD.close()
+    staging.release()
 
 
 def say(text: str, *, err: bool = False) -> None:
     """Print a line; control characters in names of the user's data are escaped."""
-    typer.echo(printable(text), err=err)
+    typer.echo(printable(staging.named(text)), err=err)
 
 
 def make_progress(*, quiet: bool) -> Any:
