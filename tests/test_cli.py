@@ -128,26 +128,6 @@ def test_wrong_usage_exits_with_2(run, catalogue, model, tmp_path):
     assert not out.exists()
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        ("rank", "logs.parquet"),
-        ("rank-grid", "logs.parquet", "--embeddings", "items.parquet"),
-        ("report", "model", "items.parquet"),
-        ("refine", "model", "items.parquet"),
-        ("export", "ids.parquet", "--to", "lcrec"),
-        ("demo",),
-    ],
-)
-def test_a_uri_is_refused_before_the_work(run, tmp_path, monkeypatch, command):
-    monkeypatch.chdir(tmp_path)
-    code, _, err = run(*command, "-o", "s3://bucket/out.html")
-    # The inputs do not exist, and the output is the first that is looked at.
-    assert code == 2
-    assert "out.html' is a URI, and this can be written to this machine's disk only" in err
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_bad_data_exits_with_1_and_writes_nothing(run, catalogue, model, tmp_path, clustered):
     spoilt = clustered.copy()
     spoilt[17] = np.nan

@@ -157,6 +157,8 @@ CALLS = {
     "retrieve": "{b}/cat/interactions.parquet --ids {b}/unique.parquet --epochs 1 --width 8 "
     "--items {b}/cat/items.parquet --report {b}/retrieve.html -o {b}/retriever",
     "recommend": "{b}/retriever --histories {b}/cat/interactions.parquet -o {b}/best.parquet",
+    "audit": "{b}/unique.parquet -o {b}/audit.html",
+    "check": "{b}/ids.parquet {b}/ids.parquet --thresholds {b}/limits.toml",
     "export": "{b}/unique.parquet --to lcrec --model {b}/model -o {b}/lcrec.json",
     "import": "{b}/lcrec.json --from lcrec --model {b}/model -o {b}/back.parquet",
     "demo": "--items 300 -o {b}/demo",
@@ -171,7 +173,7 @@ STAYS = {
 def test_every_command_reads_and_writes_uris(tmp_path, monkeypatch, capsys):
     from semid.cli.app import _COMMANDS
 
-    assert {name for name, _, _ in _COMMANDS} - {"audit", "check"} == {*CALLS, *STAYS}
+    assert {name for name, _, _ in _COMMANDS} == {*CALLS, *STAYS}
     base = "memory://semid-commands"
     files = semid.SyntheticCatalogue(items=300, users=60, seed=0).write(tmp_path / "cat")
     for file in (tmp_path / "cat").iterdir():
@@ -190,6 +192,7 @@ def test_every_command_reads_and_writes_uris(tmp_path, monkeypatch, capsys):
         assert list(work.iterdir()) == [], command
         if command == "encode":
             Folder(base).write("ids.parquet", (tmp_path / "ids.parquet").read_bytes())
+            Folder(base).write("limits.toml", b"churn = 0.1")
     shown = capsys.readouterr()
     # Nobody is told of the places on this machine.
     assert f"report: {base}/report.json" in shown.out

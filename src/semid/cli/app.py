@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from semid.cli.catalogue import check, drift, export, import_, refresh, unique
-from semid.cli.flags import OptionsCommand, expand
+from semid.cli.flags import expand
+from semid.cli.help import OptionsCommand
 from semid.cli.models import encode, fit, refine
 from semid.cli.rank import rank, rank_grid
 from semid.cli.reports import audit, compare, demo, prepare, report, reproduce
