@@ -594,5 +594,5 @@ def test_another_package_adds_a_format(ids, tmp_path, monkeypatch):
         export("count", tmp_path / "two.txt", ids=ids, heading="n=")
     with pytest.raises(UsageError, match="can be written, not read"):
         import_ids("count", path)
-    with pytest.raises(UsageError, match="does not apply to lcrec"):
-        export("lcrec", tmp_path / "two.txt", ids=ids, header="n=")
+    with pytest.raises(UsageError, match="does not apply to grid"):
+        export("grid", tmp_path / "two.txt", ids=ids, header="n=")

@@ -234,27 +234,34 @@ def export(
     interactions: str | None = None,
     candidates: Annotated[int, typer.Option(min=0, max=4096)] = 0,
     embeddings: str | None = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE")] = None,
     overwrite: cli.Overwrite = False,
 ) -> None:
     """Write ids, histories or a model as another program reads them.
 
     Example: semid export unique.parquet --to lcrec -o Beauty.index.json
 
+    Example: semid export unique.parquet --to static --set offsets=[0,256,512] -o static.npz
+
     Args:
         to: lcrec, lcrec-sequences, grid, grid-sequences, openonerec, torcheasyrec, huggingface,
-            faiss, fuxictr, onnx or torch-export.
+            faiss, fuxictr, flashrec, sid2pid, static, onnx or torch-export.
         output: File or folder to write.
         ids_file: Ids file or bundle; not needed for onnx and torch-export.
         model: Folder written by 'semid fit'; needed for huggingface, faiss, onnx and torch-export.
-        interactions: Users' interactions; needed for lcrec-sequences and grid-sequences.
+        interactions: Users' interactions; needed for lcrec-sequences and grid-sequences, counted
+            by sid2pid.
         candidates: torcheasyrec: alternative ids per item; needs --embeddings.
         embeddings: torcheasyrec: embeddings for the alternative ids.
+        settings: Option of one format, with a value of TOML: token of lcrec, end_code of flashrec,
+            base of sid2pid; offsets, vocab_size and dense_lookup_layers of static.
     """
     from semid.catalogue.bundle import read_catalogue
+    from semid.cli.flags import given_values
 
     inputs = (ids_file, model, embeddings, source.ids, interactions)
     cli.hold_output(output, overwrite=overwrite, inputs=inputs)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = given_values((), {"settings": settings})
     if candidates:
         if to != "torcheasyrec":
             raise UsageError(f"--candidates goes with --to torcheasyrec, not with {to}")

@@ -305,7 +305,7 @@ def expand(function: Callable[..., Any]) -> Callable[..., Any]:
             arguments[name] = staging.local(arguments[name], name, function.__name__)
         for name, group in groups.items():
             if isinstance(group, str):
-                arguments[name] = _given(known_flags(group), arguments)
+                arguments[name] = given_values(known_flags(group), arguments)
             else:
                 arguments[name] = group(**{f.name: arguments.pop(f.name) for f in fields(group)})
         function(**arguments)
@@ -368,7 +368,7 @@ _SET = inspect.Parameter(
 )
 
 
-def _given(flags: Sequence[Flag], arguments: dict[str, Any]) -> dict[str, Any]:
+def given_values(flags: Sequence[Flag], arguments: dict[str, Any]) -> dict[str, Any]:
     """Take the generated flags out of a command's arguments and return those that were given."""
     # A flag that was not given is None, so that recipes and defaults keep their say.
     values = {}

@@ -34,6 +34,9 @@ EXPORTS = Registry(
         "huggingface": "semid.exports.huggingface:HUGGINGFACE",
         "faiss": "semid.exports.encoders:FAISS",
         "fuxictr": "semid.exports.id_files:FUXICTR",
+        "flashrec": "semid.exports.serving:FLASHREC",
+        "sid2pid": "semid.exports.serving:SID2PID",
+        "static": "semid.exports.serving:STATIC",
         "onnx": "semid.exports.encoders:ONNX",
         "torch-export": "semid.exports.encoders:TORCH_EXPORT",
     },
@@ -62,7 +65,7 @@ class ExportFormat:
         ids: whether Semantic IDs are written.
         model: whether the model is ``required``, ``optional`` or ``unused``.
         folder: whether the output is a folder.
-        interactions: whether histories of users are written; ``write`` gets `Interactions`.
+        interactions: whether `Interactions` are ``required``, ``optional`` or ``unused``.
         options: names of the further arguments of ``write``.
         distinct: whether the reader tells items apart by their ids, so that shared ids are an
             error there.
@@ -73,7 +76,7 @@ class ExportFormat:
     ids: bool = True
     model: Literal["required", "optional", "unused"] = "unused"
     folder: bool = False
-    interactions: bool = False
+    interactions: Literal["required", "optional", "unused"] = "unused"
     options: tuple[str, ...] = ()
     distinct: bool = False
 
@@ -92,16 +95,17 @@ def export(
 
     Args:
         to: name of the format: ``lcrec``, ``lcrec-sequences``, ``grid``, ``grid-sequences``,
-            ``openonerec``, ``torcheasyrec``, ``huggingface``, ``faiss``, ``fuxictr``, ``onnx`` or
-            ``torch-export``.
+            ``openonerec``, ``torcheasyrec``, ``huggingface``, ``faiss``, ``fuxictr``, ``flashrec``,
+            ``sid2pid``, ``static``, ``onnx`` or ``torch-export``.
         output: file or folder to write, whole or not at all.
         ids: Semantic IDs, for formats that contain ids.
         tokenizer: model, for formats that need its codebooks or its encoder.
         interactions: users' interactions, for formats of sequences: anything that
             `semid.read_interactions` takes. Items are numbered by their row in the ids.
         overwrite: replace an existing output.
-        options: arguments of one format; ``torcheasyrec`` has ``candidates``, ``embeddings`` and
-            ``embedding_ids``.
+        options: arguments of one format: ``torcheasyrec`` has ``candidates``, ``embeddings`` and
+            ``embedding_ids``; ``lcrec`` has ``token``; ``flashrec`` has ``end_code``; ``sid2pid``
+            has ``base``; ``static`` has ``offsets``, ``vocab_size`` and ``dense_lookup_layers``.
 
     Returns:
         ``output``.
@@ -119,11 +123,11 @@ def export(
         raise UsageError(f"the export to {to} writes Semantic IDs: give the ids file (ids=)")
     if export_format.model == "required" and tokenizer is None:
         raise UsageError(f"the export to {to} needs the model: give --model (tokenizer=)")
-    if export_format.interactions and interactions is None:
+    if export_format.interactions == "required" and interactions is None:
         raise UsageError(
             f"the export to {to} writes users' histories: give --interactions (interactions=)"
         )
-    if interactions is not None and not export_format.interactions:
+    if interactions is not None and export_format.interactions == "unused":
         raise UsageError(f"--interactions (interactions=) does not apply to {to}; leave it out")
     for option in options:
         if not export_format.options:
@@ -146,7 +150,7 @@ def export(
         options["ids"] = ids
     if export_format.model != "unused":
         options["tokenizer"] = tokenizer
-    if export_format.interactions:
+    if interactions is not None:
         options["interactions"] = read_interactions(interactions, rating_column="")
     with (atomic_folder if export_format.folder else atomic_file)(
         output, overwrite=overwrite

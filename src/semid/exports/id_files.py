@@ -24,7 +24,7 @@ from semid.codes import MAX_CODEWORDS, MAX_LEVELS, CodesInfo, SemanticIds
 from semid.data.embeddings import open_embeddings
 from semid.data.ids import ItemIds
 from semid.documents import read_json
-from semid.errors import ArtefactError, InputError, UsageError, check_choice
+from semid.errors import ArtefactError, InputError, UsageError, brief, check_choice
 from semid.exports.formats import ExportFormat
 from semid.health import check_codes
 from semid.quantization.blocks import BLOCK_ROWS
@@ -95,12 +95,24 @@ def wrap_codes(
 _TOKEN = re.compile(r"<([a-z]+)_([0-9]{1,10})>")  # ten digits: codes are below 2**32
 
 
-def _write_lcrec(path: Path, *, ids: SemanticIds) -> None:
+def _write_lcrec(path: Path, *, ids: SemanticIds, token: str = "<{letter}_{code}>") -> None:
+    """Write a list of tokens per row; ``token`` spells one by its letter, level and code."""
+    try:
+        if token.format(letter="a", level=0, code=1) == token.format(letter="a", level=0, code=2):
+            raise ValueError("every code has the same token")
+    except (AttributeError, IndexError, KeyError, ValueError) as error:
+        raise UsageError(
+            f"token={token!r} ({brief(error)}): spell a token with {{letter}}, {{level}} and "
+            "{code}, such as '<{letter}_{code}>'"
+        ) from None
     letters = [level_letter(level) for level in range(ids.levels)]
     with path.open("w", encoding="utf8") as file:
         file.write("{")
         for row, codes in enumerate(ids.codes.tolist()):
-            tokens = [f"<{letter}_{code}>" for letter, code in zip(letters, codes, strict=True)]
+            tokens = [
+                token.format(letter=letters[level], level=level, code=code)
+                for level, code in enumerate(codes)
+            ]
             file.write(f"{',' if row else ''}\n{json.dumps(str(row))}: {json.dumps(tokens)}")
         file.write("\n}\n")
 
@@ -146,7 +158,7 @@ def _parse_token(path: str | os.PathLike[str], row: int, level: int, text: Any) 
     return int(match[2])
 
 
-LCREC = ExportFormat(_write_lcrec, _read_lcrec, distinct=True)
+LCREC = ExportFormat(_write_lcrec, _read_lcrec, options=("token",), distinct=True)
 
 
 # GRID, NVIDIA SID-GR: ``torch.save`` of a LongTensor ``[levels, items]``, columns in row order. An
@@ -272,20 +284,25 @@ def parse_text(text: str) -> list[int]:
     return [int(code) for _, code in tokens]
 
 
+def numbered_items(ids: SemanticIds) -> tuple[npt.NDArray[Any], dict[str, Any]]:
+    """Return a number per item: its id if all are integers, else its row, and then its name."""
+    written = ids.items.strings()
+    try:
+        numbers = written.cast(pa.int64())
+        if numbers.cast(written.type).equals(written):  # ``7``, not ``007``
+            return numbers.to_numpy(zero_copy_only=False), {}
+    except pa.ArrowInvalid:
+        pass
+    return np.arange(len(ids)), {"item_id": ids.items.to_arrow()}
+
+
 def _write_openonerec(path: Path, *, ids: SemanticIds) -> None:
     """Write ``pid_codes.parquet`` and ``sid_text.parquet`` (``pid``, ``sid``).
 
     ``pid`` is the item id where all are integers as they are written (``7``, not ``007``);
     otherwise the row number, and both tables have the column ``item_id`` too.
     """
-    written = ids.items.strings()
-    try:
-        numbers = written.cast(pa.int64())
-        named = bool(numbers.cast(written.type).equals(written))
-    except pa.ArrowInvalid:
-        named = False
-    pids = numbers.to_numpy(zero_copy_only=False) if named else np.arange(len(ids))
-    names = {} if named else {"item_id": ids.items.to_arrow()}
+    pids, names = numbered_items(ids)
     texts = pa.array([sid_text(row) for row in ids.codes.tolist()], type=pa.string())
     codes = {"pid": pids, "codes": _lists(ids.codes), **names}
     pq.write_table(pa.table(codes), path / "pid_codes.parquet")

@@ -73,7 +73,7 @@ def _write_lcrec(path: Path, *, ids: SemanticIds, interactions: Interactions) ->
         file.write("\n}\n")
 
 
-LCREC_SEQUENCES = ExportFormat(_write_lcrec, interactions=True)
+LCREC_SEQUENCES = ExportFormat(_write_lcrec, interactions="required")
 
 
 # GRID: the folders ``training``, ``evaluation`` and ``testing`` of gzipped TFRecord files. An
@@ -168,4 +168,4 @@ def _crc_table() -> Iterator[int]:
 
 _CRC_TABLE = tuple(_crc_table())
 
-GRID_SEQUENCES = ExportFormat(_write_grid, folder=True, interactions=True)
+GRID_SEQUENCES = ExportFormat(_write_grid, folder=True, interactions="required")

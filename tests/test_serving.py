@@ -1,0 +1,139 @@
+"""Catalogues for serving engines, read as the engines read them."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+import semid
+from semid.catalogue.prefixes import PrefixIndex
+from semid.cli import main
+from semid.errors import UsageError
+from semid.exports.id_files import wrap_codes
+from semid.exports.serving import static_arrays
+
+
+@pytest.fixture(params=[(5, 4, 6), (3, 3, 3, 3), (4, 7)], ids=str)
+def codes(request) -> np.ndarray:
+    sizes = request.param
+    drawn = np.stack([np.random.default_rng(1).integers(0, size, 60) for size in sizes], axis=1)
+    return np.concatenate([drawn, np.array(sizes)[None] - 1])
+
+
+def walk_static(arrays: dict[str, np.ndarray]) -> set[tuple[int, ...]]:
+    """Return all sequences of tokens that STATIC's decoding allows.
+
+    The first token is looked up in the start mask, the next ones in the dense tables; from then on
+    a state has a row of pairs of token and next state.
+    """
+    dense, levels = arrays["dense_mask"], len(arrays["layer_max_branches"])
+    starts = {int(token) for token in np.flatnonzero(arrays["start_mask"])}
+    found = [tuple(map(int, place)) for place in np.argwhere(dense)]
+    assert {place[0] for place in found} == starts
+    beams = [(place, int(arrays["dense_states"][place])) for place in found]
+    for level in range(dense.ndim, levels):
+        longer = []
+        for tokens, state in beams:
+            begin, end = arrays["indptr"][state : state + 2]
+            assert 0 < end - begin <= arrays["layer_max_branches"][level]
+            for token, following in arrays["packed_csr"][begin:end].tolist():
+                longer.append(((*tokens, token), following))
+        beams = longer
+    assert all(state == 0 for _, state in beams)
+    return {tokens for tokens, _ in beams}
+
+
+def test_static_allows_the_ids_alone(codes):
+    index = PrefixIndex.build(codes)
+    levels = codes.shape[1]
+    sizes = codes.max(axis=0) + 1
+    for layers in range(1, levels):
+        for offsets in (np.zeros(levels, int), np.cumsum(sizes) - sizes):
+            arrays = static_arrays(index, offsets=offsets.tolist(), layers=layers)
+            allowed = walk_static(arrays)
+            assert allowed == {tuple(row) for row in (codes + offsets).tolist()}
+            vocabulary = len(arrays["start_mask"])
+            assert vocabulary == (sizes + offsets).max()
+            # One row of tokens that do not exist, for reads beyond the last state.
+            padding = arrays["packed_csr"][arrays["indptr"][-2] :]
+            assert padding.tolist() == [[vocabulary, 0]] * vocabulary
+            assert arrays["packed_csr"].dtype == arrays["indptr"].dtype == np.int32
+
+
+def test_static_refuses_what_does_not_fit():
+    index = PrefixIndex.build([[0, 1, 2], [1, 0, 3]])
+    for options, message in (
+        ({"offsets": [0, 1]}, "give 3 numbers"),
+        ({"offsets": [0, 1, -1]}, "give 3 numbers"),
+        ({"vocab_size": 3}, "at least 4"),
+        ({"layers": 3}, "which are 3"),
+        ({"layers": 0}, "which are 3"),
+        ({"vocab_size": 2**16}, "cells"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            static_arrays(index, **options)
+    with pytest.raises(UsageError, match="two levels or more"):
+        static_arrays(PrefixIndex.build([[0], [1]]))
+
+
+def test_flashrec_has_each_id_once(codes, tmp_path):
+    ids = wrap_codes(codes)
+    semid.export("flashrec", tmp_path / "plain.json", ids=ids)
+    semid.export("flashrec", tmp_path / "ended.json", ids=ids, end_code=1)
+    expected = sorted({tuple(row) for row in codes.tolist()})
+    for name, end in (("plain", ()), ("ended", (1,))):
+        catalogue = json.loads((tmp_path / f"{name}.json").read_text())
+        keys = [tuple(map(int, key.split(","))) for key in catalogue]
+        assert keys == [(*row, *end) for row in expected]
+        assert set(catalogue.values()) == {1}
+    with pytest.raises(UsageError, match="end_code=-1"):
+        semid.export("flashrec", tmp_path / "no.json", ids=ids, end_code=-1)
+
+
+def test_sid2pid_finds_the_most_popular_item(tmp_path):
+    ids = wrap_codes(np.array([[1, 2], [1, 2], [8000, 3], [1, 2]]), items=[40, 41, 42, 43])
+    log = pa.table({"user_id": ["a", "b", "c"], "item_id": [43, 41, 43]})
+    semid.export("sid2pid", tmp_path / "sid2pid.json", ids=ids, interactions=log)
+    mapping = json.loads((tmp_path / "sid2pid.json").read_text())
+    # The benchmark packs a, b as a * 8192 + b and takes the first of the list.
+    assert [entry["pid"] for entry in mapping[str(1 * 8192 + 2)]] == [43, 41, 40]
+    assert mapping[str(8000 * 8192 + 3)] == [{"pid": 42, "count": 0, "count_after_downsample": 0}]
+    assert mapping[str(1 * 8192 + 2)][0]["count"] == 2
+    named = wrap_codes(np.array([[1, 2], [3, 4]]), items=["x", "y"])
+    semid.export("sid2pid", tmp_path / "rows.json", ids=named, base=5)
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert {key: entries[0]["pid"] for key, entries in rows.items()} == {"7": 0, "19": 1}
+    with pytest.raises(UsageError, match="at least 5"):
+        semid.export("sid2pid", tmp_path / "no.json", ids=named, base=4)
+
+
+def test_tokens_are_spelled_as_asked(codes, tmp_path):
+    ids = wrap_codes(codes)
+    semid.export("lcrec", tmp_path / "own.json", ids=ids, token="<|sid_{level}_{code}|>")
+    document = json.loads((tmp_path / "own.json").read_text())
+    assert document["0"][:2] == [f"<|sid_0_{codes[0, 0]}|>", f"<|sid_1_{codes[0, 1]}|>"]
+    for wrong in ("<{letter}>", "<{number}>", "{", "<{}>", "{code.x}"):
+        with pytest.raises(UsageError, match="spell a token with"):
+            semid.export("lcrec", tmp_path / "no.json", ids=ids, token=wrong)
+
+
+def test_the_command_takes_options_of_a_format(codes, tmp_path):
+    wrap_codes(codes).write(tmp_path / "ids.parquet")
+    offsets = (np.arange(codes.shape[1]) * 10).tolist()
+
+    def export(*arguments):
+        with pytest.raises(SystemExit) as done:
+            main(["export", str(tmp_path / "ids.parquet"), *arguments])
+        return done.value.code
+
+    output = tmp_path / "static.npz"
+    assert export("--to", "static", "--set", f"offsets={offsets}", "-o", str(output)) == 0
+    with np.load(output) as arrays:
+        allowed = walk_static(dict(arrays))
+    assert allowed == {tuple(row) for row in (codes + offsets).tolist()}
+    for words in (["static", "--set", "ofsets=[0]"], ["grid", "--set", "base=3"]):
+        assert export("--to", *words, "-o", str(tmp_path / "no")) == 2
+    assert not (tmp_path / "no").exists()
