@@ -59,9 +59,9 @@ quick: $(READY)  ## both reproductions at toy size, into results-quick/
 	$(BIN)/semid reproduce moc --quick --quiet
 
 results: $(READY)  ## docs/results from the committed runs under results/
-	for paper in $(notdir $(wildcard results/*[a-z])); do \
-	  test ! -f results/$$paper/runs.jsonl || \
-	  $(BIN)/semid reproduce $$paper --from results --publish --output docs/results || exit 1; \
+	for ledger in results/*/runs.jsonl; do \
+	  $(BIN)/semid reproduce $$(basename $$(dirname $$ledger)) --from results --publish \
+	    --output docs/results || exit 1; \
 	done
 
 docs: $(READY)  ## the documentation site, strictly, into site/
