@@ -41,7 +41,7 @@ x, small = np.load(folder + "/x.npy"), np.load(folder + "/small.npy")
 found = {}
 for name, options in json.load(open(folder + "/fits.json")).items():
     options["kmeans"] = KMeansOptions(**options["kmeans"])
-    tokenizer = semid.RQKMeans(threads=1, **options).fit(x)
+    tokenizer = getattr(semid, options.pop("kind", "RQKMeans"))(threads=1, **options).fit(x)
     found[name] = [tokenizer.weights_fingerprint, tokenizer.report.details]
 for name in ("rqkmeans", "rqpvae"):
     codes = semid.load(f"{folder}/{name}").encode(small).codes
@@ -59,6 +59,14 @@ FITS = {
         "levels": 2,
         "codebook_size": 6,
         "kmeans": {"max_iter": 1, "sample_per_code": 500},
+    },
+    "rotated": {
+        "kind": "OPQ",
+        "n_codebooks": 3,
+        "codebook_size": 6,
+        "center": True,
+        "rotation_iter": 1,
+        "kmeans": {"max_iter": 1},
     },
 }
 
@@ -85,7 +93,8 @@ def test_torchrun_and_ray_train_end_with_one_machines_bits(tmp_path, clustered):
     expected: dict[str, object] = {}
     for name, options in FITS.items():
         chosen = {**options, "kmeans": KMeansOptions(**options["kmeans"])}
-        tokenizer = semid.RQKMeans(threads=1, **chosen).fit(rows)
+        kind = getattr(semid, chosen.pop("kind", "RQKMeans"))
+        tokenizer = kind(threads=1, **chosen).fit(rows)
         expected[name] = [tokenizer.weights_fingerprint, tokenizer.report.details]
     for kind in (semid.RQKMeans(codebook_size=16), semid.RQPVAE(**NETWORK)):
         kind.fit(clustered).save(tmp_path / kind.kind)

@@ -211,7 +211,8 @@ def seed_parts(
         generator = numpy_generator(seed, "seeding", restart, part)
         if codes * len(columns) <= SEQUENTIAL_PAIRS:
             draws = generator.random((codes, trials))
-            drawn = draw_centers(columns, np.ones(len(columns)) if mass is None else mass, draws)
+            weights = np.ones(len(columns)) if mass is None else mass
+            drawn = draw_centers(np.ascontiguousarray(columns.T), weights, draws)
             centers = columns[drawn[drawn >= 0]]
         else:
             centers = kmeans_plus_plus(
@@ -225,13 +226,16 @@ def seed_parts(
 
 @numba.njit(nogil=True, cache=True)
 def draw_centers(x: Array, weights: Doubles, draws: Doubles) -> npt.NDArray[np.int64]:
-    """Draw centers among rows ``(n, width)`` by greedy k-means++ (Arthur & Vassilvitskii 2007).
+    """Draw centers among the columns of ``x`` by greedy k-means++ (Arthur & Vassilvitskii 2007).
 
     Of the candidates of one draw ``(centers, trials)``, the one that lowers the weighted sum of
     squared distances most is the next center. Returns row numbers ``(centers,)``, -1 once every row
     is a center. In small samples this is quicker than rounds of many candidates.
+
+    Shapes: ``x`` (width, n), so that the sums of many points lie side by side in vector registers;
+    ``weights`` (n,).
     """
-    rows, width = x.shape
+    width, rows = x.shape
     centers = np.full(len(draws), -1, np.int64)
     nearest = np.full(rows, np.inf)
     trial, best = np.empty(rows), np.empty(rows)
@@ -251,13 +255,15 @@ def draw_centers(x: Array, weights: Doubles, draws: Doubles) -> npt.NDArray[np.i
             row = min(row, rows - 1)
             while row > 0 and running[row] == running[row - 1]:
                 row -= 1
+            trial[:] = 0.0
+            for d in range(width):
+                center = np.float64(x[d, row])
+                for i in range(rows):
+                    difference = np.float64(x[d, i]) - center
+                    trial[i] += difference * difference
             potential = 0.0
             for i in range(rows):
-                square = 0.0
-                for d in range(width):
-                    difference = np.float64(x[i, d]) - np.float64(x[row, d])
-                    square += difference * difference
-                trial[i] = min(square, nearest[i])
+                trial[i] = min(trial[i], nearest[i])
                 potential += weights[i] * trial[i]
             if potential < lowest:
                 lowest, chosen = potential, row

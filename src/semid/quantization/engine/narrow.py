@@ -43,7 +43,7 @@ MAX_ENTRIES = 1024
 TILE, PANEL = 6, 16
 """Rows and entries scored together: with AVX2 their sums take 12 of 16 registers."""
 BLOCK = 4096
-"""Rows a thread takes at once."""
+"""Rows that one of several threads takes at once."""
 FAR = 2.0**30
 """Rows further away, in table radii, are measured against every entry."""
 
@@ -186,8 +186,10 @@ def search_narrow(
     width = table.rows.shape[1]
     check_rows(queries, name=name)
 
+    size = max(len(queries), 1) if threads == 1 else BLOCK
+
     def work(start: int) -> int:
-        span = slice(start, start + BLOCK)
+        span = slice(start, start + size)
         x = queries[span].detach().to(torch.float32).contiguous().numpy()
         measured = nearest_narrow(
             x, table.rows, operand.data, table.offsets, table.center, 2.0**-table.exponent,
@@ -196,5 +198,5 @@ def search_narrow(
         )  # fmt: skip
         return int(measured)
 
-    measured = sum(map_blocks(work, range(0, len(queries), BLOCK), threads=threads))
+    measured = sum(map_blocks(work, range(0, len(queries), size), threads=threads))
     return SearchResult(table.original[labels], keys, measured)

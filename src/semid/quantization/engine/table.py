@@ -256,6 +256,9 @@ def first_copies(rows: F32) -> I64:
     weights = np.random.default_rng(0).integers(2**63, size=rows.shape[1], dtype=np.uint64)
     weights = weights * np.uint64(2) + np.uint64(1)
     hashes = np.einsum("nd,d->n", bits, weights, dtype=np.uint64, casting="unsafe")
+    ordered = np.sort(hashes)
+    if (ordered[1:] != ordered[:-1]).all():
+        return np.arange(len(rows))
     _, first, group = np.unique(hashes, return_index=True, return_inverse=True)
     repeated = np.flatnonzero(first[group] != np.arange(len(rows)))
     # Equal hashes are not yet equal rows; one copy too many would change no result.
