@@ -311,8 +311,6 @@ def test_wrong_kinds_of_source(tmp_path):
         open_embeddings([[1.0, 2.0]])
     with pytest.raises(UsageError, match="a NoneType"):
         open_embeddings(None)
-    with pytest.raises(UsageError, match=r"frame.collect\(\)"):
-        open_embeddings(pl.LazyFrame({"embedding": [[1.0]]}))
     with pytest.raises(UsageError, match=r"on_invalid='drop' is not one of 'error', 'skip'"):
         open_embeddings(X, on_invalid="drop")
     with pytest.raises(UsageError, match="does not apply"):

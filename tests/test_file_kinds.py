@@ -10,7 +10,6 @@ import sqlite3
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.feather as feather
 import pyarrow.orc as orc
 import pyarrow.parquet as pq
 import pytest
@@ -51,8 +50,6 @@ WRITERS = {
     "zip": lambda p: write(p, saved(np.savez, np.ones(2))),
     "torch": lambda p: torch.save(torch.ones(2), p),
     "pickle": lambda p: pd.to_pickle([1, 2], p, compression=None),
-    "arrow": lambda p: feather.write_feather(TABLE, p),
-    "stream": lambda p: write_stream(p),
     "orc": lambda p: orc.write_table(TABLE, p),
     "sqlite": lambda p: sqlite3.connect(p).execute("create table t (a)").connection.close(),
     "gzip": lambda p: write(p, gzip.compress(b"user_id,item_id\nu,a\n")),
@@ -72,8 +69,6 @@ WORDS = {
     "zip": "a zip archive",
     "torch": "a zip archive",
     "pickle": "a Python pickle, which is never loaded",
-    "arrow": r"an Arrow file .*pyarrow\.feather\.read_table\('.*'\), '.*\.parquet'\)",
-    "stream": r"an Arrow stream; convert it: .*open_stream",
     "orc": r"an ORC file; convert it: .*orc\.read_table",
     "sqlite": "an SQLite database",
     "gzip": r"compressed with gzip; decompress it first, for example with: gunzip",
@@ -88,11 +83,6 @@ WORDS = {
     "utf16": "text in UTF-16; save it as UTF-8",
     "empty": r"empty",
 }
-
-
-def write_stream(path):
-    with pa.ipc.new_stream(path, TABLE.schema) as stream:
-        stream.write_table(TABLE)
 
 
 @pytest.mark.parametrize("kind", WRITERS)

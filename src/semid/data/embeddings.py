@@ -15,7 +15,7 @@ from semid.data.ids import ItemIds
 from semid.data.items import frame_ids, load_ids, parquet_ids
 from semid.data.list_sources import ArrowSource, ParquetSource
 from semid.data.source import ArraySource, EmbeddingSource, TensorSource, open_npy
-from semid.data.tables import is_frame, library_of, open_frame
+from semid.data.tables import collected, is_frame, library_of, open_arrow, open_frame
 from semid.errors import EmbeddingError, UsageError, check_choice
 from semid.filesystems import is_uri
 
@@ -68,10 +68,14 @@ def _open(
 ) -> EmbeddingSource:
     # Ids from elsewhere go before a column beside the embeddings.
     separate = None if ids is None else load_ids(ids, id_column=id_column)
+    frame = None
     if isinstance(source, str | Path):
-        return _open_path(source, separate, embedding_column, id_column)
-    if is_frame(source):
-        frame = open_frame(source)
+        frame = open_arrow(source, error=EmbeddingError)
+        if frame is None:
+            return _open_path(source, separate, embedding_column, id_column)
+    source = collected(source)
+    if frame is not None or is_frame(source):
+        frame = frame or open_frame(source)
         if embedding_column is None and _is_matrix(frame.schema):
             columns = [frame.column(name).to_numpy() for name in frame.schema.names]
             return ArraySource(np.column_stack(columns), ids=separate)

@@ -24,7 +24,15 @@ from semid.data.files import (
     wrong_format,
 )
 from semid.data.ids import ItemIds, cast_ids
-from semid.data.tables import Frame, csv_delimiter, library_of, open_frame, open_table
+from semid.data.tables import (
+    Frame,
+    collected,
+    csv_delimiter,
+    library_of,
+    open_arrow,
+    open_frame,
+    open_table,
+)
 from semid.errors import (
     ArtefactError,
     IdsError,
@@ -52,6 +60,7 @@ def load_ids(ids: Any, *, id_column: str | None = None) -> ItemIds:
                 f"({_FLAG}); name one of them"
             )
         return _from_path(path, column or id_column)
+    ids = collected(ids)
     library = library_of(ids)
     if library in ("pandas", "polars", "pyarrow") and not isinstance(
         ids, pa.Array | pa.ChunkedArray
@@ -125,6 +134,9 @@ def _choose(names: list[str], column: str | None, *, label: str, explicit: bool)
 
 
 def _from_path(path: FilePath, column: str | None) -> ItemIds:
+    if (frame := open_arrow(path, error=IdsError)) is not None:
+        name = str(_choose(frame.schema.names, column, label=frame.label, explicit=True))
+        return _ids(frame.column(name), source=f"column '{name}' of {frame.label}")
     if isinstance(path, Path) and csv_delimiter(path):
         table = open_table(path, error=IdsError)
         name = str(_choose(table.names, column, label=table.label, explicit=True))

@@ -6,6 +6,7 @@ here: who passes a frame has imported its library already.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
+import pyarrow.feather as feather
 
 from semid.data.columns import (
     ARROW_CONVERSION_ERRORS,
@@ -32,11 +34,36 @@ from semid.filesystems import local_path
 
 _LIBRARIES = ("numpy", "pandas", "polars", "pyarrow", "torch")
 
+_COLLECT: dict[str, Callable[[Any], Any]] = {
+    "pyarrow.RecordBatchReader": lambda reader: reader.read_all(),
+    "pyarrow.Dataset": lambda dataset: dataset.to_table(),
+    "pyarrow.Scanner": lambda scanner: scanner.to_table(),
+    "polars.LazyFrame": lambda frame: frame.collect(),
+    "duckdb.DuckDBPyRelation": lambda relation: relation.to_arrow_table(),
+    "dask.DataFrame": lambda frame: frame.compute(),
+    "dask.FrameBase": lambda frame: frame.compute(),
+    "datasets.Dataset": lambda dataset: dataset.with_format("arrow")[:],
+    "datasets.IterableDataset": lambda rows: pa.Table.from_pylist(list(rows)),
+}
+"""Tables that are read piece by piece, by library and class, and how they come into memory.
+
+Embeddings and interactions are passed over several times, which a stream allows once.
+"""
+
 
 def library_of(value: Any) -> str:
     """Return which of numpy, pandas, polars, pyarrow or torch a value comes from, or ''."""
     roots = (base.__module__.split(".")[0] for base in type(value).__mro__)
     return next((root for root in roots if root in _LIBRARIES), "")
+
+
+def collected(value: Any) -> Any:
+    """Return a table in memory for a dataset, a stream or a query; other values as they are."""
+    for base in type(value).__mro__:
+        name = f"{base.__module__.partition('.')[0].removeprefix('_')}.{base.__name__}"
+        if name in _COLLECT:
+            return _COLLECT[name](value)
+    return value
 
 
 def is_frame(value: Any) -> bool:
@@ -103,8 +130,8 @@ class PandasFrame(Frame):
         return [ObjectChunk(series.to_numpy(), label=f"column '{name}' of {self.label}")]
 
 
-def open_frame(value: Any) -> Frame:
-    """Wrap a table, or one column, as a `Frame`."""
+def open_frame(value: Any, *, label: str = "") -> Frame:
+    """Wrap a table, or one column, as a `Frame`; ``label`` is its name in messages."""
     name, library = type(value).__name__, library_of(value)
     if library in ("pandas", "polars") and name in ("DataFrame", "Series"):
         if name == "Series":
@@ -124,12 +151,52 @@ def open_frame(value: Any) -> Frame:
     elif not library:
         value = pa.table(value)  # through the Arrow C stream
     if isinstance(value, pa.Table):
-        return Frame("arrow", value.schema, value.column)
-    hint = "; collect it first: frame.collect()" if name == "LazyFrame" else ""
+        frame = Frame("arrow", value.schema, value.column)
+        frame.label = label or frame.label
+        return frame
     raise UsageError(
-        f"a {library} {name} is not a table in memory{hint}. Give a DataFrame, an Arrow table, or "
-        "the path of a file"
+        f"a {library} {name} is no table; give a DataFrame, an Arrow table, or the path of a file"
     )
+
+
+def open_arrow(path: Any, *, error: type[InputError] = InputError) -> Frame | None:
+    """Open an Arrow or Feather file, or a folder that Hugging Face's datasets saved; else None.
+
+    The file is mapped into memory, so that rows are read when they are needed.
+    """
+    location = local_path(path) if isinstance(path, str | Path) else None
+    if location is None:
+        return None
+    state = location / "state.json"
+    if location.is_dir() and not state.is_file():
+        return None
+    if not location.is_dir() and not (
+        location.is_file() and recognize(_head(location)).name == "arrow"
+    ):
+        return None
+    try:
+        files = [location]
+        if location.is_dir():  # the order of the parts is said in the state, not in their names
+            parts = json.loads(state.read_text(encoding="utf8"))["_data_files"]
+            files = [location / Path(part["filename"]).name for part in parts]
+        table = pa.concat_tables([_mapped(file) for file in files])
+    except (pa.ArrowException, OSError, ValueError, LookupError, TypeError) as failure:
+        raise error(f"'{path}' could not be read as Arrow ({brief(failure)})") from failure
+    return open_frame(table, label=f"'{path}'")
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(HEAD_BYTES)
+
+
+def _mapped(path: Path) -> pa.Table:
+    if _head(path).startswith(b"FEA1"):
+        return feather.read_table(path)
+    file = pa.memory_map(str(path))
+    if _head(path).startswith(b"ARROW1"):
+        return pa.ipc.open_file(file).read_all()
+    return pa.ipc.open_stream(file).read_all()
 
 
 def _pandas_type(series: Any) -> pa.DataType:
@@ -180,6 +247,8 @@ def open_table(
 ) -> Table:
     """Open a table in memory, or in a file, folder, glob or URI; reads the names of its columns."""
     if isinstance(source, str | Path):
+        if (frame := open_arrow(source, error=error)) is not None:
+            return _of_frame(frame)
         path = local_path(source)
         if path is not None and csv_delimiter(path):
             return _open_csv(path, f"'{source}'", error)
@@ -198,16 +267,20 @@ def open_table(
             raise UsageError(
                 f"{what} cannot be read as columns of equal length: {brief(failure)}"
             ) from None
+    source = collected(source)
     if is_frame(source):
-        frame = open_frame(source)
-        return Table(
-            list(frame.schema.names),
-            frame.label,
-            lambda columns, text, numbers, coded: pa.table({c: frame.column(c) for c in columns}),
-        )
+        return _of_frame(open_frame(source))
     raise UsageError(
         f"{what} cannot be read from a {type(source).__name__}; give a path to Parquet or CSV, an "
         "Arrow table, a pandas or polars frame, or a dictionary of columns"
+    )
+
+
+def _of_frame(frame: Frame) -> Table:
+    return Table(
+        list(frame.schema.names),
+        frame.label,
+        lambda columns, text, numbers, coded: pa.table({c: frame.column(c) for c in columns}),
     )
 
 
