@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import semid
 from semid.catalogue.prefixes import PrefixIndex
 from semid.cli import main
-from semid.errors import UsageError
+from semid.errors import MissingExtraError, UsageError
 from semid.exports.id_files import wrap_codes
 from semid.exports.serving import static_arrays
 
@@ -137,3 +139,64 @@ def test_the_command_takes_options_of_a_format(codes, tmp_path):
     for words in (["static", "--set", "ofsets=[0]"], ["grid", "--set", "base=3"]):
         assert export("--to", *words, "-o", str(tmp_path / "no")) == 2
     assert not (tmp_path / "no").exists()
+
+
+# Embedding Atlas -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shop():
+    x = np.random.default_rng(0).normal(size=(80, 6)).astype(np.float32)
+    x[:, 0] *= 5
+    x[:, 1] *= 3
+    x[7] = 2 * x[6]  # another length, the same direction
+    ids = semid.RQKMeans(levels=2, codebook_size=4, validation_fraction=0).fit(x).encode(x)
+    return x, ids
+
+
+def test_atlas_has_points_codes_neighbors_and_titles(shop, tmp_path):
+    x, ids = shop
+    items = pa.table({"item_id": list(range(80)), "title": [f"title {n}" for n in range(80)]})
+    semid.export(
+        *("atlas", tmp_path / "atlas.parquet"),
+        ids=ids[::-1],
+        embeddings=x,
+        items=items,
+        projection="pca",
+        neighbors=3,
+    )
+    table = pq.read_table(tmp_path / "atlas.parquet").to_pydict()
+    assert table["title"] == [f"title {n}" for n in reversed(range(80))]
+    assert table["code_2"] == [str(code) for code in ids.codes[::-1, 1]]
+    rows = x[::-1].astype(np.float64)
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    distance = 1 - unit @ unit.T
+    np.fill_diagonal(distance, np.inf)
+    for row, entry in enumerate(table["neighbors"]):
+        expected = np.sort(distance[row])[:3]
+        assert row not in entry["ids"]
+        assert np.allclose(distance[row][entry["ids"]], expected, atol=1e-5)
+        assert np.allclose(entry["distances"], expected, atol=1e-5)
+    # The first two principal components, by another way.
+    left, singular, _ = np.linalg.svd(rows - rows.mean(axis=0), full_matrices=False)
+    for place, name in enumerate(("projection_x", "projection_y")):
+        component = left[:, place] * singular[place]
+        sign = np.sign(component @ np.array(table[name]))
+        assert np.allclose(sign * component, table[name], atol=1e-3)
+
+
+def test_atlas_says_what_is_missing(shop, tmp_path, monkeypatch):
+    x, ids = shop
+    for options, message in (
+        ({}, "give --embeddings"),
+        ({"embeddings": x, "projection": "tsne"}, "'tsne' is not one of"),
+        ({"embeddings": x, "neighbors": -1}, "give 0 to 1000"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            semid.export("atlas", tmp_path / "no.parquet", ids=ids, **options)
+    monkeypatch.setitem(sys.modules, "umap", None)
+    with pytest.raises(MissingExtraError, match=r"semid\[atlas\]"):
+        semid.export("atlas", tmp_path / "no.parquet", ids=ids, embeddings=x, projection="umap")
+    one = ids[:1]
+    semid.export("atlas", tmp_path / "one.parquet", ids=one, embeddings=x)
+    assert "neighbors" not in pq.read_table(tmp_path / "one.parquet").column_names

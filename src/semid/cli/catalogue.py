@@ -245,16 +245,17 @@ def export(
 
     Args:
         to: lcrec, lcrec-sequences, grid, grid-sequences, openonerec, torcheasyrec, huggingface,
-            faiss, fuxictr, flashrec, sid2pid, static, onnx or torch-export.
+            faiss, fuxictr, atlas, flashrec, sid2pid, static, onnx or torch-export.
         output: File or folder to write.
         ids_file: Ids file or bundle; not needed for onnx and torch-export.
         model: Folder written by 'semid fit'; needed for huggingface, faiss, onnx and torch-export.
         interactions: Users' interactions; needed for lcrec-sequences and grid-sequences, counted
             by sid2pid.
         candidates: torcheasyrec: alternative ids per item; needs --embeddings.
-        embeddings: torcheasyrec: embeddings for the alternative ids.
+        embeddings: Embeddings of the items, for atlas and for the alternative ids of torcheasyrec.
         settings: Option of one format, with a value of TOML: token of lcrec, end_code of flashrec,
-            base of sid2pid; offsets, vocab_size and dense_lookup_layers of static.
+            base of sid2pid; offsets, vocab_size and dense_lookup_layers of static; items,
+            projection (umap or pca) and neighbors of atlas.
     """
     from semid.catalogue.bundle import read_catalogue
     from semid.cli.flags import given_values
@@ -269,9 +270,13 @@ def export(
             raise UsageError("--candidates are nearest codewords: give --model and --embeddings")
         options["candidates"] = candidates
         options["embeddings"] = source.open(embeddings)
+    elif to == "atlas" and embeddings is not None:
+        options["embeddings"] = source.open(embeddings)
     else:
         unused = ["embeddings", "ids", "embedding_column", "id_column", "on_invalid"]
-        cli.refuse_unused(context, unused, "embeddings serve --to torcheasyrec with --candidates")
+        cli.refuse_unused(
+            context, unused, "embeddings serve atlas, and torcheasyrec with --candidates"
+        )
     semid.export(
         to,
         output,

@@ -34,6 +34,7 @@ EXPORTS = Registry(
         "huggingface": "semid.exports.huggingface:HUGGINGFACE",
         "faiss": "semid.exports.encoders:FAISS",
         "fuxictr": "semid.exports.id_files:FUXICTR",
+        "atlas": "semid.exports.atlas:ATLAS",
         "flashrec": "semid.exports.serving:FLASHREC",
         "sid2pid": "semid.exports.serving:SID2PID",
         "static": "semid.exports.serving:STATIC",
@@ -95,8 +96,8 @@ def export(
 
     Args:
         to: name of the format: ``lcrec``, ``lcrec-sequences``, ``grid``, ``grid-sequences``,
-            ``openonerec``, ``torcheasyrec``, ``huggingface``, ``faiss``, ``fuxictr``, ``flashrec``,
-            ``sid2pid``, ``static``, ``onnx`` or ``torch-export``.
+            ``openonerec``, ``torcheasyrec``, ``huggingface``, ``faiss``, ``fuxictr``, ``atlas``,
+            ``flashrec``, ``sid2pid``, ``static``, ``onnx`` or ``torch-export``.
         output: file or folder to write, whole or not at all.
         ids: Semantic IDs, for formats that contain ids.
         tokenizer: model, for formats that need its codebooks or its encoder.
@@ -104,8 +105,10 @@ def export(
             `semid.read_interactions` takes. Items are numbered by their row in the ids.
         overwrite: replace an existing output.
         options: arguments of one format: ``torcheasyrec`` has ``candidates``, ``embeddings`` and
-            ``embedding_ids``; ``lcrec`` has ``token``; ``flashrec`` has ``end_code``; ``sid2pid``
-            has ``base``; ``static`` has ``offsets``, ``vocab_size`` and ``dense_lookup_layers``.
+            ``embedding_ids``; ``atlas`` also ``items``, ``projection``, ``neighbors`` and ``seed``,
+            see `semid.exports.atlas`; ``lcrec`` has ``token``; ``flashrec`` has ``end_code``;
+            ``sid2pid`` has ``base``; ``static`` has ``offsets``, ``vocab_size`` and
+            ``dense_lookup_layers``.
 
     Returns:
         ``output``.
