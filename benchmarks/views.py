@@ -73,7 +73,8 @@ VIEWS = (
 """What every tokenizer was given alike: its decoder into the input space, and its ids."""
 SPACES = {
     "sum of codewords": "latent(codes)",
-    "head into the behavior space": "decode_behavior(codes)",
+    "head into one behavior space": "behavior head(codes)",
+    "BARQ's own head": "decode_behavior(codes)",
 }
 """Other spaces that ids are decoded into: they decide no comparison, since not all have them."""
 OTHER_SPACES = tuple(

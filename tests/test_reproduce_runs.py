@@ -28,6 +28,7 @@ levels = 2
 geometry_sample = 300
 flip_sample = 60
 replicates = 10
+behavior_head = true
 [neural]
 network = { latent = 6, hidden = [12], pretrain_epochs = 1 }
 training = { epochs = 1, batch_size = 256 }
@@ -178,6 +179,14 @@ def test_a_study_of_drq(recipes, capsys):
     rows = read_runs(out / "drq" / "runs.jsonl")
     assert len(rows) == len({r["key"] for r in rows}) == 6
     kmeans, contrastive, plain = rows[:3]
+    # The same head for all, into one space: fitted once per seed.
+    heads = [row["behavior"]["retention"]["behavior head(codes)"]["50"] for row in rows]
+    assert len(set(heads)) == len(heads)
+    assert all(map(np.isfinite, heads))
+    assert len(list((out / "drq" / "spaces").glob("*.npy"))) == 2
+    # What the codewords of a network sum to is another space than what they decode to.
+    assert "latent(codes)" in plain["behavior"]["retention"]
+    assert "latent(codes)" not in kmeans["behavior"]["retention"]
     # The last epoch, whatever it is like, and no claim's rival.
     assert plain["kind"] == "plain-rqvae"
     assert "RQ-VAE (plain)" not in DRQ_PAPER.facts(Rows(rows))["others"]

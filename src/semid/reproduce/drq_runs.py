@@ -16,15 +16,18 @@ from semid.diagnostics.overlap import LevelOverlap
 from semid.diagnostics.pairs import Estimate
 from semid.diagnostics.spaces import reconstruction
 from semid.options import argument_types
+from semid.output import atomic_file
 from semid.report.behavior import Pool, behavior_pairs, choose_cutoffs, measure_pairs
 from semid.report.diagnose import diagnose
 from semid.report.results import Diagnosis, Flips
 from semid.reproduce.datasets import Opened
+from semid.reproduce.ledger import Ledger, digest
 from semid.reproduce.plain import PlainRQVAE
 from semid.reproduce.pool import Experiment, Job
 from semid.reproduce.recipe import PLAIN_RQVAE, DataSet, DrqRecipe, TokenizerSpec
 from semid.tokenizers.base import Tokenizer
 from semid.tokenizers.factory import TOKENIZERS, make_tokenizer
+from semid.tokenizers.heads import DecodeHead
 
 EVALUATION_SEED = 0
 """Of noise, subsets, negatives, ties and bootstrap: the same for every tokenizer and seed."""
@@ -125,8 +128,12 @@ class DrqExperiment(Experiment):
         figures = _figures(diagnosis)
         figures["decoder(z)"] = _continuous(tok, opened.embeddings)
         if log is not None:
+            head = None
+            if recipe.behavior_head:
+                target = self._behavior_space(opened, log, seed=int(job.spec["seed"]))
+                head = DecodeHead.fit(tok.encode(opened.embeddings), target)
             pool = opened.pool(log)
-            figures["behavior"] = _behavior(tok, pool, log, replicates=recipe.replicates)
+            figures["behavior"] = _behavior(tok, pool, log, head, replicates=recipe.replicates)
         return {
             "kind": row.kind,
             "items": len(opened.embeddings),
@@ -139,6 +146,29 @@ class DrqExperiment(Experiment):
             "cpu_seconds": round(time.process_time() - cpu, 1),
             "seconds": round(time.perf_counter() - began, 1),
         }
+
+    def _behavior_space(self, opened: Opened, log: Interactions, *, seed: int) -> Array:
+        """Return directions ``(items, latent)`` of the contrastive encoder of a data set and seed.
+
+        The same for every tokenizer, so that heads into it differ by the codes alone.
+        """
+        name = f"behavior-{digest([opened.digest, self.recipe.neural, seed])}"
+        path = self.folder / "spaces" / f"{name}.npy"
+        ledger = Ledger(self.folder)
+        with ledger.lock(name):  # whoever comes first fits it; the others wait and read
+            if not path.exists():
+                arguments = {"levels": 1, "codebook_size": 2, "contrastive_weight": 1.0}
+                encoder = make_tokenizer(
+                    "drqvae", {**arguments, "seed": seed, **self.recipe.neural}
+                )
+                encoder.fit(opened.embeddings, interactions=log)
+                latents = encoder.latent(opened.embeddings)
+                lengths = np.linalg.norm(latents, axis=1, keepdims=True)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with atomic_file(path, mark=False) as work, work.open("wb") as file:
+                    np.save(file, latents / np.maximum(lengths, 1e-12))
+        directions: Array = np.load(path)
+        return directions
 
 
 def _protocol(tok: Tokenizer, data: DataSet, log: Interactions | None) -> str:
@@ -244,7 +274,12 @@ def _continuous(tok: Tokenizer, source: EmbeddingSource) -> dict[str, Any]:
 
 
 def _behavior(
-    tok: Tokenizer, source: EmbeddingSource, log: Interactions, *, replicates: int
+    tok: Tokenizer,
+    source: EmbeddingSource,
+    log: Interactions,
+    head: DecodeHead | None,
+    *,
+    replicates: int,
 ) -> dict[str, Any] | None:
     """Measure retrieval and AUCs on the test users; None where the log has no order."""
     pairs, behavior, notes = behavior_pairs(log, source.ids)
@@ -260,6 +295,8 @@ def _behavior(
     }
     if tok.has_decoder:  # else the sum of codewords is what the codes decode to
         spaces["latent(codes)"] = tok.quantize(codes)
+    if head is not None:
+        spaces["behavior head(codes)"] = head.predict(codes)
     if tok.decodes_behavior:
         spaces["decode_behavior(codes)"] = tok.decode_behavior(codes)
     pool = Pool(codes, tok.codebooks, spaces, hierarchical=tok.hierarchical)

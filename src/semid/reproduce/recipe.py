@@ -82,6 +82,11 @@ class DrqRecipe(Options):
         help="Options of every neural tokenizer (network, training), so that none has a wider "
         "latent or a longer training than another.",
     )
+    behavior_head: bool = option(
+        False,
+        help="Whether every tokenizer also gets a decode head into the space of one contrastive "
+        "encoder per data set and seed. It only adds figures to a run.",
+    )
     tokenizers: tuple[TokenizerSpec, ...] = option((), help="Rows of the tables.")
     data: tuple[DataSet, ...] = option((), help="Data sets.")
 
