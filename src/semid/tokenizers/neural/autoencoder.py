@@ -29,27 +29,39 @@ BLOCK = 256
 def _dense(x: Array, weight: Array, bias: Array, relu: bool, out: Array) -> None:
     inputs, width = weight.shape
     whole = inputs - inputs % 4
-    for i in range(len(x)):
-        row = out[i]
+    spare = np.empty(width, np.float32)
+    # Two rows at a time: each weight that is loaded serves both. A last single row is its own
+    # partner, whose result goes nowhere.
+    for i in range(0, len(x), 2):
+        other = min(i + 1, len(x) - 1)
+        row, partner = out[i], spare if other == i else out[other]
         row[:] = bias
+        partner[:] = bias
         # Four inputs at a time: the compiler turns the inner loop into vector instructions, and
         # each output adds its terms in the order of the inputs, whatever the block size.
         for k in range(0, whole, 4):
             a, b, c, d = x[i, k], x[i, k + 1], x[i, k + 2], x[i, k + 3]
+            e, f, g, h = x[other, k], x[other, k + 1], x[other, k + 2], x[other, k + 3]
             w0, w1, w2, w3 = weight[k], weight[k + 1], weight[k + 2], weight[k + 3]
             for j in range(width):
                 total = row[j] + a * w0[j]
                 total = total + b * w1[j]
                 total = total + c * w2[j]
                 row[j] = total + d * w3[j]
+                total = partner[j] + e * w0[j]
+                total = total + f * w1[j]
+                total = total + g * w2[j]
+                partner[j] = total + h * w3[j]
         # Up to three inputs are left that do not fill a group of four.
         for k in range(whole, inputs):
-            a, w0 = x[i, k], weight[k]
+            a, e, w0 = x[i, k], x[other, k], weight[k]
             for j in range(width):
                 row[j] = row[j] + a * w0[j]
+                partner[j] = partner[j] + e * w0[j]
         if relu:
             for j in range(width):
                 row[j] = max(row[j], np.float32(0))
+                partner[j] = max(partner[j], np.float32(0))
 
 
 def perceptron(x: Array, layers: Sequence[Layer], *, threads: int | None = None) -> Array:
