@@ -152,6 +152,18 @@ def test_wrong_tables_and_arrays_are_refused(tmp_path):
         semid.import_ids("auto", tmp_path / "gone.json")
 
 
+def test_codes_that_are_no_codes_are_refused(tmp_path):
+    file = write(tmp_path / "phones.json", {"a": [1, 2], "b": [1, 4_000_000_000]})
+    with pytest.raises(InputError, match="number the codes of each level from 0"):
+        semid.audit(semid.import_ids("auto", file))
+    file = write(tmp_path / "long.json", {"a": [1, 2], "b": [1, 2**64]})
+    with pytest.raises(ArtefactError, match="row 1 holds"):
+        semid.import_ids("auto", file)
+    (tmp_path / "cut.npy").write_bytes(b"\x93NUMPY\x01\x00\x10\x00{'descr': [[[   ")
+    with pytest.raises(SemidError, match=r"is not an \.npy file"):
+        semid.import_ids("auto", tmp_path / "cut.npy")
+
+
 def test_prefixes_are_counted_by_depth():
     rows = prefix_structure(np.array([[0, 0], [0, 0], [0, 1], [1, 0]]))
     assert [(r.depth, r.prefixes, r.children, r.largest, r.alone) for r in rows] == [

@@ -11,8 +11,8 @@ GENERATORS: dict[str, Generator] = {
     function.__name__: function
     for function in (
         d.npy, d.matrix, d.frame, d.ids, d.interactions, d.items, d.predict,
-        f.artefact, f.ranker, f.ids_file, f.bundle, f.recipe, f.imports, f.codebooks, f.export,
-        f.openonerec_text, c.flags, c.overwrite, c.resume, c.constructor, c.report,
+        f.artefact, f.ranker, f.ids_file, f.bundle, f.recipe, f.imports, f.any_ids, f.codebooks,
+        f.export, f.openonerec_text, c.flags, c.overwrite, c.resume, c.constructor, c.report,
     )
 }  # fmt: skip
 

@@ -415,6 +415,50 @@ def imports(random: Random, bench: Bench, work: Path) -> Case:
     return Case(f"{fmt}: {text}, {use}", call, check, [out, work / "unique.parquet"])
 
 
+def any_ids(random: Random, bench: Bench, work: Path) -> Case:
+    """Ids of any layout, changed; what is read is audited and checked against itself."""
+    codes = np.random.default_rng(random.randrange(100)).integers(0, 5, (12, 2))
+    names = [f"i{n}" for n in range(len(codes))]
+    kind = random.choice((".json", ".json", ".csv", ".parquet", ".npy"))
+    file = work / f"in{kind}"
+    text = kind
+    if kind == ".json":
+        texts = ["".join(f"<{'ab'[k]}_{c}>" for k, c in enumerate(row)) for row in codes.tolist()]
+        values = random.choice((codes.tolist(), texts, ["-".join(map(str, row)) for row in codes]))
+        file.write_text(json.dumps(dict(zip(names, values, strict=True))), encoding="utf8")
+        text = mutate_json_file(random, file)
+    elif kind == ".npy":
+        odd = (codes, codes.astype(float), codes - 2, codes[:1], codes.T, codes * 2**40, codes[:0])
+        np.save(file, random.choice((*odd, codes.astype(np.uint8))))
+        if random.random() < 0.3:
+            file.write_bytes(mutate_bytes(random, file.read_bytes()))
+    else:
+        split = random.random() < 0.5
+        columns = {f"c{k}": codes[:, k] for k in (1, 0)} if split else {"codes": codes.tolist()}
+        table, text = _mutate_columns(random, pa.table({"item_id": names, **columns}))
+        if kind == ".parquet":
+            pq.write_table(table, file)
+        else:
+            lines = [table.column_names, *zip(*table.to_pydict().values(), strict=True)]
+            rows = (",".join(f'"{value}"' for value in line) for line in lines)
+            file.write_text("\n".join(rows), encoding="utf8", errors="surrogatepass")
+    out, page = work / "out.parquet", work / "audit.html"
+
+    def call() -> Any:
+        cli("import", file, "-o", out)()
+        cli("audit", file, "-o", page)()
+        ids = SemanticIds.read(out)
+        result = semid.check_release(ids, ids, maxima={"unresolved": False})
+        expect(result.passed, "ids may not replace themselves", result.summary())
+        return ids
+
+    def check(ids: SemanticIds) -> None:
+        in_range(ids)
+        expect(len(page.read_text(encoding="utf8")) > 1000, "the page is empty")
+
+    return Case(text, call, check, [out, page])
+
+
 def _mutate_lcrec(random: Random, file: Path) -> str:
     if random.random() < 0.5:
         return mutate_json_file(random, file)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import ast
 import copy as copy_module
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from semid.data.blocks import BLOCK, RawBlock, RowProblems, reblock, within_range
 from semid.data.files import wrong_format
@@ -314,14 +315,26 @@ class TensorSource(EmbeddingSource):
 def open_npy(path: Path, *, ids: ItemIds | None = None) -> ArraySource:
     """Open an ``.npy`` file as a read-only memory map, without unpickling anything."""
     label = f"'{path}'"
+
+    def check(dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+        _refuse_type(label, dtype)
+        check_matrix(label, shape)
+
+    return ArraySource(map_npy(path, check), ids=ids, label=label, path=path)
+
+
+def map_npy(
+    path: Path, check: Callable[[np.dtype[Any], tuple[int, ...]], None]
+) -> npt.NDArray[Any]:
+    """Map the matrix in an ``.npy`` file, once ``check`` has not refused its type and shape."""
+    label = f"'{path}'"
     dtype, fortran, shape, offset = _read_header(path)
     if dtype.hasobject:
         raise EmbeddingError(
             f"{label} holds pickled Python objects, which are never loaded; save a numeric matrix "
             "instead: numpy.save(path, numpy.stack(rows).astype('float32'))"
         )
-    _refuse_type(label, dtype)
-    check_matrix(label, shape)
+    check(dtype, shape)
     # Python integers: the product of a damaged header can exceed 64 bits.
     needed = offset + dtype.itemsize * int(np.prod(shape, dtype=object))
     size = path.stat().st_size
@@ -330,10 +343,9 @@ def open_npy(path: Path, *, ids: ItemIds | None = None) -> ArraySource:
             f"{label} is truncated: its header promises {shape[0]} rows of {shape[1]} {dtype} "
             f"({needed} bytes) and the file has {size} bytes; write or copy it again"
         )
-    array = np.memmap(
+    return np.memmap(
         path, dtype=dtype, mode="r", offset=offset, shape=shape, order="F" if fortran else "C"
     )
-    return ArraySource(array, ids=ids, label=label, path=path)
 
 
 def check_matrix(label: str, shape: tuple[int, ...]) -> None:

@@ -19,11 +19,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from semid.codes import METADATA_KEY, SemanticIds
+from semid.codes import MAX_CODEWORDS, METADATA_KEY, SemanticIds
 from semid.data.files import find_parquet
+from semid.data.source import map_npy
 from semid.data.tables import csv_delimiter, open_table
 from semid.documents import read_json
-from semid.errors import ArtefactError, InputError, UsageError, brief
+from semid.errors import ArtefactError, InputError, UsageError
 from semid.exports.id_files import read_grid, wrap_codes
 from semid.filesystems import open_parquet
 
@@ -55,6 +56,8 @@ def parse_codes(value: Any) -> list[int]:
         if isinstance(part, bool) or not isinstance(part, int | np.integer | str):
             raise ValueError(part)
         (code,) = parse_codes(part) if isinstance(part, str) else (int(part),)
+        if not 0 <= code < MAX_CODEWORDS:
+            raise ValueError(part)
         codes.append(code)
     return codes
 
@@ -183,20 +186,20 @@ def read_array_ids(
     path: str | os.PathLike[str], *, items: Any = None, tokenizer: Any = None
 ) -> SemanticIds:
     """Read an .npy of integers ``(items, levels)``."""
-    try:
-        codes = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise ArtefactError(f"'{path}' cannot be read as an .npy ({brief(error)})") from None
-    if codes.ndim != 2 or codes.dtype.kind not in "iu" or not codes.size:
-        raise ArtefactError(
-            f"'{path}' holds {codes.dtype} of shape {codes.shape}; codes are integers of shape "
-            "(items, levels)"
-        )
-    if codes.shape[0] < codes.shape[1]:
-        raise ArtefactError(
-            f"'{path}' has shape {codes.shape}, fewer items than levels; write it transposed"
-        )
-    return wrap_codes(np.asarray(codes), items=items, tokenizer=tokenizer)
+
+    def check(dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+        if len(shape) != 2 or dtype.kind not in "iu" or 0 in shape:
+            raise ArtefactError(
+                f"'{path}' holds {dtype} of shape {shape}; codes are integers of shape (items, "
+                "levels)"
+            )
+        if shape[0] < shape[1]:
+            raise ArtefactError(
+                f"'{path}' has shape {shape}, fewer items than levels; write it transposed"
+            )
+
+    codes = np.array(map_npy(Path(path), check))
+    return wrap_codes(codes, items=items, tokenizer=tokenizer)
 
 
 def _suffix(path: Path) -> str:

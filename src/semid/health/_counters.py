@@ -248,6 +248,10 @@ class UsageCounter:
         )
 
 
+MAX_COUNTED = 2**26
+"""Codes per level that `usage` counts: 512 MiB of counts."""
+
+
 def usage(codes: npt.ArrayLike, codebook_sizes: int | Sequence[int]) -> tuple[LevelUsage, ...]:
     """Measure how evenly each level's codebook is used.
 
@@ -259,14 +263,21 @@ def usage(codes: npt.ArrayLike, codebook_sizes: int | Sequence[int]) -> tuple[Le
         One `LevelUsage` per level.
 
     Raises:
-        InputError: the codes are not integers ``(items, levels)`` within their codebooks.
+        InputError: the codes are not integers ``(items, levels)`` within their codebooks, or a
+            codebook is too large to be counted.
 
     Cost: one pass, ``O(items * levels + K log K)``.
 
     Source: DRQ section 5.4 (perplexity, active codes, Gini) and eq. 11 (distribution floor).
     """
     array = np.asarray(codes)
-    counter = UsageCounter(sizes_per_level(codebook_sizes, check_codes(array).shape[1]))
+    sizes = sizes_per_level(codebook_sizes, check_codes(array).shape[1])
+    if max(sizes) > MAX_COUNTED:
+        raise InputError(
+            f"a level has {max(sizes):,} codes, and usage is counted for at most {MAX_COUNTED:,}: "
+            "number the codes of each level from 0"
+        )
+    counter = UsageCounter(sizes)
     counter.update(array)
     return counter.result()
 
