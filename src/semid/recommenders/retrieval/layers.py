@@ -82,11 +82,18 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(
             Block(width, options.heads, options.dropout) for _ in range(options.layers)
         )
-        self.norm, self.dropout = nn.LayerNorm(width), nn.Dropout(options.dropout)
+        self.norm_input, self.norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.dropout = nn.Dropout(options.dropout)
+        # Layers start near the identity, so that what an item is reaches the output from the first
+        # step on: with PyTorch's start they add ten times the size of an item's own vector.
+        for module in self.blocks.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
 
     def forward(self, vectors: Tensor, batch: Packed) -> Tensor:
         """Return the states ``(n, width)`` of the places that predict."""
-        x = self.dropout(vectors + self.positions(batch.positions))
+        x = self.dropout(self.norm_input(vectors + self.positions(batch.positions)))
         # A place sees earlier ones of its own history. Padding sees itself alone, so that no
         # softmax is empty.
         # Histories of one row do not see each other.
