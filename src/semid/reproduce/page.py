@@ -127,15 +127,18 @@ class Page:
             }
             for j in self.results
         ]
-        document = {
+        document: dict[str, Any] = {
             "made_by": MARKDOWN_MARK,
             "paper": self.paper,
             "title": self.title,
             "warning": self.warning,
             "reading": self.reading,
-            "claims": claims,
+            "claims": [],
         }
-        return json.dumps(rounded(document), indent=1, ensure_ascii=False, allow_nan=False)
+        # A line for each claim: a change of one is a change of one line.
+        lines = [json.dumps(each, ensure_ascii=False, allow_nan=False) for each in rounded(claims)]
+        head = json.dumps(document, indent=1, ensure_ascii=False).removesuffix("]\n}")
+        return head + "\n" + ",\n".join(lines) + "\n]}"
 
     def to_html(self) -> str:
         """Return the page as HTML that needs no network."""
