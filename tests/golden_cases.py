@@ -205,6 +205,10 @@ def contents(file: Path) -> tuple[Any, str]:
             {name: [array.dtype.name, *array.shape] for name, array in sorted(tensors.items())},
             digest(*(tensors[name] for name in sorted(tensors))),
         )
+    if file.suffix == ".npz":
+        with np.load(file) as arrays:
+            kinds = {name: [a.dtype.name, *a.shape] for name, a in sorted(arrays.items())}
+            return kinds, digest(*(arrays[name] for name in sorted(arrays)))
     if file.suffix == ".npy":
         array = np.load(file)
         return [array.dtype.name, *array.shape], digest(array)
@@ -882,11 +886,14 @@ def export_case(to: str) -> None:
         model = ("--model", "@kmeans")
         if to == "torcheasyrec":
             model = (*model, "--embeddings", "@items.parquet", "--candidates", 3)
-        if EXPORTS[to].interactions:
+        if to == "atlas":
+            model = (*model, "--embeddings", "@items.parquet", "--set", "projection=pca")
+        if EXPORTS[to].interactions != "unused":
             model = (*model, "--interactions", "@log.parquet")
         suffixes = {
             "lcrec": ".json", "lcrec-sequences": ".json", "torcheasyrec": ".parquet",
-            "torch-export": ".pt2",
+            "torch-export": ".pt2", "atlas": ".parquet", "flashrec": ".json",
+            "static": ".npz", "sid2pid": ".json",
         }  # fmt: skip
         suffix = suffixes.get(to, "")
         out = folder / f"out{suffix}"

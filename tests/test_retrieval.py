@@ -218,6 +218,17 @@ def test_packed_histories_give_the_states_of_single_ones():
     assert training.targets.tolist() == [i for h in histories for i in np.roll(h, -1)]
 
 
+def test_layers_start_near_the_identity():
+    torch.manual_seed(0)
+    transformer = Transformer(TransformerOptions(width=32, dropout=0.0)).eval()
+    vectors = torch.randn(ITEMS, 32) * 0.02
+    batch = pack([np.array([item]) for item in range(ITEMS)])
+    states = transformer(vectors[batch.items], batch)
+    given = functional.normalize(vectors + transformer.positions.weight[0])
+    # However small an item's vector is, it is most of what the layers return at first.
+    assert (functional.normalize(states) * given).sum(1).min() > 0.9
+
+
 def test_full_softmax_equals_the_cross_entropy_of_torch():
     torch.manual_seed(0)
     states = torch.randn(600, 8, requires_grad=True)
