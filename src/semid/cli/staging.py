@@ -115,7 +115,7 @@ def named(value: Any) -> Any:
 
 def send() -> None:
     """Send every output of the command that has ended to its URI; what is there is replaced."""
-    from semid.filesystems import Folder, explained, split_path
+    from semid.filesystems import Folder, explained, list_sizes, split_path
     from semid.output import MARKER
 
     for path, uri in _PLACED.items():
@@ -123,7 +123,9 @@ def send() -> None:
             continue
         folder, name = split_path(uri.rstrip("/"))
         with explained(uri, "written"):
-            Folder(uri.rstrip("/")).remove()
+            # A file takes the place of the one before when it is whole; a folder cannot.
+            if path.is_dir() or list_sizes(uri.rstrip("/")):
+                Folder(uri.rstrip("/")).remove()
             if path.is_file():
                 folder.copy_from(path, name)
                 mark = path.with_name(f".{name}{MARKER}")  # says that the file is semid's

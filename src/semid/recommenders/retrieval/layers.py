@@ -85,7 +85,7 @@ class Transformer(nn.Module):
         self.norm_input, self.norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.dropout = nn.Dropout(options.dropout)
         # Layers start near the identity, so that what an item is reaches the output from the first
-        # step on: with PyTorch's start they add ten times the size of an item's own vector.
+        # step on: with PyTorch's start, what they add covers it.
         for module in self.blocks.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
