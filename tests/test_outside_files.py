@@ -540,8 +540,22 @@ def test_the_sides_of_a_grid_tensor(tmp_path, caplog):
     assert not caplog.text
     with pytest.raises(UsageError, match="'levels-first', 'items-first'"):
         import_ids("grid", tmp_path / "t.pt", orientation="sideways")
+    assert np.array_equal(
+        import_ids("auto", tmp_path / "t.pt", orientation="items-first").codes, few
+    )
     with pytest.raises(UsageError, match="does not apply to lcrec"):
         import_ids("lcrec", tmp_path / "t.pt", orientation="items-first")
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.npy", "x.csv", "own.parquet"])
+def test_only_a_tensor_has_an_orientation(tmp_path, name):
+    (tmp_path / "x.json").write_text('{"0": ["<a_1>", "<b_2>"]}')
+    np.save(tmp_path / "x.npy", np.ones((3, 2), np.int64))
+    (tmp_path / "x.csv").write_text("item_id,codes\na,1 2\n")
+    import_ids("lcrec", tmp_path / "x.json").write(tmp_path / "own.parquet")
+    import_ids("auto", tmp_path / name)
+    with pytest.raises(UsageError, match=f"does not apply to '.*{name}'; leave it out"):
+        import_ids("auto", tmp_path / name, orientation="levels-first")
 
 
 def test_wrong_grid_files(tmp_path):

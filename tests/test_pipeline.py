@@ -10,7 +10,7 @@ import pytest
 
 import semid
 from semid.cli import main
-from semid.errors import UsageError
+from semid.errors import EmbeddingError, UsageError
 from semid.progress import QuietProgress
 from semid.seeds import numpy_generator
 
@@ -142,3 +142,10 @@ def test_too_wide_a_quantizer_is_refused(x):
     )  # of a latent of 6
     with pytest.raises(UsageError, match="n_codebooks=7 for embeddings of width 6"):
         model.fit(x, progress=QuietProgress())
+
+
+def test_an_encoder_with_more_codewords_than_rows_is_refused(x):
+    quantizer = semid.RQKMeans(levels=1, codebook_size=8)
+    pair = semid.Pipeline(encoder=encoder(codebook_size=1000), quantizer=quantizer)
+    with pytest.raises(EmbeddingError, match="cannot fill codebook_size=1000"):
+        pair.fit(x)

@@ -25,6 +25,7 @@ from semid.data.source import map_npy
 from semid.data.tables import csv_delimiter, open_table
 from semid.documents import read_json
 from semid.errors import ArtefactError, InputError, UsageError
+from semid.exports.formats import tensor_layout
 from semid.exports.id_files import read_grid, wrap_codes
 from semid.filesystems import open_parquet
 
@@ -217,7 +218,11 @@ _READERS: dict[str, Callable[..., SemanticIds]] = {
 
 
 def read_any_ids(
-    path: str | os.PathLike[str], *, items: Any = None, tokenizer: Any = None, **options: Any
+    path: str | os.PathLike[str],
+    *,
+    items: Any = None,
+    tokenizer: Any = None,
+    orientation: str | None = None,
 ) -> SemanticIds:
     """Read ids of any format, semid's own included, by the file's suffix and content.
 
@@ -225,10 +230,11 @@ def read_any_ids(
         path: JSON, CSV, Parquet, ``.npy``, or a tensor ``.pt``.
         items: item ids in the row order of the file, if it holds none.
         tokenizer: model whose codes these are.
-        options: ``orientation`` of a tensor.
+        orientation: axes of a tensor, as in `import_ids`.
 
     Raises:
-        UsageError: for another suffix, or item ids beside those of the file.
+        UsageError: for another suffix, item ids beside those of the file, or an orientation of
+            what is no tensor.
         ArtefactError: if the file cannot be read.
 
     Cost: JSON and text are parsed item by item, about a second per 100,000 items.
@@ -239,6 +245,7 @@ def read_any_ids(
         raise UsageError(f"'{path}' ends in '{file.suffix}'; give one of {', '.join(_READERS)}")
     if not file.exists():
         raise UsageError(f"'{path}' does not exist; check the path")
+    options = tensor_layout(orientation, f"'{path}'", is_tensor=_READERS[suffix] is read_grid)
     if suffix == ".parquet" and _is_own(file):
         _refuse_items(items, f"'{path}'")
         ids = SemanticIds.read(file)

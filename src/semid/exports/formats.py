@@ -162,6 +162,18 @@ def export(
     return Path(output)
 
 
+def tensor_layout(orientation: str | None, source: str, *, is_tensor: bool) -> dict[str, Any]:
+    """Return the reader's ``orientation``, if one is given; refuse it for what is no tensor."""
+    if orientation is None:
+        return {}
+    if not is_tensor:
+        raise UsageError(
+            f"--orientation (orientation=) is for tensors of grid and does not apply to {source}; "
+            "leave it out"
+        )
+    return {"orientation": orientation}
+
+
 def import_ids(
     source: str,
     path: str | os.PathLike[str],
@@ -197,9 +209,9 @@ def import_ids(
         >>> ids = semid.import_ids("lcrec", "Beauty.index.json", tokenizer=model)
     """
     if source in READERS:
-        layout = {} if orientation is None else {"orientation": orientation}
+        options = {} if orientation is None else {"orientation": orientation}
         reader: Callable[..., SemanticIds] = READERS.load(source)
-        return reader(path, items=items, tokenizer=tokenizer, **layout)
+        return reader(path, items=items, tokenizer=tokenizer, **options)
     # Formats that plugins add are let through; another name must be one that semid reads.
     if source not in EXPORTS or source in EXPORTS.targets:
         check_choice("--from", source, ("auto", *IMPORTS, *CODEBOOK_SOURCES))
@@ -212,10 +224,5 @@ def import_ids(
             f"ids of {source} can be written, not read; give --from (source=) one of "
             f"{', '.join(IMPORTS)}{hint}"
         )
-    options: dict[str, Any] = {} if orientation is None else {"orientation": orientation}
-    if options and source != "grid":
-        raise UsageError(
-            f"--orientation (orientation=) is for tensors of grid and does not apply to {source}; "
-            "leave it out"
-        )
+    options = tensor_layout(orientation, source, is_tensor=source == "grid")
     return export_format.read(path, items=items, tokenizer=tokenizer, **options)

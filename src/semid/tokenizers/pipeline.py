@@ -18,7 +18,7 @@ from semid.options import option
 from semid.quantization.residual import ResidualCodes
 from semid.tokenizers.base import Tokenizer, Weights
 from semid.tokenizers.behavior import Behavior
-from semid.tokenizers.context import FitContext, Result
+from semid.tokenizers.context import FitContext, Result, check_enough
 from semid.training.checkpoint import StateStore, with_prefix, without_prefix
 
 Array = npt.NDArray[np.float32]
@@ -193,6 +193,9 @@ class Pipeline(Tokenizer):
                 self._quantizer._start_from(start._quantizer)
             training: dict[str, Any] = {"kept": True}
         else:
+            # The rows were counted for the quantizer's codewords alone.
+            rows = min(context.scan.distinct, len(context.train))
+            check_enough(rows, self._encoder.codebook_sizes)
             training = self._fit_part(context, "encoder", self._encoder, dim)
         self._encoder._dim = dim
         # The width of the latent is found by encoding one row.
