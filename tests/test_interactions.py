@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -170,12 +171,18 @@ def list_containers(folder):
     lists = pa.table({"user_id": list(LISTS), "item_id": list(LISTS.values())})
     pq.write_table(lists, folder / "lists.parquet")
     times = lists.append_column("timestamp", pa.array([[1, 3, 2], [5]]))
+    users = pc.run_end_encode(pa.array(list(LISTS)))
+    views = pa.table(
+        {"user_id": users, "item_id": pa.array(LISTS.values(), pa.list_(pa.string_view()))}
+    )
     events = [("u1", "b", "3"), ("u1", "a", "1"), ("u1", "c", "2"), ("u2", "b", "1")]
     return {
         "Arrow lists": (lists, "acb"),
         "Parquet lists": (folder / "lists.parquet", "acb"),
         "pandas lists": (lists.to_pandas(), "acb"),
         "lists with times": (times, "abc"),
+        "views": (lists.cast(lists.schema.set(0, pa.field("user_id", pa.string_view()))), "acb"),
+        "views and runs": (views, "acb"),
         "LC-Rec": (write_inter_json(folder), "acb"),
         "RecBole": (
             write_recbole(folder, ("user_id:token", "item_id:token", "timestamp:float"), events),

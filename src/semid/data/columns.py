@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from semid.errors import EmbeddingError, UsageError, brief, nearest_name
 
@@ -103,6 +104,34 @@ def _to_large_text(table: pa.Table, name: str) -> pa.Table:
         return table
     field = table.schema.field(number).with_type(pa.large_string())
     return table.set_column(number, field, table.column(number).cast(pa.large_string()))
+
+
+def plain_type(kind: pa.DataType) -> pa.DataType:
+    """Return a type whose rows Arrow can take: views and runs become what they stand for."""
+    if pa.types.is_string_view(kind):
+        return pa.large_string()
+    if pa.types.is_binary_view(kind):
+        return pa.large_binary()
+    if pa.types.is_run_end_encoded(kind):
+        return plain_type(kind.value_type)
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(plain_type(field.type)) for field in kind])
+    if is_list(kind) and (value := plain_type(kind.value_type)) != kind.value_type:
+        return pa.large_list(value)
+    return kind
+
+
+def plain_columns(table: pa.Table) -> pa.Table:
+    """Return a table whose rows Arrow can take; see `plain_type`."""
+    for number, field in enumerate(table.schema):
+        if (kind := plain_type(field.type)) != field.type:
+            column = table.column(number)
+            if pa.types.is_run_end_encoded(field.type):
+                decoded = [pc.run_end_decode(chunk) for chunk in column.chunks]
+                column = pa.chunked_array(decoded, field.type.value_type)
+            column = column.cast(kind)
+            table = table.set_column(number, field.with_type(kind), column)
+    return table
 
 
 def whole_text(values: Any) -> Any:

@@ -22,6 +22,7 @@ import pyarrow.feather as feather
 from semid.data.columns import (
     ARROW_CONVERSION_ERRORS,
     conversion_problem,
+    plain_columns,
     refuse_repeated,
     require_column,
     storage,
@@ -235,7 +236,8 @@ class Table:
         But columns of ``text`` stay text, so that ``007`` is not 7, and ``numbers`` are float64.
         ``coded`` dictionary-codes the text of Parquet too, which saves memory where values repeat.
         """
-        return self._read(list(columns), text=text, numbers=numbers, coded=coded)
+        table = self._read(list(columns), text=text, numbers=numbers, coded=coded)
+        return plain_columns(table)
 
     def require(self, column: str, *, flag: str) -> str:
         """Return ``column`` if the table has exactly one such column; see `require_column`."""
