@@ -893,7 +893,7 @@ def export_case(to: str) -> None:
         suffixes = {
             "lcrec": ".json", "lcrec-sequences": ".json", "torcheasyrec": ".parquet",
             "torch-export": ".pt2", "atlas": ".parquet", "flashrec": ".json",
-            "static": ".npz", "sid2pid": ".json",
+            "static": ".npz", "sid2pid": ".json", "sid-gr": ".jsonl",
         }  # fmt: skip
         suffix = suffixes.get(to, "")
         out = folder / f"out{suffix}"

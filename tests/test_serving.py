@@ -112,6 +112,50 @@ def test_sid2pid_finds_the_most_popular_item(tmp_path):
         semid.export("sid2pid", tmp_path / "no.json", ids=named, base=4)
 
 
+def read_sid_gr(path, vocab_size: int) -> dict[tuple[int, ...], object]:
+    """Read a catalogue under the rules of SID-GR's reader: token path -> item id."""
+    paths: dict[tuple[int, ...], object] = {}
+    items = set()
+    for line in path.read_text(encoding="utf8").splitlines():
+        entry = json.loads(line)
+        tokens = tuple(entry["token_ids"])
+        assert tokens
+        assert all(type(token) is int and 0 <= token < vocab_size for token in tokens)
+        assert tokens not in paths  # the reader refuses two items on one path, and an item twice
+        assert entry["item_id"] not in items
+        assert isinstance(entry.get("metadata", {}), dict)
+        items.add(entry["item_id"])
+        paths[tokens] = entry["item_id"]
+    return paths
+
+
+def test_sid_gr_has_a_path_per_item(codes, tmp_path):
+    codes = np.unique(codes, axis=0)
+    ids = wrap_codes(codes, items=np.arange(len(codes)) + 100)
+    offsets = (np.arange(codes.shape[1]) * 10 + 3).tolist()
+    semid.export("sid-gr", tmp_path / "plain.jsonl", ids=ids)
+    semid.export("sid-gr", tmp_path / "own.jsonl", ids=ids, offsets=offsets, vocab_size=64)
+    for name, tokens in (("plain", codes), ("own", codes + offsets)):
+        paths = read_sid_gr(tmp_path / f"{name}.jsonl", 64)
+        assert paths == {tuple(row): 100 + n for n, row in enumerate(tokens.tolist())}
+
+
+def test_sid_gr_has_names_and_titles(tmp_path, caplog):
+    ids = wrap_codes(np.array([[1, 2], [3, 4], [1, 2]]), items=["x", "ü", "007"])
+    items = pa.table({"item_id": ["x", "ü"], "title": ['"one"', "two\nlines"]})
+    semid.export("sid-gr", tmp_path / "titles.jsonl", ids=ids, items=items)
+    lines = (tmp_path / "titles.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"item_id": "x", "token_ids": [1, 2], "metadata": {"title": '"one"'}},
+        {"item_id": "ü", "token_ids": [3, 4], "metadata": {"title": "two\nlines"}},
+        {"item_id": "007", "token_ids": [1, 2], "metadata": {"title": ""}},
+    ]
+    assert "semid unique" in caplog.text
+    for wrong in ({"vocab_size": 4}, {"offsets": [0]}, {"offsets": [0, -1]}):
+        with pytest.raises(UsageError, match=r"at least 5|give 2 numbers"):
+            semid.export("sid-gr", tmp_path / "no.jsonl", ids=ids, **wrong)
+
+
 def test_tokens_are_spelled_as_asked(codes, tmp_path):
     ids = wrap_codes(codes)
     semid.export("lcrec", tmp_path / "own.json", ids=ids, token="<|sid_{level}_{code}|>")

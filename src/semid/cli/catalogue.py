@@ -245,7 +245,7 @@ def export(
 
     Args:
         to: lcrec, lcrec-sequences, grid, grid-sequences, openonerec, torcheasyrec, huggingface,
-            faiss, fuxictr, atlas, flashrec, sid2pid, static, onnx or torch-export.
+            faiss, fuxictr, atlas, flashrec, sid2pid, sid-gr, static, onnx or torch-export.
         output: File or folder to write.
         ids_file: Ids file or bundle; not needed for onnx and torch-export.
         model: Folder written by 'semid fit'; needed for huggingface, faiss, onnx and torch-export.
@@ -254,8 +254,8 @@ def export(
         candidates: torcheasyrec: alternative ids per item; needs --embeddings.
         embeddings: Embeddings of the items, for atlas and for the alternative ids of torcheasyrec.
         settings: Option of one format, with a value of TOML: token of lcrec, end_code of flashrec,
-            base of sid2pid; offsets, vocab_size and dense_lookup_layers of static; items,
-            projection (umap or pca) and neighbors of atlas.
+            base of sid2pid; offsets and vocab_size of sid-gr and static, dense_lookup_layers of
+            static; items of sid-gr and atlas, projection (umap or pca) and neighbors of atlas.
     """
     from semid.catalogue.bundle import read_catalogue
     from semid.cli.flags import given_values

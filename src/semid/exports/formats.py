@@ -37,6 +37,7 @@ EXPORTS = Registry(
         "atlas": "semid.exports.atlas:ATLAS",
         "flashrec": "semid.exports.serving:FLASHREC",
         "sid2pid": "semid.exports.serving:SID2PID",
+        "sid-gr": "semid.exports.serving:SID_GR",
         "static": "semid.exports.serving:STATIC",
         "onnx": "semid.exports.encoders:ONNX",
         "torch-export": "semid.exports.encoders:TORCH_EXPORT",
@@ -97,7 +98,7 @@ def export(
     Args:
         to: name of the format: ``lcrec``, ``lcrec-sequences``, ``grid``, ``grid-sequences``,
             ``openonerec``, ``torcheasyrec``, ``huggingface``, ``faiss``, ``fuxictr``, ``atlas``,
-            ``flashrec``, ``sid2pid``, ``static``, ``onnx`` or ``torch-export``.
+            ``flashrec``, ``sid2pid``, ``sid-gr``, ``static``, ``onnx`` or ``torch-export``.
         output: file or folder to write, whole or not at all.
         ids: Semantic IDs, for formats that contain ids.
         tokenizer: model, for formats that need its codebooks or its encoder.
@@ -107,8 +108,8 @@ def export(
         options: arguments of one format: ``torcheasyrec`` has ``candidates``, ``embeddings`` and
             ``embedding_ids``; ``atlas`` also ``items``, ``projection``, ``neighbors`` and ``seed``,
             see `semid.exports.atlas`; ``lcrec`` has ``token``; ``flashrec`` has ``end_code``;
-            ``sid2pid`` has ``base``; ``static`` has ``offsets``, ``vocab_size`` and
-            ``dense_lookup_layers``.
+            ``sid2pid`` has ``base``; ``sid-gr`` has ``offsets``, ``vocab_size`` and ``items``;
+            ``static`` has ``offsets``, ``vocab_size`` and ``dense_lookup_layers``.
 
     Returns:
         ``output``.

@@ -14,6 +14,7 @@ from semid.catalogue.matching import item_counts
 from semid.catalogue.prefixes import PrefixIndex
 from semid.codes import SemanticIds
 from semid.data.interactions import Interactions
+from semid.data.items import read_items
 from semid.errors import UsageError
 from semid.exports.formats import ExportFormat
 from semid.exports.id_files import numbered_items
@@ -78,6 +79,53 @@ def _write_sid2pid(
 SID2PID = ExportFormat(_write_sid2pid, interactions="optional", options=("base",))
 
 
+# NVIDIA SID-GR (recsys-examples): ``--catalog-jsonl``, ``POST /catalog/reload``; a line per item,
+# ``{"item_id": 17, "token_ids": [12, 263, 515], "metadata": {"title": ...}}``.
+
+
+def _write_sid_gr(
+    path: Path,
+    *,
+    ids: SemanticIds,
+    offsets: Sequence[int] | None = None,
+    vocab_size: int | None = None,
+    items: Any = None,
+) -> None:
+    """Write the items; a token is a code plus the offset of its level, 0 by default.
+
+    ``vocab_size`` is that of the engine's model, which the tokens are checked against; ``items``
+    is a table of titles.
+    """
+    first_tokens, _ = _token_range(ids.info.codebook_sizes, offsets, vocab_size)
+    numbers, names = numbered_items(ids)
+    item_ids = ids.items.strings().to_pylist() if names else numbers.tolist()
+    titles = None if items is None else read_items(items, ids=ids.items).titles
+    with path.open("w", encoding="utf8") as file:
+        for row, item_id in enumerate(item_ids):
+            tokens = (ids.codes[row] + first_tokens).tolist()
+            line = {"item_id": item_id, "token_ids": tokens}
+            if titles is not None:
+                line["metadata"] = {"title": titles[row].as_py()}
+            file.write(json.dumps(line) + "\n")
+
+
+SID_GR = ExportFormat(_write_sid_gr, options=("offsets", "vocab_size", "items"), distinct=True)
+
+
+def _token_range(
+    sizes: Sequence[int], offsets: Sequence[int] | None, vocab_size: int | None
+) -> tuple[npt.NDArray[np.int64], int]:
+    """Return the first token of each level and the number of tokens, after checking both."""
+    levels = len(sizes)
+    starts = [0] * levels if offsets is None else list(offsets)
+    if len(starts) != levels or any(isinstance(o, bool) or o < 0 for o in starts):
+        raise UsageError(f"offsets={starts}: give {levels} numbers of 0 or more, one per level")
+    least = max(start + size for start, size in zip(starts, sizes, strict=True))
+    if vocab_size is not None and vocab_size < least:
+        raise UsageError(f"vocab_size={vocab_size}: the tokens need at least {least}")
+    return np.array(starts, np.int64), vocab_size or least
+
+
 # STATIC (youtube/static-constraint-decoding): the arrays of a trie whose first levels are dense
 # tables and whose other levels are sparse rows, by the names of its `build_static_index`.
 
@@ -121,13 +169,7 @@ def static_arrays(
             large.
     """
     levels = index.levels
-    offsets = [0] * levels if offsets is None else list(offsets)
-    if len(offsets) != levels or any(isinstance(o, bool) or o < 0 for o in offsets):
-        raise UsageError(f"offsets={offsets}: give {levels} numbers of 0 or more, one per level")
-    least = max(offset + size for offset, size in zip(offsets, index.sizes, strict=True))
-    vocabulary = least if vocab_size is None else vocab_size
-    if vocabulary < least:
-        raise UsageError(f"vocab_size={vocabulary}: the tokens need at least {least}")
+    first_tokens, vocabulary = _token_range(index.sizes, offsets, vocab_size)
     layers = min(2, levels - 1) if layers is None else layers
     if not 1 <= layers < levels:
         raise UsageError(
@@ -142,7 +184,7 @@ def static_arrays(
     # Nodes of the index are numbered by depth and codes, and edge e ends in node e + 1: states are
     # the same order, but for the first level, which has a state per token.
     depths = np.repeat(np.arange(levels + 1), np.diff(index.depth_starts))
-    tokens = index.child_codes + np.array(offsets)[depths[1:] - 1]
+    tokens = index.child_codes + first_tokens[depths[1:] - 1]
     state = np.zeros(len(depths), np.int64)
     first, second, leaves = index.depth_starts[[1, 2, levels]]
     state[first:second] = tokens[first - 1 : second - 1] + 1
