@@ -1,4 +1,4 @@
-"""Fit and encode from and to other file systems; Arrow batches as Spark hands them over."""
+"""Fit and encode from and to other file systems."""
 
 from __future__ import annotations
 
@@ -7,17 +7,15 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 import semid
-from distributed_cases import rows_array, write_folder
+from distributed_cases import write_folder
 from semid.cli import main
 from semid.data.items import load_ids
-from semid.distributed.arrow import ArrowEncoder, ids_of_table
-from semid.errors import EmbeddingError, UsageError
+from semid.errors import UsageError
 from semid.filesystems import Folder, list_files, resolve
 
 
@@ -274,51 +272,3 @@ def test_a_stream_that_fails_leaves_nothing(tmp_path):
         raise RuntimeError
     assert folder.names() == []
     assert list((tmp_path / "out").iterdir()) == []
-
-
-# Arrow batches ----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def model(clustered, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("arrow") / "model"
-    semid.RQKMeans(levels=3, codebook_size=16).fit(clustered).save(path)
-    return path
-
-
-def batches(x: np.ndarray, size: int) -> Iterator[pa.RecordBatch]:
-    # Spark gives lists of any length and text ids.
-    lists = rows_array(x).cast(pa.list_(pa.float32()))
-    table = pa.table({"sku": [f"s{i}" for i in range(len(x))], "vector": lists})
-    yield table.schema.empty_table().to_batches()[0] if size == 0 else table.to_batches()[0][:0]
-    yield from table.to_batches(max_chunksize=size or len(x))
-
-
-@pytest.mark.parametrize("size", [1, 100, 2000])
-def test_batches_of_any_size_give_the_same_codes(model, clustered, size):
-    x = clustered[:50] if size == 1 else clustered
-    encoder = ArrowEncoder(model, embedding_column="vector", id_column="sku")
-    found = list(encoder(batches(x, size)))
-    assert [batch.num_rows for batch in found[:-1]] == [size] * (len(found) - 1)
-    assert found[0].schema.field("codes").type == pa.list_(pa.int64())
-    tokenizer = semid.load(model)
-    ids = ids_of_table(pa.Table.from_batches(found), tokenizer.codes_info())
-    expected = tokenizer.encode(x)
-    assert (ids.codes == expected.codes).all()
-    assert ids.codes.dtype == expected.codes.dtype
-    assert (ids.residual_norms == expected.residual_norms).all()
-    assert ids.items[3] == "s3"
-    assert (tokenizer.decode(ids) == tokenizer.decode(expected)).all()
-
-
-def test_batches_that_do_not_fit_are_refused(model, clustered):
-    with pytest.raises(UsageError, match=r"no column 'item_id'.*id_column="):
-        list(ArrowEncoder(model, embedding_column="vector")(batches(clustered, 100)))
-    bad = clustered[:10].copy()
-    bad[2] = np.inf
-    with pytest.raises(EmbeddingError):
-        list(ArrowEncoder(model, id_column="sku")(batches(bad, 10)))
-    found = list(ArrowEncoder(model, id_column="sku")(batches(clustered[:10], 10)))
-    two_levels = semid.RQKMeans(levels=2, codebook_size=16).fit(clustered).codes_info()
-    with pytest.raises(UsageError, match="this model has 2 levels"):
-        ids_of_table(pa.Table.from_batches(found), two_levels)

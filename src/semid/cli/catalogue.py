@@ -291,14 +291,15 @@ def export(
 
 def import_(
     context: typer.Context,
-    file: Path,
-    output: cli.OutputPath,
+    file: str,
+    output: cli.Output,
     source: Annotated[str, typer.Option("--from")] = "auto",
     model: Path | None = None,
     ids: str | None = None,
     id_column: Annotated[str | None, typer.Option(rich_help_panel=cli.INPUT)] = None,
     orientation: str | None = None,
     overwrite: cli.Overwrite = False,
+    quiet: cli.Quiet = False,
 ) -> None:
     """Read ids or codebooks of another program, so that semid's commands work on them.
 
@@ -307,9 +308,9 @@ def import_(
     Args:
         file: The other program's file.
         source: Ids of any layout of JSON, CSV, Parquet, .npy or tensor (auto), of lcrec or grid
-            alone; codebooks of faiss, openonerec, torcheasyrec or
-            grid-checkpoint, which become a model.
-        output: Parquet file to write; the model's folder for codebooks.
+            alone, or of semid's ArrowEncoder in Spark (spark); codebooks of faiss, openonerec,
+            torcheasyrec or grid-checkpoint, which become a model.
+        output: Parquet file to write; a folder for ids of spark and for codebooks.
         model: Model that made the codes; the ids then carry its fingerprint.
         ids: Table with one item id per row, FILE or FILE:COLUMN.
         id_column: Column of the item ids; default 'item_id'.
@@ -319,8 +320,19 @@ def import_(
     from semid.data.items import load_ids
     from semid.exports.formats import CODEBOOK_SOURCES
 
+    unused = ["model", "ids", "id_column", "orientation"]
+    if source == "spark":
+        from semid.distributed.arrow import import_encoded
+
+        cli.refuse_unused(context, unused, "rows of Spark name their items and their model")
+        if output.endswith(".parquet"):
+            raise UsageError(f"ids of spark are written to a folder: give -o {output[:-8]}/")
+        with cli.make_progress(quiet=quiet) as progress:
+            items = import_encoded(file, output, overwrite=overwrite, progress=progress)
+        cli.say(f"imported {items:,} items: {output}")
+        return
+    file, output = str(cli.local_input(file)), str(cli.local_output(output))
     if source in CODEBOOK_SOURCES:
-        unused = ["model", "ids", "id_column", "orientation"]
         cli.refuse_unused(context, unused, "it is for files of ids")
         cli.hold_output(output, overwrite=overwrite, inputs=(file,))
         imported_model = semid.import_codebooks(source, file)

@@ -188,6 +188,9 @@ def pick_embedding_column(schema: pa.Schema, column: str | None, *, label: str) 
             f"is called 'embedding': choose one with {flag}"
         )
     else:
+        vectors = [field.name for field in schema if is_spark_vector(field.type)]
+        if vectors:
+            raise EmbeddingError(f"column '{vectors[0]}' of {label} {_SPARK_VECTORS}")
         types = ", ".join(f"'{f.name}' ({f.type})" for f in list(schema)[:12])
         raise EmbeddingError(
             f"{label} has no column of float lists; its columns are {types}. An embedding is one "
@@ -201,6 +204,18 @@ def pick_embedding_column(schema: pa.Schema, column: str | None, *, label: str) 
     return column
 
 
+_SPARK_VECTORS = (
+    "holds vectors of Spark ML; make lists of them in Spark: "
+    "df.withColumn(name, pyspark.ml.functions.vector_to_array(name, 'float32'))"
+)
+
+
+def is_spark_vector(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds DenseVector or SparseVector, as Spark gives them."""
+    names = {"type", "size", "indices", "values"}
+    return bool(pa.types.is_struct(kind)) and {field.name for field in kind} == names
+
+
 def not_float_list(kind: pa.DataType) -> str:
     """Say what a column that holds no embeddings holds, in a sentence after its name."""
     if shape := _tensor_shape(kind):
@@ -208,6 +223,8 @@ def not_float_list(kind: pa.DataType) -> str:
             f"holds tensors of shape {shape}; embeddings are one vector per item: average or "
             f"select one, or write the tensors as flat lists of {math.prod(shape)}"
         )
+    if is_spark_vector(kind):
+        return _SPARK_VECTORS
     return f"holds {kind}; embeddings are lists of float16, float32 or float64"
 
 

@@ -145,11 +145,13 @@ class ArrowSource(EmbeddingSource):
         ids: ItemIds | None = None,
         label: str = "the column",
         kind: str = "arrow",
+        dim: int | None = None,
     ) -> None:
         self._chunks = [chunk for chunk in chunks if len(chunk)]
         self._starts = np.cumsum([0, *map(len, self._chunks)])
         count = int(self._starts[-1])
-        self._set_shape(label, (count, _width(self._chunks, count)), ids)
+        # The width is that of all the rows that these may be a part of.
+        self._set_shape(label, (count, _width(self._chunks, count) if dim is None else dim), ids)
         self._dtype = dtype
         self._kind = kind
 

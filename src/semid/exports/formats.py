@@ -213,9 +213,14 @@ def import_ids(
         options = {} if orientation is None else {"orientation": orientation}
         reader: Callable[..., SemanticIds] = READERS.load(source)
         return reader(path, items=items, tokenizer=tokenizer, **options)
+    if source == "spark":
+        raise UsageError(
+            "ids of spark are a folder of any size: use semid import --from spark, or "
+            "semid.distributed.arrow.import_encoded"
+        )
     # Formats that plugins add are let through; another name must be one that semid reads.
     if source not in EXPORTS or source in EXPORTS.targets:
-        check_choice("--from", source, ("auto", *IMPORTS, *CODEBOOK_SOURCES))
+        check_choice("--from", source, ("auto", *IMPORTS, "spark", *CODEBOOK_SOURCES))
     export_format: ExportFormat = EXPORTS.load(source)
     if export_format.read is None:
         hint = ""
