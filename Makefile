@@ -54,7 +54,7 @@ mutation: $(READY)  ## share of single faults that the tests notice, per package
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,mutation]'
 	$(BIN)/python benchmarks/mutation.py $(MUTATION)
 
-quick: $(READY)  ## both reproductions at toy size, into results-quick/
+quick: $(READY)  ## every reproduction at toy size, into results-quick/
 	$(BIN)/semid reproduce drq --quick --quiet
 	$(BIN)/semid reproduce moc --quick --quiet
 

@@ -154,7 +154,12 @@ def test_numbers_are_rounded_and_never_nan():
 
 
 def test_every_recipe_that_comes_with_semid_is_read():
-    kinds = {"drq": DrqRecipe, "moc": MocRecipe, "retrieval": RetrievalRecipe}
+    kinds = {
+        "behavior": DrqRecipe,
+        "drq": DrqRecipe,
+        "moc": MocRecipe,
+        "retrieval": RetrievalRecipe,
+    }
     names = [name for kind in kinds for name in (kind, f"{kind}-quick")]
     assert recipe_names("reproduce/recipes") == names
     for name in recipe_names("reproduce/recipes"):

@@ -6,16 +6,20 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import semid
 from semid import RQVAE, SyntheticCatalogue
 from semid.cli import main
+from semid.data.embeddings import open_embeddings
+from semid.data.interactions import TRAIN, split_users
 from semid.errors import UsageError
 from semid.reproduce.claims import Rows
 from semid.reproduce.datasets import open_data
 from semid.reproduce.drq import DRQ as DRQ_PAPER
-from semid.reproduce.drq_runs import DrqExperiment
+from semid.reproduce.drq_runs import DrqExperiment, training_share
 from semid.reproduce.ledger import Ledger, read_runs
 from semid.reproduce.plain import PlainRQVAE
 from semid.reproduce.recipe import DataSet, read_experiment
@@ -342,6 +346,67 @@ def test_data_that_is_not_there_is_named(tmp_path):
     with pytest.raises(UsageError, match="no run's title"):
         Study("drq-quick", output=tmp_path, only=["nothing like it"])
     assert read_experiment("drq-quick").data[0].synthetic
+
+
+def test_a_share_of_the_training_users():
+    log = SyntheticCatalogue(items=900, seed=2).interactions()
+    part, names = split_users(log.user_ids), np.array(log.user_ids.to_pylist())
+
+    def users(share):
+        return set(names[np.unique(training_share(log, share).users)])
+
+    train, others = set(names[part == TRAIN]), set(names[part != TRAIN])
+    assert users(1.0) == train | others
+    assert others < users(0.1) < users(0.3) < users(1.0)  # those who judge are all there
+    assert 0.2 < len(users(0.3) & train) / len(train) < 0.4
+
+
+def test_a_study_of_behavior(tmp_path):
+    given = DRQ.replace('"drq"', '"behavior"').split("[[data]]")[0]
+    contrastive = given.split("[[tokenizers]]")[2].replace('CL"', 'CL, 30 % of the users"')
+    shop = 'name = "shop"\nfolder = "shop"\ncodebook_size = 8\nties = "shuffle"\nrelations = true\n'
+    recipe = tmp_path / "behavior.toml"
+    recipe.write_text(f"{given}[[tokenizers]]\nusers = 0.3{contrastive}[[data]]\n{shop}")
+    folder = tmp_path / "shop"
+    catalogue = SyntheticCatalogue(items=700, seed=0)
+    catalogue.write(folder)
+    with pytest.raises(UsageError, match=r"relations\.parquet"):  # said before anything runs
+        Study(recipe, data=tmp_path, output=tmp_path)
+    rng = np.random.default_rng(0)
+    names = np.array(catalogue.ids.strings().to_pylist())
+    pairs = {"item_id": rng.choice(names, 200), "related_item_id": rng.choice(names, 200)}
+    kinds = ["also_bought"] * 120 + ["also_viewed"] * 80
+    pq.write_table(pa.table({**pairs, "relation": kinds}), folder / "relations.parquet")
+    study = Study(recipe, data=tmp_path, output=tmp_path)
+    study.run()
+    rows = study.rows()
+    by_name = {row["tokenizer"]: row for row in rows if row["seed"] == 0}
+    assert len(rows) == 2 * len(by_name) == 8
+    # A smaller log changes what is learned, and not who judges.
+    full, part = by_name["DRQ-VAE+CL"], by_name["DRQ-VAE+CL, 30 % of the users"]
+    assert "ties shuffled" in full["protocol"]
+    assert full["behavior"]["pairs"] == part["behavior"]["pairs"]
+    assert full["decoder(codes)"]["mse"] != part["decoder(codes)"]["mse"]
+    # The figures on relations are those of a diagnosis.
+    kmeans = by_name["RQ-KMeans"]
+    embeddings = open_embeddings(folder / "embeddings.npy", ids=folder / "items.parquet")
+    tokenizer = semid.RQKMeans(levels=2, codebook_size=8, seed=0).fit(embeddings)
+    diagnosis = semid.diagnose(
+        tokenizer, embeddings, relations=folder / "relations.parquet", explorer=False
+    )
+    for kind, results in diagnosis.relations.items():
+        measured = kmeans["relations"][kind]
+        assert measured["aucs"]["weighted"] == pytest.approx(results.aucs.aucs["weighted"].value)
+        rate = results.discrete.depths[-1].rates[50].value
+        assert measured["discrete"]["50"] == pytest.approx(rate)
+    assert len(diagnosis.relations) == 2
+    page = study.page()
+    found = kmeans["relations"]["also_bought"]["pairs"]["pairs"]
+    assert 110 < found <= 120  # some are of one item with itself
+    assert f"| RQ-KMeans, also bought | 2 | {found} |" in page.tables_markdown()
+    [curve] = page.sections[0][3][0].traces  # of the one tokenizer with a part of the users
+    assert list(curve["x"]) == [0.3, 1]
+    assert curve["y"][0] != curve["y"][1]
 
 
 @pytest.mark.parametrize("name", ["barq", "family"])

@@ -45,6 +45,11 @@ class Opened:
             raise UsageError(f"data set '{self.spec.name}' has {len(self.logs)} logs, not one")
         return next(iter(self.logs.values()))
 
+    @property
+    def relations(self) -> Path | None:
+        """Pairs of items that know nothing of the log, if the recipe asks for them."""
+        return self.folder / "relations.parquet" if self.spec.relations else None
+
     @cached_property
     def embeddings(self) -> EmbeddingSource:
         """The embeddings, named by the table of items."""
@@ -55,7 +60,7 @@ class Opened:
         if not self.logs:
             return None
         if len(self.logs) == 1:
-            return read_interactions(self.interactions, ties="file")  # as the papers did
+            return read_interactions(self.interactions, ties=self.spec.ties)
         # A person in two logs counts as two users: nothing is paired across logs, and which of the
         # two are test users is drawn apart.
         parts = []
@@ -82,7 +87,8 @@ class Opened:
     def digest(self) -> str:
         """SHA-256 of the files: a run on other files is another run."""
         hashed = hashlib.sha256()
-        for path in (_embeddings(self.folder), self.items, *self.logs.values()):
+        more = (self.relations,) if self.relations else ()
+        for path in (_embeddings(self.folder), self.items, *self.logs.values(), *more):
             hashed.update(path.name.encode())
             with path.open("rb") as file:
                 hashed.update(hashlib.file_digest(file, "sha256").digest())
@@ -96,7 +102,8 @@ def missing_files(spec: DataSet, data: Path | None) -> str | None:
     if data is None:
         return f"data set '{spec.name}' needs --data, the folder that holds '{spec.folder}'"
     folder = data / spec.folder
-    files = [folder / "items.parquet", *_logs(spec, data).values()]
+    names = ["items.parquet", *(["relations.parquet"] if spec.relations else [])]
+    files = [*(folder / name for name in names), *_logs(spec, data).values()]
     missing = [str(path) for path in files if not path.is_file()]
     if not any((folder / name).is_file() for name in EMBEDDINGS):
         missing.append(str(folder / EMBEDDINGS[0]))

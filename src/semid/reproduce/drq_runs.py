@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from semid.data.interactions import Interactions
+from semid.data.ids import hash_strings, share_mask
+from semid.data.interactions import TRAIN, Interactions, split_users
 from semid.data.source import EmbeddingSource
 from semid.diagnostics.overlap import LevelOverlap
-from semid.diagnostics.pairs import Estimate
+from semid.diagnostics.pairs import Estimate, ItemPairs
 from semid.diagnostics.spaces import reconstruction
 from semid.options import argument_types
 from semid.output import atomic_file
-from semid.report.behavior import Pool, behavior_pairs, choose_cutoffs, measure_pairs
+from semid.report.behavior import Pool, behavior_pairs, choose_cutoffs, measure_pairs, relations
 from semid.report.diagnose import diagnose
 from semid.report.results import Diagnosis, Flips
 from semid.reproduce.datasets import Opened
 from semid.reproduce.ledger import Ledger, digest
 from semid.reproduce.plain import PlainRQVAE
 from semid.reproduce.pool import Experiment, Job
-from semid.reproduce.recipe import PLAIN_RQVAE, DataSet, DrqRecipe, TokenizerSpec
+from semid.reproduce.recipe import PLAIN_RQVAE, DataSet, DrqRecipe, FittedSpec
 from semid.tokenizers.base import Tokenizer
 from semid.tokenizers.factory import TOKENIZERS, make_tokenizer
 from semid.tokenizers.heads import DecodeHead
@@ -74,7 +75,7 @@ class DrqExperiment(Experiment):
         # The sort keeps the order of data sets and rows among equals.
         return sorted(cells, key=lambda c: (bool(c["variant"]), sizes[c["data"]], c["seed"]))
 
-    def _row(self, cell: Mapping[str, Any]) -> TokenizerSpec:
+    def _row(self, cell: Mapping[str, Any]) -> FittedSpec:
         key = (cell["tokenizer"], cell["variant"])
         return next(row for row in self.recipe.tokenizers if (row.name, row.variant) == key)
 
@@ -89,11 +90,16 @@ class DrqExperiment(Experiment):
             "codebook_size": data.codebook_size,
             "logs": data.logs,
         }
+        # Keys of runs from before these options stay: their defaults are in no key.
+        options = {"ties": ("file", data.ties), "relations": (False, data.relations)}
+        shared |= {name: value for name, (usual, value) in options.items() if value != usual}
         # Keys of committed runs are hashes of this spelling.
         single = {**cell, "kind": row.kind, "options": row.options, "behaviour": row.behavior}
+        if row.users < 1:
+            single["users"] = row.users
         return [shared, single]
 
-    def tokenizer(self, row: TokenizerSpec, data: DataSet, *, seed: int) -> Tokenizer:
+    def tokenizer(self, row: FittedSpec, data: DataSet, *, seed: int) -> Tokenizer:
         """Return the unfitted tokenizer of a row of the tables."""
         # All networks get the same width and length of training, so that none has an advantage.
         neural = {} if row.kind == "rqkmeans" else self.recipe.neural
@@ -114,7 +120,8 @@ class DrqExperiment(Experiment):
         opened, log = self._opened[data.name]
         began, cpu = time.perf_counter(), time.process_time()
         tok = self.tokenizer(row, data, seed=int(job.spec["seed"]))
-        tok.fit(opened.embeddings, interactions=log if row.behavior else None)
+        seen = training_share(log, row.users) if log is not None and row.behavior else None
+        tok.fit(opened.embeddings, interactions=seen)
         fitted = time.process_time() - cpu
         # Every view of the paper, measured with one seed whatever the seed of the fit.
         diagnosis = diagnose(
@@ -132,8 +139,7 @@ class DrqExperiment(Experiment):
             if recipe.behavior_head:
                 target = self._behavior_space(opened, log, seed=int(job.spec["seed"]))
                 head = DecodeHead.fit(tok.encode(opened.embeddings), target)
-            pool = opened.pool(log)
-            figures["behavior"] = _behavior(tok, pool, log, head, replicates=recipe.replicates)
+            figures |= _behavior(tok, opened, log, head, replicates=recipe.replicates)
         return {
             "kind": row.kind,
             "items": len(opened.embeddings),
@@ -152,7 +158,8 @@ class DrqExperiment(Experiment):
 
         The same for every tokenizer, so that heads into it differ by the codes alone.
         """
-        name = f"behavior-{digest([opened.digest, self.recipe.neural, seed])}"
+        ties = () if log.ties == "file" else (log.ties,)  # names of before stay
+        name = f"behavior-{digest([opened.digest, self.recipe.neural, seed, *ties])}"
         path = self.folder / "spaces" / f"{name}.npy"
         ledger = Ledger(self.folder)
         with ledger.lock(name):  # whoever comes first fits it; the others wait and read
@@ -171,6 +178,12 @@ class DrqExperiment(Experiment):
         return directions
 
 
+def training_share(log: Interactions, share: float) -> Interactions:
+    """Return a log with a share of its training users, drawn by a hash, and with all others."""
+    drawn = share_mask(hash_strings(log.user_ids, salt="share of the log"), 0.0, share)
+    return log.where((drawn | (split_users(log.user_ids) != TRAIN))[log.users])
+
+
 def _protocol(tok: Tokenizer, data: DataSet, log: Interactions | None) -> str:
     parts = [
         f"levels={tok.levels} codebook_size={data.codebook_size}",
@@ -180,6 +193,7 @@ def _protocol(tok: Tokenizer, data: DataSet, log: Interactions | None) -> str:
     ]
     if log is not None:
         where = f" of {', '.join(data.logs)}" if data.logs else ""
+        where += "" if data.ties == "file" else ", ties shuffled"
         parts.append(f"behavior: consecutive items of a tenth of the users{where}")
     if tok.report is not None and "protocol" in tok.report.details:
         parts.append(str(tok.report.details["protocol"]))
@@ -275,16 +289,20 @@ def _continuous(tok: Tokenizer, source: EmbeddingSource) -> dict[str, Any]:
 
 def _behavior(
     tok: Tokenizer,
-    source: EmbeddingSource,
+    opened: Opened,
     log: Interactions,
     head: DecodeHead | None,
     *,
     replicates: int,
-) -> dict[str, Any] | None:
-    """Measure retrieval and AUCs on the test users; None where the log has no order."""
+) -> dict[str, Any]:
+    """Measure retrieval and AUCs on the test users, and on relations where there are any.
+
+    The figures of the users are None where the log has no order.
+    """
+    source = opened.pool(log)
     pairs, behavior, notes = behavior_pairs(log, source.ids)
     if pairs is None:
-        return None
+        return {"behavior": None}
     # Retrieval searches all items, so all of them are in memory, in each space once.
     rows = source.rows(np.arange(len(source)))
     codes = tok.encode(source).codes
@@ -301,20 +319,28 @@ def _behavior(
         spaces["decode_behavior(codes)"] = tok.decode_behavior(codes)
     pool = Pool(codes, tok.codebooks, spaces, hierarchical=tok.hierarchical)
     cutoffs, more = choose_cutoffs(None, len(source))
-    results = measure_pairs(
-        pairs, pool, cutoffs=cutoffs, seed=EVALUATION_SEED, replicates=replicates, threads=None
-    )
-    retentions = results.retrieval.retention
-    return {
-        "pool": len(source),
-        "test_users": behavior.test_users,
-        "pairs": results.pairs.to_dict(),
-        "cutoffs": list(cutoffs),
-        "hit_rates": {each.name: _values(each.rates) for each in results.retrieval.hit_rates},
-        "retention": {each.name: _values(each.above_chance) for each in retentions},
-        "retention_interval": {each.name: _intervals(each.above_chance) for each in retentions},
-        "discrete": _values(results.discrete.depths[-1].rates),
-        "aucs": _values(results.aucs.aucs),
-        "auc_intervals": _intervals(results.aucs.aucs),
-        "notes": [*notes, *more],
-    }
+
+    def measure(pairs: ItemPairs, notes: Sequence[str]) -> dict[str, Any]:
+        results = measure_pairs(
+            pairs, pool, cutoffs=cutoffs, seed=EVALUATION_SEED, replicates=replicates, threads=None
+        )
+        retentions = results.retrieval.retention
+        return {
+            "pool": len(source),
+            "test_users": behavior.test_users,
+            "pairs": results.pairs.to_dict(),
+            "cutoffs": list(cutoffs),
+            "hit_rates": {each.name: _values(each.rates) for each in results.retrieval.hit_rates},
+            "retention": {each.name: _values(each.above_chance) for each in retentions},
+            "retention_interval": {each.name: _intervals(each.above_chance) for each in retentions},
+            "discrete": _values(results.discrete.depths[-1].rates),
+            "aucs": _values(results.aucs.aucs),
+            "auc_intervals": _intervals(results.aucs.aucs),
+            "notes": list(notes),
+        }
+
+    figures: dict[str, Any] = {"behavior": measure(pairs, [*notes, *more])}
+    if opened.relations is not None:
+        kinds, unknown = relations(opened.relations, source.ids)
+        figures["relations"] = {kind: measure(each, unknown) for kind, each in kinds.items()}
+    return figures

@@ -14,6 +14,7 @@ from semid.errors import InputError
 from semid.output import MARKDOWN_MARK, atomic_file
 from semid.report.figure import Figure
 from semid.report.pages import figure_markdown, render, table
+from semid.reproduce.behavior import BEHAVIOR
 from semid.reproduce.claims import ClaimResult, Row, Rows, evaluate
 from semid.reproduce.drq import DRQ
 from semid.reproduce.intervals import Difference
@@ -21,7 +22,7 @@ from semid.reproduce.ledger import cell_key, rounded
 from semid.reproduce.moc import MOC
 from semid.reproduce.retrieval import RETRIEVAL
 
-PAPERS = {"drq": DRQ, "moc": MOC, "retrieval": RETRIEVAL}
+PAPERS = {"drq": DRQ, "moc": MOC, "behavior": BEHAVIOR, "retrieval": RETRIEVAL}
 READING = (
     "A claim says one thing or several. Each is judged by one 95 % interval, Student's over the "
     "data sets: a data set gives one value, the mean over seeds, ranking models and fusion, since "

@@ -38,6 +38,12 @@ class DataSet(Options):
         help="Folders below --data whose interactions join on the item id, where the data set has "
         "none of its own; retrieval and AUCs are then on the items of these logs.",
     )
+    ties: str = option(
+        "file", choices=TIES, help="Order of interactions of one time, in fits and in figures."
+    )
+    relations: bool = option(
+        False, help="Whether pairs of relations.parquet in the folder are measured beside the log."
+    )
     label: str = option("sampled(uniform,1)", help="What a click is, see RankingDataConfig.")
     item_columns: tuple[str, ...] | None = option(
         None, help="Columns of the items with one value; None takes 'brand' if it is there."
@@ -45,9 +51,14 @@ class DataSet(Options):
     synthetic: int = option(0, ge=0, help="Items of a synthetic catalogue; 0 reads the folder.")
 
     def _problems(self) -> list[str]:
-        if bool(self.folder) != bool(self.synthetic):
-            return []
-        return [f"data set '{self.name}' needs folder = \"...\" or synthetic = ITEMS, one of them"]
+        problems = []
+        if bool(self.folder) == bool(self.synthetic):
+            problems = ["needs folder = \"...\" or synthetic = ITEMS, one of them"]
+        if self.synthetic and self.relations:
+            problems.append("is synthetic and has no relations")
+        if self.logs and self.ties != "file":
+            problems.append("joins logs by position: leave ties = \"file\"")
+        return [f"data set '{self.name}' {problem}" for problem in problems]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,10 +77,17 @@ class TokenizerSpec(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DrqRecipe(Options):
-    """Tables 1 to 5 of the DRQ paper."""
+class FittedSpec(TokenizerSpec):
+    """A tokenizer, and how much of a log it learns from."""
 
-    paper: str = option(help="drq.")
+    users: float = option(1.0, gt=0, le=1, help="Share of the training users it learns from.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrqRecipe(Options):
+    """Tables 1 to 5 of the DRQ paper, or other views of the same tokenizers."""
+
+    paper: str = option(help="drq or behavior.")
     revision: int = option(1, help=_REVISION)
     quick: bool = option(False, help="Whether this is a toy that must never be quoted.")
     seeds: int = option(3, ge=1, help="Number of seeds; a tokenizer is fitted for each.")
@@ -87,7 +105,7 @@ class DrqRecipe(Options):
         help="Whether every tokenizer also gets a decode head into the space of one contrastive "
         "encoder per data set and seed. It only adds figures to a run.",
     )
-    tokenizers: tuple[TokenizerSpec, ...] = option((), help="Rows of the tables.")
+    tokenizers: tuple[FittedSpec, ...] = option((), help="Rows of the tables.")
     data: tuple[DataSet, ...] = option((), help="Data sets.")
 
 
@@ -229,6 +247,7 @@ class RetrievalRecipe(Options):
 Recipe = DrqRecipe | MocRecipe | RetrievalRecipe
 RECIPES: dict[str, type[Recipe]] = {
     "drq": DrqRecipe,
+    "behavior": DrqRecipe,
     "moc": MocRecipe,
     "retrieval": RetrievalRecipe,
 }

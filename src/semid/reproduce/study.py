@@ -21,6 +21,7 @@ from semid.reproduce.retrieval_runs import RetrievalExperiment
 EXPERIMENTS: dict[str, type[Experiment]] = {
     "drq": DrqExperiment,
     "moc": MocExperiment,
+    "behavior": DrqExperiment,
     "retrieval": RetrievalExperiment,
 }
 PAPERS = tuple(EXPERIMENTS)
