@@ -827,9 +827,11 @@ def rank_case(name: str, more: tuple[Any, ...]) -> None:
     def run(world: World, folder: Path, record: Record) -> None:
         record.threaded = True
         analysis = ("--analyze", folder / "analysis.json") if name == "fusion" else ()
+        alone = ("--no-baseline",) if "--ids" in more else ()
         world.run(
-            "rank", "@log.parquet", *RANK, *more, *analysis, "-o", folder / "ranker", needs="ids"
-        )
+            "rank", "@log.parquet", *RANK, *more, *analysis, *alone, "-o", folder / "ranker",
+            needs="ids",
+        )  # fmt: skip
         record_model(folder / "ranker", record, exact=False)
         ranker = semid.load(folder / "ranker")
         report = json.loads((folder / "ranker" / "config.json").read_text())["report"]

@@ -155,6 +155,33 @@ def test_wrong_grids(rows, tmp_path):
         grid(fusion=())
     with pytest.raises(UsageError, match="need --embeddings"):
         run_grid(grid(), rows, tmp_path)
+    with pytest.raises(UsageError, match="give --ids"):
+        run_grid(grid(methods=("ids",)), rows, tmp_path)
+    with pytest.raises(UsageError, match="add ids to --methods"):
+        run_grid(grid(methods=("none",)), rows, tmp_path, ids=codes())
+
+
+def test_a_grid_takes_ids_and_repeats_only_their_runs_when_they_change(rows, tmp_path):
+    settings = grid(methods=("none", "ids"), fusion=(False,), seeds=1)
+    first = run_grid(settings, rows, tmp_path, ids=codes())
+    assert [(row["method"], row["scale"]) for row in first] == [("none", 0), ("ids", 3)]
+    ranker = semid.train_ranker(
+        rows,
+        ids=codes(),
+        features={"mode": "levels"},
+        config={**settings.config.to_dict(), "model": "deepfm"},
+        training=TRAINING,
+    )
+    assert first[1]["auc"] == ranker.report["test"]["auc"]
+    tables = grid_tables(first)
+    assert f"ids: `{codes().info.label}`" in tables
+    assert "deepfm, ids 3x, fusion off" in tables
+    moved = codes()[np.arange(len(codes()))[::-1]]
+    other = semid.SemanticIds(codes().items, moved.codes, moved.residual_norms, moved.info)
+    again = run_grid(settings, rows, tmp_path, ids=other)
+    assert again[0] == first[0]
+    assert again[1]["run"] != first[1]["run"]
+    assert len(read_results(tmp_path / RESULTS_FILE)) == 3
 
 
 def run(*arguments):
@@ -198,6 +225,21 @@ def test_semid_rank(tmp_path, capsys):
     shown = capsys.readouterr().out
     for part in ("protocol: label=rating>=4", "test (", "cold (", "popularity alone"):
         assert part in shown
+    assert f"codes={codes().info.label} use=levels" in shown
+    # The model without codes: the same split, seed and settings, without --ids.
+    alone = [*base, "--model", "dcnv2", "--fusion", "on", "--cold-items", "0.2"]
+    assert run(*alone, "-o", tmp_path / "alone") == 0
+    assert "without codes" not in capsys.readouterr().out
+    report = semid.load(tmp_path / "model").report["baseline"]
+    assert report["test"] == semid.load(tmp_path / "alone").report["test"]
+    lines = shown.splitlines()
+    (place,) = [n for n, line in enumerate(lines) if line.startswith("test (")]
+    assert lines[place + 1].startswith(f"  without codes: AUC {report['test']['auc']:.4f}, log")
+    assert "codes - none: test AUC" in shown
+    with_codes = [*base, "--ids", tmp_path / "ids.parquet", "--no-baseline"]
+    assert run(*with_codes, "-o", tmp_path / "plain") == 0
+    assert "without codes" not in capsys.readouterr().out
+    assert "baseline" not in semid.load(tmp_path / "plain").report
     assert not (tmp_path / "model.partial").exists()
     assert "singular_values" in json.loads((tmp_path / "a.json").read_text())
     ranker = semid.load(tmp_path / "model")
@@ -231,6 +273,7 @@ def test_semid_rank(tmp_path, capsys):
     assert (tmp_path / "grid" / "tables.md").exists()
     for extra, message in (
         (["--code-mode", "levels"], "without --ids"),
+        (["--no-baseline"], "without --ids"),
         (["--fusion", "maybe"], "not one of"),
         (["--hidden", "a"], "whole numbers"),
         (["--fractions", "1,2"], "three positive shares"),

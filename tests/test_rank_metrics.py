@@ -17,6 +17,7 @@ from semid.recommenders.ranking.analysis import (
 from semid.recommenders.ranking.metrics import (
     auc,
     auc_by_user,
+    auc_difference,
     auc_error,
     average_ranks,
     calibration,
@@ -64,6 +65,28 @@ def test_the_error_of_the_auc_is_its_spread_over_samples():
     stated = np.mean([auc_error(*s) for s in drawn])
     assert stated == pytest.approx(spread, rel=0.15)
     assert math.isnan(auc_error(np.array([1.0, 0.0, 0.0]), np.array([1.0, 2.0, 3.0])))
+
+
+def test_the_error_of_a_difference_is_that_of_delong():
+    generator = np.random.default_rng(3)
+    labels = (generator.random(300) < 0.4).astype(np.float32)
+    first = (labels + generator.normal(size=300)).round(1)  # with ties
+    second = (first + 0.5 * generator.normal(size=300)).round(1)
+    # One minus one half at ties, per pair of a positive and a negative row, and their means.
+    variance = 0.0
+    for axis in (1, 0):
+        means = []
+        for scores in (first, second):
+            apart = scores[labels == 1][:, None] - scores[labels == 0]
+            means.append(((apart > 0) + 0.5 * (apart == 0)).mean(axis))
+        covariance = np.cov(means)
+        variance += (covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1]) / len(means[0])
+    difference, error = auc_difference(labels, first, second)
+    assert difference == pytest.approx(brute_auc(labels, first) - brute_auc(labels, second))
+    assert error == pytest.approx(math.sqrt(variance))
+    assert error < auc_error(labels, first)
+    assert auc_difference(labels, first, 2 * first) == (0.0, 0.0)
+    assert math.isnan(auc_difference(labels[:1], first[:1], second[:1])[1])
 
 
 @settings(max_examples=30, deadline=None)

@@ -163,7 +163,8 @@ CALLS = {
     "prepare": "{b}/reviews -o {b}/prepared",
 }
 STAYS = {
-    "rank-grid": "{b}/cat/interactions.parquet --embeddings {e} -o {b}/grid",
+    "rank-grid": "{b}/cat/interactions.parquet --embeddings {e} --ids {b}/ids.parquet "
+    "--methods none,ids -o {b}/grid",
     "reproduce": "drq --quick --output {b}/results",
 }
 

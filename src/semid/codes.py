@@ -91,6 +91,12 @@ class CodesInfo:
         return self.codebook_sizes[:-1] if self.unique == "append" else self.codebook_sizes
 
     @property
+    def label(self) -> str:
+        """Tokenizer, sizes and the fingerprint's beginning, without spaces."""
+        sizes = "x".join(map(str, self.codebook_sizes))
+        return f"{self.tokenizer}({sizes},{self.codebook_fingerprint[:8]})"
+
+    @property
     def model(self) -> CodesInfo:
         """What the model's own codes carry, before any step after encoding."""
         return replace(

@@ -50,6 +50,7 @@ METHODS = ("none", "random", "shuffled", "widened", "me", "moc", *sorted(set(TOK
 """``none`` has no codes; ``random``, ``shuffled`` (MoC's codes given to other items) and
 ``widened`` (a wider item id) are controls; ``me`` is one VQ-VAE code with many embeddings; ``moc``
 the codes of `MoCVAE`; the others are tokenizers by name, with a table per level."""
+GRID_METHODS = ("none", "ids", *METHODS[1:])  # ``ids`` are Semantic IDs that are given
 
 
 @dataclass(frozen=True)
@@ -144,9 +145,9 @@ class Grid(Options):
 
     methods: tuple[str, ...] = option(
         ("none", "me", "rqvae", "moc"),
-        choices=METHODS,
+        choices=GRID_METHODS,
         name="--methods",
-        help="Methods: none, random, shuffled, widened, me, moc, or tokenizers.",
+        help="Methods: none, ids, random, shuffled, widened, me, moc, or tokenizers.",
     )
     scales: tuple[int, ...] = option(
         (1, 2, 3, 7), ge=1, le=MAX_LEVELS, help="Numbers of codes per item."
@@ -172,12 +173,23 @@ class Grid(Options):
             return ["every axis of a grid needs a value: methods, scales, models, fusion"]
         return []
 
-    def runs(self) -> Iterator[Run]:
+    def check_inputs(self, *, ids: bool, embeddings: bool) -> None:
+        """Refuse methods that lack what they need, and ids that no method uses."""
+        fitted = [method for method in self.methods if method not in ("none", "ids")]
+        if fitted and not embeddings:
+            raise UsageError(f"methods {', '.join(fitted)} need --embeddings (embeddings=)")
+        if "ids" in self.methods and not ids:
+            raise UsageError("--methods ids compares your own ids: give --ids (ids=)")
+        if ids and "ids" not in self.methods:
+            raise UsageError("--ids (ids=) would not be used: add ids to --methods")
+
+    def runs(self, levels: int = 0) -> Iterator[Run]:
         """Yield every run, seed by seed, so that a stopped grid has complete comparisons."""
+        scales = {"none": (0,), "ids": (levels,)}  # the ids that are given have so many codes
         for seed in range(self.seeds):
             for model in self.models:
                 for method in self.methods:
-                    for scale in (0,) if method == "none" else self.scales:
+                    for scale in scales.get(method, self.scales):
                         for fusion in self.fusion:
                             yield Run(model, method, scale, fusion, seed)
 
@@ -215,10 +227,15 @@ def run_grid(
     folder: str | os.PathLike[str],
     *,
     embeddings: EmbeddingSource | None = None,
+    ids: SemanticIds | None = None,
     device: str = "auto",
     progress: ProgressArgument = None,
 ) -> list[dict[str, Any]]:
-    """Run the missing runs and return the results of all runs of this grid."""
+    """Run the missing runs and return the results of all runs of this grid.
+
+    Tokenizers are fitted on ``embeddings``; ``ids`` are those of the method ``ids``.
+    """
+    grid.check_inputs(ids=ids is not None, embeddings=embeddings is not None)
     folder = Path(folder)
     if not folder.exists():
         with atomic_folder(folder, grows=GRID_FILES):
@@ -228,7 +245,11 @@ def run_grid(
     # results file can hold several grids and a changed grid reuses what is equal.
     settings = _settings(grid, data, embeddings)
     done = {row["run"]: row for row in read_results(results)}
-    runs = {digest([settings, asdict(run)]): run for run in grid.runs()}
+    own = "" if ids is None else rows_digest([ids.codes], ids.items)
+    runs = {
+        digest([settings, asdict(run), *([own] if run.method == "ids" else [])]): run
+        for run in grid.runs(0 if ids is None else ids.levels)
+    }
     missing = [key for key in runs if key not in done]
     tokenizers = None
     if embeddings is not None:
@@ -237,18 +258,14 @@ def run_grid(
         tokenizers = TokenizerCache(
             place, embeddings, data, codebook_size=grid.codebook_size, options=grid.tokenizer
         )
-    elif any(method != "none" for method in grid.methods):
-        raise UsageError(
-            f"methods {', '.join(m for m in grid.methods if m != 'none')} need --embeddings "
-            "(embeddings=)"
-        )
     steps = progress or QuietProgress()
-    codes: dict[tuple[str, int], MethodCodes] = {}
+    codes = {("none", 0): MethodCodes(None, None)}
+    if ids is not None:
+        mode = "levels" if ids.info.hierarchical else "parallel"
+        codes["ids", ids.levels] = MethodCodes(ids, CodeFeatures(mode=mode))
     for key in missing:  # tokenizers first: each has a progress bar
         cell = runs[key].method, runs[key].scale
-        if tokenizers is None:
-            codes[cell] = MethodCodes(None, None)
-        elif cell not in codes:
+        if cell not in codes and tokenizers is not None:
             codes[cell] = tokenizers.method(*cell, progress=steps)
     steps.start("rank", total=len(runs))
     steps.step(len(runs) - len(missing))
@@ -262,7 +279,8 @@ def run_grid(
             seed=run.seed,
             device=device,
         )
-        done[key] = {"run": key, **asdict(run), **figures, **origin()}
+        named = {"codes": ids.info.label} if run.method == "ids" and ids is not None else {}
+        done[key] = {"run": key, **asdict(run), **figures, **named, **origin()}
         with results.open("a", encoding="utf8") as file:
             file.write(json.dumps(done[key]) + "\n")
         steps.step(1, run=str(run), auc=figures["auc"])
@@ -350,6 +368,8 @@ def grid_tables(rows: Sequence[Row]) -> str:
     ]
     runs = Rows([dict(row) for row in rows])
     out = [f"Protocol: {code_span(rows[0]['protocol'])}", ""]
+    if own := sorted({row["codes"] for row in rows if "codes" in row}):
+        out += [f"ids: {', '.join(map(code_span, own))}", ""]
     out += [f"Popularity alone: {rows[0]['popularity_auc']:.4f}", ""]
     out += [
         "| model | method | scale | fusion | seeds | AUC | log loss | unseen items AUC "

@@ -52,7 +52,7 @@ def partial_path(path: FilePath | os.PathLike[str]) -> str:
     return f"{os.fspath(path).rstrip('/')}.partial"
 
 
-def rows_digest(blocks: Iterable[Array], ids: ItemIds) -> str:
+def rows_digest(blocks: Iterable[npt.NDArray[Any]], ids: ItemIds) -> str:
     """Return the SHA-256 of rows in blocks and of their ids: what a part was made from."""
     digest = hashlib.sha256()
     for block in blocks:

@@ -55,18 +55,41 @@ def auc(labels: npt.NDArray[Any], scores: Floats) -> float:
 def auc_error(labels: npt.NDArray[Any], scores: Floats) -> float:
     """Return the standard error of the AUC over test rows (DeLong et al. 1988), from ranks.
 
-    NaN with fewer than two rows of a class. Two models on the same rows differ much less.
+    NaN with fewer than two rows of a class. Two models on the same rows differ much less, see
+    `auc_difference`.
     """
+    return _standard_error(*_auc_components(labels, scores))
+
+
+def auc_difference(labels: npt.NDArray[Any], first: Floats, second: Floats) -> tuple[float, float]:
+    """Return by how much the AUC of ``first`` is above that of ``second``, and its error.
+
+    The standard error is over test rows, paired (DeLong et al. 1988): the same rows are easy for
+    both. It says nothing about another seed.
+    """
+    pairs = zip(_auc_components(labels, first), _auc_components(labels, second), strict=True)
+    difference = auc(labels, first) - auc(labels, second)
+    return difference, _standard_error(*(one - other for one, other in pairs))
+
+
+def _auc_components(
+    labels: npt.NDArray[Any], scores: Floats
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Return per positive and per negative row its share of the other class on the right side."""
     positive = _positive(labels, scores)
     count, other = int(positive.sum()), int((~positive).sum())
-    if count < 2 or other < 2:
-        return math.nan
     # A rank among all rows less the rank within the own class counts the rows of the other class
     # below: DeLong's structural components, whose variances add up.
     ranks = average_ranks(scores)
-    above = (ranks[positive] - average_ranks(scores[positive])) / other
-    below = 1 - (ranks[~positive] - average_ranks(scores[~positive])) / count
-    return math.sqrt(above.var(ddof=1) / count + below.var(ddof=1) / other)
+    above = (ranks[positive] - average_ranks(scores[positive])) / max(other, 1)
+    below = 1 - (ranks[~positive] - average_ranks(scores[~positive])) / max(count, 1)
+    return above, below
+
+
+def _standard_error(above: npt.NDArray[np.float64], below: npt.NDArray[np.float64]) -> float:
+    if min(len(above), len(below)) < 2:
+        return math.nan
+    return math.sqrt(above.var(ddof=1) / len(above) + below.var(ddof=1) / len(below))
 
 
 def auc_by_user(

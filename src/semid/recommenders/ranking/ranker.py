@@ -348,6 +348,8 @@ def _card(config: Mapping[str, Any]) -> str:
         ]
         parts = {part: report[part] for part in ("validation", "test", "cold") if part in report}
         parts |= {f"test, {name} items": s for name, s in report.get("slices", {}).items()}
+        baseline = report.get("baseline", {})
+        parts |= {f"{n}, without codes": baseline[n] for n in ("test", "cold") if n in baseline}
         lines += [*(_line(name, figures) for name, figures in parts.items()), ""]
     lines += [
         "```python",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -18,7 +19,13 @@ from semid.errors import UsageError, check_choice
 from semid.progress import ProgressArgument, QuietProgress, with_progress
 from semid.recommenders.ranking.builder import RankingData
 from semid.recommenders.ranking.features import CodeFeatures, CodeTable, code_table
-from semid.recommenders.ranking.metrics import auc, evaluate, log_loss, predict_logits
+from semid.recommenders.ranking.metrics import (
+    auc,
+    auc_difference,
+    evaluate,
+    log_loss,
+    predict_logits,
+)
 from semid.recommenders.ranking.network import RankerConfig, RankingNetwork, make_network
 from semid.recommenders.ranking.ranker import Ranker
 from semid.recommenders.ranking.schema import BatchSource, RankingRows
@@ -223,7 +230,7 @@ def train_ranker(
         )
     # `train` has put the best weights back; they are measured on every held part.
     report = {
-        "protocol": data.protocol,
+        "protocol": _protocol(data, ids, features),
         "seed": seed,
         **evaluate(network, replace(data, parts=held)),
         **({} if network.fusion is None else {"fusion_norm": network.fusion.norm()}),
@@ -242,6 +249,31 @@ def train_ranker(
         codes_info=None if ids is None else ids.info,
         report=report,
     )
+
+
+def _protocol(data: RankingData, ids: SemanticIds | None, features: CodeFeatures | None) -> str:
+    """Return the protocol, with the codes and how they are used."""
+    if ids is None or features is None:
+        return data.protocol
+    return f"{data.protocol} codes={ids.info.label} use={features.mode}"
+
+
+def compare_with_baseline(ranker: Ranker, baseline: Ranker, data: RankingData) -> dict[str, Any]:
+    """Return what stands beside the report of a model with codes: that of one without.
+
+    Returns:
+        The metrics of ``baseline`` on each part, and ``auc_difference``: by how much the test AUC
+        of ``ranker`` is above, with its standard error over test rows.
+    """
+    test = data.parts["test"]
+    scores = [predict_logits(each.network, test) for each in (ranker, baseline)]
+    figures = auc_difference(test.label.cpu().numpy(), *scores)
+    value, error = (None if math.isnan(figure) else figure for figure in figures)
+    parts = ("validation", "test", "cold", "slices")
+    return {
+        **{part: baseline.report[part] for part in parts if part in baseline.report},
+        "auc_difference": {"value": value, "error": error},
+    }
 
 
 def training_device(device: str) -> torch.device:
