@@ -60,7 +60,8 @@ def target_ranks(
     classes = network.classes.cpu()
     item_sizes = torch.bincount(classes)
     listed = np.zeros(len(classes), dtype=bool)
-    parts: list[tuple[Tensor, ...]] = []
+    # Made once: small results kept between large passing ones would hold all of their memory.
+    ranks = np.empty((6, len(histories)), np.int64)
     # Histories of similar length share a batch, so that packing leaves few gaps.
     order = np.argsort([len(history) for history in histories], kind="stable")
     size = max(1, SCORES // len(item_sizes)) if network.exact else network.batch
@@ -84,14 +85,13 @@ def target_ranks(
             at_past = _listed_scores(scores, best_classes, past_class)
         if torch.isnan(best_scores).any():  # the largest of a row is NaN if any is
             raise DivergedError("the model's scores are not numbers; train it again")
-        parts.append(_count_ranks(scores, sizes, at_target, at_past, past >= 0, repeated))
+        counted = _count_ranks(scores, sizes, at_target, at_past, past >= 0, repeated)
+        ranks[:, rows] = torch.stack(counted).numpy()
         leaves = best_classes.masked_fill(torch.isneginf(best_scores), -1).numpy()
         items, _ = buckets.first_items(leaves, LIST)
         listed[items[items >= 0]] = True
     network.train(was_training)
-    # Back into the order of the users that were asked for.
-    columns = [torch.cat(column).numpy() for column in zip(*parts, strict=True)]
-    above, ties, above_new, ties_new, above_ids, ties_ids = (c[np.argsort(order)] for c in columns)
+    above, ties, above_new, ties_new, above_ids, ties_ids = ranks
     ids = None if network.by_item else Ranks(above_ids, ties_ids)
     return TargetRanks(Ranks(above, ties), Ranks(above_new, ties_new), ids, listed)
 
