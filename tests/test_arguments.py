@@ -228,6 +228,7 @@ CALLS = {
     "rank-grid": "nowhere.parquet --embeddings nowhere.parquet --label click>=1 -o out",
     "retrieve": "nowhere.parquet --ids nowhere.parquet -o out",
     "recommend": "nowhere --histories nowhere.parquet -o out.parquet",
+    "serve": "nowhere --model nowhere",
     "export": "nowhere.parquet --to torcheasyrec --model nowhere --embeddings nowhere.parquet -o e.parquet",
     "check": "nowhere.parquet nowhere.parquet --interactions nowhere.parquet",
     "audit": "nowhere.json --interactions nowhere.parquet -o out.html",
@@ -264,6 +265,7 @@ ZERO = {
     "validation_fraction", "tolerance", "tol", "latent", "rounds", "annealing_rounds", "max_churn",
     "cold_items", "cold_slots", "history", "dropout", "decay", "core", "candidates", "warmup", "weight_decay",
     "checkpoint_seconds", "commitment_weight", "pretrain_epochs", "revive_below", "rotation_iter", "em_tol",
+    "port", "batch_wait", "watch",
 }  # fmt: skip
 UNLIMITED = {
     "learning_rate", "weight_decay", "clip_norm", "commitment_weight", "checkpoint_seconds",

@@ -163,6 +163,7 @@ CALLS = {
     "prepare": "{b}/reviews -o {b}/prepared",
 }
 STAYS = {
+    "serve": "{b}/bundle --model {b}/model",
     "rank-grid": "{b}/cat/interactions.parquet --embeddings {e} --ids {b}/ids.parquet "
     "--methods none,ids -o {b}/grid",
     "reproduce": "drq --quick --output {b}/results",

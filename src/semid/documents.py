@@ -8,6 +8,7 @@ unknown, and values of another type.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import html
 import json
@@ -84,6 +85,12 @@ def checksum(document: Any) -> str:
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
+@functools.cache
+def type_hints(kind: Any) -> dict[str, Any]:
+    """Return the annotations of a class as types; they are worked out once."""
+    return typing.get_type_hints(kind)
+
+
 def record(
     kind: type[Record], values: Any, where: str, *, error: type[SemidError] = ArtefactError
 ) -> Record:
@@ -95,7 +102,7 @@ def record(
         for f in fields
         if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     ]
-    hints = typing.get_type_hints(kind)
+    hints = type_hints(kind)  # type: ignore[arg-type]
     known = {f.name: hints[f.name] for f in fields}
     stored_values = getattr(kind, "stored_values", None)  # results written under other names
     if stored_values is not None and isinstance(values, Mapping):

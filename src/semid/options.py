@@ -38,7 +38,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from semid.documents import alternatives, described, fits
+from semid.documents import alternatives, described, fits, type_hints
 from semid.errors import UsageError, nearest_name
 
 # Tokenizers with residual levels and tokenizers with parallel codebooks count their codes under
@@ -390,7 +390,7 @@ def _plain(value: Any, hint: Any) -> Any:
 
 def argument_types(kind: Any) -> dict[str, Any]:
     """Return the type hint of each constructor argument of a dataclass."""
-    hints = typing.get_type_hints(kind)
+    hints = type_hints(kind)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind) if field.init}
 
 

@@ -218,7 +218,7 @@ class CatalogueBundle:
 
     def _remove_leftovers(self) -> None:
         """Remove files of a killed writer: unfinished ones, and parts that no version names."""
-        listed = {part.file for version in self.versions() for part in self.parts(version)}
+        listed = {part.file for part in self.parts()}  # a version has the parts of those before
         for file in [*self.path.glob(".manifest-*"), *(self.path / "parts").iterdir()]:
             name = file.relative_to(self.path).as_posix()
             unlisted = PART.fullmatch(name) and name not in listed

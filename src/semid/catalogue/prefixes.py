@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,20 @@ from semid.errors import InputError, UsageError
 from semid.health import check_codes
 
 Ints = npt.NDArray[np.int64]
+
+
+class PrefixChildren(NamedTuple):
+    """What follows a prefix.
+
+    Attributes:
+        codes: ``(children,)`` codes, ascending.
+        starts: ``(children,)`` first position of each child's items in `PrefixIndex.rows`.
+        items: ``(children,)`` number of items of each child.
+    """
+
+    codes: Ints
+    starts: Ints
+    items: Ints
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -178,13 +192,28 @@ class PrefixIndex:
 
     def items(self, prefix: npt.ArrayLike = ()) -> npt.NDArray[np.int64]:
         """Return the rows of the items with a prefix, ascending."""
-        start, stop = self._row_range(self._node(prefix))
+        start, stop = self.row_range(prefix)
         return np.sort(self.rows[start:stop])
 
     def count(self, prefix: npt.ArrayLike = ()) -> int:
         """Return the number of items with a prefix; ``O(levels)`` after `find`."""
-        start, stop = self._row_range(self._node(prefix))
+        start, stop = self.row_range(prefix)
         return stop - start
+
+    def row_range(self, prefix: npt.ArrayLike = ()) -> tuple[int, int]:
+        """Return where in `rows` the items with a prefix lie: first, and one past the last."""
+        node = self._node(prefix)
+        if node < 0:
+            return 0, 0
+        start, stop = self._row_ranges(np.array([node]), np.size(prefix))
+        return int(start[0]), int(stop[0])
+
+    def children(self, prefix: npt.ArrayLike = ()) -> PrefixChildren:
+        """Return the codes that may follow a prefix, ascending, each with its items."""
+        codes, node = self.next_codes(prefix), self._node(prefix)
+        nodes = 1 + np.arange(self.child_starts[node], self.child_starts[node] + len(codes))
+        starts, stops = self._row_ranges(nodes, np.size(prefix) + 1)
+        return PrefixChildren(codes, starts, stops - starts)
 
     def contains(self, codes: npt.ArrayLike) -> npt.NDArray[np.bool_]:
         """Return for each whole id ``(batch, levels)`` whether an item has it."""
@@ -205,16 +234,14 @@ class PrefixIndex:
     def _node(self, prefix: npt.ArrayLike) -> int:
         return int(self.find(np.asarray(prefix, dtype=np.int64).reshape(-1)))
 
-    def _row_range(self, node: int) -> tuple[int, int]:
-        """Return the range in `rows` of the items below a node."""
-        if node < 0:
-            return 0, 0
-        leaf = self.depth_starts[self.levels]
+    def _row_ranges(self, nodes: Ints, depth: int) -> tuple[Ints, Ints]:
+        """Return the ranges in `rows` of the items below nodes ``(n,)`` of one depth."""
         # Rows are sorted by codes: the items lie between the leftmost and the rightmost leaf.
-        first, last = node, node
-        while first < leaf:
+        first = last = nodes
+        for _ in range(depth, self.levels):
             first, last = self.child_starts[first] + 1, self.child_starts[last + 1]
-        return int(self.row_starts[first - leaf]), int(self.row_starts[last - leaf + 1])
+        leaf = self.depth_starts[self.levels]
+        return self.row_starts[first - leaf], self.row_starts[last - leaf + 1]
 
     def _checked(self, prefixes: npt.ArrayLike) -> tuple[Ints, bool]:
         """Return prefixes as ``(batch, depth)``, and whether it was a single one."""

@@ -20,6 +20,7 @@ from semid.cli.models import encode, fit, refine
 from semid.cli.rank import rank, rank_grid
 from semid.cli.reports import audit, compare, demo, prepare, report, reproduce
 from semid.cli.retrieve import recommend, retrieve
+from semid.cli.serve import serve
 from semid.cli.shared import release_outputs
 from semid.cli.staging import named
 from semid.errors import SemidError, brief, printable
@@ -60,6 +61,7 @@ _COMMANDS: tuple[tuple[str, Callable[..., None], str], ...] = (
     ("rank-grid", rank_grid, "Compare ranking models, methods and seeds."),
     ("retrieve", retrieve, "Train and test models of the next item."),
     ("recommend", recommend, "Recommend items with such a model."),
+    ("serve", serve, "Answer requests over a published catalogue."),
     ("export", export, "Write ids or a model for another program."),
     ("import", import_, "Read ids of another program."),
     ("prepare", prepare, "Convert a public data set to semid's layout."),

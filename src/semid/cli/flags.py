@@ -233,7 +233,10 @@ def _rank_flags() -> list[Flag]:
 
 def write_flags(path: Path = FILE) -> None:
     """Write the flags that the classes have now."""
+    from semid.serve.limits import ServeOptions
+
     flags = {"fit": _fit_flags(), "rank": _rank_flags(), "retrieve": _retrieve_flags()}
+    flags["serve"] = [replace(flag, section="Limits") for flag in read_flags(ServeOptions)]
     rows = {command: [asdict(flag) for flag in each] for command, each in flags.items()}
     lines = {c: ",\n".join(json.dumps(row) for row in each) for c, each in rows.items()}
     blocks = ",\n".join(f'"{command}": [\n{text}\n]' for command, text in lines.items())

@@ -22,6 +22,7 @@ _GROWS = "this output is added to run by run"
 LOCAL = {
     ("encode", "catalogue"): "a catalogue grows in place, one version at a time",
     ("refresh", "catalogue"): "a catalogue grows in place, one version at a time",
+    ("serve", "published"): "a catalogue grows in place, one version at a time",
     ("reproduce", "data"): "every run reads these files",
     ("reproduce", "source"): "the pages are made from results of this machine",
     ("reproduce", "output"): _GROWS,

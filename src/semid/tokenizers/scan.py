@@ -55,6 +55,77 @@ def scan_sums(codes: Any, table: Any, starts: Any, offsets: Any, rows: Any, scor
         count = min(count + 1, k)
 
 
+class CodeScan:
+    """The quantized vectors of a catalogue, prepared once for many searches; see `search_codes`."""
+
+    def __init__(self, tokenizer: Tokenizer, ids: SemanticIds) -> None:
+        ids.check_codebook(tokenizer.codebook_fingerprint)
+        self.tokenizer = tokenizer
+        self._books = [book.astype(np.float64) for book in tokenizer.codebooks]
+        self._starts = np.cumsum([0, *(len(book) for book in self._books[:-1])])
+        self._codes = np.ascontiguousarray(ids.codes[:, : tokenizer.levels])
+        self._lengths: npt.NDArray[np.float32] | None = None
+
+    def __len__(self) -> int:
+        return len(self._codes)
+
+    def _squared_lengths(self) -> npt.NDArray[np.float32]:
+        """Squared lengths of the quantized vectors ``(items,)``, computed at the first use."""
+        if self._lengths is None:
+            lengths = np.empty(len(self), np.float32)
+            for start in range(0, len(self), BLOCK_ROWS):
+                codes = self._codes[start : start + BLOCK_ROWS].astype(np.int64)
+                quantized = self.tokenizer.quantize(codes).astype(np.float64)
+                lengths[start : start + BLOCK_ROWS] = (quantized**2).sum(axis=1)
+            self._lengths = lengths
+        return self._lengths
+
+    def search(
+        self,
+        latents: npt.NDArray[Any],
+        k: int,
+        *,
+        metric: str = "l2",
+        threads: int | None = None,
+    ) -> CodeMatches:
+        """Find the items whose quantized vectors are nearest to latents ``(queries, latent)``.
+
+        Raises:
+            UsageError: for ``k`` or ``metric`` out of range.
+        """
+        check_choice("metric", metric, ("l2", "ip"))
+        if not 1 <= k <= min(MAX_NEIGHBORS, len(self)):
+            raise UsageError(f"k={k}: give 1 to {min(MAX_NEIGHBORS, len(self))}")
+        latents = latents.astype(np.float64)
+        share = 1.0 / self.tokenizer.levels if self.tokenizer.combine == "mean" else 1.0
+        slices = self.tokenizer.latent_slices
+        side_by_side = self.tokenizer.combine == "concat"
+        # |q - sum c|^2 = |q|^2 - 2 sum q.c + |sum c|^2: where codewords overlap, the last term is
+        # not a sum over codes.
+        by_length = metric == "l2" and not side_by_side
+        lengths = self._squared_lengths() if by_length else np.empty(0, np.float32)
+        rows = np.empty((len(latents), k), np.int64)
+        scores = np.empty((len(latents), k), np.float32)
+
+        def work(query: int) -> None:
+            z = latents[query]
+            parts = []
+            for book, columns in zip(self._books, slices, strict=True):
+                if metric == "l2" and side_by_side:
+                    parts.append(((z[columns] - book) ** 2).sum(axis=1))
+                else:
+                    parts.append((-2.0 if metric == "l2" else -1.0) * share * (book @ z[columns]))
+            table = np.concatenate(parts).astype(np.float32)
+            scan_sums(self._codes, table, self._starts, lengths, rows[query], scores[query])
+            if metric == "ip":
+                scores[query] = -scores[query]
+            elif not side_by_side:
+                scores[query] = np.maximum(scores[query] + np.float32(z @ z), 0)
+
+        map_blocks(work, range(len(latents)), threads=threads)
+        return CodeMatches(rows, scores)
+
+
 def search_codes(
     tokenizer: Tokenizer,
     ids: SemanticIds,
@@ -89,41 +160,6 @@ def search_codes(
         >>> semid.search_codes(model, ids, embeddings[:5], k=20).rows
     """
     check_choice("metric", metric, ("l2", "ip"))
-    ids.check_codebook(tokenizer.codebook_fingerprint)
-    if not 1 <= k <= min(MAX_NEIGHBORS, len(ids)):
-        raise UsageError(f"k={k}: give 1 to {min(MAX_NEIGHBORS, len(ids))}")
-    latents = tokenizer.latent(open_embeddings(queries)).astype(np.float64)
-    books = [book.astype(np.float64) for book in tokenizer.codebooks]
-    share = 1.0 / tokenizer.levels if tokenizer.combine == "mean" else 1.0
-    slices = tokenizer.latent_slices
-    side_by_side = tokenizer.combine == "concat"
-    # |q - sum c|^2 = |q|^2 - 2 sum q.c + |sum c|^2: where codewords overlap, the last term is not a
-    # sum over codes.
-    codes = np.ascontiguousarray(ids.codes[:, : tokenizer.levels])
-    lengths = np.empty(0, np.float32)
-    if metric == "l2" and not side_by_side:
-        lengths = np.empty(len(codes), np.float32)
-        for start in range(0, len(codes), BLOCK_ROWS):
-            quantized = tokenizer.quantize(codes[start : start + BLOCK_ROWS].astype(np.int64))
-            lengths[start : start + BLOCK_ROWS] = (quantized.astype(np.float64) ** 2).sum(axis=1)
-    starts = np.cumsum([0, *(len(book) for book in books[:-1])])
-    rows = np.empty((len(latents), k), np.int64)
-    scores = np.empty((len(latents), k), np.float32)
-
-    def work(query: int) -> None:
-        z = latents[query]
-        parts = []
-        for book, columns in zip(books, slices, strict=True):
-            if metric == "l2" and side_by_side:
-                parts.append(((z[columns] - book) ** 2).sum(axis=1))
-            else:
-                parts.append((-2.0 if metric == "l2" else -1.0) * share * (book @ z[columns]))
-        table = np.concatenate(parts).astype(np.float32)
-        scan_sums(codes, table, starts, lengths, rows[query], scores[query])
-        if metric == "ip":
-            scores[query] = -scores[query]
-        elif not side_by_side:
-            scores[query] = np.maximum(scores[query] + np.float32(z @ z), 0)
-
-    map_blocks(work, range(len(latents)), threads=threads)
-    return CodeMatches(rows, scores)
+    scan = CodeScan(tokenizer, ids)
+    latents = tokenizer.latent(open_embeddings(queries))
+    return scan.search(latents, k, metric=metric, threads=threads)
