@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,11 @@ import pytest
 from typer.testing import CliRunner
 
 from report_cases import FixedParallel, FixedResidual, blobs, healthy, logs, titles
-from semid.diagnostics.pairs import spearman
+from semid.diagnostics.pairs import bootstrap, differ, proportion, spearman
+from semid.diagnostics.spaces import effective_rank, geometry
 from semid.errors import OutputExistsError, UsageError
 from semid.report import Comparison, compare
+from semid.report.compare import METRICS, _with_values
 
 FAST = {"replicates": 20, "threads": 1}
 IDS = [f"item-{i}" for i in range(600)]
@@ -39,6 +42,57 @@ def test_the_better_model_ranks_first(comparison: Comparison) -> None:
     auc = comparison.metric("weighted_auc")
     assert auc.values[2] is not None
     assert auc.ranks[2] == 4
+
+
+def test_values_within_the_interval_of_the_difference_share_a_rank() -> None:
+    shares = [proportion(round(share * 5000), 5000) for share in (0.867, 0.874, 0.95)]
+    row = _with_values(METRICS["id_flips"][0], shares)
+    assert row.ranks == (1, 1, 3)
+    assert row.intervals[0] == (shares[0].low, shares[0].high)
+    many = [proportion(round(share * 500_000), 500_000) for share in (0.867, 0.874)]
+    assert _with_values(METRICS["id_flips"][0], many).ranks == (1, 2)
+    assert _with_values(METRICS["id_flips"][0], [0.867, None, 0.874]).ranks == (1, None, 2)
+
+
+def test_paired_draws_find_what_single_intervals_hide() -> None:
+    noise = np.random.default_rng(0).normal(1, 0.5, (300, 1))
+    a, b = (
+        bootstrap(values / 300, lambda totals: totals, replicates=500, seed=3)[0]
+        for values in (noise, noise + 0.02)
+    )
+    assert a.high > b.value  # the intervals overlap
+    assert differ(a, b)
+    assert not differ(a, a)
+    assert not differ(replace(a, draws=None), replace(b, draws=None))
+
+
+def test_findings_name_no_lead_that_is_noise(comparison: Comparison) -> None:
+    x, tok = healthy()
+    rng = np.random.default_rng(6)
+    near = FixedResidual(*(book + rng.normal(size=book.shape) * 2e-3 for book in tok.books))
+    c = compare({"a": tok, "b": near}, x, ids=IDS, interactions=logs(600), **FAST)
+    flips = c.metric("id_flips")
+    assert flips.values[0] != flips.values[1]
+    assert flips.ranks == (1, 1)
+    assert any(
+        f.startswith("no model leads in symbolic robustness") and "within the interval" in f
+        for f in c.findings
+    )
+    assert any(f.startswith("good") and "lead" in f for f in comparison.findings)
+
+
+def test_the_interval_of_the_effective_rank_is_that_of_a_bootstrap() -> None:
+    rng = np.random.default_rng(2)
+    x = rng.normal(size=(400, 6)) * [3, 2, 1, 1, 0.5, 0.1]
+    estimate = effective_rank(x, name="x", seed=0, replicates=2000)
+    drawn = [
+        geometry(x[rng.integers(0, 400, 400)], name="x", sample=None).effective_rank
+        for _ in range(2000)
+    ]
+    assert estimate.value == geometry(x, name="x", sample=None).effective_rank
+    assert estimate.high - estimate.low == pytest.approx(
+        np.subtract(*np.quantile(drawn, [0.975, 0.025])), rel=0.1
+    )
 
 
 def test_flips_are_ranked_within_levels(comparison: Comparison) -> None:
@@ -190,7 +244,22 @@ class TestCommands:
         self.run(
             folder, "compare", "m0", "m1", "x.npy", "--ids", "items.parquet", "-q", "-o", output
         )
-        assert "m1" in Path(output).read_text(encoding="utf8")
+        page = Path(output).read_text(encoding="utf8")
+        assert "m1" in page
+        assert "x.npy" in page
+        assert "Thing" in page.split("Fullest buckets")[-1]
+
+    def test_compare_takes_names_of_items(self, folder: Path, tmp_path: Path) -> None:
+        import pyarrow.parquet as pq
+
+        names = titles(600).set_column(1, "title", [[f"Name {i}" for i in range(600)]])
+        pq.write_table(names, folder / "names.parquet")
+        output = tmp_path / "c.md"
+        self.run(
+            folder, "compare", "m0", "m1", "x.npy", "--ids", "items.parquet", "--items",
+            "names.parquet", "--interactions", "logs.parquet", "-q", "-o", str(output),
+        )  # fmt: skip
+        assert "Name " in output.read_text(encoding="utf8").split("## Fullest buckets")[1]
 
     def test_compare_needs_two_models(self, folder: Path, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="at least two"):

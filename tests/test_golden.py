@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["SOURCE_DATE_EPOCH"] = "1767225600"  # the date on pages
 
 import numpy as np
 import pytest

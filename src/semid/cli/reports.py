@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -80,23 +81,16 @@ def report(
         relations: Parquet or CSV of item_id, related_item_id: a second ground truth.
         seed: Seed of the samples.
     """
-    from semid.data.items import read_items
-    from semid.errors import IdsError
-
     reads = (model, embeddings, source.ids, items, interactions, relations)
     cli.hold_output(output, overwrite=overwrite, inputs=reads)
     opened = source.open(embeddings)
     log = columns.read(context, interactions)
-    try:  # titles from the tables already named, where they have some
-        table = read_items(source.ids or embeddings, ids=opened.ids, id_column=source.id_column)
-    except (UsageError, IdsError):
-        table = None
     with cli.make_progress(quiet=quiet) as progress:
         result = semid.diagnose(
             cli.open_tokenizer(model),
             opened,
             interactions=log,
-            items=items if items is not None else table,
+            items=items if items is not None else _titles(source, embeddings, opened),
             relations=relations,
             seed=seed,
             threads=threads,
@@ -107,6 +101,17 @@ def report(
     cli.say(f"report: {output}")
 
 
+def _titles(source: cli.SourceOptions, embeddings: str, opened: Any) -> Any:
+    """Return titles from the tables already named, where they have some."""
+    from semid.data.items import read_items
+    from semid.errors import IdsError
+
+    try:
+        return read_items(source.ids or embeddings, ids=opened.ids, id_column=source.id_column)
+    except (UsageError, IdsError):
+        return None
+
+
 def compare(
     context: typer.Context,
     paths: Annotated[list[str], typer.Argument(metavar="MODEL MODEL... EMBEDDINGS")],
@@ -114,6 +119,7 @@ def compare(
     source: cli.SourceOptions,
     columns: cli.InteractionColumns,
     interactions: str | None = None,
+    items: str | None = None,
     relations: str | None = None,
     seed: int = 0,
     threads: cli.Threads = None,
@@ -128,6 +134,8 @@ def compare(
         paths: Folders written by 'semid fit', two or more, then the embeddings.
         output: File to write: .html, .json or .md.
         interactions: Parquet or CSV of user_id, item_id and position or timestamp.
+        items: Table with item_id and title (or text), for names of items; default: the --ids
+            table, else the embeddings' own.
         relations: Parquet or CSV of item_id, related_item_id: a second ground truth.
         seed: Seed of samples, noise and negatives.
     """
@@ -135,7 +143,7 @@ def compare(
         raise UsageError(
             f"{len(paths)} paths given; name at least two model folders and then the embeddings"
         )
-    reads = (*paths, source.ids, interactions, relations)
+    reads = (*paths, source.ids, interactions, items, relations)
     cli.hold_output(output, overwrite=overwrite, inputs=reads)
     # The command line gives one list: the models, then the embeddings.
     models, embeddings = paths[:-1], paths[-1]
@@ -151,6 +159,7 @@ def compare(
             {name: cli.open_tokenizer(path) for name, path in zip(names, models, strict=True)},
             opened,
             interactions=log,
+            items=items if items is not None else _titles(source, embeddings, opened),
             relations=relations,
             seed=seed,
             threads=threads,
@@ -250,13 +259,12 @@ def demo(
         model.fit(embeddings, ids=table, progress=steps)
         model.save(folder / "model")
         encode_to_parquet(model, embeddings, folder / "ids.parquet", ids=table, progress=steps)
-        diagnosis = semid.diagnose(
-            model,
-            embeddings,
-            ids=table,
-            items=table,
-            interactions=folder / "data/interactions.parquet",
-        )
+        # The report calls the files by their names after the folder is whole.
+        source = semid.open_embeddings(embeddings, ids=table)
+        source.label = f"'{output}/data/embeddings.npy'"
+        log = semid.read_interactions(folder / "data/interactions.parquet")
+        log = replace(log, label=f"'{output}/data/interactions.parquet'")
+        diagnosis = semid.diagnose(model, source, items=table, interactions=log)
         diagnosis.write(folder / "report.html")
     if model.report is not None:
         cli.say(model.report.summary)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from semid.data.blocks import squared_norms
+from semid.diagnostics.pairs import Estimate, bootstrap, row_groups
 from semid.errors import InputError, UsageError
 from semid.results import Result
 from semid.seeds import numpy_generator
@@ -186,6 +187,38 @@ def geometry(
         constant_columns=int((~varies).sum()),
         eigenvalues=values,
     )
+
+
+def effective_rank(x: Matrix, *, name: str, seed: int, replicates: int) -> Estimate:
+    """Return the effective rank of a space ``x`` (items, dim) with its interval over rows.
+
+    Cost: that of `geometry` on all rows, and as much again for the eigenvectors.
+    """
+    array = as_matrix(x, name)
+    measured = geometry(array, name=name, sample=None)
+    mean = sum(as_block(array, p).sum(0, np.float64) for p in row_blocks(len(array))) / len(array)
+    gram = np.zeros((array.shape[1], array.shape[1]))
+    for part in row_blocks(len(array)):
+        centered = as_block(array, part) - mean
+        gram += centered.T @ centered
+    values, vectors = np.linalg.eigh(gram / len(array))
+    used = values > values.max() * _CONSTANT
+    values, vectors = values[used], vectors[:, used]
+    share, entropy = values / values.sum(), np.log(measured.effective_rank)
+    # To first order, a row moves eigenvalue k by y_k - l_k, with y_k its squared coordinate along
+    # eigenvector k. By the chain rule it moves the entropy H of q = l / sum l by
+    # -sum_k y_k (log q_k + H) / sum l, whose mean over the rows is 0.
+    slope = (np.log(share) + entropy) / values.sum()
+    influence = np.concatenate(
+        [-(((as_block(array, p) - mean) @ vectors) ** 2) @ slope for p in row_blocks(len(array))]
+    )
+    estimate = bootstrap(
+        row_groups(influence),
+        lambda totals: measured.effective_rank * np.exp(totals / len(array)),
+        seed=seed,
+        replicates=replicates,
+    )[0]
+    return replace(estimate, value=measured.effective_rank)
 
 
 @dataclass(frozen=True)

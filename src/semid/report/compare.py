@@ -12,7 +12,7 @@ import numpy as np
 from semid.data.embeddings import open_embeddings
 from semid.data.interactions import read_interactions
 from semid.diagnostics.overlap import REPORT_SCALE
-from semid.diagnostics.pairs import Estimate
+from semid.diagnostics.pairs import Estimate, Proportion, differ
 from semid.errors import UsageError
 from semid.report.diagnose import diagnose
 from semid.report.figure import DECLARATIONS
@@ -35,24 +35,30 @@ VERDICTS: dict[str, tuple[str, str]] = {
 VIEWS: dict[str, str] = DECLARATIONS["views"]
 """Key of a view -> its title."""
 
-Read = Callable[[Diagnosis], float | None]
+Value = float | Estimate | Proportion
+"""A value that is exact on these items, or one with an interval."""
+
+Read = Callable[[Diagnosis], Value | None]
 """Returns the value of a metric, None where it was not measured."""
 
 
-def _flips(response: NoiseResponse) -> tuple[float, float]:
+def _flips(response: NoiseResponse) -> tuple[Proportion, Estimate]:
     """Return the share of ids that change at noise 0.2, and the mean share of codes that do."""
     point = next(p for p in response.flips.points if p.scale == 0.2)
-    return point.prefix[-1].value, sum(code.value for code in point.code) / len(point.code)
+    # The levels share their items, so the mean of the intervals covers the mean.
+    value, low, high = (
+        fmean(getattr(code, end) for code in point.code) for end in ("value", "low", "high")
+    )
+    return point.prefix[-1], Estimate(value, low, high)
 
 
-def _at_50(rates: Mapping[int, Estimate | None]) -> float | None:
+def _at_50(rates: Mapping[int, Estimate | None]) -> Estimate | None:
     """Return the value at K = 50, or at the largest K there is in a small pool."""
-    estimate = rates.get(50, rates[max(rates)])
-    return None if estimate is None else estimate.value
+    return rates.get(50, rates[max(rates)])
 
 
-_PAIR_READERS: dict[str, Callable[[PairResults], float | None]] = {
-    "weighted_auc": lambda measured: measured.aucs.aucs["weighted"].value,
+_PAIR_READERS: dict[str, Callable[[PairResults], Estimate | None]] = {
+    "weighted_auc": lambda measured: measured.aucs.aucs["weighted"],
     "retention": lambda measured: _at_50(measured.retrieval.retention[0].above_chance),
     "discrete_hits": lambda measured: _at_50(measured.discrete.depths[-1].rates),
 }
@@ -61,7 +67,7 @@ _PAIR_READERS: dict[str, Callable[[PairResults], float | None]] = {
 def _of_pairs(key: str, relation: str | None = None) -> Read:
     """Return a metric of the test users' pairs, or of a kind of known relation."""
 
-    def value(d: Diagnosis) -> float | None:
+    def value(d: Diagnosis) -> Estimate | None:
         if relation is not None:
             measured = (d.relations or {}).get(relation)
         else:
@@ -71,8 +77,10 @@ def _of_pairs(key: str, relation: str | None = None) -> Read:
     return value
 
 
-def _effective_rank(d: Diagnosis) -> float | None:
+def _effective_rank(d: Diagnosis) -> Value | None:
     spaces = () if d.geometry is None else d.geometry.spaces
+    if d.geometry is not None and d.geometry.effective_rank is not None:
+        return d.geometry.effective_rank
     return next((s.effective_rank for s in spaces if s.name == "decoder(codes)"), None)
 
 
@@ -123,14 +131,15 @@ def compare(
     """Diagnose several tokenizers under one protocol and set them side by side.
 
     All see the same items, noise, subsets, test users, pairs and negatives. Each view has metrics
-    with ranks of their own; there is no total, because the views trade off against each other.
+    with ranks of their own; there is no total, because the views trade off against each other. A
+    model ranks behind those that are better by more than the 95 % interval of the difference.
 
     Args:
         models: name -> fitted tokenizer, at least two, all of one input width.
         x: embeddings, as in `diagnose`.
         interactions: without them the view of soft matching is empty.
         ids: item ids.
-        options: ``relations`` and ``progress`` of `diagnose`, and its options.
+        options: ``items``, ``relations`` and ``progress`` of `diagnose`, and its options.
 
     Returns:
         A `Comparison`; ``.write("compare.html")`` makes the page.
@@ -160,11 +169,12 @@ def side_by_side(diagnoses: Mapping[str, Diagnosis]) -> Comparison:
     all_held_out = all("held_out" in d.reconstruction.relative_error for d in each)
     rows = []
     for row, read in (*METRICS.values(), *relation_metrics(each)):
-        values = tuple(read(d) for d in each)
+        values: tuple[Value | None, ...] = tuple(read(d) for d in each)
         if row.key == "relative_error" and all_held_out:
-            values = tuple(d.reconstruction.relative_error["held_out"] for d in each)
+            errors = (d.reconstruction for d in each)
+            values = tuple(e.held_out or e.relative_error["held_out"] for e in errors)
         if any(value is not None for value in values):
-            rows.append(replace(row, values=values, ranks=_ranks(values, row.better)))
+            rows.append(_with_values(row, values))
     # One lead metric stands for each view where views are traded off.
     leads = [row for row in rows if row.lead]
     dominated = _dominated(tuple(diagnoses), leads)
@@ -179,15 +189,23 @@ def side_by_side(diagnoses: Mapping[str, Diagnosis]) -> Comparison:
     )
 
 
-def _ranks(values: tuple[float | None, ...], better: str) -> tuple[int | None, ...]:
-    if better == "neither":
-        return (None,) * len(values)
-    sign = 1.0 if better == "lower" else -1.0
-    # A rank is one more than the number of better values, so equal values share it.
-    known = [sign * value for value in values if value is not None]
-    return tuple(
-        None if value is None else 1 + sum(other < sign * value for other in known)
-        for value in values
+def _with_values(row: MetricRow, measured: Sequence[Value | None]) -> MetricRow:
+    """Return the row with values, their intervals, and ranks."""
+    each = [Estimate(value) if isinstance(value, float) else value for value in measured]
+    sign = 1.0 if row.better == "lower" else -1.0
+    ranks: list[int | None] = [None] * len(each)
+    for place, value in enumerate(each) if row.better != "neither" else ():
+        if value is not None:
+            known = [other for other in each if other is not None]
+            better = [o for o in known if sign * o.value < sign * value.value and differ(o, value)]
+            ranks[place] = 1 + len(better)
+    return replace(
+        row,
+        values=tuple(None if v is None else v.value for v in each),
+        ranks=tuple(ranks),
+        intervals=tuple(
+            None if v is None or v.low is None or v.high is None else (v.low, v.high) for v in each
+        ),
     )
 
 
@@ -250,9 +268,19 @@ def _findings(
         if not d.healthy
     ]
     for row in leads:
-        best = [name for name, rank in zip(diagnoses, row.ranks, strict=True) if rank == 1]
-        verb = "lead" if len(best) > 1 else "leads"
-        findings.append(f"{_listed(best)} {verb} in {VIEWS[row.view].lower()} ({row.name})")
+        best = {
+            name: value
+            for name, value, rank in zip(diagnoses, row.values, row.ranks, strict=True)
+            if rank == 1
+        }
+        view = f"{VIEWS[row.view].lower()} ({row.name})"
+        why = "equal" if len(set(best.values())) == 1 else "within the interval of the difference"
+        if len(best) == 1:
+            findings.append(f"{_listed(list(best))} leads in {view}")
+        elif len(best) == len(diagnoses):
+            findings.append(f"no model leads in {view}: the values are {why}")
+        else:
+            findings.append(f"{_listed(list(best))} lead in {view}; their values are {why}")
     # Dominance counts the lead metric of each view alone, so no view outweighs another.
     beaten = {name: by for name, by in dominated.items() if by}
     findings += [

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -163,12 +166,16 @@ def diagnose(
             "jump over items outside the catalogue; popularity counts all users",
             geometry_items=len(sample),
             flip_items=min(settings.flip_sample, measured.items),
+            interactions=None if log is None else log.label,
+            date=_today(),
         ),
         verdict=measured.health.verdict(tok.codebooks, overlaps=overlaps),
         usage=tuple(
             RankedUsage(**vars(u), rank_frequency=rank_frequency(u)) for u in measured.usage
         ),
-        reconstruction=reconstruction_errors(tok, measured, held_out),
+        reconstruction=reconstruction_errors(
+            tok, measured, held_out, seed=settings.seed, replicates=settings.replicates
+        ),
         overlap=overlaps,
         flips=flips,
         geometry=geometry,
@@ -213,7 +220,12 @@ class _Run:
         decoded = self.tok.decode(self.measured.codes[sample])
         spaces = {"input": rows, "latent": self.tok.latent(rows), "decoder(codes)": decoded}
         seed = self.options.seed
-        geometry = measure_geometry(spaces, items=self.measured.items, seed=seed)
+        geometry = measure_geometry(
+            spaces,
+            items=self.measured.items,
+            seed=seed,
+            replicates=self.options.replicates,
+        )
         self.progress.start("flips", total=None)
         flips, notes = measure_flips(
             self.tok,
@@ -326,6 +338,13 @@ def _texts(items: Any, others: tuple[Any, ...], ids: ItemIds) -> ItemTexts | Non
         except (UsageError, IdsError):  # it serves another purpose and has no titles
             continue
     return None
+
+
+def _today() -> str:
+    """Return the date; SOURCE_DATE_EPOCH fixes it where outputs are compared."""
+    seconds = os.environ.get("SOURCE_DATE_EPOCH", "")
+    now = float(seconds) if seconds.isdigit() else time.time()
+    return datetime.fromtimestamp(now, UTC).date().isoformat()
 
 
 def _model_info(tok: Tokenizer) -> ModelInfo:

@@ -21,8 +21,8 @@ from semid.diagnostics.flips import (
     margin_proxy,
 )
 from semid.diagnostics.overlap import LevelOverlap
-from semid.diagnostics.pairs import rank_agreement
-from semid.diagnostics.spaces import geometry
+from semid.diagnostics.pairs import Estimate, bootstrap, rank_agreement, row_groups
+from semid.diagnostics.spaces import effective_rank, geometry
 from semid.errors import EmbeddingError
 from semid.health import LevelUsage, bucket_keys, row_hashes
 from semid.progress import Progress
@@ -237,7 +237,12 @@ def held_out_rows(tok: Tokenizer, source: EmbeddingSource) -> tuple[Mask | None,
 
 
 def reconstruction_errors(
-    tok: Tokenizer, measured: CataloguePass, held_out: Mask | None
+    tok: Tokenizer,
+    measured: CataloguePass,
+    held_out: Mask | None,
+    *,
+    seed: int,
+    replicates: int,
 ) -> ReconstructionErrors:
     """Return errors of the whole code in the input space, and by level in the latent space."""
     groups: dict[str, Mask | slice] = {"all": slice(None)}
@@ -273,7 +278,23 @@ def reconstruction_errors(
         ),
         variance=float(measured.health.inputs.variances.sum()),
         latent_variance=measured.latent.variance,
+        held_out=_held_out_error(measured, held_out, seed=seed, replicates=replicates),
     )
+
+
+def _held_out_error(
+    measured: CataloguePass, held_out: Mask | None, **bootstrap_options: int
+) -> Estimate | None:
+    """Return the relative error of the held-out rows with its interval over rows."""
+    error = measured.health.relative_errors.get("held_out")
+    if held_out is None or error is None:
+        return None
+    # What errors are relative to, the squared distance to the mean of all rows, is the same in all
+    # draws.
+    sums = row_groups(measured.errors[held_out])
+    scale = error / sums.sum() if sums.any() else 0.0
+    estimate = bootstrap(sums * scale, lambda totals: totals, **bootstrap_options)[0]
+    return replace(estimate, value=error)
 
 
 # Noise and spectra ----------------------------------------------------------------------------
@@ -397,7 +418,9 @@ def flipped_items(
     return flipped
 
 
-def measure_geometry(spaces: dict[str, Array], *, items: int, seed: int) -> Spaces | None:
+def measure_geometry(
+    spaces: dict[str, Array], *, items: int, seed: int, replicates: int
+) -> Spaces | None:
     """Measure the spectra of spaces (n, width); None where one has no spread."""
     measured: list[tuple[Array, SpaceGeometry]] = []
     for name, rows in spaces.items():
@@ -411,4 +434,6 @@ def measure_geometry(spaces: dict[str, Array], *, items: int, seed: int) -> Spac
             spectrum = _thinned(shares, np.geomspace(1, len(shares), MAX_RANKS))
             equal = SpaceGeometry(**vars(space), spectrum=spectrum)
         measured.append((rows, replace(equal, name=name)))
-    return Spaces(measured[0][1].rows, items, tuple(space for _, space in measured))
+    # Models are compared by the last space, that of the reconstructions.
+    interval = effective_rank(rows, name=name, seed=seed, replicates=replicates)
+    return Spaces(measured[0][1].rows, items, tuple(space for _, space in measured), interval)

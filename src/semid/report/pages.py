@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from markupsafe import Markup
@@ -14,7 +16,7 @@ from semid.health import Finding, Verdict
 from semid.report.compare import VERDICTS, VIEWS
 from semid.report.figure import DECLARATIONS, WRITERS, Figure, count, number, share, spoken
 from semid.report.figures import SENSES, comparison_figures, level_name, report_figures
-from semid.report.results import Comparison, Diagnosis
+from semid.report.results import Bucket, Comparison, Diagnosis
 
 SECTIONS = tuple(
     (key, texts["title"], texts["introduction"]) for key, texts in DECLARATIONS["sections"].items()
@@ -57,6 +59,7 @@ def render(template: str, **values: Any) -> str:
         embed_json=embed_json,
         plotly=Markup(get_plotlyjs()),
         semid_version=version("semid"),
+        measured_on=measured_on,
         **values,
     )
 
@@ -71,6 +74,7 @@ def report_page(diagnosis: Diagnosis) -> str:
     return render(
         "report.html.j2",
         d=diagnosis,
+        data_name=data_name(diagnosis),
         verdict_words=verdict_words(diagnosis.verdict),
         findings=grouped_findings(diagnosis.verdict.findings),
         key_figures=key_figures(diagnosis),
@@ -83,13 +87,15 @@ def report_page(diagnosis: Diagnosis) -> str:
 
 def comparison_page(c: Comparison) -> str:
     """Return the comparison as an HTML page."""
-    figures = comparison_figures(c)
+    figures, first = comparison_figures(c), next(iter(c.diagnoses.values()))
     return render(
         "compare.html.j2",
         c=c,
-        data=next(iter(c.diagnoses.values())).data,
-        protocol=next(iter(c.diagnoses.values())).protocol.to_dict(),
+        data=first.data,
+        data_name=data_name(first),
+        protocol=first.protocol.to_dict(),
         views=view_rows(c),
+        buckets=fullest_buckets(c),
         verdicts={name: VERDICTS[d.verdict.level][0] for name, d in c.diagnoses.items()},
         figures=figures,
         plots=[figure.to_plot() for figure in figures if figure.traces],
@@ -119,7 +125,8 @@ def report_markdown(diagnosis: Diagnosis) -> str:
     """Return a diagnosis as Markdown: the verdict, and a table per figure."""
     word, meaning = verdict_words(diagnosis.verdict)
     parts = [
-        f"# {escaped(diagnosis.model.name)} on {count(diagnosis.data.items)} items\n",
+        f"# {escaped(f'{diagnosis.model.name} on {data_name(diagnosis)}')}\n",
+        f"{count(diagnosis.data.items)} items, {measured_on(diagnosis)}.\n",
         f"**{word}.** {meaning}\n",
     ]
     parts += [
@@ -134,11 +141,7 @@ def report_markdown(diagnosis: Diagnosis) -> str:
             parts += [f"## {title}\n", *drawn]
     if diagnosis.buckets:
         rows = [
-            [
-                count(bucket.items),
-                " ".join(map(str, bucket.codes)),
-                "; ".join(str(item.title or item.id) for item in bucket.examples[:3]),
-            ]
+            [count(bucket.items), " ".join(map(str, bucket.codes)), _examples(bucket)]
             for bucket in diagnosis.buckets[:10]
         ]
         parts += ["## Fullest buckets\n", table(["Items", "Id", "For example"], rows)]
@@ -150,26 +153,47 @@ def report_markdown(diagnosis: Diagnosis) -> str:
     return "\n".join(parts)
 
 
+def _cell_text(value: str, ends: str | None, rank: int | None) -> str:
+    remarks = [*([ends] if ends else []), *([f"rank {rank}"] if rank else [])]
+    return f"{value} ({', '.join(remarks)})" if remarks else value
+
+
 def comparison_markdown(c: Comparison) -> str:
     """Return the comparison as Markdown."""
-    items = next(iter(c.diagnoses.values())).data.items
-    parts = [f"# {len(c.names)} models on {count(items)} items\n"]
+    first = next(iter(c.diagnoses.values()))
+    parts = [
+        f"# {len(c.names)} models on {escaped(data_name(first))}\n",
+        f"{count(first.data.items)} items, {measured_on(first)}.\n",
+    ]
     parts += [f"- {escaped(finding)}.\n" for finding in c.findings]
     for title, rows in view_rows(c):
         body = [
             [
                 f"{row.name} ({row.sense})",
-                *(text + (f" (rank {rank})" if rank else "") for text, rank in row.cells),
+                *(_cell_text(*cell) for cell in row.cells),
             ]
             for row in rows
         ]
         parts += [f"## {title}\n", table(["", *c.names], body)]
     parts += ["## Trade-offs\n", *(figure_markdown(figure) for figure in comparison_figures(c))]
+    if buckets := fullest_buckets(c):
+        parts += ["## Fullest buckets\n", table(["Model", "Items", "For example"], buckets)]
     parts += ["## Notes\n", *(f"- {escaped(note)}.\n" for note in c.notes)]
     return "\n".join(parts)
 
 
 # The contents of both ------------------------------------------------------------------------
+
+
+def data_name(d: Diagnosis) -> str:
+    """Return file and folder of the embeddings, or their number where there is no file."""
+    quoted = re.findall(r"'([^']+)'", d.data.label)
+    return "/".join(PurePath(quoted[-1]).parts[-2:]) if quoted else f"{count(d.data.items)} items"
+
+
+def measured_on(d: Diagnosis) -> str:
+    """Return when a diagnosis was made; those of earlier versions do not say."""
+    return f"measured on {d.protocol.date or 'an unknown day'}"
 
 
 def verdict_words(verdict: Verdict) -> tuple[str, str]:
@@ -238,20 +262,38 @@ def _protocol_rows(diagnosis: Diagnosis) -> list[tuple[str, str]]:
 
 
 class ViewRow(NamedTuple):
-    """A metric in the table of its view: per model its value, written out, and its rank."""
+    """A metric in the table of its view: value, interval and rank of each model, written out."""
 
     name: str
     sense: str
-    cells: list[tuple[str, int | None]]
+    cells: list[tuple[str, str | None, int | None]]
 
 
 def view_rows(c: Comparison) -> list[tuple[str, list[ViewRow]]]:
     """Return title and rows of the table of each view that has rows."""
     rows: dict[str, list[ViewRow]] = {key: [] for key in VIEWS}
     for metric in c.metrics:
-        cells = zip(map(WRITERS[metric.kind], metric.values), metric.ranks, strict=True)
+        write = WRITERS[metric.kind]
+        # Files of earlier versions have no intervals.
+        ends = [e and f"{write(e[0])} to {write(e[1])}" for e in metric.intervals]
+        cells = zip(
+            map(write, metric.values), ends or [None] * len(c.names), metric.ranks, strict=True
+        )
         rows[metric.view].append(ViewRow(metric.name, SENSES[metric.better], list(cells)))
     return [(VIEWS[key], in_view) for key, in_view in rows.items() if in_view]
+
+
+def fullest_buckets(c: Comparison) -> list[list[str]]:
+    """Return model, number of items and examples of the three fullest buckets of each model."""
+    return [
+        [name, count(bucket.items), _examples(bucket)]
+        for name, d in c.diagnoses.items()
+        for bucket in d.buckets[:3]
+    ]
+
+
+def _examples(bucket: Bucket) -> str:
+    return "; ".join(str(item.title or item.id) for item in bucket.examples[:3])
 
 
 # Notebooks -----------------------------------------------------------------------------------
@@ -266,7 +308,7 @@ def report_table(d: Diagnosis) -> str:
 def comparison_table(c: Comparison) -> str:
     """Return the metrics of all models as a notebook shows them."""
     rows = [row for _, in_view in view_rows(c) for row in in_view]
-    cells = [[row.name, *(value for value, _ in row.cells)] for row in rows]
+    cells = [[row.name, *(value for value, *_ in row.cells)] for row in rows]
     return html_table(repr(c), [["", *c.names], *cells])
 
 

@@ -13,7 +13,7 @@ from semid.diagnostics.auc import PairAucs
 from semid.diagnostics.discrete import DiscreteRetrieval
 from semid.diagnostics.flips import FlipRates, MarginProxy
 from semid.diagnostics.overlap import LevelOverlap
-from semid.diagnostics.pairs import PairCounts
+from semid.diagnostics.pairs import Estimate, PairCounts
 from semid.diagnostics.popularity import PopularityHealth
 from semid.diagnostics.retrieval import ItemRetrieval
 from semid.diagnostics.spaces import Geometry
@@ -92,7 +92,9 @@ class DataInfo(Result):
 
 @dataclass(frozen=True)
 class Protocol(Result):
-    """How the figures were measured: seed, samples, noise and splits."""
+    """How the figures were measured: seed, samples, noise and splits; from which log, and when."""
+
+    omit_none: ClassVar[tuple[str, ...]] = ("interactions", "date")
 
     seed: int
     explorer_items: int
@@ -101,6 +103,8 @@ class Protocol(Result):
     behavior: str
     geometry_items: int
     flip_items: int
+    interactions: str | None = None  # what the log is called, in the user's words
+    date: str | None = None  # day of the measurement (UTC), or that of SOURCE_DATE_EPOCH
 
 
 @dataclass(frozen=True)
@@ -129,9 +133,12 @@ class SpaceGeometry(Geometry):
 class Spaces(Result):
     """Geometry of the input, the latent space and the reconstruction, on the same ``rows``."""
 
+    omit_none: ClassVar[tuple[str, ...]] = ("effective_rank",)
+
     rows: int
     items: int
     spaces: tuple[SpaceGeometry, ...]
+    effective_rank: Estimate | None = None  # of the reconstruction, with its interval over rows
 
 
 @dataclass(frozen=True)
@@ -158,6 +165,8 @@ class LevelErrors(Result):
 class ReconstructionErrors(Result):
     """Errors of ``decoder(codes)`` in the input space, and by level in the latent space."""
 
+    omit_none: ClassVar[tuple[str, ...]] = ("held_out",)
+
     space: str
     mse_per_element: float
     # mean squared error between rows and reconstructions of length 1
@@ -173,6 +182,7 @@ class ReconstructionErrors(Result):
     per_level: tuple[LevelErrors, ...]
     variance: float  # of the input, summed over dimensions, as ``latent_variance`` of the latent
     latent_variance: float
+    held_out: Estimate | None = None  # relative error of held-out rows with its interval
 
 
 @dataclass(frozen=True)
@@ -331,8 +341,11 @@ class MetricRow(Result):
     kind: Literal["share", "number", "count"]
     lead: bool  # whether it stands for its view in the trade-offs
     values: tuple[float | None, ...]  # one per model; None where it was not measured
-    # one per model, 1 the best, equal values share a rank; None where unranked
+    # one per model: 1, plus the number of models that are better by more than the 95 % interval of
+    # the difference; None where unranked
     ranks: tuple[int | None, ...]
+    # one per model: ends of the 95 % interval of its value; None where the value has none
+    intervals: tuple[tuple[float, float] | None, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

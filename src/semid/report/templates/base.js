@@ -33,7 +33,7 @@ semid.layout = function (own) {
     font: { family: "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", size: phone ? 11 : 12, color: ink },
     margin: { l: 52, r: 12, t: 8, b: 44 },
     legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { color: muted } },
-    hoverlabel: { bgcolor: semid.css("--card"), bordercolor: line, font: { color: ink } },
+    hoverlabel: { bgcolor: semid.css("--card"), bordercolor: line, font: { color: ink }, namelength: -1 },
     hovermode: "closest", dragmode: false, bargap: 0.35,
   };
   const merged = Object.assign(base, semid.paint(own));

@@ -4,6 +4,8 @@
   const data = JSON.parse(document.getElementById("semid-explorer").textContent);
   const root = document.getElementById("explorer");
   const PAGE = 20;
+  const CELL = 2400; // square pixels of a code's rectangle, on average: room for a word
+  const LINE = 15; // pixels of a line of text in it
   const METRICS = [
     ["error", "Relative error", "share", "worse"],
     ["flips", "Ids that flip under noise", "share", "worse"],
@@ -60,6 +62,8 @@
     const shown = node < 0 ? data.shown : tree.shown[node];
     return tree.order.slice(first, first + shown);
   };
+  const examples = (tree, node) => !data.titles ? []
+    : itemsOf(tree, node).slice(0, 3).map((item) => data.titles[item]).filter(Boolean);
   // The deepest node on the way to a list of codes.
   const walk = (tree, codes) => {
     let node = -1;
@@ -102,6 +106,24 @@
     return out;
   };
 
+  // One color scale for all levels, so that a code keeps its color where it is seen again. It runs
+  // from the 2nd to the 98th percentile of all codes; counts, which fall from level to level, by
+  // their logarithm.
+  const scales = {};
+  const scaleOf = (metric) => {
+    if (!scales[metric]) {
+      const all = trees.flatMap((tree) => metric === "items" ? tree.items : tree.metrics[metric]).sort((a, b) => a - b);
+      const at = (q) => all[Math.round(q * (all.length - 1))];
+      scales[metric] = metric === "items" ? [1, all[all.length - 1]] : [at(0.02), at(0.98)];
+    }
+    return scales[metric];
+  };
+  const shade = (metric, value) => {
+    const [low, high] = scaleOf(metric).map((end) => metric === "items" ? Math.log(end) : end);
+    const t = ((metric === "items" ? Math.log(value) : value) - low) / (high - low);
+    return high > low ? Math.min(1, Math.max(0, t)) : 0.3;
+  };
+
   // Parts of the page, made once.
   const available = METRICS.filter(([key]) => key === "items" || key in trees[0].metrics);
   state.metric = available[0][0];
@@ -117,6 +139,7 @@
   });
   const trail = make("ol", { class: "trail", "aria-label": "Chosen prefix" });
   const map = make("div", { class: "map", role: "group", "aria-label": "Codes, sized by their items" });
+  const frame = make("div", { class: "frame" }, map);
   const legend = make("div", { class: "legend" });
   const detail = make("div", { class: "detail" });
   const said = make("p", { class: "hidden-text", role: "status", "aria-live": "polite" });
@@ -125,13 +148,14 @@
       make("label", { class: "grow" }, "Search", search),
       treePick ? make("label", {}, "Codebook", treePick) : null,
       make("label", {}, "Color", metricPick)),
-    trail, map, legend, said, detail);
+    trail, frame, legend, said, detail);
 
   const go = (tree, node, options) => {
     const { focus, keepQuery, found } = options || {};
     state.tree = tree; state.node = node; state.page = 1; state.found = found === undefined ? -1 : found;
     if (!keepQuery) { state.query = ""; search.value = ""; }
     if (treePick) treePick.value = tree;
+    frame.scrollTop = 0;
     draw();
     const here = trees[tree];
     said.textContent = node < 0 ? "All items" : `${levelWord} code ${name(here, node)}: ${count(here.items[node])} items`;
@@ -156,29 +180,36 @@
     const [, label, kind, sense] = available.find(([key]) => key === state.metric);
     map.replaceChildren();
     legend.replaceChildren();
-    map.style.display = nodes.length ? "" : "none";
+    frame.style.display = nodes.length ? "" : "none";
     if (!nodes.length) return;
+    // The map is as high as its codes need to show words, up to five screens, and scrolls inside.
+    const needed = nodes.length * CELL / frame.clientWidth;
+    map.style.height = `${Math.min(Math.max(frame.clientHeight, needed), 5 * frame.clientHeight)}px`;
     const boxes = squarify(nodes.map((node) => tree.items[node]), map.clientWidth, map.clientHeight);
     const values = nodes.map((node) => metricOf(tree, node));
-    const low = Math.min(...values), high = Math.max(...values);
+    const [low, high] = scaleOf(state.metric);
     // Where white and dark text read equally well on the mixed color.
     const flip = document.documentElement.dataset.theme === "dark" ? 0.55 : 0.66;
     nodes.forEach((node, index) => {
       const [x, y, w, h] = boxes[index];
-      const t = high > low ? (values[index] - low) / (high - low) : 0.3;
-      const told = words(tree, node);
+      const t = shade(state.metric, values[index]);
+      const told = words(tree, node), titles = examples(tree, node);
       const button = make("button", {
         type: "button", tabindex: index ? "-1" : "0", "data-node": node,
         "aria-label": `Code ${name(tree, node)}, ${count(tree.items[node])} items, ${label.toLowerCase()} ${write[kind](values[index])}${told.length ? ", " + told.join(" ") : ""}`,
-        title: `${name(tree, node)}: ${count(tree.items[node])} items\n${label}: ${write[kind](values[index])}${told.length ? "\n" + told.join(", ") : ""}`,
+        title: `${name(tree, node)}: ${count(tree.items[node])} items\n${label}: ${write[kind](values[index])}${told.length ? "\n" + told.join(", ") : ""}${titles.length ? "\n\n" + titles.join("\n") : ""}`,
         onclick: () => go(state.tree, node, { focus: true }),
       });
       button.style.cssText = `left:${x}px;top:${y}px;width:${w}px;height:${h}px;`
         + `background:color-mix(in oklab, var(--hi) ${(100 * t).toFixed(1)}%, var(--lo));`
         + `color:${t > flip ? "var(--on-hi)" : "var(--on-lo)"}`;
-      if (w > 34 && h > 22) button.append(make("b", { text: tree.code[node] }));
-      if (w > 62 && h > 40 && told.length) button.append(make("span", { text: told.slice(0, h > 70 ? 3 : 1).join(" ") }));
-      if (w < 20 || h < 16) button.style.padding = "0";
+      // As many lines as there is room for: the code, then a word a line.
+      const lines = Math.floor((h - 4) / LINE);
+      if (w > 22 && lines > 0) button.append(make("b", { text: tree.code[node] }));
+      // A plural beside its singular says nothing new.
+      const apart = told.filter((word, at) => !told.slice(0, at).some((other) => word.startsWith(other) || other.startsWith(word)));
+      if (w > 36) button.append(...apart.slice(0, Math.max(0, lines - 1)).map((word) => make("span", { text: word })));
+      if (w < 44 || h < 34) button.style.padding = "2px";
       map.append(button);
     });
     const drawn = nodes.reduce((sum, node) => sum + tree.items[node], 0);
@@ -186,6 +217,7 @@
     legend.append(
       make("span", { text: `${label} (more color: ${sense})` }), make("span", { class: "num", text: write[kind](low) }),
       make("i", { "aria-hidden": "true" }), make("span", { class: "num", text: write[kind](high) }),
+      make("span", { text: `· one scale for all ${levelWord.toLowerCase()}s` }),
       ...(drawn < whole ? [make("span", { text: `· codes with ${count(whole - drawn)} more items are not drawn` })] : []));
   };
 
@@ -336,8 +368,8 @@
 
   const draw = () => { drawTrail(); drawMap(); drawDetail(); };
   draw();
-  let width = map.clientWidth;
-  new ResizeObserver(() => { if (map.clientWidth && map.clientWidth !== width) { width = map.clientWidth; drawMap(); } }).observe(root);
+  let width = frame.clientWidth;
+  new ResizeObserver(() => { if (frame.clientWidth && frame.clientWidth !== width) { width = frame.clientWidth; drawMap(); } }).observe(root);
   document.addEventListener("semid-theme", drawMap);
   document.querySelectorAll("[data-path]").forEach((button) => button.addEventListener("click", () => {
     const codes = button.dataset.path.split(".").map(Number);
