@@ -1,24 +1,39 @@
-# `make demo` and `make test` work on a fresh machine with Python 3.11: they make .venv themselves.
-PYTHON ?= python3.11
+# `make demo` and `make test` work on a fresh machine with Python 3.11 or newer: they make .venv.
+PYTHON ?= $(shell for v in 3.11 3.12 3.13 3.14; do python$$v -c '' 2>&- && echo python$$v && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
+# What semid needs, and what its tests need.
+RUNTIME := $(VENV)/.runtime
 READY := $(VENV)/.ready
+# The CPU build of torch: on Linux, PyPI has the one with gigabytes of CUDA.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 LOWEST := .venv-lowest
 
 # Two processes or more bring more than threads inside one: the tests' matrices are tiny.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 MARKS ?= not slow and not gpu and not browser
 
-.PHONY: demo test lowest golden slow browser fuzz faults flags bench mutation quick docs results lint format clean
+.PHONY: demo screenshots test lowest golden slow browser fuzz faults flags bench mutation quick docs results lint format clean
 
-$(READY): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
+$(RUNTIME): pyproject.toml constraints.txt
+	$(or $(PYTHON),python3) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --retries 1 --no-deps --extra-index-url $(TORCH_INDEX) -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	touch $@
+
+$(READY): $(RUNTIME)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
-demo: $(READY)  ## the main job on a synthetic catalogue: demo/report.html
+demo: $(RUNTIME)  ## the main job on a synthetic catalogue: demo/report.html, in a browser if there is one
 	$(BIN)/semid demo --output demo --overwrite
+	@echo "\nThe report: file://$(CURDIR)/demo/report.html"
+	@if [ -n "$$DISPLAY$$WAYLAND_DISPLAY" ] || [ "$$(uname)" = Darwin ]; then \
+	  $(BIN)/python -m webbrowser "file://$(CURDIR)/demo/report.html" >/dev/null 2>&1 || true; fi
+
+screenshots: $(READY) demo  ## docs/images anew, in headless Chromium
+	$(BIN)/python .ci/screenshots.py demo/report.html docs/images
 
 test: $(READY)  ## the fast tests
 	$(PYTEST) -m '$(MARKS)'
@@ -79,4 +94,4 @@ format: $(READY)
 	$(BIN)/ruff format src tests benchmarks
 
 clean:
-	rm -rf $(VENV) $(LOWEST) demo build dist
+	rm -rf $(VENV) .venv-* demo build dist

@@ -84,3 +84,19 @@ def test_links_lead_somewhere():
         text = page.read_text(encoding="utf8")
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_version_is_the_same_everywhere():
+    import tomllib
+
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf8")
+    dated = re.findall(r"^date-released: (\S+)$", citation, re.MULTILINE)
+    assert f"\nversion: {version}\n" in citation
+    assert f"\n## [{version}] - {dated[0]}\n" in (ROOT / "CHANGELOG.md").read_text(encoding="utf8")
+
+
+def test_pictures_are_small():
+    pictures = sorted((ROOT / "docs/images").glob("*.png"))
+    assert [p.name for p in pictures] == ["explorer.png", "report.png"]
+    assert all(p.stat().st_size < 150_000 for p in pictures)
