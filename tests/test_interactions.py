@@ -11,6 +11,8 @@ import pandas as pd
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.csv as pa_csv
+import pyarrow.feather as feather
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -200,6 +202,22 @@ def test_every_layout_of_sequences(tmp_path):
         assert sequences[0].tolist() == expected, name
         assert len(sequences[1]) == 1, name
         assert sequences.ordered, name
+
+
+@pytest.mark.parametrize("ending", ["parquet", "feather", "csv"])
+def test_a_column_whose_name_is_no_text(tmp_path, ending):
+    table, file = pa.table({"user_id": ["a"], "item_id": ["x"], "name": [1]}), tmp_path / "log"
+    file = file.with_suffix(f".{ending}")
+    if ending == "parquet":
+        pq.write_table(table, file, store_schema=False)
+    elif ending == "feather":
+        feather.write_feather(table, file, compression="uncompressed")
+    else:
+        pa_csv.write_csv(table, file)
+    assert len(read_interactions(file)) == 1
+    file.write_bytes(file.read_bytes().replace(b"name", b"n\xffme"))
+    with pytest.raises(InteractionsError, match="could not be read as"):
+        read_interactions(file)
 
 
 def test_recbole_keeps_tokens_as_text_and_splits_lists(tmp_path):

@@ -569,6 +569,20 @@ def test_arguments_follow_scikit_learn(make):
         cloned.set_params(levles=2)
 
 
+def test_numbers_of_numpy_are_arguments(make, briefly, tmp_path, clustered):
+    plain = briefly(make)
+    numbers = {
+        name: np.array(value)[()]
+        for name, value in plain.get_params(deep=False).items()
+        if isinstance(value, int | float)
+    }
+    same = clone(plain).set_params(**numbers).fit(clustered)
+    same.save(tmp_path / "model")
+    loaded = semid.load(tmp_path / "model")
+    assert plain.weights_fingerprint == same.weights_fingerprint == loaded.weights_fingerprint
+    assert plain.settings == loaded.settings
+
+
 def test_it_is_the_last_step_of_a_pipeline(make, clustered):
     pipeline = Pipeline([("scale", StandardScaler()), ("ids", brief(make))])
     codes = pipeline.fit_transform(clustered)

@@ -49,8 +49,16 @@ def fingerprint(
         digest.update(f"{name}:{kind}:{array.shape};".encode())
         digest.update(np.ascontiguousarray(array, dtype=kind).tobytes())
     if settings is not None:
-        digest.update(f"settings:{json.dumps(settings, sort_keys=True)}".encode())
+        # Tokenizers keep their arguments as given, numpy's numbers among them.
+        text = json.dumps(settings, sort_keys=True, default=_plain_number)
+        digest.update(f"settings:{text}".encode())
     return digest.hexdigest()
+
+
+def _plain_number(value: Any) -> Any:
+    if not isinstance(value, np.generic):
+        raise TypeError(f"{type(value).__name__} is no value of JSON")
+    return value.item()
 
 
 def write_artefact(
@@ -70,7 +78,7 @@ def write_artefact(
         "tensors": {name: list(array.shape) for name, array in sorted(arrays.items())},
     }
     # Checked as it will be read: tuples are lists then, and keys are texts.
-    document = json.loads(json.dumps(document, allow_nan=False))
+    document = json.loads(json.dumps(document, allow_nan=False, default=_plain_number))
     document[CHECKSUM] = checksum(document)
     with atomic_folder(path, overwrite=overwrite) as folder:
         save_file(arrays, folder / TENSOR_FILE)

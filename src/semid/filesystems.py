@@ -147,11 +147,13 @@ def list_files(uri: str) -> list[str]:
 def open_parquet(path: FilePath, **options: Any) -> pq.ParquetFile:
     """Open a Parquet file wherever it lies, and verify the checksums of its pages."""
     options["page_checksum_verification"] = True
-    if not is_uri(path):
+    if is_uri(path):
+        options["filesystem"], path = resolve(path)
+        options.pop("memory_map", None)
+    try:
         return pq.ParquetFile(path, **options)
-    system, inner = resolve(path)
-    options.pop("memory_map", None)
-    return pq.ParquetFile(inner, filesystem=system, **options)
+    except UnicodeDecodeError as error:
+        raise pa.ArrowInvalid(f"a column's name is no text ({error})") from error
 
 
 class Folder:

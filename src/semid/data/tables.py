@@ -181,6 +181,7 @@ def open_arrow(path: Any, *, error: type[InputError] = InputError) -> Frame | No
             parts = json.loads(state.read_text(encoding="utf8"))["_data_files"]
             files = [location / Path(part["filename"]).name for part in parts]
         table = pa.concat_tables([_mapped(file) for file in files])
+        table.column_names  # noqa: B018 - decodes them
     except (pa.ArrowException, OSError, ValueError, LookupError, TypeError) as failure:
         raise error(f"'{path}' could not be read as Arrow ({brief(failure)})") from failure
     return open_frame(table, label=f"'{path}'")

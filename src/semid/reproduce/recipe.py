@@ -53,11 +53,11 @@ class DataSet(Options):
     def _problems(self) -> list[str]:
         problems = []
         if bool(self.folder) == bool(self.synthetic):
-            problems = ["needs folder = \"...\" or synthetic = ITEMS, one of them"]
+            problems = ['needs folder = "..." or synthetic = ITEMS, one of them']
         if self.synthetic and self.relations:
             problems.append("is synthetic and has no relations")
         if self.logs and self.ties != "file":
-            problems.append("joins logs by position: leave ties = \"file\"")
+            problems.append('joins logs by position: leave ties = "file"')
         return [f"data set '{self.name}' {problem}" for problem in problems]
 
 

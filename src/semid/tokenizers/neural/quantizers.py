@@ -247,7 +247,7 @@ class ParallelQuantizer(Quantizer):
         for number, projected in enumerate(self.maps):
             assert isinstance(projected, nn.Linear)
             nn.init.eye_(projected.weight)
-            map_seed = seed + number
+            map_seed = int(seed) + number
             if not -(2**63) <= map_seed < 2**64:  # torch takes no others
                 map_seed = child_seed(seed, "projection", number)
             generator = torch.Generator().manual_seed(map_seed)
