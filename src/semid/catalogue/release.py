@@ -147,8 +147,8 @@ def check_release(
             "the old ids can read them; give releases of equal length, for example both after "
             "'semid unique'"
         )
-    given = {k: False if v is None else v for k, v in (maxima or {}).items()}
-    limits = {name: entry["maximum"] for name, entry in DECLARED.items()} | check_maxima(given)
+    own_maxima = {k: False if v is None else v for k, v in (maxima or {}).items()}
+    limits = {name: entry["maximum"] for name, entry in DECLARED.items()} | check_maxima(own_maxima)
     notes: list[str] = []
     values = {
         **_item_figures(old, new, popularity),

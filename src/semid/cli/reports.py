@@ -374,6 +374,6 @@ def _say_estimate(study: Any, processes: int, *, list_runs: bool) -> None:
         )
     if list_runs:
         done = {row["key"] for row in study.rows()}
-        for job in study.chosen:
+        for job in study.selected:
             if job.key not in done:
                 cli.say(f"  {job.title}")

@@ -144,10 +144,9 @@ def read_table_ids(path: Any, *, items: Any = None, tokenizer: Any = None) -> Se
     codes_column = next((name for name in CODE_COLUMNS if name in table.names), None)
     if codes_column is None:
         level_columns = _level_columns(table.names)
-    taken = {codes_column, *level_columns}
     id_column = next((name for name in ID_COLUMNS if name in table.names), None)
     if id_column is None and items is None:
-        others = [name for name in table.names if name not in taken]
+        others = [name for name in table.names if name not in {codes_column, *level_columns}]
         id_column = others[0] if len(others) == 1 else None
     if id_column is not None:
         _refuse_items(items, table.label)

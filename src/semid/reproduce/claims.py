@@ -247,8 +247,8 @@ def pool(
 
     The interval is Student's over the means of data sets; over seeds where it is about one alone.
     """
-    found = [list(of_seeds.values()) for of_seeds in values.values() if of_seeds]
-    differences = found[0] if len(values) == 1 and found else [fmean(each) for each in found]
+    by_set = [list(of_seeds.values()) for of_seeds in values.values() if of_seeds]
+    differences = by_set[0] if len(values) == 1 and by_set else [fmean(each) for each in by_set]
     pooled = mean_difference(differences) if differences else None
     return Statement(name, tuple(comparisons), pooled, **options)
 

@@ -197,13 +197,13 @@ def beam_agreement(retriever: Retriever, data: RetrievalData) -> float | None:
     if network.exact:
         return None
     histories, _ = data.histories("test", retriever.options.max_length)  # type: ignore[attr-defined]
-    found = []
+    agreements = []
     for user in np.unique(np.linspace(0, len(histories) - 1, SEARCHED_USERS).astype(int)):
         batch = pack([histories[user]])
         searched = network.top(batch, 10)[1][0].tolist()
         exact = network.scores(batch)[0].topk(10).indices.tolist()
-        found.append(len(set(searched) & set(exact)) / 10)
-    return float(np.mean(found))
+        agreements.append(len(set(searched) & set(exact)) / 10)
+    return float(np.mean(agreements))
 
 
 def _interval(estimate: Estimate) -> list[float | None]:

@@ -55,8 +55,8 @@ class Study:
         self.experiment = EXPERIMENTS[self.paper](self.recipe, data, self.folder)
         self.jobs, self.absent = self.experiment.jobs()
         # ``only`` are words that a run's title must contain, all of them; empty keeps all.
-        self.chosen = [job for job in self.jobs if all(word in job.title for word in only)]
-        if not self.chosen:
+        self.selected = [job for job in self.jobs if all(word in job.title for word in only)]
+        if not self.selected:
             why = "; ".join(self.absent.values()) or f"no run's title has {' and '.join(only)}"
             raise UsageError(f"nothing to run: {why}")
 
@@ -68,7 +68,7 @@ class Study:
         """Say what is left, and how long it takes by the runs that are done."""
         rows = self.rows()
         done = {row["key"] for row in rows}
-        missing = [job for job in self.chosen if job.key not in done]
+        missing = [job for job in self.selected if job.key not in done]
         # A GPU is many times as fast: runs of machines like this one count, if there are any.
         here = origin()["machine"]["gpu"] is not None
         alike = [row for row in rows if bool((row.get("machine") or {}).get("gpu")) == here]
@@ -84,7 +84,7 @@ class Study:
             if groups:
                 seconds += median(durations[groups[0]])
             guessed += len(groups) < 2
-        count = len(self.chosen)
+        count = len(self.selected)
         time = seconds if rows else None
         return Estimate(count, count - len(missing), time, guessed, kind)
 
@@ -97,7 +97,7 @@ class Study:
     ) -> dict[str, str]:
         """Run what is missing; see `semid.reproduce.pool.run_jobs`."""
         return run_jobs(
-            self.chosen,
+            self.selected,
             self.experiment,
             self.folder,
             processes=processes,

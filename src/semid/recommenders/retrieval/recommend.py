@@ -53,7 +53,7 @@ def write_recommendations(
     if interactions is not None:
         log = read_interactions(interactions, rating_column="")
         sequences = log.sequences(retriever.items.ids)
-    users, given = len(sequences), (k, exclude_history, within_ids, cold_slots)
+    users, options = len(sequences), (k, exclude_history, within_ids, cold_slots)
     schema = pa.schema(
         {
             "user_id": pa.large_string(),
@@ -68,7 +68,7 @@ def write_recommendations(
             stop = min(start + USERS, users)
             rows = [sequences[user].astype(np.int64) for user in range(start, stop)]
             rows = [items[items >= 0] for items in rows]
-            best = list(retriever.recommend_rows(rows, *given))
+            best = list(retriever.recommend_rows(rows, *options))
             columns = [
                 sequences.user_ids.slice(start, stop - start),
                 pa.array([each.items for each in best], schema.field("items").type),

@@ -193,12 +193,12 @@ class Retriever:
             raise UsageError("give either histories= or users=")
         if k < 1:
             raise UsageError(f"k={k}: give at least 1")
-        given = (k, exclude_history, within_ids, cold_slots)
+        options = (k, exclude_history, within_ids, cold_slots)
         if users is not None:
-            return list(self.recommend_rows(self._known_histories(users), *given))
+            return list(self.recommend_rows(self._known_histories(users), *options))
         single = len(histories) == 0 or not isinstance(histories[0], list | tuple | np.ndarray)
         rows = [self._rows(history) for history in ([histories] if single else histories)]
-        recommended = list(self.recommend_rows(rows, *given))
+        recommended = list(self.recommend_rows(rows, *options))
         return recommended[0] if single else recommended
 
     def _known_histories(self, users: Sequence[Any]) -> list[Ints]:
