@@ -123,6 +123,79 @@ def test_two_processes_end_equal_and_as_one_would(tmp_path, clustered):
     assert semid.load(tmp_path / "model").encode(clustered).codes.shape == (1200, 3)
 
 
+_NETWORK = {**OPTIONS, "training": {**OPTIONS["training"], "patience": 9}}
+_CONTINUOUS = {**_NETWORK, "network": {"hidden": [32], "latent": 8}}
+_OBJECTIVE = {"pairs_per_step": 63, "kl_weight": 0.01, "uniformity_weight": 0.05}
+
+KINDS: dict[str, tuple[str, dict[str, object]]] = {
+    "rqvae": ("RQVAE", _NETWORK),
+    "rqpvae": ("RQPVAE", {**_NETWORK, "ema_decay": 0.8, "revive_below": 0.8}),
+    "mocvae": ("MoCVAE", _NETWORK),
+    "drqvae": ("DRQVAE", _CONTINUOUS),
+    "drqvae-pairs": ("DRQVAE", {**_CONTINUOUS, "contrastive_weight": 0.2, "pairs_per_step": 63}),
+    "drqvae-all": ("DRQVAE", {**_CONTINUOUS, "contrastive_weight": 0.2, **_OBJECTIVE}),
+    "barq-plain": ("BARQ", {"codebook_size": 16, "behavior_weight": 0}),
+    "barq": ("BARQ", {**_CONTINUOUS, "behavior_weight": 0.2, "objective": _OBJECTIVE}),
+}
+"""Tokenizers that are fitted in one process and in two. Odd numbers make shares of unequal size."""
+
+FITTING = """
+import json, os, sys
+import numpy as np
+import semid
+
+folder, rank = sys.argv[1], os.environ["RANK"]
+x = np.load(folder + "/x.npy")
+pairs = np.stack([np.arange(600), np.arange(600) + 600], axis=1)
+weights = {}
+for name, (kind, options) in json.load(open(folder + "/kinds.json")).items():
+    behavior = options.get("contrastive_weight") or options.get("behavior_weight")
+    tokenizer = getattr(semid, kind)(threads=1, **options)
+    tokenizer.fit(x, pairs=pairs if behavior else None)
+    weights[name] = tokenizer.weights_fingerprint
+    if rank == "0":
+        tokenizer.save(f"{folder}/{name}")
+json.dump(weights, open(f"{folder}/weights{rank}.json", "w"))
+"""
+
+
+def test_every_network_learns_in_two_processes_as_in_one(tmp_path, clustered):
+    np.save(tmp_path / "x.npy", clustered)
+    (tmp_path / "kinds.json").write_text(json.dumps(KINDS), encoding="utf8")
+    (tmp_path / "fit.py").write_text(FITTING, encoding="utf8")
+    finished = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", "2", str(tmp_path / "fit.py"), str(tmp_path)),
+        ],
+        capture_output=True,
+        text=True,
+        env={**environment(), "GLOO_SOCKET_IFNAME": "lo"} if LOOPBACK else environment(),
+        timeout=900,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    # The processes end with the same bits.
+    first, second = (json.loads((tmp_path / f"weights{r}.json").read_text()) for r in (0, 1))
+    assert first == second
+    pairs = np.stack([np.arange(600), np.arange(600) + 600], axis=1)
+    for name, (kind, options) in KINDS.items():
+        behavior = options.get("contrastive_weight") or options.get("behavior_weight")
+        one = getattr(semid, kind)(threads=1, **options)
+        one.fit(clustered, pairs=pairs if behavior else None)
+        two = semid.load(tmp_path / name)
+        if name == "barq-plain":  # no network: residual K-means of sums in a fixed order
+            assert one.weights_fingerprint == two.weights_fingerprint
+            continue
+        # The same batches, draws and negatives: only the sums of gradients round differently.
+        for ours, theirs in zip(one.codebooks, two.codebooks, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4, err_msg=name)
+        same = (one.encode(clustered).codes == two.encode(clustered).codes).all(axis=1)
+        assert same.mean() > 0.99, name
+        error = one.report.validation_error
+        assert error == pytest.approx(two.report.validation_error, rel=1e-4), name
+
+
 @pytest.mark.parametrize("command", ["retrieve", "rank"])
 def test_recommenders_train_in_two_processes_as_in_one(command, tmp_path, capsys):
     files = semid.SyntheticCatalogue(items=200, users=120, seed=0).write(tmp_path / "catalogue")

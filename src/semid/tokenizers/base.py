@@ -45,6 +45,7 @@ from semid.tokenizers.fit_report import FitReport, HealthCounter
 from semid.tokenizers.protocol import Transformer
 from semid.tokenizers.stored import HELD_OUT_SALT
 from semid.training.checkpoint import open_checkpoint, run_key
+from semid.training.distributed import explained_ends
 
 if TYPE_CHECKING:
     from torch import nn
@@ -195,6 +196,7 @@ class Tokenizer(Transformer):
     # What every tokenizer has --------------------------------------------------------------
 
     @with_progress
+    @explained_ends()
     def fit(
         self,
         source: Any,

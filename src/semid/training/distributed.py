@@ -7,15 +7,20 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from semid.errors import InputError
 from semid.quantization.blocks import BLOCK_ROWS, Node, Statistics, cut_blocks, merge_nodes
 from semid.quantization.sharding import Shard, payload_bytes
 
@@ -45,6 +50,37 @@ def join_processes() -> None:
         atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     else:
         dist.init_process_group("gloo")
+
+
+@contextlib.contextmanager
+def explained_ends() -> Iterator[None]:
+    """Say in a sentence that another process of this run has ended.
+
+    The connection to it breaks, or ``torchrun`` ends this process too, whichever comes first.
+
+    Raises:
+        InputError: instead of an error of the connection, and at SIGTERM.
+    """
+    if one_process() or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    advice = (
+        "see what that process or torchrun printed; if there is nothing, its machine was probably "
+        "out of memory. Repeat the command with --resume (resume=True)"
+    )
+
+    def stop(*signal_and_frame: Any) -> None:
+        raise InputError(f"torchrun ended this process, since another one has ended: {advice}")
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise InputError(f"another process of this run has ended: {advice}") from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def rank() -> int:
@@ -82,6 +118,37 @@ def all_sum_(tensor: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def batch_span(rows: int) -> slice:
+    """Return the places of this process's rows among the ``rows`` of a whole batch."""
+    edges = np.cumsum([0, *(len(part) for part in np.array_split(np.arange(rows), world_size()))])
+    return slice(int(edges[rank()]), int(edges[rank() + 1]))
+
+
+def with_rows_of_others(own: Tensor, rows: int) -> Tensor:
+    """Return all ``rows`` of a batch of which each process has its `batch_span`.
+
+    Gradients reach the rows of this process alone; see `summed_gradient`.
+    """
+    if world_size() == 1:
+        return own
+    span = batch_span(rows)
+    whole = own.new_zeros(rows, *own.shape[1:])
+    whole[span] = own.detach()
+    all_sum_(whole)  # every row is that of one process plus zeros
+    return torch.cat([whole[: span.start], own, whole[span.stop :]])
+
+
+def summed_gradient(loss: Tensor, weight: float) -> Tensor:
+    """Return a loss of the same value in every process for the sum of its gradients.
+
+    Gradients are averaged over processes after each loss was multiplied by the ``weight`` of the
+    process's rows; those of a loss over `with_rows_of_others` have to be added instead.
+    """
+    if world_size() == 1:
+        return loss
+    return (loss.detach() + world_size() * (loss - loss.detach())) / weight
 
 
 def broadcast_from_rank0(value: T, device: torch.device) -> T:

@@ -35,6 +35,7 @@ from semid.training.checkpoint import (
 from semid.training.distributed import (
     all_sum_,
     broadcast_from_rank0,
+    explained_ends,
     in_parallel,
     is_main,
     join_processes,
@@ -121,6 +122,7 @@ class TrainResult:
         }
 
 
+@explained_ends()
 def train(
     task: TrainingTask,
     options: TrainOptions,

@@ -28,7 +28,7 @@ from semid.tokenizers.neural.tokenizer import (
     squared_sums,
 )
 from semid.training.checkpoint import StateStore, load_module_, module_arrays
-from semid.training.distributed import rank, world_size
+from semid.training.distributed import batch_span, summed_gradient, with_rows_of_others
 from semid.training.loop import Evaluation, Step
 
 
@@ -92,12 +92,14 @@ class Objective(Options):
 
 
 class Batch(NamedTuple):
-    """Rows to reconstruct, and pairs of rows to contrast."""
+    """This process's part of the rows to reconstruct, and of the pairs of rows to contrast."""
 
     rows: Tensor  # (n, dim)
     seed: int  # of the sampled latent
-    first: Tensor | None = None  # (pairs, dim)
-    second: Tensor | None = None  # (pairs, dim)
+    total: int  # rows of all processes
+    weight: float  # of the mean loss over ``rows``, so that averages over processes are exact
+    first: Tensor | None = None  # (n, dim), of as many pairs as ``excluded`` has rows
+    second: Tensor | None = None  # (n, dim)
     excluded: Tensor | None = None  # (pairs, pairs), which second[j] is no negative of first[i]
 
 
@@ -136,7 +138,8 @@ class ContinuousAutoencoder(nn.Module):
             # (Kingma and Welling 2014), with v = log sigma^2 held within what exp can take.
             log_variance = self.log_variance(features[:count].float()).float().clamp(-20.0, 10.0)
             generator = torch_generator(batch.seed, "latent")
-            noise = torch.randn(sampled.shape, generator=generator).to(z.device)
+            noise = torch.randn(batch.total, sampled.shape[1], generator=generator)
+            noise = noise[batch_span(batch.total)].to(z.device)
             divergence = (
                 0.5 * (sampled.square() + log_variance.exp() - 1.0 - log_variance).sum(1).mean()
             )
@@ -146,18 +149,21 @@ class ContinuousAutoencoder(nn.Module):
         error = (model.decode(sampled).float() - x[:count]).square().mean()
         loss = loss + error
         logs["reconstruction"] = error.detach()
-        if batch.first is not None:
-            pairs = len(batch.first)
-            first, second = z[count : count + pairs], z[count + pairs :]
+        if batch.first is not None and batch.excluded is not None:
+            # Every pair is contrasted with those of all processes, as one process would.
+            pairs, own = len(batch.excluded), len(batch.first)
+            first = with_rows_of_others(z[count : count + own].float(), pairs)
+            second = with_rows_of_others(z[count + own :].float(), pairs)
             if objective.contrastive_weight > 0:
                 contrastive = info_nce(
                     first, second, temperature=objective.temperature, excluded=batch.excluded
                 )
-                loss = loss + objective.contrastive_weight * contrastive
+                weighted = objective.contrastive_weight * contrastive
+                loss = loss + summed_gradient(weighted, batch.weight)
                 logs["contrastive"] = contrastive.detach()
             if objective.uniformity_weight > 0:
                 uniform = 0.5 * (uniformity(first) + uniformity(second))
-                loss = loss + objective.uniformity_weight * uniform
+                loss = loss + summed_gradient(objective.uniformity_weight * uniform, batch.weight)
                 logs["uniformity"] = uniform.detach()
         return Step(loss, logs)
 
@@ -173,22 +179,26 @@ class ContinuousTask(RowsTask):
         super().__init__(model, *arguments, **options)
         self.model, self.objective = model.autoencoder, model.objective
 
-    def _batch(self, rows: Tensor, step: int) -> Batch:
+    def _batch(self, rows: Tensor, step: int, *, total: int, weight: float) -> Batch:
+        batch = Batch(rows, self.seed + step, total, weight)
         if self.context.behavior is None:
-            return Batch(rows, self.seed + step)
-        # The draws depend on step and process alone, so that a continued run sees the same pairs.
-        generator = numpy_generator(self.seed, "pairs", step, rank())
-        size = max(2, self.objective.pairs_per_step // world_size())
-        pairs = self._pairs(self.context.behavior.train, size, generator)
-        return Batch(rows, self.seed + step, *pairs)
+            return batch
+        # The draws depend on the step alone: a continued run and every process see the same pairs.
+        generator = numpy_generator(self.seed, "pairs", step, 0)
+        size = self.objective.pairs_per_step
+        first, second, excluded = self._pairs(
+            self.context.behavior.train, size, generator, span=batch_span(size)
+        )
+        return batch._replace(first=first, second=second, excluded=excluded)
 
     def _pairs(
-        self, source: PairSource, size: int, generator: np.random.Generator
+        self, source: PairSource, size: int, generator: np.random.Generator, *, span: slice
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw pairs; return the rows of those in ``span``, and what all exclude."""
         first, second = source.draw(size, generator)
         excluded = torch.from_numpy(source.positives.excluded(first, second))
-        first_rows, second_rows = self.rows.take(first), self.rows.take(second)
-        return first_rows.to(self.device), second_rows.to(self.device), excluded.to(self.device)
+        rows = [self.rows.take(part[span]).to(self.device) for part in (first, second)]
+        return rows[0], rows[1], excluded.to(self.device)
 
     def evaluate(self, epoch: int) -> Evaluation:
         """Return the relative error on held-out rows and the contrastive loss on other users."""
@@ -221,7 +231,7 @@ class ContinuousTask(RowsTask):
         size, temperature = self.objective.pairs_per_step, self.objective.temperature
         losses = []
         for _ in range(max(1, min(EVALUATION_ROWS, source.count) // size)):
-            first, second, excluded = self._pairs(source, size, generator)
+            first, second, excluded = self._pairs(source, size, generator, span=slice(None))
             z = self.model.encode(self.model.standard(torch.cat([first, second])))
             loss = info_nce(z[:size], z[size:], temperature=temperature, excluded=excluded)
             losses.append(float(loss))

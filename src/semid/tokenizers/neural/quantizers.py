@@ -13,7 +13,7 @@ from semid.options import Options, option
 from semid.quantization.nearest import index_codebook, nearest
 from semid.seeds import child_seed, torch_generator
 from semid.tokenizers.neural.autoencoder import blank_linear
-from semid.training.distributed import all_sum_, rank, world_size
+from semid.training.distributed import all_sum_, batch_span
 
 RULES = ("ema", "gradient")
 
@@ -141,12 +141,16 @@ class Codebook(nn.Module):
         dead = torch.nonzero(self.counts < self.rule.revive_below * even).flatten()
         if len(dead) == 0:
             return
-        world, process = world_size(), rank()
-        generator = torch_generator(self.seed, "revive", self.name, int(self.steps), process)
-        drawn = torch.randint(len(z), (len(dead),), generator=generator).to(z.device)
-        # Process r proposes for every world-th code; the sum hands all of them the same vectors.
-        proposes = (torch.arange(len(dead), device=z.device) % world == process).to(z.dtype)
-        vectors = all_sum_(z[drawn] * proposes[:, None])
+        # Vectors are drawn from the whole batch, of which every process has a part: the sum hands
+        # all processes the vectors that one process with all rows would draw.
+        rows = int(all_sum_(torch.tensor(float(len(z)), device=z.device)))
+        generator = torch_generator(self.seed, "revive", self.name, int(self.steps), 0)
+        drawn = torch.randint(rows, (len(dead),), generator=generator).to(z.device)
+        span = batch_span(rows)
+        own = (drawn >= span.start) & (drawn < span.stop)
+        vectors = z.new_zeros(len(dead), z.shape[1])
+        vectors[own] = z[drawn[own] - span.start]
+        all_sum_(vectors)
         self.codewords[dead] = vectors
         self.counts[dead] = even
         if self.rule.kind == "ema":

@@ -130,10 +130,14 @@ class RowsTask(ABC):
         for number in range(first, len(batches)):
             share, weight = process_share(batches[number], rank=rank(), world=world_size())
             rows = self.rows.take(share).to(self.device)
-            yield self._batch(rows, epoch * self.steps_per_epoch + number), weight
+            step = epoch * self.steps_per_epoch + number
+            yield self._batch(rows, step, total=len(batches[number]), weight=weight), weight
 
-    def _batch(self, rows: Tensor, step: int) -> Any:
-        """Return what the model's ``forward`` takes in a step."""
+    def _batch(self, rows: Tensor, step: int, *, total: int, weight: float) -> Any:
+        """Return what the model's ``forward`` takes in a step.
+
+        ``rows`` are this process's part of ``total``, and ``weight`` that of their mean loss.
+        """
         return rows
 
     def _validation_blocks(self, size: int) -> Iterator[Tensor]:
