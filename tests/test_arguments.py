@@ -216,6 +216,7 @@ def test_any_integer_of_64_bits_is_a_seed(clustered):
 
 # With inputs that do not exist, an accepted value is refused for the input.
 CALLS = {
+    "embed": "nowhere.parquet --model nowhere -o out.parquet",
     "fit": "nowhere.parquet -o out",
     "encode": "nowhere nowhere.parquet -o out.parquet",
     "report": "nowhere nowhere.parquet -o r.html",

@@ -18,8 +18,9 @@ from semid.codes import SemanticIds
 from semid.errors import ArtefactError, EmbeddingError, OutputExistsError
 from semid.filesystems import Folder
 from semid.progress import QuietProgress
+from semid.runs import partial_path
 from semid.tokenizers import base, encoding
-from semid.tokenizers.encoding import encode_to_parquet, partial_path
+from semid.tokenizers.encoding import encode_to_parquet
 
 
 @pytest.fixture(scope="module")

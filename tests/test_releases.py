@@ -184,7 +184,7 @@ class Encoder:
     def __init__(self, name):
         assert name == "a-model"
 
-    def encode(self, texts, *, normalize_embeddings, show_progress_bar):
+    def encode(self, texts, *, batch_size, normalize_embeddings, show_progress_bar):
         assert normalize_embeddings
         assert not show_progress_bar
         angles = np.array([len(t) for t in texts], dtype=np.float32)

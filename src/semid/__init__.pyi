@@ -13,6 +13,7 @@ from semid.codes import SemanticIds as SemanticIds
 from semid.data.embeddings import open_embeddings as open_embeddings
 from semid.data.interactions import read_interactions as read_interactions
 from semid.data.synthetic import SyntheticCatalogue as SyntheticCatalogue
+from semid.data.texts import embed as embed
 from semid.errors import SemidError as SemidError
 from semid.exports.codebook_files import import_codebooks as import_codebooks
 from semid.exports.formats import export as export

@@ -6,8 +6,9 @@ import os
 from typing import Any
 
 from semid.artefact import read_config
-from semid.errors import ArtefactError, nearest_name
+from semid.errors import ArtefactError, UsageError, nearest_name
 from semid.filesystems import fetched, is_uri
+from semid.hub import fetch_from_hub, is_hub_name
 from semid.registry import Registry
 from semid.tokenizers.base import Tokenizer
 from semid.tokenizers.factory import TOKENIZERS
@@ -23,12 +24,14 @@ KINDS = Registry(
 )
 
 
-def load(path: str | os.PathLike[str]) -> Any:
+def load(path: str | os.PathLike[str], *, revision: str | None = None) -> Any:
     """Open a saved tokenizer, decode head, ranking model or next-item model.
 
     Args:
         path: artefact folder, as written by ``semid fit -o``, ``semid rank -o``,
-            ``semid retrieve -o`` or ``save``; or a URI of one, such as ``s3://bucket/model``.
+            ``semid retrieve -o`` or ``save``; a URI of one, such as ``s3://bucket/model``; or a
+            repository on the Hugging Face Hub, ``org/name``, where no folder ``org`` is here.
+        revision: branch, tag or commit of a repository on the Hub.
 
     Returns:
         The object that was saved, ready to use.
@@ -36,6 +39,10 @@ def load(path: str | os.PathLike[str]) -> Any:
     Raises:
         ArtefactError: if the folder is incomplete, altered, or of an unknown kind or version.
     """
+    if is_hub_name(path):
+        return load(fetch_from_hub(os.fspath(path), revision=revision))
+    if revision is not None:
+        raise UsageError(f"revision= is for the Hugging Face Hub, and '{path}' is a path or a URI")
     if is_uri(path):
         with fetched(str(path)) as folder:
             return load(folder)

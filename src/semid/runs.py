@@ -36,6 +36,7 @@ NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)  # flag of `os.open` that refuses a symb
 _CLAIM_RENEWAL = 15.0
 _CLAIM_LIFETIME = 120.0
 
+KEY_FILE = "run.json"  # says which run the state is of
 # Names that the state of a run consists of, in `NAME.partial/`; nothing else is removed from there.
 _STATE_NAME = re.compile(
     r"run\.json|state\.safetensors|part-[\d-]+\.parquet(\.json)?|\.[^/]*\.(tmp|lock)"
@@ -207,6 +208,11 @@ def remove_path(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def partial_path(path: FilePath | os.PathLike[str]) -> str:
+    """Return where an unfinished run towards ``path``, a URI too, keeps its parts: beside it."""
+    return f"{os.fspath(path).rstrip('/')}.partial"
 
 
 def check_state_folder(path: FilePath | os.PathLike[str]) -> None:

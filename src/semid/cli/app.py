@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from semid.cli.catalogue import check, drift, export, import_, refresh, unique
+from semid.cli.catalogue import check, drift, embed, export, import_, refresh, unique
 from semid.cli.flags import expand
 from semid.cli.help import OptionsCommand
 from semid.cli.models import encode, fit, refine
@@ -47,6 +47,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _COMMANDS: tuple[tuple[str, Callable[..., None], str], ...] = (
+    ("embed", embed, "Embed texts of items."),
     ("fit", fit, "Learn codebooks from embeddings and judge them."),
     ("encode", encode, "Give every item its codes."),
     ("report", report, "Write a quality report about one model."),

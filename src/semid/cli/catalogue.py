@@ -13,6 +13,62 @@ from semid.cli import shared as cli
 from semid.errors import UsageError, check_choice
 
 
+def embed(
+    items: Annotated[Path, typer.Argument(metavar="ITEMS", help="Table of items: Parquet or CSV.")],
+    output: cli.OutputPath,
+    model: Annotated[str, typer.Option()],
+    text_column: str | None = None,
+    template: str | None = None,
+    id_column: str | None = None,
+    revision: str | None = None,
+    batch_size: Annotated[int, typer.Option(min=1, max=65_536)] = 32,
+    no_normalize: bool = False,
+    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda")] = "auto",
+    overwrite: cli.Overwrite = False,
+    resume: cli.Resume = False,
+    quiet: cli.Quiet = False,
+) -> None:
+    """Embed texts of items by a sentence encoder (pip install 'semid[text]').
+
+    Writes Parquet: item_id, embedding, and the encoder's name and revision in the metadata.
+
+    Example: semid embed items.parquet --text-column text --model all-MiniLM-L6-v2 -o x.parquet
+
+    Example: semid embed items.csv --template '{title}. {brand}' --model ./encoder -o x.parquet
+
+    Args:
+        output: Parquet file to write.
+        model: sentence-transformers model: a name on the Hugging Face Hub, or a folder.
+        text_column: Column of the text; default text.
+        template: Several columns as one text, instead of --text-column, such as '{title}. {brand}'.
+        id_column: Column of the item ids; default item_id.
+        revision: Revision of a model on the Hub; default: the newest.
+        batch_size: Texts per step of the encoder.
+        no_normalize: Leave vectors their lengths; by default they get length 1.
+        device: Device.
+    """
+    from semid.runs import partial_path
+
+    cli.hold_output(output, overwrite=overwrite, inputs=(items,), state=partial_path(output))
+    with cli.make_progress(quiet=quiet) as progress:
+        semid.embed(
+            items,
+            output,
+            model=model,
+            text_column=text_column,
+            template=template,
+            id_column=id_column,
+            revision=revision,
+            batch_size=batch_size,
+            normalize=not no_normalize,
+            device=device,
+            overwrite=overwrite,
+            resume=resume,
+            progress=progress,
+        )
+    cli.say(f"embeddings: {output}")
+
+
 def unique(
     context: typer.Context,
     ids_file: Annotated[str, typer.Argument(metavar="IDS")],

@@ -169,7 +169,7 @@ def _fit_on_ray(
 def _state_folder(output: str) -> Path:
     """Return where the state of a run lies: beside the output; for a URI, in this folder."""
     from semid.filesystems import is_uri
-    from semid.tokenizers.encoding import partial_path
+    from semid.runs import partial_path
 
     if is_uri(output):
         return Path(f"{output.rstrip('/').rpartition('/')[2]}.partial")
@@ -284,8 +284,9 @@ def encode(
             default: one for a file, one per CPU if the output is a folder or a URI.
     """
     from semid.catalogue.additions import check_threshold
+    from semid.runs import partial_path
     from semid.tokenizers.context import check_beam_width
-    from semid.tokenizers.encoding import encode_to_parquet, partial_path
+    from semid.tokenizers.encoding import encode_to_parquet
 
     options: dict[str, Any]
     uses_ray = ray.uses_ray

@@ -100,8 +100,7 @@ def rank(
         rank_options,
         training_device,
     )
-    from semid.runs import remove_state_folder
-    from semid.tokenizers.encoding import partial_path
+    from semid.runs import partial_path, remove_state_folder
     from semid.training.distributed import is_main
 
     _refuse_unused(context, settings, source, ids=ids, stream=stream, fusion=fusion)

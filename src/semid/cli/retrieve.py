@@ -85,8 +85,7 @@ def retrieve(
         page_entries,
         write_tables,
     )
-    from semid.runs import remove_state_folder
-    from semid.tokenizers.encoding import partial_path
+    from semid.runs import partial_path, remove_state_folder
     from semid.training.distributed import is_main, one_process
     from semid.training.options import TrainOptions
 

@@ -2,15 +2,67 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from semid.documents import parse_json, record
 from semid.errors import EmbeddingError, UsageError, brief, nearest_name
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextModel:
+    """The encoder that made embeddings of texts, as metadata of files and models say it."""
+
+    KEY = b"semid.text_model"
+
+    model: str  # its name on the Hugging Face Hub, or its folder
+    revision: str | None = None  # the commit there, or a digest of its weights
+    template: str = "{text}"  # columns in braces, of which each text was made
+    normalized: bool = True  # whether vectors have length 1
+
+    def __str__(self) -> str:
+        """Return name and revision, and whether vectors keep their lengths."""
+        name = self.model if self.revision is None else f"{self.model} at {self.revision}"
+        return name if self.normalized else f"{name}, not normalized"
+
+    def is_other(self, other: TextModel) -> bool:
+        """Whether vectors of the other lie in another space."""
+        known = self.revision is not None and other.revision is not None
+        same = self.revision == other.revision if known else self.model == other.model
+        return not same or self.normalized != other.normalized
+
+    @property
+    def is_on_hub(self) -> bool:
+        """Whether it has come from the Hugging Face Hub."""
+        return self.revision is not None and not self.revision.startswith("sha256:")
+
+    def to_metadata(self) -> dict[bytes, bytes]:
+        """Return the metadata of an Arrow schema that carries this."""
+        return {self.KEY: json.dumps(asdict(self)).encode()}
+
+    @classmethod
+    def of_schemas(cls, schemas: Iterable[pa.Schema], label: str) -> TextModel | None:
+        """Return what the metadata of all files say, None where some say nothing."""
+        metadata: list[Mapping[bytes, bytes]] = [schema.metadata or {} for schema in schemas]
+        found = [each[cls.KEY] for each in metadata if cls.KEY in each]
+        where = f"the encoder in the schema of {label}"
+        models = [
+            record(cls, parse_json(each, where=where), where) for each in dict.fromkeys(found)
+        ]
+        for model in models[1:]:
+            if model.is_other(models[0]):
+                raise EmbeddingError(
+                    f"the files of {label} are embeddings of different models: {models[0]} and "
+                    f"{model}; give files of one"
+                )
+        return models[0] if models and len(found) == len(metadata) else None
 
 
 def storage(kind: pa.DataType) -> pa.DataType:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from semid.data.columns import pick_embedding_column
+from semid.data.columns import TextModel, pick_embedding_column
 from semid.data.files import ParquetFiles
 from semid.data.ids import ItemIds
 from semid.data.items import frame_ids, load_ids, parquet_ids
@@ -80,13 +80,15 @@ def _open(
             columns = [frame.column(name).to_numpy() for name in frame.schema.names]
             return ArraySource(np.column_stack(columns), ids=separate)
         column = pick_embedding_column(frame.schema, embedding_column, label=frame.label)
-        return ArrowSource(
+        opened = ArrowSource(
             frame.chunks(column),
             dtype=frame.value_type(column),
             ids=separate if separate is not None else frame_ids(frame, id_column),
             label=f"embedding column '{column}' of {frame.label}",
             kind=frame.kind,
         )
+        opened.text_model = TextModel.of_schemas([frame.schema], frame.label)
+        return opened
     _refuse_columns(type(source).__name__, embedding_column, id_column, separate)
     if isinstance(source, EmbeddingSource):
         return source if separate is None else source.with_ids(separate)

@@ -351,10 +351,10 @@ def read_items(
     text_columns = [c for c in _TEXT_COLUMNS if c in names]
     read = list(dict.fromkeys([key, *text_columns, *([title_column] if title_column else [])]))
     table = opened.read(read, text=read)  # a title such as 1984 is no number
-    columns = {c: _texts(table, c) for c in text_columns}
+    columns = {c: text_column_of(table, c) for c in text_columns}
     text = columns.get("text")
     # An item without a title is called by its text.
-    titles = _texts(table, title_column) if title_column else columns.get("title", text)
+    titles = text_column_of(table, title_column) if title_column else columns.get("title", text)
     if text is not None:
         titles = pc.if_else(pc.equal(titles, ""), text, titles)
     table_ids = ItemIds(table.column(key), source=f"id column '{key}' of {opened.label}")
@@ -362,8 +362,8 @@ def read_items(
     return items if ids is None else items.aligned(ids)
 
 
-def _texts(table: pa.Table, name: str) -> Any:
-    """Return a column as text without nulls; a list of categories is joined with ' > '."""
+def text_column_of(table: pa.Table, name: str) -> Any:
+    """Return a column as an Arrow array of text without nulls; lists are joined with ' > '."""
     column = table.column(name)
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)

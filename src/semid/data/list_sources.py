@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from semid.data.blocks import BLOCK, Flag, RawBlock, gather
 from semid.data.columns import (
+    TextModel,
     float_list_width,
     is_float_list,
     listed,
@@ -217,6 +218,7 @@ class ParquetSource(EmbeddingSource):
         self._column = column
         self.label = f"embedding column '{column}' of {files.label}"
         self._refuse_disagreement()
+        self.text_model = TextModel.of_schemas(files.schemas, files.label)
         # The width is that of all the files that these may be a part of.
         self._set_shape(self.label, (files.count, self._width() if dim is None else dim), ids)
 

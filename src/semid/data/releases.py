@@ -6,13 +6,12 @@ import ast
 import csv
 import gzip
 import html
-import importlib
 import json
 import math
 import os
 import reprlib
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from semid.data.source import write_npy
-from semid.errors import InputError, InteractionsError, MissingExtraError, UsageError
+from semid.data.texts import encode_texts
+from semid.errors import InputError, InteractionsError, UsageError
 from semid.output import atomic_folder
 
 Ints = npt.NDArray[np.int64]
@@ -49,7 +49,7 @@ class Release:
             pq.write_table(self.items, work / "items.parquet")
             pq.write_table(self.interactions, work / "interactions.parquet")
             if embed is not None:
-                rows = embed_texts(self.items.column("text").to_pylist(), embed)
+                rows = encode_texts(self.items.column("text").to_pylist(), embed)
                 write_npy(work / "embeddings.f16.npy", [rows], shape=rows.shape, dtype="<f2")
         return Path(folder)
 
@@ -177,21 +177,6 @@ def item_text(title: str, brand: str, categories: str) -> str:
     """Write what an encoder reads of an item."""
     parts = [("Title", title), ("Brand", brand), ("Categories", categories)]
     return "; ".join(f"{name}: {value}" for name, value in parts if value)
-
-
-def embed_texts(texts: Sequence[str], model: str) -> npt.NDArray[np.float32]:
-    """Embed texts with a sentence-transformers model: ``(texts, dim)`` rows of unit length."""
-    if not any(texts):
-        raise InputError("not one item has a text to embed; give the release's item metadata")
-    try:
-        package: Any = importlib.import_module("sentence_transformers")
-    except ImportError:
-        raise MissingExtraError(
-            "sentence-transformers", extra="text", purpose="embedding item texts"
-        ) from None
-    encoder = package.SentenceTransformer(model)
-    rows = encoder.encode(list(texts), normalize_embeddings=True, show_progress_bar=False)
-    return np.ascontiguousarray(rows, dtype=np.float32)
 
 
 # user, item, rating, time, and how many of the time's units make a second

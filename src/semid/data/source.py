@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from semid.data.blocks import BLOCK, RawBlock, RowProblems, reblock, within_range
+from semid.data.columns import TextModel
 from semid.data.files import wrong_format
 from semid.data.ids import ItemIds
 from semid.errors import EmbeddingError, IdsError, UsageError, brief
@@ -32,6 +33,7 @@ class EmbeddingSource(ABC):
     ids: ItemIds  # the item ids, in row order
     dim: int  # width of a row
     label: str  # what the embeddings are called in errors, in the user's words
+    text_model: TextModel | None = None  # the encoder that made them of texts, where known
     cheap_rows: bool = True  # whether rows at random cost only those rows
 
     def __len__(self) -> int:
@@ -179,6 +181,7 @@ class SubsetSource(EmbeddingSource):
         self.ids = base.ids.take(indices)
         self.dim = base.dim
         self.label = base.label
+        self.text_model = base.text_model
         self._rising = bool((indices[1:] > indices[:-1]).all())
 
     @classmethod

@@ -29,7 +29,8 @@ from semid.output import claim_output
 from semid.progress import ProgressArgument, QuietProgress, with_progress
 from semid.quantization.blocks import BLOCK_ROWS
 from semid.quantization.threads import default_threads
-from semid.tokenizers.encoding import EncodedPart, PartFolder, partial_path, refuse_repeats
+from semid.runs import partial_path
+from semid.tokenizers.encoding import EncodedPart, PartFolder, refuse_repeats
 from semid.training.checkpoint import run_key
 
 logger = logging.getLogger(__name__)

@@ -230,7 +230,8 @@ def fit_on_ray(
     ray = connect(options)
     workers = check_slots(ray, options)
     shares = [share for share in share_units(units, workers) if share]
-    dim = catalogue.source(units[:1]).dim
+    first = catalogue.source(units[:1])
+    dim = first.dim
     largest = max(tokenizer.codebook_sizes)
     # Of a sum, a pair and its result are in the store at one time, four nodes each at worst.
     check_store(
@@ -265,6 +266,7 @@ def fit_on_ray(
             levels = tokenizer.fit_rows(ShardedMatrix(shards, dim=dim), store=store, progress=steps)
         mean = sum((each.sums for each in scans), np.zeros(dim)) / len(catalogue)
         steps.start("evaluate", total=len(catalogue))
+        tokenizer.text_model = first.text_model
         tokenizer.report = _evaluate(shards, tokenizer, mean, levels, trained, started)
         steps.step(len(catalogue))
         rows = tuple(last - first for first, last in spans)

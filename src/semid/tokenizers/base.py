@@ -265,6 +265,7 @@ class Tokenizer(Transformer):
             )
             details = self._fit(context)
         self._dim = opened.dim
+        self.text_model = opened.text_model
         self._fingerprint_version = FORMAT_VERSION
         self.report = self._evaluate(opened, train, scanned, details, progress, started)
         return self
@@ -438,6 +439,7 @@ class Tokenizer(Transformer):
                 f"these embeddings have width {source.dim}, the tokenizer was fitted on width "
                 f"{self.dim}; give embeddings of the same model"
             )
+        self._warn_of_other(source.text_model, source.label)
 
     def _checked(self, codes: Any) -> npt.NDArray[np.int64]:
         _ = self.dim

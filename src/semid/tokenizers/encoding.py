@@ -32,7 +32,7 @@ from semid.filesystems import FilePath, Folder, local_path, open_parquet, split_
 from semid.output import atomic_file, atomic_folder, claim_output, mark_remote_folder
 from semid.progress import ProgressArgument, QuietProgress, with_progress
 from semid.quantization.blocks import BLOCK_ROWS
-from semid.runs import remove_state_folder
+from semid.runs import KEY_FILE, partial_path, remove_state_folder
 from semid.tokenizers.base import Tokenizer
 from semid.tokenizers.context import EncodedBlock
 from semid.training.checkpoint import run_key
@@ -43,13 +43,6 @@ Array = npt.NDArray[np.float32]
 
 PART_BLOCKS = 4
 """Blocks per part of one process: a kill costs at most these 262,144 rows."""
-
-KEY_FILE = "run.json"
-
-
-def partial_path(path: FilePath | os.PathLike[str]) -> str:
-    """Return where an unfinished run towards ``path``, a URI too, keeps its parts: beside it."""
-    return f"{os.fspath(path).rstrip('/')}.partial"
 
 
 def rows_digest(blocks: Iterable[npt.NDArray[Any]], ids: ItemIds) -> str:

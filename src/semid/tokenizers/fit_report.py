@@ -10,7 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from semid.data.blocks import Moments
+from semid.data.columns import TextModel
 from semid.diagnostics.overlap import REPORT_SCALE, LevelOverlap, overlap_levels
+from semid.documents import code_span
 from semid.health import (
     CONCENTRATED,
     GEOMETRY,
@@ -270,6 +272,7 @@ def card(kind: str, config: Mapping[str, Any]) -> str:
         "| setting | value |",
         "|---|---|",
         *[f"| `{name}` | `{value}` |" for name, value in config["settings"].items()],
+        *_embeddings_of(config.get("text_model")),
         f"| codebook fingerprint | `{config['codebook_fingerprint']}` |",
         "",
     ]
@@ -293,3 +296,12 @@ def card(kind: str, config: Mapping[str, Any]) -> str:
             "",
         ]
     return "\n".join(lines)
+
+
+def _embeddings_of(text_model: Mapping[str, Any] | None) -> list[str]:
+    if text_model is None:
+        return []
+    return [
+        f"| embeddings by | {code_span(str(TextModel(**text_model)))} |",
+        f"| of the text | {code_span(text_model['template'])} |",
+    ]

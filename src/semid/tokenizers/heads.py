@@ -22,6 +22,7 @@ from semid.data.embeddings import open_embeddings
 from semid.data.ids import held_out_mask
 from semid.documents import checked
 from semid.errors import InputError, UsageError
+from semid.hub import Publishable
 from semid.quantization.least_squares import fit_tables
 from semid.quantization.residual import dequantize
 from semid.tokenizers.context import codes_within, level_sizes
@@ -43,7 +44,7 @@ CONFIG: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class DecodeHead:
+class DecodeHead(Publishable):
     """Tables whose rows, summed by an item's codes, predict a target.
 
     Attributes:

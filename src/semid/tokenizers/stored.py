@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -15,10 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from semid.artefact import FORMAT_VERSION, fingerprint, read_artefact, write_artefact
+from semid.data.columns import TextModel
 from semid.documents import checked, html_table, record
 from semid.errors import ArtefactError, NotFittedError, UsageError
+from semid.hub import Publishable
 from semid.options import Parameters, argument_types, option
 from semid.tokenizers.fit_report import FitReport, card
+
+logger = logging.getLogger(__name__)
 
 Array = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -124,7 +129,7 @@ def check_stored(path: str | os.PathLike[str], config: Mapping[str, Any], tokeni
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class StoredTokenizer(Parameters, ABC):
+class StoredTokenizer(Parameters, Publishable, ABC):
     """The part of the contract that an artefact holds; `semid.tokenizers.base` has the rest."""
 
     kind: ClassVar[str]
@@ -146,6 +151,8 @@ class StoredTokenizer(Parameters, ABC):
         _ = self.codebook_sizes  # raises for sizes that contradict the number of levels
         self._report: FitReport | None = None
         self._dim: int | None = None
+        self._text_model: TextModel | None = None
+        self._warned_of: set[TextModel] = set()
         self._container = "default"  # what `transform` returns
         self._fingerprint_version = FORMAT_VERSION
 
@@ -163,6 +170,15 @@ class StoredTokenizer(Parameters, ABC):
     @report.setter
     def report(self, report: FitReport | None) -> None:
         self._report = report
+
+    @property
+    def text_model(self) -> TextModel | None:
+        """The encoder of the embeddings that it was fitted on, where they say so."""
+        return self._text_model
+
+    @text_model.setter
+    def text_model(self, model: TextModel | None) -> None:
+        self._text_model = model
 
     @property
     @abstractmethod
@@ -256,11 +272,22 @@ class StoredTokenizer(Parameters, ABC):
             **{name: settings[name] for name in ("normalize", "center") if name in settings},
         }
 
+    def _warn_of_other(self, given: TextModel | None, label: str) -> None:
+        """Warn once about embeddings of another encoder than those it was fitted on."""
+        fitted = self.text_model
+        if fitted and given and fitted.is_other(given) and given not in self._warned_of:
+            self._warned_of.add(given)
+            logger.warning(
+                "%s: embeddings by %s, but the tokenizer was fitted on embeddings by %s; its codes "
+                "mean little for these: embed the texts with that model",
+                *(label, given, fitted),
+            )
+
     def replace_tensors(self, tensors: Mapping[str, np.ndarray]) -> Self:
         """Return a fitted tokenizer of the same settings with other arrays in place of some."""
         # A new object: whoever holds this one still encodes with the arrays it was given.
         other = type(self)(**self.get_params(deep=False))
-        other._dim = self.dim
+        other._dim, other.text_model = self.dim, self.text_model
         other._set_tensors({**self._tensors(), **tensors})
         other.report = self.report
         return other
@@ -294,6 +321,7 @@ class StoredTokenizer(Parameters, ABC):
             "fingerprint_version": self._fingerprint_version,
             "held_out": {"fraction": self.validation_fraction, "salt": HELD_OUT_SALT},
             "fit_report": None if self.report is None else self.report.to_dict(),
+            **({} if self.text_model is None else {"text_model": asdict(self.text_model)}),
         }
         return write_artefact(
             path,
@@ -302,6 +330,15 @@ class StoredTokenizer(Parameters, ABC):
             card=card(self.kind, config),
             overwrite=overwrite,
         )
+
+    def _card_data(self) -> dict[str, Any]:
+        """Return what the card's metadata on the Hugging Face Hub say."""
+        data: dict[str, Any] = {"kind": self.kind}
+        if self.report is not None:
+            data["metrics"] = self.report.figures
+        if self.text_model is not None and self.text_model.is_on_hub:
+            data["base_model"] = self.text_model.model
+        return data
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -317,6 +354,8 @@ class StoredTokenizer(Parameters, ABC):
             tokenizer._dim = config["dim"]
             tokenizer._fingerprint_version = config.get("fingerprint_version", 1)
             tokenizer._set_tensors(tensors)
+            if "text_model" in config:
+                tokenizer.text_model = record(TextModel, config["text_model"], "text_model")
             if config["fit_report"] is not None:
                 tokenizer.report = record(FitReport, config["fit_report"], "fit_report")
         check_stored(path, config, tokenizer)
@@ -340,7 +379,7 @@ class StoredTokenizer(Parameters, ABC):
             "tensors": self._tensors() if fitted else {},
             "attributes": {
                 name: getattr(self, name)
-                for name in ("_report", "_dim", "_fingerprint_version", "_container")
+                for name in ("_report", "_dim", "_fingerprint_version", "_container", "_text_model")
             },
         }
 

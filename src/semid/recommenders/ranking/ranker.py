@@ -20,6 +20,7 @@ from semid.data.ids import ItemIds
 from semid.data.tables import Table, open_table
 from semid.documents import checked, code_span, escaped
 from semid.errors import InputError, UsageError
+from semid.hub import Publishable
 from semid.recommenders.ranking.features import CodeFeatures, CodeTable, extend_codes
 from semid.recommenders.ranking.item_table import extend_schema
 from semid.recommenders.ranking.metrics import predict_logits, sigmoid
@@ -79,7 +80,7 @@ class Ranking:
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class Ranker:
+class Ranker(Publishable):
     """A ranking model; `train_ranker` returns one, `semid.load` opens one.
 
     Attributes:
@@ -262,6 +263,13 @@ class Ranker:
         network = make_network(schema, codes, self.config, item_id=self.network.index.item_id)
         load_module_(network, module_arrays(self.network))
         return replace(self, schema=schema, network=network, codes=codes)
+
+    def _card_data(self) -> dict[str, Any]:
+        """Return what the card's metadata on the Hugging Face Hub say."""
+        test = self.report.get("test", {})
+        names = ("auc", "log_loss", "user_auc", "popularity_auc")
+        metrics = {f"test_{name}": test[name] for name in names if name in test}
+        return {"kind": self.config.model, "metrics": metrics}
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Write the artefact folder (``config.json``, ``model.safetensors``, ``README.md``).

@@ -23,6 +23,7 @@ from semid.data.ids import ItemIds
 from semid.data.sequences import Sequences
 from semid.documents import checked, code_span
 from semid.errors import UsageError
+from semid.hub import Publishable
 from semid.options import Options
 from semid.recommenders.ranking.schema import Vocabulary
 from semid.recommenders.retrieval.data import (
@@ -64,7 +65,7 @@ class Recommendation:
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class Retriever:
+class Retriever(Publishable):
     """A next-item model; `train_retriever` returns one, `semid.load` opens one.
 
     Attributes:
@@ -318,6 +319,12 @@ class Retriever:
                 yield Recommendation(
                     names.take(pa.array(found)).to_pylist(), np.append(scores[places], fresh_scores)
                 )
+
+    def _card_data(self) -> dict[str, Any]:
+        """Return what the card's metadata on the Hugging Face Hub say."""
+        test = self.report.get("test", {"metrics": {}})["metrics"]
+        metrics = {f"test_{name}": estimate["value"] for name, estimate in test.items()}
+        return {"kind": self.model, "metrics": metrics}
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Write the artefact folder (``config.json``, ``model.safetensors``, ``README.md``).
