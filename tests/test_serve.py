@@ -165,6 +165,13 @@ def test_neighbors_are_the_nearest_quantized_vectors(client, shop):
     assert np.allclose(distances[rows], np.sort(distances)[:30], atol=1e-5)
 
 
+def test_the_page_holds_nothing_of_the_catalogue(client, shop):
+    page = client.get("/")
+    assert page.headers["content-type"].startswith("text/html")
+    assert shop.names[0] not in page.text
+    assert len(page.text) < 100_000
+
+
 def test_health_and_openapi(client):
     model = ok(client.get("/v1/model"))
     assert model["tokenizer"] == "rqkmeans"
@@ -560,6 +567,52 @@ def test_ids_that_the_catalogue_cannot_hold_spoil_only_their_request(tmp_path):
     assert sorted(ids.items.to_arrow().to_pylist()) == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
+# Recommendations ------------------------------------------------------------------------------
+
+
+def log_of(shop):
+    rows = [
+        (f"u{user}", f"item-{(user + step) % 300}", step) for user in range(60) for step in range(5)
+    ]
+    columns = zip(*rows, strict=True)
+    return pa.table(dict(zip(("user_id", "item_id", "timestamp"), columns, strict=True)))
+
+
+def test_recommendations_are_those_of_the_retriever(tmp_path):
+    shop = make_shop(tmp_path)
+    ids = CatalogueBundle(shop.bundle).read()
+    retriever = semid.train_retriever(
+        log_of(shop), ids=ids, model="composed", training={"epochs": 1}, options={"width": 8}
+    )
+    app = create_app(shop.bundle, shop.tokenizer, retriever=retriever, options=SMALL)
+    histories = [["item-1", "item-2"], ["item-9", "nobody"], []]
+    right = retriever.recommend(histories, k=4)
+    with TestClient(app, base_url="http://localhost") as client:
+        with ThreadPoolExecutor(6) as pool:  # requests of different options at once
+            asked = [{"histories": histories, "k": 4}, {"histories": histories[:1], "k": 2}] * 6
+            posts = [pool.submit(client.post, "/v1/recommend", json=each) for each in asked]
+            answers = [ok(post.result())["recommendations"] for post in posts]
+        for place, answer in enumerate(answers):
+            for got, each in zip(answer, right[: 1 if place % 2 else 3], strict=True):
+                count = 2 if place % 2 else 4
+                assert got["items"] == each.items[:count]
+                assert np.allclose(got["scores"], each.scores[:count], rtol=1e-4)
+        for body, message in [
+            ({"histories": []}, "histories"),
+            ({"histories": "abc"}, "histories"),
+            ({"histories": [["a"]], "k": 0}, "k"),
+            ({"histories": [["a"]], "cold_slots": 3, "k": 2}, "cold_slots"),
+            ({"histories": [["item-1"]], "within_ids": "embedding"}, "embedding"),
+        ]:
+            answer = client.post("/v1/recommend", json=body)
+            assert answer.status_code == 422
+            assert message in answer.json()["error"]
+    with pytest.raises(FingerprintError, match="another model"):
+        other = drawn_tokenizer(sizes=(8, 16), seed=3)
+        CatalogueBundle.create(tmp_path / "c", other.encode(shop.x[:9], ids=shop.names[:9]))
+        create_app(tmp_path / "c", other, retriever=retriever)
+
+
 # Explorer -----------------------------------------------------------------------------------
 
 
@@ -623,6 +676,11 @@ def test_search_and_buckets(tmp_path):
         exact = ok(client.get("/v1/search?q=item-2&limit=3"))
         assert [each["item_id"] for each in exact["items"]] == ["item-2", "item-20", "item-21"]
         assert ok(client.get("/v1/search?q=.*"))["total"] == 0
+        code = int(ids.codes[0, 0])
+        below = {f"item-{row}" for row in ids.with_prefix([code])}
+        listed = ok(client.get(f"/v1/search?q={code}&limit=1000"))["items"]
+        named = {name for name in shop.names[:300] if str(code) in name}
+        assert {each["item_id"] for each in listed} == below | named
         assert ok(client.get("/v1/search?q=chai"))["codes"]
         counts = np.unique(ids.codes, axis=0, return_counts=True)[1]
         listed = ok(client.get("/v1/buckets"))["buckets"]

@@ -18,7 +18,7 @@ from semid.loading import load, load_tokenizer
 from semid.serve import bodies
 from semid.serve.batching import Refused
 from semid.serve.bodies import ARROW, JSON, NPY, answer, parse_json, problem_of
-from semid.serve.explore import buckets, node, search, tree_of
+from semid.serve.explore import buckets, explorer_page, node, search, tree_of
 from semid.serve.guard import Guard
 from semid.serve.limits import LOOPBACK, ServeOptions
 from semid.serve.observe import Tracer
@@ -291,13 +291,18 @@ def _add_read_routes(app: FastAPI, service: Service) -> None:
     @app.get("/v1/search")
     async def find(
         q: Annotated[str, Query(min_length=1, max_length=200)],
+        level: Annotated[int, Query(ge=0)] = 0,
         offset: Annotated[int, Query(ge=0)] = 0,
         limit: Annotated[int, Query(ge=1, le=MAX_LISTED)] = 20,
     ) -> Response:
         """Return items whose id or title has all words of a query."""
         version = catalogue.current
-        content = await service.read(lambda: search(version, q, offset, limit))
+        content = await service.read(lambda: search(version, q, level, offset, limit))
         return answer(None, version.number, content)
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return Response(explorer_page(), media_type="text/html")
 
 
 def _add_state_routes(app: FastAPI, service: Service) -> None:

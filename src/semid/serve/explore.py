@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from functools import cache
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -19,16 +20,25 @@ from semid.report.explorer import (
     shorten,
     tokens,
 )
+from semid.report.pages import render
 from semid.serve.batching import Refused
 from semid.serve.versions import Version
 
 MAX_CHILDREN = 400
 """Codes of a node that are drawn, the fullest first: a map of more is slow and shows nothing."""
 
-WORD_ITEMS = 4000
+WORD_ITEMS = 2000
 """Items of a node whose texts are read to describe its children."""
 
+EXAMPLES = 3
 KEPT_NODES = 4096
+_NUMBERS = re.compile(r"\b\d{1,10}\b")
+
+
+@cache
+def explorer_page() -> str:
+    """Return the page; it holds nothing of the catalogue, and asks for everything."""
+    return render("live.html.j2", plots=[])
 
 
 class Tree:
@@ -93,6 +103,12 @@ def tree_of(version: Version, level: int) -> Tree:
     return tree
 
 
+def warm(version: Version) -> None:
+    """Make what the first visitor of a version would wait for."""
+    tree_of(version, 0).child_words(())
+    _ = version.search_texts, version.spread, version.used, version.verdict
+
+
 def node(version: Version, level: int, codes: list[int]) -> dict[str, Any]:
     """Return the deepest known node on the way along codes, with its children."""
     tree = tree_of(version, level)
@@ -116,6 +132,7 @@ def node(version: Version, level: int, codes: list[int]) -> dict[str, Any]:
             "items": items.tolist(),
             "metrics": tree.shares(starts, items),
             "words": [words.get(code, []) for code in shown.tolist()],
+            "examples": _examples(tree, starts, items),
         },
         "all_children": len(children.codes),
         "near": _near(version, tree, path) if path else [],
@@ -126,6 +143,23 @@ def node(version: Version, level: int, codes: list[int]) -> dict[str, Any]:
 
 def _at(tree: Tree, start: int, items: int) -> dict[str, Any]:
     return tree.shares(np.array([start]), np.array([items]))
+
+
+def _examples(tree: Tree, starts: Any, items: Any) -> list[list[str]]:
+    """Return the titles of the first items of ranges of rows."""
+    texts = tree.version.texts
+    if texts is None:
+        return [[] for _ in starts]
+    counts = np.minimum(items, EXAMPLES)
+    places = np.concatenate(
+        [
+            np.empty(0, np.int64),
+            *(start + np.arange(n) for start, n in zip(starts, counts, strict=True)),
+        ]
+    )
+    titles = iter(texts.titles.take(pa.array(tree.trie.rows[places])).to_pylist())
+    listed = [[shorten(next(titles)) for _ in range(count)] for count in counts.tolist()]
+    return [[title for title in each if title] for each in listed]
 
 
 def _near(version: Version, tree: Tree, path: tuple[int, ...]) -> list[dict[str, Any]]:
@@ -150,33 +184,38 @@ def _near(version: Version, tree: Tree, path: tuple[int, ...]) -> list[dict[str,
     ]
 
 
-def search(version: Version, query: str, offset: int, limit: int) -> dict[str, Any]:
-    """Return the items whose id or title has all words of a query; an equal id comes first."""
-    texts, words = version.search_texts, query.lower().split()
-    rows: Any = None
-    for word in words:
-        searched = texts if rows is None else texts.take(rows)
-        hits = pc.indices_nonzero(pc.match_substring(searched, word))
-        rows = hits if rows is None else rows.take(hits)
-    found: npt.NDArray[np.int64] = (
-        np.zeros(0, np.int64) if rows is None else rows.to_numpy().astype(np.int64)
-    )
+def search(version: Version, query: str, level: int, offset: int, limit: int) -> dict[str, Any]:
+    """Return the items whose id or title has all words of a query, then those of a prefix.
+
+    An item that is called just so comes first.
+    """
+    words = query.lower().split()
+    rows = np.arange(len(version.ids)) if words else np.empty(0, np.int64)
+    for place, word in enumerate(words):
+        texts = version.search_texts
+        searched = texts if not place else texts.take(pa.array(rows))
+        rows = rows[pc.match_substring(searched, word).to_numpy(zero_copy_only=False)]
     exact = version.ids.items.index_of([query.strip()])
-    exact = exact[exact >= 0]
-    found = np.concatenate([exact, found[~np.isin(found, exact)]])
-    # The words of the catalogue's first codes, as far as they have been read.
-    tree = tree_of(version, 0)
+    rows = np.concatenate([exact[exact >= 0], rows[~np.isin(rows, exact)]])
+    tree = tree_of(version, level)
+    numbers = _NUMBERS.findall(query)
+    if numbers and version.ids.info.hierarchical and not _NUMBERS.sub("", query).strip(" .,·-"):
+        codes = [int(number) for number in numbers[: version.trie.levels + 1]]
+        if len(codes) <= version.trie.levels:
+            below = version.trie.items(codes)
+            rows = np.concatenate([rows, below[~np.isin(below, rows)]])
+    # The words of the first codes, each named by its best.
     described = tree.child_words(()).items() if len(query) > 2 else ()
-    codes = [
+    chips = [
         {"code": code, "word": each[0]}
         for code, each in described
         if any(word.startswith(query.lower().strip()) for word in each)
     ]
     return {
-        "total": len(found),
+        "total": len(rows),
         "offset": offset,
-        "items": [version.item(row) for row in found[offset : offset + limit].tolist()],
-        "codes": codes[:12],
+        "items": [version.item(row) for row in rows[offset : offset + limit].tolist()],
+        "codes": chips[:12],
     }
 
 

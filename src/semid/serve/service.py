@@ -15,6 +15,7 @@ from semid.errors import UsageError
 from semid.serve import bodies
 from semid.serve.batching import BatchQueue, Refused
 from semid.serve.bodies import JSON, Rows, read_body
+from semid.serve.explore import warm
 from semid.serve.limits import ServeOptions
 from semid.serve.observe import Metrics, logger
 from semid.serve.versions import Catalogue, Version
@@ -27,6 +28,7 @@ class Service:
         self.catalogue, self.options, self.retriever = catalogue, options, retriever
         self.metrics = Metrics()
         self.closing = False
+        self.warm: Version | None = None  # version that the explorer is ready for
         tokenizer = catalogue.tokenizer
         if options.threads is not None:
             tokenizer.threads = options.threads
@@ -118,10 +120,19 @@ class Service:
         logger.info("swap", extra={"fields": {"version": version.number}})
         return version
 
+    async def warm_up(self) -> None:
+        """Make the explorer ready for each version that is served, until cancelled."""
+        while True:
+            version = self.catalogue.current
+            if self.warm is not version:
+                await asyncio.to_thread(warm, version)
+                self.warm = version
+            await asyncio.sleep(1)
+
     async def watch(self) -> None:
         """Look for new versions of the bundle until cancelled."""
         failed = None
-        while True:
+        while self.options.watch:
             await asyncio.sleep(self.options.watch)
             last = await asyncio.to_thread(lambda: self.catalogue.bundle.versions()[-1])
             if last in (self.catalogue.current.number, failed) or self.catalogue.pinned:
@@ -136,13 +147,13 @@ class Service:
         """Start the queues; at the end finish what waits."""
         for queue in self.queues:
             queue.start()
-        watch = asyncio.create_task(self.watch()) if self.options.watch else None
+        tasks = [asyncio.create_task(self.warm_up()), asyncio.create_task(self.watch())]
         try:
             yield
         finally:
             self.closing = True
-            if watch is not None:
-                watch.cancel()
+            for task in tasks:
+                task.cancel()
             for queue in self.queues:
                 await queue.close()
 

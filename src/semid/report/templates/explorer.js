@@ -1,7 +1,6 @@
 "use strict";
 // The code tree: a map of the chosen prefix, its items, words and nearest codes, and a search.
-(function () {
-  const data = JSON.parse(document.getElementById("semid-explorer").textContent);
+(async function () {
   const root = document.getElementById("explorer");
   const PAGE = 20;
   const CELL = 2400; // square pixels of a code's rectangle, on average: room for a word
@@ -11,23 +10,10 @@
     ["flips", "Ids that flip under noise", "share", "worse"],
     ["unique", "Different ids an item", "share", "better"],
     ["interactions", "Interactions an item", "number", "more"],
+    ["novel", "Novel items", "share", "worse"],
+    ["new", "New in this version", "share", "more"],
     ["items", "Items", "count", "more"],
   ];
-  const levelWord = data.hierarchical ? "Level" : "Codebook";
-
-  // Tree with children. Node -1 is the whole catalogue.
-  const trees = data.trees.map((tree) => {
-    const children = new Map([[-1, []]]);
-    tree.parent.forEach((parent, node) => {
-      if (!children.has(parent)) children.set(parent, []);
-      children.get(parent).push(node);
-    });
-    const depth = [];
-    tree.parent.forEach((parent, node) => { depth.push(parent < 0 ? 1 : depth[parent] + 1); });
-    return { ...tree, children, depth };
-  });
-  const state = { tree: 0, node: -1, metric: null, query: "", page: 1, found: -1 };
-
   const make = (tag, options, ...inside) => {
     const element = document.createElement(tag);
     for (const [key, value] of Object.entries(options || {})) {
@@ -48,32 +34,121 @@
   };
   const write = { count, number, share };
 
-  const path = (tree, node) => {
-    const codes = [];
-    for (let at = node; at >= 0; at = tree.parent[at]) codes.unshift(tree.code[at]);
-    return codes;
+  // Where the tree comes from: from this page, or from a service (see live.js). Both answer
+  //   node(tree, codes) -> {codes, items, metrics, words, near, allChildren,
+  //     children: [{code, items, metrics, words, examples}]} of the deepest known node on the way,
+  //   scale(metric) -> [low, high] for colors,
+  //   list(tree, codes, offset, count) -> {items: [{id, title, codes}], total},
+  //   find(tree, query, offset, count) -> {items, total, codes: [{code, word}]}.
+  const fromPage = (data) => {
+    const trees = data.trees.map((tree) => {
+      const children = new Map([[-1, []]]);
+      tree.parent.forEach((parent, node) => {
+        if (!children.has(parent)) children.set(parent, []);
+        children.get(parent).push(node);
+      });
+      const depth = [];
+      tree.parent.forEach((parent, node) => { depth.push(parent < 0 ? 1 : depth[parent] + 1); });
+      return { ...tree, children, depth };
+    });
+    // Node -1 is the whole catalogue. The deepest node on the way to a list of codes:
+    const walk = (tree, codes) => {
+      let node = -1;
+      for (const code of codes) {
+        const next = (tree.children.get(node) || []).find((child) => tree.code[child] === code);
+        if (next === undefined) break;
+        node = next;
+      }
+      return node;
+    };
+    const path = (tree, node) => {
+      const codes = [];
+      for (let at = node; at >= 0; at = tree.parent[at]) codes.unshift(tree.code[at]);
+      return codes;
+    };
+    const words = (tree, node) => (tree.words[node] || []).map((index) => tree.vocabulary[index]);
+    const rows = (tree, node) => {
+      const first = node < 0 ? 0 : tree.first[node];
+      return tree.order.slice(first, first + (node < 0 ? data.shown : tree.shown[node]));
+    };
+    const examples = (tree, node) => !data.titles ? []
+      : rows(tree, node).slice(0, 3).map((row) => data.titles[row]).filter(Boolean);
+    const facts = (tree, node) => ({
+      examples: examples(tree, node), code: tree.code[node], items: node < 0 ? data.items : tree.items[node], words: words(tree, node),
+      metrics: Object.fromEntries(Object.entries(tree.metrics).map(([key, values]) => [key, values[node]])),
+    });
+    const item = (row) => ({
+      id: data.ids[row], title: data.titles ? data.titles[row] : null,
+      codes: data.codes.slice(row * data.levels, (row + 1) * data.levels),
+    });
+    const near = (tree, node) => {
+      if (node < 0) return [];
+      const listed = data.neighbors[trees.length > 1 ? tree.level : tree.depth[node] - 1];
+      const at = listed.code.indexOf(tree.code[node]);
+      return at < 0 ? [] : listed.near[at].map((code, index) => {
+        const target = walk(tree, [...path(tree, node).slice(0, -1), code]);
+        const reached = target >= 0 && tree.code[target] === code && tree.depth[target] === tree.depth[node];
+        return { code, distance: listed.distance[at][index], reached };
+      });
+    };
+    let lowered = null;
+    const matches = (query) => {
+      const plain = query.trim().toLowerCase();
+      lowered = lowered || data.ids.map((id, row) => `${id}\n${(data.titles && data.titles[row]) || ""}`.toLowerCase());
+      const parts = plain.split(/\s+/);
+      const exact = [], others = [];
+      lowered.forEach((text, row) => {
+        if (text.startsWith(plain + "\n")) exact.push(row);
+        else if (parts.every((part) => text.includes(part))) others.push(row);
+      });
+      const numbers = plain.split(/[\s.,·-]+/);
+      if (numbers.every((part) => /^\d+$/.test(part)) && numbers.length <= data.levels && data.hierarchical) {
+        const codes = numbers.map(Number);
+        const node = walk(trees[0], codes);
+        if (node >= 0 && trees[0].depth[node] === codes.length) {
+          const already = new Set([...exact, ...others]);
+          others.push(...rows(trees[0], node).filter((row) => !already.has(row)));
+        }
+      }
+      return [...exact, ...others];
+    };
+    const wordCodes = (tree, query) => {
+      const wanted = query.trim().toLowerCase();
+      if (wanted.length < 3) return [];
+      const known = new Set(tree.vocabulary.flatMap((word, index) => (word.startsWith(wanted) ? [index] : [])));
+      return Object.entries(tree.words).filter(([node, listed]) => tree.depth[node] === 1 && listed.some((word) => known.has(word)))
+        .map(([node]) => ({ code: tree.code[node], word: words(tree, node)[0] || "" })).slice(0, 12);
+    };
+    return {
+      hierarchical: data.hierarchical, levels: data.levels, items: data.items,
+      trees: trees.map((tree) => tree.level), metrics: Object.keys(trees[0].metrics),
+      node: (index, codes) => {
+        const tree = trees[index], node = walk(tree, codes);
+        const children = (tree.children.get(node) || []).map((child) => facts(tree, child));
+        return { ...facts(tree, node), codes: path(tree, node), children, allChildren: children.length, near: near(tree, node) };
+      },
+      // From the 2nd to the 98th percentile of all codes.
+      scale: (metric) => {
+        const all = trees.flatMap((tree) => metric === "items" ? tree.items : tree.metrics[metric]).sort((a, b) => a - b);
+        const at = (q) => all[Math.round(q * (all.length - 1))];
+        return metric === "items" ? [1, all[all.length - 1]] : [at(0.02), at(0.98)];
+      },
+      list: (index, codes, offset, size) => {
+        const under = rows(trees[index], walk(trees[index], codes));
+        return { items: under.slice(offset, offset + size).map(item), total: under.length };
+      },
+      find: (index, query, offset, size) => {
+        const hits = matches(query);
+        return { items: hits.slice(offset, offset + size).map(item), total: hits.length, codes: wordCodes(trees[index], query) };
+      },
+    };
   };
-  const itemCodes = (item) => data.codes.slice(item * data.levels, (item + 1) * data.levels);
-  const name = (tree, node) => path(tree, node).join(" · ");
-  const words = (tree, node) => (tree.words[node] || []).map((index) => tree.vocabulary[index]);
-  const metricOf = (tree, node) => state.metric === "items" ? tree.items[node] : tree.metrics[state.metric][node];
-  const itemsOf = (tree, node) => {
-    const first = node < 0 ? 0 : tree.first[node];
-    const shown = node < 0 ? data.shown : tree.shown[node];
-    return tree.order.slice(first, first + shown);
-  };
-  const examples = (tree, node) => !data.titles ? []
-    : itemsOf(tree, node).slice(0, 3).map((item) => data.titles[item]).filter(Boolean);
-  // The deepest node on the way to a list of codes.
-  const walk = (tree, codes) => {
-    let node = -1;
-    for (const code of codes) {
-      const next = (tree.children.get(node) || []).find((child) => tree.code[child] === code);
-      if (next === undefined) break;
-      node = next;
-    }
-    return node;
-  };
+  const embedded = document.getElementById("semid-explorer");
+  const source = embedded ? fromPage(JSON.parse(embedded.textContent)) : await semid.live;
+  const levelWord = source.hierarchical ? "Level" : "Codebook";
+  const several = source.trees.length > 1;
+  const state = { tree: 0, node: null, metric: null, query: "", page: 1, found: null, turn: 0 };
+  const name = (codes) => codes.join(" · ");
 
   // Squarified treemap (Bruls, Huizing, van Wijk 2000): rectangles as square as they come.
   const squarify = (sizes, width, height) => {
@@ -106,18 +181,10 @@
     return out;
   };
 
-  // One color scale for all levels, so that a code keeps its color where it is seen again. It runs
-  // from the 2nd to the 98th percentile of all codes; counts, which fall from level to level, by
-  // their logarithm.
+  // One color scale for all levels, so that a code keeps its color where it is seen again; counts,
+  // which fall from level to level, by their logarithm.
   const scales = {};
-  const scaleOf = (metric) => {
-    if (!scales[metric]) {
-      const all = trees.flatMap((tree) => metric === "items" ? tree.items : tree.metrics[metric]).sort((a, b) => a - b);
-      const at = (q) => all[Math.round(q * (all.length - 1))];
-      scales[metric] = metric === "items" ? [1, all[all.length - 1]] : [at(0.02), at(0.98)];
-    }
-    return scales[metric];
-  };
+  const scaleOf = (metric) => (scales[metric] = scales[metric] || source.scale(metric));
   const shade = (metric, value) => {
     const [low, high] = scaleOf(metric).map((end) => metric === "items" ? Math.log(end) : end);
     const t = ((metric === "items" ? Math.log(value) : value) - low) / (high - low);
@@ -125,12 +192,13 @@
   };
 
   // Parts of the page, made once.
-  const available = METRICS.filter(([key]) => key === "items" || key in trees[0].metrics);
+  const available = METRICS.filter(([key]) => key === "items" || source.metrics.includes(key));
   state.metric = available[0][0];
+  const valueOf = (node, key) => (key === "items" ? node.items : node.metrics[key]);
   const metricPick = make("select", { id: "explorer-metric", onchange: () => { state.metric = metricPick.value; drawMap(); } },
     ...available.map(([key, label]) => make("option", { value: key, text: label })));
-  const treePick = trees.length > 1 ? make("select", { id: "explorer-tree", onchange: () => go(Number(treePick.value), -1) },
-    ...trees.map((tree, index) => make("option", { value: index, text: `${levelWord} ${tree.level + 1}` }))) : null;
+  const treePick = several ? make("select", { id: "explorer-tree", onchange: () => go(Number(treePick.value), []) },
+    ...source.trees.map((level, index) => make("option", { value: index, text: `${levelWord} ${level + 1}` }))) : null;
   const search = make("input", { type: "search", id: "explorer-search", placeholder: "item id, words of a title, or codes such as 17 203", autocomplete: "off", spellcheck: "false" });
   let waiting = 0;
   search.addEventListener("input", () => {
@@ -150,33 +218,42 @@
       make("label", {}, "Color", metricPick)),
     trail, frame, legend, said, detail);
 
-  const go = (tree, node, options) => {
-    const { focus, keepQuery, found } = options || {};
-    state.tree = tree; state.node = node; state.page = 1; state.found = found === undefined ? -1 : found;
+  // An answer that comes after a later question is dropped.
+  const go = async (tree, codes, options) => {
+    const { focus, keepQuery, found, keepAddress } = options || {};
+    const turn = ++state.turn;
+    const node = await source.node(tree, codes);
+    if (turn !== state.turn) return;
+    Object.assign(state, { tree, node, page: 1, found: found === undefined ? null : found });
     if (!keepQuery) { state.query = ""; search.value = ""; }
     if (treePick) treePick.value = tree;
+    if (!keepAddress) history.replaceState(null, "", address(tree, node.codes));
     frame.scrollTop = 0;
-    draw();
-    const here = trees[tree];
-    said.textContent = node < 0 ? "All items" : `${levelWord} code ${name(here, node)}: ${count(here.items[node])} items`;
+    drawTrail();
+    drawMap();
+    said.textContent = node.codes.length ? `${levelWord} code ${name(node.codes)}: ${count(node.items)} items` : "All items";
     if (focus) (map.querySelector("button") || trail.querySelector("[aria-current]")).focus();
+    await drawDetail();
+  };
+  // A link to a code: #code=17.203, of the second codebook #code=2:17.
+  const address = (tree, codes) => `#code=${several ? `${tree + 1}:` : ""}${codes.join(".")}`;
+  const addressed = () => {
+    const [, tree, codes] = /^#code=(?:(\d+):)?((?:\d+(?:\.\d+)*)?)$/.exec(location.hash) || [];
+    if (codes === undefined) return null;
+    return [Math.min(Math.max((tree || 1) - 1, 0), source.trees.length - 1), codes ? codes.split(".").map(Number) : []];
   };
 
   const drawTrail = () => {
-    const tree = trees[state.tree];
-    const nodes = [];
-    for (let at = state.node; at >= 0; at = tree.parent[at]) nodes.unshift(at);
-    const all = trees.length > 1 ? `${levelWord} ${tree.level + 1}, all codes` : "All codes";
-    const step = (label, node, last) => make("li", {}, last
+    const { codes } = state.node;
+    const all = several ? `${levelWord} ${source.trees[state.tree] + 1}, all codes` : "All codes";
+    const step = (label, depth) => make("li", {}, depth === codes.length
       ? make("span", { "aria-current": "true", tabindex: "-1", text: label })
-      : make("button", { type: "button", class: "link", text: label, onclick: () => go(state.tree, node, { focus: true }) }));
-    trail.replaceChildren(step(all, -1, state.node < 0), ...nodes.map((node, index) =>
-      step(`${trees.length > 1 ? "Code" : `Level ${index + 1}:`} ${tree.code[node]}`, node, node === state.node)));
+      : make("button", { type: "button", class: "link", text: label, onclick: () => go(state.tree, codes.slice(0, depth), { focus: true }) }));
+    trail.replaceChildren(step(all, 0), ...codes.map((code, index) => step(`${several ? "Code" : `Level ${index + 1}:`} ${code}`, index + 1)));
   };
 
   const drawMap = () => {
-    const tree = trees[state.tree];
-    const nodes = tree.children.get(state.node) || [];
+    const nodes = state.node.children;
     const [, label, kind, sense] = available.find(([key]) => key === state.metric);
     map.replaceChildren();
     legend.replaceChildren();
@@ -185,40 +262,40 @@
     // The map is as high as its codes need to show words, up to five screens, and scrolls inside.
     const needed = nodes.length * CELL / frame.clientWidth;
     map.style.height = `${Math.min(Math.max(frame.clientHeight, needed), 5 * frame.clientHeight)}px`;
-    const boxes = squarify(nodes.map((node) => tree.items[node]), map.clientWidth, map.clientHeight);
-    const values = nodes.map((node) => metricOf(tree, node));
+    const boxes = squarify(nodes.map((node) => node.items), map.clientWidth, map.clientHeight);
+    const values = nodes.map((node) => valueOf(node, state.metric));
     const [low, high] = scaleOf(state.metric);
     // Where white and dark text read equally well on the mixed color.
     const flip = document.documentElement.dataset.theme === "dark" ? 0.55 : 0.66;
-    nodes.forEach((node, index) => {
+    const cells = nodes.map((node, index) => {
       const [x, y, w, h] = boxes[index];
       const t = shade(state.metric, values[index]);
-      const told = words(tree, node), titles = examples(tree, node);
+      const codes = [...state.node.codes, node.code];
       const button = make("button", {
-        type: "button", tabindex: index ? "-1" : "0", "data-node": node,
-        "aria-label": `Code ${name(tree, node)}, ${count(tree.items[node])} items, ${label.toLowerCase()} ${write[kind](values[index])}${told.length ? ", " + told.join(" ") : ""}`,
-        title: `${name(tree, node)}: ${count(tree.items[node])} items\n${label}: ${write[kind](values[index])}${told.length ? "\n" + told.join(", ") : ""}${titles.length ? "\n\n" + titles.join("\n") : ""}`,
-        onclick: () => go(state.tree, node, { focus: true }),
+        type: "button", tabindex: index ? "-1" : "0", "data-node": node.code,
+        "aria-label": `Code ${name(codes)}, ${count(node.items)} items, ${label.toLowerCase()} ${write[kind](values[index])}${node.words.length ? ", " + node.words.join(" ") : ""}`,
+        title: `${name(codes)}: ${count(node.items)} items\n${label}: ${write[kind](values[index])}${node.words.length ? "\n" + node.words.join(", ") : ""}${node.examples.length ? "\n\n" + node.examples.join("\n") : ""}`,
+        onclick: () => go(state.tree, codes, { focus: true }),
       });
       button.style.cssText = `left:${x}px;top:${y}px;width:${w}px;height:${h}px;`
         + `background:color-mix(in oklab, var(--hi) ${(100 * t).toFixed(1)}%, var(--lo));`
         + `color:${t > flip ? "var(--on-hi)" : "var(--on-lo)"}`;
       // As many lines as there is room for: the code, then a word a line.
       const lines = Math.floor((h - 4) / LINE);
-      if (w > 22 && lines > 0) button.append(make("b", { text: tree.code[node] }));
+      if (w > 22 && lines > 0) button.append(make("b", { text: node.code }));
       // A plural beside its singular says nothing new.
-      const apart = told.filter((word, at) => !told.slice(0, at).some((other) => word.startsWith(other) || other.startsWith(word)));
+      const apart = node.words.filter((word, at) => !node.words.slice(0, at).some((other) => word.startsWith(other) || other.startsWith(word)));
       if (w > 36) button.append(...apart.slice(0, Math.max(0, lines - 1)).map((word) => make("span", { text: word })));
       if (w < 44 || h < 34) button.style.padding = "2px";
-      map.append(button);
+      return button;
     });
-    const drawn = nodes.reduce((sum, node) => sum + tree.items[node], 0);
-    const whole = state.node < 0 ? data.items : tree.items[state.node];
+    map.append(...cells);
+    const drawn = nodes.reduce((sum, node) => sum + node.items, 0);
     legend.append(
       make("span", { text: `${label} (more color: ${sense})` }), make("span", { class: "num", text: write[kind](low) }),
       make("i", { "aria-hidden": "true" }), make("span", { class: "num", text: write[kind](high) }),
       make("span", { text: `· one scale for all ${levelWord.toLowerCase()}s` }),
-      ...(drawn < whole ? [make("span", { text: `· codes with ${count(whole - drawn)} more items are not drawn` })] : []));
+      ...(drawn < state.node.items ? [make("span", { text: `· codes with ${count(state.node.items - drawn)} more items are not drawn` })] : []));
   };
 
   // Arrow keys move in the map by place, Home and End to the ends, Escape or Backspace goes up.
@@ -227,7 +304,7 @@
     const at = cells.indexOf(document.activeElement);
     if (at < 0) return;
     if (event.key === "Escape" || event.key === "Backspace") {
-      if (state.node >= 0) { event.preventDefault(); go(state.tree, trees[state.tree].parent[state.node], { focus: true }); }
+      if (state.node.codes.length) { event.preventDefault(); go(state.tree, state.node.codes.slice(0, -1), { focus: true }); }
       return;
     }
     const middle = (cell) => [cell.offsetLeft + cell.offsetWidth / 2, cell.offsetTop + cell.offsetHeight / 2];
@@ -253,127 +330,89 @@
     next.focus();
   });
 
-  const open = (codes, level, item) => {
-    const tree = trees.length > 1 ? level : 0;
-    const chosen = trees.length > 1 ? [codes[level]] : codes;
-    go(tree, walk(trees[tree], chosen), { found: item });
-  };
+  const open = (codes, level, item) => go(several ? level : 0, several ? [codes[level]] : codes, { found: item });
 
   const itemRow = (item) => {
-    const codes = itemCodes(item);
-    const title = data.titles ? data.titles[item] : null;
+    const { codes, title } = item;
     const links = codes.flatMap((code, level) => [
       level ? " · " : "",
       make("button", {
         type: "button", class: "link", text: code,
-        "aria-label": trees.length > 1 ? `Codebook ${level + 1}, code ${code}` : `Prefix ${codes.slice(0, level + 1).join(" ")}`,
-        onclick: () => open(trees.length > 1 ? codes : codes.slice(0, level + 1), level, item),
+        "aria-label": several ? `Codebook ${level + 1}, code ${code}` : `Prefix ${codes.slice(0, level + 1).join(" ")}`,
+        onclick: () => open(several ? codes : codes.slice(0, level + 1), level, item.id),
       })]);
-    return make("li", { class: item === state.found ? "found" : null, "data-item": data.ids[item] },
-      make("span", { class: "name" }, title || data.ids[item], title ? make("span", { class: "id code", text: data.ids[item] }) : null),
+    return make("li", { class: item.id === state.found ? "found" : null, "data-item": item.id },
+      make("span", { class: "name" }, title || item.id, title ? make("span", { class: "id code", text: item.id }) : null),
       make("span", { class: "path code" }, ...links));
   };
 
-  let lowered = null;
-  const matches = (query) => {
-    const plain = query.trim().toLowerCase();
-    if (!plain) return null;
-    lowered = lowered || data.ids.map((id, item) => `${id}\n${(data.titles && data.titles[item]) || ""}`.toLowerCase());
-    const parts = plain.split(/\s+/);
-    const exact = [], others = [];
-    lowered.forEach((text, item) => {
-      if (text.startsWith(plain + "\n")) exact.push(item);
-      else if (parts.every((part) => text.includes(part))) others.push(item);
-    });
-    const numbers = plain.split(/[\s.,·-]+/);
-    if (numbers.every((part) => /^\d+$/.test(part)) && numbers.length <= data.levels && data.hierarchical) {
-      const codes = numbers.map(Number);
-      const node = walk(trees[0], codes);
-      if (node >= 0 && trees[0].depth[node] === codes.length) {
-        const under = itemsOf(trees[0], node);
-        const already = new Set([...exact, ...others]);
-        others.push(...under.filter((item) => !already.has(item)));
-      }
-    }
-    return [...exact, ...others];
-  };
-  const wordCodes = (query) => {
-    const tree = trees[state.tree];
-    const wanted = query.trim().toLowerCase();
-    if (wanted.length < 3) return [];
-    const known = new Set(tree.vocabulary.flatMap((word, index) => (word.startsWith(wanted) ? [index] : [])));
-    return Object.entries(tree.words).filter(([node, listed]) => tree.depth[node] === 1 && listed.some((word) => known.has(word)))
-      .map(([node]) => Number(node)).slice(0, 12);
-  };
-
-  const drawDetail = () => {
-    const tree = trees[state.tree];
-    const hits = matches(state.query);
-    const items = hits || itemsOf(tree, state.node);
+  const drawDetail = async (focus) => {
+    const { node, tree, turn, page } = state;
+    const query = state.query.trim();
+    const shownItems = page * PAGE;
+    const hits = query ? await source.find(tree, query, 0, shownItems) : null;
+    const listed = hits || await source.list(tree, node.codes, 0, shownItems);
+    if (turn !== state.turn || query !== state.query.trim() || page !== state.page) return;
     const side = make("div", {});
     if (hits) {
-      side.append(make("h3", { text: "Search" }), make("p", { class: "muted", text: `${count(hits.length)} items match` }));
-      const codes = wordCodes(state.query);
-      if (codes.length) {
-        side.append(make("h3", { text: "Codes described so" }), make("ul", { class: "chips" }, ...codes.map((node) => make("li", {},
-          make("button", { type: "button", text: `${tree.code[node]} ${words(tree, node)[0] || ""}`, onclick: () => go(state.tree, node, { focus: true }) })))));
+      side.append(make("h3", { text: "Search" }), make("p", { class: "muted", text: `${count(hits.total)} items match` }));
+      if (hits.codes.length) {
+        side.append(make("h3", { text: "Codes described so" }), make("ul", { class: "chips" }, ...hits.codes.map(({ code, word }) => make("li", {},
+          make("button", { type: "button", text: `${code} ${word}`, onclick: () => go(tree, [code], { focus: true }) })))));
       }
-    } else if (state.node < 0) {
-      side.append(make("h3", { text: "All codes" }), make("p", { class: "muted", text: `${count((tree.children.get(-1) || []).length)} codes hold ${count(data.items)} items. Choose one in the map.` }));
+    } else if (!node.codes.length) {
+      side.append(make("h3", { text: "All codes" }), make("p", { class: "muted", text: `${count(node.allChildren)} codes hold ${count(node.items)} items. Choose one in the map.` }));
     } else {
-      describe(side, tree, state.node);
+      describe(side, node);
     }
-    const shown = items.slice(0, state.page * PAGE);
-    const list = make("ul", { class: "list" }, ...shown.map(itemRow));
-    const rest = items.length - shown.length;
-    const total = hits ? hits.length : state.node < 0 ? data.items : tree.items[state.node];
+    const list = make("ul", { class: "list" }, ...listed.items.map(itemRow));
+    const rest = listed.total - listed.items.length;
+    const total = hits ? hits.total : node.items;
     const right = make("div", {},
-      make("h3", { text: hits ? "Items found" : `Items${total > items.length ? ` (${count(items.length)} of ${count(total)} on this page)` : ""}` }),
-      items.length ? list : make("p", { class: "muted", text: "None on this page." }),
+      make("h3", { text: hits ? "Items found" : `Items${total > listed.total ? ` (${count(listed.total)} of ${count(total)} on this page)` : ""}` }),
+      listed.items.length ? list : make("p", { class: "muted", text: "None on this page." }),
       rest > 0 ? make("p", { class: "pager" }, make("button", {
         type: "button", text: `Show ${count(Math.min(PAGE, rest))} more of ${count(rest)}`,
-        onclick: () => { state.page += 1; drawDetail(); const rows = root.querySelectorAll(".list li"); rows[(state.page - 1) * PAGE].querySelector("button").focus(); },
+        onclick: () => { state.page += 1; drawDetail(true); },
       })) : null);
     detail.replaceChildren(side, right);
-    if (hits) said.textContent = `${count(hits.length)} items match`;
+    if (focus) root.querySelectorAll(".list li")[(page - 1) * PAGE].querySelector("button").focus();
+    if (hits) said.textContent = `${count(hits.total)} items match`;
   };
 
-  const describe = (side, tree, node) => {
+  const describe = (side, node) => {
     const facts = make("dl", {});
     for (const [key, label, kind] of available) {
-      const value = key === "items" ? tree.items[node] : tree.metrics[key][node];
-      facts.append(make("dt", { text: label }), make("dd", { text: write[kind](value) }));
+      facts.append(make("dt", { text: label }), make("dd", { text: write[kind](valueOf(node, key)) }));
     }
-    side.append(make("h3", { text: `Code ${name(tree, node)}` }), facts);
-    const told = words(tree, node);
-    if (told.length) {
-      side.append(make("h3", { text: "Words that describe it" }), make("ul", { class: "chips" }, ...told.map((word) => make("li", { text: word }))));
+    side.append(make("h3", { text: `Code ${name(node.codes)}` }), facts);
+    if (node.words.length) {
+      side.append(make("h3", { text: "Words that describe it" }), make("ul", { class: "chips" }, ...node.words.map((word) => make("li", { text: word }))));
     }
-    const level = trees.length > 1 ? tree.level : tree.depth[node] - 1;
-    const near = data.neighbors[level];
-    const at = near.code.indexOf(tree.code[node]);
-    if (at >= 0) {
+    if (node.near.length) {
+      const tree = state.tree;
       side.append(make("h3", { text: "Nearest codes by overlap" }),
         make("p", { class: "muted small", text: "The closer, the likelier noise moves an item there. Squared distance between the codewords, as a share of that between two random items:" }),
-        make("ul", { class: "chips" }, ...near.near[at].map((code, index) => {
-          const target = walk(tree, [...path(tree, node).slice(0, -1), code]);
-          const label = `${code}: ${share(near.distance[at][index])}`;
-          const reached = target >= 0 && tree.code[target] === code && tree.depth[target] === tree.depth[node];
+        make("ul", { class: "chips" }, ...node.near.map(({ code, distance, reached }) => {
+          const label = `${code}: ${share(distance)}`;
           return make("li", {}, reached
-            ? make("button", { type: "button", text: label, onclick: () => go(state.tree, target, { focus: true }) })
+            ? make("button", { type: "button", text: label, onclick: () => go(tree, [...node.codes.slice(0, -1), code], { focus: true }) })
             : label);
         })));
     }
   };
 
-  const draw = () => { drawTrail(); drawMap(); drawDetail(); };
-  draw();
+  const linked = addressed();
+  go(...(linked || [0, []]), { keepAddress: true });
+  if (linked) document.getElementById("explore").scrollIntoView();
+  addEventListener("hashchange", () => { const [tree, codes] = addressed() || []; if (codes) go(tree, codes, { keepAddress: true }); });
   let width = frame.clientWidth;
-  new ResizeObserver(() => { if (frame.clientWidth && frame.clientWidth !== width) { width = frame.clientWidth; drawMap(); } }).observe(root);
-  document.addEventListener("semid-theme", drawMap);
-  document.querySelectorAll("[data-path]").forEach((button) => button.addEventListener("click", () => {
-    const codes = button.dataset.path.split(".").map(Number);
-    open(codes, 0);
+  new ResizeObserver(() => { if (state.node && frame.clientWidth && frame.clientWidth !== width) { width = frame.clientWidth; drawMap(); } }).observe(root);
+  document.addEventListener("semid-theme", () => state.node && drawMap());
+  document.addEventListener("click", (event) => {
+    const button = event.target.closest("[data-path]");
+    if (!button) return;
+    open(button.dataset.path.split(".").map(Number), 0);
     document.getElementById("explore").scrollIntoView();
-  }));
+  });
 })();
