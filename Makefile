@@ -13,7 +13,7 @@ LOWEST := .venv-lowest
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 MARKS ?= not slow and not gpu and not browser
 
-.PHONY: demo screenshots test lowest golden slow browser fuzz faults flags bench mutation quick docs results lint format clean
+.PHONY: demo screenshots test lowest golden slow browser fuzz faults flags bench mutation quick notebooks docs results lint format clean
 
 $(RUNTIME): pyproject.toml constraints.txt
 	$(or $(PYTHON),python3) -m venv $(VENV)
@@ -80,8 +80,12 @@ results: $(READY)  ## docs/results from the committed runs under results/
 	    --output docs/results || exit 1; \
 	done
 
+notebooks: $(READY)  ## docs/notebooks executed anew, with their outputs
+	OMP_NUM_THREADS=1 $(BIN)/jupyter nbconvert --execute --inplace --to notebook docs/notebooks/*.ipynb
+
 docs: $(READY)  ## the documentation site, strictly, into site/
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	$(BIN)/jupyter nbconvert --to markdown docs/notebooks/*.ipynb
 	$(BIN)/zensical build --strict --clean
 
 lint: $(READY)  ## ruff and mypy
