@@ -167,6 +167,9 @@ def test_what_is_no_encoder_is_refused(encoder, tmp_path, monkeypatch):
         open_encoder(encoder, revision="main")
     with pytest.raises(UsageError, match="'gpu' is not one of"):
         open_encoder(encoder, device="gpu")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UsageError, match="needs a GPU"):
+        open_encoder(encoder, device="cuda")
     with pytest.raises(UsageError, match="batch_size=0"):
         semid.embed(table(), tmp_path / "x.parquet", model=encoder, batch_size=0)
     monkeypatch.setitem(__import__("sys").modules, "sentence_transformers", None)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import json
 import logging
 import os
 import string
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -106,7 +108,9 @@ def embed(
     state = partial_path(output)
     with claim_output(output, overwrite=overwrite, inputs=[items], state=state):
         progress.start("load the encoder")
-        encoder, revision = open_encoder(model, revision=revision, device=device)
+        encoder, revision = open_encoder(
+            model, revision=revision, device=device, bars=not isinstance(progress, QuietProgress)
+        )
         about = TextModel(
             model=str(model), revision=revision, template=template, normalized=normalize
         )
@@ -191,13 +195,22 @@ def _parse(template: str) -> list[tuple[str, str | None]]:
 
 
 def open_encoder(
-    model: str | os.PathLike[str], *, revision: str | None = None, device: str = "auto"
+    model: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    device: str = "auto",
+    bars: bool = True,
 ) -> tuple[Any, str | None]:
     """Open a model of sentence-transformers; return it and its revision.
 
-    That of a folder is a digest of the weights in it.
+    That of a folder is a digest of the weights in it. ``bars`` says whether transformers shows its
+    progress.
     """
-    check_choice("device (--device)", device, ("auto", "cpu", "cuda"))
+    import torch
+
+    check_choice("--device (device=)", device, ("auto", "cpu", "cuda"))
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda (device=) needs a GPU that torch can use; take auto or cpu")
     try:
         package: Any = importlib.import_module("sentence_transformers")
     except ImportError:
@@ -210,13 +223,30 @@ def open_encoder(
     options = {} if device == "auto" else {"device": device}
     options |= {} if revision is None else {"revision": revision}
     try:
-        encoder = package.SentenceTransformer(str(folder) if folder.is_dir() else name, **options)
+        with _bars(shown=bars):
+            encoder = package.SentenceTransformer(
+                str(folder) if folder.is_dir() else name, **options
+            )
     except (OSError, ValueError, RuntimeError, AssertionError, ImportError) as error:
         raise UsageError(
             f"'{name}' cannot be opened as a model of sentence-transformers ({brief(error)}); give "
             "the name of one on the Hugging Face Hub, or its folder"
         ) from error
     return encoder, _weights_digest(folder) if folder.is_dir() else _hub_revision(name, revision)
+
+
+@contextlib.contextmanager
+def _bars(*, shown: bool) -> Iterator[None]:
+    """Hide the progress bars of transformers, which sentence-transformers has imported."""
+    module: Any = sys.modules.get("transformers.utils.logging")
+    hides = not shown and module is not None and module.is_progress_bar_enabled()
+    if hides:
+        module.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hides:
+            module.enable_progress_bar()
 
 
 def _weights_digest(folder: Path) -> str:
