@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from report_cases import FixedParallel, FixedResidual, blobs, healthy, logs, titles
@@ -154,6 +155,33 @@ def test_search_by_word_finds_items_and_codes(desktop: Visit) -> None:
     assert "Thing 11 of kind ddd" in desktop.page.inner_text(".detail .list")
     desktop.page.fill("#explorer-search", "")
     assert desktop.complaints == []
+
+
+def test_the_color_scale_is_that_of_all_levels_and_cells_name_items(desktop: Visit) -> None:
+    page = desktop.page
+    page.evaluate(CLICK_TO_THE_TOP)
+    legend = page.inner_text("#explorer .legend")
+    assert "one scale for all levels" in legend
+    assert page.locator(".map button span").count() > 0
+    assert "Thing" in page.get_attribute(".map button >> nth=1", "title")
+    page.click(".map button >> nth=0")
+    assert page.inner_text("#explorer .legend") == legend
+    page.evaluate(CLICK_TO_THE_TOP)
+    assert desktop.complaints == []
+
+
+def test_most_of_256_codes_have_words_on_a_phone(browser: Any, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2_560, 8)).astype(np.float32)
+    tok = FixedResidual(x[:256])
+    names = [f"{'abcdefghijklmnop'[row // 160] * 4}{row % 16} thing" for row in range(2_560)]
+    items = pa.table({"item_id": [f"item-{i}" for i in range(2_560)], "title": names})
+    d = diagnose(tok, x, ids=items["item_id"], items=items, **FAST)
+    path = d.write(tmp_path / "phone.html")
+    visit = Visit(browser, path, viewport={"width": 390, "height": 844})
+    assert visit.page.locator(".map button").count() == 256
+    assert visit.page.locator(".map button:has(span)").count() > 128
+    visit.close()
 
 
 def test_bucket_opens_in_the_explorer(desktop: Visit) -> None:
