@@ -11,9 +11,9 @@ LOWEST := .venv-lowest
 
 # Two processes or more bring more than threads inside one: the tests' matrices are tiny.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
-MARKS ?= not slow and not gpu and not browser
+MARKS ?= not slow and not gpu and not browser and not cluster
 
-.PHONY: demo screenshots test lowest golden slow browser fuzz faults flags bench mutation quick notebooks docs results lint format clean
+.PHONY: demo screenshots test lowest golden slow cluster browser fuzz faults flags bench mutation quick notebooks docs results lint format clean
 
 $(RUNTIME): pyproject.toml constraints.txt
 	$(or $(PYTHON),python3) -m venv $(VENV)
@@ -45,6 +45,9 @@ lowest:  ## the fast tests on Python 3.11 with the lower bounds of pyproject.tom
 
 slow: $(READY)  ## tests on real data at full size, minutes
 	$(BIN)/python -m pytest -m slow
+
+cluster: $(READY)  ## nodes of a Ray cluster lost at random moments of fits and encodes: half an hour
+	$(BIN)/python -m pytest -m cluster -rP
 
 browser: $(READY)  ## tests of the pages in headless Chromium
 	$(BIN)/python -m pytest -m "browser and not slow"

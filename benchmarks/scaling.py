@@ -40,7 +40,8 @@ from torch import distributed as dist
 
 from common import RESULTS, machine, markdown
 from semid.distributed.ray_fit import FitWorker, shard_loads, share_units
-from semid.distributed.ray_workers import RayOptions, RayShardPool, connect
+from semid.distributed.ray_shards import RayShardPool
+from semid.distributed.ray_workers import RayOptions, connect
 from semid.distributed.units import Catalogue
 from semid.quantization.blocks import BLOCK_ROWS, ArrayBlocks, cut_blocks
 from semid.quantization.kmeans import MAX_ROUND, kmeans_plus_plus

@@ -252,7 +252,7 @@ BESIDE["rank", "ties_seed"] = BESIDE["rank-grid", "ties_seed"] = "--history 3"
 _pairs = "--tokenizer drqvae --contrastive-weight 0.1 --interactions nowhere.parquet"
 BESIDE["fit", "ties_seed"] = _pairs
 BESIDE["export", "ties_seed"] = "--candidates 1 --interactions nowhere.parquet"
-for _name in ("workers", "cpus_per_worker", "store_bytes"):
+for _name in ("workers", "cpus_per_worker", "store_bytes", "wait_seconds"):
     BESIDE["fit", _name] = BESIDE["encode", _name] = "--engine ray"
 for _flag in known_flags("fit"):
     if "rqkmeans" not in _flag.tokenizers:

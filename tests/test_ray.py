@@ -20,9 +20,9 @@ from distributed_cases import many_rows, write_folder
 from semid.cli import main
 from semid.distributed.encode_folder import EncodeWorker, encode_folder
 from semid.distributed.ray_fit import fit_on_ray
+from semid.distributed.ray_shards import RayShardPool
 from semid.distributed.ray_workers import (
     RayOptions,
-    RayShardPool,
     check_slots,
     check_store,
     import_ray,
@@ -54,7 +54,11 @@ def cluster() -> Iterator[object]:
     os.environ["PYTHONPATH"] = os.pathsep.join(map(str, paths))
     os.environ.setdefault("RAY_worker_niceness", "0")  # or they wait for every other process
     ray.init(
-        num_cpus=2, include_dashboard=False, object_store_memory=80_000_000, log_to_driver=False
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=80_000_000,
+        log_to_driver=False,
     )
     yield ray
     ray.shutdown()

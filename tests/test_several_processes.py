@@ -260,7 +260,7 @@ def test_a_ray_dataset_is_encoded(tmp_path, clustered):
     items = write_folder(tmp_path / "items", clustered)
     tokenizer = semid.RQKMeans(levels=2, codebook_size=16).fit(clustered)
     tokenizer.save(tmp_path / "model")
-    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=80_000_000)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=80_000_000)
     try:
         data = ray.data.read_parquet(str(items))
         with pytest.raises(UsageError, match="leave 1 for the tasks that read"):

@@ -40,6 +40,7 @@ LEAVE_OUT = {
     "ray_address",
     "processes",
     "store_bytes",
+    "wait_seconds",
     "publish",
     "embed",
 }

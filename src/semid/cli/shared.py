@@ -131,6 +131,8 @@ class RayFlags:
             else a cluster of its own.
         store_bytes: With --engine ray: bytes of the object store of a cluster that is started here;
             default 512 MiB.
+        wait_seconds: With --engine ray: seconds to wait for a free CPU slot when no worker is left;
+            default 120.
     """
 
     PANEL = "Ray"
@@ -140,6 +142,7 @@ class RayFlags:
     cpus_per_worker: Count = None
     ray_address: str | None = None
     store_bytes: int | None = None
+    wait_seconds: int | None = None
 
     @property
     def uses_ray(self) -> bool:
@@ -156,8 +159,9 @@ class RayFlags:
         """The layout on Ray."""
         from semid.distributed.ray_workers import RayOptions
 
-        optional = {"cpus_per_worker": self.cpus_per_worker, "store_bytes": self.store_bytes}
-        layout: dict[str, Any] = {k: value for k, value in optional.items() if value is not None}
+        names = ("cpus_per_worker", "store_bytes", "wait_seconds")
+        given = {name: getattr(self, name) for name in names}
+        layout: dict[str, Any] = {k: value for k, value in given.items() if value is not None}
         return RayOptions(workers=self.workers, address=self.ray_address, **layout)
 
 

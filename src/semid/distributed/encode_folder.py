@@ -11,7 +11,8 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import threading
-from collections import Counter
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -20,7 +21,7 @@ from functools import partial
 from typing import Any
 
 from semid.codes import CodesInfo, ids_schema
-from semid.distributed.ray_workers import RayOptions, WorkerPool, check_slots, connect
+from semid.distributed.ray_workers import Actors, RayOptions, check_slots, connect
 from semid.distributed.units import UNIT_ROWS, Catalogue, Estimate, Unit, estimate_encode
 from semid.errors import ArtefactError, EmbeddingError, InputError, UsageError
 from semid.filesystems import FilePath, is_uri
@@ -162,7 +163,7 @@ def encode_folder(
                 # they have changed, and encode only those that have.
                 for part in run.results(units, workers):
                     parts.append(part)
-                    progress.step(rows[part.name])
+                    progress.step(rows[part.name], workers=run.workers)
         except EmbeddingError:  # these rows will not become right: leave nothing to resume
             folder.clear()
             raise
@@ -191,7 +192,7 @@ class _LocalRun:
 
     def __init__(self, job: EncodeJob, options: LocalOptions | None) -> None:
         self.job, self.options = job, options or LocalOptions()
-        self.lost = 0
+        self.lost = self.workers = 0
 
     def size(self, units: int) -> int:
         """Return the number of processes to start."""
@@ -201,6 +202,7 @@ class _LocalRun:
         """Yield units as they are done; a process that ends costs the units it had begun."""
         # A broken pool loses all its processes: what is not done is given to a new one.
         remaining = {unit.name: unit for unit in units}
+        self.workers = workers
         for attempt in range(self.options.retries + 1):
             try:
                 for part in self._once(list(remaining.values()), workers):
@@ -272,43 +274,74 @@ class _RayRun:
     def __init__(self, job: EncodeJob, options: RayOptions) -> None:
         self.job, self.options = job, options
         self.ray = connect(options)
-        self.lost = 0
+        self.lost = self.workers = 0
 
     def size(self, units: int) -> int:
         """Return the number of actors to start."""
         return min(check_slots(self.ray, self.options), units)
 
     def results(self, units: Sequence[Unit], workers: int) -> Iterator[EncodedPart]:
-        """Yield units as they are done; an actor that ends is replaced and its unit done again."""
-        pool = WorkerPool(
-            self.ray,
-            partial(_make_worker, self.job, self.options.cpus_per_worker),
-            self.options,
-            size=workers,
-            restore=lambda place: (),
-        )
-        waiting = list(reversed(units))
-        running: dict[Any, tuple[int, Unit, int]] = {}
+        """Yield units as they are done; the unit of an actor that ends is done again.
 
-        def begin(place: int, unit: Unit, attempt: int) -> None:
-            running[pool.start(place, "encode", unit)] = (place, unit, attempt)
+        A new actor is asked for, and those that are left go on without waiting for it.
+        """
+        make = partial(_make_worker, self.job, self.options.cpus_per_worker)
+        actors = Actors(self.ray, self.options)
+        waiting = deque(units)
+        # Call of an actor -> the actor and its unit; None while it starts.
+        running: dict[Any, tuple[Any, Unit | None]] = {}
+        failures: Counter[Unit] = Counter()
+        error: Exception | None = None
+        deadline = time.monotonic() + self.options.wait_seconds
+
+        def begin() -> None:
+            actor = actors.begin()
+            running[actor.make.remote(make, 0)] = actor, None
 
         try:
-            for place in range(pool.size):
-                begin(place, waiting.pop(), 0)
-            while running:
-                (ready, *_), _ = self.ray.wait(list(running), num_returns=1)
-                place, unit, attempt = running.pop(ready)
+            for _ in range(workers):
+                begin()
+            while waiting or actors.living:
+                now = time.monotonic()
+                if actors.living:
+                    deadline = now + self.options.wait_seconds
+                seconds = None if actors.living else max(deadline - now, 0)
+                ready, _ = self.ray.wait(list(running), num_returns=1, timeout=seconds)
+                if not ready:
+                    raise actors.none_left(error)
+                actor, unit = running.pop(ready[0])
                 try:
-                    part = pool.get(ready)
-                except self.ray.exceptions.RayActorError as error:
-                    pool.replace_worker(place, attempt, error)
-                    begin(place, unit, attempt + 1)
+                    part = actors.get(ready[0])
+                except actors.losses as caught:
+                    error = caught
+                    actors.end(actor, lost=unit is not None)
+                    if unit is None:  # sent to a machine that Ray has not missed yet
+                        if now >= deadline:
+                            raise actors.none_left(error) from None
+                        time.sleep(1)
+                        begin()
+                        continue
+                    failures[unit] += 1
+                    if failures[unit] > self.options.retries:
+                        raise actors.gave_up(f"'{unit.name}'", failures[unit], error) from None
+                    logger.warning(
+                        "a worker ended; its unit is done again, %d of %d workers live",
+                        *(len(actors.living), workers),
+                    )
+                    waiting.appendleft(unit)
+                    begin()
                     continue
+                if unit is None:
+                    actors.living.append(actor)
                 # The worker gets its next unit before the caller looks at this one's result.
                 if waiting:
-                    begin(place, waiting.pop(), 0)
-                yield part
+                    later = waiting.popleft()
+                    running[actor.call.remote(0, "encode", later)] = actor, later
+                else:  # its CPU slot may serve a unit whose worker ends
+                    actors.end(actor)
+                self.workers, self.lost = len(actors.living), actors.lost
+                if unit is not None:
+                    yield part
         finally:
-            self.lost = pool.lost
-            pool.close()
+            self.lost = actors.lost
+            actors.close()

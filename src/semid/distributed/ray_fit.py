@@ -18,19 +18,20 @@ import numpy.typing as npt
 
 from semid.data.ids import held_out_mask
 from semid.data.source import EmbeddingSource
+from semid.distributed.ray_shards import RayShardPool
 from semid.distributed.ray_workers import (
     RayOptions,
-    RayShardPool,
+    WorkerPool,
     check_slots,
     check_store,
     connect,
 )
 from semid.distributed.units import Catalogue, Unit
-from semid.errors import EmbeddingError, InputError, MissingExtraError
+from semid.errors import InputError, MissingExtraError
 from semid.filesystems import FilePath, is_uri
 from semid.health import CollisionCounter, Collisions, merge_collisions, row_hashes
 from semid.loading import load_tokenizer
-from semid.progress import ProgressArgument, QuietProgress, with_progress
+from semid.progress import Progress, ProgressArgument, QuietProgress, with_progress
 from semid.quantization.blocks import BLOCK_ROWS, Node, merge_nodes
 from semid.quantization.sharding import Shard, ShardedMatrix
 from semid.tokenizers.base import Tokenizer
@@ -222,7 +223,7 @@ def fit_on_ray(
     dim) bytes; a worker holds its share of the rows, the driver O(blocks + codes dim).
     """
     options = options or RayOptions()
-    steps = progress or QuietProgress()
+    steps: Progress = progress or QuietProgress()
     started = time.monotonic()
     catalogue.check_local(what="a worker")
     units = catalogue.units()
@@ -250,6 +251,7 @@ def fit_on_ray(
         )
 
     shards = RayShardPool(ray, make, options, size=len(shares))
+    steps = _CountedWorkers(steps, shards.pool)
     try:
         steps.start("read", total=len(catalogue))
         scans: list[ShardScan] = shards.pool.ask_all("scan")
@@ -275,6 +277,18 @@ def fit_on_ray(
         )
     finally:
         shards.close()
+
+
+class _CountedWorkers:
+    """Progress whose figures say how many workers live."""
+
+    def __init__(self, progress: Progress, pool: WorkerPool) -> None:
+        self.progress, self.pool = progress, pool
+        self.start, self.close = progress.start, progress.close
+
+    def step(self, done: int = 1, **fields: Any) -> None:
+        """Report steps."""
+        self.progress.step(done, **fields, workers=len(self.pool.living))
 
 
 def _evaluate(
@@ -308,19 +322,24 @@ def _counted(
 ) -> list[Any]:
     """Bring equal ids together, each part in one worker, and count them there."""
     pool = shards.pool
+    lost: Exception = InputError("")
     for attempt in range(pool.retries + 1):
         try:
-            split = [a.pieces.options(num_returns=size).remote("split", size) for a in pool.actors]
+            split = [
+                actor.pieces.options(num_returns=size).remote(place, "split", size)
+                for place, actor in enumerate(pool.actors)
+            ]
             # Column i of these lists is part i of the ids of all workers.
             parts = zip(*(each if size > 1 else [each] for each in split), strict=True)
             counted = [pool.start(part, "count", *column) for part, column in enumerate(parts)]
             results = [pool.get(ref) for ref in counted]
             return [result for result in results if result is not None]
-        except (shards.ray.exceptions.RayActorError, shards.ray.exceptions.ObjectLostError) as lost:
+        except pool.losses as error:
+            lost = error
             for place in pool.ended():
                 pool.replace_worker(place, attempt, lost)
                 pool.ask({place: ("evaluate", (model, mean))})
-    raise EmbeddingError("workers ended again and again while the codes were counted")
+    raise pool.gave_up("the count of the codes", pool.retries + 1, lost)
 
 
 def fit_with_ray_train(

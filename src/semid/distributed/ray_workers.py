@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from semid.errors import InputError, MissingExtraError, UsageError
 from semid.options import Options, option
-from semid.quantization.blocks import BLOCK_ROWS, Node, Statistics, TreeSum, merge_nodes
-from semid.quantization.sharding import payload_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +47,15 @@ class RayOptions(Options):
         name="--store-bytes",
         help="Object store of a cluster that is started here, in bytes.",
     )
-    retries: int = option(3, ge=0, help="Times a worker that ends is replaced.")
+    retries: int = option(3, ge=0, help="Times a step whose worker ended is done again.")
+    # Longer than a busy machine takes to start a process that imports torch.
+    wait_seconds: int = option(
+        120,
+        ge=1,
+        le=86_400,
+        name="--wait-seconds",
+        help="Seconds to wait for a free CPU slot when no worker is left.",
+    )
 
 
 def import_ray() -> Any:
@@ -129,68 +133,57 @@ def check_store(ray: Any, needed: int, *, what: str) -> None:
         )
 
 
-_SEEDING = ("start_seeding", "update_nearest_center", "assign")
-_LEVELS = ("reset_levels", "subtract_codewords", *_SEEDING)
+class Actors:
+    """Actors that hold workers: started, asked and ended here.
 
-VOIDS: dict[str, tuple[str, ...]] = {
-    "preprocess": _LEVELS,
-    "reset_levels": _LEVELS,
-    "subtract_codewords": _SEEDING,
-    "start_seeding": _SEEDING,
-    "update_nearest_center": (),
-    "assign": _SEEDING,
-}
-"""Calls that change what a shard knows -> earlier calls that need not be repeated after them when a
-new worker has to be brought to where the old one was."""
-
-
-class WorkerPool:
-    """Actors of one kind; one that ends is replaced, ``options.retries`` times per call.
-
-    ``make`` makes the worker object of a place, inside its actor; ``restore`` returns the calls
-    that bring a new worker of a place to where the old one was.
+    ``living`` are those that answered and have not been seen to end; ``lost`` counts the others.
     """
 
-    def __init__(
-        self,
-        ray: Any,
-        make: Callable[[int], Any],
-        options: RayOptions,
-        *,
-        size: int,
-        restore: Callable[[int], Sequence[tuple[str, tuple[Any, ...]]]],
-    ) -> None:
-        self.ray, self.make, self.size, self.retries = ray, make, size, options.retries
-        self.restore, self.lost = restore, 0
+    def __init__(self, ray: Any, options: RayOptions) -> None:
+        self.ray, self.options = ray, options
+        self.living: list[Any] = []
+        self.lost = 0
+        errors = ray.exceptions
+        # What the end of a process or of a machine raises: of the call itself, of one that it
+        # waited for, or of an answer that lay on that machine.
+        self.losses: tuple[type[Exception], ...] = (
+            errors.RayActorError,
+            errors.ObjectLostError,
+            errors.NodeDiedError,
+            errors.WorkerCrashedError,
+        )
         # Ray restarts nothing by itself: a new actor has to be told what the old one knew.
         slots = {"num_cpus": options.cpus_per_worker, "max_restarts": 0, "max_task_retries": 0}
         self._kind = ray.remote(**slots)(_Host)
-        self.actors = [self._kind.remote(make, place) for place in range(size)]
+        self._all: list[Any] = []
 
-    def start(self, place: int, method: str, *arguments: Any) -> Any:
-        """Call a method of a worker; return the reference to its answer."""
-        return self.actors[place].call.remote(method, *arguments)
+    def begin(self) -> Any:
+        """Return a new actor, which starts when a CPU slot is free for it."""
+        self._all.append(self._kind.remote())
+        return self._all[-1]
 
-    def ask(self, calls: Mapping[int, tuple[str, tuple[Any, ...]]]) -> dict[int, Any]:
-        """Call methods, wait, and return the answers; a worker that ends is replaced."""
-        # All calls are started before the first answer is waited for, so that workers run at once.
-        refs = {place: self.start(place, name, *args) for place, (name, args) in calls.items()}
-        answers: dict[int, Any] = {}
-        for place, ref in refs.items():
-            for attempt in range(self.retries + 1):
-                try:
-                    answers[place] = self.get(ref)
-                    break
-                except self.ray.exceptions.RayActorError as error:
-                    self.replace_worker(place, attempt, error)
-                    name, args = calls[place]
-                    ref = self.start(place, name, *args)
-        return answers
+    def answering(self, actors: Sequence[Any], *, seconds: float | None = None) -> list[Any]:
+        """Return the actors that answer within a time, in their order; others are ended."""
+        calls = {actor.process_id.remote(): actor for actor in actors}
+        ready, _ = self.ray.wait(list(calls), num_returns=len(calls), timeout=seconds)
+        for ref, actor in calls.items():
+            try:
+                if ref in ready:
+                    self.ray.get(ref)
+                    continue
+            except self.losses:
+                pass
+            self.end(actor, lost=actor in self.living)
+        return [actor for actor in actors if actor in self._all]
 
-    def ask_all(self, method: str, *arguments: Any) -> list[Any]:
-        """Call a method of every worker and return the answers in the order of their places."""
-        answers = self.ask(dict.fromkeys(range(self.size), (method, arguments)))
-        return [answers[place] for place in range(self.size)]
+    def end(self, actor: Any, *, lost: bool = False) -> None:
+        """Forget an actor, and end it if it has not ended."""
+        if actor in self._all:
+            self._all.remove(actor)
+            self.ray.kill(actor)
+            self.lost += lost
+        if actor in self.living:
+            self.living.remove(actor)
 
     def get(self, ref: Any) -> Any:
         """Wait for an answer; what a worker raised on purpose is raised here as it was."""
@@ -205,56 +198,165 @@ class WorkerPool:
                 "more machines, so that each holds fewer rows"
             ) from None
 
+    def gave_up(self, what: str, times: int, error: Exception) -> InputError:
+        """Return the error for a step whose workers end again and again."""
+        return InputError(
+            f"{what} lost its worker {times} times ({_first_line(error)}); it is probably out of "
+            "memory: use more --workers on more machines, then --resume"
+        )
+
+    def none_left(self, error: Exception | None) -> InputError:
+        """Return the error for a run without workers."""
+        ended = f" (the last ended: {_first_line(error).rstrip('.')})" if error else ""
+        return InputError(
+            f"no worker is left{ended}, and none could start within {self.options.wait_seconds} "
+            "s (--wait-seconds); free CPU slots or add a machine, then --resume"
+        )
+
+    def close(self) -> None:
+        """End the actors and give their CPU slots back."""
+        for actor in list(self._all):
+            self.end(actor)
+
+
+class WorkerPool(Actors):
+    """Workers with a place and a state each, in actors; one that is lost is made again.
+
+    ``make`` makes the worker object of a place, inside its actor; ``restore`` returns the calls
+    that bring a new worker of a place to where the old one was. A new worker is put into a new
+    actor, or where no CPU slot is free into one that has a worker already.
+    """
+
+    def __init__(
+        self,
+        ray: Any,
+        make: Callable[[int], Any],
+        options: RayOptions,
+        *,
+        size: int,
+        restore: Callable[[int], Sequence[tuple[str, tuple[Any, ...]]]],
+    ) -> None:
+        super().__init__(ray, options)
+        self.make, self.size, self.retries, self.restore = make, size, options.retries, restore
+        # A machine may be lost before its actor starts: the others take its places.
+        self.actors: list[Any] = []
+        deadline = time.monotonic() + options.wait_seconds
+        new = [self.begin() for _ in range(size)]
+        self.living = self.answering(new, seconds=options.wait_seconds)
+        if not self.living:
+            self._find_actor(deadline, None)
+        self.actors = [self.living[place % len(self.living)] for place in range(size)]
+        calls = [actor.make.remote(make, place) for place, actor in enumerate(self.actors)]
+        for place, ref in enumerate(calls):
+            try:
+                self.get(ref)
+            except self.losses as error:
+                self.replace_worker(place, 0, error)
+
+    def start(self, place: int, method: str, *arguments: Any) -> Any:
+        """Call a method of a worker; return the reference to its answer."""
+        return self.actors[place].call.remote(place, method, *arguments)
+
+    def ask(self, calls: Mapping[int, tuple[str, tuple[Any, ...]]]) -> dict[int, Any]:
+        """Call methods, wait, and return the answers; a worker that ends is replaced."""
+        # All calls are started before the first answer is waited for, so that workers run at once.
+        refs = {place: self.start(place, name, *args) for place, (name, args) in calls.items()}
+        answers: dict[int, Any] = {}
+        for place, ref in refs.items():
+            for attempt in range(self.retries + 1):
+                try:
+                    answers[place] = self.get(ref)
+                    break
+                except self.losses as error:
+                    self.replace_worker(place, attempt, error)
+                    name, args = calls[place]
+                    ref = self.start(place, name, *args)
+        return answers
+
+    def ask_all(self, method: str, *arguments: Any) -> list[Any]:
+        """Call a method of every worker and return the answers in the order of their places."""
+        answers = self.ask(dict.fromkeys(range(self.size), (method, arguments)))
+        return [answers[place] for place in range(self.size)]
+
     def replace_worker(self, place: int, attempt: int, error: Exception) -> None:
-        """Put a new worker in the place of one that ended, and bring it to where that one was."""
-        self.lost += 1
+        """Make a worker again whose actor has ended, and bring it to where it was."""
+        self.end(self.actors[place], lost=True)
         if attempt >= self.retries:
-            raise InputError(
-                f"worker {place} ended {attempt + 1} times in one step ({_first_line(error)}); it "
-                "is probably out of memory: use more --workers on more machines, then --resume"
-            ) from None
-        logger.warning("worker %d ended (%s); it is made again", place, _first_line(error))
-        self.actors[place] = self._kind.remote(self.make, place)
-        # The new worker repeats the calls that the old one's state came from.
-        for method, arguments in self.restore(place):
-            self.get(self.start(place, method, *arguments))
+            raise self.gave_up(f"shard {place}", attempt + 1, error) from None
+        actor = self._find_actor(time.monotonic() + self.options.wait_seconds, error)
+        logger.warning(
+            "the worker of shard %d ended (%s); it is made again, %d of %d workers live",
+            *(place, _first_line(error), len(self.living), self.size),
+        )
+        self.actors[place] = actor
+        try:
+            self.get(actor.make.remote(self.make, place))
+            # The new worker repeats the calls that the old one's state came from.
+            for method, arguments in self.restore(place):
+                self.get(self.start(place, method, *arguments))
+        except self.losses as again:
+            self.replace_worker(place, attempt + 1, again)
+
+    def _find_actor(self, deadline: float, error: Exception | None) -> Any:
+        """Return a new actor, or the one with the fewest workers."""
+        while (actor := self._new_actor(deadline) or self._least_loaded()) is None:
+            if time.monotonic() >= deadline:
+                raise self.none_left(error) from None
+            time.sleep(1)  # an actor that was sent to a machine that Ray has not missed yet ends
+        return actor
+
+    def _new_actor(self, deadline: float) -> Any:
+        """Return a new actor, or None if none starts."""
+        # With others left to take the work, only a slot that is free is worth waiting for. That of
+        # a process that has just ended becomes free a moment later.
+        for _ in range(FREED_SECONDS * 10 if self.living else 0):
+            if self.ray.available_resources().get("CPU", 0) >= self.options.cpus_per_worker:
+                break
+            time.sleep(0.1)
+        else:
+            if self.living:
+                return None
+        seconds = max(deadline - time.monotonic(), 0)
+        started = self.answering([self.begin()], seconds=seconds)
+        self.living += started
+        return started[0] if started else None
+
+    def _least_loaded(self) -> Any:
+        """Return the actor with the fewest workers of those that live, or None."""
+        # Several may have ended with one machine: ask before another one's work is put there.
+        self.living = self.answering(self.living)
+        return min(self.living, key=self.actors.count, default=None)
 
     def ended(self) -> list[int]:
         """Return the places whose worker has ended."""
-        places = []
-        for place, actor in enumerate(self.actors):
-            try:
-                self.ray.get(actor.process_id.remote())
-            except self.ray.exceptions.RayActorError:
-                places.append(place)
-        return places
+        self.living = self.answering(self.living)
+        return [place for place, actor in enumerate(self.actors) if actor not in self.living]
 
     def process_ids(self) -> list[int]:
         """Return the process id of each worker."""
         return [int(pid) for pid in self.ray.get([a.process_id.remote() for a in self.actors])]
 
-    def close(self) -> None:
-        """End the workers and give their CPU slots back."""
-        for actor in self.actors:
-            self.ray.kill(actor)
-
 
 class _Host:
-    """An actor's body: one worker object and calls to it."""
+    """An actor's body: worker objects by their places, and calls to them."""
 
-    def __init__(self, make: Callable[[int], Any], place: int) -> None:
+    def __init__(self) -> None:
         import torch
 
         torch.set_num_threads(1)  # workers cut work into blocks for plain threads themselves
-        self.worker = make(place)
+        self.workers: dict[int, Any] = {}
 
-    def call(self, method: str, *arguments: Any) -> Any:
-        """Call a method of the worker."""
-        return getattr(self.worker, method)(*arguments)
+    def make(self, make: Callable[[int], Any], place: int) -> None:
+        """Make the worker of a place."""
+        self.workers[place] = make(place)
 
-    def pieces(self, method: str, size: int) -> Any:
+    def call(self, place: int, method: str, *arguments: Any) -> Any:
+        """Call a method of a worker."""
+        return getattr(self.workers[place], method)(*arguments)
+
+    def pieces(self, place: int, method: str, size: int) -> Any:
         """Call a method that answers in ``size`` pieces, each of which is kept as its own."""
-        pieces = getattr(self.worker, method)(size)
+        pieces = getattr(self.workers[place], method)(size)
         return tuple(pieces) if size > 1 else pieces[0]
 
     def process_id(self) -> int:
@@ -264,117 +366,3 @@ class _Host:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-class RayShardPool:
-    """The shards of a fit, one per actor (`semid.quantization.sharding.ShardPool`).
-
-    ``sent``, ``received`` and ``passed`` count bytes by method: of arrays that left this process,
-    that came back to it, and of sums that went from one worker to another.
-    """
-
-    def __init__(
-        self, ray: Any, make: Callable[[int], Any], options: RayOptions, *, size: int
-    ) -> None:
-        self.ray = ray
-        self.spans: Sequence[tuple[int, int]] = []
-        self.sent, self.received, self.passed = (Counter[str]() for _ in range(3))
-        self._loads: list[tuple[Any, ...]] = []
-        self._journal: list[tuple[str, dict[int, tuple[Any, ...]]]] = []
-        self.pool = WorkerPool(ray, make, options, size=size, restore=self._restore)
-
-    def load(self, loads: Sequence[tuple[Any, ...]], spans: Sequence[tuple[int, int]]) -> None:
-        """Give every worker its shard: arguments of `FitWorker.load`, and the rows it holds."""
-        self._loads = list(loads)
-        self.spans = list(spans)
-        self.pool.ask({place: ("load", args) for place, args in enumerate(self._loads)})
-
-    def _restore(self, place: int) -> list[tuple[str, tuple[Any, ...]]]:
-        if not self._loads:
-            return []
-        changes = [(method, *args[place]) for method, args in self._journal if place in args]
-        return [("load", self._loads[place]), *(("call", change) for change in changes)]
-
-    def _note(self, method: str, arguments: Mapping[int, tuple[Any, ...]]) -> None:
-        """Remember a call that changes what shards know, and forget those it makes void."""
-        if method in VOIDS:
-            # A later call of the same effect replaces earlier ones, so a restore repeats few.
-            void = VOIDS[method]
-            self._journal = [entry for entry in self._journal if entry[0] not in void]
-            self._journal.append((method, dict(arguments)))
-
-    def call(self, method: str, arguments: Mapping[int, tuple[Any, ...]]) -> dict[int, Any]:
-        """Call a `Shard` method on the shards named; return their answers."""
-        self.sent[method] += payload_bytes(arguments)
-        answers = self.pool.ask({p: ("call", (method, *args)) for p, args in arguments.items()})
-        self._note(method, arguments)
-        self.received[method] += payload_bytes(answers)
-        return answers
-
-    def call_all(self, method: str, *arguments: Any) -> list[Node[Statistics]]:
-        """Call a method that answers in nodes on every shard, and add them up in a tree.
-
-        Neighbors add up their nodes two by two, from worker to worker, so this process receives
-        one list of nodes whatever the number of workers.
-        """
-        everyone = dict.fromkeys(range(self.pool.size), arguments)
-        self.sent[method] += payload_bytes(everyone)
-        for attempt in range(self.pool.retries + 1):
-            try:
-                nodes = self.pool.get(self._added(method, arguments))
-                break
-            except (self.ray.exceptions.RayActorError, self.ray.exceptions.ObjectLostError) as lost:
-                # The calls change nothing when they are made twice: all are made again.
-                for place in self.pool.ended():
-                    self.pool.replace_worker(place, attempt, lost)
-                if attempt == self.pool.retries:
-                    raise InputError(
-                        f"'{method}' lost workers {attempt + 1} times ({_first_line(lost)}); use "
-                        "more --workers on more machines, then --resume"
-                    ) from None
-        self._note(method, everyone)
-        self.received[method] += payload_bytes(nodes)
-        if nodes:
-            self.passed[method] += self._nodes_passed() * payload_bytes(nodes[0])
-        # What lies in the object store is not to be written to.
-        merged: list[Node[Statistics]] = merge_nodes([copy.deepcopy(nodes)])
-        return merged
-
-    def _added(self, method: str, arguments: tuple[Any, ...]) -> Any:
-        # Large arguments go into the object store once, not to every worker.
-        big = [self.ray.put(value) if payload_bytes(value) else value for value in arguments]
-        # (place, reference to its nodes): neighbors are merged in pairs until one is left.
-        pool = self.pool
-        nodes = [(p, pool.start(p, "call", method, *big)) for p in range(pool.size)]
-        while len(nodes) > 1:
-            pairs = zip(nodes[::2], nodes[1::2], strict=False)
-            merged = [(p, pool.start(p, "merge", a, b)) for (p, a), (_, b) in pairs]
-            nodes = merged + nodes[2 * len(merged) :]
-        return nodes[0][1]
-
-    def _nodes_passed(self) -> int:
-        """Count the nodes that go from worker to worker in one sum; the spans alone decide it."""
-        # The tree of each worker without its sums; pairs are merged as in `_added`, and of each
-        # pair the right one's nodes travel.
-        trees: list[list[Node[_Nothing]]] = []
-        for first, last in self.spans:
-            tree: TreeSum[_Nothing] = TreeSum()
-            for block in range(first // BLOCK_ROWS, -(-last // BLOCK_ROWS)):
-                tree.add(block, _Nothing())
-            trees.append(tree.nodes)
-        passed = 0
-        while len(trees) > 1:
-            passed += sum(len(nodes) for nodes in trees[1::2])
-            trees = [merge_nodes(trees[i : i + 2]) for i in range(0, len(trees), 2)]
-        return passed
-
-    def close(self) -> None:
-        """End the workers."""
-        self.pool.close()
-
-
-class _Nothing:
-    """A sum of which only the place counts."""
-
-    def add_(self, other: _Nothing) -> None:
-        """Add nothing."""
