@@ -74,7 +74,7 @@ def ask(port, method, path, body=None, timeout=60.0):
 def check_kills(shop, kills, seed):
     """Kill the service at random moments while items are added, until all are published."""
     before = CatalogueBundle(shop.bundle).read()
-    last = PUBLISHED + 30
+    last = PUBLISHED + max(30, kills)
     waiting = list(range(PUBLISHED, last))
     answers, generator, count = {}, np.random.default_rng(seed), 0
     while waiting or count < kills:
