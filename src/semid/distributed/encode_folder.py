@@ -333,13 +333,13 @@ class _RayRun:
                     continue
                 if unit is None:
                     actors.living.append(actor)
+                self.workers = len(actors.living)
                 # The worker gets its next unit before the caller looks at this one's result.
                 if waiting:
                     later = waiting.popleft()
                     running[actor.call.remote(0, "encode", later)] = actor, later
                 else:  # its CPU slot may serve a unit whose worker ends
                     actors.end(actor)
-                self.workers, self.lost = len(actors.living), actors.lost
                 if unit is not None:
                     yield part
         finally:
