@@ -89,10 +89,8 @@ class DrqExperiment(Experiment):
             "files": files,
             "codebook_size": data.codebook_size,
             "logs": data.logs,
+            **data.later_options,
         }
-        # Keys of runs from before these options stay: their defaults are in no key.
-        options = {"ties": ("file", data.ties), "relations": (False, data.relations)}
-        shared |= {name: value for name, (usual, value) in options.items() if value != usual}
         # Keys of committed runs are hashes of this spelling.
         single = {**cell, "kind": row.kind, "options": row.options, "behaviour": row.behavior}
         if row.users < 1:

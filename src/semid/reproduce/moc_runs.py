@@ -108,10 +108,12 @@ class MocExperiment(Experiment):
     def identity(self, cell: Mapping[str, Any], files: str) -> list[Any]:
         """Return the settings that a run shares with others, and its own."""
         names = ("paper", "revision", "quick", "width", "fusion_rank", "model", "training")
+        data = self.data_sets[cell["data"]]
+        options = {k: v for k, v in asdict(data).items() if k not in ("ties", "relations")}
         shared = {
             **{name: getattr(self.recipe, name) for name in (*names, "tokenizer")},
             "files": files,
-            "data": asdict(self.data_sets[cell["data"]]),
+            "data": {**options, **data.later_options},
             "variant": asdict(self.variants[cell["variant"]]) if cell["variant"] else None,
         }
         # Keys of committed runs are hashes of this spelling.

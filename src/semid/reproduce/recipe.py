@@ -50,6 +50,13 @@ class DataSet(Options):
     )
     synthetic: int = option(0, ge=0, help="Items of a synthetic catalogue; 0 reads the folder.")
 
+    @property
+    def later_options(self) -> dict[str, Any]:
+        """Options that came after committed runs, whose keys their defaults must not change."""
+        defaults = {"ties": "file", "relations": False}
+        values = {name: getattr(self, name) for name in defaults}
+        return {name: value for name, value in values.items() if value != defaults[name]}
+
     def _problems(self) -> list[str]:
         problems = []
         if bool(self.folder) == bool(self.synthetic):
