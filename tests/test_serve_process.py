@@ -140,6 +140,8 @@ def test_slow_clients_are_cut_off_and_others_are_served(tmp_path):
                 pass
         huge = connect(head + b"Content-Length: 99999999999\r\n\r\n{")
         assert huge.recv(4096).startswith(b"HTTP/1.1 413")
+        endless = connect(b"GET /livez HTTP/1.1\r\nHost: localhost\r\nX-Long: " + b"a" * 100_000)
+        assert endless.recv(4096) == b""
         assert connect(b"NONSENSE\r\n\r\n").recv(4096).startswith(b"HTTP/1.1 400")
         assert ask(port, "GET", "/livez")[0] == 200
 

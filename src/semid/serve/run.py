@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from semid.errors import MissingExtraError, UsageError
 from semid.serve.app import create_app
@@ -20,11 +20,15 @@ from semid.serve.observe import log_json, logger
 HEADER_SECONDS = 10.0
 """Time in which a request's header must arrive; a connection without one is closed."""
 
+MAX_HEADER_BYTES = 65_536
+
 MAX_CONNECTIONS = 1000
 
 
-class TimedProtocol(H11Protocol):
-    """uvicorn's HTTP/1.1, which also closes connections that send their header too slowly."""
+class BoundedProtocol(HttpToolsProtocol):
+    """uvicorn's HTTP/1.1, which also closes connections with too slow or too large a header."""
+
+    _header_bytes: int | None = None  # None while no header is being read
 
     def connection_made(self, transport: Any) -> None:
         """Begin to look at the connection."""
@@ -35,6 +39,24 @@ class TimedProtocol(H11Protocol):
         """Stop looking."""
         self._timer.cancel()
         super().connection_lost(exc)
+
+    def on_message_begin(self) -> None:
+        """Begin to count."""
+        self._header_bytes = 0
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        """End counting: the body has a limit of its own."""
+        self._header_bytes = None
+        super().on_headers_complete()
+
+    def data_received(self, data: bytes) -> None:
+        """Read on, unless the header grows without an end: the parser would keep all of it."""
+        super().data_received(data)
+        if self._header_bytes is not None:
+            self._header_bytes += len(data)
+            if self._header_bytes > MAX_HEADER_BYTES:
+                self.transport.close()
 
     def _look(self, before: Any) -> None:
         # Idle at two looks with no request between them: nothing arrived that was a whole header.
@@ -72,7 +94,7 @@ def serve(
         app,
         host=host,
         port=port,
-        http=TimedProtocol,
+        http=BoundedProtocol,
         ws="none",
         loop="auto",
         log_config=None,
@@ -93,7 +115,8 @@ def serve(
     with listener:
         where = {"host": host, "port": listener.getsockname()[1]}
         logger.info("serving", extra={"fields": where})
-        asyncio.run(Server(config).serve([listener]))
+        with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+            runner.run(Server(config).serve([listener]))
 
 
 def ray_deployment(
