@@ -73,7 +73,7 @@ mutation: $(READY)  ## share of single faults that the tests notice, per package
 	$(BIN)/python benchmarks/mutation.py $(MUTATION)
 
 quick: $(READY)  ## every reproduction at toy size, into results-quick/
-	for paper in drq moc behavior retrieval; do \
+	for paper in drq moc behavior retrieval predict; do \
 	  $(BIN)/semid reproduce $$paper --quick --quiet || exit 1; \
 	done
 

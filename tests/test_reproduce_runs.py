@@ -426,3 +426,120 @@ def test_rows_of_the_benchmarks_recipes_are_tokenizers(name, tmp_path):
         # One table compares what costs as much, but for rows that say how many codes they have.
         full = recipe.levels * np.log2(data.codebook_size)
         assert all(abs(n / full - 1) < 0.02 for k, n in bits.items() if "codes" not in k[1])
+
+
+PREDICT = """
+paper = "predict"
+seeds = 1
+geometry_sample = 200
+flip_sample = 50
+[neural]
+network = { latent = 6, hidden = [12], pretrain_epochs = 1 }
+training = { epochs = 1, batch_size = 256 }
+[[tokenizers]]
+name = "learned"
+kind = "rqkmeans"
+options = { levels = 2 }
+[[tokenizers]]
+name = "behavior"
+kind = "drqvae"
+behavior = true
+options = { levels = 2, contrastive_weight = 0.1, pairs_per_step = 32 }
+[[tokenizers]]
+name = "shuffled"
+kind = "rqkmeans"
+control = "shuffled"
+options = { levels = 2 }
+[[tokenizers]]
+name = "random"
+kind = "codebooks"
+control = "random"
+options = { levels = 2 }
+[[tokenizers]]
+name = "hash"
+kind = "codebooks"
+control = "hash"
+options = { levels = 2, codebook_size = 16 }
+[[tokenizers]]
+name = "category"
+kind = "codebooks"
+control = "category"
+options = { levels = 3 }
+[[models]]
+name = "composed"
+kind = "composed"
+options = { width = 8, layers = 1 }
+training = { epochs = 1 }
+[[models]]
+name = "dcnv2"
+kind = "dcnv2"
+training = { epochs = 1 }
+[[stages]]
+models = ["composed"]
+[[stages]]
+models = ["dcnv2"]
+tokenizers = ["learned", "random"]
+[[data]]
+name = "synthetic"
+synthetic = 700
+codebook_size = 8
+ties = "shuffle"
+"""
+
+
+@pytest.fixture(scope="module")
+def predict_rows(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("predict")
+    recipe = folder / "predict.toml"
+    recipe.write_text(PREDICT, encoding="utf8")
+    study = Study(recipe, output=folder)
+    assert study.run() == {}
+    return study
+
+
+def test_numbers_and_outcomes_stand_in_one_row(predict_rows):
+    study = predict_rows
+    rows = {(row["model"], row["tokenizer"]): row for row in study.rows()}
+    assert len(rows) == len(study.jobs) == 8
+    assert study.run() == {}  # nothing is repeated
+    assert len(study.rows()) == 8
+    learned, random = rows["composed", "learned"], rows["composed", "random"]
+    # Codes of meaningless origin keep nothing of behavior, and their numbers say so.
+    for name in ("retention", "weighted AUC", "behavior alignment, depth 1", "neighbors kept"):
+        assert learned["numbers"][name] > random["numbers"][name] + 0.05, name
+    assert learned["numbers"]["relative error"] < 0.6 < random["numbers"]["relative error"]
+    assert rows["composed", "category"]["numbers"]["weighted AUC"] > 0.7
+    assert rows["composed", "shuffled"]["numbers"]["weighted AUC"] < 0.6
+    assert rows["composed", "shuffled"]["numbers"]["relative error"] < 0.6  # of the wrong rows
+    # No encoder, no flips; the same numbers beside every recommender.
+    assert random["numbers"]["flips of ids, input"] is None
+    assert learned["numbers"]["flips of ids, input"] >= 0
+    assert rows["dcnv2", "learned"]["numbers"] == learned["numbers"]
+    assert 0 < rows["dcnv2", "learned"]["metrics"]["auc"] < 1
+    # Groups of users add up to the whole.
+    groups = learned["user_groups"]
+    mean = sum(groups["ndcg_10"]) / sum(groups["users"])
+    assert mean == pytest.approx(learned["metrics"]["ndcg_10"], rel=1e-4)
+    assert {"head", "tail", "cold"} <= learned["slices"].keys()
+
+
+def test_given_codes_are_those_of_the_control(predict_rows):
+    study = predict_rows
+    opened = study.experiment.open("synthetic")
+    source = opened.embeddings
+    spec = study.experiment.tokenizers["hash"]
+    tok = study.experiment._tokenizer(opened, spec, source, 0)
+    ids = tok.encode(source)
+    assert (ids.codes == tok.given[0]).all()
+    again = study.experiment._tokenizer(opened, spec, source, 0)
+    assert (again.given[0] == tok.given[0]).all()
+    # The mean of what a code's items leave is the best codeword: errors of means are 0.
+    rows = source.rows(np.arange(len(source)))
+    residual = rows - rows.mean(0)
+    for level, book in enumerate(tok.codebooks):
+        code = int(ids.codes[0, level])
+        mine = ids.codes[:, level] == code
+        assert np.allclose(book[code], residual[mine].mean(0), atol=1e-5)
+        residual = residual - book[ids.codes[:, level]]
+    assert np.allclose(ids.residual_norms, np.linalg.norm(residual, axis=1), atol=1e-4)
+    assert np.allclose(tok.decode(ids), rows - residual, atol=1e-4)

@@ -306,7 +306,7 @@ def reproduce(
     Example: semid reproduce drq --quick
 
     Args:
-        paper: drq, moc, behavior or retrieval.
+        paper: drq, moc, behavior, retrieval or predict.
         data: Folder of data sets, see 'semid prepare'; --quick needs none.
         output: Folder for PAPER/runs.jsonl and the page; default results, or results-quick. With
             --from, the folder of the pages.

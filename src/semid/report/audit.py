@@ -159,7 +159,7 @@ def audit(
         order = numpy_generator(seed, "audit").permutation(len(ids))
         variants = {"ids": codes, "random": codes[order]}
         if items is not None:
-            paths = _category_paths(items, ids.items, category_column, notes)
+            paths = category_paths(items, ids.items, category_column, notes)
             variants["category"] = category_codes(paths, codes[order])
         for name, variant in variants.items():
             options = {"seed": seed, "replicates": replicates}
@@ -228,7 +228,7 @@ def category_codes(paths: list[tuple[str, ...]], codes: Codes) -> Codes:
     return result
 
 
-def _category_paths(
+def category_paths(
     items: Any, ids: ItemIds, column: str | None, notes: list[str]
 ) -> list[tuple[str, ...]]:
     """Return the categories of each item from coarse to fine; none for items without a row."""

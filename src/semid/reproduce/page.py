@@ -20,9 +20,10 @@ from semid.reproduce.drq import DRQ
 from semid.reproduce.intervals import Difference
 from semid.reproduce.ledger import cell_key, rounded
 from semid.reproduce.moc import MOC
+from semid.reproduce.predict import PREDICT
 from semid.reproduce.retrieval import RETRIEVAL
 
-PAPERS = {"drq": DRQ, "moc": MOC, "behavior": BEHAVIOR, "retrieval": RETRIEVAL}
+PAPERS = {"drq": DRQ, "moc": MOC, "behavior": BEHAVIOR, "retrieval": RETRIEVAL, "predict": PREDICT}
 READING = (
     "A claim says one thing or several. Each is judged by one 95 % interval, Student's over the "
     "data sets: a data set gives one value, the mean over seeds, ranking models and fusion, since "

@@ -243,20 +243,91 @@ class RetrievalRecipe(Options):
     data: tuple[DataSet, ...] = option((), help="Data sets.")
 
     def _problems(self) -> list[str]:
-        for stage in self.stages:
-            for what in ("models", "ids", "data"):
-                known = [each.name for each in getattr(self, what)]
-                for name in getattr(stage, what):
-                    check_choice(f"stages.{what}", name, known)
+        _check_stages(self, ("models", "ids", "data"))
         return []
 
 
-Recipe = DrqRecipe | MocRecipe | RetrievalRecipe
+@dataclass(frozen=True, kw_only=True)
+class CandidateSpec(TokenizerSpec):
+    """Semantic IDs whose numbers are set beside what recommenders make of them."""
+
+    control: str = option(
+        "",
+        choices=("", "random", "hash", "category", "shuffled"),
+        help="Ids without meaning or without a fit: random codes, a hash of the item id, "
+        "categories with random codes behind, or the tokenizer on embeddings of other items. The "
+        "first three take levels and codebook_size of the options.",
+    )
+    refined: bool = option(False, help="Whether all levels are refined together after the fit.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecommenderSpec(Options):
+    """A next-item model or a ranking model with a fixed budget."""
+
+    name: str = option(help="Name in tables.")
+    kind: str = option(choices=[*sorted(RETRIEVERS), *sorted(MODELS)], help="Name of a model.")
+    options: Mapping[str, Any] = option(default_factory=dict, help="Options of the model.")
+    training: Mapping[str, Any] = option(default_factory=dict, help="Training, beside defaults.")
+    unique: str = option(
+        "append",
+        choices=("none", "append"),
+        help="What is done about items that share an id before a next-item model reads it.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictStage(Options):
+    """A part of the grid; stages run in the recipe's order."""
+
+    models: tuple[str, ...] = option(help="Names of recommenders.")
+    tokenizers: tuple[str, ...] = option((), help="Names of tokenizers; empty takes all.")
+    seeds: int = option(0, ge=0, help="Number of seeds; 0 takes the recipe's.")
+    data: tuple[str, ...] = option((), help="Names of data sets; empty takes all.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictRecipe(Options):
+    """Numbers of Semantic IDs, and outcomes of recommenders that read them."""
+
+    paper: str = option(help="predict.")
+    revision: int = option(1, help=_REVISION)
+    quick: bool = option(False, help="Whether this is a toy that must never be quoted.")
+    seeds: int = option(3, ge=1, help="Number of seeds of tokenizer and recommender.")
+    cold_items: float = option(
+        0.05, ge=0, lt=1, help="Share of the items that no training history of next items holds."
+    )
+    geometry_sample: int = option(5_000, ge=1, help="Items whose spectra are taken.")
+    flip_sample: int = option(2_000, ge=1, help="Items whose flips are counted.")
+    neural: Mapping[str, Any] = option(
+        default_factory=dict, help="Options of every neural tokenizer, so that all train alike."
+    )
+    tokenizers: tuple[CandidateSpec, ...] = option((), help="Tokenizers and controls.")
+    models: tuple[RecommenderSpec, ...] = option((), help="Recommenders.")
+    stages: tuple[PredictStage, ...] = option((), help="The grid.")
+    data: tuple[DataSet, ...] = option((), help="Data sets.")
+
+    def _problems(self) -> list[str]:
+        _check_stages(self, ("models", "tokenizers", "data"))
+        return []
+
+
+def _check_stages(recipe: Any, parts: tuple[str, ...]) -> None:
+    """Refuse a misspelled name before the runs of hours begin."""
+    for stage in recipe.stages:
+        for what in parts:
+            known = [each.name for each in getattr(recipe, what)]
+            for name in getattr(stage, what):
+                check_choice(f"stages.{what}", name, known)
+
+
+Recipe = DrqRecipe | MocRecipe | RetrievalRecipe | PredictRecipe
 RECIPES: dict[str, type[Recipe]] = {
     "drq": DrqRecipe,
     "behavior": DrqRecipe,
     "moc": MocRecipe,
     "retrieval": RetrievalRecipe,
+    "predict": PredictRecipe,
 }
 
 

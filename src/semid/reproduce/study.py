@@ -15,6 +15,7 @@ from semid.reproduce.ledger import RUNS_FILE, origin, read_runs
 from semid.reproduce.moc_runs import MocExperiment
 from semid.reproduce.page import Page, make_page, write_page
 from semid.reproduce.pool import Experiment, run_jobs
+from semid.reproduce.predict_runs import PredictExperiment
 from semid.reproduce.recipe import read_experiment
 from semid.reproduce.retrieval_runs import RetrievalExperiment
 
@@ -23,6 +24,7 @@ EXPERIMENTS: dict[str, type[Experiment]] = {
     "moc": MocExperiment,
     "behavior": DrqExperiment,
     "retrieval": RetrievalExperiment,
+    "predict": PredictExperiment,
 }
 PAPERS = tuple(EXPERIMENTS)
 
