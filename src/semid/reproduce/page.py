@@ -50,6 +50,7 @@ class Page:
     sections: tuple[tuple[str, str, str, list[Figure]], ...]
     protocol: tuple[str, ...]
     not_run: tuple[str, ...]  # what of the recipe has no result, one line per cell
+    picture: str = ""  # SVG that belongs to the findings, or empty
     reading: str = READING
     claim_columns = ("claim", "where", "verdict", "estimate or intervals", "comparisons run")
 
@@ -86,6 +87,8 @@ class Page:
         )
         parts += ["## Claims\n", f"{self.tally}\n", table(self.claim_columns, self.claim_rows)]
         parts.append(f"{self.reading}\n")
+        if self.picture:
+            parts.append(f"![{self.title}]({self.paper}.svg)\n")
         parts += [figure_markdown(figure).replace("### ", "## ", 1) for figure in self.summary]
         if self.caveats:
             parts += ["## What limits these results\n", _bullets(self.caveats)]
@@ -216,6 +219,7 @@ def make_page(
         summary=tuple(f for key, _, _, figures in sections if key == "which" for f in figures),
         sections=tuple(section for section in sections if section[0] != "which"),
         protocol=tuple(_protocol(latest, dropped)),
+        picture=data.code["picture"](ledger) if "picture" in data.code else "",
         not_run=(
             *(f"{what}: {why}" for what, why in (absent or {}).items()),
             *_folded([title(cell) for cell in missing]),
@@ -290,6 +294,7 @@ def write_page(page: Page, folder: Path, name: str) -> list[Path]:
         f"{name}-tables.md": f"{page.tables_markdown()}\n{MARKDOWN_MARK}\n",
         f"{name}.json": page.to_json() + "\n",
         f"{name}.html": page.to_html(),
+        **({f"{name}.svg": page.picture} if page.picture else {}),
     }
     for file, text in texts.items():
         with atomic_file(folder / file, overwrite=True) as work:

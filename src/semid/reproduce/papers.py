@@ -6,7 +6,7 @@ import statistics
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import resources
 from typing import Any
 
@@ -73,7 +73,8 @@ class Paper:
         ranking models, and over the values of ``average``.
         """
         if "function" in entry:
-            yield self.code[entry["function"]]
+            arguments = {key: value for key, value in entry.items() if key != "function"}
+            yield partial(self.code[entry["function"]], **arguments)
             return
         apart, means = (
             next(iter(entry.get(key, {"": [""]}).items())) for key in ("each", "average")
