@@ -82,6 +82,7 @@ results: $(READY)  ## docs/results from the committed runs under results/
 	  $(BIN)/semid reproduce $$(basename $$(dirname $$ledger)) --from results --publish \
 	    --output docs/results || exit 1; \
 	done
+	$(BIN)/python -c "from semid.reproduce.predict import write_evidence; write_evidence('results')"
 
 notebooks: $(READY)  ## docs/notebooks executed anew, with their outputs
 	OMP_NUM_THREADS=1 $(BIN)/jupyter nbconvert --execute --inplace --to notebook docs/notebooks/*.ipynb

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import semid
+from semid.health import EVIDENCE_FILE, read_evidence
 from semid.reproduce.claims import Rows
 from semid.reproduce.page import make_page, write_page
-from semid.reproduce.predict import ALL_NUMBERS, OUTCOMES, evidence, make_panels, trials
+from semid.reproduce.predict import (
+    ALL_NUMBERS,
+    OUTCOMES,
+    evidence,
+    make_panels,
+    trials,
+    write_evidence,
+)
 from semid.reproduce.prediction import (
     MIN_TOKENIZERS,
     Panel,
@@ -261,3 +271,65 @@ def test_panels_are_means_over_seeds_and_hold_what_they_are_asked_for():
     everything = make_panels(rows, OUTCOMES["next item"], lambda row: True)["a"]
     assert len(everything.names) == len(of_all.names) + 1
     assert make_panels(rows, OUTCOMES["ranking"])["a"].groups is None
+
+
+@pytest.fixture
+def known(tmp_path, monkeypatch):
+    """Evidence of a planted ledger in the place of the committed one."""
+
+    def put(rows):
+        (tmp_path / "predict").mkdir(exist_ok=True)
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / "predict" / "runs.jsonl").write_text(lines, encoding="utf8")
+        file = tmp_path / "evidence.json"
+        write_evidence(tmp_path, file)
+        monkeypatch.setattr("semid.health._evidence.EVIDENCE_FILE", file)
+        read_evidence.cache_clear()
+        return read_evidence()
+
+    yield put
+    monkeypatch.undo()
+    read_evidence.cache_clear()
+
+
+def planted(**options):
+    """A ledger whose relative error predicts, and whose other numbers do not."""
+    rows = ledger(**options)
+    for row in rows:
+        row["numbers"]["relative error"] = -row["numbers"]["retention"]
+    return rows
+
+
+def test_verdict_and_comparison_say_how_well_their_numbers_predict(known, clustered):
+    models = {
+        str(size): semid.RQKMeans(levels=2, codebook_size=size, seed=0).fit(clustered)
+        for size in (4, 8)
+    }
+    few = known(planted(sets=("a",)))
+    assert not few.enough
+    compared = semid.compare(models, clustered, replicates=0)
+    verdict = compared.diagnoses["4"].verdict
+    assert "ranked right" not in verdict.summary()
+    assert any("14 tokenizers on 1 of 3 data sets" in note for note in compared.notes)
+    assert compared.metrics[0].key == "id_flips"
+    enough = known(planted())
+    assert enough.numbers["relative error"].predicts
+    assert enough.best(["relative error", "dead codes"]) == "relative error"
+    assert enough.best(["dead codes"]) is None
+    summary = verdict.summary()
+    right = enough.numbers["relative error"].pairs_right
+    assert right > 0.85
+    assert f"relative error (lower is better) in {right:.0%}" in summary
+    assert "Not shown to predict it" in summary
+    compared = semid.compare(models, clustered, replicates=0)
+    assert compared.metrics[0].key == "relative_error"
+    assert any(f"in {right:.0%}" in note for note in compared.notes)
+    assert "relative error (lower" in compared.to_markdown()
+    # Toy runs are no evidence.
+    assert not known([{**row, "quick": True} for row in planted()]).enough
+
+
+def test_the_committed_evidence_is_that_of_the_committed_ledger(tmp_path):
+    write_evidence(Path(__file__).parents[1] / "results", tmp_path / "evidence.json")
+    made = json.loads((tmp_path / "evidence.json").read_text(encoding="utf8"))
+    assert made == json.loads(EVIDENCE_FILE.read_text(encoding="utf8")), "run `make results`"

@@ -27,6 +27,7 @@ from semid.health._counters import (
     usage,
     usage_from_counts,
 )
+from semid.health._evidence import EVIDENCE_FILE, Evidence, Predictor, read_evidence
 from semid.health._verdict import (
     CONCENTRATED,
     GEOMETRY,
@@ -43,6 +44,7 @@ from semid.health._verdict import (
 
 __all__ = [
     "CONCENTRATED",
+    "EVIDENCE_FILE",
     "GEOMETRY",
     "NEAR",
     "ROWS_PER_CODEWORD",
@@ -54,9 +56,11 @@ __all__ = [
     "Concentration",
     "EnergyCounter",
     "ErrorSums",
+    "Evidence",
     "Finding",
     "Inputs",
     "LevelUsage",
+    "Predictor",
     "Threshold",
     "UsageCounter",
     "Verdict",
@@ -67,6 +71,7 @@ __all__ = [
     "merge_capacities",
     "merge_collisions",
     "part_of",
+    "read_evidence",
     "row_hashes",
     "threshold_table",
     "usage",

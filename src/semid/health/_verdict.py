@@ -12,6 +12,7 @@ from typing import Literal
 from semid.errors import InputError
 from semid.health._collisions import Collisions
 from semid.health._counters import ENERGY_TIMES_MEDIAN, Concentration, Inputs, LevelUsage
+from semid.health._evidence import read_evidence
 from semid.results import Result
 
 Severity = Literal["note", "warning", "unhealthy"]
@@ -21,6 +22,12 @@ NEAR = 1.1
 
 ENERGY_FEW = 0.05
 """Rows or columns that stand out are few up to this share of all."""
+
+SHOWN_NUMBERS = (
+    *("least perplexity", "dead codes", "largest code", "largest bucket"),
+    *("collision rate", "colliding items", "held-out error", "relative error"),
+)
+"""Numbers of `semid.report.numbers` that a verdict shows."""
 
 ROWS_PER_CODEWORD = 39
 """Training rows per codeword below which a fit warns, as in faiss' K-means."""
@@ -158,6 +165,8 @@ class Verdict(Result):
             lines.append(f"  relative error: {', '.join(known)}")
         for f in self.findings:
             lines.append(f"  {f.severity}: {f.what}. {f.why}. Try: {f.advice}.")
+        # How well these figures tell good ids from bad ones, where enough runs have measured it.
+        lines += [f"  {sentence}." for sentence in read_evidence().sentences(SHOWN_NUMBERS)]
         return "\n".join(lines)
 
 

@@ -14,6 +14,7 @@ from semid.data.interactions import read_interactions
 from semid.diagnostics.overlap import REPORT_SCALE
 from semid.diagnostics.pairs import Estimate, Proportion, differ
 from semid.errors import UsageError
+from semid.health import read_evidence
 from semid.report.diagnose import diagnose
 from semid.report.figure import DECLARATIONS
 from semid.report.measure import agreement_with_proxies
@@ -111,6 +112,26 @@ METRICS = {
 """What models are compared by: a row of the table without values, and the value of a diagnosis."""
 
 
+_NUMBER_OF = {
+    "id_flips": "flips of ids, input",
+    "code_flips": "flips of codes, input",
+    "latent_flips": "flips of ids, latent",
+    "relative_error": "relative error",
+    "cosine": "cosine",
+    "weighted_auc": "weighted AUC",
+    "retention": "retention",
+    "discrete_hits": "hit rate, ids",
+    "effective_rank": "effective rank",
+    "least_effective": "least K_eff",
+    "geometry_share": "geometry part of R",
+    "least_perplexity": "least perplexity",
+    "dead": "dead codes",
+    "collision_rate": "collision rate",
+    "colliding_item_rate": "colliding items",
+}
+"""Key of a metric -> the number of `semid.report.numbers` whose power to predict is known."""
+
+
 def relation_metrics(diagnoses: Sequence[Diagnosis]) -> Iterator[tuple[MetricRow, Read]]:
     """Yield what models are compared by on each kind of known relation that was measured."""
     for kind in dict.fromkeys(kind for d in diagnoses for kind in d.relations or {}):
@@ -180,13 +201,19 @@ def side_by_side(diagnoses: Mapping[str, Diagnosis]) -> Comparison:
     dominated = _dominated(tuple(diagnoses), leads)
     return Comparison(
         names=tuple(diagnoses),
-        metrics=tuple(rows),
+        metrics=tuple(sorted(rows, key=_precedence)),
         dominated=dominated,
         agreement=_agreement(each),
         findings=_findings(diagnoses, leads, dominated),
         notes=_notes(diagnoses, all_held_out),
         diagnoses=dict(diagnoses),
     )
+
+
+def _precedence(row: MetricRow) -> float:
+    """Order numbers that predict before the others, where that is known; else as declared."""
+    predictor = read_evidence().numbers.get(_NUMBER_OF.get(row.key, ""))
+    return -predictor.pairs_right if predictor is not None and predictor.predicts else 0.0
 
 
 def _with_values(row: MetricRow, measured: Sequence[Value | None]) -> MetricRow:
@@ -317,6 +344,12 @@ def _notes(diagnoses: Mapping[str, Diagnosis], all_held_out: bool) -> tuple[str,
         else "Reconstruction is compared on all items, since not every model held items out of "
         "this catalogue"
     )
+    known = read_evidence()
+    notes += known.sentences(tuple(_NUMBER_OF.values())) or [
+        "How well these numbers predict the quality of recommendations is not known: "
+        f"recommenders have read {known.tokenizers} tokenizers on {len(known.data_sets)} of 3 data "
+        "sets, too few for a claim"
+    ]
     # Models of different capacity are compared, but not silently.
     bits = {sum(float(np.log2(k)) for k in d.model.codebook_sizes) for d in diagnoses.values()}
     if len(bits) > 1:

@@ -270,8 +270,8 @@ class ViewRow(NamedTuple):
 
 
 def view_rows(c: Comparison) -> list[tuple[str, list[ViewRow]]]:
-    """Return title and rows of the table of each view that has rows."""
-    rows: dict[str, list[ViewRow]] = {key: [] for key in VIEWS}
+    """Return title and rows of the table of each view, in the order of the metrics."""
+    rows: dict[str, list[ViewRow]] = {}
     for metric in c.metrics:
         write = WRITERS[metric.kind]
         # Files of earlier versions have no intervals.
@@ -279,8 +279,9 @@ def view_rows(c: Comparison) -> list[tuple[str, list[ViewRow]]]:
         cells = zip(
             map(write, metric.values), ends or [None] * len(c.names), metric.ranks, strict=True
         )
-        rows[metric.view].append(ViewRow(metric.name, SENSES[metric.better], list(cells)))
-    return [(VIEWS[key], in_view) for key, in_view in rows.items() if in_view]
+        row = ViewRow(metric.name, SENSES[metric.better], list(cells))
+        rows.setdefault(metric.view, []).append(row)
+    return [(VIEWS[key], in_view) for key, in_view in rows.items()]
 
 
 def fullest_buckets(c: Comparison) -> list[list[str]]:

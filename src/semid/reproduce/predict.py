@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from html import escape
 from itertools import combinations, pairwise
+from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from semid.health import EVIDENCE_FILE
 from semid.report.numbers import KEPT_NEIGHBORS, NUMBERS
 from semid.reproduce.claims import Comparison, Row, Rows, Statement, metric, pool
 from semid.reproduce.intervals import mean_difference
+from semid.reproduce.ledger import RUNS_FILE, read_runs
 from semid.reproduce.papers import Line, Paper, average
 from semid.reproduce.prediction import (
     GAPS,
@@ -335,6 +339,13 @@ def evidence(rows: Rows) -> dict[str, Any]:
                     }
         document[outcome] = about
     return document
+
+
+def write_evidence(results: str | Path, path: Path = EVIDENCE_FILE) -> None:
+    """Write what the ledger in a folder of results says, for verdicts and comparisons to read."""
+    rows = read_runs(Path(results) / "predict" / RUNS_FILE)
+    full = [row for row in rows if not row["quick"]]
+    path.write_text(json.dumps(evidence(Rows(full)), indent=1) + "\n", encoding="utf8")
 
 
 # The picture -------------------------------------------------------------------------------------
