@@ -1,6 +1,7 @@
 """Load of the service on loopback, beside a plain FastAPI handler that encodes per request.
 
     python benchmarks serve
+    python benchmarks serve --minutes 10    # memory under a steady load, every minute
 
 Bounded: one process serves, this one asks, for a few seconds per row. Overload is asked for last.
 On a machine that does other work too, the CPU time per answer is the figure to compare.
@@ -8,23 +9,27 @@ On a machine that does other work too, the CPU time per answer is the figure to 
 
 from __future__ import annotations
 
+import argparse
 import asyncio
+import contextlib
 import io
 import json
 import multiprocessing
 import os
 import socket
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+import uvloop
 
 import semid
 
 DIM, CODES, LEVELS = 256, 4096, 3
 SECONDS = 6.0
-NPY = "application/x-npy"
+JSON, NPY = "application/json", "application/x-npy"
 
 
 def write_shop(folder: Path) -> None:
@@ -69,7 +74,7 @@ def serve(kind: str, folder: Path, port: int, queue_rows: int) -> None:
     from semid.serve.app import create_app
     from semid.serve.limits import ServeOptions
 
-    run.log_json = lambda: None
+    sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 - the log is made, not shown
     app = create_app(
         folder / "bundle", folder / "model", options=ServeOptions(queue_rows=queue_rows)
     )
@@ -107,7 +112,7 @@ async def load(
 
 
 def answers_once(port: int, media: str, body: bytes) -> bool:
-    answers = asyncio.run(load(port, media, body, 1, seconds=0.5))
+    answers = uvloop.run(load(port, media, body, 1, seconds=0.5))
     return any(status == 200 for status, _ in answers)
 
 
@@ -121,48 +126,71 @@ def cpu_seconds(process: multiprocessing.Process) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+@contextlib.contextmanager
+def running(kind: str, folder: Path, media: str, body: bytes):
+    """Serve in a process until the block ends; yields the process and its port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    queue = 512 if kind == "overload" else 16_384
+    process = multiprocessing.Process(target=serve, args=(kind, folder, port, queue))
+    process.start()
+    try:
+        while process.is_alive():
+            try:
+                if answers_once(port, media, body):
+                    break
+            except OSError:
+                time.sleep(0.2)
+        yield process, port
+    finally:
+        process.terminate()
+        process.join()
+
+
+def soak(folder: Path, body: bytes, minutes: int) -> None:
+    """Print the memory after each minute of 500 single rows per second."""
+    with running("semid", folder, JSON, body) as (process, port):
+        print("| minute | answers | p99 ms | MiB |")
+        print("|--:|--:|--:|--:|")
+        for minute in range(1, minutes + 1):
+            answers = uvloop.run(load(port, JSON, body, 32, 500.0, 60.0))
+            assert all(status == 200 for status, _ in answers)
+            p99 = 1000 * np.quantile([seconds for _, seconds in answers], 0.99)
+            print(
+                f"| {minute} | {len(answers):,} | {p99:.1f} | {memory(process):.1f} |", flush=True
+            )
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--minutes", type=int, default=0)
+    minutes = parser.parse_args().minutes
     generator = np.random.default_rng(1)
     x = generator.normal(size=(256, DIM)).astype(np.float32)
     one = json.dumps({"embeddings": [[float(f"{v:.6g}") for v in x[0]]]}).encode()
     file = io.BytesIO()
     np.save(file, x)
+    many = file.getvalue()
     cases = [
-        (
-            "1 row, JSON, 1,000 per second asked for",
-            "semid",
-            1,
-            "application/json",
-            one,
-            32,
-            1000.0,
-        ),
-        ("1 row, JSON, 32 clients", "semid", 1, "application/json", one, 32, 0.0),
-        ("1 row, JSON, 32 clients", "plain", 1, "application/json", one, 32, 0.0),
-        ("256 rows, .npy, 8 clients", "semid", 256, NPY, file.getvalue(), 8, 0.0),
-        ("256 rows, .npy, 8 clients, queue of 512", "overload", 256, NPY, file.getvalue(), 8, 0.0),
+        ("1 row, JSON, 1,000 per second asked for", "semid", 1, JSON, one, 32, 1000.0),
+        ("1 row, JSON, 32 clients", "semid", 1, JSON, one, 32, 0.0),
+        ("1 row, JSON, 32 clients", "plain", 1, JSON, one, 32, 0.0),
+        ("256 rows, .npy, 8 clients", "semid", 256, NPY, many, 8, 0.0),
+        ("256 rows, .npy, 8 clients, queue of 512", "overload", 256, NPY, many, 8, 0.0),
     ]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_shop(folder)
+        if minutes:
+            soak(folder, one, minutes)
+            return
         print("| load | server | answers/s | rows/s | p50 ms | p99 ms | CPU ms | refused | MiB |")
         print("|---|---|--:|--:|--:|--:|--:|--:|--:|")
         for title, kind, rows, media, body, clients, rate in cases:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
-            queue = 512 if kind == "overload" else 16_384
-            process = multiprocessing.Process(target=serve, args=(kind, folder, port, queue))
-            process.start()
-            try:
-                while True:
-                    try:
-                        if answers_once(port, media, body):
-                            break
-                    except OSError:
-                        time.sleep(0.2)
+            with running(kind, folder, media, body) as (process, port):
                 before, cpu = memory(process), cpu_seconds(process)
-                answers = asyncio.run(load(port, media, body, clients, rate))
+                answers = uvloop.run(load(port, media, body, clients, rate))
                 cpu = 1000 * (cpu_seconds(process) - cpu) / len(answers)
                 good = [seconds for status, seconds in answers if status == 200]
                 refused = sum(status == 429 for status, _ in answers)
@@ -177,9 +205,6 @@ def main() -> None:
                     f"| {before:.0f} +{grown:.0f} |",
                     flush=True,
                 )
-            finally:
-                process.terminate()
-                process.join()
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from catalogue_cases import drawn_tokenizer, parallel_tokenizer
 from semid.catalogue.bundle import CatalogueBundle
 from semid.errors import FingerprintError
 from semid.serve.app import create_app
-from semid.serve.batching import BatchQueue, Refused
+from semid.serve.batching import LARGE, BatchQueue, Refused
 from semid.serve.bodies import ARROW, NPY
 from semid.serve.limits import ServeOptions
 from semid.serve.observe import JsonFormatter
@@ -345,6 +345,27 @@ def test_a_full_queue_refuses_and_recovers(client, shop):
     assert ok(client.post("/v1/encode", json=body))
 
 
+def test_large_batches_run_beside_each_other_and_small_ones_wait():
+    together, sizes = threading.Barrier(2), []
+
+    def work(many):
+        sizes.append(sum(many))
+        if sum(many) >= LARGE:
+            together.wait(20)  # breaks unless two calls are under way
+        return many
+
+    async def run():
+        queue = BatchQueue(work, name="test", max_rows=10_000, batch_rows=LARGE, workers=2)
+        queue.start()
+        rows = [LARGE, 1, 1, 1, LARGE]
+        waiting = [asyncio.create_task(queue.submit(each, each)) for each in rows]
+        assert [await each for each in waiting] == rows
+        await queue.close()
+
+    asyncio.run(run())
+    assert sorted(sizes) == [3, LARGE, LARGE]
+
+
 def test_a_late_answer_is_given_up_and_a_bug_is_not_shown(shop, caplog):
     def work(many):
         if many == ["bug"]:
@@ -446,6 +467,9 @@ def test_no_answer_mixes_versions_while_they_are_swapped(client, shop):
         grow(shop, stop)
         sizes[version] = stop
     stop_reading, wrong, seen = threading.Event(), [], set()
+    rows = [305, 315, 325]
+    asked = {"embeddings": shop.x[rows].tolist(), "item_ids": [f"item-{n}" for n in rows]}
+    codes = shop.tokenizer.encode(shop.x[rows]).codes.tolist()
 
     def read():
         while not stop_reading.is_set():
@@ -454,14 +478,18 @@ def test_no_answer_mixes_versions_while_they_are_swapped(client, shop):
             listed = ok(
                 client.get("/v1/items", params={"id": [f"item-{n}" for n in (305, 315, 325)]})
             )
-            seen.add(total["version"])
+            encoded = ok(client.post("/v1/encode", json=asked))
+            published = [each is not None for each in encoded["published"]]
+            seen.update((total["version"], encoded["version"]))
             known = [n for n in (305, 315, 325) if n < sizes[listed["version"]]]
             if (
                 total["total"] != sizes[total["version"]]
                 or sum(following["items"]) != sizes[following["version"]]
                 or [each["item_id"] for each in listed["items"]] != [f"item-{n}" for n in known]
+                or encoded["codes"] != codes
+                or published != [n < sizes[encoded["version"]] for n in (305, 315, 325)]
             ):
-                wrong.append((total, following, listed))
+                wrong.append((total, following, listed, encoded))
 
     with ThreadPoolExecutor(3) as pool:
         readers = [pool.submit(read) for _ in range(3)]

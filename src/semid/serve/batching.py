@@ -12,6 +12,9 @@ from typing import Any, Generic, TypeVar
 
 from semid.errors import SemidError
 
+LARGE = 128
+"""Rows that are worth a call beside a running one; fewer are cheaper together in the next."""
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -33,7 +36,7 @@ class _Waiting(Generic[T]):
 
 
 class BatchQueue(Generic[T, R]):
-    """Joins concurrent requests into calls of ``run``, one call at a time in a thread of its own.
+    """Joins concurrent requests into calls of ``run`` in threads of its own.
 
     Args:
         run: returns one result, or one exception, per item.
@@ -42,6 +45,7 @@ class BatchQueue(Generic[T, R]):
         batch_rows: rows of one call; a larger request is a call by itself.
         wait: seconds that the first request of a batch waits for others while the engine is idle.
         timeout: seconds after which a request is given up.
+        workers: calls at a time; all but one of them only for `LARGE` rows and more.
         observe: told the rows of every batch.
     """
 
@@ -54,15 +58,17 @@ class BatchQueue(Generic[T, R]):
         batch_rows: int,
         wait: float = 0.0,
         timeout: float = 30.0,
+        workers: int = 1,
         observe: Callable[[str, int], None] = lambda name, rows: None,
     ) -> None:
         self.run, self.name, self.max_rows, self.batch_rows = run, name, max_rows, batch_rows
-        self.wait, self.timeout, self.observe = wait, timeout, observe
+        self.wait, self.timeout, self.workers, self.observe = wait, timeout, workers, observe
         self.rows = 0  # rows that wait
         self._waiting: deque[_Waiting[T]] = deque()
         self._arrival = asyncio.Event()
         self._closing = False
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"semid-{name}")
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix=f"semid-{name}")
+        self._calls: set[asyncio.Task[None]] = set()
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -75,7 +81,7 @@ class BatchQueue(Generic[T, R]):
         self._arrival.set()
         if self._task is not None:
             await self._task
-        self._thread.shutdown()
+        self._threads.shutdown()
 
     async def submit(self, item: T, rows: int) -> R:
         """Wait for the result of one item.
@@ -105,13 +111,12 @@ class BatchQueue(Generic[T, R]):
         return result
 
     async def _work(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             await self._arrival.wait()
-            if not self._waiting:
-                if self._closing:
-                    return
-                self._arrival.clear()
+            if not self._waiting or not self._has_room():
+                if self._closing and not self._waiting:
+                    break
+                self._arrival.clear()  # the next request or the end of a call sets it
                 continue
             pause = self._waiting[0].since + self.wait - time.monotonic()
             if pause > 0 and self.rows < self.batch_rows and not self._closing:
@@ -119,19 +124,35 @@ class BatchQueue(Generic[T, R]):
             batch = self._next_batch()
             if not batch:
                 continue
-            self.observe(self.name, sum(entry.rows for entry in batch))
-            items = [entry.item for entry in batch]
-            try:
-                results = await loop.run_in_executor(self._thread, self.run, items)
-            except Exception as error:  # noqa: BLE001 - every waiting request must be answered
-                results = [error] * len(batch)
-            for entry, result in zip(batch, results, strict=True):
-                if entry.answer.done():  # its client has given up
-                    continue
-                if isinstance(result, Exception):
-                    entry.answer.set_exception(result)
-                else:
-                    entry.answer.set_result(result)
+            call = asyncio.create_task(self._call(batch))
+            self._calls.add(call)
+            call.add_done_callback(self._end)
+        while self._calls:
+            await asyncio.wait(self._calls)
+
+    def _has_room(self) -> bool:
+        busy = len(self._calls)
+        return not busy or (busy < self.workers and self.rows >= LARGE)
+
+    def _end(self, call: asyncio.Task[None]) -> None:
+        self._calls.discard(call)
+        self._arrival.set()
+
+    async def _call(self, batch: list[_Waiting[T]]) -> None:
+        self.observe(self.name, sum(entry.rows for entry in batch))
+        items = [entry.item for entry in batch]
+        loop = asyncio.get_running_loop()
+        try:
+            results = await loop.run_in_executor(self._threads, self.run, items)
+        except Exception as error:  # noqa: BLE001 - every waiting request must be answered
+            results = [error] * len(batch)
+        for entry, result in zip(batch, results, strict=True):
+            if entry.answer.done():  # its client has given up
+                continue
+            if isinstance(result, Exception):
+                entry.answer.set_exception(result)
+            else:
+                entry.answer.set_result(result)
 
     def _next_batch(self) -> list[_Waiting[T]]:
         batch: list[_Waiting[T]] = []

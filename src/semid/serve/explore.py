@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from semid.catalogue.additions import NOVEL
 from semid.catalogue.prefixes import PrefixIndex
+from semid.quantization.threads import map_blocks
 from semid.report.explorer import (
     MAX_BUCKETS,
     MAX_EXAMPLES,
@@ -29,6 +30,9 @@ MAX_CHILDREN = 400
 
 WORD_ITEMS = 2000
 """Items of a node whose texts are read to describe its children."""
+
+SEARCH_ROWS = 2**17
+"""Texts that a thread searches at a time."""
 
 EXAMPLES = 3
 KEPT_NODES = 4096
@@ -194,7 +198,7 @@ def search(version: Version, query: str, level: int, offset: int, limit: int) ->
     for place, word in enumerate(words):
         texts = version.search_texts
         searched = texts if not place else texts.take(pa.array(rows))
-        rows = rows[pc.match_substring(searched, word).to_numpy(zero_copy_only=False)]
+        rows = rows[_contains(searched, word)]
     exact = version.ids.items.index_of([query.strip()])
     rows = np.concatenate([exact[exact >= 0], rows[~np.isin(rows, exact)]])
     tree = tree_of(version, level)
@@ -217,6 +221,17 @@ def search(version: Version, query: str, level: int, offset: int, limit: int) ->
         "items": [version.item(row) for row in rows[offset : offset + limit].tolist()],
         "codes": chips[:12],
     }
+
+
+def _contains(texts: Any, word: str) -> Any:
+    """Return which texts ``(items,)`` contain a word; every core reads a part."""
+
+    def work(start: int) -> Any:
+        part = texts.slice(start, SEARCH_ROWS)
+        return pc.match_substring(part, word).to_numpy(zero_copy_only=False)
+
+    starts = range(0, max(len(texts), 1), SEARCH_ROWS)
+    return np.concatenate(map_blocks(work, starts))
 
 
 def buckets(version: Version) -> list[dict[str, Any]]:

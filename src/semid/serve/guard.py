@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import itertools
 import json
 import secrets
 import time
@@ -13,17 +14,20 @@ from semid.serve.observe import Metrics, Tracer, logger
 OPEN_PATHS = ("/", "/livez", "/readyz")
 """Answered without a token: they hold nothing of the catalogue."""
 
-HEADERS = {
-    "x-content-type-options": "nosniff",
-    "x-frame-options": "DENY",
-    "referrer-policy": "no-referrer",
-    "cross-origin-resource-policy": "same-origin",
-    "cross-origin-opener-policy": "same-origin",
-    "cache-control": "no-store",
-    "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; "
-    "script-src 'unsafe-inline'; img-src data: blob:; connect-src 'self'; base-uri 'none'; "
-    "form-action 'none'; frame-ancestors 'none'",
-}
+HEADERS = [
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"cross-origin-opener-policy", b"same-origin"),
+    (b"cache-control", b"no-store"),
+    (
+        b"content-security-policy",
+        b"default-src 'none'; style-src 'unsafe-inline'; "
+        b"script-src 'unsafe-inline'; img-src data: blob:; connect-src 'self'; base-uri 'none'; "
+        b"form-action 'none'; frame-ancestors 'none'",
+    ),
+]
 
 
 class Guard:
@@ -48,6 +52,7 @@ class Guard:
     ) -> None:
         self.app, self.token, self.hosts = app, token, hosts
         self.metrics, self.tracer = metrics, tracer
+        self._prefix, self._numbers = secrets.token_hex(4), itertools.count()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Answer one request; a bug in the service is answered with 500 and logged."""
@@ -56,7 +61,7 @@ class Guard:
             return
         started = time.perf_counter()
         headers = {k.decode("latin1"): v.decode("latin1") for k, v in scope["headers"]}
-        request_id = secrets.token_hex(8)
+        request_id = f"{self._prefix}{next(self._numbers):08x}"
         status, version = 0, None
 
         async def send_guarded(message: Any) -> None:
@@ -64,9 +69,8 @@ class Guard:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 version = dict(message["headers"]).get(b"x-semid-version")
-                extra = {**HEADERS, "x-request-id": request_id}
                 message["headers"] = [
-                    *message["headers"], *((k.encode(), v.encode()) for k, v in extra.items())
+                    *message["headers"], *HEADERS, (b"x-request-id", request_id.encode()),
                 ]  # fmt: skip
             await send(message)
 

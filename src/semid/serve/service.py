@@ -12,6 +12,7 @@ from fastapi import Request
 
 from semid.data.embeddings import open_embeddings
 from semid.errors import UsageError
+from semid.quantization.threads import resolve_threads
 from semid.serve import bodies
 from semid.serve.batching import BatchQueue, Refused
 from semid.serve.bodies import JSON, Rows, read_body
@@ -30,8 +31,8 @@ class Service:
         self.closing = False
         self.warm: Version | None = None  # version that the explorer is ready for
         tokenizer = catalogue.tokenizer
-        if options.threads is not None:
-            tokenizer.threads = options.threads
+        threads = resolve_threads(options.threads)
+        tokenizer.threads = 1  # calls run beside each other instead
         limits: dict[str, Any] = {
             "max_rows": options.queue_rows,
             "batch_rows": options.batch_rows,
@@ -39,7 +40,7 @@ class Service:
             "observe": self.metrics.batch,
         }
         self.encode_queue: BatchQueue[Any, Any] = BatchQueue(
-            self._encode, name="encode", wait=options.batch_wait, **limits
+            self._encode, name="encode", wait=options.batch_wait, workers=threads, **limits
         )
         self.decode_queue: BatchQueue[Any, Any] = BatchQueue(
             lambda many: _split(tokenizer.decode(np.concatenate(many)), many),
@@ -61,12 +62,16 @@ class Service:
         self.metrics.watch(catalogue, self.queues)
 
     def _encode(self, many: list[Any]) -> list[Any]:
-        beam = self.catalogue.current.ids.info.beam_width
+        version = self.catalogue.current
+        beam = version.ids.info.beam_width
         source = open_embeddings(np.concatenate(many))
         blocks = list(self.catalogue.tokenizer.encode_blocks(source, beam_width=beam))
         codes = np.concatenate([block.codes for block in blocks])
         norms = np.concatenate([block.residual_norms for block in blocks])
-        return list(zip(_split(codes, many), _split(norms, many), strict=True))
+        novelty = version.novelty_of(norms)
+        parts = [_split(codes, many), _split(norms, many)]
+        parts.append([None] * len(many) if novelty is None else _split(novelty, many))
+        return [(version, *each) for each in zip(*parts, strict=True)]
 
     def _recommend(self, many: list[bodies.RecommendRequest]) -> list[Any]:
         results: list[Any] = [None] * len(many)

@@ -345,7 +345,10 @@ class Tokenizer(Transformer):
         """
         self._check_width(source)
         width = self.beam_width if beam_width is None else beam_width
-        for start, x in prefetched(source.blocks(BLOCK_ROWS, first=first)):
+        blocks = source.blocks(BLOCK_ROWS, first=first)
+        if len(source) - first > BLOCK_ROWS:
+            blocks = prefetched(blocks)
+        for start, x in blocks:
             encoded = self._encode_block(x, width)
             yield EncodedBlock(start, x, encoded.codes, encoded.residual_norms)
 

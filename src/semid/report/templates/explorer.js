@@ -24,7 +24,8 @@
     element.append(...inside.filter((part) => part !== null && part !== undefined));
     return element;
   };
-  const count = (value) => Math.round(value).toLocaleString("en-US");
+  const grouped = new Intl.NumberFormat("en-US", { maximumFractionDigits: 0 }); // toLocaleString makes one a call
+  const count = (value) => grouped.format(value);
   const number = (value) => value === 0 ? "0" : Math.abs(value) >= 1000 ? count(value)
     : value.toFixed(Math.min(4, Math.max(0, 2 - Math.floor(Math.log10(Math.abs(value))))));
   const share = (value) => {
@@ -200,10 +201,18 @@
   const treePick = several ? make("select", { id: "explorer-tree", onchange: () => go(Number(treePick.value), []) },
     ...source.trees.map((level, index) => make("option", { value: index, text: `${levelWord} ${level + 1}` }))) : null;
   const search = make("input", { type: "search", id: "explorer-search", placeholder: "item id, words of a title, or codes such as 17 203", autocomplete: "off", spellcheck: "false" });
-  let waiting = 0;
-  search.addEventListener("input", () => {
-    clearTimeout(waiting);
-    waiting = setTimeout(() => { state.query = search.value; state.page = 1; drawDetail(); }, 120);
+  // While one search is under way, the last of those typed meanwhile waits.
+  let searching = false, later = 0;
+  search.addEventListener("input", async () => {
+    if (searching) return;
+    searching = true;
+    try {
+      do {
+        state.query = search.value;
+        state.page = 1;
+        await drawDetail();
+      } while (state.query !== search.value);
+    } finally { searching = false; }
   });
   const trail = make("ol", { class: "trail", "aria-label": "Chosen prefix" });
   const map = make("div", { class: "map", role: "group", "aria-label": "Codes, sized by their items" });
@@ -220,12 +229,13 @@
 
   // An answer that comes after a later question is dropped.
   const go = async (tree, codes, options) => {
-    const { focus, keepQuery, found, keepAddress } = options || {};
+    const { focus, found, keepAddress } = options || {};
     const turn = ++state.turn;
+    const items = source.list(tree, codes, 0, PAGE); // both are asked for at once
     const node = await source.node(tree, codes);
     if (turn !== state.turn) return;
     Object.assign(state, { tree, node, page: 1, found: found === undefined ? null : found });
-    if (!keepQuery) { state.query = ""; search.value = ""; }
+    state.query = search.value = "";
     if (treePick) treePick.value = tree;
     if (!keepAddress) history.replaceState(null, "", address(tree, node.codes));
     frame.scrollTop = 0;
@@ -233,7 +243,7 @@
     drawMap();
     said.textContent = node.codes.length ? `${levelWord} code ${name(node.codes)}: ${count(node.items)} items` : "All items";
     if (focus) (map.querySelector("button") || trail.querySelector("[aria-current]")).focus();
-    await drawDetail();
+    await drawDetail({ items: node.codes.length === codes.length ? items : null });
   };
   // A link to a code: #code=17.203, of the second codebook #code=2:17.
   const address = (tree, codes) => `#code=${several ? `${tree + 1}:` : ""}${codes.join(".")}`;
@@ -255,6 +265,7 @@
   const drawMap = () => {
     const nodes = state.node.children;
     const [, label, kind, sense] = available.find(([key]) => key === state.metric);
+    clearTimeout(later);
     map.replaceChildren();
     legend.replaceChildren();
     frame.style.display = nodes.length ? "" : "none";
@@ -267,8 +278,8 @@
     const [low, high] = scaleOf(state.metric);
     // Where white and dark text read equally well on the mixed color.
     const flip = document.documentElement.dataset.theme === "dark" ? 0.55 : 0.66;
-    const cells = nodes.map((node, index) => {
-      const [x, y, w, h] = boxes[index];
+    const cell = (index) => {
+      const node = nodes[index], [x, y, w, h] = boxes[index];
       const t = shade(state.metric, values[index]);
       const codes = [...state.node.codes, node.code];
       const button = make("button", {
@@ -285,11 +296,14 @@
       if (w > 22 && lines > 0) button.append(make("b", { text: node.code }));
       // A plural beside its singular says nothing new.
       const apart = node.words.filter((word, at) => !node.words.slice(0, at).some((other) => word.startsWith(other) || other.startsWith(word)));
-      if (w > 36) button.append(...apart.slice(0, Math.max(0, lines - 1)).map((word) => make("span", { text: word })));
+      if (w > 36 && lines > 1 && apart.length) button.append(make("span", { text: apart.slice(0, lines - 1).join("\n") }));
       if (w < 44 || h < 34) button.style.padding = "2px";
       return button;
-    });
-    map.append(...cells);
+    };
+    // What is in sight first; the rest when that is on the screen.
+    const order = [...boxes.keys()], height = frame.clientHeight;
+    map.append(...order.filter((index) => boxes[index][1] < height).map(cell));
+    later = setTimeout(() => map.append(...order.filter((index) => boxes[index][1] >= height).map(cell)), 30);
     const drawn = nodes.reduce((sum, node) => sum + node.items, 0);
     legend.append(
       make("span", { text: `${label} (more color: ${sense})` }), make("span", { class: "num", text: write[kind](low) }),
@@ -346,12 +360,12 @@
       make("span", { class: "path code" }, ...links));
   };
 
-  const drawDetail = async (focus) => {
+  const drawDetail = async ({ focus, items } = {}) => {
     const { node, tree, turn, page } = state;
     const query = state.query.trim();
     const shownItems = page * PAGE;
     const hits = query ? await source.find(tree, query, 0, shownItems) : null;
-    const listed = hits || await source.list(tree, node.codes, 0, shownItems);
+    const listed = hits || await (items || source.list(tree, node.codes, 0, shownItems));
     if (turn !== state.turn || query !== state.query.trim() || page !== state.page) return;
     const side = make("div", {});
     if (hits) {
@@ -373,7 +387,7 @@
       listed.items.length ? list : make("p", { class: "muted", text: "None on this page." }),
       rest > 0 ? make("p", { class: "pager" }, make("button", {
         type: "button", text: `Show ${count(Math.min(PAGE, rest))} more of ${count(rest)}`,
-        onclick: () => { state.page += 1; drawDetail(true); },
+        onclick: () => { state.page += 1; drawDetail({ focus: true }); },
       })) : null);
     detail.replaceChildren(side, right);
     if (focus) root.querySelectorAll(".list li")[(page - 1) * PAGE].querySelector("button").focus();
