@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from semid.quantization import beam
+from semid.quantization import beam, engine
 from semid.quantization.nearest import index_codebook
 from semid.quantization.residual import encode_residual
 
@@ -71,13 +71,13 @@ def test_products_find_what_searches_find(monkeypatch, counted, width, mean):
 def test_scores_lie_within_their_bound(monkeypatch, mean):
     x, books = drawn(mean=mean)
     seen = []
-    scan = beam.scan_children
+    scan = engine.keys.scan_children
 
     def spying(base, halves, products, lines, offsets, margin, *rest):
         seen.append((base, halves, products, lines, margin))
         scan(base, halves, products, lines, offsets, margin, *rest)
 
-    monkeypatch.setattr(beam, "scan_children", spying)
+    monkeypatch.setattr(engine.keys, "scan_children", spying)
     encoded(x, books, 6)
     assert len(seen) == 6  # two levels, three parts of the rows
     for at, (base, halves, products, lines, margin) in enumerate(seen):

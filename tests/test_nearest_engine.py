@@ -13,9 +13,9 @@ import torch
 import semid.quantization.engine.search as engine
 from semid.quantization.engine.formats import Bfloat16Gemm, QueryBlock
 from semid.quantization.engine.gpu import search_device
-from semid.quantization.engine.keys import COSINE, INNER, L2
+from semid.quantization.engine.plain import COSINE, INNER, L2, float32_rows
 from semid.quantization.engine.search import search
-from semid.quantization.engine.table import VectorTable, float32_rows
+from semid.quantization.engine.table import VectorTable
 from semid.quantization.nearest import index_codebook, nearest, top_k
 from semid.quantization.threads import cgroup_limit, default_threads, map_blocks
 

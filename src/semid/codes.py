@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from semid.artefact import FORMAT_VERSION, check_version
+from semid.data.columns import numbers_to_arrow
 from semid.data.files import find_parquet
 from semid.data.ids import ItemIds
 from semid.data.items import code_rows, join_tables
@@ -167,7 +168,7 @@ def ids_table(
     columns = [
         items,
         _codes_column(codes, info.codebook_sizes),
-        pa.array(residual_norms, type=pa.float32()),
+        numbers_to_arrow(np.asarray(residual_norms, dtype=np.float32)),
     ]
     if model_codes is not None:
         columns.append(_codes_column(model_codes, info.model_sizes))
@@ -179,7 +180,7 @@ def _codes_column(codes: npt.NDArray[np.integer[Any]], sizes: Sequence[int]) -> 
         raise InputError(problems)
     # Arrow views the flat array as lists of one width; nothing is copied again.
     flat = np.ascontiguousarray(codes, dtype=code_dtype(sizes)).reshape(-1)
-    return pa.FixedSizeListArray.from_arrays(pa.array(flat), type=_codes_type(sizes))
+    return pa.FixedSizeListArray.from_arrays(numbers_to_arrow(flat), type=_codes_type(sizes))
 
 
 @dataclass(frozen=True, eq=False, repr=False)

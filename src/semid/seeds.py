@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
-import torch
+
+from semid.lazy import torch
 
 
 def child_seed(seed: int, *names: object) -> int:

@@ -86,7 +86,7 @@ class LloydTokenizer(Tokenizer):
         return dequantize(codes, self._codebooks())
 
     def _codebooks(self) -> tuple[Any, ...]:
-        return tuple(book.codewords.numpy() for book in self._books)
+        return tuple(book.codewords for book in self._books)
 
     def _tensors(self) -> dict[str, np.ndarray]:
         return {f"codebooks.{level}": book for level, book in enumerate(self._codebooks())}

@@ -10,11 +10,11 @@ no scipy otherwise.
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
 from semid.errors import UsageError
+from semid.lazy import kernel
 
 
 def assign_rows(
@@ -52,7 +52,7 @@ def assign_rows(
     return np.where(labels < 0, labels, usable[labels])
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel()
 def _solve(cost: npt.NDArray[np.float64], places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Assign the rows one after another; ``places`` is reduced to the places that stay free.
 
@@ -138,7 +138,7 @@ def _solve(cost: npt.NDArray[np.float64], places: npt.NDArray[np.int64]) -> npt.
     return label
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel()
 def _shortest_path(  # type: ignore[no-untyped-def]
     start, cost, places, row_dual, column_dual, head, next_row, distance, predecessor, scanned
 ) -> int:
@@ -174,14 +174,14 @@ def _shortest_path(  # type: ignore[no-untyped-def]
     return -1
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel()
 def _attach(row, column, label, head, next_row) -> None:  # type: ignore[no-untyped-def]
     label[row] = column
     next_row[row] = head[column]
     head[column] = row
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel()
 def _detach(row, label, head, next_row) -> None:  # type: ignore[no-untyped-def]
     column = label[row]
     if head[column] == row:

@@ -16,6 +16,16 @@ from semid.documents import parse_json, record
 from semid.errors import EmbeddingError, UsageError, brief, nearest_name
 
 
+def numbers_to_arrow(values: np.ndarray) -> pa.Array:
+    """Return numbers (n,) as an Arrow array that shares their memory.
+
+    `pyarrow.array` would import pandas, where it is installed, to see whether they are a series.
+    """
+    values = np.ascontiguousarray(values)
+    kind = pa.from_numpy_dtype(values.dtype)
+    return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(values)])
+
+
 @dataclass(frozen=True, kw_only=True)
 class TextModel:
     """The encoder that made embeddings of texts, as metadata of files and models say it."""

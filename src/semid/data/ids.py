@@ -24,6 +24,7 @@ from semid.data.columns import (
     id_type_problem,
     is_text,
     normalize_ids,
+    numbers_to_arrow,
     whole_text,
 )
 from semid.errors import IdsError, UsageError
@@ -168,19 +169,19 @@ class ItemIds:
 
     def to_arrow(self) -> pa.Array:
         """Return the ids (items,) in the Arrow type they came in; row numbers as int64."""
-        return pa.array(np.arange(self._count)) if self._values is None else self._values
+        return numbers_to_arrow(np.arange(self._count)) if self._values is None else self._values
 
     def strings(self, start: int = 0, stop: int | None = None) -> pa.Array:
         """Return the ids of rows ``start`` to ``stop`` (exclusive) as Arrow large_string."""
         begin, end, _ = slice(start, stop).indices(self._count)
         end = max(begin, end)
         if self._values is None:
-            return pa.array(np.arange(begin, end)).cast(pa.large_string())
+            return numbers_to_arrow(np.arange(begin, end)).cast(pa.large_string())
         return _to_strings(self._values.slice(begin, end - begin))
 
     def take(self, rows: np.ndarray) -> ItemIds:
         """Return the ids of ``rows`` (n,), which must not repeat."""
-        numbers = pa.array(rows, type=pa.int64())
+        numbers = numbers_to_arrow(np.asarray(rows, dtype=np.int64))
         values = numbers if self._values is None else self._values.take(numbers)
         return self._trusted(values, len(rows))
 
@@ -203,8 +204,9 @@ class ItemIds:
         pending = pending[hashes[place[pending]] == query_hashes[pending]]
         while len(pending):
             rows = order[place[pending]]
-            values = pa.array(rows) if self._values is None else self._values.take(pa.array(rows))
-            same = pc.equal(_to_strings(values), queries.take(pa.array(pending)))
+            values = numbers_to_arrow(rows)
+            values = values if self._values is None else self._values.take(values)
+            same = pc.equal(_to_strings(values), queries.take(numbers_to_arrow(pending)))
             hit = same.fill_null(False).to_numpy(zero_copy_only=False)
             result[pending[hit]] = rows[hit]
             pending = pending[~hit]
@@ -250,7 +252,7 @@ class ItemIds:
         hashes, order = self._sorted_hashes()
         equal = np.r_[False, hashes[1:] == hashes[:-1], False]
         rows = np.sort(order[(equal[1:] | equal[:-1])[: len(order)]])
-        counts = pc.value_counts(_to_strings(self._values.take(pa.array(rows))))
+        counts = pc.value_counts(_to_strings(self._values.take(numbers_to_arrow(rows))))
         repeated = counts.filter(pc.greater(counts.field("counts"), 1))
         if len(repeated) == 0:
             return

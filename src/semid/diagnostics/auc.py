@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
@@ -14,6 +13,7 @@ from semid.diagnostics.pairs import Estimate, ItemPairs, PairCounts, bootstrap, 
 from semid.diagnostics.spaces import Matrix, as_matrix, row_blocks
 from semid.errors import InputError, UsageError
 from semid.health import check_codes, usage
+from semid.lazy import kernel
 from semid.quantization.threads import map_blocks
 from semid.results import Result
 from semid.seeds import numpy_generator
@@ -127,7 +127,7 @@ class PairAucs(Result):
         return self.aucs["exact_prefix" if self.hierarchical else "exact_count"]
 
 
-@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
+@kernel(fastmath={"reassoc", "contract"})
 def _dots(
     table: npt.NDArray[np.float32],
     first: npt.NDArray[np.int64],

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
@@ -20,6 +19,7 @@ from semid.diagnostics.retrieval import (
     hit_rates,
 )
 from semid.health import bucket_keys, check_codes
+from semid.lazy import kernel
 from semid.quantization.threads import map_blocks
 from semid.results import Result
 from semid.seeds import numpy_generator
@@ -83,7 +83,7 @@ def _prefix_ranks(codes: npt.NDArray[Any], pairs: ItemPairs, order: Ints) -> Dis
     return DiscreteRanks(rank, better, tied, match)
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel()
 def _count_ranks(
     codes: Ints,
     posting: Ints,

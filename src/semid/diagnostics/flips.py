@@ -8,12 +8,12 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from semid.diagnostics.overlap import NOISE_SCALES
 from semid.diagnostics.pairs import CONFIDENCE, Proportion, proportion
 from semid.diagnostics.spaces import Matrix, as_block, as_matrix, latent_std, row_blocks
 from semid.errors import InputError, UsageError
+from semid.lazy import torch
 from semid.quantization.nearest import IndexedCodebook, index_codebook, nearest_m
 from semid.results import Result
 from semid.seeds import numpy_generator

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numba
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from semid.diagnostics.spaces import Matrix, as_block, as_matrix, row_blocks
 from semid.errors import InputError, UsageError
 from semid.health import LevelUsage
+from semid.lazy import kernel, torch
 from semid.quantization.threads import map_blocks
 from semid.results import Result
 
@@ -91,7 +90,7 @@ class LevelOverlap(Result):
         raise UsageError(f"scale={scale:g} is not in the sweep; it holds {listed}")
 
 
-@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
+@kernel(fastmath={"reassoc", "contract"})
 def _weighted_sum(
     kernel: npt.NDArray[np.float32], left: npt.NDArray[np.float64], right: npt.NDArray[np.float64]
 ) -> float:

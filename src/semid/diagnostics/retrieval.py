@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from semid.diagnostics.pairs import (
     Estimate,
@@ -20,6 +19,7 @@ from semid.diagnostics.pairs import (
 )
 from semid.diagnostics.spaces import Matrix, as_block, as_matrix, row_blocks
 from semid.errors import InputError, UsageError
+from semid.lazy import torch
 from semid.quantization.nearest import MAX_NEIGHBORS, index_database, top_k
 from semid.results import Result
 from semid.seeds import numpy_generator

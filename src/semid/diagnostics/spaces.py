@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from semid.data.blocks import squared_norms
 from semid.diagnostics.pairs import Estimate, bootstrap, row_groups
 from semid.errors import InputError, UsageError
+from semid.lazy import is_tensor, torch
 from semid.results import Result
 from semid.seeds import numpy_generator
 
-Matrix = npt.NDArray[Any] | torch.Tensor
+Matrix: TypeAlias = "npt.NDArray[Any] | torch.Tensor"
 
 BLOCK_ROWS = 16_384
 """Rows per block; fixed, so that sums do not depend on memory or threads."""
@@ -24,7 +24,7 @@ BLOCK_ROWS = 16_384
 
 def as_matrix(x: Matrix, name: str) -> npt.NDArray[Any]:
     """Return ``x`` (items, dim) as an array without copying it; ``name`` is for the error."""
-    array = x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else np.asanyarray(x)
+    array = x.detach().cpu().numpy() if is_tensor(x) else np.asanyarray(x)
     if array.ndim != 2 or array.shape[0] == 0 or array.shape[1] == 0:
         raise InputError(
             f"{name} has shape {array.shape}; (items, dim) with at least one row is needed"

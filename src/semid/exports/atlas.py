@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from semid.catalogue.uniqueness import rows_of
 from semid.codes import SemanticIds
@@ -19,6 +18,7 @@ from semid.data.embeddings import open_embeddings
 from semid.data.items import read_items
 from semid.errors import MissingExtraError, UsageError, check_choice
 from semid.exports.formats import ExportFormat
+from semid.lazy import torch
 from semid.quantization.nearest import index_codebook, nearest_m
 
 logger = logging.getLogger(__name__)

@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from semid.artefact import read_tensors
 from semid.errors import ArtefactError, MissingExtraError, UsageError, check_choice
 from semid.exports.formats import CODEBOOK_SOURCES
+from semid.lazy import torch
 from semid.options import MAX_BEAM
 from semid.tokenizers.from_arrays import Codebooks, from_codebooks
 

@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from semid.catalogue.placement import group_numbers, last_level_inputs
 from semid.catalogue.uniqueness import rows_of
@@ -27,6 +26,7 @@ from semid.documents import read_json
 from semid.errors import ArtefactError, InputError, UsageError, brief, check_choice
 from semid.exports.formats import ExportFormat
 from semid.health import check_codes
+from semid.lazy import torch
 from semid.quantization.blocks import BLOCK_ROWS
 from semid.quantization.nearest import index_codebook, nearest_m
 from semid.tokenizers.base import Tokenizer

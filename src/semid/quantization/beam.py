@@ -13,13 +13,12 @@ from functools import partial
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from semid.errors import UsageError
+from semid.lazy import torch
+from semid.quantization import engine
 from semid.quantization.blocks import BLOCK_ROWS, Blocks, read_ahead
-from semid.quantization.engine.keys import resolve_children, scan_children
-from semid.quantization.engine.table import aligned, float32_rows, padded
-from semid.quantization.engine.vector import SCAN
+from semid.quantization.engine.plain import SCAN, float32_rows, padded
 from semid.quantization.nearest import THREADED_WORK, IndexedCodebook, index_codebook, nearest_m
 from semid.quantization.sharding import LocalShardPool, ShardedMatrix, as_sharded
 from semid.quantization.threads import map_blocks, one_blas_thread
@@ -125,7 +124,7 @@ def _search_level(
         order // children,
         np.take_along_axis(labels, order, axis=1),
         np.take_along_axis(distances, order, axis=1),
-        codebook.codewords.numpy(),
+        codebook.codewords,
     )
 
 
@@ -182,7 +181,7 @@ def _level_products(codebooks: Sequence[IndexedCodebook], rows: int) -> list[_Le
 
 def _multiply_levels(codebooks: Sequence[IndexedCodebook]) -> list[_LevelProducts]:
     """Multiply every level after the first; none where float32 does not hold the products."""
-    books = [book.codewords.numpy() for book in codebooks]
+    books = [book.codewords for book in codebooks]
     # Rows and the first codebook are centered: shorter vectors have smaller rounding errors.
     center = books[0].mean(axis=0, dtype=np.float64).astype(np.float32)
     earlier = [books[0] - center, *books[1:]]
@@ -241,16 +240,16 @@ def _scan_level(
         counts = np.zeros(count, dtype=np.int64)
         candidates = np.empty((count, capacity), dtype=np.int32)
         # Children that may be among the best by their float32 scores.
-        scan_children(
+        engine.keys.scan_children(
             base, 0.5 * beam.distances[part], level.products, beam.codes[part] + level.first,
             level.bias.numpy(), level.margins(lengths), np.full(count, np.finfo(np.float32).min),
             counts, candidates, np.empty((count, capacity), dtype=np.float32), best,
-            np.empty(capacity, dtype=np.float32), aligned((1, columns), np.float32),
+            np.empty(capacity, dtype=np.float32), engine.table.aligned((1, columns), np.float32),
         )  # fmt: skip
         # Canonical distances decide among them, so the codes are those of a full search.
         residuals = np.zeros((count * partials, level.padded.shape[1]), dtype=np.float32)
         residuals[:, :dim] = beam.residuals[part].reshape(-1, dim)
-        resolve_children(
+        engine.keys.resolve_children(
             residuals, level.padded, columns, counts, candidates, parents[part], labels[part],
             distances[part],
         )  # fmt: skip

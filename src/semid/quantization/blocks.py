@@ -16,11 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, Protocol, Self, TypeVar
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
 from semid.errors import UsageError
+from semid.lazy import kernel
 from semid.quantization.threads import map_blocks
 
 Array = npt.NDArray[np.float32]
@@ -327,7 +327,7 @@ def mean_row(nodes: list[Node[Statistics]]) -> npt.NDArray[np.float64]:
     return np.asarray(total.sums[0] / total.counts[0])
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel()
 def _group(labels: npt.NDArray[np.int64], codes: int) -> tuple[np.ndarray, np.ndarray]:
     """Counting sort: row numbers by code, rows in order inside a code."""
     starts = np.zeros(codes + 1, dtype=np.int64)
@@ -344,7 +344,7 @@ def _group(labels: npt.NDArray[np.int64], codes: int) -> tuple[np.ndarray, np.nd
     return order, starts
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel()
 def _sum_codes(
     x: np.ndarray, weights: np.ndarray, order: np.ndarray, starts: np.ndarray, sums: np.ndarray,
     counts: np.ndarray, first: int, last: int,

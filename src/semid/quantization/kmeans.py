@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from semid.errors import UsageError
+from semid.lazy import torch
 from semid.options import Options, option
+from semid.quantization import engine
 from semid.quantization.blocks import Blocks, Statistics, WritableBlocks
-from semid.quantization.engine.search import working_routes
 from semid.quantization.nearest import THREADED_WORK
 from semid.quantization.sharding import ShardedMatrix, as_sharded
 from semid.quantization.threads import map_blocks
@@ -353,7 +353,7 @@ class _Gains:
         self.mean = rows.mean(0)
         rows -= self.mean
         self.norms = (rows**2).sum(1)
-        native = any(route.name == "bf16" for route in working_routes())
+        native = any(route.name == "bf16" for route in engine.search.working_routes())
         self.dtype = torch.bfloat16 if native else torch.float32
         self.rows = rows.to(torch.bfloat16).to(self.dtype)
         weights = source.weights

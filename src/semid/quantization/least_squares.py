@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
 
-import numba
 import numpy as np
 import numpy.typing as npt
-import torch
 
+from semid.lazy import kernel, torch
 from semid.quantization.blocks import Blocks
 from semid.quantization.nearest import THREADED_WORK
 from semid.quantization.residual import dequantize
@@ -174,7 +173,7 @@ class _System:
         return x
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel()
 def _add_rows(table: np.ndarray, codes: np.ndarray, rows: np.ndarray) -> None:
     for row in range(len(codes)):
         total = table[codes[row]]
@@ -182,7 +181,7 @@ def _add_rows(table: np.ndarray, codes: np.ndarray, rows: np.ndarray) -> None:
             total[d] += rows[row, d]
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel()
 def _multiply(
     starts: np.ndarray, columns: np.ndarray, values: np.ndarray, x: np.ndarray, out: np.ndarray,
     first: int, last: int,

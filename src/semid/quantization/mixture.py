@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
+from semid.lazy import torch
 from semid.quantization.blocks import Blocks, read_ahead
 from semid.quantization.nearest import IndexedDatabase, index_database, top_k
 from semid.quantization.threads import map_blocks
@@ -72,9 +71,9 @@ class MixtureState:
 class _Sums:
     """Sums of posteriors over rows, and of rows and their squares weighted by them."""
 
-    counts: Tensor  # (components,)
-    first: Tensor  # (components, dim)
-    second: Tensor  # (components, dim)
+    counts: torch.Tensor  # (components,)
+    first: torch.Tensor  # (components, dim)
+    second: torch.Tensor  # (components, dim)
     likelihood: float
     mass: float
 

@@ -7,20 +7,32 @@ for any block size and number of threads.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from semid.errors import UsageError, check_choice
-from semid.quantization.engine import narrow
-from semid.quantization.engine.gpu import search_device
-from semid.quantization.engine.keys import L2, METRICS
-from semid.quantization.engine.search import ROUTES, choose, search, working_routes
-from semid.quantization.engine.table import VectorTable, check_rows
+from semid.lazy import is_imported, torch
+from semid.quantization import engine
+from semid.quantization.engine.plain import (
+    L2,
+    METRICS,
+    Rows,
+    check_entries,
+    check_rows,
+    float32_rows,
+    nearest_plain,
+    suits_plain,
+)
 from semid.quantization.threads import resolve_threads
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from semid.quantization.engine.search import SearchResult
+    from semid.quantization.engine.table import VectorTable
 
 Array = npt.NDArray[np.float32]
 
@@ -43,18 +55,16 @@ def compile_kernels() -> None:
     Searching does so by itself. This is for programs that want to say why the first search on a
     machine takes half a minute of a core longer.
     """
-    working_routes()
+    engine.search.working_routes(import_torch=is_imported("torch"))
 
 
 class IndexedCodebook:
     """A codebook with everything the search needs; made by `index_codebook`."""
 
-    def __init__(self, codebook: Tensor | Array) -> None:
-        book = torch.as_tensor(codebook)
-        check_rows(book, name="codebook")
+    def __init__(self, codebook: Rows) -> None:
         # (codes, dim), not to be written to.
-        self.codewords = book.detach().to(torch.float32, copy=True).contiguous()
-        self.table = VectorTable(self.codewords.cpu(), metric=L2, unique=True)
+        self.codewords: Array = float32_rows(codebook, name="codebook", multiple=1).copy()
+        check_entries(self.codewords, name="codebook")
         self._full: VectorTable | None = None
         # Other codebooks, and products with them (see `semid.quantization.residual`).
         self.products: tuple[list[IndexedCodebook], Any] | None = None
@@ -62,16 +72,21 @@ class IndexedCodebook:
     def __len__(self) -> int:
         return len(self.codewords)
 
+    @cached_property
+    def table(self) -> VectorTable:
+        """The codewords without exact duplicates, indexed at their first search."""
+        return engine.table.VectorTable(self.codewords, metric=L2, unique=True)
+
     def full_table(self) -> VectorTable:
         """Return the table with exact duplicates in it, which `nearest_m` must list."""
         if len(self.table) == len(self.codewords):
             return self.table
         if self._full is None:
-            self._full = VectorTable(self.codewords.cpu(), metric=L2, unique=False)
+            self._full = engine.table.VectorTable(self.codewords, metric=L2, unique=False)
         return self._full
 
 
-def index_codebook(codebook: Tensor | Array) -> IndexedCodebook:
+def index_codebook(codebook: Rows) -> IndexedCodebook:
     """Index a codebook ``(codes, dim)`` for repeated searches; threads can share the index.
 
     It is copied: float32, float16 or bfloat16, finite.
@@ -83,7 +98,7 @@ def index_codebook(codebook: Tensor | Array) -> IndexedCodebook:
     return IndexedCodebook(codebook)
 
 
-def _indexed(x: Tensor, codebook: Tensor | Array | IndexedCodebook) -> IndexedCodebook:
+def _indexed(x: Rows, codebook: Rows | IndexedCodebook) -> IndexedCodebook:
     check_rows(x, name="x")
     indexed = codebook if isinstance(codebook, IndexedCodebook) else index_codebook(codebook)
     if x.shape[1] != indexed.codewords.shape[1]:
@@ -95,7 +110,7 @@ def _indexed(x: Tensor, codebook: Tensor | Array | IndexedCodebook) -> IndexedCo
 
 
 def _search(
-    x: Tensor,
+    x: Rows,
     table: VectorTable,
     k: int,
     threads: int | None,
@@ -104,27 +119,38 @@ def _search(
     exclude: npt.NDArray[np.int64] | None = None,
     within: Tensor | None = None,
     name: str = "x",
-) -> tuple[Tensor, Tensor]:
-    """Return labels and float64 keys ``(items, k)`` on the CPU, by the device that holds ``x``."""
-    check_choice("route", route, ROUTES)
+) -> SearchResult:
+    """Return labels and float64 keys ``(items, k)``, by the device that holds ``x``."""
+    check_choice("route", route, engine.search.ROUTES)
     resolve_threads(threads)
     plain = exclude is None and within is None
-    if x.is_cuda:
-        result = search_device(x, table, k=k, exclude=exclude, name=name)
-    elif k == 1 and route == "auto" and plain and narrow.suits(table):
-        result = narrow.search_narrow(x, table, threads=threads, name=name)
-    else:
-        limit = None if within is None else within.double().numpy()
-        chip = choose(route, x, table, k=k)
-        result = search(
-            x, table, chip, k=k, exclude=exclude, within=limit, threads=threads, name=name
-        )
-    return torch.from_numpy(result.labels), torch.from_numpy(result.keys)
+    if not isinstance(x, np.ndarray) and x.is_cuda:
+        return engine.gpu.search_device(x, table, k=k, exclude=exclude, name=name)
+    if k == 1 and route == "auto" and plain and engine.narrow.suits(table):
+        return engine.narrow.search_narrow(x, table, threads=threads, name=name)
+    limit = None if within is None else within.double().numpy()
+    chip = engine.search.choose(route, x, table, k=k)
+    return engine.search.search(
+        x, table, chip, k=k, exclude=exclude, within=limit, threads=threads, name=name
+    )
+
+
+def _search_nearest(
+    x: Rows, codebook: Rows | IndexedCodebook, threads: int | None, route: str
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """Return label and float64 key ``(items,)`` of the nearest codeword."""
+    indexed = _indexed(x, codebook)
+    on_cpu = isinstance(x, np.ndarray) or not x.is_cuda
+    if route == "auto" and on_cpu and suits_plain(len(x) * indexed.codewords.size):
+        resolve_threads(threads)
+        return nearest_plain(x, indexed.codewords)
+    result = _search(x, indexed.table, 1, threads, route)
+    return result.labels[:, 0], result.keys[:, 0]
 
 
 def nearest(
     x: Tensor,
-    codebook: Tensor | Array | IndexedCodebook,
+    codebook: Rows | IndexedCodebook,
     *,
     threads: int | None = None,
     route: str = "auto",
@@ -135,8 +161,8 @@ def nearest(
 
     Time grows with items x codes x dim; memory with the block of rows, not with ``items``.
     """
-    labels, keys = _search(x, _indexed(x, codebook).table, 1, threads, route)
-    return Nearest(labels[:, 0].to(x.device), keys[:, 0].to(torch.float32).to(x.device))
+    labels, keys = map(torch.from_numpy, _search_nearest(x, codebook, threads, route))
+    return Nearest(labels.to(x.device), keys.to(torch.float32).to(x.device))
 
 
 def nearest_m(
@@ -163,7 +189,8 @@ def nearest_m(
         raise UsageError(
             f"within has shape {tuple(within.shape)}; give one distance for each of {len(x)} rows"
         )
-    labels, keys = _search(x, indexed.full_table(), m, threads, route, within=within)
+    result = _search(x, indexed.full_table(), m, threads, route, within=within)
+    labels, keys = torch.from_numpy(result.labels), torch.from_numpy(result.keys)
     return Nearest(labels.to(x.device), keys.to(torch.float32).to(x.device))
 
 
@@ -176,8 +203,9 @@ def assign(
     """
     if len(block) * len(centroids) * block.shape[1] < THREADED_WORK:
         threads = 1
-    labels, distances = nearest(torch.from_numpy(block), centroids, threads=threads)
-    return labels.numpy(), distances.numpy()
+    labels, keys = _search_nearest(block, centroids, threads, "auto")
+    with np.errstate(over="ignore"):  # a square beyond float32 is infinite
+        return labels, keys.astype(np.float32)
 
 
 class TopK(NamedTuple):
@@ -193,7 +221,7 @@ class IndexedDatabase:
     def __init__(self, database: Tensor, *, metric: str = "cosine") -> None:
         self.metric = check_choice("metric", metric, tuple(METRICS))
         check_rows(database, name="database")
-        self.table = VectorTable(
+        self.table = engine.table.VectorTable(
             database.detach().cpu(), metric=METRICS[metric], unique=False, name="database"
         )
 
@@ -267,8 +295,7 @@ def top_k(
             f"k={k} is out of range; give 1 to {most} (at most {MAX_NEIGHBORS}, and no more than "
             f"the {len(database)} rows of the database, less one where exclude is given)"
         )
-    indices, keys = _search(
-        queries, database.table, k, threads, route, exclude=excluded, name="queries"
-    )
+    result = _search(queries, database.table, k, threads, route, exclude=excluded, name="queries")
+    indices, keys = torch.from_numpy(result.labels), torch.from_numpy(result.keys)
     scores = (keys if metric == "l2" else -keys).to(torch.float32)
     return TopK(indices.to(queries.device), scores.to(queries.device) + 0.0)

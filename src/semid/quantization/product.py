@@ -12,11 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
-import torch
 
+from semid.lazy import kernel, torch
 from semid.quantization.blocks import (
     ArrayBlocks,
     Blocks,
@@ -224,7 +223,7 @@ def seed_parts(
     return map_blocks(work, range(len(slices)), threads=threads)
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel()
 def draw_centers(x: Array, weights: Doubles, draws: Doubles) -> npt.NDArray[np.int64]:
     """Draw centers among the columns of ``x`` by greedy k-means++ (Arthur & Vassilvitskii 2007).
 
@@ -357,7 +356,7 @@ def part_statistics(
     )
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel()
 def _sum_rows(x: Any, weights: Any, labels: Any, sums: Any, counts: Any) -> None:
     weighted = len(weights) > 0
     for row in range(len(labels)):

@@ -180,7 +180,7 @@ def encode_residual(
         codes, residual = np.empty((len(block), len(codebooks)), dtype=np.int64), block
         for level, codebook in enumerate(codebooks):
             codes[:, level], _ = assign(residual, codebook, threads=threads)
-            residual = residual - codebook.codewords.numpy()[codes[:, level]]
+            residual = residual - codebook.codewords[codes[:, level]]
     return ResidualCodes.of(codes, residual)
 
 

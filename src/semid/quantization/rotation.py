@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
+from semid.lazy import torch
 from semid.quantization.blocks import Node, Statistics, StatisticsList, TreeSum
 from semid.quantization.kmeans import KMeansOptions, draw_sample, sampled
 from semid.quantization.product import (

@@ -14,9 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-import torch
-
 from semid.errors import UsageError
+from semid.lazy import is_imported, torch
 
 Block = TypeVar("Block")
 Result = TypeVar("Result")
@@ -82,12 +81,20 @@ def one_blas_thread() -> Iterator[None]:
     torch keeps a count per thread and one global count that new threads start from;
     `torch.set_num_threads` writes both, so restoring in the calling thread restores both.
     """
+    if not is_imported("torch"):
+        yield
+        return
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _start_thread() -> None:
+    if is_imported("torch"):
+        torch.set_num_threads(1)
 
 
 def map_blocks(
@@ -102,6 +109,6 @@ def map_blocks(
         if count <= 1:
             return [work(block) for block in blocks]
         with ThreadPoolExecutor(
-            count, thread_name_prefix="semid", initializer=torch.set_num_threads, initargs=(1,)
+            count, thread_name_prefix="semid", initializer=_start_thread
         ) as pool:
             return list(pool.map(work, blocks))

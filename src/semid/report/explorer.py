@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from semid.data.ids import ItemIds
 from semid.data.items import ItemTexts
+from semid.lazy import torch
 from semid.quantization.nearest import nearest_m
 from semid.report.results import Bucket, BucketItem
 from semid.seeds import numpy_generator

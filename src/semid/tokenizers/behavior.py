@@ -10,7 +10,6 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import torch
 
 from semid.data.embeddings import open_embeddings
 from semid.data.ids import ItemIds
@@ -18,6 +17,7 @@ from semid.data.interactions import SELECT, TRAIN, read_interactions, split_user
 from semid.data.source import EmbeddingSource
 from semid.data.tables import is_frame, open_table
 from semid.errors import InteractionsError, UsageError
+from semid.lazy import torch
 from semid.quantization.nearest import index_database, top_k
 
 Rows = npt.NDArray[np.int64]

@@ -64,7 +64,7 @@ class CodebookTokenizer(Tokenizer):
         return self._preprocess.invert(self._quantize_codes(codes))
 
     def _codebooks(self) -> tuple[Array, ...]:
-        return tuple(book.codewords.numpy() for book in self._codebook_index)
+        return tuple(book.codewords for book in self._codebook_index)
 
     def _tensors(self) -> dict[str, np.ndarray]:
         tensors = {f"codebooks.{i}": book for i, book in enumerate(self._codebooks())}

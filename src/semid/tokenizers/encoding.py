@@ -113,7 +113,7 @@ class PartFolder:
             logger.warning("the rows of '%s' have changed; they are encoded again", name)
         items, done = ids.to_arrow(), 0
         # The empty table gives a part without rows the schema of the others.
-        tables = [ids_schema(items.type, self.info).empty_table()]
+        tables = [pa.Table.from_batches([], ids_schema(items.type, self.info))]
 
         def rows_encoded() -> Iterator[Array]:
             nonlocal done

@@ -194,7 +194,7 @@ class Codebooks(ResidualTokenizer):
                 # A level sees only the direction of what the levels before left.
                 residual = UNIT.apply(residual)
                 codes[:, level], _ = assign(residual, book, threads=self.threads)
-                residual = residual - book.codewords.numpy()[codes[:, level]]
+                residual = residual - book.codewords[codes[:, level]]
         else:
             encoded = encode_product(
                 z, self.latent_slices, self._codebook_index, threads=self.threads

@@ -8,12 +8,12 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
-from torch import nn
 
 from semid.data.blocks import RawBlock
 from semid.data.ids import ItemIds
 from semid.data.source import EmbeddingSource
 from semid.errors import UsageError
+from semid.lazy import torch
 from semid.options import option
 from semid.quantization.residual import ResidualCodes
 from semid.tokenizers.base import Tokenizer, Weights
@@ -254,7 +254,7 @@ class Pipeline(Tokenizer):
         """Whether `encoder_module` works: where it does for both."""
         return self._encoder.has_encoder_module and self._quantizer.has_encoder_module
 
-    def encoder_module(self) -> nn.Module:
+    def encoder_module(self) -> torch.nn.Module:
         """Return both encoders, one after the other, as a module.
 
         Raises:
@@ -262,7 +262,7 @@ class Pipeline(Tokenizer):
             UsageError: if one of them has no module.
         """
         _ = self.dim
-        return nn.Sequential(self._encoder.encoder_module(), self._quantizer.encoder_module())
+        return torch.nn.Sequential(self._encoder.encoder_module(), self._quantizer.encoder_module())
 
     # Arrays ----------------------------------------------------------------------------------
 

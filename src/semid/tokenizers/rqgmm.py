@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
-from torch import nn
 
 from semid.data.blocks import Moments
+from semid.lazy import torch
 from semid.options import option
 from semid.quantization.blocks import (
     Blocks,
@@ -34,7 +34,6 @@ from semid.seeds import child_seed
 from semid.tokenizers.base import Weights
 from semid.tokenizers.codebooks import LevelTokenizer, fit_levels
 from semid.tokenizers.context import FitContext, Result
-from semid.tokenizers.neural.autoencoder import Prepare
 from semid.tokenizers.stored import check_shapes
 from semid.training.checkpoint import StateStore
 
@@ -197,9 +196,11 @@ class RQGMM(LevelTokenizer):
             residual = residual - mixture.means[codes[:, level]]
         return ResidualCodes.of(codes, residual)
 
-    def encoder_module(self) -> nn.Module:
+    def encoder_module(self) -> torch.nn.Module:
         """Return the preprocessing of rows as a module, see `Tokenizer.encoder_module`."""
         _ = self.dim
+        from semid.tokenizers.neural.autoencoder import Prepare
+
         return Prepare(self._preprocess)
 
     def score_terms(self, level: int) -> tuple[Weights, Weights, Weights]:

@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
-from torch import nn
 
+from semid.lazy import torch
 from semid.options import option
 from semid.progress import Progress, QuietProgress
 from semid.quantization.balance import BalanceOptions, spread_offsets
@@ -21,7 +21,6 @@ from semid.quantization.sharding import ShardedMatrix
 from semid.tokenizers.base import Weights
 from semid.tokenizers.codebooks import ResidualTokenizer, fit_levels, training_rows
 from semid.tokenizers.context import FitContext
-from semid.tokenizers.neural.autoencoder import Prepare
 from semid.training.checkpoint import StateStore
 
 Array = npt.NDArray[np.float32]
@@ -175,7 +174,9 @@ class RQKMeans(ResidualTokenizer):
         self._preprocess = Preprocess(mean=mean, normalize=self.normalize)
         self._start = tuple(book[:, : previous.dim].copy() for book in previous.codebooks)
 
-    def encoder_module(self) -> nn.Module:
+    def encoder_module(self) -> torch.nn.Module:
         """Return the preprocessing of rows as a module, see `Tokenizer.encoder_module`."""
         _ = self.dim
+        from semid.tokenizers.neural.autoencoder import Prepare
+
         return Prepare(self._preprocess)

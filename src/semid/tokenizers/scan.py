@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
 from semid.codes import SemanticIds
 from semid.data.embeddings import open_embeddings
 from semid.errors import UsageError, check_choice
+from semid.lazy import kernel
 from semid.quantization.blocks import BLOCK_ROWS
 from semid.quantization.threads import map_blocks
 from semid.tokenizers.base import Tokenizer
@@ -31,7 +31,7 @@ class CodeMatches(NamedTuple):
     scores: npt.NDArray[np.float32]
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel()
 def scan_sums(codes: Any, table: Any, starts: Any, offsets: Any, rows: Any, scores: Any) -> None:
     """Sum ``table[starts[l] + codes[i, l]]`` over l for every item, and keep the smallest sums.
 

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from torch import Tensor, nn
 
 from semid.errors import ArtefactError, OutputExistsError, brief
+from semid.lazy import torch
 from semid.output import atomic_file
 from semid.runs import check_state_folder, hold_path, remove_state_folder
 from semid.training.distributed import is_main
@@ -215,14 +214,14 @@ def without_prefix(prefix: str, arrays: Mapping[str, np.ndarray]) -> Arrays:
     return {n.removeprefix(prefix): array for n, array in arrays.items() if n.startswith(prefix)}
 
 
-def module_arrays(module: nn.Module) -> Arrays:
+def module_arrays(module: torch.nn.Module) -> Arrays:
     """Return a copy of every parameter and buffer of ``module``."""
     return {
         name: tensor.detach().cpu().numpy().copy() for name, tensor in module.state_dict().items()
     }
 
 
-def load_module_(module: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
+def load_module_(module: torch.nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
     """Load what `module_arrays` returned; ValueError for arrays that do not fit the module."""
     state = module.state_dict()
     problems = [f"'{name}' is missing" for name in state if name not in arrays]
@@ -254,7 +253,7 @@ def load_module_(module: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
 
 def optimizer_arrays(optimizer: torch.optim.Optimizer) -> Arrays:
     """Return the optimizer's state by parameter number and name; rates are the schedule's."""
-    state: dict[int, dict[str, Tensor]] = optimizer.state_dict()["state"]
+    state: dict[int, dict[str, torch.Tensor]] = optimizer.state_dict()["state"]
     return {
         f"{number}.{name}": value.detach().cpu().numpy().copy()
         for number, entries in state.items()
@@ -264,7 +263,7 @@ def optimizer_arrays(optimizer: torch.optim.Optimizer) -> Arrays:
 
 def load_optimizer_(optimizer: torch.optim.Optimizer, arrays: Mapping[str, np.ndarray]) -> None:
     """Load what `optimizer_arrays` returned."""
-    state: dict[int, dict[str, Tensor]] = {}
+    state: dict[int, dict[str, torch.Tensor]] = {}
     for name, array in arrays.items():
         number, _, key = name.partition(".")
         state.setdefault(int(number), {})[key] = torch.from_numpy(array.copy())

@@ -13,22 +13,26 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-import torch
-from torch import Tensor, nn
-from torch import distributed as dist
 
 from semid.errors import InputError
+from semid.lazy import LazyModule, is_imported, torch
 from semid.quantization.blocks import BLOCK_ROWS, Node, Statistics, cut_blocks, merge_nodes
 from semid.quantization.sharding import Shard, payload_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch import distributed as dist
+else:
+    dist = LazyModule("torch.distributed")
 
 T = TypeVar("T")
 
 
 def _ready() -> bool:
-    return dist.is_available() and dist.is_initialized()
+    return is_imported("torch") and dist.is_available() and dist.is_initialized()
 
 
 def _from_torchrun(name: str, default: int) -> int:
@@ -166,7 +170,7 @@ def in_parallel(module: nn.Module) -> nn.Module:
     """Return ``module`` with gradients averaged over all processes; itself in a single one."""
     if world_size() == 1:
         return module
-    wrap = nn.parallel.DistributedDataParallel
+    wrap = torch.nn.parallel.DistributedDataParallel
     # Buffers are what `all_sum_` made equal, so they are not sent again before every step.
     known = inspect.signature(wrap).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"

@@ -6,8 +6,7 @@ import logging
 import math
 from dataclasses import dataclass
 
-import torch
-
+from semid.lazy import torch
 from semid.options import Options, option
 
 logger = logging.getLogger(__name__)

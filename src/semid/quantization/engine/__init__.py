@@ -1,3 +1,21 @@
-"""Exact search by screening: cheap scores, a proven bound, float64 decisions (see README.md)."""
+"""Exact search by screening: cheap scores, a proven bound, float64 decisions (see README.md).
 
-__all__: list[str] = []
+All files but `plain` import numba, so they are imported when they are first used, as
+``engine.search.choose(...)``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from semid.quantization.engine import gpu, keys, narrow, search, table, vector
+
+__all__ = ["gpu", "keys", "narrow", "search", "table", "vector"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    return importlib.import_module(f"{__name__}.{name}")

@@ -13,9 +13,9 @@ from typing import Any
 import llvmlite.binding
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from semid.quantization.engine.keys import L2
+from semid.lazy import torch
+from semid.quantization.engine.plain import L2, SCAN, padded
 from semid.quantization.engine.sweep import F32, F64, I32, I64, scan, sweep
 from semid.quantization.engine.table import (
     START_LIMIT,
@@ -24,13 +24,11 @@ from semid.quantization.engine.table import (
     aligned,
     center_queries,
     pack,
-    padded,
     quantize_table,
     quantize_tiles,
     round_bfloat16,
     slack,
 )
-from semid.quantization.engine.vector import SCAN
 from semid.quantization.engine.x86 import AMX, BLOCKS, LINE, ROW_TILE, missing_features, pitch
 
 LOWEST = -(2**30)
@@ -182,6 +180,8 @@ class _Fused:
     messages call it.
     """
 
+    uses_torch = False
+
     def __init__(self, chip: Any, *, features: tuple[str, ...], library: str) -> None:
         self.chip, self.features, self.library = chip, features, library
 
@@ -321,6 +321,7 @@ class Float32Gemm:
 
     name = "fp32"
     library = "torch float32"
+    uses_torch = True
 
     def unavailable(self) -> str | None:
         """Return why this route cannot run here, or None."""
@@ -355,6 +356,7 @@ class Bfloat16Gemm:
 
     name = "bf16"
     library = "torch bfloat16"
+    uses_torch = True
 
     def unavailable(self) -> str | None:
         """Return why this route cannot run here, or None."""

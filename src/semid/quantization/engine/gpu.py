@@ -10,10 +10,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from semid.quantization.engine.keys import INNER, L2
+from semid.quantization.engine.plain import INNER, L2, LANES, check_rows
 from semid.quantization.engine.search import SearchResult
-from semid.quantization.engine.table import MAX_TABLE_RADII, VectorTable, check_rows
-from semid.quantization.engine.vector import LANES
+from semid.quantization.engine.table import MAX_TABLE_RADII, VectorTable
 
 SCORES = 2**27
 """Scores per block: 0.5 GB of float32, enough work for a launch to cost nothing beside it."""

@@ -13,12 +13,9 @@ from typing import Any
 import numba
 import numpy as np
 
+from semid.quantization.engine.plain import SCAN
 from semid.quantization.engine.sweep import F32, F64, I32, I64, kth_largest, scan, trim_rows
-from semid.quantization.engine.vector import SCAN, dot, square_distance
-
-L2, INNER, COSINE = 0, 1, 2
-METRICS = {"l2": L2, "ip": INNER, "cosine": COSINE}
-"""Names of the metrics."""
+from semid.quantization.engine.vector import dot, square_distance
 
 
 @numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True)

@@ -13,20 +13,19 @@ from typing import Any
 import numba
 import numpy as np
 import numpy.typing as npt
-import torch
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from semid.quantization.engine.keys import L2, key
+from semid.quantization.engine.keys import key
+from semid.quantization.engine.plain import L2, SCAN, Rows, check_rows, float32_rows
 from semid.quantization.engine.search import SearchResult
 from semid.quantization.engine.sweep import F32, I64
-from semid.quantization.engine.table import Operand, VectorTable, aligned, check_rows
+from semid.quantization.engine.table import Operand, VectorTable, aligned
 from semid.quantization.engine.vector import F32 as FLOAT
 from semid.quantization.engine.vector import I64 as INTEGER
 from semid.quantization.engine.vector import (
-    SCAN,
     data_pointer,
     dot,
     hits,
@@ -177,7 +176,7 @@ def _panels(table: VectorTable) -> Operand:
 
 
 def search_narrow(
-    queries: torch.Tensor, table: VectorTable, *, threads: int | None, name: str
+    queries: Rows, table: VectorTable, *, threads: int | None, name: str
 ) -> SearchResult:
     """Find the entry nearest to each row ``(n, dim)``, ties to the lowest index."""
     labels, keys = np.empty((len(queries), 1), np.int64), np.empty((len(queries), 1))
@@ -190,7 +189,7 @@ def search_narrow(
 
     def work(start: int) -> int:
         span = slice(start, start + size)
-        x = queries[span].detach().to(torch.float32).contiguous().numpy()
+        x = float32_rows(queries[span], name=name, multiple=1)
         measured = nearest_narrow(
             x, table.rows, operand.data, table.offsets, table.center, 2.0**-table.exponent,
             table.radius, aligned((TILE, width), np.float32), aligned((TILE, width), np.float32),

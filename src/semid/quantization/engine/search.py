@@ -10,13 +10,14 @@ import functools
 import logging
 import threading
 import time
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from semid.errors import SemidError, UsageError, check_choice
+from semid.lazy import is_imported
 from semid.quantization.engine.formats import (
     Bfloat16Gemm,
     Float32Gemm,
@@ -25,9 +26,10 @@ from semid.quantization.engine.formats import (
     FusedShort,
     QueryBlock,
 )
-from semid.quantization.engine.keys import L2, norms, resolve_best, resolve_many
-from semid.quantization.engine.sweep import trim_rows
-from semid.quantization.engine.table import Operand, VectorTable, float32_rows, padded
+from semid.quantization.engine.keys import norms, resolve_best, resolve_many
+from semid.quantization.engine.plain import L2, Rows, float32_rows, padded
+from semid.quantization.engine.sweep import F32, F64, trim_rows
+from semid.quantization.engine.table import Operand, VectorTable
 from semid.quantization.engine.x86 import AMX, AVX2, AVX512, ROW_TILE
 from semid.quantization.threads import map_blocks
 
@@ -48,6 +50,10 @@ REUSED_TABLES = 7
 MIN_PROBED_QUERIES = 4096
 
 
+# Seconds that the other routes must be expected to take before torch is imported for its own.
+TORCH_SECONDS = 1.5
+
+
 class SearchResult(NamedTuple):
     """Result of `search`."""
 
@@ -61,6 +67,7 @@ class Route(Protocol):
 
     name: str
     library: str
+    uses_torch: bool
 
     def unavailable(self) -> str | None:
         """Return why this route cannot run here, or None."""
@@ -90,7 +97,7 @@ def _operand(route: Route, table: VectorTable) -> Operand | None:
 
 
 def search(
-    queries: torch.Tensor,
+    queries: Rows,
     table: VectorTable,
     route: Route,
     *,
@@ -174,17 +181,20 @@ def self_test(route: Route) -> bool:
     queries[:40] += generator.normal(size=(40, 75)).astype(np.float32) * np.float32(0.5)
     wide = queries.astype(np.float64)[:, None] - entries.astype(np.float64)[None]
     truth = (wide**2).sum(axis=2).argmin(axis=1)
-    table = VectorTable(torch.from_numpy(entries), metric=L2, unique=True)
-    result = search(torch.from_numpy(queries), table, route, threads=1)
+    table = VectorTable(entries, metric=L2, unique=True)
+    result = search(queries, table, route, threads=1)
     return bool((result.labels[:, 0] == truth).all()) and result.measured < 0.5 * wide[..., 0].size
 
 
 @functools.cache
-def _probe_machine() -> tuple[tuple[Route, ...], tuple[str, ...]]:
+def _probe_machine(use_torch: bool) -> tuple[tuple[Route, ...], tuple[str, ...]]:
     working: list[Route] = []
     notes: list[str] = []
+    if use_torch:  # and the routes without
+        others, records = _probe_machine(False)
+        working, notes = [*others], [*records]
     for route in _candidates():
-        if any(other.name == route.name for other in working):
+        if any(other.name == route.name for other in working) or route.uses_torch != use_torch:
             continue
         reason = route.unavailable()
         if reason is None:
@@ -199,19 +209,21 @@ def _probe_machine() -> tuple[tuple[Route, ...], tuple[str, ...]]:
     return tuple(working), tuple(notes)
 
 
-def working_routes() -> tuple[Route, ...]:
+def working_routes(*, import_torch: bool = True) -> tuple[Route, ...]:
     """Return the routes that passed their self-test here, one per name.
 
-    The first call runs the tests and logs their outcome.
+    The first call runs the tests and logs their outcome. Without ``import_torch``, the routes that
+    multiply with torch are left out where it has not been imported and others work.
     """
     with _lock:
-        first = _probe_machine.cache_info().currsize == 0
-        if first:
+        use_torch = import_torch or is_imported("torch") or not _probe_machine(False)[0]
+        known = _probe_machine.cache_info().currsize
+        if not known:
             logger.info("testing the nearest-codeword routes (the very first time compiles them)")
-        routes, notes = _probe_machine()
-        if first:
+        routes, notes = _probe_machine(use_torch)
+        if known < _probe_machine.cache_info().currsize:
             logger.info("nearest-codeword routes: %s", "; ".join(notes))
-    if all(route.name != "fp32" for route in routes):
+    if use_torch and all(route.name != "fp32" for route in routes):
         raise SemidError("float32 screening failed its self-test: " + "; ".join(notes))
     return routes
 
@@ -221,7 +233,7 @@ def working_routes() -> tuple[Route, ...]:
 _recent: dict[tuple[int, int, int, int], tuple[Route, int]] = {}
 
 
-def choose(route: str, queries: torch.Tensor, table: VectorTable, *, k: int = 1) -> Route:
+def choose(route: str, queries: Rows, table: VectorTable, *, k: int = 1) -> Route:
     """Pick the route for a table: the one asked for, or the fastest on a few of the queries.
 
     The choice changes the time and never the result. It is made on `PROBE_ROWS` evenly
@@ -229,35 +241,27 @@ def choose(route: str, queries: torch.Tensor, table: VectorTable, *, k: int = 1)
     take the first working route untimed.
     """
     check_choice("route", route, ROUTES)
-    working = working_routes()
     if route != "auto":
-        named = {each.name: each for each in working}
+        named = {each.name: each for each in working_routes()}
         asked = named.get(route, named["fp32"])
         return asked if _operand(asked, table) is not None else named["fp32"]
     if k in table.routes:
         known: Route = table.routes[k]
         return known
-    usable = (each for each in working if _operand(each, table) is not None)
+    routes = _usable(table, import_torch=False)
     if len(queries) < MIN_PROBED_QUERIES:
-        return next(usable)
+        return routes[0]
     shape = (table.metric, len(table), table.dim, k)
     recent, uses = _recent.get(shape, (None, 0))
     if recent is not None and uses and _operand(recent, table) is not None:
         _recent[shape] = (recent, uses - 1)
         table.routes[k] = recent
         return recent
-    # Time the routes on a sample: a short look at all, then more rows for those not far behind.
-    routes = list(usable)
-    sample = queries[:: max(1, len(queries) // PROBE_ROWS)][:PROBE_ROWS].contiguous()
-    times = np.full(len(routes), np.inf)
-    for rows, rounds in ((PROBE_FIRST, 1), (len(sample), PROBE_ROUNDS)):
-        hopeful = np.flatnonzero(times <= DROP_RATIO * times.min())
-        times[hopeful] = np.inf
-        for _ in range(rounds):  # in turn, so that a busy moment does not fall on one alone
-            for at in hopeful:
-                start = time.thread_time()
-                search(sample[:rows], table, routes[at], k=k, threads=1)
-                times[at] = min(times[at], (time.thread_time() - start) / min(rows, len(sample)))
+    sample = float32_rows(queries[:: max(1, len(queries) // PROBE_ROWS)][:PROBE_ROWS], name="x")
+    times = _time_routes(routes, sample, table, k)
+    if times.min() * len(queries) > TORCH_SECONDS and not is_imported("torch"):
+        routes = _usable(table, import_torch=True)
+        times = _time_routes(routes, sample, table, k)
     best = routes[int(times.argmin())]
     measured = ", ".join(
         f"{each.name} {seconds * 1e6:.2f} us a row"
@@ -268,3 +272,27 @@ def choose(route: str, queries: torch.Tensor, table: VectorTable, *, k: int = 1)
     table.routes[k] = best
     _recent[shape] = (best, REUSED_TABLES)
     return best
+
+
+def _usable(table: VectorTable, *, import_torch: bool) -> list[Route]:
+    """Return the working routes that can hold a table; one of torch can hold any."""
+    for use_torch in (import_torch, True):
+        working = working_routes(import_torch=use_torch)
+        if routes := [each for each in working if _operand(each, table) is not None]:
+            break
+    return routes
+
+
+def _time_routes(routes: Sequence[Route], sample: F32, table: VectorTable, k: int) -> F64:
+    """Return the CPU seconds per row of each route, infinite for those far behind."""
+    # A short look at all, then more rows for those not far behind.
+    times = np.full(len(routes), np.inf)
+    for rows, rounds in ((PROBE_FIRST, 1), (len(sample), PROBE_ROUNDS)):
+        hopeful = np.flatnonzero(times <= DROP_RATIO * times.min())
+        times[hopeful] = np.inf
+        for _ in range(rounds):  # in turn, so that a busy moment does not fall on one alone
+            for at in hopeful.tolist():
+                start = time.thread_time()
+                search(sample[:rows], table, routes[at], k=k, threads=1)
+                times[at] = min(times[at], (time.thread_time() - start) / min(rows, len(sample)))
+    return times

@@ -8,7 +8,8 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from semid.quantization.engine.vector import SCAN, hits, maximum, score, trailing_zeros
+from semid.quantization.engine.plain import SCAN
+from semid.quantization.engine.vector import hits, maximum, score, trailing_zeros
 from semid.quantization.engine.x86 import (
     ROW_TILE,
     begin,

@@ -11,12 +11,18 @@ from typing import Any
 import numba
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from semid.errors import EmbeddingError, UsageError
-from semid.quantization.engine.keys import COSINE, L2, norms
+from semid.quantization.engine.keys import norms
+from semid.quantization.engine.plain import (
+    COSINE,
+    L2,
+    SCAN,
+    Rows,
+    check_entries,
+    float32_rows,
+    padded,
+)
 from semid.quantization.engine.sweep import F32, F64, I32, I64
-from semid.quantization.engine.vector import LANES, SCAN
 
 PAD_OFFSET = 1e30
 """Offset of the columns that only fill a block: their score is far below every real one."""
@@ -39,36 +45,9 @@ def aligned(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     A tile or register of 64 bytes that straddles two lines costs two loads.
     """
     size = math.prod(shape) * np.dtype(dtype).itemsize
-    memory: npt.NDArray[Any] = torch.empty(size, dtype=torch.uint8).numpy()  # 64-byte aligned
-    return memory.view(dtype).reshape(shape)
-
-
-def padded(columns: int, multiple: int) -> int:
-    """Round ``columns`` up to a multiple."""
-    return -(-columns // multiple) * multiple
-
-
-def float32_rows(rows: torch.Tensor, *, name: str) -> F32:
-    """Return ``rows`` as C-contiguous float32 ``(n, width)``, a multiple of `LANES` columns."""
-    check_rows(rows, name=name)
-    wide = rows.detach().to(torch.float32).contiguous()
-    if extra := -rows.shape[1] % LANES:
-        wide = torch.nn.functional.pad(wide, (0, extra))
-    array: F32 = wide.numpy()
-    return array
-
-
-def check_rows(rows: torch.Tensor, *, name: str) -> None:
-    """Refuse anything but a matrix of float32, float16 or bfloat16."""
-    if rows.dim() != 2 or rows.shape[1] == 0:
-        raise UsageError(
-            f"{name} has shape {tuple(rows.shape)}; give (rows, dim) with dim at least 1"
-        )
-    if rows.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise UsageError(
-            f"{name} is {rows.dtype}; give float32, float16 or bfloat16 "
-            f"(for example {name}.float())"
-        )
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 class VectorTable:
@@ -79,18 +58,9 @@ class VectorTable:
     can never win a tie. ``name`` is the argument's name for messages.
     """
 
-    def __init__(
-        self, rows: torch.Tensor, *, metric: int, unique: bool, name: str = "codebook"
-    ) -> None:
+    def __init__(self, rows: Rows, *, metric: int, unique: bool, name: str = "codebook") -> None:
         vectors = float32_rows(rows, name=name)
-        if len(vectors) == 0:
-            raise UsageError(f"{name} is empty; give at least one row")
-        if not np.isfinite(vectors).all():
-            bad = int((~np.isfinite(vectors).all(axis=1)).sum())
-            raise EmbeddingError(
-                f"{name} holds NaN or infinite values in {bad} of {len(vectors)} rows; "
-                "remove or replace them first"
-            )
+        check_entries(vectors, name=name)
         self.metric, self.dim = metric, int(rows.shape[1])
         # (entries, width), padded with zero columns: a private copy in which -0 became 0.
         self.rows: F32 = vectors + np.float32(0.0)

@@ -15,10 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-LANES = 16
-"""Lanes of the canonical sums; rows are zero-padded to a multiple of it."""
-SCAN = 64
-"""Scores looked at together; score rows are padded to a multiple of it."""
+from semid.quantization.engine.plain import LANES, SCAN
 
 I32 = ir.IntType(32)
 I64 = ir.IntType(64)

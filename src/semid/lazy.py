@@ -1,0 +1,75 @@
+"""torch and numba, imported when they are first used and not with the modules that name them.
+
+Importing torch takes a second of a core and numba half of one: most of the time of a command that
+refuses, looks up, decodes, or encodes a small catalogue. Modules that may run without them write::
+
+    from semid.lazy import kernel, torch
+
+and use both as they are: an attribute of ``torch`` imports it, and the first call of a `kernel`
+compiles the function or fetches it from numba's cache. Modules of networks import torch as usual.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from functools import cached_property, update_wrapper
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
+
+
+class LazyModule:
+    """A module that is imported when one of its attributes is first used."""
+
+    def __init__(self, name: str) -> None:
+        self.__name__ = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(importlib.import_module(self.__name__), attribute)
+
+
+def is_imported(name: str) -> bool:
+    """Whether a module has been imported, so that using it costs nothing more."""
+    return name in sys.modules
+
+
+class Kernel:
+    """A function that numba compiles when it is first called; other kernels can call it."""
+
+    def __init__(self, function: Callable[..., Any], options: dict[str, Any]) -> None:
+        update_wrapper(self, function)
+        self._function, self._options = function, options
+
+    @cached_property
+    def compiled(self) -> Any:
+        """The function as numba's dispatcher."""
+        import numba
+        from numba.extending import typeof_impl
+
+        # Inside other kernels this object stands for its dispatcher.
+        typeof_impl.register(Kernel, lambda each, context: typeof_impl(each.compiled, context))
+        return numba.njit(**self._options)(self._function)
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Call the compiled function."""
+        return self.compiled(*arguments)
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def kernel(**options: Any) -> Callable[[Function], Function]:
+    """Return a decorator like ``numba.njit(nogil=True, cache=True, **options)``, see `Kernel`."""
+    options = {"nogil": True, "cache": True, **options}
+    return lambda function: Kernel(function, options)  # type: ignore[return-value]
+
+
+if TYPE_CHECKING:
+    import torch as torch
+else:
+    torch = LazyModule("torch")
+
+
+def is_tensor(value: Any) -> TypeGuard[torch.Tensor]:
+    """Whether a value is a tensor of torch."""
+    return is_imported("torch") and isinstance(value, torch.Tensor)

@@ -1,0 +1,160 @@
+"""Processes import torch and numba only where they use them; numpy's search finds the same."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import semid
+from semid.quantization.engine import plain
+from semid.quantization.nearest import assign
+
+HEAVY = ("torch", "numba", "scipy", "pandas", "sklearn", "plotly")
+
+
+def run(code: str, *arguments: str, folder: Path) -> dict:
+    """Run code in a fresh process; return its last line as JSON and the heavy modules imported."""
+    footer = f"print(json.dumps([result, [m for m in {HEAVY} if m in sys.modules]]))"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import json, sys\n{code}\n{footer}", *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    result, imported = json.loads(done.stdout.splitlines()[-1])
+    return {"result": result, "imported": imported, "stderr": done.stderr}
+
+
+COMMAND = """
+from semid.cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit as end:
+    result = end.code or 0
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with embeddings, a model and its ids."""
+    folder = tmp_path_factory.mktemp("startup")
+    x = np.random.default_rng(3).normal(size=(900, 20)).astype(np.float32)
+    np.save(folder / "x.npy", x)
+    model = semid.RQKMeans(levels=3, codebook_size=16, normalize=True, center=True).fit(x)
+    model.save(folder / "model")
+    model.encode(x).write(folder / "ids.parquet")
+    return folder
+
+
+def test_encode_needs_neither_torch_nor_numba(folder: Path) -> None:
+    done = run(COMMAND, "encode", "model", "x.npy", "-o", "again.parquet", "--quiet", folder=folder)
+    assert done["result"] == 0
+    assert done["imported"] == []
+    # The answers are those of the kernels, in this process.
+    ids = semid.SemanticIds.read(folder / "again.parquet")
+    expected = semid.SemanticIds.read(folder / "ids.parquet")
+    np.testing.assert_array_equal(ids.codes, expected.codes)
+    np.testing.assert_array_equal(ids.residual_norms, expected.residual_norms)
+
+
+def test_looking_at_a_model_and_ids_needs_neither(folder: Path) -> None:
+    code = """
+import semid
+model = semid.load("model")
+ids = semid.SemanticIds.read("ids.parquet")
+rows = model.decode(ids.codes[:5])
+index = semid.PrefixIndex.build(ids)
+result = [list(rows.shape), model.settings["levels"], len(index.next_codes())]
+"""
+    done = run(code, folder=folder)
+    assert done["result"] == [[5, 20], 3, 16]
+    assert set(done["imported"]) <= {"pandas"}, "pyarrow imports pandas, where it is installed"
+
+
+REFUSED = {
+    "encode nowhere x.npy -o out.parquet": "does not exist",
+    "encode model nowhere.npy -o out.parquet": "does not exist",
+    "encode model x.npy -o ids.parquet": "exists",
+    "fit nowhere.npy -o out": "does not exist",
+    "fit x.npy -o model": "exists",
+    "fit x.npy -o out --levels 0": "levels=0",
+    "fit x.npy -o out --codebok-size 3": "--codebook-size",
+}
+
+
+@pytest.mark.parametrize("command", REFUSED)
+def test_refusing_needs_neither(folder: Path, command: str) -> None:
+    done = run(COMMAND, *command.split(), folder=folder)
+    assert done["result"] != 0
+    assert REFUSED[command] in done["stderr"]
+    assert done["imported"] == []
+
+
+def pairs(name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and codewords on which rounding, ties or extreme numbers matter."""
+    generator = np.random.default_rng(5)
+    x = generator.normal(size=(700, 37)).astype(np.float32)
+    book = generator.normal(size=(90, 37)).astype(np.float32)
+    if name == "ties":
+        x, book = np.rint(x), np.rint(book)
+        book[40:] = book[:50]
+    elif name == "far":
+        x, book = x + np.float32(3e4), book + np.float32(3e4)
+    elif name == "huge":
+        x, book = x * np.float32(1e37), book * np.float32(1e37)
+    elif name == "tiny":
+        x, book = x * np.float32(1e-42), book * np.float32(1e-42)
+    elif name == "not finite":
+        x[::3, 5], x[1::3, 7], x[2::3, :2] = np.nan, np.inf, (np.inf, -np.inf)
+    elif name == "one":
+        book = book[:1]
+    return x, book
+
+
+@pytest.mark.parametrize("name", ["plain", "ties", "far", "huge", "tiny", "not finite", "one"])
+def test_numpy_finds_what_kernels_find(name: str) -> None:
+    x, book = pairs(name)
+    assert not plain.suits_plain(1), "numba has been imported here, so `assign` takes the kernels"
+    labels, distances = assign(x, book)
+    found, keys = plain.nearest_plain(x, book)
+    np.testing.assert_array_equal(found, labels)
+    with np.errstate(over="ignore"):  # squares beyond float32
+        np.testing.assert_array_equal(keys.astype(np.float32), distances)
+
+
+def test_numpy_finds_nothing_for_no_rows() -> None:
+    found, keys = plain.nearest_plain(np.empty((0, 5), np.float32), np.ones((3, 5), np.float32))
+    assert found.shape == keys.shape == (0,)
+
+
+def test_much_work_goes_to_kernels() -> None:
+    code = """
+from semid.quantization.engine import plain
+result = [plain.suits_plain(plain.WORK // 2) for _ in range(3)]
+"""
+    assert run(code, folder=Path.cwd())["result"] == [True, True, False]
+
+
+def test_kernels_do_not_import_torch_for_little_work() -> None:
+    code = """
+import numpy as np
+from semid.quantization.engine import plain, search
+from semid.quantization.nearest import assign
+plain.WORK = 0
+x = np.random.default_rng(0).normal(size=(5000, 80)).astype(np.float32)
+assign(x, x[:300])
+before = "torch" in sys.modules
+fused = [each for each in search.working_routes(import_torch=False) if not each.uses_torch]
+result = [before, len(fused), len(search.working_routes())]
+"""
+    before, fused, routes = run(code, folder=Path.cwd())["result"]
+    # A chip without a route of its own multiplies with torch.
+    assert before == (fused == 0)
+    assert routes > fused
