@@ -17,8 +17,8 @@ import torch
 
 from common import save, union_rows
 from semid.quantization.blocks import ArrayBlocks, statistics
-from semid.quantization.kmeans import kmeans_plus_plus
 from semid.quantization.nearest import index_codebook, nearest_m
+from semid.quantization.seeding import kmeans_plus_plus
 
 
 def main() -> None:

@@ -44,7 +44,7 @@ from semid.distributed.ray_shards import RayShardPool
 from semid.distributed.ray_workers import RayOptions, connect
 from semid.distributed.units import Catalogue
 from semid.quantization.blocks import BLOCK_ROWS, ArrayBlocks, cut_blocks
-from semid.quantization.kmeans import MAX_ROUND, kmeans_plus_plus
+from semid.quantization.seeding import kmeans_plus_plus
 from semid.quantization.sharding import LocalShardPool, Shard, ShardedMatrix
 from semid.training.distributed import (
     ProcessShardPool,
@@ -185,15 +185,6 @@ def by_ray(folder: Path, workers: int, codes: int, iterations: int) -> dict[str,
         shard_pool.close()
 
 
-def rounds(codes: int) -> int:
-    """Count the rounds of seeding, were no candidate rejected."""
-    have, count = 1, 1
-    while have < codes:
-        have += max(1, int(min(codes - have, max(1, have // 4), MAX_ROUND)))
-        count += 1
-    return count
-
-
 def model(
     rows: float,
     *,
@@ -317,12 +308,8 @@ def report(
         for workers in (1, 2, 4, 8, 16, 32, 64):
             parts = model(rows, workers=workers, cores=given.cores, **fixed)
             each = sum(parts.values())
-            # Seeding: what shards do grows with the rows; what orders the candidates, in the
-            # driver, looks at a sample of a fixed size and does not.
-            shards = found["ray, 1"]["seeding_cpu"][0]
-            driver = (base["seeding_cpu"][0] - shards) / given.cores
-            seeding = parts["rows"] * shards / found["ray, 1"]["iteration_cpu"][0] + driver
-            level = seeding + rounds(given.codes) * parts["calls"] + 26 * each
+            # The driver seeds on a sample, whose size does not grow with the rows.
+            level = base["seeding_cpu"][0] / given.cores + 26 * each
             far.append(
                 {
                     "items": f"{rows:,.0f}",

@@ -22,7 +22,8 @@ from semid.quantization.blocks import (
     residuals,
     statistics,
 )
-from semid.quantization.kmeans import KMeansOptions, KMeansState, kmeans, kmeans_plus_plus
+from semid.quantization.kmeans import KMeansOptions, KMeansState, kmeans
+from semid.quantization.seeding import kmeans_plus_plus
 
 
 def brute_inertia(x: np.ndarray, centroids: np.ndarray) -> float:
@@ -81,7 +82,7 @@ def test_weights_equal_repeated_rows(clustered):
 
 def test_threads_and_memory_change_nothing(clustered, monkeypatch):
     monkeypatch.setattr("semid.quantization.nearest.THREADED_WORK", 0)
-    monkeypatch.setattr("semid.quantization.kmeans.THREADED_WORK", 0)
+    monkeypatch.setattr("semid.quantization.seeding.THREADED_WORK", 0)
     runs = [kmeans(ArrayBlocks(clustered), 30, seed=5, threads=threads) for threads in (1, 2, 3)]
     view = map_rows(ArrayBlocks(clustered), lambda x: x, clustered.shape[1])  # read block by block
     runs.append(kmeans(view, 30, seed=5))
@@ -183,9 +184,9 @@ def test_sample_then_full_pass_uses_all_rows(clustered):
 
 @pytest.mark.parametrize("sampled", [False, True])
 def test_greedy_seeding_beats_plain_on_average(clustered, monkeypatch, sampled):
-    if sampled:  # gains from a part of the rows, as for large data
-        monkeypatch.setattr("semid.quantization.kmeans.GAIN_ROWS_LEAST", len(clustered) // 4)
-        monkeypatch.setattr("semid.quantization.kmeans.GAIN_ROWS_PER_CODE", 1)
+    if sampled:  # centers from a part of the rows, as for large data
+        monkeypatch.setattr("semid.quantization.seeding.SAMPLE_LEAST", len(clustered) // 4)
+        monkeypatch.setattr("semid.quantization.seeding.SAMPLE_PER_CODE", 1)
 
     def start(trials: int) -> float:
         return float(
@@ -206,6 +207,36 @@ def test_greedy_seeding_beats_plain_on_average(clustered, monkeypatch, sampled):
         )
 
     assert start(4) < start(1)
+
+
+def test_seeding_from_a_sample_finds_rows_that_the_sample_missed(monkeypatch):
+    monkeypatch.setattr("semid.quantization.seeding.SAMPLE_LEAST", 50)
+    rare = np.random.default_rng(0).normal(size=(9, 4))
+    rows = np.concatenate([np.zeros((5000, 4)), rare]).astype(np.float32)
+    found = kmeans_plus_plus(ArrayBlocks(rows), 20, generator=np.random.default_rng(1))
+    assert len(found) == len(np.unique(found, axis=0)) == 10
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
+def test_seeding_draws_no_row_twice_and_none_without_weight(scale):
+    generator = np.random.default_rng(0)
+    rows = np.repeat(generator.normal(size=(300, 8)) * scale + scale, 2, axis=0).astype(np.float32)
+    weights = (np.arange(600) < 500).astype(np.float64)
+    found = kmeans_plus_plus(
+        ArrayBlocks(rows), 400, generator=np.random.default_rng(1), weights=weights
+    )
+    assert len(found) == 250
+    assert {row.tobytes() for row in found} == {row.tobytes() for row in rows[:500]}
+
+
+def test_copies_count_as_often_as_they_stand():
+    """Ten copies of a row and ten other rows: half the runs draw the copies first."""
+    rows = np.eye(11, dtype=np.float32)[[0] * 10 + list(range(1, 11))]
+    first = [
+        kmeans_plus_plus(ArrayBlocks(rows), 1, generator=np.random.default_rng(seed))[0, 0]
+        for seed in range(400)
+    ]
+    assert 0.4 < np.mean(first) < 0.6
 
 
 def test_plain_seeding_draws_from_the_sequential_distribution():

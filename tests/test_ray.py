@@ -212,22 +212,18 @@ def test_a_killed_actor_costs_no_row(cluster, items, local, tmp_path, monkeypatc
     assert pq.read_table(tmp_path / "ids").equals(local.encode(items).to_arrow())
 
 
-@pytest.mark.parametrize(
-    "method", ["assign", pytest.param("update_nearest_center", marks=pytest.mark.slow)]
-)
-def test_a_worker_killed_in_a_fit_changes_no_bit(cluster, items, local, monkeypatch, method):
+def test_a_worker_killed_in_a_fit_changes_no_bit(cluster, items, local, monkeypatch):
     killed: list[int] = []
-    real = {"call_all": RayShardPool.call_all, "call": RayShardPool.call}
-    name = "call_all" if method == "assign" else "call"
+    call_all = RayShardPool.call_all
 
-    def kills(self, called, *arguments):
-        if called == method and not killed and self._journal[-1][0] != "start_seeding":
+    def kills(self, method, *arguments):
+        if method == "assign" and not killed:
             killed.append(self.pool.process_ids()[1])
             threading.Timer(0.05, os.kill, (killed[0], signal.SIGKILL)).start()
             time.sleep(0.1)
-        return real[name](self, called, *arguments)
+        return call_all(self, method, *arguments)
 
-    monkeypatch.setattr(RayShardPool, name, kills)
+    monkeypatch.setattr(RayShardPool, "call_all", kills)
     fitted = tokenizer(center=True)
     done = fit_on_ray(fitted, Catalogue.open(items), options=RayOptions(workers=2))
     assert killed

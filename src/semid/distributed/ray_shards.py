@@ -11,16 +11,13 @@ from semid.distributed.ray_workers import RayOptions, WorkerPool
 from semid.quantization.blocks import BLOCK_ROWS, Node, Statistics, TreeSum, merge_nodes
 from semid.quantization.sharding import payload_bytes
 
-_SEEDING = ("start_seeding", "update_nearest_center", "assign")
-_LEVELS = ("reset_levels", "subtract_codewords", *_SEEDING)
+_LEVELS = ("reset_levels", "subtract_codewords", "assign")
 
 VOIDS: dict[str, tuple[str, ...]] = {
     "preprocess": _LEVELS,
     "reset_levels": _LEVELS,
-    "subtract_codewords": _SEEDING,
-    "start_seeding": _SEEDING,
-    "update_nearest_center": (),
-    "assign": _SEEDING,
+    "subtract_codewords": ("assign",),
+    "assign": ("assign",),
 }
 """Calls that change what a shard knows -> earlier calls that need not be repeated after them when a
 new worker has to be brought to where the old one was."""

@@ -16,13 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from semid.errors import UsageError
-from semid.lazy import torch
 from semid.options import Options, option
-from semid.quantization import engine
 from semid.quantization.blocks import Blocks, Statistics, WritableBlocks
-from semid.quantization.nearest import THREADED_WORK
+from semid.quantization.seeding import kmeans_plus_plus
 from semid.quantization.sharding import ShardedMatrix, as_sharded
-from semid.quantization.threads import map_blocks
 from semid.seeds import numpy_generator
 
 logger = logging.getLogger(__name__)
@@ -32,17 +29,6 @@ Doubles = npt.NDArray[np.float64]
 
 # A re-seeded centroid gets at least its own row, so one round nearly always fills all of them.
 RESEED_ROUNDS = 3
-# Candidates per seeding round: more save passes, but more of them are rejected. A quarter of the
-# centers so far keeps rejection rare; 256 already runs the distance kernel at full speed.
-MAX_ROUND = 256
-# Rows of a gain block: with a few hundred candidates it stays in a core's cache.
-GAIN_ROWS = 1024
-# Rows the gains are added over, per center and at least: they only order candidates, which are
-# drawn from all rows.
-GAIN_ROWS_PER_CODE = 16
-GAIN_ROWS_LEAST = 65_536
-# Rows this close, relative to their lengths, count as copies within a round.
-COPY = 1e-13
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,128 +271,3 @@ def _label(rows: ShardedMatrix, centroids: Array) -> tuple[Array, float]:
         centroids = reseeded
         total = rows.assign(centroids)
     return centroids, total.inertia
-
-
-# Seeding --------------------------------------------------------------------------------------
-
-
-def kmeans_plus_plus(
-    blocks: Blocks | ShardedMatrix,
-    codes: int,
-    *,
-    generator: np.random.Generator,
-    weights: Doubles | None = None,
-    threads: int | None = None,
-    n_local_trials: int = 4,
-) -> Array:
-    """Choose up to ``codes`` rows as initial centroids, by greedy k-means++ in batches.
-
-    k-means++ (Arthur & Vassilvitskii 2007) draws each center with probability proportional to a
-    row's squared distance to the centers so far, one pass over the data per center. Here a round
-    draws many candidates from the distances known at its start and accepts candidate ``x`` with
-    probability ``d_now(x) / d_start(x)``, where ``d_now`` also counts the centers accepted in this
-    round: that is rejection sampling from the sequential distribution, in far fewer passes.
-    Greedy: several candidates are drawn per center, and those that lower the total distance most
-    are tried first.
-
-    Shapes: ``blocks`` (items, dim), ``weights`` (items,), returns (centers, dim).
-    """
-    rows = as_sharded(blocks, weights=weights, threads=threads)
-    # The first center is drawn by weight alone.
-    centers = accepted = rows.rows(rows.draw(rows.start_seeding(), 1, generator))
-    gains = _Gains(rows, codes, generator, threads) if n_local_trials > 1 else None
-    while True:
-        # One pass: distances to the nearest center, and their weighted sum per block. Without any
-        # distance left, all distinct rows are centers.
-        masses = rows.update_nearest_center(accepted)
-        if len(centers) >= codes or not masses.any():
-            return centers
-        # Draw by the distances at the start of the round, then accept by those of the moment.
-        size = min(codes - len(centers), max(1, len(centers) // 4), MAX_ROUND)
-        drawn = rows.draw(masses, size * n_local_trials, generator)
-        candidates = rows.rows(drawn)
-        reduction = None if gains is None else gains(candidates)
-        accepted = candidates[
-            _accept(candidates, rows.center_distances(drawn), reduction, size, generator)
-        ]
-        centers = np.concatenate([centers, accepted])
-
-
-class _Gains:
-    """Ranks candidates by how much each alone would lower the total distance of a sample of rows.
-
-    Products are those of rows and candidates rounded to bfloat16, whether or not the chip
-    multiplies such numbers itself, so that chips differ in the order of float32 sums alone.
-    """
-
-    def __init__(
-        self, source: ShardedMatrix, codes: int, generator: np.random.Generator, threads: int | None
-    ) -> None:
-        # Gains only order candidates, so a sample of the rows and low precision are enough.
-        items, size = len(source), max(GAIN_ROWS_LEAST, GAIN_ROWS_PER_CODE * codes)
-        self.sample = np.arange(items)
-        if size < items:
-            self.sample = np.sort(generator.choice(items, size, replace=False, shuffle=False))
-        self.source, self.threads = source, threads
-        rows = torch.from_numpy(source.rows(self.sample))
-        # Centered rows are shorter, so that rounding to bfloat16 loses less of them.
-        self.mean = rows.mean(0)
-        rows -= self.mean
-        self.norms = (rows**2).sum(1)
-        native = any(route.name == "bf16" for route in engine.search.working_routes())
-        self.dtype = torch.bfloat16 if native else torch.float32
-        self.rows = rows.to(torch.bfloat16).to(self.dtype)
-        weights = source.weights
-        self.weights = None if weights is None else torch.from_numpy(weights[self.sample]).float()
-
-    def __call__(self, candidates: Array) -> Doubles:
-        """Return the gains ``(n,)`` over the distances to the centers so far."""
-        centered = torch.from_numpy(candidates) - self.mean
-        norms = (centered**2).sum(1)
-        transposed = centered.to(torch.bfloat16).to(self.dtype).T.contiguous()
-        limits = torch.from_numpy(self.source.center_distances(self.sample)) - self.norms
-
-        def block_gain(start: int) -> Doubles:
-            span = slice(start, start + GAIN_ROWS)
-            gain = (self.rows[span] @ transposed).to(torch.bfloat16).float()
-            # limit - |x - c|^2 = (limit - |x|^2) + 2 x.c - |c|^2, where it is positive.
-            gain.mul_(2).sub_(norms).add_(limits[span, None]).clamp_(min=0)
-            if self.weights is not None:
-                gain *= self.weights[span, None]
-            total: Doubles = gain.sum(0).double().numpy()
-            return total
-
-        threads = self.threads if self.rows.numel() * len(centered) >= THREADED_WORK else 1
-        gains = map_blocks(block_gain, range(0, len(self.rows), GAIN_ROWS), threads=threads)
-        # Added in row order, so that threads cannot change the sum.
-        return sum(gains, start=np.zeros(len(candidates)))
-
-
-def _accept(
-    candidates: Array,
-    start: Array,
-    gains: Doubles | None,
-    size: int,
-    generator: np.random.Generator,
-) -> list[int]:
-    """Accept up to ``size`` candidates one after another, each with probability now / start."""
-    # Centered in float64, so that |a|^2 + |b|^2 - 2 a.b loses few digits.
-    wide = candidates - candidates.mean(axis=0, dtype=np.float64)
-    norms = np.einsum("nd,nd->n", wide, wide)
-    distances = norms[:, None] + norms - 2 * (wide @ wide.T)
-    # Set to 0 what rounding leaves between copies.
-    distances[distances <= COPY * (norms[:, None] + norms)] = 0
-    before = start.astype(np.float64)
-    now = before.copy()
-    coins = generator.random(len(candidates))
-    order = np.arange(len(candidates)) if gains is None else np.argsort(-gains, kind="stable")
-    accepted: list[int] = []
-    for i in order:
-        # Candidates were drawn in proportion to `before`; accepting with probability now / before
-        # makes them draws in proportion to `now`. A copy of an accepted one has now = 0.
-        if coins[i] * before[i] < now[i]:
-            accepted.append(int(i))
-            if len(accepted) == size:
-                break
-            np.minimum(now, distances[i], out=now)
-    return accepted

@@ -28,11 +28,11 @@ from semid.quantization.kmeans import (
     KMeansOptions,
     draw_sample,
     has_converged,
-    kmeans_plus_plus,
     sampled,
 )
 from semid.quantization.nearest import IndexedCodebook, assign, index_codebook
 from semid.quantization.residual import ResidualCodes
+from semid.quantization.seeding import kmeans_plus_plus
 from semid.quantization.sharding import Shard, ShardedMatrix, as_sharded
 from semid.quantization.threads import map_blocks
 from semid.seeds import numpy_generator

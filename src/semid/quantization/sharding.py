@@ -84,7 +84,6 @@ class Shard:
         self._last_centroids: Array | None = None
         self.labels: Numbers = np.empty(0, np.int64)
         self._distances: Array = np.empty(0, np.float32)
-        self._closest: Array = np.empty(0, np.float32)
 
     def subtract_codewords(self, codebook: Array, labels: Numbers | None = None) -> None:
         """Replace the view by its residual.
@@ -181,51 +180,6 @@ class Shard:
         rows = rows[np.lexsort((rows, -loss[rows]))]
         return rows.astype(np.int64) + self.first_row, loss[rows]
 
-    # Seeding ---------------------------------------------------------------------------------
-
-    def start_seeding(self) -> Doubles:
-        """Forget all centers; return each block's mass when every row counts by its weight."""
-        self._closest = np.empty(0, np.float32)  # squared distances to the nearest center so far
-        return self._block_masses()
-
-    def update_nearest_center(self, fresh: Array) -> Doubles:
-        """Add centers ``(n, dim)``; return each block's weighted sum of squared distances."""
-        if not len(self._closest):
-            self._closest = np.full(len(self), np.inf, dtype=np.float32)
-        codebook = index_codebook(fresh)
-        for start, block in read_ahead(self.view):
-            nearest = self._closest[start : start + len(block)]
-            np.minimum(nearest, assign(block, codebook, threads=self.threads)[1], out=nearest)
-        return self._block_masses()
-
-    def _block_masses(self) -> Doubles:
-        # `numpy.add.reduceat` adds in running order, whatever the length.
-        starts = range(0, len(self), BLOCK_ROWS)
-        return np.array([float(np.add.reduceat(self._mass(start), [0])[0]) for start in starts])
-
-    def _mass(self, start: int) -> Doubles:
-        """Return the mass of each row of the block at ``start``."""
-        span = slice(start, min(start + BLOCK_ROWS, len(self)))
-        mass = np.ones(span.stop - start)
-        if len(self._closest):
-            mass = self._closest[span].astype(np.float64)
-        return mass if self.weights is None else mass * self.weights[span]
-
-    def locate(self, targets: Mapping[int, Sequence[float]]) -> dict[int, Numbers]:
-        """Return the rows at which a block's running mass passes its targets, by block number."""
-        rows = {}
-        for block, block_targets in targets.items():
-            mass = self._mass(block * BLOCK_ROWS - self.first_row)
-            place = np.searchsorted(np.cumsum(mass), np.asarray(block_targets), side="right")
-            # Rounding may point past the end or at a row of no mass: the last row that has some.
-            last = int(np.flatnonzero(mass)[-1]) if mass.any() else 0
-            rows[block] = (block * BLOCK_ROWS + np.minimum(place, last)).astype(np.int64)
-        return rows
-
-    def center_distances(self, numbers: Numbers) -> Array:
-        """Return the rows' squared distances to the nearest center so far, ``(n,)``."""
-        return self._closest[numbers - self.first_row]
-
 
 class ShardPool(Protocol):
     """Shards and a way to call them."""
@@ -292,12 +246,6 @@ class ShardedMatrix:
             self._gather("rows", numbers[span], result[span])
         return result
 
-    def center_distances(self, numbers: Numbers) -> Array:
-        """Return squared distances ``(n,)`` to the nearest center so far."""
-        result = np.empty(len(numbers), dtype=np.float32)
-        self._gather("center_distances", numbers, result)
-        return result
-
     def mean(self) -> Doubles:
         """Return the mean row ``(dim,)``."""
         return mean_row(self.pool.call_all("moments"))
@@ -341,31 +289,6 @@ class ShardedMatrix:
         numbers, loss = (np.concatenate(parts) for parts in zip(*answers, strict=True))
         # The largest of all are among the largest of each shard.
         return numbers[np.lexsort((numbers, -loss))][:count]
-
-    def start_seeding(self) -> Doubles:
-        """Forget all centers; return the mass of each block ``(blocks,)``."""
-        return np.concatenate(self._call_each("start_seeding"))
-
-    def update_nearest_center(self, fresh: Array) -> Doubles:
-        """Add centers; return the mass of each block ``(blocks,)``."""
-        return np.concatenate(self._call_each("update_nearest_center", fresh))
-
-    def draw(self, masses: Doubles, size: int, generator: np.random.Generator) -> Numbers:
-        """Draw row numbers independently, in proportion to their mass."""
-        # A uniform target over the whole mass: first its block, then its row within the block.
-        total = np.cumsum(masses)
-        targets = generator.random(size) * total[-1]
-        blocks = np.minimum(np.searchsorted(total, targets, side="right"), len(total) - 1)
-        inside = targets - (total[blocks] - masses[blocks])
-        questions: dict[int, tuple[dict[int, list[float]]]] = {}
-        for block in np.unique(blocks).tolist():
-            owner = int(np.searchsorted(self._ends, block * BLOCK_ROWS, side="right"))
-            questions.setdefault(owner, ({},))[0][block] = inside[blocks == block].tolist()
-        drawn = np.empty(size, dtype=np.int64)
-        for answer in self.pool.call("locate", questions).values():
-            for block, rows in answer.items():
-                drawn[blocks == block] = rows
-        return drawn
 
 
 def as_sharded(
