@@ -13,6 +13,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from common import save
+from semid.quantization.engine import gpu
 from semid.quantization.nearest import index_codebook, index_database, nearest, top_k
 
 SPAN = 65_536
@@ -86,8 +88,20 @@ def main() -> None:
         for part in torch.split(rounded, SPAN):
             part @ rounded_books.T
 
+    chosen = gpu._route
+
+    def through(route: str) -> None:
+        gpu._route = lambda *_: route
+        nearest(x, ready)
+        gpu._route = chosen
+
     spent = timed(
-        {"semid": lambda: nearest(x, ready), "torch float32": plain, "bf16 product": product},
+        {
+            "semid": lambda: nearest(x, ready),
+            **{f"semid, {route}": partial(through, route) for route in gpu.ROUTES},
+            "torch float32": plain,
+            "bf16 product": product,
+        },
         given.repeats,
     )
     work = 2 * x.shape[0] * x.shape[1] * len(books)

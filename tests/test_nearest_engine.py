@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import semid.quantization.engine.search as engine
+from semid.quantization.engine import gpu
 from semid.quantization.engine.formats import Bfloat16Gemm, QueryBlock
 from semid.quantization.engine.gpu import search_device
 from semid.quantization.engine.plain import COSINE, INNER, L2, float32_rows
@@ -162,6 +164,40 @@ def test_device_search_equals_the_compiled_one() -> None:
     x, codebook = problem()
     labels = search_device(x, VectorTable(codebook, metric=L2, unique=True)).labels
     assert torch.equal(torch.from_numpy(labels[:, 0]).long(), nearest(x, codebook).labels.long())
+
+
+def test_the_fused_kernels_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Triton's interpreter runs them on the CPU; it is chosen when they are imported.
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    pytest.importorskip("triton")
+    from semid.quantization.engine import fused
+
+    monkeypatch.setattr(gpu, "_route", lambda x, table, copies: "fused")
+    lists = gpu._listed
+    listed: list[int] = []
+
+    def counted(x: torch.Tensor, *rest: Any) -> Any:
+        listed.append(len(x))
+        return lists(x, *rest)
+
+    monkeypatch.setattr(gpu, "_listed", counted)
+    for n, codes, dim in ((300, 700, 100), (130, 129, 16), (5, 2, 300)):
+        x, codebook = problem(n, codes, dim)
+        x[1] = 1e9
+        x[2, 0] = float("nan")
+        table = VectorTable(codebook, metric=L2, unique=True)
+        expected = search(x, table, AVAILABLE[-1], threads=1)
+        listed.clear()
+        found = search_device(x, table)
+        np.testing.assert_array_equal(found.labels, expected.labels)
+        finite = ~np.isnan(expected.keys)
+        np.testing.assert_array_equal(found.keys, np.where(finite, expected.keys, np.inf))
+        assert 2 <= sum(listed) < 5 + 0.05 * n  # the others were decided by the kernels
+        half, entries, offsets = x[3:].half(), codebook.half(), codebook[:, 0].contiguous()
+        best, label, second = fused.best_two(half, entries, offsets)
+        truth = (half.double() @ entries.double().T + offsets.double()).topk(2, dim=1)
+        assert torch.equal(label, truth.indices[:, 0])
+        np.testing.assert_allclose(torch.stack([best, second], 1), truth.values, rtol=1e-5)
 
 
 @pytest.mark.gpu

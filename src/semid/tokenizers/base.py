@@ -346,9 +346,7 @@ class Tokenizer(Transformer):
         self._check_width(source)
         width = self.beam_width if beam_width is None else beam_width
         blocks = source.blocks(BLOCK_ROWS, first=first)
-        if len(source) - first > BLOCK_ROWS:
-            blocks = prefetched(blocks)
-        for start, x in blocks:
+        for start, x in prefetched(blocks) if len(source) - first > BLOCK_ROWS else blocks:
             encoded = self._encode_block(x, width)
             yield EncodedBlock(start, x, encoded.codes, encoded.residual_norms)
 
@@ -448,6 +446,5 @@ class Tokenizer(Transformer):
         _ = self.dim
         if isinstance(codes, SemanticIds):
             codes.check_codebook(self.codebook_fingerprint)
-            # An appended token comes after the model's levels and belongs to no codebook.
-            codes = codes.codes[:, : len(codes.info.model_sizes)]
+            codes = codes.codes[:, : len(codes.info.model_sizes)]  # without an appended token
         return codes_within(codes, self.codebook_sizes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from functools import cache
 from typing import NamedTuple
 
@@ -10,16 +12,25 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from semid.errors import brief
 from semid.quantization.engine.plain import INNER, L2, LANES, check_rows
 from semid.quantization.engine.search import SearchResult
 from semid.quantization.engine.table import MAX_TABLE_RADII, VectorTable
+
+logger = logging.getLogger(__name__)
 
 SCORES = 2**27
 """Scores per block: 0.5 GB of float32, enough work for a launch to cost nothing beside it."""
 PAIRS = 2**18
 """Pairs re-scored at once: their differences take 0.5 GB at 256 columns of float64."""
+ROUTES = ("fused", "mixed", "float32")
+"""Triton kernels, torch's bfloat16 products with float32 sums, torch's float32 products."""
+TIMED_ROWS = 4096
+"""Queries that routes are timed with; fewer take the usual one."""
 PIECES = 8
 """Columns behind the bfloat16 rows that hold an offset in three pieces; eight keep rows aligned."""
+
+_fastest: dict[tuple[torch.device, int, int, int], str] = {}
 
 
 class DeviceTable(NamedTuple):
@@ -34,6 +45,9 @@ class DeviceTable(NamedTuple):
     # query the product is the score.
     rounded: Tensor
     residual: float  # largest norm of a row's rounding error in bfloat16
+    half: Tensor  # (entries, width) float16 scaled rows
+    half_residual: float  # the same for float16
+    factor: Tensor  # float64, what centered queries are multiplied with
 
 
 def device_table(table: VectorTable, device: torch.device) -> DeviceTable:
@@ -43,7 +57,11 @@ def device_table(table: VectorTable, device: torch.device) -> DeviceTable:
         scaled = torch.from_numpy(table.scaled[: len(table)])
         offsets = -torch.from_numpy(table.offsets[: len(table)])
         rounded = scaled.to(torch.bfloat16)
-        lost = (scaled.double() - rounded.double()).norm(dim=1).max()
+        half = scaled.to(torch.float16)
+        lost, half_lost = (
+            float((scaled.double() - each.double()).norm(dim=1).max()) * (1 + 2.0**-20)
+            for each in (rounded, half)
+        )
         pieces, remainder = rounded.new_zeros(len(table), PIECES), offsets.clone()
         for piece in range(3):  # three times 8 bits are a float32's 24
             pieces[:, piece] = remainder.to(torch.bfloat16)
@@ -55,7 +73,10 @@ def device_table(table: VectorTable, device: torch.device) -> DeviceTable:
             scaled.to(device),
             offsets.to(device),
             torch.cat([rounded, pieces], 1).to(device),
-            float(lost) * (1 + 2.0**-20),
+            lost,
+            half.to(device),
+            half_lost,
+            torch.tensor(2.0**-table.exponent, dtype=torch.float64, device=device),
         )
     return copies[device]
 
@@ -158,57 +179,117 @@ def _best(mask: Tensor, keys: Tensor, row: Tensor, entry: Tensor, k: int) -> tup
     return entry[best], keys[best]
 
 
+def _listed(
+    x: Tensor, table: VectorTable, copies: DeviceTable, k: int, exclude: Tensor | None = None
+) -> tuple[Tensor, Tensor, int]:
+    """Return the ``k`` best entries of padded float32 queries from lists of their candidates."""
+    y64, length, usable = _usable(_center(x, table, copies))
+    scores, residual, lost, products = _score(y64, copies, rough=False)
+    margin = _margin(table, length, residual, lost, products)
+    screened = min(len(table), k if exclude is None else k + 1)
+    best = scores.topk(screened, dim=1).values[:, -1] if screened > 1 else scores.amax(dim=1)
+    mask = (scores >= _threshold(best, margin)[:, None]) | ~usable[:, None]
+    if exclude is not None:
+        excluding = exclude >= 0
+        mask[torch.nonzero(excluding)[:, 0], exclude[excluding]] = False
+    row, entry = torch.nonzero(mask, as_tuple=True)
+    keys = _keys(table, copies, x, row, entry)
+    return *_best(mask, keys, row, entry, k), len(row)
+
+
+def _nearest(
+    x: Tensor, table: VectorTable, copies: DeviceTable, route: str
+) -> tuple[Tensor, Tensor, int]:
+    """Return the nearest entries: most rows have one above the threshold, and need no list."""
+    if route == "fused":
+        from semid.quantization.engine import fused
+
+        half, length, residual, usable = fused.center(
+            x, copies.center, copies.factor, MAX_TABLE_RADII
+        )
+        best, entry, second = fused.best_two(half, copies.half, copies.offsets)
+        keys = fused.distances(x, copies.rows, entry)
+        residual = residual * (1 + 2.0**-20) + 2.0**-60
+        lost, products = copies.half_residual, 2.0**-21
+    else:
+        y64, length, usable = _usable(_center(x, table, copies))
+        scores, residual, lost, products = _score(y64, copies, rough=route == "mixed")
+        best, entry = scores.max(dim=1)
+        second = scores.scatter_(1, entry[:, None], -torch.inf).amax(dim=1)
+        keys = _keys(table, copies, x, torch.arange(len(x), device=x.device), entry)
+    limit = _threshold(best, _margin(table, length, residual, lost, products))
+    unsure = torch.nonzero((second >= limit) | ~usable)[:, 0]
+    if not len(unsure):
+        return entry[:, None], keys[:, None], len(x)
+    entries, entry_keys, measured = _listed(x[unsure], table, copies, 1)
+    entry[unsure], keys[unsure] = entries[:, 0], entry_keys[:, 0]
+    return entry[:, None], keys[:, None], len(x) + measured
+
+
+def _usable(y64: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return centered queries and their lengths, zero where they are too long, and which are not.
+
+    Rows too far away get no scores that mean anything: every entry is their candidate.
+    """
+    length = y64.norm(dim=1)
+    usable = length <= MAX_TABLE_RADII  # false for NaN
+    return torch.where(usable[:, None], y64, 0.0), torch.where(usable, length, 0.0), usable
+
+
+def _margin(
+    table: VectorTable, length: Tensor, residual: Tensor, lost: float, products: float
+) -> Tensor:
+    """Return how far below the best score an entry may lie and still be the nearest."""
+    lost += table.radius * 2.0**-22 + 2.0**-60
+    bound: Tensor = table.score_error(length, residual, lost, products=products) + 2.0**-60
+    return 2.0 * bound * (1.0 + 2.0**-20) + 2.0**-21 * (length * table.radius + 1.0)
+
+
+def _threshold(best: Tensor, margin: Tensor) -> Tensor:
+    """Round down to float32, so that comparing scores there keeps all that it must."""
+    exact = (best.double() - margin).float()
+    return torch.nextafter(exact, torch.full_like(exact, -torch.inf))
+
+
+def _route(x: Tensor, table: VectorTable, copies: DeviceTable) -> str:
+    """Return the fastest route of `_nearest` for tables like this, timed at their first use."""
+    usual = "mixed" if _mixed_products(x.device) else "float32"
+    if not x.is_cuda or len(x) < TIMED_ROWS:
+        return usual
+    like = (x.device, table.rows.shape[1], len(table).bit_length(), table.metric)
+    if like not in _fastest:
+        times: dict[str, float] = {}
+        for route in ROUTES:
+            if (route == "fused" and table.metric != L2) or (route == "mixed" and usual != "mixed"):
+                continue
+            try:
+                for _ in range(2):  # the first time compiles
+                    torch.cuda.synchronize(x.device)
+                    began = time.perf_counter()
+                    labels, keys, _ = _nearest(x, table, copies, route)
+                    torch.cuda.synchronize(x.device)
+                    times[route] = time.perf_counter() - began
+            except Exception as error:  # noqa: BLE001 - no Triton, or it cannot compile for this chip
+                times.pop(route, None)
+                logger.info("%s: left out on %s, %s", route, x.device, brief(error))
+                continue
+            if route == "fused":
+                fused = (labels, keys)
+            elif "fused" in times and not all(map(torch.equal, fused, (labels, keys))):
+                del times["fused"]
+                logger.info("fused: left out on %s, it gave a wrong answer", x.device)
+        _fastest[like] = min(times, key=times.__getitem__)
+        logger.info("%s: %s is the fastest of %s", x.device, _fastest[like], times)
+    return _fastest[like]
+
+
 def _block(
     x: Tensor, table: VectorTable, copies: DeviceTable, k: int, exclude: Tensor | None
 ) -> tuple[Tensor, Tensor, int]:
     """Search for one block of padded float32 queries; see `search_device`."""
-    single = k == 1 and exclude is None and len(table) > 1
-    y64 = _center(x, table, copies)
-    length = y64.norm(dim=1)
-    # Rows too far away get no scores that mean anything: every entry is their candidate.
-    usable = length <= MAX_TABLE_RADII  # false for NaN
-    y64 = torch.where(usable[:, None], y64, 0.0)
-    length = torch.where(usable, length, 0.0)
-    rough = single and _mixed_products(x.device)
-    scores, residual, lost, products = _score(y64, copies, rough=rough)
-    lost += table.radius * 2.0**-22 + 2.0**-60
-    bound = table.score_error(length, residual, lost, products=products) + 2.0**-60
-    slack = 2.0**-21 * (length * table.radius + 1.0)
-    margin = 2.0 * bound * (1.0 + 2.0**-20) + slack
-
-    def threshold(best: Tensor) -> Tensor:
-        """Round down to float32, so that comparing scores there keeps all that it must."""
-        exact = (best.double() - margin).float()
-        return torch.nextafter(exact, torch.full_like(exact, -torch.inf))
-
-    if not single:
-        screened = min(len(table), k if exclude is None else k + 1)
-        best = scores.topk(screened, dim=1).values[:, -1] if screened > 1 else scores.amax(dim=1)
-        mask = (scores >= threshold(best)[:, None]) | ~usable[:, None]
-        if exclude is not None:
-            excluding = exclude >= 0
-            mask[torch.nonzero(excluding)[:, 0], exclude[excluding]] = False
-        row, entry = torch.nonzero(mask, as_tuple=True)
-        keys = _keys(table, copies, x, row, entry)
-        return *_best(mask, keys, row, entry, k), len(row)
-
-    # The nearest alone: most rows have one entry above the threshold, which needs no list.
-    best, entry = scores.max(dim=1)
-    scores.scatter_(1, entry[:, None], -torch.inf)
-    limit = threshold(best)
-    # Rows whose second best score could still win need a list of their candidates.
-    unsure = torch.nonzero((scores.amax(dim=1) >= limit) | ~usable)[:, 0]
-    keys = _keys(table, copies, x, torch.arange(len(x), device=x.device), entry)
-    measured = len(x)
-    if len(unsure):
-        some = scores[unsure].scatter_(1, entry[unsure, None], best[unsure, None])
-        mask = (some >= limit[unsure, None]) | ~usable[unsure, None]
-        row, other = torch.nonzero(mask, as_tuple=True)
-        pairs = _keys(table, copies, x[unsure], row, other)
-        entries, entry_keys = _best(mask, pairs, row, other, 1)
-        entry[unsure], keys[unsure] = entries[:, 0], entry_keys[:, 0]
-        measured += len(row)
-    return entry[:, None], keys[:, None], measured
+    if k == 1 and exclude is None and len(table) > 1:
+        return _nearest(x, table, copies, _route(x, table, copies))
+    return _listed(x, table, copies, k, exclude)
 
 
 @cache
