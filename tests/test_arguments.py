@@ -233,6 +233,7 @@ CALLS = {
     "export": "nowhere.parquet --to torcheasyrec --model nowhere --embeddings nowhere.parquet -o e.parquet",
     "check": "nowhere.parquet nowhere.parquet --interactions nowhere.parquet",
     "audit": "nowhere.json --interactions nowhere.parquet -o out.html",
+    "advise": "nowhere.parquet --interactions nowhere.parquet",
     "prepare": "amazon nowhere.json.gz -o out",
     "reproduce": "drq --recipe nowhere.toml",
     "demo": "-o nowhere",
@@ -266,7 +267,7 @@ ZERO = {
     "validation_fraction", "tolerance", "tol", "latent", "rounds", "annealing_rounds", "max_churn",
     "cold_items", "cold_slots", "history", "dropout", "decay", "core", "candidates", "warmup", "weight_decay",
     "checkpoint_seconds", "commitment_weight", "pretrain_epochs", "revive_below", "rotation_iter", "em_tol",
-    "port", "batch_wait", "watch",
+    "port", "batch_wait", "watch", "behind",
 }  # fmt: skip
 UNLIMITED = {
     "learning_rate", "weight_decay", "clip_norm", "commitment_weight", "checkpoint_seconds",
@@ -427,6 +428,8 @@ FAILURES = [  # command, arguments, a part of the sentence
     ("export", "ids.parquet --to lcrec --embeddings x.npy -o o.json", "--embeddings"),
     ("export", "ids.parquet --to onnx -o o.onnx", "--model"),
     ("import", "x.npy --from lcrec --id-column a -o o.parquet", "--ids"),
+    ("advise", "x.parquet --ties file", "--interactions"),
+    ("advise", "x.parquet", "300 items are too few"),
     ("reproduce", "drq --list", "--estimate"),
     ("reproduce", "drq --from nowhere --processes 3", "--processes"),
     ("rank", "odd.parquet -o o", "--user-column"),

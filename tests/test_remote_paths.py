@@ -160,6 +160,7 @@ CALLS = {
     "export": "{b}/unique.parquet --to lcrec --model {b}/model -o {b}/lcrec.json",
     "import": "{b}/lcrec.json --from lcrec --model {b}/model -o {b}/back.parquet",
     "demo": "--items 300 -o {b}/demo",
+    "advise": "{e} --ids {b}/cat/items.parquet",
     "embed": "{b}/cat/items.parquet --model encoder -o {b}/x.parquet",
     "prepare": "{b}/reviews -o {b}/prepared",
 }
@@ -184,7 +185,7 @@ def test_every_command_reads_and_writes_uris(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(work)
     names = {"b": base, "e": files.embeddings, "ids": tmp_path / "ids.parquet", "here": tmp_path}
     for command, text in CALLS.items():
-        if command in ("demo", "embed", "prepare"):  # long, or of files of others
+        if command in ("advise", "demo", "embed", "prepare"):  # long, or of files of others
             continue
         if command == "refresh":
             ids = semid.SemanticIds.read(tmp_path / "ids.parquet")

@@ -34,6 +34,7 @@ from semid.report import Diagnosis as Diagnosis
 from semid.report import audit as audit
 from semid.report import compare as compare
 from semid.report import diagnose as diagnose
+from semid.reproduce.advise import advise as advise
 from semid.tokenizers.barq import BARQ as BARQ
 from semid.tokenizers.base import Tokenizer as Tokenizer
 from semid.tokenizers.behavior import Neighbors as Neighbors

@@ -18,7 +18,7 @@ from semid.cli.flags import expand
 from semid.cli.help import OptionsCommand
 from semid.cli.models import encode, fit, refine
 from semid.cli.rank import rank, rank_grid
-from semid.cli.reports import audit, compare, demo, prepare, report, reproduce
+from semid.cli.reports import advise, audit, compare, demo, prepare, report, reproduce
 from semid.cli.retrieve import recommend, retrieve
 from semid.cli.serve import serve
 from semid.cli.shared import release_outputs
@@ -53,6 +53,7 @@ _COMMANDS: tuple[tuple[str, Callable[..., None], str], ...] = (
     ("report", report, "Write a quality report about one model."),
     ("compare", compare, "Compare several models side by side."),
     ("audit", audit, "Report on ids of any program, from codes alone."),
+    ("advise", advise, "Recommend a tokenizer and its size."),
     ("refine", refine, "Lower a model's error by refining all levels together."),
     ("unique", unique, "Tell items with equal ids apart."),
     ("drift", drift, "Measure how far a catalogue has moved from its model."),

@@ -1,7 +1,8 @@
-"""Reports and studies: report, compare, demo, prepare, reproduce."""
+"""Reports and studies: report, compare, audit, advise, demo, prepare, reproduce."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -222,6 +223,46 @@ def audit(
     if output is not None:
         result.write(output, overwrite=overwrite)
         cli.say(f"report: {output}")
+
+
+def advise(
+    context: typer.Context,
+    embeddings: cli.Source,
+    source: cli.SourceOptions,
+    columns: cli.InteractionColumns,
+    interactions: Annotated[str | None, typer.Option(rich_help_panel=cli.LOG)] = None,
+    sample: Annotated[int, typer.Option(min=500, max=10_000_000)] = 20_000,
+    repeats: Annotated[int, typer.Option(min=2, max=100)] = 3,
+    behind: Annotated[float, typer.Option(min=0, max=1)] = 0.05,
+    seed: int = 0,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+    threads: cli.Threads = None,
+    quiet: cli.Quiet = False,
+) -> None:
+    """Recommend a tokenizer, levels and codebook size, from cheap fits on samples of a catalogue.
+
+    Takes minutes. The first lines say what candidates are ranked by, and why.
+
+    Example: semid advise items.parquet --interactions logs.parquet
+
+    Args:
+        interactions: Log of users' interactions, in an order: adds tokenizers that learn from it,
+            and ranks by what codes keep of it.
+        sample: Largest number of items of a fit.
+        repeats: Number of samples, each fitted anew; the intervals are over them.
+        behind: How far behind the best the choice may be, as a share.
+        seed: Seed of samples and fits.
+        as_json: Print one JSON object instead of text.
+    """
+    log = columns.read(context, interactions)
+    opened = source.open(embeddings)
+    sizes = {"sample": sample, "repeats": repeats, "behind": behind}
+    with cli.make_progress(quiet=quiet) as progress:
+        advice = semid.advise(
+            opened, interactions=log, seed=seed, threads=threads, progress=progress, **sizes
+        )
+    text = json.dumps(advice.to_dict(), indent=2) if as_json else advice.summary()
+    cli.say(text)
 
 
 def demo(
