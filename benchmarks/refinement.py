@@ -49,6 +49,15 @@ def by_faiss(train: EmbeddingSource, codes: int, seed: int, log: Path) -> Fitted
     return lambda test: model.decode(model.compute_codes(test))
 
 
+def by_local_search(train: EmbeddingSource, codes: int, seed: int, log: Path) -> Fitted:
+    """Fit faiss' local search quantizer (LSQ++): additive codes without an order of levels."""
+    rows = train.rows(np.arange(len(train)))
+    model = faiss.LocalSearchQuantizer(rows.shape[1], LEVELS, int(np.log2(codes)))
+    model.random_seed = seed + 1
+    model.train(rows)
+    return lambda test: model.decode(model.compute_codes(test))
+
+
 def by_semid(
     make: Callable[..., Any],
     train: EmbeddingSource,
@@ -66,6 +75,7 @@ def by_semid(
 
 SIDES: dict[str, Callable[[EmbeddingSource, int, int, Path], Fitted]] = {
     FAISS: by_faiss,
+    "faiss, LSQ": by_local_search,
     "RQKMeans": partial(by_semid, semid.RQKMeans),
     "RQKMeans, beam 5": partial(by_semid, partial(semid.RQKMeans, beam_width=5)),
     "RQKMeans, trained with beam 5": partial(
