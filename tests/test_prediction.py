@@ -56,7 +56,7 @@ def columns():
     x = np.round(rng.normal(size=(14, 6)), 1)  # with ties
     x[2, 1] = x[5, 1] = np.nan
     x[:, 4] = 1.0  # constant
-    x[3:, 5] = np.nan  # too few
+    x[MIN_TOKENIZERS - 1 :, 5] = np.nan  # too few
     return x, np.round(rng.normal(size=14), 1)
 
 
@@ -90,7 +90,10 @@ def test_partial_correlation_is_that_of_the_textbook(columns):
     assert partial_correlation(first, y, [second]) == pytest.approx(expected)
     # What the given number decides is gone, and nothing is left of a number given itself.
     assert partial_correlation(first, y, [first]) is None
-    assert partial_correlation(first[:MIN_TOKENIZERS], y[:MIN_TOKENIZERS], [second[:4]]) is None
+    assert (
+        partial_correlation(first[:MIN_TOKENIZERS], y[:MIN_TOKENIZERS], [second[:MIN_TOKENIZERS]])
+        is None
+    )
     rng = np.random.default_rng(1)
     hidden = rng.normal(size=400)
     a, b = (hidden + 0.3 * rng.normal(size=400) for _ in range(2))
@@ -237,6 +240,7 @@ def test_the_page_finds_the_number_that_decides(tmp_path):
     assert max(map(abs, strongest[1:])) < 0.6
     assert float(table.rows[0][4]) > 0.8  # given bits
     assert page.picture.count("<circle") == 15
+    assert "decides nothing" not in page.picture
     written = write_page(page, tmp_path, "predict")
     assert tmp_path / "predict.svg" in written
     assert "](predict.svg)" in (tmp_path / "predict.md").read_text(encoding="utf8")
@@ -255,6 +259,7 @@ def test_few_runs_claim_nothing(tmp_path):
         assert not known["enough"]
         assert known["numbers"] == {}
         page = make_page("predict", rows)
+        assert not page.picture or "decides nothing" in page.picture
         assert "yes" not in [row[-1] for figure in page.summary for row in figure.rows[:1]]
         assert write_page(page, tmp_path, "predict")
 

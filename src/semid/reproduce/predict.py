@@ -384,6 +384,7 @@ def picture(rows: Rows) -> str:
             )
         marks.append(f'<circle cx="{x(value or 0.0)}" cy="{y}" r="5" fill="#4269d0"/>')
     title = "Rank correlation with NDCG@10, mean over data sets"
+    title += "" if is_enough(panels) else ": too few runs, decides nothing"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 {height}" role="img" '
         f'aria-label="{title}" font-family="sans-serif" font-size="13" fill="currentColor">\n'

@@ -15,7 +15,7 @@ from semid.seeds import numpy_generator
 
 Floats = npt.NDArray[np.float64]
 
-MIN_TOKENIZERS = 4
+MIN_TOKENIZERS = 6
 """Fewer tokenizers than this have no rank correlation worth its name."""
 
 GAPS = (0.0, 0.05, 0.1, 0.25, 0.5, 1.0)
