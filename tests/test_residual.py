@@ -134,3 +134,19 @@ def test_sampled_fit_is_that_of_the_sampled_rows_however_it_is_resumed(clustered
         np.testing.assert_array_equal(book, whole)
         np.testing.assert_array_equal(other, whole)
     np.testing.assert_array_equal(clustered, before)
+
+
+def test_residuals_are_the_same_by_kernel_and_in_any_pieces(monkeypatch):
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(300, 9)).astype(np.float32)
+    books = [generator.normal(size=(17, 9)).astype(np.float32) for _ in range(3)]
+    ready = [index_codebook(book) for book in books]
+    whole = encode_residual(x, ready)
+    monkeypatch.setattr("semid.quantization.blocks.FUSED_SIZE", 0)
+    monkeypatch.setattr("semid.quantization.residual.ENCODE_ROWS", 7)
+    pieces = encode_residual(x, ready, threads=3)
+    assert np.array_equal(whole.codes, pieces.codes)
+    assert np.array_equal(whole.residual_norms, pieces.residual_norms)
+    plain = x - books[0][whole.codes[:, 0]] - books[1][whole.codes[:, 1]]
+    norms = np.linalg.norm((plain - books[2][whole.codes[:, 2]]).astype(np.float64), axis=1)
+    np.testing.assert_allclose(whole.residual_norms, norms, rtol=1e-6)

@@ -7,9 +7,11 @@ leave of the rows.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +19,7 @@ import numpy.typing as npt
 from semid.errors import UsageError
 from semid.lazy import torch
 from semid.quantization import engine
-from semid.quantization.blocks import BLOCK_ROWS, Blocks, read_ahead
+from semid.quantization.blocks import BLOCK_ROWS, Blocks, read_ahead, subtract_rows
 from semid.quantization.engine.plain import SCAN, float32_rows, padded
 from semid.quantization.nearest import THREADED_WORK, IndexedCodebook, index_codebook, nearest_m
 from semid.quantization.sharding import LocalShardPool, ShardedMatrix, as_sharded
@@ -28,8 +30,8 @@ Labels = npt.NDArray[np.int64]
 
 # A beam holds `width` residuals per row: fewer rows at once keep that within tens of megabytes.
 BEAM_ROWS = 4096
-# Rows that a thread scans at once: their products with 4096 codewords are 4 MB.
-SCAN_ROWS = 256
+# Rows that a thread scans at once, and most products of them with codewords: 4 MB.
+SCAN_ROWS, SCAN_SCORES = 1024, 1 << 20
 # Most memory for products between codebooks. Three levels of 4096 take 200 MB.
 PRODUCT_BYTES = 1 << 28
 # In training a partial code has the weight (e1 / e)^3, with e its squared residual and e1 that of
@@ -39,6 +41,8 @@ PRODUCT_BYTES = 1 << 28
 # 5 and 3 x 128 codes .441, .426, .426, .433 and .434; at 3 x 512 .332, .330, .331, .335 and .342;
 # on 30 clear clusters .264, .164, .143, .146 and .146.
 PARTIAL_POWER = 3
+# Most codewords of a first level that is scanned; larger ones are quicker to search.
+FIRST_SCANNED = 1024
 # Outside these lengths of rows and codewords, squares or their rounding leave float32's range.
 LENGTHS = (1e-12, 1e12)
 
@@ -48,14 +52,13 @@ class _Partials:
     """Partial codes of some rows, best first."""
 
     codes: Labels  # (n, partials, levels so far)
-    residuals: Array  # (n, partials, dim)
-    distances: Array  # (n, partials), the residuals' squared lengths
+    distances: Array  # (n, partials), the squared lengths of what they leave of the rows
 
-    def extend(self, parents: Labels, labels: Labels, distances: Array, book: Array) -> _Partials:
+    def extend(self, parents: Labels, labels: Labels, distances: Array) -> _Partials:
         """Return the children ``labels`` ``(n, children)`` of the partial codes ``parents``."""
         at = np.arange(len(labels))[:, None]
         codes = np.concatenate([self.codes[at, parents], labels[:, :, None]], axis=2)
-        return _Partials(codes, self.residuals[at, parents] - book[labels], distances)
+        return _Partials(codes, distances)
 
 
 def encode_beam(
@@ -67,11 +70,19 @@ def encode_beam(
     per level, and ``width`` sums of as many numbers as there are codewords per row. Otherwise a
     search of each level for every partial code.
     """
-    codes, residuals = [], []
-    for beam in _beams(block, codebooks, width, 1, threads):  # the last level's best alone
-        codes.append(np.ascontiguousarray(beam.codes[:, 0]))
-        residuals.append(beam.residuals[:, 0])
-    return np.concatenate(codes), np.concatenate(residuals)
+    # Of the last level the best alone.
+    beams = _beams(block, codebooks, width, 1, threads)
+    codes = np.concatenate([beam.codes[:, 0] for beam in beams])
+    return codes, _subtract_codewords(block, codes, [book.codewords for book in codebooks])
+
+
+def _subtract_codewords(
+    rows: Array, codes: npt.NDArray[np.integer], codebooks: Sequence[Array]
+) -> Array:
+    """Return what codes ``(n, levels)`` leave of rows ``(n, dim)``, level by level."""
+    for codebook, labels in zip(codebooks, codes.T, strict=False):
+        rows = subtract_rows(rows, codebook, labels)
+    return rows
 
 
 def _beams(
@@ -84,31 +95,41 @@ def _beams(
     """Yield the ``last`` best codes that a beam of ``width`` finds, a few rows at a time."""
     products = _level_products(codebooks, len(block))
     for start in range(0, len(block), BEAM_ROWS):
-        # A beam starts with the empty code, whose residual is the row itself.
         rows = block[start : start + BEAM_ROWS]
         # Products are scanned only where float32 holds them.
         longest = float(np.abs(rows).max(initial=0.0)) * math.sqrt(rows.shape[1])
         scanned = bool(products) and longest < LENGTHS[1]
-        none = np.empty((len(rows), 1, 0), np.int64)
-        beam = _Partials(none, rows[:, None], np.empty((len(rows), 1), np.float32))
-        for level, codebook in enumerate(codebooks):
-            keep = width if level + 1 < len(codebooks) else last
-            if scanned and level:
-                beam = _scan_level(rows, beam, products[level - 1], keep, threads)
-            else:
-                beam = _search_level(beam, codebook, keep, threads)
-        yield beam
+        # A beam starts with the empty code.
+        beam = _Partials(
+            np.empty((len(rows), 1, 0), np.int64), np.zeros((len(rows), 1), np.float32)
+        )
+        keep = [width] * (len(codebooks) - 1) + [last]
+        searched = len(codebooks)
+        if scanned:
+            searched = int(len(codebooks[0]) > FIRST_SCANNED)
+        for level in range(searched):
+            beam = _search_level(rows, beam, codebooks[: level + 1], keep[level], threads)
+        yield _scan_levels(rows, beam, products[searched:], keep[searched:], threads)
 
 
 def _search_level(
-    beam: _Partials, codebook: IndexedCodebook, width: int, threads: int | None
+    rows: Array,
+    beam: _Partials,
+    codebooks: Sequence[IndexedCodebook],
+    width: int,
+    threads: int | None,
 ) -> _Partials:
-    """Search the level for the nearest codewords of every partial code's residual."""
-    items, partials, dim = beam.residuals.shape
+    """Search the last of the levels for the nearest codewords of every partial code's residual."""
+    *earlier, codebook = codebooks
+    items, partials, dim = *beam.distances.shape, rows.shape[1]
     children = min(width, len(codebook))
-    small = beam.residuals.size * len(codebook) < THREADED_WORK
+    small = items * partials * dim * len(codebook) < THREADED_WORK
     search = partial(nearest_m, codebook=codebook, m=children, threads=1 if small else threads)
-    residuals = torch.from_numpy(beam.residuals)
+    books = [book.codewords for book in earlier]
+    parents = np.repeat(rows, partials, axis=0)
+    lines = beam.codes.reshape(items * partials, len(books))
+    residuals = torch.from_numpy(_subtract_codewords(parents, lines, books))
+    residuals = residuals.reshape(items, partials, dim)
     best = search(residuals[:, 0])
     labels, distances = best.labels.numpy(), best.distances.numpy()
     if partials > 1:
@@ -124,7 +145,6 @@ def _search_level(
         order // children,
         np.take_along_axis(labels, order, axis=1),
         np.take_along_axis(distances, order, axis=1),
-        codebook.codewords,
     )
 
 
@@ -137,9 +157,10 @@ class _LevelProducts:
     codes, and sums of numbers that are known.
     """
 
-    codewords: Array  # (codes, dim)
-    padded: Array  # the same with the columns that canonical keys need
-    transposed: torch.Tensor  # (dim, columns) the same transposed, with zero columns at the end
+    codewords: Array  # (codes, width), with the columns that canonical keys need
+    earlier: Array  # (codes before, width), those of the levels before
+    # (dim, columns) what rows are multiplied with: codewords, of the first level centered; then 0
+    transposed: torch.Tensor
     bias: torch.Tensor  # (columns,) minus half their squares, minus infinity at the end
     products: Array  # (codes before, columns)
     first: Labels  # row of `products` at which each level before starts
@@ -149,7 +170,7 @@ class _LevelProducts:
 
     def margins(self, lengths: npt.NDArray[np.float64]) -> Array:
         """Return how far apart two scores of a row of this length may be by rounding alone."""
-        dim = self.codewords.shape[1]
+        dim = self.transposed.shape[0]
         whole = lengths + self.before + self.reach
         # Sums of `dim` products and half a square, in any order; then the few sums of scores, the
         # rounding of residuals and of the float32 distances in which ties are told.
@@ -159,7 +180,7 @@ class _LevelProducts:
 
 
 def _level_products(codebooks: Sequence[IndexedCodebook], rows: int) -> list[_LevelProducts]:
-    """Return the products of the levels after the first; none where they would not pay."""
+    """Return the products of all levels; none where they would not pay."""
     sizes = [len(book) for book in codebooks]
     columns = [padded(size, SCAN) for size in sizes]
     needed = sum(4 * sum(sizes[:level]) * columns[level] for level in range(1, len(sizes)))
@@ -180,37 +201,39 @@ def _level_products(codebooks: Sequence[IndexedCodebook], rows: int) -> list[_Le
 
 
 def _multiply_levels(codebooks: Sequence[IndexedCodebook]) -> list[_LevelProducts]:
-    """Multiply every level after the first; none where float32 does not hold the products."""
+    """Multiply the levels; none where float32 does not hold the products."""
     books = [book.codewords for book in codebooks]
     # Rows and the first codebook are centered: shorter vectors have smaller rounding errors.
     center = books[0].mean(axis=0, dtype=np.float64).astype(np.float32)
-    earlier = [books[0] - center, *books[1:]]
+    centered = [books[0] - center, *books[1:]]
     # Lengths bound what rounding changes in products and squares.
     longest = [
-        float(np.sqrt(np.square(each, dtype=np.float64).sum(axis=1).max())) for each in earlier
+        float(np.sqrt(np.square(each, dtype=np.float64).sum(axis=1).max())) for each in centered
     ]
     if not LENGTHS[0] < min(longest) <= max(longest) < LENGTHS[1]:
         return []
+    none = np.empty((0, books[0].shape[1]), dtype=np.float32)
+    wide = [float32_rows(each, name="codebook") for each in (none, *books)]
     levels = []
-    for level in range(1, len(books)):
-        codewords = books[level]
+    for level, codewords in enumerate(centered):
         # Columns are padded for the scan; a bias of minus infinity keeps padding out of the best.
         transposed = np.zeros((codewords.shape[1], padded(len(codewords), SCAN)), dtype=np.float32)
         transposed[:, : len(codewords)] = codewords.T
         bias = np.full(transposed.shape[1], -np.inf, dtype=np.float32)
         bias[: len(codewords)] = -0.5 * np.square(codewords, dtype=np.float64).sum(axis=1)
-        rows = torch.from_numpy(np.concatenate(earlier[:level]))
+        rows = torch.from_numpy(np.concatenate([none, *centered[:level]]))
         products = torch.empty((len(rows), transposed.shape[1]), dtype=torch.float32)
         with one_blas_thread():  # products with `out` are float32 under autocast too
             torch.mm(rows, torch.from_numpy(transposed), out=products)
+        ends = np.cumsum([0, *map(len, books[:level])])
         levels.append(
             _LevelProducts(
-                codewords=codewords,
-                padded=float32_rows(codebooks[level].codewords, name="codebook"),
+                codewords=wide[level + 1],
+                earlier=np.concatenate(wide[: level + 1]),
                 transposed=torch.from_numpy(transposed),
                 bias=torch.from_numpy(bias),
                 products=products.numpy(),
-                first=np.cumsum([0, *(len(each) for each in books[: level - 1])]),
+                first=ends[:-1],
                 center=center,
                 reach=longest[level],
                 before=sum(longest[:level]),
@@ -219,44 +242,87 @@ def _multiply_levels(codebooks: Sequence[IndexedCodebook]) -> list[_LevelProduct
     return levels
 
 
-def _scan_level(
-    rows: Array, beam: _Partials, level: _LevelProducts, width: int, threads: int | None
+def _scan_levels(
+    rows: Array,
+    beam: _Partials,
+    levels: Sequence[_LevelProducts],
+    keep: Sequence[int],
+    threads: int | None,
 ) -> _Partials:
-    """Find the level's best children from products that all partial codes of a row share."""
-    items, partials, dim = beam.residuals.shape
-    columns = len(level.bias)
-    best = min(width, partials * len(level.codewords))
-    parents, labels = np.empty((2, items, best), dtype=np.int64)
-    distances = np.empty((items, best), dtype=np.float32)
+    """Extend partial codes by ``levels``, a few rows at a time; ``keep`` of them at each level."""
+    if not levels:
+        return beam
 
-    def work(start: int) -> None:
-        part = slice(start, start + SCAN_ROWS)
-        x = rows[part] - level.center
-        count, capacity = len(x), max(8 * SCAN, 4 * best + 2 * SCAN)
-        # One product per row and codeword, whatever the number of partial codes.
-        base = np.empty((count, columns), dtype=np.float32)
-        torch.addmm(level.bias, torch.from_numpy(x), level.transposed, out=torch.from_numpy(base))
+    size = max(1, min(SCAN_ROWS, SCAN_SCORES // max(len(level.bias) for level in levels)))
+
+    def work(start: int) -> _Partials:
+        part = slice(start, start + size)
+        found = _Partials(beam.codes[part], beam.distances[part])
+        x, wide = rows[part] - levels[0].center, float32_rows(rows[part], name="x")
         lengths = np.sqrt(np.einsum("nd,nd->n", x, x, dtype=np.float64))
-        counts = np.zeros(count, dtype=np.int64)
-        candidates = np.empty((count, capacity), dtype=np.int32)
-        # Children that may be among the best by their float32 scores.
-        engine.keys.scan_children(
-            base, 0.5 * beam.distances[part], level.products, beam.codes[part] + level.first,
-            level.bias.numpy(), level.margins(lengths), np.full(count, np.finfo(np.float32).min),
-            counts, candidates, np.empty((count, capacity), dtype=np.float32), best,
-            np.empty(capacity, dtype=np.float32), engine.table.aligned((1, columns), np.float32),
-        )  # fmt: skip
-        # Canonical distances decide among them, so the codes are those of a full search.
-        residuals = np.zeros((count * partials, level.padded.shape[1]), dtype=np.float32)
-        residuals[:, :dim] = beam.residuals[part].reshape(-1, dim)
-        engine.keys.resolve_children(
-            residuals, level.padded, columns, counts, candidates, parents[part], labels[part],
-            distances[part],
-        )  # fmt: skip
+        for level, width in zip(levels, keep, strict=True):
+            found = _scan_level(wide, torch.from_numpy(x), lengths, found, level, width)
+        return found
 
-    small = beam.residuals.size * len(level.codewords) < THREADED_WORK
-    map_blocks(work, range(0, items, SCAN_ROWS), threads=1 if small else threads)
-    return beam.extend(parents, labels, distances, level.codewords)
+    most = max(len(level.codewords) for level in levels)
+    small = rows.size * max(keep) * most < THREADED_WORK
+    parts = map_blocks(work, range(0, len(rows), size), threads=1 if small else threads)
+    return _Partials(
+        np.concatenate([part.codes for part in parts]),
+        np.concatenate([part.distances for part in parts]),
+    )
+
+
+# Fresh memory costs page faults, which for a few rows take longer than their scan.
+_buffers = threading.local()
+
+
+def _buffer(name: str, shape: tuple[int, int], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """Return memory of this thread that is reused by the next call; its contents are undefined."""
+    size = shape[0] * shape[1]
+    buffer: npt.NDArray[Any] | None = getattr(_buffers, name, None)
+    if buffer is None or buffer.size < size:
+        buffer = engine.table.aligned((size,), dtype)
+        setattr(_buffers, name, buffer)
+    return buffer[:size].reshape(shape)
+
+
+def _scan_level(
+    rows: Array,
+    centered: torch.Tensor,
+    lengths: npt.NDArray[np.float64],
+    beam: _Partials,
+    level: _LevelProducts,
+    width: int,
+) -> _Partials:
+    """Find the level's best children from products that all partial codes of a row share.
+
+    Shapes: ``rows`` (n, width) padded, ``centered`` (n, dim), ``lengths`` (n,) of the latter.
+    """
+    count, columns = len(rows), len(level.bias)
+    best = min(width, beam.distances.shape[1] * len(level.codewords))
+    capacity = 4 * max(best, SCAN) + 2 * SCAN
+    lines = beam.codes + level.first
+    # One product per row and codeword, whatever the number of partial codes.
+    base = _buffer("base", (count, columns), np.float32)
+    torch.addmm(level.bias, centered, level.transposed, out=torch.from_numpy(base))
+    counts = np.zeros(count, dtype=np.int64)
+    candidates = _buffer("candidates", (count, capacity), np.int32)
+    # Children that may be among the best by their float32 scores.
+    engine.keys.scan_children(
+        base, 0.5 * beam.distances, level.products, lines, level.bias.numpy(),
+        level.margins(lengths), np.full(count, np.finfo(np.float32).min), counts, candidates,
+        _buffer("values", (count, capacity), np.float32), best, np.empty(capacity, np.float32),
+        _buffer("scores", (1, columns), np.float32),
+    )  # fmt: skip
+    parents, labels = np.empty((2, count, best), dtype=np.int64)
+    distances = np.empty((count, best), dtype=np.float32)
+    # Canonical distances decide among them, so the codes are those of a full search.
+    engine.keys.resolve_children(
+        rows, level.earlier, lines, level.codewords, columns, counts, candidates, parents, labels,
+        distances,
+    )  # fmt: skip
+    return beam.extend(parents, labels, distances)
 
 
 # Training with a beam -----------------------------------------------------------------------------
@@ -279,9 +345,7 @@ class PartialResiduals:
 
     def _subtract(self, rows: Array, at: npt.NDArray[np.int64]) -> Array:
         """Subtract the codewords of the partial codes ``at`` from copies ``rows`` of their rows."""
-        for codebook, labels in zip(self.codebooks, self.codes[at].T, strict=True):
-            rows = rows - codebook[labels]
-        return rows
+        return _subtract_codewords(rows, self.codes[at], self.codebooks)
 
     def blocks(self, size: int = BLOCK_ROWS) -> Iterator[tuple[int, Array]]:
         """Yield ``(first row, rows)`` in order."""

@@ -28,6 +28,9 @@ BLOCK_ROWS = 65_536
 # Rows that are read again and again are held in memory up to this size.
 MEMORY_BYTES = 1 << 30
 
+# Numbers from which on a kernel that makes no copy of the subtracted rows is worth its import.
+FUSED_SIZE = 1 << 19
+
 # Views on rows --------------------------------------------------------------------------------
 
 
@@ -132,10 +135,30 @@ def residuals(
 
     def subtract_codewords(rows: Array, at: slice | npt.NDArray[np.int64]) -> Array:
         for codes, codebook in levels:  # in level order: float32 differences depend on it
-            rows = rows - codebook[codes[at]]
+            rows = subtract_rows(rows, codebook, codes[at])
         return rows
 
     return RowView(base, subtract_codewords, base.dim)
+
+
+def subtract_rows(rows: Array, table: Array, places: npt.NDArray[np.integer]) -> Array:
+    """Return ``rows - table[places]``: rows (n, dim), table (codes, dim), places (n,)."""
+    out = np.empty_like(rows)
+    if rows.size < FUSED_SIZE:
+        np.subtract(rows, table[places], out=out)
+    else:
+        _subtract_rows(rows, table, places, out)
+    return out
+
+
+@kernel()
+def _subtract_rows(
+    rows: np.ndarray, table: np.ndarray, places: np.ndarray, out: np.ndarray
+) -> None:
+    for i in range(rows.shape[0]):
+        row, entry, result = rows[i], table[places[i]], out[i]
+        for d in range(rows.shape[1]):
+            result[d] = row[d] - entry[d]
 
 
 class Preprocess:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from semid.errors import UsageError
 from semid.quantization.balance import BalanceOptions, balance_level
 from semid.quantization.beam import encode_beam, partial_residuals
-from semid.quantization.blocks import MEMORY_BYTES, Blocks
+from semid.quantization.blocks import MEMORY_BYTES, Blocks, subtract_rows
 from semid.quantization.kmeans import (
     KMeansOptions,
     KMeansResult,
@@ -26,10 +26,14 @@ from semid.quantization.kmeans import (
 )
 from semid.quantization.nearest import IndexedCodebook, assign
 from semid.quantization.sharding import LocalShardPool, ShardedMatrix, as_sharded
+from semid.quantization.threads import resolve_threads
 from semid.seeds import child_seed
 
 Array = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
+
+# Rows per thread that take all levels before the next ones begin: their residuals stay in cache.
+ENCODE_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -177,10 +181,13 @@ def encode_residual(
     if beam_width > 1 and len(block):
         codes, residual = encode_beam(block, codebooks, beam_width, threads)
     else:
-        codes, residual = np.empty((len(block), len(codebooks)), dtype=np.int64), block
-        for level, codebook in enumerate(codebooks):
-            codes[:, level], _ = assign(residual, codebook, threads=threads)
-            residual = residual - codebook.codewords[codes[:, level]]
+        codes, residual = np.empty((len(block), len(codebooks)), dtype=np.int64), block.copy()
+        size = ENCODE_ROWS * resolve_threads(threads)
+        for start in range(0, len(block), size):
+            rows, found = residual[start : start + size], codes[start : start + size]
+            for level, codebook in enumerate(codebooks):
+                found[:, level], _ = assign(rows, codebook, threads=threads)
+                rows[:] = subtract_rows(rows, codebook.codewords, found[:, level])
     return ResidualCodes.of(codes, residual)
 
 

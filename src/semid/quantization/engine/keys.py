@@ -155,24 +155,37 @@ def scan_children(
     items, partials, before = lines.shape
     columns = base.shape[1]
     lanes = np.empty(SCAN, np.float32)
+    score = scores[0]
     for i in range(items):
+        shared = base[i]
         for p in range(partials):
             half = halves[i, p]
-            line = lines[i, p, 0]
-            for j in range(columns):
-                scores[0, j] = base[i, j] - products[line, j] - half
-            for level in range(1, before):
-                line = lines[i, p, level]
+            if before == 0:
                 for j in range(columns):
-                    scores[0, j] -= products[line, j]
+                    score[j] = shared[j] - half
+            else:
+                line = products[lines[i, p, 0]]
+                for j in range(columns):
+                    score[j] = shared[j] - line[j] - half
+            for level in range(1, before):
+                line = products[lines[i, p, level]]
+                for j in range(columns):
+                    score[j] -= line[j]
             if p == 0 and k <= SCAN:
                 # The best of each lane are as many different children of the best partial code, so
-                # that the k-th of them is a bound to start from.
-                lanes[:] = scores[0, :SCAN]
+                # that the k-th of them is a bound to start from. Fewer lanes are quicker to sort.
+                lanes[:] = score[:SCAN]
                 for at in range(SCAN, columns, SCAN):
                     for j in range(SCAN):
-                        lanes[j] = max(lanes[j], scores[0, at + j])
-                top[i] = max(top[i], kth_largest(lanes, SCAN, k))
+                        value = score[at + j]
+                        lanes[j] = value if value > lanes[j] else lanes[j]
+                count = SCAN
+                while count >= 6 * k:
+                    count //= 2
+                    for j in range(count):
+                        value = lanes[count + j]
+                        lanes[j] = value if value > lanes[j] else lanes[j]
+                top[i] = max(top[i], kth_largest(lanes, count, k))
             scan(
                 scores, 1, columns, p * columns, offsets, margin, top, counts, candidates, values,
                 i, k, scratch,
@@ -182,45 +195,60 @@ def scan_children(
 
 @numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True)
 def resolve_children(
-    residuals: F32, codewords: F32, columns: int, counts: I64, candidates: I32, parents: I64,
-    labels: I64, distances: F32,
+    rows: F32, earlier: F32, lines: I64, codewords: F32, columns: int, counts: I64,
+    candidates: I32, parents: I64, labels: I64, distances: F32,
 ) -> None:  # fmt: skip
     """Sort each item's best children by distance; ties go to the better parent, the lower code.
 
-    ``residuals`` ``(items * partials, width)``; ``codewords`` ``(codes, width)``; ``columns`` per
-    partial code among the candidates of `scan_children`, of which ``counts`` ``(items,)`` are used
-    (below 0: all children). Writes ``parents``, ``labels`` and ``distances`` ``(items, best)``,
-    infinite where an item has too few.
+    ``rows`` ``(items, width)``; ``earlier`` ``(codes before, width)`` are the codewords of the
+    levels before, of which ``lines`` ``(items, partials, levels before)`` names those of each
+    partial code; ``codewords`` ``(codes, width)``; ``columns`` per partial code among the
+    candidates of `scan_children`, of which ``counts`` ``(items,)`` are used (below 0: all
+    children). Writes ``parents``, ``labels`` and ``distances`` ``(items, best)``, infinite where an
+    item has too few.
     """
     items, best = labels.shape
-    partials = residuals.shape[0] // max(items, 1)
-    exact = np.empty(candidates.shape[1])
-    children = np.empty(candidates.shape[1], np.int64)
+    partials, before = lines.shape[1], lines.shape[2]
+    width = rows.shape[1]
+    exact = np.empty(best)
+    residual = np.empty((1, width), np.float32)
     for i in range(items):
         everything = counts[i] < 0
-        count = partials * columns if everything else counts[i]
-        if count > len(exact):
-            exact, children = np.empty(count), np.empty(count, np.int64)
-        size = 0
-        for number in range(count):
+        size, parent = 0, -1
+        for number in range(partials * columns if everything else counts[i]):
             child = number if everything else candidates[i, number]
             p, code = child // columns, child % columns
-            if code < codewords.shape[0]:
-                value = key(0, residuals, i * partials + p, 0.0, codewords, code, 0.0)
-                exact[size] = math.inf if math.isnan(value) else value
-                children[size] = child
-                size += 1
-        # Candidates come by parent, then by code. Partial codes compare as they are kept, in
-        # float32, ties to the better parent; within one parent all digits count.
-        order = np.argsort(exact[:size], kind="mergesort")
-        rounded = exact[order].astype(np.float32)
-        # The bits of floats that are not negative rise with them.
-        by_parent = rounded.view(np.int32).astype(np.int64) * partials + children[order] // columns
-        order = order[np.argsort(by_parent, kind="mergesort")]
-        for at in range(best):
-            if at < size:
-                child = children[order[at]]
-                parents[i, at], labels[i, at] = child // columns, child % columns
-                distances[i, at] = exact[order[at]]
-            else:
-                distances[i, at], parents[i, at], labels[i, at] = np.inf, 0, 0
+            if code >= codewords.shape[0]:
+                continue
+            if p != parent:  # candidates come by parent, then by code
+                parent = p
+                for d in range(width):
+                    residual[0, d] = rows[i, d]
+                for level in range(before):
+                    codeword = earlier[lines[i, p, level]]
+                    for d in range(width):
+                        residual[0, d] -= codeword[d]
+            value = key(0, residual, 0, 0.0, codewords, code, 0.0)
+            if math.isnan(value):
+                value = math.inf
+            # Insert it among the best so far. Partial codes compare as they are kept, in float32,
+            # ties to the better parent; within one parent all digits count.
+            rounded, at = np.float32(value), size
+            while at > 0 and (
+                rounded < distances[i, at - 1]
+                or (
+                    rounded == distances[i, at - 1]
+                    and p == parents[i, at - 1]
+                    and value < exact[at - 1]
+                )
+            ):
+                at -= 1
+            if at == best:
+                continue
+            size = min(size + 1, best)
+            for place in range(size - 1, at, -1):
+                exact[place], distances[i, place] = exact[place - 1], distances[i, place - 1]
+                parents[i, place], labels[i, place] = parents[i, place - 1], labels[i, place - 1]
+            exact[at], distances[i, at], parents[i, at], labels[i, at] = value, rounded, p, code
+        for at in range(size, best):
+            distances[i, at], parents[i, at], labels[i, at] = np.inf, 0, 0
