@@ -10,7 +10,7 @@ import pytest
 
 from report_cases import FixedParallel, blobs, healthy, logs, titles
 from semid.report import diagnose
-from semid.report.explorer import build_tree, describing_words, shorten, tokens
+from semid.report.explorer import TextWords, build_tree, describing_words, shorten
 from semid.report.figure import number, share
 from semid.report.figures import report_figures
 from semid.report.pages import embed_json
@@ -139,10 +139,10 @@ def test_tree_budget_keeps_the_fullest_and_counts_the_rest() -> None:
 def test_words_describe_their_group() -> None:
     texts = ["red lipstick matte", "red lipstick gloss", "green shampoo", "green shampoo dry"]
     groups = np.array([0, 0, 1, 1])
-    found = describing_words([set(tokens(t)) for t in texts], groups)
+    found = describing_words(TextWords.of(texts), groups)
     assert set(found[0]) == {"red", "lipstick"}
     assert set(found[1]) == {"green", "shampoo"}
-    assert "the" not in tokens("The 12 oz bottle of it")
+    assert TextWords.of(["The 12 oz Bottle of it"]).vocabulary == ["bottle"]
 
 
 def test_titles_are_cut_at_a_character() -> None:

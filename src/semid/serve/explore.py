@@ -17,9 +17,9 @@ from semid.report.explorer import (
     MAX_BUCKETS,
     MAX_EXAMPLES,
     NEIGHBORS,
+    TextWords,
     describing_words,
     shorten,
-    tokens,
 )
 from semid.report.pages import render
 from semid.serve.batching import Refused
@@ -87,7 +87,7 @@ class Tree:
             count = min(stop - start, WORD_ITEMS)
             rows = self.trie.rows[np.linspace(start, stop - 1, count).astype(np.int64)]
             source = texts.titles if texts.text is None else texts.text
-            words = [set(tokens(text)) for text in source.take(pa.array(rows)).to_pylist()]
+            words = TextWords.of(source.take(pa.array(rows)))
             depth = len(codes) if len(self.trie.sizes) > 1 else self.level
             groups = self.version.ids.codes[rows, depth].astype(np.int64)
             if len(self.words) >= KEPT_NODES:
