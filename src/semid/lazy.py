@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property, update_wrapper
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
@@ -53,6 +54,28 @@ class Kernel:
     def __call__(self, *arguments: Any) -> Any:
         """Call the compiled function."""
         return self.compiled(*arguments)
+
+
+@contextmanager
+def compiling(tell: Callable[[], None]) -> Iterator[None]:
+    """Call ``tell`` after every kernel that has to be compiled, not those that these call."""
+    from numba.core import event
+
+    depth = 0
+
+    class Listener(event.Listener):  # type: ignore[misc]
+        def on_start(self, each: Any) -> None:
+            nonlocal depth
+            depth += 1
+
+        def on_end(self, each: Any) -> None:
+            nonlocal depth
+            depth -= 1
+            if depth == 0:
+                tell()
+
+    with event.install_listener("numba:compile", Listener()):
+        yield
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])

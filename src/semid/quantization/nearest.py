@@ -14,8 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from semid.errors import UsageError, check_choice
-from semid.lazy import is_imported, torch
+from semid.lazy import compiling, torch
+from semid.progress import Progress, QuietProgress
 from semid.quantization import engine
+from semid.quantization.blocks import statistics
 from semid.quantization.engine.plain import (
     L2,
     METRICS,
@@ -49,13 +51,19 @@ class Nearest(NamedTuple):
     distances: Tensor  # float32 squared Euclidean distances
 
 
-def compile_kernels() -> None:
-    """Compile, or fetch from the cache, and test the kernels of this machine's routes.
+def compile_kernels(progress: Progress | None = None) -> None:
+    """Compile, or fetch from the cache, the kernels of search and K-means, and test the routes.
 
-    Searching does so by itself. This is for programs that want to say why the first search on a
-    machine takes half a minute of a core longer.
+    Searching does so by itself. This is for programs that want to show why the first search on a
+    machine takes ten seconds longer: ``progress`` counts the kernels that are compiled.
     """
-    engine.search.working_routes(import_torch=is_imported("torch"))
+    progress = progress or QuietProgress()
+    progress.start("prepare kernels", total=engine.search.kernel_count() + 2)
+    with compiling(progress.step):
+        engine.search.working_routes(with_torch=False)
+        # One row in one group compiles the sums of K-means.
+        row = np.zeros((1, 1), np.float32)
+        statistics(row, np.zeros(1, np.int64), row[0], codes=1)
 
 
 class IndexedCodebook:

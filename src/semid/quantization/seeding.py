@@ -123,7 +123,7 @@ class _Sample:
         self.closest: Array = np.full(len(y), np.inf, dtype=np.float32)
         # Gains only order candidates, so products of bfloat16 are enough. They are rounded whether
         # or not the chip multiplies such numbers, so that chips differ in the order of sums alone.
-        native = any(route.name == "bf16" for route in engine.search.working_routes())
+        native = engine.search.has_bfloat16()
         self.coarse = self.y.to(torch.bfloat16).to(torch.bfloat16 if native else torch.float32)
 
     def draw(self, size: int, generator: np.random.Generator) -> Numbers:

@@ -234,8 +234,7 @@ class Tokenizer(Transformer):
         started = time.monotonic()
         progress = progress or QuietProgress()
         opened = open_embeddings(source, ids=ids)
-        progress.start("prepare kernels")  # once on a machine this takes a minute
-        compile_kernels()
+        compile_kernels(progress)  # once on a machine this takes ten seconds
         # A hash of the id holds an item out, so later fits and reports agree on which they are.
         train = ~held_out_mask(opened.ids, self.validation_fraction, salt=HELD_OUT_SALT)
         # Every row is read once before anything is learned: bad rows show now, not after an hour.

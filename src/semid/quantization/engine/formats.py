@@ -207,6 +207,7 @@ class _Fused:
 class _FusedInteger(_Fused):
     """Integer products: queries with a step for each 32 rows, the table with one."""
 
+    kernels = 4
     name: str
     integer: Any  # type of the queries' integers
     zero: int  # added to the table's integers, since VNNI and AMX take one side unsigned
@@ -270,6 +271,7 @@ class FusedBfloat16(_Fused):
     """bfloat16 products with float32 sums that start from minus the offset."""
 
     name = "bf16"
+    kernels = 3
 
     def prepare(self, table: VectorTable) -> Operand | None:
         """Round the scaled rows to bfloat16."""
@@ -322,6 +324,7 @@ class Float32Gemm:
     name = "fp32"
     library = "torch float32"
     uses_torch = True
+    kernels = 2
 
     def unavailable(self) -> str | None:
         """Return why this route cannot run here, or None."""
@@ -357,6 +360,7 @@ class Bfloat16Gemm:
     name = "bf16"
     library = "torch bfloat16"
     uses_torch = True
+    kernels = 3
 
     def unavailable(self) -> str | None:
         """Return why this route cannot run here, or None."""

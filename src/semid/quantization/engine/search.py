@@ -50,8 +50,11 @@ REUSED_TABLES = 7
 MIN_PROBED_QUERIES = 4096
 
 
-# Seconds that the other routes must be expected to take before torch is imported for its own.
-TORCH_SECONDS = 1.5
+# Kernels that every route needs: lengths of rows, centering of tables and of queries.
+SHARED_KERNELS = 3
+# Seconds that a search must be expected to take before the routes of torch are tried too: their
+# kernels have to be fetched or compiled, and torch may have to be imported.
+SECONDS, IMPORT_SECONDS = 0.2, 1.5
 
 
 class SearchResult(NamedTuple):
@@ -68,6 +71,7 @@ class Route(Protocol):
     name: str
     library: str
     uses_torch: bool
+    kernels: int  # that it compiles for itself
 
     def unavailable(self) -> str | None:
         """Return why this route cannot run here, or None."""
@@ -209,14 +213,34 @@ def _probe_machine(use_torch: bool) -> tuple[tuple[Route, ...], tuple[str, ...]]
     return tuple(working), tuple(notes)
 
 
-def working_routes(*, import_torch: bool = True) -> tuple[Route, ...]:
+def _available(*, use_torch: bool) -> list[Route]:
+    """Return the routes that this chip has instructions for, one per name."""
+    routes: dict[str, Route] = {}
+    for route in _candidates():
+        if (use_torch or not route.uses_torch) and route.unavailable() is None:
+            routes.setdefault(route.name, route)
+    return list(routes.values())
+
+
+def has_bfloat16() -> bool:
+    """Whether this chip multiplies bfloat16 numbers."""
+    return any(route.name == "bf16" for route in _available(use_torch=True))
+
+
+def kernel_count() -> int:
+    """Return how many kernels testing the routes compiles where none is cached."""
+    routes = _available(use_torch=False) or _available(use_torch=True)
+    return SHARED_KERNELS + sum(route.kernels for route in routes)
+
+
+def working_routes(*, with_torch: bool = True) -> tuple[Route, ...]:
     """Return the routes that passed their self-test here, one per name.
 
-    The first call runs the tests and logs their outcome. Without ``import_torch``, the routes that
-    multiply with torch are left out where it has not been imported and others work.
+    The first call runs the tests and logs their outcome. Without ``with_torch``, the routes that
+    multiply with torch are left out where others work.
     """
     with _lock:
-        use_torch = import_torch or is_imported("torch") or not _probe_machine(False)[0]
+        use_torch = with_torch or not _probe_machine(False)[0]
         known = _probe_machine.cache_info().currsize
         if not known:
             logger.info("testing the nearest-codeword routes (the very first time compiles them)")
@@ -248,7 +272,7 @@ def choose(route: str, queries: Rows, table: VectorTable, *, k: int = 1) -> Rout
     if k in table.routes:
         known: Route = table.routes[k]
         return known
-    routes = _usable(table, import_torch=False)
+    routes = _usable(table, with_torch=False)
     if len(queries) < MIN_PROBED_QUERIES:
         return routes[0]
     shape = (table.metric, len(table), table.dim, k)
@@ -259,8 +283,8 @@ def choose(route: str, queries: Rows, table: VectorTable, *, k: int = 1) -> Rout
         return recent
     sample = float32_rows(queries[:: max(1, len(queries) // PROBE_ROWS)][:PROBE_ROWS], name="x")
     times = _time_routes(routes, sample, table, k)
-    if times.min() * len(queries) > TORCH_SECONDS and not is_imported("torch"):
-        routes = _usable(table, import_torch=True)
+    if times.min() * len(queries) > (SECONDS if is_imported("torch") else IMPORT_SECONDS):
+        routes = _usable(table, with_torch=True)
         times = _time_routes(routes, sample, table, k)
     best = routes[int(times.argmin())]
     measured = ", ".join(
@@ -274,10 +298,10 @@ def choose(route: str, queries: Rows, table: VectorTable, *, k: int = 1) -> Rout
     return best
 
 
-def _usable(table: VectorTable, *, import_torch: bool) -> list[Route]:
+def _usable(table: VectorTable, *, with_torch: bool) -> list[Route]:
     """Return the working routes that can hold a table; one of torch can hold any."""
-    for use_torch in (import_torch, True):
-        working = working_routes(import_torch=use_torch)
+    for use_torch in (with_torch, True):
+        working = working_routes(with_torch=use_torch)
         if routes := [each for each in working if _operand(each, table) is not None]:
             break
     return routes
