@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import semid
@@ -50,6 +52,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = semid.RQKMeans(levels=3, codebook_size=16, normalize=True, center=True).fit(x)
     model.save(folder / "model")
     model.encode(x).write(folder / "ids.parquet")
+    log = pa.table({"user_id": ["a", "b"], "item_id": ["1", "2"], "timestamp": [1, 2]})
+    pq.write_table(log, folder / "log.parquet")
     return folder
 
 
@@ -86,6 +90,20 @@ REFUSED = {
     "fit x.npy -o model": "exists",
     "fit x.npy -o out --levels 0": "levels=0",
     "fit x.npy -o out --codebok-size 3": "--codebook-size",
+    "fit nowhere.npy -o out --tokenizer rqvae": "does not exist",
+    "fit log.parquet -o out --tokenizer rqvae --epochs 3": "embedding",
+    "fit x.npy -o out --tokenizer rqvae --epochs 0": "epochs=0",
+    "fit x.npy -o out --tokenizer rqvae --precision half": "precision='half'",
+    "report model nowhere.npy -o r.html": "does not exist",
+    "audit nowhere.parquet -o a.html": "does not exist",
+    "rank nowhere.parquet -o out": "does not exist",
+    "rank log.parquet -o out --user-column who": "--user-column",
+    "rank log.parquet -o out --batch-size 0": "batch_size=0",
+    "rank log.parquet -o model": "exists",
+    "retrieve log.parquet --ids nowhere.parquet -o out": "does not exist",
+    "retrieve log.parquet --ids ids.parquet -o out --item-column what": "--item-column",
+    "retrieve log.parquet --ids ids.parquet -o out --epochs 0": "epochs=0",
+    "import nowhere.parquet -o out.parquet": "does not exist",
 }
 
 
@@ -95,6 +113,27 @@ def test_refusing_needs_neither(folder: Path, command: str) -> None:
     assert done["result"] != 0
     assert REFUSED[command] in done["stderr"]
     assert done["imported"] == []
+
+
+def test_kernels_are_counted_as_they_are_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    code = """
+from semid.quantization.nearest import compile_kernels
+class Counter:
+    total = done = 0
+    def start(self, task, *, total=None):
+        self.total = total
+    def step(self, done=1, **fields):
+        self.done += done
+progress = Counter()
+compile_kernels(progress)
+result = [progress.done, progress.total]
+"""
+    done, total = run(code, folder=tmp_path)["result"]
+    assert 5 <= done == total
+    assert run(code, folder=tmp_path)["result"] == [0, total]  # they come from the cache
 
 
 def pairs(name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -119,9 +158,9 @@ def pairs(name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("name", ["plain", "ties", "far", "huge", "tiny", "not finite", "one"])
-def test_numpy_finds_what_kernels_find(name: str) -> None:
+def test_numpy_finds_what_kernels_find(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x, book = pairs(name)
-    assert not plain.suits_plain(1), "numba has been imported here, so `assign` takes the kernels"
+    monkeypatch.setattr(plain, "WORK", 0)  # `assign` takes the kernels
     labels, distances = assign(x, book)
     found, keys = plain.nearest_plain(x, book)
     np.testing.assert_array_equal(found, labels)
@@ -151,7 +190,7 @@ plain.WORK = 0
 x = np.random.default_rng(0).normal(size=(5000, 80)).astype(np.float32)
 assign(x, x[:300])
 before = "torch" in sys.modules
-fused = [each for each in search.working_routes(import_torch=False) if not each.uses_torch]
+fused = [each for each in search.working_routes(with_torch=False) if not each.uses_torch]
 result = [before, len(fused), len(search.working_routes())]
 """
     before, fused, routes = run(code, folder=Path.cwd())["result"]

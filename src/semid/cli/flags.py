@@ -10,6 +10,7 @@ Help is plain text in titled sections: Rich's boxes leave the sentences 26 colum
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import inspect
 import json
@@ -65,6 +66,8 @@ class Flag:
     choices: tuple[str, ...] = ()  # allowed strings
     section: str = ""  # heading in the help
     tokenizers: tuple[str, ...] = ()  # which tokenizers or models have it
+    # Range of the value as `semid.options.Option` declares it, where all that have it agree.
+    limits: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def parameter(self) -> inspect.Parameter:
@@ -81,7 +84,15 @@ class Flag:
 
     def value(self, text: Any) -> Any:
         """Return the value of what was given."""
-        return split_list(self.name, text, self.type) if self.type.endswith("s") else text
+        value = split_list(self.name, text, self.type) if self.type.endswith("s") else text
+        if self.limits:
+            from semid.options import Option
+
+            hint = _TYPES.get(self.type.removesuffix("s"), str)
+            declared = Option(choices=self.choices, **self.limits)
+            for problem in declared.problems(self.key.rpartition(".")[2], value, hint):
+                raise UsageError(problem)
+        return value
 
 
 def split_list(name: str, text: str, kind: str = "strs") -> tuple[Any, ...]:
@@ -127,7 +138,15 @@ def read_flags(kind: type, prefix: str = "", defaults: Mapping[str, Any] | None 
             help=f"{about.help.rstrip('.') or field.name}{_default_text(default)}.",
             choices=about.choices,
             section=SECTIONS.get(outer, "Tokenizer"),
+            limits=_limits(about) if named and type(None) not in get_args(hint) else {},
         )
+
+
+def _limits(about: Any) -> dict[str, Any]:
+    """Return the range of an `Option` and its name in messages; nothing if it has no limits."""
+    limits = {name: getattr(about, name) for name in ("ge", "gt", "le", "lt")}
+    limits = {name: value for name, value in limits.items() if value is not None}
+    return {**limits, "name": about.name} if limits or about.choices else {}
 
 
 def _type_name(hint: Any) -> str:
@@ -205,6 +224,8 @@ def _merged_flags(by_kind: Mapping[str, list[Flag]], title: str) -> list[Flag]:
         # An option of few tokenizers goes into a section of theirs, so that the help stays short.
         name = key if flag.key == "n_codebooks" else flag.name
         changed: dict[str, Any] = {"name": name, "help": help_text, "section": section}
+        if any((f.limits, f.choices) != (flag.limits, flag.choices) for _, f in versions):
+            changed["limits"] = {}
         merged.append(replace(flag, key=key, tokenizers=tuple(owners), **changed))
     order = [title, *SECTIONS.values()]
     merged.sort(
@@ -391,6 +412,12 @@ def given_values(flags: Sequence[Flag], arguments: dict[str, Any]) -> dict[str, 
         except tomllib.TOMLDecodeError:  # a bare word is a string
             values[key] = value.strip()
     return values
+
+
+def are_checked(context: typer.Context, command: str, values: Mapping[str, Any]) -> bool:
+    """Whether `Flag.value` has checked all values; others need the classes of the options."""
+    limited = {flag.key for flag in known_flags(command) if flag.limits}
+    return not context.params.get("settings") and set(values) <= limited
 
 
 def check_keys(command: str, values: Mapping[str, Any]) -> None:

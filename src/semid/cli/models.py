@@ -11,6 +11,7 @@ import typer
 
 import semid
 from semid.cli import shared as cli
+from semid.cli.flags import are_checked
 from semid.errors import UsageError
 
 
@@ -85,9 +86,15 @@ def fit(
         _finish(model, output, overwrite=overwrite)
         return
     with cli.open_log(log) as logger:
+        opened = None
+        if are_checked(
+            context, "fit", values
+        ):  # then files may be refused before torch is imported
+            cli.check_inputs(interactions, pairs, neighbors)
+            opened = source.open(embeddings)
         model = make_tokenizer(kind, values, threads=threads, logger=logger)
         _refuse_unused(context, model)
-        opened = source.open(embeddings)
+        opened = source.open(embeddings) if opened is None else opened
         behavior = _behavior(columns.read(context, interactions), pairs, neighbors, opened.ids)
         state = _state_folder(output)
         if logger is not None:

@@ -11,7 +11,7 @@ import typer
 
 import semid
 from semid.cli import shared as cli
-from semid.cli.flags import check_keys, known_flags, split_list
+from semid.cli.flags import are_checked, check_keys, known_flags, split_list
 from semid.errors import check_choice
 
 PARTS = ("validation", "test", "cold")
@@ -94,28 +94,33 @@ def rank(
     from functools import partial
 
     from semid.output import atomic_file
+    from semid.runs import partial_path, remove_state_folder
+    from semid.training.distributed import is_main
+
+    # What needs no torch is checked before it is imported.
+    reads, state = (logs, source.items, ids), Path(partial_path(output))
+    if are_checked(context, "rank", settings) and not cli.is_given(context, "dropout"):
+        cli.check_inputs(*reads)
+        columns.check(logs)
+    if is_main():  # under torchrun the first process alone writes and prints
+        cli.hold_output(output, overwrite=overwrite, inputs=reads, state=state)
+        if analyze is not None:
+            cli.hold_output(analyze, overwrite=overwrite, inputs=reads)
+    data_config = semid.RankingDataConfig.of(options_under(settings, "data"))
+    check_choice("--fusion", fusion, ("on", "off"))
     from semid.recommenders.ranking.analysis import analyze_codes
     from semid.recommenders.ranking.training import (
         compare_with_baseline,
         rank_options,
         training_device,
     )
-    from semid.runs import partial_path, remove_state_folder
-    from semid.training.distributed import is_main
 
     _refuse_unused(context, settings, source, ids=ids, stream=stream, fusion=fusion)
     training_device(source.device)
-    data_config = semid.RankingDataConfig.of(options_under(settings, "data"))
-    check_choice("--fusion", fusion, ("on", "off"))
     config = source.config(settings, fusion == "on")
     training = rank_options(options_under(settings, "training"))
     code_settings = {**options_under(settings, "features"), "seed": seed}
     semid.CodeFeatures.of(code_settings)  # checked before the log is read
-    reads, state = (logs, source.items, ids), Path(partial_path(output))
-    if is_main():  # under torchrun the first process alone writes and prints
-        cli.hold_output(output, overwrite=overwrite, inputs=reads, state=state)
-        if analyze is not None:
-            cli.hold_output(analyze, overwrite=overwrite, inputs=reads)
     names: dict[str, Any] = {**vars(columns), "id_column": source.id_column}
     data: Any
     if stream:

@@ -9,7 +9,7 @@ import typer
 
 import semid
 from semid.cli import staging
-from semid.cli.flags import check_keys, known_flags, split_list
+from semid.cli.flags import are_checked, check_keys, known_flags, split_list
 from semid.cli.rank import Logs, options_under
 from semid.cli.shared import (
     INPUT,
@@ -19,6 +19,7 @@ from semid.cli.shared import (
     Overwrite,
     Quiet,
     Resume,
+    check_inputs,
     hold_output,
     is_given,
     make_progress,
@@ -73,40 +74,18 @@ def retrieve(
         report: HTML page with curves, slices and examples.
         device: Device.
     """
-    from semid.recommenders.ranking.training import training_device
-    from semid.recommenders.retrieval.data import prepare_retrieval_data
-    from semid.recommenders.retrieval.networks import MODELS
-    from semid.recommenders.retrieval.training import TRAINING
-    from semid.reproduce.retrieval_grid import (
-        COMPARISON_FILES,
-        RetrievalRun,
-        compare_retrievers,
-        load_models,
-        page_entries,
-        write_tables,
-    )
     from semid.runs import partial_path, remove_state_folder
     from semid.training.distributed import is_main, one_process
-    from semid.training.options import TrainOptions
 
-    check_keys("retrieve", settings)
-    training_device(device)
     if not 0 <= cold_items <= 0.5:  # NaN fails too, which older releases of click let pass
         raise UsageError(f"--cold-items is {cold_items}; give a share from 0 to 0.5")
-    names = _models(model, ids, embeddings)
-    kinds = {name: MODELS.load(name, flag="--model") for name in names}
-    compares = len(names) > 1 or seeds > 1
-    if compares:
-        refuse_unused(context, ["seed"], "a comparison takes the seeds from 0")
-        refuse_unused(context, ["log"], "a comparison has several runs and results of its own")
-    options, training = options_under(settings, "options"), options_under(settings, "training")
-    _refuse_unread(context, kinds, options, ids, embeddings)
-    conduct = TrainOptions.of(training, defaults=TRAINING)
-    for kind in kinds.values():  # values are checked before files are read
-        fields = kind.options.of(None).to_dict()
-        kind.options.of({key: value for key, value in options.items() if key in fields})
-    # The output is claimed before anything is read, so that a typo costs no minutes.
+    # What needs no torch is checked before it is imported. The output is claimed before anything is
+    # read, so that a typo costs no minutes.
     reads = (logs, ids, embeddings, items)
+    if are_checked(context, "retrieve", settings):
+        check_inputs(*reads)
+        columns.check(logs)
+    compares = model == "all" or len(split_list("model", model)) > 1 or seeds > 1
     state = None if compares else Path(partial_path(output))
     if compares and not one_process():
         raise UsageError(
@@ -120,6 +99,33 @@ def retrieve(
         hold_output(output, overwrite=grows, inputs=reads, state=state)
         if report is not None:
             hold_output(report, overwrite=overwrite, inputs=(*reads, output))
+    from semid.recommenders.ranking.training import training_device
+    from semid.recommenders.retrieval.data import prepare_retrieval_data
+    from semid.recommenders.retrieval.networks import MODELS
+    from semid.recommenders.retrieval.training import TRAINING
+    from semid.reproduce.retrieval_grid import (
+        COMPARISON_FILES,
+        RetrievalRun,
+        compare_retrievers,
+        load_models,
+        page_entries,
+        write_tables,
+    )
+    from semid.training.options import TrainOptions
+
+    check_keys("retrieve", settings)
+    training_device(device)
+    names = _models(model, ids, embeddings)
+    kinds = {name: MODELS.load(name, flag="--model") for name in names}
+    if compares:
+        refuse_unused(context, ["seed"], "a comparison takes the seeds from 0")
+        refuse_unused(context, ["log"], "a comparison has several runs and results of its own")
+    options, training = options_under(settings, "options"), options_under(settings, "training")
+    _refuse_unread(context, kinds, options, ids, embeddings)
+    conduct = TrainOptions.of(training, defaults=TRAINING)
+    for kind in kinds.values():  # values are checked before files are read
+        fields = kind.options.of(None).to_dict()
+        kind.options.of({key: value for key, value in options.items() if key in fields})
     # A comparison is a folder that grows; --overwrite begins it anew.
     if compares and output.exists() and not resume:
         from semid.output import atomic_folder

@@ -109,6 +109,12 @@ class InteractionColumns:
     ties: Annotated[str, typer.Option(metavar="shuffle|file")] = "shuffle"
     ties_seed: int = 0
 
+    def check(self, path: str) -> None:
+        """Refuse interactions without these columns, before what takes long is imported."""
+        from semid.data.interactions import check_columns
+
+        check_columns(path, **{name: vars(self)[name] for name in self.NAMES[:3]})
+
     def read(self, context: typer.Context, path: str | None) -> Any:
         """Read the interactions, or return None without any."""
         if path is None:
@@ -173,6 +179,16 @@ def open_tokenizer(path: str | Path, *, threads: int | None = None) -> Any:
     if threads is not None:
         tokenizer.threads = threads
     return tokenizer
+
+
+def check_inputs(*paths: str | Path | None) -> None:
+    """Refuse paths on this machine that do not exist, before what takes long is imported."""
+    for path in paths:
+        text = str(path)
+        if path is None or "://" in text or any(mark in text for mark in "*?["):
+            continue
+        if not Path(text).expanduser().exists():
+            raise UsageError(f"'{text}' does not exist; check the path")
 
 
 _HELD = contextlib.ExitStack()

@@ -250,6 +250,22 @@ def read_interactions(
     )
 
 
+def check_columns(
+    source: str | Path, *, user_column: str, item_column: str, time_column: str | None = None
+) -> None:
+    """Refuse interactions that lack a column, from their schema alone.
+
+    Raises:
+        UsageError: no such file or column.
+        InteractionsError: a file that is not a table.
+    """
+    opened = _open_log(source, user_column, item_column)
+    names = {"user": user_column, "item": item_column, "time": time_column}
+    for kind, column in names.items():
+        if column is not None:
+            opened.require(column, flag=f"--{kind}-column ({kind}_column=)")
+
+
 def _open_log(source: Any, user_column: str, item_column: str) -> Table:
     """Open a table of interactions, or LC-Rec's JSON as a table of users and lists."""
     if not (isinstance(source, str | Path) and str(source).lower().endswith(".json")):

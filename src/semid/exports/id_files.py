@@ -166,16 +166,7 @@ LCREC = ExportFormat(_write_lcrec, _read_lcrec, options=("token",), distinct=Tru
 
 ORIENTATIONS = ("levels-first", "items-first")
 _MATRIX = "a matrix of integers, [levels, items] or [items, levels], is expected"
-_INTEGERS = {
-    torch.uint8,
-    torch.uint16,
-    torch.uint32,
-    torch.uint64,
-    torch.int8,
-    torch.int16,
-    torch.int32,
-    torch.int64,
-}
+_INTEGERS = {f"torch.{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
 
 
 def _write_grid(path: Path, *, ids: SemanticIds) -> None:
@@ -209,7 +200,7 @@ def read_grid(
     if (
         tensor.ndim != 2
         or tensor.numel() == 0
-        or tensor.dtype not in _INTEGERS
+        or str(tensor.dtype) not in _INTEGERS
         or tensor.layout is not torch.strided
         or tensor.device.type == "meta"  # holds no values
         # A view that repeats its values would take memory that the file does not have.

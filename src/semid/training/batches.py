@@ -8,10 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from semid.data.source import write_npy
+from semid.lazy import torch
 from semid.quantization.blocks import ArrayBlocks, Blocks, in_memory
 from semid.seeds import numpy_generator
 
@@ -84,6 +83,6 @@ class TrainingRows:
         """Width of a row."""
         return self.blocks.dim
 
-    def take(self, rows: npt.NDArray[np.int64]) -> Tensor:
+    def take(self, rows: npt.NDArray[np.int64]) -> torch.Tensor:
         """Return rows ``(n, dim)`` float32, in the order asked for."""
         return torch.from_numpy(self.blocks.rows(rows))

@@ -14,11 +14,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 
 from semid.data.ids import ItemIds, hash_strings
 from semid.data.interactions import Interactions
 from semid.errors import InteractionsError
+from semid.lazy import torch
 from semid.options import Options, option
 from semid.recommenders.ranking.item_table import read_item_columns
 from semid.recommenders.ranking.schema import (
@@ -199,7 +199,7 @@ class ValueCounts:
         return counts
 
 
-_NO_COUNTS = pa.table({"value": pa.array([], pa.large_string()), "n": pa.array([], pa.int64())})
+_NO_COUNTS = pa.table({"value": pa.nulls(0, pa.large_string()), "n": pa.nulls(0, pa.int64())})
 
 
 @dataclass

@@ -8,20 +8,22 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import torch
-from torch import Tensor
 
 from semid.data.columns import is_text
 from semid.data.ids import ItemIds
 from semid.documents import checked
 from semid.errors import InputError
+from semid.lazy import torch
 from semid.training.batches import epoch_batches, process_share, steps_per_epoch
 from semid.training.distributed import rank, world_size
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Ints = npt.NDArray[np.int64]
 _T = TypeVar("_T")
