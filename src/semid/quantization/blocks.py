@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from semid.errors import UsageError
-from semid.lazy import kernel
+from semid.lazy import is_imported, kernel
 from semid.quantization.threads import map_blocks
 
 Array = npt.NDArray[np.float32]
@@ -144,7 +144,7 @@ def residuals(
 def subtract_rows(rows: Array, table: Array, places: npt.NDArray[np.integer]) -> Array:
     """Return ``rows - table[places]``: rows (n, dim), table (codes, dim), places (n,)."""
     out = np.empty_like(rows)
-    if rows.size < FUSED_SIZE:
+    if rows.size < FUSED_SIZE or not is_imported("numba"):
         np.subtract(rows, table[places], out=out)
     else:
         _subtract_rows(rows, table, places, out)
