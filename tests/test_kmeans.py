@@ -186,7 +186,9 @@ def test_sample_then_full_pass_uses_all_rows(clustered):
 def test_greedy_seeding_beats_plain_on_average(clustered, monkeypatch, sampled):
     if sampled:  # centers from a part of the rows, as for large data
         monkeypatch.setattr("semid.quantization.seeding.SAMPLE_LEAST", len(clustered) // 4)
-        monkeypatch.setattr("semid.quantization.seeding.SAMPLE_PER_CODE", 1)
+        monkeypatch.setattr("semid.quantization.seeding.SAMPLE_PER_CODE", 2)
+        monkeypatch.setattr("semid.quantization.seeding.GAIN_LEAST", len(clustered) // 8)
+        monkeypatch.setattr("semid.quantization.seeding.GAIN_PER_CODE", 1)
 
     def start(trials: int) -> float:
         return float(

@@ -21,8 +21,12 @@ Doubles = npt.NDArray[np.float64]
 Numbers = npt.NDArray[np.int64]
 
 # Rows the centers are drawn from, per center and at least. Lloyd's iterations see all rows.
-SAMPLE_PER_CODE = 16
-SAMPLE_LEAST = 16_384
+# With half of 32,768 rows, three levels of 256 codes fitted in 5 iterations have 0.6 % more error.
+SAMPLE_PER_CODE = 64
+SAMPLE_LEAST = 65_536
+# Rows of the sample that the gains are added over: they only order candidates.
+GAIN_PER_CODE = 16
+GAIN_LEAST = 65_536
 # Candidates per round: more save passes, but more of them are rejected. A quarter of the centers
 # so far keeps rejection rare.
 MAX_ROUND = 256
@@ -123,8 +127,15 @@ class _Sample:
         self.closest: Array = np.full(len(y), np.inf, dtype=np.float32)
         # Gains only order candidates, so products of bfloat16 are enough. They are rounded whether
         # or not the chip multiplies such numbers, so that chips differ in the order of sums alone.
-        native = engine.search.has_bfloat16()
-        self.coarse = self.y.to(torch.bfloat16).to(torch.bfloat16 if native else torch.float32)
+        self.dtype = torch.bfloat16 if engine.search.has_bfloat16() else torch.float32
+        self.gain_rows, count = np.arange(len(y)), max(GAIN_LEAST, GAIN_PER_CODE * codes)
+        if count < len(y):
+            self.gain_rows = np.sort(generator.choice(len(y), count, replace=False, shuffle=False))
+        self.coarse = self._round(self.gain_rows)
+
+    def _round(self, places: Numbers) -> torch.Tensor:
+        """Return rows rounded to bfloat16."""
+        return self.y[torch.from_numpy(places)].to(torch.bfloat16).to(self.dtype)
 
     def draw(self, size: int, generator: np.random.Generator) -> Numbers:
         """Draw places independently, in proportion to mass times distance."""
@@ -146,27 +157,27 @@ class _Sample:
             products = (centers @ self.y[span].T).numpy()
             _lower_distances(products, self.norms[span], norms, self.closest[span])
 
-        self._map(work, len(places))
+        self._map(work, len(self.y), len(places))
         self.closest[places] = 0.0
 
     def gains(self, places: Numbers) -> Doubles:
         """Return by how much each row ``(n,)``, alone, would lower the total distance."""
-        candidates = self.coarse[torch.from_numpy(places)].T.contiguous()
+        candidates = self._round(places).T.contiguous()
 
         def work(start: int) -> Doubles:
-            span = slice(start, start + BLOCK)
+            span, at = slice(start, start + BLOCK), self.gain_rows[start : start + BLOCK]
             products = (self.coarse[span] @ candidates).to(torch.bfloat16).float().numpy()
             total = np.zeros(len(places), dtype=np.float32)
-            limits = self.closest[span] - self.norms[span]
-            _add_gains(products, limits, self.norms[places], self.weights[span], total)
+            limits = self.closest[at] - self.norms[at]
+            _add_gains(products, limits, self.norms[places], self.weights[at], total)
             return total.astype(np.float64)
 
         # Added in row order, so that threads cannot change the sum.
-        return sum(self._map(work, len(places)), start=np.zeros(len(places)))
+        return sum(self._map(work, len(self.coarse), len(places)), start=np.zeros(len(places)))
 
-    def _map(self, work: Callable[[int], Any], candidates: int) -> list[Any]:
-        small = self.y.numel() * candidates < THREADED_WORK
-        return map_blocks(work, range(0, len(self.y), BLOCK), threads=1 if small else self.threads)
+    def _map(self, work: Callable[[int], Any], rows: int, candidates: int) -> list[Any]:
+        small = rows * candidates * self.y.shape[1] < THREADED_WORK
+        return map_blocks(work, range(0, rows, BLOCK), threads=1 if small else self.threads)
 
 
 def _merge_copies(rows: Array, mass: Doubles) -> tuple[Array, Numbers, Doubles]:
