@@ -1,7 +1,7 @@
 """The benchmarks' own program: ``python benchmarks [NAME ...]``, ``python benchmarks NAME --help``.
 
-Without a name it runs those that compare semid with its peers, one after another, at their default
-sizes; results go to ``benchmarks/results``. A single name takes that benchmark's own options.
+Without a name it runs those that compare semid with its peers, one after another;
+results go to ``benchmarks/results``. A single name takes that benchmark's own options.
 """
 
 from __future__ import annotations
@@ -11,8 +11,18 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-PEERS = ("nearest", "kmeans", "encoding", "neighbors", "overlap", "product", "training_step")
-"""What a bare call runs."""
+PEERS = (
+    "nearest --threads 1 --repeats 3",
+    "kmeans --codes 256",
+    "kmeans --repeats 2 --without scikit",
+    "encoding --codes 256 --dim 256 --train 32768",
+    "encoding --train 32768 --rows 8192 --iterations 5 --repeats 3",
+    "neighbors",
+    "overlap",
+    "product --rows 20000 --parts 16 --alternations 10 --repeats 2",
+    "training_step",
+)
+"""What a bare call runs: half an hour on one core of a busy machine."""
 
 
 def main() -> None:
@@ -20,16 +30,16 @@ def main() -> None:
     known = sorted(
         path.stem for path in HERE.glob("*.py") if path.stem not in ("__main__", "common")
     )
-    names, options = sys.argv[1:], []
+    names = sys.argv[1:]
     if any(word.startswith("-") for word in names) and names[0] in known:
-        names, options = names[:1], names[1:]
-    unknown = [name for name in names if name not in known]
+        names = [" ".join(names)]
+    unknown = [name for name in names if name.split()[0] not in known]
     if unknown:
         sys.exit(f"no benchmark {', '.join(map(repr, unknown))}; there are {', '.join(known)}")
     for name in names or PEERS:
         print(f"{name}:", flush=True)
-        sys.argv = [name, *options]
-        runpy.run_path(str(HERE / f"{name}.py"), run_name="__main__")
+        sys.argv = name.split()
+        runpy.run_path(str(HERE / f"{sys.argv[0]}.py"), run_name="__main__")
 
 
 if __name__ == "__main__":

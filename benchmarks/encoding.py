@@ -71,8 +71,8 @@ def main() -> None:
     own.rq.cp.max_points_per_centroid = 10**9
     own.train(train)
 
-    def by_faiss(beam: int) -> Array:
-        own.rq.max_beam_size = beam
+    def by_faiss(beam: int, tables: bool = False) -> Array:
+        own.rq.max_beam_size, own.rq.use_beam_LUT = beam, int(tables)
         return own.rq.compute_codes(x)
 
     def by_semid(beam: int) -> npt.NDArray[np.int64]:
@@ -83,6 +83,7 @@ def main() -> None:
         "faiss ResidualQuantizer, beam 1": lambda: by_faiss(1),
         "semid, greedy": lambda: by_semid(1),
         "faiss ResidualQuantizer, beam 5": lambda: by_faiss(5),
+        "faiss ResidualQuantizer, beam 5, use_beam_LUT": lambda: by_faiss(5, True),
         "semid, beam 5": lambda: by_semid(5),
         "semid, beam 8": lambda: by_semid(8),
     }

@@ -107,7 +107,7 @@ def main() -> None:
         inertia = float(found.distances.double().sum())
         rows.append({"side": name, "relative inertia": inertia / spread, **timing.figures(base)})
     save(
-        "kmeans",
+        "kmeans" if codes == 4096 else f"kmeans-{codes}",
         rows,
         settings=vars(given),
         packages=("faiss-cpu", "superkmeans", "scikit-learn"),

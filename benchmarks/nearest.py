@@ -2,7 +2,7 @@
 
 Rows are taken from the union catalogue (``$SEMID_DATA/union_catalogue``, by default in
 ``../shared/data``), as they are or projected on their first principal components. The codebook of
-level 1 is a short k-means of them, that of level 3 one of what two levels leave. All sides run in
+level 1 is a short k-means of others, that of level 3 one of what two levels leave. All sides run in
 turn (A B C A B C) on the same rows with the same number of threads; the table shows medians.
 
 ``wall_x`` and ``cpu_x`` are how many times faster than faiss IndexFlatL2 by wall time and by CPU
@@ -37,13 +37,15 @@ def lloyd(rows: Tensor, codes: int, *, iterations: int, seed: int) -> Tensor:
     return codebook
 
 
-def levels(rows: Tensor, codes: int, *, count: int, iterations: int) -> list[tuple[Tensor, Tensor]]:
-    """Return the rows each level quantizes and its codebook."""
+def levels(
+    rows: Tensor, held_out: Tensor, codes: int, *, count: int, iterations: int
+) -> list[tuple[Tensor, Tensor]]:
+    """Return the held-out rows that each level quantizes, and its codebook, fitted on ``rows``."""
     made = []
     for level in range(count):
         codebook = lloyd(rows, codes, iterations=iterations, seed=level)
-        made.append((rows, codebook))
-        rows = rows - codebook[nearest(rows, codebook).labels]
+        made.append((held_out, codebook))
+        rows, held_out = (x - codebook[nearest(x, codebook).labels] for x in (rows, held_out))
     return made
 
 
@@ -126,18 +128,16 @@ def main() -> None:
     given = parser.parse_args()
     lines: list[dict[str, Any]] = []
     for dim in given.dims:
-        made = levels(
-            union_rows(dim)[: given.train], given.codes, count=3, iterations=given.iterations
+        train, held_out = union_rows(dim)[: given.train + given.rows].split(
+            [given.train, given.rows]
         )
+        made = levels(train, held_out, given.codes, count=3, iterations=given.iterations)
         for level in (0, 2):
             rows, codebook = made[level]
             for threads in given.threads:
                 with one_blas_thread():
                     found = compare(
-                        rows[: given.rows].contiguous(),
-                        codebook,
-                        threads=threads,
-                        repeats=given.repeats,
+                        rows.contiguous(), codebook, threads=threads, repeats=given.repeats
                     )
                 case = {"dim": dim, "level": level + 1, "threads": threads}
                 lines += [{**case, **line} for line in found]

@@ -103,8 +103,8 @@ def main() -> None:
             models = {side: timing.result for side, timing in fits.items()}
             encodings = in_turn(
                 {
-                    "faiss": lambda: encode_faiss(models["faiss"], x),  # noqa: B023
-                    "semid": lambda: models["semid"].encode(x).codes,  # noqa: B023
+                    "faiss": lambda: encode_faiss(models["faiss"], unseen),  # noqa: B023
+                    "semid": lambda: models["semid"].encode(unseen).codes,  # noqa: B023
                 },
                 repeats=given.repeats,
             )
