@@ -104,6 +104,8 @@ def test_no_import_cycles() -> None:
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_all_is_sorted_and_exists(path: Path) -> None:
     name = module_name(path)
+    if name == "semid.quantization.engine.fused":
+        pytest.importorskip("triton")  # CPU builds of torch come without it
     module = importlib.import_module(name)
     exported = getattr(module, "__all__", None)
     if exported is None:

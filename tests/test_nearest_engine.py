@@ -167,8 +167,6 @@ def test_device_search_equals_the_compiled_one() -> None:
 
 
 def test_the_fused_kernels_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Triton's interpreter runs them on the CPU; it is chosen when they are imported.
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
     pytest.importorskip("triton")
     from semid.quantization.engine import fused
 
