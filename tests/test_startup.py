@@ -47,7 +47,7 @@ except SystemExit as end:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with embeddings, a model and its ids."""
     folder = tmp_path_factory.mktemp("startup")
-    x = np.random.default_rng(3).normal(size=(6000, 80)).astype(np.float32)
+    x = np.random.default_rng(3).normal(size=(4200, 130)).astype(np.float32)
     np.save(folder / "x.npy", x)
     model = semid.RQKMeans(levels=3, codebook_size=16, normalize=True, center=True).fit(x)
     model.save(folder / "model")
@@ -78,7 +78,7 @@ index = semid.PrefixIndex.build(ids)
 result = [list(rows.shape), model.settings["levels"], len(index.next_codes())]
 """
     done = run(code, folder=folder)
-    assert done["result"] == [[5, 80], 3, 16]
+    assert done["result"] == [[5, 130], 3, 16]
     assert set(done["imported"]) <= {"pandas"}, "pyarrow imports pandas, where it is installed"
 
 
