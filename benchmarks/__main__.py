@@ -7,6 +7,7 @@ results go to ``benchmarks/results``. A single name takes that benchmark's own o
 from __future__ import annotations
 
 import runpy
+import shlex
 import sys
 from pathlib import Path
 
@@ -22,7 +23,7 @@ PEERS = (
     "product --rows 20000 --parts 16 --alternations 10 --repeats 2",
     "training_step",
 )
-"""What a bare call runs: half an hour on one core of a busy machine."""
+"""What a bare call runs, in sizes for half an hour of one core."""
 
 
 def main() -> None:
@@ -32,13 +33,13 @@ def main() -> None:
     )
     names = sys.argv[1:]
     if any(word.startswith("-") for word in names) and names[0] in known:
-        names = [" ".join(names)]
+        names = [shlex.join(names)]
     unknown = [name for name in names if name.split()[0] not in known]
     if unknown:
         sys.exit(f"no benchmark {', '.join(map(repr, unknown))}; there are {', '.join(known)}")
     for name in names or PEERS:
         print(f"{name}:", flush=True)
-        sys.argv = name.split()
+        sys.argv = shlex.split(name)
         runpy.run_path(str(HERE / f"{sys.argv[0]}.py"), run_name="__main__")
 
 
