@@ -195,10 +195,13 @@ def search(version: Version, query: str, level: int, offset: int, limit: int) ->
     """
     words = query.lower().split()
     rows = np.arange(len(version.ids)) if words else np.empty(0, np.int64)
-    for place, word in enumerate(words):
-        texts = version.search_texts
-        searched = texts if not place else texts.take(pa.array(rows))
-        rows = rows[_contains(searched, word)]
+    texts = version.search_texts
+    for word in sorted(words, key=len, reverse=True):  # a long word leaves little to the others
+        # To gather texts takes as long as to search four times as many where they lie.
+        if len(rows) > len(texts) // 4:
+            rows = rows[_contains(texts, word)[rows]]
+        else:
+            rows = rows[_contains(texts.take(pa.array(rows)), word)]
     exact = version.ids.items.index_of([query.strip()])
     rows = np.concatenate([exact[exact >= 0], rows[~np.isin(rows, exact)]])
     tree = tree_of(version, level)
