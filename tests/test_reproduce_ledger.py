@@ -18,6 +18,7 @@ from semid.reproduce.pool import Job, run_jobs
 from semid.reproduce.recipe import (
     DrqRecipe,
     MocRecipe,
+    PredictRecipe,
     RetrievalRecipe,
     read_experiment,
 )
@@ -158,6 +159,7 @@ def test_every_recipe_that_comes_with_semid_is_read():
         "behavior": DrqRecipe,
         "drq": DrqRecipe,
         "moc": MocRecipe,
+        "predict": PredictRecipe,
         "retrieval": RetrievalRecipe,
     }
     names = [name for kind in kinds for name in (kind, f"{kind}-quick")]
