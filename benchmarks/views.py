@@ -210,7 +210,8 @@ def counts(rows: Sequence[Row]) -> list[str]:
 
 
 def _tally(words: Sequence[str]) -> str:
-    return ", ".join(str(words.count(word)) for word in ("better", "same", "worse"))
+    found = [words.count(word) for word in ("better", "same", "worse")]
+    return ", ".join(map(str, found)) if any(found) else "not run"
 
 
 def short(value: float) -> str:
