@@ -75,7 +75,7 @@ def _best_two(  # type: ignore[no-untyped-def]
             mine = (row[:, None] < queries) & (column[None, :] < WIDTH)
             left = query_ptr + row[:, None].to(tl.int64) * WIDTH + column[None, :]
             theirs = (entry[None, :] < entries) & (column[:, None] < WIDTH)
-            right = entry_ptr + entry[None, :] * WIDTH + column[:, None]
+            right = entry_ptr + entry[None, :].to(tl.int64) * WIDTH + column[:, None]
             scores = tl.dot(
                 tl.load(left, mine, other=0.0), tl.load(right, theirs, other=0.0), scores
             )
