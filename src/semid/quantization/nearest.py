@@ -7,6 +7,7 @@ for any block size and number of threads.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from semid.errors import UsageError, check_choice
-from semid.lazy import compiling, torch
+from semid.lazy import compiling, is_imported, torch
 from semid.progress import Progress, QuietProgress
 from semid.quantization import engine
 from semid.quantization.blocks import statistics
@@ -33,6 +34,7 @@ from semid.quantization.threads import resolve_threads
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from semid.quantization.engine.bounded import RowBounds
     from semid.quantization.engine.search import SearchResult
     from semid.quantization.engine.table import VectorTable
 
@@ -40,6 +42,8 @@ Array = npt.NDArray[np.float32]
 
 THREADED_WORK = 20_000_000
 """Multiply-adds below which starting threads costs more than they bring."""
+BOUND_BYTES = 1 << 29
+"""Memory for what assignments remember of rows from one pass of K-means to the next."""
 MAX_NEIGHBORS = 500
 """Largest ``k`` of `top_k`."""
 
@@ -212,8 +216,54 @@ def assign(
     if len(block) * len(centroids) * block.shape[1] < THREADED_WORK:
         threads = 1
     labels, keys = _search_nearest(block, centroids, threads, "auto")
+    return labels, _float32(keys)
+
+
+class AssignmentMemory:
+    """What repeated assignments of the same rows to moving codewords remember (Lloyd's passes).
+
+    It holds up to ``limit_bytes``; rows beyond them, and of shapes that bounds do not suit, are
+    searched in full. The answers are the same. Threads may share it for different rows.
+    """
+
+    def __init__(self, limit_bytes: int = BOUND_BYTES) -> None:
+        self.limit_bytes = limit_bytes
+        self._bounds: dict[Hashable, RowBounds | None] = {}
+
+    def assign(
+        self, rows: Hashable, x: Array, codebook: IndexedCodebook, *, threads: int | None = None
+    ) -> tuple[Array, npt.NDArray[np.int64], Array]:
+        """Label rows ``(n, dim)`` as `assign` does; also return them as C-contiguous array.
+
+        ``rows`` names them: under one name they must be the same at every call.
+        """
+        bounds = self._bounds.get(rows)
+        if bounds is not None and bounds.suits(codebook.codewords):
+            labels, keys = bounds.search(codebook.codewords, threads=threads)
+            return bounds.x, labels, _float32(keys)
+        x = np.ascontiguousarray(x)
+        labels, distances = assign(x, codebook, threads=threads)
+        # Where numba is not loaded yet, the search was too small to need it.
+        if is_imported("numba") and (bounds is not None or rows not in self._bounds):
+            self._bounds[rows] = self._start(x, labels, codebook) if bounds is None else None
+        return x, labels, distances
+
+    def _start(
+        self, x: Array, labels: npt.NDArray[np.int64], codebook: IndexedCodebook
+    ) -> RowBounds | None:
+        shape = (len(x), *codebook.codewords.shape)
+        # Equal codewords would all be measured for each of their rows.
+        if not engine.bounded.suits(*shape) or len(codebook.table) < len(codebook):
+            return None
+        held = sum(bounds.bytes for bounds in self._bounds.values() if bounds is not None)
+        if held + engine.bounded.size(*shape) > self.limit_bytes:
+            return None
+        return engine.bounded.RowBounds(x, labels, codebook.codewords)
+
+
+def _float32(keys: npt.NDArray[np.float64]) -> Array:
     with np.errstate(over="ignore"):  # a square beyond float32 is infinite
-        return labels, keys.astype(np.float32)
+        return keys.astype(np.float32)
 
 
 class TopK(NamedTuple):

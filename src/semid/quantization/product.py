@@ -30,7 +30,12 @@ from semid.quantization.kmeans import (
     has_converged,
     sampled,
 )
-from semid.quantization.nearest import IndexedCodebook, assign, index_codebook
+from semid.quantization.nearest import (
+    AssignmentMemory,
+    IndexedCodebook,
+    assign,
+    index_codebook,
+)
 from semid.quantization.residual import ResidualCodes
 from semid.quantization.seeding import kmeans_plus_plus
 from semid.quantization.sharding import Shard, ShardedMatrix, as_sharded
@@ -310,7 +315,7 @@ def assign_parts(
     # Block sums are added along one fixed tree, so shards, memory and threads change no bit.
     tree: TreeSum[StatisticsList] = TreeSum()
     for number, span, block in shard.numbered_blocks():
-        results = assign_block(shard, span, block, slices, tables)
+        results = assign_block(shard, span, block, slices, tables, shard.memory)
         tree.add(number, StatisticsList([sums for sums, _ in results]))
     return tree.nodes
 
@@ -321,14 +326,16 @@ def index_parts(books: Sequence[Array], active: Sequence[int]) -> dict[int, Inde
 
 
 def assign_block(
-    shard: Shard, span: slice, block: Array, slices: Slices, tables: dict[int, IndexedCodebook]
-) -> list[tuple[Statistics, npt.NDArray[np.int64]]]:
+    shard: Shard, span: slice, block: Array, slices: Slices, tables: dict[int, IndexedCodebook],
+    memory: AssignmentMemory,
+) -> list[tuple[Statistics, npt.NDArray[np.int64]]]:  # fmt: skip
     """Return the sums and the codes of a block's rows, part by part."""
     weights = None if shard.weights is None else shard.weights[span]
 
     def work(part: int) -> tuple[Statistics, npt.NDArray[np.int64]]:
-        columns = np.ascontiguousarray(block[:, slices[part]])
-        labels, distances = assign(columns, tables[part], threads=1)
+        columns, labels, distances = memory.assign(
+            (part, span.start), block[:, slices[part]], tables[part], threads=1
+        )
         codes = len(tables[part])
         return part_statistics(columns, labels, distances, codes, weights), labels
 

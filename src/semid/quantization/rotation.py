@@ -15,6 +15,7 @@ import numpy.typing as npt
 from semid.lazy import torch
 from semid.quantization.blocks import Node, Statistics, StatisticsList, TreeSum
 from semid.quantization.kmeans import KMeansOptions, draw_sample, sampled
+from semid.quantization.nearest import AssignmentMemory
 from semid.quantization.product import (
     SMALL_ROWS,
     Slices,
@@ -158,7 +159,8 @@ def _alternate(
     tree: TreeSum[StatisticsList] = TreeSum()
     for number, span, block in shard.numbered_blocks():
         rotated = rotate(block, rotation, shard.threads)
-        results = assign_block(shard, span, rotated, slices, tables)
+        # A memory of this pass alone: the next one has other rows.
+        results = assign_block(shard, span, rotated, slices, tables, AssignmentMemory(0))
         quantized = np.concatenate(
             [book[codes] for book, (_, codes) in zip(books, results, strict=True)], axis=1
         )

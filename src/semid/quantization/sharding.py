@@ -32,7 +32,7 @@ from semid.quantization.blocks import (
     residuals,
     statistics,
 )
-from semid.quantization.nearest import assign, index_codebook
+from semid.quantization.nearest import AssignmentMemory, index_codebook
 from semid.quantization.threads import default_threads
 
 Array = npt.NDArray[np.float32]
@@ -84,6 +84,7 @@ class Shard:
         self._last_centroids: Array | None = None
         self.labels: Numbers = np.empty(0, np.int64)
         self._distances: Array = np.empty(0, np.float32)
+        self.memory = AssignmentMemory()
 
     def subtract_codewords(self, codebook: Array, labels: Numbers | None = None) -> None:
         """Replace the view by its residual.
@@ -133,7 +134,7 @@ class Shard:
     # Sums ------------------------------------------------------------------------------------
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Return ``function(self, *arguments)``; it may read this shard and changes nothing."""
+        """Return ``function(self, *arguments)``; it may read this shard and use its memory."""
         return function(self, *arguments)
 
     def numbered_blocks(self) -> Iterator[tuple[int, slice, Array]]:
@@ -154,7 +155,9 @@ class Shard:
         tree: TreeSum[Statistics] = TreeSum()
         for start, block in read_ahead(self.view):
             span = slice(start, start + len(block))
-            self.labels[span], self._distances[span] = assign(block, codebook, threads=self.threads)
+            _, self.labels[span], self._distances[span] = self.memory.assign(
+                start, block, codebook, threads=self.threads
+            )
             sums = statistics(
                 block,
                 self.labels[span],

@@ -51,39 +51,46 @@ F64 = npt.NDArray[np.float64]
 
 @intrinsic
 def score_tile(
-    typing: Any, rows: Any, panels: Any, panel: Any, offsets: Any, dim: Any, scores: Any
-) -> Any:
-    """Write ``rows[i] . entry - offset`` of `TILE` rows and the `PANEL` entries of one panel.
+    typing: Any, rows: Any, numbers: Any, first: Any, panels: Any, panel: Any, offsets: Any,
+    dim: Any, scores: Any, to: Any,
+) -> Any:  # fmt: skip
+    """Write ``row . entry - offset`` of `TILE` rows and the `PANEL` entries of one panel.
 
-    ``rows`` ``(TILE, width)``, ``panels`` ``(panels, dim, PANEL)``, ``offsets`` ``(columns,)``,
-    ``scores`` ``(TILE, columns)``; sums with fused additions, for which the bound has room.
+    The rows are ``rows[numbers[first + i]]``. ``rows`` ``(n, width)``, ``numbers`` int64,
+    ``panels`` ``(panels, dim, PANEL)``, ``offsets`` ``(columns,)``, ``scores`` ``(TILE, columns)``,
+    written from column ``to`` on; sums with fused additions, for which the bound has room.
     """
-    signature = types.void(rows, panels, types.int64, offsets, types.int64, scores)
+    long = types.int64
+    signature = types.void(rows, numbers, long, panels, long, offsets, long, scores, long)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         wide = ir.VectorType(FLOAT, PANEL)
         zero, four = INTEGER(0), INTEGER(4)
         kinds = signature.args
-        x, entries, start, out = (
-            data_pointer(context, builder, kinds[at], args[at], zero) for at in (0, 1, 3, 5)
+        x, entries, start = (
+            data_pointer(context, builder, kinds[at], args[at], zero) for at in (0, 3, 5)
         )
+        places = data_pointer(context, builder, kinds[1], args[1], args[2])
+        out = data_pointer(context, builder, kinds[7], args[7], args[8])
         width, columns = (
             builder.extract_value(
                 context.make_array(kinds[at])(context, builder, args[at]).shape, 1
             )
-            for at in (0, 5)
+            for at in (0, 7)
         )
         line = INTEGER(4 * PANEL)
-        column = builder.mul(args[2], line)
+        column = builder.mul(args[4], line)
         # Sums start at minus half the entry's square, so the nearest has the largest score.
         first = builder.fsub(ir.Constant(wide, None), load(builder, start, wide, column))
         sums = [cgutils.alloca_once_value(builder, first) for _ in range(TILE)]
         spread = ir.Constant(ir.VectorType(ir.IntType(32), PANEL), [0] * PANEL)
-        base = builder.mul(column, args[4])
-        with cgutils.for_range(builder, args[4]) as loop:
+        base = builder.mul(column, args[6])
+        numbers = [load(builder, places, INTEGER, INTEGER(8 * row)) for row in range(TILE)]
+        starts = [builder.mul(number, width) for number in numbers]
+        with cgutils.for_range(builder, args[6]) as loop:
             entry = load(builder, entries, wide, builder.add(base, builder.mul(loop.index, line)))
             for row, total in enumerate(sums):
-                place = builder.add(builder.mul(INTEGER(row), width), loop.index)
+                place = builder.add(starts[row], loop.index)
                 value = load(builder, x, FLOAT, builder.mul(place, four))
                 single = builder.insert_element(ir.Constant(wide, ir.Undefined), value, zero)
                 # One value of the row in all lanes, times this column of the panel's entries.
@@ -92,7 +99,7 @@ def score_tile(
                 added = builder.fadd(builder.load(total), product, flags=("contract",))
                 builder.store(added, total)
         for row, total in enumerate(sums):
-            place = builder.add(builder.mul(builder.mul(INTEGER(row), columns), four), column)
+            place = builder.mul(builder.mul(INTEGER(row), columns), four)
             pointer = builder.bitcast(builder.gep(out, [place]), wide.as_pointer())
             builder.store(builder.load(total), pointer, align=4)
         return context.get_dummy_value()
@@ -114,6 +121,7 @@ def nearest_narrow(
     """
     dim, columns, width = panels.shape[1], len(offsets), rows.shape[1]
     raw[:], tile[:] = 0, 0  # columns beyond the rows' own
+    numbers = np.arange(TILE)
     measured = 0
     factor = (width + 40.0) * 2.0**-23 * radius
     for first in range(0, x.shape[0], TILE):
@@ -125,7 +133,7 @@ def nearest_narrow(
                 raw[i, d] = x[source, d]
                 tile[i, d] = (x[source, d] - center[d]) * np.float32(scale)
         for panel in range(panels.shape[0]):
-            score_tile(tile, panels, panel, offsets, dim, scores)
+            score_tile(tile, numbers, 0, panels, panel, offsets, dim, scores, PANEL * panel)
         for i in range(count):
             length = np.sqrt(dot(tile, i * width, tile, i * width, width // 16)) * 1.000001
             row = first + i

@@ -36,7 +36,22 @@ def load(builder: Any, pointer: Any, kind: Any, byte_offset: Any = None, *, alig
     return builder.load(builder.bitcast(pointer, kind.as_pointer()), align=align)
 
 
-def _fold(builder: Any, vector: Any, lanes: int, combine: Callable[[Any, Any], Any]) -> Any:
+def store(builder: Any, value: Any, pointer: Any, byte_offset: Any) -> None:
+    """Store a value at ``pointer`` plus ``byte_offset``, any alignment."""
+    place = builder.gep(pointer, [byte_offset])
+    builder.store(value, builder.bitcast(place, value.type.as_pointer()), align=1)
+
+
+def spread(builder: Any, value: Any, lanes: int) -> Any:
+    """Return a vector that holds one value in all lanes."""
+    single = builder.insert_element(
+        ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined), value, I32(0)
+    )
+    zeros = ir.Constant(ir.VectorType(I32, lanes), [0] * lanes)
+    return builder.shuffle_vector(single, single, zeros)
+
+
+def fold(builder: Any, vector: Any, lanes: int, combine: Callable[[Any, Any], Any]) -> Any:
     """Combine lanes that lie half the width apart until one is left."""
     while lanes > 1:
         lanes //= 2
@@ -73,7 +88,7 @@ def _sum_of(term: Callable[[Any, Any, Any], Any]) -> Any:
                 x = builder.fpext(load(builder, a_start, narrow, step), wide)
                 y = builder.fpext(load(builder, b_start, narrow, step), wide)
                 builder.store(builder.fadd(builder.load(total), term(builder, x, y)), total)
-            return _fold(builder, builder.load(total), LANES, builder.fadd)
+            return fold(builder, builder.load(total), LANES, builder.fadd)
 
         return signature, generate
 
@@ -142,7 +157,7 @@ def maximum(typing: Any, scores: Any, offset: Any, offsets: Any, first: Any, cou
         with cgutils.for_range(builder, builder.udiv(args[4], I64(SCAN))) as loop:
             value = read(builder.mul(loop.index, I64(SCAN)))
             builder.store(larger(value, builder.load(best)), best)
-        return _fold(builder, builder.load(best), SCAN, larger)
+        return fold(builder, builder.load(best), SCAN, larger)
 
     return signature, generate
 
@@ -154,15 +169,11 @@ def hits(typing: Any, scores: Any, offset: Any, offsets: Any, first: Any, thresh
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         values = _score_loader(context, builder, signature, args, SCAN)(I64(0))
-        element = I32 if signature.args[4] == types.int32 else F32
-        vector = ir.VectorType(element, SCAN)
-        single = builder.insert_element(ir.Constant(vector, ir.Undefined), args[4], I32(0))
-        zeros = ir.Constant(ir.VectorType(I32, SCAN), [0] * SCAN)
-        spread = builder.shuffle_vector(single, single, zeros)
-        if element is I32:
-            mask = builder.icmp_signed(">=", values, spread)
+        limit = spread(builder, args[4], SCAN)
+        if signature.args[4] == types.int32:
+            mask = builder.icmp_signed(">=", values, limit)
         else:
-            mask = builder.fcmp_ordered(">=", values, spread)
+            mask = builder.fcmp_ordered(">=", values, limit)
         # `SCAN` is 64: one bit per score makes one word.
         return builder.bitcast(mask, I64)
 
@@ -189,3 +200,114 @@ def trailing_zeros(typing: Any, value: Any) -> Any:
         return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
 
     return types.int64(types.uint64), generate
+
+
+# Bounds of rows and groups of codewords (`bounded`) -----------------------------------------------
+
+WIDE = ir.VectorType(F32, LANES)
+SHRINK = 1.0 - 2.0**-20
+"""Factor of a bound that is lowered: more than float32 rounds."""
+
+
+@intrinsic
+def center_row(
+    typing: Any, x: Any, at: Any, dim: Any, center: Any, scale: Any, raw: Any, y: Any, to: Any,
+    blocks: Any,
+) -> Any:  # fmt: skip
+    """Copy ``dim`` elements of ``x`` from ``at`` on to ``raw``, centered and scaled ones to ``y``.
+
+    Both are written from element ``to`` on. ``center`` is ``(width,)``, ``blocks`` times `LANES`
+    the width; what lies in ``raw`` beyond the elements must be 0. Returns the square of the row.
+    """
+    long = types.int64
+    signature = types.float32(x, long, long, center, types.float32, raw, y, long, long)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        source, middle, copy, out = (
+            data_pointer(context, builder, signature.args[at], args[at], offset)
+            for at, offset in ((0, args[1]), (3, I64(0)), (5, args[7]), (6, args[7]))
+        )
+
+        def move(kind: Any, offset: Any) -> None:
+            store(builder, load(builder, source, kind, offset), copy, offset)
+
+        half = ir.VectorType(F32, LANES // 2)
+        whole = builder.udiv(args[2], I64(LANES // 2))
+        with cgutils.for_range(builder, whole) as loop:
+            move(half, builder.mul(loop.index, I64(2 * LANES)))
+        with cgutils.for_range(builder, builder.urem(args[2], I64(LANES // 2))) as loop:
+            element = builder.add(builder.mul(whole, I64(LANES // 2)), loop.index)
+            move(F32, builder.mul(element, I64(4)))
+        factor = spread(builder, args[4], LANES)
+        total = cgutils.alloca_once_value(builder, ir.Constant(WIDE, None))
+        with cgutils.for_range(builder, args[8]) as loop:
+            offset = builder.mul(loop.index, I64(4 * LANES))
+            apart = builder.fsub(
+                load(builder, copy, WIDE, offset), load(builder, middle, WIDE, offset)
+            )
+            scaled = builder.fmul(apart, factor)
+            store(builder, scaled, out, offset)
+            builder.store(builder.fadd(builder.load(total), builder.fmul(scaled, scaled)), total)
+        return fold(builder, builder.load(total), LANES, builder.fadd)
+
+    return signature, generate
+
+
+@intrinsic
+def lower_bounds(typing: Any, lower: Any, at: Any, moves: Any, first: Any, reach: Any) -> Any:
+    """Lower `LANES` bounds from element ``at`` on by the moves from ``first`` on.
+
+    Bit ``i`` of the result is 0 where the bound is still above ``reach``.
+    """
+    signature = types.uint64(lower, types.int64, moves, types.int64, types.float32)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        bounds = data_pointer(context, builder, signature.args[0], args[0], args[1])
+        move = data_pointer(context, builder, signature.args[2], args[2], args[3])
+        # The triangle inequality; the factor covers the rounding of the difference.
+        kept = builder.fmul(load(builder, bounds, WIDE), ir.Constant(WIDE, [SHRINK] * LANES))
+        left = builder.fsub(kept, load(builder, move, WIDE))
+        store(builder, left, bounds, I64(0))
+        return _bits(builder, builder.fcmp_unordered("<=", left, spread(builder, args[4], LANES)))
+
+    return signature, generate
+
+
+def _bits(builder: Any, mask: Any) -> Any:
+    return builder.zext(builder.bitcast(mask, ir.IntType(LANES)), I64)
+
+
+def _others(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    """Load `LANES` scores from element ``args[1]`` on, with minus infinity in lane ``args[2]``."""
+    scores = data_pointer(context, builder, signature.args[0], args[0], args[1])
+    numbers = ir.Constant(ir.VectorType(I32, LANES), list(range(LANES)))
+    lane = spread(builder, builder.trunc(args[2], I32), LANES)
+    own = builder.icmp_signed("==", lane, numbers)
+    return builder.select(
+        own, ir.Constant(WIDE, [float("-inf")] * LANES), load(builder, scores, WIDE)
+    )
+
+
+@intrinsic
+def best_other(typing: Any, scores: Any, at: Any, own: Any) -> Any:
+    """Largest of `LANES` scores from element ``at`` on, but for lane ``own``, which may be none."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        def larger(a: Any, b: Any) -> Any:
+            return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+        return fold(builder, _others(context, builder, signature, args), LANES, larger)
+
+    return types.float32(scores, types.int64, types.int64), generate
+
+
+@intrinsic
+def other_hits(typing: Any, scores: Any, at: Any, own: Any, threshold: Any) -> Any:
+    """Bits: which of `LANES` scores are at least ``threshold``; see `best_other`."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        others = _others(context, builder, signature, args)
+        limit = spread(builder, args[3], LANES)
+        return _bits(builder, builder.fcmp_ordered(">=", others, limit))
+
+    return types.uint64(scores, types.int64, types.int64, types.float32), generate
