@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 import semid
 from semid.errors import UsageError
+from semid.quantization.blocks import ArrayBlocks
+from semid.seeds import numpy_generator
+from semid.tokenizers.behavior import TablePairs, compare_directions
 
 NETWORK = {"hidden": (32,), "latent": 8}
 TRAINING = {"epochs": 40, "batch_size": 128, "learning_rate": 3e-3}
@@ -164,3 +168,88 @@ def test_content_is_the_leading_components_and_decodes_to_whole_rows():
     assert error(made.decode(made.encode(rows)), rows) < 0.7 * lost  # tables know of the others
     with pytest.raises(UsageError, match="content_variance=0"):
         semid.BARQ(content_variance=0)
+
+
+def log_of(lines: np.ndarray) -> dict[str, np.ndarray]:
+    """Return a log of users ``(users, length)`` who see one row of the catalogue after another."""
+    users, length = lines.shape
+    return {
+        "user_id": np.repeat([f"u{n}" for n in range(users)], length),
+        "item_id": lines.reshape(-1).astype(str),
+        "timestamp": np.tile(np.arange(length), users),
+    }
+
+
+def test_behavior_that_teaches_nothing_is_left_out(shelves, tmp_path, caplog):
+    """What is learned from items at random cannot rank the next one; the fit is that without it."""
+    rows, _, _ = shelves
+    log = pa.table(log_of(np.random.default_rng(5).integers(0, 900, (1200, 3))))
+    given = {**SMALL, "objective": {"pairs_per_step": 64}}
+    source = semid.open_embeddings(rows)
+    tokenizer = semid.BARQ(**given).fit(source, interactions=log)
+    evidence = tokenizer.report.details["behavior"]
+    assert not evidence["kept"]
+    assert evidence["pairs"] > 60
+    assert evidence["low"] <= 0
+    assert abs(evidence["learned"] - 0.5) < 0.1
+    assert "behavior is left out: on" in caplog.text
+    plain = semid.BARQ(**given, behavior_weight=0.0).fit(source)
+    assert tokenizer.codebook_fingerprint == plain.codebook_fingerprint
+    with pytest.raises(UsageError, match="without behavior"):
+        tokenizer.decode_behavior(tokenizer.encode(rows))
+    tokenizer.save(tmp_path / "model")
+    loaded = semid.load(tmp_path / "model")
+    assert np.array_equal(loaded.encode(rows).codes, plain.encode(rows).codes)
+    assert np.array_equal(loaded.decode(loaded.encode(rows)), plain.decode(plain.encode(rows)))
+    kept = semid.BARQ(**given, check_behavior=False).fit(source, interactions=log)
+    assert kept.report.details["behavior"] == {"kept": True}
+    assert kept.decodes_behavior
+
+
+def test_behavior_that_teaches_is_kept(shelves):
+    rows, shelf, _ = shelves
+    generator = np.random.default_rng(6)
+    by_shelf = [np.flatnonzero(shelf == s) for s in range(6)]
+    lines = np.array([generator.choice(by_shelf[n % 6], 3, replace=False) for n in range(600)])
+    given = {**SMALL, "behavior_weight": 4.0, "objective": {"pairs_per_step": 64}}
+    tokenizer = semid.BARQ(**given).fit(rows, interactions=pa.table(log_of(lines)))
+    evidence = tokenizer.report.details["behavior"]
+    assert evidence["kept"]
+    assert evidence["low"] > 0
+    assert evidence["learned"] > evidence["embeddings"] + 0.1
+    assert purity(tokenizer.encode(rows).codes[:, 0], shelf) > 0.9
+
+
+def test_evidence_equals_a_brute_force_version():
+    generator = np.random.default_rng(7)
+    rows = generator.normal(size=(40, 5)).astype(np.float32)
+    first, second = generator.integers(0, 40, (2, 90))
+    source = TablePairs(first, second, 40, protocol="")
+    turned = lambda x: np.ascontiguousarray(x[:, :3])  # noqa: E731
+    found = compare_directions(source, ArrayBlocks(rows), turned, seed=3)
+    drawn = source.draw(source.count, numpy_generator(3, "evidence"))
+    pairs = sorted({(int(a), int(b)) for a, b in zip(*drawn, strict=True)})
+    related = {(int(a), int(b)) for a, b in zip(first, second, strict=True)}
+    related |= {(b, a) for a, b in related}
+    values = []
+    for vectors in (rows, rows[:, :3]):
+        unit = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float64)
+        values.append([])
+        for a, b in pairs:
+            others = [c for _, c in pairs if c != a and (a, c) not in related]
+            values[-1].append(np.mean([unit[a] @ unit[c] < unit[a] @ unit[b] for c in others]))
+    gains = np.subtract(values[1], values[0])
+    half = 1.96 * gains.std(ddof=1) / len(gains) ** 0.5
+    assert found.pairs == len(pairs)
+    assert found.embeddings == pytest.approx(np.mean(values[0]))
+    assert found.learned == pytest.approx(np.mean(values[1]))
+    assert found.low == pytest.approx(gains.mean() - half)
+    assert found.high == pytest.approx(gains.mean() + half)
+
+
+def test_few_pairs_are_no_evidence():
+    rows = np.eye(8, dtype=np.float32)
+    source = TablePairs(np.arange(4), np.arange(4, 8), 8, protocol="")
+    found = compare_directions(source, ArrayBlocks(rows), lambda x: x, seed=0)
+    assert found.low == -np.inf
+    assert found.high == np.inf

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -30,6 +31,7 @@ from semid.quantization.residual import dequantize, encode_residual
 from semid.seeds import child_seed
 from semid.tokenizers.barq_space import Blend, BlendGraph, Content
 from semid.tokenizers.base import Weights
+from semid.tokenizers.behavior import compare_directions
 from semid.tokenizers.codebooks import fit_levels
 from semid.tokenizers.context import FitContext
 from semid.tokenizers.neural.autoencoder import EncoderGraph, Prepare
@@ -37,10 +39,21 @@ from semid.tokenizers.neural.continuous import ContinuousTokenizer, Objective
 from semid.tokenizers.neural.tokenizer import PreparedRows
 from semid.tokenizers.stored import check_shapes
 from semid.training.checkpoint import StateStore
+from semid.training.distributed import is_main
+
+logger = logging.getLogger(__name__)
 
 Array = npt.NDArray[np.float32]
 
 DEFAULT_LATENT = 64
+
+LEFT_OUT = (
+    "behavior is left out: on {pairs:,} pairs of users kept for selection, what was learned from "
+    "the interactions ranks the next item with an AUC of {learned:.3f}, the embeddings alone with "
+    "{embeddings:.3f} (95 % of the difference: {low:+.3f} to {high:+.3f}); codes are fitted to the "
+    "embeddings alone. Give more interactions, or --no-check-behavior (check_behavior=False)"
+)
+"""What is said where behavior does not help."""
 
 STORED = {"content": "content", "behavior": "behaviour"}
 """Decoding tables -> names of their tensors in an artefact, part of the weights fingerprint."""
@@ -57,7 +70,8 @@ class BARQ(ContinuousTokenizer):
     embedding alone, so items without behavior are served like the others.
 
     A ``behavior_weight`` of 2 was chosen on users kept for selection (``benchmarks/choice.py``);
-    with 0, `fit` takes no pairs. A ``content_variance`` below 1 evens out usage and is faster: 0.95
+    with 0, `fit` takes no pairs. Behavior of a log that teaches nothing beyond the embeddings is
+    left out (``check_behavior``; ``report.details["behavior"]`` has the figures). A ``content_variance`` below 1 evens out usage and is faster: 0.95
     at no more error, less for some. ``balance_strength`` evens out usage at some error, see
     `semid.quantization.refine`. A ``latent`` of 0 in ``network`` takes 64.
 
@@ -92,6 +106,11 @@ class BARQ(ContinuousTokenizer):
         ge=0,
         le=MAX_WEIGHT,
         help="Highest penalty of a codeword in mean squared residuals; evens out usage.",
+    )
+    check_behavior: bool = option(
+        True,
+        help="Leave behavior out if, on users kept for selection, what was learned from it does "
+        "not rank the next item better than the embeddings do.",
     )
     objective: Objective | Mapping[str, Any] | None = option(
         None,
@@ -139,6 +158,7 @@ class BARQ(ContinuousTokenizer):
         else:
             prepared, details["training"] = self._train_autoencoder(context)
             details["protocol"] = context.behavior.train.protocol
+            details["behavior"] = self._check_behavior(prepared, context)
         train = prepared.train.blocks
         held_out = None if prepared.held_out is None else prepared.held_out.blocks
         # 2. The space [P'x, s u(x)] in which codebooks are fitted.
@@ -168,6 +188,21 @@ class BARQ(ContinuousTokenizer):
         self._set_codebooks(books)
         # 5. Tables that decode the codes as they are now.
         return details | self._fit_tables(train, held_out, weights=context.weights)
+
+    def _check_behavior(self, prepared: PreparedRows, context: FitContext) -> dict[str, Any]:
+        """Drop the encoder if it ranks pairs of selection users no better than rows do."""
+        source = None if context.behavior is None else context.behavior.select
+        if source is None or not self.check_behavior:
+            return {"kept": True}
+        learned = Blend(Content(threads=self.threads), self._encoder, 1.0, 0).directions
+        rows, seed = prepared.train.blocks, child_seed(self.seed, "evidence")
+        evidence = asdict(compare_directions(source, rows, learned, seed=seed))
+        kept = evidence["low"] > 0
+        if not kept:
+            self._autoencoder = None
+            if is_main():
+                logger.warning(LEFT_OUT.format(**evidence))
+        return {"kept": kept} | evidence
 
     def _find_space(self, prepared: PreparedRows, context: FitContext) -> None:
         """Find the principal components and the scale of behavior beside them."""
