@@ -541,7 +541,7 @@ TOKENIZERS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
         {},
     ),
     "barq": (
-        lambda: semid.BARQ(**LEVELS, **BEHAVIOR, **SMALL),
+        lambda: semid.BARQ(**LEVELS, check_behavior=False, **BEHAVIOR, **SMALL),
         {"interactions": "log"},
     ),
     "barq balanced": (

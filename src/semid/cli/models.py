@@ -124,7 +124,7 @@ def _refuse_unused(context: typer.Context, model: Any) -> None:
         weight = "--" + model.behavior_argument.replace("_", "-")
         unused = [*behavior, "temperature"]
         if model.kind == "barq":  # without behavior there is no network
-            unused += training
+            unused += [*training, "check_behavior"]
         cli.refuse_unused(context, unused, f"{weight} is 0, so nothing is learned from behavior")
     kmeans = model.settings.get("kmeans")
     if kmeans is not None and kmeans["sample_per_code"] is None:
