@@ -14,6 +14,7 @@ from semid.quantization.kmeans import KMeansOptions
 from semid.quantization.nearest import index_codebook, nearest
 from semid.quantization.product import fit_product, part_slices, part_statistics
 from semid.quantization.rotation import allocate_eigenvalues, procrustes
+from semid.tokenizers.neural.autoencoder import perceptron
 
 faiss = pytest.importorskip("faiss")
 
@@ -326,3 +327,18 @@ def test_equal_codes_come_in_row_order_and_bad_arguments_are_refused():
         semid.search_codes(model, ids, x[:1], k=7)
     with pytest.raises(UsageError, match="metric"):
         semid.search_codes(model, ids, x[:1], k=2, metric="cosine")
+
+
+@pytest.mark.parametrize(("inputs", "width"), [(1, 1), (7, 50), (33, 16)])
+def test_rows_rotate_the_same_alone_and_among_many(inputs, width):
+    generator = np.random.default_rng(inputs)
+    x = generator.normal(size=(300, inputs)).astype(np.float32)
+    layers = [
+        tuple(generator.normal(size=size).astype(np.float32) for size in (shape, shape[1]))
+        for shape in ((inputs, width), (width, 5))
+    ]
+    many = perceptron(x, layers)  # tiles of rows
+    few = np.concatenate([perceptron(x[i : i + 1], layers) for i in range(300)])
+    np.testing.assert_array_equal(many, few)
+    hidden = np.maximum(x.astype(np.float64) @ layers[0][0] + layers[0][1], 0)
+    np.testing.assert_allclose(many, hidden @ layers[1][0] + layers[1][1], rtol=1e-4, atol=1e-4)

@@ -26,7 +26,9 @@ class LazyModule:
         self.__name__ = name
 
     def __getattr__(self, attribute: str) -> Any:
-        return getattr(importlib.import_module(self.__name__), attribute)
+        # `import_module` takes microseconds even where nothing is left to import.
+        module = sys.modules.get(self.__name__) or importlib.import_module(self.__name__)
+        return getattr(module, attribute)
 
 
 def is_imported(name: str) -> bool:

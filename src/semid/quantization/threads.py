@@ -85,6 +85,9 @@ def one_blas_thread() -> Iterator[None]:
         yield
         return
     before = torch.get_num_threads()
+    if before == 1:
+        yield
+        return
     torch.set_num_threads(1)
     try:
         yield

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from semid.quantization.blocks import Preprocess
+from semid.quantization.engine.narrow import PANEL, TILE, score_tile
+from semid.quantization.engine.plain import padded
 from semid.quantization.threads import map_blocks
 from semid.seeds import torch_generator
 
@@ -23,6 +25,8 @@ Layer = tuple[Array, Array]
 
 BLOCK = 256
 """Rows per block: a block's widest activations stay in the second-level cache."""
+MIN_TILED = 64
+"""Rows from which on laying out the weights for tiles of rows pays."""
 
 
 @numba.njit(nogil=True, cache=True, fastmath={"contract"})
@@ -64,19 +68,60 @@ def _dense(x: Array, weight: Array, bias: Array, relu: bool, out: Array) -> None
                 partner[j] = max(partner[j], np.float32(0))
 
 
+@numba.njit(nogil=True, cache=True)
+def _dense_tiles(
+    x: Array, numbers: npt.NDArray[np.int64], panels: Array, offsets: Array, relu: bool, out: Array
+) -> None:
+    for panel in range(panels.shape[0]):
+        for first in range(0, len(out), TILE):
+            score_tile(
+                x, numbers, first, panels, panel, offsets, x.shape[1], out[first : first + TILE],
+                panel * PANEL,
+            )  # fmt: skip
+    if relu:
+        flat = out.reshape(-1)
+        for i in range(len(flat)):
+            flat[i] = max(flat[i], np.float32(0))
+
+
+def _apply_layer(x: Array, layer: Layer, panels: Array | None, relu: bool) -> Array:
+    """Apply a dense layer: by `_panels` in tiles whose sums stay in registers, without as it is.
+
+    Both add the terms of an output in the order of the inputs, so the results are the same bits.
+    """
+    weight, bias = layer
+    width = weight.shape[1]
+    if panels is None:
+        result = np.empty((len(x), width), dtype=np.float32)
+        _dense(x, weight, bias, relu, result)
+        return result
+    numbers = np.minimum(np.arange(padded(len(x), TILE)), len(x) - 1)
+    tiled = np.empty((len(numbers), len(panels) * PANEL), np.float32)
+    offsets = np.zeros(tiled.shape[1], np.float32)
+    offsets[:width] = -bias  # what a sum starts from is minus this
+    _dense_tiles(x, numbers, panels, offsets, relu, tiled)
+    return np.ascontiguousarray(tiled[: len(x), :width])
+
+
+def _panels(weight: Array) -> Array:
+    """Return weights ``(in, out)`` as panels of outputs ``(panels, in, PANEL)``, zeros last."""
+    wide = np.pad(weight, ((0, 0), (0, -weight.shape[1] % PANEL)))
+    return np.ascontiguousarray(wide.reshape(len(weight), -1, PANEL).transpose(1, 0, 2))
+
+
 def perceptron(x: Array, layers: Sequence[Layer], *, threads: int | None = None) -> Array:
     """Apply dense layers with ReLU between them to rows ``(n, in)``: ``(n, out)`` float32.
 
     Each row depends on that row alone, in any chunking.
     """
     out = np.empty((len(x), layers[-1][0].shape[1]), dtype=np.float32)
+    tiled = len(x) >= MIN_TILED
+    panels = [_panels(weight) if tiled else None for weight, _ in layers]
 
     def work(start: int) -> None:
         block = np.ascontiguousarray(x[start : start + BLOCK], dtype=np.float32)
-        for number, (weight, bias) in enumerate(layers, 1):
-            result = np.empty((len(block), weight.shape[1]), dtype=np.float32)
-            _dense(block, weight, bias, number < len(layers), result)
-            block = result
+        for number, (layer, packed) in enumerate(zip(layers, panels, strict=True), 1):
+            block = _apply_layer(block, layer, packed, number < len(layers))
         out[start : start + BLOCK] = block
 
     starts = range(0, len(x), BLOCK)
