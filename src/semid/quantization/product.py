@@ -123,7 +123,8 @@ def fit_product(
 
     Shapes: ``blocks`` (items, dim), ``weights`` (items,), returns ``(codes, width)`` per part.
 
-    Cost: O(items codes dim) per iteration for all parts together, in one pass over the rows.
+    Cost: O(items codes dim) per iteration for all parts together, in one pass over the rows; later
+    passes skip most codewords, for which up to half a gigabyte is kept (`AssignmentMemory`).
     """
     everything = as_sharded(blocks, weights=weights, threads=threads, memory_bytes=memory_bytes)
     sample = draw_sample(everything, max(codebook_sizes), seed=seed, options=options)
