@@ -255,7 +255,8 @@ class AssignmentMemory:
         # Equal codewords would all be measured for each of their rows.
         if not engine.bounded.suits(*shape) or len(codebook.table) < len(codebook):
             return None
-        held = sum(bounds.bytes for bounds in self._bounds.values() if bounds is not None)
+        others = list(self._bounds.values())  # a copy, since other threads add to it
+        held = sum(bounds.bytes for bounds in others if bounds is not None)
         if held + engine.bounded.size(*shape) > self.limit_bytes:
             return None
         return engine.bounded.RowBounds(x, labels, codebook.codewords)
