@@ -54,6 +54,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.encode(x).write(folder / "ids.parquet")
     log = pa.table({"user_id": ["a", "b"], "item_id": ["1", "2"], "timestamp": [1, 2]})
     pq.write_table(log, folder / "log.parquet")
+    pairs = pa.table({"item_id": ["1", "2", "5"], "related_item_id": ["2", "3", "9"]})
+    pq.write_table(pairs, folder / "pairs.parquet")
     return folder
 
 
@@ -80,6 +82,16 @@ result = [list(rows.shape), model.settings["levels"], len(index.next_codes())]
     done = run(code, folder=folder)
     assert done["result"] == [[5, 130], 3, 16]
     assert set(done["imported"]) <= {"pandas"}, "pyarrow imports pandas, where it is installed"
+
+
+def test_a_report_needs_no_torch(folder: Path) -> None:
+    command = "report model x.npy --relations pairs.parquet -o report.json --quiet"
+    done = run(COMMAND, *command.split(), folder=folder)
+    assert done["result"] == 0, done["stderr"]
+    assert "torch" not in done["imported"]
+    report = json.loads((folder / "report.json").read_text())
+    assert {"overlap", "flips", "geometry", "relations"} <= report.keys()
+    assert report["relations"]["related"]["aucs"]
 
 
 REFUSED = {

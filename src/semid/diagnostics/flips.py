@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,10 +12,17 @@ import numpy.typing as npt
 
 from semid.diagnostics.overlap import NOISE_SCALES
 from semid.diagnostics.pairs import CONFIDENCE, Proportion, proportion
-from semid.diagnostics.spaces import Matrix, as_block, as_matrix, latent_std, row_blocks
+from semid.diagnostics.spaces import (
+    Matrix,
+    as_block,
+    as_matrix,
+    latent_std,
+    nearest_entries,
+    row_blocks,
+)
 from semid.errors import InputError, UsageError
-from semid.lazy import torch
-from semid.quantization.nearest import IndexedCodebook, index_codebook, nearest_m
+from semid.lazy import is_tensor, kernel
+from semid.quantization.nearest import index_codebook
 from semid.results import Result
 from semid.seeds import numpy_generator
 
@@ -69,8 +77,7 @@ class FlipRates(Result):
 def _encoded(encode: Callable[[Float], Any], rows: Float, *, codes: bool) -> npt.NDArray[Any]:
     """Encode rows to codes, or to latents, and check these."""
     encoded = encode(rows)
-    tensor = isinstance(encoded, torch.Tensor)
-    array = encoded.detach().cpu().numpy() if tensor else np.asarray(encoded)
+    array = encoded.detach().cpu().numpy() if is_tensor(encoded) else np.asarray(encoded)
     integers = np.issubdtype(array.dtype, np.integer)
     if array.ndim != 2 or len(array) != len(rows) or (codes and not integers):
         name, expected = (
@@ -144,8 +151,6 @@ def flip_rates(
 
 # The margin proxy: flip rates in closed form, from distances to the nearest cell walls --------
 
-_ROWS = 2048  # rows per block; rows x 9 walls x latent floats are gathered at once
-
 
 @dataclass(frozen=True)
 class MarginProxy(Result):
@@ -156,6 +161,40 @@ class MarginProxy(Result):
     items: int  # items averaged over
     neighbors: int  # cell walls per item and level
     points: tuple[MarginPoint, ...]  # one per scale
+
+
+@kernel(fastmath={"reassoc", "contract"})
+def _stay_logs(
+    images: Float,
+    labels: npt.NDArray[np.int64],
+    distances: npt.NDArray[np.float64],
+    noises: npt.NDArray[np.float64],
+    out: npt.NDArray[np.float64],
+) -> None:
+    """Add the log of the probability that a row crosses no wall to ``out`` (noises, rows).
+
+    ``images`` (1 or noises, codes, width) are codewords in units of the noise less its factor in
+    ``noises``; the others, (rows, codewords), are the nearest codewords of each row.
+    """
+    count = len(images)
+    for i in range(len(labels)):
+        first = labels[i, 0]
+        for j in range(1, labels.shape[1]):
+            other = labels[i, j]
+            # The wall between c_1 and c_j is their bisector. (|r - c_j|^2 - |r - c_1|^2) / 2 is the
+            # distance of r to it, times |c_j - c_1|.
+            rise = (distances[i, j] - distances[i, 0]) / 2.0
+            for image in range(count):
+                # Standard deviation of the noise across the wall, times |c_j - c_1| as well.
+                square = 0.0
+                for d in range(images.shape[2]):
+                    step = np.float64(images[image, other, d]) - np.float64(images[image, first, d])
+                    square += step * step
+                if square == 0.0:  # equal codewords: the noise never chooses between them
+                    continue
+                for s in range(image, len(out), count):
+                    ratio = rise / (math.sqrt(square) * noises[s])
+                    out[s, i] += math.log1p(-0.5 * math.erfc(ratio * math.sqrt(0.5)))
 
 
 class _Walls:
@@ -170,36 +209,27 @@ class _Walls:
     ) -> None:
         self.columns = columns  # of the latent, which the codewords stand for
         self.codewords = np.ascontiguousarray(codebook, dtype=np.float32)
-        self.table: IndexedCodebook = index_codebook(self.codewords)
-        images = [self.codewords]
+        self.table = index_codebook(self.codewords).full_table()
+        self.images = self.codewords[None]
         if factors is not None:
-            images = [self.codewords @ factor[columns] for factor in factors]
-        self.images = [torch.from_numpy(np.ascontiguousarray(image)) for image in images]
+            self.images = np.stack([self.codewords @ factor[columns] for factor in factors])
 
-    def ratios(
-        self, residuals: Float, neighbors: int, noises: Sequence[float] | None, threads: int | None
-    ) -> tuple[list[torch.Tensor], Float]:
-        """Return ``d_j / s_j`` per noise, ``(batch, neighbors)``, and the nearest codewords."""
+    def stays(
+        self,
+        residuals: Float,
+        neighbors: int,
+        noises: npt.NDArray[np.float64],
+        threads: int | None,
+    ) -> tuple[npt.NDArray[np.float64], Float]:
+        """Return each row's log-probability to stay in its cell ``(noises, rows)``, and that cell.
+
+        Walls are taken as independent.
+        """
         m = min(neighbors + 1, len(self.codewords))
-        labels, distances = nearest_m(torch.from_numpy(residuals), self.table, m, threads=threads)
-        nearest = self.codewords[labels[:, 0].numpy()]
-        if m == 1:  # a single codeword has no walls
-            walls = torch.full((len(residuals), 1), torch.inf, dtype=torch.float64)
-            return [walls] * len(noises if noises is not None else self.images), nearest
-        # The wall between c_1 and c_j is their bisector. (|r - c_j|^2 - |r - c_1|^2) / 2 is the
-        # distance of r to it, times |c_j - c_1|.
-        rise = (distances[:, 1:].double() - distances[:, :1].double()) / 2
-        # Standard deviation of the noise across the wall, times |c_j - c_1| as well, so that the
-        # quotient below is the distance in units of the noise.
-        lengths = []
-        for image in self.images:
-            step = image[labels[:, 1:]] - image[labels[:, :1]]
-            lengths.append(torch.linalg.vector_norm(step, dim=2).double())
-        # Equal codewords are no wall: the noise never chooses between them.
-        ratios = [torch.where(length > 0, rise / length, torch.inf) for length in lengths]
-        if noises is not None:
-            ratios = [ratios[0] / noise for noise in noises]
-        return ratios, nearest
+        labels, distances = nearest_entries(residuals, self.table, m, threads=threads)
+        stays = np.zeros((len(noises), len(residuals)))
+        _stay_logs(self.images, labels, distances, noises, stays)
+        return stays, self.codewords[labels[:, 0]]
 
 
 def margin_proxy(
@@ -261,21 +291,19 @@ def margin_proxy(
             raise InputError(f"codebook {i} is {width} wide, the latents {expected}")
     code = np.zeros((len(noises), len(levels)))
     prefix = np.zeros_like(code)
-    for batch in row_blocks(len(latents), _ROWS):
+    # Images under a noise's own map have its size in them.
+    units = np.array(noises) if factors is None else np.ones(len(noises))
+    for batch in row_blocks(len(latents)):
         block = residuals = as_block(latents, batch)
-        # Per noise: log of the probability that no code so far has changed.
-        stays = [torch.zeros(len(residuals), dtype=torch.float64) for _ in noises]
+        # Per noise and row: log of the probability that no code so far has changed.
+        whole = np.zeros((len(noises), len(residuals)))
         for i, level in enumerate(levels):
             if not hierarchical:
                 residuals = np.ascontiguousarray(block[:, level.columns])
-            isotropic = noises if factors is None else None
-            ratios, quantized = level.ratios(residuals, neighbors, isotropic, threads)
-            for s, ratio in enumerate(ratios):
-                # log of the probability that no wall is crossed, walls taken as independent.
-                stay = torch.special.log_ndtr(ratio).sum(1)
-                stays[s] = stays[s] + stay
-                code[s, i] += float(-torch.expm1(stay).sum())
-                prefix[s, i] += float(-torch.expm1(stays[s]).sum())
+            stays, quantized = level.stays(residuals, neighbors, units, threads)
+            whole += stays
+            code[:, i] -= np.expm1(stays).sum(1)
+            prefix[:, i] -= np.expm1(whole).sum(1)
             if hierarchical:
                 residuals = residuals - quantized
     items = len(latents)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from semid.diagnostics.spaces import Matrix, as_block, as_matrix, row_blocks
 from semid.errors import InputError, UsageError
 from semid.health import LevelUsage
-from semid.lazy import kernel, torch
+from semid.lazy import kernel
 from semid.quantization.threads import map_blocks
 from semid.results import Result
 
@@ -112,29 +112,34 @@ class _Codewords:
         self.share = share[used]
         exact = codebook[used].astype(np.float64)
         exact -= self.share @ exact
-        self.exact = torch.from_numpy(exact)
-        self.rounded = self.exact.float()
-        self.squares = (self.exact**2).sum(1)
+        self.exact = exact
+        self.rounded = exact.astype(np.float32)
+        self.squares = np.einsum("kd,kd->k", exact, exact)
 
     def __len__(self) -> int:
         return len(self.share)
 
-    def distances_(self, a: slice, b: slice, out: torch.Tensor) -> torch.Tensor:
+    def distances_(
+        self, a: slice, b: slice, out: npt.NDArray[np.float32]
+    ) -> npt.NDArray[np.float32]:
         """Write squared distances between two ranges to ``out``; to itself a codeword has inf."""
         result = out[: a.stop - a.start, : b.stop - b.start]
         # |x - y|^2 = |x|^2 + |y|^2 - 2 x.y by one float32 matrix product.
-        torch.mm(self.rounded[a], self.rounded[b].T, out=result)
-        left, right = self.squares[a].float(), self.squares[b].float()
-        result.mul_(-2.0).add_(left[:, None]).add_(right)
+        np.matmul(self.rounded[a], self.rounded[b].T, out=result)
+        left, right = self.squares[a].astype(np.float32), self.squares[b].astype(np.float32)
+        result *= np.float32(-2.0)
+        result += left[:, None]
+        result += right
         if a == b:
-            result.fill_diagonal_(torch.inf)
+            np.fill_diagonal(result, np.inf)
         # Where codewords nearly coincide that difference has lost its digits, and exactly these
         # pairs make up the overlap: compute such a tile again in float64.
-        if float(result.min()) < _NEAR * float(left.max() + right.max()):
+        if result.min() < _NEAR * (left.max() + right.max()):
             squares = self.squares[a, None] + self.squares[None, b]
-            result.copy_(squares.addmm_(self.exact[a], self.exact[b].T, alpha=-2).clamp_(min=0))
+            squares -= 2.0 * (self.exact[a] @ self.exact[b].T)
+            np.maximum(squares, 0.0, out=result, casting="same_kind")
             if a == b:
-                result.fill_diagonal_(torch.inf)
+                np.fill_diagonal(result, np.inf)
         return result
 
 
@@ -146,7 +151,7 @@ def _band_sums(
     Distances are computed once for all noises, in two buffers: fresh memory for every tile would
     cost more than the arithmetic.
     """
-    buffer, kernel_buffer = torch.empty(_TILE, _TILE), torch.empty(_TILE, _TILE)
+    buffer, kernel_buffer = np.empty((2, _TILE, _TILE), np.float32)
     sums = np.zeros(len(noises))
     a = ranges[first]
     for b in ranges[first:]:
@@ -159,9 +164,9 @@ def _band_sums(
             width = 4.0 * noise * noise
             if least / width > _FARTHEST:  # every term of the tile vanishes in float64
                 continue
-            torch.mul(distances, -1.0 / width, out=kernel)
-            kernel.clamp_(min=_LOWEST).exp_()
-            part = _weighted_sum(kernel.numpy(), codewords.share[a], codewords.share[b])
+            np.multiply(distances, np.float32(-1.0 / width), out=kernel)
+            np.exp(np.maximum(kernel, np.float32(_LOWEST), out=kernel), out=kernel)
+            part = _weighted_sum(kernel, codewords.share[a], codewords.share[b])
             sums[index] += multiplicity * part
     return sums
 

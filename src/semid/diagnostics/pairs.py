@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from statistics import NormalDist
 from typing import Any
@@ -17,6 +18,8 @@ from semid.seeds import numpy_generator
 
 CONFIDENCE = 0.95
 """Coverage of all intervals."""
+
+_REMEMBERED = 4_000_000  # draws of clusters that are kept for the next estimate: 32 MB
 
 Floats = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.int64]
@@ -145,6 +148,19 @@ def row_groups(values: npt.NDArray[Any]) -> Floats:
     return cluster_sums(np.arange(len(values)) % 2000, values.astype(np.float64)[:, None])
 
 
+def _draws(clusters: int, replicates: int, seed: int) -> Iterator[npt.NDArray[np.int64]]:
+    """Draw clusters with replacement; yield how often each is drawn ``(clusters,)``."""
+    rng = numpy_generator(seed, "bootstrap")
+    for _ in range(replicates):
+        yield np.bincount(rng.integers(0, clusters, clusters), minlength=clusters)
+
+
+@functools.lru_cache(maxsize=2)  # users, and groups of rows
+def _remembered_draws(clusters: int, replicates: int, seed: int) -> Floats:
+    """Return the draws as ``(replicates, clusters)``: a report estimates dozens of numbers."""
+    return np.array(list(_draws(clusters, replicates, seed)), dtype=np.float64)
+
+
 def bootstrap(
     sums: Floats,
     statistic: Callable[[Floats], Floats],
@@ -168,12 +184,10 @@ def bootstrap(
     clusters = len(sums)
     if clusters < 2 or replicates == 0:
         return tuple(Estimate(float(value)) for value in point)
-    rng = numpy_generator(seed, "bootstrap")
-    totals = np.empty((replicates, sums.shape[1]))
-    for replicate in range(replicates):
-        # How often each cluster is drawn; the totals are linear in these weights.
-        weights = np.bincount(rng.integers(0, clusters, clusters), minlength=clusters)
-        totals[replicate] = weights @ sums
+    # The totals are linear in how often each cluster is drawn.
+    few = clusters * replicates <= _REMEMBERED
+    draws = _remembered_draws if few else _draws
+    totals = np.array([weights @ sums for weights in draws(clusters, replicates, seed)])
     # One call for all draws; a ratio whose denominator was 0 in a draw is NaN and left out.
     drawn = statistic(totals)
     result = []

@@ -17,10 +17,11 @@ from semid.diagnostics.pairs import (
     cluster_sums,
     require_pool,
 )
-from semid.diagnostics.spaces import Matrix, as_block, as_matrix, row_blocks
+from semid.diagnostics.spaces import Matrix, as_block, as_matrix, nearest_entries, row_blocks
 from semid.errors import InputError, UsageError
-from semid.lazy import torch
-from semid.quantization.nearest import MAX_NEIGHBORS, index_database, top_k
+from semid.quantization import engine
+from semid.quantization.engine.plain import METRICS
+from semid.quantization.nearest import MAX_NEIGHBORS
 from semid.results import Result
 from semid.seeds import numpy_generator
 
@@ -133,19 +134,15 @@ def neighbor_ranks(
     database = np.empty(array.shape, np.float32)
     for rows in row_blocks(len(array)):
         database[place[rows]] = as_block(array, rows)
-    ready = index_database(torch.from_numpy(database), metric="cosine")
+    table = engine.table.VectorTable(database, metric=METRICS["cosine"], unique=False)
     by_query, queries, bounds = group_by_query(pairs)  # so that each query is searched once
     result = np.full(len(pairs), depth, np.int64)
     for start in range(0, len(queries), _QUERIES):
         stop = min(start + _QUERIES, len(queries))
         query_rows = place[queries[start:stop]]
-        lists = top_k(
-            torch.from_numpy(database[query_rows]),
-            ready,
-            depth,
-            exclude=torch.from_numpy(query_rows),
-            threads=threads,
-        ).indices.numpy()
+        lists, _ = nearest_entries(
+            database[query_rows], table, depth, exclude=query_rows, threads=threads
+        )
         # Look the targets up in the lists, a block of pairs at a time: this array is large.
         for part in row_blocks(int(bounds[stop] - bounds[start])):
             cases = by_query[bounds[start] + part.start : bounds[start] + part.stop]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -12,9 +13,18 @@ import numpy.typing as npt
 from semid.data.blocks import squared_norms
 from semid.diagnostics.pairs import Estimate, bootstrap, row_groups
 from semid.errors import InputError, UsageError
-from semid.lazy import is_tensor, torch
+from semid.lazy import is_tensor
+from semid.quantization import engine
 from semid.results import Result
 from semid.seeds import numpy_generator
+
+if TYPE_CHECKING:
+    import torch
+
+    from semid.quantization.engine.table import VectorTable
+
+# Multiply-adds of a search that take about as long as importing torch, to time its routes too.
+_UNTIMED_WORK = 10**11
 
 Matrix: TypeAlias = "npt.NDArray[Any] | torch.Tensor"
 
@@ -57,6 +67,26 @@ def unit_rows(block: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     scale = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0)
     result: npt.NDArray[np.float32] = (block * scale[:, None]).astype(np.float32)
     return result
+
+
+def nearest_entries(
+    queries: npt.NDArray[np.float32],
+    table: VectorTable,
+    k: int,
+    *,
+    exclude: npt.NDArray[np.int64] | None = None,
+    threads: int | None = None,
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """Return labels and keys ``(queries, k)`` of `top_k` and `nearest_m`, without torch.
+
+    ``exclude`` (queries,) is the entry that each query leaves out.
+    """
+    # Few queries take the first route, which needs no torch; many are timed on all routes.
+    few = len(queries) * table.rows.size < _UNTIMED_WORK
+    timed = queries[: engine.search.MIN_PROBED_QUERIES - 1] if few else queries
+    route = engine.search.choose("auto", timed, table, k=k)
+    result = engine.search.search(queries, table, route, k=k, exclude=exclude, threads=threads)
+    return result.labels, result.keys
 
 
 def latent_std(latents: Matrix) -> float:
@@ -192,10 +222,9 @@ def geometry(
 def effective_rank(x: Matrix, *, name: str, seed: int, replicates: int) -> Estimate:
     """Return the effective rank of a space ``x`` (items, dim) with its interval over rows.
 
-    Cost: that of `geometry` on all rows, and as much again for the eigenvectors.
+    Cost: that of `geometry` on all rows, and as much again for the rows' coordinates.
     """
     array = as_matrix(x, name)
-    measured = geometry(array, name=name, sample=None)
     mean = sum(as_block(array, p).sum(0, np.float64) for p in row_blocks(len(array))) / len(array)
     gram = np.zeros((array.shape[1], array.shape[1]))
     for part in row_blocks(len(array)):
@@ -204,7 +233,8 @@ def effective_rank(x: Matrix, *, name: str, seed: int, replicates: int) -> Estim
     values, vectors = np.linalg.eigh(gram / len(array))
     used = values > values.max() * _CONSTANT
     values, vectors = values[used], vectors[:, used]
-    share, entropy = values / values.sum(), np.log(measured.effective_rank)
+    share = values / values.sum()
+    entropy = float(-(share * np.log(share)).sum())
     # To first order, a row moves eigenvalue k by y_k - l_k, with y_k its squared coordinate along
     # eigenvector k. By the chain rule it moves the entropy H of q = l / sum l by
     # -sum_k y_k (log q_k + H) / sum l, whose mean over the rows is 0.
@@ -214,11 +244,11 @@ def effective_rank(x: Matrix, *, name: str, seed: int, replicates: int) -> Estim
     )
     estimate = bootstrap(
         row_groups(influence),
-        lambda totals: measured.effective_rank * np.exp(totals / len(array)),
+        lambda totals: np.exp(entropy + totals / len(array)),
         seed=seed,
         replicates=replicates,
     )[0]
-    return replace(estimate, value=measured.effective_rank)
+    return replace(estimate, value=math.exp(entropy))
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ import pyarrow.compute as pc
 
 from semid.data.ids import ItemIds
 from semid.data.items import ItemTexts
-from semid.lazy import torch
-from semid.quantization.nearest import nearest_m
+from semid.diagnostics.spaces import nearest_entries
+from semid.quantization.nearest import index_codebook
 from semid.report.results import Bucket, BucketItem
 from semid.seeds import numpy_generator
 
@@ -197,9 +197,9 @@ def _neighbors(
     active = np.sort(active[np.argsort(-counts[active], kind="stable")[:NEIGHBOR_CODES]])
     if len(active) < 2 or spread <= 0:
         return {"code": [], "near": [], "distance": []}
-    codewords = torch.from_numpy(np.ascontiguousarray(codebook[active]))
-    nearest = nearest_m(codewords, codewords, min(NEIGHBORS + 1, len(active)))
-    labels, distances = nearest.labels.numpy(), nearest.distances.numpy()
+    codewords = np.ascontiguousarray(codebook[active])
+    table = index_codebook(codewords).full_table()
+    labels, distances = nearest_entries(codewords, table, min(NEIGHBORS + 1, len(active)))
     near, relative_distances = [], []
     for index, (label, distance) in enumerate(zip(labels, distances, strict=True)):
         others = label != index  # a copy of this codeword may come before itself
