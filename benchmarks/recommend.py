@@ -19,8 +19,9 @@ import torch
 from common import save
 from semid.data.ids import ItemIds
 from semid.data.sequences import Sequences
+from semid.recommenders.retrieval import MODELS
 from semid.recommenders.retrieval.data import RetrievalItems
-from semid.recommenders.retrieval.networks import MODELS, make_model
+from semid.recommenders.retrieval.networks import make_model
 from semid.recommenders.retrieval.retriever import Retriever
 
 

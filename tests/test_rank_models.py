@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from semid.errors import UsageError
+from semid.recommenders.ranking import MODELS
 from semid.recommenders.ranking.layers import (
     CrossLayer,
     Dropout,
@@ -18,7 +19,7 @@ from semid.recommenders.ranking.layers import (
     MoCFusion,
     SymmetricPolynomials,
 )
-from semid.recommenders.ranking.models import MODELS, make_model
+from semid.recommenders.ranking.models import make_model
 from semid.recommenders.ranking.network import RankerConfig
 
 BATCH, FIELDS, WIDTH = 3, 5, 4

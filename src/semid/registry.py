@@ -32,13 +32,18 @@ class Registry:
         """Return all names, sorted."""
         return sorted({*self.targets, *(each.name for each in self._entry_points())})
 
+    def check(self, name: str, *, flag: str = "name") -> None:
+        """Refuse a name that is not registered, importing nothing; ``flag`` as for `load`."""
+        # Entry points are looked up only for names that are not semid's own: this takes a while.
+        if name not in self.targets:
+            check_choice(flag, name, self.names())
+
     def load(self, name: str, *, flag: str = "name") -> Any:
         """Return the object of a name; ``flag`` is what errors call the argument that held it."""
+        self.check(name, flag=flag)
         if name in self.targets:
             target = self.targets[name]
             return import_target(target) if isinstance(target, str) else target
-        # Entry points are looked up only for names that are not semid's own: this takes a while.
-        check_choice(flag, name, self.names())
         (point, *_) = [each for each in self._entry_points() if each.name == name]
         try:
             return point.load()

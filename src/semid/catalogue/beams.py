@@ -16,14 +16,12 @@ import torch
 from torch import Tensor
 
 from semid.catalogue.decoding import TorchTrie
-from semid.catalogue.prefixes import PrefixIndex
+from semid.catalogue.prefixes import BUCKET_ORDERS, PrefixIndex
 from semid.data.embeddings import open_embeddings
 from semid.data.source import EmbeddingSource
 from semid.errors import InputError, UsageError, check_choice
 from semid.quantization.blocks import BLOCK_ROWS
 from semid.seeds import numpy_generator
-
-BUCKET_ORDERS = ("popularity", "embedding", "random")
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,6 +20,9 @@ from semid.health import check_codes
 
 Ints = npt.NDArray[np.int64]
 
+BUCKET_ORDERS = ("popularity", "embedding", "random")
+"""Orders of the items that share an id."""
+
 
 class PrefixChildren(NamedTuple):
     """What follows a prefix.

@@ -182,7 +182,7 @@ def _fit_flags() -> list[Flag]:
 
 def _retrieve_flags() -> list[Flag]:
     """Return the flags of all next-item models of semid, each once, and those of training."""
-    from semid.recommenders.retrieval.networks import MODELS
+    from semid.recommenders.retrieval import MODELS
     from semid.recommenders.retrieval.training import TRAINING
     from semid.training.options import TrainOptions
 

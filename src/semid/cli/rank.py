@@ -42,10 +42,16 @@ class RankSource:
     items: str | None = None
     id_column: str | None = None
     hidden: Annotated[str, MODEL] = "400,400"
-    dropout: Annotated[float, MODEL] = 0.2
+    dropout: Annotated[float, typer.Option(min=0, max=1, rich_help_panel="Model")] = 0.2
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda", rich_help_panel="Training")] = (
         "auto"
     )
+
+    def check(self, command: str, settings: dict[str, Any]) -> None:
+        """Refuse what is wrong without torch."""
+        cli.check_device(self.device)
+        check_keys(command, settings)
+        split_list("hidden", self.hidden, "ints")
 
     def config(self, settings: dict[str, Any], fusion: bool) -> Any:
         """Return the configuration of the ranker."""
@@ -94,12 +100,17 @@ def rank(
     from functools import partial
 
     from semid.output import atomic_file
+    from semid.recommenders.ranking import MODELS
     from semid.runs import partial_path, remove_state_folder
     from semid.training.distributed import is_main
 
     # What needs no torch is checked before it is imported.
     reads, state = (logs, source.items, ids), Path(partial_path(output))
-    if are_checked(context, "rank", settings) and not cli.is_given(context, "dropout"):
+    source.check("rank", settings)
+    MODELS.check(settings.get("config.model", "deepfm"), flag="--model (model=)")
+    check_choice("--fusion", fusion, ("on", "off"))
+    _refuse_unused(context, settings, source, ids=ids, stream=stream, fusion=fusion)
+    if are_checked(context, "rank", settings):
         cli.check_inputs(*reads)
         columns.check(logs)
     if is_main():  # under torchrun the first process alone writes and prints
@@ -107,7 +118,6 @@ def rank(
         if analyze is not None:
             cli.hold_output(analyze, overwrite=overwrite, inputs=reads)
     data_config = semid.RankingDataConfig.of(options_under(settings, "data"))
-    check_choice("--fusion", fusion, ("on", "off"))
     from semid.recommenders.ranking.analysis import analyze_codes
     from semid.recommenders.ranking.training import (
         compare_with_baseline,
@@ -115,7 +125,6 @@ def rank(
         training_device,
     )
 
-    _refuse_unused(context, settings, source, ids=ids, stream=stream, fusion=fusion)
     training_device(source.device)
     config = source.config(settings, fusion == "on")
     training = rank_options(options_under(settings, "training"))
@@ -213,8 +222,8 @@ def rank_grid(
     scales: str = "1,2,3,7",
     models: str = "all",
     fusion: str = "off",
-    seeds: int = 5,
-    codebook_size: int = 256,
+    seeds: Annotated[int, typer.Option(min=1, max=10_000)] = 5,
+    codebook_size: Annotated[int, typer.Option(min=2, max=2**32)] = 256,
     embedding_column: Annotated[str | None, typer.Option(rich_help_panel=cli.INPUT)] = None,
     on_invalid: Annotated[
         str, typer.Option(metavar="error|skip", rich_help_panel=cli.INPUT)
@@ -244,18 +253,30 @@ def rank_grid(
         on_invalid: Rows with null, NaN or inf: 'error' refuses them, 'skip' leaves them out.
     """
     from semid.output import atomic_file, atomic_folder
-    from semid.recommenders.ranking.models import MODELS
+    from semid.recommenders.ranking import MODELS
+    from semid.reproduce import GRID_METHODS
+
+    # What needs no torch is checked before it is imported.
+    source.check("rank-grid", settings)
+    switches, numbers = _switches(fusion), split_list("scales", scales, "ints")
+    _refuse_unused(context, settings, source, fusion="on" if True in switches else "off")
+    chosen = tuple(MODELS) if models == "all" else split_list("models", models)
+    for name in chosen:
+        MODELS.check(name, flag="--models (models=)")
+    for name in split_list("methods", methods):
+        check_choice("--methods (methods=)", name, GRID_METHODS)
+    inputs = (logs, source.items, embeddings, ids)
+    cli.check_inputs(*inputs)
+    columns.check(logs)
     from semid.recommenders.ranking.training import rank_options, training_device
     from semid.reproduce.ranking_grid import GRID_FILES, Grid, grid_tables, run_grid
 
-    switches = _switches(fusion)
-    _refuse_unused(context, settings, source, fusion="on" if True in switches else "off")
     training_device(source.device)
     data_config = semid.RankingDataConfig.of(options_under(settings, "data"))
     grid = Grid(
         methods=split_list("methods", methods),
-        scales=split_list("scales", scales, "ints"),
-        models=tuple(MODELS) if models == "all" else split_list("models", models),
+        scales=numbers,
+        models=chosen,
         fusion=switches,
         seeds=seeds,
         codebook_size=codebook_size,
@@ -267,7 +288,6 @@ def rank_grid(
         needless = ["scales", "codebook_size", "embedding_column", "on_invalid"]
         cli.refuse_unused(context, needless, "without --embeddings no tokenizer is fitted")
     # A grid that is resumed must be one that semid wrote, as one that is replaced.
-    inputs = (logs, source.items, embeddings, ids)
     cli.hold_output(output, overwrite=overwrite or resume, inputs=inputs)
     if output.exists() and not resume:
         # A replaced grid starts from an empty folder, which gets one line per finished run.
@@ -313,7 +333,6 @@ def _refuse_unused(
 ) -> None:
     """Refuse options that change nothing beside the others that were given."""
     is_grid = context.command.name == "rank-grid"
-    check_keys("rank-grid" if is_grid else "rank", settings)
     if not is_grid and ids is None:
         code_flags = [key for key in settings if key.startswith("features.")]
         names = {flag.key: flag.name for flag in known_flags("rank")}

@@ -361,9 +361,16 @@ def reproduce(
         source: Make the pages from the results in this folder; run nothing.
         publish: With --from: refuse results of --quick.
     """
-    from semid.reproduce.study import PAPERS, Study, page_from
+    from semid.registry import find_recipe
+    from semid.reproduce import PAPERS
 
+    # What needs no torch is checked before it is imported.
     check_choice("PAPER", paper, PAPERS)
+    cli.check_inputs(data, source)
+    if recipe is not None:
+        find_recipe(recipe, "reproduce/recipes", flag="--recipe")
+    from semid.reproduce.study import Study, page_from
+
     if publish and source is None:
         raise UsageError("--publish says how --from makes pages; give --from results")
     if source is not None:

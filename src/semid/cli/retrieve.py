@@ -19,6 +19,7 @@ from semid.cli.shared import (
     Overwrite,
     Quiet,
     Resume,
+    check_device,
     check_inputs,
     hold_output,
     is_given,
@@ -74,6 +75,7 @@ def retrieve(
         report: HTML page with curves, slices and examples.
         device: Device.
     """
+    from semid.recommenders.retrieval import MODELS
     from semid.runs import partial_path, remove_state_folder
     from semid.training.distributed import is_main, one_process
 
@@ -82,6 +84,10 @@ def retrieve(
     # What needs no torch is checked before it is imported. The output is claimed before anything is
     # read, so that a typo costs no minutes.
     reads = (logs, ids, embeddings, items)
+    check_device(device)
+    check_keys("retrieve", settings)
+    for name in () if model == "all" else split_list("model", model):
+        MODELS.check(name, flag="--model")
     if are_checked(context, "retrieve", settings):
         check_inputs(*reads)
         columns.check(logs)
@@ -101,7 +107,6 @@ def retrieve(
             hold_output(report, overwrite=overwrite, inputs=(*reads, output))
     from semid.recommenders.ranking.training import training_device
     from semid.recommenders.retrieval.data import prepare_retrieval_data
-    from semid.recommenders.retrieval.networks import MODELS
     from semid.recommenders.retrieval.training import TRAINING
     from semid.reproduce.retrieval_grid import (
         COMPARISON_FILES,
@@ -113,7 +118,6 @@ def retrieve(
     )
     from semid.training.options import TrainOptions
 
-    check_keys("retrieve", settings)
     training_device(device)
     names = _models(model, ids, embeddings)
     kinds = {name: MODELS.load(name, flag="--model") for name in names}
@@ -202,7 +206,7 @@ def retrieve(
 
 def _models(text: str, ids: Path | None, embeddings: str | None) -> list[str]:
     """Return the models asked for; ``all`` takes those that the inputs allow."""
-    from semid.recommenders.retrieval.networks import MODELS
+    from semid.recommenders.retrieval import MODELS
 
     if text != "all":
         return list(split_list("model", text)) or ["composed"]
@@ -288,20 +292,23 @@ def recommend(
             distance to the last item (models that read embeddings), or at random.
         cold_slots: Places at the end for items that training never saw.
     """
-    from semid.catalogue.beams import BUCKET_ORDERS
-    from semid.recommenders.retrieval.recommend import write_recommendations
+    from semid.artefact import read_config
+    from semid.catalogue.prefixes import BUCKET_ORDERS
 
+    # What needs no torch is checked before it is imported.
     check_choice("--within-ids", within_ids, BUCKET_ORDERS)
     hold_output(output, overwrite=overwrite, inputs=(model, histories))
-    retriever = semid.load(model)
-    if not isinstance(retriever, semid.Retriever):
-        raise UsageError(
-            f"'{model}' holds a {type(retriever).__name__}; give a folder that 'semid retrieve' "
-            "wrote"
-        )
+    if (kind := read_config(model)["kind"]) != "retriever":
+        raise UsageError(f"'{model}' holds a {kind}; give a folder that 'semid retrieve' wrote")
     if histories is None:
         names = [name for name in columns.NAMES if is_given(context, name)]
         refuse_unused(context, names, "no --histories are given")
+    else:
+        check_inputs(histories)
+        columns.check(histories)
+    from semid.recommenders.retrieval.recommend import write_recommendations
+
+    retriever = semid.load(model)
     log = None if histories is None else columns.read(context, histories)
     with make_progress(quiet=quiet) as progress:
         users = write_recommendations(

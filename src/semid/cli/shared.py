@@ -111,8 +111,9 @@ class InteractionColumns:
 
     def check(self, path: str) -> None:
         """Refuse interactions without these columns, before what takes long is imported."""
-        from semid.data.interactions import check_columns
+        from semid.data.interactions import TIES, check_columns
 
+        check_choice("--ties (ties=)", self.ties, TIES)
         check_columns(path, **{name: vars(self)[name] for name in self.NAMES[:3]})
 
     def read(self, context: typer.Context, path: str | None) -> Any:
@@ -169,6 +170,11 @@ class RayFlags:
         given = {name: getattr(self, name) for name in names}
         layout: dict[str, Any] = {k: value for k, value in given.items() if value is not None}
         return RayOptions(workers=self.workers, address=self.ray_address, **layout)
+
+
+def check_device(device: str) -> None:
+    """Refuse what is no device; whether there is a GPU is known to torch alone."""
+    check_choice("--device (device=)", device, ("auto", "cpu", "cuda"))
 
 
 def open_tokenizer(path: str | Path, *, threads: int | None = None) -> Any:

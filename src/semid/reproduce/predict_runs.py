@@ -28,8 +28,8 @@ from semid.recommenders.ranking.data import prepare_ranking_data
 from semid.recommenders.ranking.features import CodeFeatures
 from semid.recommenders.ranking.network import RankerConfig
 from semid.recommenders.ranking.training import rank_options
+from semid.recommenders.retrieval import MODELS
 from semid.recommenders.retrieval.data import RetrievalData, prepare_retrieval_data
-from semid.recommenders.retrieval.networks import MODELS
 from semid.recommenders.retrieval.training import train_retriever
 from semid.report.audit import category_codes, category_paths
 from semid.report.diagnose import diagnose

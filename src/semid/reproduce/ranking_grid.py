@@ -21,10 +21,10 @@ from semid.errors import IdsError, UsageError, check_choice
 from semid.options import Options, option
 from semid.output import atomic_folder
 from semid.progress import Progress, ProgressArgument, QuietProgress, with_progress
+from semid.recommenders.ranking import MODELS
 from semid.recommenders.ranking.builder import RankingData
 from semid.recommenders.ranking.features import CodeFeatures
 from semid.recommenders.ranking.metrics import reliance
-from semid.recommenders.ranking.models import MODELS
 from semid.recommenders.ranking.network import RankerConfig
 from semid.recommenders.ranking.ranker import Ranker
 from semid.recommenders.ranking.training import (
@@ -33,11 +33,12 @@ from semid.recommenders.ranking.training import (
     train_ranker,
     training_device,
 )
+from semid.reproduce import GRID_METHODS, METHODS
 from semid.reproduce.claims import Row, Rows
 from semid.reproduce.ledger import digest, origin
 from semid.reproduce.papers import average, spread
 from semid.tokenizers.encoding import rows_digest
-from semid.tokenizers.factory import TOKENIZERS, make_tokenizer
+from semid.tokenizers.factory import make_tokenizer
 from semid.training.options import TrainOptions
 
 RESULTS_FILE = "results.jsonl"
@@ -45,12 +46,6 @@ GRID_FILES = (RESULTS_FILE, "tables.md", "tokenizers/")
 
 # The tokenizer behind a method that is not called like one.
 _FITTED = {"me": "vqvae", "moc": "mocvae", "shuffled": "mocvae"}
-
-METHODS = ("none", "random", "shuffled", "widened", "me", "moc", *sorted(set(TOKENIZERS)))
-"""``none`` has no codes; ``random``, ``shuffled`` (MoC's codes given to other items) and
-``widened`` (a wider item id) are controls; ``me`` is one VQ-VAE code with many embeddings; ``moc``
-the codes of `MoCVAE`; the others are tokenizers by name, with a table per level."""
-GRID_METHODS = ("none", "ids", *METHODS[1:])  # ``ids`` are Semantic IDs that are given
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from semid.data.interactions import TIES
 from semid.documents import read_toml, record
 from semid.errors import UsageError, check_choice
 from semid.options import Options, option
-from semid.recommenders.ranking.models import MODELS
-from semid.recommenders.retrieval.networks import MODELS as RETRIEVERS
+from semid.recommenders.ranking import MODELS
+from semid.recommenders.retrieval import MODELS as RETRIEVERS
 from semid.registry import find_recipe
-from semid.reproduce.ranking_grid import METHODS
+from semid.reproduce import METHODS
 from semid.tokenizers.factory import TOKENIZERS
 
 PLAIN_RQVAE = "plain-rqvae"

@@ -16,9 +16,9 @@ from semid.codes import SemanticIds
 from semid.diagnostics.pairs import Estimate
 from semid.output import atomic_file, atomic_folder
 from semid.progress import ProgressArgument, QuietProgress, with_progress
+from semid.recommenders.retrieval import MODELS
 from semid.recommenders.retrieval.data import RetrievalData
 from semid.recommenders.retrieval.metrics import RetrievalResults, estimates
-from semid.recommenders.retrieval.networks import MODELS
 from semid.recommenders.retrieval.retriever import Retriever
 from semid.recommenders.retrieval.training import TRAINING, train_retriever
 from semid.report.pages import table

@@ -13,9 +13,9 @@ import torch
 from semid.catalogue.uniqueness import make_unique
 from semid.codes import SemanticIds
 from semid.diagnostics.pairs import Estimate
+from semid.recommenders.retrieval import MODELS
 from semid.recommenders.retrieval.data import RetrievalData, pack, prepare_retrieval_data
 from semid.recommenders.retrieval.metrics import RetrievalResults, estimates
-from semid.recommenders.retrieval.networks import MODELS
 from semid.recommenders.retrieval.retriever import Retriever
 from semid.recommenders.retrieval.training import train_retriever
 from semid.reproduce.datasets import Opened

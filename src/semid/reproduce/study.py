@@ -10,6 +10,7 @@ from typing import Any
 
 from semid.errors import UsageError, check_choice
 from semid.progress import Progress, QuietProgress
+from semid.reproduce import PAPERS
 from semid.reproduce.drq_runs import DrqExperiment
 from semid.reproduce.ledger import RUNS_FILE, origin, read_runs
 from semid.reproduce.moc_runs import MocExperiment
@@ -26,7 +27,6 @@ EXPERIMENTS: dict[str, type[Experiment]] = {
     "retrieval": RetrievalExperiment,
     "predict": PredictExperiment,
 }
-PAPERS = tuple(EXPERIMENTS)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from semid.options import MAX_WIDTH, Options, option
+from semid.recommenders.ranking import MODELS
 from semid.recommenders.ranking.layers import (
     ATTENTION_PRESETS,
     CrossLayer,
@@ -20,7 +21,6 @@ from semid.recommenders.ranking.layers import (
     Perceptron,
     SymmetricPolynomials,
 )
-from semid.registry import Registry
 
 STRUCTURES = ("parallel", "stacked")
 
@@ -236,13 +236,6 @@ class DCNv2(Model):
         x = torch.cat([x, self.deep(x0)], 1) if self.parallel else self.deep(x)
         logits: Tensor = self.linear(x)
         return logits[:, 0]
-
-
-MODELS = Registry(
-    "semid.recommenders",
-    {"autoint": AutoInt, "dcnv2": DCNv2, "deepfm": DeepFM, "deepim": DeepIM},
-)
-"""Models by their names on the command line; entry points of the group add others."""
 
 
 def make_model(

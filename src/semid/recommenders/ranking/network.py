@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from semid.options import MAX_WIDTH, Options, option
+from semid.recommenders.ranking import MODELS
 from semid.recommenders.ranking.features import CodeTable
 from semid.recommenders.ranking.layers import MoCFusion
-from semid.recommenders.ranking.models import MODELS, make_model
+from semid.recommenders.ranking.models import make_model
 from semid.recommenders.ranking.schema import Inputs, Schema
 from semid.seeds import child_seed
 from semid.training.loop import Step

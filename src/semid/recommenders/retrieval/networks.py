@@ -18,6 +18,7 @@ from torch.nn import functional
 from semid.errors import UsageError
 from semid.options import Options, option
 from semid.quantization.threads import map_blocks
+from semid.recommenders.retrieval import MODELS
 from semid.recommenders.retrieval.data import Ints, Packed, RetrievalItems
 from semid.recommenders.retrieval.layers import (
     CodeSum,
@@ -25,7 +26,6 @@ from semid.recommenders.retrieval.layers import (
     Transformer,
     TransformerOptions,
 )
-from semid.registry import Registry
 from semid.seeds import child_seed
 from semid.tokenizers.scan import scan_sums
 from semid.training.loop import Step
@@ -43,21 +43,6 @@ MIN_BATCH = 8
 
 SEARCHED = 256
 """Histories of a batch where no matrix of scores is made."""
-
-
-MODELS = Registry(
-    "semid.retrievers",
-    {
-        "popularity": "semid.recommenders.retrieval.controls:Popularity",
-        "text-knn": "semid.recommenders.retrieval.controls:TextKNN",
-        "sasrec": "semid.recommenders.retrieval.networks:SASRec",
-        "composed": "semid.recommenders.retrieval.networks:Composed",
-        "parallel": "semid.recommenders.retrieval.networks:Parallel",
-        "generative": "semid.recommenders.retrieval.generative:Generative",
-        "tiger": "semid.recommenders.retrieval.generative:Tiger",
-    },
-)
-"""Next-item models by name; entry points add others."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ from semid.errors import UsageError
 from semid.hub import Publishable
 from semid.options import Options
 from semid.recommenders.ranking.schema import Vocabulary
+from semid.recommenders.retrieval import MODELS
 from semid.recommenders.retrieval.data import (
     TARGETS,
     Ints,
@@ -37,7 +38,7 @@ from semid.recommenders.retrieval.data import (
 )
 from semid.recommenders.retrieval.evaluation import target_ranks
 from semid.recommenders.retrieval.metrics import RetrievalResults, summarize
-from semid.recommenders.retrieval.networks import MODELS, NextItemModel
+from semid.recommenders.retrieval.networks import NextItemModel
 from semid.tokenizers.stored import described
 from semid.training.checkpoint import load_module_, module_arrays
 

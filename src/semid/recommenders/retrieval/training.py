@@ -15,10 +15,11 @@ from semid.codes import SemanticIds
 from semid.errors import InteractionsError
 from semid.progress import ProgressArgument, QuietProgress, with_progress
 from semid.recommenders.ranking.training import training_device
+from semid.recommenders.retrieval import MODELS
 from semid.recommenders.retrieval.data import Packed, RetrievalData, pack, prepare_retrieval_data
 from semid.recommenders.retrieval.evaluation import target_ranks
 from semid.recommenders.retrieval.metrics import user_metrics
-from semid.recommenders.retrieval.networks import MODELS, NextItemModel, make_model
+from semid.recommenders.retrieval.networks import NextItemModel, make_model
 from semid.recommenders.retrieval.retriever import Retriever
 from semid.training.batches import epoch_batches, process_share, steps_per_epoch
 from semid.training.checkpoint import open_checkpoint, run_key
