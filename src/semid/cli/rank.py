@@ -266,8 +266,9 @@ def rank_grid(
     for name in split_list("methods", methods):
         check_choice("--methods (methods=)", name, GRID_METHODS)
     inputs = (logs, source.items, embeddings, ids)
-    cli.check_inputs(*inputs)
-    columns.check(logs)
+    if are_checked(context, "rank-grid", settings):
+        cli.check_inputs(*inputs)
+        columns.check(logs)
     from semid.recommenders.ranking.training import rank_options, training_device
     from semid.reproduce.ranking_grid import GRID_FILES, Grid, grid_tables, run_grid
 

@@ -366,11 +366,8 @@ def reproduce(
 
     # What needs no torch is checked before it is imported.
     check_choice("PAPER", paper, PAPERS)
-    cli.check_inputs(data, source)
     if recipe is not None:
         find_recipe(recipe, "reproduce/recipes", flag="--recipe")
-    from semid.reproduce.study import Study, page_from
-
     if publish and source is None:
         raise UsageError("--publish says how --from makes pages; give --from results")
     if source is not None:
@@ -378,6 +375,9 @@ def reproduce(
             raise UsageError("--from runs nothing: leave out --estimate, --quick and --recipe")
         unused = ["data", "processes", "threads", "only", "list_runs"]
         cli.refuse_unused(context, unused, "--from makes pages of results and runs nothing")
+        cli.check_inputs(source)
+        from semid.reproduce.study import page_from
+
         for path in page_from(paper, source, output or source / paper, publish=publish):
             cli.say(f"page: {path}")
         return
@@ -385,6 +385,9 @@ def reproduce(
         cli.refuse_unused(context, ["list_runs"], "--list goes with --estimate")
     if quick and recipe is not None:
         raise UsageError("--quick is a recipe of its own: leave out --recipe")
+    cli.check_inputs(data)
+    from semid.reproduce.study import Study
+
     name: str | Path = recipe or (f"{paper}-quick" if quick else paper)
     place = output or Path("results-quick" if quick else "results")
     study = Study(name, data=data, output=place, only=only or ())
