@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -239,6 +240,33 @@ result = [progress.done, progress.total]
     done, total = run(code, folder=tmp_path)["result"]
     assert 5 <= done == total
     assert run(code, folder=tmp_path)["result"] == [0, total]  # they come from the cache
+
+
+KEPT_NOWHERE = """
+import numpy as np
+from semid.diagnostics.auc import pair_cosines
+from semid.quantization.engine import table
+rows = np.eye(3, dtype=np.float32)
+result = pair_cosines(rows, np.array([0, 1]), np.array([0, 2])).tolist()
+"""
+
+
+def test_kernels_are_compiled_where_no_folder_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = Path(semid.__file__).parent
+    shutil.copytree(package, tmp_path / "semid", ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in {each.parent for each in (tmp_path / "semid").rglob("*.py")}:
+        (folder / "__pycache__").write_text("a file is no folder, not even for root")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("HOME", "/dev/null")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("NUMBA_CACHE_DIR", "/dev/null/no")
+    done = run(KEPT_NOWHERE, folder=tmp_path)
+    assert done["result"] == [1.0, 0.0]
+    assert done["stderr"].count("NUMBA_CACHE_DIR") == 1
+    assert not list(tmp_path.glob("semid-kernels-*")), "the temporary folder is removed"
 
 
 def pairs(name: str) -> tuple[np.ndarray, np.ndarray]:

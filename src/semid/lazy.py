@@ -11,12 +11,47 @@ compiles the function or fetches it from numba's cache. Modules of networks impo
 
 from __future__ import annotations
 
+import atexit
 import importlib
+import logging
+import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property, update_wrapper
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
+
+logger = logging.getLogger(__name__)
+
+
+def _is_writable(folder: Path) -> bool:
+    """Whether a folder can be written to, or made."""
+    existing = next(each for each in (folder, *folder.parents) if each.exists())
+    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+
+
+def _ensure_kernel_cache() -> None:
+    """Let numba keep kernels in a temporary folder where no other can be written to.
+
+    Without any, it refuses to compile what is to be kept.
+    """
+    named = os.environ.get("NUMBA_CACHE_DIR")
+    package = Path(__file__).parent / "quantization" / "engine" / "__pycache__"
+    home = os.path.expanduser("~")  # noqa: PTH111 (having none is no error)
+    user = Path(os.environ.get("XDG_CACHE_HOME") or f"{home}/.cache")
+    if any(_is_writable(each.absolute()) for each in (Path(named or package), package, user)):
+        return
+    folder = os.environ["NUMBA_CACHE_DIR"] = tempfile.mkdtemp(prefix="semid-kernels-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    if is_imported("numba"):
+        sys.modules["numba"].config.CACHE_DIR = folder
+    logger.warning(
+        "compiled kernels are lost when this process ends: neither semid's folder nor the user's "
+        "cache can be written to; set NUMBA_CACHE_DIR to a folder that can"
+    )
 
 
 class LazyModule:
@@ -34,6 +69,9 @@ class LazyModule:
 def is_imported(name: str) -> bool:
     """Whether a module has been imported, so that using it costs nothing more."""
     return name in sys.modules
+
+
+_ensure_kernel_cache()
 
 
 class Kernel:
