@@ -9,6 +9,7 @@ from __future__ import annotations
 import runpy
 import shlex
 import sys
+import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -40,7 +41,9 @@ def main() -> None:
     for name in names or PEERS:
         print(f"{name}:", flush=True)
         sys.argv = shlex.split(name)
+        begun = time.perf_counter()
         runpy.run_path(str(HERE / f"{sys.argv[0]}.py"), run_name="__main__")
+        print(f"{name}: took {time.perf_counter() - begun:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
