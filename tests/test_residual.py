@@ -143,7 +143,8 @@ def test_residuals_are_the_same_by_kernel_and_in_any_pieces(monkeypatch):
     ready = [index_codebook(book) for book in books]
     whole = encode_residual(x, ready)
     monkeypatch.setattr("semid.quantization.blocks.FUSED_SIZE", 0)
-    monkeypatch.setattr("semid.quantization.residual.ENCODE_ROWS", 7)
+    monkeypatch.setattr("semid.quantization.beam.ROWS", 7)
+    monkeypatch.setattr("semid.quantization.beam.GREEDY_BYTES", 0)  # searches level by level
     pieces = encode_residual(x, ready, threads=3)
     assert np.array_equal(whole.codes, pieces.codes)
     assert np.array_equal(whole.residual_norms, pieces.residual_norms)

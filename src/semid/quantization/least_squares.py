@@ -17,9 +17,8 @@ import numpy.typing as npt
 
 from semid.lazy import kernel, torch
 from semid.quantization.blocks import Blocks
-from semid.quantization.nearest import THREADED_WORK
 from semid.quantization.residual import dequantize
-from semid.quantization.threads import map_blocks, one_blas_thread
+from semid.quantization.threads import THREADED_WORK, map_blocks, one_blas_thread
 
 Array = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]

@@ -29,7 +29,7 @@ from semid.quantization.engine.plain import (
     nearest_plain,
     suits_plain,
 )
-from semid.quantization.threads import resolve_threads
+from semid.quantization.threads import THREADED_WORK, resolve_threads
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[np.float32]
 
-THREADED_WORK = 20_000_000
-"""Multiply-adds below which starting threads costs more than they bring."""
 BOUND_BYTES = 1 << 29
 """Memory for what assignments remember of rows from one pass of K-means to the next."""
 MAX_NEIGHBORS = 500
@@ -56,7 +54,7 @@ class Nearest(NamedTuple):
 
 
 def compile_kernels(progress: Progress | None = None) -> None:
-    """Compile, or fetch from the cache, the kernels of search and K-means, and test the routes.
+    """Compile or fetch from the cache the kernels of search, codes and K-means; test the routes.
 
     Searching does so by itself. This is for programs that want to show why the first search on a
     machine takes ten seconds longer: ``progress`` counts the kernels that are compiled.
@@ -68,6 +66,7 @@ def compile_kernels(progress: Progress | None = None) -> None:
         # One row in one group compiles the sums of K-means.
         row = np.zeros((1, 1), np.float32)
         statistics(row, np.zeros(1, np.int64), row[0], codes=1)
+        engine.levels.search_levels(row, engine.levels.index_levels([row, row]), [1, 1])
 
 
 class IndexedCodebook:

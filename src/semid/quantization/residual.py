@@ -14,8 +14,9 @@ import numpy.typing as npt
 
 from semid.errors import UsageError
 from semid.quantization.balance import BalanceOptions, balance_level
-from semid.quantization.beam import encode_beam, partial_residuals
-from semid.quantization.blocks import MEMORY_BYTES, Blocks, subtract_rows
+from semid.quantization.beam import encode_rows, partial_residuals
+from semid.quantization.blocks import MEMORY_BYTES, Blocks
+from semid.quantization.engine.plain import lengths
 from semid.quantization.kmeans import (
     KMeansOptions,
     KMeansResult,
@@ -24,16 +25,12 @@ from semid.quantization.kmeans import (
     kmeans,
     sampled,
 )
-from semid.quantization.nearest import IndexedCodebook, assign
+from semid.quantization.nearest import IndexedCodebook
 from semid.quantization.sharding import LocalShardPool, ShardedMatrix, as_sharded
-from semid.quantization.threads import resolve_threads
 from semid.seeds import child_seed
 
 Array = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
-
-# Rows per thread that take all levels before the next ones begin: their residuals stay in cache.
-ENCODE_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -63,8 +60,7 @@ class ResidualCodes:
     @classmethod
     def of(cls, codes: Labels, residual: Array) -> ResidualCodes:
         """Return codes with the lengths of the residuals ``(n, dim)``, summed in float64."""
-        squared = np.einsum("nd,nd->n", residual, residual, dtype=np.float64)
-        return cls(codes, np.sqrt(squared).astype(np.float32))
+        return cls(codes, lengths(residual).astype(np.float32))
 
 
 def fit_residual(
@@ -178,17 +174,7 @@ def encode_residual(
     threads: int | None = None,
 ) -> ResidualCodes:
     """Quantize rows ``(n, dim)`` level by level, each by itself; ties go to the lowest code."""
-    if beam_width > 1 and len(block):
-        codes, residual = encode_beam(block, codebooks, beam_width, threads)
-    else:
-        codes, residual = np.empty((len(block), len(codebooks)), dtype=np.int64), block.copy()
-        size = ENCODE_ROWS * resolve_threads(threads)
-        for start in range(0, len(block), size):
-            rows, found = residual[start : start + size], codes[start : start + size]
-            for level, codebook in enumerate(codebooks):
-                found[:, level], _ = assign(rows, codebook, threads=threads)
-                rows[:] = subtract_rows(rows, codebook.codewords, found[:, level])
-    return ResidualCodes.of(codes, residual)
+    return ResidualCodes(*encode_rows(block, codebooks, beam_width, threads))
 
 
 def dequantize(codes: npt.NDArray[np.integer], codebooks: Sequence[Array]) -> Array:

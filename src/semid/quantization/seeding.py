@@ -12,9 +12,8 @@ import numpy.typing as npt
 from semid.lazy import kernel, torch
 from semid.quantization import engine
 from semid.quantization.blocks import Blocks
-from semid.quantization.nearest import THREADED_WORK
 from semid.quantization.sharding import ShardedMatrix, as_sharded
-from semid.quantization.threads import map_blocks
+from semid.quantization.threads import THREADED_WORK, map_blocks
 
 Array = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]

@@ -17,6 +17,9 @@ from typing import TypeVar
 from semid.errors import UsageError
 from semid.lazy import is_imported, torch
 
+THREADED_WORK = 20_000_000
+"""Multiply-adds below which starting threads costs more than they bring."""
+
 Block = TypeVar("Block")
 Result = TypeVar("Result")
 

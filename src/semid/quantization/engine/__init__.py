@@ -10,9 +10,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from semid.quantization.engine import bounded, gpu, keys, narrow, search, table, vector
+    from semid.quantization.engine import (
+        bounded,
+        gpu,
+        keys,
+        levels,
+        narrow,
+        search,
+        table,
+        vector,
+    )
 
-__all__ = ["bounded", "gpu", "keys", "narrow", "search", "table", "vector"]
+__all__ = ["bounded", "gpu", "keys", "levels", "narrow", "search", "table", "vector"]
 
 
 def __getattr__(name: str) -> Any:

@@ -204,7 +204,7 @@ class _Fused:
         )  # fmt: skip
 
 
-class _FusedInteger(_Fused):
+class FusedInteger(_Fused):
     """Integer products: queries with a step for each 32 rows, the table with one."""
 
     kernels = 4
@@ -216,15 +216,22 @@ class _FusedInteger(_Fused):
 
     def prepare(self, table: VectorTable) -> Operand | None:
         """Round the scaled rows to integers; None where rows are too wide."""
-        width = padded(table.scaled.shape[1], 64)
-        if width > WIDEST:  # a sum of products could leave int32
+        if padded(table.scaled.shape[1], 64) > WIDEST:  # a sum of products could leave int32
             return None
-        largest = table.radius if self.by_length else float(np.abs(table.scaled).max())
-        step = max(largest / self.limit, 2.0**-60)
-        codes = np.empty((len(table.scaled), width), np.uint8 if self.zero else self.integer)
-        lost = float(quantize_table(table.scaled, step, self.limit, self.zero, codes))
-        residual = lost * (1 + 2.0**-20) + table.radius * 2.0**-23 + 2.0**-60
+        codes, step, residual = self.round_entries(table.scaled, table.radius)
         return Operand(pack(codes), residual, step)
+
+    def round_entries(self, scaled: F32, radius: float) -> tuple[npt.NDArray[Any], float, float]:
+        """Return integers ``(columns, width)``, their step, and the largest norm of what is lost.
+
+        ``radius`` is the length of the longest of the rows ``scaled`` ``(columns, width)``.
+        """
+        largest = radius if self.by_length else float(np.abs(scaled).max())
+        step = max(largest / self.limit, 2.0**-60)
+        width = padded(scaled.shape[1], 64)
+        codes = np.empty((len(scaled), width), np.uint8 if self.zero else self.integer)
+        lost = float(quantize_table(scaled, step, self.limit, self.zero, codes))
+        return codes, step, lost * (1 + 2.0**-20) + radius * 2.0**-23 + 2.0**-60
 
     def screen(self, table: VectorTable, operand: Operand, queries: QueryBlock) -> None:
         """Fill the candidates of ``queries``; see `engine.search`."""
@@ -255,13 +262,13 @@ class _FusedInteger(_Fused):
         self._sweep(table, queries, codes, operand.data, start)
 
 
-class FusedInt8(_FusedInteger):
+class FusedInt8(FusedInteger):
     """8 bits, scaled by the largest element: AMX tiles or AVX-512 VNNI."""
 
     name, integer, zero, limit, by_length = "int8", np.int8, 128, 127.0, False
 
 
-class FusedShort(_FusedInteger):
+class FusedShort(FusedInteger):
     """16 bits, scaled by the longest row so that 32-bit sums are exact: AVX2."""
 
     name, integer, zero, limit, by_length = "int16", np.int16, 0, NORM, True

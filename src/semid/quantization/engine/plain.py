@@ -82,13 +82,26 @@ def check_entries(vectors: F32, *, name: str) -> None:
 _done = 0  # multiply-adds of this process so far
 
 
+def would_suit(work: int) -> bool:
+    """Whether ``work`` multiply-adds more are better done here than by kernels."""
+    return not is_imported("numba") and _done + work <= WORK
+
+
 def suits_plain(work: int) -> bool:
-    """Whether a search of ``work`` multiply-adds is better done here than by kernels."""
+    """As `would_suit`; what suits counts as done."""
     global _done
-    if is_imported("numba") or _done + work > WORK:
-        return False
-    _done += work
-    return True
+    suits = would_suit(work)
+    _done += work * suits
+    return suits
+
+
+def lengths(rows: F32) -> F64:
+    """Return the lengths of rows ``(n, dim)``, summed in the order of canonical keys."""
+    rows, squares = float32_rows(rows, name="x"), np.empty(len(rows))
+    for start in range(0, len(rows), ROWS):
+        block = rows[start : start + ROWS].astype(np.float64)
+        squares[start : start + ROWS] = _square_sums(block)
+    return np.asarray(np.sqrt(squares))
 
 
 def nearest_plain(x: Rows, codewords: F32, *, name: str = "x") -> tuple[I64, F64]:
@@ -129,6 +142,11 @@ def nearest_plain(x: Rows, codewords: F32, *, name: str = "x") -> tuple[I64, F64
 def _square_distances(a: F64, b: F64) -> F64:
     """Return canonical keys ``(n,)`` of pairs ``(n, width)``; see `vector`."""
     a -= b
+    return _square_sums(a)
+
+
+def _square_sums(a: F64) -> F64:
+    """Return the sums of squares ``(n,)`` of rows ``(n, width)``, which are overwritten."""
     a *= a
     lanes = a.reshape(len(a), -1, LANES)
     total = lanes[:, 0].copy()

@@ -23,6 +23,7 @@ from semid.quantization.engine.formats import (
     Float32Gemm,
     FusedBfloat16,
     FusedInt8,
+    FusedInteger,
     FusedShort,
     QueryBlock,
 )
@@ -230,7 +231,9 @@ def has_bfloat16() -> bool:
 def kernel_count() -> int:
     """Return how many kernels testing the routes compiles where none is cached."""
     routes = _available(use_torch=False) or _available(use_torch=True)
-    return SHARED_KERNELS + sum(route.kernels for route in routes)
+    # Encoding in levels has a kernel for each route of integers, or one.
+    integers = sum(isinstance(route, FusedInteger) for route in routes)
+    return SHARED_KERNELS + sum(route.kernels for route in routes) + max(1, integers)
 
 
 def working_routes(*, with_torch: bool = True) -> tuple[Route, ...]:

@@ -163,6 +163,30 @@ def maximum(typing: Any, scores: Any, offset: Any, offsets: Any, first: Any, cou
 
 
 @intrinsic
+def lane_maxima(typing: Any, scores: Any, count: Any, lanes: Any) -> Any:
+    """Write to ``lanes[j]`` the largest of the float32 ``scores[j::SCAN]``, ``j`` below `SCAN`.
+
+    ``count``, a positive multiple of `SCAN`, of the scores are read.
+    """
+    signature = types.void(scores, types.int64, lanes)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kinds, vector = signature.args, ir.VectorType(F32, SCAN)
+        start, out = (data_pointer(context, builder, kinds[at], args[at], I64(0)) for at in (0, 2))
+        best = cgutils.alloca_once_value(builder, load(builder, start, vector))
+        with cgutils.for_range(builder, builder.udiv(args[1], I64(SCAN))) as loop:
+            value = load(builder, start, vector, builder.mul(loop.index, I64(4 * SCAN)))
+            top = builder.load(best)
+            larger = builder.fcmp_ordered(">", value, top)
+            builder.store(builder.select(larger, value, top), best)
+        place = builder.bitcast(out, vector.as_pointer())
+        builder.store(builder.load(best), place, align=4)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@intrinsic
 def hits(typing: Any, scores: Any, offset: Any, offsets: Any, first: Any, threshold: Any) -> Any:
     """Bit ``i`` of the result: is score ``offset + i`` at least ``threshold`` (`SCAN` scores)."""
     signature = types.uint64(scores, types.int64, offsets, types.int64, _score_type(scores))
