@@ -70,10 +70,11 @@ class BARQ(ContinuousTokenizer):
     embedding alone, so items without behavior are served like the others.
 
     A ``behavior_weight`` of 2 was chosen on users kept for selection (``benchmarks/choice.py``);
-    with 0, `fit` takes no pairs. Behavior of a log that teaches nothing beyond the embeddings is
-    left out (``check_behavior``; ``report.details["behavior"]`` has the figures). A ``content_variance`` below 1 evens out usage and is faster: 0.95
-    at no more error, less for some. ``balance_strength`` evens out usage at some error, see
-    `semid.quantization.refine`. A ``latent`` of 0 in ``network`` takes 64.
+    with 0, `fit` takes no pairs. Behavior that teaches nothing beyond the embeddings is left out
+    (``check_behavior``); ``report.details["behavior"]`` has the figures. A ``content_variance``
+    below 1 evens out usage and is faster: 0.95 at no more error, less for some.
+    ``balance_strength`` evens out usage at some error, see `semid.quantization.refine`. A
+    ``latent`` of 0 in ``network`` takes 64.
 
     Raises:
         UsageError: if a value is out of range.
