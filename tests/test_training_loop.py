@@ -17,6 +17,7 @@ from torch import nn
 import semid
 from semid.errors import DivergedError, MissingExtraError, UsageError
 from semid.progress import QuietProgress
+from semid.training import loop
 from semid.training.batches import epoch_batches, process_share, steps_per_epoch
 from semid.training.checkpoint import Checkpoint, Stages, module_arrays
 from semid.training.loggers import make_logger
@@ -386,3 +387,24 @@ def test_commands_log_parameters_verdict_and_model(command, tmp_path, monkeypatc
     assert 0 <= lines[-2][expected] <= 1
     assert lines[-1]["verdict"]
     assert len(lines) == (3 if command == "fit" else 4)  # one of them an epoch
+
+
+def test_thresholds_of_the_c_library_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {}
+    library = types.SimpleNamespace(
+        mallopt=values.__setitem__,
+        malloc_trim=lambda pad: values.update(trimmed=True),
+        gnu_get_libc_version=None,
+    )
+    monkeypatch.setattr(loop.ctypes, "CDLL", lambda name: library)
+    with pytest.raises(DivergedError), loop.reused_buffers():
+        assert values[loop.M_TRIM_THRESHOLD] == 2**31 - 1
+        raise DivergedError("a loss")
+    assert values[loop.M_TRIM_THRESHOLD] == 2**26
+    assert values["trimmed"]
+
+
+def test_other_c_libraries_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop.ctypes, "CDLL", lambda name: object())
+    with loop.reused_buffers():
+        pass
