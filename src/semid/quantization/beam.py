@@ -33,8 +33,8 @@ Labels = npt.NDArray[np.int64]
 # residuals stay in cache, and those of a beam within tens of megabytes.
 ROWS = 4096
 # Most memory for products between codebooks. Three levels of 4096 take 200 MB, which is worth it
-# for beams; a single partial code must find them in cache.
-PRODUCT_BYTES, GREEDY_BYTES = 1 << 28, 1 << 24
+# for beams; a single partial code must find them in cache, and gains nothing at 3 x 1024.
+PRODUCT_BYTES, GREEDY_BYTES = 1 << 28, 1 << 23
 # In training a partial code has the weight (e1 / e)^3, with e its squared residual and e1 that of
 # the best one of its row. faiss gives all the same weight, which spoils data with clear clusters:
 # there the second best code is far off, and no final code comes from it. Held-out errors with
