@@ -123,9 +123,16 @@ def test_fit_and_encode_equal_local_ones(cluster, items, local, tmp_path):
     assert max(run.by_process.values()) <= len(local.encode(items)) - 10_000
 
 
-def test_product_codes_equal_local_ones(cluster, items):
-    settings = {"n_codebooks": 2, "codebook_size": 6, "rotation_iter": 1, "center": True}
-    models = [semid.OPQ(threads=1, kmeans={"max_iter": 1}, **settings) for _ in range(2)]
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (semid.OPQ, {"n_codebooks": 2, "rotation_iter": 1}),
+        (semid.RQGMM, {"levels": 2, "max_em_iter": 2}),
+    ],
+)
+def test_other_codebooks_equal_local_ones(cluster, items, kind, settings):
+    settings = {"codebook_size": 6, "center": True, **settings}
+    models = [kind(threads=1, kmeans={"max_iter": 1}, **settings) for _ in range(2)]
     done = fit_on_ray(models[0], Catalogue.open(items), options=RayOptions(workers=2))
     models[1].fit(items)
     assert done.passed["run"] > 0

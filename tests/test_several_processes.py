@@ -68,6 +68,13 @@ FITS = {
         "rotation_iter": 1,
         "kmeans": {"max_iter": 1},
     },
+    "mixture": {
+        "kind": "RQGMM",
+        "levels": 2,
+        "codebook_size": 6,
+        "max_em_iter": 2,
+        "kmeans": {"max_iter": 1},
+    },
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import Counter
 
 import numpy as np
@@ -61,11 +62,16 @@ class SeveralShards:
             for a, b in self.spans
         ]
 
+    def _ask(self, shard, method, arguments):
+        # Calls and answers travel, as between processes.
+        answer = getattr(shard, method)(*pickle.loads(pickle.dumps(arguments)))
+        return pickle.loads(pickle.dumps(answer))
+
     def call(self, method, arguments):
-        return {at: getattr(self.shards[at], method)(*given) for at, given in arguments.items()}
+        return {at: self._ask(self.shards[at], method, each) for at, each in arguments.items()}
 
     def call_all(self, method, *arguments):
-        return merge_nodes([getattr(shard, method)(*arguments) for shard in self.shards])
+        return merge_nodes([self._ask(shard, method, arguments) for shard in self.shards])
 
 
 def bracketed(blocks: int, shards: int) -> str:
@@ -171,6 +177,63 @@ def test_product_codes_over_shards(rows, kind, weighted):
         levels = model.fit_rows(ShardedMatrix(team, dim=rows.shape[1], weights=weights))
         assert levels == alone.report.details["levels"]
         assert model.weights_fingerprint == alone.weights_fingerprint
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_mixtures_over_shards(rows, weighted):
+    weights = np.random.default_rng(0).random(len(rows)) if weighted else None
+    settings = {"levels": 2, "codebook_size": 7, "max_em_iter": 3, "center": True}
+    settings |= {"covariance": "spherical" if weighted else "diagonal", "normalize": weighted}
+    settings |= {"kmeans": {"max_iter": 2, "sample_per_code": 20_000 if weighted else None}}
+    alone = semid.RQGMM(validation_fraction=0, **settings).fit(rows, weights=weights)
+    for shards in (1, 3):
+        team = SeveralShards(rows, shards, weights)
+        model = semid.RQGMM(**settings)
+        assert model.fits_shards
+        levels = model.fit_rows(ShardedMatrix(team, dim=rows.shape[1], weights=weights))
+        assert levels == alone.report.details["levels"]
+        assert model.weights_fingerprint == alone.weights_fingerprint
+    # What the shards have subtracted is what hard codes leave.
+    sums = ShardedMatrix(team, dim=rows.shape[1])
+    first = np.arange(9)
+    codes = alone.encode(rows[:9]).codes.astype(int)
+    left = alone.latent(rows[:9]) - alone.codebooks[0][codes[:, 0]]
+    np.testing.assert_array_equal(sums.rows(first), left)
+
+
+class Saved:
+    """A store of states in memory, which ends the run at one of them."""
+
+    def __init__(self, state=None, after: int = 0) -> None:
+        self.state, self.left = state, after
+
+    def save(self, arrays, record) -> None:
+        self.state = {name: array.copy() for name, array in arrays.items()}, record
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+def test_a_mixture_is_continued_from_every_state(rows):
+    def fit(store):
+        model = semid.RQGMM(levels=2, codebook_size=5, max_em_iter=2, kmeans={"max_iter": 2})
+        model.fit_rows(ShardedMatrix(SeveralShards(rows[:70_000], 2), dim=4), store=store)
+        return model.weights_fingerprint
+
+    counted = Saved()
+    whole = fit(counted)
+    for after in range(1, -counted.left + 1):
+        store = Saved(after=after)
+        with pytest.raises(KeyboardInterrupt):
+            fit(store)
+        assert fit(Saved(store.state)) == whole
+
+
+def test_the_variance_of_shards_is_numpys(rows):
+    team = ShardedMatrix(SeveralShards(rows, 3), dim=rows.shape[1])
+    assert team.variance() == pytest.approx(rows.astype(float).var(axis=0).mean())
+    team.preprocess(Preprocess(mean=np.full(4, 2, np.float32)))
+    assert team.variance() == pytest.approx(rows.astype(float).var(axis=0).mean())
 
 
 def test_empty_codewords_of_parts_are_seeded_alike(rows):

@@ -214,7 +214,7 @@ def test_the_mixture_is_scikit_learns(covariance, weighted):
     means = np.stack([x[labels == code].mean(0) for code in range(6)])
     rows, floor = ArrayBlocks(x), 0.01
     mass = None if weights is None else weights.astype(float)
-    start = hard_start(rows, means, labels, covariance=covariance, floor=floor, weights=mass)
+    start = hard_start(rows, means, covariance=covariance, floor=floor, weights=mass)
     run = fit_mixture(rows, start, floor=floor, max_iter=8, tol=0.0, weights=mass, threads=2)
     # scikit-learn knows no weights: rows of weight w are there w times.
     again = x if weights is None else np.repeat(x, weights, axis=0)

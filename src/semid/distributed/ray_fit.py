@@ -235,9 +235,9 @@ def fit_on_ray(
     dim = first.dim
     largest = max(tokenizer.codebook_sizes)
     # Of a sum, a pair and its result are in the store at one time, four nodes each at worst.
-    check_store(
-        ray, 3 * 4 * largest * (dim + 1) * 8, what=f"the sums of {largest} x {dim} codewords"
-    )
+    # Mixtures sum squares beside rows.
+    columns = (dim if tokenizer.encodes_nearest else 2 * dim) + 1
+    check_store(ray, 3 * 4 * largest * columns * 8, what=f"the sums of {largest} x {dim} codewords")
     held_out = tokenizer.validation_fraction
 
     def make(place: int) -> FitWorker:

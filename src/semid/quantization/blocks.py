@@ -336,11 +336,12 @@ class StatisticsList:
 
 
 def moments(blocks: Blocks, *, first_block: int = 0) -> list[Node[Statistics]]:
-    """Sum all rows, under one code that holds every row once."""
+    """Sum all rows, under one code that holds every row once, and their squared lengths."""
     tree: TreeSum[Statistics] = TreeSum()
     for number, (_, block) in enumerate(read_ahead(blocks), first_block):
         sums = block.sum(axis=0, dtype=np.float64)[None]
-        tree.add(number, Statistics(sums, np.array([float(len(block))]), 0.0))
+        squares = float(np.einsum("nd,nd->", block, block, dtype=np.float64))
+        tree.add(number, Statistics(sums, np.array([float(len(block))]), squares))
     return tree.nodes
 
 

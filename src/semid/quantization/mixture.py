@@ -1,8 +1,8 @@
 """Gaussian mixtures by expectation maximization over blocks, and their hard assignments.
 
 Covariances are diagonal or spherical. Posteriors of a chunk of rows are products of the rows and
-their squares with the components' precisions; sums over chunks are added in row order, so threads
-and memory change no bit.
+their squares with the components' precisions. Sums over the chunks of a block are added in row
+order and blocks along one fixed tree, so threads, memory and shards change no bit.
 """
 
 from __future__ import annotations
@@ -14,8 +14,15 @@ import numpy as np
 import numpy.typing as npt
 
 from semid.lazy import torch
-from semid.quantization.blocks import Blocks, read_ahead
-from semid.quantization.nearest import IndexedDatabase, index_database, top_k
+from semid.quantization.blocks import Blocks, Node, TreeSum
+from semid.quantization.nearest import (
+    IndexedDatabase,
+    assign,
+    index_codebook,
+    index_database,
+    top_k,
+)
+from semid.quantization.sharding import Shard, ShardedMatrix, as_sharded
 from semid.quantization.threads import map_blocks
 
 Array = npt.NDArray[np.float32]
@@ -71,11 +78,11 @@ class MixtureState:
 class _Sums:
     """Sums of posteriors over rows, and of rows and their squares weighted by them."""
 
-    counts: torch.Tensor  # (components,)
-    first: torch.Tensor  # (components, dim)
-    second: torch.Tensor  # (components, dim)
-    likelihood: float
-    mass: float
+    counts: Doubles  # (components,)
+    first: Doubles  # (components, dim)
+    second: Doubles  # (components, dim)
+    likelihood: float = 0.0
+    mass: float = 0.0
 
     def add_(self, other: _Sums) -> None:
         self.counts += other.counts
@@ -86,7 +93,7 @@ class _Sums:
 
 
 def fit_mixture(
-    rows: Blocks,
+    blocks: Blocks | ShardedMatrix,
     start: Mixture,
     *,
     floor: float,
@@ -100,7 +107,8 @@ def fit_mixture(
     """Fit a mixture by expectation maximization (Dempster et al. 1977).
 
     Args:
-        rows: ``(items, dim)`` finite rows.
+        blocks: ``(items, dim)`` finite rows; or a `ShardedMatrix`, which has its own weights and
+            threads.
         start: where to begin; its variances say whether covariances are diagonal or spherical.
         floor: added to every variance, in squared units of the rows (> 0): a component on a single
             row, or on rows that agree in a column, keeps a density that can be evaluated.
@@ -113,9 +121,10 @@ def fit_mixture(
 
     Cost: per iteration four products of ``items x components x dim`` in float64.
     """
+    rows = as_sharded(blocks, weights=weights, threads=threads)
     run = state or MixtureState(start)
     while len(run.history) < max_iter and not _has_converged(run.history, tol):
-        sums = _expectation(rows, run.mixture, weights, threads)
+        sums: _Sums = rows.sum(_expectation, run.mixture)
         run.mixture = _maximization(sums, run.mixture, floor)
         run.history.append(sums.likelihood / sums.mass)
         if on_iteration is not None:
@@ -127,15 +136,13 @@ def _has_converged(history: Sequence[float], tol: float) -> bool:
     return len(history) > 1 and history[-1] - history[-2] < tol
 
 
-def _expectation(
-    rows: Blocks, mixture: Mixture, weights: Doubles | None, threads: int | None
-) -> _Sums:
-    """Return the sums of all rows under the posteriors of a mixture."""
+def _expectation(shard: Shard, mixture: Mixture) -> list[Node[_Sums]]:
+    """Return the sums of a shard's rows under the posteriors of a mixture."""
     linear, precisions, offset = (torch.from_numpy(each) for each in mixture.terms())
     # (2 dim, components): one product with [x, x^2] gives all scores but for the offset.
     transposed = torch.cat([linear, -0.5 * precisions], dim=1).T.contiguous()
-    constant = -0.5 * rows.dim * np.log(2 * np.pi)
-    total: _Sums | None = None
+    dim = linear.shape[1]
+    constant = -0.5 * dim * np.log(2 * np.pi)
 
     def work(chunk: tuple[Array, Doubles | None]) -> _Sums:
         x = torch.from_numpy(chunk[0]).double()
@@ -150,39 +157,38 @@ def _expectation(
             posteriors *= weight[:, None]
             mass, likelihood = float(weight.sum()), likelihood * weight
         # (components, 2 dim): the weighted sums of rows and, beside them, of their squares.
-        moments = posteriors.T @ both
-        dim = x.shape[1]
-        return _Sums(
-            posteriors.sum(0), moments[:, :dim], moments[:, dim:], float(likelihood.sum()), mass
-        )
+        moments = (posteriors.T @ both).numpy()
+        counts = posteriors.sum(0).numpy()
+        return _Sums(counts, moments[:, :dim], moments[:, dim:], float(likelihood.sum()), mass)
 
-    for start, block in read_ahead(rows):
+    tree: TreeSum[_Sums] = TreeSum()
+    for number, span, block in shard.numbered_blocks():
+        weights = None if shard.weights is None else shard.weights[span]
         chunks = [
-            (
-                block[first : first + CHUNK],
-                None if weights is None else weights[start + first : start + first + CHUNK],
-            )
+            (block[first : first + CHUNK], None if weights is None else weights[first:][:CHUNK])
             for first in range(0, len(block), CHUNK)
         ]
-        # Sums are added in the order of the chunks, so the number of threads changes no bit.
+        total: _Sums | None = None
         for first in range(0, len(chunks), CHUNKS_AT_ONCE):
-            for sums in map_blocks(work, chunks[first : first + CHUNKS_AT_ONCE], threads=threads):
+            at_once = chunks[first : first + CHUNKS_AT_ONCE]
+            for sums in map_blocks(work, at_once, threads=shard.threads):
                 if total is None:
                     total = sums
                 else:
                     total.add_(sums)
-    assert total is not None
-    return total
+        assert total is not None
+        tree.add(number, total)
+    return tree.nodes
 
 
 def _maximization(sums: _Sums, before: Mixture, floor: float) -> Mixture:
     """Return the mixture of largest likelihood given the posteriors, with the floor added."""
-    counts = sums.counts.numpy()
+    counts = sums.counts
     alive = counts >= LEAST_COUNT
     divisor = np.where(alive, counts, 1.0)[:, None]
-    means = sums.first.numpy() / divisor
+    means = sums.first / divisor
     # E[x^2] - E[x]^2 may come out slightly negative by rounding.
-    variances = np.maximum(sums.second.numpy() / divisor - means**2, 0.0)
+    variances = np.maximum(sums.second / divisor - means**2, 0.0)
     if before.variances.shape[1] == 1:
         variances = variances.mean(axis=1, keepdims=True)
     # A component without rows keeps a small weight, whose logarithm is finite.
@@ -195,34 +201,20 @@ def _maximization(sums: _Sums, before: Mixture, floor: float) -> Mixture:
 
 
 def hard_start(
-    rows: Blocks,
+    blocks: Blocks | ShardedMatrix,
     centroids: Array,
-    labels: npt.NDArray[np.int64],
     *,
     covariance: str,
     floor: float,
     weights: Doubles | None = None,
+    threads: int | None = None,
 ) -> Mixture:
-    """Return the mixture of largest likelihood given hard assignments, such as those of K-means.
+    """Return the mixture of largest likelihood given each row's nearest centroid.
 
-    Shapes: ``centroids`` (components, dim), ``labels`` (items,).
+    Shapes: ``blocks`` (items, dim) as for `fit_mixture`, ``centroids`` (components, dim).
     """
+    sums = as_sharded(blocks, weights=weights, threads=threads).sum(_hard_sums, centroids)
     count, dim = centroids.shape
-    sums = _Sums(
-        torch.zeros(count, dtype=torch.float64),
-        torch.zeros(count, dim, dtype=torch.float64),
-        torch.zeros(count, dim, dtype=torch.float64),
-        0.0,
-        0.0,
-    )
-    for start, block in read_ahead(rows):
-        at = torch.from_numpy(labels[start : start + len(block)])
-        x, mass = torch.from_numpy(block).double(), torch.ones(len(block), dtype=torch.float64)
-        if weights is not None:
-            mass = torch.from_numpy(weights[start : start + len(block)])
-        sums.counts.index_add_(0, at, mass)
-        sums.first.index_add_(0, at, x * mass[:, None])
-        sums.second.index_add_(0, at, x.square() * mass[:, None])
     columns = dim if covariance == "diagonal" else 1
     # A component without rows stays on its centroid, with the floor as variance.
     empty = Mixture(
@@ -231,6 +223,22 @@ def hard_start(
         np.zeros(count, dtype=np.float32),
     )
     return _maximization(sums, empty, floor)
+
+
+def _hard_sums(shard: Shard, centroids: Array) -> list[Node[_Sums]]:
+    """Return the sums of a shard's rows, each under its nearest centroid."""
+    codebook, (count, dim) = index_codebook(centroids), centroids.shape
+    tree: TreeSum[_Sums] = TreeSum()
+    for number, span, block in shard.numbered_blocks():
+        nearest = torch.from_numpy(assign(block, codebook, threads=shard.threads)[0])
+        x, mass = torch.from_numpy(block).double(), torch.ones(len(block), dtype=torch.float64)
+        if shard.weights is not None:
+            mass = torch.from_numpy(shard.weights[span])
+        moments = torch.zeros(count, 2 * dim, dtype=torch.float64)
+        moments.index_add_(0, nearest, torch.cat([x, x.square()], dim=1) * mass[:, None])
+        counts = torch.zeros(count, dtype=torch.float64).index_add_(0, nearest, mass).numpy()
+        tree.add(number, _Sums(counts, moments[:, :dim].numpy(), moments[:, dim:].numpy()))
+    return tree.nodes
 
 
 class HardAssignment:
@@ -269,3 +277,18 @@ class HardAssignment:
         lifted = np.concatenate([x, squares, np.ones((len(x), 1), np.float32)], axis=1)
         best = top_k(torch.from_numpy(lifted), self.index, 1, metric="ip", threads=threads)
         return best.indices[:, 0].numpy()
+
+
+@dataclass(frozen=True)
+class MostProbable:
+    """Labels the rows of a shard by the component of highest posterior."""
+
+    mixture: Mixture
+
+    def __call__(self, shard: Shard) -> npt.NDArray[np.int64]:
+        """Return the components ``(rows,)``."""
+        assignment = HardAssignment(self.mixture)
+        labels = np.empty(len(shard), dtype=np.int64)
+        for _, span, block in shard.numbered_blocks():
+            labels[span] = assignment(block, threads=shard.threads)
+        return labels

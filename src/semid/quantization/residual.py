@@ -103,10 +103,10 @@ def fit_residual(
         partial_residuals, width=beam_width, threads=threads, memory_bytes=memory_bytes
     )
     for codebook, labels, fit in done:  # levels of the run that is continued
-        if beam_width == 1:
-            train.subtract_codewords(codebook[:, : train.dim], labels)
         codebooks.append(codebook)
         fits.append(fit)
+        if beam_width == 1 and len(codebooks) < len(codebook_sizes):
+            train.subtract_codewords(codebook[:, : train.dim], labels)
     resumed = len(codebooks)  # the caller may append to `done` as levels finish
     for level in range(resumed, len(codebook_sizes)):
         result = kmeans(

@@ -9,6 +9,7 @@ and answers are small (centroids, sums, row numbers, a few rows).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,7 +22,6 @@ from semid.quantization.blocks import (
     Node,
     RowTransform,
     Statistics,
-    StatisticsList,
     TreeSum,
     WritableBlocks,
     in_memory,
@@ -38,6 +38,7 @@ from semid.quantization.threads import default_threads
 Array = npt.NDArray[np.float32]
 Numbers = npt.NDArray[np.int64]
 Doubles = npt.NDArray[np.float64]
+Labels = Numbers | Callable[["Shard"], Numbers] | None
 
 
 class Shard:
@@ -86,11 +87,14 @@ class Shard:
         self._distances: Array = np.empty(0, np.float32)
         self.memory = AssignmentMemory()
 
-    def subtract_codewords(self, codebook: Array, labels: Numbers | None = None) -> None:
+    def subtract_codewords(self, codebook: Array, labels: Labels = None) -> None:
         """Replace the view by its residual.
 
-        ``labels`` ``(rows,)`` None uses each row's nearest codeword, which the last pass may know.
+        ``labels`` ``(rows,)`` may be a function of this shard that returns them. None uses each
+        row's nearest codeword, which the last pass may know.
         """
+        if callable(labels):
+            labels = labels(self)
         if labels is None:
             if not self._was_last_pass(codebook):
                 self.assign(codebook)
@@ -253,6 +257,13 @@ class ShardedMatrix:
         """Return the mean row ``(dim,)``."""
         return mean_row(self.pool.call_all("moments"))
 
+    def variance(self) -> float:
+        """Return the mean variance of the columns; weights do not count."""
+        total = TreeSum(self.pool.call_all("moments")).total()
+        mean = total.sums[0] / total.counts[0]
+        squared_distance = total.inertia / float(total.counts[0]) - float(mean @ mean)
+        return max(squared_distance, 0.0) / self.dim
+
     def preprocess(self, preprocess: RowTransform) -> None:
         """See every row through ``preprocess`` from now on."""
         self._call_each("preprocess", preprocess)
@@ -261,8 +272,11 @@ class ShardedMatrix:
         """Forget all levels."""
         self._call_each("reset_levels")
 
-    def subtract_codewords(self, codebook: Array, labels: Numbers | None = None) -> None:
+    def subtract_codewords(self, codebook: Array, labels: Labels = None) -> None:
         """Replace all rows by their residuals, see `Shard.subtract_codewords`."""
+        if callable(labels):
+            self._call_each("subtract_codewords", codebook, labels)
+            return
         if labels is None or not len(labels):
             self._call_each("subtract_codewords", codebook)
             return
@@ -314,10 +328,8 @@ def payload_bytes(value: Any) -> int:
         return int(value.nbytes)
     if isinstance(value, Node):
         return payload_bytes(value.value)
-    if isinstance(value, StatisticsList):
-        return payload_bytes(value.parts)
-    if isinstance(value, Statistics):  # the inertia takes 8 bytes
-        return payload_bytes((value.sums, value.counts)) + 8
+    if is_dataclass(value):
+        value = [getattr(value, each.name) for each in fields(value)]
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, list | tuple):

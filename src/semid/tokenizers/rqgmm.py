@@ -10,35 +10,30 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from semid.data.blocks import Moments
 from semid.lazy import torch
 from semid.options import option
-from semid.quantization.blocks import (
-    Blocks,
-    Preprocess,
-    in_memory,
-    residuals,
-)
+from semid.progress import Progress, QuietProgress
+from semid.quantization.blocks import Preprocess
 from semid.quantization.kmeans import KMeansOptions
 from semid.quantization.mixture import (
     COVARIANCES,
     HardAssignment,
     Mixture,
     MixtureState,
+    MostProbable,
     fit_mixture,
     hard_start,
 )
-from semid.quantization.nearest import assign
 from semid.quantization.residual import ResidualCodes
+from semid.quantization.sharding import ShardedMatrix
 from semid.seeds import child_seed
 from semid.tokenizers.base import Weights
-from semid.tokenizers.codebooks import LevelTokenizer, fit_levels
+from semid.tokenizers.codebooks import LevelTokenizer, fit_levels, training_rows
 from semid.tokenizers.context import FitContext, Result
 from semid.tokenizers.stored import check_shapes
-from semid.training.checkpoint import StateStore
+from semid.training.checkpoint import Stages, StateStore
 
 Array = npt.NDArray[np.float32]
-Labels = npt.NDArray[np.int64]
 
 LEAST_FLOOR = 1e-12
 """Least floor, as a share of the first level's variance: a level may leave nothing of the rows."""
@@ -66,6 +61,7 @@ class RQGMM(LevelTokenizer):
 
     kind: ClassVar[str] = "rqgmm"
     encodes_nearest: ClassVar[bool] = False
+    fits_shards: ClassVar[bool] = True
 
     covariance: str = option(
         "diagonal",
@@ -90,58 +86,69 @@ class RQGMM(LevelTokenizer):
         self._assignments: tuple[HardAssignment, ...] = ()
 
     def _fit(self, context: FitContext) -> dict[str, Any]:
-        self._preprocess = Preprocess.fit(
-            context.train, center=self.center, normalize=self.normalize
-        )
-        rows = self._preprocess.view(context.train)
+        rows = training_rows(context.train, weights=context.weights, threads=self.threads)
+        return {"levels": self._fit_stages(rows, context.stages, context.progress)}
+
+    def fit_rows(
+        self,
+        rows: ShardedMatrix,
+        *,
+        store: StateStore | None = None,
+        progress: Progress | None = None,
+    ) -> list[dict[str, Any]]:
+        """Learn the mixtures from training rows alone; see `Tokenizer.fit_rows`."""
+        return self._fit_stages(rows, Stages(store), progress or QuietProgress())
+
+    def _fit_stages(
+        self, rows: ShardedMatrix, stages: Stages, progress: Progress
+    ) -> list[dict[str, Any]]:
+        mean = rows.mean().astype(np.float32) if self.center else None
+        self._preprocess = Preprocess(mean=mean, normalize=self.normalize)
+        rows.preprocess(self._preprocess)
         mixtures: list[Mixture] = []
-        labels: list[Labels] = []
         details: list[dict[str, Any]] = []
         first_variance = 0.0
         for level in range(self.levels):
-            # 1. What hard codes of the levels before leave.
-            books = [mixture.means for mixture in mixtures]
-            view = in_memory(residuals(rows, labels, books) if level else rows)
-            variance = _variance(view)
+            # 1. What hard codes of the levels before leave, as in `encode`.
+            if level:
+                rows.subtract_codewords(mixtures[-1].means, MostProbable(mixtures[-1]))
+            variance = rows.variance()
             first_variance = first_variance or variance
             # The floor follows the level: residuals have less variance than the level before.
             floor = max(self.variance_floor * variance, LEAST_FLOOR * first_variance)
             # 2. K-means, then the mixture from where it ended.
-            stage = context.stage(f"start {level}", partial(self._start, context, view, level))
-            fitted, record = context.stage(
-                f"mixture {level}", partial(self._mix, context, view, stage[0]["codebook"], floor)
+            start, record = stages.run(
+                f"start {level}", partial(self._start, rows, level, progress)
+            )
+            fitted, figures = stages.run(
+                f"mixture {level}", partial(self._mix, rows, start["codebook"], floor, progress)
             )
             mixtures.append(Mixture(**fitted))
-            details.append({**stage[1]["kmeans"], **record, "floor": floor})
-            # 3. Its hard assignments, as in `encode`.
-            assignment = HardAssignment(mixtures[-1])
-            parts = [assignment(x, threads=self.threads) for _, x in view.blocks()]
-            labels.append(np.concatenate(parts))
+            details.append({**record["kmeans"], **figures, "floor": floor})
+        self._dim = rows.dim
         self._set_mixtures(mixtures)
-        return {"levels": details}
+        return details
 
     def _start(
-        self, context: FitContext, view: Blocks, level: int, store: StateStore | None
+        self, rows: ShardedMatrix, level: int, progress: Progress, store: StateStore | None
     ) -> Result:
         """Cluster a level's rows by K-means."""
         books, fits = fit_levels(
-            view,
+            rows,
             [self.codebook_sizes[level]],
             seed=child_seed(self.seed, "level", level),
             options=KMeansOptions.of(self.kmeans),
-            weights=context.weights,
             threads=self.threads,
             store=store,
-            progress=context.progress,
+            progress=progress,
         )
         return {"codebook": books[0]}, {"kmeans": fits[0]}
 
     def _mix(
-        self, context: FitContext, view: Blocks, codebook: Array, floor: float,
+        self, rows: ShardedMatrix, codebook: Array, floor: float, progress: Progress,
         store: StateStore | None,
     ) -> Result:  # fmt: skip
         """Fit a level's mixture from the clusters of K-means."""
-        progress, weights = context.progress, context.weights
         progress.start("mixture", total=None)
         state: MixtureState | None = None
         if store is not None and store.state is not None:
@@ -154,26 +161,17 @@ class RQGMM(LevelTokenizer):
             progress.step(1, log_likelihood=run.history[-1])
 
         # A continued run has its mixture already and needs no pass for the start.
-        if state is None:
-            parts = [assign(x, codebook, threads=self.threads)[0] for _, x in view.blocks()]
-            start = hard_start(
-                view,
-                codebook,
-                np.concatenate(parts),
-                covariance=self.covariance,
-                floor=floor,
-                weights=weights,
-            )
-        else:
-            start = state.mixture
+        start = (
+            hard_start(rows, codebook, covariance=self.covariance, floor=floor)
+            if state is None
+            else state.mixture
+        )
         run = fit_mixture(
-            view,
+            rows,
             start,
             floor=floor,
             max_iter=self.max_em_iter,
             tol=self.em_tol,
-            weights=weights,
-            threads=self.threads,
             state=state,
             on_iteration=on_iteration,
         )
@@ -236,9 +234,3 @@ class RQGMM(LevelTokenizer):
                 for level, book in enumerate(self._codebooks())
             ]
         )
-
-
-def _variance(rows: Blocks) -> float:
-    """Return the mean variance of the columns of rows."""
-    moments = Moments.of(rows.blocks())
-    return float(moments.variance) / rows.dim
