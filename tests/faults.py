@@ -85,6 +85,7 @@ COMMANDS = {
     ),
     "recommend": Command("recommend retriever{version} -q -o {out}", "new.parquet"),
     "bundle": Command("encode model1 x.npy --catalogue pub -q -o {out}", "pub", grows=True),
+    "compact": Command("compact bundle{version} -o {out}", "newpub"),
     "export": Command("export {ids} --to lcrec -o {out}", "new.json"),
     "export folder": Command("export {ids} --to openonerec -o {out}", "newopen"),
 }
@@ -114,6 +115,10 @@ def make_inputs(folder: Path) -> None:
         for start in (0, 10_000):
             part = ids.take(np.arange(start, start + 10_000))
             part.write(f"idsfolder{seed}/part-{start:06d}.parquet")
+    for seed in (1, 2):
+        ids = SemanticIds.read(f"ids{seed}.parquet")
+        bundle = CatalogueBundle.create(f"bundle{seed}", ids.take(np.arange(15_000)))
+        bundle.append(ids)
     CatalogueBundle.create("pub", SemanticIds.read("ids1.parquet").take(np.arange(5_000)))
     pq.write_table(rank_cases.log_table(), "log.parquet")
     users = np.repeat(np.arange(300), 8)

@@ -117,6 +117,39 @@ def test_encode_into_a_catalogue_file_and_a_bundle(run, folder):
     assert not (folder / "four.parquet").exists()
 
 
+def test_a_new_bundle_starts_with_the_last_version_in_one_file(run, folder, monkeypatch):
+    ids, old = SemanticIds.read(folder / "ids.parquet"), folder / "many"
+    bundle = CatalogueBundle.create(old, ids.take(np.arange(40)))
+    for count in (50, 60, 100):
+        bundle.append(ids.take(np.arange(count)))
+    before = {file: file.read_bytes() for file in old.rglob("*.*")}
+    code, said, err = run("compact", old, "-o", folder / "one")
+    assert (code, err) == (0, "")
+    assert said == f"100 items: {folder / 'one'}, version 1\n"
+    again = CatalogueBundle(folder / "one")
+    assert [part.rows for part in again.parts()] == [100]
+    assert again.read().to_arrow().equals(bundle.read().to_arrow())
+    assert again.append(bundle.read()) == 1  # nothing is new: it continues the old one
+    # What is there is never replaced, nor is the old bundle written to.
+    for target in (folder / "one", old, old / "inside"):
+        code, _, err = run("compact", old, "-o", target)
+        assert (code, len(err.splitlines())) == (2, 1)
+    assert {file: file.read_bytes() for file in old.rglob("*.*")} == before
+    # An interruption leaves nothing behind, and a damaged version gives nothing.
+    with monkeypatch.context() as patch:
+        patch.setattr("semid.catalogue.bundle._write_manifest", interrupt)
+        assert run("compact", old, "-o", folder / "two")[0] == 130
+    (old / bundle.parts()[1].file).write_bytes(b"")
+    code, _, err = run("compact", old, "-o", folder / "two")
+    assert code == 1
+    assert "is not what was written; copy it again" in err
+    assert not list(folder.glob("*two*"))
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_growing_bundle_is_held_from_reading_to_appending(run, folder, monkeypatch):
     bundle = folder / "bundle"
     CatalogueBundle.create(bundle, SemanticIds.read(folder / "ids.parquet"))

@@ -150,6 +150,7 @@ CALLS = {
     "drift": "{b}/model {e} {e} --ids {b}/cat/items.parquet -o {b}/drift.json",
     "refresh": "{b}/model {e} --ids {b}/cat/items.parquet -o {b}/refreshed "
     "--catalogue {here}/bundle",
+    "compact": "{b}/ids.parquet -o {b}/bundle",
     "rank": "{b}/cat/interactions.parquet --items {b}/cat/items.parquet --ids {b}/unique.parquet "
     "--epochs 1 -o {b}/ranker --analyze {b}/codes.json",
     "retrieve": "{b}/cat/interactions.parquet --ids {b}/unique.parquet --epochs 1 --width 8 "
@@ -205,6 +206,7 @@ def test_every_command_reads_and_writes_uris(tmp_path, monkeypatch, capsys):
     run("unique", *given.split(), "-q")
     assert Folder(base).read("unique.parquet") == local.read_bytes()
     assert semid.load(f"{base}/retriever").recommend([], k=3).items
+    assert sorted(Folder(f"{base}/bundle").names())[0] == "manifest-000001.json"
     back = pq.read_table(resolve(f"{base}/back.parquet")[1], filesystem=resolve(base)[0])
     assert back["codes"].equals(pq.read_table(local)["codes"])
     # An output that is there is refused, replaced if asked for, and never by what is no semid's.

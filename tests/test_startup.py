@@ -73,6 +73,12 @@ def test_encode_needs_neither_torch_nor_numba(folder: Path) -> None:
     np.testing.assert_array_equal(ids.residual_norms, expected.residual_norms)
 
 
+def test_a_new_bundle_needs_neither(folder: Path) -> None:
+    done = run(COMMAND, "compact", "ids.parquet", "-o", "bundle", folder=folder)
+    assert done["result"] == 0
+    assert not {"torch", "numba"} & set(done["imported"])
+
+
 def test_looking_at_a_model_and_ids_needs_neither(folder: Path) -> None:
     code = """
 import semid
@@ -107,6 +113,8 @@ REFUSED = {
     "audit ids.parquet --seed no": "--seed",
     "check nowhere.parquet ids.parquet": "does not exist",
     "check ids.parquet ids.parquet --interactions log.parquet --ties how": "--ties",
+    "compact nowhere -o out": "does not exist",
+    "compact ids.parquet -o model": "exists",
     "compare model nowhere x.npy -o c.html": "does not exist",
     "compare model model x.npy -o c.html": "twice",
     "compare model nowhere x.npy -o c.html --threads 0": "--threads",

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from semid.cli.catalogue import check, drift, embed, export, import_, refresh, unique
+from semid.cli.catalogue import check, compact, drift, embed, export, import_, refresh, unique
 from semid.cli.flags import expand
 from semid.cli.help import OptionsCommand
 from semid.cli.models import encode, fit, refine
@@ -59,6 +59,7 @@ _COMMANDS: tuple[tuple[str, Callable[..., None], str], ...] = (
     ("drift", drift, "Measure how far a catalogue has moved from its model."),
     ("check", check, "Decide whether new ids may be released."),
     ("refresh", refresh, "Fit again and keep the ids that can be kept."),
+    ("compact", compact, "Start a new bundle from another."),
     ("rank", rank, "Train a ranking model with codes."),
     ("rank-grid", rank_grid, "Compare ranking models, methods and seeds."),
     ("retrieve", retrieve, "Train and test models of the next item."),

@@ -1,4 +1,4 @@
-"""Commands on ids: unique, drift, refresh, export, import."""
+"""Commands on ids: unique, drift, refresh, compact, export, import."""
 
 from __future__ import annotations
 
@@ -277,6 +277,25 @@ def refresh(
         (folder / "refresh.json").write_text(text, encoding="utf8")
     cli.say(result.report.summary())
     cli.say(f"model, ids and report: {output}")
+
+
+def compact(catalogue: Path, output: cli.OutputPath) -> None:
+    """Start a new bundle from the last version of another, whose files it joins into one.
+
+    The old bundle stays as it is, with all its versions.
+
+    Example: semid compact published/ -o next/
+
+    Args:
+        catalogue: Published ids: the folder of a bundle, or an ids file.
+        output: Folder of the new bundle; must not exist.
+    """
+    from semid.catalogue.bundle import CatalogueBundle, read_catalogue
+
+    cli.hold_output(output, overwrite=False, inputs=(catalogue,))
+    ids = read_catalogue(catalogue)
+    CatalogueBundle.create(output, ids)
+    cli.say(f"{len(ids):,} items: {output}, version 1")
 
 
 def export(

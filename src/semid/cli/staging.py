@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -133,10 +134,12 @@ def send() -> None:
                 if mark.exists():
                     folder.copy_from(mark, mark.name)
             else:
-                # Readers look for the marker and the config first: they come last.
+                # Readers look for the marker, the config or a manifest first: they come last.
                 files = [file for file in path.rglob("*") if file.is_file()]
-                last = ("config.json", "manifest.json")
-                for file in sorted(files, key=lambda f: (f.name in last, f.name[0] == ".", f)):
+                last = re.compile(r"config\.json|manifest(-\d+)?\.json").fullmatch
+                for file in sorted(
+                    files, key=lambda f: (last(f.name) is not None, f.name[0] == ".", f)
+                ):
                     Folder(uri.rstrip("/")).copy_from(file, file.relative_to(path).as_posix())
         shutil.rmtree(path.parent)
 
