@@ -190,6 +190,34 @@ def run(*arguments):
     return caught.value.code or 0
 
 
+def test_a_resumed_run_trains_neither_model_again(tmp_path, monkeypatch):
+    from semid.recommenders.ranking.ranker import Ranker
+    from semid.recommenders.ranking.training import RankingTask
+
+    pq.write_table(log_table(), tmp_path / "logs.parquet")
+    codes().write(tmp_path / "ids.parquet")
+    quick = ["--epochs", 2, "--hidden", "8", "--width", 4, "--precision", "fp32", "--quiet"]
+    base = ["rank", tmp_path / "logs.parquet", "--ids", tmp_path / "ids.parquet", *quick]
+    epochs = []
+    start, save = RankingTask.start_epoch, Ranker.save
+    monkeypatch.setattr(RankingTask, "start_epoch", lambda *a: epochs.append(start(*a)))
+    assert run(*base, "-o", tmp_path / "whole") == 0
+    assert len(epochs) == 4  # two epochs with codes, two without
+
+    def full(*_arguments, **_options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Ranker, "save", full)
+    assert run(*base, "-o", tmp_path / "new") == 1
+    monkeypatch.setattr(Ranker, "save", save)
+    epochs.clear()
+    assert run(*base, "-o", tmp_path / "new", "--resume") == 0
+    assert not epochs
+    whole, resumed = semid.load(tmp_path / "whole"), semid.load(tmp_path / "new")
+    assert resumed.report["baseline"] == whole.report["baseline"]
+    assert sorted(path.name for path in tmp_path.glob("*new*")) == ["new"]
+
+
 def test_semid_rank(tmp_path, capsys):
     pq.write_table(log_table(), tmp_path / "logs.parquet")
     pq.write_table(item_table(), tmp_path / "items.parquet")

@@ -38,8 +38,9 @@ _CLAIM_LIFETIME = 120.0
 
 KEY_FILE = "run.json"  # says which run the state is of
 # Names that the state of a run consists of, in `NAME.partial/`; nothing else is removed from there.
+# A ranker that is compared with one without codes keeps the state of that one in `baseline/`.
 _STATE_NAME = re.compile(
-    r"run\.json|state\.safetensors|part-[\d-]+\.parquet(\.json)?|\.[^/]*\.(tmp|lock)"
+    r"run\.json|part-[\d-]+\.parquet(\.json)?|(baseline/)?(state\.safetensors|\.[^/]*\.(tmp|lock))"
 )
 
 _held: dict[str, tuple[int, int]] = {}  # path of an output -> thread that holds it, depth

@@ -172,7 +172,9 @@ def rank(
                 logger=logger,
             )
             if ids is not None and not no_baseline:
-                ranker.report["baseline"] = compare_with_baseline(ranker, train(), data)
+                # Its own checkpoint: a run that stops after it need not train it again.
+                baseline = train(checkpoint=state / "baseline", resume=resume)
+                ranker.report["baseline"] = compare_with_baseline(ranker, baseline, data)
         if not is_main():
             return
         ranker.save(output, overwrite=overwrite)

@@ -167,8 +167,9 @@ class RayFlags:
         from semid.distributed.ray_workers import RayOptions
 
         names = ("cpus_per_worker", "store_bytes", "wait_seconds")
-        given = {name: getattr(self, name) for name in names}
-        layout: dict[str, Any] = {k: value for k, value in given.items() if value is not None}
+        layout: dict[str, Any] = {
+            name: value for name in names if (value := getattr(self, name)) is not None
+        }
         return RayOptions(workers=self.workers, address=self.ray_address, **layout)
 
 

@@ -61,10 +61,10 @@ class TextModel:
     def of_schemas(cls, schemas: Iterable[pa.Schema], label: str) -> TextModel | None:
         """Return what the metadata of all files say, None where some say nothing."""
         metadata: list[Mapping[bytes, bytes]] = [schema.metadata or {} for schema in schemas]
-        found = [each[cls.KEY] for each in metadata if cls.KEY in each]
+        encoders = [each[cls.KEY] for each in metadata if cls.KEY in each]
         where = f"the encoder in the schema of {label}"
         models = [
-            record(cls, parse_json(each, where=where), where) for each in dict.fromkeys(found)
+            record(cls, parse_json(each, where=where), where) for each in dict.fromkeys(encoders)
         ]
         for model in models[1:]:
             if model.is_other(models[0]):
@@ -72,7 +72,7 @@ class TextModel:
                     f"the files of {label} are embeddings of different models: {models[0]} and "
                     f"{model}; give files of one"
                 )
-        return models[0] if models and len(found) == len(metadata) else None
+        return models[0] if models and len(encoders) == len(metadata) else None
 
 
 def storage(kind: pa.DataType) -> pa.DataType:
