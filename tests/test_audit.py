@@ -257,3 +257,8 @@ def test_the_command_prints_and_writes(shop, tmp_path, capsys):
     with pytest.raises(SystemExit) as done:
         main(["audit", str(shop / "ids.parquet"), "--category-column", "brand"])
     assert done.value.code == 2
+
+
+def test_items_without_interactions_are_refused(shop):
+    with pytest.raises(UsageError, match=r"--items .* --interactions"):
+        semid.audit(semid.SemanticIds.read(shop / "ids.parquet"), items=shop / "items.parquet")

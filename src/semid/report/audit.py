@@ -142,6 +142,11 @@ def audit(
     """
     if category_column is not None and items is None:
         raise UsageError("--category-column (category_column=) names a column of --items (items=)")
+    if items is not None and interactions is None:
+        raise UsageError(
+            "--items (items=) is for the control by category, which --interactions (interactions=) "
+            "measures; give both or neither"
+        )
     if not len(ids):
         raise InputError("there are no ids to audit; give a file with at least one item")
     codes = ids.codes.astype(np.int64)
