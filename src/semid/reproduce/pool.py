@@ -46,7 +46,22 @@ class Experiment:
         self.data_sets: dict[str, DataSet] = {one.name: one for one in recipe.data}
 
     def cells(self) -> list[dict[str, Any]]:
-        """List every run of the recipe once, in order, without opening any data."""
+        """List every run of the recipe once, in order, without opening any data.
+
+        Here stage by stage, seed by seed, as `stage_cells` has them.
+        """
+        cells: dict[str, dict[str, Any]] = {}
+        for stage in self.recipe.stages:
+            for seed in range(stage.seeds or self.recipe.seeds):
+                for data in stage.data or self.data_sets:
+                    common = {"paper": self.recipe.paper, "quick": self.recipe.quick, "data": data}
+                    for choices in self.stage_cells(stage, data, seed):
+                        cell = {**common, **choices, "seed": seed}
+                        cells.setdefault(digest(cell), cell)
+        return list(cells.values())
+
+    def stage_cells(self, stage: Any, data: str, seed: int) -> Iterable[dict[str, Any]]:
+        """Yield what a stage runs on a data set with a seed."""
         raise NotImplementedError
 
     def title(self, cell: Mapping[str, Any]) -> str:

@@ -38,7 +38,7 @@ from semid.reproduce.datasets import Opened
 from semid.reproduce.ledger import Ledger, digest
 from semid.reproduce.pool import Experiment, Job
 from semid.reproduce.ranking_grid import MethodCodes, train_cell
-from semid.reproduce.recipe import CandidateSpec, PredictRecipe
+from semid.reproduce.recipe import CandidateSpec, PredictRecipe, PredictStage
 from semid.runs import remove_state_folder
 from semid.seeds import numpy_generator
 from semid.tokenizers.base import Tokenizer
@@ -115,26 +115,12 @@ class PredictExperiment(Experiment):
         self._logs: dict[str, tuple[RetrievalData, Interactions]] = {}
         self._ranking: dict[str, RankingData] = {}
 
-    def cells(self) -> list[dict[str, Any]]:
-        """List every run once, stage by stage and seed by seed."""
-        cells: dict[str, dict[str, Any]] = {}
-        for stage in self.recipe.stages:
-            for seed in range(stage.seeds or self.recipe.seeds):
-                for data in stage.data or self.data_sets:
-                    for name in stage.tokenizers or self.tokenizers:
-                        if self.tokenizers[name].data and data not in self.tokenizers[name].data:
-                            continue
-                        for model in stage.models:
-                            cell = {
-                                "paper": self.recipe.paper,
-                                "quick": self.recipe.quick,
-                                "data": data,
-                                "tokenizer": name,
-                                "model": model,
-                                "seed": seed,
-                            }
-                            cells.setdefault(digest(cell), cell)
-        return list(cells.values())
+    def stage_cells(self, stage: PredictStage, data: str, seed: int) -> Iterator[dict[str, Any]]:
+        """Yield every recommender on the codes of every tokenizer."""
+        for name in stage.tokenizers or self.tokenizers:
+            if not self.tokenizers[name].data or data in self.tokenizers[name].data:
+                for model in stage.models:
+                    yield {"tokenizer": name, "model": model}
 
     def title(self, cell: Mapping[str, Any]) -> str:
         """Name a run for people."""

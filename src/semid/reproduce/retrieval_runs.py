@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from semid.recommenders.retrieval.training import train_retriever
 from semid.reproduce.datasets import Opened
 from semid.reproduce.ledger import Ledger, digest
 from semid.reproduce.pool import Experiment, Job
-from semid.reproduce.recipe import IdsSpec, RetrievalRecipe
+from semid.reproduce.recipe import IdsSpec, RetrievalRecipe, RetrievalStage
 from semid.reproduce.retrieval_grid import BASELINE
 from semid.runs import remove_state_folder
 from semid.tokenizers.factory import make_tokenizer
@@ -45,30 +45,16 @@ class RetrievalExperiment(Experiment):
         self.models = {one.name: one for one in recipe.models}
         self.ids = {one.name: one for one in recipe.ids}
 
-    def cells(self) -> list[dict[str, Any]]:
-        """List every run once, in the order of the recipe's stages."""
-        cells: dict[str, dict[str, Any]] = {}
-        for stage in self.recipe.stages:
-            for seed in range(stage.seeds or self.recipe.seeds):
-                for data in stage.data or self.data_sets:
-                    for ties in stage.ties:
-                        for model in stage.models:
-                            kind = MODELS.load(self.models[model].kind)
-                            if seed and not kind.trains:
-                                continue
-                            # A model that reads no codes runs once, whatever the ids.
-                            for name in stage.ids if "codes" in kind.needs else ("",):
-                                cell = {
-                                    "paper": self.recipe.paper,
-                                    "quick": self.recipe.quick,
-                                    "data": data,
-                                    "ties": ties,
-                                    "tokenizer": name,
-                                    "model": model,
-                                    "seed": seed,
-                                }
-                                cells.setdefault(digest(cell), cell)
-        return list(cells.values())
+    def stage_cells(self, stage: RetrievalStage, data: str, seed: int) -> Iterator[dict[str, Any]]:
+        """Yield every model on the ids of every tokenizer, in both orders of ties."""
+        for ties in stage.ties:
+            for model in stage.models:
+                kind = MODELS.load(self.models[model].kind)
+                if seed and not kind.trains:
+                    continue
+                # A model that reads no codes runs once, whatever the ids.
+                for name in stage.ids if "codes" in kind.needs else ("",):
+                    yield {"ties": ties, "tokenizer": name, "model": model}
 
     def title(self, cell: Mapping[str, Any]) -> str:
         """Name a run for people."""
