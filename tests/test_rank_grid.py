@@ -145,7 +145,7 @@ def test_a_tokenizer_that_learns_from_behavior_sees_training_positives_alone(row
     found = maker.method("barq", 2, progress=QuietProgress())
     assert len(found.ids) == ITEMS
     tokenizer = semid.load(tmp_path / "barq-2x")
-    assert tokenizer.decodes_behavior
+    assert "behavior" in tokenizer.report.details
 
 
 def test_wrong_grids(rows, tmp_path):
@@ -216,6 +216,25 @@ def test_a_resumed_run_trains_neither_model_again(tmp_path, monkeypatch):
     whole, resumed = semid.load(tmp_path / "whole"), semid.load(tmp_path / "new")
     assert resumed.report["baseline"] == whole.report["baseline"]
     assert sorted(path.name for path in tmp_path.glob("*new*")) == ["new"]
+
+
+def test_wrong_input_costs_no_results(tmp_path, capsys):
+    """``--overwrite`` replaces a grid or a comparison once everything has been read."""
+    pq.write_table(log_table(), tmp_path / "logs.parquet")
+    quick = ["--epochs", 1, "--width", 4, "--precision", "fp32", "-q"]
+    calls = {
+        "rank-grid": ["--methods", "none", "--models", "deepfm", "--hidden", "8", "--seeds", 1],
+        "retrieve": ["--model", "popularity,sasrec"],
+    }
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 and no more")
+    for command, options in calls.items():
+        out = tmp_path / command
+        words = [*options, *quick, "-o", out]
+        assert run(command, tmp_path / "logs.parquet", *words) == 0
+        before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+        assert run(command, tmp_path / "broken.parquet", *words, "--overwrite") in (1, 2)
+        assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
+    capsys.readouterr()
 
 
 def test_semid_rank(tmp_path, capsys):

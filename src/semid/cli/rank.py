@@ -292,10 +292,6 @@ def rank_grid(
         cli.refuse_unused(context, needless, "without --embeddings no tokenizer is fitted")
     # A grid that is resumed must be one that semid wrote, as one that is replaced.
     cli.hold_output(output, overwrite=overwrite or resume, inputs=inputs)
-    if output.exists() and not resume:
-        # A replaced grid starts from an empty folder, which gets one line per finished run.
-        with atomic_folder(output, overwrite=True, grows=GRID_FILES):
-            pass
     opened = None
     if embeddings is not None:
         # Rows of an .npy have no ids: they are those of the table of items.
@@ -308,13 +304,19 @@ def rank_grid(
         ).open(embeddings)
     names = {**vars(columns), "id_column": source.id_column}
     data = semid.prepare_ranking_data(logs, items=source.items, config=data_config, **names)
+    semantic_ids = None if ids is None else semid.SemanticIds.read(ids)
+    if output.exists() and not resume:
+        # A replaced grid starts from an empty folder, which gets one line per finished run. What is
+        # there goes once all inputs were read.
+        with atomic_folder(output, overwrite=True, grows=GRID_FILES):
+            pass
     with cli.make_progress(quiet=quiet) as progress:
         rows = run_grid(
             grid,
             data,
             output,
             embeddings=opened,
-            ids=None if ids is None else semid.SemanticIds.read(ids),
+            ids=semantic_ids,
             device=source.device,
             progress=progress,
         )

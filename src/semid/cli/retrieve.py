@@ -130,12 +130,6 @@ def retrieve(
     for kind in kinds.values():  # values are checked before files are read
         fields = kind.options.of(None).to_dict()
         kind.options.of({key: value for key, value in options.items() if key in fields})
-    # A comparison is a folder that grows; --overwrite begins it anew.
-    if compares and output.exists() and not resume:
-        from semid.output import atomic_folder
-
-        with atomic_folder(output, overwrite=True, grows=COMPARISON_FILES):
-            pass
     semantic_ids = None if ids is None else semid.SemanticIds.read(ids)
     data = prepare_retrieval_data(
         logs,
@@ -145,6 +139,12 @@ def retrieve(
         cold_items=cold_items,
         **vars(columns),
     )
+    # A comparison is a folder that grows; --overwrite begins it anew, once all inputs were read.
+    if compares and output.exists() and not resume:
+        from semid.output import atomic_folder
+
+        with atomic_folder(output, overwrite=True, grows=COMPARISON_FILES):
+            pass
     with open_log(log) as logger, make_progress(quiet=quiet or not is_main()) as progress:
         if logger is not None:
             chosen = kinds[names[0]].options.of(options).to_dict()

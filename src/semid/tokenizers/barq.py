@@ -53,7 +53,6 @@ LEFT_OUT = (
     "{embeddings:.3f} (95 % of the difference: {low:+.3f} to {high:+.3f}); codes are fitted to the "
     "embeddings alone. Give more interactions, or --no-check-behavior (check_behavior=False)"
 )
-"""What is said where behavior does not help."""
 
 STORED = {"content": "content", "behavior": "behaviour"}
 """Decoding tables -> names of their tensors in an artefact, part of the weights fingerprint."""
@@ -192,12 +191,12 @@ class BARQ(ContinuousTokenizer):
 
     def _check_behavior(self, prepared: PreparedRows, context: FitContext) -> dict[str, Any]:
         """Drop the encoder if it ranks pairs of selection users no better than rows do."""
-        source = None if context.behavior is None else context.behavior.select
-        if source is None or not self.check_behavior:
+        source = context.behavior.select if context.behavior and self.check_behavior else None
+        if source is None:
             return {"kept": True}
         learned = Blend(Content(threads=self.threads), self._encoder, 1.0, 0).directions
-        rows, seed = prepared.train.blocks, child_seed(self.seed, "evidence")
-        evidence = asdict(compare_directions(source, rows, learned, seed=seed))
+        rows = prepared.train.blocks
+        evidence = asdict(compare_directions(source, rows, learned, seed=self.seed))
         kept = evidence["low"] > 0
         if not kept:
             self._autoencoder = None
