@@ -239,12 +239,12 @@ def compare_directions(
     plain, better = aucs(x), aucs(learned(x))
     count = int(usable.sum())
     means = [float(each.mean()) if count else 0.5 for each in (plain, better)]
-    # The normal interval of a mean; fewer pairs than it needs say nothing.
-    half = np.inf
+    # The normal interval of a mean; fewer pairs than it needs exclude no difference of two shares.
+    low, high = -1.0, 1.0
     if count >= FEWEST_PAIRS:
         half = 1.96 * float((better - plain).std(ddof=1)) / count**0.5
-    gain = means[1] - means[0]
-    return DirectionEvidence(count, means[0], means[1], gain - half, gain + half)
+        low, high = means[1] - means[0] - half, means[1] - means[0] + half
+    return DirectionEvidence(count, means[0], means[1], low, high)
 
 
 QUERY_ROWS = 4096
