@@ -332,9 +332,12 @@ def test_a_full_queue_refuses_and_recovers(client, shop):
     gate, encode = threading.Event(), client.service.encode_queue.run
     client.service.encode_queue.run = lambda many: gate.wait(20) and encode(many)
     body = {"embeddings": shop.x[:40].tolist()}
-    with ThreadPoolExecutor(12) as pool:
-        posts = [pool.submit(client.post, "/v1/encode", json=body) for _ in range(12)]
+    # Two calls that wait take what came meanwhile, so how many requests fill the queue depends on
+    # when they come: they go on until one is refused.
+    with ThreadPoolExecutor(64) as pool:
+        posts = [pool.submit(client.post, "/v1/encode", json=body)]
         while not any(post.done() for post in posts):
+            posts.append(pool.submit(client.post, "/v1/encode", json=body))
             time.sleep(0.005)
         gate.set()
         answers = [post.result() for post in posts]
