@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,11 @@ from semid.quantization.engine.plain import COSINE, INNER, L2, float32_rows
 from semid.quantization.engine.search import search
 from semid.quantization.engine.table import VectorTable
 from semid.quantization.nearest import index_codebook, nearest, top_k
-from semid.quantization.threads import cgroup_limit, default_threads, map_blocks
+from semid.quantization.threads import (
+    cgroup_limit,
+    default_threads,
+    map_blocks,
+)
 
 DATA = Path(os.environ.get("SEMID_DATA", Path(__file__).parents[2] / "shared" / "data"))
 # torch's bfloat16 products are slow without the chip's, and right all the same.
@@ -306,3 +312,41 @@ def test_real_embeddings(route: engine.Route) -> None:
     distances = [(x.double() - entries[torch.as_tensor(labels)]).square().sum(1)
                  for labels in (found.labels[:, 0], truth)]  # fmt: skip
     assert (distances[0] <= distances[1] * (1 + 1e-14)).all()
+
+
+NUMPY_THREADS = """
+import threading
+import numpy
+from threadpoolctl import threadpool_info
+from semid.quantization.threads import one_numpy_thread
+
+counts, inside, left = [], threading.Event(), threading.Event()
+
+def count():
+    counts.extend(each["num_threads"] for each in threadpool_info() if "numpy" in each["filepath"])
+
+def other():
+    with one_numpy_thread():
+        inside.set()
+        left.wait(20)
+
+thread = threading.Thread(target=other)
+count()
+thread.start()
+inside.wait(20)
+with one_numpy_thread():
+    count()
+count()  # the other body still runs
+left.set()
+thread.join()
+count()
+print(*counts)
+"""
+
+
+def test_numpy_gets_its_threads_back_after_the_last_of_several_bodies() -> None:
+    # In a process of its own: numpy reads its number of threads when it is imported.
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", NUMPY_THREADS]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["2", "1", "1", "2"]

@@ -8,11 +8,13 @@ costs more than it brings.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from semid.errors import UsageError
 from semid.lazy import is_imported, torch
@@ -77,17 +79,47 @@ def resolve_threads(threads: int | None) -> int:
     return threads
 
 
+@functools.cache
+def _blas() -> Any:
+    """Return what sets the threads of numpy's BLAS; torch's has functions of its own."""
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController().select(user_api="blas")
+
+
+_bodies = threading.Lock()
+_running, _before = 0, contextlib.ExitStack()  # bodies that run now, and what puts the count back
+
+
+@contextlib.contextmanager
+def one_numpy_thread() -> Iterator[None]:
+    """Run the body with one BLAS thread in numpy; its count is one for the whole process.
+
+    Threads of small products wait for each other in loops: where something else runs on the CPUs,
+    or a container has fewer than the machine, they take many times as long as one.
+    """
+    global _running
+    with _bodies:  # the first body sets the count, the last one puts it back
+        if not _running:
+            _before.enter_context(_blas().limit(limits=1))
+        _running += 1
+    try:
+        yield
+    finally:
+        with _bodies:
+            _running -= 1
+            if not _running:
+                _before.close()
+
+
 @contextlib.contextmanager
 def one_blas_thread() -> Iterator[None]:
-    """Run the body with one BLAS thread in the calling thread, then restore the caller's count.
+    """Run the body with one BLAS thread of torch in this thread, then restore the caller's count.
 
     torch keeps a count per thread and one global count that new threads start from;
     `torch.set_num_threads` writes both, so restoring in the calling thread restores both.
     """
-    if not is_imported("torch"):
-        yield
-        return
-    before = torch.get_num_threads()
+    before = torch.get_num_threads() if is_imported("torch") else 1
     if before == 1:
         yield
         return

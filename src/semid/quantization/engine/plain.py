@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from semid.errors import EmbeddingError, UsageError
 from semid.lazy import is_imported
+from semid.quantization.threads import one_numpy_thread
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -120,7 +121,8 @@ def nearest_plain(x: Rows, codewords: F32, *, name: str = "x") -> tuple[I64, F64
         block = rows[span].astype(np.float64)
         with np.errstate(over="ignore", invalid="ignore"):  # rows that are not finite
             length = np.sqrt(np.einsum("nd,nd->n", block, block))
-            scores = block @ table.T
+            with one_numpy_thread():
+                scores = block @ table.T
             scores -= half_squares
             # Scores and canonical keys are both rounded: twice the bound of either covers a winner.
             threshold = scores.max(axis=1) - 2.0 * factor * (length + longest) ** 2
