@@ -6,6 +6,8 @@ import json
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import pytest
 
 import semid
 from semid.cli.app import _COMMANDS
+from semid.lazy import LazyModule
 from semid.quantization.engine import plain
 from semid.quantization.nearest import assign
 
@@ -338,3 +341,15 @@ result = [before, len(fused), len(search.working_routes())]
     # A chip without a route of its own multiplies with torch.
     assert before == (fused == 0)
     assert routes > fused
+
+
+def test_a_module_that_another_thread_has_begun_to_import_is_waited_for(tmp_path, monkeypatch):
+    slow = "import time\ntime.sleep(0.5)\nvalue = 1\n"
+    (tmp_path / "slow_to_import.py").write_text(slow, encoding="utf8")
+    monkeypatch.syspath_prepend(tmp_path)
+    module = LazyModule("slow_to_import")
+    with ThreadPoolExecutor(1) as pool:
+        value = pool.submit(lambda: module.value)
+        while "slow_to_import" not in sys.modules:
+            time.sleep(0.001)
+        assert module.value == value.result() == 1

@@ -60,10 +60,13 @@ class LazyModule:
     def __init__(self, name: str) -> None:
         self.__name__ = name
 
+    @cached_property
+    def _module(self) -> Any:
+        # A look at `sys.modules` would find what another thread has only begun to import.
+        return importlib.import_module(self.__name__)
+
     def __getattr__(self, attribute: str) -> Any:
-        # `import_module` takes microseconds even where nothing is left to import.
-        module = sys.modules.get(self.__name__) or importlib.import_module(self.__name__)
-        return getattr(module, attribute)
+        return getattr(self._module, attribute)
 
 
 def is_imported(name: str) -> bool:

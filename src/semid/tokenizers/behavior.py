@@ -232,7 +232,7 @@ def compare_directions(
         unit = Preprocess(normalize=True).apply(vectors)
         scores = unit[first] @ unit[second].T
         own = scores.diagonal()[:, None]
-        wins = np.where(negative, (scores < own) + 0.5 * (scores == own), 0.0).sum(axis=1)
+        wins = ((scores < own) & negative).sum(1) + 0.5 * ((scores == own) & negative).sum(1)
         shares: npt.NDArray[np.float64] = wins[usable] / negative[usable].sum(axis=1)
         return shares
 
