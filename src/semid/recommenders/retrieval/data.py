@@ -69,8 +69,10 @@ def pack(histories: Sequence[Ints], targets: Sequence[Ints] | None = None) -> Pa
     spans: list[tuple[int, int]] = [(0, 0)] * len(histories)
     for number in np.argsort([-len(each) for each in histories], kind="stable").tolist():
         length = len(histories[number])
-        row = next((r for r, space in enumerate(free) if space >= length), len(free))
-        if row == len(free):
+        row = len(free)
+        if free and max(free) >= length:
+            row = next(r for r, space in enumerate(free) if space >= length)
+        else:
             free.append(width)
         spans[number] = (row, width - free[row])
         free[row] -= length

@@ -25,7 +25,7 @@ class TargetRanks(NamedTuple):
         items: among all items.
         without_history: among the items outside each user's history.
         ids: of the target's id among all ids; None without codes.
-        listed: ``(items,)`` bool: which items appear in any user's first `LIST`.
+        listed: ``(items,)`` bool: which items any user's first `LIST` hold; none without lists.
     """
 
     items: Ranks
@@ -48,11 +48,13 @@ def target_ranks(
     *,
     counts: Ints,
     device: torch.device,
+    lists: bool = True,
 ) -> TargetRanks:
     """Rank each history's target ``(users,)`` among all items of the catalogue.
 
     ``counts`` ``(items,)`` are the training interactions: they decide which items of one id come
-    first in the lists. Cost: users times classes; memory: `SCORES` scores.
+    first in the lists; without ``lists`` none are made. Cost: users times classes; memory: `SCORES`
+    scores.
     """
     was_training = network.training
     network.eval()
@@ -75,7 +77,8 @@ def target_ranks(
             scores = network.scores(batch).cpu()
             sizes = item_sizes
             at_target, at_past = scores.gather(1, target), scores.gather(1, past_class)
-            best = scores.topk(min(LIST, scores.shape[1]))
+            length = min(LIST, scores.shape[1])
+            best = scores.topk(length) if lists else scores.max(1, keepdim=True)
             best_scores, best_classes = best.values, best.indices
         else:
             # A search lists some classes; all others have no score.
@@ -87,9 +90,10 @@ def target_ranks(
             raise DivergedError("the model's scores are not numbers; train it again")
         counted = _count_ranks(scores, sizes, at_target, at_past, past >= 0, repeated)
         ranks[:, rows] = torch.stack(counted).numpy()
-        leaves = best_classes.masked_fill(torch.isneginf(best_scores), -1).numpy()
-        items, _ = buckets.first_items(leaves, LIST)
-        listed[items[items >= 0]] = True
+        if lists:
+            leaves = best_classes.masked_fill(torch.isneginf(best_scores), -1).numpy()
+            items, _ = buckets.first_items(leaves, LIST)
+            listed[items[items >= 0]] = True
     network.train(was_training)
     above, ties, above_new, ties_new, above_ids, ties_ids = ranks
     ids = None if network.by_item else Ranks(above_ids, ties_ids)
@@ -136,8 +140,11 @@ def _count_ranks(
     Returns:
         ``above`` and ``ties`` among all items, among those outside the history, and among classes.
     """
-    higher, equal = scores > at_target, scores == at_target
-    above, ties = _weighted(higher, sizes), _weighted(equal, sizes)
+    # Comparisons are written as 0 and 1: a product adds them up quicker than a sum of truth values.
+    number = torch.float32 if int(sizes.sum()) < 1 << 24 else torch.float64  # exact sums
+    mask = torch.empty(scores.shape, dtype=number)
+    above, above_ids = _counted(torch.gt(scores, at_target, out=mask), sizes)
+    ties, ties_ids = _counted(torch.eq(scores, at_target, out=mask), sizes)
     # Without the history: its items that stand above or beside the target count no more.
     above_new = above - ((at_past > at_target) & is_past).sum(1)
     ties_new = ties - ((at_past == at_target) & is_past).sum(1)
@@ -146,7 +153,7 @@ def _count_ranks(
     pairs = [
         (above, ties, unlisted),
         (above_new, ties_new, unlisted | repeated),
-        (higher.sum(1), equal.sum(1), unlisted),
+        (above_ids, ties_ids, unlisted),
     ]
     counts = []
     for count, same, missing in pairs:
@@ -154,12 +161,11 @@ def _count_ranks(
     return tuple(counts)
 
 
-def _weighted(mask: Tensor, sizes: Tensor) -> Tensor:
-    """Sum the sizes ``(n,)`` or ``(users, n)`` where the mask ``(users, n)`` is true."""
+def _counted(mask: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """Count the items and the classes, ``(users,)`` each, where the mask ``(users, n)`` is 1."""
     if sizes.ndim > 1:
-        return (mask * sizes).sum(1)
-    if int(sizes.max()) == 1:  # as bytes, which are added up quicker than truth values
-        return mask.view(torch.uint8).sum(1, dtype=torch.int32).long()
-    # A product in float32 is exact below 2**24 items and much quicker than one of integers.
-    number = torch.float32 if int(sizes.sum()) < 1 << 24 else torch.float64
-    return (mask.to(number) @ sizes.to(number)).long()
+        return (mask * sizes).sum(1).long(), mask.sum(1).long()
+    items = (mask @ sizes.to(mask.dtype)).long()
+    if int(sizes.max()) == 1:
+        return items, items
+    return items, (mask @ torch.ones_like(sizes, dtype=mask.dtype)).long()

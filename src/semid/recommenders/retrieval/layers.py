@@ -14,7 +14,7 @@ from torch.nn import functional
 from semid.options import MAX_WIDTH, Options, option
 from semid.recommenders.retrieval.data import Packed
 
-LOSS_ROWS = 256
+LOSS_ROWS = 128
 """Rows of logits at once in the full softmax."""
 
 
@@ -121,28 +121,32 @@ class FullSoftmax(torch.autograd.Function):
         d_states, d_vectors = torch.empty_like(states), torch.zeros_like(vectors)
         total = states.new_zeros(())
         # One buffer for all logits: fresh memory for each costs more than the arithmetic.
-        buffer = vectors.new_empty((min(LOSS_ROWS, len(states)), len(vectors)))
+        buffer = vectors.new_empty(min(LOSS_ROWS, len(states)) * len(vectors))
         low = torch.is_autocast_enabled(states.device.type)
         for start in range(0, len(states), LOSS_ROWS):
             part, right = states[start : start + LOSS_ROWS], targets[start : start + LOSS_ROWS]
+            # A column of logits per row of states: all three products run faster than on rows.
             if low:
-                logits = (part @ vectors.T).float()
+                logits = (vectors @ part.T).float()
             else:
-                logits = torch.mm(part, vectors.T, out=buffer[: len(part)])
+                logits = buffer[: len(vectors) * len(part)].view(len(vectors), len(part))
+                torch.mm(vectors, part.T, out=logits)
             if bias is not None:
-                logits += bias
-            largest = logits.amax(1, keepdim=True)
-            at_target = logits.gather(1, right[:, None]) - largest
-            # From here on `logits` holds the softmax, and then its difference to the target.
-            sums = logits.sub_(largest).exp_().sum(1, keepdim=True)
+                logits += bias[:, None]
+            largest = logits.amax(0)
+            at_target = logits.gather(0, right[None])[0] - largest
+            # From here on `logits` holds the softmax before its division by the sums.
+            sums = logits.sub_(largest).exp_().sum(0)
             total += (sums.log() - at_target).sum()
-            logits.div_(sums)
-            logits[torch.arange(len(right), device=right.device), right] -= 1
-            d_states[start : start + LOSS_ROWS] = logits @ vectors
+            d_states[start : start + LOSS_ROWS] = (logits.T @ vectors) / sums[:, None]
+            scaled = part / sums[:, None]
             if low:
-                d_vectors += logits.T @ part
+                d_vectors += logits @ scaled
             else:
-                d_vectors.addmm_(logits.T, part)
+                d_vectors.addmm_(logits, scaled)
+        # The gradient of a logit is the softmax, less 1 at the target.
+        d_states -= vectors[targets]
+        d_vectors.index_add_(0, targets, states.to(d_vectors.dtype), alpha=-1)
         ctx.save_for_backward(d_states, d_vectors)
         ctx.count = len(states)
         return total / len(states)

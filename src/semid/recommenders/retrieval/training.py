@@ -86,7 +86,10 @@ class RetrievalTask:
         """Return NDCG@10 on the validation items."""
         # All users are ranked among all items: a sample would choose another epoch by chance.
         ranks = target_ranks(
-            *(self.model, self.histories, self.targets), counts=self.counts, device=self.device
+            *(self.model, self.histories, self.targets),
+            counts=self.counts,
+            device=self.device,
+            lists=False,
         ).items
         figures = {name: float(values.mean()) for name, values in user_metrics(ranks).items()}
         logs = {"recall@10": figures["recall@10"]}
