@@ -38,6 +38,7 @@ from semid.recommenders.retrieval.networks import (
     ComposedOptions,
     SASRec,
     SASRecOptions,
+    _Sampler,
     make_model,
 )
 from semid.recommenders.retrieval.retriever import Retriever
@@ -265,6 +266,20 @@ def test_sampled_softmax_tends_to_the_full_one():
     sampled.load_state_dict(full.state_dict())
     sampled.settings = SASRecOptions(width=32, loss="sampled", negatives=200_000)
     assert sampled(batch).loss.item() == pytest.approx(full(batch).loss.item(), rel=0.02)
+
+
+def test_inverse_probabilities_of_drawn_classes_count_every_class_once():
+    counts = np.array([40, 0, 9, 3, 3, 1, 1])
+    sampler, draws = _Sampler(counts, np.arange(7)), 3000
+    torch.manual_seed(0)
+    weights = torch.zeros(draws, 7)
+    for row in weights:
+        drawn, log_probability = sampler(4, CPU)
+        assert len(drawn.unique()) == len(drawn)
+        row[drawn] = torch.exp(-log_probability)
+    error = weights.std(0) / draws**0.5
+    wrong = (weights.mean(0) - torch.tensor([1.0, 0, 1, 1, 1, 1, 1])).abs() > 4 * error
+    assert not wrong.any(), weights.mean(0)
 
 
 def test_softmax_counts_a_class_as_often_as_it_has_training_items():

@@ -30,8 +30,11 @@ from semid.seeds import child_seed
 from semid.tokenizers.scan import scan_sums
 from semid.training.loop import Step
 
-FULL_SOFTMAX = 100_000
-"""Catalogues up to this size get a full softmax by default."""
+FULL_SOFTMAX = 10_000
+"""Catalogues up to this size get a full softmax by default.
+
+On 12 thousand items (Amazon Beauty) sampling came within .001 of its validation NDCG@10 in half of
+the time."""
 
 LOSSES = ("auto", "full", "sampled")
 
@@ -52,9 +55,11 @@ class SASRecOptions(TransformerOptions):
     loss: str = option(
         "auto",
         choices=LOSSES,
-        help="Softmax over all items or over sampled ones; auto samples above 100,000 items.",
+        help="Softmax over all items or over sampled ones; auto samples above 10,000 items.",
     )
-    negatives: int = option(1024, ge=1, help="Sampled items per batch, with --loss sampled.")
+    negatives: int = option(
+        4096, ge=1, help="Draws of items per batch, with --loss sampled; each item counts once."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,12 +199,12 @@ class SASRec(NextItemModel):
     def _sampled_loss(self, states: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy against items drawn for the batch, by sampled softmax.
 
-        Each drawn logit loses the logarithm of the item's expected count among the draws (Bengio
-        and Senecal 2008), so that the sum over draws estimates that over all items but the target.
+        Each drawn logit loses the logarithm of the probability that its item is drawn (Bengio and
+        Senecal 2008), so that the sum over the drawn estimates that over all items but the target.
         """
-        drawn, log_count = self._sampler(self.settings.negatives, states.device)
+        drawn, log_probability = self._sampler(self.settings.negatives, states.device)
         at_target = (states * self.vectors(targets)).sum(1)
-        logits = states @ self.vectors(drawn).T - log_count[drawn]
+        logits = states @ self.vectors(drawn).T - log_probability
         # A draw that is the target itself is no negative.
         logits = logits.masked_fill(drawn[None, :] == targets[:, None], -torch.inf)
         return (torch.logaddexp(logits.logsumexp(1), at_target) - at_target).mean()
@@ -229,19 +234,20 @@ class _Sampler:
         # Items by falling popularity: rank r is drawn with probability log(1 + 1 / r) / log(n + 1).
         totals = np.bincount(item_class, weights=counts)
         order = np.argsort(-totals, kind="stable")[: int((totals > 0).sum())]
-        seen = len(order)
-        share = np.log1p(1 / np.arange(1, seen + 1)) / np.log(seen + 1)
-        log_share = np.full(len(totals), np.inf)
-        log_share[order] = np.log(share)
-        self.ordered, self.log_shares = torch.from_numpy(order), torch.from_numpy(log_share).float()
+        self.ordered, self.seen = torch.from_numpy(order), len(order)
 
     def __call__(self, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return draws ``(n,)`` and the logarithm of each class's expected count ``(classes,)``."""
+        """Draw ``n`` times; return the distinct classes and the logarithm of their probabilities.
+
+        A class that would be drawn several times is there once, with the probability of being among
+        the draws: one column instead of several, and no variance from how often it came.
+        """
         # The inverse of the distribution: exp of a uniform number times the logarithm of the size.
-        seen = len(self.ordered)
-        rank = torch.exp(torch.rand(n) * float(np.log(seen + 1))).long() - 1
-        draws = self.ordered[rank.clamp(0, seen - 1)]
-        return draws.to(device), (self.log_shares + float(np.log(n))).to(device)
+        size = float(np.log(self.seen + 1))
+        rank = torch.exp(torch.rand(n) * size).long().clamp(1, self.seen).unique()
+        missed = torch.log1p(-torch.log1p(1 / rank.double()) / size) * n
+        log_probability = torch.log(-torch.expm1(missed)).float()
+        return self.ordered[rank - 1].to(device), log_probability.to(device)
 
 
 class Composed(SASRec):

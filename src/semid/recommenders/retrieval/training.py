@@ -29,13 +29,12 @@ from semid.training.loop import Evaluation, train
 from semid.training.options import TrainOptions
 
 TRAINING: dict[str, Any] = {
-    "epochs": 200,
+    "epochs": 16,
     "batch_size": 128,
-    "learning_rate": 1e-3,
-    "schedule": "constant",
-    "warmup": 0.0,
+    "learning_rate": 2e-3,
+    "schedule": "cosine",
     "clip_norm": 1.0,
-    "patience": 10,
+    "patience": 5,
 }
 """Defaults of training; a batch counts histories."""
 
