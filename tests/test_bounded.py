@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from semid.quantization import nearest
 from semid.quantization.blocks import ArrayBlocks
 from semid.quantization.engine import bounded
 from semid.quantization.engine.bounded import RowBounds
@@ -55,7 +56,8 @@ def sample(rng: np.random.Generator, rows: int, dim: int) -> Array:
     return x.astype(np.float32)
 
 
-@pytest.mark.parametrize(("dim", "codes"), [(1, 64), (6, 256), (24, 100), (33, 257), (64, 1024)])
+@pytest.mark.parametrize(("dim", "codes"), [(1, 64), (6, 256), (24, 100), (33, 257), (64, 1024),
+                                             (150, 64), (300, 2000)])  # fmt: skip
 def test_passes_equal_full_passes(dim: int, codes: int) -> None:
     rng = np.random.default_rng(dim)
     x = sample(rng, 3000, dim)
@@ -124,7 +126,7 @@ def test_fits_are_the_same_with_and_without(
     monkeypatch: pytest.MonkeyPatch, weighted: bool
 ) -> None:
     rng = np.random.default_rng(5)
-    x = sample(rng, 4000, 20)
+    x = sample(rng, 4000, 80)
     x[:300] = x[0]
     weights = rng.integers(0, 3, 4000).astype(np.float64) if weighted else None
     options = KMeansOptions(max_iter=8, n_init=2, n_local_trials=1)
@@ -134,7 +136,7 @@ def test_fits_are_the_same_with_and_without(
     def fits(threads: int) -> list[Array]:
         single = kmeans(ArrayBlocks(x), 128, seed=1, options=options, weights=weights, init=start,
                         threads=threads)  # fmt: skip
-        slices = part_slices(20, 3)
+        slices = part_slices(80, 3)
         books, _ = fit_product(ArrayBlocks(x), slices, [64, 128, 200], seed=1, options=options,
                                weights=weights, threads=threads)  # fmt: skip
         return [single.centroids, single.labels, *books]
@@ -159,17 +161,40 @@ def test_fits_are_the_same_with_and_without(
             np.testing.assert_array_equal(mine, other)
 
 
-def test_memory_ends_and_useless_bounds_are_dropped() -> None:
+@pytest.mark.parametrize(("cost", "passes"), [(1.3, 4), (1.6, 2), (2.5, 0)])
+def test_memory_ends_and_useless_bounds_are_dropped(
+    monkeypatch: pytest.MonkeyPatch, cost: float, passes: int
+) -> None:
     rng = np.random.default_rng(6)
     x = rng.normal(size=(2000, 8)).astype(np.float32)
-    fewer = AssignmentMemory(bounded.size(2000, 64, 8))
+    monkeypatch.setattr(nearest, "_relative_cost", lambda *_: cost)
+    fewer = AssignmentMemory(bounded.size(x, 64))
     memory = AssignmentMemory()
-    for _ in range(6):
+    searches: list[bool] = []
+    for _ in range(12):
         # New codewords at every pass: bounds exclude nothing.
         codebook = index_codebook(rng.normal(size=(64, 8)).astype(np.float32))
         for name in ("first", "second"):
             labels = fewer.assign(name, x, codebook, threads=1)[1]
             np.testing.assert_array_equal(labels, assign(x, codebook, threads=1)[0])
+        bounds = memory._bounds.get("rows")
         memory.assign("rows", x, codebook, threads=1)
+        searches.append(bounds is not None and memory._bounds["rows"] is bounds)
     assert fewer._bounds["second"] is None
-    assert memory._bounds["rows"] is None
+    # Bounds end when they have cost a full pass more than they spared.
+    assert searches == [False] + [True] * passes + [False] * (11 - passes)
+
+
+def test_views_of_rows_take_no_memory() -> None:
+    x = np.zeros((2000, 8), np.float32)
+    assert bounded.size(x, 64) - bounded.size(x[:], 64) == x.nbytes
+
+
+def test_the_cost_of_a_pass_is_measured_without_a_trace() -> None:
+    rng = np.random.default_rng(7)
+    x = sample(rng, 2000, 70)
+    bounds = RowBounds(x, np.zeros(2000, np.int64), x[:64])
+    places, lower = bounds.places.copy(), bounds.lower.copy()
+    assert nearest._relative_cost(bounds, index_codebook(x[:64])) > 0
+    np.testing.assert_array_equal(bounds.places, places)
+    np.testing.assert_array_equal(bounds.lower, lower)

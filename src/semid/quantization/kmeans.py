@@ -116,7 +116,7 @@ def kmeans(
 
     Cost: per iteration O(items codes dim) time in one pass over the blocks; memory
     O(items + codes dim log(items)) beyond the blocks themselves, and up to half a gigabyte of what
-    passes over narrow rows remember (`AssignmentMemory`). Source: Lloyd 1982; DRQ §4.2.
+    passes remember of rows (`AssignmentMemory`). Source: Lloyd 1982; DRQ §4.2.
     """
     options = options or KMeansOptions()
     _check(blocks, codes, weights, init)

@@ -7,6 +7,7 @@ for any block size and number of threads.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Hashable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -256,9 +257,21 @@ class AssignmentMemory:
             return None
         others = list(self._bounds.values())  # a copy, since other threads add to it
         held = sum(bounds.bytes for bounds in others if bounds is not None)
-        if held + engine.bounded.size(*shape) > self.limit_bytes:
+        if held + engine.bounded.size(x, len(codebook)) > self.limit_bytes:
             return None
-        return engine.bounded.RowBounds(x, labels, codebook.codewords)
+        bounds = engine.bounded.RowBounds(x, labels, codebook.codewords)
+        bounds.cost = _relative_cost(bounds, codebook)
+        # Too much where the chip's full search is many times faster than float32 products.
+        return bounds if bounds.cost <= 1 + engine.bounded.MAX_LOSS else None
+
+
+def _relative_cost(bounds: RowBounds, codebook: IndexedCodebook) -> float:
+    """Return the time of a pass that searches all groups, in full searches, by a few rows."""
+    rows = min(len(bounds.x) // engine.bounded.PROBE_SHARE, engine.bounded.MAX_PROBE)
+    start = time.thread_time()
+    _search(bounds.x[:rows], codebook.table, 1, 1, "auto")
+    full = time.thread_time() - start
+    return bounds.time_rows(codebook.codewords, rows) / max(full, 1e-9)
 
 
 def _float32(keys: npt.NDArray[np.float64]) -> Array:

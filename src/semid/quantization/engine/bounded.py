@@ -10,13 +10,14 @@ are those of the full search, bit for bit (README.md, "Lloyd's passes").
 from __future__ import annotations
 
 import math
+import time
 
 import numba
 import numpy as np
 import numpy.typing as npt
 
 from semid.quantization.engine.keys import key
-from semid.quantization.engine.narrow import BLOCK, FAR, MAX_ENTRIES, MAX_WIDTH, TILE, score_tile
+from semid.quantization.engine.narrow import BLOCK, FAR, TILE, score_tile
 from semid.quantization.engine.plain import LANES, check_entries, padded
 from semid.quantization.engine.sweep import F32, I32, I64
 from semid.quantization.engine.table import PAD_OFFSET, aligned
@@ -30,16 +31,21 @@ from semid.quantization.engine.vector import (
 )
 from semid.quantization.threads import map_blocks
 
-MIN_ENTRIES = 64
-"""Smallest codebook, and fewest rows, for which bounds pay."""
-MIN_ROWS = 1024
+MIN_ENTRIES, MIN_ROWS, ROWS_PER_CODE = 64, 1024, 4
+"""Smallest codebook, fewest rows, and fewest rows of a codeword for which bounds pay."""
+MAX_WIDTH = 8192
+"""Widest rows: their sums of float32 products err little enough for the bound of a score."""
 ROWS = 256
 """Rows whose searches are collected by group, so that a tile of rows meets the same codewords."""
 MAX_GROWTH, MAX_SHRINK = 4.0, 2.0**-8
 """Radius of the codebook, in radii of the first pass, beyond which bounds start afresh."""
 
-USELESS_SHARE, MAX_USELESS = 0.8, 3
-"""Share of groups above which a pass gains nothing, and how many of them are enough."""
+OWN_SHARE = 0.2
+"""What measuring the rows' own codewords takes of a pass that searches all groups, about."""
+MAX_LOSS = 1.0
+"""Full passes that bounds may cost more than they spare before they are given up."""
+PROBE_SHARE, MAX_PROBE = 32, 512
+"""Of how many rows one is searched both ways, for the time of either, and at most how many."""
 POWER_STEPS = 4
 """Steps of power iteration towards the principal direction of some codewords."""
 
@@ -259,12 +265,15 @@ def group_order(codewords: F32) -> I64:
 
 def suits(rows: int, codes: int, dim: int) -> bool:
     """Return whether rows of a shape are quicker searched with bounds."""
-    return rows >= MIN_ROWS and MIN_ENTRIES <= codes <= MAX_ENTRIES and dim <= MAX_WIDTH
+    return (
+        rows >= max(MIN_ROWS, ROWS_PER_CODE * codes) and codes >= MIN_ENTRIES and dim <= MAX_WIDTH
+    )
 
 
-def size(rows: int, codes: int, dim: int) -> int:
-    """Return the bytes that `RowBounds` hold."""
-    return 4 * rows * (1 + dim + padded(codes, LANES * LANES) // LANES)
+def size(x: F32, codes: int) -> int:
+    """Return the bytes that `RowBounds` hold: bounds, and rows that are no view of others."""
+    bounds = 4 * len(x) * (1 + padded(codes, LANES * LANES) // LANES)
+    return bounds + (x.nbytes if x.flags.owndata else 0)
 
 
 class RowBounds:
@@ -276,17 +285,19 @@ class RowBounds:
         ``codewords`` ``(codes, dim)`` are any, and ``labels`` ``(n,)`` any of them to start
         from; the nearer, the quicker.
         """
-        self.x, self.useless, self.searched = x, 0, 1.0
+        self.x, self.searched = x, 1.0
+        self.cost = 1.0  # of a pass that searches all groups, in full passes; see `time_rows`
+        self.loss = 0.0  # full passes that bounds have cost more than they spared
         self._start(codewords, labels)
 
     @property
     def bytes(self) -> int:
-        """Bytes of the rows and their bounds."""
-        return size(len(self.x), *self.former.shape)
+        """Bytes of the rows and their bounds, see `size`."""
+        return size(self.x, len(self.former))
 
     def suits(self, codewords: F32) -> bool:
-        """Whether `search` takes such codewords, and has not been of little use for some passes."""
-        return codewords.shape == self.former.shape and self.useless < MAX_USELESS
+        """Whether `search` takes such codewords, and has not cost more than it spared."""
+        return codewords.shape == self.former.shape and self.loss <= MAX_LOSS
 
     def _start(self, codewords: F32, labels: I64) -> None:
         codes, dim = codewords.shape
@@ -332,13 +343,30 @@ class RowBounds:
 
         def work(start: int) -> int:
             at = slice(start, start + size)
-            return int(nearest_bounded(
-                self.x[at], self.rows, self.order, self.panels, self.offsets, self.moves,
-                self.center, self.scale, radius, self.places[at], self.lower[at], labels[at],
-                keys[at],
-            ))  # fmt: skip
+            return self._search_rows(
+                at, radius, self.places[at], self.lower[at], labels[at], keys[at]
+            )
 
         searched = sum(map_blocks(work, range(0, count, size), threads=threads))
         self.former, self.searched = codewords, searched * LANES / (count * len(codewords))
-        self.useless = self.useless + 1 if self.searched > USELESS_SHARE else 0
+        cost = self.cost * (OWN_SHARE + (1.0 - OWN_SHARE) * self.searched)
+        self.loss = max(0.0, self.loss + cost - 1.0)
         return labels, keys
+
+    def _search_rows(
+        self, at: slice, radius: float, places: I32, lower: F32, labels: I64, keys: F64
+    ) -> int:
+        return int(nearest_bounded(
+            self.x[at], self.rows, self.order, self.panels, self.offsets, self.moves, self.center,
+            self.scale, radius, places, lower, labels, keys,
+        ))  # fmt: skip
+
+    def time_rows(self, codewords: F32, rows: int) -> float:
+        """Return the CPU seconds in which one thread searches all groups for the first rows."""
+        radius = self._arrange(codewords)
+        for count in (1, rows):  # the first call may have to fetch the kernel
+            at = slice(0, count)
+            places, lower = self.places[at].copy(), self.lower[at].copy()
+            start = time.thread_time()
+            self._search_rows(at, radius, places, lower, np.empty(count, np.int64), np.empty(count))
+        return time.thread_time() - start
