@@ -8,9 +8,11 @@ import pytest
 
 import semid
 from semid.errors import UsageError
+from semid.progress import QuietProgress
 from semid.quantization.blocks import ArrayBlocks
 from semid.seeds import numpy_generator
-from semid.tokenizers.behavior import TablePairs, compare_directions
+from semid.tokenizers.barq_choice import Trial, WeightSearch
+from semid.tokenizers.behavior import TablePairs
 
 NETWORK = {"hidden": (32,), "latent": 8}
 TRAINING = {"epochs": 40, "batch_size": 128, "learning_rate": 3e-3}
@@ -181,18 +183,18 @@ def log_of(lines: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def test_behavior_that_teaches_nothing_is_left_out(shelves, tmp_path, caplog):
-    """What is learned from items at random cannot rank the next one; the fit is that without it."""
+    """What is learned from items at random finds no next item; the fit is that without it."""
     rows, _, _ = shelves
     log = pa.table(log_of(np.random.default_rng(5).integers(0, 900, (1200, 3))))
-    given = {**SMALL, "objective": {"pairs_per_step": 64}}
+    given = {**SMALL, "training": {**TRAINING, "epochs": 8}, "objective": {"pairs_per_step": 64}}
     source = semid.open_embeddings(rows)
     tokenizer = semid.BARQ(**given).fit(source, interactions=log)
-    evidence = tokenizer.report.details["behavior"]
-    assert not evidence["kept"]
-    assert evidence["pairs"] > 60
-    assert evidence["low"] <= 0
-    assert abs(evidence["learned"] - 0.5) < 0.1
-    assert "behavior is left out: on" in caplog.text
+    choice = tokenizer.report.details["behavior"]
+    assert choice["weight"] == 0
+    assert choice["pairs"] > 60
+    assert [trial["weight"] for trial in choice["trials"]][:2] == [0, 0.5]
+    assert all(trial["low"] <= 0 for trial in choice["trials"])
+    assert "behavior is left out: it does not pay on" in caplog.text
     plain = semid.BARQ(**given, behavior_weight=0.0).fit(source)
     assert tokenizer.codebook_fingerprint == plain.codebook_fingerprint
     with pytest.raises(UsageError, match="without behavior"):
@@ -202,53 +204,157 @@ def test_behavior_that_teaches_nothing_is_left_out(shelves, tmp_path, caplog):
     assert np.array_equal(loaded.encode(rows).codes, plain.encode(rows).codes)
     assert np.array_equal(loaded.decode(loaded.encode(rows)), plain.decode(plain.encode(rows)))
     kept = semid.BARQ(**given, check_behavior=False).fit(source, interactions=log)
-    assert kept.report.details["behavior"] == {"kept": True}
+    assert kept.report.details["behavior"] == {"weight": 2.0}
     assert kept.decodes_behavior
 
 
-def test_behavior_that_teaches_is_kept(shelves):
-    rows, shelf, _ = shelves
+@pytest.fixture(scope="module")
+def shelf_log(shelves) -> pa.Table:
+    """Users who buy three items of a shelf."""
     generator = np.random.default_rng(6)
-    by_shelf = [np.flatnonzero(shelf == s) for s in range(6)]
-    lines = np.array([generator.choice(by_shelf[n % 6], 3, replace=False) for n in range(600)])
-    given = {**SMALL, "behavior_weight": 4.0, "objective": {"pairs_per_step": 64}}
-    tokenizer = semid.BARQ(**given).fit(rows, interactions=pa.table(log_of(lines)))
-    evidence = tokenizer.report.details["behavior"]
-    assert evidence["kept"]
-    assert evidence["low"] > 0
-    assert evidence["learned"] > evidence["embeddings"] + 0.1
+    by_shelf = [np.flatnonzero(shelves[1] == s) for s in range(6)]
+    lines = [generator.choice(by_shelf[n % 6], 3, replace=False) for n in range(600)]
+    return pa.table(log_of(np.array(lines)))
+
+
+def test_behavior_that_teaches_is_kept(shelves, shelf_log, tmp_path):
+    rows, shelf, _ = shelves
+    given = {**SMALL, "objective": {"pairs_per_step": 64}}
+    tokenizer = semid.BARQ(**given, behavior_weight=8.0).fit(rows, interactions=shelf_log)
+    choice = tokenizer.report.details["behavior"]
+    none, *others = choice["trials"]
+    assert [none["weight"], others[0]["weight"]] == [0, 2]
+    chosen = next(trial for trial in others if trial["weight"] == choice["weight"])
+    assert chosen["low"] > 0
+    assert chosen["hits"] > 1.1 * none["hits"]
+    assert chosen["error"] > none["error"]
     assert purity(tokenizer.encode(rows).codes[:, 0], shelf) > 0.9
+    # The fit is the one with that weight alone.
+    given["check_behavior"] = False
+    alone = semid.BARQ(**given, behavior_weight=choice["weight"])
+    alone.fit(rows, interactions=shelf_log)
+    assert alone.weights_fingerprint == tokenizer.weights_fingerprint
+    tokenizer.save(tmp_path / "model")
+    line = f"| {chosen['weight']:g} | {chosen['hits']:.4f} | {chosen['low']:+.4f} to "
+    assert line in (tmp_path / "model" / "README.md").read_text()
+    loaded = semid.load(tmp_path / "model")
+    assert np.array_equal(loaded.encode(rows).codes, tokenizer.encode(rows).codes)
+    assert loaded.report.details["behavior"] == choice
+
+
+class Stop(QuietProgress):
+    """Interrupts a fit at a step; counts them all where that is 0."""
+
+    def __init__(self, at: int = 0) -> None:
+        self.at, self.steps = at, 0
+
+    def step(self, done: int = 1, **fields: object) -> None:
+        self.steps += bool(fields)
+        if fields and self.steps == self.at:
+            raise KeyboardInterrupt
+
+
+def test_a_search_that_was_interrupted_continues(shelves, shelf_log, tmp_path):
+    given = {**SMALL, "training": {**TRAINING, "epochs": 8}, "objective": {"pairs_per_step": 64}}
+    run = lambda: semid.BARQ(**given, behavior_weight=8.0)  # noqa: E731
+    whole = run().fit(shelves[0], interactions=shelf_log, progress=(progress := Stop()))
+    choice = whole.report.details["behavior"]
+    assert len(choice["trials"]) > 2
+    last = progress.steps - len(whole.report.details["refine"])
+    for at in range(last - 2 * len(choice["trials"]) - 6, last, 5):
+        fit = {"interactions": shelf_log, "checkpoint": tmp_path / str(at)}
+        with pytest.raises(KeyboardInterrupt):
+            run().fit(shelves[0], **fit, progress=Stop(at))
+        resumed = run().fit(shelves[0], **fit, resume=True)
+        assert resumed.weights_fingerprint == whole.weights_fingerprint
+        assert resumed.report.details["behavior"] == choice
 
 
 def test_evidence_equals_a_brute_force_version():
+    """Hits, interval and price of codebooks, read from ranks that are counted one by one."""
     generator = np.random.default_rng(7)
-    rows = generator.normal(size=(40, 5)).astype(np.float32)
-    first, second = generator.integers(0, 40, (2, 90))
-    source = TablePairs(first, second, 40, protocol="")
-    turned = lambda x: np.ascontiguousarray(x[:, :3])  # noqa: E731
-    found = compare_directions(source, ArrayBlocks(rows), turned, seed=3)
-    drawn = source.draw(source.count, numpy_generator(3, "evidence"))
+    rows = generator.normal(size=(120, 5)).astype(np.float32)
+    rows[:, 3:] *= 2  # behavior
+    pairs = generator.integers(0, 120, (2, 90))
+    source = TablePairs(*pairs, 120, protocol="")
+    search = WeightSearch(source, 120, seed=3, threads=1)
+    drawn = source.draw(4 * source.count, numpy_generator(3, "evidence"))
     pairs = sorted({(int(a), int(b)) for a, b in zip(*drawn, strict=True)})
-    related = {(int(a), int(b)) for a, b in zip(first, second, strict=True)}
-    related |= {(b, a) for a, b in related}
-    values = []
-    for vectors in (rows, rows[:, :3]):
-        unit = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float64)
-        values.append([])
+    space, held_out = ArrayBlocks(rows), ArrayBlocks(rows[:30])
+    hits, errors = [], []
+    for width in (3, 5):  # without behavior, and with it
+        books = [rows[generator.permutation(120)[:40]] * np.float32(scale) for scale in (1, 0.5)]
+        for book in books:
+            book[:, width:] = 0
+        assert search.add(float(width), books, space, held_out, content=3) or hits
+        residual, codes = rows.copy(), []
+        for book in books:
+            codes.append(((residual[:, None] - book[None]) ** 2).sum(2).argmin(1))
+            residual -= book[codes[-1]]
+        vectors, codes = rows - residual, np.stack(codes, axis=1)
+        unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        equal = np.cumprod(codes[:, None] == codes[None], axis=2).sum(2)
+        hits.append([])
         for a, b in pairs:
-            others = [c for _, c in pairs if c != a and (a, c) not in related]
-            values[-1].append(np.mean([unit[a] @ unit[c] < unit[a] @ unit[b] for c in others]))
-    gains = np.subtract(values[1], values[0])
-    half = 1.96 * gains.std(ddof=1) / len(gains) ** 0.5
-    assert found.pairs == len(pairs)
-    assert found.embeddings == pytest.approx(np.mean(values[0]))
-    assert found.learned == pytest.approx(np.mean(values[1]))
-    assert found.low == pytest.approx(gains.mean() - half)
-    assert found.high == pytest.approx(gains.mean() + half)
+            others = np.delete(np.arange(120), a)
+            same, near = equal[a, others], np.round(unit[others] @ unit[a], 5)
+            by_codes, by_vectors = (
+                np.clip((12 - (s > t).sum()) / (s == t).sum(), 0, 1)
+                for s, t in ((same, equal[a, b]), (near, np.round(unit[b] @ unit[a], 5)))
+            )
+            hits[-1].append((by_codes + by_vectors) / 2)
+        content = rows[:30, :3]
+        lost = (residual[:30, :3] ** 2).sum()
+        errors.append(lost / ((content - content.mean(axis=0)) ** 2).sum())
+    assert search.choose()["pairs"] == len(pairs)
+    assert search.choose()["cutoff"] == 12
+    for trial, each, price in zip(search.trials, hits, errors, strict=True):
+        assert trial.hits == pytest.approx(np.mean(each))
+        assert trial.error == pytest.approx(price, rel=1e-5)
+    gains, first = np.subtract(hits[1], hits[0]), np.array(pairs)[:, 0]
+    deviations = gains - gains.mean()
+    half = 1.96 * np.sqrt(sum(deviations[first == a].sum() ** 2 for a in set(first))) / len(pairs)
+    assert search.trials[1].low == pytest.approx(gains.mean() - half)
+    assert search.trials[1].high == pytest.approx(gains.mean() + half)
+
+
+def test_a_log_without_users_to_judge_by_is_left_out(shelves, shelf_log, caplog):
+    rows, few = shelves[0], shelf_log.slice(0, 12)  # four users, all of them for training
+    given = {**SMALL, "training": {"epochs": 1}, "objective": {"pairs_per_step": 4}}
+    tokenizer = semid.BARQ(**given).fit(rows, interactions=few)
+    assert tokenizer.report.details["behavior"] == {"weight": 0}
+    assert "users kept for selection have no two different known items in a row" in caplog.text
+    assert not tokenizer.decodes_behavior
+
+
+def choose(*trials: Trial) -> float:
+    """Return the weight that a search takes after these trials."""
+    search = WeightSearch(TablePairs(np.arange(4), np.arange(4, 8), 8, protocol=""), 8, seed=0)
+    search.trials = list(trials)
+    return search.choose()["weight"]
+
+
+def test_the_weight_that_pays_most_is_taken(caplog):
+    none = Trial(0.0, hits=0.10, error=0.40)
+    light, middle = Trial(0.5, 0.11, 0.42, 0.005, 0.015), Trial(1.0, 0.13, 0.43, 0.02, 0.04)
+    assert choose(none, light, middle) == 1.0
+    assert choose(none, middle, Trial(2.0, 0.135, 0.46, 0.02, 0.05)) == 1.0  # costs more
+    assert not caplog.text
+    assert choose(none, Trial(0.5, 0.11, 0.42, -0.005, 0.025)) == 0.0  # may be chance
+    assert choose(none, Trial(0.5, 0.11, 0.46, 0.005, 0.015)) == 0.0  # costs more than it brings
+    assert "a content error of 0.400 and 0.460" in caplog.text
 
 
 def test_few_pairs_are_no_evidence():
-    rows = np.eye(8, dtype=np.float32)
-    source = TablePairs(np.arange(4), np.arange(4, 8), 8, protocol="")
-    found = compare_directions(source, ArrayBlocks(rows), lambda x: x, seed=0)
-    assert (found.low, found.high) == (-1, 1)
+    generator = np.random.default_rng(0)
+    rows = generator.normal(size=(400, 4)).astype(np.float32)
+    rows[:20] = rows[20:40]
+    for few, low in ((20, -1), (40, 0)):
+        order = np.r_[20:40, 0:20][:few]
+        search = WeightSearch(TablePairs(np.arange(few), order, 400, protocol=""), 400, seed=0)
+        for columns in (slice(0), slice(4)):
+            book = np.zeros_like(rows)
+            book[:, columns] = rows[:, columns]
+            search.add(1.0, [book], ArrayBlocks(rows), ArrayBlocks(rows), content=4)
+        assert search.trials[1].hits == 1
+        assert (search.trials[1].low > 0) == (low == 0)

@@ -235,14 +235,14 @@ def fit_tables(
         tables = tuple(table.astype(np.float32) for table in solved)
         if held_out is None:
             return Tables(tables, float(ridge), None)
-        loss, spread = _errors(held_out(), tables, width)
+        loss, spread = squared_errors(held_out(), tables, width)
         if loss < least:
             best, least = Tables(tables, float(ridge), loss / spread if spread > 0 else None), loss
     assert best is not None
     return best
 
 
-def _errors(blocks: Pairs, tables: Sequence[Array], width: int) -> tuple[float, float]:
+def squared_errors(blocks: Pairs, tables: Sequence[Array], width: int) -> tuple[float, float]:
     """Return the squared error of tables, and the targets' squares about their mean.
 
     The second is 0 where it is no more than rounding, as for a single item.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -12,13 +11,18 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from semid.data.blocks import Moments
 from semid.errors import UsageError
 from semid.options import MAX_BEAM, MAX_WEIGHT, option
-from semid.quantization.blocks import Blocks, first_columns, in_memory, map_rows, residuals
+from semid.quantization.blocks import (
+    Blocks,
+    first_columns,
+    in_memory,
+    map_rows,
+    residuals,
+)
 from semid.quantization.kmeans import KMeansOptions
 from semid.quantization.least_squares import fit_tables
-from semid.quantization.nearest import IndexedCodebook, index_codebook
+from semid.quantization.nearest import index_codebook
 from semid.quantization.refine import (
     ColumnGroup,
     RefineOptions,
@@ -27,11 +31,18 @@ from semid.quantization.refine import (
     pad_columns,
     refine_residual,
 )
-from semid.quantization.residual import dequantize, encode_residual
+from semid.quantization.residual import dequantize
 from semid.seeds import child_seed
-from semid.tokenizers.barq_space import Blend, BlendGraph, Content
+from semid.tokenizers.barq_choice import HALVINGS, WeightSearch, without_pairs
+from semid.tokenizers.barq_space import (
+    Blend,
+    BlendGraph,
+    Content,
+    code_targets,
+    encode_rows,
+)
 from semid.tokenizers.base import Weights
-from semid.tokenizers.behavior import compare_directions
+from semid.tokenizers.behavior import TablePairs
 from semid.tokenizers.codebooks import fit_levels
 from semid.tokenizers.context import FitContext
 from semid.tokenizers.neural.autoencoder import EncoderGraph, Prepare
@@ -39,20 +50,10 @@ from semid.tokenizers.neural.continuous import ContinuousTokenizer, Objective
 from semid.tokenizers.neural.tokenizer import PreparedRows
 from semid.tokenizers.stored import check_shapes
 from semid.training.checkpoint import StateStore
-from semid.training.distributed import is_main
-
-logger = logging.getLogger(__name__)
 
 Array = npt.NDArray[np.float32]
 
 DEFAULT_LATENT = 64
-
-LEFT_OUT = (
-    "behavior is left out: on {pairs:,} pairs of users kept for selection, what was learned from "
-    "the interactions ranks the next item with an AUC of {learned:.3f}, the embeddings alone with "
-    "{embeddings:.3f} (95 % of the difference: {low:+.3f} to {high:+.3f}); codes are fitted to the "
-    "embeddings alone. Give more interactions, or --no-check-behavior (check_behavior=False)"
-)
 
 STORED = {"content": "content", "behavior": "behaviour"}
 """Decoding tables -> names of their tensors in an artefact, part of the weights fingerprint."""
@@ -68,9 +69,11 @@ class BARQ(ContinuousTokenizer):
     to the codes decode them to whole embeddings and to behavior. Codes are a function of the
     embedding alone, so items without behavior are served like the others.
 
-    A ``behavior_weight`` of 2 was chosen on users kept for selection (``benchmarks/choice.py``);
-    with 0, `fit` takes no pairs. Behavior that teaches nothing beyond the embeddings is left out
-    (``check_behavior``); ``report.details["behavior"]`` has the figures. A ``content_variance``
+    With a ``behavior_weight`` of 0, `fit` takes no pairs. Otherwise it is the heaviest one that
+    is tried: users kept for selection decide between it, its half, its quarter and 0
+    (``check_behavior``), at the cost of up to three more K-means fits; with pairs instead of
+    interactions, there are no such users and it is taken as it is. What was tried is in
+    ``report.details["behavior"]``, see `semid.tokenizers.barq_choice`. A ``content_variance``
     below 1 evens out usage and is faster: 0.95 at no more error, less for some.
     ``balance_strength`` evens out usage at some error, see `semid.quantization.refine`. A
     ``latent`` of 0 in ``network`` takes 64.
@@ -91,7 +94,7 @@ class BARQ(ContinuousTokenizer):
         2.0,
         ge=0,
         le=MAX_WEIGHT,
-        help="Variance of behavior relative to that of content; 0 leaves behavior out.",
+        help="Highest variance of behavior relative to that of content; 0 leaves behavior out.",
     )
     behavior_levels: int = option(1, ge=1, help="Number of levels that use behavior.")
     content_variance: float = option(
@@ -109,8 +112,8 @@ class BARQ(ContinuousTokenizer):
     )
     check_behavior: bool = option(
         True,
-        help="Leave behavior out if, on users kept for selection, what was learned from it does "
-        "not rank the next item better than the embeddings do.",
+        help="Let users kept for selection choose the behavior weight: the highest one, its half, "
+        "its quarter, or 0 if behavior finds no more next items than it costs content.",
     )
     objective: Objective | Mapping[str, Any] | None = option(
         None,
@@ -151,6 +154,7 @@ class BARQ(ContinuousTokenizer):
 
     def _fit(self, context: FitContext) -> dict[str, Any]:
         details: dict[str, Any] = {"protocol": "no pairs"}
+        weight = self.behavior_weight
         # 1. The behavior encoder u, trained on pairs; frozen from here on.
         if context.behavior is None:
             prepared = PreparedRows.of(context, center=self.center, normalize=self.normalize)
@@ -158,15 +162,19 @@ class BARQ(ContinuousTokenizer):
         else:
             prepared, details["training"] = self._train_autoencoder(context)
             details["protocol"] = context.behavior.train.protocol
-            details["behavior"] = self._check_behavior(prepared, context)
         train = prepared.train.blocks
         held_out = None if prepared.held_out is None else prepared.held_out.blocks
         # 2. The space [P'x, s u(x)] in which codebooks are fitted.
-        self._find_space(prepared, context)
-        space, groups = self._space(train), self._refined_parts(train.dim)
+        self._find_content(prepared, context)
+        if context.behavior is not None:
+            details["behavior"] = self._choose_weight(train, held_out, context)
+            weight = details["behavior"]["weight"]
+            if not weight:
+                self._autoencoder = None
         # 3. K-means level by level, then all levels together: content over all of them, behavior
         # over the first.
-        books, details["levels"] = self._fit_levels(space, groups, context)
+        space, books, details["levels"] = self._fit_levels(train, weight, context)
+        groups = self._refined_parts(train.dim)
         refine: RefineOptions = self._resolved("refine")
         progress = context.progress
         progress.start("refine", total=refine.most_rounds)
@@ -189,23 +197,26 @@ class BARQ(ContinuousTokenizer):
         # 5. Tables that decode the codes as they are now.
         return details | self._fit_tables(train, held_out, weights=context.weights)
 
-    def _check_behavior(self, prepared: PreparedRows, context: FitContext) -> dict[str, Any]:
-        """Drop the encoder if it ranks pairs of selection users no better than rows do."""
-        source = context.behavior.select if context.behavior and self.check_behavior else None
-        if source is None:
-            return {"kept": True}
-        learned = Blend(Content(threads=self.threads), self._encoder, 1.0, 0).directions
-        rows = prepared.train.blocks
-        evidence = asdict(compare_directions(source, rows, learned, seed=self.seed))
-        kept = evidence["low"] > 0
-        if not kept:
-            self._autoencoder = None
-            if is_main():
-                logger.warning(LEFT_OUT.format(**evidence))
-        return {"kept": kept} | evidence
+    def _choose_weight(
+        self, train: Blocks, held_out: Blocks | None, context: FitContext
+    ) -> dict[str, Any]:
+        """Return the weight of behavior, and what K-means with others gives, where it is tried."""
+        behavior = context.behavior
+        if behavior is None or not self.check_behavior or isinstance(behavior.train, TablePairs):
+            return {"weight": self.behavior_weight}
+        if behavior.select is None:
+            return without_pairs()
+        search = WeightSearch(behavior.select, len(train), seed=self.seed, threads=self.threads)
+        for weight in (0.0, *(self.behavior_weight / 2**n for n in HALVINGS)):
+            space, books, _ = self._fit_levels(train, weight, context)
+            judged = space if held_out is None else self._space(held_out)
+            content = self._blend.content.width(train.dim)
+            if not search.add(weight, books, space, judged, content=content):
+                break
+        return search.choose()
 
-    def _find_space(self, prepared: PreparedRows, context: FitContext) -> None:
-        """Find the principal components and the scale of behavior beside them."""
+    def _find_content(self, prepared: PreparedRows, context: FitContext) -> None:
+        """Find the principal components that are quantized."""
         train = prepared.train.blocks
 
         def run(store: StateStore | None) -> tuple[dict[str, Array], dict[str, Any]]:
@@ -214,17 +225,7 @@ class BARQ(ContinuousTokenizer):
             return content.tensors(), {}
 
         arrays, _ = context.stage("components", run)
-        content = Content(**arrays, threads=self.threads)
-        self._blend = self._new_blend(content, 1.0)
-        if self._autoencoder is not None:
-            # Without a scale the wider part would decide all codes, whatever the weight says: the
-            # directions' variance becomes `behavior_weight` times that of the content.
-            variances = [
-                Moments.of((start, part(x)) for start, x in train.blocks()).variance
-                for part in (content, self._blend.directions)
-            ]
-            ratio = variances[0] / max(variances[1], 1e-12)
-            self._blend = self._new_blend(content, float(np.sqrt(self.behavior_weight * ratio)))
+        self._blend = self._new_blend(Content(**arrays, threads=self.threads), 1.0)
 
     def _new_blend(self, content: Content, scale: float) -> Blend:
         encoder = None if self._autoencoder is None else self._encoder
@@ -233,7 +234,7 @@ class BARQ(ContinuousTokenizer):
     def _refined_parts(self, dim: int) -> list[ColumnGroup]:
         content = self._blend.content.width(dim)
         parts = [ColumnGroup(slice(0, content), self.levels)]
-        if self._autoencoder is not None:
+        if self._blend.encoder is not None:
             end = content + self._latent_width(dim)
             parts.append(ColumnGroup(slice(content, end), self.behavior_levels))
         return parts
@@ -248,23 +249,30 @@ class BARQ(ContinuousTokenizer):
         return in_memory(self._blended(blocks))
 
     def _fit_levels(
-        self, space: Blocks, groups: Sequence[ColumnGroup], context: FitContext
-    ) -> tuple[list[Array], list[dict[str, Any]]]:
-        """K-means of the levels with behavior, then of the others on the rest of the content."""
+        self, train: Blocks, weight: float, context: FitContext
+    ) -> tuple[Blocks, list[Array], list[dict[str, Any]]]:
+        """K-means of the levels with behavior, then of the others on the rest of the content.
+
+        Returns the blend of rows with behavior of ``weight``, its codebooks, and their records.
+        """
+        blend = self._new_blend(self._blend.content, 1.0)
+        self._blend = blend.weighted(train, weight)
+        space, groups = self._space(train), self._refined_parts(train.dim)
         first, content = groups[-1].levels, groups[0].columns.stop
         # The first levels cluster content and behavior together: an item's first code says what
         # it goes with.
-        books, records = self._fit_stage("blend", space, slice(first), self.seed, context)
+        books, records = self._fit_stage(f"blend {weight}", space, slice(first), self.seed, context)
         if first < self.levels:
             # Deeper levels quantize the content that greedy codes of the first ones leave.
             index = [index_codebook(book) for book in books]
-            labels = list(np.ascontiguousarray(self._encode_rows(space, index).T))
+            labels = list(np.ascontiguousarray(encode_rows(space, index, threads=self.threads).T))
             rest = first_columns(residuals(space, labels, books), content)
             seed = child_seed(self.seed, "content")
-            more, fits = self._fit_stage("content", rest, slice(first, None), seed, context)
+            name, deeper = f"content {weight}", slice(first, None)
+            more, fits = self._fit_stage(name, rest, deeper, seed, context)
             books, records = books + more, records + fits
         # Codewords of deeper levels are 0 in the columns that they lack.
-        return [pad_columns(book, space.dim - book.shape[1]) for book in books], records
+        return space, [pad_columns(book, space.dim - book.shape[1]) for book in books], records
 
     def _fit_stage(
         self, name: str, rows: Blocks, levels: slice, seed: int, context: FitContext
@@ -304,16 +312,6 @@ class BARQ(ContinuousTokenizer):
             for level, (book, penalty) in enumerate(zip(books, penalties, strict=True))
         ]
 
-    def _encode_rows(
-        self, rows: Blocks, index: Sequence[IndexedCodebook], *, beam_width: int = 1
-    ) -> npt.NDArray[np.int64]:
-        """Return the codes of blended rows."""
-        parts = [
-            encode_residual(x, index, beam_width=beam_width, threads=self.threads).codes
-            for _, x in rows.blocks()
-        ]
-        return np.concatenate(parts or [np.empty((0, len(index)), np.int64)])
-
     def _refit_decoder(
         self, train: Blocks, held_out: Blocks | None, *, weights: Weights | None
     ) -> dict[str, Any]:
@@ -326,8 +324,9 @@ class BARQ(ContinuousTokenizer):
         """Fit what codes of preprocessed rows stand for: whole rows, and behavior directions."""
 
         def with_codes(blocks: Blocks) -> tuple[Blocks, npt.NDArray[np.int64]]:
-            rows = self._blended(blocks)
-            return blocks, self._encode_rows(rows, self._codebook_index, beam_width=self.beam_width)
+            rows, width = self._blended(blocks), self.beam_width
+            index, threads = self._codebook_index, self.threads
+            return blocks, encode_rows(rows, index, beam_width=width, threads=threads)
 
         # Codebooks are fitted to encode; a row's codes say more of it than their sum. The tables
         # are what the codes predict best, of components that were not quantized too.
@@ -336,18 +335,16 @@ class BARQ(ContinuousTokenizer):
         targets: dict[str, tuple[Callable[[Array], Array], int]] = {
             "content": (lambda x: x, train.dim)
         }
-        if self._autoencoder is not None:
+        if self._blend.encoder is not None:
             targets["behavior"] = (self._blend.directions, self._latent_width(train.dim))
         details: dict[str, Any] = {}
         self._tables = {}
         for name, (target, width) in targets.items():
             fit = fit_tables(
-                _code_targets(*fitted, target),
+                code_targets(*fitted, target),
                 self.codebook_sizes,
                 width,
-                held_out=None
-                if validation is None
-                else partial(_code_targets, *validation, target),
+                held_out=None if validation is None else partial(code_targets, *validation, target),
                 ridges=self._resolved("refine").ridges,
                 weights=weights,
                 threads=self.threads,
@@ -440,11 +437,3 @@ class BARQ(ContinuousTokenizer):
             for name, stored in STORED.items()
             if name == "content" or f"{stored}.0" in tensors
         }
-
-
-def _code_targets(
-    rows: Blocks, codes: npt.NDArray[np.int64], target: Callable[[Array], Array]
-) -> Iterator[tuple[npt.NDArray[np.int64], Array]]:
-    """Yield blocks of codes with the targets of their rows."""
-    for start, x in rows.blocks():
-        yield codes[start : start + len(x)], target(x)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from semid.data.blocks import Moments
 from semid.quantization.blocks import Blocks, Preprocess
 from semid.quantization.least_squares import leading_components
+from semid.quantization.nearest import IndexedCodebook
+from semid.quantization.residual import encode_residual
 from semid.tokenizers.neural.autoencoder import ExactEncoder, perceptron
 
 Array = npt.NDArray[np.float32]
@@ -78,11 +82,42 @@ class Blend:
             return np.empty((len(x), 0), dtype=np.float32)
         return UNIT_LENGTH.apply(self.encoder(x, threads=self.content.threads))
 
+    def weighted(self, rows: Blocks, weight: float) -> Blend:
+        """Return it with behavior of ``weight`` times the variance of content; 0 leaves it out."""
+        if not weight:
+            return replace(self, encoder=None, scale=1.0)
+        # Without a scale the wider part would decide all codes, whatever the weight says.
+        variances = [
+            Moments.of((start, part(x)) for start, x in rows.blocks()).variance
+            for part in (self.content, self.directions)
+        ]
+        ratio = variances[0] / max(variances[1], 1e-12)
+        return replace(self, scale=float(np.sqrt(weight * ratio)))
+
     def __call__(self, x: Array) -> Array:
         """Return ``(n, content + latent + penalties)``; each row depends on that row alone."""
         zeros = np.zeros((len(x), self.penalty_columns), dtype=np.float32)
         scaled = np.float32(self.scale) * self.directions(x)
         return np.concatenate([self.content(x), scaled, zeros], axis=1)
+
+
+def encode_rows(
+    rows: Blocks, index: Sequence[IndexedCodebook], *, beam_width: int = 1, threads: int | None
+) -> npt.NDArray[np.int64]:
+    """Return the codes of blended rows ``(items, levels)``."""
+    parts = [
+        encode_residual(x, index, beam_width=beam_width, threads=threads).codes
+        for _, x in rows.blocks()
+    ]
+    return np.concatenate(parts or [np.empty((0, len(index)), np.int64)])
+
+
+def code_targets(
+    rows: Blocks, codes: npt.NDArray[np.int64], target: Callable[[Array], Array]
+) -> Iterator[tuple[npt.NDArray[np.int64], Array]]:
+    """Yield blocks of codes with the targets of their rows."""
+    for start, x in rows.blocks():
+        yield codes[start : start + len(x)], target(x)
 
 
 class BlendGraph(nn.Module):

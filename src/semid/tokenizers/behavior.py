@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,9 +18,7 @@ from semid.data.source import EmbeddingSource
 from semid.data.tables import is_frame, open_table
 from semid.errors import InteractionsError, UsageError
 from semid.lazy import torch
-from semid.quantization.blocks import Blocks, Preprocess
 from semid.quantization.nearest import index_database, top_k
-from semid.seeds import numpy_generator
 
 Array = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.int64]
@@ -187,64 +184,6 @@ class Behavior:
         for source in (self.train, self.select):
             digest.update(b"none" if source is None else source.positives.digest().encode())
         return digest.hexdigest()
-
-
-EVIDENCE_PAIRS = 4096
-"""Pairs at most by which learned directions are compared with embeddings."""
-
-FEWEST_PAIRS = 30
-"""Fewer are no evidence."""
-
-
-@dataclass(frozen=True)
-class DirectionEvidence:
-    """How well cosines rank pairs of users that nothing was learned from.
-
-    The AUC of a pair is the chance that its items are closer than its first item and the second one
-    of another pair, which is as popular; ``low`` to ``high`` is the 95 % interval of the gain.
-    """
-
-    pairs: int
-    embeddings: float  # mean AUC of the rows themselves
-    learned: float  # mean AUC of the directions
-    low: float
-    high: float
-
-
-def compare_directions(
-    source: PairSource, rows: Blocks, learned: Callable[[Array], Array], *, seed: int
-) -> DirectionEvidence:
-    """Compare ``learned`` directions of rows with the rows, on pairs of ``source``.
-
-    Cost: a matrix of at most `EVIDENCE_PAIRS` squared.
-    """
-    drawn = source.draw(min(source.count, EVIDENCE_PAIRS), numpy_generator(seed, "evidence"))
-    # A pair that was drawn twice, or that many users have, is one observation.
-    pairs = np.unique(np.stack(drawn), axis=1)
-    negative = ~source.positives.excluded(pairs[0], pairs[1])
-    np.fill_diagonal(negative, False)
-    usable = negative.any(axis=1)
-    items, places = np.unique(pairs, return_inverse=True)
-    first, second = places.reshape(pairs.shape)
-    x = rows.rows(items)
-
-    def aucs(vectors: Array) -> npt.NDArray[np.float64]:
-        unit = Preprocess(normalize=True).apply(vectors)
-        scores = unit[first] @ unit[second].T
-        own = scores.diagonal()[:, None]
-        wins = ((scores < own) & negative).sum(1) + 0.5 * ((scores == own) & negative).sum(1)
-        shares: npt.NDArray[np.float64] = wins[usable] / negative[usable].sum(axis=1)
-        return shares
-
-    plain, better = aucs(x), aucs(learned(x))
-    count = int(usable.sum())
-    means = [float(each.mean()) if count else 0.5 for each in (plain, better)]
-    # The normal interval of a mean; fewer pairs than it needs exclude no difference of two shares.
-    low, high = -1.0, 1.0
-    if count >= FEWEST_PAIRS:
-        half = 1.96 * float((better - plain).std(ddof=1)) / count**0.5
-        low, high = means[1] - means[0] - half, means[1] - means[0] + half
-    return DirectionEvidence(count, means[0], means[1], low, high)
 
 
 QUERY_ROWS = 4096

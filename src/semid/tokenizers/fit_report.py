@@ -294,8 +294,29 @@ def card(kind: str, config: Mapping[str, Any]) -> str:
             "",
             *threshold_table(),
             "",
+            *_behavior_weights(report["details"].get("behavior", {})),
         ]
     return "\n".join(lines)
+
+
+def _behavior_weights(choice: Mapping[str, Any]) -> list[str]:
+    """Return a table of the weights of behavior that a fit tried, if it did."""
+    if "trials" not in choice:
+        return []
+    return [
+        f"Weight of behavior: {choice['weight']:g}, by {choice['pairs']:,} pairs of users kept for "
+        f"selection. A hit is a second item among the {choice['cutoff']} nearest of the first. All "
+        "figures are from before refinement.",
+        "",
+        "| weight | hits | gain, 95 % interval | content error, held out |",
+        "|---|---|---|---|",
+        *[
+            f"| {each['weight']:g} | {each['hits']:.4f} | {each['low']:+.4f} to "
+            f"{each['high']:+.4f} | {each['error']:.4f} |"
+            for each in choice["trials"]
+        ],
+        "",
+    ]
 
 
 def _embeddings_of(text_model: Mapping[str, Any] | None) -> list[str]:
