@@ -9,6 +9,8 @@ import pytest
 
 from semid.cli import main
 from semid.cli.flags import FILE, known_flags, write_flags
+from semid.cli.models import _BEHAVIOR
+from semid.tokenizers.factory import TOKENIZERS
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -22,6 +24,13 @@ def test_the_file_of_flags_is_current(tmp_path):
     write_flags(tmp_path / "flags.json")
     made = (tmp_path / "flags.json").read_text(encoding="utf8")
     assert made == FILE.read_text(encoding="utf8"), "option fields changed: run `make flags`"
+
+
+def test_which_tokenizers_learn_from_behavior_is_known_without_them():
+    kinds = {kind: TOKENIZERS.load(kind) for kind in TOKENIZERS.targets}
+    learning = {k: each for k, each in kinds.items() if isinstance(each.behavior_argument, str)}
+    known = {k: (each.behavior_argument, each().needs_behavior) for k, each in learning.items()}
+    assert known == _BEHAVIOR
 
 
 def test_flags_have_names_and_sentences_of_their_own():
@@ -65,7 +74,7 @@ def test_help_fits_80_columns(capsys, monkeypatch):
     ("arguments", "message"),
     [
         (("--set", "nonsense=3"), "nonsense"),
-        (("--set", "kmeans.max_itr=3"), "did you mean 'max_iter'"),
+        (("--set", "kmeans.max_itr=3"), "did you mean 'kmeans.max_iter'"),
         (("--set", "kmeans.max_iter"), "give KEY=VALUE"),
         (("--set", "kmeans.max_iter=many"), "max_iter='many'"),
         (("--set", "kmeans.max_iter=3", "--max-iter", "4"), "give one of them"),

@@ -407,6 +407,7 @@ def import_(
         cli.say(f"imported {items:,} items: {output}")
         return
     file, output = str(cli.local_input(file)), str(cli.local_output(output))
+    cli.check_inputs(file)
     if source in CODEBOOK_SOURCES:
         cli.refuse_unused(context, unused, "it is for files of ids")
         cli.hold_output(output, overwrite=overwrite, inputs=(file,))

@@ -50,6 +50,7 @@ RANKING_NAMES = {
 }
 """Keys whose flag has another name than their field, or none."""
 FIRST = ("levels", "codebook_size")
+_SYNONYMS = {"n_codebooks": "levels"}  # parallel codebooks are counted by the flag of levels
 
 _SCALARS = {bool: "bool", int: "int", float: "float", str: "str"}
 _TYPES: Any = {"bool": bool, "int": int, "float": float}
@@ -170,31 +171,19 @@ def _default_text(default: Any) -> str:
     return f" (default {text})" if text else ""
 
 
-def _fit_flags() -> list[Flag]:
-    """Return the flags of all tokenizers of semid, each once."""
-    from semid.tokenizers.factory import TOKENIZERS
+def _read_kind(command: str, kind: str) -> list[Flag]:
+    """Return the flags of a tokenizer (``fit``) or a next-item model (``retrieve``)."""
+    if command == "fit":
+        from semid.tokenizers.factory import TOKENIZERS
 
-    return _merged_flags(
-        {kind: list(read_flags(TOKENIZERS.load(kind))) for kind in sorted(TOKENIZERS.targets)},
-        "Tokenizer",
-    )
-
-
-def _retrieve_flags() -> list[Flag]:
-    """Return the flags of all next-item models of semid, each once, and those of training."""
+        return list(read_flags(TOKENIZERS.load(kind, flag="--tokenizer")))
     from semid.recommenders.retrieval import MODELS
     from semid.recommenders.retrieval.training import TRAINING
     from semid.training.options import TrainOptions
 
-    flags = {}
-    for name in sorted(MODELS.targets):
-        model = MODELS.load(name)
-        flags[name] = [
-            replace(flag, section="Model") for flag in read_flags(model.options, "options.")
-        ]
-        if model.trains:
-            flags[name] += read_flags(TrainOptions, "training.", TRAINING)
-    return _merged_flags(flags, "Model")
+    model = MODELS.load(kind, flag="--model")
+    flags = [replace(flag, section="Model") for flag in read_flags(model.options, "options.")]
+    return flags + [*read_flags(TrainOptions, "training.", TRAINING)] * model.trains
 
 
 def _merged_flags(by_kind: Mapping[str, list[Flag]], title: str) -> list[Flag]:
@@ -203,9 +192,7 @@ def _merged_flags(by_kind: Mapping[str, list[Flag]], title: str) -> list[Flag]:
     kinds = list(by_kind)
     for kind, flags in by_kind.items():
         for flag in flags:
-            # Tokenizers count parallel codebooks and levels under one flag.
-            key = "levels" if flag.key == "n_codebooks" else flag.key
-            by_key.setdefault(key, []).append((kind, flag))
+            by_key.setdefault(_SYNONYMS.get(flag.key, flag.key), []).append((kind, flag))
     trained = [kind for kind, _ in by_key["training.epochs"]]
     merged = []
     for key, versions in by_key.items():
@@ -254,9 +241,14 @@ def _rank_flags() -> list[Flag]:
 
 def write_flags(path: Path = FILE) -> None:
     """Write the flags that the classes have now."""
+    from semid.recommenders.retrieval import MODELS
     from semid.serve.limits import ServeOptions
+    from semid.tokenizers.factory import TOKENIZERS
 
-    flags = {"fit": _fit_flags(), "rank": _rank_flags(), "retrieve": _retrieve_flags()}
+    flags = {"fit": [], "rank": _rank_flags(), "retrieve": []}
+    for command, title, registry in ("fit", "Tokenizer", TOKENIZERS), ("retrieve", "Model", MODELS):
+        by_kind = {kind: _read_kind(command, kind) for kind in sorted(registry.targets)}
+        flags[command] = _merged_flags(by_kind, title)
     flags["serve"] = [replace(flag, section="Limits") for flag in read_flags(ServeOptions)]
     rows = {command: [asdict(flag) for flag in each] for command, each in flags.items()}
     lines = {c: ",\n".join(json.dumps(row) for row in each) for c, each in rows.items()}
@@ -278,6 +270,18 @@ def known_flags(command: str) -> tuple[Flag, ...]:
         Flag(**{**row, "choices": tuple(row["choices"]), "tokenizers": tuple(row["tokenizers"])})
         for row in rows
     )
+
+
+def kind_flags(command: str, *kinds: str) -> dict[str, Flag]:
+    """Return the flags of some tokenizers or models by key, importing those of plugins alone."""
+    known, flags = known_flags(command), {}
+    names = {flag.key: flag.name for flag in known}
+    for kind in kinds:
+        of_kind = [flag for flag in known if kind in flag.tokenizers]
+        for flag in of_kind or _read_kind(command, kind):
+            key = _SYNONYMS.get(flag.key, flag.key)
+            flags[key] = replace(flag, key=key, name=names.get(key, ""))  # else it goes by --set
+    return flags
 
 
 # Commands -----------------------------------------------------------------------------------
@@ -420,9 +424,15 @@ def are_checked(context: typer.Context, command: str, values: Mapping[str, Any])
     return not context.params.get("settings") and set(values) <= limited
 
 
-def check_keys(command: str, values: Mapping[str, Any]) -> None:
-    """Refuse keys of ``--set`` that a command does not have."""
-    keys = [flag.key for flag in known_flags(command)]
+def check_keys(command: str, values: Mapping[str, Any], *kinds: str) -> None:
+    """Refuse keys that a command, or each of some tokenizers or models of it, does not have."""
+    names = {flag.key: flag.name for flag in known_flags(command)}
+    keys = kind_flags(command, *kinds) if kinds else names
     for key in values:
-        if key not in keys:
-            raise UsageError(f"--set {key}: there is no such option{nearest_name(key, keys)}")
+        outer = key.partition(".")[0]  # a field such as the encoder of a pipeline takes any keys
+        if not {key, outer, _SYNONYMS.get(key)} & keys.keys():
+            name = names.get(key)
+            flag = f"--{name.replace('_', '-')}" if name else f"--set {key}"
+            nearest = "" if key in names else nearest_name(key, list(keys))
+            owner = " or ".join(kinds) or f"semid {command}"
+            raise UsageError(f"{flag} would change nothing: it is no option of {owner}{nearest}")

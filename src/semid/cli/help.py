@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from typer.core import TyperCommand
 
-from semid.cli.flags import Flag, known_flags, read_flags
+from semid.cli.flags import kind_flags, known_flags, split_list
 
 CHOOSERS = {"fit": "tokenizer", "retrieve": "model"}
 """Commands whose help shows the flags of one tokenizer or model, and the flag that names it."""
@@ -29,7 +28,7 @@ class OptionsCommand(TyperCommand):
             flags = {flag.name: flag for flag in known_flags(command) if flag.name}
             chooser = f"--{CHOOSERS[command]}"
             kind = _option_value(ctx.meta.get("semid.arguments", []), chooser)
-        applies = None if kind is None else _applicable(command, kind)
+        applies = None if kind in (None, "all") else kind_flags(command, *split_list("", kind))
         sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
         for parameter in self.get_params(ctx):
             if applies is not None and parameter.name in flags:
@@ -63,15 +62,3 @@ def _option_value(arguments: Sequence[str], name: str) -> str | None:
         if argument.startswith(f"{name}="):
             return argument.partition("=")[2]
     return None
-
-
-def _applicable(command: str, kind: str) -> dict[str, Flag]:
-    """Return the flags of one tokenizer or model by key; those of others have no flag names."""
-    flags = known_flags(command)
-    if command == "fit" and not any(kind in flag.tokenizers for flag in flags):
-        from semid.tokenizers.factory import TOKENIZERS
-
-        named = {flag.key: flag.name for flag in flags}
-        others = read_flags(TOKENIZERS.load(kind, flag="--tokenizer"))
-        return {f.key: replace(f, name=named.get(f.key, "")) for f in others}
-    return {flag.key: flag for flag in flags if kind in flag.tokenizers}

@@ -11,8 +11,11 @@ import typer
 
 import semid
 from semid.cli import shared as cli
-from semid.cli.flags import are_checked
+from semid.cli.flags import are_checked, check_keys
 from semid.errors import UsageError
+
+_BEHAVIOR = {"barq": ("behavior_weight", True), "drqvae": ("contrastive_weight", False)}
+"""By which argument tokenizers learn from behavior, and whether they do by default."""
 
 
 def _tokenizer_names() -> list[str]:
@@ -57,6 +60,7 @@ def fit(
         pairs: drqvae, barq: table of item_id and related_item_id.
         neighbors: drqvae, barq: second embeddings, whose nearest neighbors are pairs.
     """
+    from semid.tokenizers.behavior import missing_behavior
     from semid.tokenizers.factory import make_tokenizer, read_recipe
     from semid.training.distributed import is_main
 
@@ -69,6 +73,7 @@ def fit(
     kind = tokenizer or values.get("tokenizer", "rqkmeans")
     values = {**values, **settings}
     values.pop("tokenizer", None)
+    check_keys("fit", {k: v for k, v in settings.items() if not isinstance(v, dict)}, kind)
     if uses_ray:
         optional = ("ids", "log", "threads", "interactions", "pairs", "neighbors")
         named = [name for name in optional if context.params[name] is not None]
@@ -92,6 +97,9 @@ def fit(
         ):  # then files may be refused before torch is imported
             cli.check_inputs(interactions, pairs, neighbors)
             opened = source.open(embeddings)
+        argument, default = _BEHAVIOR.get(kind, ("", 0))
+        if values.get(argument, default) and not (interactions or pairs or neighbors):
+            raise missing_behavior(kind, argument)
         model = make_tokenizer(kind, values, threads=threads, logger=logger)
         _refuse_unused(context, model)
         opened = source.open(embeddings) if opened is None else opened

@@ -256,7 +256,7 @@ def rank_grid(
     """
     from semid.output import atomic_file, atomic_folder
     from semid.recommenders.ranking import MODELS
-    from semid.reproduce import GRID_METHODS
+    from semid.reproduce import GRID_METHODS, check_grid_inputs
 
     # What needs no torch is checked before it is imported.
     source.check("rank-grid", settings)
@@ -265,8 +265,13 @@ def rank_grid(
     chosen = tuple(MODELS) if models == "all" else split_list("models", models)
     for name in chosen:
         MODELS.check(name, flag="--models (models=)")
-    for name in split_list("methods", methods):
+    method_names = split_list("methods", methods)
+    for name in method_names:
         check_choice("--methods (methods=)", name, GRID_METHODS)
+    check_grid_inputs(method_names, ids=ids is not None, embeddings=embeddings is not None)
+    if embeddings is None:
+        needless = ["scales", "codebook_size", "embedding_column", "on_invalid"]
+        cli.refuse_unused(context, needless, "without --embeddings no tokenizer is fitted")
     inputs = (logs, source.items, embeddings, ids)
     if are_checked(context, "rank-grid", settings):
         cli.check_inputs(*inputs)
@@ -277,7 +282,7 @@ def rank_grid(
     training_device(source.device)
     data_config = semid.RankingDataConfig.of(options_under(settings, "data"))
     grid = Grid(
-        methods=split_list("methods", methods),
+        methods=method_names,
         scales=numbers,
         models=chosen,
         fusion=switches,
@@ -286,10 +291,6 @@ def rank_grid(
         config=source.config(settings, switches[0]),
         training=rank_options(options_under(settings, "training")),
     )
-    grid.check_inputs(ids=ids is not None, embeddings=embeddings is not None)
-    if embeddings is None:
-        needless = ["scales", "codebook_size", "embedding_column", "on_invalid"]
-        cli.refuse_unused(context, needless, "without --embeddings no tokenizer is fitted")
     # A grid that is resumed must be one that semid wrote, as one that is replaced.
     cli.hold_output(output, overwrite=overwrite or resume, inputs=inputs)
     opened = None

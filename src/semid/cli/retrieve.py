@@ -9,7 +9,7 @@ import typer
 
 import semid
 from semid.cli import staging
-from semid.cli.flags import are_checked, check_keys, known_flags, split_list
+from semid.cli.flags import are_checked, check_keys, split_list
 from semid.cli.rank import Logs, options_under
 from semid.cli.shared import (
     INPUT,
@@ -85,13 +85,14 @@ def retrieve(
     # read, so that a typo costs no minutes.
     reads = (logs, ids, embeddings, items)
     check_device(device)
-    check_keys("retrieve", settings)
-    for name in () if model == "all" else split_list("model", model):
+    asked = () if model == "all" else split_list("model", model) or ("composed",)
+    for name in asked:
         MODELS.check(name, flag="--model")
+    check_keys("retrieve", settings, *asked)
     if are_checked(context, "retrieve", settings):
         check_inputs(*reads)
         columns.check(logs)
-    compares = model == "all" or len(split_list("model", model)) > 1 or seeds > 1
+    compares = len(asked) != 1 or seeds > 1
     state = None if compares else Path(partial_path(output))
     if compares and not one_process():
         raise UsageError(
@@ -119,13 +120,16 @@ def retrieve(
     from semid.training.options import TrainOptions
 
     training_device(device)
-    names = _models(model, ids, embeddings)
+    names = asked or _models(ids, embeddings)
+    check_keys("retrieve", settings, *names)
     kinds = {name: MODELS.load(name, flag="--model") for name in names}
     if compares:
         refuse_unused(context, ["seed"], "a comparison takes the seeds from 0")
         refuse_unused(context, ["log"], "a comparison has several runs and results of its own")
     options, training = options_under(settings, "options"), options_under(settings, "training")
-    _refuse_unread(context, kinds, options, ids, embeddings)
+    reads_vectors = options.get("text") or any("vectors" in kind.needs for kind in kinds.values())
+    if embeddings is not None and not reads_vectors:
+        refuse_unused(context, ["embeddings"], "text-knn and --text alone read it")
     conduct = TrainOptions.of(training, defaults=TRAINING)
     for kind in kinds.values():  # values are checked before files are read
         fields = kind.options.of(None).to_dict()
@@ -204,13 +208,10 @@ def retrieve(
         say(f"report: {report}")
 
 
-def _models(text: str, ids: Path | None, embeddings: str | None) -> list[str]:
-    """Return the models asked for; ``all`` takes those that the inputs allow."""
+def _models(ids: Path | None, embeddings: str | None) -> list[str]:
+    """Return all models that the inputs allow, and say which are left out."""
     from semid.recommenders.retrieval import MODELS
 
-    if text != "all":
-        return list(split_list("model", text)) or ["composed"]
-    # `all` means all that the inputs allow; what is left out is said.
     present = {"codes": ids is not None, "vectors": embeddings is not None}
     names = []
     for name in MODELS:
@@ -221,33 +222,6 @@ def _models(text: str, ids: Path | None, embeddings: str | None) -> list[str]:
             flags = {"codes": "--ids", "vectors": "--embeddings"}
             say(f"without {name}: it needs {flags[missing[0]]}", err=True)
     return names
-
-
-def _refuse_unread(
-    context: typer.Context,
-    kinds: dict[str, Any],
-    options: dict[str, Any],
-    ids: Path | None,
-    embeddings: str | None,
-) -> None:
-    """Refuse options that none of the models would read."""
-    # An option that none of the models reads would do nothing.
-    has = {name for kind in kinds.values() for name in kind.options.of(None).to_dict()}
-    trains = any(kind.trains for kind in kinds.values())
-    unread = [
-        flag.name or "settings"
-        for flag in known_flags("retrieve")
-        if (flag.key.startswith("options.") and flag.key.removeprefix("options.") not in has)
-        or (flag.key.startswith("training.") and not trains)
-    ]
-    refuse_unused(context, unread, f"{' and '.join(kinds)} has no such option")
-    unknown = [key for key in options if key not in has]
-    if unknown:
-        raise UsageError(f"--set options.{unknown[0]}: {' and '.join(kinds)} has no such option")
-    if embeddings is not None and not (
-        options.get("text") or any("vectors" in kind.needs for kind in kinds.values())
-    ):
-        refuse_unused(context, ["embeddings"], "text-knn and --text alone read it")
 
 
 def _say_results(results: Any) -> None:

@@ -33,7 +33,7 @@ from semid.recommenders.ranking.training import (
     train_ranker,
     training_device,
 )
-from semid.reproduce import GRID_METHODS, METHODS
+from semid.reproduce import GRID_METHODS, METHODS, check_grid_inputs
 from semid.reproduce.claims import Row, Rows
 from semid.reproduce.ledger import digest, origin
 from semid.reproduce.papers import average, spread
@@ -168,16 +168,6 @@ class Grid(Options):
             return ["every axis of a grid needs a value: methods, scales, models, fusion"]
         return []
 
-    def check_inputs(self, *, ids: bool, embeddings: bool) -> None:
-        """Refuse methods that lack what they need, and ids that no method uses."""
-        fitted = [method for method in self.methods if method not in ("none", "ids")]
-        if fitted and not embeddings:
-            raise UsageError(f"methods {', '.join(fitted)} need --embeddings (embeddings=)")
-        if "ids" in self.methods and not ids:
-            raise UsageError("--methods ids compares your own ids: give --ids (ids=)")
-        if ids and "ids" not in self.methods:
-            raise UsageError("--ids (ids=) would not be used: add ids to --methods")
-
     def runs(self, levels: int = 0) -> Iterator[Run]:
         """Yield every run, seed by seed, so that a stopped grid has complete comparisons."""
         scales = {"none": (0,), "ids": (levels,)}  # the ids that are given have so many codes
@@ -230,7 +220,7 @@ def run_grid(
 
     Tokenizers are fitted on ``embeddings``; ``ids`` are those of the method ``ids``.
     """
-    grid.check_inputs(ids=ids is not None, embeddings=embeddings is not None)
+    check_grid_inputs(grid.methods, ids=ids is not None, embeddings=embeddings is not None)
     folder = Path(folder)
     if not folder.exists():
         with atomic_folder(folder, grows=GRID_FILES):

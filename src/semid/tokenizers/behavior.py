@@ -272,6 +272,15 @@ def _from_interactions(interactions: Any, ids: ItemIds, rows: Rows) -> Behavior:
     return Behavior(train, select)
 
 
+def missing_behavior(kind: str, argument: str) -> UsageError:
+    """Return the refusal of a fit without the behavior that an argument above 0 asks for."""
+    return UsageError(
+        f"{kind} learns from behavior and needs pairs; give --interactions or --pairs "
+        f"(interactions=, pairs=), or --{argument.replace('_', '-')} 0 ({argument}=) to learn "
+        "without them"
+    )
+
+
 def _read_pairs(pairs: Any, ids: ItemIds, threads: int | None) -> tuple[Rows, Rows, str]:
     if isinstance(pairs, Neighbors):
         return _neighbors(pairs, ids, threads)

@@ -16,7 +16,7 @@ from semid.data.ids import ItemIds
 from semid.errors import UsageError
 from semid.options import MAX_WEIGHT, Options, option
 from semid.seeds import numpy_generator, torch_generator
-from semid.tokenizers.behavior import Behavior, PairSource, read_behavior
+from semid.tokenizers.behavior import Behavior, PairSource, missing_behavior, read_behavior
 from semid.tokenizers.codebooks import ResidualTokenizer
 from semid.tokenizers.context import FitContext
 from semid.tokenizers.neural.autoencoder import Autoencoder, blank_linear
@@ -275,10 +275,7 @@ class ContinuousTokenizer(ResidualTokenizer, NeuralTokenizer):
                 "leave them out"
             )
         if self.needs_behavior and not has_pairs:
-            raise UsageError(
-                f"{self.kind} learns from behavior and needs pairs; give --interactions or --pairs "
-                f"(interactions=, pairs=), or {flag} 0 ({argument}=) to learn without them"
-            )
+            raise missing_behavior(self.kind, str(argument))
         return read_behavior(interactions, pairs, ids=ids, train=train, threads=self.threads)
 
     def _train_autoencoder(self, context: FitContext) -> tuple[PreparedRows, dict[str, Any]]:
