@@ -246,20 +246,28 @@ def test_kernels_are_counted_as_they_are_compiled(
 ) -> None:
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
     code = """
-from semid.quantization.nearest import compile_kernels
+from semid.lazy import compiling
+from semid.tokenizers.context import compile_kernels
 class Counter:
     total = done = 0
     def start(self, task, *, total=None):
         self.total = total
     def step(self, done=1, **fields):
         self.done += done
-progress = Counter()
-compile_kernels(progress)
-result = [progress.done, progress.total]
+progress, later = Counter(), Counter()
+compile_kernels(progress, product=True)
+import numpy as np
+import semid
+x = np.random.default_rng(0).normal(size=(1500, 24)).astype(np.float32)
+with compiling(later.step):
+    for kind in (semid.PQ(n_codebooks=2, codebook_size=64), semid.RQKMeans(codebook_size=64)):
+        kind.fit(x)
+result = [progress.done, progress.total, later.done]
 """
-    done, total = run(code, folder=tmp_path)["result"]
+    done, total, later = run(code, folder=tmp_path)["result"]
     assert 5 <= done == total
-    assert run(code, folder=tmp_path)["result"] == [0, total]  # they come from the cache
+    assert later == 0, "no kernel of a fit is compiled without being counted"
+    assert run(code, folder=tmp_path)["result"] == [0, total, 0]  # they come from the cache
 
 
 KEPT_NOWHERE = """

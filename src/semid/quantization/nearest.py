@@ -16,10 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from semid.errors import UsageError, check_choice
-from semid.lazy import compiling, is_imported, torch
-from semid.progress import Progress, QuietProgress
+from semid.lazy import is_imported, torch
 from semid.quantization import engine
-from semid.quantization.blocks import statistics
 from semid.quantization.engine.plain import (
     L2,
     METRICS,
@@ -52,22 +50,6 @@ class Nearest(NamedTuple):
 
     labels: Tensor  # int64 codeword indices
     distances: Tensor  # float32 squared Euclidean distances
-
-
-def compile_kernels(progress: Progress | None = None) -> None:
-    """Compile or fetch from the cache the kernels of search, codes and K-means; test the routes.
-
-    Searching does so by itself. This is for programs that want to show why the first search on a
-    machine takes ten seconds longer: ``progress`` counts the kernels that are compiled.
-    """
-    progress = progress or QuietProgress()
-    progress.start("prepare kernels", total=engine.search.kernel_count() + 2)
-    with compiling(progress.step):
-        engine.search.working_routes(with_torch=False)
-        # One row in one group compiles the sums of K-means.
-        row = np.zeros((1, 1), np.float32)
-        statistics(row, np.zeros(1, np.int64), row[0], codes=1)
-        engine.levels.search_levels(row, engine.levels.index_levels([row, row]), [1, 1])
 
 
 class IndexedCodebook:

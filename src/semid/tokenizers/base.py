@@ -25,7 +25,6 @@ from semid.data.source import EmbeddingSource
 from semid.errors import EmbeddingError, UsageError
 from semid.progress import Progress, ProgressArgument, QuietProgress, with_progress
 from semid.quantization.blocks import BLOCK_ROWS, Blocks, prefetched
-from semid.quantization.nearest import compile_kernels
 from semid.quantization.refine import ColumnGroup
 from semid.quantization.residual import ResidualCodes, dequantize
 from semid.tokenizers.behavior import Behavior
@@ -36,6 +35,7 @@ from semid.tokenizers.context import (
     check_beam_width,
     check_enough,
     codes_within,
+    compile_kernels,
     data_digest,
     item_weights,
     scan,
@@ -234,7 +234,7 @@ class Tokenizer(Transformer):
         started = time.monotonic()
         progress = progress or QuietProgress()
         opened = open_embeddings(source, ids=ids)
-        compile_kernels(progress)  # once on a machine this takes ten seconds
+        compile_kernels(progress, product=self.combine == "concat")
         # A hash of the id holds an item out, so later fits and reports agree on which they are.
         train = ~held_out_mask(opened.ids, self.validation_fraction, salt=HELD_OUT_SALT)
         behavior = self._behavior(interactions, pairs, ids=opened.ids, train=train)

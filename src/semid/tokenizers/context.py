@@ -17,9 +17,14 @@ from semid.data.blocks import Moments
 from semid.data.source import EmbeddingSource
 from semid.errors import EmbeddingError, InputError, UsageError
 from semid.health import ROWS_PER_CODEWORD, row_hashes
+from semid.lazy import compiling
 from semid.options import MAX_BEAM
 from semid.progress import Progress
-from semid.quantization.blocks import prefetched
+from semid.quantization import engine
+from semid.quantization.blocks import ArrayBlocks, prefetched, statistics
+from semid.quantization.engine.plain import L2
+from semid.quantization.product import draw_centers, part_statistics
+from semid.quantization.seeding import kmeans_plus_plus
 from semid.tokenizers.behavior import Behavior
 from semid.training.checkpoint import Stages, StateStore
 from semid.training.distributed import is_main
@@ -28,6 +33,29 @@ logger = logging.getLogger(__name__)
 
 Result = tuple[dict[str, np.ndarray], dict[str, Any]]
 """Arrays and JSON-able record of a stage."""
+
+
+def compile_kernels(progress: Progress, *, product: bool) -> None:
+    """Compile or fetch from the cache the kernels of search, codes and K-means; test the routes.
+
+    Fits would do so by themselves, silently and for twenty seconds, the first time on a machine:
+    ``progress`` counts the kernels that are compiled. ``product`` adds those of `fit_product`.
+    """
+    progress.start("prepare kernels", total=engine.search.kernel_count() + (9 if product else 7))
+    # A few rows compile what fits call with many.
+    rows, labels = np.eye(4, dtype=np.float32), np.arange(4)
+    with compiling(progress.step):
+        engine.search.working_routes(with_torch=False)
+        statistics(rows, labels, rows[0], codes=4)
+        engine.levels.search_levels(rows, engine.levels.index_levels([rows, rows]), [1, 1])
+        table = engine.table.VectorTable(rows, metric=L2, unique=True)
+        engine.narrow.search_narrow(rows, table, threads=1, name="rows")
+        engine.bounded.RowBounds(rows, labels, rows).search(rows, threads=1)
+        blocks, generator = ArrayBlocks(rows), np.random.default_rng(0)
+        kmeans_plus_plus(blocks, 3, generator=generator, n_local_trials=2, threads=1)
+        if product:
+            draw_centers(rows, np.ones(4), np.zeros((1, 1)))
+            part_statistics(rows, labels, rows[0], 4)
 
 
 @dataclass(frozen=True)
