@@ -25,7 +25,7 @@ SAMPLE_PER_CODE = 64
 SAMPLE_LEAST = 65_536
 # Rows of the sample that the gains are added over: they only order candidates.
 GAIN_PER_CODE = 16
-GAIN_LEAST = 65_536
+GAIN_LEAST = 32_768
 # Candidates per round: more save passes, but more of them are rejected. A quarter of the centers
 # so far keeps rejection rare.
 MAX_ROUND = 256
@@ -67,13 +67,13 @@ def kmeans_plus_plus(
     while True:
         sample.add_centers(fresh)
         left = codes - len(centers)
-        if not left or not sample.closest.any():
+        if not left or not (sample.mass * sample.closest).any():
             break
         # Draw by the distances at the start of the round, then accept by those of the moment.
         size = min(left, max(1, len(centers) // 4), MAX_ROUND)
         drawn = sample.draw(size * n_local_trials, generator)
         gains = sample.gains(drawn) if n_local_trials > 1 else None
-        candidates, before = sample.y.numpy()[drawn], sample.closest[drawn]
+        candidates, before = sample.y[drawn], sample.closest[drawn]
         fresh = drawn[_accept(candidates, before, gains, size, generator)]
         centers = np.concatenate([centers, fresh])
     chosen = rows.rows(sample.numbers[centers])
@@ -92,10 +92,11 @@ def _complete(rows: ShardedMatrix, centers: Array, codes: int) -> Array:
 
 
 class _Sample:
-    """Distinct rows and their squared distances to the nearest center so far.
+    """Rows and their squared distances to the nearest center so far.
 
     Rows ``y`` are centered and scaled. They and centers are called by their places in the sample,
-    which stand for the row ``numbers`` of the source. ``mass`` is the weight of all copies.
+    which stand for the row ``numbers`` of the source. ``mass`` is the weight of all copies of a row
+    in the first of them, and 0 in the others, which are never drawn.
     """
 
     def __init__(
@@ -117,10 +118,10 @@ class _Sample:
         mean = y.mean(axis=0, dtype=np.float64).astype(np.float32)
         y *= np.float32(0.5)
         y -= mean * np.float32(0.5)
-        largest = float(np.abs(y).max()) * math.sqrt(source.dim)
+        largest = max(float(y.max()), -float(y.min())) * math.sqrt(source.dim)
         y *= np.float32(2.0 ** -min(math.frexp(largest)[1], 126))
-        y, first, self.mass = _merge_copies(y, mass)
-        self.y, self.numbers, self.threads = torch.from_numpy(y), numbers[first], threads
+        self.mass = _merge_copies(y, mass)
+        self.y, self.numbers, self.threads = y, numbers, threads
         self.weights = self.mass.astype(np.float32)
         self.norms = np.einsum("nd,nd->n", y, y)
         self.closest: Array = np.full(len(y), np.inf, dtype=np.float32)
@@ -134,7 +135,7 @@ class _Sample:
 
     def _round(self, places: Numbers) -> torch.Tensor:
         """Return rows rounded to bfloat16."""
-        return self.y[torch.from_numpy(places)].to(torch.bfloat16).to(self.dtype)
+        return torch.from_numpy(self.y[places]).to(torch.bfloat16).to(self.dtype)
 
     def draw(self, size: int, generator: np.random.Generator) -> Numbers:
         """Draw places independently, in proportion to mass times distance."""
@@ -149,27 +150,32 @@ class _Sample:
 
     def add_centers(self, places: Numbers) -> None:
         """Lower the distances to those to new centers; a center itself has 0."""
-        centers, norms = self.y[torch.from_numpy(places)], self.norms[places]
+        lower = engine.centers.lower_distances
+        packed = engine.centers.pack_centers(self.y[places], self.norms[places] / 2)
 
         def work(start: int) -> None:
             span = slice(start, start + BLOCK)
-            products = (centers @ self.y[span].T).numpy()
-            _lower_distances(products, self.norms[span], norms, self.closest[span])
+            lower(self.y[span], self.norms[span], *packed, self.closest[span])
 
         self._map(work, len(self.y), len(places))
         self.closest[places] = 0.0
 
     def gains(self, places: Numbers) -> Doubles:
         """Return by how much each row ``(n,)``, alone, would lower the total distance."""
-        candidates = self._round(places).T.contiguous()
+        candidates, norms = self._round(places), self.norms[places]
+        columns = candidates.T.contiguous()
+        packed = engine.centers.pack_centers(candidates.float().numpy(), norms)
 
         def work(start: int) -> Doubles:
-            span, at = slice(start, start + BLOCK), self.gain_rows[start : start + BLOCK]
-            products = (self.coarse[span] @ candidates).to(torch.bfloat16).float().numpy()
-            total = np.zeros(len(places), dtype=np.float32)
-            limits = self.closest[at] - self.norms[at]
-            _add_gains(products, limits, self.norms[places], self.weights[at], total)
-            return total.astype(np.float64)
+            coarse, at = self.coarse[start : start + BLOCK], self.gain_rows[start : start + BLOCK]
+            limits, weights = self.closest[at] - self.norms[at], self.weights[at]
+            total = np.zeros(len(packed[1]), dtype=np.float32)
+            if self.dtype == torch.float32:
+                engine.centers.add_gains(coarse.numpy(), limits, weights, *packed, total)
+            else:
+                products = (coarse @ columns).float().numpy()
+                _add_gains(products, limits, norms, weights, total)
+            return total[: len(places)].astype(np.float64)
 
         # Added in row order, so that threads cannot change the sum.
         return sum(self._map(work, len(self.coarse), len(places)), start=np.zeros(len(places)))
@@ -179,28 +185,22 @@ class _Sample:
         return map_blocks(work, range(0, rows, BLOCK), threads=1 if small else self.threads)
 
 
-def _merge_copies(rows: Array, mass: Doubles) -> tuple[Array, Numbers, Doubles]:
-    """Return the first of equal rows, their places, and the mass of all copies together.
+def _merge_copies(rows: Array, mass: Doubles) -> Doubles:
+    """Return the mass of all copies of each row at the first of them, and 0 at the others.
 
-    With copies in the sample, a copy of a center could be drawn.
+    With mass in several, a copy of a center could be drawn.
     """
     rows += np.float32(0.0)  # -0 becomes 0
     first = engine.table.first_copies(rows)
     if len(first) == len(rows):
-        return rows, first, mass
-    place = {rows[row].tobytes(): at for at, row in enumerate(first)}
-    copies = [place[row.tobytes()] for row in rows]
-    return rows[first], first, np.bincount(copies, weights=mass).astype(np.float64)
-
-
-@kernel()
-def _lower_distances(products: Array, row_norms: Array, norms: Array, closest: Array) -> None:
-    """Lower ``closest`` ``(n,)`` to the distances by ``products`` ``(centers, n)``."""
-    least = np.float32(1e-38)  # what rounding leaves of a distance between different rows
-    for j in range(products.shape[0]):
-        for i in range(products.shape[1]):
-            distance = row_norms[i] + norms[j] - np.float32(2.0) * products[j, i]
-            closest[i] = min(closest[i], max(distance, least))
+        return mass
+    copies = np.delete(np.arange(len(rows)), first)
+    hashes = engine.table.hash_rows(rows)
+    place = {rows[at].tobytes(): at for at in first[np.isin(hashes[first], hashes[copies])]}
+    merged = mass.copy()
+    merged[copies] = 0.0
+    np.add.at(merged, [place[rows[copy].tobytes()] for copy in copies], mass[copies])
+    return merged
 
 
 @kernel()

@@ -246,6 +246,8 @@ class ShardedMatrix:
 
     def rows(self, numbers: Numbers) -> Array:
         """Return the rows at ``numbers`` ``(n, dim)``, in that order."""
+        if len(numbers) <= BLOCK_ROWS and isinstance(self.pool, LocalShardPool):
+            return self.pool.shard.rows(numbers)
         result = np.empty((len(numbers), self.dim), dtype=np.float32)
         # Block by block, so that a large sample is never held twice.
         for start in range(0, len(numbers), BLOCK_ROWS):

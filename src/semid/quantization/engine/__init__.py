@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from semid.quantization.engine import (
         bounded,
+        centers,
         gpu,
         keys,
         levels,
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
         vector,
     )
 
-__all__ = ["bounded", "gpu", "keys", "levels", "narrow", "search", "table", "vector"]
+__all__ = ["bounded", "centers", "gpu", "keys", "levels", "narrow", "search", "table", "vector"]
 
 
 def __getattr__(name: str) -> Any:

@@ -219,19 +219,27 @@ def center_table(
     return exponent
 
 
-def first_copies(rows: F32) -> I64:
-    """Return ascending indices ``(different,)`` of the rows that equal no earlier row."""
-    # A sum of the bits with random odd weights: equal rows have equal hashes.
+def hash_rows(rows: F32) -> npt.NDArray[np.uint64]:
+    """Return a sum of each row's bits with random odd weights: equal rows have equal hashes."""
     bits = rows.view(np.uint32)
     weights = np.random.default_rng(0).integers(2**63, size=rows.shape[1], dtype=np.uint64)
     weights = weights * np.uint64(2) + np.uint64(1)
-    hashes = np.einsum("nd,d->n", bits, weights, dtype=np.uint64, casting="unsafe")
+    hashes: npt.NDArray[np.uint64] = np.einsum(
+        "nd,d->n", bits, weights, dtype=np.uint64, casting="unsafe"
+    )
+    return hashes
+
+
+def first_copies(rows: F32) -> I64:
+    """Return ascending indices ``(different,)`` of the rows that equal no earlier row."""
+    hashes = hash_rows(rows)
     ordered = np.sort(hashes)
     if (ordered[1:] != ordered[:-1]).all():
         return np.arange(len(rows))
     _, first, group = np.unique(hashes, return_index=True, return_inverse=True)
     repeated = np.flatnonzero(first[group] != np.arange(len(rows)))
     # Equal hashes are not yet equal rows; one copy too many would change no result.
+    bits = rows.view(np.uint32)
     same = (bits[repeated] == bits[first[group[repeated]]]).all(axis=1)
     return np.delete(np.arange(len(rows)), repeated[same])
 
