@@ -345,6 +345,26 @@ def test_the_weight_that_pays_most_is_taken(caplog):
     assert "a content error of 0.400 and 0.460" in caplog.text
 
 
+def test_a_large_catalogue_is_searched_in_part(monkeypatch):
+    """The items of pairs are among those searched, whose number is bounded."""
+    monkeypatch.setattr("semid.tokenizers.barq_choice.POOL_ROWS", 100)
+    rows = np.random.default_rng(1).normal(size=(400, 4)).astype(np.float32)
+    first, second = np.arange(5, 400, 20), np.arange(6, 400, 20)
+    rows[second] = rows[first]
+    search = WeightSearch(TablePairs(first, second, 400, protocol=""), 400, seed=0)
+    read: list[np.ndarray] = []
+
+    class Watched(ArrayBlocks):
+        def rows(self, indices: np.ndarray) -> np.ndarray:
+            read.append(indices)
+            return super().rows(indices)
+
+    search.add(0.0, [rows], Watched(rows), ArrayBlocks(rows), content=4)
+    assert len(read[0]) == len(np.unique(read[0])) == 100
+    assert np.isin([*first, *second], read[0]).all()
+    assert search.trials[0].hits == 1
+
+
 def test_few_pairs_are_no_evidence():
     generator = np.random.default_rng(0)
     rows = generator.normal(size=(400, 4)).astype(np.float32)
