@@ -34,3 +34,16 @@ def clustered() -> np.ndarray:
     centers = generator.normal(size=(40, 24)) * np.linspace(3.0, 0.3, 24)
     rows = centers[generator.integers(0, 40, 1200)] + 0.3 * generator.normal(size=(1200, 24))
     return rows.astype(np.float32)
+
+
+@pytest.fixture
+def run(capsys):
+    """Run the program with some arguments: exit code, and what it wrote to stdout and stderr."""
+    from cli_cases import run
+
+    def run_captured(*arguments: object) -> tuple[int, str, str]:
+        code = run(*arguments)
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run_captured

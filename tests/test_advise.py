@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import semid
-from semid.cli import main
+from cli_cases import run
 from semid.errors import EmbeddingError, InputError, InteractionsError, UsageError
 from semid.health import Evidence, Predictor
 from semid.reproduce import advise as module
@@ -173,18 +173,14 @@ def test_bad_input_is_refused_in_a_sentence(shop, tmp_path, capsys):
     with pytest.raises(EmbeddingError, match="row 7"):
         semid.advise(wrong, repeats=2, progress=False)
     for words in (["nowhere.npy"], [str(shop.embeddings), "--ties", "file"]):
-        with pytest.raises(SystemExit) as caught:
-            main(["advise", *words, "--ids", str(shop.items), "-q"])
-        assert caught.value.code == 2
+        assert run("advise", *words, "--ids", shop.items, "-q") == 2
     assert "--interactions" in capsys.readouterr().err
 
 
 def test_the_command_prints_text_or_json(shop, capsys):
     places = [str(shop.embeddings), "--ids", shop.items.as_uri()]
     words = ["advise", *places, "--repeats", "2", "-q"]
-    with pytest.raises(SystemExit) as caught:
-        main([*words, "--sample", "500", "--json"])
-    assert not caught.value.code
+    assert run(*words, "--sample", "500", "--json") == 0
     document = json.loads(capsys.readouterr().out)
     advice = module.Advice.from_dict(document)
     assert advice.recommended in {each.name for each in advice.candidates}

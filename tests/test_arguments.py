@@ -50,17 +50,11 @@ def flags_of(command: str) -> set[str]:
 
 
 @pytest.fixture
-def run(capsys, monkeypatch, tmp_path):
+def run(run, monkeypatch, tmp_path):
+    """Run the program in an empty folder: exit code, and what it wrote to stderr."""
     monkeypatch.setattr("semid.cli.app.app", tree())  # built once, not for every call
     monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: object) -> tuple[int, str]:
-        with pytest.raises(SystemExit) as caught:
-            main([str(argument) for argument in arguments])
-        printed = capsys.readouterr()
-        return int(caught.value.code or 0), printed.err
-
-    return call
+    return lambda *arguments: run(*arguments)[::2]
 
 
 def refusal(run, *arguments: object, code: int = 2) -> str:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import semid
-from semid.cli import main
+from cli_cases import run
 from semid.errors import ArtefactError, InputError, SemidError, UsageError
 from semid.report.audit import category_codes, prefix_structure
 
@@ -248,15 +248,11 @@ def test_the_audit_can_be_read_again_and_shown(shop, tmp_path):
 def test_the_command_prints_and_writes(shop, tmp_path, capsys):
     page = tmp_path / "audit.html"
     log = str(shop / "interactions.parquet")
-    with pytest.raises(SystemExit) as done:
-        main(["audit", str(shop / "ids.parquet"), "--interactions", log, "-o", str(page)])
-    assert done.value.code == 0
+    assert run("audit", shop / "ids.parquet", "--interactions", log, "-o", page) == 0
     printed = capsys.readouterr().out
     assert re.search(r"random, depth 2: .* HR@20", printed)
     assert page.read_text(encoding="utf8").startswith("<!doctype html>")
-    with pytest.raises(SystemExit) as done:
-        main(["audit", str(shop / "ids.parquet"), "--category-column", "brand"])
-    assert done.value.code == 2
+    assert run("audit", shop / "ids.parquet", "--category-column", "brand") == 2
 
 
 def test_items_without_interactions_are_refused(shop):

@@ -14,21 +14,9 @@ import pytest
 from catalogue_cases import drawn_tokenizer, rows
 from semid.catalogue.additions import add_items
 from semid.catalogue.bundle import CatalogueBundle
-from semid.cli import main
 from semid.codes import SemanticIds
 from semid.data.ids import ItemIds
 from semid.errors import OutputBusyError
-
-
-@pytest.fixture
-def run(capsys):
-    def call(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as caught:
-            main([str(argument) for argument in arguments])
-        printed = capsys.readouterr()
-        return int(caught.value.code or 0), printed.out, printed.err
-
-    return call
 
 
 def table(x, first=0):

@@ -17,17 +17,6 @@ from semid.cli import main
 from semid.codes import SemanticIds
 
 
-@pytest.fixture
-def run(capsys):
-    def call(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as caught:
-            main([str(argument) for argument in arguments])
-        printed = capsys.readouterr()
-        return int(caught.value.code or 0), printed.out, printed.err
-
-    return call
-
-
 @pytest.fixture(scope="module")
 def catalogue(tmp_path_factory, clustered) -> Path:
     folder = tmp_path_factory.mktemp("catalogue")

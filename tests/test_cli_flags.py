@@ -7,17 +7,9 @@ import sys
 
 import pytest
 
-from semid.cli import main
 from semid.cli.flags import FILE, known_flags, write_flags
 from semid.cli.models import _BEHAVIOR
 from semid.tokenizers.factory import TOKENIZERS
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as caught:
-        main(arguments)
-    printed = capsys.readouterr()
-    return int(caught.value.code or 0), printed.out, printed.err
 
 
 def test_the_file_of_flags_is_current(tmp_path):
@@ -51,9 +43,9 @@ def test_flags_have_names_and_sentences_of_their_own():
         ("vqvae", ["--rule", "--hidden"], ["--max-iter", "--projection"]),
     ],
 )
-def test_help_of_a_tokenizer_shows_what_applies(capsys, monkeypatch, kind, present, absent):
+def test_help_of_a_tokenizer_shows_what_applies(run, monkeypatch, kind, present, absent):
     monkeypatch.setenv("COLUMNS", "80")
-    code, shown, _ = run(capsys, "fit", "--tokenizer", kind, "--help")
+    code, shown, _ = run("fit", "--tokenizer", kind, "--help")
     assert code == 0
     assert max(map(len, shown.splitlines())) <= 80
     words = set(shown.replace(",", " ").split())
@@ -61,13 +53,13 @@ def test_help_of_a_tokenizer_shows_what_applies(capsys, monkeypatch, kind, prese
     assert not set(absent) & words
 
 
-def test_help_fits_80_columns(capsys, monkeypatch):
+def test_help_fits_80_columns(run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     for arguments in (("--help",), ("fit", "--help"), ("rank", "--help"), ("encode", "--help")):
-        code, shown, _ = run(capsys, *arguments)
+        code, shown, _ = run(*arguments)
         assert code == 0
         assert max(map(len, shown.splitlines())) <= 80
-    assert "K-means:" in run(capsys, "fit", "--help")[1]
+    assert "K-means:" in run("fit", "--help")[1]
 
 
 @pytest.mark.parametrize(
@@ -82,9 +74,9 @@ def test_help_fits_80_columns(capsys, monkeypatch):
         (("--tokenizer", "rqvae", "--set", "network.hidden=[0]"), "hidden"),
     ],
 )
-def test_what_set_cannot_set_is_refused(capsys, arguments, message, tmp_path):
+def test_what_set_cannot_set_is_refused(run, arguments, message, tmp_path):
     call = ("fit", "nowhere.npy", "-o", str(tmp_path / "model"), *arguments)
-    code, _, err = run(capsys, *call)
+    code, _, err = run(*call)
     assert code == 2, err
     assert message in err
     assert len(err.splitlines()) == 1

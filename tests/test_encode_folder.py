@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import semid
+from cli_cases import run
 from distributed_cases import rows_array, write_folder
-from semid.cli import main
 from semid.distributed import encode_folder as encoding_run
 from semid.distributed.encode_folder import (
     EncodeJob,
@@ -295,14 +295,8 @@ def test_files_in_this_processs_memory_are_refused_to_others(model, folder):
     memory.remove()
 
 
-def run_cli(*arguments: str) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main([*arguments])
-    assert not ended.value.code
-
-
 def test_the_command_line_shares_a_folder_out(model, folder, tmp_path, inline, capsys):
-    run_cli("encode", str(model), str(folder), "-o", str(tmp_path / "ids"), "-q")
+    assert run("encode", model, folder, "-o", tmp_path / "ids", "-q") == 0
     said = capsys.readouterr()
     assert "encoded 1,200 of 1,200 items" in said.out
     assert "one worker encodes about" in said.err
@@ -324,9 +318,7 @@ def test_the_command_line_shares_a_folder_out(model, folder, tmp_path, inline, c
     ],
 )
 def test_flags_that_do_not_go_together(model, folder, tmp_path, flags, message, capsys):
-    with pytest.raises(SystemExit) as ended:
-        main(["encode", str(model), str(folder), "-o", str(tmp_path / "ids"), *flags])
-    assert ended.value.code == 2
+    assert run("encode", model, folder, "-o", tmp_path / "ids", *flags) == 2
     assert message in capsys.readouterr().err
 
 

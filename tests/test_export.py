@@ -14,8 +14,8 @@ import torch
 
 import semid
 from catalogue_cases import drawn_neural, drawn_tokenizer, parallel_tokenizer, rows
+from cli_cases import run
 from semid.catalogue.uniqueness import make_unique
-from semid.cli import main
 from semid.codes import SemanticIds
 from semid.data.ids import ItemIds
 from semid.errors import (
@@ -538,16 +538,10 @@ def test_sequences_on_the_command_line(ids, log, tmp_path, capsys):
         f"export {tmp_path / 'ids.parquet'} --to lcrec-sequences -o {tmp_path / 'x.inter.json'} "
         f"--interactions {tmp_path / 'log.parquet'} --user-column who --item-column what"
     ).split()
-    with pytest.raises(SystemExit) as caught:
-        main(command)
-    assert caught.value.code == 1  # no order
-    with pytest.raises(SystemExit) as caught:
-        main([*command, "--time-column", "when"])
-    assert caught.value.code in (0, None)
+    assert run(*command) == 1  # no order
+    assert run(*command, "--time-column", "when") == 0
     assert json.loads((tmp_path / "x.inter.json").read_text()) == histories_by_hand(log)
-    with pytest.raises(SystemExit) as caught:
-        main([*command[:6], "--overwrite", "--ties", "file"])
-    assert caught.value.code == 2
+    assert run(*command[:6], "--overwrite", "--ties", "file") == 2
     assert "--ties" in capsys.readouterr().err
 
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from semid.cli import main
+from cli_cases import run
 from semid.data.embeddings import open_embeddings
 from semid.data.files import HEAD_BYTES, recognize
 from semid.data.interactions import read_interactions
@@ -36,13 +36,6 @@ def saved(save, array):
     file = io.BytesIO()
     save(file, array)
     return file.getvalue()
-
-
-def run(*arguments):
-    """Run a command; return its exit code."""
-    with pytest.raises(SystemExit) as ended:
-        main([str(a) for a in arguments])
-    return ended.value.code
 
 
 WRITERS = {

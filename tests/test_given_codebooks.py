@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 import semid
-from semid.cli import main
+from cli_cases import run
 from semid.errors import ArtefactError, UsageError
 from semid.exports.codebook_files import read_checkpoint
 
@@ -288,11 +288,6 @@ def test_the_command_imports_codebooks(x, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     torch.save(OneRecTokenizer(books_of(x)).state_dict(), "one.pt")
     np.save("x.npy", x)
-
-    def run(*arguments: object) -> int:
-        with pytest.raises(SystemExit) as caught:
-            main([str(argument) for argument in arguments])
-        return int(caught.value.code or 0)
 
     assert run("import", "one.pt", "--from", "openonerec", "-o", "model") == 0
     assert "imported codebooks of 8, 16 codewords: model" in capsys.readouterr().out

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 import semid
+from cli_cases import run
 from rank_cases import QUICK, codes, data
-from semid.cli import main
 from semid.errors import ArtefactError, MissingExtraError, UsageError
 from semid.hub import is_hub_name
 
@@ -159,9 +159,7 @@ def test_a_tokenizer_comes_back_with_its_metrics_in_the_card(hub, x, tmp_path, c
     assert 'semid.load("shop/items")' in text
     # The same from the command line, without a folder of that name.
     np.save(tmp_path / "x.npy", x)
-    with pytest.raises(SystemExit) as done:
-        main(["encode", "shop/items", "x.npy", "-o", "ids.parquet", "-q"])
-    assert not done.value.code
+    assert run("encode", "shop/items", "x.npy", "-o", "ids.parquet", "-q") == 0
     assert np.array_equal(semid.SemanticIds.read("ids.parquet").codes, model.encode(x).codes)
     capsys.readouterr()
 

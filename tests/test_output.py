@@ -18,10 +18,10 @@ import pytest
 
 import rank_cases
 import semid
+from cli_cases import run
 from semid import output, runs
 from semid.catalogue import bundle as bundle_module
 from semid.catalogue.bundle import CatalogueBundle
-from semid.cli import main
 from semid.codes import SemanticIds
 from semid.errors import ArtefactError, OutputBusyError, OutputExistsError, SemidError, UsageError
 from semid.filesystems import Folder
@@ -29,12 +29,6 @@ from semid.output import atomic_file, atomic_folder, check_output, claim_output
 from semid.tokenizers.encoding import PartFolder, encode_to_parquet
 
 ROWS = 300
-
-
-def call(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main([str(argument) for argument in arguments])
-    return int(ended.value.code or 0)
 
 
 @pytest.fixture
@@ -99,7 +93,7 @@ def test_overwrite_spares_what_semid_did_not_write(place, command, capsys):
     pq.write_table(pa.table({"a": [1]}), place / "mine.parquet")
     before = contents(place)
     for target in ("mine", "notes.html", "mine.parquet", ".", ""):
-        assert call(*COMMANDS[command].split(), target, "--overwrite") == 2, target
+        assert run(*COMMANDS[command].split(), target, "--overwrite") == 2, target
         assert "output" in capsys.readouterr().err
     assert contents(place) == before
 
@@ -128,7 +122,7 @@ def test_an_output_that_is_an_input(place, command, target, capsys):
     (place / "link").symlink_to(place / "parts")
     before = contents(place)
     assert (
-        call(
+        run(
             *command.split(),
             "-q"[: 2 * ("export" not in command)] or "--overwrite",
             "-o",
@@ -147,13 +141,13 @@ def test_links_are_not_outputs(place, capsys):
     (place / "linked").symlink_to(place / "model")
     for target in ("dangling", "linked"):
         for more in ([], ["--overwrite"]):
-            assert call("fit", "x.npy", "-o", target, "-q", *more) == 2
+            assert run("fit", "x.npy", "-o", target, "-q", *more) == 2
             assert "symbolic link" in capsys.readouterr().err
     assert semid.load(place / "model").levels == 2
 
 
 def test_a_place_where_nothing_can_be_written(place, capsys):
-    assert call("fit", "x.npy", "-o", "x.npy/model", "-q") == 2
+    assert run("fit", "x.npy", "-o", "x.npy/model", "-q") == 2
     assert "is not a folder" in capsys.readouterr().err
 
 
@@ -174,23 +168,23 @@ def test_own_outputs_are_replaced(place):
         ("drift model x.npy x.npy -q", "drift.json"),
     ):
         arguments = [*command.split(), "-o", target]
-        assert call(*arguments) == 0, command
+        assert run(*arguments) == 0, command
         first = contents(place)
-        assert call(*arguments) == 2, command
+        assert run(*arguments) == 2, command
         assert contents(place) == first
-        assert call(*arguments, "--overwrite") == 0, command
+        assert run(*arguments, "--overwrite") == 0, command
         assert set(contents(place)) == set(first)
 
 
 def test_a_file_of_the_users_own_in_a_model_folder(place, capsys):
     (place / "model" / "notes.txt").write_text("mine", encoding="utf8")
-    assert call("fit", "x.npy", "--codebook-size", "8", "-o", "model", "-q", "--overwrite") == 2
+    assert run("fit", "x.npy", "--codebook-size", "8", "-o", "model", "-q", "--overwrite") == 2
     assert "notes.txt" in capsys.readouterr().err
     assert (place / "model" / "notes.txt").read_text(encoding="utf8") == "mine"
 
 
 def test_an_output_that_a_user_changed(place):
-    call("export", "ids.parquet", "--to", "lcrec", "-o", "a.json")
+    run("export", "ids.parquet", "--to", "lcrec", "-o", "a.json")
     Path("a.json").write_text('{"0": ["mine"]}', encoding="utf8")
     with pytest.raises(OutputExistsError, match="not written by semid"):
         check_output("a.json", overwrite=True)
@@ -219,11 +213,11 @@ def test_the_state_folder_may_be_a_users_own(place, capsys):
         "rank log.parquet --hidden 4 --epochs 1",
     ):
         for more in ([], ["--resume"]):
-            assert call(*command.split(), "-q", "-o", "new", *more) == 2, command
+            assert run(*command.split(), "-q", "-o", "new", *more) == 2, command
             assert "thesis.txt" in capsys.readouterr().err
     assert Path("new.partial/thesis.txt").read_text(encoding="utf8") == "mine"
     Path("other.partial").symlink_to("new.partial")
-    assert call("fit", "x.npy", "--codebook-size", "8", "-q", "-o", "other") == 2
+    assert run("fit", "x.npy", "--codebook-size", "8", "-q", "-o", "other") == 2
 
 
 HOLD = """
@@ -251,13 +245,13 @@ def test_the_second_run_gets_one_sentence(place, command, capsys):
         assert holder.stdout is not None
         holder.stdout.readline()
         before = contents(place)
-        assert call(*command.split(), "-q", "-o", "new") == 2
+        assert run(*command.split(), "-q", "-o", "new") == 2
         error = capsys.readouterr().err
         assert f"process {holder.pid}" in error
         assert len(error.strip().splitlines()) == 1
         assert contents(place) == before
         holder.kill()
-    assert call(*command.split(), "-q", "-o", "new") == 0  # the lock ended with its process
+    assert run(*command.split(), "-q", "-o", "new") == 0  # the lock ended with its process
     assert not list(place.glob(".new*lock"))
 
 
@@ -388,7 +382,7 @@ def test_leftovers_of_killed_runs_are_removed(place):
     for name in (".ids2.parquet.0123456789abcdef.tmp", ".ids2.parquet.lock"):
         (place / name).write_bytes(b"left")
     (place / ".mine.tmp").write_bytes(b"mine")
-    assert call("encode", "model", "x.npy", "-q", "-o", "ids2.parquet") == 0
+    assert run("encode", "model", "x.npy", "-q", "-o", "ids2.parquet") == 0
     assert sorted(p.name for p in place.glob(".*")) == [".mine.tmp"]
 
 
@@ -631,7 +625,7 @@ def test_ids_with_a_column_of_the_users_own(place):
 
 def test_novelty_beside_the_output(place, capsys):
     arguments = ["encode", "model", "x.npy", "--catalogue", "ids.parquet", "-q"]
-    assert call(*arguments, "-o", "a.parquet", "--novelty", "a.parquet") == 2
+    assert run(*arguments, "-o", "a.parquet", "--novelty", "a.parquet") == 2
     assert "--novelty" in capsys.readouterr().err
 
 

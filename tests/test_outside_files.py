@@ -21,10 +21,10 @@ from safetensors.torch import save_file
 
 import semid
 from catalogue_cases import drawn_tokenizer, rows
+from cli_cases import run
 from semid.artefact import CHECKSUM, fingerprint, write_artefact
 from semid.catalogue.additions import add_items, check_model
 from semid.catalogue.bundle import CatalogueBundle
-from semid.cli import main
 from semid.codes import CodesInfo, SemanticIds
 from semid.data.ids import ItemIds
 from semid.data.releases import read_amazon, read_movielens
@@ -628,12 +628,6 @@ def test_wrong_movielens(tmp_path):
 # The program ----------------------------------------------------------------------------------
 
 
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as caught:
-        main([str(argument) for argument in arguments])
-    return int(caught.value.code or 0)
-
-
 def test_category_ids_in_a_bundle(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     x = rows(40)
@@ -697,8 +691,6 @@ def test_a_model_that_gives_no_codes(command, tmp_path, monkeypatch, capsys):
     export("lcrec", "lcrec.json", ids=ids)
     for name in ("head", "head2"):
         shutil.copytree(V1 / "head", name)
-    with pytest.raises(SystemExit) as ended:
-        main(command.format("head", "head").split())
-    assert ended.value.code == 1
+    assert run(*command.format("head", "head").split()) == 1
     error = capsys.readouterr().err
     assert "'head' holds a DecodeHead" in error, error

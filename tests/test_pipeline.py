@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import semid
-from semid.cli import main
+from cli_cases import run
 from semid.errors import EmbeddingError, UsageError
 from semid.progress import QuietProgress
 from semid.seeds import numpy_generator
@@ -98,11 +98,6 @@ def test_every_command_takes_a_recipe_of_two(x, tmp_path, monkeypatch, capsys):
         "[encoder.network]\nhidden = [16]\nlatent = 6\n[encoder.training]\nepochs = 1\n"
         '[quantizer]\ntokenizer = "opq"\nn_codebooks = 2\ncodebook_size = 8\n'
     )
-
-    def run(*arguments: object) -> int:
-        with pytest.raises(SystemExit) as caught:
-            main([str(argument) for argument in arguments])
-        return int(caught.value.code or 0)
 
     assert run("fit", "x.npy", "--recipe", "two.toml", "-o", "model", "-q") == 0
     assert "fitted pipeline" in capsys.readouterr().out

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import semid
-from semid.cli import main
+from cli_cases import run
 from semid.errors import UsageError
 from semid.tokenizers.factory import TOKENIZERS, make_tokenizer
 
@@ -22,12 +22,6 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(PLUGIN)
     yield
     sys.modules.pop("semid_lloyd", None)
-
-
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as caught:
-        main([str(argument) for argument in arguments])
-    return int(caught.value.code or 0)
 
 
 def test_every_command_takes_it(installed, tmp_path, monkeypatch, capsys):

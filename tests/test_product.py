@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import semid
+from cli_cases import run
 from semid.errors import UsageError
 from semid.quantization.blocks import ArrayBlocks, statistics
 from semid.quantization.engine import narrow
@@ -236,13 +237,6 @@ def test_sums_are_equal_with_and_without_sorting(weighted):
 
 
 def test_every_command_takes_rotated_product_codes(tmp_path, monkeypatch, capsys):
-    from semid.cli import main
-
-    def run(*arguments: object) -> int:
-        with pytest.raises(SystemExit) as caught:
-            main([str(argument) for argument in arguments])
-        return int(caught.value.code or 0)
-
     monkeypatch.chdir(tmp_path)
     semid.SyntheticCatalogue(items=600, dim=10, seed=0).write("data")
     items, log = "data/items.parquet", "data/interactions.parquet"

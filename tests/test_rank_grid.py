@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import semid
+from cli_cases import run
 from rank_cases import ITEMS, SMALL, codes, data, item_table, log_table
-from semid.cli import main
 from semid.data.embeddings import open_embeddings
 from semid.errors import IdsError, UsageError
 from semid.progress import QuietProgress
@@ -182,12 +182,6 @@ def test_a_grid_takes_ids_and_repeats_only_their_runs_when_they_change(rows, tmp
     assert again[0] == first[0]
     assert again[1]["run"] != first[1]["run"]
     assert len(read_results(tmp_path / RESULTS_FILE)) == 3
-
-
-def run(*arguments):
-    with pytest.raises(SystemExit) as caught:
-        main([str(a) for a in arguments])
-    return caught.value.code or 0
 
 
 def test_a_resumed_run_trains_neither_model_again(tmp_path, monkeypatch):

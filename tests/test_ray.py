@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import semid
+from cli_cases import run
 from distributed_cases import many_rows, write_folder
-from semid.cli import main
 from semid.distributed.encode_folder import EncodeWorker, encode_folder
 from semid.distributed.ray_fit import fit_on_ray
 from semid.distributed.ray_shards import RayShardPool
@@ -151,9 +151,7 @@ def test_a_tokenizer_of_another_package_encodes_alike(
     source = write_folder(tmp_path / "items", clustered)
     output = str(tmp_path / "ids")
     flags = ["--engine", "ray", "--workers", "2", "-q"]
-    with pytest.raises(SystemExit) as ended:
-        main(["encode", str(tmp_path / "model"), str(source), "-o", output, *flags])
-    assert not ended.value.code
+    assert run("encode", tmp_path / "model", source, "-o", output, *flags) == 0
     assert pq.read_table(output).equals(fitted.encode(source).to_arrow())
 
 
@@ -286,9 +284,7 @@ def test_no_usage_statistics_are_sent(cluster):
     ],
 )
 def test_flags_of_a_fit_that_do_not_go_together(items, tmp_path, flags, message, capsys):
-    with pytest.raises(SystemExit) as ended:
-        main(["fit", str(items), "-o", str(tmp_path / "model"), *flags])
-    assert ended.value.code == 2
+    assert run("fit", items, "-o", tmp_path / "model", *flags) == 2
     assert message in capsys.readouterr().err
 
 

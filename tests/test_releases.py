@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from semid.cli import main
+from cli_cases import run
 from semid.data.interactions import read_interactions
 from semid.data.releases import core_mask, read_amazon, read_movielens
 from semid.errors import InputError, InteractionsError, MissingExtraError, UsageError
@@ -189,12 +189,6 @@ class Encoder:
         assert not show_progress_bar
         angles = np.array([len(t) for t in texts], dtype=np.float32)
         return np.stack([np.cos(angles), np.sin(angles)], axis=1)
-
-
-def run(*arguments):
-    with pytest.raises(SystemExit) as caught:
-        main([str(a) for a in arguments])
-    return caught.value.code or 0
 
 
 def test_semid_prepare_and_the_rating_label(tmp_path, capsys, monkeypatch):

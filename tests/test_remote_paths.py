@@ -12,23 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 
 import semid
+from cli_cases import run
 from distributed_cases import write_folder
-from semid.cli import main
 from semid.data.items import load_ids
 from semid.errors import UsageError
 from semid.filesystems import Folder, list_files, resolve
-
-
-def run(*arguments: object) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main([str(argument) for argument in arguments])
-    assert not ended.value.code
-
-
-def fails(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main([str(argument) for argument in arguments])
-    return int(ended.value.code or 0)
 
 
 @pytest.fixture(scope="module")
@@ -49,21 +37,21 @@ def check_whole_way(base: str, folder: Path, tmp_path: Path, monkeypatch) -> Non
     monkeypatch.chdir(tmp_path)
     items = send(folder, f"{base}/items")
     options = ["--levels", "2", "--codebook-size", "16", "-q"]
-    run("fit", items, "-o", f"{base}/model", *options)
+    assert run("fit", items, "-o", f"{base}/model", *options) == 0
     here = semid.RQKMeans(levels=2, codebook_size=16).fit(folder)
     there = semid.load(f"{base}/model")
     assert there.weights_fingerprint == here.weights_fingerprint
     assert list(tmp_path.iterdir()) == []  # the state of the run is gone
-    assert fails("fit", items, "-o", f"{base}/model", *options) == 2
+    assert run("fit", items, "-o", f"{base}/model", *options) == 2
     expected = here.encode(folder).to_arrow()
     assert semid.open_embeddings(f"{items}/part-[01].parquet").describe()["files"] == 2
     if not base.startswith("memory"):  # other processes do not see this one's memory
         for output in (f"{base}/ids", f"{base}/ids.parquet"):
-            run("encode", f"{base}/model", items, "-o", output, "--processes", "1", "-q")
+            assert run("encode", f"{base}/model", items, "-o", output, "--processes", 1, "-q") == 0
             system, inner = resolve(output)
             assert pq.read_table(inner, filesystem=system).equals(expected)
-            assert fails("encode", f"{base}/model", items, "-o", output, "-q") == 2
-    run("encode", f"{base}/model", items, "-o", tmp_path / "ids.parquet", "-q")
+            assert run("encode", f"{base}/model", items, "-o", output, "-q") == 2
+    assert run("encode", f"{base}/model", items, "-o", tmp_path / "ids.parquet", "-q") == 0
     assert pq.read_table(tmp_path / "ids.parquet").equals(expected)
 
 
@@ -121,7 +109,7 @@ def s3(monkeypatch) -> Iterator[str]:
 def test_a_real_s3_server(folder, tmp_path, monkeypatch, s3, capsys):
     check_whole_way(f"{s3}/catalogue", folder, tmp_path, monkeypatch)
     items, model = f"{s3}/catalogue/items", f"{s3}/catalogue/model"
-    run("report", model, items, "-o", f"{s3}/report.json", "-q")
+    assert run("report", model, items, "-o", f"{s3}/report.json", "-q") == 0
     assert Folder(s3).exists_file("report.json")
     # A bucket that is not there is named before any work.
     capsys.readouterr()
@@ -130,11 +118,11 @@ def test_a_real_s3_server(folder, tmp_path, monkeypatch, s3, capsys):
         ("encode", model, items, "-o", "s3://nobody/ids.parquet"),
         ("report", model, items, "-o", "s3://nobody/report.json"),
     ):
-        assert fails(*words, "-q") == 2
+        assert run(*words, "-q") == 2
         assert "'s3://nobody/" in (said := capsys.readouterr().err)
         assert "bucket or folder exists" in said
         assert "allow_bucket_creation" not in said
-    assert fails("encode", f"{s3}/none", items, "-o", "others.parquet", "-q") == 2
+    assert run("encode", f"{s3}/none", items, "-o", "others.parquet", "-q") == 2
     assert f"'{s3}/none' does not exist" in capsys.readouterr().err
 
 
@@ -191,7 +179,7 @@ def test_every_command_reads_and_writes_uris(tmp_path, monkeypatch, capsys):
         if command == "refresh":
             ids = semid.SemanticIds.read(tmp_path / "ids.parquet")
             semid.CatalogueBundle.create(tmp_path / "bundle", ids)
-        run(command, *text.format(**names).split())
+        assert run(command, *text.format(**names).split()) == 0
         assert list(work.iterdir()) == [], command
         if command == "encode":
             Folder(base).write("ids.parquet", (tmp_path / "ids.parquet").read_bytes())
@@ -203,7 +191,7 @@ def test_every_command_reads_and_writes_uris(tmp_path, monkeypatch, capsys):
     # What was written there is what would have been written here.
     local = tmp_path / "unique.parquet"
     given = CALLS["unique"].format(**names).replace(f"{base}/unique.parquet", str(local))
-    run("unique", *given.split(), "-q")
+    assert run("unique", *given.split(), "-q") == 0
     assert Folder(base).read("unique.parquet") == local.read_bytes()
     assert semid.load(f"{base}/retriever").recommend([], k=3).items
     assert sorted(Folder(f"{base}/bundle").names())[0] == "manifest-000001.json"
@@ -211,16 +199,16 @@ def test_every_command_reads_and_writes_uris(tmp_path, monkeypatch, capsys):
     assert back["codes"].equals(pq.read_table(local)["codes"])
     # An output that is there is refused, replaced if asked for, and never by what is no semid's.
     again = CALLS["export"].format(**names).split()
-    assert fails("export", *again) == 2
-    run("export", *again, "--overwrite")
+    assert run("export", *again) == 2
+    assert run("export", *again, "--overwrite") == 0
     Folder(base).write("mine.json", b"{}")
     given = [word.replace("lcrec.json", "mine.json") for word in again]
-    assert fails("export", *given, "--overwrite") == 2
+    assert run("export", *given, "--overwrite") == 2
     assert Folder(base).read("mine.json") == b"{}"
     for command, text in STAYS.items():
-        assert fails(command, *text.format(**names).split()) == 2
+        assert run(command, *text.format(**names).split()) == 2
         assert "give a path on this machine" in capsys.readouterr().err
-    assert fails("report", f"{base}/none", files.embeddings, "-o", f"{base}/r.json", "-q") == 2
+    assert run("report", f"{base}/none", files.embeddings, "-o", f"{base}/r.json", "-q") == 2
     assert f"'{base}/none' does not exist" in capsys.readouterr().err
     assert list(work.iterdir()) == []
     Folder(base).remove()
@@ -233,7 +221,7 @@ def test_a_run_that_was_stopped_continues_towards_a_uri(tmp_path, monkeypatch):
     base = "memory://semid-stopped"
     files = semid.SyntheticCatalogue(items=100, users=60, seed=0).write(tmp_path / "cat")
     given = [files.interactions, "--model", "sasrec", "--epochs", "2", "--width", "8"]
-    run("retrieve", *given, "-o", tmp_path / "whole", "-q")
+    assert run("retrieve", *given, "-o", tmp_path / "whole", "-q") == 0
     place_here = place(f"{base}/retriever")
     release()
     calls = []
@@ -248,10 +236,10 @@ def test_a_run_that_was_stopped_continues_towards_a_uri(tmp_path, monkeypatch):
 
     evaluate = RetrievalTask.evaluate
     monkeypatch.setattr(RetrievalTask, "evaluate", stop)
-    assert fails("retrieve", *given, "-o", f"{base}/retriever", "-q") == 130
+    assert run("retrieve", *given, "-o", f"{base}/retriever", "-q") == 130
     monkeypatch.setattr(RetrievalTask, "evaluate", evaluate)
     assert place_here.with_name("retriever.partial").exists()
-    run("retrieve", *given, "-o", f"{base}/retriever", "--resume", "-q")
+    assert run("retrieve", *given, "-o", f"{base}/retriever", "--resume", "-q") == 0
     one, two = semid.load(tmp_path / "whole"), semid.load(f"{base}/retriever")
     for name, weight in one.network.state_dict().items():
         assert weight.equal(two.network.state_dict()[name])

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from semid.cli import main
+from cli_cases import run
 from semid.errors import InputError, UsageError
 from semid.reproduce.claims import Claim, Comparison, Rows, decide, evaluate, metric, pool
 from semid.reproduce.drq import DRQ, within_level_agreement
@@ -457,12 +457,6 @@ def write(folder, rows):
     place = folder / rows[0]["paper"]
     place.mkdir(parents=True)
     (place / "runs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def run(*arguments):
-    with pytest.raises(SystemExit) as caught:
-        main([str(a) for a in arguments])
-    return caught.value.code or 0
 
 
 def test_toys_never_reach_the_documentation(tmp_path, capsys):

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import semid
+from cli_cases import run
 from semid import RQVAE, SyntheticCatalogue
-from semid.cli import main
 from semid.data.embeddings import open_embeddings
 from semid.data.interactions import TRAIN, split_users
 from semid.errors import UsageError
@@ -148,12 +148,6 @@ name = "synthetic"
 synthetic = 700
 codebook_size = 8
 """
-
-
-def run(*arguments):
-    with pytest.raises(SystemExit) as caught:
-        main([str(a) for a in arguments])
-    return caught.value.code or 0
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 import semid
-from semid.cli import main
+from cli_cases import run
 from semid.codes import CodesInfo, SemanticIds
 from semid.data.ids import ItemIds
 from semid.errors import FingerprintError, InteractionsError, UsageError
@@ -613,19 +613,12 @@ def files(tmp_path, monkeypatch):
     return tmp_path
 
 
-def call(*words: object) -> int:
-    """Run the program and return its exit code."""
-    with pytest.raises(SystemExit) as caught:
-        main([str(word) for word in words])
-    return int(caught.value.code or 0)
-
-
 FEW = ("--epochs", 2, "--width", 16, "--batch-size", 16, "-q")
 
 
 def test_one_model_is_trained_shown_and_asked(files, capsys):
     assert (
-        call(
+        run(
             *("retrieve", "log.parquet", "--ids", "ids.parquet", "--items", "items.parquet"),
             *("--report", "page.html", "-o", "model", *FEW),
         )
@@ -639,7 +632,7 @@ def test_one_model_is_trained_shown_and_asked(files, capsys):
     assert "</script><b>title" not in page
     loaded = semid.load("model")
     assert f"{loaded.report['test']['metrics']['recall@10']['value']:.4f}" in shown
-    assert call("recommend", "model", "--k", 3, "-o", "best.parquet", "-q") == 0
+    assert run("recommend", "model", "--k", 3, "-o", "best.parquet", "-q") == 0
     table = pq.read_table("best.parquet")
     assert table.column_names == ["user_id", "items", "scores"]
     first = loaded.recommend(users=[table["user_id"][5].as_py()], k=3)[0]
@@ -647,20 +640,19 @@ def test_one_model_is_trained_shown_and_asked(files, capsys):
     lists = pa.table({"user_id": ["new"], "item_id": [["i1", "unknown", "i2"]]})
     pq.write_table(lists, "new.parquet")
     assert (
-        call("recommend", "model", "--histories", "new.parquet", "-o", "new-best.parquet", "-q")
-        == 0
+        run("recommend", "model", "--histories", "new.parquet", "-o", "new-best.parquet", "-q") == 0
     )
     assert pq.read_table("new-best.parquet")["items"][0].as_py() == (
         loaded.recommend(["i1", "i2"]).items
     )
-    assert call("recommend", "model", "-o", "best.parquet", "-q") == 2
+    assert run("recommend", "model", "-o", "best.parquet", "-q") == 2
     assert "output 'best.parquet' exists" in capsys.readouterr().err
 
 
 def test_a_comparison_grows_and_pairs_the_same_users(files, capsys):
     words = ("retrieve", "log.parquet", "--ids", "ids.parquet", "-o", "cmp", *FEW)
-    assert call(*words, "--model", "composed,popularity") == 0
-    assert call(*words, "--model", "composed,popularity,sasrec", "--seeds", 2, "--resume") == 0
+    assert run(*words, "--model", "composed,popularity") == 0
+    assert run(*words, "--model", "composed,popularity,sasrec", "--seeds", 2, "--resume") == 0
     lines = (files / "cmp" / "results.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     assert [(row["model"], row["seed"]) for row in rows] == [
@@ -691,6 +683,6 @@ def test_flags_that_would_do_nothing_are_refused(files, capsys):
         (("--set", "options.nothing=3"), "options.nothing"),
         (("--model", "sasrek"), "sasrec"),
     ):
-        assert call(*base, *words) == 2, words
+        assert run(*base, *words) == 2, words
         assert message in " ".join(capsys.readouterr().err.split()), words
     assert not (files / "out").exists()

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import semid
+from cli_cases import run
 from distributed_cases import many_rows, write_folder
-from semid.cli import main
 from semid.quantization.kmeans import KMeansOptions
 
 pytestmark = pytest.mark.slow  # every process imports torch anew
@@ -172,12 +172,6 @@ def kill_when(ready, command: list[str], *, victim=None) -> None:
     process.communicate(timeout=300)
 
 
-def run_cli(*arguments: object) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main([str(argument) for argument in arguments])
-    assert not ended.value.code
-
-
 def rank_of(process: subprocess.Popen[bytes]) -> int:
     """Return the process id of the second rank that torchrun started."""
     ranks = []
@@ -218,7 +212,7 @@ def test_a_fit_killed_in_the_middle_is_continued(engine, tmp_path):
     assert state.exists()
     assert not target.exists()
     subprocess.run([*command, "--resume"], env=environment(), check=True, timeout=600)
-    run_cli("fit", items, *options, "-o", tmp_path / "whole")
+    assert run("fit", items, *options, "-o", tmp_path / "whole") == 0
     killed, whole = semid.load(target), semid.load(tmp_path / "whole")
     assert killed.weights_fingerprint == whole.weights_fingerprint
     assert killed.report.details == whole.report.details

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import semid
+from cli_cases import run
 from distributed_cases import rows_array
-from semid.cli import main
 from semid.distributed.arrow import ArrowEncoder, TableEncoder, ids_of_table, import_encoded
 from semid.errors import ArtefactError, EmbeddingError, IdsError, UsageError
 
@@ -131,9 +131,7 @@ def test_what_was_written_becomes_ids(model, clustered, tmp_path, monkeypatch, c
     rows = encoded(encoder, table, 50)
     # A file without rows is among those that Spark writes.
     folder = write_parts(tmp_path / "spark", rows[300:], rows[:0], rows[:300])
-    with pytest.raises(SystemExit) as ended:
-        main(["import", str(folder), "--from", "spark", "-o", str(tmp_path / "ids"), "-q"])
-    assert not ended.value.code
+    assert run("import", folder, "--from", "spark", "-o", tmp_path / "ids", "-q") == 0
     assert capsys.readouterr().out.startswith(f"imported {len(clustered):,} items")
     expected = semid.load(model).encode(clustered, ids=table["sku"])
     check_equal(semid.SemanticIds.read(tmp_path / "ids"), expected)

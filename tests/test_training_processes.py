@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import semid
-from semid.cli import main
+from cli_cases import run
 
 pytestmark = pytest.mark.slow  # every process imports torch anew
 
@@ -90,16 +90,11 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
-def test_two_processes_end_equal_and_as_one_would(tmp_path, clustered):
-    np.save(tmp_path / "x.npy", clustered)
-    (tmp_path / "options.json").write_text(json.dumps(OPTIONS), encoding="utf8")
-    (tmp_path / "moc.toml").write_text(RECIPE, encoding="utf8")
-    (tmp_path / "fit.py").write_text(SCRIPT, encoding="utf8")
+def torchrun(script: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a script in two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
     finished = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", "2", str(tmp_path / "fit.py"), str(tmp_path)),
-        ],
+        [str(word) for word in (*command, script, *arguments)],
         capture_output=True,
         text=True,
         env={**environment(), "GLOO_SOCKET_IFNAME": "lo"} if LOOPBACK else environment(),
@@ -107,6 +102,15 @@ def test_two_processes_end_equal_and_as_one_would(tmp_path, clustered):
         check=False,
     )
     assert finished.returncode == 0, finished.stderr[-4000:]
+    return finished
+
+
+def test_two_processes_end_equal_and_as_one_would(tmp_path, clustered):
+    np.save(tmp_path / "x.npy", clustered)
+    (tmp_path / "options.json").write_text(json.dumps(OPTIONS), encoding="utf8")
+    (tmp_path / "moc.toml").write_text(RECIPE, encoding="utf8")
+    (tmp_path / "fit.py").write_text(SCRIPT, encoding="utf8")
+    finished = torchrun(tmp_path / "fit.py", tmp_path)
     first, second = (
         json.loads((tmp_path / f"rank{rank}.json").read_text(encoding="utf8")) for rank in (0, 1)
     )
@@ -163,18 +167,7 @@ def test_every_network_learns_in_two_processes_as_in_one(tmp_path, clustered):
     np.save(tmp_path / "x.npy", clustered)
     (tmp_path / "kinds.json").write_text(json.dumps(KINDS), encoding="utf8")
     (tmp_path / "fit.py").write_text(FITTING, encoding="utf8")
-    finished = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", "2", str(tmp_path / "fit.py"), str(tmp_path)),
-        ],
-        capture_output=True,
-        text=True,
-        env={**environment(), "GLOO_SOCKET_IFNAME": "lo"} if LOOPBACK else environment(),
-        timeout=900,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr[-4000:]
+    torchrun(tmp_path / "fit.py", tmp_path)
     # The processes end with the same bits.
     first, second = (json.loads((tmp_path / f"weights{r}.json").read_text()) for r in (0, 1))
     assert first == second
@@ -203,22 +196,8 @@ def test_recommenders_train_in_two_processes_as_in_one(command, tmp_path, capsys
     given = [command, str(files.interactions), "--epochs", "2", "--dropout", "0", "-q"]
     given += ["--model", "sasrec"] if command == "retrieve" else []
     (tmp_path / "run.py").write_text("from semid.cli import main\nmain()\n", encoding="utf8")
-    finished = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", "2", str(tmp_path / "run.py"), *given),
-            *("-o", str(tmp_path / "two")),
-        ],
-        capture_output=True,
-        text=True,
-        env={**environment(), "GLOO_SOCKET_IFNAME": "lo"} if LOOPBACK else environment(),
-        timeout=600,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr[-4000:]
-    with pytest.raises(SystemExit) as ended:
-        main([*given, "-o", str(tmp_path / "one")])
-    assert not ended.value.code
+    finished = torchrun(tmp_path / "run.py", *given, "-o", tmp_path / "two")
+    assert run(*given, "-o", tmp_path / "one") == 0
     # One process alone printed and wrote.
     assert finished.stdout.count("protocol: ") == 1
     one, two = (semid.load(tmp_path / name) for name in ("one", "two"))
@@ -253,9 +232,7 @@ def test_killed_and_resumed_equals_uninterrupted(kind, tmp_path, clustered):
     process.communicate()
     assert not (tmp_path / "killed").exists()
     for arguments in ([*command("killed"), "--resume"], command("whole")):
-        with pytest.raises(SystemExit) as ended:
-            main(arguments)
-        assert not ended.value.code
+        assert run(*arguments) == 0
     killed, whole = semid.load(tmp_path / "killed"), semid.load(tmp_path / "whole")
     assert killed.weights_fingerprint == whole.weights_fingerprint
     assert killed.report.details == whole.report.details

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import semid
+from cli_cases import run
 from semid.catalogue.uniqueness import make_unique
-from semid.cli import main
 from semid.codes import SemanticIds
 from semid.distributed.unique_parts import unique_folder
 from semid.errors import ArtefactError, IdsError, OutputExistsError, UsageError
@@ -73,9 +73,7 @@ def test_what_does_not_belong_together_is_refused(tokenizer, clustered, tmp_path
 def test_the_command_line_takes_a_folder(tokenizer, clustered, tmp_path, capsys):
     ids = tokenizer.encode(clustered)
     folder = spread(ids, tmp_path / "ids", 3)
-    with pytest.raises(SystemExit) as ended:
-        main(["unique", str(folder), "-o", str(tmp_path / "out")])
-    assert not ended.value.code
+    assert run("unique", folder, "-o", tmp_path / "out") == 0
     assert "-> 1,200 distinct ids of 1,200 items" in capsys.readouterr().out
     assert len(list((tmp_path / "out").glob("*.parquet"))) == 3
     found = pq.read_table(tmp_path / "out")

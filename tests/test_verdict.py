@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import semid
+from cli_cases import run
 from report_cases import FixedResidual, blobs
 from semid.catalogue.refresh import refresh
-from semid.cli import main
 from semid.cli.reports import demo
 from semid.data.ids import held_out_mask
 from semid.health import (
@@ -394,9 +394,7 @@ def test_few_rows_per_codeword_are_said_once_before_a_fit(normal, caplog, rows, 
 def test_the_command_line_says_it_once_and_the_demo_not_at_all(normal, tmp_path, capsys):
     np.save(tmp_path / "x.npy", normal[:300])
     options = ["--levels", "1", "--codebook-size", "16", "-o", str(tmp_path / "m"), "-q"]
-    with pytest.raises(SystemExit) as ended:
-        main(["fit", str(tmp_path / "x.npy"), *options])
-    assert not ended.value.code
+    assert run("fit", tmp_path / "x.npy", *options) == 0
     assert capsys.readouterr().err.count("rows per codeword") == 1
     defaults = {name: each.default for name, each in signature(demo).parameters.items()}
     assert 0.95 * defaults["items"] >= ROWS_PER_CODEWORD * defaults["codebook_size"]
