@@ -65,6 +65,18 @@ class RankSource:
         values = {key: value for key, value in values.items() if not key.startswith("options.")}
         return semid.RankerConfig.of({**values, "fusion": fusion, "options": options})
 
+    def read(
+        self, logs: str, columns: cli.InteractionColumns, config: Any, *, stream: bool = False
+    ) -> Any:
+        """Read the interactions and the items."""
+        names: dict[str, Any] = {**vars(columns), "id_column": self.id_column}
+        if not stream:
+            return semid.prepare_ranking_data(logs, items=self.items, config=config, **names)
+        # A stream takes rows as they come and keeps no order of a user's interactions.
+        for name in ("time_column", "ties", "ties_seed"):
+            del names[name]
+        return semid.RankingStream.open(logs, items=self.items, config=config, **names)
+
 
 def rank(
     context: typer.Context,
@@ -97,15 +109,12 @@ def rank(
         analyze: JSON file for the metrics of the code embeddings (MoC).
         no_baseline: With --ids: train no second model, without codes, to compare with.
     """
-    from functools import partial
-
-    from semid.output import atomic_file
     from semid.recommenders.ranking import MODELS
-    from semid.runs import partial_path, remove_state_folder
+    from semid.runs import partial_path
     from semid.training.distributed import is_main
 
     # What needs no torch is checked before it is imported.
-    reads, state = (logs, source.items, ids), Path(partial_path(output))
+    reads = (logs, source.items, ids)
     source.check("rank", settings)
     MODELS.check(settings.get("config.model", "deepfm"), flag="--model (model=)")
     check_choice("--fusion", fusion, ("on", "off"))
@@ -114,81 +123,84 @@ def rank(
         cli.check_inputs(*reads)
         columns.check(logs)
     if is_main():  # under torchrun the first process alone writes and prints
-        cli.hold_output(output, overwrite=overwrite, inputs=reads, state=state)
+        cli.hold_output(output, overwrite=overwrite, inputs=reads, state=partial_path(output))
         if analyze is not None:
             cli.hold_output(analyze, overwrite=overwrite, inputs=reads)
     data_config = semid.RankingDataConfig.of(options_under(settings, "data"))
-    from semid.recommenders.ranking.analysis import analyze_codes
-    from semid.recommenders.ranking.training import (
-        compare_with_baseline,
-        rank_options,
-        training_device,
-    )
+    from semid.recommenders.ranking.training import rank_options, training_device
 
     training_device(source.device)
-    config = source.config(settings, fusion == "on")
-    training = rank_options(options_under(settings, "training"))
+    run = {
+        "config": source.config(settings, fusion == "on"),
+        "training": rank_options(options_under(settings, "training")),
+        "device": source.device,
+        "seed": seed,
+        "resume": resume,
+    }
     code_settings = {**options_under(settings, "features"), "seed": seed}
     semid.CodeFeatures.of(code_settings)  # checked before the log is read
-    names: dict[str, Any] = {**vars(columns), "id_column": source.id_column}
-    data: Any
-    if stream:
-        # A stream takes rows as they come and keeps no order of a user's interactions.
-        for name in ("time_column", "ties", "ties_seed"):
-            del names[name]
-        data = semid.RankingStream.open(logs, items=source.items, config=data_config, **names)
-    else:
-        data = semid.prepare_ranking_data(logs, items=source.items, config=data_config, **names)
-    # Residual codes have a table per level, parallel ones a table per codebook.
-    semantic_ids = features = None
+    data = source.read(logs, columns, data_config, stream=stream)
+    codes: dict[str, Any] = {}
     if ids is not None:
+        # Residual codes have a table per level, parallel ones a table per codebook.
         semantic_ids = semid.SemanticIds.read(ids)
         mode = "levels" if semantic_ids.info.hierarchical else "parallel"
         features = semid.CodeFeatures.of({"mode": mode, **code_settings})
+        codes = {"ids": semantic_ids, "features": features}
+    shown = {"logs": logs, "ids": ids, "seed": seed, "protocol": data.protocol}
+    compared = bool(codes) and not no_baseline
+    ranker = _train(data, output, run, codes, shown, log, compared, overwrite, quiet)
+    if not is_main():
+        return
+    if analyze is not None:
+        _write_analysis(analyze, ranker, data, overwrite=overwrite)
+    _say_figures(ranker.report)
+    cli.say(f"model: {output}")
+
+
+def _train(
+    data: Any, output: Path, run: dict[str, Any], codes: dict[str, Any], shown: dict[str, Any],
+    log: str | None, compared: bool, overwrite: bool, quiet: bool,
+) -> Any:  # fmt: skip
+    """Train a ranker, and if it is compared one without codes; save and return it."""
+    from semid.recommenders.ranking.training import compare_with_baseline
+    from semid.runs import partial_path, remove_state_folder
+    from semid.training.distributed import is_main
+
+    state = Path(partial_path(output))
     with cli.open_log(log) as logger:
         if logger is not None:
-            parameters = {"config": config.to_dict(), "training": training.to_dict()}
-            used = {} if features is None else {"features": vars(features)}
-            names = {"logs": logs, "ids": ids, "seed": seed, "protocol": data.protocol}
-            logger.parameters = {**names, **parameters, **used}
+            options = {name: run[name].to_dict() for name in ("config", "training")}
+            used = {"features": vars(codes["features"])} if codes else {}
+            logger.parameters = {**shown, **options, **used}
         with (
             cli.name_checkpoint(state),
             cli.make_progress(quiet=quiet or not is_main()) as progress,
         ):
-            train = partial(
-                semid.train_ranker,
-                data,
-                config=config,
-                training=training,
-                seed=seed,
-                device=source.device,
-                progress=progress,
-            )
-            ranker = train(
-                ids=semantic_ids,
-                features=features,
-                checkpoint=state,
-                resume=resume,
-                logger=logger,
-            )
-            if ids is not None and not no_baseline:
+            run["progress"] = progress
+            ranker = semid.train_ranker(data, checkpoint=state, logger=logger, **codes, **run)
+            if compared:
                 # Its own checkpoint: a run that stops after it need not train it again.
-                baseline = train(checkpoint=state / "baseline", resume=resume)
+                baseline = semid.train_ranker(data, checkpoint=state / "baseline", **run)
                 ranker.report["baseline"] = compare_with_baseline(ranker, baseline, data)
-        if not is_main():
-            return
-        ranker.save(output, overwrite=overwrite)
-        remove_state_folder(state)
-        if logger is not None:
-            test = ranker.report["test"]
-            numbers = {f"test_{k}": v for k, v in test.items() if isinstance(v, int | float)}
-            logger.finish(f"test: {_cells(test)}", numbers, output)
-    if analyze is not None:
-        figures = analyze_codes(ranker.network, data.parts["test"])
-        with atomic_file(analyze, overwrite=overwrite) as work:
-            work.write_text(json.dumps(figures.to_dict()) + "\n", encoding="utf8")
-    _say_figures(ranker.report)
-    cli.say(f"model: {output}")
+        if is_main():
+            ranker.save(output, overwrite=overwrite)
+            remove_state_folder(state)
+            if logger is not None:
+                test = ranker.report["test"]
+                numbers = {f"test_{k}": v for k, v in test.items() if isinstance(v, int | float)}
+                logger.finish(f"test: {_cells(test)}", numbers, output)
+    return ranker
+
+
+def _write_analysis(path: Path, ranker: Any, data: Any, *, overwrite: bool) -> None:
+    """Write the metrics of the code embeddings."""
+    from semid.output import atomic_file
+    from semid.recommenders.ranking.analysis import analyze_codes
+
+    figures = analyze_codes(ranker.network, data.parts["test"])
+    with atomic_file(path, overwrite=overwrite) as work:
+        work.write_text(json.dumps(figures.to_dict()) + "\n", encoding="utf8")
 
 
 def _say_figures(report: dict[str, Any]) -> None:
@@ -303,8 +315,7 @@ def rank_grid(
             id_column=None if named else source.id_column,
             on_invalid=on_invalid,
         ).open(embeddings)
-    names = {**vars(columns), "id_column": source.id_column}
-    data = semid.prepare_ranking_data(logs, items=source.items, config=data_config, **names)
+    data = source.read(logs, columns, data_config)
     semantic_ids = None if ids is None else semid.SemanticIds.read(ids)
     if output.exists() and not resume:
         # A replaced grid starts from an empty folder, which gets one line per finished run. What is

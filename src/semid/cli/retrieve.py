@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -76,8 +77,8 @@ def retrieve(
         device: Device.
     """
     from semid.recommenders.retrieval import MODELS
-    from semid.runs import partial_path, remove_state_folder
-    from semid.training.distributed import is_main, one_process
+    from semid.runs import partial_path
+    from semid.training.distributed import is_main
 
     if not 0 <= cold_items <= 0.5:  # NaN fails too, which older releases of click let pass
         raise UsageError(f"--cold-items is {cold_items}; give a share from 0 to 0.5")
@@ -85,130 +86,154 @@ def retrieve(
     # read, so that a typo costs no minutes.
     reads = (logs, ids, embeddings, items)
     check_device(device)
-    asked = () if model == "all" else split_list("model", model) or ("composed",)
-    for name in asked:
+    models = () if model == "all" else split_list("model", model) or ("composed",)
+    for name in models:
         MODELS.check(name, flag="--model")
-    check_keys("retrieve", settings, *asked)
+    check_keys("retrieve", settings, *models)
     if are_checked(context, "retrieve", settings):
         check_inputs(*reads)
         columns.check(logs)
-    compares = len(asked) != 1 or seeds > 1
-    state = None if compares else Path(partial_path(output))
-    if compares and not one_process():
-        raise UsageError(
-            "several models or seeds run one after another in one process: leave out torchrun, or "
-            "give one --model and one --seed"
-        )
-    if compares and (uri := staging.placed(output)):
-        staging.refuse(uri)
+    compares = len(models) != 1 or seeds > 1
+    if compares:
+        _check_comparison(context, output)
     if is_main():  # under torchrun the first process alone writes and prints
-        grows = overwrite or (compares and resume)
-        hold_output(output, overwrite=grows, inputs=reads, state=state)
+        state = None if compares else Path(partial_path(output))
+        hold_output(output, overwrite=overwrite or (compares and resume), inputs=reads, state=state)
         if report is not None:
             hold_output(report, overwrite=overwrite, inputs=(*reads, output))
-    from semid.recommenders.ranking.training import training_device
     from semid.recommenders.retrieval.data import prepare_retrieval_data
-    from semid.recommenders.retrieval.training import TRAINING
-    from semid.reproduce.retrieval_grid import (
-        COMPARISON_FILES,
-        RetrievalRun,
-        compare_retrievers,
-        load_models,
-        page_entries,
-        write_tables,
-    )
-    from semid.training.options import TrainOptions
 
-    training_device(device)
-    names = asked or _models(ids, embeddings)
-    check_keys("retrieve", settings, *names)
-    kinds = {name: MODELS.load(name, flag="--model") for name in names}
-    if compares:
-        refuse_unused(context, ["seed"], "a comparison takes the seeds from 0")
-        refuse_unused(context, ["log"], "a comparison has several runs and results of its own")
-    options, training = options_under(settings, "options"), options_under(settings, "training")
-    reads_vectors = options.get("text") or any("vectors" in kind.needs for kind in kinds.values())
-    if embeddings is not None and not reads_vectors:
-        refuse_unused(context, ["embeddings"], "text-knn and --text alone read it")
-    conduct = TrainOptions.of(training, defaults=TRAINING)
-    for kind in kinds.values():  # values are checked before files are read
-        fields = kind.options.of(None).to_dict()
-        kind.options.of({key: value for key, value in options.items() if key in fields})
-    semantic_ids = None if ids is None else semid.SemanticIds.read(ids)
+    models = models or _models(ids, embeddings)
+    run = {**_run_options(context, settings, models, embeddings, device), "ids": None}
+    if ids is not None:
+        run["ids"] = semid.SemanticIds.read(ids)
     data = prepare_retrieval_data(
         logs,
-        ids=semantic_ids,
+        ids=run["ids"],
         embeddings=embeddings,
         items=items if embeddings is not None else None,
         cold_items=cold_items,
         **vars(columns),
     )
-    # A comparison is a folder that grows; --overwrite begins it anew, once all inputs were read.
-    if compares and output.exists() and not resume:
-        from semid.output import atomic_folder
-
-        with atomic_folder(output, overwrite=True, grows=COMPARISON_FILES):
-            pass
-    with open_log(log) as logger, make_progress(quiet=quiet or not is_main()) as progress:
-        if logger is not None:
-            chosen = kinds[names[0]].options.of(options).to_dict()
-            settings = {"options": chosen, "training": conduct.to_dict()}
-            named = {"model": names[0], "logs": logs, "ids": ids, "seed": seed}
-            logger.parameters = {**named, "protocol": data.protocol, **settings}
-        if compares:
-            runs = compare_retrievers(
-                data,
-                output,
-                models=names,
-                seeds=seeds,
-                ids=semantic_ids,
-                options=options,
-                training=conduct,
-                device=device,
-                progress=progress,
-            )
-            retrievers = load_models(output, runs) if report is not None else []
-        else:
-            with name_checkpoint(state or output):
-                retriever = semid.train_retriever(
-                    data,
-                    ids=semantic_ids if "codes" in kinds[names[0]].needs else None,
-                    model=names[0],
-                    options=options,
-                    training=conduct,
-                    seed=seed,
-                    device=device,
-                    checkpoint=state,
-                    resume=resume,
-                    progress=progress,
-                    logger=logger,
-                )
-            if not is_main():
-                return
-            retriever.save(output, overwrite=overwrite)
-            remove_state_folder(partial_path(output))
-            if logger is not None:
-                test = retriever.results["test"].metrics
-                numbers = {f"test_{name}": estimate.value for name, estimate in test.items()}
-                verdict = f"recall@10 {numbers['test_recall@10']:.4f}, {data.protocol}"
-                logger.finish(verdict, numbers, output)
-            runs = [RetrievalRun.of(retriever)]
-            retrievers = [retriever]
     if compares:
-        say(write_tables(output, runs))
-        say(f"results: {output}")
+        run |= {"models": models, "seeds": seeds}
+        runs, retrievers = _compare(data, output, run, resume, quiet, loads=report is not None)
     else:
-        _say_results(runs[0].results)
-        say(f"model: {output}")
-    if report is not None:
+        run |= {"model": models[0], "seed": seed, "resume": resume}
+        shown = {"model": models[0], "logs": logs, "ids": ids, "seed": seed}
+        runs, retrievers = _train(data, output, run, shown, log, overwrite, quiet)
+    if report is not None and is_main():
         from semid.report.retrieval import write_retrieval_page
+        from semid.reproduce.retrieval_grid import page_entries
 
         entries = page_entries(runs, retrievers)
         write_retrieval_page(report, entries, data, items=items, overwrite=overwrite)
         say(f"report: {report}")
 
 
-def _models(ids: Path | None, embeddings: str | None) -> list[str]:
+def _check_comparison(context: typer.Context, output: Path) -> None:
+    """Refuse what does not go with several models or seeds."""
+    from semid.training.distributed import one_process
+
+    if not one_process():
+        raise UsageError(
+            "several models or seeds run one after another in one process: leave out torchrun, or "
+            "give one --model and one --seed"
+        )
+    if uri := staging.placed(output):
+        staging.refuse(uri)
+    refuse_unused(context, ["seed"], "a comparison takes the seeds from 0")
+    refuse_unused(context, ["log"], "a comparison has several runs and results of its own")
+
+
+def _run_options(
+    context: typer.Context,
+    settings: dict[str, Any],
+    models: Sequence[str],
+    embeddings: str | None,
+    device: str,
+) -> dict[str, Any]:
+    """Return options of the models, of training and the device, checked before files are read."""
+    from semid.recommenders.ranking.training import training_device
+    from semid.recommenders.retrieval import MODELS
+    from semid.recommenders.retrieval.training import TRAINING
+    from semid.training.options import TrainOptions
+
+    training_device(device)
+    check_keys("retrieve", settings, *models)
+    kinds = [MODELS.load(name, flag="--model") for name in models]
+    options, training = options_under(settings, "options"), options_under(settings, "training")
+    reads_vectors = options.get("text") or any("vectors" in kind.needs for kind in kinds)
+    if embeddings is not None and not reads_vectors:
+        refuse_unused(context, ["embeddings"], "text-knn and --text alone read it")
+    for kind in kinds:
+        fields = kind.options.of(None).to_dict()
+        kind.options.of({key: value for key, value in options.items() if key in fields})
+    conduct = TrainOptions.of(training, defaults=TRAINING)
+    return {"options": options, "training": conduct, "device": device}
+
+
+def _compare(
+    data: Any, output: Path, run: dict[str, Any], resume: bool, quiet: bool, *, loads: bool
+) -> tuple[list[Any], list[Any]]:
+    """Train all models with all seeds; return the runs, and with ``loads`` the models."""
+    from semid.output import atomic_folder
+    from semid.reproduce.retrieval_grid import (
+        COMPARISON_FILES,
+        compare_retrievers,
+        load_models,
+        write_tables,
+    )
+
+    # A comparison is a folder that grows; --overwrite begins it anew, once all inputs were read.
+    if output.exists() and not resume:
+        with atomic_folder(output, overwrite=True, grows=COMPARISON_FILES):
+            pass
+    with make_progress(quiet=quiet) as progress:
+        runs = compare_retrievers(data, output, progress=progress, **run)
+        retrievers = load_models(output, runs) if loads else []
+    say(write_tables(output, runs))
+    say(f"results: {output}")
+    return runs, retrievers
+
+
+def _train(
+    data: Any, output: Path, run: dict[str, Any], shown: dict[str, Any], log: str | None,
+    overwrite: bool, quiet: bool,
+) -> tuple[list[Any], list[Any]]:  # fmt: skip
+    """Train one model and save it; return its run and itself, in the first process."""
+    from semid.recommenders.retrieval import MODELS
+    from semid.reproduce.retrieval_grid import RetrievalRun
+    from semid.runs import partial_path, remove_state_folder
+    from semid.training.distributed import is_main
+
+    kind, state = MODELS.load(run["model"]), Path(partial_path(output))
+    if "codes" not in kind.needs:
+        run["ids"] = None
+    with open_log(log) as logger, make_progress(quiet=quiet or not is_main()) as progress:
+        if logger is not None:
+            options = {"options": kind.options.of(run["options"]), "training": run["training"]}
+            options = {name: each.to_dict() for name, each in options.items()}
+            logger.parameters = {**shown, "protocol": data.protocol, **options}
+        with name_checkpoint(state):
+            extra = {"checkpoint": state, "progress": progress, "logger": logger}
+            retriever = semid.train_retriever(data, **run, **extra)
+        if not is_main():
+            return [], []
+        retriever.save(output, overwrite=overwrite)
+        remove_state_folder(state)
+        if logger is not None:
+            test = retriever.results["test"].metrics
+            numbers = {f"test_{name}": estimate.value for name, estimate in test.items()}
+            verdict = f"recall@10 {numbers['test_recall@10']:.4f}, {data.protocol}"
+            logger.finish(verdict, numbers, output)
+    summary = RetrievalRun.of(retriever)
+    _say_results(summary.results)
+    say(f"model: {output}")
+    return [summary], [retriever]
+
+
+def _models(ids: Path | None, embeddings: str | None) -> tuple[str, ...]:
     """Return all models that the inputs allow, and say which are left out."""
     from semid.recommenders.retrieval import MODELS
 
@@ -221,7 +246,7 @@ def _models(ids: Path | None, embeddings: str | None) -> list[str]:
         elif missing:
             flags = {"codes": "--ids", "vectors": "--embeddings"}
             say(f"without {name}: it needs {flags[missing[0]]}", err=True)
-    return names
+    return tuple(names)
 
 
 def _say_results(results: Any) -> None:
