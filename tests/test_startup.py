@@ -147,6 +147,7 @@ REFUSED = {
     "fit x.npy -o out --tokenizer rqvae --set training.epoch=3": "did you mean 'training.epochs'",
     "fit x.npy -o out --tokenizer rqvae --max-iter 3": "no option of rqvae",
     "fit x.npy -o out --tokenizer barq": "--interactions or --pairs",
+    "fit x.npy -o out --tokenizer barq --pairs pairs.parquet --check-behavior": "--check-behavior",
     "fit x.npy -o out --tokenizer drqvae --contrastive-weight 0.1": "--interactions or --pairs",
     "fit x.npy -o out --tokenizer rqvae --precision half": "precision='half'",
     "import nowhere.parquet -o out.parquet": "does not exist",

@@ -100,6 +100,8 @@ def fit(
         argument, default = _BEHAVIOR.get(kind, ("", 0))
         if values.get(argument, default) and not (interactions or pairs or neighbors):
             raise missing_behavior(kind, argument)
+        if interactions is None:
+            cli.refuse_unused(context, ["check_behavior"], "it takes users of --interactions")
         model = make_tokenizer(kind, values, threads=threads, logger=logger)
         _refuse_unused(context, model)
         opened = source.open(embeddings) if opened is None else opened
