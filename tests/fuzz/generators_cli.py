@@ -57,7 +57,7 @@ def base_commands(random: Random, bench: Bench, work: Path) -> tuple[list[Any], 
         random,
         {"fit": 5, "encode": 5, "unique": 3, "export": 3, "import": 3, "rank": 4, "drift": 2,
          "refine": 2, "refresh": 2, "report": 1, "compare": 1, "add": 2, "grid": 1, "fit-net": 3,
-         "prepare": 1, "histories": 2, "retrieve": 4, "recommend": 2},
+         "grid-ids": 1, "prepare": 1, "histories": 2, "retrieve": 4, "recommend": 2},
     )  # fmt: skip
     out = work / "out"
     ranker = ["--epochs", 1, "--hidden", "8", "--width", 4]
@@ -87,6 +87,10 @@ def base_commands(random: Random, bench: Bench, work: Path) -> tuple[list[Any], 
             *("rank-grid", log, "--items", table, "--embeddings", table, *ranker),
             *("--methods", "none", "--scales", "1", "--models", "deepfm", "--seeds", 1),
             *("--codebook-size", 4),
+        ],
+        "grid-ids": [
+            *("rank-grid", log, "--ids", ids, "--methods", "none,ids", *ranker),
+            *("--models", "deepfm", "--seeds", 1),
         ],
         "drift": ["drift", model, table, bench / "first.parquet"],
         "refine": ["refine", bench / "rqkmeans", table, "--rounds", 1, "--annealing-rounds", 1],
