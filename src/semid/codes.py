@@ -31,11 +31,11 @@ from semid.errors import (
     FingerprintError,
     IdsError,
     InputError,
-    MissingExtraError,
     SemidError,
     UsageError,
     brief,
     check_choice,
+    import_extra,
 )
 from semid.filesystems import is_uri, open_parquet
 from semid.output import atomic_file
@@ -268,10 +268,7 @@ class SemanticIds:
 
     def to_polars(self) -> Any:
         """Return a polars frame with the columns of `to_pandas`."""
-        try:
-            import polars
-        except ImportError:
-            raise MissingExtraError("polars", extra="polars", purpose="to_polars()") from None
+        polars = import_extra("polars", extra="polars", purpose="to_polars()")
         return polars.from_arrow(self._plain_table())
 
     def _plain_table(self) -> pa.Table:

@@ -9,8 +9,10 @@ the command line); everything else means the call was fine and the data or the m
 from __future__ import annotations
 
 import difflib
+import importlib
 import unicodedata
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 class SemidError(Exception):
@@ -71,6 +73,18 @@ class MissingExtraError(SemidError, ImportError):
             f"{purpose} needs the package '{package}', which is not installed; "
             f"install it with: pip install 'semid[{extra}]'"
         )
+
+
+def import_extra(module: str, *, extra: str, purpose: str, package: str = "") -> Any:
+    """Return a module of an optional dependency; ``package`` names it where pip's name differs.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise MissingExtraError(package or module, extra=extra, purpose=purpose) from None
 
 
 class NotFittedError(SemidError, AttributeError):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from semid.errors import ArtefactError, MissingExtraError, UsageError, brief
+from semid.errors import ArtefactError, UsageError, brief, import_extra
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FILES = ("config.json", "model.safetensors", "README.md")
@@ -29,7 +28,8 @@ def fetch_from_hub(name: str, *, revision: str | None = None) -> Path:
         MissingExtraError: without huggingface_hub.
         ArtefactError: there is no such repository, or it cannot be reached.
     """
-    hub = _hub(f"'{name}' is no folder here; looking for it on the Hugging Face Hub")
+    purpose = f"'{name}' is no folder here; looking for it on the Hugging Face Hub"
+    hub = import_extra("huggingface_hub", extra="hub", purpose=purpose)
     try:
         # Nothing but the files of an artefact is fetched; none of them can run code.
         return Path(hub.snapshot_download(name, revision=revision, allow_patterns=list(_FILES)))
@@ -80,7 +80,7 @@ class Publishable:
         """
         if _NAME.fullmatch(repo_id) is None:
             raise UsageError(f"repo_id='{repo_id}': give ORG/NAME, such as 'shop/items'")
-        hub = _hub("push_to_hub")
+        hub = import_extra("huggingface_hub", extra="hub", purpose="push_to_hub")
         with tempfile.TemporaryDirectory(prefix="semid-") as work:
             folder = self.save(Path(work) / "model")
             card = folder / "README.md"
@@ -123,10 +123,3 @@ class Publishable:
         for place in ('"path/to/this/folder"', "path_of_this_folder"):
             text = text.replace(place, f'"{repo_id}"')
         return f"---\n{about.to_yaml()}\n---\n\n{text}"
-
-
-def _hub(purpose: str) -> Any:
-    try:
-        return importlib.import_module("huggingface_hub")
-    except ImportError:
-        raise MissingExtraError("huggingface_hub", extra="hub", purpose=purpose) from None

@@ -31,11 +31,11 @@ from semid.errors import (
     EmbeddingError,
     IdsError,
     InputError,
-    MissingExtraError,
     OutputExistsError,
     UsageError,
     brief,
     check_choice,
+    import_extra,
 )
 from semid.filesystems import Folder, local_path, open_parquet, split_path
 from semid.output import atomic_file, claim_output
@@ -211,12 +211,12 @@ def open_encoder(
     check_choice("--device (device=)", device, ("auto", "cpu", "cuda"))
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda (device=) needs a GPU that torch can use; take auto or cpu")
-    try:
-        package: Any = importlib.import_module("sentence_transformers")
-    except ImportError:
-        raise MissingExtraError(
-            "sentence-transformers", extra="text", purpose="embedding item texts"
-        ) from None
+    package = import_extra(
+        "sentence_transformers",
+        package="sentence-transformers",
+        extra="text",
+        purpose="embedding item texts",
+    )
     name, folder = os.fspath(model), Path(model).expanduser()
     if folder.is_dir() and revision is not None:
         raise UsageError(f"--revision (revision=) is for the Hub, and '{name}' is a folder here")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from semid.errors import InputError, MissingExtraError, UsageError
+from semid.errors import InputError, UsageError, import_extra
 from semid.options import Options, option
 
 logger = logging.getLogger(__name__)
@@ -62,11 +62,7 @@ def import_ray() -> Any:
     """Import Ray, which is an extra, with its usage statistics off unless they were asked for."""
     # Read when Ray starts: no default sends statistics about a run elsewhere.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        import ray
-    except ImportError:
-        raise MissingExtraError("ray", extra="ray", purpose="--engine ray") from None
-    return ray
+    return import_extra("ray", extra="ray", purpose="--engine ray")
 
 
 def connect(options: RayOptions) -> Any:

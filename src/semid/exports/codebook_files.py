@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from semid.artefact import read_tensors
-from semid.errors import ArtefactError, MissingExtraError, UsageError, check_choice
+from semid.errors import ArtefactError, UsageError, check_choice, import_extra
 from semid.exports.formats import CODEBOOK_SOURCES
 from semid.lazy import torch
 from semid.options import MAX_BEAM
@@ -232,10 +232,7 @@ class _TensorReader(pickle.Unpickler):
 
 
 def _read_faiss(path: str | os.PathLike[str]) -> Codebooks:
-    try:
-        import faiss
-    except ImportError:
-        raise MissingExtraError("faiss-cpu", extra="faiss", purpose="reading an index") from None
+    faiss = import_extra("faiss", package="faiss-cpu", extra="faiss", purpose="reading an index")
     try:
         whole = faiss.read_index(str(path))  # owns the memory that the names below point into
     except RuntimeError as error:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from semid.codes import SemanticIds
-from semid.errors import MissingExtraError, UsageError
+from semid.errors import UsageError, import_extra
 from semid.exports.formats import ExportFormat
 from semid.tokenizers.base import Tokenizer
 
@@ -122,13 +122,8 @@ def write_onnx_graph(
     dynamic: Any,
 ) -> None:
     """Write a module as one ``.onnx`` file, traced with the example inputs."""
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError(
-            error.name or "onnx", extra="onnx", purpose="the ONNX export"
-        ) from None
+    for module in ("onnx", "onnxscript"):
+        import_extra(module, extra="onnx", purpose="the ONNX export")
     exporter_logger = logging.getLogger("torch.onnx")
     level = exporter_logger.level
     with warnings.catch_warnings():
@@ -189,10 +184,7 @@ def _write_faiss(path: Path, *, ids: SemanticIds, tokenizer: Tokenizer) -> None:
     works in the latent space, so queries are ``tokenizer.latent(x)``. With beam 1,
     ``index.rq.compute_codes`` gives the tokenizer's greedy codes, bit-packed.
     """
-    try:
-        import faiss
-    except ImportError:
-        raise MissingExtraError("faiss-cpu", extra="faiss", purpose="the FAISS export") from None
+    faiss = import_extra("faiss", package="faiss-cpu", extra="faiss", purpose="the FAISS export")
     sizes = tokenizer.codebook_sizes
     if not tokenizer.encodes_nearest:
         raise UsageError(
@@ -215,15 +207,14 @@ def _write_faiss(path: Path, *, ids: SemanticIds, tokenizer: Tokenizer) -> None:
     codes = np.ascontiguousarray(ids.codes[:, : len(sizes)], dtype=np.int32)
     packed = faiss.pack_bitstrings(codes, bits.tolist())
     if tokenizer.combine == "concat":
-        index: Any = _product_index(tokenizer, int(bits[0]))
+        index = _product_index(tokenizer, int(bits[0]))
         if len(codes):
             index.add_sa_codes(packed)
         faiss.write_index(index, str(path))
         return
     bit_vector = faiss.UInt64Vector()
     faiss.copy_array_to_vector(bits.astype(np.uint64), bit_vector)
-    create: Any = faiss.IndexResidualQuantizer  # its stubs lack the one for sizes that differ
-    index = create(codebooks[0].shape[1], bit_vector)
+    index = faiss.IndexResidualQuantizer(codebooks[0].shape[1], bit_vector)
     faiss.copy_array_to_vector(np.concatenate(codebooks).ravel(), index.rq.codebooks)
     index.rq.max_beam_size = 1
     index.rq.is_trained = index.is_trained = True

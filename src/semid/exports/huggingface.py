@@ -22,7 +22,7 @@ from semid.catalogue.decoding import AllowedTokens, TorchTrie
 from semid.catalogue.prefixes import PrefixIndex
 from semid.codes import SemanticIds
 from semid.documents import read_json, typed
-from semid.errors import ArtefactError, MissingExtraError, UsageError
+from semid.errors import ArtefactError, UsageError, import_extra
 from semid.exports.formats import ExportFormat
 from semid.exports.id_files import level_letter
 from semid.seeds import torch_generator
@@ -129,14 +129,12 @@ class HuggingFaceExport:
         Raises:
             MissingExtraError: without transformers.
         """
-        try:
-            from transformers import AddedToken
-        except ImportError:
-            raise MissingExtraError(
-                "transformers", extra="transformers", purpose="adding tokens to a model"
-            ) from None
+        transformers = import_extra(
+            "transformers", extra="transformers", purpose="adding tokens to a model"
+        )
         flat = [text for level in self.tokens for text in level]
-        tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in flat])
+        options = {"special": False, "normalized": False}
+        tokenizer.add_tokens([transformers.AddedToken(text, **options) for text in flat])
         if model is not None and model.get_input_embeddings().num_embeddings < len(tokenizer):
             # `initialize` sets the new rows from the codewords.
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)

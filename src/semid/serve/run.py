@@ -14,7 +14,7 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from semid.errors import MissingExtraError, UsageError
+from semid.errors import UsageError, import_extra
 from semid.serve.app import create_app
 from semid.serve.limits import LOOPBACK
 from semid.serve.observe import log_json, logger
@@ -145,10 +145,7 @@ def ray_deployment(
     Raises:
         MissingExtraError: without ``ray[serve]``.
     """
-    try:
-        from ray import serve as ray_serve
-    except ImportError:
-        raise MissingExtraError("ray[serve]", extra="ray", purpose="Ray Serve") from None
+    ray_serve = import_extra("ray.serve", package="ray[serve]", extra="ray", purpose="Ray Serve")
 
     def build() -> Any:
         return create_app(**settings)

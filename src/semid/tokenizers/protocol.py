@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from semid.codes import SemanticIds
-from semid.errors import MissingExtraError, check_choice
+from semid.errors import check_choice, import_extra
 from semid.tokenizers.stored import StoredTokenizer
 
 CONTAINERS = ("default", "pandas", "polars")
@@ -47,10 +46,7 @@ class Transformer(StoredTokenizer):
             container = sys.modules["sklearn"].get_config()["transform_output"]
         if container == "default":
             return codes
-        try:
-            library = importlib.import_module(container)
-        except ImportError:
-            raise MissingExtraError(container, extra=container, purpose="set_output") from None
+        library = import_extra(container, extra=container, purpose="set_output")
         columns = dict(zip(self.get_feature_names_out(), codes.T, strict=True))
         # As in scikit-learn, rows keep the labels that they had.
         index = {"index": source.index} if container == "pandas" and hasattr(source, "iloc") else {}

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from semid.errors import MissingExtraError, UsageError
+from semid.errors import UsageError, import_extra
 
 
 class Logger(Protocol):
@@ -207,8 +207,5 @@ def make_logger(text: str) -> RunLogger:
     if kind == "jsonl" and Path(where).is_dir():
         raise UsageError(f"--log '{text}': '{where}' is a folder; give a file, such as run.jsonl")
     if kind != "jsonl":
-        try:
-            importlib.import_module(kind)
-        except ImportError:
-            raise MissingExtraError(kind, extra=kind, purpose=f"--log {kind}") from None
+        import_extra(kind, extra=kind, purpose=f"--log {kind}")
     return RunLogger(kind, where or None)
