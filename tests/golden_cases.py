@@ -424,141 +424,115 @@ def fused() -> Any:
 EXACT = ("rqkmeans", "pq", "codebooks")
 """Tokenizers whose results are equal on every machine."""
 
-TOKENIZERS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
-    "rqkmeans greedy": (lambda: semid.RQKMeans(**LEVELS), {}),
-    "rqkmeans sizes per level": (lambda: semid.RQKMeans(levels=3, codebook_size=(8, 16, 20)), {}),
-    "rqkmeans beam": (lambda: semid.RQKMeans(**LEVELS, beam_width=5), {}),
-    "rqkmeans normalize": (lambda: semid.RQKMeans(**LEVELS, normalize=True), {}),
-    "rqkmeans center": (lambda: semid.RQKMeans(**LEVELS, center=True), {}),
-    "rqkmeans normalize and center": (
-        lambda: semid.RQKMeans(**LEVELS, normalize=True, center=True),
-        {},
+TOKENIZERS: dict[str, Callable[[], Any]] = {
+    "rqkmeans greedy": lambda: semid.RQKMeans(**LEVELS),
+    "rqkmeans sizes per level": lambda: semid.RQKMeans(levels=3, codebook_size=(8, 16, 20)),
+    "rqkmeans beam": lambda: semid.RQKMeans(**LEVELS, beam_width=5),
+    "rqkmeans normalize": lambda: semid.RQKMeans(**LEVELS, normalize=True),
+    "rqkmeans center": lambda: semid.RQKMeans(**LEVELS, center=True),
+    "rqkmeans normalize and center": lambda: semid.RQKMeans(**LEVELS, normalize=True, center=True),
+    "rqkmeans restarts": lambda: semid.RQKMeans(
+        **LEVELS, seed=3, kmeans={"n_init": 3, "max_iter": 5}
     ),
-    "rqkmeans restarts": (
-        lambda: semid.RQKMeans(**LEVELS, seed=3, kmeans={"n_init": 3, "max_iter": 5}),
-        {},
+    "rqkmeans sample per code": lambda: semid.RQKMeans(
+        **LEVELS, kmeans={"sample_per_code": 20, "full_pass": True}
     ),
-    "rqkmeans sample per code": (
-        lambda: semid.RQKMeans(**LEVELS, kmeans={"sample_per_code": 20, "full_pass": True}),
-        {},
+    "rqkmeans weights": lambda: semid.RQKMeans(**LEVELS),
+    "rqkmeans fused": lambda: semid.RQKMeans(**LEVELS),
+    "vqvae ema": lambda: semid.VQVAE(codebook_size=16, **SMALL),
+    "vqvae gradient": lambda: semid.VQVAE(codebook_size=16, rule="gradient", **SMALL),
+    "rqvae": lambda: semid.RQVAE(**LEVELS, **SMALL),
+    "rqvae beam, normalize and center": lambda: semid.RQVAE(
+        **LEVELS, beam_width=4, normalize=True, center=True, **SMALL
     ),
-    "rqkmeans weights": (
-        lambda: semid.RQKMeans(**LEVELS),
-        {"weights": draw(32, ITEMS, 5).astype(np.float64)},
+    "rqvae fused, weights": lambda: semid.RQVAE(**LEVELS, **SMALL),
+    "rqpvae": lambda: semid.RQPVAE(**LEVELS, revive_below=0.3, **SMALL),
+    "rqgmm": lambda: semid.RQGMM(**LEVELS, max_em_iter=4, center=True),
+    "rqgmm spherical, weights": lambda: semid.RQGMM(
+        **LEVELS, max_em_iter=4, covariance="spherical"
     ),
-    "rqkmeans fused": (lambda: semid.RQKMeans(**LEVELS), {"source": "fused"}),
-    "vqvae ema": (lambda: semid.VQVAE(codebook_size=16, **SMALL), {}),
-    "vqvae gradient": (lambda: semid.VQVAE(codebook_size=16, rule="gradient", **SMALL), {}),
-    "rqvae": (lambda: semid.RQVAE(**LEVELS, **SMALL), {}),
-    "rqvae beam, normalize and center": (
-        lambda: semid.RQVAE(**LEVELS, beam_width=4, normalize=True, center=True, **SMALL),
-        {},
+    "rqkmeans balanced": lambda: semid.RQKMeans(
+        **LEVELS, center=True, balance={"mode": "soft", "rounds": 8}
     ),
-    "rqvae fused, weights": (
-        lambda: semid.RQVAE(**LEVELS, **SMALL),
-        {"source": "fused", "weights": 1.0 + draw(32, ITEMS, 5)},
+    "rqkmeans balanced hard": lambda: semid.RQKMeans(
+        **LEVELS, balance={"mode": "hard", "rounds": 8}
     ),
-    "rqpvae": (lambda: semid.RQPVAE(**LEVELS, revive_below=0.3, **SMALL), {}),
-    "rqgmm": (lambda: semid.RQGMM(**LEVELS, max_em_iter=4, center=True), {}),
-    "rqgmm spherical, weights": (
-        lambda: semid.RQGMM(**LEVELS, max_em_iter=4, covariance="spherical"),
-        {"weights": 1.0 + draw(32, ITEMS, 5)},
+    "rqkmeans trained with a beam": lambda: semid.RQKMeans(
+        **LEVELS, beam_width=3, train_with_beam=True
     ),
-    "rqkmeans balanced": (
-        lambda: semid.RQKMeans(**LEVELS, center=True, balance={"mode": "soft", "rounds": 8}),
-        {"weights": 1.0 + draw(32, ITEMS, 5)},
-    ),
-    "rqkmeans balanced hard": (
-        lambda: semid.RQKMeans(**LEVELS, balance={"mode": "hard", "rounds": 8}),
-        {},
-    ),
-    "rqkmeans trained with a beam": (
-        lambda: semid.RQKMeans(**LEVELS, beam_width=3, train_with_beam=True),
-        {},
-    ),
-    "pq": (
-        lambda: semid.PQ(n_codebooks=5, codebook_size=16, kmeans={"n_init": 2}),
-        {"weights": draw(32, ITEMS, 5).astype(np.float64)},
-    ),
-    "opq": (lambda: semid.OPQ(n_codebooks=4, codebook_size=16, center=True, rotation_iter=3), {}),
-    "codebooks of levels": (lambda: semid.Codebooks(**LEVELS, beam_width=3, center=True), {}),
-    "codebooks, parallel": (lambda: semid.Codebooks(**LEVELS, combine="mean"), {}),
-    "codebooks, side by side": (
-        lambda: semid.Codebooks(**LEVELS, combine="concat", normalize=True),
-        {},
-    ),
-    "pipeline of drqvae and opq": (
-        lambda: semid.Pipeline(
-            encoder=semid.DRQVAE(levels=1, codebook_size=16, contrastive_weight=0.1,
-                                 pairs_per_step=64, **SMALL),
-            quantizer=semid.OPQ(n_codebooks=3, codebook_size=16, rotation_iter=2),
+    "pq": lambda: semid.PQ(n_codebooks=5, codebook_size=16, kmeans={"n_init": 2}),
+    "opq": lambda: semid.OPQ(n_codebooks=4, codebook_size=16, center=True, rotation_iter=3),
+    "codebooks of levels": lambda: semid.Codebooks(**LEVELS, beam_width=3, center=True),
+    "codebooks, parallel": lambda: semid.Codebooks(**LEVELS, combine="mean"),
+    "codebooks, side by side": lambda: semid.Codebooks(**LEVELS, combine="concat", normalize=True),
+    "pipeline of drqvae and opq": lambda: semid.Pipeline(
+        encoder=semid.DRQVAE(
+            levels=1, codebook_size=16, contrastive_weight=0.1, pairs_per_step=64, **SMALL
         ),
-        {"interactions": "log"},
+        quantizer=semid.OPQ(n_codebooks=3, codebook_size=16, rotation_iter=2),
     ),
-    "pipeline of rqvae and rqgmm": (
-        lambda: semid.Pipeline(
-            encoder={"tokenizer": "rqvae", "levels": 1, "codebook_size": 16, **SMALL},
-            quantizer={"tokenizer": "rqgmm", "codebook_size": 16, "max_em_iter": 3},
-        ),
-        {},
+    "pipeline of rqvae and rqgmm": lambda: semid.Pipeline(
+        encoder={"tokenizer": "rqvae", "levels": 1, "codebook_size": 16, **SMALL},
+        quantizer={"tokenizer": "rqgmm", "codebook_size": 16, "max_em_iter": 3},
     ),
-    "fsq": (lambda: semid.FSQ(dimension_levels=(4, 5), groups=2, **GRID), {}),
-    "fsq stages, dimensions": (
-        lambda: semid.FSQ(
-            dimension_levels=(4, 5), groups=1, stages=2, codes_per="dimension", **GRID
-        ),
-        {},
+    "fsq": lambda: semid.FSQ(dimension_levels=(4, 5), groups=2, **GRID),
+    "fsq stages, dimensions": lambda: semid.FSQ(
+        dimension_levels=(4, 5), groups=1, stages=2, codes_per="dimension", **GRID
     ),
-    "drqvae": (lambda: semid.DRQVAE(**LEVELS, **SMALL), {}),
-    "drqvae interactions": (
-        lambda: semid.DRQVAE(**LEVELS, contrastive_weight=0.1, pairs_per_step=64, **SMALL),
-        {"interactions": "log"},
+    "drqvae": lambda: semid.DRQVAE(**LEVELS, **SMALL),
+    "drqvae interactions": lambda: semid.DRQVAE(
+        **LEVELS, contrastive_weight=0.1, pairs_per_step=64, **SMALL
     ),
-    "drqvae pairs, uniformity and kl": (
-        lambda: semid.DRQVAE(
-            **LEVELS, contrastive_weight=0.1, uniformity_weight=0.05, kl_weight=0.01,
-            pairs_per_step=64, **SMALL,
-        ),
-        {"pairs": "pairs"},
+    "drqvae pairs, uniformity and kl": lambda: semid.DRQVAE(
+        **LEVELS,
+        contrastive_weight=0.1,
+        uniformity_weight=0.05,
+        kl_weight=0.01,
+        pairs_per_step=64,
+        **SMALL,
     ),
-    "drqvae neighbors": (
-        lambda: semid.DRQVAE(**LEVELS, contrastive_weight=0.1, pairs_per_step=64, **SMALL),
-        {"pairs": "neighbors"},
+    "drqvae neighbors": lambda: semid.DRQVAE(
+        **LEVELS, contrastive_weight=0.1, pairs_per_step=64, **SMALL
     ),
-    "mocvae ema": (lambda: semid.MoCVAE(n_codebooks=3, codebook_size=16, **SMALL), {}),
-    "mocvae gradient": (
-        lambda: semid.MoCVAE(n_codebooks=3, codebook_size=16, rule="gradient", **SMALL),
-        {},
+    "mocvae ema": lambda: semid.MoCVAE(n_codebooks=3, codebook_size=16, **SMALL),
+    "mocvae gradient": lambda: semid.MoCVAE(
+        n_codebooks=3, codebook_size=16, rule="gradient", **SMALL
     ),
-    "mocvae projection ema": (
-        lambda: semid.MoCVAE(n_codebooks=3, codebook_size=16, projection=True, **SMALL),
-        {},
+    "mocvae projection ema": lambda: semid.MoCVAE(
+        n_codebooks=3, codebook_size=16, projection=True, **SMALL
     ),
-    "mocvae projection gradient": (
-        lambda: semid.MoCVAE(
-            n_codebooks=2, codebook_size=(8, 16), projection=True, rule="gradient", **SMALL
-        ),
-        {},
+    "mocvae projection gradient": lambda: semid.MoCVAE(
+        n_codebooks=2, codebook_size=(8, 16), projection=True, rule="gradient", **SMALL
     ),
-    "barq": (
-        lambda: semid.BARQ(**LEVELS, check_behavior=False, **BEHAVIOR, **SMALL),
-        {"interactions": "log"},
+    "barq": lambda: semid.BARQ(**LEVELS, check_behavior=False, **BEHAVIOR, **SMALL),
+    "barq balanced": lambda: semid.BARQ(
+        **LEVELS,
+        balance_strength=0.5,
+        behavior_levels=2,
+        content_variance=1.0,
+        **BEHAVIOR,
+        **SMALL,
     ),
-    "barq balanced": (
-        lambda: semid.BARQ(
-            **LEVELS, balance_strength=0.5, behavior_levels=2, content_variance=1.0,
-            **BEHAVIOR, **SMALL,
-        ),
-        {"pairs": "pairs"},
-    ),
-    "barq without behavior": (
-        lambda: semid.BARQ(**LEVELS, behavior_weight=0.0, **BEHAVIOR, **SMALL),
-        {},
-    ),
-}  # fmt: skip
+    "barq without behavior": lambda: semid.BARQ(**LEVELS, behavior_weight=0.0, **BEHAVIOR, **SMALL),
+}
+FIT_OPTIONS: dict[str, dict[str, Any]] = {
+    "rqkmeans weights": {"weights": draw(32, ITEMS, 5).astype(np.float64)},
+    "rqkmeans fused": {"source": "fused"},
+    "rqvae fused, weights": {"source": "fused", "weights": 1.0 + draw(32, ITEMS, 5)},
+    "rqgmm spherical, weights": {"weights": 1.0 + draw(32, ITEMS, 5)},
+    "rqkmeans balanced": {"weights": 1.0 + draw(32, ITEMS, 5)},
+    "pq": {"weights": draw(32, ITEMS, 5).astype(np.float64)},
+    "pipeline of drqvae and opq": {"interactions": "log"},
+    "drqvae interactions": {"interactions": "log"},
+    "drqvae pairs, uniformity and kl": {"pairs": "pairs"},
+    "drqvae neighbors": {"pairs": "neighbors"},
+    "barq": {"interactions": "log"},
+    "barq balanced": {"pairs": "pairs"},
+}
+"""What `fit` gets; text names an input."""
 
 
-def tokenizer_case(name: str, make: Callable[[], Any], fit: dict[str, Any]) -> None:
+def tokenizer_case(name: str) -> None:
     """Register the case of a tokenizer."""
 
     @case(f"tokenizer {name}")
@@ -571,14 +545,15 @@ def tokenizer_case(name: str, make: Callable[[], Any], fit: dict[str, Any]) -> N
                 embedding_table(vectors(ITEMS, width=8, seed=40)), k=3
             ),
         }
+        fit = FIT_OPTIONS.get(name, {})
         given = {k: inputs[v]() if isinstance(v, str) else v for k, v in fit.items()}
         source = given.pop("source", world.source)
-        tokenizer = make().fit(source, **given)
+        tokenizer = TOKENIZERS[name]().fit(source, **given)
         record_tokenizer(tokenizer, source, folder, record, exact=name.startswith(EXACT))
 
 
-for _name, (_make, _fit) in TOKENIZERS.items():
-    tokenizer_case(_name, _make, _fit)
+for _name in TOKENIZERS:
+    tokenizer_case(_name)
 
 
 @case("given codebooks")

@@ -12,7 +12,6 @@ import torch
 
 from rank_cases import QUICK, SMALL, codes, data, item_table, log_table
 from semid.errors import UsageError
-from semid.progress import QuietProgress
 from semid.recommenders.ranking.analysis import (
     analyze_codes,
     code_embeddings,
@@ -34,6 +33,7 @@ from semid.recommenders.ranking.training import (
 )
 from semid.reproduce.reconstruction_probe import probe_reconstruction
 from semid.training.checkpoint import module_arrays
+from training_cases import Stop
 
 ARCHITECTURE = RankerConfig(width=4, options=SMALL)
 
@@ -252,16 +252,6 @@ def test_the_widened_id_costs_what_the_codes_would(rows):
     assert wide.network.field_names[-3:] == ["wide:1", "wide:2", "wide:3"]
     assert wide.network.fields == plain.network.fields
     assert extra == pytest.approx(3 * 65 * 4, rel=0.1)
-
-
-class Stop(QuietProgress):
-    def __init__(self, after):
-        self.left = after
-
-    def step(self, done=1, **fields):
-        self.left -= bool(fields)
-        if self.left == 0:
-            raise KeyboardInterrupt
 
 
 def test_a_stopped_run_resumes_to_the_same_bits(rows, tmp_path):

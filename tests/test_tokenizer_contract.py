@@ -30,6 +30,7 @@ from semid.errors import (
 from semid.options import argument_types
 from semid.tokenizers.base import Tokenizer
 from semid.tokenizers.factory import TOKENIZERS as TOKENIZERS_OF_ALL
+from training_cases import Stop
 
 SMALL: dict[str, Any] = {
     "network": {"hidden": (32,), "latent": 8, "pretrain_epochs": 2},
@@ -404,17 +405,6 @@ def test_held_out_rows_are_never_trained_on(make, fitted, briefly, clustered):
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(make, clustered, tmp_path):
-    from semid.progress import QuietProgress
-
-    class Interrupt(QuietProgress):
-        def __init__(self, after: int) -> None:
-            self.left = after
-
-        def step(self, done: int = 1, **fields: object) -> None:
-            self.left -= bool(fields)
-            if self.left == 0:
-                raise KeyboardInterrupt
-
     def run() -> Tokenizer:
         return brief(make, epochs=3)
 
@@ -427,7 +417,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(make, clustered, tmp_path)
     for after in stops:
         folder = tmp_path / f"after-{after}"
         with pytest.raises(KeyboardInterrupt):
-            run().fit(clustered, checkpoint=folder, progress=Interrupt(after))
+            run().fit(clustered, checkpoint=folder, progress=Stop(after))
         if after == stops[0]:
             with pytest.raises(OutputExistsError, match="--resume"):
                 run().fit(clustered, checkpoint=folder)

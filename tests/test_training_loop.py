@@ -23,6 +23,7 @@ from semid.training.checkpoint import Checkpoint, Stages, module_arrays
 from semid.training.loggers import make_logger
 from semid.training.loop import Evaluation, Step, train
 from semid.training.options import FLOOR, TrainOptions, learning_rate, resolve_precision
+from training_cases import Stop
 
 STEPS = 6
 
@@ -65,18 +66,6 @@ class Task:
             score, healthy = self.scores[epoch]
             return Evaluation(score, healthy=healthy)
         return Evaluation(float((self.module.net(self.x)[:, 0] - self.y).square().mean()))
-
-
-class Stop(QuietProgress):
-    """Interrupts after some steps."""
-
-    def __init__(self, after: int) -> None:
-        self.left = after
-
-    def step(self, done: int = 1, **fields: object) -> None:
-        self.left -= bool(fields)
-        if self.left == 0:
-            raise KeyboardInterrupt
 
 
 OPTIONS = TrainOptions(epochs=5, learning_rate=0.02, patience=None, precision="fp32")
