@@ -244,7 +244,7 @@ class _Sampler:
         """
         # The inverse of the distribution: exp of a uniform number times the logarithm of the size.
         size = float(np.log(self.seen + 1))
-        rank = torch.exp(torch.rand(n) * size).long().clamp(1, self.seen).unique()
+        rank: Tensor = torch.unique(torch.exp(torch.rand(n) * size).long().clamp(1, self.seen))
         missed = torch.log1p(-torch.log1p(1 / rank.double()) / size) * n
         log_probability = torch.log(-torch.expm1(missed)).float()
         return self.ordered[rank - 1].to(device), log_probability.to(device)
