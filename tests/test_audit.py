@@ -92,9 +92,8 @@ def test_every_layout_gives_the_same_ids(name, tmp_path):
         with pytest.raises(UsageError, match="item ids of its own"):
             semid.import_ids("auto", file, items=NAMES)
     else:
-        assert (
-            list(semid.import_ids("auto", file, items=NAMES).items.strings().to_pylist()) == NAMES
-        )
+        ids = semid.import_ids("auto", file, items=NAMES)
+        assert ids.items.strings().to_pylist() == NAMES
 
 
 def test_a_token_of_colliding_items_alone_is_a_last_level(tmp_path, caplog):

@@ -115,9 +115,7 @@ def test_what_version_1_wrote_still_matches():
     assert neural.weights_fingerprint == ids.info.weights_fingerprint
     assert same(neural.encode(x, ids=NAMES), ids)
     bundle = CatalogueBundle(V1 / "bundle")
-    assert (
-        same(bundle.read(), kmeans.encode(x, ids=NAMES).take(np.arange(40))) is False
-    )  # quantiles
+    assert not same(bundle.read(), kmeans.encode(x, ids=NAMES).take(np.arange(40)))  # quantiles
     assert np.array_equal(bundle.read().codes, kmeans.encode(x).codes)
     check_model(bundle.read(), kmeans)
     assert np.isfinite(semid.load(V1 / "head").predict(ids)).all()

@@ -90,10 +90,8 @@ def test_partial_correlation_is_that_of_the_textbook(columns):
     assert partial_correlation(first, y, [second]) == pytest.approx(expected)
     # What the given number decides is gone, and nothing is left of a number given itself.
     assert partial_correlation(first, y, [first]) is None
-    assert (
-        partial_correlation(first[:MIN_TOKENIZERS], y[:MIN_TOKENIZERS], [second[:MIN_TOKENIZERS]])
-        is None
-    )
+    few = slice(MIN_TOKENIZERS)
+    assert partial_correlation(first[few], y[few], [second[few]]) is None
     rng = np.random.default_rng(1)
     hidden = rng.normal(size=400)
     a, b = (hidden + 0.3 * rng.normal(size=400) for _ in range(2))

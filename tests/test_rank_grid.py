@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -231,87 +232,44 @@ def test_wrong_input_costs_no_results(tmp_path, capsys):
     capsys.readouterr()
 
 
-def test_semid_rank(tmp_path, capsys):
-    pq.write_table(log_table(), tmp_path / "logs.parquet")
-    pq.write_table(item_table(), tmp_path / "items.parquet")
-    codes().write(tmp_path / "ids.parquet")
+def test_semid_rank(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pq.write_table(log_table(), "logs.parquet")
+    pq.write_table(item_table(), "items.parquet")
+    codes().write("ids.parquet")
     quick = ["--epochs", 1, "--hidden", "8", "--width", 4, "--precision", "fp32", "--quiet"]
-    base = [
-        "rank",
-        tmp_path / "logs.parquet",
-        "--items",
-        tmp_path / "items.parquet",
-        *quick,
-        "--label",
-        "rating>=4",
-    ]
-    assert (
-        run(
-            *base,
-            "--ids",
-            tmp_path / "ids.parquet",
-            "--model",
-            "dcnv2",
-            "--fusion",
-            "on",
-            "--cold-items",
-            "0.2",
-            "--analyze",
-            tmp_path / "a.json",
-            "-o",
-            tmp_path / "model",
-        )
-        == 0
-    )
+    log = ["logs.parquet", "--items", "items.parquet", *quick, "--label", "rating>=4"]
+    base = ["rank", *log]
+    fused = [*base, "--model", "dcnv2", "--fusion", "on", "--cold-items", "0.2"]
+    assert run(*fused, "--ids", "ids.parquet", "--analyze", "a.json", "-o", "model") == 0
     shown = capsys.readouterr().out
     for part in ("protocol: label=rating>=4", "test (", "cold (", "popularity alone"):
         assert part in shown
     assert f"codes={codes().info.label} use=levels" in shown
     # The model without codes: the same split, seed and settings, without --ids.
-    alone = [*base, "--model", "dcnv2", "--fusion", "on", "--cold-items", "0.2"]
-    assert run(*alone, "-o", tmp_path / "alone") == 0
+    assert run(*fused, "-o", "alone") == 0
     assert "without codes" not in capsys.readouterr().out
-    report = semid.load(tmp_path / "model").report["baseline"]
-    assert report["test"] == semid.load(tmp_path / "alone").report["test"]
+    report = semid.load("model").report["baseline"]
+    assert report["test"] == semid.load("alone").report["test"]
     lines = shown.splitlines()
     (place,) = [n for n, line in enumerate(lines) if line.startswith("test (")]
     assert lines[place + 1].startswith(f"  without codes: AUC {report['test']['auc']:.4f}, log")
     assert "codes - none: test AUC" in shown
-    with_codes = [*base, "--ids", tmp_path / "ids.parquet", "--no-baseline"]
-    assert run(*with_codes, "-o", tmp_path / "plain") == 0
+    with_codes = [*base, "--ids", "ids.parquet", "--no-baseline"]
+    assert run(*with_codes, "-o", "plain") == 0
     assert "without codes" not in capsys.readouterr().out
-    assert "baseline" not in semid.load(tmp_path / "plain").report
-    assert not (tmp_path / "model.partial").exists()
-    assert "singular_values" in json.loads((tmp_path / "a.json").read_text())
-    ranker = semid.load(tmp_path / "model")
+    assert "baseline" not in semid.load("plain").report
+    assert not Path("model.partial").exists()
+    assert "singular_values" in json.loads(Path("a.json").read_text())
+    ranker = semid.load("model")
     assert ranker.config.fusion
     assert len(ranker.rank("u1", ["i1", "i2"]).items) == 2
-    np.save(tmp_path / "x.npy", vectors())
-    assert (
-        run(
-            "rank-grid",
-            *base[1:],
-            "--embeddings",
-            tmp_path / "x.npy",
-            "--methods",
-            "none,random",
-            "--scales",
-            "2",
-            "--models",
-            "deepfm",
-            "--fusion",
-            "on,off",
-            "--seeds",
-            1,
-            "--codebook-size",
-            4,
-            "-o",
-            tmp_path / "grid",
-        )
-        == 0
-    )
+    np.save("x.npy", vectors())
+    grid = "--methods none,random --scales 2 --models deepfm --fusion on,off --seeds 1"
+    small = ["--embeddings", "x.npy", "--codebook-size", 4, "-o", "grid"]
+    assert run("rank-grid", *log, *grid.split(), *small) == 0
     assert "codes - none" in capsys.readouterr().out
-    assert (tmp_path / "grid" / "tables.md").exists()
+    assert Path("grid/tables.md").exists()
     for extra, message in (
         (["--code-mode", "levels"], "without --ids"),
         (["--no-baseline"], "without --ids"),
@@ -320,6 +278,6 @@ def test_semid_rank(tmp_path, capsys):
         (["--fractions", "1,2"], "three positive shares"),
         (["--label", "stars>=4"], "stars"),
     ):
-        assert run(*base, *extra, "-o", tmp_path / "other") == 2
+        assert run(*base, *extra, "-o", "other") == 2
         assert message in capsys.readouterr().err
-    assert run(*base, "--stream", "-o", tmp_path / "streamed") == 0
+    assert run(*base, "--stream", "-o", "streamed") == 0

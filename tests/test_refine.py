@@ -171,9 +171,8 @@ def test_a_fitted_tokenizer_is_refined_as_a_copy(kind, clustered, tmp_path):
     assert plain.weights_fingerprint == before
     assert refined.codebook_fingerprint != plain.codebook_fingerprint
     assert refined.beam_width == 4
-    assert (
-        refined.report.details["refine"][0]["error"] < refined.report.details["refine"][0]["before"]
-    )
+    figures = refined.report.details["refine"][0]
+    assert figures["error"] < figures["before"]
     refined.save(tmp_path / "refined")
     loaded = semid.load(tmp_path / "refined")
     assert np.array_equal(loaded.encode(clustered).codes, refined.encode(clustered).codes)

@@ -617,13 +617,8 @@ FEW = ("--epochs", 2, "--width", 16, "--batch-size", 16, "-q")
 
 
 def test_one_model_is_trained_shown_and_asked(files, capsys):
-    assert (
-        run(
-            *("retrieve", "log.parquet", "--ids", "ids.parquet", "--items", "items.parquet"),
-            *("--report", "page.html", "-o", "model", *FEW),
-        )
-        == 0
-    )
+    words = "retrieve log.parquet --ids ids.parquet --items items.parquet --report page.html"
+    assert run(*words.split(), "-o", "model", *FEW) == 0
     shown = capsys.readouterr().out
     assert "leave-last-out of 80 users" in shown
     assert "recall@10" in shown
@@ -639,9 +634,8 @@ def test_one_model_is_trained_shown_and_asked(files, capsys):
     assert table["items"][5].as_py() == first.items
     lists = pa.table({"user_id": ["new"], "item_id": [["i1", "unknown", "i2"]]})
     pq.write_table(lists, "new.parquet")
-    assert (
-        run("recommend", "model", "--histories", "new.parquet", "-o", "new-best.parquet", "-q") == 0
-    )
+    words = "recommend model --histories new.parquet -o new-best.parquet -q"
+    assert run(*words.split()) == 0
     assert pq.read_table("new-best.parquet")["items"][0].as_py() == (
         loaded.recommend(["i1", "i2"]).items
     )

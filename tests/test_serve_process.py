@@ -167,9 +167,8 @@ def test_the_end_finishes_what_has_begun(tmp_path):
         os.kill(process.pid, signal.SIGTERM)
         response = connection.getresponse()
         assert response.status == 200
-        assert (
-            json.loads(response.read())["codes"] == shop.tokenizer.encode(shop.x[:1]).codes.tolist()
-        )
+        codes = shop.tokenizer.encode(shop.x[:1]).codes
+        assert json.loads(response.read())["codes"] == codes.tolist()
         connection.close()
         process.join(60)
         assert process.exitcode == 0
