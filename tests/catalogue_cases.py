@@ -8,8 +8,16 @@ from typing import Any
 import numpy as np
 
 import semid
+from semid.codes import CodesInfo
 from semid.tokenizers.base import Tokenizer
 from semid.tokenizers.neural.tokenizer import NeuralTokenizer
+
+
+def codes_info(sizes: tuple[int, ...], **fields: Any) -> CodesInfo:
+    """What ids say of a model that was never fitted."""
+    fingerprints = {"codebook_fingerprint": "a" * 64, "weights_fingerprint": "b" * 64}
+    about = {"tokenizer": "rqkmeans", "hierarchical": True, **fingerprints}
+    return CodesInfo(codebook_sizes=sizes, **{**about, **fields})
 
 
 def drawn_tokenizer(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from semid.codes import CodesInfo, SemanticIds
+from catalogue_cases import codes_info
+from semid.codes import SemanticIds
 from semid.data.ids import ItemIds
 from semid.recommenders.ranking.builder import RankingData, RankingDataConfig
 from semid.recommenders.ranking.data import prepare_ranking_data
@@ -72,13 +73,8 @@ def codes(
     generator = np.random.default_rng(3)
     found = generator.integers(0, size, (64, levels))[rows]  # an item keeps its codes
     found[:, 0] = rows % GROUPS
-    info = CodesInfo(
-        tokenizer="rqvae" if hierarchical else "mocvae",
-        codebook_sizes=(size,) * levels,
-        hierarchical=hierarchical,
-        codebook_fingerprint=fingerprint,
-        weights_fingerprint="b" * 64,
-    )
+    about = {"tokenizer": "rqvae" if hierarchical else "mocvae", "hierarchical": hierarchical}
+    info = codes_info((size,) * levels, codebook_fingerprint=fingerprint, **about)
     ids = ItemIds([f"i{n}" for n in rows])
     return SemanticIds(ids, found.astype(np.uint16), np.zeros(len(rows), np.float32), info)
 

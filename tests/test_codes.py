@@ -7,7 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from semid.codes import CodesInfo, SemanticIds, code_dtype
+from catalogue_cases import codes_info
+from semid.codes import SemanticIds, code_dtype
 from semid.data.ids import ItemIds
 from semid.errors import (
     ArtefactError,
@@ -18,14 +19,7 @@ from semid.errors import (
     UsageError,
 )
 
-INFO = CodesInfo(
-    tokenizer="rqkmeans",
-    codebook_sizes=(4, 8),
-    hierarchical=True,
-    codebook_fingerprint="a" * 64,
-    weights_fingerprint="b" * 64,
-    beam_width=2,
-)
+INFO = codes_info((4, 8), beam_width=2)
 
 
 def make(items=("x", "y", "z"), codes=((0, 7), (3, 1), (0, 2)), info=INFO) -> SemanticIds:
@@ -66,14 +60,8 @@ def test_item_type_is_kept(tmp_path, column):
 def test_large_codebooks_take_uint32():
     assert code_dtype([256, 65_536]) == np.uint16
     assert code_dtype([65_537]) == np.uint32
-    wide = CodesInfo(
-        tokenizer="rqkmeans",
-        codebook_sizes=(70_000,),
-        hierarchical=True,
-        codebook_fingerprint="",
-        weights_fingerprint="",
-    )
-    assert make(codes=((69_999,), (1,), (2,)), info=wide).codes.dtype == np.uint32
+    wide = make(codes=((69_999,), (1,), (2,)), info=codes_info((70_000,)))
+    assert wide.codes.dtype == np.uint32
 
 
 def test_lookup_of_one_and_of_many():

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 import semid
-from catalogue_cases import drawn_tokenizer, rows
+from catalogue_cases import codes_info, drawn_tokenizer, rows
 from cli_cases import run
 from semid.artefact import CHECKSUM, fingerprint, write_artefact
 from semid.catalogue.additions import add_items, check_model
@@ -38,13 +38,7 @@ from semid.tokenizers.factory import make_tokenizer, read_recipe
 V1 = Path(__file__).parent / "data" / "v1"
 NAMES = [f"i{n}" for n in range(40)]
 ARTEFACTS = ("rqkmeans", "rqvae", "head", "ranker")
-INFO = CodesInfo(
-    tokenizer="rqkmeans",
-    codebook_sizes=(4, 8),
-    hierarchical=True,
-    codebook_fingerprint="a" * 64,
-    weights_fingerprint="b" * 64,
-)
+INFO = codes_info((4, 8))
 WRONG = (None, True, -1, 10**12, 1.5, "x", [[]], {"x": 1})
 DEEP = b"[" * 100_000
 

@@ -10,22 +10,15 @@ import numpy as np
 import pytest
 
 import semid
+from catalogue_cases import codes_info
 from semid.catalogue.release import DECLARED, check_release, read_maxima
 from semid.cli import main
-from semid.codes import CodesInfo
 from semid.errors import SemidError, UsageError
 
 
 def make_ids(codes, items=None, *, sizes=(8, 8), unique="none", norms=0.5, model_codes=None):
     codes = np.asarray(codes)
-    info = CodesInfo(
-        tokenizer="rqkmeans",
-        codebook_sizes=sizes,
-        hierarchical=True,
-        codebook_fingerprint="a",
-        weights_fingerprint="b",
-        unique=unique,
-    )
+    info = codes_info(sizes, unique=unique)
     items = [f"i{n}" for n in range(len(codes))] if items is None else items
     from semid.data.ids import ItemIds
 

@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional
 
 import semid
+from catalogue_cases import codes_info
 from cli_cases import run
 from semid.codes import CodesInfo, SemanticIds
 from semid.data.ids import ItemIds
@@ -65,15 +66,8 @@ def make_ids(*, shared: bool = False, items: int = ITEMS) -> SemanticIds:
     """Ids whose codes count up with the item; with ``shared`` two items have each id."""
     number = np.arange(items) // (2 if shared else 1)
     codes = np.stack([number // 10 % SIZES[0], number % 8, number // 8 % SIZES[2]], axis=1)
-    info = CodesInfo(
-        tokenizer="rqkmeans",
-        codebook_sizes=SIZES,
-        hierarchical=True,
-        codebook_fingerprint="a" * 64,
-        weights_fingerprint="b" * 64,
-    )
-    names = ItemIds([f"i{item}" for item in range(items)])
-    return SemanticIds(names, codes.astype(np.uint16), np.zeros(items, np.float32), info)
+    names, norms = ItemIds([f"i{item}" for item in range(items)]), np.zeros(items, np.float32)
+    return SemanticIds(names, codes.astype(np.uint16), norms, codes_info(SIZES))
 
 
 def make_log(*, users: int = 80, length: int = 9, items: int = ITEMS, seed: int = 0) -> pa.Table:
