@@ -71,8 +71,8 @@ def encode_rows(
     """
     keep = [width] * (len(codebooks) - 1) + [1]  # of the last level the best alone
     if levels := _indexed_levels(codebooks, len(block), width):
-        found = engine.levels.search_levels(block, levels, keep, threads=threads)
-        return found.codes[:, 0], found.lengths
+        beams = engine.levels.search_levels(block, levels, keep, threads=threads)
+        return beams.codes[:, 0], beams.lengths
     codes, residual = np.empty((len(block), len(codebooks)), np.int64), block.copy()
     size = ROWS if width > 1 else ROWS * resolve_threads(threads)
     for start in range(0, len(block), size):

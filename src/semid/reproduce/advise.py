@@ -211,11 +211,11 @@ def _criterion(log: bool) -> tuple[str, bool, str]:
         names = [n for n in names if not n.startswith(pairs) and not n.endswith("AUC")]
     best = evidence.best(names)
     if best is not None:
-        found = evidence.numbers[best]
+        predictor = evidence.numbers[best]
         return (
             best,
-            found.correlation > 0,
-            f"it ranks two tokenizers right in {found.pairs_right:.0%} of pairs by next-item "
+            predictor.correlation > 0,
+            f"it ranks two tokenizers right in {predictor.pairs_right:.0%} of pairs by next-item "
             "quality, on data sets that did not decide how ('semid reproduce predict')",
         )
     name = DEFAULTS[log]
@@ -316,7 +316,7 @@ def advise(
         )
     tried = list(_candidates(len(source), count, source.dim, log is not None))
     progress.start("advise", total=len(tried) * settings.repeats)
-    found: dict[int, list[float]] = {}
+    scores: dict[int, list[float]] = {}
     about: dict[int, dict[str, Any]] = {}
     for repeat in range(settings.repeats):
         sample = source.subset(_draw(source, log, count, settings.seed + repeat))
@@ -330,10 +330,10 @@ def advise(
                 if not repeat:  # a log may be too small to learn from
                     notes.append(f"{arguments['tokenizer']} is left out: {error}")
             else:
-                found.setdefault(number, []).append(value)
+                scores.setdefault(number, []).append(value)
                 about.setdefault(number, more)
             progress.step(1)
-    complete = {n: values for n, values in found.items() if len(values) == settings.repeats}
+    complete = {n: values for n, values in scores.items() if len(values) == settings.repeats}
     ordered = _candidate_results(tried, complete, about, 1.0 if higher else -1.0)
     healthy = [each for each in ordered if each.verdict == "healthy"]
     if not healthy:
@@ -417,18 +417,18 @@ def _try(
 
 def _candidate_results(
     tried: list[dict[str, Any]],
-    found: Mapping[int, list[float]],
+    scores: Mapping[int, list[float]],
     about: Mapping[int, Mapping[str, Any]],
     sign: float,
 ) -> list[AdvisedCandidate]:
     """Return the candidates with intervals over the samples, the best first."""
-    best = max(found, key=lambda number: sign * float(np.mean(found[number])))
+    best = max(scores, key=lambda number: sign * float(np.mean(scores[number])))
     results = []
-    for number, values in found.items():
+    for number, values in scores.items():
         at = tried[number]
         estimate = mean_difference(values)
         # All candidates see the same samples, so their differences are paired.
-        gaps = [sign * (a - b) for a, b in zip(found[best], values, strict=True)]
+        gaps = [sign * (a - b) for a, b in zip(scores[best], values, strict=True)]
         behind = mean_difference(gaps)
         results.append(
             AdvisedCandidate(

@@ -85,8 +85,8 @@ def overlap_agreement(rows: Rows, sets: Sequence[str]) -> list[Statement]:
     for data in sets:
         values[data] = {}
         for seed in sorted(rows.names("seed", data=data)):
-            if (found := within_level_agreement(rows, data, seed)) is not None:
-                values[data][seed] = average(found[0])
+            if (agreement := within_level_agreement(rows, data, seed)) is not None:
+                values[data][seed] = average(agreement[0])
         runs = list(values[data].values())
         missing = sum(rows.lacking(**cell(one), data=data) for one in TOKENIZERS)
         name = f"{data}: rank correlation of R with the flips within levels"
@@ -101,8 +101,8 @@ def agreement_table(rows: Rows) -> list[list[str]]:
     for data in main.names("data"):
         for space in ("latent", "input"):
             seeds = sorted(main.names("seed", data=data))
-            found = [within_level_agreement(main, data, seed, space) for seed in seeds]
-            runs = [one for one in found if one is not None]
+            agreements = [within_level_agreement(main, data, seed, space) for seed in seeds]
+            runs = [one for one in agreements if one is not None]
             if runs:
                 levels = zip(*(levels for levels, _ in runs), strict=True)
                 means = [*map(average, levels), average([pooled for _, pooled in runs])]

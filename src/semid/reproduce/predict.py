@@ -168,11 +168,11 @@ def ranks(
                     value = rank_correlation(panel.numbers[number], panel.outcome)
                 if value is not None:
                     values[data][seed] = sign * value
-            found = list(values[data].values())
+            runs = list(values[data].values())
             comparisons.append(
                 Comparison(
                     f"{data}: {name}",
-                    mean_difference(found) if found else None,
+                    mean_difference(runs) if runs else None,
                     rows.lacking(data=data, model=at.model),
                 )
             )

@@ -230,9 +230,9 @@ def run_grid(
     # results file can hold several grids and a changed grid reuses what is equal.
     settings = _settings(grid, data, embeddings)
     done = {row["run"]: row for row in read_results(results)}
-    own = "" if ids is None else rows_digest([ids.codes], ids.items)
+    ids_digest = "" if ids is None else rows_digest([ids.codes], ids.items)
     runs = {
-        digest([settings, asdict(run), *([own] if run.method == "ids" else [])]): run
+        digest([settings, asdict(run), *([ids_digest] if run.method == "ids" else [])]): run
         for run in grid.runs(0 if ids is None else ids.levels)
     }
     missing = [key for key in runs if key not in done]

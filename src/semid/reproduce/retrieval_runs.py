@@ -143,14 +143,14 @@ class RetrievalExperiment(Experiment):
                 data = prepare_retrieval_data(opened.interactions, catalogue=source.ids, ties=ties)
                 log = data.training_log()
             tokenizer = make_tokenizer(spec.kind, options).fit(source, interactions=log)
-            made = make_unique(
+            unique = make_unique(
                 tokenizer.encode(source),
                 method=spec.unique,
                 tokenizer=tokenizer,
                 embeddings=source,
             )
-            made.ids.write(place)
-        return made.ids
+            unique.ids.write(place)
+        return unique.ids
 
     def _less_control(self, job: Job, results: RetrievalResults) -> dict[str, Any] | None:
         """Return this run less the control of its seed over the same users, with intervals."""
@@ -169,8 +169,8 @@ class RetrievalExperiment(Experiment):
             return None
         with np.load(control) as theirs:
             gaps = {name: own[name].astype(float) - theirs[name] for name in PAIRED}
-        found = estimates(gaps, replicates=1000, seed=0)
-        return {_key(name): _interval(estimate) for name, estimate in found.items()}
+        differences = estimates(gaps, replicates=1000, seed=0)
+        return {_key(name): _interval(estimate) for name, estimate in differences.items()}
 
 
 @torch.no_grad()
