@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import semid
+from cli_cases import run
 from semid.catalogue.prefixes import PrefixIndex
-from semid.cli import main
 from semid.errors import MissingExtraError, UsageError
 from semid.exports.id_files import wrap_codes
 from semid.exports.serving import static_arrays
@@ -171,9 +171,7 @@ def test_the_command_takes_options_of_a_format(codes, tmp_path):
     offsets = (np.arange(codes.shape[1]) * 10).tolist()
 
     def export(*arguments):
-        with pytest.raises(SystemExit) as done:
-            main(["export", str(tmp_path / "ids.parquet"), *arguments])
-        return done.value.code
+        return run("export", tmp_path / "ids.parquet", *arguments)
 
     output = tmp_path / "static.npz"
     assert export("--to", "static", "--set", f"offsets={offsets}", "-o", str(output)) == 0

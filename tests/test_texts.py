@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import semid
-from semid.cli import main
+from cli_cases import run
 from semid.data import texts as texts_module
 from semid.data.texts import open_encoder, read_texts
 from semid.errors import (
@@ -216,23 +216,21 @@ def test_the_model_remembers_its_encoder_and_warns_about_another(encoder, tmp_pa
 @pytest.mark.filterwarnings("ignore")
 def test_semid_embed(encoder, tmp_path, capsys):
     pa_csv.write_csv(table(9).drop_columns("tags"), tmp_path / "items.csv")
-    arguments = ["embed", str(tmp_path / "items.csv"), "--model", str(encoder), "--template"]
+    arguments = ["embed", tmp_path / "items.csv", "--model", encoder, "--template"]
 
-    def run(*more: str) -> int:
-        with pytest.raises(SystemExit) as done:
-            main([*arguments, *more, "-q"])
-        return int(done.value.code or 0)
+    def embed(*more: object) -> int:
+        return run(*arguments, *more, "-q")
 
     output = tmp_path / "x.parquet"
-    assert run("{title}: {text}", "--no-normalize", "-o", str(output)) == 0
+    assert embed("{title}: {text}", "--no-normalize", "-o", str(output)) == 0
     assert f"embeddings: {output}" in capsys.readouterr().out
     source = semid.open_embeddings(output)
     assert source.text_model.template == "{title}: {text}"
     assert not source.text_model.normalized
     assert len(source) == 9
-    assert run("{text}", "-o", str(output)) == 2
+    assert embed("{text}", "-o", str(output)) == 2
     assert "--overwrite" in capsys.readouterr().err
-    assert run("{txt}", "-o", str(tmp_path / "y.parquet")) == 2
+    assert embed("{txt}", "-o", str(tmp_path / "y.parquet")) == 2
     assert "did you mean 'text'" in capsys.readouterr().err
     assert not (tmp_path / "y.parquet").exists()
 
