@@ -365,6 +365,17 @@ def test_a_large_catalogue_is_searched_in_part(monkeypatch):
     assert search.trials[0].hits == 1
 
 
+def test_heavier_weights_are_tried_while_scores_are_above_none():
+    rows = np.random.default_rng(0).normal(size=(400, 4)).astype(np.float32)
+    rows[:100] = rows[100:200]
+    source = TablePairs(np.arange(100), np.arange(100, 200), 400, protocol="")
+    search, blocks = WeightSearch(source, 400, seed=0), ArrayBlocks(rows)
+    scales = (0.0, 1.0, 0.9, 0.0)  # codewords: all alike, exact, a little short, all alike
+    more = [search.add(s, [rows * np.float32(s)], blocks, blocks, content=4) for s in scales]
+    assert more == [True, True, True, False]
+    assert search.choose()["weight"] == 1
+
+
 def test_few_pairs_are_no_evidence():
     generator = np.random.default_rng(0)
     rows = generator.normal(size=(400, 4)).astype(np.float32)

@@ -76,7 +76,7 @@ class Trial:
 
 
 class WeightSearch:
-    """Tries weights from light to heavy, as long as each has a higher score than the one before.
+    """Tries weights from light to heavy, as long as each has a higher score than no behavior.
 
     The first trial is that without behavior. Others are eligible if their gain in hits over it is
     above 0 with its 95 % interval. Cost of a trial: two searches of the pairs' first items among at
@@ -130,7 +130,7 @@ class WeightSearch:
         mean = float(gains.mean())
         trial = Trial(weight, float(hits.mean()), error, mean - half, mean + half)
         self.trials.append(trial)
-        return len(self.trials) == 1 or trial.score > self.trials[-2].score
+        return len(self.trials) == 1 or trial.score > self.trials[0].score
 
     def choose(self) -> dict[str, Any]:
         """Return the figures, with the eligible ``weight`` of highest score; warn if it is 0."""
