@@ -110,7 +110,7 @@ def test_prices_even_out_usage():
 def test_wrong_or_missing_arguments_are_refused(shelves):
     rows, _, pairs = shelves
     with pytest.raises(UsageError, match="barq learns from behavior"):
-        semid.BARQ(**SMALL).fit(np.full_like(rows, np.nan))  # before the rows are read
+        semid.BARQ(**SMALL).fit(rows)
     with pytest.raises(UsageError, match="behavior_weight=0"):
         semid.BARQ(codebook_size=8, behavior_weight=0).fit(rows, pairs=pairs)
     with pytest.raises(UsageError, match="behavior_levels=4"):

@@ -407,10 +407,10 @@ def import_(
         cli.say(f"imported {items:,} items: {output}")
         return
     file, output = str(cli.local_input(file)), str(cli.local_output(output))
-    cli.check_inputs(file)
     if source in CODEBOOK_SOURCES:
         cli.refuse_unused(context, unused, "it is for files of ids")
         cli.hold_output(output, overwrite=overwrite, inputs=(file,))
+        cli.check_inputs(file)
         imported_model = semid.import_codebooks(source, file)
         imported_model.save(output, overwrite=overwrite)
         sizes = ", ".join(map(str, imported_model.codebook_sizes))
@@ -419,6 +419,7 @@ def import_(
     if ids is None:
         cli.refuse_unused(context, ["id_column"], "it names a column of --ids")
     cli.hold_output(output, overwrite=overwrite, inputs=(file, model, ids))
+    cli.check_inputs(file)
     imported = semid.import_ids(
         source,
         file,

@@ -237,7 +237,6 @@ class Tokenizer(Transformer):
         compile_kernels(progress, product=self.combine == "concat")
         # A hash of the id holds an item out, so later fits and reports agree on which they are.
         train = ~held_out_mask(opened.ids, self.validation_fraction, salt=HELD_OUT_SALT)
-        behavior = self._behavior(interactions, pairs, ids=opened.ids, train=train)
         # Every row is read once before anything is learned: bad rows show now, not after an hour.
         scanned = scan(opened, train, progress)
         check_enough(
@@ -247,6 +246,7 @@ class Tokenizer(Transformer):
             held_out=self.validation_fraction,
         )
         mass = item_weights(weights, len(opened))
+        behavior = self._behavior(interactions, pairs, ids=opened.ids, train=train)
         # A checkpoint continues a run of equal settings on equal data alone.
         settings = {"kind": self.kind, **self.settings}
         key = run_key(settings, data_digest(scanned.digest, mass, behavior))
