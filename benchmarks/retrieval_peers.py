@@ -72,6 +72,7 @@ def recbole_side(log: str) -> Callable[[], int]:
     from recbole.trainer import Trainer
 
     folder = Path(tempfile.mkdtemp(prefix="recbole-"))
+    os.chdir(folder)  # the trainer writes logs where it is started
     (folder / "log").mkdir()
     table = pd.read_csv(log)
     table.columns = ["user_id:token", "item_id:token", "position:float"]

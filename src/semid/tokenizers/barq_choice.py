@@ -91,7 +91,8 @@ class WeightSearch:
         # pair that many users have is one observation.
         drawn = source.draw(min(4 * source.count, EVIDENCE_PAIRS), generator)
         pairs = np.unique(np.stack(drawn), axis=1)
-        items, others = np.unique(pairs), generator.permutation(rows)[:POOL_ROWS]
+        items = np.unique(pairs)
+        others = generator.choice(rows, min(rows, POOL_ROWS), replace=False)
         missing = others[~np.isin(others, items)][: max(POOL_ROWS - len(items), 0)]
         self._pool: npt.NDArray[np.int64] = np.sort(np.concatenate([items, missing]))
         self._pairs = item_pairs(*np.searchsorted(self._pool, pairs), pool=len(self._pool))

@@ -58,7 +58,7 @@ def target_ranks(
     """
     was_training = network.training
     network.eval()
-    buckets = class_buckets(network, counts)
+    buckets = class_buckets(network, counts) if lists else None
     classes = network.classes.cpu()
     item_sizes = torch.bincount(classes)
     listed = np.zeros(len(classes), dtype=bool)
@@ -90,7 +90,7 @@ def target_ranks(
             raise DivergedError("the model's scores are not numbers; train it again")
         counted = _count_ranks(scores, sizes, at_target, at_past, past >= 0, repeated)
         ranks[:, rows] = torch.stack(counted).numpy()
-        if lists:
+        if buckets is not None:
             leaves = best_classes.masked_fill(torch.isneginf(best_scores), -1).numpy()
             items, _ = buckets.first_items(leaves, LIST)
             listed[items[items >= 0]] = True

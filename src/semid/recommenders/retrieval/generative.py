@@ -13,7 +13,7 @@ from torch.nn import functional
 from semid.catalogue.beams import BeamIds, beam_search
 from semid.catalogue.decoding import TorchTrie
 from semid.catalogue.prefixes import PrefixIndex
-from semid.errors import MissingExtraError
+from semid.errors import import_extra
 from semid.options import MAX_WIDTH, Options, option
 from semid.recommenders.retrieval.data import Ints, Packed, RetrievalItems
 from semid.recommenders.retrieval.layers import Block, CodeSum, Transformer, TransformerOptions
@@ -175,19 +175,14 @@ class Tiger(Searching):
 
     def __init__(self, items: RetrievalItems, options: TigerOptions) -> None:
         super().__init__(items, beams=options.beams)
-        try:
-            from transformers import T5Config, T5ForConditionalGeneration
-        except ImportError:
-            raise MissingExtraError(
-                "transformers", extra="transformers", purpose="--model tiger"
-            ) from None
+        transformers = import_extra("transformers", extra="transformers", purpose="--model tiger")
         # Token 0 pads and starts the decoder; each level has tokens of its own after it.
         starts = 1 + np.cumsum([0, *items.sizes[:-1]])
         self.tokens = nn.Buffer(self.distinct + torch.from_numpy(starts), persistent=False)
         self.starts = [int(start) for start in starts]
         self.max_length = options.max_length
         # Codes have no padding and no end: token 0 serves as both, and is never predicted.
-        config = T5Config(
+        config = transformers.T5Config(
             vocab_size=1 + sum(items.sizes),
             d_model=options.width,
             d_kv=options.head_width,
@@ -201,7 +196,7 @@ class Tiger(Searching):
             decoder_start_token_id=0,
             tie_word_embeddings=True,
         )
-        self.t5 = T5ForConditionalGeneration(config)
+        self.t5 = transformers.T5ForConditionalGeneration(config)
 
     def _inputs(self, batch: Packed) -> tuple[Tensor, Tensor]:
         """Return tokens ``(n, length)`` of the history before each prediction, and their mask."""
