@@ -128,6 +128,31 @@ def test_reduced_float32_precision_in_torch_changes_no_label() -> None:
     assert torch.equal(found.distances, expected.distances)
 
 
+@each_route
+def test_lists_of_queries_without_their_targets_are_not_measured(route: engine.Route) -> None:
+    """Over two blocks of queries, some without a target; rows of zeros have all entries as ties."""
+    x, database = problem(engine.BLOCK + 200, 900, 40)
+    x[5] = 0.0
+    table = VectorTable(database, metric=COSINE, unique=False)
+    full = search(x, table, route, k=20, threads=1)
+    generator = np.random.default_rng(0)
+    sizes = generator.integers(0, 3, len(x))
+    bounds = np.append(0, np.cumsum(sizes))
+    targets = generator.integers(0, 900, bounds[-1])
+    near = generator.random(bounds[-1]) < 0.3
+    query = np.repeat(np.arange(len(x)), sizes)
+    targets[near] = full.labels[query[near], generator.integers(0, 20, near.sum())]
+    short = search(x, table, route, k=20, targets=(targets, bounds), threads=1)
+    listed = np.isfinite(short.keys).all(axis=1)
+    np.testing.assert_array_equal(short.labels[listed], full.labels[listed])
+    np.testing.assert_array_equal(short.keys[listed], full.keys[listed])
+    reached = (full.labels[query] == targets[:, None]).any(axis=1)
+    assert listed[query[reached]].all()
+    assert np.isinf(short.keys[~listed]).all()
+    assert (~listed).sum() > len(x) // 3
+    assert short.measured < full.measured
+
+
 def test_torch_products_still_work_between_searches() -> None:
     """The tile registers are shared with oneDNN, which must find its own configuration."""
     x, codebook = problem()

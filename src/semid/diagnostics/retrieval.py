@@ -140,15 +140,18 @@ def neighbor_ranks(
     for start in range(0, len(queries), _QUERIES):
         stop = min(start + _QUERIES, len(queries))
         query_rows = place[queries[start:stop]]
-        lists, _ = nearest_entries(
-            database[query_rows], table, depth, exclude=query_rows, threads=threads
+        cases = by_query[bounds[start] : bounds[stop]]
+        # Lists without a target are not needed.
+        targets = place[pairs.targets[cases]], bounds[start : stop + 1] - bounds[start]
+        lists, keys = nearest_entries(
+            database[query_rows], table, depth, exclude=query_rows, targets=targets, threads=threads
         )
+        lists[np.isinf(keys)] = -1
         # Look the targets up in the lists, a block of pairs at a time: this array is large.
-        for part in row_blocks(int(bounds[stop] - bounds[start])):
-            cases = by_query[bounds[start] + part.start : bounds[start] + part.stop]
-            row = np.searchsorted(queries[start:stop], pairs.queries[cases])
-            hit = lists[row] == place[pairs.targets[cases]][:, None]
-            result[cases] = np.where(hit.any(1), hit.argmax(1), depth)
+        for part in row_blocks(len(cases)):
+            row = np.searchsorted(queries[start:stop], pairs.queries[cases[part]])
+            hit = lists[row] == targets[0][part, None]
+            result[cases[part]] = np.where(hit.any(1), hit.argmax(1), depth)
     return result
 
 

@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 
     from semid.quantization.engine.table import VectorTable
 
-# Multiply-adds of a search that take about as long as importing torch, to time its routes too.
-_UNTIMED_WORK = 10**11
-
 Matrix: TypeAlias = "npt.NDArray[Any] | torch.Tensor"
 
 BLOCK_ROWS = 16_384
@@ -74,18 +71,15 @@ def nearest_entries(
     table: VectorTable,
     k: int,
     *,
-    exclude: npt.NDArray[np.int64] | None = None,
     threads: int | None = None,
+    **limits: Any,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
     """Return labels and keys ``(queries, k)`` of `top_k` and `nearest_m`, without torch.
 
-    ``exclude`` (queries,) is the entry that each query leaves out.
+    ``limits`` are ``exclude`` and ``targets`` of the engine's `search`.
     """
-    # Few queries take the first route, which needs no torch; many are timed on all routes.
-    few = len(queries) * table.rows.size < _UNTIMED_WORK
-    timed = queries[: engine.search.MIN_PROBED_QUERIES - 1] if few else queries
-    route = engine.search.choose("auto", timed, table, k=k)
-    result = engine.search.search(queries, table, route, k=k, exclude=exclude, threads=threads)
+    route = engine.search.choose("auto", queries, table, k=k)
+    result = engine.search.search(queries, table, route, k=k, threads=threads, **limits)
     return result.labels, result.keys
 
 

@@ -207,7 +207,7 @@ class _Fused:
 class FusedInteger(_Fused):
     """Integer products: queries with a step for each 32 rows, the table with one."""
 
-    kernels = 4
+    kernels = 3
     name: str
     integer: Any  # type of the queries' integers
     zero: int  # added to the table's integers, since VNNI and AMX take one side unsigned

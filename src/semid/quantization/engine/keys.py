@@ -98,6 +98,28 @@ def resolve_best(
 
 
 @numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True)
+def drop_rows_without(
+    targets: I64, bounds: I64, first: int, rows: int, counts: I64, candidates: I32
+) -> None:
+    """Set a row's count of candidates to 0 where none of its targets is among them.
+
+    Row i of the block has the targets ``targets[bounds[first + i] : bounds[first + i + 1]]``.
+    """
+    for i in range(rows):
+        if counts[i] <= 0:  # every entry is a candidate
+            counts[i] = -1
+            continue
+        reached = False
+        for j in range(counts[i]):
+            for t in range(bounds[first + i], bounds[first + i + 1]):
+                reached = reached or candidates[i, j] == targets[t]
+            if reached:
+                break
+        if not reached:
+            counts[i] = 0
+
+
+@numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True)
 def resolve_many(
     metric: int, x: F32, x_norms: F64, table: F32, table_norms: F64, rows: int, exclude: I64,
     counts: I64, candidates: I32, limited: bool, labels: I64, keys: F64,

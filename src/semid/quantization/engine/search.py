@@ -27,7 +27,7 @@ from semid.quantization.engine.formats import (
     FusedShort,
     QueryBlock,
 )
-from semid.quantization.engine.keys import norms, resolve_best, resolve_many
+from semid.quantization.engine.keys import drop_rows_without, norms, resolve_best, resolve_many
 from semid.quantization.engine.plain import L2, Rows, float32_rows, padded
 from semid.quantization.engine.sweep import F32, F64, trim_rows
 from semid.quantization.engine.table import Operand, VectorTable
@@ -109,12 +109,16 @@ def search(
     k: int = 1,
     exclude: npt.NDArray[np.int64] | None = None,
     within: npt.NDArray[np.float64] | None = None,
+    targets: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]] | None = None,
     threads: int | None = None,
     name: str = "x",
 ) -> SearchResult:
     """Find the ``k`` entries with the smallest canonical keys, ties to the lowest index.
 
-    Shapes: ``queries`` (queries, dim), ``exclude`` and ``within`` (queries,).
+    Shapes: ``queries`` (queries, dim), ``exclude`` and ``within`` (queries,). ``targets`` are
+    entries and bounds (queries + 1,) of those of each query, for tables without ``unique``: a query
+    that has none of its targets among the ``k`` best may get keys of infinity instead, which spares
+    measuring its candidates.
     """
     count, width = len(queries), table.rows.shape[1]
     labels = np.empty((count, k), np.int64)
@@ -146,12 +150,14 @@ def search(
             block.rows, block.k, block.margin, block.top, block.counts, block.candidates,
             block.scores, block.scratch,
         )  # fmt: skip
+        if targets is not None:
+            drop_rows_without(*targets, start, len(x), block.counts, block.candidates)
         lengths = np.empty(len(x))
         norms(x, lengths)
         excluded = np.full(len(x), -1) if exclude is None else exclude[span]
         measured = resolve_many(
             table.metric, x, lengths, table.rows, table.norms, block.rows, excluded, block.counts,
-            block.candidates, within is not None, labels[span], keys[span],
+            block.candidates, within is not None or targets is not None, labels[span], keys[span],
         )  # fmt: skip
         return int(measured)
 
@@ -231,9 +237,11 @@ def has_bfloat16() -> bool:
 def kernel_count() -> int:
     """Return how many kernels testing the routes compiles where none is cached."""
     routes = _available(use_torch=False) or _available(use_torch=True)
-    # Encoding in levels has a kernel for each route of integers, or one.
+    # Encoding in levels has a kernel for each route of integers, or one; these routes share the
+    # choice among candidates.
     integers = sum(isinstance(route, FusedInteger) for route in routes)
-    return SHARED_KERNELS + sum(route.kernels for route in routes) + max(1, integers)
+    shared = SHARED_KERNELS + (integers > 0)
+    return shared + sum(route.kernels for route in routes) + max(1, integers)
 
 
 def working_routes(*, with_torch: bool = True) -> tuple[Route, ...]:
