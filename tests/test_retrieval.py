@@ -21,7 +21,7 @@ from semid.recommenders.retrieval.data import MIN_INTERACTIONS, pack, prepare_re
 from semid.recommenders.retrieval.evaluation import target_ranks
 from semid.recommenders.retrieval.layers import (
     CodeSum,
-    FullSoftmax,
+    SoftmaxLoss,
     Transformer,
     TransformerOptions,
 )
@@ -224,18 +224,24 @@ def test_layers_start_near_the_identity():
     assert functional.cosine_similarity(states, given).min() > 0.9
 
 
-def test_full_softmax_equals_the_cross_entropy_of_torch():
+def test_the_softmax_loss_equals_the_cross_entropy_of_torch():
     torch.manual_seed(0)
     states = torch.randn(600, 8, requires_grad=True)
     vectors = torch.randn(37, 8, requires_grad=True)
+    # The last classes are targets alone: they do not stand among the others.
     targets, bias = torch.randint(0, 37, (600,)), torch.randn(37)
-    loss = FullSoftmax.apply(states, vectors, targets, bias)
-    expected = functional.cross_entropy(states @ vectors.T + bias, targets)
-    torch.testing.assert_close(loss, expected)
-    mine = torch.autograd.grad(3 * loss, (states, vectors))
-    theirs = torch.autograd.grad(3 * expected, (states, vectors))
-    for a, b in zip(mine, theirs, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+    for others in (37, 20):
+        columns = torch.where(targets < others, targets, -1)
+        parts = (states, vectors[targets], bias[targets], vectors[:others], bias[:others], columns)
+        loss = SoftmaxLoss.apply(*parts)
+        logits = states @ vectors.T + bias
+        beside = (torch.arange(37) >= others) & (torch.arange(37) != targets[:, None])
+        expected = functional.cross_entropy(logits.masked_fill(beside, -torch.inf), targets)
+        torch.testing.assert_close(loss, expected)
+        mine = torch.autograd.grad(3 * loss, (states, vectors))
+        theirs = torch.autograd.grad(3 * expected, (states, vectors))
+        for a, b in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
 
 
 def test_code_sums_and_their_gradient_equal_a_gather():
@@ -267,20 +273,25 @@ def test_inverse_probabilities_of_drawn_classes_count_every_class_once():
     sampler, draws = _Sampler(counts, np.arange(7)), 3000
     torch.manual_seed(0)
     weights = torch.zeros(draws, 7)
+    targets = torch.arange(7)
     for row in weights:
-        drawn, log_probability = sampler(4, CPU)
+        drawn, log_probability, columns = sampler(4, targets)
         assert len(drawn.unique()) == len(drawn)
+        places = {int(class_): place for place, class_ in enumerate(drawn)}
+        assert columns.tolist() == [places.get(class_, -1) for class_ in range(7)]
         row[drawn] = torch.exp(-log_probability)
     error = weights.std(0) / draws**0.5
     wrong = (weights.mean(0) - torch.tensor([1.0, 0, 1, 1, 1, 1, 1])).abs() > 4 * error
     assert not wrong.any(), weights.mean(0)
 
 
-def test_softmax_counts_a_class_as_often_as_it_has_training_items():
+@pytest.mark.parametrize("loss", ["full", "sampled"])
+def test_softmax_counts_a_class_as_often_as_it_has_training_items(loss):
     """The loss over distinct ids is the loss over items whose vectors are equal."""
     data = prepare_retrieval_data(make_log(), ids=make_ids(shared=True))
     torch.manual_seed(0)
-    model = Composed(data.items, ComposedOptions(width=16, dropout=0.0)).eval()
+    options = ComposedOptions(width=16, dropout=0.0, loss=loss, negatives=100_000)
+    model = Composed(data.items, options).eval()
     batch = pack(*zip(*data.training(50), strict=True))
     vectors = model.vectors()[model.classes]
     states = model.transformer(vectors[batch.items], batch)

@@ -1,4 +1,4 @@
-"""Layers of next-item models: a causal transformer, the full softmax, sums of code embeddings."""
+"""Layers of next-item models: a causal transformer, the softmax, sums of code embeddings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from semid.options import MAX_WIDTH, Options, option
 from semid.recommenders.retrieval.data import Packed
 
 LOSS_ROWS = 128
-"""Rows of logits at once in the full softmax."""
+"""Rows of logits at once in the softmax on a CPU; on a GPU all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +106,8 @@ class Transformer(nn.Module):
         return states
 
 
-class FullSoftmax(torch.autograd.Function):
-    """Cross-entropy over all classes without a stored matrix of logits.
+class SoftmaxLoss(torch.autograd.Function):
+    """Cross-entropy over the target and some classes without a stored matrix of logits.
 
     The gradients are computed in the forward pass, a few rows at a time: the softmax of a row is
     needed once, while it is still in the cache. Memory: `LOSS_ROWS` rows of logits.
@@ -115,48 +115,69 @@ class FullSoftmax(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, states: Tensor, vectors: Tensor, targets: Tensor, bias: Tensor | None
+        ctx: Any,
+        states: Tensor,
+        right: Tensor,
+        right_bias: Tensor,
+        vectors: Tensor,
+        bias: Tensor,
+        columns: Tensor,
     ) -> Tensor:
-        """Return the mean loss of ``states`` (n, width) against ``vectors`` (classes, width)."""
+        """Return the mean loss of ``states`` (n, width).
+
+        Args:
+            ctx: what `backward` needs.
+            states: ``(n, width)``.
+            right: ``(n, width)`` vector of each state's target.
+            right_bias: ``(n,)`` what is added to the target's logit.
+            vectors: ``(classes, width)`` of the classes beside the target.
+            bias: ``(classes,)`` what is added to their logits.
+            columns: ``(n,)`` where the target stands among them, which counts once; -1 is nowhere.
+        """
         d_states, d_vectors = torch.empty_like(states), torch.zeros_like(vectors)
+        at_target = (states * right).sum(1) + right_bias
+        d_target = torch.empty_like(at_target)
         total = states.new_zeros(())
-        # One buffer for all logits: fresh memory for each costs more than the arithmetic.
-        buffer = vectors.new_empty(min(LOSS_ROWS, len(states)) * len(vectors))
         low = torch.is_autocast_enabled(states.device.type)
-        for start in range(0, len(states), LOSS_ROWS):
-            part, right = states[start : start + LOSS_ROWS], targets[start : start + LOSS_ROWS]
+        size = len(states) if states.is_cuda else LOSS_ROWS
+        # One buffer for all logits: fresh memory for each costs more than the arithmetic.
+        buffer = vectors.new_empty(min(size, len(states)) * len(vectors))
+        for start in range(0, len(states), size):
+            rows = slice(start, start + size)
+            part = states[rows]
             # A column of logits per row of states: all three products run faster than on rows.
             if low:
                 logits = (vectors @ part.T).float()
             else:
                 logits = buffer[: len(vectors) * len(part)].view(len(vectors), len(part))
                 torch.mm(vectors, part.T, out=logits)
-            if bias is not None:
-                logits += bias[:, None]
-            largest = logits.amax(0)
-            at_target = logits.gather(0, right[None])[0] - largest
+            logits += bias[:, None]
+            among = torch.nonzero(columns[rows] >= 0)[:, 0]
+            logits[columns[rows][among], among] = -torch.inf
+            largest = torch.maximum(logits.amax(0), at_target[rows])
             # From here on `logits` holds the softmax before its division by the sums.
-            sums = logits.sub_(largest).exp_().sum(0)
-            total += (sums.log() - at_target).sum()
-            d_states[start : start + LOSS_ROWS] = (logits.T @ vectors) / sums[:, None]
+            own = (at_target[rows] - largest).exp()
+            sums = logits.sub_(largest).exp_().sum(0) + own
+            total += (sums.log() + largest - at_target[rows]).sum()
+            d_target[rows] = own / sums - 1
+            d_states[rows] = (logits.T @ vectors) / sums[:, None]
             scaled = part / sums[:, None]
             if low:
                 d_vectors += logits @ scaled
             else:
                 d_vectors.addmm_(logits, scaled)
         # The gradient of a logit is the softmax, less 1 at the target.
-        d_states -= vectors[targets]
-        d_vectors.index_add_(0, targets, states.to(d_vectors.dtype), alpha=-1)
-        ctx.save_for_backward(d_states, d_vectors)
+        d_states += d_target[:, None] * right
+        ctx.save_for_backward(d_states, d_target[:, None] * states, d_vectors)
         ctx.count = len(states)
         return total / len(states)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Scale the gradients."""
-        d_states, d_vectors = ctx.saved_tensors
         scale = gradients[0] / ctx.count
-        return d_states * scale, d_vectors * scale, None, None
+        d_states, d_right, d_vectors = (each * scale for each in ctx.saved_tensors)
+        return d_states, d_right, None, d_vectors, None, None
 
 
 class CodeSum(nn.Module):

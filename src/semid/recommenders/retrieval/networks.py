@@ -22,7 +22,7 @@ from semid.recommenders.retrieval import MODELS
 from semid.recommenders.retrieval.data import Ints, Packed, RetrievalItems
 from semid.recommenders.retrieval.layers import (
     CodeSum,
-    FullSoftmax,
+    SoftmaxLoss,
     Transformer,
     TransformerOptions,
 )
@@ -46,6 +46,9 @@ MIN_BATCH = 8
 
 SEARCHED = 256
 """Histories of a batch where no matrix of scores is made."""
+
+SUMMED = 64
+"""Histories whose log-probabilities are summed at once: those of one code are 256 bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,29 +188,21 @@ class SASRec(NextItemModel):
         """Return the cross-entropy of the items that follow."""
         # From here on items are classes: items that the model cannot tell apart are one.
         inputs, targets = self.classes[batch.items], self.classes[batch.targets]
-        if self.sampled:  # nothing here grows with the catalogue
+        if self.sampled:
+            # Nothing here grows with the catalogue. Each drawn logit loses the logarithm of the
+            # probability that its class is drawn (Bengio and Senecal 2008), so that the sum over
+            # the drawn estimates that over all.
+            drawn, log_probability, columns = self._sampler(self.settings.negatives, targets)
             states = self.transformer(self.vectors(inputs), batch)
-            loss = self._sampled_loss(states, targets)
+            right, vectors = self.vectors(targets), self.vectors(drawn)
+            bias = self.log_sizes[drawn] - log_probability
         else:
-            vectors = self.vectors()
-            states = self.transformer(vectors[inputs], batch)
-            loss = FullSoftmax.apply(  # type: ignore[no-untyped-call]
-                states, vectors, targets, self.log_sizes
-            )
+            vectors, bias, columns = self.vectors(), self.log_sizes, targets
+            states, right = self.transformer(vectors[inputs], batch), vectors[targets]
+        loss = SoftmaxLoss.apply(  # type: ignore[no-untyped-call]
+            *(states, right, self.log_sizes[targets], vectors, bias, columns)
+        )
         return Step(loss, {})
-
-    def _sampled_loss(self, states: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy against items drawn for the batch, by sampled softmax.
-
-        Each drawn logit loses the logarithm of the probability that its item is drawn (Bengio and
-        Senecal 2008), so that the sum over the drawn estimates that over all items but the target.
-        """
-        drawn, log_probability = self._sampler(self.settings.negatives, states.device)
-        at_target = (states * self.vectors(targets)).sum(1)
-        logits = states @ self.vectors(drawn).T - log_probability
-        # A draw that is the target itself is no negative.
-        logits = logits.masked_fill(drawn[None, :] == targets[:, None], -torch.inf)
-        return (torch.logaddexp(logits.logsumexp(1), at_target) - at_target).mean()
 
     def train(self, mode: bool = True) -> Self:
         """Switch between training and evaluation; vectors of before are made again."""
@@ -234,20 +229,27 @@ class _Sampler:
         # Items by falling popularity: rank r is drawn with probability log(1 + 1 / r) / log(n + 1).
         totals = np.bincount(item_class, weights=counts)
         order = np.argsort(-totals, kind="stable")[: int((totals > 0).sum())]
-        self.ordered, self.seen = torch.from_numpy(order), len(order)
+        ranks = np.zeros(len(totals), np.int64)  # 0: never drawn
+        ranks[order] = np.arange(1, len(order) + 1)
+        self.ordered, self.ranks = torch.from_numpy(order), torch.from_numpy(ranks)
 
-    def __call__(self, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Draw ``n`` times; return the distinct classes and the logarithm of their probabilities.
+    def __call__(self, n: int, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw ``n`` times: the distinct classes, and the logarithm of their probabilities.
 
         A class that would be drawn several times is there once, with the probability of being among
-        the draws: one column instead of several, and no variance from how often it came.
+        the draws: one column instead of several, and no variance from how often it came. Also
+        returns where the targets ``(places,)`` stand among the drawn; -1 is nowhere.
         """
         # The inverse of the distribution: exp of a uniform number times the logarithm of the size.
-        size = float(np.log(self.seen + 1))
-        rank: Tensor = torch.unique(torch.exp(torch.rand(n) * size).long().clamp(1, self.seen))
-        missed = torch.log1p(-torch.log1p(1 / rank.double()) / size) * n
+        seen, device = len(self.ordered), targets.device
+        size = float(np.log(seen + 1))
+        drawn: Tensor = torch.unique(torch.exp(torch.rand(n) * size).long().clamp(1, seen))
+        missed = torch.log1p(-torch.log1p(1 / drawn.double()) / size) * n
         log_probability = torch.log(-torch.expm1(missed)).float()
-        return self.ordered[rank - 1].to(device), log_probability.to(device)
+        asked = self.ranks[targets.cpu()]
+        columns = torch.searchsorted(drawn, asked).clamp(max=len(drawn) - 1)
+        columns = torch.where(drawn[columns] == asked, columns, -1)
+        return self.ordered[drawn - 1].to(device), log_probability.to(device), columns.to(device)
 
 
 class Composed(SASRec):
@@ -371,11 +373,13 @@ class Parallel(NextItemModel):
 
     def scores(self, batch: Packed) -> Tensor:
         """Return the sum of the log-probabilities of the codes of every distinct id."""
-        levels = self._log_probabilities(batch)
-        total = torch.zeros(len(batch.places), len(self.codes.rows), device=levels[0].device)
-        for level, logs in enumerate(levels):
-            total += logs[:, self.codes.rows[:, level] - self.codes.starts[level]]
-        return total
+        tables = torch.cat(self._log_probabilities(batch), 1)
+        # Histories stand side by side, so one code's values for all of them are added at once.
+        sums = [
+            functional.embedding_bag(self.codes.rows, part.T.contiguous(), mode="sum").T
+            for part in torch.split(tables, SUMMED)
+        ]
+        return torch.cat(sums)
 
     def top(self, batch: Packed, k: int, among: Ints | None = None) -> tuple[Tensor, Tensor]:
         """Return scores and classes ``(histories, k)`` of the best ids, from a scan of all of them.
