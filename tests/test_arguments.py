@@ -261,10 +261,10 @@ ZERO = {
     "validation_fraction", "tolerance", "tol", "latent", "rounds", "annealing_rounds", "max_churn",
     "cold_items", "cold_slots", "history", "dropout", "decay", "core", "candidates", "warmup", "weight_decay",
     "checkpoint_seconds", "commitment_weight", "pretrain_epochs", "revive_below", "rotation_iter", "em_tol",
-    "port", "batch_wait", "watch", "behind",
+    "port", "batch_wait", "watch", "behind", "embedding_penalty",
 }  # fmt: skip
 UNLIMITED = {
-    "learning_rate", "weight_decay", "clip_norm", "commitment_weight", "checkpoint_seconds",
+    "learning_rate", "weight_decay", "clip_norm", "commitment_weight", "checkpoint_seconds", "embedding_penalty",
 }  # fmt: skip
 
 

@@ -219,6 +219,27 @@ def test_row_wise_adam_is_adam_on_the_rows_it_touches():
     assert not torch.equal(sparse[:2], kept[:2])
 
 
+def test_a_penalty_shrinks_embeddings_of_items_and_codes(rows):
+    def trained(l2):
+        config = replace(ARCHITECTURE, embedding_penalty=l2)
+        return train_ranker(rows, ids=codes(), config=config, training=QUICK)
+
+    free, held = trained(0.0), trained(1.0)
+    for name in ("base", "codes"):
+        sizes = [getattr(one.network.tables, name).square().sum() for one in (free, held)]
+        assert sizes[1] < 0.5 * sizes[0]
+    # The loss is the log loss plus half of the penalty times all squares.
+    batch = next(iter(rows.batches(64, seed=0, device=torch.device("cpu")).batches(0, 0)))[0]
+    network = held.network.eval()
+    with torch.no_grad():
+        squares = sum(p.square().sum() for t in network.all_tables for p in t.parameters())
+        full, network.embedding_penalty = network(batch).loss, 0.0
+        assert full.item() == pytest.approx((network(batch).loss + squares / 2).item())
+    with pytest.raises(UsageError, match="embedding_penalty"):
+        config = replace(ARCHITECTURE, sparse=True, embedding_penalty=0.1)
+        train_ranker(rows, config=config, training=QUICK)
+
+
 def test_large_tables_train_row_by_row(rows):
     found = train_ranker(
         rows, ids=codes(), config=replace(ARCHITECTURE, sparse=True), training=QUICK

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -87,9 +88,21 @@ models = ["dcnv2"]
 methods = ["none"]
 fusion = [false]
 variant = "stars"
+[[stages]]
+name = "penalties"
+models = ["dcnv2"]
+methods = ["moc"]
+scales = [2]
+fusion = [false]
+variant = "regularized"
+seeds = 2
 [[variants]]
 name = "stars"
 label = "stars>3"
+[[variants]]
+name = "regularized"
+width = 2
+embedding_penalty = [100.0, 0.001]
 [[data]]
 name = "synthetic"
 synthetic = 700
@@ -227,7 +240,8 @@ def test_a_study_of_moc(recipes, capsys):
     given = ["reproduce", "moc", "--recipe", recipes / "moc.toml", "-o", out, "--quiet"]
     assert run(*given) == 0
     assert "has no column 'stars'" in capsys.readouterr().err
-    rows = read_runs(out / "moc" / "runs.jsonl")
+    every = read_runs(out / "moc" / "runs.jsonl")
+    rows = [row for row in every if not row["variant"]]
     cells = [
         (r["method"], r["scale"], r["fusion"], r.get("part", ""))
         for r in rows
@@ -247,13 +261,34 @@ def test_a_study_of_moc(recipes, capsys):
     (kept,) = [r for r in rows if r["run"] == "kept"]
     assert kept["kept"]["error"] > 0
     page = (out / "moc" / "moc-tables.md").read_text()
-    for part in ("One level alone, synthetic", "Information kept", "Singular values"):
+    for part in ("Without a penalty", "Information kept", "Singular values", "penalty |"):
         assert part in page
     assert "has no column 'stars'" in page
     again = json.loads((out / "moc" / "runs.jsonl").read_text().splitlines()[0])
     assert run(*given) == 0
-    assert len(read_runs(out / "moc" / "runs.jsonl")) == len(rows)
+    assert len(read_runs(out / "moc" / "runs.jsonl")) == len(every)
     assert again["key"] == rows[0]["key"]
+    # The penalty with the best validation AUC of seed 0 is that of both seeds; all were tried.
+    first, second = (row for row in every if row["variant"] == "regularized")
+    tried = {one["embedding_penalty"]: one for one in first["tried"]}
+    assert list(tried) == [100.0, 0.001]
+    assert first["embedding_penalty"] == max(
+        tried, key=lambda penalty: tried[penalty]["validation_auc"]
+    )
+    assert first["auc"] == tried[first["embedding_penalty"]]["auc"]
+    assert second["embedding_penalty"] == first["embedding_penalty"]
+    assert second["tried"] == first["tried"]
+    assert "width=2 " in first["protocol"]
+    assert second["auc"] != first["auc"]
+    # On another machine the ledger says what was chosen; nothing is tried again.
+    shutil.rmtree(out / "moc" / "tuned")
+    kept = [json.dumps(row) + "\n" for row in every if row is not second]
+    (out / "moc" / "runs.jsonl").write_text("".join(kept))
+    assert run(*given) == 0
+    last = read_runs(out / "moc" / "runs.jsonl")[-1]
+    assert last["key"] == second["key"]
+    assert last["auc"] == second["auc"]
+    assert not list((out / "moc" / "tuned").iterdir())
 
 
 def test_a_study_of_retrieval(recipes):

@@ -43,10 +43,11 @@ class Rows:
         # ``missing`` are the cells of the recipe that have no row yet.
         self.rows, self.missing = list(rows), list(missing)
 
-    def main(self) -> Rows:
-        """Return the rows of the main protocol; variants decide no claim."""
+    def protocol(self, variant: str = "") -> Rows:
+        """Return the rows of a variant, by default of the main protocol."""
         rows, missing = (
-            [row for row in part if not row.get("variant")] for part in (self.rows, self.missing)
+            [row for row in part if row.get("variant", "") == variant]
+            for part in (self.rows, self.missing)
         )
         return Rows(rows, missing)
 
@@ -293,6 +294,7 @@ class Claim:
     equal_terms: bool = True  # False where one side gets more than the other
     note: str = ""  # what a reader must know besides
     data: Sequence[str] = ()  # data sets that its words name; empty for all
+    variant: str = ""  # protocol whose runs decide it
 
 
 @dataclass(frozen=True)
@@ -344,16 +346,15 @@ def decide(claim: Claim, statements: Sequence[Statement]) -> ClaimResult:
 
 def evaluate(claims: Callable[[Rows], Sequence[Claim]], rows: Rows) -> list[ClaimResult]:
     """Decide every claim of a paper from the rows of a ledger and what of the recipe they lack."""
-    main = rows.main()
-    sets = main.planned("data") or ["any data set"]
     results = []
-    for one in claims(main):
+    for one in claims(rows.protocol()):
+        part = rows.protocol(one.variant)
+        covered = list(one.data or part.planned("data") or ["any data set"])
         statements: list[Statement] = []
         for family in one.families:
-            covered = list(one.data or sets)
             if isinstance(family, Family):
-                statements.append(family.state(main, covered))
+                statements.append(family.state(part, covered))
             else:
-                statements += family(main, covered)
+                statements += family(part, covered)
         results.append(decide(one, statements))
     return results

@@ -97,7 +97,7 @@ def overlap_agreement(rows: Rows, sets: Sequence[str]) -> list[Statement]:
 
 def agreement_table(rows: Rows) -> list[list[str]]:
     """Write the correlations of R with the flips: of each level, and with all levels pooled."""
-    table, main = [], rows.main()
+    table, main = [], rows.protocol()
     for data in main.names("data"):
         for space in ("latent", "input"):
             seeds = sorted(main.names("seed", data=data))
@@ -146,7 +146,7 @@ def cell(tokenizer: str, variant: str = "") -> dict[str, Any]:
 
 def noise_scales(rows: Rows) -> list[float]:
     """Return the noise scales at which overlap was measured."""
-    runs = [r for r in rows.main().rows if r.get("overlap")]
+    runs = [r for r in rows.protocol().rows if r.get("overlap")]
     return list(runs[0]["overlap"][0]["scale"]) if runs else []
 
 
@@ -208,7 +208,7 @@ def sweep_chart(rows: Rows, lines: Sequence[Line]) -> Iterator[dict[str, Any]]:
 
 def recommend(rows: Rows) -> list[list[str]]:
     """Name the leader over all data sets for every question, and those level with it."""
-    main, table = rows.main(), []
+    main, table = rows.protocol(), []
     sets = main.names("data")
     for question, name, digits in DRQ.file["questions"]:
         read, shown = DRQ.metric(name), DRQ.metric(name.removeprefix("log2 "))

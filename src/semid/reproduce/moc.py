@@ -23,6 +23,8 @@ LABELS = {**NAMES, "vqvae": "one code (1x of all)", "widened": "wider item id"}
 LABELS |= {name: f"{name} codes" for name in ("random", "shuffled")}
 AUC = metric("auc")
 CLUSTERS = 100
+REGULARIZED = "regularized"
+"""Variant whose rankers have a penalty of embeddings: claims on the AUC are judged on it."""
 
 
 def paper_auc(model: str, method: str, scale: int, data: str) -> float | None:
@@ -122,6 +124,7 @@ def facts(rows: Rows) -> Mapping[str, Any]:
         "all codes but the last": range(1, widest),
         "rebuilt scales": [s for s in rebuilt if s <= 3] or [2, 3],
         "models": MODELS,
+        "controlled": ("dcnv2", "deepfm"),
         "level models": rows.planned("model", run="rank", part="alone 1") or ["dcnv2"],
         "analyzed": {"model": analyzed},
         "above": above,
@@ -178,16 +181,19 @@ def _paper_cell(model: str, rows: Rows, line: Line) -> str:
 
 
 def loss_columns(rows: Rows) -> list[Column]:
-    """Return two columns per ranking model: log loss and calibration error."""
+    """Return columns per ranking model: log loss, calibration error, chosen penalty."""
 
     def write(model: str, name: str, rows: Rows, line: Line) -> str:
         values = line.values(rows, metric(name), model=model)
         return f"{average(values):.4f}" if values else "-"
 
+    titles = {"log loss": "log_loss", "calibration error": "calibration_error"}
+    if any("embedding_penalty" in row for row in rows.rows):
+        titles["penalty"] = "embedding_penalty"
     return [
         Column(f"{model}, {title}", partial(write, model, name))
         for model in _models(rows)
-        for title, name in (("log loss", "log_loss"), ("calibration error", "calibration_error"))
+        for title, name in titles.items()
     ]
 
 
@@ -206,7 +212,9 @@ def difference_lines(rows: Rows, **more: Any) -> list[Line]:
 
 
 def variant_lines(rows: Rows) -> list[Line]:
-    """Return the differences of every data set and model of a variant."""
+    """Return the differences of every data set and model of another label or split."""
+    if rows.names("variant") == [REGULARIZED]:  # has a table per data set
+        return []
     return [
         Line(f"{data}, {model}: {one.label}", one.where, (), one.against)
         for data in rows.names("data")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -15,15 +16,17 @@ import numpy as np
 
 from semid.data.tables import open_table
 from semid.errors import InteractionsError
+from semid.output import atomic_file
 from semid.progress import QuietProgress
 from semid.recommenders.ranking.analysis import CodeAnalysis, analyze_codes
 from semid.recommenders.ranking.builder import RankingData, RankingDataConfig
 from semid.recommenders.ranking.data import prepare_ranking_data
 from semid.recommenders.ranking.network import RankerConfig
+from semid.recommenders.ranking.ranker import Ranker
 from semid.recommenders.ranking.splits import Label
 from semid.recommenders.ranking.training import rank_options
 from semid.reproduce.datasets import Opened
-from semid.reproduce.ledger import Ledger, digest
+from semid.reproduce.ledger import RUNS_FILE, Ledger, digest, read_runs
 from semid.reproduce.pool import Experiment, Job
 from semid.reproduce.ranking_grid import MethodCodes, TokenizerCache, train_cell
 from semid.reproduce.recipe import MocRecipe, Stage, Variant
@@ -114,11 +117,18 @@ class MocExperiment(Experiment):
             **{name: getattr(self.recipe, name) for name in (*names, "tokenizer")},
             "files": files,
             "data": {**options, **data.later_options},
-            "variant": asdict(self.variants[cell["variant"]]) if cell["variant"] else None,
+            "variant": self._spelled_variant(cell["variant"]),
         }
         # Keys of committed runs are hashes of this spelling.
         spelled = {"analyse" if key == "analyze" else key: cell[key] for key in cell}
         return [shared, {"kept": self.recipe.probe} if cell["run"] == "kept" else {}, spelled]
+
+    def _spelled_variant(self, name: str) -> dict[str, Any] | None:
+        """Return a variant's options; keys of committed runs lack those that came later."""
+        if not name:
+            return None
+        options = asdict(self.variants[name])
+        return {k: v for k, v in options.items() if v or k in ("name", "label", "split")}
 
     def obstacle(self, opened: Opened, cell: Mapping[str, Any]) -> tuple[str, str] | None:
         """Say why a protocol cannot be had of a log: it lacks ratings, or an order."""
@@ -135,25 +145,17 @@ class MocExperiment(Experiment):
         """Fit the codes unless they are there, train, measure."""
         spec = job.spec
         opened, rows = self._rows(str(spec["data"]), str(spec["variant"]))
-        coded = self._coded(job, opened, rows)
+        coded = self._coded(job.settings, spec, opened, rows)
         if spec["run"] == "kept":
             return self._rebuild(job, opened, coded)
-        options = {k: tuple(v) if isinstance(v, list) else v for k, v in self.recipe.model.items()}
-        ranker, figures = train_cell(
-            rows,
-            coded,
-            config=RankerConfig(
-                model=str(spec["model"]),
-                width=self.recipe.width,
-                fusion=bool(spec["fusion"]),
-                fusion_rank=self.recipe.fusion_rank,
-                options=options,
-            ),
-            training=rank_options(self.recipe.training),
-            seed=int(spec["seed"]),
-        )
-        figures["protocol"] += f" width={self.recipe.width} tokenizer_seed=seed"
+        penalty, tried, figures = self._tuned(job, opened, rows)
+        if figures is None or spec.get("part"):
+            seed = int(spec["seed"])
+            ranker, figures = self._train(spec, rows, coded, seed=seed, penalty=penalty)
+        figures["protocol"] += f" width={self._width(spec)} tokenizer_seed=seed"
         figures["rows"] = {name: len(part) for name, part in rows.parts.items()}
+        if tried:
+            figures |= {"embedding_penalty": penalty, "tried": tried}
         if spec["analyze"]:
             test = rows.parts["test"]
             figures["analysis"] = _thinned(analyze_codes(ranker.network, test))
@@ -161,6 +163,73 @@ class MocExperiment(Experiment):
                 fused = analyze_codes(ranker.network, test, fused=True)
                 figures["analysis_fused"] = _thinned(fused)
         return figures
+
+    def _width(self, spec: Mapping[str, Any]) -> int:
+        return self.variants[str(spec["variant"])].width or self.recipe.width
+
+    def _train(
+        self,
+        spec: Mapping[str, Any],
+        rows: RankingData,
+        coded: MethodCodes,
+        *,
+        seed: int,
+        penalty: float,
+    ) -> tuple[Ranker, dict[str, Any]]:
+        options = {k: tuple(v) if isinstance(v, list) else v for k, v in self.recipe.model.items()}
+        return train_cell(
+            rows,
+            coded,
+            config=RankerConfig(
+                model=str(spec["model"]),
+                width=self._width(spec),
+                fusion=bool(spec["fusion"]),
+                fusion_rank=self.recipe.fusion_rank,
+                options=options,
+                embedding_penalty=penalty,
+            ),
+            training=rank_options(self.recipe.training),
+            seed=seed,
+        )
+
+    def _tuned(
+        self, job: Job, opened: Opened, rows: RankingData
+    ) -> tuple[float, list[dict[str, float]], dict[str, Any] | None]:
+        """Return a cell's penalty of embeddings, what all that were tried gave, and figures.
+
+        Each method gets the same trials: all penalties with seed 0, of which the best validation
+        AUC decides for every seed. The figures are those of seed 0, where it is asked for. Parts of
+        the codes take the penalty of all of them.
+        """
+        penalties = self.variants[str(job.spec["variant"])].embedding_penalty
+        if not penalties:
+            return 0.0, [], None
+        names = ("data", "variant", "model", "method", "scale", "fusion")
+        whole = {**{name: job.spec[name] for name in names}, "seed": 0}
+        name = digest([job.settings, whole])
+        place = self.folder / "tuned" / f"{name}.json"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with Ledger(self.folder).lock(f"tuned-{name}"):  # whoever comes first; the others wait
+            if not place.exists():
+                for row in read_runs(self.folder / RUNS_FILE):  # of a machine before
+                    same = row["settings"] == job.settings and "tried" in row
+                    if same and all(row[key] == value for key, value in whole.items()):
+                        return row["embedding_penalty"], row["tried"], None
+                coded = self._coded(job.settings, whole, opened, rows)
+                results = [
+                    self._train(whole, rows, coded, seed=0, penalty=penalty)[1]
+                    for penalty in penalties
+                ]
+                with atomic_file(place, mark=False) as work:
+                    work.write_text(json.dumps(results), encoding="utf8")
+        results = json.loads(place.read_text(encoding="utf8"))
+        shown = ("validation_auc", "auc", "log_loss")
+        tried = [
+            {"embedding_penalty": penalty, **{key: result[key] for key in shown}}
+            for penalty, result in zip(penalties, results, strict=True)
+        ]
+        best = max(range(len(tried)), key=lambda n: tried[n]["validation_auc"])
+        return penalties[best], tried, None if job.spec["seed"] else results[best]
 
     def _rows(self, name: str, variant: str) -> tuple[Opened, RankingData]:
         """Prepare a data set under a protocol; the last `PREPARED` stay in memory."""
@@ -181,11 +250,12 @@ class MocExperiment(Experiment):
             self._prepared[name, variant] = (opened, rows)
         return self._prepared[name, variant]
 
-    def _coded(self, job: Job, opened: Opened, rows: RankingData) -> MethodCodes:
+    def _coded(
+        self, settings: str, spec: Mapping[str, Any], opened: Opened, rows: RankingData
+    ) -> MethodCodes:
         """Return codes and how they are used, with a tokenizer of this seed."""
-        spec = job.spec
         seed, method, scale = int(spec["seed"]), str(spec["method"]), int(spec["scale"])
-        place = self.folder / "tokenizers" / job.settings / f"seed-{seed}"
+        place = self.folder / "tokenizers" / settings / f"seed-{seed}"
         place.mkdir(parents=True, exist_ok=True)
         maker = TokenizerCache(
             place,
@@ -198,7 +268,7 @@ class MocExperiment(Experiment):
         # Whoever comes first fits it; the others wait and read.
         fitted = {"me": "vqvae", "shuffled": "moc"}.get(method, method)
         width = 1 if fitted == "vqvae" else scale
-        with Ledger(self.folder).lock(f"tokenizer-{job.settings}-{seed}-{fitted}-{width}"):
+        with Ledger(self.folder).lock(f"tokenizer-{settings}-{seed}-{fitted}-{width}"):
             coded = maker.method(method, scale, progress=QuietProgress())
         # A part of the codes: one level alone, or the levels from the first up.
         part = re.fullmatch(r"(alone|first) (\d+)", str(spec.get("part", "")))

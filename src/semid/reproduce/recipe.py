@@ -123,6 +123,10 @@ class Variant(Options):
     name: str = option(help="Name in tables.")
     label: str = option("", help="Another label; empty keeps the data set's.")
     split: str = option("random", help="Another split.")
+    width: int = option(0, ge=0, help="Width of an embedding; 0 takes the recipe's.")
+    embedding_penalty: tuple[float, ...] = option(
+        (), ge=0, help="Penalties of embeddings: each cell takes the best on validation rows."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

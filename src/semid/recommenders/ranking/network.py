@@ -50,6 +50,12 @@ class RankerConfig(Options):
         0.0, ge=0, lt=1, help="Share of training rows whose user or item id is hidden."
     )
     init_std: float = option(0.01, ge=0, help="Standard deviation of initial embeddings.")
+    embedding_penalty: float = option(
+        0.0,
+        ge=0,
+        name="--embedding-penalty",
+        help="Half of it times the sum of all squared embeddings is added to the loss.",
+    )
     sparse: bool | None = option(
         None, help="Row-wise updates of embedding tables; by default for large tables."
     )
@@ -293,6 +299,7 @@ class RankingNetwork(nn.Module):
         total = self.index.rows + self.index.code_total
         sparse = config.sparse
         self.sparse = total > SPARSE_ROWS if sparse is None else sparse
+        self.embedding_penalty = config.embedding_penalty
         self.tables = FieldTables(self.index, codes, width=width, std=std, sparse=self.sparse)
         fields = len(self.tables.names)
         self.wide = None
@@ -311,6 +318,11 @@ class RankingNetwork(nn.Module):
     def all_tables(self) -> list[FieldTables]:
         """The tables of embeddings, and of first-order weights if the model reads them."""
         return [self.tables, *([] if self.first is None else [self.first])]
+
+    @property
+    def _embeddings(self) -> list[nn.Module]:
+        """All that `embedding_penalty` shrinks."""
+        return [*self.all_tables, *([] if self.wide is None else [self.wide])]
 
     @property
     def field_names(self) -> list[str]:
@@ -335,9 +347,13 @@ class RankingNetwork(nn.Module):
         return logits.float()
 
     def forward(self, batch: tuple[Inputs, Tensor]) -> Step:
-        """Return the mean log loss of a batch of inputs and labels."""
+        """Return the mean log loss of inputs and labels, plus the penalty of embeddings."""
         inputs, labels = batch
         loss = nn.functional.binary_cross_entropy_with_logits(self.logits(inputs), labels)
+        if self.embedding_penalty:
+            # Of all rows, not those of the batch alone: rare ones shrink towards 0, the unknown.
+            tables = [p for module in self._embeddings for p in module.parameters()]
+            loss = loss + self.embedding_penalty / 2 * sum(p.square().sum() for p in tables)
         return Step(loss, {})
 
     def parameter_counts(self) -> dict[str, int]:

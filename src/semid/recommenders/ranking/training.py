@@ -193,10 +193,14 @@ def train_ranker(
         table = code_table(ids, data.schema.items.ids, features)
     item_id = features is None or features.item_id
     network = make_network(data.schema, table, config, item_id=item_id, seed=seed)
-    if network.sparse and options.clip_norm is not None:
+    whole = {
+        "clip_norm": options.clip_norm is not None,
+        "embedding_penalty": config.embedding_penalty > 0,
+    }
+    if network.sparse and any(whole.values()):
         raise UsageError(
-            "clip_norm needs every gradient at once, and large tables have row-wise ones; pass "
-            "clip_norm=None or sparse=False"
+            f"{' and '.join(name for name in whole if whole[name])} need whole tables at every "
+            "step, and large ones are updated row by row: leave it out, or pass sparse=False"
         )
     torch_device = training_device(device)
     network.to(torch_device)
