@@ -12,7 +12,8 @@ from semid.progress import QuietProgress
 from semid.quantization.blocks import ArrayBlocks
 from semid.seeds import numpy_generator
 from semid.tokenizers.barq_choice import Trial, WeightSearch
-from semid.tokenizers.behavior import TablePairs
+from semid.tokenizers.barq_head import train_tables
+from semid.tokenizers.behavior import Behavior, TablePairs
 
 NETWORK = {"hidden": (32,), "latent": 8}
 TRAINING = {"epochs": 40, "batch_size": 128, "learning_rate": 3e-3}
@@ -389,3 +390,41 @@ def test_few_pairs_are_no_evidence():
             search.add(1.0, [book], ArrayBlocks(rows), ArrayBlocks(rows), content=4)
         assert search.trials[1].hits == 1
         assert (search.trials[1].low > 0) == (low == 0)
+
+
+class Pairs:
+    """Pairs as a `PairSource`."""
+
+    def __init__(self, pairs: np.ndarray, items: int) -> None:
+        table = TablePairs(pairs[:, 0], pairs[:, 1], items, protocol="pairs of a test")
+        self.draw, self.positives, self.count = table.draw, table.positives, table.count
+
+
+def test_a_trained_head_tells_more_than_least_squares_and_only_what_others_confirm():
+    generator = np.random.default_rng(2)
+    group = generator.integers(0, 12, 600)
+    codes = np.stack([group, generator.integers(0, 12, 600)], axis=1)
+    order = np.argsort(group + generator.random(600))
+    same = np.stack([order[:-1], order[1:]], axis=1)
+    train, select = same[::2], same[1::2]
+    # Others pair each group with the sixth one after it.
+    partner = np.array([generator.choice(np.flatnonzero(group == (g + 6) % 12)) for g in group])
+    apart = np.stack([np.arange(600), partner], axis=1)
+    start = [0.1 * generator.normal(size=(12, 8)).astype(np.float32) for _ in range(2)]
+
+    def train_on(tables, pairs, kept):
+        behavior = Behavior(Pairs(pairs, 600), Pairs(kept, 600))
+        return train_tables(tables, codes, behavior, temperature=0.07, seed=0)
+
+    trained, losses = train_on(start, train, select)
+    assert losses["loss"] < 0.9 * losses["loss_before_training"]
+    vectors = trained[0][codes[:, 0]] + trained[1][codes[:, 1]]
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    cosine = unit @ unit.T
+    within = group[:, None] == group[None]
+    assert cosine[within].mean() > cosine[~within].mean() + 0.5
+    # Where the pairs of selection users say otherwise, the tables stay.
+    tables, _ = train_on(start, apart, apart)
+    kept, losses = train_on(tables, train, apart)
+    assert losses["loss"] > losses["loss_before_training"]
+    assert all(np.array_equal(a, b) for a, b in zip(kept, tables, strict=True))

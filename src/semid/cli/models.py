@@ -220,7 +220,7 @@ def refine(
     output: cli.OutputPath,
     source: cli.SourceOptions,
     rounds: int = 8,
-    annealing_rounds: int = 12,
+    annealing_rounds: int = 24,
     beam_width: int = 8,
     overwrite: cli.Overwrite = False,
     quiet: cli.Quiet = False,

@@ -5,7 +5,8 @@ least squares take turns: all levels are fitted again together to the codes that
 ridge is chosen on items held out, and what does not lower their error is dropped. The two steps
 alone end in the nearest local optimum; further rounds add noise to the codebooks that falls to
 nothing (stochastic relaxation of the codebooks, LSQ++, Martinez et al. 2018; the scale of the noise
-and the schedule are ours).
+and the schedule are ours). In the first of these rounds, codewords with very few items are placed
+beside those with most (ours), which evens out usage at about the same error.
 
 With penalties per codeword (a power diagram) a row takes the codeword of least
 ``|x - c|^2 + penalty``. Penalties are one more coordinate: with ``x' = [x, 0]`` and
@@ -32,6 +33,16 @@ from semid.seeds import numpy_generator
 Array = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 
+MOVE_BELOW = 0.2
+"""A codeword with fewer items than this share of the mean moves beside one with many."""
+SPLIT_ABOVE = 1.5
+"""Only a codeword with more items than this multiple of the mean gets such a neighbor."""
+SPLIT_NOISE = 0.3
+"""Distance between the two, in standard deviations of the residual over sqrt(levels)."""
+MOVING_SHARE = 0.6
+"""Share of the rounds with noise in which codewords move. All four were chosen by
+`benchmarks/evenness.py`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RefineOptions(Options):
@@ -44,7 +55,7 @@ class RefineOptions(Options):
     rounds: int = option(
         8, ge=0, help="Maximum rounds of encoding and least squares; 0 leaves the codebooks."
     )
-    annealing_rounds: int = option(12, ge=0, help="Rounds with noise that follow.")
+    annealing_rounds: int = option(24, ge=0, help="Rounds with noise that follow.")
     temperature: float = option(
         1.0,
         ge=0,
@@ -175,7 +186,11 @@ class _Refiner:
             # The first round chooses the ridge; the others reuse it, which saves encodings.
             ridges, error = (record.ridge,), record.error
             if number + 1 < count:  # the noise falls linearly and the last round adds none
-                books = self._add_noise(books, (1.0 - number / count) * spread, generator)
+                if number < MOVING_SHARE * count:
+                    near = SPLIT_NOISE * spread
+                    books = self._move_rare(books, equations.counts, near, generator)
+                scale = self.options.temperature * (1.0 - number / count)
+                books = self._add_noise(books, scale * spread, generator)
         return books, rounds
 
     def error(self, books: Sequence[Array]) -> float:
@@ -232,6 +247,33 @@ class _Refiner:
             self.on_round(record)
         return refined, record
 
+    def _move_rare(
+        self,
+        books: list[Array],
+        counts: Sequence[Doubles],
+        spread: Doubles,
+        generator: np.random.Generator,
+    ) -> list[Array]:
+        """Place the codewords with fewest items beside those with most, one each.
+
+        A codeword for a handful of outliers lowers the error of training items alone; beside a
+        frequent one it splits a dense cell. ``counts`` are items ``(codes,)`` per level.
+        """
+        rare, frequent = [], []
+        for items in counts:
+            by_count = np.argsort(items, kind="stable")
+            moved = by_count[items[by_count] < MOVE_BELOW * items.mean()]
+            split = by_count[::-1][: len(moved)]
+            split = split[items[split] > SPLIT_ABOVE * items.mean()]
+            rare.append(moved[: len(split)])
+            frequent.append(split)
+        noisy = self._add_noise(books, spread, generator)
+        books = [book.copy() for book in books]
+        for book, noisy_book, moved, split in zip(books, noisy, rare, frequent, strict=True):
+            for group in self.groups:  # other columns, such as penalties, stay
+                book[moved, group.columns] = noisy_book[split, group.columns]
+        return books
+
     def _add_noise(
         self, books: Sequence[Array], spread: Doubles, generator: np.random.Generator
     ) -> list[Array]:
@@ -239,7 +281,7 @@ class _Refiner:
         noisy = [book.copy() for book in books]
         for group in self.groups:
             # Independent noise of every level adds up: each gets 1 / sqrt(levels) of the spread.
-            scale = self.options.temperature / np.sqrt(group.levels) * spread[group.columns]
+            scale = spread[group.columns] / np.sqrt(group.levels)
             for book in noisy[: group.levels]:
                 noise = generator.normal(size=(len(book), len(scale))) * scale
                 book[:, group.columns] += noise.astype(np.float32)

@@ -34,6 +34,7 @@ from semid.quantization.refine import (
 from semid.quantization.residual import dequantize
 from semid.seeds import child_seed
 from semid.tokenizers.barq_choice import HALVINGS, WeightSearch, without_pairs
+from semid.tokenizers.barq_head import train_tables
 from semid.tokenizers.barq_space import (
     Blend,
     BlendGraph,
@@ -42,7 +43,7 @@ from semid.tokenizers.barq_space import (
     encode_rows,
 )
 from semid.tokenizers.base import Weights
-from semid.tokenizers.behavior import TablePairs
+from semid.tokenizers.behavior import Behavior, TablePairs
 from semid.tokenizers.codebooks import fit_levels
 from semid.tokenizers.context import FitContext
 from semid.tokenizers.neural.autoencoder import EncoderGraph, Prepare
@@ -69,14 +70,10 @@ class BARQ(ContinuousTokenizer):
     to the codes decode them to whole embeddings and to behavior. Codes are a function of the
     embedding alone, so items without behavior are served like the others.
 
-    With a ``behavior_weight`` of 0, `fit` takes no pairs. Otherwise it is the heaviest one that
-    is tried: users kept for selection decide between it, its half, its quarter and 0
-    (``check_behavior``), at the cost of up to three more K-means fits; with pairs instead of
-    interactions, there are no such users and it is taken as it is. What was tried is in
-    ``report.details["behavior"]``, see `semid.tokenizers.barq_choice`. A ``content_variance``
-    below 1 evens out usage and is faster: 0.95 at no more error, less for some.
-    ``balance_strength`` evens out usage at some error, see `semid.quantization.refine`. A
-    ``latent`` of 0 in ``network`` takes 64.
+    With a ``behavior_weight`` of 0, `fit` takes no pairs. Otherwise users kept for selection decide
+    between it, its half, its quarter and 0 (``check_behavior``, `semid.tokenizers.barq_choice`);
+    with pairs instead of interactions it is taken as it is. A ``content_variance`` below 1 evens
+    out usage and is faster. A ``latent`` of 0 in ``network`` takes 64.
 
     Raises:
         UsageError: if a value is out of range.
@@ -195,7 +192,9 @@ class BARQ(ContinuousTokenizer):
         details["refine"] = [asdict(each) for each in rounds]
         self._set_codebooks(books)
         # 5. Tables that decode the codes as they are now.
-        return details | self._fit_tables(train, held_out, weights=context.weights)
+        return details | self._fit_tables(
+            train, held_out, weights=context.weights, behavior=context.behavior
+        )
 
     def _choose_weight(
         self, train: Blocks, held_out: Blocks | None, context: FitContext
@@ -319,7 +318,12 @@ class BARQ(ContinuousTokenizer):
         return self._fit_tables(self._preprocess.view(train), held_out, weights=weights)
 
     def _fit_tables(
-        self, train: Blocks, held_out: Blocks | None, *, weights: Weights | None
+        self,
+        train: Blocks,
+        held_out: Blocks | None,
+        *,
+        weights: Weights | None,
+        behavior: Behavior | None = None,
     ) -> dict[str, Any]:
         """Fit what codes of preprocessed rows stand for: whole rows, and behavior directions."""
 
@@ -351,6 +355,12 @@ class BARQ(ContinuousTokenizer):
             )
             self._tables[name] = fit.tables
             details[f"{name}_tables"] = {"ridge": fit.ridge, "relative_error": fit.error}
+        if behavior is not None and "behavior" in self._tables:
+            temperature, seed = self._objective().temperature, child_seed(self.seed, "head")
+            self._tables["behavior"], losses = train_tables(
+                self._tables["behavior"], fitted[1], behavior, temperature=temperature, seed=seed
+            )
+            details["behavior_tables"] |= losses
         return details
 
     def _latent_block(self, x: Array) -> Array:
@@ -380,8 +390,9 @@ class BARQ(ContinuousTokenizer):
     def decode_behavior(self, codes: Any) -> Array:
         """Return directions of behavior ``(n, latent)`` float32 that codes stand for.
 
-        Cosines between them say which items go together in sequences. They are least-squares
-        predictions of the encoder's directions and not scaled to length 1.
+        Cosines between them say which items go together in sequences: they are trained on the
+        pairs of the fit (after `semid.refine`, which has none, they are least-squares predictions
+        of the encoder's directions), and not scaled to length 1.
 
         Raises:
             UsageError: if the tokenizer was fitted without behavior.
