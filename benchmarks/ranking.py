@@ -138,6 +138,7 @@ class Peer:
         self, python: Path, name: str, model: str, hidden: tuple[int, ...], file: Path
     ) -> None:
         self.name = name
+        self.seconds: list[float] = []  # CPU seconds of its epochs
         self.process = subprocess.Popen(
             [str(python), str(HERE / "ranking_peers.py"), name, model, json.dumps(hidden), file],
             stdin=subprocess.PIPE,
@@ -147,12 +148,12 @@ class Peer:
         )
         self._answer("ready")
 
-    def __call__(self) -> float:
-        """Run an epoch; return the CPU seconds the peer took."""
+    def __call__(self) -> None:
+        """Run an epoch and note the CPU seconds that the peer took."""
         assert self.process.stdin is not None
         self.process.stdin.write("epoch\n")
         self.process.stdin.flush()
-        return float(self._answer("took "))
+        self.seconds.append(float(self._answer("took ")))
 
     def _answer(self, word: str) -> str:
         """Return what follows ``word``; peers print notices of their own between."""
@@ -207,7 +208,9 @@ def timings(given: argparse.Namespace, python: Path | None) -> list[dict[str, An
             taken = in_turn({**sides, **peers}, repeats=given.epochs)
             ours = float(np.median(taken["semid"].cpu))
             for name, timing in taken.items():
-                seconds = timing.result if name in peers else float(np.median(timing.cpu))
+                # The first epochs of a peer are those of the turn that warms up.
+                spent = peers[name].seconds[-given.epochs :] if name in peers else timing.cpu
+                seconds = float(np.median(spent))
                 result.append(
                     {
                         "model": f"{model} {'-'.join(map(str, hidden))}",
