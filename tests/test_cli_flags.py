@@ -20,8 +20,12 @@ def test_the_file_of_flags_is_current(tmp_path):
 
 def test_which_tokenizers_learn_from_behavior_is_known_without_them():
     kinds = {kind: TOKENIZERS.load(kind) for kind in TOKENIZERS.targets}
-    learning = {k: each for k, each in kinds.items() if isinstance(each.behavior_argument, str)}
-    known = {k: (each.behavior_argument, each().needs_behavior) for k, each in learning.items()}
+    learning = {k: each for k, each in kinds.items() if isinstance(each.behavior_weights, tuple)}
+    known = {
+        kind: {name: getattr(each(), name) for name in each.behavior_weights}
+        for kind, each in learning.items()
+        if each.behavior_weights
+    }
     assert known == _BEHAVIOR
 
 

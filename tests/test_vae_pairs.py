@@ -125,10 +125,14 @@ def test_pairs_that_cannot_be_used_are_refused():
 def test_tokenizers_refuse_what_they_would_not_use(clustered):
     with pytest.raises(UsageError, match="rqkmeans learns from embeddings alone"):
         semid.RQKMeans(codebook_size=16).fit(clustered, interactions=log())
+    # Before any row is read: the source is not there.
     with pytest.raises(UsageError, match="contrastive_weight=0"):
-        semid.DRQVAE(codebook_size=16).fit(clustered, interactions=log())
-    with pytest.raises(UsageError, match="needs pairs"):
-        semid.DRQVAE(codebook_size=16, contrastive_weight=0.1).fit(clustered)
+        semid.DRQVAE(codebook_size=16).fit("nowhere.npy", interactions=log())
+    for weight in ("contrastive_weight", "uniformity_weight"):
+        with pytest.raises(UsageError, match=rf"needs pairs.*, or --\S+ 0 \({weight}=\) to learn"):
+            semid.DRQVAE(codebook_size=16, **{weight: 0.1}).fit("nowhere.npy")
+    with pytest.raises(UsageError, match="behavior_weight=0"):
+        semid.BARQ(codebook_size=16, behavior_weight=0).fit("nowhere.npy", pairs=[[0, 1]])
 
 
 def test_info_nce_equals_a_loop():

@@ -69,6 +69,7 @@ class Flag:
     tokenizers: tuple[str, ...] = ()  # which tokenizers or models have it
     # Range of the value as `semid.options.Option` declares it, where all that have it agree.
     limits: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    optional: bool = False  # whether the field may be None, which messages say
 
     @property
     def parameter(self) -> inspect.Parameter:
@@ -90,6 +91,7 @@ class Flag:
             from semid.options import Option
 
             hint = _TYPES.get(self.type.removesuffix("s"), str)
+            hint = hint | None if self.optional else hint
             declared = Option(choices=self.choices, **self.limits)
             for problem in declared.problems(self.key.rpartition(".")[2], value, hint):
                 raise UsageError(problem)
@@ -139,7 +141,8 @@ def read_flags(kind: type, prefix: str = "", defaults: Mapping[str, Any] | None 
             help=f"{about.help.rstrip('.') or field.name}{_default_text(default)}.",
             choices=about.choices,
             section=SECTIONS.get(outer, "Tokenizer"),
-            limits=_limits(about) if named and type(None) not in get_args(hint) else {},
+            limits=_limits(about) if named else {},
+            optional=type(None) in get_args(hint),
         )
 
 
@@ -419,8 +422,15 @@ def given_values(flags: Sequence[Flag], arguments: dict[str, Any]) -> dict[str, 
 
 
 def are_checked(context: typer.Context, command: str, values: Mapping[str, Any]) -> bool:
-    """Whether `Flag.value` has checked all values; others need the classes of the options."""
-    limited = {flag.key for flag in known_flags(command) if flag.limits}
+    """Whether all values have been checked; those of --set need the classes of the options.
+
+    `Flag.value` checks those with limits, and `RankingDataConfig`, which needs no torch, its own.
+    """
+    limited = {
+        flag.key
+        for flag in known_flags(command)
+        if flag.limits or flag.type == "bool" or flag.key.startswith("data.")
+    } | {"seed", "config.model"}  # any number; checked by name
     return not context.params.get("settings") and set(values) <= limited
 
 

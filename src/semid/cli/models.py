@@ -14,8 +14,11 @@ from semid.cli import shared as cli
 from semid.cli.flags import are_checked, check_keys
 from semid.errors import UsageError
 
-_BEHAVIOR = {"barq": ("behavior_weight", True), "drqvae": ("contrastive_weight", False)}
-"""By which argument tokenizers learn from behavior, and whether they do by default."""
+_BEHAVIOR = {
+    "barq": {"behavior_weight": 2.0},
+    "drqvae": {"contrastive_weight": 0.0, "uniformity_weight": 0.0},
+}
+"""Weights by which tokenizers learn from behavior, with their defaults."""
 
 
 def _tokenizer_names() -> list[str]:
@@ -60,7 +63,6 @@ def fit(
         pairs: drqvae, barq: table of item_id and related_item_id.
         neighbors: drqvae, barq: second embeddings, whose nearest neighbors are pairs.
     """
-    from semid.tokenizers.behavior import missing_behavior
     from semid.tokenizers.factory import make_tokenizer, read_recipe
     from semid.training.distributed import is_main
 
@@ -97,13 +99,8 @@ def fit(
         ):  # then files may be refused before torch is imported
             cli.check_inputs(interactions, pairs, neighbors)
             opened = source.open(embeddings)
-        argument, default = _BEHAVIOR.get(kind, ("", 0))
-        if values.get(argument, default) and not (interactions or pairs or neighbors):
-            raise missing_behavior(kind, argument)
-        if interactions is None:
-            cli.refuse_unused(context, ["check_behavior"], "it takes users of --interactions")
+        _refuse_unused(context, kind, values)
         model = make_tokenizer(kind, values, threads=threads, logger=logger)
-        _refuse_unused(context, model)
         opened = source.open(embeddings) if opened is None else opened
         behavior = _behavior(columns.read(context, interactions), pairs, neighbors, opened.ids)
         state = _state_folder(output)
@@ -120,24 +117,43 @@ def fit(
             logger.finish(model.report.health.level, model.report.figures, output)
 
 
-def _refuse_unused(context: typer.Context, model: Any) -> None:
-    """Refuse options that the chosen tokenizer would take and not use."""
-    from semid.cli.flags import known_flags
+def _behavior_weights(kind: str, values: dict[str, Any]) -> dict[str, float]:
+    """Return the weights by which a tokenizer learns from behavior, importing only what it must."""
+    from semid.tokenizers.factory import TOKENIZERS, make_tokenizer
 
+    if kind in TOKENIZERS.targets and kind != "pipeline":
+        return {name: values.get(name, usual) for name, usual in _BEHAVIOR.get(kind, {}).items()}
+    model = make_tokenizer(kind, values)
+    own = getattr(model, "_encoder", model)  # a pipeline has its encoder's
+    return {name: getattr(own, name) for name in model.behavior_weights}
+
+
+def _refuse_unused(context: typer.Context, kind: str, values: dict[str, Any]) -> None:
+    """Refuse options that the chosen tokenizer would take and not use, and behavior that lacks."""
+    from semid.cli.flags import known_flags
+    from semid.tokenizers.behavior import missing_behavior
+
+    sources = ("interactions", "pairs", "neighbors")
+    weights = _behavior_weights(kind, values)
+    learns = any(weights.values())
+    if learns and not any(context.params[name] for name in sources):
+        raise missing_behavior(kind, weights)
+    if context.params["interactions"] is None:
+        cli.refuse_unused(context, ["check_behavior"], "it takes users of --interactions")
     parts = ("training.", "network.")
     training = [flag.name for flag in known_flags("fit") if flag.key.startswith(parts)]
     training.append("device")
-    behavior = ["interactions", "pairs", "neighbors", *cli.InteractionColumns.NAMES]
-    if model.behavior_argument is None:
-        cli.refuse_unused(context, behavior, f"{model.kind} learns from embeddings alone")
-    elif not model.needs_behavior:
-        weight = "--" + model.behavior_argument.replace("_", "-")
+    behavior = [*sources, *cli.InteractionColumns.NAMES]
+    if not weights:
+        cli.refuse_unused(context, behavior, f"{kind} learns from embeddings alone")
+    elif not learns:
+        flag = "--" + next(iter(weights)).replace("_", "-")
         unused = [*behavior, "temperature"]
-        if model.kind == "barq":  # without behavior there is no network
+        if kind == "barq":  # without behavior there is no network
             unused += [*training, "check_behavior"]
-        cli.refuse_unused(context, unused, f"{weight} is 0, so nothing is learned from behavior")
-    kmeans = model.settings.get("kmeans")
-    if kmeans is not None and kmeans["sample_per_code"] is None:
+        cli.refuse_unused(context, unused, f"{flag} is 0, so nothing is learned from behavior")
+    kmeans = values.get("kmeans") or {}
+    if not (values.get("kmeans.sample_per_code") or kmeans.get("sample_per_code")):
         cli.refuse_unused(context, ["full_pass"], "it follows a sample; give --sample-per-code")
 
 

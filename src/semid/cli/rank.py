@@ -119,6 +119,7 @@ def rank(
     MODELS.check(settings.get("config.model", "deepfm"), flag="--model (model=)")
     check_choice("--fusion", fusion, ("on", "off"))
     _refuse_unused(context, settings, source, ids=ids, stream=stream, fusion=fusion)
+    data_config = semid.RankingDataConfig.of(options_under(settings, "data"))
     if are_checked(context, "rank", settings):
         cli.check_inputs(*reads)
         columns.check(logs)
@@ -126,7 +127,6 @@ def rank(
         cli.hold_output(output, overwrite=overwrite, inputs=reads, state=partial_path(output))
         if analyze is not None:
             cli.hold_output(analyze, overwrite=overwrite, inputs=reads)
-    data_config = semid.RankingDataConfig.of(options_under(settings, "data"))
     from semid.recommenders.ranking.training import rank_options, training_device
 
     training_device(source.device)
@@ -285,6 +285,7 @@ def rank_grid(
         needless = ["scales", "codebook_size", "embedding_column", "on_invalid"]
         cli.refuse_unused(context, needless, "without --embeddings no tokenizer is fitted")
     inputs = (logs, source.items, embeddings, ids)
+    data_config = semid.RankingDataConfig.of(options_under(settings, "data"))
     if are_checked(context, "rank-grid", settings):
         cli.check_inputs(*inputs)
         columns.check(logs)
@@ -292,7 +293,6 @@ def rank_grid(
     from semid.reproduce.ranking_grid import GRID_FILES, Grid, grid_tables, run_grid
 
     training_device(source.device)
-    data_config = semid.RankingDataConfig.of(options_under(settings, "data"))
     grid = Grid(
         methods=method_names,
         scales=numbers,

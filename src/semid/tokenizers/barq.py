@@ -82,7 +82,7 @@ class BARQ(ContinuousTokenizer):
     """
 
     kind: ClassVar[str] = "barq"
-    behavior_argument: ClassVar[str | None] = "behavior_weight"
+    behavior_weights: ClassVar[tuple[str, ...]] = ("behavior_weight",)
 
     beam_width: int = option(
         8, ge=1, le=MAX_BEAM, help="Partial codes kept while encoding; 1 is greedy."
@@ -124,8 +124,6 @@ class BARQ(ContinuousTokenizer):
         None, help="How K-means runs at each level."
     )
 
-    _suggested_weight = 2.0
-
     def __post_init__(self) -> None:
         """Start without components and tables."""
         super().__post_init__()
@@ -143,11 +141,6 @@ class BARQ(ContinuousTokenizer):
 
     def _latent_width(self, dim: int) -> int:
         return self._config.latent or DEFAULT_LATENT
-
-    @property
-    def needs_behavior(self) -> bool:
-        """Whether behavior has a weight."""
-        return self.behavior_weight > 0
 
     def _fit(self, context: FitContext) -> dict[str, Any]:
         details: dict[str, Any] = {"protocol": "no pairs"}

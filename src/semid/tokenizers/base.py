@@ -27,7 +27,7 @@ from semid.progress import Progress, ProgressArgument, QuietProgress, with_progr
 from semid.quantization.blocks import BLOCK_ROWS, Blocks, prefetched
 from semid.quantization.refine import ColumnGroup
 from semid.quantization.residual import ResidualCodes, dequantize
-from semid.tokenizers.behavior import Behavior
+from semid.tokenizers.behavior import Behavior, check_behavior
 from semid.tokenizers.context import (
     EncodedBlock,
     FitContext,
@@ -71,14 +71,14 @@ class Tokenizer(Transformer):
             ``concat``. `latent_slices` says which columns of the latent each codebook quantizes.
         encodes_nearest: whether a code is the nearest codeword to what its codebook quantizes;
             `score_terms` says what decides where it is not.
-        behavior_argument: argument whose value 0 turns learning from behavior off, or None.
+        behavior_weights: arguments that turn learning from behavior on where one is above 0.
         has_decoder: whether `decode_latent` works.
         can_warm_start: whether `fit_again` can start from the codebooks of the fit before.
         fits_shards: whether `fit_rows` fits rows that lie in several processes or machines.
         report: the `FitReport` of the last fit, or None before it.
     """
 
-    behavior_argument: ClassVar[str | None] = None
+    behavior_weights: ClassVar[tuple[str, ...]] = ()
     has_decoder: ClassVar[bool] = False
     can_warm_start: ClassVar[bool] = False
     fits_shards: ClassVar[bool] = False
@@ -109,25 +109,22 @@ class Tokenizer(Transformer):
     @property
     def needs_behavior(self) -> bool:
         """Whether `fit` cannot do without interactions or pairs."""
-        return False
+        return any(getattr(self, name) > 0 for name in self.behavior_weights)
 
     @property
     def decodes_behavior(self) -> bool:
         """Whether `decode_behavior` works."""
         return False
 
+    def _check_behavior(self, interactions: Any, pairs: Any) -> None:
+        """Refuse interactions or pairs that would not be used, and a fit that lacks them."""
+        weights = {name: getattr(self, name) for name in self.behavior_weights}
+        check_behavior(self.kind, weights, interactions=interactions, pairs=pairs)
+
     def _behavior(
         self, interactions: Any, pairs: Any, *, ids: ItemIds, train: npt.NDArray[np.bool_]
     ) -> Behavior | None:
-        """Return pairs to learn from; one that learns from embeddings alone refuses any."""
-        sources = {"interactions": interactions, "pairs": pairs}
-        names = [name for name, value in sources.items() if value is not None]
-        if names:
-            raise UsageError(
-                f"{self.kind} learns from embeddings alone, so {' and '.join(names)} "
-                f"(--{names[0]}) would not be used; leave them out, or take drqvae with "
-                "--contrastive-weight (contrastive_weight=) above 0"
-            )
+        """Return pairs to learn from, if any."""
         return None
 
     def _start_from(self, previous: Self) -> None:
@@ -233,6 +230,7 @@ class Tokenizer(Transformer):
         """
         started = time.monotonic()
         progress = progress or QuietProgress()
+        self._check_behavior(interactions, pairs)
         opened = open_embeddings(source, ids=ids)
         compile_kernels(progress, product=self.combine == "concat")
         # A hash of the id holds an item out, so later fits and reports agree on which they are.

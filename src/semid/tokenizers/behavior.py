@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -272,12 +273,37 @@ def _from_interactions(interactions: Any, ids: ItemIds, rows: Rows) -> Behavior:
     return Behavior(train, select)
 
 
-def missing_behavior(kind: str, argument: str) -> UsageError:
-    """Return the refusal of a fit without the behavior that an argument above 0 asks for."""
+def check_behavior(kind: str, weights: Mapping[str, float], **sources: Any) -> None:
+    """Refuse interactions or pairs that a fit would not use, and a fit that lacks them.
+
+    ``weights`` are those by which the tokenizer learns from behavior, ``sources`` what is given.
+    """
+    names = [name for name, source in sources.items() if source is not None]
+    learns = any(weight > 0 for weight in weights.values())
+    if learns and not names:
+        raise missing_behavior(kind, weights)
+    if names and not weights:
+        raise UsageError(
+            f"{kind} learns from embeddings alone, so {' and '.join(names)} (--{names[0]}) would "
+            "not be used; leave them out, or take drqvae with --contrastive-weight "
+            "(contrastive_weight=) above 0"
+        )
+    if names and not learns:
+        weight = next(iter(weights))
+        raise UsageError(
+            f"interactions or pairs were given and {weight}=0, so they would not be used; give "
+            f"--{weight.replace('_', '-')} ({weight}=) above 0, or leave them out"
+        )
+
+
+def missing_behavior(kind: str, weights: Mapping[str, float]) -> UsageError:
+    """Return the refusal of a fit without the behavior that weights above 0 ask for."""
+    off = " and ".join(
+        f"--{name.replace('_', '-')} 0 ({name}=)" for name, weight in weights.items() if weight > 0
+    )
     return UsageError(
         f"{kind} learns from behavior and needs pairs; give --interactions or --pairs "
-        f"(interactions=, pairs=), or --{argument.replace('_', '-')} 0 ({argument}=) to learn "
-        "without them"
+        f"(interactions=, pairs=), or {off} to learn without them"
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 
+from semid.codes import MAX_CODEWORDS, MAX_LEVELS
 from semid.data.source import EmbeddingSource
 from semid.options import MAX_BEAM, option
 from semid.progress import Progress
@@ -108,9 +109,12 @@ class LevelTokenizer(CodebookTokenizer):
     hierarchical: ClassVar[bool] = True
     combine: ClassVar[Literal["sum", "mean", "concat"]] = "sum"
 
-    levels: int = option(3, help="Codes per item.")
+    levels: int = option(3, ge=1, le=MAX_LEVELS, help="Codes per item.")
     codebook_size: int | Sequence[int] = option(
-        256, help="Codewords per level (2 to 2**32), or one number for each level."
+        256,
+        ge=2,
+        le=MAX_CODEWORDS,
+        help="Codewords per level (2 to 2**32), or one number for each level.",
     )
 
     @property

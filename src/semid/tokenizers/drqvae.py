@@ -29,7 +29,7 @@ class DRQVAE(ContinuousTokenizer):
     """
 
     kind: ClassVar[str] = "drqvae"
-    behavior_argument: ClassVar[str | None] = "contrastive_weight"
+    behavior_weights: ClassVar[tuple[str, ...]] = ("contrastive_weight", "uniformity_weight")
 
     contrastive_weight: float = option(
         0.0,

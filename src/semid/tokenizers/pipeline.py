@@ -171,9 +171,12 @@ class Pipeline(Tokenizer):
         return self._encoder.needs_behavior
 
     @property
-    def behavior_argument(self) -> str | None:  # type: ignore[override]
+    def behavior_weights(self) -> tuple[str, ...]:  # type: ignore[override]
         """The encoder's."""
-        return self._encoder.behavior_argument
+        return self._encoder.behavior_weights
+
+    def _check_behavior(self, interactions: Any, pairs: Any) -> None:
+        self._encoder._check_behavior(interactions, pairs)
 
     def _behavior(
         self, interactions: Any, pairs: Any, *, ids: ItemIds, train: npt.NDArray[np.bool_]

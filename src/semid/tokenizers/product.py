@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from semid.codes import MAX_CODEWORDS, MAX_LEVELS
 from semid.errors import UsageError
 from semid.options import option
 from semid.progress import Progress, QuietProgress
@@ -50,9 +51,14 @@ class PQ(CodebookTokenizer):
     can_warm_start: ClassVar[bool] = True
     fits_shards: ClassVar[bool] = True
 
-    n_codebooks: int = option(8, help="Codes per item: parts that the columns are cut into.")
+    n_codebooks: int = option(
+        8, ge=1, le=MAX_LEVELS, help="Codes per item: parts that the columns are cut into."
+    )
     codebook_size: int | Sequence[int] = option(
-        256, help="Codewords per codebook (2 to 2**32), or one number for each."
+        256,
+        ge=2,
+        le=MAX_CODEWORDS,
+        help="Codewords per codebook (2 to 2**32), or one number for each.",
     )
     kmeans: KMeansOptions | Mapping[str, Any] | None = option(
         None, nested={"n_local_trials": 1}, help="How K-means of the codebooks runs."

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
+from semid.codes import MAX_CODEWORDS, MAX_LEVELS
 from semid.options import option
 from semid.quantization.nearest import assign
 from semid.quantization.residual import ResidualCodes
@@ -144,9 +145,12 @@ class MoCVAE(ParallelTokenizer):
 
     kind: ClassVar[str] = "mocvae"
 
-    n_codebooks: int = option(3, help="Codes per item.")
+    n_codebooks: int = option(3, ge=1, le=MAX_LEVELS, help="Codes per item.")
     codebook_size: int | Sequence[int] = option(
-        256, help="Codewords per codebook (2 to 2**32), or one number for each codebook."
+        256,
+        ge=2,
+        le=MAX_CODEWORDS,
+        help="Codewords per codebook (2 to 2**32), or one number for each codebook.",
     )
     projection: bool = option(False, help="Give each codebook a learned linear map of the latent.")
 
@@ -168,7 +172,9 @@ class VQVAE(ParallelTokenizer):
 
     kind: ClassVar[str] = "vqvae"
 
-    codebook_size: int = option(256, help="Number of codewords (2 to 2**32).")
+    codebook_size: int = option(
+        256, ge=2, le=MAX_CODEWORDS, help="Number of codewords (2 to 2**32)."
+    )
 
     @property
     def codebook_sizes(self) -> tuple[int, ...]:

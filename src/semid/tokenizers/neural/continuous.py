@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from semid.data.ids import ItemIds
-from semid.errors import UsageError
 from semid.options import MAX_WEIGHT, Options, option
 from semid.seeds import numpy_generator, torch_generator
-from semid.tokenizers.behavior import Behavior, PairSource, missing_behavior, read_behavior
+from semid.tokenizers.behavior import Behavior, PairSource, read_behavior
 from semid.tokenizers.codebooks import ResidualTokenizer
 from semid.tokenizers.context import FitContext
 from semid.tokenizers.neural.autoencoder import Autoencoder, blank_linear
@@ -84,11 +83,6 @@ class Objective(Options):
         le=MAX_WEIGHT,
         help="Weight of a KL term; above 0 the latent is sampled in training.",
     )
-
-    @property
-    def needs_pairs(self) -> bool:
-        """Whether any loss is over pairs."""
-        return self.contrastive_weight > 0 or self.uniformity_weight > 0
 
 
 class Batch(NamedTuple):
@@ -251,31 +245,13 @@ def _participation(moment: Tensor, total: Tensor, rows: int) -> float:
 class ContinuousTokenizer(ResidualTokenizer, NeuralTokenizer):
     """Base of tokenizers that freeze a continuous encoder before they quantize (DRQ §4.1)."""
 
-    _suggested_weight = 0.1
-
     @abstractmethod
     def _objective(self) -> Objective:
         """Return the losses beside reconstruction."""
 
-    @property
-    def needs_behavior(self) -> bool:
-        """Whether a loss is over pairs."""
-        return self._objective().needs_pairs
-
     def _behavior(
         self, interactions: Any, pairs: Any, *, ids: ItemIds, train: npt.NDArray[np.bool_]
     ) -> Behavior | None:
-        has_pairs = interactions is not None or pairs is not None
-        argument = self.behavior_argument
-        flag = f"--{str(argument).replace('_', '-')}"
-        if has_pairs and not self.needs_behavior:
-            raise UsageError(
-                f"interactions or pairs were given and {argument}=0, so they would not be used; "
-                f"give {flag} ({argument}=) above 0, for example {self._suggested_weight:g}, or "
-                "leave them out"
-            )
-        if self.needs_behavior and not has_pairs:
-            raise missing_behavior(self.kind, str(argument))
         return read_behavior(interactions, pairs, ids=ids, train=train, threads=self.threads)
 
     def _train_autoencoder(self, context: FitContext) -> tuple[PreparedRows, dict[str, Any]]:
