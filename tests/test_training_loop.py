@@ -394,6 +394,12 @@ def test_thresholds_of_the_c_library_are_put_back(monkeypatch: pytest.MonkeyPatc
 
 
 def test_other_c_libraries_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop.ctypes, "CDLL", lambda name: object())
-    with loop.reused_buffers():
-        pass
+    calls: list[tuple[int, ...]] = []
+    # musl has mallopt, for programs that call it, and no version of glibc.
+    library = types.SimpleNamespace(
+        mallopt=lambda *values: calls.append(values), malloc_trim=lambda pad: calls.append((pad,))
+    )
+    monkeypatch.setattr(loop.ctypes, "CDLL", lambda name: library)
+    with pytest.raises(DivergedError), loop.reused_buffers():
+        raise DivergedError("a loss")
+    assert calls == []
