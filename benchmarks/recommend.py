@@ -68,7 +68,8 @@ def main() -> None:
         print(rows[-1], flush=True)
         del network, model
     note = (
-        "CPU time per history of 20 items; peak memory of the process so far, other models before it."
+        "CPU time per history of 20 items; peak memory of the process so far, other models "
+        "before it."
     )
     save("recommend", rows, settings=vars(options), packages=["pyarrow"], note=note)
 
