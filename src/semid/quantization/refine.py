@@ -34,14 +34,14 @@ Array = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 
 MOVE_BELOW = 0.2
-"""A codeword with fewer items than this share of the mean moves beside one with many."""
+"""A codeword with fewer items than this share of the mean moves beside one with many; chosen by
+`benchmarks/evenness.py`."""
 SPLIT_ABOVE = 1.5
 """Only a codeword with more items than this multiple of the mean gets such a neighbor."""
 SPLIT_NOISE = 0.3
 """Distance between the two, in standard deviations of the residual over sqrt(levels)."""
 MOVING_SHARE = 0.6
-"""Share of the rounds with noise in which codewords move. All four were chosen by
-`benchmarks/evenness.py`."""
+"""Share of the rounds with noise in which codewords move; later ones settle."""
 
 
 @dataclass(frozen=True, kw_only=True)
