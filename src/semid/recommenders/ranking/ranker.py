@@ -19,8 +19,9 @@ from semid.codes import CodesInfo, SemanticIds
 from semid.data.ids import ItemIds
 from semid.data.tables import Table, open_table
 from semid.documents import checked, code_span, escaped
-from semid.errors import InputError, UsageError
+from semid.errors import InputError
 from semid.hub import Publishable
+from semid.recommenders import UsesCodes
 from semid.recommenders.ranking.features import CodeFeatures, CodeTable, extend_codes
 from semid.recommenders.ranking.item_table import extend_schema
 from semid.recommenders.ranking.metrics import predict_logits, sigmoid
@@ -80,7 +81,7 @@ class Ranking:
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class Ranker(Publishable):
+class Ranker(UsesCodes, Publishable):
     """A ranking model; `train_ranker` returns one, `semid.load` opens one.
 
     Attributes:
@@ -106,17 +107,6 @@ class Ranker(Publishable):
     def __post_init__(self) -> None:
         """Put the network in evaluation mode."""
         self.network.eval()
-
-    @property
-    def codebook_fingerprint(self) -> str | None:
-        """SHA-256 of the codebooks of the model's codes; None without codes."""
-        return None if self.codes_info is None else self.codes_info.codebook_fingerprint
-
-    def check_codes(self, ids: SemanticIds) -> None:
-        """Refuse codes of another codebook than the model was trained with."""
-        if self.codebook_fingerprint is None:
-            raise UsageError("this model was trained without codes, so it cannot use any")
-        ids.check_codebook(self.codebook_fingerprint)
 
     def rows(self, frame: Any) -> tuple[RankingRows, dict[str, int]]:
         """Look a table up: rows with labels 0, and the counts of what was unknown."""

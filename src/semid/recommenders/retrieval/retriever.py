@@ -25,6 +25,7 @@ from semid.documents import checked, code_span
 from semid.errors import UsageError
 from semid.hub import Publishable
 from semid.options import Options
+from semid.recommenders import UsesCodes
 from semid.recommenders.ranking.schema import Vocabulary
 from semid.recommenders.retrieval import MODELS
 from semid.recommenders.retrieval.data import (
@@ -66,7 +67,7 @@ class Recommendation:
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class Retriever(Publishable):
+class Retriever(UsesCodes, Publishable):
     """A next-item model; `train_retriever` returns one, `semid.load` opens one.
 
     Attributes:
@@ -95,11 +96,6 @@ class Retriever(Publishable):
         """Put the network in evaluation mode."""
         self.network.eval()
         self._orders: dict[tuple[str, bool], Buckets] = {}
-
-    @property
-    def codebook_fingerprint(self) -> str | None:
-        """SHA-256 of the codebooks of the model's codes; None without codes."""
-        return None if self.codes_info is None else self.codes_info.codebook_fingerprint
 
     def evaluate(
         self,
@@ -148,17 +144,6 @@ class Retriever(Publishable):
             coverage=float(ranks.listed.mean()),
             seconds=time.monotonic() - started,
         )
-
-    def check_codes(self, ids: SemanticIds) -> None:
-        """Refuse codes of another codebook than the model was trained with.
-
-        Raises:
-            FingerprintError: the fingerprints differ.
-            UsageError: the model reads no codes.
-        """
-        if self.codebook_fingerprint is None:
-            raise UsageError("this model was trained without codes, so it cannot use any")
-        ids.check_codebook(self.codebook_fingerprint)
 
     def recommend(
         self,
