@@ -35,6 +35,7 @@ import semid
 from semid.catalogue.bundle import CatalogueBundle
 from semid.cli import main
 from semid.codes import SemanticIds
+from test_texts import WORDS, make_encoder
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,11 @@ COMMANDS = {
         "fit {x} --tokenizer rqvae --levels 2 --codebook-size 8 --latent 8 --epochs 3 "
         "--seed {seed} -q -o {out}",
         "new",
+        resumes=True,
+    ),
+    "embed": Command(
+        "embed texts.parquet --model encoder{version} --batch-size 64 -q -o {out}",
+        "new.parquet",
         resumes=True,
     ),
     "encode": Command("encode {model} {x} -q -o {out}", "new.parquet", resumes=True),
@@ -121,6 +127,11 @@ def make_inputs(folder: Path) -> None:
         bundle.append(ids)
     CatalogueBundle.create("pub", SemanticIds.read("ids1.parquet").take(np.arange(5_000)))
     pq.write_table(rank_cases.log_table(), "log.parquet")
+    words = np.array(WORDS)[generator.integers(0, len(WORDS), (20_000, 5))]
+    texts = {"item_id": np.arange(20_000), "text": [" ".join(row) for row in words]}
+    pq.write_table(pa.table(texts), "texts.parquet")
+    for seed in (1, 2):
+        make_encoder(Path(f"encoder{seed}"), seed)
     users = np.repeat(np.arange(300), 8)
     walks = {"user_id": users, "item_id": generator.integers(0, 20_000, len(users))}
     pq.write_table(pa.table({**walks, "timestamp": np.arange(len(users))}), "walks.parquet")
