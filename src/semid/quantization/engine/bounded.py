@@ -17,14 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from semid.quantization.engine.keys import key
-from semid.quantization.engine.narrow import BLOCK, FAR, TILE, score_tile
+from semid.quantization.engine.narrow import BLOCK, FAR, TILE, bound_tile, center_rows, score_tile
 from semid.quantization.engine.plain import LANES, check_entries, padded
 from semid.quantization.engine.sweep import F32, I32, I64
 from semid.quantization.engine.table import PAD_OFFSET, aligned
 from semid.quantization.engine.vector import (
     SHRINK,
     best_other,
-    center_row,
     lower_bounds,
     other_hits,
     trailing_zeros,
@@ -37,6 +36,8 @@ MAX_WIDTH = 8192
 """Widest rows: their sums of float32 products err little enough for the bound of a score."""
 ROWS = 256
 """Rows whose searches are collected by group, so that a tile of rows meets the same codewords."""
+STEP_ROWS = 16
+"""Rows that are measured together; copies of them stay in the first cache."""
 MAX_GROWTH, MAX_SHRINK = 4.0, 2.0**-8
 """Radius of the codebook, in radii of the first pass, beyond which bounds start afresh."""
 
@@ -99,33 +100,34 @@ def measure_own(
     least score of a codeword that may be as near as the row's own; the bound of a group above
     which all of it is farther. The rest is as in `nearest_bounded`.
     """
-    dim, width = x.shape[1], rows.shape[1]
     # The bound of a score (README.md, "Lloyd's passes") is slope |y|^2 + constant.
-    slope = (dim + 64.0) * 2.0**-23
+    slope = (x.shape[1] + 64.0) * 2.0**-23
     constant = np.float32(2.0 * slope * radius * radius + 2.0**-60)
     half, shift, factor = np.float32(0.5 - slope), np.float32(0.5), np.float32(scale)
     grow, tiny = np.float32(1.0 + 2.0**-20), np.float32(2.0**-60)
-    limit = np.float32(FAR * FAR)
-    for i in range(x.shape[0]):
-        place = places[i]
-        square = center_row(x, i * dim, dim, center, factor, raw, y, i * width, width // LANES)
-        nearest = key(0, raw, i, 0.0, rows, place, 0.0)
-        if square < limit:
+    limit, square_scale = np.float32(FAR * FAR), scale * scale
+    for first in range(0, x.shape[0], STEP_ROWS):
+        last = min(first + STEP_ROWS, x.shape[0])
+        center_rows(x[first:last], center, factor, raw[first:], y[first:], halves[first:])
+        for i in range(first, last):
+            distances[i] = key(0, raw, i, 0.0, rows, places[i], 0.0)
+            if not halves[i] < limit:
+                # Not finite or too far for scores: every codeword is measured.
+                for k in range(rows.shape[0]):
+                    value = key(0, raw, i, 0.0, rows, k, 0.0)
+                    if value < distances[i] or (
+                        value == distances[i] and order[k] < order[places[i]]
+                    ):
+                        distances[i], places[i] = value, k
+        for i in range(first, last):
+            square, apart = halves[i], np.float32(distances[i] * square_scale)
             halves[i] = half * square - constant
-            apart = np.float32(nearest * scale * scale)
             floors[i] = halves[i] - shift * apart
             # Above by more than what rounds in float32 and in canonical keys.
-            reaches[i] = math.sqrt(apart) * grow + tiny
-        else:
-            # Not finite or too far for scores: every codeword is measured, and no bound holds.
-            for k in range(rows.shape[0]):
-                value = key(0, raw, i, 0.0, rows, k, 0.0)
-                if value < nearest or (value == nearest and order[k] < order[place]):
-                    nearest, place = value, k
-            places[i] = place
-            lower[i] = np.float32(-1.0)
-            halves[i], floors[i], reaches[i] = np.float32(-np.inf), np.float32(np.inf), 0.0
-        distances[i] = nearest
+            reaches[i] = np.sqrt(apart) * grow + tiny
+            if not square < limit:  # no bound holds
+                lower[i] = np.float32(-1.0)
+                halves[i], floors[i], reaches[i] = np.float32(-np.inf), np.float32(np.inf), 0.0
 
 
 @numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True)
@@ -221,16 +223,20 @@ def nearest_bounded(
             searched += size
             for tile in range(0, size, TILE):
                 score_tile(y, lists, g * (ROWS + TILE) + tile, panels, g, offsets, dim, scores, 0)
-                for t in range(min(TILE, size - tile)):
+                mask = bound_tile(
+                    scores, lists, g * (ROWS + TILE) + tile, mine, g, halves, floors, bounds, groups
+                )
+                while mask != 0:
+                    t = trailing_zeros(mask)
+                    mask &= mask - np.uint64(1)
+                    if tile + t >= size:  # repeats the last row
+                        break
                     i = lists[g, tile + t]
+                    measure_hits(
+                        scores, t, g, i, raw, rows, order, scale * scale, mine, bounds, keys,
+                        halves, floors,
+                    )  # fmt: skip
                     top = best_other(scores, t * LANES, mine[i] - g * LANES)
-                    if top >= floors[i]:
-                        measure_hits(
-                            scores, t, g, i, raw, rows, order, scale * scale, mine, bounds, keys,
-                            halves, floors,
-                        )  # fmt: skip
-                        top = best_other(scores, t * LANES, mine[i] - g * LANES)
-                    # |y - e|^2 = |y|^2 - 2 score, each off by at most the bound.
                     apart = max(two * (halves[i] - top), zero)
                     bounds[i, g] = math.sqrt(apart) * shrink - tiny
         for i in range(end - start):

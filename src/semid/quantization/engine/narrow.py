@@ -24,13 +24,19 @@ from semid.quantization.engine.search import SearchResult
 from semid.quantization.engine.sweep import F32, I64
 from semid.quantization.engine.table import Operand, VectorTable, aligned
 from semid.quantization.engine.vector import F32 as FLOAT
+from semid.quantization.engine.vector import I32 as SHORT
 from semid.quantization.engine.vector import I64 as INTEGER
 from semid.quantization.engine.vector import (
+    SHRINK,
+    call,
+    center_row,
     data_pointer,
-    dot,
     hits,
+    larger,
     load,
     maximum,
+    others,
+    store,
     trailing_zeros,
 )
 from semid.quantization.threads import map_blocks
@@ -41,6 +47,8 @@ MAX_ENTRIES = 1024
 """Largest table: its transposed copy and the scores of a tile must stay in the second cache."""
 TILE, PANEL = 6, 16
 """Rows and entries scored together: with AVX2 their sums take 12 of 16 registers."""
+STEP_ROWS = 48
+"""Rows that are copied and centered together."""
 BLOCK = 4096
 """Rows that one of several threads takes at once."""
 FAR = 2.0**30
@@ -107,66 +115,163 @@ def score_tile(
     return signature, generate
 
 
+@intrinsic
+def bound_tile(
+    typing: Any, scores: Any, numbers: Any, first: Any, places: Any, group: Any, halves: Any,
+    floors: Any, lower: Any, groups: Any,
+) -> Any:  # fmt: skip
+    """Write the bounds of the rows of a tile for one group, from its scores.
+
+    ``scores`` ``(TILE, PANEL)``; the rows are ``numbers[first + t]``; the rest is as in
+    `measure_hits`. Bit ``t`` of the result: may another codeword of the group be nearest to row
+    ``t``?
+    """
+    long = types.int64
+    signature = types.uint64(scores, numbers, long, places, long, halves, floors, lower, long)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kinds, lanes, none = signature.args, 8, INTEGER(0)
+        start, own, half, floor, out = (
+            data_pointer(context, builder, kinds[at], args[at], offset)
+            for at, offset in ((1, args[2]), (3, none), (5, none), (6, none), (7, args[4]))
+        )
+        narrow = ir.VectorType(FLOAT, lanes)
+        tops, rows = [], [load(builder, start, INTEGER, INTEGER(8 * t)) for t in range(TILE)]
+        minus, limits = ir.Constant(narrow, None), ir.Constant(narrow, [float("inf")] * lanes)
+        before = builder.mul(args[4], INTEGER(PANEL))
+        for t, row in enumerate(rows):
+            at = builder.mul(row, INTEGER(4))
+            place = builder.sext(load(builder, own, SHORT, at), INTEGER)
+            lane = builder.sub(place, before)
+            tops.append(others(context, builder, signature, (args[0], INTEGER(t * PANEL), lane)))
+            minus = builder.insert_element(minus, load(builder, half, FLOAT, at), SHORT(t))
+            limits = builder.insert_element(limits, load(builder, floor, FLOAT, at), SHORT(t))
+        # Rows become lanes: the larger of both halves of each row, of two registers in one.
+        tops += tops[:1] * (lanes - TILE)
+        size = PANEL
+        while size > 1:
+            size //= 2
+            starts = range(0, 2 * PANEL if len(tops) > 1 else PANEL, 2 * size)
+            sides = [
+                ir.Constant(ir.VectorType(SHORT, len(starts) * size), list(places))
+                for places in (
+                    [start + side + i for start in starts for i in range(size)]
+                    for side in (0, size)
+                )
+            ]
+            tops = [
+                larger(builder, *(builder.shuffle_vector(a, b, side) for side in sides))
+                for a, b in zip(tops[::2], tops[1::2] or tops, strict=True)
+            ]
+        hit = builder.fcmp_ordered(">=", tops[0], limits)
+        # |y - e|^2 = |y|^2 - 2 score, each off by at most the bound.
+        apart = builder.fsub(minus, tops[0])
+        apart = larger(builder, builder.fadd(apart, apart), ir.Constant(narrow, None))
+        root = call(builder, "llvm.sqrt.v8f32", narrow, [apart])
+        kept = builder.fmul(root, ir.Constant(narrow, [SHRINK] * lanes))
+        bounds = builder.fsub(kept, ir.Constant(narrow, [2.0**-60] * lanes))
+        for t, row in enumerate(rows):
+            place = builder.mul(builder.mul(row, args[8]), INTEGER(4))
+            store(builder, builder.extract_element(bounds, SHORT(t)), out, place)
+        return builder.zext(builder.bitcast(hit, ir.IntType(lanes)), INTEGER)
+
+    return signature, generate
+
+
+@numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True)
+def center_rows(x: F32, center: F32, scale: float, raw: F32, y: F32, squares: F32) -> None:
+    """Copy a few rows ``(n, dim)`` to ``raw``; write ``(x - center) scale`` to ``y``.
+
+    ``raw`` and ``y`` ``(>= n, width)``, ``raw`` 0 beyond the rows' columns; ``squares`` ``(>= n,)``
+    gets the squared lengths in ``y``.
+    """
+    width = y.shape[1]
+    # One step after the other for all rows: what was just written cannot be read at once by wider
+    # registers, and waits.
+    for i in range(x.shape[0]):
+        source, copy = x[i], raw[i]
+        for d in range(x.shape[1]):
+            copy[d] = source[d]
+    for i in range(x.shape[0]):
+        squares[i] = center_row(raw, i * width, center, scale, y, width // PANEL)
+
+
 @numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True)
 def nearest_narrow(
     x: F32, rows: F32, panels: F32, offsets: F32, center: F32, scale: float, radius: float,
-    raw: F32, tile: F32, scores: F32, labels: I64, distances: F64,
+    raw: F32, y: F32, scores: F32, labels: I64, distances: F64,
 ) -> int:  # fmt: skip
     """Find the entry nearest to each row by the canonical key, ties to the lowest index.
 
     Shapes: ``x`` ``(n, dim)``, ``rows`` ``(entries, width)``, ``panels``
     ``(columns / PANEL, dim, PANEL)`` scaled entries, ``offsets`` ``(columns,)``; ``raw`` and
-    ``tile`` ``(TILE, width)`` and ``scores`` ``(TILE, columns)`` are scratch; ``labels`` and
-    ``distances`` ``(n,)`` are written. Returns the number of pairs measured.
+    ``y`` ``(STEP_ROWS, width)``, zeros, and ``scores`` ``(TILE, columns)`` are scratch; ``labels``
+    and ``distances`` ``(n,)`` are written. Returns the number of pairs measured.
     """
     dim, columns, width = panels.shape[1], len(offsets), rows.shape[1]
-    raw[:], tile[:] = 0, 0  # columns beyond the rows' own
-    numbers = np.arange(TILE)
+    numbers, lengths = np.arange(STEP_ROWS), np.empty(STEP_ROWS)
+    squares = np.empty(STEP_ROWS, np.float32)
+    places, thresholds = np.empty(STEP_ROWS, np.int64), np.empty(STEP_ROWS, np.float32)
+    alone = np.empty(STEP_ROWS, np.bool_)
+    zero, one = np.uint64(0), np.uint64(1)
     measured = 0
     factor = (width + 40.0) * 2.0**-23 * radius
-    for first in range(0, x.shape[0], TILE):
-        count = min(TILE, x.shape[0] - first)
-        # The last tile repeats its last row.
-        for i in range(TILE):
-            source = first + min(i, count - 1)
-            for d in range(dim):
-                raw[i, d] = x[source, d]
-                tile[i, d] = (x[source, d] - center[d]) * np.float32(scale)
-        for panel in range(panels.shape[0]):
-            score_tile(tile, numbers, 0, panels, panel, offsets, dim, scores, PANEL * panel)
-        for i in range(count):
-            length = np.sqrt(dot(tile, i * width, tile, i * width, width // 16)) * 1.000001
-            row = first + i
-            if not length < FAR:
-                best, smallest = 0, key(0, raw, i, 0.0, rows, 0, 0.0)
-                for k in range(1, rows.shape[0]):
-                    value = key(0, raw, i, 0.0, rows, k, 0.0)
-                    if value < smallest:
-                        smallest, best = value, k
-                measured += rows.shape[0]
-                labels[row], distances[row] = best, smallest
-                continue
-            # Rounding of the row, of the entries and of the sums; then what canonical sums round.
-            bound = factor * (length + radius)
-            bound += (width + 64.0) * 2.0**-52 * (length + radius) ** 2 + 2.0**-60
-            base = i * columns
-            top = maximum(scores, base, offsets, 0, columns)
-            # Both the best score and a rival's may be off by the bound; the last term covers the
-            # rounding of the threshold.
-            threshold = np.float32(top - 2.0 * bound - 2.0**-23 * abs(top))
-            best, smallest = -1, np.inf
-            for column in range(0, columns, SCAN):
-                mask = hits(scores, base + column, offsets, 0, threshold)
-                while mask != 0:
-                    k = column + trailing_zeros(mask)
-                    mask &= mask - np.uint64(1)
-                    if k < rows.shape[0]:
-                        # Scores only select candidates; the canonical key decides among them.
+    for start in range(0, x.shape[0], STEP_ROWS):
+        size = min(STEP_ROWS, x.shape[0] - start)
+        center_rows(x[start : start + size], center, np.float32(scale), raw, y, squares)
+        for i in range(size):
+            lengths[i] = np.sqrt(np.float64(squares[i])) * 1.00001
+        # Rows past the last one are left from before, or zeros.
+        for tile in range(0, size, TILE):
+            for panel in range(panels.shape[0]):
+                score_tile(y, numbers, tile, panels, panel, offsets, dim, scores, PANEL * panel)
+            last = min(tile + TILE, size)
+            for i in range(tile, last):
+                # Rounding of the row, of the entries and of the sums; then what canonical sums
+                # round.
+                whole = lengths[i] + radius
+                bound = factor * whole + (width + 64.0) * 2.0**-52 * whole * whole + 2.0**-60
+                base = (i - tile) * columns
+                top = maximum(scores, base, offsets, 0, columns)
+                # Both the best score and a rival's may be off by the bound; the last term covers
+                # the rounding of the threshold.
+                threshold = np.float32(top - 2.0 * bound - 2.0**-23 * abs(top))
+                # Without a branch: where a row's best entry lies cannot be foretold.
+                words, several, place = 0, zero, 0
+                for column in range(0, columns, SCAN):
+                    mask = hits(scores, base + column, offsets, 0, threshold)
+                    words += mask != zero
+                    several |= mask & (mask - one)
+                    place = column + trailing_zeros(mask) if mask != zero else place
+                places[i], thresholds[i] = place, threshold
+                alone[i] = words == 1 and several == zero and lengths[i] < FAR
+            for i in range(tile, last):
+                best, smallest = places[i], np.inf
+                if alone[i]:
+                    smallest = key(0, raw, i, 0.0, rows, best, 0.0)
+                    measured += 1
+                elif lengths[i] < FAR:
+                    best = -1
+                    base = (i - tile) * columns
+                    for column in range(0, columns, SCAN):
+                        mask = hits(scores, base + column, offsets, 0, thresholds[i])
+                        while mask != zero:
+                            k = column + trailing_zeros(mask)
+                            mask &= mask - one
+                            if k < rows.shape[0]:
+                                # Scores only select candidates; the canonical key decides.
+                                value = key(0, raw, i, 0.0, rows, k, 0.0)
+                                measured += 1
+                                if best < 0 or value < smallest:
+                                    smallest, best = value, k
+                else:
+                    best, smallest = 0, key(0, raw, i, 0.0, rows, 0, 0.0)
+                    for k in range(1, rows.shape[0]):
                         value = key(0, raw, i, 0.0, rows, k, 0.0)
-                        measured += 1
-                        if best < 0 or value < smallest:
+                        if value < smallest:
                             smallest, best = value, k
-            labels[row], distances[row] = best, smallest
+                    measured += rows.shape[0]
+                labels[start + i], distances[start + i] = best, smallest
     return measured
 
 
@@ -198,10 +303,12 @@ def search_narrow(
     def work(start: int) -> int:
         span = slice(start, start + size)
         x = float32_rows(queries[span], name=name, multiple=1)
+        raw, y = (aligned((STEP_ROWS, width), np.float32) for _ in range(2))
+        raw[:], y[:] = 0.0, 0.0
         measured = nearest_narrow(
             x, table.rows, operand.data, table.offsets, table.center, 2.0**-table.exponent,
-            table.radius, aligned((TILE, width), np.float32), aligned((TILE, width), np.float32),
-            aligned((TILE, len(table.offsets)), np.float32), labels[span, 0], keys[span, 0],
+            table.radius, raw, y, aligned((TILE, len(table.offsets)), np.float32),
+            labels[span, 0], keys[span, 0],
         )  # fmt: skip
         return int(measured)
 

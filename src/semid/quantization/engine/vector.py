@@ -8,6 +8,7 @@ are written down here. LLVM splits the wide vectors where a chip has narrower on
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from llvmlite import ir
@@ -49,6 +50,13 @@ def spread(builder: Any, value: Any, lanes: int) -> Any:
     )
     zeros = ir.Constant(ir.VectorType(I32, lanes), [0] * lanes)
     return builder.shuffle_vector(single, single, zeros)
+
+
+def call(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
+    """Emit a call of the LLVM intrinsic ``name``."""
+    kind = ir.FunctionType(result, [value.type for value in arguments])
+    function = cgutils.get_or_insert_function(builder.module, kind, name)
+    return builder.call(function, arguments)
 
 
 def fold(builder: Any, vector: Any, lanes: int, combine: Callable[[Any, Any], Any]) -> Any:
@@ -234,40 +242,25 @@ SHRINK = 1.0 - 2.0**-20
 
 
 @intrinsic
-def center_row(
-    typing: Any, x: Any, at: Any, dim: Any, center: Any, scale: Any, raw: Any, y: Any, to: Any,
-    blocks: Any,
-) -> Any:  # fmt: skip
-    """Copy ``dim`` elements of ``x`` from ``at`` on to ``raw``, centered and scaled ones to ``y``.
+def center_row(typing: Any, x: Any, at: Any, center: Any, scale: Any, y: Any, blocks: Any) -> Any:
+    """Write ``(x - center) scale`` of a row to ``y``; return the sum of its squares.
 
-    Both are written from element ``to`` on. ``center`` is ``(width,)``, ``blocks`` times `LANES`
-    the width; what lies in ``raw`` beyond the elements must be 0. Returns the square of the row.
+    ``x`` and ``y`` are read and written from element ``at`` on, ``blocks`` times `LANES` elements;
+    ``center`` is as long as the row.
     """
-    long = types.int64
-    signature = types.float32(x, long, long, center, types.float32, raw, y, long, long)
+    signature = types.float32(x, types.int64, center, types.float32, y, types.int64)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        source, middle, copy, out = (
+        source, middle, out = (
             data_pointer(context, builder, signature.args[at], args[at], offset)
-            for at, offset in ((0, args[1]), (3, I64(0)), (5, args[7]), (6, args[7]))
+            for at, offset in ((0, args[1]), (2, I64(0)), (4, args[1]))
         )
-
-        def move(kind: Any, offset: Any) -> None:
-            store(builder, load(builder, source, kind, offset), copy, offset)
-
-        half = ir.VectorType(F32, LANES // 2)
-        whole = builder.udiv(args[2], I64(LANES // 2))
-        with cgutils.for_range(builder, whole) as loop:
-            move(half, builder.mul(loop.index, I64(2 * LANES)))
-        with cgutils.for_range(builder, builder.urem(args[2], I64(LANES // 2))) as loop:
-            element = builder.add(builder.mul(whole, I64(LANES // 2)), loop.index)
-            move(F32, builder.mul(element, I64(4)))
-        factor = spread(builder, args[4], LANES)
+        factor = spread(builder, args[3], LANES)
         total = cgutils.alloca_once_value(builder, ir.Constant(WIDE, None))
-        with cgutils.for_range(builder, args[8]) as loop:
+        with cgutils.for_range(builder, args[5]) as loop:
             offset = builder.mul(loop.index, I64(4 * LANES))
             apart = builder.fsub(
-                load(builder, copy, WIDE, offset), load(builder, middle, WIDE, offset)
+                load(builder, source, WIDE, offset), load(builder, middle, WIDE, offset)
             )
             scaled = builder.fmul(apart, factor)
             store(builder, scaled, out, offset)
@@ -301,7 +294,7 @@ def _bits(builder: Any, mask: Any) -> Any:
     return builder.zext(builder.bitcast(mask, ir.IntType(LANES)), I64)
 
 
-def _others(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+def others(context: Any, builder: Any, signature: Any, args: Any) -> Any:
     """Load `LANES` scores from element ``args[1]`` on, with minus infinity in lane ``args[2]``."""
     scores = data_pointer(context, builder, signature.args[0], args[0], args[1])
     numbers = ir.Constant(ir.VectorType(I32, LANES), list(range(LANES)))
@@ -312,15 +305,18 @@ def _others(context: Any, builder: Any, signature: Any, args: Any) -> Any:
     )
 
 
+def larger(builder: Any, a: Any, b: Any) -> Any:
+    """Emit the larger of two vectors of floats, lane by lane."""
+    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+
 @intrinsic
 def best_other(typing: Any, scores: Any, at: Any, own: Any) -> Any:
     """Largest of `LANES` scores from element ``at`` on, but for lane ``own``, which may be none."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        def larger(a: Any, b: Any) -> Any:
-            return builder.select(builder.fcmp_ordered(">", a, b), a, b)
-
-        return fold(builder, _others(context, builder, signature, args), LANES, larger)
+        values = others(context, builder, signature, args)
+        return fold(builder, values, LANES, partial(larger, builder))
 
     return types.float32(scores, types.int64, types.int64), generate
 
@@ -330,8 +326,8 @@ def other_hits(typing: Any, scores: Any, at: Any, own: Any, threshold: Any) -> A
     """Bits: which of `LANES` scores are at least ``threshold``; see `best_other`."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        others = _others(context, builder, signature, args)
+        values = others(context, builder, signature, args)
         limit = spread(builder, args[3], LANES)
-        return _bits(builder, builder.fcmp_ordered(">=", others, limit))
+        return _bits(builder, builder.fcmp_ordered(">=", values, limit))
 
     return types.uint64(scores, types.int64, types.int64, types.float32), generate

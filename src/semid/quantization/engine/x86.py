@@ -22,7 +22,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from semid.quantization.engine.vector import F32, I32, I64, data_pointer, load
+from semid.quantization.engine.vector import F32, I32, I64, call, data_pointer, load
 
 I8 = ir.IntType(8)
 I16 = ir.IntType(16)
@@ -121,16 +121,9 @@ def missing_features(*needed: str) -> str | None:
     return None
 
 
-def _call(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
-    """Emit a call of the LLVM intrinsic ``name``."""
-    kind = ir.FunctionType(result, [value.type for value in arguments])
-    function = cgutils.get_or_insert_function(builder.module, kind, name)
-    return builder.call(function, arguments)
-
-
 def _prefetch(builder: Any, pointer: Any) -> None:
     """Ask for a line of memory; an address past the end of the table does no harm."""
-    _call(builder, "llvm.prefetch.p0", VOID, [pointer, I32(0), I32(3), I32(1)])
+    call(builder, "llvm.prefetch.p0", VOID, [pointer, I32(0), I32(3), I32(1)])
 
 
 def _offset(builder: Any, pointer: Any, distance: Any) -> Any:
@@ -156,11 +149,11 @@ def begin(typing: Any, chip: Any, saved: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         if chip.instance_class is AMX:
             store = data_pointer(context, builder, signature.args[1], args[1], I64(0))
-            _call(builder, "llvm.x86.sttilecfg", VOID, [store])
+            call(builder, "llvm.x86.sttilecfg", VOID, [store])
             layout = [1] + [0] * 15 + [64, 0] * 8 + [0] * 16 + [16] * 8 + [0] * 8
             constant = ir.Constant(ir.ArrayType(I8, LINE), layout)
             slot = builder.bitcast(cgutils.alloca_once_value(builder, constant), BYTES)
-            _call(builder, "llvm.x86.ldtilecfg", VOID, [slot])
+            call(builder, "llvm.x86.ldtilecfg", VOID, [slot])
         return context.get_dummy_value()
 
     return types.void(chip, saved), generate
@@ -174,7 +167,7 @@ def end(typing: Any, chip: Any, saved: Any) -> Any:
         if chip.instance_class is AMX:
             store = data_pointer(context, builder, signature.args[1], args[1], I64(0))
             # A configuration that was never set reads as zeros; loading zeros releases the tiles.
-            _call(builder, "llvm.x86.ldtilecfg", VOID, [store])
+            call(builder, "llvm.x86.ldtilecfg", VOID, [store])
         return context.get_dummy_value()
 
     return types.void(chip, saved), generate
@@ -238,7 +231,7 @@ def _tile_products(
     dot = "llvm.x86.tdpbsud" if dtype == types.int8 else "llvm.x86.tdpbf16ps"
 
     def tile_load(tile: int, pointer: Any, stride: Any) -> None:
-        _call(builder, "llvm.x86.tileloadd64", VOID, [I8(tile), pointer, stride])
+        call(builder, "llvm.x86.tileloadd64", VOID, [I8(tile), pointer, stride])
 
     # A stride of 0 repeats the entries' start values in all 16 rows of a tile.
     for tile in range(4):
@@ -257,17 +250,17 @@ def _tile_products(
                 _prefetch(builder, _offset(builder, ahead, I64(LINE * part)))
         tile_load(4, _offset(builder, row_start, along), row_bytes)
         tile_load(6, _offset(builder, entry_start, deep), I64(LINE))
-        _call(builder, dot, VOID, [I8(0), I8(4), I8(6)])
+        call(builder, dot, VOID, [I8(0), I8(4), I8(6)])
         tile_load(7, _offset(builder, second, deep), I64(LINE))
-        _call(builder, dot, VOID, [I8(1), I8(4), I8(7)])
+        call(builder, dot, VOID, [I8(1), I8(4), I8(7)])
         tile_load(5, _offset(builder, lower, along), row_bytes)
-        _call(builder, dot, VOID, [I8(2), I8(5), I8(6)])
-        _call(builder, dot, VOID, [I8(3), I8(5), I8(7)])
+        call(builder, dot, VOID, [I8(2), I8(5), I8(6)])
+        call(builder, dot, VOID, [I8(3), I8(5), I8(7)])
     for tile in range(4):
         place = _offset(builder, out, I64(LINE * (tile % 2)))
         if tile >= 2:
             place = _offset(builder, place, builder.mul(out_bytes, I64(16)))
-        _call(builder, "llvm.x86.tilestored64", VOID, [I8(tile), place, out_bytes])
+        call(builder, "llvm.x86.tilestored64", VOID, [I8(tile), place, out_bytes])
 
 
 def _register_products(
@@ -317,16 +310,16 @@ def _vnni(builder: Any, total: Any, unsigned: Any, signed: Any) -> Any:
         packed = ir.VectorType(I8, LINE)
         unsigned, signed = builder.bitcast(unsigned, packed), builder.bitcast(signed, packed)
     name = "llvm.x86.avx512.vpdpbusd.512"
-    return _call(builder, name, total.type, [total, unsigned, signed])
+    return call(builder, name, total.type, [total, unsigned, signed])
 
 
 def _bfloat16_dot(builder: Any, total: Any, line: Any, spread: Any) -> Any:
     pairs = ir.VectorType(_BFloat(), 32)
     operands = [builder.bitcast(value, pairs) for value in (line, spread)]
-    return _call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", total.type, [total, *operands])
+    return call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", total.type, [total, *operands])
 
 
 def _madd(builder: Any, total: Any, line: Any, spread: Any) -> Any:
     pairs = ir.VectorType(I16, 16)
     operands = [builder.bitcast(value, pairs) for value in (line, spread)]
-    return builder.add(total, _call(builder, "llvm.x86.avx2.pmadd.wd", total.type, operands))
+    return builder.add(total, call(builder, "llvm.x86.avx2.pmadd.wd", total.type, operands))
