@@ -14,7 +14,8 @@ from semid.quantization.engine import narrow
 from semid.quantization.kmeans import KMeansOptions
 from semid.quantization.nearest import index_codebook, nearest
 from semid.quantization.product import fit_product, part_slices, part_statistics
-from semid.quantization.rotation import allocate_eigenvalues, procrustes
+from semid.quantization.rotation import allocate_eigenvalues, fit_rotation, procrustes
+from semid.quantization.sharding import as_sharded
 from semid.tokenizers.neural.autoencoder import perceptron
 
 faiss = pytest.importorskip("faiss")
@@ -108,6 +109,35 @@ def test_procrustes_finds_the_rotation_between_two_clouds():
     turn, _ = np.linalg.qr(np.random.default_rng(1).normal(size=(24, 24)))
     rotation = procrustes(x.T.astype(float) @ (x @ turn))
     np.testing.assert_allclose(rotation, turn, atol=1e-3)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_an_alternation_moves_rotation_and_codewords_to_what_the_codes_ask_for(weighted):
+    x = rows(500)
+    weights = np.random.default_rng(1).uniform(0, 3, len(x)) if weighted else None
+    slices, options = part_slices(24, 5), KMeansOptions()
+
+    def fit(iterations: int):
+        return fit_rotation(
+            as_sharded(ArrayBlocks(x), weights=weights, threads=1, memory_bytes=1 << 30), slices,
+            [16] * 5, rotate=lambda y, turn, threads: y @ turn, iterations=iterations, seed=0,
+            options=options, threads=1,
+        )  # fmt: skip
+
+    before, after = fit(0), fit(1)
+    turned, mass = x @ before.rotation, np.ones(len(x)) if weights is None else weights
+    quantized, error = np.empty_like(turned), 0.0
+    for part, book, moved in zip(slices, before.books, after.books, strict=True):
+        apart = ((turned[:, None, part] - book) ** 2).sum(axis=2)
+        codes = apart.argmin(axis=1)
+        quantized[:, part], error = book[codes], error + mass @ apart.min(axis=1)
+        for code in np.unique(codes[mass > 0]):
+            mine = codes == code
+            mean = np.average(turned[mine][:, part], axis=0, weights=mass[mine])
+            np.testing.assert_allclose(moved[code], mean, rtol=1e-4, atol=1e-5)
+    assert after.error == [pytest.approx(error, rel=1e-5)]
+    best = procrustes((x * mass[:, None]).T.astype(np.float64) @ quantized)
+    np.testing.assert_allclose(after.rotation, best, atol=1e-4)
 
 
 def test_components_are_shared_out_by_their_product():

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from semid.lazy import kernel, torch
+from semid.lazy import kernel
 from semid.quantization.blocks import (
     ArrayBlocks,
     Blocks,
@@ -31,7 +31,6 @@ from semid.quantization.kmeans import (
     sampled,
 )
 from semid.quantization.nearest import (
-    AssignmentMemory,
     IndexedCodebook,
     assign,
     index_codebook,
@@ -316,31 +315,22 @@ def assign_parts(
     # Block sums are added along one fixed tree, so shards, memory and threads change no bit.
     tree: TreeSum[StatisticsList] = TreeSum()
     for number, span, block in shard.numbered_blocks():
-        results = assign_block(shard, span, block, slices, tables, shard.memory)
-        tree.add(number, StatisticsList([sums for sums, _ in results]))
+        weights = None if shard.weights is None else shard.weights[span]
+
+        def work(part: int) -> Statistics:
+            name = (part, span.start)  # noqa: B023
+            columns, labels, distances = shard.memory.assign(
+                name, block[:, slices[part]], tables[part], threads=1  # noqa: B023
+            )  # fmt: skip
+            return part_statistics(columns, labels, distances, len(tables[part]), weights)  # noqa: B023
+
+        tree.add(number, StatisticsList(map_blocks(work, list(tables), threads=shard.threads)))
     return tree.nodes
 
 
 def index_parts(books: Sequence[Array], active: Sequence[int]) -> dict[int, IndexedCodebook]:
     """Return the codebooks of some parts, ready for a search."""
-    return {part: index_codebook(torch.from_numpy(books[part])) for part in active}
-
-
-def assign_block(
-    shard: Shard, span: slice, block: Array, slices: Slices, tables: dict[int, IndexedCodebook],
-    memory: AssignmentMemory,
-) -> list[tuple[Statistics, npt.NDArray[np.int64]]]:  # fmt: skip
-    """Return the sums and the codes of a block's rows, part by part."""
-    weights = None if shard.weights is None else shard.weights[span]
-
-    def work(part: int) -> tuple[Statistics, npt.NDArray[np.int64]]:
-        columns, labels, distances = memory.assign(
-            (part, span.start), block[:, slices[part]], tables[part], threads=1
-        )
-        codes = len(tables[part])
-        return part_statistics(columns, labels, distances, codes, weights), labels
-
-    return map_blocks(work, list(tables), threads=shard.threads)
+    return {part: index_codebook(books[part]) for part in active}
 
 
 def part_statistics(
@@ -399,7 +389,7 @@ def farthest_parts(
     shard: Shard, slices: Slices, books: Sequence[Array], counts: dict[int, int]
 ) -> list[tuple[Doubles, Array]]:
     """Return losses and columns of a shard's rows of largest loss, for each part in ``counts``."""
-    tables = [index_codebook(torch.from_numpy(book)) for book in books]
+    tables = [index_codebook(book) for book in books]
     best = [(np.empty(0), np.empty((0, book.shape[1]), np.float32)) for book in books]
     for _, span, block in shard.numbered_blocks():
         for at, (part, count) in enumerate(counts.items()):

@@ -12,16 +12,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from semid.lazy import torch
 from semid.quantization.blocks import Node, Statistics, StatisticsList, TreeSum
 from semid.quantization.kmeans import KMeansOptions, draw_sample, sampled
-from semid.quantization.nearest import AssignmentMemory
+from semid.quantization.nearest import assign
 from semid.quantization.product import (
-    SMALL_ROWS,
     Slices,
-    assign_block,
     index_parts,
     move_codewords,
+    part_statistics,
     seed_parts,
 )
 from semid.quantization.sharding import Shard, ShardedMatrix
@@ -159,31 +157,23 @@ def _alternate(
     tree: TreeSum[StatisticsList] = TreeSum()
     for number, span, block in shard.numbered_blocks():
         rotated = rotate(block, rotation, shard.threads)
-        # A memory of this pass alone: the next one has other rows.
-        results = assign_block(shard, span, rotated, slices, tables, AssignmentMemory(0))
-        quantized = np.concatenate(
-            [book[codes] for book, (_, codes) in zip(books, results, strict=True)], axis=1
-        )
-        if shard.weights is not None:
-            quantized = (quantized * shard.weights[span, None]).astype(np.float32)
-        products = _cross_products(rotated, quantized, threads=shard.threads)
-        parts = [*(sums for sums, _ in results), Statistics(products, np.zeros(0), 0.0)]
+        weights = None if shard.weights is None else shard.weights[span]
+
+        def work(part: int) -> Statistics:
+            columns = np.ascontiguousarray(rotated[:, slices[part]])  # noqa: B023
+            labels, distances = assign(columns, tables[part], threads=1)
+            # Sums of whole rows, so that Y^T Q takes a product with codewords, not with rows.
+            return part_statistics(rotated, labels, distances, len(books[part]), weights)  # noqa: B023
+
+        totals = map_blocks(work, range(len(slices)), threads=shard.threads)
+        products = [
+            total.sums.T @ book.astype(np.float64)
+            for total, book in zip(totals, books, strict=True)
+        ]
+        parts = [
+            Statistics(total.sums[:, columns].copy(), total.counts, total.inertia)
+            for total, columns in zip(totals, slices, strict=True)
+        ]
+        parts.append(Statistics(np.concatenate(products, axis=1), np.zeros(0), 0.0))
         tree.add(number, StatisticsList(parts))
     return tree.nodes
-
-
-def _cross_products(a: Array, b: Array, *, threads: int | None) -> Doubles:
-    """Return ``a^T b`` ``(dim, dim)``, float32 products of fixed chunks added in float64."""
-
-    def work(start: int) -> Doubles:
-        span = slice(start, start + SMALL_ROWS)
-        product = torch.from_numpy(a[span]).T @ torch.from_numpy(b[span])
-        return product.double().numpy()
-
-    # A few chunks at a time: each result has the size of the product itself.
-    starts = range(0, len(a), SMALL_ROWS)
-    total = np.zeros((a.shape[1], b.shape[1]))
-    for first in range(0, len(starts), 4):
-        for product in map_blocks(work, starts[first : first + 4], threads=threads):
-            total += product
-    return total
