@@ -9,7 +9,7 @@ import torch
 import semid
 from semid.data.ids import held_out_mask
 from semid.errors import FingerprintError, InputError, UsageError
-from semid.quantization import refine
+from semid.quantization import least_squares, refine
 from semid.quantization.blocks import ArrayBlocks
 from semid.quantization.least_squares import NormalEquations, fit_tables
 from semid.quantization.nearest import assign, index_codebook
@@ -29,8 +29,14 @@ def one_hot(codes: np.ndarray, sizes: list[int]) -> np.ndarray:
     return np.concatenate([np.eye(size)[codes[:, i]] for i, size in enumerate(sizes)], axis=1)
 
 
+@pytest.fixture(params=[0, 1024], ids=["gradients", "elimination"])
+def solver(request, monkeypatch):
+    """Solve by conjugate gradients, or small systems by elimination."""
+    monkeypatch.setattr(least_squares, "MAX_DENSE", request.param)
+
+
 @pytest.mark.parametrize("weighted", [False, True])
-def test_tables_equal_those_of_the_dense_equations(weighted):
+def test_tables_equal_those_of_the_dense_equations(solver, weighted):
     generator = np.random.default_rng(0)
     sizes, width = [5, 7, 4], 3
     codes = np.stack([generator.integers(0, size, 200) for size in sizes], axis=1)
@@ -51,7 +57,7 @@ def test_tables_equal_those_of_the_dense_equations(weighted):
     assert np.allclose(found, expected, atol=1e-6)
 
 
-def test_fewer_levels_columns_and_threads_solve_the_same_system():
+def test_fewer_levels_columns_and_threads_solve_the_same_system(solver):
     generator = np.random.default_rng(1)
     sizes = [6, 6, 6]
     codes = generator.integers(0, 5, (300, 3))  # code 5 is never used
