@@ -269,13 +269,19 @@ class Counter:
     def step(self, done=1, **fields):
         self.done += done
 progress, later = Counter(), Counter()
-compile_kernels(progress, product=True)
+compile_kernels(progress, {"product", "lists", "dense", "tables"})
 import numpy as np
 import semid
 x = np.random.default_rng(0).normal(size=(1500, 24)).astype(np.float32)
 with compiling(later.step):
-    for kind in (semid.PQ(n_codebooks=2, codebook_size=64), semid.RQKMeans(codebook_size=64)):
-        kind.fit(x)
+    for model in (
+        semid.PQ(n_codebooks=2, codebook_size=64),
+        semid.OPQ(n_codebooks=2, codebook_size=64, rotation_iter=1),
+        semid.RQGMM(levels=2, codebook_size=16),
+        semid.RQKMeans(codebook_size=64, train_with_beam=True, beam_width=2),
+    ):
+        model.fit(x)
+    semid.refine(model, x, options=semid.RefineOptions(rounds=1, annealing_rounds=1))
 result = [progress.done, progress.total, later.done]
 """
     done, total, later = run(code, folder=tmp_path)["result"]

@@ -147,7 +147,8 @@ def subtract_rows(rows: Array, table: Array, places: npt.NDArray[np.integer]) ->
     if rows.size < FUSED_SIZE or not is_imported("numba"):
         np.subtract(rows, table[places], out=out)
     else:
-        _subtract_rows(rows, table, places, out)
+        # Places of one type, for which one kernel is compiled.
+        _subtract_rows(rows, table, np.ascontiguousarray(places, dtype=np.int64), out)
     return out
 
 

@@ -95,18 +95,14 @@ class BARQ(ContinuousTokenizer):
     )
     behavior_levels: int = option(1, ge=1, help="Number of levels that use behavior.")
     content_variance: float = option(
-        0.95,
-        gt=0,
-        le=1,
+        0.95, gt=0, le=1,
         help="Share of the embeddings' variance in the components that are quantized; 1 quantizes "
         "embeddings whole.",
-    )
+    )  # fmt: skip
     balance_strength: float = option(
-        0.0,
-        ge=0,
-        le=MAX_WEIGHT,
+        0.0, ge=0, le=MAX_WEIGHT,
         help="Highest penalty of a codeword in mean squared residuals; evens out usage.",
-    )
+    )  # fmt: skip
     check_behavior: bool = option(
         True,
         help="Let users kept for selection choose the behavior weight: the highest one, its half, "
@@ -141,6 +137,9 @@ class BARQ(ContinuousTokenizer):
 
     def _latent_width(self, dim: int) -> int:
         return self._config.latent or DEFAULT_LATENT
+
+    def _kernels(self) -> set[str]:
+        return super()._kernels() | {"tables"}
 
     def _fit(self, context: FitContext) -> dict[str, Any]:
         details: dict[str, Any] = {"protocol": "no pairs"}

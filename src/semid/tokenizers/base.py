@@ -127,6 +127,10 @@ class Tokenizer(Transformer):
         """Return pairs to learn from, if any."""
         return None
 
+    def _kernels(self) -> set[str]:
+        """Return which kernels `fit` takes beyond those of all, see `compile_kernels`."""
+        return {"product"} if self.combine == "concat" else set()
+
     def _start_from(self, previous: Self) -> None:
         """Let the next `fit` start from the codebooks of ``previous`` (`can_warm_start`)."""
         raise NotImplementedError
@@ -232,7 +236,7 @@ class Tokenizer(Transformer):
         progress = progress or QuietProgress()
         self._check_behavior(interactions, pairs)
         opened = open_embeddings(source, ids=ids)
-        compile_kernels(progress, product=self.combine == "concat")
+        compile_kernels(progress, self._kernels())
         # A hash of the id holds an item out, so later fits and reports agree on which they are.
         train = ~held_out_mask(opened.ids, self.validation_fraction, salt=HELD_OUT_SALT)
         # Every row is read once before anything is learned: bad rows show now, not after an hour.
@@ -322,13 +326,9 @@ class Tokenizer(Transformer):
         row_hashes: npt.NDArray[np.uint64],
     ) -> None:
         counter.update(
-            block.codes,
-            block.x,
-            self._decode_codes(block.codes),
-            latent=self._latent_block(block.x),
-            train=train,
-            row_hashes=row_hashes,
-        )
+            block.codes, block.x, self._decode_codes(block.codes),
+            latent=self._latent_block(block.x), train=train, row_hashes=row_hashes,
+        )  # fmt: skip
 
     def encode_blocks(
         self, source: EmbeddingSource, *, beam_width: int | None = None, first: int = 0

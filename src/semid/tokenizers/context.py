@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -21,8 +21,15 @@ from semid.lazy import compiling
 from semid.options import MAX_BEAM
 from semid.progress import Progress
 from semid.quantization import engine
-from semid.quantization.blocks import ArrayBlocks, prefetched, statistics
+from semid.quantization.blocks import (
+    FUSED_SIZE,
+    ArrayBlocks,
+    prefetched,
+    statistics,
+    subtract_rows,
+)
 from semid.quantization.engine.plain import L2
+from semid.quantization.least_squares import compile_tables
 from semid.quantization.product import draw_centers, part_statistics
 from semid.quantization.seeding import kmeans_plus_plus
 from semid.tokenizers.behavior import Behavior
@@ -35,13 +42,17 @@ Result = tuple[dict[str, np.ndarray], dict[str, Any]]
 """Arrays and JSON-able record of a stage."""
 
 
-def compile_kernels(progress: Progress, *, product: bool) -> None:
+def compile_kernels(progress: Progress, further: Collection[str]) -> None:
     """Compile or fetch from the cache the kernels of search, codes and K-means; test the routes.
 
     Fits would do so by themselves, silently and for twenty seconds, the first time on a machine:
-    ``progress`` counts the kernels that are compiled. ``product`` adds those of `fit_product`.
+    ``progress`` counts the kernels that are compiled. ``further`` names those that only some
+    tokenizers take: "product" (of `fit_product`), "lists" (of more than the nearest codeword),
+    "dense" (layers), "tables" (least squares).
     """
-    progress.start("prepare kernels", total=engine.search.kernel_count() + (9 if product else 7))
+    counts = {"product": 2, "dense": 2, "tables": 2}
+    more = sum(counts.get(name) or engine.search.list_kernel_count() for name in further)
+    progress.start("prepare kernels", total=engine.search.kernel_count() + 8 + more)
     # A few rows compile what fits call with many.
     rows, labels = np.eye(4, dtype=np.float32), np.arange(4)
     with compiling(progress.step):
@@ -53,9 +64,19 @@ def compile_kernels(progress: Progress, *, product: bool) -> None:
         engine.bounded.RowBounds(rows, labels, rows).search(rows, threads=1)
         blocks, generator = ArrayBlocks(rows), np.random.default_rng(0)
         kmeans_plus_plus(blocks, 3, generator=generator, n_local_trials=2, threads=1)
-        if product:
+        many = np.zeros((FUSED_SIZE, 1), np.float32)
+        subtract_rows(many, many, np.zeros(len(many), np.int64))
+        if "product" in further:
             draw_centers(rows, np.ones(4), np.zeros((1, 1)))
             part_statistics(rows, labels, rows[0], 4)
+        if "lists" in further:
+            engine.search.compile_lists()
+        if "dense" in further:
+            from semid.tokenizers.neural.autoencoder import compile_layers
+
+            compile_layers()
+        if "tables" in further:
+            compile_tables()
 
 
 @dataclass(frozen=True)

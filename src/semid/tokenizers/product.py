@@ -176,6 +176,9 @@ class OPQ(PQ):
         super().__post_init__()
         self._rotation: Array = np.empty((0, 0), np.float32)
 
+    def _kernels(self) -> set[str]:
+        return super()._kernels() | {"dense"}
+
     @property
     def rotation(self) -> Array:
         """The orthogonal matrix ``(dim, dim)`` that preprocessed rows are multiplied with."""

@@ -16,7 +16,7 @@ from semid.quantization.blocks import Blocks, in_memory, map_rows
 from semid.quantization.refine import RefineOptions, refine_residual
 from semid.seeds import child_seed
 from semid.tokenizers.base import Tokenizer
-from semid.tokenizers.context import item_weights, scan, train_weights
+from semid.tokenizers.context import compile_kernels, item_weights, scan, train_weights
 from semid.tokenizers.stored import HELD_OUT_SALT
 
 Refinable = TypeVar("Refinable", bound=Tokenizer)
@@ -71,6 +71,7 @@ def refine(
         )
     opened = open_embeddings(source, ids=ids)
     tokenizer._check_width(opened)
+    compile_kernels(progress, tokenizer._kernels() | {"tables"})
     # The items that the fit held out are not trained on here either: they choose ridge and end.
     held_out = held_out_mask(opened.ids, tokenizer.validation_fraction, salt=HELD_OUT_SALT)
     train, validation = opened.subset(~held_out), opened.subset(held_out)

@@ -85,6 +85,9 @@ class RQGMM(LevelTokenizer):
         self._mixtures: tuple[Mixture, ...] = ()
         self._assignments: tuple[HardAssignment, ...] = ()
 
+    def _kernels(self) -> set[str]:
+        return super()._kernels() | {"lists"}
+
     def _fit(self, context: FitContext) -> dict[str, Any]:
         rows = training_rows(context.train, weights=context.weights, threads=self.threads)
         return {"levels": self._fit_stages(rows, context.stages, context.progress)}

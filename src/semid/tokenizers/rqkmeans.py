@@ -74,6 +74,9 @@ class RQKMeans(ResidualTokenizer):
         super().__post_init__()
         self._start: tuple[Array, ...] | None = None
 
+    def _kernels(self) -> set[str]:
+        return super()._kernels() | ({"lists"} if self.train_with_beam else set())
+
     def _fit(self, context: FitContext) -> dict[str, Any]:
         rows = training_rows(context.train, weights=context.weights, threads=self.threads)
         warm = self._start is not None

@@ -278,7 +278,7 @@ class FusedBfloat16(_Fused):
     """bfloat16 products with float32 sums that start from minus the offset."""
 
     name = "bf16"
-    kernels = 3
+    kernels = 2
 
     def prepare(self, table: VectorTable) -> Operand | None:
         """Round the scaled rows to bfloat16."""
@@ -331,7 +331,7 @@ class Float32Gemm:
     name = "fp32"
     library = "torch float32"
     uses_torch = True
-    kernels = 2
+    kernels = 1
 
     def unavailable(self) -> str | None:
         """Return why this route cannot run here, or None."""
@@ -367,7 +367,7 @@ class Bfloat16Gemm:
     name = "bf16"
     library = "torch bfloat16"
     uses_torch = True
-    kernels = 3
+    kernels = 2
 
     def unavailable(self) -> str | None:
         """Return why this route cannot run here, or None."""

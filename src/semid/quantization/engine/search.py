@@ -234,14 +234,32 @@ def has_bfloat16() -> bool:
     return any(route.name == "bf16" for route in _available(use_torch=True))
 
 
+def list_kernel_count() -> int:
+    """Return how many kernels `compile_lists` compiles where none is cached."""
+    routes = _available(use_torch=False) or _available(use_torch=True)
+    # A sweep or scan for each route, what trims scores of a type, and what measures.
+    return len(routes) + _score_types(routes) + 1
+
+
+def _score_types(routes: Sequence[Route]) -> int:
+    """Return whether routes have integer or float scores (1) or both (2)."""
+    return len({isinstance(route, FusedInteger) for route in routes})
+
+
+def compile_lists() -> None:
+    """Compile, or fetch, the kernels that lists of the nearest take beyond the nearest alone."""
+    rows = np.eye(4, dtype=np.float32)
+    for route in working_routes(with_torch=False):
+        search(rows, VectorTable(rows, metric=L2, unique=False), route, k=2, threads=1)
+
+
 def kernel_count() -> int:
     """Return how many kernels testing the routes compiles where none is cached."""
     routes = _available(use_torch=False) or _available(use_torch=True)
-    # Encoding in levels has a kernel for each route of integers, or one; these routes share the
-    # choice among candidates.
+    own = sum(route.kernels for route in routes) + _score_types(routes)  # and what measures
+    # Encoding in levels has a kernel for each route of integers, or one.
     integers = sum(isinstance(route, FusedInteger) for route in routes)
-    shared = SHARED_KERNELS + (integers > 0)
-    return shared + sum(route.kernels for route in routes) + max(1, integers)
+    return SHARED_KERNELS + own + max(1, integers)
 
 
 def working_routes(*, with_torch: bool = True) -> tuple[Route, ...]:

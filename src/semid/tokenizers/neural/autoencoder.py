@@ -130,6 +130,13 @@ def perceptron(x: Array, layers: Sequence[Layer], *, threads: int | None = None)
     return out
 
 
+def compile_layers() -> None:
+    """Compile, or fetch, the kernels of dense layers, for few rows and for many."""
+    layer = (np.eye(4, dtype=np.float32), np.zeros(4, np.float32))
+    for count in (1, MIN_TILED):
+        perceptron(np.zeros((count, 4), np.float32), [layer])
+
+
 PROJECTED = 256
 """Widest projection of one of several inputs."""
 

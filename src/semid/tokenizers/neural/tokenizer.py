@@ -198,6 +198,9 @@ class NeuralTokenizer(CodebookTokenizer):
     def _train_options(self) -> TrainOptions:
         return TrainOptions.of(self.training)
 
+    def _kernels(self) -> set[str]:
+        return super()._kernels() | {"dense"}
+
     def _new_autoencoder(self, inputs: Sequence[int]) -> Autoencoder:
         return Autoencoder(
             inputs,
