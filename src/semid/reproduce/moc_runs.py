@@ -152,7 +152,8 @@ class MocExperiment(Experiment):
         if figures is None or spec.get("part"):
             seed = int(spec["seed"])
             ranker, figures = self._train(spec, rows, coded, seed=seed, penalty=penalty)
-        figures["protocol"] += f" width={self._width(spec)} tokenizer_seed=seed"
+        width = self.variants[str(spec["variant"])].width or self.recipe.width
+        figures["protocol"] += f" width={width} tokenizer_seed=seed"
         figures["rows"] = {name: len(part) for name, part in rows.parts.items()}
         if tried:
             figures |= {"embedding_penalty": penalty, "tried": tried}
@@ -164,9 +165,6 @@ class MocExperiment(Experiment):
                 figures["analysis_fused"] = _thinned(fused)
         return figures
 
-    def _width(self, spec: Mapping[str, Any]) -> int:
-        return self.variants[str(spec["variant"])].width or self.recipe.width
-
     def _train(
         self,
         spec: Mapping[str, Any],
@@ -176,19 +174,20 @@ class MocExperiment(Experiment):
         seed: int,
         penalty: float,
     ) -> tuple[Ranker, dict[str, Any]]:
+        variant = self.variants[str(spec["variant"])]
         options = {k: tuple(v) if isinstance(v, list) else v for k, v in self.recipe.model.items()}
         return train_cell(
             rows,
             coded,
             config=RankerConfig(
                 model=str(spec["model"]),
-                width=self._width(spec),
+                width=variant.width or self.recipe.width,
                 fusion=bool(spec["fusion"]),
                 fusion_rank=self.recipe.fusion_rank,
                 options=options,
                 embedding_penalty=penalty,
             ),
-            training=rank_options(self.recipe.training),
+            training=rank_options({**self.recipe.training, **variant.training}),
             seed=seed,
         )
 

@@ -127,6 +127,9 @@ class Variant(Options):
     embedding_penalty: tuple[float, ...] = option(
         (), ge=0, help="Penalties of embeddings: each cell takes the best on validation rows."
     )
+    training: Mapping[str, Any] = option(
+        default_factory=dict, help="Training that differs from the recipe's."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
