@@ -104,7 +104,7 @@ def test_every_step_takes_given_codebooks(x, tmp_path, monkeypatch):
 
 BAD = {
     "no codebooks": ([], {}, "holds no codebooks"),
-    "one row": ([np.zeros((1, 4))], {}, "between 2 and"),
+    "one row": ([np.zeros((1, 4))], {}, "give 2 to"),
     "three axes": ([np.zeros((2, 3, 4))], {}, r"arrays\[0\] has shape \(2, 3, 4\)"),
     "words": ([[["a", "b"]]], {}, "holds no numbers"),
     "not finite": ([np.full((2, 2), np.nan)], {}, "NaN"),

@@ -170,7 +170,7 @@ def test_every_recipe_that_comes_with_semid_is_read():
         assert recipe.quick == name.endswith("quick")
     full = read_experiment("moc")
     first = full.stages[0]
-    assert first.models == ("dcnv2",)
+    assert first.models == ("dcnv2", "deepfm")
     assert {"random", "shuffled", "widened", "none", "vqvae"} < set(first.methods)
     assert len(full.data) == 4
     assert full.seeds == 5

@@ -78,6 +78,9 @@ NEURAL: dict[str, Callable[..., Tokenizer]] = {
 class WithPairs(semid.BARQ):
     """BARQ that brings its pairs along: the suite's calls know of embeddings alone."""
 
+    def _check_behavior(self, interactions, pairs):
+        pass
+
     def _behavior(self, interactions, pairs, *, ids, train):
         rows = np.arange(len(ids) - 1)
         given = np.stack([rows, rows + 1], axis=1) if pairs is None else pairs
