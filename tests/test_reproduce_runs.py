@@ -143,6 +143,7 @@ options = { width = 8 }
 name = "generative"
 kind = "generative"
 options = { width = 8, layers = 1, beams = 5 }
+training = { epochs = 2 }
 [[stages]]
 models = ["popularity", "composed", "sasrec"]
 ids = ["learned"]
@@ -313,6 +314,7 @@ def test_a_study_of_retrieval(recipes):
     assert value == pytest.approx(gap, abs=1e-5)
     assert low <= value <= high
     assert len(own["curve"]) == own["epochs"] == 1
+    assert by["generative", "learned", "file", 0]["epochs"] == 2
     assert own["unique_ids"] < own["items"]
     assert own["beam_agreement"] is None
     assert 0.3 < by["generative", "learned", "file", 0]["beam_agreement"] <= 1

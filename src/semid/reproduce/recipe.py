@@ -216,6 +216,9 @@ class RetrieverSpec(Options):
     name: str = option(help="Name in tables.")
     kind: str = option(choices=sorted(RETRIEVERS), help="Name of a model.")
     options: Mapping[str, Any] = option(default_factory=dict, help="Options of the model.")
+    training: Mapping[str, Any] = option(
+        default_factory=dict, help="Training that differs from the recipe's."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

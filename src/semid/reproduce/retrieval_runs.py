@@ -72,6 +72,8 @@ class RetrievalExperiment(Experiment):
         }
         model = self.models[cell["model"]]
         own = {**cell, "kind": model.kind, "options": model.options}
+        if model.training:  # keys of committed runs have none
+            own["training"] = model.training
         if cell["tokenizer"]:
             own["ids"] = self.ids[cell["tokenizer"]].to_dict()
         return [shared, own]
@@ -97,7 +99,7 @@ class RetrievalExperiment(Experiment):
             ids=ids,
             model=model.kind,
             options=model.options,
-            training=self.recipe.training,
+            training={**self.recipe.training, **model.training},
             seed=seed,
             checkpoint=states if MODELS.load(model.kind).trains else None,
             resume=True,
