@@ -24,6 +24,7 @@ FLOORS = [
     ["exports"],
     ["report", "reproduce", "serve", "distributed"],
     ["cli"],
+    ["__main__"],
 ]
 RANK = {
     name: (floor, place) for floor, names in enumerate(FLOORS) for place, name in enumerate(names)

@@ -90,6 +90,8 @@ def test_version(run):
     code, out, _ = run("--version")
     assert code == 0
     assert out.startswith("semid ")
+    command = [sys.executable, "-m", "semid", "--version"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == out
 
 
 def test_wrong_usage_exits_with_2(run, catalogue, model, tmp_path):
