@@ -124,8 +124,8 @@ def _behavior_weights(kind: str, values: dict[str, Any]) -> dict[str, float]:
     if kind in TOKENIZERS.targets and kind != "pipeline":
         return {name: values.get(name, usual) for name, usual in _BEHAVIOR.get(kind, {}).items()}
     model = make_tokenizer(kind, values)
-    own = getattr(model, "_encoder", model)  # a pipeline has its encoder's
-    return {name: getattr(own, name) for name in model.behavior_weights}
+    learner = getattr(model, "_encoder", model)  # a pipeline has its encoder's
+    return {name: getattr(learner, name) for name in model.behavior_weights}
 
 
 def _refuse_unused(context: typer.Context, kind: str, values: dict[str, Any]) -> None:

@@ -256,10 +256,10 @@ def compile_lists() -> None:
 def kernel_count() -> int:
     """Return how many kernels testing the routes compiles where none is cached."""
     routes = _available(use_torch=False) or _available(use_torch=True)
-    own = sum(route.kernels for route in routes) + _score_types(routes)  # and what measures
+    searches = sum(route.kernels for route in routes) + _score_types(routes)  # and what measures
     # Encoding in levels has a kernel for each route of integers, or one.
     integers = sum(isinstance(route, FusedInteger) for route in routes)
-    return SHARED_KERNELS + own + max(1, integers)
+    return SHARED_KERNELS + searches + max(1, integers)
 
 
 def working_routes(*, with_torch: bool = True) -> tuple[Route, ...]:

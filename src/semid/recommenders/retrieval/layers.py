@@ -156,10 +156,10 @@ class SoftmaxLoss(torch.autograd.Function):
             logits[columns[rows][among], among] = -torch.inf
             largest = torch.maximum(logits.amax(0), at_target[rows])
             # From here on `logits` holds the softmax before its division by the sums.
-            own = (at_target[rows] - largest).exp()
-            sums = logits.sub_(largest).exp_().sum(0) + own
+            target = (at_target[rows] - largest).exp()
+            sums = logits.sub_(largest).exp_().sum(0) + target
             total += (sums.log() + largest - at_target[rows]).sum()
-            d_target[rows] = own / sums - 1
+            d_target[rows] = target / sums - 1
             d_states[rows] = (logits.T @ vectors) / sums[:, None]
             scaled = part / sums[:, None]
             if low:
