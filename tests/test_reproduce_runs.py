@@ -96,6 +96,7 @@ scales = [2]
 fusion = [false]
 variant = "regularized"
 seeds = 2
+analyze = 1
 [[variants]]
 name = "stars"
 label = "stars>3"
@@ -279,6 +280,7 @@ def test_a_study_of_moc(recipes, capsys):
     assert first["auc"] == tried[first["embedding_penalty"]]["auc"]
     assert second["embedding_penalty"] == first["embedding_penalty"]
     assert second["tried"] == first["tried"]
+    assert first["analysis"]
     assert "width=2 " in first["protocol"]
     assert second["auc"] != first["auc"]
     # On another machine the ledger says what was chosen; nothing is tried again.

@@ -149,7 +149,7 @@ class MocExperiment(Experiment):
         if spec["run"] == "kept":
             return self._rebuild(job, opened, coded)
         penalty, tried, figures = self._tuned(job, opened, rows)
-        if figures is None or spec.get("part"):
+        if figures is None or spec.get("part") or spec["analyze"]:
             seed = int(spec["seed"])
             ranker, figures = self._train(spec, rows, coded, seed=seed, penalty=penalty)
         width = self.variants[str(spec["variant"])].width or self.recipe.width

@@ -15,7 +15,7 @@ from semid.options import MAX_WIDTH, Options, option
 from semid.recommenders.retrieval.data import Packed
 
 LOSS_ROWS = 128
-"""Rows of logits at once in the softmax on a CPU; on a GPU all of them."""
+"""Rows of logits at once in the softmax; on a GPU up to 2**26 logits, if those are more rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +139,7 @@ class SoftmaxLoss(torch.autograd.Function):
         d_target = torch.empty_like(at_target)
         total = states.new_zeros(())
         low = torch.is_autocast_enabled(states.device.type)
-        size = len(states) if states.is_cuda else LOSS_ROWS
+        size = max(LOSS_ROWS, (1 << 26) // len(vectors)) if states.is_cuda else LOSS_ROWS
         # One buffer for all logits: fresh memory for each costs more than the arithmetic.
         buffer = vectors.new_empty(min(size, len(states)) * len(vectors))
         for start in range(0, len(states), size):
