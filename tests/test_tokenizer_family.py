@@ -239,6 +239,21 @@ def test_the_mixture_is_scikit_learns(covariance, weighted):
     np.testing.assert_allclose(chosen, posteriors.max(1), atol=1e-3)
 
 
+@pytest.mark.parametrize("covariance", ["diagonal", "spherical"])
+def test_a_sparse_product_with_posteriors_is_the_whole_one(covariance, monkeypatch):
+    generator = np.random.default_rng(2)
+    x = (generator.normal(size=(900, 6)) + 5.0).astype(np.float32)
+    rows, found = ArrayBlocks(x), []
+    for sparse in (0, 10**9):  # always, never
+        monkeypatch.setattr("semid.quantization.mixture.SPARSE", sparse)
+        start = hard_start(rows, x[:30], covariance=covariance, floor=0.1)
+        found.append(fit_mixture(rows, start, floor=0.1, max_iter=5, tol=0.0))
+    for name in ("means", "variances", "log_weights"):
+        one, other = (getattr(run.mixture, name) for run in found)
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found[0].history, found[1].history, rtol=1e-6)
+
+
 def test_hard_assignments_at_every_scale():
     generator = np.random.default_rng(0)
     x = generator.normal(size=(300, 4)).astype(np.float32)

@@ -1,8 +1,9 @@
 """Gaussian mixtures by expectation maximization over blocks, and their hard assignments.
 
 Covariances are diagonal or spherical. Posteriors of a chunk of rows are products of the rows and
-their squares with the components' precisions. Sums over the chunks of a block are added in row
-order and blocks along one fixed tree, so threads, memory and shards change no bit.
+their squares with the components' precisions, in float32 around the middle of the components;
+sums over chunks are in float64. Sums over the chunks of a block are added in row order and blocks
+along one fixed tree, so threads, memory and shards change no bit.
 """
 
 from __future__ import annotations
@@ -29,10 +30,14 @@ Array = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 
 COVARIANCES = ("diagonal", "spherical")
-CHUNK = 1024
+CHUNK = 2048
 """Rows whose posteriors are held at once: 32 MB per thread at 4096 components."""
-CHUNKS_AT_ONCE = 8
+CHUNKS_AT_ONCE = 4
 """Chunks whose sums are held before they are added."""
+LEAST_POSTERIOR = 1e-9
+"""Posteriors below this change no digit of a float32 mean: a row is left out of such components."""
+SPARSE = 16
+"""A product with the posteriors leaves out what is below that, if at most one in so many is not."""
 LEAST_COUNT = 1e-6
 """A component with fewer rows than this in all keeps its parameters: there is nothing to fit."""
 
@@ -65,6 +70,39 @@ class Mixture:
         return means * precisions, precisions, offset + self.log_weights.astype(np.float64)
 
 
+class _Frame:
+    """A mixture around the middle of its means, in units near its spread.
+
+    ``log p(x, k)`` is an inner product of ``[y, y^2, 1]`` with a row of ``table``, but for what all
+    components have in common: ``common``. The shift keeps the digits of squares that tell
+    components apart, and the division, by a power of two, keeps squares of float32 numbers in
+    range. What is common is left out of the table for the same reason; it changes no posterior.
+    """
+
+    def __init__(self, mixture: Mixture) -> None:
+        spread = float(np.sqrt(mixture.variances.mean(dtype=np.float64)))
+        # Division by a power of two is exact, and so is the shift of what lies far from 0.
+        self.scale = np.float32(2.0 ** np.round(np.log2(spread)))
+        self.shift = mixture.means.mean(axis=0, dtype=np.float64).astype(np.float32)
+        means = (mixture.means - self.shift) / self.scale
+        scaled = Mixture(means, mixture.variances / self.scale**2, mixture.log_weights)
+        linear, precisions, offset = scaled.terms()
+        self.is_spherical = mixture.variances.shape[1] == 1
+        if self.is_spherical:
+            precisions = precisions[:, :1]  # of |y|^2
+        table = np.concatenate([linear, -0.5 * precisions, offset[:, None]], axis=1)
+        self.common: Doubles = table.mean(axis=0)
+        self.table: Array = (table - self.common).astype(np.float32)
+
+    def lift(self, x: Array) -> Array:
+        """Return ``[y, y^2, 1]`` of rows; for spherical covariances ``[y, |y|^2, 1]``."""
+        y = (x - self.shift) / self.scale
+        squares = y * y
+        if self.is_spherical:
+            squares = np.einsum("nd,nd->n", y, y, dtype=np.float64)[:, None].astype(np.float32)
+        return np.concatenate([y, squares, np.ones((len(y), 1), np.float32)], axis=1)
+
+
 @dataclass
 class MixtureState:
     """Progress of a fit; enough to continue it to the same result."""
@@ -76,18 +114,14 @@ class MixtureState:
 
 @dataclass
 class _Sums:
-    """Sums of posteriors over rows, and of rows and their squares weighted by them."""
+    """Sums of posteriors times lifted rows, and of the log-likelihood and the rows' weights."""
 
-    counts: Doubles  # (components,)
-    first: Doubles  # (components, dim)
-    second: Doubles  # (components, dim)
+    moments: Doubles  # (components, columns of a lifted row)
     likelihood: float = 0.0
     mass: float = 0.0
 
     def add_(self, other: _Sums) -> None:
-        self.counts += other.counts
-        self.first += other.first
-        self.second += other.second
+        self.moments += other.moments
         self.likelihood += other.likelihood
         self.mass += other.mass
 
@@ -119,13 +153,15 @@ def fit_mixture(
         state: continue from here.
         on_iteration: called after every iteration.
 
-    Cost: per iteration four products of ``items x components x dim`` in float64.
+    Cost: per iteration two products of ``items x components x dim`` in float32, and two more where
+    rows belong to many components at once.
     """
     rows = as_sharded(blocks, weights=weights, threads=threads)
     run = state or MixtureState(start)
     while len(run.history) < max_iter and not _has_converged(run.history, tol):
-        sums: _Sums = rows.sum(_expectation, run.mixture)
-        run.mixture = _maximization(sums, run.mixture, floor)
+        frame = _Frame(run.mixture)
+        sums: _Sums = rows.sum(_expectation, frame)
+        run.mixture = _maximization(sums, run.mixture, frame, floor)
         run.history.append(sums.likelihood / sums.mass)
         if on_iteration is not None:
             on_iteration(run)
@@ -136,30 +172,27 @@ def _has_converged(history: Sequence[float], tol: float) -> bool:
     return len(history) > 1 and history[-1] - history[-2] < tol
 
 
-def _expectation(shard: Shard, mixture: Mixture) -> list[Node[_Sums]]:
+def _expectation(shard: Shard, frame: _Frame) -> list[Node[_Sums]]:
     """Return the sums of a shard's rows under the posteriors of a mixture."""
-    linear, precisions, offset = (torch.from_numpy(each) for each in mixture.terms())
-    # (2 dim, components): one product with [x, x^2] gives all scores but for the offset.
-    transposed = torch.cat([linear, -0.5 * precisions], dim=1).T.contiguous()
-    dim = linear.shape[1]
-    constant = -0.5 * dim * np.log(2 * np.pi)
+    table = torch.from_numpy(frame.table).T.contiguous()  # (columns of a lifted row, components)
+    dim = len(frame.shift)
+    # The density of a row is that of its scaled form divided by the scale in every column.
+    constant = -dim * (0.5 * np.log(2 * np.pi) + np.log(float(frame.scale)))
 
     def work(chunk: tuple[Array, Doubles | None]) -> _Sums:
-        x = torch.from_numpy(chunk[0]).double()
-        both = torch.cat([x, x.square()], dim=1)
-        scores = torch.addmm(offset, both, transposed)
-        # Posteriors p(k | x) = exp(s_k - logsumexp s), in the log domain: densities underflow.
-        evidence = torch.logsumexp(scores, dim=1)
-        posteriors = torch.exp(scores - evidence[:, None])
-        mass, likelihood = float(len(x)), evidence + constant
-        if chunk[1] is not None:
-            weight = torch.from_numpy(chunk[1])
-            posteriors *= weight[:, None]
-            mass, likelihood = float(weight.sum()), likelihood * weight
-        # (components, 2 dim): the weighted sums of rows and, beside them, of their squares.
-        moments = (posteriors.T @ both).numpy()
-        counts = posteriors.sum(0).numpy()
-        return _Sums(counts, moments[:, :dim], moments[:, dim:], float(likelihood.sum()), mass)
+        x, weights = chunk
+        lifted = frame.lift(x)
+        rows = torch.from_numpy(lifted)
+        scores = rows @ table
+        posteriors = torch.softmax(scores, dim=1)
+        # The largest posterior is exp(its score - log sum exp of all).
+        evidence = (scores.amax(1).double() - posteriors.amax(1).double().log()).numpy()
+        likelihood = evidence + lifted @ frame.common + constant
+        mass = np.ones(len(x)) if weights is None else weights
+        if weights is not None:
+            posteriors *= torch.from_numpy(weights.astype(np.float32))[:, None]
+        moments = _products(posteriors, rows).double().numpy()
+        return _Sums(moments, float(likelihood @ mass), float(mass.sum()))
 
     tree: TreeSum[_Sums] = TreeSum()
     for number, span, block in shard.numbered_blocks():
@@ -181,21 +214,38 @@ def _expectation(shard: Shard, mixture: Mixture) -> list[Node[_Sums]]:
     return tree.nodes
 
 
-def _maximization(sums: _Sums, before: Mixture, floor: float) -> Mixture:
+def _products(posteriors: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Return ``posteriors.T @ rows``, sparse where most posteriors are next to nothing."""
+    row, component = torch.nonzero(posteriors > LEAST_POSTERIOR, as_tuple=True)
+    if len(row) * SPARSE > posteriors.numel():
+        return posteriors.T @ rows
+    shape = posteriors.shape[::-1]
+    places = torch.stack([component, row])
+    kept = torch.sparse_coo_tensor(
+        places, posteriors[row, component], shape, check_invariants=False
+    )
+    return kept @ rows
+
+
+def _maximization(sums: _Sums, before: Mixture, frame: _Frame, floor: float) -> Mixture:
     """Return the mixture of largest likelihood given the posteriors, with the floor added."""
-    counts = sums.counts
+    dim = before.means.shape[1]
+    # Sums of [y, y^2, 1], or of [y, |y|^2, 1] if spherical.
+    counts = sums.moments[:, -1]
     alive = counts >= LEAST_COUNT
-    divisor = np.where(alive, counts, 1.0)[:, None]
-    means = sums.first / divisor
-    # E[x^2] - E[x]^2 may come out slightly negative by rounding.
-    variances = np.maximum(sums.second / divisor - means**2, 0.0)
-    if before.variances.shape[1] == 1:
-        variances = variances.mean(axis=1, keepdims=True)
+    first, second = np.split(sums.moments[:, :-1] / np.where(alive, counts, 1.0)[:, None], [dim], 1)
+    # E[y^2] - E[y]^2 may come out slightly negative by rounding.
+    if frame.is_spherical:
+        variances = (second - (first**2).sum(axis=1, keepdims=True)) / dim
+    else:
+        variances = second - first**2
+    variances = np.maximum(variances, 0.0) * float(frame.scale) ** 2 + floor
+    means = first * float(frame.scale) + frame.shift
     # A component without rows keeps a small weight, whose logarithm is finite.
     shares = np.maximum(counts, LEAST_COUNT)
     return Mixture(
         np.where(alive[:, None], means, before.means).astype(np.float32),
-        np.where(alive[:, None], variances + floor, before.variances).astype(np.float32),
+        np.where(alive[:, None], variances, before.variances).astype(np.float32),
         np.log(shares / shares.sum()).astype(np.float32),
     )
 
@@ -213,7 +263,6 @@ def hard_start(
 
     Shapes: ``blocks`` (items, dim) as for `fit_mixture`, ``centroids`` (components, dim).
     """
-    sums = as_sharded(blocks, weights=weights, threads=threads).sum(_hard_sums, centroids)
     count, dim = centroids.shape
     columns = dim if covariance == "diagonal" else 1
     # A component without rows stays on its centroid, with the floor as variance.
@@ -222,60 +271,41 @@ def hard_start(
         np.full((count, columns), floor, dtype=np.float32),
         np.zeros(count, dtype=np.float32),
     )
-    return _maximization(sums, empty, floor)
+    frame = _Frame(empty)
+    sums = as_sharded(blocks, weights=weights, threads=threads).sum(_hard_sums, centroids, frame)
+    return _maximization(sums, empty, frame, floor)
 
 
-def _hard_sums(shard: Shard, centroids: Array) -> list[Node[_Sums]]:
+def _hard_sums(shard: Shard, centroids: Array, frame: _Frame) -> list[Node[_Sums]]:
     """Return the sums of a shard's rows, each under its nearest centroid."""
-    codebook, (count, dim) = index_codebook(centroids), centroids.shape
+    codebook = index_codebook(centroids)
     tree: TreeSum[_Sums] = TreeSum()
     for number, span, block in shard.numbered_blocks():
         nearest = torch.from_numpy(assign(block, codebook, threads=shard.threads)[0])
-        x, mass = torch.from_numpy(block).double(), torch.ones(len(block), dtype=torch.float64)
+        lifted = torch.from_numpy(frame.lift(block)).double()
         if shard.weights is not None:
-            mass = torch.from_numpy(shard.weights[span])
-        moments = torch.zeros(count, 2 * dim, dtype=torch.float64)
-        moments.index_add_(0, nearest, torch.cat([x, x.square()], dim=1) * mass[:, None])
-        counts = torch.zeros(count, dtype=torch.float64).index_add_(0, nearest, mass).numpy()
-        tree.add(number, _Sums(counts, moments[:, :dim].numpy(), moments[:, dim:].numpy()))
+            lifted *= torch.from_numpy(shard.weights[span])[:, None]
+        moments = torch.zeros(len(centroids), lifted.shape[1], dtype=torch.float64)
+        tree.add(number, _Sums(moments.index_add_(0, nearest, lifted).numpy()))
     return tree.nodes
 
 
 class HardAssignment:
     """Finds the component of highest posterior of rows, exactly and each row by itself.
 
-    ``log p(x, k)`` is an inner product of ``[x, x^2, 1]`` with a vector of the component, so the
-    search for the largest inner product finds it. Rows and components are shifted to the middle of
-    the means, so that squares keep the digits that tell components apart, and divided by one power
-    of two near the components' spread, so that squares of float32 numbers stay in range.
+    It is the component of largest inner product with a row's lifted form, see `_Frame`.
     """
 
     def __init__(self, mixture: Mixture) -> None:
-        spread = float(np.sqrt(mixture.variances.mean(dtype=np.float64)))
-        # Division by a power of two is exact, and so is the shift of what lies far from 0.
-        self.scale = np.float32(2.0 ** np.round(np.log2(spread)))
-        self.shift = mixture.means.mean(axis=0, dtype=np.float64).astype(np.float32)
-        means = (mixture.means - self.shift) / self.scale
-        scaled = Mixture(means, mixture.variances / self.scale**2, mixture.log_weights)
-        linear, precisions, offset = scaled.terms()
-        self.is_spherical = mixture.variances.shape[1] == 1
-        if self.is_spherical:
-            precisions = precisions[:, :1]  # of |x|^2
-        # A vector that all components have in common changes no comparison.
-        table = np.concatenate([linear, -0.5 * precisions, offset[:, None]], axis=1)
-        table -= table.mean(axis=0)
+        self.frame = _Frame(mixture)
         self.index: IndexedDatabase = index_database(
-            torch.from_numpy(table.astype(np.float32)), metric="ip"
+            torch.from_numpy(self.frame.table), metric="ip"
         )
 
     def __call__(self, x: Array, *, threads: int | None = None) -> npt.NDArray[np.int64]:
         """Return the components ``(n,)`` of rows ``(n, dim)``; ties go to the lowest."""
-        x = (x - self.shift) / self.scale
-        squares = x * x
-        if self.is_spherical:
-            squares = np.einsum("nd,nd->n", x, x, dtype=np.float64)[:, None].astype(np.float32)
-        lifted = np.concatenate([x, squares, np.ones((len(x), 1), np.float32)], axis=1)
-        best = top_k(torch.from_numpy(lifted), self.index, 1, metric="ip", threads=threads)
+        lifted = torch.from_numpy(self.frame.lift(x))
+        best = top_k(lifted, self.index, 1, metric="ip", threads=threads)
         return best.indices[:, 0].numpy()
 
 

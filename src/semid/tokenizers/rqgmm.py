@@ -56,7 +56,7 @@ class RQGMM(LevelTokenizer):
         UsageError: if a value is out of range.
 
     Source: RQ-GMM, arXiv 2602.12593; the floor, and residuals of hard assignments also in training,
-    are ours. An iteration costs four products of ``items x codes x dim`` per level in float64.
+    are ours. An iteration costs two to four products of ``items x codes x dim`` per level.
     """
 
     kind: ClassVar[str] = "rqgmm"
