@@ -7,6 +7,7 @@ import math
 import sys
 import types
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,25 @@ def test_training_improves_and_repeats():
     other = Task()
     train(other, OPTIONS, seed=2, progress=QuietProgress())
     assert not equal(first.module, other.module)
+
+
+def test_epochs_between_two_evaluations_have_no_score(tmp_path):
+    every_second = replace(OPTIONS, evaluate_every=2)
+    task = Task(scores=[(0.0, True), (3.0, True), (0.0, True), (2.0, True), (4.0, True)])
+    result = run(task, every_second)
+    # Epochs 2 and 4, and the last: what stands at the others is never asked for.
+    assert [row.get("score") for row in result.history] == [None, 3.0, None, 2.0, 4.0]
+    assert (result.best_epoch, result.first.score) == (3, 3.0)
+    # Patience counts epochs.
+    assert run(Task([(9.0, True)] * 5), replace(every_second, patience=2)).epochs == 4
+    whole = Task()
+    expected = run(whole, every_second)
+    with pytest.raises(KeyboardInterrupt):
+        run(Task(), every_second, store=Checkpoint(tmp_path, key="k"), progress=Stop(STEPS + 1))
+    again = Task()
+    result = run(again, every_second, store=Checkpoint(tmp_path, key="k", resume=True))
+    assert equal(again.module, whole.module)
+    assert result.history == expected.history
 
 
 @pytest.mark.parametrize("after", [1, STEPS - 1, STEPS, STEPS + 2, 5 * STEPS])

@@ -49,10 +49,10 @@ class RetrievalEntry:
         return float(np.mean(values))
 
     @property
-    def curve(self) -> list[float]:
-        """NDCG@10 on the validation items after each epoch; empty without training."""
+    def curve(self) -> dict[int, float]:
+        """NDCG@10 on the validation items by epoch evaluated, from 1; empty without training."""
         history = self.retriever.report.get("training", {}).get("history", [])
-        return [epoch["score"] for epoch in history]
+        return {n: epoch["score"] for n, epoch in enumerate(history, 1) if "score" in epoch}
 
 
 def _digits(value: float) -> str:
@@ -87,12 +87,12 @@ MODELS_TABLE: Plot[RetrievalEntry] = declared(
 CURVES: Plot[RetrievalEntry] = declared(
     "retrieval-curves",
     columns=(
-        Column("epochs", lambda e: len(e.curve), count),
-        Column("best epoch", lambda e: int(np.argmax(e.curve)) + 1, count),
-        Column("NDCG@10 there", lambda e: max(e.curve), _digits),
+        Column("epochs", lambda e: max(e.curve), count),
+        Column("best epoch", lambda e: max(e.curve, key=e.curve.__getitem__), count),
+        Column("NDCG@10 there", lambda e: max(e.curve.values()), _digits),
     ),
-    x=lambda e: range(1, len(e.curve) + 1),
-    y=lambda e: e.curve,
+    x=lambda e: list(e.curve),
+    y=lambda e: list(e.curve.values()),
 )
 RECALLS_FIGURE: Plot[RetrievalEntry] = declared(
     "retrieval-recalls",

@@ -306,7 +306,7 @@ class PredictExperiment(Experiment):
                 "users": np.bincount(groups, minlength=USER_GROUPS).tolist(),
                 "ndcg_10": np.bincount(groups, ndcg, USER_GROUPS).tolist(),
             },
-            "curve": [row["score"] for row in retriever.report["training"]["history"]],
+            "curve": [row.get("score") for row in retriever.report["training"]["history"]],
             "protocol": results.protocol,
             "parameters": retriever.report["parameters"],
         }

@@ -74,6 +74,10 @@ class Evaluation:
         return self.healthy and math.isfinite(score), score if math.isfinite(score) else -math.inf
 
 
+NOT_EVALUATED = Evaluation(math.inf)
+"""Stands for an epoch between two evaluations: without a score, and never the best."""
+
+
 class TrainingTask(Protocol):
     """A model, its batches and its evaluation: what the loop trains.
 
@@ -308,6 +312,10 @@ class _Run:
             torch.cuda.manual_seed(seed)
 
     def _evaluate(self, epoch: int, log: Logger | None) -> None:
+        is_last = epoch + 1 == self.options.epochs
+        if (epoch + 1) % self.options.evaluate_every and not is_last:
+            self.evaluations.append(NOT_EVALUATED)
+            return
         self.module.eval()
         with torch.no_grad():
             evaluation = broadcast_from_rank0(self.task.evaluate(epoch), self.device)

@@ -60,6 +60,9 @@ class TrainOptions(Options):
     patience: int | None = option(
         20, ge=1, help="Epochs without improvement after which training stops."
     )
+    evaluate_every: int = option(
+        1, ge=1, help="Epochs from one evaluation to the next; the last epoch always has one."
+    )
     precision: str = option("auto", choices=PRECISIONS, help="Arithmetic of matrix products.")
     checkpoint_seconds: float = option(
         30.0, ge=0, help="Minimum time between two checkpoints within an epoch."
