@@ -76,8 +76,13 @@ class DrqExperiment(Experiment):
         return sorted(cells, key=lambda c: (bool(c["variant"]), sizes[c["data"]], c["seed"]))
 
     def _row(self, cell: Mapping[str, Any]) -> FittedSpec:
+        # A tokenizer may have other options on another data set.
         key = (cell["tokenizer"], cell["variant"])
-        return next(row for row in self.recipe.tokenizers if (row.name, row.variant) == key)
+        return next(
+            row
+            for row in self.recipe.tokenizers
+            if (row.name, row.variant) == key and (not row.data or cell["data"] in row.data)
+        )
 
     def identity(self, cell: Mapping[str, Any], files: str) -> list[Any]:
         """Return the settings that a run shares with others, and its own."""
@@ -134,7 +139,7 @@ class DrqExperiment(Experiment):
         figures["decoder(z)"] = _continuous(tok, opened.embeddings)
         if log is not None:
             head = None
-            if recipe.behavior_head:
+            if recipe.behavior_head and log.has_order:
                 target = self._behavior_space(opened, log, seed=int(job.spec["seed"]))
                 head = DecodeHead.fit(tok.encode(opened.embeddings), target)
             figures |= _behavior(tok, opened, log, head, replicates=recipe.replicates)
@@ -189,7 +194,7 @@ def _protocol(tok: Tokenizer, data: DataSet, log: Interactions | None) -> str:
         f"held_out={tok.validation_fraction:g} of the items",
         f"evaluation_seed={EVALUATION_SEED}",
     ]
-    if log is not None:
+    if log is not None and log.has_order:
         where = f" of {', '.join(data.logs)}" if data.logs else ""
         where += "" if data.ties == "file" else ", ties shuffled"
         parts.append(f"behavior: consecutive items of a tenth of the users{where}")
