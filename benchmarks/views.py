@@ -237,9 +237,8 @@ def front(rows: Sequence[Row]) -> list[str]:
                 continue
             means = {name: np.mean(list(v.values())) for name, v in found.items() if v}
             best = (max if view.higher else min)(means, key=lambda name: means[name])
-            cells.append(
-                f"**{verdict(own, best, view)}**: {short(np.mean(mine))}, {best} {short(means[best])}"
-            )
+            figures = f"{short(fmean(mine))}, {best} {short(means[best])}"
+            cells.append(f"**{verdict(own, best, view)}**: {figures}")
         lines.append(f"| {view.name} | " + " | ".join(cells) + " |")
     return lines
 
