@@ -231,6 +231,7 @@ def test_the_mixture_is_scikit_learns(covariance, weighted):
     np.testing.assert_allclose(run.mixture.means, twin.means_, rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(run.mixture.variances, expected, rtol=1e-3)
     np.testing.assert_allclose(np.exp(run.mixture.log_weights), twin.weights_, rtol=1e-3)
+    assert run.history[-1] == pytest.approx(twin.lower_bound_, rel=1e-5)
     assert (np.diff(run.history) > -1e-6).all()
     # The hard assignment is that of the highest posterior, up to rounding.
     assigned = HardAssignment(run.mixture)(x)
