@@ -5,8 +5,9 @@
 Each data set and seed has one fit without refinement, from which every setting is refined, so that
 all have the same encoder and K-means codebooks. The settings are those of annealing: its rounds,
 and below which share of the mean size a codeword moves beside a frequent one. Plain and balanced
-RQ-KMeans stand beside them. Errors are on held-out items, hits on users kept for selection, flips
-on a third of the items. Every row is a line of ``evenness.jsonl``; the same command continues where
+RQ-KMeans and RQP-VAE stand beside them. Errors are on held-out items, and on all items before and
+after ``semid unique --method reassign`` has given each an id of its own; hits are on users kept for
+selection, flips on a third of the items. Every row is a line of ``evenness.jsonl``; the same command continues where
 it was stopped.
 """
 
@@ -33,22 +34,26 @@ from semid.quantization import refine
 from semid.quantization.residual import dequantize
 from semid.tokenizers.barq_head import train_tables
 from semid.tokenizers.behavior import read_behavior
+from semid.tokenizers.factory import make_tokenizer
 from semid.tokenizers.stored import HELD_OUT_SALT
 
 HERE = Path(__file__).parent
 CUTOFF = 50
 SETTINGS = {
     f"BARQ, {rounds} rounds, below {share:g}": (share, rounds)
-    for rounds in (12, 24)
-    for share in (0.0, 0.2, 0.3, 0.5)
+    for share, rounds in ((0.0, 12), (0.0, 24), (0.2, 24), (0.3, 24))
 }
 """Share of the mean size below which codewords move, and rounds of annealing."""
-PEERS: dict[str, dict[str, Any]] = {
-    "RQ-KMeans": {},
-    "RQ-KMeans, balanced softly": {"balance": {"mode": "soft", "strength": 0.3}},
-    "RQ-KMeans, balanced hard": {"balance": {"mode": "hard"}},
+PEERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "RQ-KMeans": ("rqkmeans", {}),
+    "RQ-KMeans, balanced softly": ("rqkmeans", {"balance": {"mode": "soft", "strength": 0.3}}),
+    "RQ-KMeans, balanced hard": ("rqkmeans", {"balance": {"mode": "hard"}}),
+    "RQP-VAE": ("rqpvae", {}),
 }
-COLUMNS = ("error", "perplexity", "unique", "flips", "hr50", "head", "trained_head", "encoder")
+COLUMNS = (
+    *("error", "perplexity", "unique", "flips", "all_error", "unique_error"),
+    *("hr50", "head", "trained_head", "encoder"),
+)
 Row = dict[str, Any]
 
 
@@ -79,8 +84,10 @@ class Catalogue:
 
     def measure(self, tok: Any) -> Row:
         """Measure ids."""
-        codes = tok.encode(self.items).codes
+        ids = tok.encode(self.items)
+        codes = ids.codes
         decoded = tok.decode(codes)
+        own = semid.make_unique(ids, method="reassign", tokenizer=tok, embeddings=self.items).ids
         flips = flip_rates(
             self.rows[::3],
             lambda x: tok.encode(x).codes,
@@ -97,6 +104,10 @@ class Catalogue:
             "perplexity": fmean(level.perplexity for level in levels),
             "unique": len(np.unique(codes, axis=0)) / len(codes),
             "flips": flips.points[0].prefix[-1].value,
+            "all_error": reconstruction(self.rows, decoded, name="all").relative_error,
+            "unique_error": reconstruction(
+                self.rows, tok.decode(own.codes), name="unique"
+            ).relative_error,
             "hr50": float(ranks.expected_hits(CUTOFF).mean()),
         }
 
@@ -121,9 +132,9 @@ class Catalogue:
 
 def run(catalogue: Catalogue, seed: int, done: set[str]) -> Any:
     """Yield the rows that are missing of one data set and seed."""
-    for name, options in PEERS.items():
+    for name, (kind, options) in PEERS.items():
         if name not in done:
-            tok = semid.RQKMeans(seed=seed, **options).fit(catalogue.items)
+            tok = make_tokenizer(kind, {"seed": seed, **options}).fit(catalogue.items)
             yield {"setting": name, **catalogue.measure(tok)}
     missing = [name for name in SETTINGS if name not in done]
     if not missing:
