@@ -7,8 +7,8 @@ all have the same encoder and K-means codebooks. The settings are those of annea
 and below which share of the mean size a codeword moves beside a frequent one. Plain and balanced
 RQ-KMeans and RQP-VAE stand beside them. Errors are on held-out items, and on all items before and
 after ``semid unique --method reassign`` has given each an id of its own; hits are on users kept for
-selection, flips on a third of the items. Every row is a line of ``evenness.jsonl``; the same command continues where
-it was stopped.
+selection, flips on a third of the items. Every row is a line of ``evenness.jsonl``; the same
+command continues where it was stopped.
 """
 
 from __future__ import annotations
