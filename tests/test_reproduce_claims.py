@@ -441,7 +441,7 @@ def test_the_tables_on_barq_are_those_of_its_ledger():
     assert "\n".join(views.counts(rows)) in page
     # No figure of a tokenizer counts in two views.
     for row in rows:
-        figures = [view.read(row) for view in views.VIEWS]
+        figures = [value for view in views.VIEWS if (value := view.read(row)) is not None]
         assert len(set(figures)) == len(figures)
 
 
