@@ -109,14 +109,19 @@ def test_fit_and_encode_equal_local_ones(cluster, items, local, tmp_path):
     assert max(done.rows) <= sum(done.rows) / 2 + 65_536
     assert done.passed["assign"] > 0
     fitted.save(tmp_path / "model")
-    run = encode_folder(
-        tmp_path / "model",
-        items,
-        tmp_path / "ids",
-        engine=RayOptions(workers=2),
-        unit_rows=30_000,
-    )
-    assert pq.read_table(tmp_path / "ids").equals(local.encode(items).to_arrow())
+    for attempt in range(3):
+        run = encode_folder(
+            tmp_path / "model",
+            items,
+            tmp_path / "ids",
+            engine=RayOptions(workers=2),
+            unit_rows=30_000,
+            overwrite=attempt > 0,
+        )
+        assert pq.read_table(tmp_path / "ids").equals(local.encode(items).to_arrow())
+        # Nobody waits for a worker that starts late on a busy machine: it may find nothing left.
+        if len(run.by_process) == 2:
+            break
     assert len(run.by_process) == 2
     assert os.getpid() not in run.by_process
     # Each began with one unit, so neither can have had all the others and that one too.
