@@ -189,8 +189,8 @@ def _expectation(shard: Shard, frame: _Frame) -> list[Node[_Sums]]:
         evidence = (scores.amax(1).double() - posteriors.amax(1).double().log()).numpy()
         likelihood = evidence + lifted @ frame.common + constant
         mass = np.ones(len(x)) if weights is None else weights
-        if weights is not None:
-            posteriors *= torch.from_numpy(weights.astype(np.float32))[:, None]
+        if weights is not None:  # of the rows: small ones make no posterior next to nothing
+            rows = rows * torch.from_numpy(weights.astype(np.float32))[:, None]
         moments = _products(posteriors, rows).double().numpy()
         return _Sums(moments, float(likelihood @ mass), float(mass.sum()))
 
@@ -221,10 +221,8 @@ def _products(posteriors: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         return posteriors.T @ rows
     shape = posteriors.shape[::-1]
     places = torch.stack([component, row])
-    kept = torch.sparse_coo_tensor(
-        places, posteriors[row, component], shape, check_invariants=False
-    )
-    return kept @ rows
+    values = posteriors[row, component]
+    return torch.sparse_coo_tensor(places, values, shape, check_invariants=False) @ rows
 
 
 def _maximization(sums: _Sums, before: Mixture, frame: _Frame, floor: float) -> Mixture:
