@@ -133,7 +133,7 @@ def left_out(rows: Sequence[Row]) -> str:
     for data, here in means.items():
         others = [own for name, own in means.items() if name != data]
         shared = [name for name in CANDIDATES if all(name in own for own in [here, *others])]
-        if not others or not shared:
+        if not others or "default" not in shared:
             continue
         # Relative to the default's, since data sets differ in how many pairs can be hit at all.
         chosen = max(shared, key=lambda n: np.mean([own[n] / own["default"] for own in others]))

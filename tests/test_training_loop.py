@@ -104,8 +104,9 @@ def test_epochs_between_two_evaluations_have_no_score(tmp_path):
     # Epochs 2 and 4, and the last: what stands at the others is never asked for.
     assert [row.get("score") for row in result.history] == [None, 3.0, None, 2.0, 4.0]
     assert (result.best_epoch, result.first.score) == (3, 3.0)
-    # Patience counts epochs.
+    # Patience counts epochs, and runs out at an evaluation alone.
     assert run(Task([(9.0, True)] * 5), replace(every_second, patience=2)).epochs == 4
+    assert run(Task([(9.0, True)] * 5), replace(every_second, patience=1)).epochs == 4
     whole = Task()
     expected = run(whole, every_second)
     with pytest.raises(KeyboardInterrupt):

@@ -244,9 +244,18 @@ class _Run:
             history=tuple(_figures(e) for e in self.evaluations),
         )
 
+    def _is_evaluated(self, epoch: int) -> bool:
+        done = epoch + 1
+        return done % self.options.evaluate_every == 0 or done == self.options.epochs
+
     def _exhausted(self) -> bool:
         patience = self.options.patience
-        if patience is None or self.best_epoch < 0:
+        # An epoch without an evaluation may be the best one, so nothing ends with it.
+        if (
+            patience is None
+            or self.best_epoch < 0
+            or not self._is_evaluated(len(self.evaluations) - 1)
+        ):
             return False
         scored = math.isfinite(self.evaluations[self.best_epoch].score)
         return scored and len(self.evaluations) - 1 - self.best_epoch >= patience
@@ -312,8 +321,7 @@ class _Run:
             torch.cuda.manual_seed(seed)
 
     def _evaluate(self, epoch: int, log: Logger | None) -> None:
-        is_last = epoch + 1 == self.options.epochs
-        if (epoch + 1) % self.options.evaluate_every and not is_last:
+        if not self._is_evaluated(epoch):
             self.evaluations.append(NOT_EVALUATED)
             return
         self.module.eval()
