@@ -167,7 +167,7 @@ class ReconstructionTask(RowsTask):
             self.model.quantizing.fill_(True)
 
     def evaluate(self, epoch: int) -> Evaluation:
-        """Return the relative error on held-out rows, with each level's usage since the last one."""
+        """Return the relative error on held-out rows, with the usage since the last evaluation."""
         sums = np.zeros(2)
         for rows in self._validation_blocks(EVALUATION_ROWS):
             sums += squared_sums(*self.model.reconstruct(rows))
@@ -182,11 +182,11 @@ class ReconstructionTask(RowsTask):
         logs: dict[str, float] = {}
         healthy = True
         for level, codebook in enumerate(self.model.quantizer.codebooks):
-            # The perplexity exp(H) of the codes since then; a level that collapses has few.
+            # The perplexity exp(H) of the codes; a level that collapses has few.
             used = codebook.take_usage_().double()
             shares = used[used > 0] / used.sum()
             perplexity = float((-(shares * shares.log()).sum()).exp())
-            # No more codes can be in use than there are codewords, or rows since then.
+            # No more codes can be in use than there are codewords, or rows that were coded.
             attainable = min(len(used), int(used.sum()))
             healthy &= perplexity >= MIN_PERPLEXITY_SHARE * attainable
             logs[f"perplexity_{level + 1}"] = perplexity
