@@ -134,11 +134,10 @@ class Generative(Searching):
         for block in self.blocks:
             x, _ = block(x, None)
         x = self.norm(x)
+        levels = zip(self.outputs, self.codes.starts, x.unbind(1), rows.unbind(1), strict=True)
         losses = [
-            functional.cross_entropy(output(x[:, level]), rows[:, level] - start)
-            for level, (output, start) in enumerate(
-                zip(self.outputs, self.codes.starts, strict=True)
-            )
+            functional.cross_entropy(output(state), code - start)
+            for output, start, state, code in levels
         ]
         return Step(torch.stack(losses).mean(), {})
 

@@ -354,11 +354,12 @@ class Parallel(NextItemModel):
         )
         # Cosines: long vectors of frequent codes win nothing by their length.
         moved = functional.normalize(moved, dim=-1)
-        table = functional.normalize(self.codes.table, dim=-1)
+        table = functional.normalize(self.codes.table, dim=-1) / self.temperature
         books = torch.split(table, list(self.sizes))
+        # Unbound at once: the gradient of one slice alone is as large as that of all.
         return [
-            functional.log_softmax((moved[:, level] @ book.T).float() / self.temperature, -1)
-            for level, book in enumerate(books)
+            functional.log_softmax((state @ book.T).float(), -1)
+            for state, book in zip(moved.unbind(1), books, strict=True)
         ]
 
     def forward(self, batch: Packed) -> Step:
