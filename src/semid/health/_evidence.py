@@ -62,10 +62,10 @@ class Evidence(Result):
         if good:
             lines.append(
                 "Pairs of tokenizers ranked right by next-item quality, on data sets that did not "
-                f"decide how: {', '.join(good)} ({about})"
+                f"decide how: {'; '.join(good)} ({about})"
             )
         if rest:
-            lines.append(f"Not shown to predict it: {', '.join(rest)}")
+            lines.append(f"Not shown to predict it: {'; '.join(rest)}")
         return lines
 
 

@@ -344,12 +344,7 @@ def _notes(diagnoses: Mapping[str, Diagnosis], all_held_out: bool) -> tuple[str,
         else "Reconstruction is compared on all items, since not every model held items out of "
         "this catalogue"
     )
-    known = read_evidence()
-    notes += known.sentences(tuple(_NUMBER_OF.values())) or [
-        "How well these numbers predict the quality of recommendations is not known: "
-        f"recommenders have read {known.tokenizers} tokenizers on {len(known.data_sets)} of 3 data "
-        "sets, too few for a claim"
-    ]
+    notes += read_evidence().sentences(tuple(_NUMBER_OF.values()))
     # Models of different capacity are compared, but not silently.
     bits = {sum(float(np.log2(k)) for k in d.model.codebook_sizes) for d in diagnoses.values()}
     if len(bits) > 1:

@@ -45,9 +45,6 @@ SHARE = 0.8
 IDS_PER_ITEM = 1000
 """Ids that three levels of the middle size make possible per item."""
 
-DEFAULTS = {True: "retention", False: KEPT_NEIGHBORS}
-"""What candidates are ranked by, with interactions and without, while nothing is known."""
-
 MEANING = {
     "retention": "how much of what the embeddings retrieve of users' next items the codes keep",
     KEPT_NEIGHBORS: "share of an item's ten nearest neighbors that stay so when it is quantized",
@@ -210,16 +207,15 @@ def _criterion(log: bool) -> tuple[str, bool, str]:
         pairs = ("retention", "hit rate", "behavior")
         names = [n for n in names if not n.startswith(pairs) and not n.endswith("AUC")]
     best = evidence.best(names)
-    if best is not None:
-        predictor = evidence.numbers[best]
-        return (
-            best,
-            predictor.correlation > 0,
-            f"it ranks two tokenizers right in {predictor.pairs_right:.0%} of pairs by next-item "
-            "quality, on data sets that did not decide how ('semid reproduce predict')",
-        )
-    name = DEFAULTS[log]
-    return name, True, f"{MEANING[name]}: our default, since no runs say yet what predicts quality"
+    assert best is not None  # a test asks it of the committed runs
+    predictor = evidence.numbers[best]
+    meaning = f"{MEANING[best]}; " if best in MEANING else ""
+    return (
+        best,
+        predictor.correlation > 0,
+        f"{meaning}it ranks two tokenizers right in {predictor.pairs_right:.0%} of pairs by "
+        "next-item quality, on data sets that did not decide how ('semid reproduce predict')",
+    )
 
 
 @contextlib.contextmanager
@@ -270,9 +266,8 @@ def advise(
     Each candidate is fitted on several samples of the items and measured there. The choice is the
     one with the fewest bits per id among those with healthy ids, at most ``behind`` behind the
     best of these: more bits keep more by themselves. What "best" means is the number that predicts
-    the quality of recommendations best in the committed runs of ``semid reproduce predict``. While
-    these are too few, it is retention at 50 with interactions, and the share of nearest neighbors
-    kept without.
+    the quality of recommendations best in the committed runs of ``semid reproduce predict``, of
+    those that can be had: without interactions, numbers of pairs of items cannot.
 
     Args:
         x: embeddings ``(items, dim)``: anything `semid.open_embeddings` reads; 500 items or more.

@@ -294,7 +294,7 @@ def write_page(page: Page, folder: Path, name: str) -> list[Path]:
         f"{name}-tables.md": f"{page.tables_markdown()}\n{MARKDOWN_MARK}\n",
         f"{name}.json": page.to_json() + "\n",
         f"{name}.html": page.to_html(),
-        **({f"{name}.svg": page.picture} if page.picture else {}),
+        **({f"{name}.svg": f"{page.picture}{MARKDOWN_MARK}\n"} if page.picture else {}),
     }
     for file, text in texts.items():
         with atomic_file(folder / file, overwrite=True) as work:

@@ -369,7 +369,7 @@ def picture(rows: Rows) -> str:
     height = _LINE * (len(numbers) + 2)
     marks = [
         f'<line x1="{x(value)}" x2="{x(value)}" y1="{_LINE}" y2="{height - _LINE}" '
-        f'stroke="currentColor" opacity="{0.6 if value == 0 else 0.2}"/>'
+        f'stroke="#222" opacity="{0.6 if value == 0 else 0.2}"/>'
         f'<text x="{x(value)}" y="{height - 6}" text-anchor="middle">{value:+.1f}</text>'
         for value in (-1.0, -0.5, 0.0, 0.5, 1.0)
     ]
@@ -387,7 +387,9 @@ def picture(rows: Rows) -> str:
     title += "" if is_enough(panels) else ": too few runs, decides nothing"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 {height}" role="img" '
-        f'aria-label="{title}" font-family="sans-serif" font-size="13" fill="currentColor">\n'
+        f'aria-label="{title}" font-family="sans-serif" font-size="13" fill="#222">\n'
+        # A page shows it as an image, which does not know the page's colors.
+        f'<rect width="640" height="{height}" fill="#fff"/>\n'
         f'<text x="{_LEFT}" y="14">{title}</text>\n' + "\n".join(marks) + "\n</svg>\n"
     )
 
