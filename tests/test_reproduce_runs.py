@@ -92,7 +92,7 @@ variant = "stars"
 name = "penalties"
 models = ["dcnv2"]
 methods = ["moc"]
-scales = [2]
+scales = [1, 2]
 fusion = [false]
 variant = "regularized"
 seeds = 2
@@ -271,7 +271,8 @@ def test_a_study_of_moc(recipes, capsys):
     assert len(read_runs(out / "moc" / "runs.jsonl")) == len(every)
     assert again["key"] == rows[0]["key"]
     # The penalty with the best validation AUC of seed 0 is that of both seeds; all were tried.
-    first, second = (row for row in every if row["variant"] == "regularized")
+    penalized = [row for row in every if row["variant"] == "regularized"]
+    first, second = (row for row in penalized if row["scale"] == 2)
     tried = {one["embedding_penalty"]: one for one in first["tried"]}
     assert list(tried) == [100.0, 0.001]
     assert first["embedding_penalty"] == max(
@@ -281,6 +282,10 @@ def test_a_study_of_moc(recipes, capsys):
     assert second["embedding_penalty"] == first["embedding_penalty"]
     assert second["tried"] == first["tried"]
     assert first["analysis"]
+    # One code takes the penalty of two, and is trained with it.
+    one = next(row for row in penalized if row["scale"] == 1)
+    assert one["tried"] == first["tried"]
+    assert one["auc"] not in [each["auc"] for each in tried.values()]
     assert "width=2 " in first["protocol"]
     assert second["auc"] != first["auc"]
     # On another machine the ledger says what was chosen; nothing is tried again.

@@ -149,7 +149,7 @@ class MocExperiment(Experiment):
         if spec["run"] == "kept":
             return self._rebuild(job, opened, coded)
         penalty, tried, figures = self._tuned(job, opened, rows)
-        if figures is None or spec.get("part") or spec["analyze"]:
+        if figures is None or spec["analyze"]:
             seed = int(spec["seed"])
             ranker, figures = self._train(spec, rows, coded, seed=seed, penalty=penalty)
         width = self.variants[str(spec["variant"])].width or self.recipe.width
@@ -197,14 +197,17 @@ class MocExperiment(Experiment):
         """Return a cell's penalty of embeddings, what all that were tried gave, and figures.
 
         Each method gets the same trials: all penalties with seed 0, of which the best validation
-        AUC decides for every seed. The figures are those of seed 0, where it is asked for. Parts of
-        the codes take the penalty of all of them.
+        AUC decides for every seed. Parts of the codes, and fewer codes, take the penalty of the
+        variant's largest number. The figures are those of that cell, where it is asked for.
         """
         penalties = self.variants[str(job.spec["variant"])].embedding_penalty
         if not penalties:
             return 0.0, [], None
         names = ("data", "variant", "model", "method", "scale", "fusion")
         whole = {**{name: job.spec[name] for name in names}, "seed": 0}
+        if job.spec["method"] not in ONCE:
+            alike = [s for s in self.recipe.stages if s.variant == job.spec["variant"]]
+            whole["scale"] = max(scale for stage in alike for scale in stage.scales)
         name = digest([job.settings, whole])
         place = self.folder / "tuned" / f"{name}.json"
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -228,7 +231,8 @@ class MocExperiment(Experiment):
             for penalty, result in zip(penalties, results, strict=True)
         ]
         best = max(range(len(tried)), key=lambda n: tried[n]["validation_auc"])
-        return penalties[best], tried, None if job.spec["seed"] else results[best]
+        is_whole = {**job.spec, **whole} == job.spec and not job.spec.get("part")
+        return penalties[best], tried, results[best] if is_whole else None
 
     def _rows(self, name: str, variant: str) -> tuple[Opened, RankingData]:
         """Prepare a data set under a protocol; the last `PREPARED` stay in memory."""
