@@ -325,6 +325,14 @@ def _scan_products(
             queries.scan(table, scores, start, at)
 
 
+def rounds_float32() -> bool:
+    """Say whether torch may round float32 operands to bfloat16 or TF32 inside its products."""
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # told so of one library alone, which torch cannot say in one word
+        return True
+
+
 class Float32Gemm:
     """Scores by float32 products; the route that is always there."""
 
@@ -343,9 +351,7 @@ class Float32Gemm:
 
     def screen(self, table: VectorTable, operand: Operand, queries: QueryBlock) -> None:
         """Fill the candidates of ``queries``; see `engine.search`."""
-        # torch may be told to round float32 operands to bfloat16 or TF32 inside its products.
-        loose = torch.get_float32_matmul_precision() != "highest"
-        unit = 2.0**-8 if loose else 0.0
+        unit = 2.0**-8 if rounds_float32() else 0.0
         queries.set_bound(
             table,
             residual=queries.length * (2.0**-23 + unit) + 2.0**-60,

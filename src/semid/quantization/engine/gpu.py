@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -124,6 +126,26 @@ def _center(x: Tensor, table: VectorTable, copies: DeviceTable) -> Tensor:
     return x.double() * torch.ldexp(torch.ones_like(largest), -power)
 
 
+@contextmanager
+def _exact_products() -> Iterator[None]:
+    """Let torch round no operand of a float32 product, whatever else it was told."""
+    backends: Any = torch.backends
+    precision, own = None, []
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:  # told of one library alone, as torch can be since 2.9
+        libraries = (backends.cuda.matmul, backends.mkldnn.matmul)
+        own = [(each, each.fp32_precision) for each in libraries]
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        if precision is not None:
+            torch.set_float32_matmul_precision(precision)
+        for library, setting in own:
+            library.fp32_precision = setting
+
+
 def _score(y64: Tensor, copies: DeviceTable, *, rough: bool) -> tuple[Tensor, Tensor, float, float]:
     """Return scores, the queries' and the entries' rounding, and the relative error of products.
 
@@ -142,12 +164,8 @@ def _score(y64: Tensor, copies: DeviceTable, *, rough: bool) -> tuple[Tensor, Te
         else:
             scores = extended.float() @ copies.rounded.T.float()
         return scores, residual, copies.residual, 2.0**-21
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
+    with _exact_products():
         scores = torch.addmm(copies.offsets, y, copies.scaled.T)
-    finally:
-        torch.set_float32_matmul_precision(precision)
     return scores, residual, 0.0, 2.0**-23
 
 

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from semid.lazy import torch
 from semid.quantization.engine.children import extend_rows
-from semid.quantization.engine.formats import WIDEST, Float32Gemm, FusedInteger
+from semid.quantization.engine.formats import WIDEST, Float32Gemm, FusedInteger, rounds_float32
 from semid.quantization.engine.plain import SCAN, float32_rows, padded
 from semid.quantization.engine.search import BLOCK, Route, working_routes
 from semid.quantization.engine.sweep import F32, F64, I64
@@ -294,8 +294,7 @@ def _search(
             scores = _buffer("products", (count, len(levels.scaled)), np.float32)
             torch.mm(torch.from_numpy(y[:count]), operand.panels.T, out=torch.from_numpy(scores))
             lost, steps[:] = length * 2.0**-22, 1.0
-            if torch.get_float32_matmul_precision() != "highest":
-                # torch may round operands to bfloat16 or TF32 inside its products.
+            if rounds_float32():
                 lost, entry_lost = lost + length * 2.0**-8, entry_lost + levels.reach * 2.0**-8
         extend_rows(
             chip, saved, rounded, None if chip is None else operand.panels,
