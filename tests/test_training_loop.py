@@ -7,6 +7,7 @@ import math
 import sys
 import types
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -424,3 +425,37 @@ def test_other_c_libraries_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(DivergedError), loop.reused_buffers():
         raise DivergedError("a loss")
     assert calls == []
+
+
+@contextmanager
+def float64_by_default():
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        torch.no_grad,
+        torch.inference_mode,
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        float64_by_default,
+        lambda: torch.device("meta"),
+    ],
+    ids=["no_grad", "inference_mode", "autocast", "float64", "meta"],
+)
+def test_what_the_caller_told_torch_changes_nothing(told, clustered):
+    def results():
+        network = semid.RQVAE(levels=2, codebook_size=8, training={"epochs": 2}).fit(clustered)
+        mixture = semid.RQGMM(levels=2, codebook_size=8).fit(clustered)
+        return [each.encode(clustered).codes for each in (network, mixture)]
+
+    usual = results()
+    with told():
+        dtype = torch.get_default_dtype()
+        other = results()
+        assert torch.get_default_dtype() == dtype
+    assert all(map(np.array_equal, usual, other))

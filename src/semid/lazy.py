@@ -19,7 +19,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property, update_wrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
@@ -118,6 +118,29 @@ def compiling(tell: Callable[[], None]) -> Iterator[None]:
                 tell()
 
     with event.install_listener("numba:compile", Listener()):
+        yield
+
+
+@contextmanager
+def plain_torch() -> Iterator[None]:
+    """Leave aside what the caller told torch of gradients, autocast, types and devices.
+
+    Else nothing trains under ``torch.no_grad()``, codes differ under autocast, and tensors of two
+    types meet where float64 is the default. Where torch is not imported, it was told nothing.
+    """
+    if not is_imported("torch"):
+        yield
+        return
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for kind in ("cpu", "cuda"):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        if (usual := torch.get_default_dtype()) != torch.float32:
+            stack.callback(torch.set_default_dtype, usual)
+            torch.set_default_dtype(torch.float32)
         yield
 
 

@@ -19,6 +19,8 @@ from rich import progress as rich_progress
 from rich.console import Console
 from rich.table import Column
 
+from semid.lazy import plain_torch
+
 # Seconds of work before bars appear unasked, and between lines where there is no terminal.
 _DELAY = 1.0
 _LINE_SECONDS = 1.0
@@ -218,14 +220,17 @@ _R = TypeVar("_R")
 
 
 def with_progress(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Let a function with the argument ``progress`` show its own where none is given."""
+    """Let a function with the argument ``progress`` show its own where none is given.
+
+    These are the long pieces of work, so it also runs with torch as it is by default.
+    """
 
     @functools.wraps(function)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         given: Any = kwargs.get("progress")
         progress = default_progress() if given is None else given or QuietProgress()
         kwargs["progress"] = progress
-        with without_default_progress():
+        with without_default_progress(), plain_torch():
             try:
                 return function(*args, **kwargs)
             finally:

@@ -21,6 +21,7 @@ from semid.data.tables import Table, open_table
 from semid.documents import checked, code_span, escaped
 from semid.errors import InputError
 from semid.hub import Publishable
+from semid.lazy import plain_torch
 from semid.recommenders import UsesCodes
 from semid.recommenders.ranking.features import CodeFeatures, CodeTable, extend_codes
 from semid.recommenders.ranking.item_table import extend_schema
@@ -297,7 +298,7 @@ class Ranker(UsesCodes, Publishable):
             ArtefactError: the folder is incomplete, altered, or of another kind.
         """
         config, tensors = read_artefact(path, kind=cls.kind)
-        with described(path, "ranking model"):
+        with described(path, "ranking model"), plain_torch():
             values = checked(CONFIG, {name: config[name] for name in CONFIG}, "config.json")
             schema = Schema.of(values["schema"], tensors)
             codes = None

@@ -24,6 +24,7 @@ from semid.data.sequences import Sequences
 from semid.documents import checked, code_span
 from semid.errors import UsageError
 from semid.hub import Publishable
+from semid.lazy import plain_torch
 from semid.options import Options
 from semid.recommenders import UsesCodes
 from semid.recommenders.ranking.schema import Vocabulary
@@ -353,7 +354,7 @@ class Retriever(UsesCodes, Publishable):
             ArtefactError: the folder is incomplete, altered, or of another kind.
         """
         config, tensors = read_artefact(path, kind=cls.kind)
-        with described(path, "next-item model"):
+        with described(path, "next-item model"), plain_torch():
             values = checked(CONFIG, {name: config[name] for name in CONFIG}, "config.json")
             items = RetrievalItems(
                 Vocabulary.of(tensors, "items").ids,
