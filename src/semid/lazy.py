@@ -135,7 +135,10 @@ def plain_torch() -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         for kind in ("cpu", "cuda"):
-            stack.enter_context(torch.autocast(kind, enabled=False))
+            # Copies of weights in bfloat16 last as long as the outermost autocast: inside one that
+            # was there before, training would go on with those of its first step.
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False, cache_enabled=False))
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
         if (usual := torch.get_default_dtype()) != torch.float32:
