@@ -15,6 +15,7 @@ from semid.progress import QuietProgress
 from semid.registry import recipe_names
 from semid.reproduce.ledger import Ledger, digest, read_runs, rounded
 from semid.reproduce.pool import Job, run_jobs
+from semid.reproduce.predict_runs import unfitted
 from semid.reproduce.recipe import (
     DrqRecipe,
     MocRecipe,
@@ -177,6 +178,18 @@ def test_every_recipe_that_comes_with_semid_is_read():
     drq = read_experiment("drq")
     assert [d.codebook_size for d in drq.data] == [256, 256, 256, 4096]
     assert drq.seeds >= 3
+
+
+def test_every_tokenizer_of_the_study_of_numbers_can_be_made():
+    recipe = read_experiment("predict")
+    fitted = [spec for spec in recipe.tokenizers if spec.control in ("", "shuffled")]
+    assert len(fitted) == 22
+    for spec in fitted:
+        made = unfitted(recipe, spec, 256, seed=3)
+        assert made.kind == spec.kind
+        assert made.settings["seed"] == 3
+        if "training" in made.settings:
+            assert made.settings["training"]["epochs"] == 60
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,15 @@ class GivenCodes(Codebooks):
             yield EncodedBlock(start, x, codes[span], norms[span])
 
 
+def unfitted(recipe: PredictRecipe, spec: CandidateSpec, size: int, seed: int) -> Tokenizer:
+    """Return the tokenizer that a recipe asks for, of codebooks of ``size`` unless it says so."""
+    kind = argument_types(TOKENIZERS.load(spec.kind))
+    # Grids say their size in options of their own.
+    values = {"codebook_size": size, **recipe.neural, "seed": seed}
+    shared = {key: value for key, value in values.items() if key in kind}
+    return make_tokenizer(spec.kind, {**shared, **spec.options})
+
+
 class PredictExperiment(Experiment):
     """Trains every recommender on the codes of every tokenizer."""
 
@@ -223,13 +232,8 @@ class PredictExperiment(Experiment):
                 codes = category_codes([path[1:levels] for path in paths], codes)
             sizes = tuple(max(size, int(column.max()) + 1) for column in codes.T)
             return GivenCodes.of(codes, sizes, source)
-        kind = argument_types(TOKENIZERS.load(spec.kind))
-        if "codebook_size" not in kind:  # grids say it in options of their own
-            values = dict(spec.options)
-        neural = self.recipe.neural if {"network", "training"} & set(kind) else {}
-        shared = {key: value for key, value in neural.items() if key in kind}
         log = self._log(opened)[1] if spec.behavior else None
-        tokenizer = make_tokenizer(spec.kind, {**shared, **values, "seed": seed})
+        tokenizer = unfitted(self.recipe, spec, size, seed)
         tokenizer.fit(source, interactions=log)
         if spec.refined:
             assert isinstance(tokenizer, RQKMeans)
