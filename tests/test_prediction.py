@@ -347,9 +347,13 @@ def test_the_table_on_predict_is_the_five_best_of_the_evidence(outcome):
     assert "\n".join(lines) in page
     if outcome == "next item":  # what `semid advise` prints there
         assert f"right in {known['neighbors kept'].pairs_right:.0%} of pairs" in page
-    # What the page says of evenness and overlap.
-    for name in ("Gini of codes", "least perplexity", "overlap R", "least K_eff"):
+    # What the page says below the table.
+    flips = [name for name in known if name.startswith("flips")]
+    for name in ("Gini of codes", "least perplexity", "overlap R", "least K_eff", *flips):
         assert not known[name].predicts
+    kept = known["neighbors kept"]
+    assert kept.predicts
+    assert (kept.correlation > 0) == (outcome == "next item")
 
 
 def test_the_committed_evidence_is_that_of_the_committed_ledger(tmp_path):
