@@ -203,8 +203,8 @@ def _criterion(log: bool) -> tuple[str, bool, str]:
     """Return the number to rank by, whether higher is better, and why it is this one."""
     evidence = read_evidence()
     # Bits are what is to be chosen; the rate of decoded codes is retention times the embedding's.
-    taken = ("bits per id", "hit rate, decoded")
-    names = [name for name in (*NUMBERS, KEPT_NEIGHBORS) if name not in taken]
+    excluded = ("bits per id", "hit rate, decoded")
+    names = [name for name in (*NUMBERS, KEPT_NEIGHBORS) if name not in excluded]
     if not log:  # numbers of pairs need a log
         pairs = ("retention", "hit rate", "behavior")
         names = [n for n in names if not n.startswith(pairs) and not n.endswith("AUC")]

@@ -130,19 +130,19 @@ def _center(x: Tensor, table: VectorTable, copies: DeviceTable) -> Tensor:
 def _exact_products() -> Iterator[None]:
     """Let torch round no operand of a float32 product, whatever else it was told."""
     backends: Any = torch.backends
-    precision, own = None, []
+    precision, settings = None, []
     try:
         precision = torch.get_float32_matmul_precision()
     except RuntimeError:  # told of one library alone, as torch can be since 2.9
         libraries = (backends.cuda.matmul, backends.mkldnn.matmul)
-        own = [(each, each.fp32_precision) for each in libraries]
+        settings = [(each, each.fp32_precision) for each in libraries]
     torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
         if precision is not None:
             torch.set_float32_matmul_precision(precision)
-        for library, setting in own:
+        for library, setting in settings:
             library.fp32_precision = setting
 
 
